@@ -1,0 +1,51 @@
+# `make` lists the targets. Each one stands alone: it makes .venv when there is none and brings it up to date
+# when pyproject.toml or constraints.txt changed. Another interpreter: make PYTHON=/path/to/python3.12 install
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check proto bench
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## set up .venv with fedpeft, fedpeft-server and fedpeft-client
+	@echo "installed: $(BIN)/fedpeft, $(BIN)/fedpeft-server, $(BIN)/fedpeft-client"
+
+demo: $(STAMP) ## watch a federation of processes fine-tune a vision transformer on this machine (results in demo-out/)
+	$(BIN)/fedpeft demo --out demo-out
+
+test: $(STAMP) ## run the tests, all but the slow ones
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not slow"
+
+check: $(STAMP) ## lint, format, types, imports, protocol, and that nothing generated is stale
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
+	$(BIN)/python protos/breaking.py
+	$(BIN)/python protos/generate.py --check
+	$(BIN)/python docs/generate.py --check
+	@echo "check: all is well"
+
+proto: $(STAMP) ## generate common/fedpeft/v1 from protos/
+	$(BIN)/buf lint protos
+	$(BIN)/python protos/generate.py
+
+bench: $(STAMP) ## measure rounds, memory and bytes beside a bare gRPC stream (results in benchmarks/results/)
+	$(BIN)/python benchmarks/run.py --out benchmarks/results
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; FedPEFT needs Python 3.11 or newer."; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "$(PYTHON) is Python %d.%d; FedPEFT needs 3.11 or newer: make PYTHON=/path/to/python3.11" % v[:2])'
+	@echo "setting up $(VENV) (the first time about 5 GB are fetched: PyTorch comes with its GPU libraries)"
+	@$(PYTHON) -c 'import ensurepip' || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
+	@touch $@
