@@ -1,0 +1,1 @@
+"""The wire protocol, generated from `protos/fedpeft/v1`."""
