@@ -1,0 +1,92 @@
+"""`fedpeft run create`: checks a run file, builds adapter version 0 and uploads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedpeft.cli import output, views
+from fedpeft.cli.session import Session, require, run_async, session_of
+
+if TYPE_CHECKING:
+    from fedpeft.config import RunConfig
+    from fedpeft.v1 import run_pb2
+
+
+def create(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file (TOML).")],
+    check: Annotated[bool, typer.Option("--check", help="Only validate the file; nothing is sent.")] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights", help="A weights file, or a folder of them, that stands here for the one the file names."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Create a run from a run file: builds the model and uploads adapter version 0."""
+    from fedpeft.config import load_run_file
+
+    config = load_run_file(file)
+    if check:
+        _check(file, config, as_json)
+        return
+    run = run_async(created(session_of(context), config, weights))
+    if as_json:
+        output.say_json(views.run_row(run) | {"backbone_fingerprint": run.backbone_fingerprint})
+    else:
+        output.say(f"{run.id} is created: {views.adapter_parameters(run.spec):,} parameters in version 0")
+        output.say(f"watch it with: fedpeft run watch {run.id}")
+
+
+async def created(session: Session, config: RunConfig, weights: Path | None) -> run_pb2.Run:
+    """Builds version 0 of a run and uploads it; returns the run.
+
+    Raises:
+        ServerUnreachable: Before anything is built, if the server is not there.
+        ModelInvalid: If the model or its weights cannot be had.
+        ConfigInvalid: If the PEFT method or an option of it is wrong.
+    """
+    require("train", "torch", "timm")
+    async with session.client() as server:
+        await server.runs()  # building takes long; a wrong address is found now
+        from fedpeft.models import build, fingerprint
+        from fedpeft.peft import tune
+
+        backbone = build(config.model, config.rounds.seed, weights)
+        tuned = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
+        with output.progress("uploading version 0") as progress:
+            return await server.create_run(
+                config,
+                tuned.spec,
+                fingerprint(backbone, tuned.spec),
+                tuned.state(),
+                backbone.parameters,
+                progress=progress,
+            )
+
+
+def _check(file: Path, config: RunConfig, as_json: bool) -> None:
+    """Says what a valid file means; the PEFT method's own options are checked on a model without values."""
+    require("train", "torch", "timm")
+    from fedpeft.peft import spec_of
+
+    spec = spec_of(config.model, config.peft.method, config.peft.options)
+    if as_json:
+        output.say_json(
+            {
+                "valid": True,
+                "name": config.name,
+                "method": spec.method,
+                "adapter_parameters": spec.parameters,
+                "config": config.model_dump(mode="json", exclude_none=True),
+            }
+        )
+        return
+    output.say(
+        f"{file} is valid: {spec.method} on {config.model.name}, {spec.parameters:,} parameters, "
+        f"{config.rounds.count} rounds of {config.rounds.clients} clients"
+    )

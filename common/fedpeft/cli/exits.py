@@ -1,0 +1,48 @@
+"""The exit codes of `fedpeft`, and which error ends with which.
+
+| code | meaning |
+|---:|---|
+| 0 | done |
+| 1 | failed: the sentence on standard error says what, where, and what to do |
+| 2 | wrong usage: a flag, an argument, a run file or a setting |
+| 3 | the server cannot be reached, or is shutting down |
+| 4 | no such run, version or ticket |
+| 5 | the run ended, or is held up, before it was completed |
+| 130 | interrupted with Ctrl-C |
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from fedpeft.errors import ConfigInvalid, FedpeftError, NotFound, SettingsInvalid, Unavailable
+
+IN_HELP = (
+    "Exit codes: 0 done; 1 failed; 2 wrong usage or run file; 3 server unreachable; 4 no such run or version; "
+    "5 run not completed; 130 interrupted."
+)
+
+
+class Exit(IntEnum):
+    """What the process ends with."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    NOT_FOUND = 4
+    NOT_COMPLETED = 5
+    INTERRUPTED = 130
+
+
+_CODES: tuple[tuple[type[FedpeftError], Exit], ...] = (
+    (ConfigInvalid, Exit.USAGE),
+    (SettingsInvalid, Exit.USAGE),
+    (Unavailable, Exit.UNREACHABLE),
+    (NotFound, Exit.NOT_FOUND),
+)
+
+
+def code_of(error: FedpeftError) -> Exit:
+    """Returns the exit code of an error."""
+    return next((code for cls, code in _CODES if isinstance(error, cls)), Exit.FAILED)

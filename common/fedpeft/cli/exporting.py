@@ -1,0 +1,141 @@
+"""`fedpeft run export`: an adapter version as a file, or a folder, that loads elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedpeft.cli import output
+from fedpeft.cli.session import Session, require, run_async, session_of
+from fedpeft.errors import BackboneMismatch, ConfigInvalid, SettingsInvalid, StateInvalid
+
+if TYPE_CHECKING:
+    from fedpeft.peft import TunedModel
+    from fedpeft.v1 import run_pb2
+
+
+class Format(StrEnum):
+    """What an adapter version is written as."""
+
+    SAFETENSORS = "safetensors"
+    TIMM = "timm"
+    PEFT = "peft"
+
+
+def export(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="ID", help="The run's id, as `run list` shows it.")],
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="The file to write; for peft, the folder.")],
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="safetensors: the adapter alone, as stored; timm: the whole model; peft: a Hugging Face LoRA folder.",
+        ),
+    ] = Format.SAFETENSORS,
+    version: Annotated[int | None, typer.Option("--version", min=0, help="The version; the newest if absent.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="A weights file, or a folder of them, for the run's backbone (timm, peft)."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write an adapter version as safetensors, a timm state dict, or a `peft` folder."""
+    _check_place(out, form)
+    written = run_async(exported(session_of(context), run, out, form, version, weights))
+    if as_json:
+        output.say_json({"run": run, "version": written, "format": str(form), "out": str(out)})
+    else:
+        output.say(f"version {written} of {run} is in {out} ({form})")
+
+
+async def exported(
+    session: Session, run: str, out: Path, form: Format, version: int | None = None, weights: Path | None = None
+) -> int:
+    """Writes an adapter version; returns its number.
+
+    Raises:
+        BackboneMismatch: If the weights here are not those that the run was made with.
+        ConfigInvalid: If the run's method has no such form.
+        StateInvalid: If `out` cannot be written.
+    """
+    if form is Format.SAFETENSORS:
+        async with session.client() as server:
+            with output.progress("downloading") as progress:
+                return (await server.download(run, out, version=version, progress=progress)).version
+    require("train", "torch", "timm", "peft")
+    with _scratch(out) as scratch:
+        adapter = Path(scratch) / "adapter.safetensors"
+        async with session.client() as server:
+            found, _ = await server.run(run)
+            _check_form(found.spec.method, form)
+            with output.progress("downloading") as progress:
+                header = await server.download(run, adapter, version=version, progress=progress)
+        _write(_tuned(found, adapter, weights), form, Path(scratch) / "whole", out)
+        return header.version
+
+
+def _check_place(out: Path, form: Format) -> None:
+    """Finds a place that cannot be written before anything is fetched or built."""
+    if not out.absolute().parent.is_dir():
+        raise SettingsInvalid(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+    if form is not Format.PEFT and out.is_dir():
+        raise SettingsInvalid(f"--out {out} is a folder; {form} is written as a file")
+    if form is Format.PEFT and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingsInvalid(f"--out {out} exists already; peft is written as a folder that is new or empty")
+
+
+def _check_form(method: str, form: Format) -> None:
+    """Finds a form that a method does not have before anything is downloaded."""
+    if form is Format.PEFT and method != "lora":
+        raise ConfigInvalid(f"--format peft is for lora, and this run tunes {method}; take safetensors or timm")
+
+
+def _scratch(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """Returns a folder beside `out`, so that what is finished there can be renamed into place."""
+    try:
+        return tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent)
+    except OSError as error:
+        raise StateInvalid(f"cannot write {out}: {error.strerror}") from None
+
+
+def _tuned(run: run_pb2.Run, adapter: Path, weights: Path | None) -> TunedModel:
+    """Returns the run's model with an adapter version, its backbone proved equal."""
+    from safetensors.numpy import load_file
+
+    from fedpeft.models import build, fingerprint
+    from fedpeft.peft import tune
+    from fedpeft.wire import config_from_proto
+
+    config = config_from_proto(run.config)
+    backbone = build(config.model, config.rounds.seed, weights)
+    tuned = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
+    found = fingerprint(backbone, tuned.spec)
+    if found != run.backbone_fingerprint:
+        raise BackboneMismatch(
+            f"the backbone here has fingerprint {found[:16]}, the run was made with {run.backbone_fingerprint[:16]}; "
+            "name the right weights file with --weights"
+        )
+    tuned.load(load_file(adapter))
+    return tuned
+
+
+def _write(tuned: TunedModel, form: Format, partial: Path, out: Path) -> None:
+    """Writes a model in full before it appears under its name."""
+    from fedpeft.export import as_peft, as_timm
+
+    try:
+        if form is Format.TIMM:
+            as_timm(tuned, partial)
+        else:
+            as_peft(tuned, partial)
+            if out.is_dir():
+                out.rmdir()
+        shutil.move(partial, out)
+    except OSError as error:
+        raise StateInvalid(f"cannot write {out}: {error.strerror}") from None

@@ -1,0 +1,287 @@
+"""The demo's federation: where its parts come from, how its processes are started, and what they leave.
+
+The order of things is in `hold`. Notable: whatever ends it, no process stays behind (`fedpeft.cli.processes`), and a
+folder that is not an earlier demo's is never cleared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fedpeft
+from fedpeft.cli import output, report, views
+from fedpeft.cli.creation import created
+from fedpeft.cli.following import Picture
+from fedpeft.cli.processes import Household, free_ports
+from fedpeft.cli.session import Session
+from fedpeft.cli.watching import watched
+from fedpeft.config import RunConfig, load_run_file
+from fedpeft.errors import ServerUnreachable, SettingsInvalid, TrainingFailed
+from fedpeft.operator_client import PATIENCE_S
+
+T = TypeVar("T")
+
+EXPERIMENT = Path("experiments/emoji")
+COLUMN = "vendor"
+"""The column whose values are the clients."""
+EVALUATOR = "evaluator"
+MARK = ".fedpeft-demo"
+"""File that marks a folder as a demo's, whose contents the next one may replace."""
+OURS = ("clients", "server", "state", "logs", "report.json", "accuracy.png", "adapter.safetensors")
+LOOK_PAUSE_S = 0.2
+
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+"""Seven processes share the machine: more threads each would only wait for one another."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a demo is made of.
+
+    Attributes:
+        out: Its folder.
+        experiment: The folder of the emoji experiment.
+        train: Parquet file, a client a value of `COLUMN`.
+        test: Parquet file of held-out images.
+        config: The run file, flags applied.
+        clients: How many clients, or all.
+        weights: File of the backbone's weights; None: the demo's own is fetched, or the hub's are used.
+        port: The server's, 0 for a free one.
+        metrics_port: Likewise.
+    """
+
+    out: Path
+    experiment: Path
+    train: Path
+    test: Path
+    config: RunConfig
+    clients: int | None
+    weights: Path | None
+    port: int
+    metrics_port: int
+
+
+def plan_of(
+    out: Path,
+    rounds: int | None,
+    clients: int | None,
+    data: Path | None,
+    weights: str | None,
+    port: int,
+    metrics_port: int,
+) -> Plan:
+    """Returns the plan that the flags make.
+
+    Raises:
+        SettingsInvalid: If a flag names what is not there.
+        ConfigInvalid: If the demo's run file is wrong.
+    """
+    experiment = _experiment()
+    data = data or experiment / "data"
+    for name in ("train.parquet", "test.parquet"):
+        if not (data / name).is_file():
+            raise SettingsInvalid(f"--data {data} has no {name}; name a folder of train.parquet and test.parquet")
+    file = None if weights in (None, "hub") else Path(str(weights))
+    if file is not None and not file.is_file():
+        raise SettingsInvalid(f"--weights {weights} is neither hub nor a file")
+    config = load_run_file(experiment / "demo.toml")
+    if weights == "hub":
+        config = config.model_copy(update={"model": config.model.model_copy(update={"weights": "hub"})})
+    if rounds is not None:
+        config = config.model_copy(update={"rounds": config.rounds.model_copy(update={"count": rounds})})
+    return Plan(
+        out.absolute(),
+        experiment,
+        data / "train.parquet",
+        data / "test.parquet",
+        config,
+        clients,
+        file,
+        port,
+        metrics_port,
+    )
+
+
+async def hold(plan: Plan) -> Picture:
+    """Holds the whole demo; returns the run as it ended.
+
+    Raises:
+        LocalError: If a process ends before its time, with the last lines of its log.
+        TrainingFailed: If the run was stopped before it was completed.
+    """
+    begun = time.monotonic()
+    _prepare(plan.out)
+    async with Household(plan.out / "logs", ONE_THREAD) as household:
+        weights = await _weights(plan, household)
+        names = _partition(plan)
+        session = await _serve(plan, household)
+        _start_clients(plan, household, session, names, weights)
+        output.say("building the model and creating the run ...")
+        config = _sized(plan.config, len(names))
+        run = await _guarded(household, created(session, config, weights))
+        picture = await _guarded(household, watched(session, run.id))
+        if views.state(picture.run) != "completed":
+            raise TrainingFailed(f"{run.id} was {views.state(picture.run)}: {picture.run.reason or 'no reason given'}")
+        await _leave(plan, session, picture, names, begun)
+        return picture
+
+
+def _experiment() -> Path:
+    """Returns the folder of the emoji experiment: in the checkout that is used, or the one that stands around here."""
+    around = [Path.cwd(), *Path.cwd().parents, *Path(fedpeft.__file__).resolve().parents]
+    for folder in around:
+        if (folder / EXPERIMENT / "demo.toml").is_file():
+            return folder / EXPERIMENT
+    raise SettingsInvalid(f"the demo needs {EXPERIMENT} of the project's source; run it inside a checkout")
+
+
+def _prepare(out: Path) -> None:
+    """Makes the demo's folder, and clears what an earlier demo left in it."""
+    try:
+        if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
+            raise SettingsInvalid(f"--out {out} holds something that is not a demo's; name a new or empty folder")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
+        for name in OURS:
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise SettingsInvalid(f"--out {out} cannot be used: {error.strerror}") from None
+
+
+async def _weights(plan: Plan, household: Household) -> Path | None:
+    """Returns the backbone's file; fetches and converts it the first time. None: no file is needed."""
+    if plan.weights is not None or plan.config.model.weights in ("hub", "none"):
+        return plan.weights
+    path = _cache(plan) / plan.config.model.weights
+    if not path.is_file():
+        output.say("fetching the backbone (once, about 97 MB) ...")
+    fetching = household.start("backbone", [str(plan.experiment / "backbone.py"), "--out", str(path)])
+    await fetching.until_ended()
+    household.children.remove(fetching)
+    if fetching.end() != 0:
+        raise fetching.death()
+    return path
+
+
+def _cache(plan: Plan) -> Path:
+    """Returns the folder that keeps the backbone: the checkout's `.demo`, or the user's cache."""
+    checkout = plan.experiment.parent.parent
+    if os.access(checkout, os.W_OK):
+        return checkout / ".demo"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpeft"
+
+
+def _partition(plan: Plan) -> dict[str, int]:
+    """Writes the images of each client, those of the vendors that have most; returns how many each has."""
+    from fedpeft.data.partitions import natural
+    from fedpeft.data.parts import write_parts
+    from fedpeft.data.sources import open_source
+
+    whole = natural(open_source(plan.train).column(COLUMN), COLUMN)
+    wanted = len(whole.names) if plan.clients is None else plan.clients
+    if wanted > len(whole.names):
+        raise SettingsInvalid(f"--clients {wanted}: {plan.train} has drawings of {len(whole.names)} vendors")
+    most = sorted(range(len(whole.names)), key=lambda k: -len(whole.parts[k]))[:wanted]
+    kept = sorted(most)
+    chosen = replace(whole, parts=tuple(whole.parts[k] for k in kept), names=tuple(whole.names[k] for k in kept))
+    record = write_parts(plan.train, chosen, plan.out / "clients")
+    names = {client["name"]: client["examples"] for client in record["clients"]}
+    output.say(f"clients: {', '.join(f'{name} ({count} images)' for name, count in names.items())}")
+    return names
+
+
+async def _serve(plan: Plan, household: Household) -> Session:
+    """Starts the server and waits until it answers."""
+    free = iter(free_ports(2))
+    listen = f"127.0.0.1:{plan.port or next(free)}"
+    metrics = f"127.0.0.1:{plan.metrics_port or next(free)}"
+    arguments = ["--data-dir", str(plan.out / "server"), "--listen", listen, "--metrics", metrics]
+    household.start("server", ["-m", "fedpeft_server", *arguments])
+    session = Session(listen)
+    await _guarded(household, _ready(session))
+    output.say(f"server on {listen}, metrics on http://{metrics}/metrics, logs in {plan.out / 'logs'}")
+    return session
+
+
+async def _ready(session: Session) -> None:
+    """Waits for the server's first answer."""
+    give_up = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            async with session.client() as server:
+                await server.runs()
+                return
+        except ServerUnreachable:
+            if time.monotonic() > give_up:
+                raise
+        await asyncio.sleep(LOOK_PAUSE_S)
+
+
+def _start_clients(
+    plan: Plan, household: Household, session: Session, names: Mapping[str, int], weights: Path | None
+) -> None:
+    """Starts a client beside each part of the data, and the evaluator beside the held-out images."""
+    shared = ["--server", session.server, "--threads", "1", "--device", "cpu"]
+    if weights is not None:
+        shared += ["--weights", str(weights)]
+    sites = {name: plan.out / "clients" / name for name in names} | {EVALUATOR: plan.test}
+    for name, data in sites.items():
+        own = ["--name", name, "--data", str(data), "--state-dir", str(plan.out / "state" / name)]
+        own += ["--evaluate"] if name == EVALUATOR else []
+        household.start(name, ["-m", "fedpeft_client", *shared, *own])
+
+
+def _sized(config: RunConfig, clients: int) -> RunConfig:
+    """Returns the run file for so many clients, all of which every round wants."""
+    rounds = config.rounds.model_copy(update={"clients": clients, "quorum": None, "min_available": None})
+    return config.model_copy(update={"rounds": rounds})
+
+
+async def _guarded(household: Household, work: Coroutine[Any, Any, T]) -> T:
+    """Returns what `work` does, unless a process of the household ends first."""
+    working, keeping = asyncio.ensure_future(work), asyncio.ensure_future(household.keep())
+    try:
+        await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
+        if keeping.done():
+            keeping.result()
+        return working.result()
+    finally:
+        for task in (working, keeping):
+            task.cancel()
+        await asyncio.gather(working, keeping, return_exceptions=True)
+
+
+async def _leave(plan: Plan, session: Session, picture: Picture, names: Mapping[str, int], begun: float) -> None:
+    """Writes the results and says what came out."""
+    async with session.client() as server:
+        await server.download(picture.run.id, plan.out / "adapter.safetensors")
+    made = report.report_of(picture, names, time.monotonic() - begun)
+    report.write_json(made, plan.out / "report.json")
+    report.write_png(made, plan.out / "accuracy.png")
+    for line in report.summary(made):
+        output.say(line)
+
+
+def hold_until_signalled(plan: Plan) -> bool:
+    """Holds the demo; returns False if SIGTERM or SIGHUP ended it, as Ctrl-C does by `KeyboardInterrupt`."""
+
+    async def holding() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        for each in (signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(each, task.cancel)
+        await hold(plan)
+
+    try:
+        asyncio.run(holding())
+    except asyncio.CancelledError:
+        return False
+    return True

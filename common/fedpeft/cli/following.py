@@ -1,0 +1,129 @@
+"""Following a run: the picture that a watch's changes add up to, kept through restarts of the server.
+
+Notable: a watch ends with the run, but the last version is scored after that; where an evaluator is at work, its
+figures are waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from fedpeft.cli import views
+from fedpeft.cli.session import Session
+from fedpeft.errors import FedpeftError, Unavailable
+from fedpeft.operator_client import FINISHED, PATIENCE_S, OperatorClient
+from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 15.0
+SCORE_PAUSE_S = 0.5
+"""Pause between two looks for the last version's figures."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A run as it is known now.
+
+    Attributes:
+        run: The run.
+        rounds: Every round by number, the one in progress included.
+        changed: The numbers of the rounds that the newest change brought.
+        lost: Why there is no connection, in a sentence; empty while there is one.
+        waiting: What is still awaited once the run is over; empty if nothing.
+    """
+
+    run: run_pb2.Run
+    rounds: dict[int, run_pb2.Round] = field(default_factory=dict)
+    changed: frozenset[int] = frozenset()
+    lost: str = ""
+    waiting: str = ""
+
+    def fold(self, change: operator_service_pb2.WatchRunResponse) -> Picture:
+        """Returns the picture after a change."""
+        new = {r.number: r for r in change.rounds}
+        return Picture(change.run, {**self.rounds, **new}, frozenset(new))
+
+    @property
+    def committed(self) -> list[run_pb2.Round]:
+        """The rounds whose record is final."""
+        return views.committed(self.rounds.values())
+
+    @property
+    def current(self) -> run_pb2.Round | None:
+        """The round in progress."""
+        return views.in_progress(self.run, self.rounds.values())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is completed or stopped."""
+        return self.run.state in FINISHED
+
+
+async def follow(session: Session, run: str) -> AsyncIterator[Picture]:
+    """Yields the run after every change, and with `lost` set while the server is away, until the run is finished.
+
+    Raises:
+        ServerUnreachable: If the server was not there in the first place.
+        RunNotFound: If there is no such run.
+    """
+    async with session.client() as server:
+        found, _ = await server.run(run)
+    picture = Picture(found)
+    pause_s = FIRST_PAUSE_S
+    while not picture.finished or not picture.rounds:
+        try:
+            async with session.client() as server:
+                async for change in server.watch(run):
+                    pause_s = FIRST_PAUSE_S
+                    picture = picture.fold(change)
+                    yield picture
+            break
+        except Unavailable as error:
+            picture = replace(picture, changed=frozenset(), lost=_first_sentence(error))
+            yield picture
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+    async for scored in _scored(session, picture):
+        yield scored
+
+
+async def _scored(session: Session, picture: Picture) -> AsyncIterator[Picture]:
+    """Yields the picture as figures come in until the last version has its own, if somebody was at work on them.
+
+    It ends when no version was scored for `PATIENCE_S`: figures that never come are no fault of the run, which is over.
+    """
+    last, now = picture.run.version, asyncio.get_running_loop().time
+    try:
+        async with session.client() as server:
+            if not last or not await _evaluator_seen(server, picture.run):
+                return
+            give_up = now() + PATIENCE_S
+            while last not in (scored := _scored_versions(picture.rounds)) and now() < give_up:
+                waiting = f"waiting for the evaluator's figures of version {last}"
+                yield (picture := replace(picture, changed=frozenset(), waiting=waiting))
+                await asyncio.sleep(SCORE_PAUSE_S)
+                rounds = {r.number: r for r in await server.rounds(picture.run.id)}
+                if new := _scored_versions(rounds) - scored:
+                    give_up = now() + PATIENCE_S
+                    yield (picture := replace(picture, rounds=rounds, changed=frozenset(new), waiting=""))
+    except FedpeftError:
+        return
+
+
+def _scored_versions(rounds: Mapping[int, run_pb2.Round]) -> set[int]:
+    return {number for number, round_ in rounds.items() if "accuracy" in round_.metrics}
+
+
+async def _evaluator_seen(server: OperatorClient, run: run_pb2.Run) -> bool:
+    """Whether an evaluator has called since the run was created; one that computes right now looks as if away."""
+    return any(
+        client.role == federation_service_pb2.CLIENT_ROLE_EVALUATOR
+        and client.last_seen.ToNanoseconds() >= run.created_at.ToNanoseconds()
+        for client in await server.clients()
+    )
+
+
+def _first_sentence(error: FedpeftError) -> str:
+    return error.message.partition(";")[0]

@@ -1,0 +1,103 @@
+"""Where words go: tables and progress on a terminal, aligned plain text otherwise, and with `--json` JSON alone.
+
+Standard output carries results; what is said about them goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+KIB = 1024
+MIB = KIB * KIB
+
+
+def size(count: int) -> str:
+    """Returns a number of bytes for people, in binary units: `512 B`, `702.4 KiB`, `327.59 MiB`."""
+    if count < KIB:
+        return f"{count} B"
+    if count < MIB:
+        return f"{count / KIB:.1f} KiB"
+    if count < KIB * MIB:
+        return f"{count / MIB:.2f} MiB"
+    return f"{count / (KIB * MIB):.2f} GiB"
+
+
+def mib(count: int) -> str:
+    """Returns a number of bytes in MiB with three digits that say something."""
+    value = count / MIB
+    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def percent(share: float | None) -> str:
+    """Returns a share of 1 as per cent, or a dash where there is none."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def is_terminal() -> bool:
+    """Whether a person looks at standard output."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def say(text: str) -> None:
+    """Writes a line of result."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Writes a line about the work to standard error."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def say_json(value: Any, *, line: bool = False) -> None:
+    """Writes JSON: indented, or as one line."""
+    say(json.dumps(value, ensure_ascii=False, indent=None if line else 2))
+
+
+def say_table(columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:
+    """Writes a table.
+
+    Args:
+        columns: The headings.
+        rows: The cells, as many a row as there are headings.
+        right: Headings of the columns that are aligned to the right, such as numbers.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    if is_terminal():
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    for row in [list(columns), *cells]:
+        parts = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for cell, width, column in zip(row, widths, columns, strict=True)
+        ]
+        say("  ".join(parts).rstrip())
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows a bar on standard error while bytes move, if a person looks; yields what to call with (done, total)."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

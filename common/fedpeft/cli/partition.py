@@ -1,0 +1,113 @@
+"""`fedpeft partition`: writes what each of several clients has of a data set, and says how skewed that came out."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedpeft.cli import output, views
+from fedpeft.cli.session import require
+from fedpeft.errors import SettingsInvalid
+
+if TYPE_CHECKING:
+    from fedpeft.data.interface import Source
+    from fedpeft.data.partitions import Partition
+
+SHOWN = 20
+"""Clients listed for people; partition.json has them all."""
+
+
+class Law(StrEnum):
+    """How rows are given to clients."""
+
+    IID = "iid"
+    DIRICHLET = "dirichlet"
+    QUANTITY = "quantity"
+    NATURAL = "natural"
+
+
+def partition(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Parquet file, folder of parquet files, or image folder.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; a folder or file a client.")],
+    law: Annotated[
+        Law,
+        typer.Option(
+            "--partition",
+            help="iid; dirichlet: label skew; quantity: size skew; natural: a client a value of --column.",
+        ),
+    ] = Law.IID,
+    clients: Annotated[int | None, typer.Option("--clients", min=1, help="Clients, for all but natural.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="Concentration for dirichlet and quantity: smaller is more skewed.")
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option("--column", help="Column whose values are the clients, for natural.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the draws.")] = 0,
+    index: Annotated[
+        bool, typer.Option("--index", help="Write index files that name rows of SOURCE in place of copies.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print partition.json.")] = False,
+) -> None:
+    """Divide a data set among clients."""
+    _check(law, clients, alpha, column)
+    require("train", "pyarrow")
+    from fedpeft.data.parts import write_parts
+    from fedpeft.data.sources import open_source
+
+    cut = _cut(open_source(source), law, clients or 1, 0.0 if alpha is None else alpha, column or "", seed)
+    record = write_parts(source, cut, out, index=index)
+    if as_json:
+        output.say_json(record)
+        return
+    for line in _lines(record, out):
+        output.say(line)
+
+
+def _check(law: Law, clients: int | None, alpha: float | None, column: str | None) -> None:
+    """Finds a flag that is missing for the law, or that it would ignore."""
+    wants = {
+        "--clients": (clients, law is not Law.NATURAL),
+        "--alpha": (alpha, law in (Law.DIRICHLET, Law.QUANTITY)),
+        "--column": (column, law is Law.NATURAL),
+    }
+    for flag, (value, wanted) in wants.items():
+        if wanted and value is None:
+            raise SettingsInvalid(f"--partition {law} needs {flag}")
+        if value is not None and not wanted:
+            raise SettingsInvalid(f"--partition {law} takes no {flag}; leave it out")
+
+
+def _cut(source: Source, law: Law, clients: int, alpha: float, column: str, seed: int) -> Partition:
+    from fedpeft.data import partitions
+
+    match law:
+        case Law.IID:
+            return partitions.iid(len(source), clients, seed)
+        case Law.DIRICHLET:
+            return partitions.dirichlet(source.labels, clients, alpha, seed)
+        case Law.QUANTITY:
+            return partitions.quantity(len(source), clients, alpha, seed)
+        case Law.NATURAL:
+            return partitions.natural(source.column(column), column)
+
+
+def _lines(record: views.Json, out: Path) -> list[str]:
+    """Returns what is said of a partition: who has what, and its realised skew."""
+    skew = record["skew"]
+    lines = [f"{record['rows']:,} rows for {len(record['clients'])} clients ({record['variant']}) are in {out}"]
+    lines += [f"  {client['name']}: {client['examples']:,}" for client in record["clients"][:SHOWN]]
+    if len(record["clients"]) > SHOWN:
+        lines.append(f"  and {len(record['clients']) - SHOWN:,} more, in partition.json")
+    return [
+        *lines,
+        f"label skew: total variation {skew['total_variation']:.3f}, Jensen-Shannon {skew['jensen_shannon']:.3f} bits, "
+        f"{skew['classes_per_client']:.1f} classes a client",
+        f"size skew: {skew['smallest']:,} to {skew['largest']:,} rows, Gini {skew['gini']:.3f}, "
+        f"as good as {skew['effective_clients']:.1f} equal clients",
+    ]

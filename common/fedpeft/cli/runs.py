@@ -1,0 +1,170 @@
+"""`fedpeft run`: list, show, pause, resume, stop, delete; create, watch, export, verify have modules of their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedpeft.cli import creation, exporting, output, verifying, views, watching
+from fedpeft.cli.session import Session, run_async, session_of
+
+if TYPE_CHECKING:
+    from fedpeft.v1 import run_pb2
+
+app = typer.Typer(no_args_is_help=True, help="Runs: create, watch, steer, take the result away.")
+
+Id = Annotated[str, typer.Argument(metavar="ID", help="The run's id, as `run list` shows it.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why, for whoever looks later.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("list")
+def list_(context: typer.Context, as_json: AsJson = False) -> None:
+    """List all runs, oldest first."""
+    rows = run_async(_rows(session_of(context)))
+    if as_json:
+        output.say_json(rows)
+        return
+    output.say_table(
+        ("RUN", "NAME", "STATE", "VERSION", "OF", "METHOD", "MODEL", "CREATED"),
+        [
+            (
+                row["run"],
+                row["name"],
+                row["state"],
+                row["version"],
+                row["rounds"],
+                row["method"],
+                row["model"],
+                row["created_at"],
+            )
+            for row in rows
+        ],
+        right=("VERSION", "OF"),
+    )
+
+
+@app.command("show")
+def show(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
+    """Show a run: its state, its committed rounds with their bytes, the round in progress."""
+    whole = run_async(_whole(session_of(context), run))
+    if as_json:
+        output.say_json(whole)
+        return
+    for line in _headline(whole):
+        output.say(line)
+    if whole["rounds"]:
+        _say_rounds(whole["rounds"])
+    if whole["in_progress"]:
+        output.say(_progress_line(whole["in_progress"]))
+
+
+@app.command("pause")
+def pause(context: typer.Context, run: Id, reason: Reason = "", as_json: AsJson = False) -> None:
+    """Let no new round open; the open one goes on."""
+    _steer(session_of(context), "pause", run, reason, as_json)
+
+
+@app.command("resume")
+def resume(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
+    """Let rounds open again."""
+    _steer(session_of(context), "resume", run, "", as_json)
+
+
+@app.command("stop")
+def stop(context: typer.Context, run: Id, reason: Reason = "", as_json: AsJson = False) -> None:
+    """End a run for good; what is committed stays."""
+    _steer(session_of(context), "stop", run, reason, as_json)
+
+
+@app.command("delete")
+def delete(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
+    """Remove a completed or stopped run with all its versions and records."""
+    run_async(_delete(session_of(context), run))
+    if as_json:
+        output.say_json({"run": run, "deleted": True})
+    else:
+        output.say(f"{run} is deleted")
+
+
+app.command("create")(creation.create)
+app.command("watch")(watching.watch)
+app.command("export")(exporting.export)
+app.command("verify")(verifying.verify)
+
+
+async def _rows(session: Session) -> list[views.Json]:
+    async with session.client() as server:
+        return [views.run_row(run) for run in await server.runs()]
+
+
+async def _whole(session: Session, run: str) -> views.Json:
+    async with session.client() as server:
+        found, current = await server.run(run)
+        return views.run_json(found, await server.rounds(run), current)
+
+
+async def _delete(session: Session, run: str) -> None:
+    async with session.client() as server:
+        await server.delete(run)
+
+
+def _steer(session: Session, verb: str, run: str, reason: str, as_json: bool) -> None:
+    """Calls one of pause, resume, stop, and says what the run's state is afterwards."""
+    row = views.run_row(run_async(_steered(session, verb, run, reason)))
+    if as_json:
+        output.say_json(row)
+    else:
+        output.say(f"{run} is {row['state']}" + (f": {row['reason']}" if row["reason"] else ""))
+
+
+async def _steered(session: Session, verb: str, run: str, reason: str) -> run_pb2.Run:
+    async with session.client() as server:
+        match verb:
+            case "pause":
+                return await server.pause(run, reason)
+            case "stop":
+                return await server.stop(run, reason)
+            case _:
+                return await server.resume(run)
+
+
+def _headline(whole: views.Json) -> list[str]:
+    """Returns what is said of a run before its rounds."""
+    config = whole["config"]
+    tuned, model = whole["adapter_parameters"], whole["model_parameters"]
+    share = f" of {model:,} ({100 * tuned / model:.2f} %)" if model else ""
+    reason = f": {whole['reason']}" if whole["reason"] else ""
+    return [
+        f"{whole['run']} {whole['name']!r} is {whole['state']}{reason}",
+        f"  {whole['method']} on {config['model']['name']}, {tuned:,} parameters{share}",
+        f"  version {whole['version']} of {config['rounds']['count']}, created {whole['created_at'] or '-'}",
+    ]
+
+
+def _say_rounds(rounds: list[views.Json]) -> None:
+    output.say_table(
+        ("ROUND", "CLIENTS", "ACCURACY", "UP", "DOWN", "FULL FINE-TUNING", "SECONDS"),
+        [
+            (
+                row["version"],
+                len(row["clients"]),
+                output.percent(row["metrics"].get("accuracy")),
+                output.size(row["wire_bytes_up"]),
+                output.size(row["wire_bytes_down"]),
+                output.size(row["full_bytes_each_way"]) if row["full_bytes_each_way"] else "-",
+                "-" if row["seconds"] is None else f"{row['seconds']:.1f}",
+            )
+            for row in rounds
+        ],
+        right=("ROUND", "CLIENTS", "ACCURACY", "UP", "DOWN", "FULL FINE-TUNING", "SECONDS"),
+    )
+
+
+def _progress_line(row: views.Json) -> str:
+    if row["phase"] == "waiting":  # nobody was asked yet; the run's reason says how many are missing
+        return f"round {row['round']} has not begun"
+    awaited = ", ".join(row["awaited"]) or "nobody"
+    deadline = f"; deadline {row['deadline']}" if row["deadline"] else ""
+    return f"round {row['round']} is {row['phase']}: {len(row['received'])} received, waiting for {awaited}{deadline}"

@@ -1,0 +1,129 @@
+"""`fedpeft simulate`: a run file's federation in one process, without a server."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpeft.cli import output, views
+from fedpeft.cli.exits import Exit
+from fedpeft.cli.session import require
+
+COLUMNS = ("ROUND", "CLIENTS", "ACCURACY", "TRAIN LOSS", "UP", "DOWN", "FULL FINE-TUNING", "SECONDS")
+
+
+def simulate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file (TOML).")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="A folder of clients that fedpeft partition wrote, or one data set that the run file divides.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for adapter.safetensors, report.json, records.jsonl.")
+    ],
+    evaluate: Annotated[
+        Path | None, typer.Option("--eval", metavar="PATH", help="Held-out data on which every version is scored.")
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights", help="A weights file, or a folder of them, that stands here for the one the file names."
+        ),
+    ] = None,
+    label_map: Annotated[
+        Path | None,
+        typer.Option("--label-map", metavar="FILE", help="TOML or JSON of own class name = run class, for all data."),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of torch; torch's own choice if absent.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+) -> None:
+    """Hold a run's federation in this process, client after client, with the code of server and client.
+
+    The adapter has the bits that a server and its agents give. Ends with 5 if a round could not get its updates.
+    """
+    from fedpeft.config import load_run_file
+
+    config = load_run_file(file)
+    require("train", "torch", "timm", "pyarrow")
+    import structlog
+    import torch
+
+    from fedpeft import simulation
+
+    # Standard output carries the result alone; looked up anew, because who captures standard error replaces it.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    clients, partition = simulation.clients_of(data, config)
+    report = simulation.simulate(
+        config,
+        clients,
+        out,
+        evaluate,
+        weights,
+        label_map=label_map,
+        device=device,
+        partition=partition,
+        committed=None if as_json else lambda row: output.note(_line(row, config.rounds.count)),
+    )
+    if as_json:
+        output.say_json(report)
+    else:
+        _say(report, out)
+    if report["state"] != "completed":
+        output.note(f"fedpeft: the run is paused: {report['reason']}")
+        raise typer.Exit(Exit.NOT_COMPLETED)
+
+
+def _line(row: views.Json, count: int) -> str:
+    """Returns what is said of a round as soon as it is committed."""
+    metrics = row["metrics"]
+    said = [f"round {row['version']} of {count}", f"{len(row['clients'])} updates"]
+    if "accuracy" in metrics:
+        said.append(f"accuracy {output.percent(metrics['accuracy'])}")
+    if "train_loss" in metrics:
+        said.append(f"training loss {metrics['train_loss']:.3f}")
+    return ", ".join([*said, f"{row['seconds']:.1f} s"])
+
+
+def _say(report: views.Json, out: Path) -> None:
+    tuned, model = report["adapter_parameters"], report["model_parameters"]
+    output.say(
+        f"{report['name']!r} is {report['state']}: {report['method']}, {tuned:,} parameters of {model:,} "
+        f"({100 * tuned / model:.2f} %); bytes are those of the encoded tensors"
+    )
+    if report["partition"]:
+        skew = report["partition"]["skew"]
+        output.say(
+            f"  {skew['clients']} clients ({report['partition']['variant']}): {skew['smallest']:,} to "
+            f"{skew['largest']:,} rows, label skew {skew['total_variation']:.3f}"
+        )
+    if "accuracy" in report["initial_metrics"]:
+        output.say(f"  accuracy of version 0: {output.percent(report['initial_metrics']['accuracy'])}")
+    if report["rounds"]:
+        output.say_table(COLUMNS, [_row(row) for row in report["rounds"]], right=COLUMNS)
+    output.say(f"results: {out / 'adapter.safetensors'}, {out / 'report.json'}, {out / 'records.jsonl'}")
+
+
+def _row(row: views.Json) -> tuple[object, ...]:
+    metrics = row["metrics"]
+    return (
+        row["version"],
+        len(row["clients"]),
+        output.percent(metrics.get("accuracy")),
+        f"{metrics['train_loss']:.3f}" if "train_loss" in metrics else "-",
+        output.size(row["payload_bytes_up"]),
+        output.size(row["payload_bytes_down"]),
+        output.size(row["full_bytes_each_way"]),
+        f"{row['seconds']:.1f}",
+    )

@@ -1,0 +1,216 @@
+"""What the server's answers are for a reader: JSON objects and figures, from the protocol's messages alone.
+
+Notable: an identifier, a state or a phase is in lower case without its enum's prefix; times are ISO 8601 in UTC; sizes
+are bytes; a version's figures stand with the round that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2, tensor_pb2
+
+BYTES_PER_PARAMETER = 4
+"""Float32: what a parameter costs one way where nothing is encoded."""
+
+Json = dict[str, Any]
+
+
+def state(run: run_pb2.Run) -> str:
+    """Returns running, paused, completed or stopped."""
+    return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+
+
+def phase(round_: run_pb2.Round) -> str:
+    """Returns waiting, open, aggregating or committed."""
+    return run_pb2.RoundPhase.Name(round_.phase).removeprefix("ROUND_PHASE_").lower()
+
+
+def role(client: operator_service_pb2.Client) -> str:
+    """Returns trainer or evaluator."""
+    return federation_service_pb2.ClientRole.Name(client.role).removeprefix("CLIENT_ROLE_").lower()
+
+
+def counted(round_: run_pb2.Round) -> list[str]:
+    """Returns the clients whose updates are counted, by id."""
+    return [t.client for t in round_.tickets if t.state == run_pb2.TICKET_STATE_RECEIVED]
+
+
+def awaited(round_: run_pb2.Round) -> list[str]:
+    """Returns the clients that hold an open ticket, by id."""
+    return [t.client for t in round_.tickets if t.state == run_pb2.TICKET_STATE_ISSUED]
+
+
+def committed(rounds: Iterable[run_pb2.Round]) -> list[run_pb2.Round]:
+    """Returns the rounds whose record is final, by number."""
+    final = [r for r in rounds if r.phase == run_pb2.ROUND_PHASE_COMMITTED]
+    return sorted(final, key=lambda r: r.number)
+
+
+def in_progress(run: run_pb2.Run, rounds: Iterable[run_pb2.Round]) -> run_pb2.Round | None:
+    """Returns the round being held, if the run is not finished."""
+    if run.state not in (run_pb2.RUN_STATE_RUNNING, run_pb2.RUN_STATE_PAUSED):
+        return None
+    later = [r for r in rounds if r.number > run.version and r.phase != run_pb2.ROUND_PHASE_COMMITTED]
+    return max(later, key=lambda r: r.number, default=None)
+
+
+def moment(stamp: Timestamp) -> str | None:
+    """Returns a time as ISO 8601 in UTC, or None where none is set."""
+    if not stamp.seconds and not stamp.nanos:
+        return None
+    return stamp.ToDatetime(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def seconds(round_: run_pb2.Round) -> float | None:
+    """Returns how long a committed round took, from its first ticket."""
+    if not round_.committed_at.seconds or not round_.opened_at.seconds:
+        return None
+    taken = round_.committed_at.ToDatetime(UTC) - round_.opened_at.ToDatetime(UTC)
+    return round(taken.total_seconds(), 3)
+
+
+def remaining_s(round_: run_pb2.Round, now: datetime) -> float | None:
+    """Returns seconds until the deadline, or None where there is none yet."""
+    if not round_.deadline.seconds:
+        return None
+    return (round_.deadline.ToDatetime(UTC) - now).total_seconds()
+
+
+def adapter_parameters(spec: tensor_pb2.AdapterSpec) -> int:
+    """Returns the number of tuned values."""
+    total = 0
+    for tensor in spec.tensors:
+        size = 1
+        for extent in tensor.shape:
+            size *= extent
+        total += size
+    return total
+
+
+def full_bytes(run: run_pb2.Run, clients: int) -> int:
+    """Returns what full fine-tuning would send each way for so many clients in one round; 0 if it is not known."""
+    return run.model_parameters * BYTES_PER_PARAMETER * clients
+
+
+def run_row(run: run_pb2.Run) -> Json:
+    """Returns what a list of runs shows of one."""
+    return {
+        "run": run.id,
+        "name": run.config.name,
+        "state": state(run),
+        "reason": run.reason,
+        "version": run.version,
+        "rounds": run.config.rounds.count,
+        "model": run.config.model.name,
+        "method": run.spec.method,
+        "created_at": moment(run.created_at),
+    }
+
+
+def run_json(run: run_pb2.Run, rounds: Iterable[run_pb2.Round], current: run_pb2.Round | None) -> Json:
+    """Returns the whole of a run: its state, every committed round, and the one in progress."""
+    final = committed(rounds)
+    last = final[-1].number if final else run.version
+    return {
+        "run": run.id,
+        "name": run.config.name,
+        "state": state(run),
+        "reason": run.reason,
+        "round": current.number if current else last,
+        "version": run.version,
+        "created_at": moment(run.created_at),
+        "method": run.spec.method,
+        "adapter_parameters": adapter_parameters(run.spec),
+        "model_parameters": run.model_parameters,
+        "backbone_fingerprint": run.backbone_fingerprint,
+        "initial_metrics": dict(sorted(run.initial_metrics.items())),
+        "config": json_format.MessageToDict(run.config, preserving_proto_field_name=True),
+        "rounds": [round_json(r, run) for r in final],
+        "in_progress": progress_json(current) if current else None,
+    }
+
+
+def change_json(run: run_pb2.Run, rounds: Iterable[run_pb2.Round], current: run_pb2.Round | None) -> Json:
+    """Returns one line of a watch: as `run_json` without what never changes, `rounds` being those that did."""
+    whole = run_json(run, rounds, current)
+    constant = ("created_at", "method", "adapter_parameters", "model_parameters", "backbone_fingerprint", "config")
+    return {key: value for key, value in whole.items() if key not in constant}
+
+
+def round_json(round_: run_pb2.Round, run: run_pb2.Run) -> Json:
+    """Returns a committed round."""
+    clients = counted(round_)
+    return {
+        "version": round_.number,
+        "clients": clients,
+        **_bytes(round_),
+        "full_bytes_each_way": full_bytes(run, len(clients)),
+        "metrics": dict(sorted(round_.metrics.items())),
+        "tickets": [_ticket(t) for t in round_.tickets],
+        "extensions": round_.extensions,
+        "opened_at": moment(round_.opened_at),
+        "committed_at": moment(round_.committed_at),
+        "seconds": seconds(round_),
+        "record_sha256": round_.record_sha256,
+    }
+
+
+def progress_json(round_: run_pb2.Round) -> Json:
+    """Returns the round in progress."""
+    return {
+        "round": round_.number,
+        "phase": phase(round_),
+        "base_version": round_.base_version,
+        "awaited": awaited(round_),
+        "received": counted(round_),
+        "opened_at": moment(round_.opened_at),
+        "deadline": moment(round_.deadline),
+        "extensions": round_.extensions,
+        **_bytes(round_),
+        "tickets": [_ticket(t) for t in round_.tickets],
+    }
+
+
+def client_json(client: operator_service_pb2.Client) -> Json:
+    """Returns a client."""
+    return {
+        "client": client.id,
+        "role": role(client),
+        "activity": client.activity,
+        "updates": client.updates,
+        "examples": client.capabilities.examples,
+        "device": client.capabilities.device,
+        "software": client.capabilities.software,
+        "first_seen": moment(client.first_seen),
+        "last_seen": moment(client.last_seen),
+    }
+
+
+def _bytes(holder: run_pb2.Round | run_pb2.Ticket) -> Json:
+    return {
+        "wire_bytes_up": holder.wire_bytes_up,
+        "wire_bytes_down": holder.wire_bytes_down,
+        "payload_bytes_up": holder.payload_bytes_up,
+        "payload_bytes_down": holder.payload_bytes_down,
+    }
+
+
+def _ticket(ticket: run_pb2.Ticket) -> Json:
+    return {
+        "ticket": ticket.id,
+        "client": ticket.client,
+        "state": run_pb2.TicketState.Name(ticket.state).removeprefix("TICKET_STATE_").lower(),
+        "reason": ticket.reason,
+        "examples": ticket.examples,
+        "weight": ticket.weight,
+        "update_norm": ticket.update_norm,
+        "payload_sha256": ticket.payload_sha256,
+        **_bytes(ticket),
+        "metrics": dict(sorted(ticket.metrics.items())),
+    }

@@ -1,0 +1,70 @@
+"""Codecs: ways of writing float32 values as bytes. One file an encoding; NumPy only.
+
+A codec is stateless and works on one tensor at a time. What is lost by a lossy one is found by decoding again, so
+error feedback needs nothing from the codec (`fedpeft.updates`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.registry import Registry
+
+Values = NDArray[np.float32]
+
+BLOCK_ELEMENTS = 65_536
+"""Elements decoded at once while folding: 256 KiB of float32, which stays in a core's cache."""
+
+
+class Codec(ABC):
+    """One encoding of a flat float32 tensor.
+
+    Guarantees: `decode(encode(x))` is the same for equal x on every machine; a second pass through
+    the codec changes nothing more; whatever passes `check` is what `encode` would write for the
+    values it holds, so one tensor has one encoding; nothing is allocated in proportion to a claimed
+    count or size before `check` has passed.
+    """
+
+    name: str
+    """The registered name, as the manifest writes it."""
+
+    @abstractmethod
+    def encode(self, values: Values) -> bytes:
+        """Writes values, finite float32 [n], as little-endian bytes.
+
+        A value beyond the encoding's range becomes its largest finite one, never an infinity.
+        """
+
+    @abstractmethod
+    def check(self, data: memoryview, n: int) -> None:
+        """Checks that `data` is an encoding of n finite values.
+
+        Raises:
+            PayloadInvalid: With what is wrong: length, order, bounds, or a value that is not finite.
+        """
+
+    @abstractmethod
+    def blocks(self, data: memoryview, n: int, size: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, Values]]:
+        """Yields (start, float32 [size, the last one less]) in order, covering 0 to n.
+
+        Call `check` first. A block may be a read-only view of `data`, and between two blocks no more
+        than a few dozen bytes are kept, so that thousands of these can run side by side.
+        """
+
+    @abstractmethod
+    def length_bounds(self, n: int) -> tuple[int, int]:
+        """Returns the fewest and most bytes that an encoding of n values can have."""
+
+    def decode(self, data: memoryview, n: int) -> Values:
+        """Returns all values, float32 [n]. Call `check` first."""
+        out = np.empty(n, np.float32)
+        for start, block in self.blocks(data, n):
+            out[start : start + block.size] = block
+        return out
+
+
+codecs: Registry[Codec] = Registry("fedpeft.codecs", "encoding")

@@ -1,0 +1,322 @@
+"""The run file: one frozen, validated model of what a run is. `docs/run-file.md` is made from it.
+
+The TOML file, the message `fedpeft.v1.RunConfig` and these models have the same names; a test holds them equal.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from fedpeft.aggregation import strategy
+from fedpeft.codecs import codecs
+from fedpeft.errors import ConfigInvalid, FedpeftError
+
+
+def _plain(text: str) -> str:
+    """Refuses control characters: names are printed on terminals, where they would move the cursor or worse."""
+    if wrong := [c for c in text if unicodedata.category(c) == "Cc"]:
+        raise ValueError(f"holds the control character {wrong[0]!r}")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_plain)]
+ClassName = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_plain)]
+DenseEncoding = Literal["float32", "float16", "bfloat16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """`[model]`: the pre-trained model."""
+
+    name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.\-]+$")]
+    """timm's name, for example vit_base_patch16_224."""
+    weights: Annotated[str, Field(min_length=1, max_length=1024)] = "hub"
+    """hub, none (random, seeded), or a file that each client resolves and proves by fingerprint."""
+    image_size: Annotated[int, Field(ge=8, le=2048)] | None = None
+    """Side of the square input in pixels; the model's own if absent."""
+    classes: tuple[ClassName, ...]
+    """Class names, in the order of the logits; a site maps its own labels to these."""
+    depth: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Number of transformer blocks, cut from the front; the model's own if absent."""
+    pooling: Literal["token", "avg", "avgmax", "max"] | None = None
+    """timm's global pooling; the model's own if absent."""
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        if not 2 <= len(classes) <= 100_000:
+            raise ValueError(f"{len(classes)} classes; at least 2 (and at most 100,000) are needed")
+        if twice := sorted(name for name, times in Counter(classes).items() if times > 1):
+            raise ValueError(f"class {twice[0]!r} is named twice")
+        return classes
+
+
+class _Optioned(_Section):
+    """A section whose further keys are the options of what it names."""
+
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        """Moves the keys beside the fields into `options`, as the TOML file writes them."""
+        if not isinstance(data, Mapping):
+            return data
+        own = {k: v for k, v in data.items() if k in cls.model_fields}
+        beside = {k: v for k, v in data.items() if k not in cls.model_fields}
+        return {**own, "options": {**own.get("options", {}), **beside}}
+
+
+class PeftConfig(_Optioned):
+    """`[peft]`: the method; its options stand beside it and are checked by the method itself."""
+
+    method: Annotated[str, Field(min_length=1, max_length=64)]
+    """Registered name of the method: full, head, bias, adapter, prompt, lora..."""
+
+
+class RoundsConfig(_Section):
+    """`[rounds]`: how many rounds, of how many clients, and when a round closes."""
+
+    count: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    """Number of rounds."""
+    clients: Annotated[int, Field(ge=1, le=100_000)] = 8
+    """Clients whose updates a round wants."""
+    quorum: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Fewest updates a round commits with at its deadline; `clients` if absent."""
+    min_available: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Clients that must be waiting before any are sampled, at least the quorum; as many as are sampled if absent."""
+    deadline_s: Annotated[float, Field(ge=0.1, le=30 * 86_400)] = 600.0
+    """Seconds from a round's opening to its deadline."""
+    over_selection: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of clients sampled beyond `clients`; the round closes once `clients` updates are there."""
+    max_extensions: Annotated[int, Field(ge=0, le=1000)] = 3
+    """Deadlines a round may miss without a quorum before the run is paused."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the run: sampling, initialisation and local training derive from it."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.quorum is not None and self.quorum > self.clients:
+            raise ValueError(f"quorum {self.quorum} is more than clients {self.clients}")
+        if self.min_available is not None and self.min_available < self.needed:
+            raise ValueError(f"min_available {self.min_available} is less than the {self.needed} updates a round needs")
+        return self
+
+    @property
+    def sampled(self) -> int:
+        """Clients given a ticket when a round opens."""
+        return math.ceil(self.clients * (1 + self.over_selection))
+
+    @property
+    def needed(self) -> int:
+        """Updates a round commits with at its deadline."""
+        return self.quorum or self.clients
+
+    @property
+    def available(self) -> int:
+        """Clients that must be waiting before a round opens."""
+        return self.min_available or self.sampled
+
+
+class TrainingConfig(_Section):
+    """`[training]`: what a client does with its data in a round."""
+
+    epochs: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Passes over the local data; 1 if neither epochs nor steps is given."""
+    steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Optimizer steps instead of epochs."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 64
+    """Images in an optimizer step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd is Nesterov SGD, as in the paper."""
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.01
+    """Constant within a round."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD's momentum."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 1e-4
+    """L2 for SGD, decoupled for AdamW."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto is bfloat16 where a GPU has it, else float32."""
+    augmentation: Literal["none", "flip", "crop"] = "flip"
+    """flip: horizontal; crop: random crop with padding 4 (at 32 px, scaled) and flip, the paper's CIFAR-100 setting."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class AggregationConfig(_Optioned):
+    """`[aggregation]`: how updates are folded; options of the strategy stand beside it."""
+
+    strategy: str = "fedavg"
+    """fedavg, fedavgm, fedadam, fedyogi, fedadagrad..."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        try:
+            strategy(self.strategy, self.options)
+        except ValidationError as error:
+            raise ValueError("; ".join(f"{k}: {v}" for k, v in _fields(error))) from None
+        except FedpeftError as error:
+            raise ValueError(error.message) from None
+        return self
+
+
+class CodecConfig(_Section):
+    """`[codec]`: how tensors travel."""
+
+    up: str = "float32"
+    """float32, float16, bfloat16, or sparse."""
+    down: DenseEncoding = "float32"
+    """Encoding of adapter versions on their way to clients."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of values kept by sparse: the largest by magnitude over the whole update."""
+    values: DenseEncoding = "float32"
+    """Encoding of the values that sparse keeps."""
+    error_feedback: bool = True
+    """Whether what was not sent, or not counted, is added to the client's next update."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        try:
+            codecs.get(self.encoding)
+        except FedpeftError:
+            # The registry knows sparse by its values too; a run file names them beside it.
+            known = sorted({name.partition("+")[0] for name in codecs.names()})
+            raise ValueError(f"there is no encoding {self.up!r}; there are: {', '.join(known)}") from None
+        return self
+
+    @property
+    def encoding(self) -> str:
+        """The registered codec of updates: `up`, with the encoding of the values behind `sparse`."""
+        return f"sparse+{self.values}" if self.up == "sparse" else self.up
+
+
+class SimulationConfig(_Section):
+    """`[simulation]`: ignored by a daemon."""
+
+    clients: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    """Simulated clients among which the data is partitioned."""
+    partition: Literal["iid", "dirichlet", "quantity", "natural"] = "iid"
+    """How; with `column` given, natural."""
+    alpha: Annotated[float, Field(gt=0)] = 0.1
+    """Concentration for dirichlet and quantity: smaller is more skewed."""
+    column: str | None = None
+    """The column whose values are the clients, for natural."""
+    engine: Literal["inprocess"] = "inprocess"
+    """Where simulated clients run: one after the other in the process itself."""
+
+    @model_validator(mode="after")
+    def _one_law(self) -> Self:
+        if self.partition == "natural" and self.column is None:
+            raise ValueError("partition natural needs column")
+        if self.column is not None and "partition" in self.model_fields_set and self.partition != "natural":
+            raise ValueError(f"column {self.column!r} is for partition natural, not {self.partition}")
+        return self
+
+    @property
+    def law(self) -> Literal["iid", "dirichlet", "quantity", "natural"]:
+        """The partition that is meant."""
+        return self.partition if self.column is None else "natural"
+
+
+class RunConfig(_Section):
+    """A run file."""
+
+    name: Name = "run"
+    """A label for people; need not be unique."""
+    model: ModelConfig
+    peft: PeftConfig
+    rounds: RoundsConfig = RoundsConfig()
+    training: TrainingConfig = TrainingConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    codec: CodecConfig = CodecConfig()
+    simulation: SimulationConfig | None = None
+
+
+def parse_config(data: Mapping[str, Any]) -> RunConfig:
+    """Validates a run configuration that came from anywhere but a file.
+
+    Raises:
+        ConfigInvalid: With one field-level fault for each field that is wrong.
+    """
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        faults = _fields(error)
+        raise ConfigInvalid("; ".join(f"{path}: {text}" for path, text in faults), faults) from None
+
+
+def load_run_file(path: Path) -> RunConfig:
+    """Reads and validates a TOML run file.
+
+    Raises:
+        ConfigInvalid: If the file cannot be read, is not TOML, or breaks a rule; with file, line and field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        data = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigInvalid(f"cannot read run file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"{path} is not a TOML file: {error}") from None
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        faults = _fields(error)
+        lines = [f"{path}:{_line(text, field)}: {field}: {fault}" for field, fault in faults]
+        raise ConfigInvalid("\n".join(lines), faults) from None
+
+
+_WORDS = {"missing": "is required", "extra_forbidden": "is not a known key", "tuple_type": "should be a list"}
+
+
+def _fields(error: ValidationError) -> tuple[tuple[str, str], ...]:
+    """Returns (dotted path, sentence) for every fault."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        path = ".".join(str(part) for part in fault["loc"] if part != "function-after") or "run file"
+        message = _WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+        value = fault.get("input")
+        shown = f" (got {value!r})" if isinstance(value, int | float | str) and fault["type"] != "missing" else ""
+        faults.append((path, message + shown))
+    return tuple(faults)
+
+
+def _line(text: str, field: str) -> int:
+    """Returns the 1-based line of a dotted field in a TOML text, or of its section, or 1."""
+    section, _, key = re.sub(r"(\.\d+)+$", "", field).rpartition(".")  # an element stands where its list does
+    found = 1
+    inside = not section
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[\s*([A-Za-z0-9_.\-]+)\s*\]", line)
+        if header:
+            inside = header[1] == section
+            if header[1] in (section, field):
+                found = number
+        elif inside and re.match(rf"\s*[\"']?{re.escape(key.split('.')[0])}[\"']?\s*=", line):
+            return number
+    return found

@@ -1,0 +1,1 @@
+"""Data: sources, label maps, transforms, partitions."""

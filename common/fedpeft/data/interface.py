@@ -1,0 +1,103 @@
+"""What a data source offers, and a source that is some rows of another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+"""Row numbers, counted from 0."""
+
+
+class Source(Protocol):
+    """Encoded images with labels, by row number. Picklable: a worker process opens its own view.
+
+    Every method that reads from disk raises `DataInvalid` if the data went away or changed its form.
+    """
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The site's own class names; label k is ``class_names[k]``."""
+
+    @property
+    def labels(self) -> Indices:
+        """The label of every row, int64[rows], read-only."""
+
+    @property
+    def image_bytes_total(self) -> int:
+        """Size of all encoded images in bytes, approximately."""
+
+    def __len__(self) -> int: ...
+
+    def image_bytes(self, row: int) -> bytes | memoryview:
+        """Returns the encoded image of a row, a view where possible; empty if the row holds none."""
+
+    def name(self, row: int) -> str:
+        """Returns what a person would look for: the file and the row, or the path."""
+
+    def column(self, name: str) -> list[Any]:
+        """Returns a column's values as Python objects, one a row.
+
+        Raises:
+            DataInvalid: If there is no such column; the message lists those there are.
+        """
+
+    def tables(self, rows: Indices) -> Iterator[Any]:
+        """Yields Arrow tables of whole rows in ascending order, with one schema, a bounded number at a time."""
+
+    @property
+    def schema(self) -> Any:
+        """The Arrow schema of `tables`, class names in its `huggingface` metadata where the source has them."""
+
+
+class Selection:
+    """Some rows of a source, in a stated order.
+
+    Args:
+        source: The source.
+        rows: Rows of `source`, int64.
+    """
+
+    def __init__(self, source: Source, rows: Indices) -> None:
+        self._source = source
+        self._rows = np.ascontiguousarray(rows, np.int64)
+        self.labels: Indices = source.labels[self._rows]
+        self.labels.flags.writeable = False
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The class names of the whole source, so that clients of one source agree."""
+        return self._source.class_names
+
+    @property
+    def image_bytes_total(self) -> int:
+        """Size of the encoded images in bytes, as the mean over the whole source."""
+        return self._source.image_bytes_total * len(self) // max(len(self._source), 1)
+
+    @property
+    def schema(self) -> Any:
+        """The Arrow schema of the whole source."""
+        return self._source.schema
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def image_bytes(self, row: int) -> bytes | memoryview:
+        """Returns the encoded image of a row of the selection."""
+        return self._source.image_bytes(int(self._rows[row]))
+
+    def name(self, row: int) -> str:
+        """Returns the name that the row has in the whole source."""
+        return self._source.name(int(self._rows[row]))
+
+    def column(self, name: str) -> list[Any]:
+        """Returns a column's values, one a row of the selection."""
+        values = self._source.column(name)
+        return [values[row] for row in self._rows]
+
+    def tables(self, rows: Indices) -> Iterator[Any]:
+        """Yields whole rows, ascending in the whole source."""
+        return self._source.tables(self._rows[rows])

@@ -1,0 +1,123 @@
+"""Writes a partition to disk: a folder a client, or an index file a client, and `partition.json` beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from fedpeft.data.interface import Source
+from fedpeft.data.partitions import Indices, Partition, skew
+from fedpeft.data.sources import INDEX_SUFFIX, labels_digest, open_source
+from fedpeft.errors import DataInvalid
+
+RECORD = "partition.json"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
+
+
+def write_parts(
+    path: Path,
+    partition: Partition,
+    out: Path,
+    *,
+    index: bool = False,
+    image: str | None = None,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Writes what each client of a partition has, for a client to be started with.
+
+    Args:
+        path: The data that was partitioned, as `open_source` takes it.
+        partition: Rows of it.
+        out: The folder; made if it is not there.
+        index: Write ``out/NAME.index.json``, which names rows of `path`, instead of ``out/NAME/data.parquet``, which
+            has the rows themselves, every column and the schema's metadata kept.
+        image: Name of the image column.
+        label: Name of the label column.
+
+    Returns:
+        The record, as written to ``out/partition.json``: variant, alpha, seed, draws, digest, skew, and each client's
+        name and examples.
+
+    Raises:
+        DataInvalid: If the partition does not fit the data, a name is no file name, a client has no rows, or `out`
+            cannot be written or holds a partition already.
+    """
+    source = open_source(path, image, label)
+    _check(source, partition, path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / RECORD).exists():
+            raise DataInvalid(f"{out} holds a partition already; name another folder")
+        for name, rows in zip(partition.names, partition.parts, strict=True):
+            if index:
+                _write_index(source, path, rows, out / f"{file_name(name)}{INDEX_SUFFIX}", image, label)
+            else:
+                _write_rows(source, rows, out / file_name(name))
+        record = _record(source, partition)
+        # Last, so that a folder with a record is a whole one.
+        (out / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataInvalid(f"cannot write the partition to {out}: {error.strerror or error}") from None
+    return record
+
+
+def _check(source: Source, partition: Partition, path: Path) -> None:
+    for name, rows in zip(partition.names, partition.parts, strict=True):
+        if not len(rows):
+            raise DataInvalid(f"client {name} of the partition has no rows")
+    highest = max(int(rows[-1]) for rows in partition.parts)
+    if highest >= len(source):
+        raise DataInvalid(f"the partition names row {highest}; {path} has {len(source)}")
+    files = [file_name(name) for name in partition.names]
+    if len({name.lower() for name in files}) < len(files):
+        raise DataInvalid("two clients of the partition have the same file name")
+
+
+def file_name(name: str) -> str:
+    """Returns a client's name with what file systems do not take replaced by hyphens.
+
+    Raises:
+        DataInvalid: If nothing is left that can be a name.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_.\-]+", "-", name).lstrip(".-")
+    if not _NAME.fullmatch(plain):
+        raise DataInvalid(f"client name {name[:80]!r} cannot be a folder's name; letters, digits, . _ - are needed")
+    return plain
+
+
+def _write_rows(source: Source, rows: Indices, folder: Path) -> None:
+    folder.mkdir()
+    with pq.ParquetWriter(folder / "data.parquet", source.schema, compression="zstd") as writer:
+        for table in source.tables(rows):
+            writer.write_table(table)
+
+
+def _write_index(source: Source, path: Path, rows: Indices, file: Path, image: str | None, label: str | None) -> None:
+    data = {
+        "source": os.path.relpath(path.resolve(), file.parent.resolve()),
+        "image": image,
+        "label": label,
+        "labels_sha256": labels_digest(source),
+        "rows": rows.tolist(),
+    }
+    file.write_text(json.dumps(data) + "\n", encoding="utf-8")
+
+
+def _record(source: Source, partition: Partition) -> dict[str, Any]:
+    return {
+        "variant": partition.variant,
+        "alpha": partition.alpha,
+        "seed": partition.seed,
+        "draws": partition.draws,
+        "digest": partition.digest,
+        "rows": int(sum(map(len, partition.parts))),
+        "skew": skew(source.labels, partition.parts, len(source.class_names)).as_dict(),
+        "clients": [
+            {"name": name, "examples": len(rows)} for name, rows in zip(partition.names, partition.parts, strict=True)
+        ],
+    }

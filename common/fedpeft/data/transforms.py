@@ -1,0 +1,164 @@
+"""What happens to an image before the model sees it: decode and resize, augment, normalise.
+
+Decoding and resizing give the same uint8 pixels every time and may be kept. Augmentation works on those pixels, and its
+draws are a pure function of (seed, epoch, row): neither batch, order nor worker processes can change them. Training and
+evaluation normalise with the same figures, the model's own.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from fedpeft.data.interface import Indices
+from fedpeft.errors import DataInvalid
+
+if TYPE_CHECKING:  # a worker process decodes images and needs no models
+    from fedpeft.models import Backbone
+
+Augmentation = Literal["none", "flip", "crop"]
+Pixels = NDArray[np.uint8]
+"""Images uint8[n, 3, side, side], red green blue."""
+
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_PADDING_SHARE = 8
+"""Random crop pads by an eighth of the side: 4 pixels at 32, as the paper does on CIFAR-100."""
+
+
+_OF_A_STREAM = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
+"""What Pillow says in place of a file's name, which is no help: the caller names the image."""
+
+
+class ImageUnreadable(ValueError):
+    """One image cannot be decoded; the data set counts it and goes on."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The input that a model wants.
+
+    Attributes:
+        image_size: Side of the square input in pixels.
+        mean: Of each channel, for pixels scaled to 0..1.
+        std: Likewise.
+        interpolation: nearest, bilinear, bicubic or lanczos.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in _RESAMPLING:
+            raise DataInvalid(f"there is no interpolation {self.interpolation!r}; there are: {', '.join(_RESAMPLING)}")
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Self:
+        """Returns what a backbone wants."""
+        return cls(backbone.image_size, backbone.mean, backbone.std, backbone.interpolation)
+
+    def decode(self, data: bytes | memoryview) -> Pixels:
+        """Decodes one image and resizes it to the square, without keeping its proportions, as the paper does.
+
+        Returns:
+            uint8[3, image_size, image_size].
+
+        Raises:
+            ImageUnreadable: If `data` is not an image that Pillow reads whole.
+        """
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                rgb = _rgb(image)
+        except Exception as error:  # Pillow's plugins raise whatever a malformed file makes them raise
+            fault = str(error) or type(error).__name__
+            raise ImageUnreadable(_OF_A_STREAM.sub("", fault)) from None
+        if rgb.size != (self.image_size, self.image_size):
+            rgb = rgb.resize((self.image_size, self.image_size), _RESAMPLING[self.interpolation])
+        return np.ascontiguousarray(np.asarray(rgb, np.uint8).transpose(2, 0, 1))
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Returns uint8[n, 3, side, side] as float32, (x / 255 - mean) / std in each channel, on the same device."""
+        scale = torch.tensor([1 / (255 * s) for s in self.std], device=pixels.device).view(1, 3, 1, 1)
+        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=pixels.device).view(
+            1, 3, 1, 1
+        )
+        return torch.addcmul(shift, pixels.float(), scale)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Returns three channels of 8 bits: transparent pixels on white, 16-bit grey scaled, not clipped."""
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint16)
+        return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageUnreadable(f"pixels of mode {image.mode} have no known range; 8 or 16 bits a channel are read")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def augment(pixels: Pixels, rows: Indices, kind: Augmentation, seed: int, epoch: int) -> Pixels:
+    """Augments images as the paper does: `flip` mirrors half of them; `crop` also shifts them within black borders.
+
+    Args:
+        pixels: uint8[n, 3, side, side]; not changed.
+        rows: The number of each image in its data set, int64[n].
+        kind: What to do.
+        seed: Seed of the training.
+        epoch: Which pass over the data this is.
+
+    Returns:
+        uint8[n, 3, side, side].
+    """
+    if kind == "none":
+        return pixels
+    mirrored = (_draws(seed, epoch, rows, 0) >> np.uint64(63)).astype(bool)
+    if kind == "flip":
+        out = pixels.copy()
+        out[mirrored] = pixels[mirrored][..., ::-1]
+        return out
+    side = pixels.shape[-1]
+    padding = round(side / _PADDING_SHARE)
+    out = np.zeros_like(pixels)
+    for i, (down, right) in enumerate(_shifts(seed, epoch, rows, padding)):
+        height, width = side - abs(down), side - abs(right)
+        top, left = max(-down, 0), max(-right, 0)
+        kept = pixels[i, :, top : top + height, left : left + width]
+        place = out[i, :, max(down, 0) : max(down, 0) + height, max(right, 0) : max(right, 0) + width]
+        place[:] = kept
+        if mirrored[i]:
+            out[i] = out[i, :, :, ::-1].copy()
+    return out
+
+
+def _shifts(seed: int, epoch: int, rows: Indices, padding: int) -> list[tuple[int, int]]:
+    """Returns (down, right) in pixels of every image, each uniform in -padding..padding."""
+    choices = np.uint64(2 * padding + 1)
+    down, right = ((_draws(seed, epoch, rows, k) >> np.uint64(32)) % choices for k in (1, 2))
+    return [(int(d) - padding, int(r) - padding) for d, r in zip(down, right, strict=True)]
+
+
+def _draws(seed: int, epoch: int, rows: Indices, which: int) -> NDArray[np.uint64]:
+    """Returns 64 random bits for every row: splitmix64's mixer over seed, epoch, draw and row in turn."""
+    state = np.zeros(len(rows), np.uint64)
+    for value in (seed, epoch, which, rows):
+        word = np.asarray(value).astype(np.uint64)
+        state = state + word + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state

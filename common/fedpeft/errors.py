@@ -1,0 +1,312 @@
+"""Every error that FedPEFT raises on purpose, in one tree.
+
+    FedpeftError
+    ├── InvalidArgument       the caller sent something wrong; the same call will fail again
+    │   ├── ConfigInvalid         a run file or flag
+    │   ├── SpecInvalid           an adapter spec
+    │   ├── ManifestInvalid       the description of a payload
+    │   ├── ChunkInvalid          a piece of a payload
+    │   ├── PayloadInvalid        the bytes of a payload
+    │   └── MetricsInvalid        evaluation or training figures
+    ├── OutOfRange
+    │   └── OffsetOutOfRange      an upload or download continued at the wrong byte
+    ├── NotFound
+    │   ├── RunNotFound
+    │   ├── VersionNotFound
+    │   └── TicketNotFound
+    ├── AlreadyExists
+    │   ├── ClientIdInUse         a second live client of the same id
+    │   ├── UpdateDiffers         another update was received for the ticket
+    │   └── RequestIdReused       CreateRun was repeated with another run
+    ├── FailedPrecondition    the state does not allow it now
+    │   ├── ProtocolMismatch
+    │   ├── NotRegistered
+    │   ├── RoundClosed           the update came too late; it goes into the residual
+    │   ├── TicketClosed          the ticket was withdrawn or refused
+    │   ├── RunFinished
+    │   └── RunNotFinished
+    ├── PermissionDenied
+    │   ├── TicketOfAnother
+    │   └── NotAnEvaluator        a client that trains sends figures of a version
+    ├── Unauthenticated
+    │   └── ClientIdInvalid
+    ├── ResourceExhausted
+    │   ├── UpdateTooLarge
+    │   ├── TransfersBusy
+    │   ├── TooManyClients
+    │   └── DiskFull
+    ├── DataLoss
+    │   ├── ChecksumMismatch
+    │   └── BlobCorrupt
+    ├── Unavailable           the only family worth retrying as it is
+    │   ├── Draining
+    │   ├── TransferStalled       nothing arrived for too long
+    │   └── ServerUnreachable
+    ├── Internal              a fault of the server
+    └── LocalError            never crosses the network
+        ├── SettingsInvalid       a flag, an environment variable, a settings file
+        ├── DataInvalid           a data set
+        ├── ModelInvalid          a model or its weights
+        ├── BackboneMismatch      the frozen tensors differ from the run's
+        ├── StateInvalid          a state or data directory
+        └── TrainingFailed        local training ended without an update
+
+A class knows its gRPC status and its `ErrorInfo.reason`; `fedpeft.status` carries both across the network and back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import ClassVar
+
+
+class FedpeftError(Exception):
+    """An error with one sentence that says what is wrong, where, and what would be right.
+
+    Attributes:
+        message: The sentence.
+        fields: Field-level faults as (path, description), for example ("rounds.count", "must be at least 1").
+    """
+
+    status: ClassVar[str] = "UNKNOWN"
+    """Name of the gRPC status code."""
+
+    reason: ClassVar[str] = "UNKNOWN"
+    """`ErrorInfo.reason`: the class name in upper case with underscores."""
+
+    def __init__(self, message: str, fields: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = fields
+
+    def __init_subclass__(cls) -> None:
+        cls.reason = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).upper()
+
+
+def tree(root: type[FedpeftError] = FedpeftError) -> Iterator[type[FedpeftError]]:
+    """Yields `root` and every class below it, depth first."""
+    yield root
+    for child in root.__subclasses__():
+        yield from tree(child)
+
+
+class InvalidArgument(FedpeftError):
+    """The caller sent something wrong."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class ConfigInvalid(InvalidArgument):
+    """A run file, or the configuration sent with CreateRun, breaks a rule."""
+
+
+class SpecInvalid(InvalidArgument):
+    """An adapter spec is empty, unsorted, over a limit, or names a dtype or role there is not."""
+
+
+class ManifestInvalid(InvalidArgument):
+    """A manifest does not fit the adapter spec."""
+
+
+class ChunkInvalid(InvalidArgument):
+    """A chunk is empty, over 1 MiB, or beyond the payload's end."""
+
+
+class PayloadInvalid(InvalidArgument):
+    """The bytes of a payload do not decode to finite values."""
+
+
+class MetricsInvalid(InvalidArgument):
+    """Figures are not finite, too many, or badly named."""
+
+
+class OutOfRange(FedpeftError):
+    """A position beyond what exists."""
+
+    status = "OUT_OF_RANGE"
+
+
+class OffsetOutOfRange(OutOfRange):
+    """A transfer was continued at a byte where it does not stand."""
+
+
+class NotFound(FedpeftError):
+    """Something named does not exist."""
+
+    status = "NOT_FOUND"
+
+
+class RunNotFound(NotFound):
+    """No run of that id."""
+
+
+class VersionNotFound(NotFound):
+    """The run has no such adapter version."""
+
+
+class TicketNotFound(NotFound):
+    """No ticket of that id."""
+
+
+class AlreadyExists(FedpeftError):
+    """Something exists already and differs."""
+
+    status = "ALREADY_EXISTS"
+
+
+class ClientIdInUse(AlreadyExists):
+    """Another live instance holds this client id."""
+
+
+class UpdateDiffers(AlreadyExists):
+    """Another update was already received for the ticket."""
+
+
+class RequestIdReused(AlreadyExists):
+    """CreateRun was repeated under one request id with another run."""
+
+
+class FailedPrecondition(FedpeftError):
+    """The state does not allow the call."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class ProtocolMismatch(FailedPrecondition):
+    """Client and server speak no common protocol version."""
+
+
+class NotRegistered(FailedPrecondition):
+    """The client did not call Register."""
+
+
+class RoundClosed(FailedPrecondition):
+    """The update came after its round had closed."""
+
+
+class TicketClosed(FailedPrecondition):
+    """The ticket was withdrawn, or its update was refused."""
+
+
+class RunFinished(FailedPrecondition):
+    """The run is completed or stopped."""
+
+
+class RunNotFinished(FailedPrecondition):
+    """The run is neither completed nor stopped."""
+
+
+class PermissionDenied(FedpeftError):
+    """The caller may not do this."""
+
+    status = "PERMISSION_DENIED"
+
+
+class TicketOfAnother(PermissionDenied):
+    """The ticket was given to another client."""
+
+
+class NotAnEvaluator(PermissionDenied):
+    """A client that did not register as an evaluator sends figures of a version."""
+
+
+class Unauthenticated(FedpeftError):
+    """The caller is not known."""
+
+    status = "UNAUTHENTICATED"
+
+
+class ClientIdInvalid(Unauthenticated):
+    """The metadata that names the client is missing or malformed."""
+
+
+class ResourceExhausted(FedpeftError):
+    """A limit is reached."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class UpdateTooLarge(ResourceExhausted):
+    """A payload is larger than the server takes."""
+
+
+class TransfersBusy(ResourceExhausted):
+    """As many transfers as the server serves at once are under way; try again after a pause."""
+
+
+class TooManyClients(ResourceExhausted):
+    """As many clients as the server takes are registered."""
+
+
+class DiskFull(ResourceExhausted):
+    """There is no room to make the data durable."""
+
+
+class DataLoss(FedpeftError):
+    """Bytes are not what they should be."""
+
+    status = "DATA_LOSS"
+
+
+class ChecksumMismatch(DataLoss):
+    """A payload does not have the digest of its manifest."""
+
+
+class BlobCorrupt(DataLoss):
+    """A stored blob does not have its recorded digest."""
+
+
+class Unavailable(FedpeftError):
+    """Not now; the same call may succeed later."""
+
+    status = "UNAVAILABLE"
+
+
+class Draining(Unavailable):
+    """The server is shutting down."""
+
+
+class TransferStalled(Unavailable):
+    """A transfer stopped making progress; it is continued by calling again."""
+
+
+class ServerUnreachable(Unavailable):
+    """No connection to the server."""
+
+
+class Internal(FedpeftError):
+    """A fault of the server."""
+
+    status = "INTERNAL"
+
+
+class LocalError(FedpeftError):
+    """An error of this process that never crosses the network."""
+
+
+class SettingsInvalid(LocalError):
+    """A flag, an environment variable or a settings file is wrong."""
+
+
+class DataInvalid(LocalError):
+    """A data set cannot be used."""
+
+
+class ModelInvalid(LocalError):
+    """A model or its weights cannot be used."""
+
+
+class BackboneMismatch(LocalError):
+    """The frozen tensors here differ from those of the run."""
+
+
+class StateInvalid(LocalError):
+    """A state or data directory cannot be used."""
+
+
+class TrainingFailed(LocalError):
+    """Local training ended without an update."""
+
+
+__all__ = ["tree", *(cls.__name__ for cls in tree())]

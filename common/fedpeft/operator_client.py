@@ -1,0 +1,322 @@
+"""The typed client of OperatorService, for the command line and for notebooks.
+
+    async with OperatorClient("127.0.0.1:7070") as server:
+        run = await server.create_run(config, spec, fingerprint, tensors, model_parameters)
+        async for change in server.watch(run.id):
+            print(change.run.version)
+
+Answers are the protocol's own messages. Notable: a creation is repeated under one request id and a download goes on
+at the byte where it broke, so a server that restarts costs a pause; and there is one patience for everything, the
+longest silence of the server that is waited out, so a transfer that makes progress never ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from io import BufferedRandom
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import grpc
+
+from fedpeft.errors import ChecksumMismatch, FedpeftError, ServerUnreachable, StateInvalid, Unavailable
+from fedpeft.status import from_rpc_error
+from fedpeft.v1 import operator_service_pb2 as pb
+from fedpeft.v1 import operator_service_pb2_grpc, run_pb2, tensor_pb2
+
+if TYPE_CHECKING:
+    from fedpeft.config import RunConfig
+    from fedpeft.payload import Tensors
+    from fedpeft.spec import AdapterSpec
+
+PATIENCE_S = 60.0
+"""Longest silence of the server that is waited out, in any call."""
+ATTEMPTS = 4
+"""Times a call is made before an unavailable server is given up."""
+PAUSE_S = 0.25
+"""Pause before the second attempt; doubled before each one after it."""
+
+FINISHED = (run_pb2.RUN_STATE_COMPLETED, run_pb2.RUN_STATE_STOPPED)
+"""The states that a run does not leave."""
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+def _silent(done: int, total: int) -> None:
+    """The progress that nobody asked for."""
+
+
+class OperatorClient:
+    """A connection to a server's OperatorService; an async context manager.
+
+    Every call raises the class of `fedpeft.errors` that the server raised, or `ServerUnreachable`.
+
+    Args:
+        server: HOST:PORT.
+        attempts: Times a call is made before an unavailable server is given up.
+    """
+
+    def __init__(self, server: str, attempts: int = ATTEMPTS) -> None:
+        self._server = server
+        self._attempts = attempts
+        self._channel = grpc.aio.insecure_channel(server)
+        self._stub = operator_service_pb2_grpc.OperatorServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def create_run(
+        self,
+        config: RunConfig,
+        spec: AdapterSpec,
+        fingerprint: str,
+        tensors: Tensors,
+        model_parameters: int,
+        *,
+        request_id: str | None = None,
+        progress: Progress = _silent,
+    ) -> run_pb2.Run:
+        """Uploads adapter version 0 with the run's configuration.
+
+        Args:
+            config: The run file.
+            spec: Every tuned tensor.
+            fingerprint: SHA-256 of the frozen tensors, 64 hexadecimal digits.
+            tensors: Float32 by name, at least `spec.shared`.
+            model_parameters: Parameters of the whole model.
+            request_id: Makes a repetition safe; drawn if absent.
+            progress: Called after each chunk.
+
+        Raises:
+            InvalidArgument: If the server refuses the configuration, the spec or the payload.
+        """
+        # Here, so that commands that only ask need neither NumPy nor pydantic.
+        from fedpeft import payload, wire
+
+        manifest, data = payload.encode(tensors, spec.shared, "float32")
+        header = pb.CreateRunHeader(
+            config=wire.config_to_proto(config),
+            spec=wire.spec_to_proto(spec),
+            backbone_fingerprint=fingerprint,
+            manifest=wire.manifest_to_proto(manifest),
+            request_id=request_id or uuid.uuid4().hex,
+            model_parameters=model_parameters,
+        )
+        return await self._repeat(lambda: self._upload(header, data, payload.CHUNK_BYTES, progress))
+
+    async def run(self, run: str) -> tuple[run_pb2.Run, run_pb2.Round | None]:
+        """Returns a run and its round in progress."""
+        answer = await self._repeat(lambda: self._stub.GetRun(pb.GetRunRequest(run=run), timeout=PATIENCE_S))
+        return answer.run, answer.round if answer.HasField("round") else None
+
+    async def runs(self) -> list[run_pb2.Run]:
+        """Returns all runs, oldest first."""
+        answer = await self._repeat(lambda: self._stub.ListRuns(pb.ListRunsRequest(), timeout=PATIENCE_S))
+        return list(answer.runs)
+
+    async def rounds(self, run: str, after: int = 0) -> list[run_pb2.Round]:
+        """Returns the rounds of a run whose number is above `after`, by number, the one in progress included."""
+        request = pb.ListRoundsRequest(run=run, after=after)
+        answer = await self._repeat(lambda: self._stub.ListRounds(request, timeout=PATIENCE_S))
+        return list(answer.rounds)
+
+    async def watch(self, run: str) -> AsyncIterator[pb.WatchRunResponse]:
+        """Yields the run with its changed rounds, now and after every change, until it is completed or stopped.
+
+        A server that has had nothing to say for `PATIENCE_S` is asked afresh, so a dead connection is found; each
+        asking is answered with all rounds.
+
+        Raises:
+            ServerUnreachable: If the connection is lost; watch again on a new client.
+        """
+        silent = True
+        while silent:
+            call = self._stub.WatchRun(pb.WatchRunRequest(run=run))
+            silent, first = False, True
+            try:
+                while (change := await self._read(call, patient=not first)) is not None:
+                    first = False
+                    yield change
+                    if change.run.state in FINISHED:
+                        return
+            except _SilenceError:
+                silent = True
+            finally:
+                call.cancel()
+        raise ServerUnreachable(f"the server at {self._server} ended the watch before the run ended")
+
+    async def pause(self, run: str, reason: str = "") -> run_pb2.Run:
+        """Lets no new round open; returns the run."""
+        request = pb.PauseRunRequest(run=run, reason=reason)
+        return (await self._repeat(lambda: self._stub.PauseRun(request, timeout=PATIENCE_S))).run
+
+    async def resume(self, run: str) -> run_pb2.Run:
+        """Lets rounds open again; returns the run."""
+        request = pb.ResumeRunRequest(run=run)
+        return (await self._repeat(lambda: self._stub.ResumeRun(request, timeout=PATIENCE_S))).run
+
+    async def stop(self, run: str, reason: str = "") -> run_pb2.Run:
+        """Ends a run for good; returns it."""
+        request = pb.StopRunRequest(run=run, reason=reason)
+        return (await self._repeat(lambda: self._stub.StopRun(request, timeout=PATIENCE_S))).run
+
+    async def delete(self, run: str) -> None:
+        """Removes a completed or stopped run with all its versions and records."""
+        request = pb.DeleteRunRequest(run=run)
+        await self._repeat(lambda: self._stub.DeleteRun(request, timeout=PATIENCE_S))
+
+    async def clients(self) -> list[pb.Client]:
+        """Returns every client that ever registered, by id."""
+        answer = await self._repeat(lambda: self._stub.ListClients(pb.ListClientsRequest(), timeout=PATIENCE_S))
+        return list(answer.clients)
+
+    async def download(
+        self, run: str, path: Path, *, version: int | None = None, progress: Progress = _silent
+    ) -> pb.DownloadHeader:
+        """Writes an adapter version to `path` as the safetensors file that is stored; the newest if none is named.
+
+        The file appears whole or not at all.
+
+        Raises:
+            ChecksumMismatch: If what came does not have the digest that the server recorded.
+            StateInvalid: If the file cannot be written.
+        """
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("w+b") as file:
+                header = await self._download(pb.DownloadAdapterRequest(run=run, version=version), file, progress)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            raise StateInvalid(f"cannot write {path}: {error.strerror}") from None
+        finally:
+            partial.unlink(missing_ok=True)
+        return header
+
+    async def _download(
+        self, request: pb.DownloadAdapterRequest, file: BufferedRandom, progress: Progress
+    ) -> pb.DownloadHeader:
+        """Fills `file` from where it ends, as often as it takes, and checks its digest."""
+
+        async def attempt() -> pb.DownloadHeader:
+            request.offset = file.tell()
+            call = self._stub.DownloadAdapter(request)
+            try:
+                header = (await self._expect(call)).header
+                request.version = header.version  # a newer one must not be appended to this one
+                while file.tell() < header.size_bytes:
+                    file.write((await self._expect(call)).chunk.data)
+                    progress(file.tell(), header.size_bytes)
+                return header
+            finally:
+                call.cancel()
+
+        header = await self._repeat(attempt)
+        file.seek(0)
+        if hashlib.file_digest(file, "sha256").digest() != header.sha256:
+            raise ChecksumMismatch(
+                f"version {header.version} of {request.run} arrived with another sha256 than the server recorded; "
+                "export it again"
+            )
+        return header
+
+    async def _upload(
+        self, header: pb.CreateRunHeader, data: bytes, chunk_bytes: int, progress: Progress
+    ) -> run_pb2.Run:
+        async def messages(patience: asyncio.Timeout) -> AsyncIterator[pb.CreateRunRequest]:
+            for message, done in _messages(header, data, chunk_bytes):
+                yield message
+                progress(done, len(data))
+                patience.reschedule(asyncio.get_running_loop().time() + PATIENCE_S)
+
+        try:
+            async with asyncio.timeout(PATIENCE_S) as patience:
+                return (await self._stub.CreateRun(messages(patience))).run
+        except TimeoutError:
+            raise self._unreachable() from None
+
+    async def _repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Makes an attempt until it gives an answer; only an unavailable server is worth another."""
+        pause_s = PAUSE_S
+        for left in reversed(range(self._attempts)):
+            try:
+                return await attempt()
+            except (grpc.aio.AioRpcError, Unavailable) as error:
+                cause = self._error(error)
+                if not left or not isinstance(cause, Unavailable):
+                    raise cause from None
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
+        raise AssertionError("unreachable: the last attempt returned or raised")
+
+    def _error(self, error: grpc.aio.AioRpcError | FedpeftError) -> FedpeftError:
+        """Returns the error of the tree; what gRPC itself says of a lost connection names the server."""
+        if isinstance(error, FedpeftError):
+            return error
+        cause = from_rpc_error(error)
+        if isinstance(cause, ServerUnreachable) or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return self._unreachable()
+        return cause
+
+    def _unreachable(self) -> ServerUnreachable:
+        return ServerUnreachable(
+            f"no FedPEFT server answers at {self._server}; start fedpeft-server there, or name another with --server "
+            "or FEDPEFT_SERVER"
+        )
+
+    async def _within(self, step: Awaitable[T]) -> T:
+        """Awaits one step of a transfer, and no longer than the server may be silent."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                return await step
+        except TimeoutError:
+            raise self._unreachable() from None
+
+    async def _expect(
+        self, call: grpc.aio.UnaryStreamCall[pb.DownloadAdapterRequest, pb.DownloadAdapterResponse]
+    ) -> pb.DownloadAdapterResponse:
+        message = await self._within(call.read())
+        if not isinstance(message, pb.DownloadAdapterResponse):  # grpc.aio.EOF
+            raise ServerUnreachable(f"the server at {self._server} ended the download before the file ended")
+        return message
+
+    async def _read(
+        self, call: grpc.aio.UnaryStreamCall[pb.WatchRunRequest, pb.WatchRunResponse], *, patient: bool
+    ) -> pb.WatchRunResponse | None:
+        """Returns the next change, or None at the end of the stream."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                message = await call.read()
+        except TimeoutError:
+            if patient:
+                raise _SilenceError from None
+            raise self._unreachable() from None
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from None
+        return message if isinstance(message, pb.WatchRunResponse) else None  # grpc.aio.EOF
+
+
+class _SilenceError(Exception):
+    """A watched run did not change for a while."""
+
+
+def _messages(header: pb.CreateRunHeader, data: bytes, chunk_bytes: int) -> Iterator[tuple[pb.CreateRunRequest, int]]:
+    """Yields the messages of an upload, each with the payload bytes sent once it is."""
+    yield pb.CreateRunRequest(header=header), 0
+    for offset in range(0, len(data), chunk_bytes):
+        piece = data[offset : offset + chunk_bytes]
+        chunk = tensor_pb2.Chunk(offset=offset, data=piece)
+        yield pb.CreateRunRequest(chunk=chunk), offset + len(piece)

@@ -1,0 +1,159 @@
+"""Payloads: the bytes of tensors in the spec's order, and the manifest that describes them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.codecs import codecs
+from fedpeft.errors import ManifestInvalid, PayloadInvalid
+from fedpeft.spec import TensorSpec
+
+CHUNK_BYTES = 1024 * 1024
+"""Size of a chunk on the wire."""
+
+RESIDENT_BYTES = 4 * 1024 * 1024
+"""Bytes of a mapped payload that are read before they are given back."""
+
+Tensors = Mapping[str, NDArray[np.float32]]
+"""Arrays by name, float32, each of its spec's shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies in a payload; `offset` and `length` in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a payload holds; `sha256` is its digest, 32 bytes."""
+
+    entries: tuple[Entry, ...]
+    payload_bytes: int
+    sha256: bytes
+
+
+def encode(tensors: Tensors, specs: Sequence[TensorSpec], encoding: str) -> tuple[Manifest, bytes]:
+    """Writes the tensors that `specs` names, in that order, with one codec.
+
+    Returns:
+        The manifest and the payload.
+
+    Raises:
+        ManifestInvalid: If a tensor is missing or has not its spec's shape.
+    """
+    stream = io.BytesIO()
+    manifest = write(stream, tensors, specs, encoding)
+    return manifest, stream.getvalue()
+
+
+def write(stream: BinaryIO, tensors: Tensors, specs: Sequence[TensorSpec], encoding: str) -> Manifest:
+    """Writes a payload to `stream`, holding one encoded tensor at a time; else as `encode`."""
+    codec, digest = codecs.get(encoding), hashlib.sha256()
+    entries, offset = [], 0
+    for spec in specs:
+        if spec.name not in tensors:
+            raise ManifestInvalid(f"tensor {spec.name} is missing")
+        values = np.ascontiguousarray(tensors[spec.name], np.float32)
+        if np.shape(tensors[spec.name]) != spec.shape:
+            raise ManifestInvalid(
+                f"tensor {spec.name} has shape {np.shape(tensors[spec.name])}; the spec says {spec.shape}"
+            )
+        part = codec.encode(values.reshape(-1))
+        stream.write(part)
+        digest.update(part)
+        entries.append(Entry(spec.name, spec.shape, encoding, offset, len(part)))
+        offset += len(part)
+    return Manifest(tuple(entries), offset, digest.digest())
+
+
+def check_manifest(manifest: Manifest, specs: Sequence[TensorSpec], encodings: Sequence[str]) -> None:
+    """Checks a manifest from outside against the tensors it must describe, before anything is allocated.
+
+    Raises:
+        ManifestInvalid: With the first fault found: a tensor missing, unknown or out of order, a wrong shape, an
+            encoding that is not among `encodings`, a gap, an overlap, or a length that no encoding of the tensor has.
+    """
+    given, wanted = [e.name for e in manifest.entries], [s.name for s in specs]
+    if given != wanted:
+        raise ManifestInvalid(_name_fault(given, wanted))
+    offset = 0
+    for entry, spec in zip(manifest.entries, specs, strict=True):
+        if entry.shape != spec.shape:
+            raise ManifestInvalid(f"tensor {spec.name} has shape {entry.shape}; the spec says {spec.shape}")
+        if entry.encoding not in encodings:
+            raise ManifestInvalid(
+                f"tensor {spec.name} is encoded as {entry.encoding[:32]!r}; this run takes {', '.join(encodings)}"
+            )
+        if entry.offset != offset:
+            raise ManifestInvalid(f"tensor {spec.name} begins at byte {entry.offset}, not at {offset}")
+        low, high = codecs.get(entry.encoding).length_bounds(spec.size)
+        if not low <= entry.length <= high:
+            wants = f"{low}" if low == high else f"{low} to {high}"
+            raise ManifestInvalid(f"tensor {spec.name} has {entry.length} bytes; {entry.encoding} has {wants}")
+        offset += entry.length
+    if manifest.payload_bytes != offset:
+        raise ManifestInvalid(f"payload_bytes is {manifest.payload_bytes}, the entries have {offset}")
+
+
+def _name_fault(given: Sequence[str], wanted: Sequence[str]) -> str:
+    """Returns the sentence for the first difference between two lists of names."""
+    unknown, missing = sorted(set(given) - set(wanted)), sorted(set(wanted) - set(given))
+    if unknown:
+        return f"tensor {unknown[0][:80]} is not one that is sent in this round"
+    if missing:
+        return f"tensor {missing[0]} is missing"
+    return "the tensors are not in the spec's order, each once"
+
+
+def check_payload(manifest: Manifest, payload: memoryview, release: Callable[[], object] | None = None) -> None:
+    """Checks every value of a payload whose manifest was checked.
+
+    Args:
+        manifest: What the payload holds.
+        payload: Its bytes.
+        release: Called now and then to give back what was read of a mapped file, so that memory stays flat.
+
+    Raises:
+        PayloadInvalid: If the payload is longer or shorter than its manifest says, or a tensor's
+            bytes are malformed or hold a value that is not finite; the message names the tensor.
+    """
+    if len(payload) != manifest.payload_bytes:
+        raise PayloadInvalid(f"the payload has {len(payload)} bytes; its manifest says {manifest.payload_bytes}")
+    resident = 0
+    for entry, data in parts(manifest, payload):
+        try:
+            codecs.get(entry.encoding).check(data, math.prod(entry.shape))
+        except PayloadInvalid as error:
+            raise PayloadInvalid(f"tensor {entry.name}: {error.message}") from None
+        resident += entry.length
+        if release and resident > RESIDENT_BYTES:
+            release()
+            resident = 0
+
+
+def decode(manifest: Manifest, payload: memoryview) -> dict[str, NDArray[np.float32]]:
+    """Returns the tensors of a payload, float32, in their shapes; check manifest and payload first."""
+    return {
+        entry.name: codecs.get(entry.encoding).decode(data, math.prod(entry.shape)).reshape(entry.shape)
+        for entry, data in parts(manifest, payload)
+    }
+
+
+def parts(manifest: Manifest, payload: memoryview) -> Iterator[tuple[Entry, memoryview]]:
+    """Yields each entry with its bytes, uncopied."""
+    for entry in manifest.entries:
+        yield entry, payload[entry.offset : entry.offset + entry.length]

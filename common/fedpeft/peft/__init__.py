@@ -1,0 +1,9 @@
+"""PEFT methods: what of a model is tuned. One file a method, which registers itself and touches nothing else.
+
+`method.py` is what a method is, `tuned.py` what becomes of a model under one.
+"""
+
+from fedpeft.peft.method import Method, MethodOptions, make, methods
+from fedpeft.peft.tuned import TunedModel, count, spec_of, tune
+
+__all__ = ["Method", "MethodOptions", "TunedModel", "count", "make", "methods", "spec_of", "tune"]

@@ -1,0 +1,96 @@
+"""What a PEFT method is, and the registry of all of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from fedpeft.errors import ConfigInvalid
+from fedpeft.families import Anatomy
+from fedpeft.registry import Registry
+from fedpeft.spec import Role
+
+
+class MethodOptions(BaseModel):
+    """Options of a method, written beside `method` in the run file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+OptionsT = TypeVar("OptionsT", bound=MethodOptions)
+
+
+class Method(ABC, Generic[OptionsT]):
+    """One way of choosing what of a model is tuned. The head always is.
+
+    A method changes no name of the plain model, or says in `canonical` how to undo it: specs, fingerprints and exports
+    know canonical names only.
+    """
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    whole_model_trains: ClassVar[bool] = False
+    """Whether the backbone is in training mode while training; else only what the method injected is."""
+
+    def __init__(self, options: OptionsT) -> None:
+        self.options = options
+
+    def inject(self, module: nn.Module, anatomy: Anatomy, generator: torch.Generator) -> Sequence[nn.Module]:
+        """Adds modules to `module` and hooks them in.
+
+        Hooks must be bound methods of the injected modules: those are copied rightly with the model. Initial values are
+        drawn on the CPU, in float32, in the order of the blocks. The modules may be left on the CPU.
+
+        Args:
+            module: The model, on any device, the meta device included.
+            anatomy: Where its parts lie.
+            generator: A CPU generator, seeded from the run.
+
+        Returns:
+            The modules whose training mode follows the tuned model's.
+        """
+        return ()
+
+    @abstractmethod
+    def tunes(self, name: str) -> bool:
+        """Returns whether the parameter of this canonical name, not of the head, is tuned."""
+
+    def roles(self, name: str) -> tuple[Role, ...]:
+        """Returns the roles in turn of a tuned parameter, those of the head included."""
+        return (Role.SENT,)
+
+    def canonical(self, name: str) -> str:
+        """Returns the name in the spec of a parameter's name in the tuned model."""
+        return name
+
+    def plain(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Returns the state dict of a tuned model, with all that can be merged into the plain model merged."""
+        return dict(module.state_dict())
+
+
+methods: Registry[type[Method[Any]]] = Registry("fedpeft.peft", "PEFT method")
+
+
+def make(name: str, options: Mapping[str, object]) -> Method[Any]:
+    """Builds a method from its name and options.
+
+    Raises:
+        ConfigInvalid: If there is no such method, or an option is unknown or out of range.
+    """
+    cls = methods.get(name)
+    try:
+        return cls(cls.Options.model_validate(dict(options)))
+    except ValidationError as error:
+        known = ", ".join(sorted(cls.Options.model_fields)) or "none"
+        faults = []
+        for fault in error.errors(include_url=False, include_input=False):
+            text = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] == "extra_forbidden":
+                text = f"is not an option of {name}; there are: {known}"
+            faults.append((".".join(["peft", *map(str, fault["loc"])]), text))
+        message = "; ".join(f"{path}: {text}" for path, text in faults)
+        raise ConfigInvalid(message, tuple(faults)) from None

@@ -1,0 +1,181 @@
+"""A model under a PEFT method: its spec, its tensors out and in, its modes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import nn
+
+from fedpeft import seeds
+from fedpeft.config import ModelConfig
+from fedpeft.errors import ConfigInvalid, ModelInvalid
+from fedpeft.families import Anatomy
+from fedpeft.models import Backbone, skeleton
+from fedpeft.payload import Tensors
+from fedpeft.peft.method import Method, make
+from fedpeft.spec import AdapterSpec, Role, TensorSpec
+
+
+class TunedModel:
+    """A backbone with an adapter.
+
+    The frozen parameters are the backbone's own, shared and not copied; the tuned ones belong to this model, so any
+    number of them stand on one backbone. Only tuned parameters require a gradient.
+
+    Attributes:
+        backbone: What it stands on.
+        method: How it is tuned.
+        module: Maps float32 [batch, 3, image_size, image_size] to logits [batch, classes].
+        spec: The tuned tensors.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        method: Method[Any],
+        module: nn.Module,
+        injected: Sequence[nn.Module],
+        spec: AdapterSpec,
+    ) -> None:
+        self.backbone = backbone
+        self.method = method
+        self.module = module
+        self.spec = spec
+        self._injected = injected
+        found = {method.canonical(name): p for name, p in module.named_parameters()}
+        self._tuned = {tensor.name: found[tensor.name] for tensor in spec.tensors}
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """Returns copies of all tuned tensors, local ones included, float32, in the spec's order."""
+        return {
+            name: parameter.detach().to("cpu", torch.float32, copy=True).numpy()
+            for name, parameter in self._tuned.items()
+        }
+
+    def load(self, tensors: Tensors) -> None:
+        """Sets tuned tensors. Those that are local in every round may be absent and stay as they are.
+
+        Raises:
+            ModelInvalid: If a tensor is missing, unknown or of another shape; nothing was set then.
+        """
+        if unknown := sorted(tensors.keys() - self._tuned.keys()):
+            raise ModelInvalid(f"tensor {unknown[0]} is not of adapter {self.spec.method}")
+        for tensor in self.spec.shared:
+            if tensor.name not in tensors:
+                raise ModelInvalid(f"tensor {tensor.name} of adapter {self.spec.method} is missing")
+        for tensor in self.spec.tensors:
+            given = tensors.get(tensor.name)
+            if given is not None and given.shape != tensor.shape:
+                raise ModelInvalid(f"tensor {tensor.name} has shape {given.shape}; the model needs {tensor.shape}")
+        with torch.no_grad():
+            for name, values in tensors.items():
+                # A copy, because torch refuses arrays that are read-only, as those over received bytes are.
+                self._tuned[name].copy_(torch.from_numpy(np.array(values, np.float32)))
+
+    def trainable(self, number: int) -> dict[str, nn.Parameter]:
+        """Chooses what trains in round `number` (1, 2, ...): everything tuned that is not frozen in it.
+
+        Returns:
+            Those parameters by name, in the spec's order. They require a gradient, all others do not; no gradient is
+            left over.
+        """
+        chosen = {}
+        for tensor in self.spec.tensors:
+            parameter = self._tuned[tensor.name]
+            trains = tensor.role(number) is not Role.FROZEN
+            parameter.requires_grad_(trains)
+            parameter.grad = None
+            if trains:
+                chosen[tensor.name] = parameter
+        return chosen
+
+    def train(self) -> None:
+        """Goes into training mode: the whole model, or only what was injected, as the method wants."""
+        self.module.train(self.method.whole_model_trains)
+        for module in self._injected:
+            module.train()
+
+    def eval(self) -> None:
+        """Goes into evaluation mode."""
+        self.module.eval()
+
+
+def tune(backbone: Backbone, method: str, options: Mapping[str, object], seed: int) -> TunedModel:
+    """Puts a backbone under a PEFT method; the backbone itself stays as it is.
+
+    Args:
+        backbone: Its frozen parameters are shared.
+        method: Its registered name.
+        options: The method's options.
+        seed: The run's seed; initial values derive from it, on the CPU.
+
+    Returns:
+        The tuned model in eval mode, on the backbone's device, trainable as in round 1.
+
+    Raises:
+        ConfigInvalid: If there is no such method, or an option is wrong or fits nothing in this model.
+    """
+    chosen = make(method, options)
+    shared = {id(p): p for p in backbone.module.parameters()}
+    module, anatomy = copy.deepcopy((backbone.module, backbone.anatomy), dict(shared))
+    injected = chosen.inject(module, anatomy, _generator(seed))
+    module.to(backbone.device)
+    spec = _spec(method, chosen, module, anatomy)
+    tuned = {tensor.name for tensor in spec.tensors}
+    for own, parameter in list(module.named_parameters()):
+        if id(parameter) in shared and chosen.canonical(own) in tuned:
+            place, _, leaf = own.rpartition(".")
+            copied = nn.Parameter(parameter.detach().clone())
+            setattr(module.get_submodule(place), leaf, copied)
+        elif id(parameter) not in shared and chosen.canonical(own) not in tuned:
+            parameter.requires_grad_(False)
+    model = TunedModel(backbone, chosen, module, injected, spec)
+    model.trainable(1)
+    model.eval()
+    return model
+
+
+def spec_of(config: ModelConfig, method: str, options: Mapping[str, object]) -> AdapterSpec:
+    """Returns the adapter spec of a run without its weights (meta device).
+
+    Raises:
+        ModelInvalid: If there is no such model, or not in this size or depth.
+        ConfigInvalid: If there is no such method, or an option is wrong or fits nothing in this model.
+    """
+    chosen = make(method, options)
+    module, anatomy = skeleton(config)
+    chosen.inject(module, anatomy, _generator(0))
+    return _spec(method, chosen, module, anatomy)
+
+
+def count(model_name: str, method: str, options: Mapping[str, object], classes: int) -> int:
+    """Returns how many values a method tunes in a timm model with `classes` classes, the head included.
+
+    Raises:
+        ModelInvalid: As `spec_of`.
+        ConfigInvalid: As `spec_of`, or if that is no name of a model or no possible number of classes.
+    """
+    try:
+        config = ModelConfig(name=model_name, weights="none", classes=tuple(map(str, range(classes))))
+    except ValidationError as error:
+        raise ConfigInvalid(
+            f"model {model_name!r} with {classes} classes: {error.errors(include_url=False)[0]['msg']}"
+        ) from None
+    return spec_of(config, method, options).parameters
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seeds.initialisation(seed))
+
+
+def _spec(name: str, chosen: Method[Any], module: nn.Module, anatomy: Anatomy) -> AdapterSpec:
+    head = f"{anatomy.head}."
+    found = [(chosen.canonical(n), tuple(p.shape)) for n, p in module.named_parameters()]
+    tensors = [TensorSpec(n, shape, chosen.roles(n)) for n, shape in found if n.startswith(head) or chosen.tunes(n)]
+    return AdapterSpec.of(name, tensors)

@@ -1,0 +1,150 @@
+"""The record of a committed round: what was folded, by which rule, and what came of it. Pure.
+
+A record is canonical JSON: keys sorted, no spaces, ASCII, numbers as Python's `repr` writes them. It holds the digest
+of the record before, so whoever holds the last digest can tell that nothing in a run's history was changed, and whoever
+holds the updates can fold them again to the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from fedpeft.errors import BlobCorrupt
+
+FORMAT = 1
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Contributed:
+    """One update that was folded.
+
+    Attributes:
+        client: The client's id.
+        ticket: The ticket it was sent for.
+        examples: Examples it was trained on.
+        weight: What the strategy made of them, not normalised: the factor that enters the fold.
+        sha256: Digest of the payload, hexadecimal.
+    """
+
+    client: str
+    ticket: str
+    examples: int
+    weight: float
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One committed round.
+
+    Attributes:
+        run: Id of the run.
+        round: Number of the round, 1, 2, ...; the result is adapter version `round`.
+        base_sha256: Digest of the adapter file the updates started from.
+        contributions: What was folded, sorted by client.
+        strategy: Name of the aggregation strategy.
+        options: All its options, defaults included.
+        adapter_sha256: Digest of the resulting adapter file.
+        state_sha256: Digest of the resulting server-state file; empty if the strategy has none.
+        previous_sha256: Digest of the record before; empty for round 1.
+    """
+
+    run: str
+    round: int
+    base_sha256: str
+    contributions: tuple[Contributed, ...]
+    strategy: str
+    options: Mapping[str, JsonValue]
+    adapter_sha256: str
+    state_sha256: str
+    previous_sha256: str
+
+    def to_json(self) -> str:
+        """Returns the canonical JSON."""
+        return json.dumps(
+            {"format": FORMAT, **asdict(self)},
+            sort_keys=True,
+            separators=(",", ":"),
+            allow_nan=False,
+        )
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def digest(record_json: str) -> str:
+    """Returns the SHA-256 of a record's JSON, hexadecimal."""
+    return hashlib.sha256(record_json.encode()).hexdigest()
+
+
+def parse(record_json: str) -> Record:
+    """Reads a record.
+
+    Raises:
+        BlobCorrupt: If it is not one in canonical form.
+    """
+    try:
+        data: dict[str, Any] = json.loads(record_json)
+        form = data.pop("format")
+        record = _RECORD.validate_python(data, strict=False)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise BlobCorrupt(f"this is not the record of a round: {fault}") from None
+    if form != FORMAT:
+        raise BlobCorrupt(f"the record has format {form!r}; this version reads {FORMAT}")
+    if record.to_json() != record_json:
+        raise BlobCorrupt(f"the record of round {record.round} is not in canonical form")
+    return record
+
+
+def verify_chain(records: Sequence[str]) -> None:
+    """Checks that records are those of rounds 1, 2, ... of one run, each built on the one before.
+
+    That the last one is the right one only its own digest, kept elsewhere, can say.
+
+    Args:
+        records: Canonical JSON, oldest first.
+
+    Raises:
+        BlobCorrupt: With the first round that does not fit and why.
+    """
+    before: Record | None = None
+    previous = ""
+    for number, text in enumerate(records, 1):
+        record = parse(text)
+        fault = _fault(record, number, previous, before)
+        if fault:
+            raise BlobCorrupt(f"record {number} of {len(records)}: {fault}")
+        before, previous = record, digest(text)
+
+
+def _fault(record: Record, number: int, previous: str, before: Record | None) -> str:
+    """Returns what is wrong with a record at its place in the chain, or nothing."""
+    clients = [counted.client for counted in record.contributions]
+    digests = [record.base_sha256, record.adapter_sha256, *(c.sha256 for c in record.contributions)]
+    digests += [d for d in (record.state_sha256, record.previous_sha256) if d]
+    faults = {
+        f"it is of round {record.round}": record.round != number,
+        f"its previous_sha256 is not {previous or 'empty'}": record.previous_sha256 != previous,
+        "no update was folded": not clients,
+        "its clients are not sorted, each once": clients != sorted(set(clients)),
+        "a digest has not 64 hexadecimal digits": not all(map(_DIGEST.fullmatch, digests)),
+        "a weight or an example count is not positive": any(
+            c.weight <= 0 or c.examples < 1 for c in record.contributions
+        ),
+    }
+    if before is not None:
+        faults |= {
+            f"it is of run {record.run}, not {before.run}": record.run != before.run,
+            "it does not start from the adapter of the record before": record.base_sha256 != before.adapter_sha256,
+        }
+    return next((text for text, wrong in faults.items() if wrong), "")

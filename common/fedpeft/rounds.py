@@ -1,0 +1,305 @@
+"""The state machine of a round, pure: ``(round, event) -> (round, effects)``.
+
+    WAITING -> OPEN -> AGGREGATING -> COMMITTED
+
+WAITING opens once enough clients wait: a seeded sample of them gets tickets. OPEN takes updates until as many are there
+as the round wants (the goal); until no ticket is left to wait for, nobody is there to replace the missing, and the
+quorum is met; or until the deadline with a quorum. A deadline without a quorum extends the round: what was received
+stays, replacements are sampled beside the stragglers, whose tickets stay good. After the last extension the run is
+paused. AGGREGATING takes nothing more. A round that was stopped stays as it is, whatever comes after. Whoever drives
+the machine writes each new state in one transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from fedpeft import seeds
+from fedpeft.config import RoundsConfig
+from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
+
+
+class Phase(StrEnum):
+    """Where a round is."""
+
+    WAITING = "waiting"
+    OPEN = "open"
+    AGGREGATING = "aggregating"
+    COMMITTED = "committed"
+
+
+class TicketState(StrEnum):
+    """What became of a client's right to contribute."""
+
+    ISSUED = "issued"
+    RECEIVED = "received"
+    WITHDRAWN = "withdrawn"
+    REFUSED = "refused"
+    LATE = "late"
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A client's right to contribute to one round; `generation` is the number of extensions when it was issued."""
+
+    id: str
+    client: str
+    state: TicketState = TicketState.ISSUED
+    reason: str = ""
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of a run. Times are seconds since the epoch; `tickets` are in client-id order, one a client."""
+
+    run: str
+    number: int
+    phase: Phase = Phase.WAITING
+    tickets: tuple[Ticket, ...] = ()
+    opened_at: float | None = None
+    deadline: float | None = None
+    extensions: int = 0
+    stopped: bool = False
+
+    @property
+    def base_version(self) -> int:
+        """The adapter version that clients start from."""
+        return self.number - 1
+
+    def following(self) -> Round:
+        """Returns the round after this one, as it begins."""
+        return Round(self.run, self.number + 1)
+
+    def in_state(self, state: TicketState) -> tuple[Ticket, ...]:
+        """Returns the tickets in one state."""
+        return tuple(t for t in self.tickets if t.state is state)
+
+    def ticket(self, ticket_id: str) -> Ticket:
+        """Returns a ticket by id.
+
+        Raises:
+            TicketNotFound: If the round has none of that id.
+        """
+        for ticket in self.tickets:
+            if ticket.id == ticket_id:
+                return ticket
+        raise TicketNotFound(f"round {self.number} of {self.run} has no ticket {ticket_id}")
+
+    def ticket_of(self, client: str) -> Ticket | None:
+        """Returns the ticket of a client, if it was sampled."""
+        return next((t for t in self.tickets if t.client == client), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """These clients can be sampled now."""
+
+    clients: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """The update of a ticket is durable."""
+
+    ticket: str
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The client gave its ticket up."""
+
+    ticket: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The update of a ticket is wrong for good."""
+
+    ticket: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """Nothing happened but time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The run was resumed: an open round gets a fresh deadline and its extensions back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregated:
+    """The result is durable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The run was stopped: nothing more is taken and nothing will be folded, whatever comes after."""
+
+
+Event = Waiting | Received | Withdrawn | Refused | TimePassed | Resumed | Aggregated | Stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """Effect: these tickets are new."""
+
+    tickets: tuple[Ticket, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """Effect: fold what was received."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Effect: pause the run, because of `reason`."""
+
+    reason: str
+
+
+Effect = Issue | Aggregate | Pause
+Step = tuple[Round, tuple[Effect, ...]]
+
+
+def ticket_id(run: str, number: int, client: str) -> str:
+    """Returns the id of the ticket of a client in a round; a client has at most one."""
+    return "ticket-" + hashlib.sha256(f"{run}\x1f{number}\x1f{client}".encode()).hexdigest()[:16]
+
+
+def sample(candidates: Iterable[str], count: int, seed: int, number: int) -> list[str]:
+    """Returns up to `count` of the candidates, the same ones for the same candidates, seed and round, sorted."""
+    ranked = sorted(candidates, key=lambda client: (seeds.sampling_rank(seed, number, client), client))
+    return sorted(ranked[:count])
+
+
+def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Step:
+    """Returns the round after an event at time `now`, and what must be done because of it.
+
+    An event that changes nothing returns the very same round.
+
+    Raises:
+        TicketNotFound: If the event names a ticket that the round does not have.
+        RoundClosed: If an update comes when the round takes none.
+        TicketClosed: If an update comes for a ticket that was withdrawn or refused.
+    """
+    match event:
+        case Waiting() | TimePassed() | Resumed() | Aggregated() if state.stopped:
+            return state, ()
+        case Waiting(clients):
+            return _waiting(state, clients, config, now)
+        case Received(ticket):
+            return _received(state, ticket, config)
+        case Withdrawn(ticket, reason):
+            return _close_ticket(state, ticket, TicketState.WITHDRAWN, reason)
+        case Refused(ticket, reason):
+            return _close_ticket(state, ticket, TicketState.REFUSED, reason)
+        case TimePassed():
+            return _time_passed(state, config, now)
+        case Resumed():
+            return _resumed(state, config, now)
+        case Aggregated():
+            return (replace(state, phase=Phase.COMMITTED), ()) if state.phase is Phase.AGGREGATING else (state, ())
+        case Stopped():
+            return _stopped(state)
+
+
+def _waiting(state: Round, clients: frozenset[str], config: RoundsConfig, now: float) -> Step:
+    if state.phase is Phase.WAITING and len(clients) >= config.available:
+        opened = replace(state, phase=Phase.OPEN, opened_at=now, deadline=now + config.deadline_s)
+        return _issue(opened, clients, config.sampled, config)
+    if state.phase is not Phase.OPEN:
+        return state, ()
+    current = [t for t in state.in_state(TicketState.ISSUED) if t.generation == state.extensions]
+    missing = config.sampled - len(state.in_state(TicketState.RECEIVED)) - len(current)
+    fresh = clients - {t.client for t in state.tickets}
+    if missing > 0 and fresh:
+        return _issue(state, fresh, missing, config)
+    nobody_left = not state.in_state(TicketState.ISSUED)
+    if nobody_left and len(state.in_state(TicketState.RECEIVED)) >= config.needed:
+        return _aggregate(state)
+    return state, ()
+
+
+def _issue(state: Round, candidates: Iterable[str], count: int, config: RoundsConfig) -> Step:
+    new = tuple(
+        Ticket(ticket_id(state.run, state.number, client), client, generation=state.extensions)
+        for client in sample(candidates, count, config.seed, state.number)
+    )
+    tickets = tuple(sorted((*state.tickets, *new), key=lambda t: t.client))
+    return replace(state, tickets=tickets), (Issue(new),)
+
+
+def _received(state: Round, ticket_id: str, config: RoundsConfig) -> Step:
+    ticket = state.ticket(ticket_id)
+    if ticket.state is TicketState.RECEIVED:
+        return state, ()
+    if ticket.state in (TicketState.WITHDRAWN, TicketState.REFUSED):
+        raise TicketClosed(f"ticket {ticket.id} was {ticket.state}: {ticket.reason or 'no reason given'}")
+    if state.phase is not Phase.OPEN or ticket.state is TicketState.LATE:
+        raise RoundClosed(f"round {state.number} of {state.run} has closed; keep the update for the next round")
+    state = _set_ticket(state, replace(ticket, state=TicketState.RECEIVED))
+    if len(state.in_state(TicketState.RECEIVED)) >= config.clients:
+        return _aggregate(state)
+    return state, ()
+
+
+def _close_ticket(state: Round, ticket_id: str, to: TicketState, reason: str) -> Step:
+    ticket = state.ticket(ticket_id)
+    if ticket.state is not TicketState.ISSUED:
+        return state, ()
+    return _set_ticket(state, replace(ticket, state=to, reason=reason)), ()
+
+
+def _time_passed(state: Round, config: RoundsConfig, now: float) -> Step:
+    if state.phase is not Phase.OPEN or state.deadline is None or now < state.deadline:
+        return state, ()
+    received = len(state.in_state(TicketState.RECEIVED))
+    if received >= config.needed:
+        return _aggregate(state)
+    if state.extensions >= config.max_extensions:
+        awaited = ", ".join(t.client for t in state.in_state(TicketState.ISSUED)) or "nobody"
+        reason = (
+            f"round {state.number} has {received} of the {config.needed} updates it needs after "
+            f"{state.extensions} extensions; still awaited: {awaited}"
+        )
+        return replace(state, deadline=None), (Pause(reason),)
+    return replace(state, extensions=state.extensions + 1, deadline=now + config.deadline_s), ()
+
+
+def _resumed(state: Round, config: RoundsConfig, now: float) -> Step:
+    if state.phase is not Phase.OPEN or state.deadline is not None:
+        return state, ()
+    tickets = tuple(replace(t, generation=0) for t in state.tickets)
+    return replace(state, tickets=tickets, extensions=0, deadline=now + config.deadline_s), ()
+
+
+def _stopped(state: Round) -> Step:
+    if state.stopped or state.phase is Phase.COMMITTED:
+        return state, ()
+    return replace(_late(state), stopped=True), ()
+
+
+def _aggregate(state: Round) -> Step:
+    return replace(_late(state), phase=Phase.AGGREGATING), (Aggregate(),)
+
+
+def _late(state: Round) -> Round:
+    """Closes every open ticket; the updates that come for them go into their clients' residuals."""
+    reason = f"round {state.number} closed before the update came"
+    tickets = tuple(
+        replace(t, state=TicketState.LATE, reason=reason) if t.state is TicketState.ISSUED else t for t in state.tickets
+    )
+    return replace(state, tickets=tickets, deadline=None)
+
+
+def _set_ticket(state: Round, ticket: Ticket) -> Round:
+    return replace(state, tickets=tuple(ticket if t.id == ticket.id else t for t in state.tickets))

@@ -1,0 +1,11 @@
+"""Simulation: a run file's federation in one process, without a network, with the code of server and client.
+
+`clients_of` finds the clients in the data, `simulate` holds the run.
+"""
+
+from __future__ import annotations
+
+from fedpeft.simulation.clients import clients_of
+from fedpeft.simulation.run import simulate
+
+__all__ = ["clients_of", "simulate"]

@@ -1,0 +1,209 @@
+"""The clients of a simulation: where each one's data comes from, what is kept open of it, and what each remembers.
+
+Notable: a client of `[simulation]` has the rows that `fedpeft partition` would write for it, in the same order, so it
+trains to the same bits as an agent on the written folder. What a client remembers from round to round (residual, local
+tensors) lies in files, as an agent's does, so memory does not grow with clients.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from fedpeft.config import RunConfig, SimulationConfig
+from fedpeft.data import partitions
+from fedpeft.data.dataset import ImageDataset, dataset_of
+from fedpeft.data.interface import Selection, Source
+from fedpeft.data.parts import RECORD, file_name
+from fedpeft.data.sources import INDEX_SUFFIX, open_source
+from fedpeft.data.transforms import Preprocessing
+from fedpeft.errors import ConfigInvalid, DataInvalid
+
+CACHE_BYTES = 1024 * 1024 * 1024
+"""Decoded and encoded images kept of all clients together; whose turn was longest ago goes first."""
+
+OPEN_CLIENTS = 256
+"""Clients whose data is open at once: each may hold a mapped file."""
+
+NAME = re.compile(r"[A-Za-z0-9._\-]{1,64}")
+"""What a client's id may be, with a server as well."""
+
+Arrays = dict[str, NDArray[np.float32]]
+Clients = Mapping[str, Path | Source]
+
+
+def clients_of(path: Path, config: RunConfig) -> tuple[dict[str, Path | Source], dict[str, Any] | None]:
+    """Finds the clients in the data of a simulation.
+
+    Args:
+        path: A folder of clients as `fedpeft partition` writes it: each is a client by its name. Anything else that
+            `open_source` takes is one data set, which `[simulation]` divides.
+        config: The run file.
+
+    Returns:
+        Data by client, and how it was divided (variant, alpha, seed, draws, digest, skew), None where it was before.
+
+    Raises:
+        DataInvalid: If the data cannot be read, or not be divided so.
+        ConfigInvalid: If there is one data set and no `[simulation]`.
+    """
+    folders = _written(path)
+    if folders:
+        return dict(folders), None
+    if config.simulation is None:
+        raise ConfigInvalid(
+            f"{path} is one data set and the run file has no [simulation] section that divides it; add one, or give "
+            "a folder that fedpeft partition wrote"
+        )
+    source = open_source(path)
+    cut = _cut(source, config.simulation, config.rounds.seed)
+    names = [file_name(name) for name in cut.names]
+    if len(set(names)) < len(names):
+        raise DataInvalid(f"two values of column {config.simulation.column!r} give clients of one name")
+    record = {
+        "variant": cut.variant,
+        "alpha": cut.alpha,
+        "seed": cut.seed,
+        "draws": cut.draws,
+        "digest": cut.digest,
+        "skew": partitions.skew(source.labels, cut.parts, len(source.class_names)).as_dict(),
+    }
+    return {name: Selection(source, rows) for name, rows in zip(names, cut.parts, strict=True)}, record
+
+
+def _written(path: Path) -> dict[str, Path]:
+    """Returns the clients of a folder of clients; none if it is none."""
+    if not path.is_dir():
+        return {}
+    folders = {sub.name: sub for sub in sorted(path.iterdir()) if sub.is_dir() and any(sub.glob("*.parquet"))}
+    indexed = {file.name.removesuffix(INDEX_SUFFIX): file for file in sorted(path.glob(f"*{INDEX_SUFFIX}"))}
+    found = folders | indexed
+    if (path / RECORD).exists() and not found:
+        raise DataInvalid(f"{path} has a {RECORD} and no client: neither NAME/*.parquet nor NAME{INDEX_SUFFIX}")
+    return dict(sorted(found.items()))
+
+
+def _cut(source: Source, simulation: SimulationConfig, seed: int) -> partitions.Partition:
+    """Divides as `fedpeft partition --seed SEED` does."""
+    match simulation.law:
+        case "iid":
+            return partitions.iid(len(source), simulation.clients, seed)
+        case "dirichlet":
+            return partitions.dirichlet(source.labels, simulation.clients, simulation.alpha, seed)
+        case "quantity":
+            return partitions.quantity(len(source), simulation.clients, simulation.alpha, seed)
+        case "natural":
+            return partitions.natural(source.column(str(simulation.column)), str(simulation.column))
+
+
+class ClientData:
+    """The data sets of all clients, opened when asked for and kept while they fit.
+
+    Args:
+        clients: Data by client.
+        config: The run file.
+        preprocessing: What the model wants.
+        label_map: Own class names to the run's, for all clients.
+        cache_bytes: Images kept, decoded and encoded.
+    """
+
+    def __init__(
+        self,
+        clients: Clients,
+        config: RunConfig,
+        preprocessing: Preprocessing,
+        label_map: Mapping[str, str | None] | None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self._clients = clients
+        self._classes = config.model.classes
+        self._preprocessing = preprocessing
+        self._label_map = label_map
+        self._cache_bytes = cache_bytes
+        self._open: OrderedDict[str, tuple[ImageDataset, int]] = OrderedDict()
+        self._held_bytes = 0
+
+    def of(self, client: str) -> ImageDataset:
+        """Returns a client's data set.
+
+        Raises:
+            DataInvalid: If it cannot be read or does not fit the run's classes; the client is named.
+        """
+        if client not in self._open:
+            dataset, cost = self.open(self._clients[client], f"client {client}")
+            while self._open and (self._held_bytes + cost > self._cache_bytes or len(self._open) >= OPEN_CLIENTS):
+                self._held_bytes -= self._open.popitem(last=False)[1][1]
+            self._open[client] = dataset, cost
+            self._held_bytes += cost
+        self._open.move_to_end(client)
+        return self._open[client][0]
+
+    def open(self, data: Path | Source, who: str) -> tuple[ImageDataset, int]:
+        """Opens a data set of this run, and says how many bytes of images it may come to hold.
+
+        Raises:
+            DataInvalid: If it cannot be used; `who` begins the sentence.
+        """
+        try:
+            source = open_source(data) if isinstance(data, Path) else data
+            dataset = dataset_of(
+                source,
+                self._classes,
+                self._preprocessing,
+                label_map=self._label_map,
+                cache_bytes=self._cache_bytes,
+            )
+        except DataInvalid as error:
+            raise DataInvalid(f"{who}: {error.message}") from None
+        pixels = 3 * self._preprocessing.image_size**2 * len(source)
+        kept = pixels if pixels <= self._cache_bytes else 0
+        # The parts of one data set share its encoded images, which are there anyway.
+        return dataset, kept + (source.image_bytes_total if isinstance(data, Path) else 0)
+
+
+class ClientMemory:
+    """What every client keeps from round to round, in files of a folder, by its name.
+
+    Args:
+        folder: An empty folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def residual(self, client: str) -> Arrays:
+        """Returns what the client's earlier updates left unsent, float32 by tensor."""
+        return self._read(client, "residual")
+
+    def local(self, client: str) -> Arrays:
+        """Returns the client's own tensors, float32 by tensor."""
+        return self._read(client, "local")
+
+    def keep(self, client: str, *, residual: Mapping[str, Any], local: Mapping[str, Any]) -> None:
+        """Replaces both."""
+        self._write(client, "residual", residual)
+        self._write(client, "local", local)
+
+    def forget_residual(self, client: str) -> None:
+        """Drops the residual, as an agent does whose update was refused as wrong."""
+        self._file(client, "residual").unlink(missing_ok=True)
+
+    def _file(self, client: str, kind: str) -> Path:
+        return self._folder / f"{client}.{kind}.safetensors"
+
+    def _read(self, client: str, kind: str) -> Arrays:
+        file = self._file(client, kind)
+        return safetensors.numpy.load_file(file) if file.exists() else {}
+
+    def _write(self, client: str, kind: str, arrays: Mapping[str, Any]) -> None:
+        if arrays:
+            safetensors.numpy.save_file(dict(arrays), self._file(client, kind))
+        else:
+            self._file(client, kind).unlink(missing_ok=True)

@@ -1,0 +1,267 @@
+"""A simulated run, from its first round to its report.
+
+Notable: nothing of a round is written twice. Rounds follow `fedpeft.rounds`, clients train through `fedpeft.training`
+and `fedpeft.updates`, updates are folded by `fedpeft.folding`, so with the same run file, client names, data and number
+of torch's threads the adapter has the bits that a server and its agents give.
+
+What is different: clients work one after the other, and no deadline runs out while one works. Where a round wants more
+clients than it counts (`over_selection`), who is late is drawn from the seed. A client that trains in vain gives its
+ticket back, as an agent does; the round's deadline passes only once nobody is left to work.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import structlog
+from google.protobuf import json_format
+
+from fedpeft import payload, rounds, seeds, wire
+from fedpeft.config import RunConfig
+from fedpeft.data.interface import Source
+from fedpeft.errors import (
+    ConfigInvalid,
+    DataInvalid,
+    ManifestInvalid,
+    PayloadInvalid,
+    StateInvalid,
+    TrainingFailed,
+)
+from fedpeft.folding import squared_norm
+from fedpeft.rounds import Phase, Round, Ticket, TicketState
+from fedpeft.simulation.bench import Trained, Version, Workbench
+from fedpeft.simulation.clients import NAME
+from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
+from fedpeft.simulation.versions import Versions
+from fedpeft.versions import Identity
+
+REPORT = "report.json"
+RUN = "simulation"
+"""Id of a simulated run, where none is given."""
+
+log = structlog.get_logger(__name__)
+
+
+def simulate(
+    config: RunConfig,
+    clients: Mapping[str, Path | Source],
+    out: Path,
+    evaluate: Path | None = None,
+    weights: Path | None = None,
+    *,
+    label_map: Path | None = None,
+    device: str = "auto",
+    run: str = RUN,
+    partition: Mapping[str, Any] | None = None,
+    committed: Callable[[Json], None] | None = None,
+) -> Json:
+    """Holds a whole run.
+
+    Leaves in `out`: the newest adapter version in adapter.safetensors and the records so far in records.jsonl, both
+    after every round, and report.json at the end. Earlier ones there are replaced.
+
+    Args:
+        config: The run file; its `[simulation]` has done its work by now, see `fedpeft.simulation.clients.clients_of`.
+        clients: Data by client: what `open_source` takes, or an open source. The order means nothing, names do.
+        out: The folder; made if it is not there.
+        evaluate: Held-out data on which every version is scored.
+        weights: A file, or a folder of files, that stands for the weights that the run names.
+        label_map: A file of own class names to the run's, for all of the data.
+        device: auto, cpu, cuda or cuda:N.
+        run: Id of the run, which stands in the adapter file and the records.
+        partition: How the data was divided, for the report.
+        committed: Told of every committed round, as the report has it.
+
+    Returns:
+        The report, as in report.json: what `fedpeft run show --json` says of a run, `wire_bytes_up` and
+        `wire_bytes_down` None because nothing was sent; besides `facts` (torch's
+        version, device, precision, threads), `partition` and `seconds`. `state` is completed, or paused if a round
+        could not get its updates.
+
+    Raises:
+        ConfigInvalid: If a round wants more clients than there are, or an option of the PEFT method is wrong.
+        DataInvalid: If a client's data, or the held-out data, cannot be used.
+        ModelInvalid: If the model or its weights cannot be had.
+        SettingsInvalid: If there is no such device.
+        StateInvalid: If `out` cannot be written.
+    """
+    _check(config, clients)
+    # As a server gets it: without [simulation], and numbers of options as the message has them.
+    config = wire.config_from_proto(wire.config_to_proto(config))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out, prefix=".simulation-") as scratch:
+            memory = Path(scratch, "memory")
+            memory.mkdir()
+            bench = Workbench(config, clients, memory, evaluate, weights, label_map, device)
+            versions = Versions(Identity(run, config, bench.spec, bench.fingerprint), out, Path(scratch))
+            simulation = _Simulation(config, sorted(clients), bench, versions, run)
+            report = {**simulation.hold(committed), "partition": None if partition is None else dict(partition)}
+        (out / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StateInvalid(f"cannot use {error.filename or out}: {error.strerror or error}") from None
+    return report
+
+
+def _check(config: RunConfig, clients: Mapping[str, Path | Source]) -> None:
+    for name in clients:
+        if not NAME.fullmatch(name):
+            raise DataInvalid(f"client name {name[:80]!r} is not 1 to 64 letters, digits, dots, hyphens or underscores")
+    if len(clients) < config.rounds.available:
+        raise ConfigInvalid(
+            f"a round opens once {config.rounds.available} clients wait ([rounds]), and there are {len(clients)}: "
+            "lower rounds.clients, or simulate more"
+        )
+
+
+class _Simulation:
+    """One run.
+
+    Args:
+        config: The run file, as a server has it.
+        names: All clients.
+        bench: The client half.
+        versions: The server half.
+        run: The run's id.
+    """
+
+    def __init__(self, config: RunConfig, names: Sequence[str], bench: Workbench, versions: Versions, run: str) -> None:
+        self._config = config
+        self._everybody = frozenset(names)
+        self._bench = bench
+        self._versions = versions
+        self._run = run
+        self._holds: dict[str, bytes] = {}
+        self._facts: dict[str, str] = {}
+        self._began = time.time()
+
+    def hold(self, committed: Callable[[Json], None] | None) -> Json:
+        """Holds all rounds; returns the report."""
+        self._versions.begin(self._bench.initial)
+        version = self._newest()
+        initial = self._bench.score(version)
+        done: list[Json] = []
+        for number in range(1, self._config.rounds.count + 1):
+            book, reason = self._round(number, version)
+            if reason:
+                return self._report(initial, done, book, reason)
+            self._versions.fold(book)
+            book.round = self._advance(book.round, rounds.Aggregated())
+            book.committed_at = time.time()
+            version = self._newest()
+            book.metrics = {**book.metrics, **self._bench.score(version)}
+            done.append(round_json(book, self._bench.parameters))
+            if committed is not None:
+                committed(done[-1])
+        return self._report(initial, done, None, "")
+
+    def _newest(self) -> Version:
+        with self._versions.newest() as adapter:
+            return self._bench.version(adapter)
+
+    def _round(self, number: int, version: Version) -> tuple[RoundBook, str]:
+        """Brings a round to its fold; or returns why it cannot get there."""
+        book, settings = RoundBook(Round(self._run, number)), self._config.rounds
+        while book.round.phase is not Phase.AGGREGATING:
+            ticket = self._next(book.round)
+            if ticket is not None:
+                book.round = self._work(book, ticket, version)
+                continue
+            here, now = book.round, book.round.deadline or time.time()
+            after, effects = rounds.advance(here, rounds.Waiting(self._everybody), settings, now)
+            if after is here:
+                after, effects = rounds.advance(here, rounds.TimePassed(), settings, now)
+            book.round = after
+            for effect in effects:
+                if isinstance(effect, rounds.Pause):
+                    return book, effect.reason
+        self._late(book, version)
+        return book, ""
+
+    def _next(self, current: Round) -> Ticket | None:
+        """Returns whose turn it is: an order of arrival that the seed draws anew for each round."""
+        seed, number = self._config.rounds.seed, current.number
+        return min(
+            current.in_state(TicketState.ISSUED),
+            key=lambda t: (seeds.derive(seed, "arrival", number, t.client), t.client),
+            default=None,
+        )
+
+    def _work(self, book: RoundBook, ticket: Ticket, version: Version) -> Round:
+        """Lets a client use its ticket; returns the round after it."""
+        trained = self._train(book, ticket, version)
+        if isinstance(trained, str):
+            return self._advance(book.round, rounds.Withdrawn(ticket.id, trained))
+        manifest, data = trained.update.manifest, trained.update.payload
+        book.up[ticket.client] = len(data)
+        try:
+            payload.check_manifest(manifest, self._bench.spec.sent(book.round.number), (self._config.codec.encoding,))
+            payload.check_payload(manifest, memoryview(data))
+        except (ManifestInvalid, PayloadInvalid) as error:
+            log.warning("update refused", round=book.round.number, client=ticket.client, cause=error.message)
+            self._bench.memory.forget_residual(ticket.client)
+            return self._advance(book.round, rounds.Refused(ticket.id, f"{error.reason}: {error.message}"))
+        after = self._advance(book.round, rounds.Received(ticket.id))
+        self._versions.spool(ticket.id).write_bytes(data)
+        norm = math.sqrt(squared_norm(manifest, memoryview(data)))
+        book.arrivals[ticket.id] = Arrival(trained.examples, norm, manifest, trained.metrics)
+        self._bench.memory.keep(ticket.client, residual=trained.update.residual_if_counted, local=trained.local)
+        return after
+
+    def _train(self, book: RoundBook, ticket: Ticket, version: Version) -> Trained | str:
+        """Returns what a client trained, or why it could not."""
+        self._pull(book, ticket, version)
+        try:
+            trained = self._bench.train(ticket.client, book.round.number, version)
+        except TrainingFailed as error:
+            log.warning("ticket is given up", round=book.round.number, client=ticket.client, cause=error.message)
+            return f"{error.reason}: {error.message}"
+        self._facts = trained.facts
+        return trained
+
+    def _pull(self, book: RoundBook, ticket: Ticket, version: Version) -> None:
+        """Books what a server would send: nothing to who holds these bytes already."""
+        held, manifest = self._holds.get(ticket.client), version.manifest
+        book.down[ticket.client] = 0 if held == manifest.sha256 else manifest.payload_bytes
+        self._holds[ticket.client] = manifest.sha256
+
+    def _late(self, book: RoundBook, version: Version) -> None:
+        """Lets those who are too late finish: what they trained goes into their residuals, if there are any."""
+        for ticket in book.round.in_state(TicketState.LATE):
+            if not self._bench.remembers:
+                self._pull(book, ticket, version)
+                continue
+            trained = self._train(book, ticket, version)
+            if not isinstance(trained, str):
+                self._bench.memory.keep(ticket.client, residual=trained.update.residual_if_not, local=trained.local)
+
+    def _advance(self, current: Round, event: rounds.Event) -> Round:
+        return rounds.advance(current, event, self._config.rounds, time.time())[0]
+
+    def _report(self, initial: Mapping[str, float], done: list[Json], paused: RoundBook | None, reason: str) -> Json:
+        bench = self._bench
+        return {
+            "run": self._run,
+            "name": self._config.name,
+            "state": "paused" if paused else "completed",
+            "reason": reason,
+            "round": paused.round.number if paused else len(done),
+            "version": len(done),
+            "created_at": moment(self._began),
+            "method": bench.spec.method,
+            "adapter_parameters": bench.spec.parameters,
+            "model_parameters": bench.parameters,
+            "backbone_fingerprint": bench.fingerprint,
+            "initial_metrics": dict(sorted(initial.items())),
+            "config": json_format.MessageToDict(wire.config_to_proto(self._config), preserving_proto_field_name=True),
+            "rounds": done,
+            "in_progress": progress_json(paused) if paused else None,
+            "facts": self._facts,
+            "seconds": round(time.time() - self._began, 3),
+        }

@@ -1,0 +1,68 @@
+"""The server half of a simulation: adapter versions, folded one from the other, and the chain of their records."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fedpeft import adapter_file
+from fedpeft.adapter_file import TensorFile, Written
+from fedpeft.mapped import mapped
+from fedpeft.payload import Tensors
+from fedpeft.simulation.report import RoundBook
+from fedpeft.versions import Identity, Stored, Update, fold_round, write_first
+
+ADAPTER, RECORDS = "adapter.safetensors", "records.jsonl"
+
+
+class Versions:
+    """The newest version of a run, and the records that led there.
+
+    Args:
+        identity: The run.
+        out: Folder of adapter.safetensors and records.jsonl; those there are replaced.
+        scratch: Folder for what passes: payloads of a round by ticket, and the server's state.
+    """
+
+    def __init__(self, identity: Identity, out: Path, scratch: Path) -> None:
+        self._identity = identity
+        self._adapter, self._log = out / ADAPTER, out / RECORDS
+        self._scratch, self._state = scratch, scratch / "kept-state"
+        self._newest = Written("", 0)
+        self._state_sha256 = ""
+        self._record_sha256 = ""
+
+    def begin(self, tensors: Tensors) -> None:
+        """Writes version 0."""
+        self._log.write_bytes(b"")
+        path = self._scratch / "adapter"
+        self._newest = write_first(self._identity, tensors, path)
+        os.replace(path, self._adapter)
+
+    def newest(self) -> TensorFile:
+        """Opens the newest version."""
+        return adapter_file.open_adapter(self._adapter, self._newest.sha256)
+
+    def spool(self, ticket: str) -> Path:
+        """Returns where the payload of a ticket is kept until it is folded."""
+        return self._scratch / ticket
+
+    def fold(self, book: RoundBook) -> None:
+        """Folds the updates of a round into the next version, and leaves its record; notes what came of it."""
+        updates = [
+            Update(t.id, t.client, a.examples, a.metrics, a.manifest, mapped(self.spool(t.id))) for t, a in book.counted
+        ]
+        state = Stored(self._state, self._state_sha256) if self._state_sha256 else None
+        base = Stored(self._adapter, self._newest.sha256)
+        outcome = fold_round(
+            self._identity, book.round.number, updates, base, state, self._record_sha256, self._scratch
+        )
+        os.replace(self._scratch / "state", self._state)
+        os.replace(self._scratch / "adapter", self._adapter)
+        with self._log.open("a", encoding="ascii") as stream:
+            stream.write(outcome.record + "\n")
+        self._newest, self._state_sha256 = outcome.adapter, outcome.state_sha256
+        self._record_sha256 = book.record_sha256 = outcome.record_sha256
+        book.weights, book.metrics = outcome.weights, outcome.metrics
+        for ticket, _ in book.counted:
+            self.spool(ticket.id).unlink()

@@ -1,0 +1,127 @@
+"""The adapter spec: which tensors are tuned, and what happens to each in every round.
+
+Payloads are built from this list and from nothing else, so a method that keeps a tensor at the client, or trains
+another half each round, needs no code outside its own file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from itertools import pairwise
+
+from fedpeft.errors import SpecInvalid
+
+MAX_TENSORS = 4096
+MAX_NAME_BYTES = 256
+MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**31
+
+DTYPE = "F32"
+"""The only element type of an adapter in protocol 1, as the safetensors format writes it."""
+
+
+class Role(StrEnum):
+    """What happens to a tuned tensor in one round."""
+
+    SENT = "sent"
+    """Trained by the client and part of its update."""
+
+    LOCAL = "local"
+    """Trained by the client and kept there."""
+
+    FROZEN = "frozen"
+    """Part of the adapter, not trained in this round."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tuned tensor (float32).
+
+    Attributes:
+        name: The parameter's name inside the tuned model.
+        shape: Extents, outermost first.
+        roles: The roles in turn; round r (1, 2, ...) uses ``roles[(r - 1) % len(roles)]``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    roles: tuple[Role, ...] = (Role.SENT,)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def role(self, number: int) -> Role:
+        """Returns the role in round `number` (1, 2, ...)."""
+        return self.roles[(number - 1) % len(self.roles)]
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Every tuned tensor of a run, sorted by name.
+
+    Raises:
+        SpecInvalid: If the tensors are none, too many, unsorted, or one of them breaks a limit.
+    """
+
+    method: str
+    tensors: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def of(cls, method: str, tensors: Iterable[TensorSpec]) -> AdapterSpec:
+        """Builds a spec from tensors in any order."""
+        return cls(method, tuple(sorted(tensors, key=lambda t: t.name)))
+
+    @cached_property
+    def shared(self) -> tuple[TensorSpec, ...]:
+        """The tensors of an adapter version: all that are not local in every round."""
+        return tuple(t for t in self.tensors if any(r is not Role.LOCAL for r in t.roles))
+
+    def sent(self, number: int) -> tuple[TensorSpec, ...]:
+        """Returns the tensors of an update of round `number` (1, 2, ...)."""
+        return tuple(t for t in self.tensors if t.role(number) is Role.SENT)
+
+    @property
+    def parameters(self) -> int:
+        """Number of tuned values, local ones included."""
+        return sum(t.size for t in self.tensors)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the method, names, shapes and roles, hexadecimal."""
+        rows = [[t.name, list(t.shape), [str(r) for r in t.roles]] for t in self.tensors]
+        return hashlib.sha256(json.dumps([self.method, rows]).encode()).hexdigest()
+
+
+def _check(spec: AdapterSpec) -> None:
+    if not spec.method:
+        raise SpecInvalid("the adapter spec names no method")
+    if not 1 <= len(spec.tensors) <= MAX_TENSORS:
+        raise SpecInvalid(f"the adapter spec has {len(spec.tensors)} tensors; 1 to {MAX_TENSORS} are allowed")
+    names = [t.name for t in spec.tensors]
+    if any(a >= b for a, b in pairwise(names)):
+        raise SpecInvalid("the tensors of the adapter spec are not sorted by name, or a name occurs twice")
+    for tensor in spec.tensors:
+        _check_tensor(tensor)
+
+
+def _check_tensor(tensor: TensorSpec) -> None:
+    name = tensor.name
+    if not name or len(name.encode()) > MAX_NAME_BYTES or not (name.isascii() and name.isprintable()):
+        raise SpecInvalid(f"tensor name {name[:80]!r} is not 1 to {MAX_NAME_BYTES} printable ASCII bytes")
+    if len(tensor.shape) > MAX_DIMENSIONS or any(n < 1 for n in tensor.shape):
+        raise SpecInvalid(f"tensor {name} has shape {tensor.shape}; at most {MAX_DIMENSIONS} extents, each at least 1")
+    if tensor.size > MAX_ELEMENTS:
+        raise SpecInvalid(f"tensor {name} has {tensor.size} elements; at most {MAX_ELEMENTS} are allowed")
+    if not tensor.roles:
+        raise SpecInvalid(f"tensor {name} has no role")

@@ -1,0 +1,63 @@
+"""Carries the error tree across gRPC: canonical code, one sentence, ErrorInfo, field violations; and back.
+
+The shape is Google's AIP-193. `docs/errors.md` lists every reason.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn, cast
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from fedpeft import errors
+from fedpeft.errors import FedpeftError, Internal, ServerUnreachable
+
+DOMAIN = "fedpeft"
+_BY_REASON = {cls.reason: cls for cls in errors.tree()}
+
+
+def to_status(error: FedpeftError) -> status_pb2.Status:
+    """Returns the rich status of an error of the tree."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+    details = [_any(info)]
+    if error.fields:
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=field, description=text) for field, text in error.fields
+        ]
+        details.append(_any(error_details_pb2.BadRequest(field_violations=violations)))
+    return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=error.message, details=details)
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError) -> FedpeftError:
+    """Returns the error that the server raised, as an instance of the same class.
+
+    A status without ErrorInfo comes from gRPC itself: UNAVAILABLE is `ServerUnreachable`, anything else `Internal`.
+    """
+    message = error.details() or ""
+    status = rpc_status.from_call(cast(grpc.Call, error))
+    if status is None:
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            return ServerUnreachable(f"the server cannot be reached: {message}")
+        return Internal(f"the call failed with {error.code().name}: {message}")
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    for detail in status.details:
+        detail.Unpack(info)
+        detail.Unpack(bad)
+    fields = tuple((v.field, v.description) for v in bad.field_violations)
+    cls = _BY_REASON.get(info.reason, Internal) if info.domain == DOMAIN else Internal
+    return cls(status.message, fields)
+
+
+def _any(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], error: FedpeftError) -> NoReturn:
+    """Ends a call on the server with the status of `error`."""
+    status = rpc_status.to_status(to_status(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)

@@ -1,0 +1,191 @@
+"""From one adapter version to the next: a round's updates folded into files, its record, and its figures.
+
+The daemon and the simulation both call this, which is why they give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from fedpeft import adapter_file
+from fedpeft.adapter_file import AdapterInfo, Written
+from fedpeft.aggregation import Strategy, strategy
+from fedpeft.config import RunConfig
+from fedpeft.errors import Internal
+from fedpeft.folding import Contribution, State, fold_tensors, weigh
+from fedpeft.mapped import releaser
+from fedpeft.payload import Manifest, Tensors
+from fedpeft.record import Contributed, Record, digest
+from fedpeft.spec import AdapterSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What all versions of a run have in common.
+
+    Attributes:
+        run: Id of the run.
+        config: Its run file.
+        spec: The tuned tensors.
+        fingerprint: Of the frozen ones, hexadecimal.
+    """
+
+    run: str
+    config: RunConfig
+    spec: AdapterSpec
+    fingerprint: str
+
+    def info(self, version: int) -> AdapterInfo:
+        """Returns what the file of a version says about itself."""
+        model = self.config.model
+        # Sorted, because options come in the order of a protobuf map, which is another one in every process.
+        config = json.dumps(self.config.model_dump(mode="json", exclude_none=True), sort_keys=True)
+        extra = {"name": self.config.name, "config": config}
+        return AdapterInfo(self.run, version, self.spec.method, self.fingerprint, model.name, model.classes, extra)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A file with the digest it must have, hexadecimal."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A counted update: `payload` holds the bytes that `manifest` describes; `metrics` are the client's figures."""
+
+    ticket: str
+    client: str
+    examples: int
+    metrics: Mapping[str, float]
+    manifest: Manifest
+    payload: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What folding a round gives.
+
+    Attributes:
+        adapter: The next version's file.
+        state_sha256: Digest of the strategy's state file; empty if it keeps none.
+        weights: Share in the mean, by ticket; they sum to 1.
+        record: Canonical JSON of the round's record.
+        record_sha256: Its digest.
+        metrics: `train_examples`, and `train_loss` in nats, a mean by examples.
+    """
+
+    adapter: Written
+    state_sha256: str
+    weights: dict[str, float]
+    record: str
+    record_sha256: str
+    metrics: dict[str, float]
+
+
+def _create(path: Path) -> BinaryIO:
+    return path.open("wb")
+
+
+def write_first(identity: Identity, tensors: Tensors, path: Path) -> Written:
+    """Writes the file of version 0."""
+    with path.open("wb") as stream:
+        return adapter_file.write_adapter(stream, identity.info(0), identity.spec.shared, tensors)
+
+
+def fold_round(
+    identity: Identity,
+    number: int,
+    updates: Sequence[Update],
+    base: Stored,
+    state: Stored | None,
+    previous: str,
+    folder: Path,
+    create: Callable[[Path], BinaryIO] = _create,
+) -> Outcome:
+    """Folds round `number` into the files `adapter` and `state` of `folder`, tensor by tensor.
+
+    Equal arguments give equal bytes, whatever the order of the updates.
+
+    Args:
+        identity: The run.
+        number: Number of the round, and of the version it makes.
+        updates: What counts, checked.
+        base: The version that the updates started from.
+        state: The strategy's state of that version, if it keeps any.
+        previous: Digest of the record before; empty for round 1.
+        folder: Where to write; both files are made, the state's empty of tensors if the strategy keeps none.
+        create: Opens a new file for writing.
+
+    Raises:
+        BlobCorrupt: If `base` or `state` does not have its digest.
+        Internal: If there is no update.
+    """
+    if not updates:
+        raise Internal(f"round {number} of {identity.run} has nothing to fold")
+    updates = sorted(updates, key=lambda update: update.client)
+    aggregation = identity.config.aggregation
+    rule = strategy(aggregation.strategy, aggregation.options)
+    contributions = [Contribution(u.client, u.examples, u.manifest, u.payload, releaser(u.payload)) for u in updates]
+    adapter, state_sha256 = _write(identity, number, contributions, base, state, rule, folder, create)
+    raw = weigh(contributions, rule)
+    record = Record(
+        run=identity.run,
+        round=number,
+        base_sha256=base.sha256,
+        contributions=tuple(
+            Contributed(u.client, u.ticket, u.examples, raw[u.client], u.manifest.sha256.hex()) for u in updates
+        ),
+        strategy=aggregation.strategy,
+        options=rule.options.model_dump(mode="json"),
+        adapter_sha256=adapter.sha256,
+        state_sha256=state_sha256,
+        previous_sha256=previous,
+    ).to_json()
+    total = sum(raw.values())
+    weights = {u.ticket: raw[u.client] / total for u in updates}
+    return Outcome(adapter, state_sha256, weights, record, digest(record), _figures(updates))
+
+
+def _write(
+    identity: Identity,
+    number: int,
+    contributions: Sequence[Contribution],
+    base: Stored,
+    state: Stored | None,
+    rule: Strategy,
+    folder: Path,
+    create: Callable[[Path], BinaryIO],
+) -> tuple[Written, str]:
+    info, specs = identity.info(number), identity.spec.shared
+    with ExitStack() as stack:
+        old = stack.enter_context(adapter_file.open_adapter(base.path, base.sha256))
+        kept: State = {}
+        if state:
+            kept = adapter_file.slots(stack.enter_context(adapter_file.open_state(state.path, state.sha256)), rule)
+        to_adapter = stack.enter_context(create(folder / "adapter"))
+        to_state = stack.enter_context(create(folder / "state"))
+        adapter_out = adapter_file.adapter_writer(to_adapter, info, specs)
+        state_out = adapter_file.state_writer(to_state, info, specs, rule)
+        for tensor in fold_tensors(contributions, specs, rule, old, kept):
+            adapter_out.add(tensor.values)
+            for slot in rule.slots:
+                state_out.add(tensor.state[slot])
+    return adapter_out.finish(), state_out.finish().sha256 if rule.slots else ""
+
+
+def _figures(updates: Sequence[Update]) -> dict[str, float]:
+    figures = {"train_examples": float(sum(u.examples for u in updates))}
+    losses = [(u.metrics["loss"], u.examples) for u in updates if "loss" in u.metrics]
+    if losses:
+        total = sum(n for _, n in losses)
+        # Shares first, so that no client's figure, however large, makes the mean infinite.
+        figures["train_loss"] = sum(loss * (n / total) for loss, n in losses)
+    return figures
