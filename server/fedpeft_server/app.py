@@ -1,0 +1,201 @@
+"""The daemon: its life from start to end, and the one module that knows all parts."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from fedpeft import __version__
+from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid
+from fedpeft.v1 import (
+    federation_service_pb2,
+    federation_service_pb2_grpc,
+    operator_service_pb2,
+    operator_service_pb2_grpc,
+)
+from fedpeft.wire import MESSAGE_LIMIT_BYTES
+from fedpeft_server.metrics import Metrics
+from fedpeft_server.rounds.runs import Runs
+from fedpeft_server.rpc.callers import Callers
+from fedpeft_server.rpc.federation import Federation
+from fedpeft_server.rpc.interceptors import Gate
+from fedpeft_server.rpc.operator import Operator
+from fedpeft_server.rpc.turns import Turns
+from fedpeft_server.rpc.uploads import Uploads
+from fedpeft_server.settings import Settings, is_loopback, split_address
+from fedpeft_server.store.store import Store
+from fedpeft_server.traffic import Ledger
+
+log = structlog.get_logger()
+
+BOOK_S = 5.0
+"""How often traffic and presence are written to the database between rounds."""
+
+SERVICES = (
+    federation_service_pb2.DESCRIPTOR.services_by_name["FederationService"].full_name,
+    operator_service_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
+)
+
+
+class Server:
+    """One daemon on one data folder."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Lives until it is told to stop: starts, serves, drains, closes."""
+        with _locked(self.settings.data_dir), self._signals():
+            await self.startup()
+            try:
+                await self.serve()
+            finally:
+                await self.shutdown()
+
+    async def startup(self) -> None:
+        """Builds the parts, takes up every run, and binds the ports."""
+        settings = self.settings
+        _allow_open_files()
+        self.metrics = Metrics()
+        self.ledger = Ledger(self.metrics)
+        self.store = Store(settings.data_dir, settings.database, settings.blobs, keep_updates=settings.keep_updates)
+        self.callers = Callers(await self.store.call(self.store.db.clients), settings.max_clients)
+        self.runs = Runs(self.store, self.ledger, self.metrics)
+        self.rpc = self._grpc_server()
+        self._bind()
+        if settings.metrics:
+            self.exporter, _ = self.metrics.serve(*split_address(settings.metrics))
+        await self.runs.start()
+        self._booking = asyncio.create_task(self._book())
+
+    async def serve(self) -> None:
+        """Answers calls until somebody says stop."""
+        await self.rpc.start()
+        await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
+        log.info(
+            "serving",
+            version=__version__,
+            listen=self.settings.listen,
+            metrics=self.settings.metrics,
+            data=str(self.settings.data_dir),
+            runs=len(self.runs.all()),
+        )
+        await self.stopping.wait()
+
+    async def shutdown(self) -> None:
+        """Opens no round, lets transfers under way finish for a stated time, and writes what is left to write."""
+        log.info("draining", seconds=self.settings.drain_s)
+        await self.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.runs.lobby.close()
+        await self.rpc.stop(self.settings.drain_s)
+        await self.runs.close()
+        self._booking.cancel()
+        await self._write_books()
+        self.store.close()
+        if self.settings.metrics:
+            self.exporter.shutdown()
+            self.exporter.server_close()
+        log.info("stopped")
+
+    def _grpc_server(self) -> grpc.aio.Server:
+        limit = self.settings.max_transfers
+        uploads = Uploads(self.store, self.ledger, self.settings.max_update_bytes, Turns(limit))
+        federation = Federation(self.runs, self.store, self.callers, uploads, Turns(limit), self.ledger, self.metrics)
+        operator = Operator(self.runs, self.store, self.callers, uploads, self.ledger)
+        self.health = health.aio.HealthServicer()
+        server = grpc.aio.server(
+            interceptors=[Gate(self.metrics, self.ledger)],
+            options=[
+                ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
+                ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+                ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        federation_service_pb2_grpc.add_FederationServiceServicer_to_server(federation, server)
+        operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    def _bind(self) -> None:
+        listen = self.settings.listen
+        if not is_loopback(split_address(listen)[0]):
+            log.warning("serving plain text beyond this machine, as --insecure says", listen=listen)
+        try:
+            bound = self.rpc.add_insecure_port(listen)
+        except RuntimeError:
+            bound = 0
+        if not bound:
+            raise SettingsInvalid(f"--listen {listen}: the port is in use or the address is not this machine's")
+
+    async def _book(self) -> None:
+        while True:
+            await asyncio.sleep(BOOK_S)
+            await self._write_books()
+
+    async def _write_books(self) -> None:
+        try:
+            await self.ledger.write(self.store)
+            await self.store.call(self.store.db.touch_clients, self.callers.touched())
+        except FedpeftError as error:
+            log.error("traffic could not be written", message=error.message)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the main loop once; a second one ends the process."""
+        loop = asyncio.get_running_loop()
+
+        def stop(number: int) -> None:
+            loop.remove_signal_handler(number)
+            self.stopping.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
+def _allow_open_files() -> None:
+    """Raises the limit on open files as far as it goes: folding maps one file an update."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the data folder for this process.
+
+    Raises:
+        StateInvalid: If it cannot be made or written, or another server holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StateInvalid(f"--data-dir {folder}: {error.strerror}; name a folder this user can write") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise StateInvalid(f"--data-dir {folder} is in use by another server; stop it or name another folder") from None
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The round engine: the pure state machine of `fedpeft.rounds` with time, storage and clients around it."""

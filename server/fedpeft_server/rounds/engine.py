@@ -1,0 +1,332 @@
+"""One run's engine: feeds events to the pure round, writes each new state in one transaction, and does what follows.
+
+The lock makes transitions of a run follow one another; who holds it sees `run` and `round` as the database has them.
+A transition that was begun goes to its end, also when the call that asked for it is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+import structlog
+
+from fedpeft import rounds
+from fedpeft.errors import DiskFull, FedpeftError, RoundClosed, RunFinished, TicketNotFound
+from fedpeft.rounds import Phase, Round, TicketState
+from fedpeft_server.metrics import Metrics
+from fedpeft_server.rounds.aggregation import Result, aggregate
+from fedpeft_server.rounds.lobby import Lobby
+from fedpeft_server.rounds.unbroken import Steps, unbroken
+from fedpeft_server.store.rows import RunRow, RunState, UpdateRow
+from fedpeft_server.store.store import Store
+from fedpeft_server.traffic import Ledger
+
+log = structlog.get_logger()
+
+ACTIVE = (RunState.RUNNING, RunState.PAUSED)
+
+AGAIN_S = 5.0
+"""A deadline whose transition could not be written is tried again after this pause."""
+
+
+class RunEngine:
+    """Drives one run from round to round.
+
+    Args:
+        run: The run as the database has it.
+        current: Its round in progress.
+        store: Database, blobs and spool.
+        lobby: Whom to call when tickets are issued.
+        ledger: Bytes of the round.
+        metrics: Where what happens is counted.
+        changed: Called after every transition, so that other runs and watchers look again.
+    """
+
+    def __init__(
+        self,
+        run: RunRow,
+        current: Round,
+        store: Store,
+        lobby: Lobby,
+        ledger: Ledger,
+        metrics: Metrics,
+        changed: Callable[[RunEngine], None],
+    ) -> None:
+        self.run = run
+        self.round = current
+        self.opened = 0.0
+        self._store = store
+        self._lobby = lobby
+        self._ledger = ledger
+        self._metrics = metrics
+        self._changed = changed
+        self._lock = asyncio.Lock()
+        self._timer: asyncio.TimerHandle | None = None
+        self._folding: asyncio.Task[None] | None = None
+        self.steps = Steps()
+        self._log = log.bind(run=run.id)
+        metrics.round.labels(run.id).set(current.number)
+
+    @property
+    def active(self) -> bool:
+        """Whether rounds are left to be held."""
+        return self.run.state in ACTIVE
+
+    def open_ticket(self, client: str) -> rounds.Ticket | None:
+        """Returns the ticket a client can use now."""
+        ticket = self.round.ticket_of(client) if self.active else None
+        usable = ticket and ticket.state is TicketState.ISSUED and self.round.phase is Phase.OPEN
+        return ticket if usable else None
+
+    async def start(self) -> None:
+        """Takes up the run where the last process left it."""
+        self._arm_timer()
+        if self.active and self.round.phase is Phase.AGGREGATING:
+            self._log.info("aggregation resumed", round=self.round.number)
+            self._fold()
+
+    async def close(self) -> None:
+        """Lets an aggregation in progress finish and stops the clock."""
+        self._disarm_timer()
+        await self.steps.ended()
+        if self._folding:
+            await asyncio.wait({self._folding})
+        self._disarm_timer()
+        await self.steps.ended()  # the removal of a committed round's files is one
+
+    @unbroken
+    async def offer(self, clients: frozenset[str]) -> None:
+        """Lets the run sample from the clients that wait."""
+        if self.run.state is RunState.RUNNING:
+            await self._advance(rounds.Waiting(clients))
+
+    @unbroken
+    async def receive(self, ticket: str, update: UpdateRow) -> UpdateRow:
+        """Counts a durable update; one that was counted before is returned as it was then.
+
+        Raises:
+            RoundClosed: If the round takes nothing more, or the run was stopped.
+            TicketClosed: If the ticket was withdrawn or refused.
+        """
+        async with self._lock:
+            held = next((t for t in self.round.tickets if t.id == ticket), None)
+            if held is None or held.state is TicketState.RECEIVED:
+                counted = await self._store.call(self._store.db.update, ticket)
+                if counted is None:
+                    raise RoundClosed(f"the round of ticket {ticket} has closed; keep the update for the next round")
+                return counted
+            new, effects = rounds.advance(self.round, rounds.Received(ticket), self.run.config.rounds, time.time())
+            await self._store.call(self._store.db.receive, new, update)
+            self._metrics.updates.labels(self.run.id, "received").inc()
+            self._metrics.update_norm.labels(self.run.id).observe(update.norm)
+            client = self.round.ticket(ticket).client
+            self._log.info("update received", round=new.number, client=client, examples=update.examples)
+            self._enter(new, effects)
+        return update
+
+    @unbroken
+    async def refuse(self, ticket: rounds.Ticket, error: FedpeftError) -> None:
+        """Closes a ticket whose update is wrong for good; the round goes on with the others."""
+        self._metrics.updates.labels(self.run.id, "refused").inc()
+        self._log.warning("update refused", client=ticket.client, reason=error.reason, message=error.message)
+        with suppress(TicketNotFound):  # its round is over, and with it the ticket
+            await self._advance(rounds.Refused(ticket.id, f"{error.reason}: {error.message}"))
+
+    @unbroken
+    async def withdraw(self, ticket: str, reason: str) -> TicketState:
+        """Closes a ticket that its client gives up; returns its state now.
+
+        Raises:
+            TicketNotFound: If its round is over.
+        """
+        await self._advance(rounds.Withdrawn(ticket, reason))
+        self._log.info("ticket withdrawn", client=self.round.ticket(ticket).client, reason=reason)
+        return self.round.ticket(ticket).state
+
+    @unbroken
+    async def pause(self, reason: str) -> None:
+        """Lets no new round open."""
+        async with self._lock:
+            self._refuse_if_finished()
+            await self._set_run(RunState.PAUSED, reason or "paused by the operator")
+
+    @unbroken
+    async def resume(self) -> None:
+        """Lets rounds open again; a round out of extensions gets a fresh deadline."""
+        async with self._lock:
+            self._refuse_if_finished()
+            new, _ = rounds.advance(self.round, rounds.Resumed(), self.run.config.rounds, time.time())
+            await self._set_run(RunState.RUNNING, "", new)
+            if new.phase is Phase.AGGREGATING:
+                self._fold()
+
+    @unbroken
+    async def stop(self, reason: str) -> None:
+        """Ends the run for good; an aggregation in progress is let go."""
+        async with self._lock:
+            if self.run.state is RunState.STOPPED:
+                return
+            self._refuse_if_finished()
+            new, _ = rounds.advance(self.round, rounds.Stopped(), self.run.config.rounds, time.time())
+            await self._set_run(RunState.STOPPED, reason or "stopped by the operator", new)
+            self._metrics.rounds.labels(self.run.id, "stopped").inc()
+            self._lobby.call_all()
+
+    def _refuse_if_finished(self) -> None:
+        if not self.active:
+            raise RunFinished(f"{self.run.id} is {self.run.state}; nothing more can be done with it")
+
+    async def _set_run(self, state: RunState, reason: str, new: Round | None = None) -> None:
+        await self._store.call(self._store.db.save_round_and_run, new or self.round, state, reason)
+        self.run = replace(self.run, state=state, reason=reason)
+        self._log.info("run " + state, reason=reason)
+        self._enter(new or self.round, ())
+
+    async def _advance(self, event: rounds.Event) -> None:
+        async with self._lock:
+            new, effects = rounds.advance(self.round, event, self.run.config.rounds, time.time())
+            if new is self.round and not effects:
+                return
+            pauses = [e.reason for e in effects if isinstance(e, rounds.Pause)]
+            if pauses:
+                await self._set_run(RunState.PAUSED, pauses[0], new)
+                self._metrics.rounds.labels(self.run.id, "paused").inc()
+                return
+            await self._store.call(self._store.db.save_round, new)
+            self._enter(new, effects)
+
+    def _enter(self, new: Round, effects: tuple[rounds.Effect, ...]) -> None:
+        """Makes a state that is in the database the current one, and does what follows from it."""
+        self._report(new)
+        self.round = new
+        self._arm_timer()
+        for effect in effects:
+            match effect:
+                case rounds.Issue(tickets):
+                    self.opened = time.time()
+                    for ticket in tickets:
+                        self._lobby.call(ticket.client)
+                case rounds.Aggregate():
+                    late = len(new.in_state(TicketState.LATE))
+                    self._metrics.updates.labels(self.run.id, "late").inc(late)
+                    self._fold()
+        self._metrics.round.labels(self.run.id).set(new.number)
+        self._changed(self)
+
+    def _report(self, new: Round) -> None:
+        if new.phase is not self.round.phase and new.phase in (Phase.OPEN, Phase.AGGREGATING):
+            self._log.info(f"round {new.phase}", round=new.number, clients=[t.client for t in new.tickets])
+            if new.opened_at and new.phase is Phase.AGGREGATING:
+                self._metrics.round_seconds.labels(self.run.id, "open").observe(time.time() - new.opened_at)
+        elif new.extensions > self.round.extensions:
+            awaited = [t.client for t in new.in_state(TicketState.ISSUED)]
+            self._metrics.rounds.labels(self.run.id, "extended").inc()
+            self._log.warning("round extended", round=new.number, extensions=new.extensions, awaited=awaited)
+
+    async def _aggregate(self) -> None:
+        """Folds the round in a thread and commits it; a fault pauses the run and leaves the round as it is."""
+        began = time.perf_counter()
+        folding = self.round
+        try:
+            result = await self._fold_round(folding)
+            async with self._lock:
+                if self.run.state is RunState.STOPPED:
+                    return
+                await self._commit(result, time.perf_counter() - began)
+        except Exception as error:
+            await self._aggregation_failed(error)
+            return
+        # A step of its own: the next round may be there to fold before all files of this one are gone.
+        self.steps.begin(self._forget(folding))
+
+    async def _forget(self, done: Round) -> None:
+        try:
+            await self._store.forget_round(done, self.run.id)
+        except FedpeftError as error:
+            self._log.error("a committed round's files could not be removed", message=error.message)
+
+    async def _fold_round(self, folding: Round) -> Result:
+        db = self._store.db
+        await self._ledger.write(self._store)
+        row = await self._store.call(db.current_round, self.run.id)
+        base = await self._store.call(db.version, self.run.id, folding.base_version)
+        previous = await self._store.call(db.last_record_sha256, self.run.id)
+        received = row.updates if row else {}
+        return await self._store.compute(aggregate, self.run, folding, received, base, previous, self._store)
+
+    async def _commit(self, result: Result, seconds: float) -> None:
+        config, now = self.run.config.rounds, time.time()
+        done, _ = rounds.advance(self.round, rounds.Aggregated(), config, now)
+        last = done.number >= config.count
+        state, reason = (RunState.COMPLETED, "") if last else (self.run.state, self.run.reason)
+        outcome = result.outcome
+        await self._store.call(
+            self._store.db.commit_round,
+            done,
+            now,
+            outcome.weights,
+            result.version,
+            outcome.record,
+            outcome.record_sha256,
+            outcome.metrics,
+            state,
+            reason,
+        )
+        self.run = replace(self.run, version=done.number, state=state, reason=reason)
+        self._ledger.round_committed(self.run.id)
+        self._metrics.rounds.labels(self.run.id, "committed").inc()
+        self._metrics.round_seconds.labels(self.run.id, "aggregating").observe(seconds)
+        if "train_loss" in outcome.metrics:
+            self._metrics.loss.labels(self.run.id, "train").set(outcome.metrics["train_loss"])
+        self._log.info("round committed", round=done.number, updates=len(outcome.weights), seconds=round(seconds, 3))
+        self._enter(done if last else done.following(), ())
+        if last:
+            self._lobby.call_all()
+        else:
+            self._lobby.call_evaluators()
+
+    async def _aggregation_failed(self, error: Exception) -> None:
+        message = error.message if isinstance(error, FedpeftError) else f"{type(error).__name__}: {error}"
+        self._log.error("aggregation failed", round=self.round.number, exc_info=error)
+        hint = "make room and resume the run" if isinstance(error, DiskFull) else "see the log, then resume the run"
+        async with self._lock:
+            if not self.active:
+                return
+            reason = f"round {self.round.number} could not be folded: {message}; {hint}"
+            try:
+                await self._set_run(RunState.PAUSED, reason)
+            except FedpeftError as fault:
+                # Better known to this process alone than a wait that nobody explains; a restart folds anyway.
+                self._log.error("the pause could not be written", message=fault.message)
+                self.run = replace(self.run, state=RunState.PAUSED, reason=reason)
+                self._changed(self)
+
+    def _fold(self) -> None:
+        if self._folding is None or self._folding.done():
+            self._folding = asyncio.create_task(self._aggregate())
+
+    async def _deadline(self) -> None:
+        """Acts on the deadline; and looks again where that failed, or where the clock was set back meanwhile."""
+        pause_s = 0.0
+        try:
+            await self._advance(rounds.TimePassed())
+        except Exception as error:
+            self._log.error("a deadline could not be acted on; trying again", seconds=AGAIN_S, exc_info=error)
+            pause_s = AGAIN_S
+        self._arm_timer(pause_s)
+
+    def _arm_timer(self, least_s: float = 0.0) -> None:
+        self._disarm_timer()
+        if self.active and self.round.deadline is not None:
+            delay = max(least_s, self.round.deadline - time.time())
+            begin = self.steps.begin
+            self._timer = asyncio.get_running_loop().call_later(delay, lambda: begin(self._deadline()))
+
+    def _disarm_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,175 @@
+"""All runs of the server: their engines, and who may sample from the lobby next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+
+import structlog
+
+from fedpeft.errors import FedpeftError, RunNotFinished, RunNotFound
+from fedpeft.rounds import Phase, Round, Ticket
+from fedpeft_server.metrics import Metrics
+from fedpeft_server.rounds.engine import ACTIVE, RunEngine
+from fedpeft_server.rounds.lobby import Lobby
+from fedpeft_server.rounds.unbroken import Steps, unbroken
+from fedpeft_server.store.rows import RoundRow, RunRow, VersionRow
+from fedpeft_server.store.store import Store
+from fedpeft_server.traffic import Ledger
+
+log = structlog.get_logger()
+
+GLANCE_S = 1.0
+"""How often the lobby is looked at without a reason: clients that lingered may have gone."""
+
+
+class Runs:
+    """The runs, in the order of their creation."""
+
+    def __init__(self, store: Store, ledger: Ledger, metrics: Metrics) -> None:
+        self.lobby = Lobby(self.look)
+        self.steps = Steps()
+        self._store = store
+        self._ledger = ledger
+        self._metrics = metrics
+        self._engines: dict[str, RunEngine] = {}
+        self._watchers: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self._news = asyncio.Event()
+        self._matching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Takes up every run where the last process left it."""
+        for run in await self._store.call(self._store.db.runs):
+            row = await self._store.call(self._store.db.current_round, run.id)
+            self._engines[run.id] = self._engine(run, _in_progress(run, row))
+        held = {t.id for e in self._engines.values() if e.active for t in e.round.tickets}
+        if not self._store.keep_updates:
+            await self._store.compute(self._store.spool.sweep, held)
+        for engine in self._engines.values():
+            await engine.start()
+        self._matching = asyncio.create_task(self._match())
+
+    async def close(self) -> None:
+        """Lets aggregations finish; no new round opens."""
+        if self._matching:
+            self._matching.cancel()
+        self.lobby.close()
+        await self.steps.ended()
+        for engine in self._engines.values():
+            await engine.close()
+
+    @unbroken
+    async def create(self, run: RunRow, version: VersionRow) -> RunEngine:
+        """Adds a run whose adapter version 0 is stored."""
+        await self._store.call(self._store.db.create_run, run, version)
+        engine = self._engines[run.id] = self._engine(run, Round(run.id, 1))
+        log.info("run created", run=run.id, name=run.config.name, method=run.spec.method)
+        self.lobby.call_all()
+        return engine
+
+    @unbroken
+    async def delete(self, run_id: str) -> None:
+        """Removes a finished run with everything of it."""
+        engine = self.get(run_id)
+        if engine.active:
+            raise RunNotFinished(f"{run_id} is {engine.run.state}; stop it before it is deleted")
+        await engine.close()
+        tickets = [t.id for row in await self._store.call(self._store.db.rounds, run_id) for t in row.round.tickets]
+        await self._store.call(self._store.db.delete_run, run_id)
+        del self._engines[run_id]
+        await self._store.compute(self._store.forget_run, run_id, tickets)
+        self._metrics.forget(run_id)
+        self._changed(engine)
+        log.info("run deleted", run=run_id)
+
+    def get(self, run_id: str) -> RunEngine:
+        """Returns the engine of a run.
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        try:
+            return self._engines[run_id]
+        except KeyError:
+            raise RunNotFound(f"there is no run {run_id[:64]!r}") from None
+
+    def all(self, run_id: str = "") -> list[RunEngine]:
+        """Returns the engines a client that names `run_id` (or nothing) could work for, oldest first."""
+        return [self.get(run_id)] if run_id else list(self._engines.values())
+
+    async def ticket(self, ticket_id: str) -> tuple[RunEngine, Ticket]:
+        """Returns a ticket of any round, with the engine of its run.
+
+        Raises:
+            TicketNotFound: If there is no such ticket.
+        """
+        for engine in self._engines.values():
+            for ticket in engine.round.tickets:
+                if ticket.id == ticket_id:
+                    return engine, ticket
+        row = await self._store.call(self._store.db.ticket, ticket_id)
+        return self.get(row.run), row.ticket
+
+    def look(self) -> None:
+        """Has the lobby looked at soon."""
+        self._news.set()
+
+    def watch(self, run_id: str) -> asyncio.Event:
+        """Returns an event that is set whenever the run changes; end with `unwatch`."""
+        event = asyncio.Event()
+        self._watchers[run_id].add(event)
+        return event
+
+    def unwatch(self, run_id: str, event: asyncio.Event) -> None:
+        """Ends a watch."""
+        self._watchers[run_id].discard(event)
+        if not self._watchers[run_id]:
+            del self._watchers[run_id]
+
+    def announce(self, run_id: str) -> None:
+        """Tells the watchers of a run that something about it is new."""
+        for event in self._watchers.get(run_id, ()):
+            event.set()
+
+    def _engine(self, run: RunRow, current: Round) -> RunEngine:
+        return RunEngine(run, current, self._store, self.lobby, self._ledger, self._metrics, self._changed)
+
+    def _changed(self, engine: RunEngine) -> None:
+        self.announce(engine.run.id)
+        self.look()
+
+    async def _match(self) -> None:
+        """Offers the lobby to the runs, the one that sampled longest ago first."""
+        while True:
+            self._news.clear()
+            for engine in sorted(self._engines.values(), key=lambda e: e.opened):
+                await self._offer(engine)
+            self._count_clients()
+            try:
+                async with asyncio.timeout(GLANCE_S):
+                    await self._news.wait()
+            except TimeoutError:
+                continue
+
+    async def _offer(self, engine: RunEngine) -> None:
+        try:
+            await engine.offer(self.lobby.waiting(engine.run.id))
+        except FedpeftError as error:
+            log.error("a run could not open its round", run=engine.run.id, message=error.message)
+        except Exception as error:
+            log.error("a run could not open its round", run=engine.run.id, exc_info=error)
+
+    def _count_clients(self) -> None:
+        for engine in self._engines.values():
+            gauge, run = self._metrics.clients, engine.run.id
+            gauge.labels(run, "waiting").set(len(self.lobby.waiting(run)) if engine.active else 0)
+            for state in ("issued", "received", "withdrawn", "refused", "late"):
+                gauge.labels(run, state).set(sum(t.state == state for t in engine.round.tickets))
+
+
+def _in_progress(run: RunRow, newest: RoundRow | None) -> Round:
+    """Returns the round that a run is in; one that nobody was sampled for is not in the database."""
+    if newest is None:
+        return Round(run.id, 1)
+    over = newest.round.phase is Phase.COMMITTED and run.state in ACTIVE
+    return newest.round.following() if over else newest.round

@@ -1,0 +1,141 @@
+"""Who calls: the client's id and instance from the metadata, and whether another live instance holds the id."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+from fedpeft.errors import ClientIdInUse, ClientIdInvalid, NotRegistered, TooManyClients
+from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY
+from fedpeft_server.rpc.interceptors import Context
+from fedpeft_server.store.rows import ClientRow
+from fedpeft_server.traffic import CALL
+
+ALIVE_S = 30.0
+"""An instance holds its client id for so long after its last call."""
+
+_CLIENT = re.compile(r"[A-Za-z0-9._\-]{1,64}")
+_INSTANCE = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass
+class Presence:
+    """What is known of a client between its calls.
+
+    Attributes:
+        instance: Which process of it holds the id.
+        role: What it registered as; empty before.
+        seen: When its last call began or ended, on the monotonic clock.
+        calls: Calls in progress.
+        scoring: Run and version that an evaluator was given and has not scored.
+    """
+
+    instance: str
+    role: str = ""
+    seen: float = 0.0
+    calls: int = 0
+    scoring: tuple[str, int] | None = None
+
+
+class Callers:
+    """The clients that call, by id.
+
+    Args:
+        known: The clients of the database, which need not register again after a restart of the server.
+        limit: Clients that may be registered.
+    """
+
+    def __init__(self, known: list[ClientRow], limit: int) -> None:
+        self._limit = limit
+        self._presence = {row.id: Presence(row.instance, row.role) for row in known}
+        self._touched: dict[str, float] = {}
+
+    def identify(self, context: Context) -> str:
+        """Returns the id of the client that calls, and holds it for the call's instance until the call ends.
+
+        Raises:
+            ClientIdInvalid: If the metadata is missing or malformed.
+            ClientIdInUse: If another live instance holds the id.
+        """
+        metadata = dict(context.invocation_metadata() or ())
+        client, instance = str(metadata.get(CLIENT_KEY, "")), str(metadata.get(INSTANCE_KEY, ""))
+        if not _CLIENT.fullmatch(client):
+            raise ClientIdInvalid(f"the metadata {CLIENT_KEY} must be 1 to 64 of letters, digits, '.', '_' and '-'")
+        if not _INSTANCE.fullmatch(instance):
+            raise ClientIdInvalid(f"the metadata {INSTANCE_KEY} must be 32 hexadecimal digits")
+        presence = self._presence.setdefault(client, Presence(instance))
+        self._take_over(client, presence, instance)
+        presence.calls += 1
+        presence.seen = time.monotonic()
+        self._touched[client] = time.time()
+        context.add_done_callback(cast(Any, partial(self._ended, client, presence)))
+        CALL.get().client = client
+        return client
+
+    def register(self, client: str, role: str) -> None:
+        """Remembers the role of a client.
+
+        Raises:
+            TooManyClients: If the server takes no more.
+        """
+        presence = self._presence[client]
+        registered = sum(1 for p in self._presence.values() if p.role)
+        if not presence.role and registered >= self._limit:
+            raise TooManyClients(f"{registered} clients are registered, the most this server takes (--max-clients)")
+        presence.role = role
+        presence.scoring = None
+
+    def role(self, client: str) -> str:
+        """Returns the role that a client registered with.
+
+        Raises:
+            NotRegistered: If it did not.
+        """
+        role = self._presence[client].role
+        if not role:
+            raise NotRegistered(f"client {client} is not registered; call Register first")
+        return role
+
+    def scores(self, client: str, task: tuple[str, int] | None) -> None:
+        """Remembers which version of which run an evaluator was given to score, or that there is none for it."""
+        self._presence[client].scoring = task
+
+    def scored(self, client: str, task: tuple[str, int]) -> None:
+        """Forgets what an evaluator was given, if it is this one that it scored."""
+        if self._presence[client].scoring == task:
+            self._presence[client].scoring = None
+
+    def is_scoring(self, client: str) -> bool:
+        """Says whether an evaluator has a version to score."""
+        presence = self._presence.get(client)
+        return presence is not None and presence.scoring is not None
+
+    def instance(self, client: str) -> str:
+        """Returns the instance that holds the id of a client."""
+        return self._presence[client].instance
+
+    def touched(self) -> dict[str, float]:
+        """Returns when clients called since the last time this was asked."""
+        touched, self._touched = self._touched, {}
+        return touched
+
+    def _take_over(self, client: str, presence: Presence, instance: str) -> None:
+        if presence.instance == instance:
+            return
+        since = time.monotonic() - presence.seen
+        if presence.calls or (presence.seen and since < ALIVE_S):
+            raise ClientIdInUse(
+                f"another instance of client {client} is connected; give this one another --name, or stop the other "
+                f"and wait {ALIVE_S:.0f} s"
+            )
+        presence.instance = instance
+
+    def _ended(self, client: str, presence: Presence, _: object) -> None:
+        presence.calls -= 1
+        presence.seen = time.monotonic()
+        # Who never registered is forgotten, so that made-up ids cost no memory.
+        if not presence.role and not presence.calls and self._presence.get(client) is presence:
+            del self._presence[client]

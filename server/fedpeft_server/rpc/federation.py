@@ -1,0 +1,263 @@
+"""FederationService: what clients and evaluators call. The semantics are in `federation_service.proto`."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator
+
+import structlog
+
+from fedpeft import PROTOCOL, __version__, figures, seeds
+from fedpeft.errors import (
+    InvalidArgument,
+    MetricsInvalid,
+    NotAnEvaluator,
+    OffsetOutOfRange,
+    ProtocolMismatch,
+    TicketNotFound,
+    TicketOfAnother,
+    VersionNotFound,
+)
+from fedpeft.payload import CHUNK_BYTES
+from fedpeft.rounds import Ticket
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
+from fedpeft.wire import manifest_to_proto, training_to_proto
+from fedpeft_server.metrics import Metrics
+from fedpeft_server.rounds.engine import RunEngine
+from fedpeft_server.rounds.runs import Runs
+from fedpeft_server.rounds.waiting import awaited
+from fedpeft_server.rpc.callers import Callers
+from fedpeft_server.rpc.interceptors import Context
+from fedpeft_server.rpc.messages import ROLES, TICKET_STATES, run_message, timestamp
+from fedpeft_server.rpc.turns import Turns
+from fedpeft_server.rpc.uploads import Uploads, next_message
+from fedpeft_server.settings import HOLD_S
+from fedpeft_server.store.rows import ClientRow, UpdateRow
+from fedpeft_server.store.store import Store, version_key
+from fedpeft_server.traffic import Ledger
+
+log = structlog.get_logger()
+
+MAX_REASON_CHARACTERS = 1024
+_SPLIT = re.compile(r"[a-z0-9_-]{1,64}")
+_ROLE_NAMES = {number: name for name, number in ROLES.items()}
+
+
+class Federation(pb_grpc.FederationServiceServicer):
+    """The service of the devices."""
+
+    def __init__(
+        self,
+        runs: Runs,
+        store: Store,
+        callers: Callers,
+        uploads: Uploads,
+        downloads: Turns,
+        ledger: Ledger,
+        metrics: Metrics,
+    ) -> None:
+        self._runs = runs
+        self._store = store
+        self._callers = callers
+        self._uploads = uploads
+        self._downloads = downloads
+        self._ledger = ledger
+        self._metrics = metrics
+
+    async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
+        """Announces a client."""
+        client = self._callers.identify(context)
+        _check_protocol(request)
+        role = _ROLE_NAMES.get(request.role)
+        if role is None:
+            raise InvalidArgument("the role must be trainer or evaluator", (("role", "is unspecified"),))
+        engines = self._runs.all(request.run)
+        self._callers.register(client, role)
+        now = time.time()
+        capabilities = request.capabilities.SerializeToString()
+        row = ClientRow(client, self._callers.instance(client), role, capabilities, now, now)
+        await self._store.call(self._store.db.see_client, row.id, row.instance, role, capabilities, now)
+        log.info("client registered", client=client, role=role, device=request.capabilities.device)
+        shown = [e for e in engines if e.active or request.run]
+        return pb.RegisterResponse(protocol=PROTOCOL, runs=[run_message(e.run, self._why(e), {}) for e in shown])
+
+    async def AwaitRound(self, request: pb.AwaitRoundRequest, context: Context) -> pb.AwaitRoundResponse:
+        """Answers when there is something to do for the client."""
+        client = self._callers.identify(context)
+        role = self._callers.role(client)
+        look = self._evaluation if role == "evaluator" else self._training
+        until = time.monotonic() + HOLD_S
+        while True:
+            found = await look(client, request.run)
+            left = until - time.monotonic()
+            if found or left <= 0:
+                return found or self._idle(request.run)
+            if not await self._runs.lobby.wait(client, request.run, trainer=role == "trainer", hold_s=left):
+                return self._idle(request.run)
+            if self._finished(request.run) and role == "trainer":
+                return self._idle(request.run)
+
+    async def PullAdapter(
+        self, request: pb.PullAdapterRequest, context: Context
+    ) -> AsyncIterator[pb.PullAdapterResponse]:
+        """Sends an adapter version."""
+        client = self._callers.identify(context)
+        engine = self._runs.get(request.run)
+        if request.version > engine.run.version:
+            raise VersionNotFound(f"{request.run} has no version {request.version}; the newest is {engine.run.version}")
+        training = self._callers.role(client) == "trainer"
+        number = request.version + 1 if training else request.version
+        self._ledger.assign(engine.run.id, number, client, training=training)
+        row = await self._store.call(self._store.db.version, engine.run.id, request.version)
+        key = version_key(engine.run.id, request.version)
+        encoded = await self._store.compute(self._store.outbound.get, engine.run, row, key)
+        size = encoded.manifest.payload_bytes
+        if request.offset > size:
+            raise OffsetOutOfRange(f"the payload has {size} bytes; byte {request.offset} was asked for")
+        held = request.have_sha256 == encoded.manifest.sha256
+        manifest = manifest_to_proto(encoded.manifest)
+        yield pb.PullAdapterResponse(header=pb.PullHeader(version=request.version, manifest=manifest, up_to_date=held))
+        if held:
+            return
+        async with self._downloads.take(client):
+            with encoded.path.open("rb", buffering=0) as file:
+                for offset in range(request.offset, size, CHUNK_BYTES):
+                    message = self._store.outbound.chunk(encoded, file.fileno(), offset)
+                    self._ledger.payload("down", engine.run.config.codec.down, len(message.chunk.data))
+                    yield message
+
+    async def PushUpdate(
+        self, request_iterator: AsyncIterator[pb.PushUpdateRequest], context: Context
+    ) -> pb.PushUpdateResponse:
+        """Receives an update; the answer means that it is durable."""
+        client = self._callers.identify(context)
+        first = await next_message(request_iterator)
+        if first is None or not first.HasField("header"):
+            raise InvalidArgument("the first message of the stream must be a header")
+        engine, ticket = await self._ticket(first.header.ticket, client)
+        update = await self._uploads.push(engine, ticket, first.header, request_iterator, context)
+        return _receipt(update)
+
+    async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
+        """Says where an upload stands."""
+        client = self._callers.identify(context)
+        _, ticket = await self._ticket(request.ticket, client)
+        received = await self._uploads.received(ticket)
+        state = TICKET_STATES[ticket.state]
+        if received:
+            size = received.manifest.payload_bytes
+            return pb.GetUploadResponse(committed_bytes=size, state=state, receipt=_receipt(received))
+        position = await self._store.compute(self._store.spool.position, ticket.id, request.sha256)
+        return pb.GetUploadResponse(committed_bytes=position, state=state)
+
+    async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:
+        """Gives a ticket up."""
+        client = self._callers.identify(context)
+        engine, ticket = await self._ticket(request.ticket, client)
+        try:
+            state = await engine.withdraw(ticket.id, request.reason[:MAX_REASON_CHARACTERS])
+        except TicketNotFound:  # its round is over
+            state = (await self._runs.ticket(ticket.id))[1].state
+        return pb.WithdrawResponse(state=TICKET_STATES[state])
+
+    async def PushEvaluation(self, request: pb.PushEvaluationRequest, context: Context) -> pb.PushEvaluationResponse:
+        """Takes figures of a version."""
+        client = self._callers.identify(context)
+        if self._callers.role(client) != "evaluator":
+            raise NotAnEvaluator(f"client {client} registered to train; figures come from evaluators (--evaluate)")
+        engine = self._runs.get(request.run)
+        if request.version > engine.run.version:
+            raise VersionNotFound(f"{request.run} has no version {request.version}; the newest is {engine.run.version}")
+        figures.check(request.metrics, figures.MAX_EVALUATION)
+        self._ledger.assign(engine.run.id, request.version, client, training=False)
+        split = request.split or "test"
+        if not _SPLIT.fullmatch(split):
+            raise MetricsInvalid(f"split {split[:80]!r} is not 1 to 64 of lower-case letters, digits, '_' and '-'")
+        metrics = dict(request.metrics)
+        put = self._store.db.put_evaluation
+        await self._store.call(put, engine.run.id, request.version, client, split, metrics, time.time())
+        self._callers.scored(client, (engine.run.id, request.version))
+        self._show(engine.run.id, split, metrics)
+        log.info("version evaluated", run=engine.run.id, version=request.version, accuracy=metrics.get("accuracy"))
+        self._runs.announce(engine.run.id)
+        return pb.PushEvaluationResponse()
+
+    async def _training(self, client: str, run: str) -> pb.AwaitRoundResponse | None:
+        """Returns the ticket that the client can use now, in the oldest run that gave it one."""
+        for engine in self._runs.all(run):
+            ticket = engine.open_ticket(client)
+            if ticket:
+                self._ledger.assign(engine.run.id, engine.round.number, client)
+                return pb.AwaitRoundResponse(training=_task(engine, ticket))
+        return None
+
+    async def _evaluation(self, client: str, run: str) -> pb.AwaitRoundResponse | None:
+        """Returns the oldest version that the evaluator has not scored."""
+        for engine in self._runs.all(run):
+            scored = await self._store.call(self._store.db.evaluated_by, engine.run.id, client)
+            missing = sorted(set(range(engine.run.version + 1)) - scored)
+            if missing:
+                self._ledger.assign(engine.run.id, missing[0], client, training=False)
+                self._callers.scores(client, (engine.run.id, missing[0]))
+                return pb.AwaitRoundResponse(evaluation=pb.EvaluationTask(run=engine.run.id, version=missing[0]))
+        self._callers.scores(client, None)
+        return None
+
+    def _idle(self, run: str) -> pb.AwaitRoundResponse:
+        engines = [e for e in self._runs.all(run) if e.active]
+        reason = "; ".join(self._why(e) for e in engines) or "there is no unfinished run to work for"
+        return pb.AwaitRoundResponse(idle=pb.Idle(reason=reason, finished=self._finished(run)))
+
+    def _finished(self, run: str) -> bool:
+        engines = self._runs.all(run)
+        return bool(engines) and not any(e.active for e in engines)
+
+    def _why(self, engine: RunEngine) -> str:
+        return awaited(engine, len(self._runs.lobby.waiting(engine.run.id)))
+
+    async def _ticket(self, ticket_id: str, client: str) -> tuple[RunEngine, Ticket]:
+        engine, ticket = await self._runs.ticket(ticket_id)
+        if ticket.client != client:
+            raise TicketOfAnother(f"{ticket_id} was given to another client")
+        self._ledger.assign(engine.run.id, engine.round.number, client)
+        return engine, ticket
+
+    def _show(self, run: str, split: str, metrics: dict[str, float]) -> None:
+        if "accuracy" in metrics:
+            self._metrics.accuracy.labels(run, split).set(metrics["accuracy"])
+        if "loss" in metrics:
+            self._metrics.loss.labels(run, split).set(metrics["loss"])
+
+
+def _check_protocol(request: pb.RegisterRequest) -> None:
+    if request.max_protocol < PROTOCOL:
+        raise ProtocolMismatch(
+            f"this client speaks protocol {request.max_protocol}, the server {PROTOCOL} (fedpeft {__version__}); "
+            "upgrade the client"
+        )
+    if request.min_protocol > PROTOCOL:
+        raise ProtocolMismatch(
+            f"this client speaks protocol {request.min_protocol} or newer, the server {PROTOCOL} "
+            f"(fedpeft {__version__}); upgrade the server"
+        )
+
+
+def _task(engine: RunEngine, ticket: Ticket) -> pb.TrainingTask:
+    config, current = engine.run.config, engine.round
+    return pb.TrainingTask(
+        ticket=ticket.id,
+        run=engine.run.id,
+        round=current.number,
+        version=current.base_version,
+        deadline=timestamp(current.deadline),
+        seed=seeds.training(config.rounds.seed, current.number, ticket.client),
+        settings=training_to_proto(config.training),
+    )
+
+
+def _receipt(update: UpdateRow) -> pb.PushUpdateResponse:
+    return pb.PushUpdateResponse(
+        ticket=update.ticket, sha256=update.manifest.sha256, received_at=timestamp(update.received_at)
+    )

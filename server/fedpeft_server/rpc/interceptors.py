@@ -1,0 +1,140 @@
+"""What happens around every call: its bytes are counted, its errors become statuses, its code and time metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+import structlog
+
+from fedpeft.errors import FedpeftError, Internal, LocalError, TransferStalled
+from fedpeft.status import abort
+from fedpeft_server.metrics import Metrics
+from fedpeft_server.settings import STALL_S
+from fedpeft_server.traffic import CALL, Call, Ledger
+
+log = structlog.get_logger()
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Stands in front of every handler.
+
+    It meters the serialized messages, turns errors of the tree into statuses (and everything else, a fault of the data
+    folder included, into INTERNAL with a line in the log), and counts calls by method and code. gRPC's own services
+    (health, reflection) pass through it too.
+    """
+
+    def __init__(self, metrics: Metrics, ledger: Ledger) -> None:
+        self._metrics = metrics
+        self._ledger = ledger
+
+    async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler | None:
+        """Returns the handler of one call with everything around it."""
+        handler = await continuation(details)
+        if handler is None:
+            return handler
+        call = Call(details.method)
+        CALL.set(call)
+        return self._metered(self._guarded(handler, call), call)
+
+    def _metered(self, handler: Handler, call: Call) -> Handler:
+        """Counts messages where they are (de)serialized, the one place where their size is known for nothing."""
+        deserialize, serialize, ledger = handler.request_deserializer, handler.response_serializer, self._ledger
+
+        def receive(data: bytes) -> Any:
+            ledger.wire(call, "up", len(data))
+            return deserialize(data) if deserialize else data
+
+        def send(message: Any) -> bytes:
+            data = serialize(message) if serialize else message
+            ledger.wire(call, "down", len(data))
+            return data
+
+        return handler._replace(request_deserializer=receive, response_serializer=send)  # type: ignore[attr-defined, no-any-return]
+
+    def _guarded(self, handler: Handler, call: Call) -> Handler:
+        if handler.response_streaming:
+            kind = "stream_stream" if handler.request_streaming else "unary_stream"
+            inner_stream = getattr(handler, kind)
+
+            async def stream(request: Any, context: Context) -> None:
+                async with _Boundary(self, call, context):
+                    answer = inner_stream(request, context)
+                    if inspect.isawaitable(answer):  # gRPC's own health service writes by itself
+                        await answer
+                    else:
+                        await _send(answer, context)
+
+            return handler._replace(**{kind: stream})  # type: ignore[attr-defined, no-any-return]
+        kind = "stream_unary" if handler.request_streaming else "unary_unary"
+        inner = getattr(handler, kind)
+
+        async def unary(request: Any, context: Context) -> Any:
+            async with _Boundary(self, call, context):
+                return await inner(request, context)
+
+        return handler._replace(**{kind: unary})  # type: ignore[attr-defined, no-any-return]
+
+    def finished(self, call: Call, code: str, seconds: float) -> None:
+        """Books a call that has ended."""
+        self._ledger.close(call)
+        self._metrics.requests.labels(call.method, code).inc()
+        self._metrics.request_seconds.labels(call.method).observe(seconds)
+
+
+async def _send(messages: AsyncGenerator[Any, None], context: Context) -> None:
+    """Sends what a handler yields; the handler is closed, and gives back what it holds, before an error is answered.
+
+    Raises:
+        TransferStalled: If the client reads nothing for too long.
+    """
+    async with aclosing(messages):
+        async for message in messages:
+            try:
+                async with asyncio.timeout(STALL_S):
+                    await context.write(message)
+            except TimeoutError:
+                raise TransferStalled(
+                    f"nothing was read for {STALL_S:.0f} s; continue at the first byte missing"
+                ) from None
+
+
+class _Boundary:
+    """The one boundary that errors cross on their way to a client."""
+
+    def __init__(self, gate: Gate, call: Call, context: Context) -> None:
+        self._gate = gate
+        self._call = call
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        self._began = time.perf_counter()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        status = _domain_error(error, self._call.method) if error else None
+        code = status.status if status else "OK" if error is None else "CANCELLED"
+        self._gate.finished(self._call, code, time.perf_counter() - self._began)
+        if status:
+            await abort(self._context, status)
+
+
+def _domain_error(error: BaseException, method: str) -> FedpeftError | None:
+    """Returns the error to answer with; None for a call that its caller has left."""
+    if isinstance(error, FedpeftError) and not isinstance(error, LocalError):
+        log.info("refused", method=method, reason=error.reason, message=error.message)
+        return error
+    if isinstance(error, asyncio.CancelledError | GeneratorExit | grpc.aio.AbortError):
+        return None
+    log.error("a call failed through a fault of the server", method=method, exc_info=error)
+    return Internal(
+        f"the server failed in {method.rpartition('/')[2]}: {type(error).__name__}; its log has the details"
+    )

@@ -1,0 +1,246 @@
+"""OperatorService: what operators and researchers call. The semantics are in `operator_service.proto`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import secrets
+import string
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from fedpeft import payload
+from fedpeft.errors import (
+    BlobCorrupt,
+    ConfigInvalid,
+    InvalidArgument,
+    OffsetOutOfRange,
+    RequestIdReused,
+    SpecInvalid,
+    VersionNotFound,
+)
+from fedpeft.payload import CHUNK_BYTES, Manifest
+from fedpeft.spec import AdapterSpec
+from fedpeft.v1 import operator_service_pb2 as pb
+from fedpeft.v1 import operator_service_pb2_grpc as pb_grpc
+from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft.versions import write_first
+from fedpeft.wire import config_from_proto, manifest_from_proto, spec_from_proto
+from fedpeft_server.rounds.aggregation import identity
+from fedpeft_server.rounds.engine import RunEngine
+from fedpeft_server.rounds.runs import Runs
+from fedpeft_server.rounds.waiting import awaited
+from fedpeft_server.rpc.callers import Callers
+from fedpeft_server.rpc.interceptors import Context
+from fedpeft_server.rpc.messages import client_message, round_message, run_message
+from fedpeft_server.rpc.uploads import Uploads, next_message
+from fedpeft_server.store.rows import RoundRow, RunRow, RunState, VersionRow
+from fedpeft_server.store.store import Store, version_key
+from fedpeft_server.traffic import Ledger
+
+WATCH_S = 0.1
+"""Changes of a run that come within this time are told as one."""
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_ALPHABET = string.ascii_lowercase + string.digits
+
+
+class Operator(pb_grpc.OperatorServiceServicer):
+    """The service of the operators."""
+
+    def __init__(self, runs: Runs, store: Store, callers: Callers, uploads: Uploads, ledger: Ledger) -> None:
+        self._runs = runs
+        self._store = store
+        self._callers = callers
+        self._uploads = uploads
+        self._ledger = ledger
+
+    async def CreateRun(
+        self, request_iterator: AsyncIterator[pb.CreateRunRequest], context: Context
+    ) -> pb.CreateRunResponse:
+        """Takes adapter version 0 and begins a run with it."""
+        first = await next_message(request_iterator)
+        if first is None or not first.HasField("header"):
+            raise InvalidArgument("the first message of the stream must be a header")
+        header = first.header
+        run, manifest = _new_run(header)
+        known = await self._store.call(self._store.db.run_by_request, header.request_id)
+        if known:
+            return self._repeated(known, run)
+        key = "create-" + hashlib.sha256(header.request_id.encode()).hexdigest()[:16]
+        try:
+            await self._uploads.spool(key, key, manifest, request_iterator, context)
+            version = await self._store.compute(self._first_version, key, run, manifest)
+            engine = await self._runs.create(run, version)
+        finally:
+            await self._store.compute(self._store.spool.remove, key)  # a failed one must not keep a disk full
+        return pb.CreateRunResponse(run=await self._run(engine))
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
+        """Shows a run and its round in progress."""
+        engine = self._runs.get(request.run)
+        response = pb.GetRunResponse(run=await self._run(engine))
+        if engine.active:
+            response.round.CopyFrom((await self._rounds(engine, engine.round.number - 1))[-1])
+        return response
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
+        """Shows all runs."""
+        return pb.ListRunsResponse(runs=[await self._run(engine) for engine in self._runs.all()])
+
+    async def ListRounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
+        """Shows the rounds of a run."""
+        return pb.ListRoundsResponse(rounds=await self._rounds(self._runs.get(request.run), request.after))
+
+    async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
+        """Sends a run after every change."""
+        engine = self._runs.get(request.run)
+        changed = self._runs.watch(request.run)
+        sent: dict[int, bytes] = {}
+        try:
+            while True:
+                changed.clear()
+                rounds = [(r.number, r, r.SerializeToString()) for r in await self._rounds(engine, 0)]
+                fresh = [r for number, r, data in rounds if sent.get(number) != data]
+                sent = {number: data for number, _, data in rounds}
+                yield pb.WatchRunResponse(run=await self._run(engine), rounds=fresh)
+                if not engine.active:
+                    return
+                await changed.wait()
+                self._runs.get(request.run)
+                await asyncio.sleep(WATCH_S)
+        finally:
+            self._runs.unwatch(request.run, changed)
+
+    async def PauseRun(self, request: pb.PauseRunRequest, context: Context) -> pb.PauseRunResponse:
+        """Lets no new round open."""
+        engine = self._runs.get(request.run)
+        await engine.pause(request.reason)
+        return pb.PauseRunResponse(run=await self._run(engine))
+
+    async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
+        """Lets rounds open again."""
+        engine = self._runs.get(request.run)
+        await engine.resume()
+        return pb.ResumeRunResponse(run=await self._run(engine))
+
+    async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
+        """Ends a run for good."""
+        engine = self._runs.get(request.run)
+        await engine.stop(request.reason)
+        return pb.StopRunResponse(run=await self._run(engine))
+
+    async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:
+        """Removes a finished run."""
+        await self._runs.delete(request.run)
+        return pb.DeleteRunResponse()
+
+    async def DownloadAdapter(
+        self, request: pb.DownloadAdapterRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadAdapterResponse]:
+        """Sends an adapter version as the file that is stored."""
+        engine = self._runs.get(request.run)
+        number = request.version if request.HasField("version") else engine.run.version
+        if number > engine.run.version:
+            raise VersionNotFound(f"{request.run} has no version {number}; the newest is {engine.run.version}")
+        row = await self._store.call(self._store.db.version, engine.run.id, number)
+        key = version_key(engine.run.id, number)
+        path = await self._store.compute(self._store.blobs.local_path, key)
+        with path.open("rb", buffering=0) as file:
+            digest = await self._store.compute(hashlib.file_digest, file, "sha256")
+            if digest.hexdigest() != row.sha256:
+                raise BlobCorrupt(
+                    f"the stored version {number} of {engine.run.id} does not have its recorded digest; "
+                    f"restore blob {key} from a backup"
+                )
+            if request.offset > row.size_bytes:
+                raise OffsetOutOfRange(f"the file has {row.size_bytes} bytes; byte {request.offset} was asked for")
+            header = pb.DownloadHeader(version=number, size_bytes=row.size_bytes, sha256=digest.digest())
+            yield pb.DownloadAdapterResponse(header=header)
+            for offset in range(request.offset, row.size_bytes, CHUNK_BYTES):
+                data = os.pread(file.fileno(), CHUNK_BYTES, offset)
+                yield pb.DownloadAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
+
+    async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
+        """Shows every client that ever registered."""
+        await self._store.call(self._store.db.touch_clients, self._callers.touched())
+        rows = await self._store.call(self._store.db.clients)
+        return pb.ListClientsResponse(clients=[client_message(row, self._activity(row.id)) for row in rows])
+
+    def _activity(self, client: str) -> str:
+        if self._uploads.turns.has(client):
+            return "uploading"
+        if self._runs.lobby.is_waiting(client):
+            return "waiting"
+        if any(engine.open_ticket(client) for engine in self._runs.all()):
+            return "training"
+        return "scoring" if self._callers.is_scoring(client) else "away"
+
+    async def _run(self, engine: RunEngine) -> run_pb2.Run:
+        evaluations = await self._store.call(self._store.db.evaluations, engine.run.id)
+        reason = awaited(engine, len(self._runs.lobby.waiting(engine.run.id))) if engine.active else ""
+        return run_message(engine.run, reason, evaluations.get(0, {}))
+
+    async def _rounds(self, engine: RunEngine, after: int) -> list[run_pb2.Round]:
+        evaluations = await self._store.call(self._store.db.evaluations, engine.run.id)
+        rows = await self._store.call(self._store.db.rounds, engine.run.id, after)
+        if engine.active and (not rows or rows[-1].round.number < engine.round.number):
+            rows.append(RoundRow(engine.round))  # not written yet: nobody was sampled for it
+        pending = self._ledger.pending(engine.run.id)
+        return [round_message(row, evaluations.get(row.round.number, {}), pending) for row in rows]
+
+    def _repeated(self, known: RunRow, asked: RunRow) -> pb.CreateRunResponse:
+        if known.request_digest != asked.request_digest:
+            raise RequestIdReused(f"request {asked.request_id} already made {known.id}, which differs")
+        return pb.CreateRunResponse(run=run_message(known, "", {}))
+
+    def _first_version(self, key: str, run: RunRow, manifest: Manifest) -> VersionRow:
+        """Stores the uploaded payload as the adapter file of version 0."""
+        with self._store.spool.open(key) as data:
+            tensors = payload.decode(manifest, data)
+        with TemporaryDirectory(dir=self._store.scratch) as folder:
+            path = Path(folder, "adapter")
+            written = write_first(identity(run), tensors, path)
+            self._store.blobs.put(version_key(run.id, 0), path)
+        return VersionRow(run.id, 0, written.sha256, written.size_bytes, "", run.created_at)
+
+
+def _new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
+    """Checks the description of a new run, before any byte of its adapter is taken."""
+    if not 1 <= len(header.request_id) <= 64:
+        raise InvalidArgument("request_id must have 1 to 64 characters", (("request_id", "has the wrong length"),))
+    if not _FINGERPRINT.fullmatch(header.backbone_fingerprint):
+        raise ConfigInvalid("backbone_fingerprint must be 64 hexadecimal digits")
+    config, spec = config_from_proto(header.config), spec_from_proto(header.spec)
+    if spec.method != config.peft.method:
+        raise SpecInvalid(f"the spec is of method {spec.method!r}, the run file says {config.peft.method!r}")
+    _check_roles(spec)
+    manifest = manifest_from_proto(header.manifest)
+    payload.check_manifest(manifest, spec.shared, ("float32",))
+    digest = hashlib.sha256(header.SerializeToString(deterministic=True)).hexdigest()
+    run_id = "run-" + "".join(secrets.choice(_ALPHABET) for _ in range(12))
+    run = RunRow(
+        id=run_id,
+        config=config,
+        spec=spec,
+        backbone_fingerprint=header.backbone_fingerprint,
+        state=RunState.RUNNING,
+        reason="",
+        version=0,
+        created_at=time.time(),
+        model_parameters=header.model_parameters,
+        request_id=header.request_id,
+        request_digest=digest,
+    )
+    return run, manifest
+
+
+def _check_roles(spec: AdapterSpec) -> None:
+    rounds = max(len(t.roles) for t in spec.tensors)
+    for number in range(1, rounds + 1):
+        if not spec.sent(number):
+            raise SpecInvalid(f"no tensor of the adapter spec is sent in round {number}")

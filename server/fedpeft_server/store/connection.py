@@ -1,0 +1,122 @@
+"""Connections: SQLite tuned to lose nothing, PostgreSQL by URL, and what goes wrong with either in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import StaticPool
+
+from fedpeft.errors import DiskFull, FedpeftError, StateInvalid
+
+BUSY_TIMEOUT_S = 10
+"""How long a statement waits for another process (a backup, a person's shell) that holds SQLite's lock."""
+
+PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", f"busy_timeout = {BUSY_TIMEOUT_S * 1000}")
+"""WAL with FULL: a commit is one append and one fsync of the log, and survives the machine."""
+
+
+def connect(url: str) -> Engine:
+    """Returns an engine for a database URL: `sqlite:///PATH` or `postgresql://...`; connects and checks it.
+
+    Raises:
+        StateInvalid: If the URL is none, its driver is missing, the database cannot be reached, or its file is corrupt.
+    """
+    try:
+        parsed = _with_driver(make_url(url))
+        where = parsed.render_as_string(hide_password=True)
+        engine = _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else create_engine(parsed, pool_pre_ping=True)
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise StateInvalid(
+            f"database URL {url!r} is not one of sqlite:///PATH and postgresql://HOST/NAME: {error}"
+        ) from None
+    except ModuleNotFoundError as error:
+        raise StateInvalid(f"database {where} needs the Python package {error.name}, which is not installed") from None
+    with closing_on_failure(engine), translated(where):
+        _check(engine, where)
+    return engine
+
+
+def _with_driver(url: URL) -> URL:
+    """Names psycopg 3 for PostgreSQL, so that the meaning of a URL does not change with SQLAlchemy's defaults."""
+    return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgres", "postgresql") else url
+
+
+def _sqlite(url: URL) -> Engine:
+    # One connection for the one thread that uses it; opening may happen in another.
+    arguments = {"check_same_thread": False, "timeout": BUSY_TIMEOUT_S}
+    engine = create_engine(url, poolclass=StaticPool, connect_args=arguments)
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: sqlite3.Connection, _record: Any) -> None:
+        # The driver's own transactions leave out DDL and take the write lock late; `_begin` makes real ones.
+        connection.isolation_level = None
+        for pragma in PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _check(engine: Engine, where: str) -> None:
+    with engine.begin() as connection:
+        if engine.dialect.name == "sqlite":
+            fault = connection.execute(text("PRAGMA quick_check(1)")).scalar()
+            if fault != "ok":
+                raise StateInvalid(f"database {where} is corrupt ({fault}); restore it from a backup")
+        else:
+            connection.execute(text("SELECT 1"))
+
+
+@contextmanager
+def closing_on_failure(engine: Engine) -> Iterator[None]:
+    """Disposes of an engine if the block fails."""
+    try:
+        yield
+    except BaseException:
+        engine.dispose()
+        raise
+
+
+@contextmanager
+def translated(where: str) -> Iterator[None]:
+    """Turns what a driver raises into this project's errors.
+
+    Raises:
+        DiskFull: If the database has no room to grow.
+        StateInvalid: If it is corrupt, locked, read-only or out of reach.
+    """
+    try:
+        yield
+    except FedpeftError:
+        raise
+    except (DBAPIError, sqlite3.Error) as error:
+        raise _fault(error, where) from error
+    except SQLAlchemyError as error:
+        raise StateInvalid(f"database {where} failed: {error}") from error
+
+
+def _fault(error: DBAPIError | sqlite3.Error, where: str) -> FedpeftError:
+    cause: BaseException | None = error.orig if isinstance(error, DBAPIError) else error
+    name = getattr(cause, "sqlite_errorname", "") or ""
+    words = " ".join(str(cause).split())
+    if name.startswith("SQLITE_FULL") or getattr(cause, "sqlstate", "") == "53100":
+        return DiskFull(f"database {where} has no room to grow ({errno.errorcode[errno.ENOSPC]}); free some disk space")
+    if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT") or name.startswith("SQLITE_CORRUPT_"):
+        return StateInvalid(f"database {where} is corrupt ({words}); restore it from a backup")
+    if name.startswith("SQLITE_BUSY"):
+        return StateInvalid(f"database {where} was locked by another process for {BUSY_TIMEOUT_S} s; close that one")
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+        return StateInvalid(
+            f"database {where} cannot be opened for writing ({words}); check its folder and permissions"
+        )
+    return StateInvalid(f"database {where} failed: {words}")

@@ -1,0 +1,45 @@
+"""The schema, step by step; run by the server as it starts.
+
+A new step: change `tables.py`, add a file to `versions/` whose `down_revision` is the newest, run the store's tests.
+"""
+
+from __future__ import annotations
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Engine
+
+from fedpeft.errors import StateInvalid
+
+
+def migrate(engine: Engine) -> None:
+    """Brings a database to the newest schema, in one transaction.
+
+    Raises:
+        StateInvalid: If the schema is newer than this code.
+    """
+    config = Config()
+    config.set_main_option("script_location", "fedpeft_server.store:migrations")
+    config.set_main_option("path_separator", "os")
+    scripts = ScriptDirectory.from_config(config)
+    with engine.begin() as connection:
+        current = MigrationContext.configure(connection).get_current_revision()
+        if current == scripts.get_current_head():
+            return
+        if current is not None and not _known(scripts, current):
+            raise StateInvalid(
+                f"the database has schema {current}, which this server (schema {scripts.get_current_head()}) "
+                "does not know; upgrade the server to the version that wrote it"
+            )
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _known(scripts: ScriptDirectory, revision: str) -> bool:
+    try:
+        return scripts.get_revision(revision) is not None
+    except CommandError:
+        return False

@@ -1,0 +1,141 @@
+"""What the database holds, as frozen values. Times are seconds since the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from fedpeft.config import RunConfig
+from fedpeft.payload import Manifest
+from fedpeft.rounds import Round, Ticket
+from fedpeft.spec import AdapterSpec
+
+
+class RunState(StrEnum):
+    """Where a run is in its life."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    COMPLETED = "completed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """A run.
+
+    Attributes:
+        id: `run-` and 12 lower-case letters and digits.
+        config: As created, defaults filled in.
+        spec: Every tuned tensor.
+        backbone_fingerprint: SHA-256 of the frozen tensors, 64 hexadecimal digits.
+        state: Where it is in its life.
+        reason: Why it is in that state, in a sentence; may be empty.
+        version: Newest committed adapter version; 0 is the adapter the run was created with.
+        created_at: When CreateRun was accepted.
+        model_parameters: Parameters of the whole model; 0 if the creator did not say.
+        request_id: The caller's id of the CreateRun call; may be empty.
+        request_digest: Digest of what that call asked for; may be empty.
+    """
+
+    id: str
+    config: RunConfig
+    spec: AdapterSpec
+    backbone_fingerprint: str
+    state: RunState
+    reason: str
+    version: int
+    created_at: float
+    model_parameters: int = 0
+    request_id: str = ""
+    request_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRow:
+    """A stored adapter version. Digests are hexadecimal; `state_sha256` is empty if the strategy keeps no state."""
+
+    run: str
+    version: int
+    sha256: str
+    size_bytes: int
+    state_sha256: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRow:
+    """What was received for a ticket; `norm` is the Euclidean one of the decoded update."""
+
+    ticket: str
+    examples: int
+    norm: float
+    metrics: Mapping[str, float]
+    manifest: Manifest
+    received_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes between the server and one client, as whole messages (wire) and as encoded tensors (payload)."""
+
+    wire_up: int = 0
+    wire_down: int = 0
+    payload_up: int = 0
+    payload_down: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.wire_up + other.wire_up,
+            self.wire_down + other.wire_down,
+            self.payload_up + other.payload_up,
+            self.payload_down + other.payload_down,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRow:
+    """A round with all that is known of it.
+
+    Attributes:
+        round: The state machine's state.
+        committed_at: When version `round.number` was committed.
+        weights: Share of each folded ticket in the mean; empty until committed.
+        updates: What was received, by ticket.
+        traffic: Bytes of the round, by client; evaluators' are in Prometheus' counters only.
+        record: The record of the committed round, canonical JSON; empty until committed.
+        record_sha256: Its digest, hexadecimal; empty until committed.
+        metrics: Figures of the committed round.
+    """
+
+    round: Round
+    committed_at: float | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    updates: Mapping[str, UpdateRow] = field(default_factory=dict)
+    traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    record: str = ""
+    record_sha256: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRow:
+    """A client that registered; `capabilities` is the serialised message, `updates` how many came from it."""
+
+    id: str
+    instance: str
+    role: str
+    capabilities: bytes
+    first_seen: float
+    last_seen: float
+    updates: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TicketRow:
+    """A ticket with the run and the round that it is for."""
+
+    run: str
+    number: int
+    ticket: Ticket

@@ -1,0 +1,240 @@
+"""Updates as they arrive, on local disk: a file a ticket, checked and durable once its writer has finished.
+
+    TICKET.DIGEST.part      what has arrived so far of the payload with that SHA-256
+    TICKET.DIGEST.update    the whole payload: its length, digest and values are checked and its bytes durable
+    TICKET.DIGEST.manifest  beside an update that is kept for good: the `tensor.Manifest` that describes it, serialized
+
+Names carry the digest, so that what is held needs no second file to say what it is a part of. A `.update` proves no
+receipt; that is the database's to say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedpeft.errors import StateInvalid, TicketNotFound, UpdateDiffers
+from fedpeft.mapped import mapped
+from fedpeft.payload import Manifest
+from fedpeft.wire import manifest_to_proto
+from fedpeft_server.store.durable import refusals, sync_file, sync_folder
+from fedpeft_server.store.spool_writer import SpoolWriter
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+_TICKET = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_FILE = re.compile(r"(?P<ticket>[A-Za-z0-9_-]{1,64})\.(?P<digest>[0-9a-f]{64})\.(?P<kind>part|update)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The file of a ticket.
+
+    Attributes:
+        path: Where it is.
+        digest: Of the payload that it is, or will be when whole; hexadecimal.
+        whole: Whether it is the whole payload, checked.
+        settled: Whether it became whole in this process: its receipt may be under way, so nothing may replace it.
+    """
+
+    path: Path
+    digest: str
+    whole: bool
+    settled: bool = False
+
+
+class Spool:
+    """The folder of updates.
+
+    Its methods may be called from any thread; the methods of a writer from one thread at a time.
+
+    Args:
+        folder: Made if it does not exist. One process uses it at a time.
+        keep_manifests: Whether the manifest of an update is written beside it, durable before the update is.
+
+    Raises:
+        StateInvalid: If the folder cannot be made or read.
+    """
+
+    def __init__(self, folder: Path, *, keep_manifests: bool = False) -> None:
+        self._folder = folder
+        self._keep_manifests = keep_manifests
+        self._lock = threading.Lock()
+        self._held: dict[str, _Held] = {}
+        self._writers: dict[str, SpoolWriter] = {}
+        # Digests of what this process wrote of partial uploads, so that resuming one need not read it again.
+        self._digests: dict[str, tuple[int, _Hash]] = {}
+        with refusals(f"opening the spool {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._scan()
+
+    def _scan(self) -> None:
+        for path in sorted(self._folder.iterdir()):
+            name = _FILE.fullmatch(path.name)
+            if name is None:
+                continue
+            known = self._held.get(name["ticket"])
+            if known is None:
+                self._held[name["ticket"]] = _Held(path, name["digest"], name["kind"] == "update")
+            elif known.whole:
+                path.unlink()
+            else:
+                known.path.unlink()
+                self._held[name["ticket"]] = _Held(path, name["digest"], name["kind"] == "update")
+
+    def position(self, ticket: str, sha256: bytes) -> int:
+        """Returns how many bytes are held of the payload with a digest; those of another payload do not count."""
+        held = self._held.get(ticket)
+        if held is None or held.digest != sha256.hex():
+            return 0
+        try:
+            return held.path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def writer(self, ticket: str, manifest: Manifest) -> SpoolWriter:
+        """Returns a writer that goes on where the upload stands. An older writer of the ticket may write no more.
+
+        What is held of another payload is discarded. The manifest must have passed `payload.check_manifest`, and the
+        ticket must have no receipt.
+
+        Raises:
+            UpdateDiffers: If another payload of this ticket became whole in this process.
+            DiskFull: If there is no room for another file.
+        """
+        if not _TICKET.fullmatch(ticket):
+            raise TicketNotFound(f"there is no ticket {ticket[:80]!r}")
+        with self._lock, refusals(f"opening the upload of {ticket}"):
+            held = self._held.get(ticket)
+            if held is not None and held.digest != manifest.sha256.hex():
+                self._discard(ticket, held)
+                held = None
+            if held is None:
+                path = self._folder / f"{ticket}.{manifest.sha256.hex()}.part"
+                held = _Held(path, manifest.sha256.hex(), whole=False)
+            writer = self._open(ticket, manifest, held)
+            self._held[ticket], self._writers[ticket] = held, writer
+            return writer
+
+    def _discard(self, ticket: str, held: _Held) -> None:
+        if held.settled:
+            raise UpdateDiffers(f"another update of ticket {ticket}, with digest {held.digest}, is already complete")
+        _unlink(held.path)
+        self._digests.pop(ticket, None)
+        del self._held[ticket]
+
+    def _open(self, ticket: str, manifest: Manifest, held: _Held) -> SpoolWriter:
+        if held.whole:
+            return SpoolWriter(self, ticket, manifest, held.path, None, manifest.payload_bytes, None)
+        descriptor = os.open(held.path, os.O_RDWR | os.O_CREAT, 0o600)
+        position = os.fstat(descriptor).st_size
+        if position > manifest.payload_bytes:
+            # No writer does this: the file was damaged from outside.
+            os.ftruncate(descriptor, 0)
+            position = 0
+        older = self._writers.get(ticket)
+        known = older.digest_so_far() if older is not None else self._digests.get(ticket)
+        digest = hashlib.sha256() if position == 0 else None
+        if known is not None and known[0] == position:
+            digest = known[1].copy()
+        return SpoolWriter(self, ticket, manifest, held.path, descriptor, position, digest)
+
+    def is_current(self, writer: SpoolWriter) -> bool:
+        """Returns whether a writer is the newest of its ticket, so that it may write."""
+        return self._writers.get(writer.ticket) is writer
+
+    def leave(self, writer: SpoolWriter) -> None:
+        """Ends a writer, which keeps what arrived. For `SpoolWriter.abandon`."""
+        with self._lock:
+            if not self.is_current(writer):
+                return
+            del self._writers[writer.ticket]
+            known = writer.digest_so_far()
+            if known is not None and writer.ticket in self._held and not self._held[writer.ticket].whole:
+                self._digests[writer.ticket] = known
+
+    def publish(self, writer: SpoolWriter) -> Path | None:
+        """Gives a checked and durable payload its final name; None if the writer is not the newest any more."""
+        with self._lock:
+            held = self._held.get(writer.ticket)
+            if not self.is_current(writer) or held is None:
+                return None
+            if self._keep_manifests:
+                _write_manifest(held.path.with_suffix(".manifest"), writer.manifest)
+            if not held.whole:
+                whole = held.path.with_suffix(".update")
+                held.path.rename(whole)
+                held = _Held(whole, held.digest, whole=True)
+            self._held[writer.ticket] = _Held(held.path, held.digest, whole=True, settled=True)
+            self._digests.pop(writer.ticket, None)
+            del self._writers[writer.ticket]
+        sync_folder(self._folder)
+        return held.path
+
+    def reject(self, writer: SpoolWriter) -> bool:
+        """Removes what a writer wrote, because it is wrong; False if the writer is not the newest any more."""
+        with self._lock:
+            if not self.is_current(writer):
+                return False
+            self._remove(writer.ticket)
+            return True
+
+    @contextmanager
+    def open(self, ticket: str) -> Iterator[memoryview]:
+        """Maps the whole update of a ticket into memory, read-only.
+
+        Raises:
+            StateInvalid: If it is not there.
+        """
+        held = self._held.get(ticket)
+        if held is None or not held.whole:
+            raise StateInvalid(f"the update of ticket {ticket} is not in {self._folder}; restore the data directory")
+        with refusals(f"reading the update of {ticket}"):
+            view = mapped(held.path)
+        yield view
+
+    def remove(self, ticket: str) -> None:
+        """Removes what is held of a ticket, if anything; its writer may write no more."""
+        self.remove_all((ticket,))
+
+    def remove_all(self, tickets: Iterable[str]) -> None:
+        """Removes what is held of some tickets; their writers may write no more."""
+        with self._lock, refusals(f"cleaning the spool {self._folder}"):
+            for ticket in tickets:
+                self._remove(ticket)
+
+    def sweep(self, keep: set[str]) -> None:
+        """Removes what is held of all tickets but those in `keep`; for the start of the server."""
+        self.remove_all([ticket for ticket in list(self._held) if ticket not in keep])
+
+    def _remove(self, ticket: str) -> None:
+        self._writers.pop(ticket, None)
+        self._digests.pop(ticket, None)
+        held = self._held.pop(ticket, None)
+        if held is not None:
+            _unlink(held.path)
+
+
+def _unlink(payload: Path) -> None:
+    payload.unlink(missing_ok=True)
+    payload.with_suffix(".manifest").unlink(missing_ok=True)
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes a manifest whole or not at all; its name is durable when the folder is synced."""
+    partial = path.with_suffix(".manifest-part")
+    try:
+        with refusals(f"writing {path}"):
+            partial.write_bytes(manifest_to_proto(manifest).SerializeToString(deterministic=True))
+            sync_file(partial)
+            partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)

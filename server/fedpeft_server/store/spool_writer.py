@@ -1,0 +1,190 @@
+"""One upload into the spool: bytes in order, then the checks that make it an update."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from fedpeft.errors import ChecksumMismatch, ChunkInvalid, FedpeftError, OffsetOutOfRange, PayloadInvalid
+from fedpeft.mapped import mapped, releaser
+from fedpeft.payload import CHUNK_BYTES, Manifest, check_payload
+from fedpeft_server.store.durable import WRITEBACK_BYTES, refusals, start_writeback
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+
+class Owner(Protocol):
+    """The spool, as a writer sees it."""
+
+    def is_current(self, writer: SpoolWriter) -> bool:
+        """Returns whether the writer may write."""
+
+    def leave(self, writer: SpoolWriter) -> None:
+        """Ends the writer; what arrived is kept."""
+
+    def publish(self, writer: SpoolWriter) -> Path | None:
+        """Gives the payload its final name; None if the writer may not write any more."""
+
+    def reject(self, writer: SpoolWriter) -> bool:
+        """Removes what was written; False if the writer may not write any more."""
+
+
+class SpoolWriter:
+    """An upload under way. Made by `Spool.writer`; use it as a context manager, which abandons what is not finished.
+
+    `write` is quick: a copy into the page cache and its digest. `finish` takes a disk's time and belongs in a thread;
+    what is heavy in it runs without the interpreter's lock.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        ticket: str,
+        manifest: Manifest,
+        path: Path,
+        descriptor: int | None,
+        position: int,
+        digest: _Hash | None,
+    ) -> None:
+        self.ticket = ticket
+        self.manifest = manifest
+        self._owner = owner
+        self._path = path
+        self._descriptor = descriptor
+        """None if the payload was whole already, or the writer is closed."""
+        self._position = position
+        self._started = position
+        """Up to where the disk was told to write."""
+        self._digest = digest
+        """Of the bytes up to `_position`; None if an earlier process wrote some of them."""
+        self._whole = descriptor is None
+
+    @property
+    def position(self) -> int:
+        """How many bytes are held; the next chunk begins here."""
+        return self._position
+
+    def digest_so_far(self) -> tuple[int, _Hash] | None:
+        """Returns the position and the digest of the bytes up to there, if they are known."""
+        return None if self._digest is None else (self._position, self._digest)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Appends a chunk.
+
+        Args:
+            offset: Where it begins in the payload; must be `position`.
+            data: 1 byte to 1 MiB.
+
+        Raises:
+            ChunkInvalid: If it is empty, too large, or ends beyond the payload.
+            OffsetOutOfRange: If it does not begin at `position`, or another upload of the ticket took over.
+            DiskFull: If there is no room; what fitted is kept.
+        """
+        view = memoryview(data).cast("B")
+        if not 1 <= len(view) <= CHUNK_BYTES:
+            raise ChunkInvalid(f"a chunk of ticket {self.ticket} has {len(view)} bytes; 1 to {CHUNK_BYTES} are allowed")
+        self._check_current()
+        if offset != self._position:
+            raise OffsetOutOfRange(
+                f"a chunk of ticket {self.ticket} begins at byte {offset}; the upload stands at {self._position}"
+            )
+        if offset + len(view) > self.manifest.payload_bytes:
+            raise ChunkInvalid(
+                f"a chunk of ticket {self.ticket} ends at byte {offset + len(view)}; "
+                f"the payload has {self.manifest.payload_bytes}"
+            )
+        with refusals(f"writing the upload of {self.ticket}"):
+            self._append(view)
+
+    def _append(self, view: memoryview) -> None:
+        assert self._descriptor is not None, "a whole payload has no room for another chunk"
+        while view:
+            # On a disk that is nearly full, less than asked for is written before the error comes.
+            written = os.pwrite(self._descriptor, view, self._position)
+            if self._digest is not None:
+                self._digest.update(view[:written])
+            self._position += written
+            view = view[written:]
+        if self._position - self._started >= WRITEBACK_BYTES:
+            start_writeback(self._descriptor, self._started, self._position - self._started)
+            self._started = self._position
+
+    def finish(self) -> Path:
+        """Checks the payload and makes it durable.
+
+        Returns:
+            The file that holds it.
+
+        Raises:
+            OffsetOutOfRange: If bytes are missing, or another upload of the ticket took over; what arrived is kept.
+            ChecksumMismatch: If the bytes do not have the manifest's digest; they are removed.
+            PayloadInvalid: If a value is not finite or an encoding malformed; the bytes are removed.
+            DiskFull: If the disk has no room for what it had taken; the bytes are removed.
+        """
+        self._check_current()
+        if self._position != self.manifest.payload_bytes:
+            raise OffsetOutOfRange(
+                f"the upload of {self.ticket} ended at byte {self._position} of {self.manifest.payload_bytes}; "
+                "continue there"
+            )
+        if not self._whole:
+            try:
+                self._check()
+                self._sync()
+            except FedpeftError:
+                if not self._owner.reject(self):
+                    raise self._taken_over() from None
+                raise
+            finally:
+                self._close()
+        with refusals(f"keeping the update of {self.ticket}"):
+            path = self._owner.publish(self)
+        if path is None:
+            raise self._taken_over()
+        return path
+
+    def abandon(self) -> None:
+        """Ends the upload and keeps what arrived; does nothing after `finish`."""
+        self._owner.leave(self)
+        self._close()
+
+    def __enter__(self) -> SpoolWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
+
+    def _check(self) -> None:
+        with refusals(f"reading the upload of {self.ticket}"):
+            payload = mapped(self._path)
+        digest = self._digest.digest() if self._digest is not None else hashlib.sha256(payload).digest()
+        if digest != self.manifest.sha256:
+            raise ChecksumMismatch(
+                f"the bytes of ticket {self.ticket} have digest {digest.hex()}, "
+                f"its manifest says {self.manifest.sha256.hex()}; upload it again from the start"
+            )
+        try:
+            check_payload(self.manifest, payload, releaser(payload))
+        except PayloadInvalid as error:
+            raise PayloadInvalid(f"update of {self.ticket}: {error.message}", error.fields) from None
+
+    def _sync(self) -> None:
+        # After a failed sync nobody knows which bytes are on the disk: `finish` discards them all.
+        assert self._descriptor is not None
+        with refusals(f"making the update of {self.ticket} durable"):
+            os.fdatasync(self._descriptor)
+
+    def _check_current(self) -> None:
+        if not self._owner.is_current(self):
+            raise self._taken_over()
+
+    def _taken_over(self) -> OffsetOutOfRange:
+        return OffsetOutOfRange(f"another upload of ticket {self.ticket} took over; ask GetUpload where it stands")
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -1,0 +1,56 @@
+"""How domain values are stored: the configuration as JSON, spec and manifest as the protocol's messages.
+
+What is decoded never changes once written, so decoding is cached by the stored bytes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from fedpeft import wire
+from fedpeft.config import RunConfig
+from fedpeft.payload import Manifest
+from fedpeft.spec import AdapterSpec
+from fedpeft.v1 import tensor_pb2
+
+
+def dump_config(config: RunConfig) -> str:
+    """Returns a configuration as JSON."""
+    return config.model_dump_json()
+
+
+@lru_cache(maxsize=64)
+def load_config(stored: str) -> RunConfig:
+    """Returns the configuration of a stored JSON text."""
+    return RunConfig.model_validate_json(stored)
+
+
+def dump_spec(spec: AdapterSpec) -> bytes:
+    """Returns a spec as a serialised message."""
+    return wire.spec_to_proto(spec).SerializeToString(deterministic=True)
+
+
+@lru_cache(maxsize=64)
+def load_spec(stored: bytes) -> AdapterSpec:
+    """Returns the spec of a serialised message."""
+    return wire.spec_from_proto(tensor_pb2.AdapterSpec.FromString(stored))
+
+
+def dump_layout(manifest: Manifest) -> bytes:
+    """Returns a manifest without its digest as a serialised message."""
+    message = wire.manifest_to_proto(manifest)
+    message.ClearField("sha256")
+    return message.SerializeToString(deterministic=True)
+
+
+def load_manifest(layout: bytes, sha256: str) -> Manifest:
+    """Returns the manifest of a stored layout and its digest, hexadecimal."""
+    shared = _load_layout(layout)
+    return Manifest(shared.entries, shared.payload_bytes, bytes.fromhex(sha256))
+
+
+@lru_cache(maxsize=256)
+def _load_layout(layout: bytes) -> Manifest:
+    message = tensor_pb2.Manifest.FromString(layout)
+    message.sha256 = bytes(32)
+    return wire.manifest_from_proto(message)

@@ -1,0 +1,146 @@
+"""The tables. The migrations make them; a test holds both equal.
+
+Times are seconds since the epoch, digests hexadecimal. What a foreign key points to takes its dependants with it.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(referred_table_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+    }
+)
+
+
+def _run_key(*, primary: bool = True) -> Column[str]:
+    return Column("run", String(64), ForeignKey("runs.id", ondelete="CASCADE"), primary_key=primary)
+
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("config", Text, nullable=False),
+    Column("spec", LargeBinary, nullable=False),
+    Column("backbone_fingerprint", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("model_parameters", BigInteger, nullable=False),
+    # Null where the caller gave none: any number of those may exist, but only one run a request.
+    Column("request_id", String(256), nullable=True, unique=True),
+    Column("request_digest", String(64), nullable=False),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    _run_key(),
+    Column("version", Integer, primary_key=True),
+    Column("sha256", String(64), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("state_sha256", String(64), nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    _run_key(),
+    Column("number", Integer, primary_key=True),
+    Column("phase", String(16), nullable=False),
+    Column("opened_at", Double, nullable=True),
+    Column("deadline", Double, nullable=True),
+    Column("extensions", Integer, nullable=False),
+    Column("stopped", Boolean, nullable=False),
+    Column("committed_at", Double, nullable=True),
+    Column("record", Text, nullable=False, server_default=""),
+    Column("record_sha256", String(64), nullable=False, server_default=""),
+    Column("metrics", JSON, nullable=False, server_default="{}"),
+)
+
+tickets = Table(
+    "tickets",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("run", String(64), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("client", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("weight", Double, nullable=True),
+    ForeignKeyConstraint(["run", "number"], ["rounds.run", "rounds.number"], ondelete="CASCADE"),
+    Index("ix_tickets_run_number_client", "run", "number", "client", unique=True),
+)
+
+updates = Table(
+    "updates",
+    metadata,
+    Column("ticket", String(64), ForeignKey("tickets.id", ondelete="CASCADE"), primary_key=True),
+    Column("examples", BigInteger, nullable=False),
+    Column("norm", Double, nullable=False),
+    Column("metrics", JSON, nullable=False),
+    # The manifest, its digest apart: dense updates of a run share the rest, so that it is decoded once for all.
+    Column("layout", LargeBinary, nullable=False),
+    Column("payload_sha256", String(64), nullable=False),
+    Column("received_at", Double, nullable=False),
+)
+
+# The round of a byte need not be in `rounds`: a trainer may pull version 0 before any round is held.
+traffic = Table(
+    "traffic",
+    metadata,
+    _run_key(),
+    Column("number", Integer, primary_key=True),
+    Column("client", String(64), primary_key=True),
+    Column("wire_up", BigInteger, nullable=False),
+    Column("wire_down", BigInteger, nullable=False),
+    Column("payload_up", BigInteger, nullable=False),
+    Column("payload_down", BigInteger, nullable=False),
+)
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("run", String(64), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("evaluator", String(64), primary_key=True),
+    Column("split", String(64), primary_key=True),
+    Column("metrics", JSON, nullable=False),
+    Column("at", Double, nullable=False),
+    ForeignKeyConstraint(["run", "version"], ["versions.run", "versions.version"], ondelete="CASCADE"),
+)
+
+clients = Table(
+    "clients",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("instance", String(32), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("capabilities", LargeBinary, nullable=False),
+    Column("first_seen", Double, nullable=False),
+    Column("last_seen", Double, nullable=False),
+    Column("updates", Integer, nullable=False, server_default="0"),
+)

@@ -1,0 +1,116 @@
+"""Counts bytes where they pass: for Prometheus at once, for each client and round into the database in batches.
+
+Wire bytes are whole serialized messages, counted in the (de)serializers, so that nothing is serialized twice to be
+measured. Payload bytes are the encoded tensors inside them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedpeft.errors import FedpeftError
+from fedpeft_server.metrics import Metrics
+from fedpeft_server.store.rows import Traffic
+from fedpeft_server.store.store import Store
+
+Direction = Literal["up", "down"]
+Key = tuple[str, int, str]
+"""(run, round number, client)."""
+
+
+@dataclass
+class Call:
+    """One RPC in progress: who calls, and where its bytes belong once that is known."""
+
+    method: str
+    client: str = ""
+    key: Key | None = None
+    training: bool = True
+    unbooked: dict[Direction, int] = field(default_factory=lambda: {"up": 0, "down": 0})
+
+
+CALL: ContextVar[Call] = ContextVar("call")
+
+
+class Ledger:
+    """The bytes that passed since the last flush, and their Prometheus counters."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._pending: dict[Key, Traffic] = {}
+        self._round: dict[tuple[str, Direction], int] = defaultdict(int)
+
+    def wire(self, call: Call, direction: Direction, size_bytes: int) -> None:
+        """Books one serialized message, or keeps it until the call says where it belongs."""
+        if call.key is None:
+            call.unbooked[direction] += size_bytes
+        else:
+            self._book_wire(call.key, call.training, direction, size_bytes)
+
+    def assign(self, run: str, number: int, client: str, *, training: bool = True) -> None:
+        """Says where the bytes of the current call belong; those before are booked there too."""
+        self._settle(CALL.get(), (run, number, client), training=training)
+
+    def close(self, call: Call) -> None:
+        """Books what belongs to no run, the answer that is still to be serialized included."""
+        if call.key is None:
+            self._settle(call, ("", 0, ""), training=False)
+
+    def payload(self, direction: Direction, encoding: str, size_bytes: int) -> None:
+        """Books encoded tensors of the current call, which must be assigned."""
+        call = CALL.get()
+        if call.key is None:
+            raise RuntimeError(f"{call.method} books a payload before it says whose it is")
+        self._metrics.payload_bytes.labels(call.key[0], direction, encoding).inc(size_bytes)
+        if call.training:
+            up, down = (size_bytes, 0) if direction == "up" else (0, size_bytes)
+            self._add(call.key, Traffic(0, 0, up, down))
+
+    async def write(self, store: Store) -> None:
+        """Writes what is not in the database yet; what could not be written waits for the next time.
+
+        Raises:
+            DiskFull: If there is no room.
+            StateInvalid: If the database is out of reach.
+        """
+        pending, self._pending = self._pending, {}
+        try:
+            if pending:
+                await store.call(store.db.add_traffic, pending)
+        except FedpeftError:
+            for key, traffic in pending.items():
+                self._add(key, traffic)
+            raise
+
+    def pending(self, run: str) -> dict[tuple[int, str], Traffic]:
+        """Returns what is not in the database yet for one run, by (round number, client)."""
+        return {(key[1], key[2]): traffic for key, traffic in self._pending.items() if key[0] == run}
+
+    def round_committed(self, run: str) -> None:
+        """Moves the gauges of the round in progress to those of the last round."""
+        for direction in ("up", "down"):
+            total = self._round.pop((run, direction), 0)
+            self._metrics.last_round_bytes.labels(run, direction).set(total)
+            self._metrics.round_bytes.labels(run, direction).set(0)
+
+    def _settle(self, call: Call, key: Key, *, training: bool) -> None:
+        call.key, call.training = key, training
+        for direction, size in call.unbooked.items():
+            if size:
+                self._book_wire(key, training, direction, size)
+        call.unbooked = {"up": 0, "down": 0}
+
+    def _book_wire(self, key: Key, training: bool, direction: Direction, size_bytes: int) -> None:
+        run = key[0]
+        self._metrics.wire_bytes.labels(run, direction).inc(size_bytes)
+        if training:
+            self._round[run, direction] += size_bytes
+            self._metrics.round_bytes.labels(run, direction).set(self._round[run, direction])
+            up, down = (size_bytes, 0) if direction == "up" else (0, size_bytes)
+            self._add(key, Traffic(up, down, 0, 0))
+
+    def _add(self, key: Key, traffic: Traffic) -> None:
+        self._pending[key] = self._pending[key] + traffic if key in self._pending else traffic
