@@ -1,0 +1,38 @@
+"""`fedpeft-client`: takes part in federated fine-tuning with the data of this site; `--help` lists the exit codes."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from fedpeft.errors import FedpeftError
+from fedpeft_client.exits import Exit, exit_code
+from fedpeft_client.settings import Settings
+
+
+def main() -> None:
+    """Runs the client and ends the process with one of the exit codes of `fedpeft_client.exits`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the client with the given command line and returns the exit code."""
+    verbose = "-v" in arguments or "--verbose" in arguments
+    try:
+        settings = Settings.read(arguments)
+        verbose = settings.verbose
+        from fedpeft_client.app import serve  # only now: --help and wrong usage need no gRPC
+
+        serve(settings)
+        return Exit.DONE
+    except KeyboardInterrupt:
+        return Exit.FAILED
+    except (FedpeftError, OSError) as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"fedpeft-client: {error}", file=sys.stderr)
+        return exit_code(error)
+
+
+if __name__ == "__main__":
+    main()

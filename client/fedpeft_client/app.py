@@ -1,0 +1,79 @@
+"""The composition root: puts settings, state directory, channel, worker and agent together, and ends them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from contextlib import suppress
+
+from fedpeft_client import logs
+from fedpeft_client.agent import Agent
+from fedpeft_client.channel import Channel
+from fedpeft_client.dry_run import dry_run
+from fedpeft_client.logs import Log
+from fedpeft_client.settings import Settings
+from fedpeft_client.state import StateDirectory
+from fedpeft_client.worker_process import Answer, WorkerProcess
+
+
+def serve(settings: Settings) -> None:
+    """Runs the client until it is done or a signal asks it to stop.
+
+    Raises:
+        FedpeftError: What ended it otherwise.
+    """
+    logs.configure(settings.log_format, settings.verbose)
+    with StateDirectory(settings.state_dir) as directory:
+        asyncio.run(_serve(settings, directory))
+
+
+async def _serve(settings: Settings, directory: StateDirectory) -> None:
+    log = logs.logger(client=settings.name)
+    worker = WorkerProcess(_worker_options(settings), log)
+    try:
+        async with Channel(settings.server, settings.name, directory.instance) as channel:
+            agent = Agent(settings, directory, channel, worker, log)
+            work = dry_run(agent, settings) if settings.dry_run else agent.live()
+            await _until_stopped(work, log)
+    finally:
+        await worker.close()
+
+
+async def _until_stopped(work: Coroutine[None, None, None], log: Log) -> None:
+    """Runs the work until it is done or SIGTERM or SIGINT comes; a second SIGINT ends the process at once."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    stopped = False
+
+    def stop(name: str) -> None:
+        nonlocal stopped
+        stopped = True
+        log.info("stopping; what was begun is continued at the next start", signal=name)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(each)
+        task.cancel()
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, stop, each.name)
+    with suppress(asyncio.CancelledError):
+        await task
+    if task.cancelled() and not stopped:
+        raise asyncio.CancelledError
+
+
+def _worker_options(settings: Settings) -> Answer:
+    return {
+        "op": "open",
+        "data": str(settings.data),
+        "label_map": _path(settings.label_map),
+        "weights": _path(settings.weights),
+        "device": settings.device,
+        "threads": settings.threads,
+        "log_format": settings.log_format,
+        "verbose": settings.verbose,
+        "client": settings.name,
+    }
+
+
+def _path(path: object | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,37 @@
+"""Exit codes, and which error gives which."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from fedpeft.errors import (
+    BackboneMismatch,
+    ConfigInvalid,
+    DataInvalid,
+    ModelInvalid,
+    SettingsInvalid,
+    SpecInvalid,
+    Unavailable,
+)
+
+UNFIT = (BackboneMismatch, ConfigInvalid, DataInvalid, ModelInvalid, SpecInvalid)
+"""Errors that say that this site cannot work for a run until someone changes something."""
+
+
+class Exit(IntEnum):
+    """What the process ends with."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    UNFIT = 4
+
+
+def exit_code(error: BaseException) -> Exit:
+    """Returns the exit code for an error that ends the process."""
+    if isinstance(error, SettingsInvalid):
+        return Exit.USAGE
+    if isinstance(error, Unavailable):
+        return Exit.UNREACHABLE
+    return Exit.UNFIT if isinstance(error, UNFIT) else Exit.FAILED

@@ -1,0 +1,98 @@
+"""How long anything is waited for, and how a server that is away is waited for. All timeouts of the client are here."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from fedpeft.errors import FedpeftError, Internal, Unavailable
+from fedpeft_client.logs import Log
+
+CALL_S = 30.0
+"""An ordinary call is answered in this time."""
+HOLD_S = 20.0
+"""How long the server may hold AwaitRound; a property of the protocol, not a timeout of ours."""
+STALL_S = 60.0
+"""A transfer without a byte of progress for this time is broken off and continued."""
+AWAIT_S = CALL_S + HOLD_S
+"""AwaitRound is answered in this time."""
+AWAY_S = 10 * STALL_S
+"""With `--once`: the client gives up when the server has been away for this time."""
+
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
+
+T = TypeVar("T")
+
+
+class Backoff:
+    """Pauses that double from FIRST_PAUSE_S to LONGEST_PAUSE_S, each drawn from its upper half.
+
+    The jitter keeps a thousand clients from returning to a restarted server in the same instant.
+    """
+
+    def __init__(self) -> None:
+        self._next_s = FIRST_PAUSE_S
+
+    def draw(self) -> float:
+        """Returns the next pause in seconds."""
+        pause_s = self._next_s * random.uniform(0.5, 1.0)
+        self._next_s = min(2 * self._next_s, LONGEST_PAUSE_S)
+        return pause_s
+
+    async def pause(self) -> None:
+        """Sleeps for the next pause."""
+        await asyncio.sleep(self.draw())
+
+    def reset(self) -> None:
+        """Starts again with the shortest pause."""
+        self._next_s = FIRST_PAUSE_S
+
+
+class Patience:
+    """Repeats calls while the server is away; says once that it went and once that it is back.
+
+    Args:
+        log: Where that is said.
+        give_up_s: Longest absence that is waited out, in seconds; None: any.
+    """
+
+    def __init__(self, log: Log, give_up_s: float | None) -> None:
+        self._log = log
+        self.give_up_s = give_up_s
+
+    async def keep(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Returns what `attempt` returns, repeating it after a pause while the server is away or fails.
+
+        Raises:
+            Unavailable: If the server was away for `give_up_s`.
+            Internal: Likewise, if it answered with a fault of its own.
+            FedpeftError: Anything else that `attempt` raises, at once.
+        """
+        backoff, since = Backoff(), 0.0
+        away: FedpeftError | None = None
+        while True:
+            try:
+                result = await attempt()
+            except (Unavailable, Internal) as error:
+                now = time.monotonic()
+                since = now if away is None else since
+                if self.give_up_s is not None and now - since >= self.give_up_s:
+                    raise
+                if away is None:
+                    self._log.warning("server is away; trying again until it is back", cause=str(error))
+                away = error
+                await backoff.pause()
+                continue
+            except FedpeftError:
+                self._say_back(away, since)  # a refusal is an answer too
+                raise
+            self._say_back(away, since)
+            return result
+
+    def _say_back(self, away: FedpeftError | None, since: float) -> None:
+        if away is not None:
+            self._log.info("server is back", away_s=round(time.monotonic() - since, 1))

@@ -1,0 +1,144 @@
+"""The update that was trained and that the server has not answered for; it survives a kill at any instant.
+
+The worker writes the files into a draft folder; one rename to `pending` commits them. Once the server has answered, one
+rename to `settled-OUTCOME` commits the decision, the right residual and the local tensors are renamed into the run's
+folder, and the rest is removed. A crash between any two steps is finished by `finish` at the next start: a file that
+is no longer in the settled folder has already been moved, so nothing is lost and nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from fedpeft import wire
+from fedpeft.errors import FedpeftError, StateInvalid
+from fedpeft.payload import Manifest
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft_client import durable, state
+
+PAYLOAD = "update.payload"
+IF_COUNTED = "residual_if_counted.safetensors"
+IF_NOT = "residual_if_not.safetensors"
+LOCAL = "local.safetensors"
+_RECORD = "ticket.json"
+
+
+class Outcome(StrEnum):
+    """What became of an update."""
+
+    COUNTED = "counted"
+    """The server has it: the residual is what the encoding left out."""
+    NOT_COUNTED = "not-counted"
+    """It came too late or was not wanted: all of it goes into the residual."""
+    DROPPED = "dropped"
+    """It was wrong: it is forgotten, and with it the residual that it was made from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A trained update on disk; `header` is what its upload begins with."""
+
+    folder: Path
+    run: str
+    round: int
+    header: pb.UpdateHeader
+
+    @property
+    def ticket(self) -> str:
+        """Id of the ticket it was trained for."""
+        return self.header.ticket
+
+    @property
+    def payload(self) -> Path:
+        """The file with the payload's bytes."""
+        return self.folder / PAYLOAD
+
+    @property
+    def manifest(self) -> Manifest:
+        """The description of the payload."""
+        return wire.manifest_from_proto(self.header.manifest)
+
+
+class PendingBox:
+    """The one place for a pending update in a state directory."""
+
+    def __init__(self, directory: state.StateDirectory) -> None:
+        self._directory = directory
+        self._box = directory.path / "pending"
+        self._draft = directory.path / "pending.new"
+
+    def draft(self) -> Path:
+        """Returns an empty folder for the worker to write an update into."""
+        shutil.rmtree(self._draft, ignore_errors=True)
+        self._draft.mkdir(mode=0o700)
+        return self._draft
+
+    def commit(self, run: str, number: int, header: pb.UpdateHeader) -> Pending:
+        """Makes the draft the pending update; after this a restart uploads it instead of training again."""
+        record = {"run": run, "round": number, "header": json_format.MessageToDict(header)}
+        durable.write(self._draft / _RECORD, json.dumps(record).encode())
+        for path in self._draft.iterdir():
+            durable.force(path)
+        durable.force(self._draft)
+        durable.move(self._draft, self._box)
+        return Pending(self._box, run, number, header)
+
+    def load(self) -> Pending | None:
+        """Returns the pending update, if there is one.
+
+        Raises:
+            StateInvalid: If it is damaged; `discard` it and its ticket will be trained again.
+        """
+        if not self._box.exists():
+            return None
+        try:
+            record = json.loads((self._box / _RECORD).read_bytes())
+            header = json_format.ParseDict(record["header"], pb.UpdateHeader())
+            pending = Pending(self._box, str(record["run"]), int(record["round"]), header)
+            manifest = pending.manifest
+            digest = durable.sha256(pending.payload)
+        except (OSError, KeyError, TypeError, ValueError, json_format.Error, FedpeftError) as error:
+            raise StateInvalid(f"the pending update in {self._box} is damaged: {error}") from None
+        if digest != manifest.sha256:
+            raise StateInvalid(f"{pending.payload} does not have the digest of its manifest")
+        return pending
+
+    def discard(self) -> None:
+        """Removes a damaged pending update; the residual stays as it was before it."""
+        shutil.rmtree(self._box, ignore_errors=True)
+
+    def settle(self, pending: Pending, outcome: Outcome) -> None:
+        """Records what became of the pending update: its residual takes effect, its files go."""
+        durable.move(self._box, self._settled(outcome, pending.run))
+        self.finish()
+
+    def finish(self) -> None:
+        """Finishes what a killed process had begun to settle."""
+        for outcome in Outcome:
+            for settled in self._directory.path.glob(f"settled-{outcome}@*"):
+                self._apply(settled, outcome, self._directory.run(settled.name.split("@", 1)[1]))
+
+    def _settled(self, outcome: Outcome, run: str) -> Path:
+        return self._directory.path / f"settled-{outcome}@{run}"
+
+    def _apply(self, settled: Path, outcome: Outcome, folder: Path) -> None:
+        moves = {LOCAL: state.local(folder)}
+        if outcome is Outcome.COUNTED:
+            moves[IF_COUNTED] = state.residual(folder)
+        elif outcome is Outcome.NOT_COUNTED:
+            moves[IF_NOT] = state.residual(folder)
+        else:
+            moves = {}
+            state.residual(folder).unlink(missing_ok=True)
+            durable.force(folder)
+        for name, target in moves.items():
+            if (settled / name).exists():
+                durable.move(settled / name, target)
+        shutil.rmtree(settled)
+        durable.force(settled.parent)

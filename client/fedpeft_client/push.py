@@ -1,0 +1,185 @@
+"""Pushes a pending update: asks where the upload stands, continues there, and says what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import grpc
+
+from fedpeft.errors import (
+    ChecksumMismatch,
+    ClientIdInUse,
+    ClientIdInvalid,
+    DiskFull,
+    FedpeftError,
+    Internal,
+    ManifestInvalid,
+    NotRegistered,
+    OffsetOutOfRange,
+    PayloadInvalid,
+    ProtocolMismatch,
+    RoundClosed,
+    ServerUnreachable,
+    TicketClosed,
+    TransfersBusy,
+    Unavailable,
+    UpdateDiffers,
+)
+from fedpeft.payload import CHUNK_BYTES
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft.wire import TURN_KEY
+from fedpeft_client.channel import Channel
+from fedpeft_client.logs import Log
+from fedpeft_client.patience import STALL_S, Backoff, Patience
+from fedpeft_client.pending import Outcome, Pending
+
+STARTS = 3
+"""How often an upload whose bytes arrive damaged is begun at its first byte before it is given up."""
+
+VERDICT_S = 0.5
+VERDICT_LOOKS = 100
+"""How long, and how often in that time, the reason of a broken upload is looked for."""
+_CORE = "Internal error from Core"
+
+_NOT_ABOUT_THE_UPDATE = (ClientIdInUse, ClientIdInvalid, NotRegistered, ProtocolMismatch)
+_Call = grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]
+
+
+class Pusher:
+    """Uploads pending updates."""
+
+    def __init__(self, channel: Channel, patience: Patience) -> None:
+        self._channel = channel
+        self._patience = patience
+
+    async def push(self, pending: Pending, log: Log) -> Outcome:
+        """Uploads until the server has answered for good, and returns what that means for the residual.
+
+        Raises:
+            Unavailable: If patience with an absent server is at its end; the update stays pending.
+            FedpeftError: If the server refuses this client rather than the update.
+        """
+        try:
+            receipt = await self._insist(pending, log)
+        except (*_NOT_ABOUT_THE_UPDATE, Unavailable, Internal):
+            raise
+        except (ManifestInvalid, PayloadInvalid) as error:
+            log.error("update was refused as wrong; it and the residual are dropped", cause=str(error))
+            return Outcome.DROPPED
+        except UpdateDiffers as error:
+            log.warning("another update was counted for the ticket", cause=str(error))
+            return Outcome.COUNTED  # that one was made from the same residual
+        except FedpeftError as error:
+            log.warning(
+                "update was not counted; it goes into the residual",
+                reason=error.reason,
+                cause=str(error),
+            )
+            if not isinstance(error, RoundClosed | TicketClosed):
+                return await self._withdraw(pending.ticket, error)
+            return Outcome.NOT_COUNTED
+        log.info("update received", sha256=receipt.sha256.hex())
+        return Outcome.COUNTED
+
+    async def _withdraw(self, ticket: str, cause: FedpeftError) -> Outcome:
+        """Tells the round not to wait; the ticket may well be unknown by now, which is just as good.
+
+        Returns:
+            Whether the update counted after all: an upload that this side gave up may have come to its end.
+        """
+        try:
+            answer = await self._patience.keep(lambda: self._channel.withdraw(ticket, str(cause)))
+        except (Unavailable, Internal):
+            raise
+        except FedpeftError:
+            return Outcome.NOT_COUNTED
+        return Outcome.COUNTED if answer.state == run_pb2.TICKET_STATE_RECEIVED else Outcome.NOT_COUNTED
+
+    async def _insist(self, pending: Pending, log: Log) -> pb.PushUpdateResponse:
+        """Repeats the upload while a repetition can help."""
+        backoff, starts = Backoff(), 1
+        while True:
+            try:
+                return await self._patience.keep(lambda: self._continue(pending, log))
+            except (TransfersBusy, DiskFull) as error:
+                log.info("server has no room for an upload; trying again", cause=str(error))
+            except (ChecksumMismatch, OffsetOutOfRange) as error:
+                if starts == STARTS:
+                    raise
+                starts += 1
+                log.warning("upload starts over", cause=str(error))
+            await backoff.pause()
+
+    async def _continue(self, pending: Pending, log: Log) -> pb.PushUpdateResponse:
+        """Makes one upload call, which begins at the first byte that the server does not hold."""
+        manifest = pending.header.manifest
+        standing = await self._channel.get_upload(pending.ticket, manifest.sha256)
+        if standing.state == run_pb2.TICKET_STATE_RECEIVED:
+            if standing.receipt.sha256 != manifest.sha256:
+                raise UpdateDiffers("the server holds another update for this ticket")
+            return standing.receipt
+        if standing.state == run_pb2.TICKET_STATE_LATE:
+            raise RoundClosed("the round closed before the update came")
+        if standing.state != run_pb2.TICKET_STATE_ISSUED:
+            raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; it takes no update")
+        log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)
+        return await self._stream(pending, standing.committed_bytes)
+
+    async def _stream(self, pending: Pending, offset: int) -> pb.PushUpdateResponse:
+        call = self._channel.stub.PushUpdate(metadata=self._channel.metadata)
+        try:
+            try:
+                await call.write(pb.PushUpdateRequest(header=pending.header))
+                async with asyncio.timeout(STALL_S):
+                    turn = TURN_KEY in dict(await call.initial_metadata())
+                if turn:  # else the call has ended: refused, or received before
+                    await _send(call, pending, offset)
+            except asyncio.InvalidStateError:
+                pass  # the server answered before the last chunk; what it said comes from the call itself
+            async with asyncio.timeout(STALL_S):
+                return await call
+        except TimeoutError:
+            raise ServerUnreachable(f"the upload stalled: no progress for {STALL_S:.0f} seconds") from None
+        except grpc.aio.AioRpcError as error:
+            raise self._channel.error(await _verdict(call)) from error
+        finally:
+            call.cancel()
+
+
+async def _send(call: _Call, pending: Pending, offset: int) -> None:
+    """Sends the payload from `offset` to its end."""
+    for chunk in _chunks(pending, offset):
+        async with asyncio.timeout(STALL_S):
+            await call.write(pb.PushUpdateRequest(chunk=chunk))
+    async with asyncio.timeout(STALL_S):
+        await call.done_writing()
+
+
+async def _verdict(call: _Call) -> grpc.aio.AioRpcError:
+    """Returns why the server ended the call.
+
+    gRPC answers a write that meets a call which the server has just ended with an internal error of its own; what the
+    server said follows a moment later, or, rarely, is overwritten: then the upload is simply asked about again.
+    """
+    for _ in range(VERDICT_LOOKS):
+        if await call.code() is not grpc.StatusCode.INTERNAL or await call.details() != _CORE:
+            break
+        await asyncio.sleep(VERDICT_S / VERDICT_LOOKS)
+    else:
+        return grpc.aio.AioRpcError(
+            grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "the upload broke off"
+        )
+    return grpc.aio.AioRpcError(
+        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+    )
+
+
+def _chunks(pending: Pending, offset: int) -> Iterator[tensor_pb2.Chunk]:
+    """Yields the payload from `offset` on."""
+    with pending.payload.open("rb") as file:
+        file.seek(offset)
+        while data := file.read(CHUNK_BYTES):
+            yield tensor_pb2.Chunk(offset=offset, data=data)
+            offset += len(data)

@@ -1,0 +1,28 @@
+"""Progress of training as occasional log lines."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fedpeft_client.logs import Log
+
+EVERY_S = 10.0
+"""A line this often; every step only with --verbose."""
+
+
+class Reporter:
+    """Says how far training is, at most every EVERY_S seconds."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._said = time.monotonic()
+
+    def __call__(self, progress: dict[str, Any]) -> None:
+        """Takes one progress event of the worker."""
+        now = time.monotonic()
+        if now - self._said >= EVERY_S:
+            self._said = now
+            self._log.info("training", **progress)
+        else:
+            self._log.debug("training", **progress)

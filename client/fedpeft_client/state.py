@@ -1,0 +1,114 @@
+"""The state directory: what a client must still know after it was killed.
+
+lock                          held by the one process that uses the directory
+instance                      32 hexadecimal digits drawn once: which client this is
+pending/                      a trained update that the server has not answered for (pending.py)
+runs/RUN/adapter.json, ...    the adapter version held last (adapters.py)
+runs/RUN/residual.safetensors what earlier updates left unsent (error feedback)
+runs/RUN/local.safetensors    tensors that are trained here and never sent
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fedpeft.errors import StateInvalid
+from fedpeft_client import durable
+
+_RUN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class StateDirectory:
+    """The state directory, held by this process alone from construction to `close`.
+
+    Args:
+        path: The folder; made if absent, readable by its owner only.
+
+    Raises:
+        StateInvalid: If it cannot be made, written or read, or if another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StateInvalid(f"cannot use state directory {path}: {error.strerror}") from None
+        try:
+            self._take()
+            self.instance = self._instance()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process use the directory."""
+        os.close(self._lock)
+
+    def run(self, run: str) -> Path:
+        """Returns the folder of a run, made if absent.
+
+        Raises:
+            StateInvalid: If the id, which the server chose, could be more than one plain folder name.
+        """
+        if not _RUN.fullmatch(run):
+            raise StateInvalid(f"run id {run[:80]!r} has characters that are not allowed in one")
+        folder = self.path / "runs" / run
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            durable.force(folder.parent)
+        return folder
+
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
+            raise StateInvalid(
+                f"state directory {self.path} is in use by another fedpeft-client "
+                f"(process {holder or 'unknown'}); give each client a directory of its own"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+    def _instance(self) -> str:
+        path = self.path / "instance"
+        try:
+            if not path.exists():
+                durable.write(path, secrets.token_hex(16).encode())
+            instance = path.read_text("ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StateInvalid(f"cannot use state directory {self.path}: {error}") from None
+        if not re.fullmatch(r"[0-9a-f]{32}", instance):
+            raise StateInvalid(
+                f"{path} does not hold 32 hexadecimal digits; remove it and the server will see a new client"
+            )
+        return instance
+
+
+def residual(folder: Path) -> Path:
+    """Returns the file of what earlier updates of a run left unsent."""
+    return folder / "residual.safetensors"
+
+
+def local(folder: Path) -> Path:
+    """Returns the file of a run's local tensors."""
+    return folder / "local.safetensors"

@@ -1,0 +1,71 @@
+"""Training for a ticket: the worker trains and writes a draft, which becomes the pending update in one rename."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC
+
+from google.protobuf import json_format
+
+from fedpeft import figures, wire
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import tensor_pb2
+from fedpeft_client import state
+from fedpeft_client.adapters import Held
+from fedpeft_client.logs import Log
+from fedpeft_client.pending import Pending, PendingBox
+from fedpeft_client.reporter import Reporter
+from fedpeft_client.runs import KnownRun
+from fedpeft_client.state import StateDirectory
+from fedpeft_client.worker_process import Answer, WorkerProcess
+
+
+class Trainer:
+    """Trains in the worker and keeps what came of it."""
+
+    def __init__(self, directory: StateDirectory, box: PendingBox, worker: WorkerProcess) -> None:
+        self._directory = directory
+        self._box = box
+        self._worker = worker
+
+    async def train(self, run: KnownRun, task: pb.TrainingTask, held: Held, log: Log) -> Pending:
+        """Trains for a ticket and returns the update, on disk for good.
+
+        Raises:
+            TrainingFailed: If training ended without an update.
+            DataInvalid: If too many images cannot be read.
+            StateInvalid: If the state directory cannot be written.
+        """
+        deadline = task.deadline.ToDatetime(tzinfo=UTC).isoformat(timespec="seconds")
+        log.info("training begins", version=task.version, ticket=task.ticket, deadline=deadline)
+        draft = await asyncio.to_thread(self._box.draft)
+        folder = self._directory.run(run.id)
+        request: Answer = {
+            "op": "train",
+            "run": run.as_json(),
+            "round": task.round,
+            "seed": task.seed,
+            "settings": json_format.MessageToDict(task.settings, preserving_proto_field_name=True),
+            "adapter": adapter_json(held),
+            "residual": str(state.residual(folder)),
+            "local": str(state.local(folder)),
+            "out": str(draft),
+        }
+        answer = await self._worker.ask(request, Reporter(log))
+        header = pb.UpdateHeader(
+            ticket=task.ticket,
+            manifest=json_format.ParseDict(answer["manifest"], tensor_pb2.Manifest()),
+            examples=answer["examples"],
+            metrics=figures.sendable(answer["metrics"], figures.MAX_TRAINING),
+        )
+        pending = await asyncio.to_thread(self._box.commit, run.id, task.round, header)
+        log.info("trained", **{**answer["facts"], **header.metrics, "examples": header.examples})
+        return pending
+
+
+def adapter_json(held: Held) -> Answer:
+    """Returns where the worker finds an adapter version."""
+    return {
+        "payload": str(held.payload),
+        "manifest": json_format.MessageToDict(wire.manifest_to_proto(held.manifest)),
+    }

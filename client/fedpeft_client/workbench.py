@@ -1,0 +1,238 @@
+"""What the worker does: models and data that stay loaded between rounds, checks, training, evaluation.
+
+The only module of the client that imports torch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from google.protobuf import json_format
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from fedpeft import models, wire
+from fedpeft.config import TrainingConfig
+from fedpeft.data.dataset import ImageDataset, dataset_of
+from fedpeft.data.labels import read_label_map
+from fedpeft.data.sources import open_source
+from fedpeft.data.transforms import Preprocessing
+from fedpeft.errors import (
+    BackboneMismatch,
+    SettingsInvalid,
+    SpecInvalid,
+    StateInvalid,
+)
+from fedpeft.evaluation import evaluate
+from fedpeft.payload import check_payload, decode
+from fedpeft.peft import TunedModel, methods, tune
+from fedpeft.spec import AdapterSpec
+from fedpeft.training import Progress, train
+from fedpeft.updates import prepare
+from fedpeft.v1 import tensor_pb2
+from fedpeft_client.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD
+from fedpeft_client.runs import KnownRun
+
+LOADED_RUNS = 2
+"""Runs whose model and data stay in memory; the one used longest ago goes first."""
+
+Arrays = dict[str, NDArray[np.float32]]
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A run that this site was proved to fit.
+
+    Attributes:
+        model: The tuned model; its tensors are whatever the last request left.
+        dataset: This site's images with the run's labels.
+        local: Initial values of the tensors that are local in every round.
+    """
+
+    model: TunedModel
+    dataset: ImageDataset
+    local: Arrays
+
+
+class Workbench:
+    """Data and models of one site.
+
+    Args:
+        options: The `open` request: data, label_map, weights, device, threads.
+
+    Raises:
+        DataInvalid: If the data or the label map cannot be read.
+        SettingsInvalid: If the device is not there.
+    """
+
+    def __init__(self, options: Message) -> None:
+        if options["threads"] is not None:
+            torch.set_num_threads(options["threads"])
+        self._device = _device(options["device"])
+        self._source = open_source(options["data"])
+        label_map, weights = options["label_map"], options["weights"]
+        self._label_map = None if label_map is None else read_label_map(Path(label_map))
+        self._weights = None if weights is None else Path(weights)
+        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
+
+    def hello(self) -> Message:
+        """Returns what this worker is: torch, device, threads, methods, rows, labels."""
+        device = str(self._device)
+        if self._device.type == "cuda":
+            device = f"{device}: {torch.cuda.get_device_name(self._device)}"
+        return {
+            "torch": torch.__version__,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "methods": methods.names(),
+            "rows": len(self._source),
+            "labels": list(self._source.class_names),
+        }
+
+    def check(self, request: Message) -> Message:
+        """Proves that this site fits a run; see `Fitness.prove`."""
+        run = KnownRun.from_json(request["run"])
+        loaded = self._load(run)
+        counts = np.bincount(loaded.dataset.labels, minlength=len(run.config.model.classes))
+        return {
+            "examples": loaded.dataset.examples,
+            "classes": dict(zip(run.config.model.classes, counts.tolist(), strict=True)),
+            "dropped": len(self._source) - len(loaded.dataset),
+            "model_parameters": loaded.model.backbone.parameters,
+            "fingerprint": run.fingerprint,
+        }
+
+    def train(self, request: Message, progress: Callable[[Message], None], stop: Callable[[], bool]) -> Message:
+        """Trains for a ticket and writes payload, both residuals and local tensors into `out`."""
+        run, number = KnownRun.from_json(request["run"]), int(request["round"])
+        loaded = self._load(run)
+        kept = _read(Path(request["local"]), run)
+        _set(loaded, request["adapter"], kept)
+        result = train(
+            loaded.model,
+            loaded.dataset,
+            TrainingConfig.model_validate(request["settings"]),
+            int(request["seed"]),
+            number,
+            self._device,
+            progress=lambda p: progress(_shown(p)),
+            stop=stop,
+        )
+        residual = _read(Path(request["residual"]), run)
+        update = prepare(result.delta, residual, run.spec.sent(number), run.config.codec)
+        out = Path(request["out"])
+        (out / PAYLOAD).write_bytes(update.payload)
+        safetensors.numpy.save_file(update.residual_if_counted, out / IF_COUNTED)
+        safetensors.numpy.save_file(update.residual_if_not, out / IF_NOT)
+        stays = {name: result.local[name] for name in loaded.local if name in result.local}
+        safetensors.numpy.save_file({**kept, **stays}, out / LOCAL)
+        return {
+            "manifest": json_format.MessageToDict(wire.manifest_to_proto(update.manifest)),
+            "examples": result.examples,
+            "metrics": result.metrics,
+            "facts": result.facts,
+        }
+
+    def evaluate(self, request: Message) -> Message:
+        """Scores an adapter version on all of the data."""
+        loaded = self._load(KnownRun.from_json(request["run"]))
+        _set(loaded, request["adapter"], {})
+        return {"metrics": evaluate(loaded.model, loaded.dataset, device=self._device)}
+
+    def _load(self, run: KnownRun) -> Loaded:
+        """Returns a run's model and data, proved to fit; loads them if they are not loaded."""
+        if run.id not in self._loaded:
+            self._loaded[run.id] = self._open(run)
+            while len(self._loaded) > LOADED_RUNS:
+                self._loaded.popitem(last=False)
+        self._loaded.move_to_end(run.id)
+        return self._loaded[run.id]
+
+    def _open(self, run: KnownRun) -> Loaded:
+        config, seed = run.config, run.config.rounds.seed
+        backbone = models.build(config.model, seed, self._weights, str(self._device))
+        model = tune(backbone, config.peft.method, config.peft.options, seed)
+        _same_spec(model.spec, run.spec)
+        own = models.fingerprint(backbone, model.spec)
+        if own != run.fingerprint:
+            raise BackboneMismatch(
+                f"the backbone {config.model.name} here has fingerprint {own}, "
+                f"that of run {run.id} has {run.fingerprint}; the frozen weights differ: "
+                "give the file that the run was created with as --weights"
+            )
+        shared = {tensor.name for tensor in run.spec.shared}
+        return Loaded(
+            model,
+            dataset_of(
+                self._source,
+                config.model.classes,
+                Preprocessing.of(backbone),
+                label_map=self._label_map,
+            ),
+            {name: values for name, values in model.state().items() if name not in shared},
+        )
+
+
+def _device(wanted: str) -> torch.device:
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        return torch.device("cuda:0" if there else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise SettingsInvalid(f"there is no device {wanted}: this machine has {there} usable GPUs")
+    return device
+
+
+def _same_spec(own: AdapterSpec, wanted: AdapterSpec) -> None:
+    """Compares what the method tunes here with what the run says it tunes."""
+    if own == wanted:
+        return
+    if own.method != wanted.method:
+        raise SpecInvalid(f"the run's spec is of method {wanted.method}, its file of {own.method}")
+    mine = {tensor.name: tensor for tensor in own.tensors}
+    theirs = {tensor.name: tensor for tensor in wanted.tensors}
+    for name in sorted(mine.keys() | theirs.keys()):
+        here, there = mine.get(name), theirs.get(name)
+        if here != there:
+            raise SpecInvalid(
+                f"method {own.method} here has tensor {name} as {here or 'none'}, the run as "
+                f"{there or 'none'}; use the version of the software that the run was created with"
+            )
+
+
+def _set(loaded: Loaded, adapter: Message, local: Arrays) -> None:
+    """Puts an adapter version, and this site's local tensors, into the model."""
+    message = json_format.ParseDict(adapter["manifest"], tensor_pb2.Manifest())
+    manifest = wire.manifest_from_proto(message)
+    payload = memoryview(Path(adapter["payload"]).read_bytes())
+    check_payload(manifest, payload)
+    loaded.model.load({**decode(manifest, payload), **loaded.local, **local})
+
+
+def _read(path: Path, run: KnownRun) -> Arrays:
+    """Returns the tensors of a file of the state directory; none if it is not there."""
+    if not path.exists():
+        return {}
+    try:
+        arrays: Arrays = safetensors.numpy.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise StateInvalid(f"{path} cannot be read: {error}; without it the client starts afresh") from None
+    shapes = {tensor.name: tensor.shape for tensor in run.spec.tensors}
+    for name, values in arrays.items():
+        if shapes.get(name) != values.shape:
+            raise StateInvalid(f"{path} has tensor {name}, which is not one of run {run.id}")
+    return arrays
+
+
+def _shown(progress: Progress) -> Message:
+    shown: Message = asdict(progress)
+    shown["images_per_second"] = round(progress.images_per_second, 1)
+    return shown
