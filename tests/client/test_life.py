@@ -1,0 +1,272 @@
+"""The client as a process: the whole life, and what kills, crashes and restarts do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+
+from fedpeft.errors import RoundClosed
+from fedpeft.v1 import run_pb2
+from fedpeft_client.__main__ import run
+
+from .conftest import StartClient, alive, tiny_run, until, write_images
+from .federation import Federation
+
+pytestmark = pytest.mark.timeout(240)
+
+
+async def test_takes_part_until_the_run_is_finished(
+    federation: Federation, start_client: StartClient, tmp_path: Path
+) -> None:
+    federation.run = tiny_run(rounds={"count": 3})
+    client = await start_client("--once")
+    assert await client.ended() == 0, "".join(client.text)
+    assert len(federation.run.versions) == 4
+    assert [p.error for p in federation.pushes] == ["", "", ""]
+    assert [version for version, _, _ in federation.pulled] == [0, 1, 2]
+    first, last = federation.run.versions[0], federation.run.versions[-1]
+    assert any((first[name] != last[name]).any() for name in first)
+    capabilities = federation.registered["site-a"].capabilities
+    assert capabilities.examples == 12 and capabilities.device == "cpu"
+    assert {"bias", "lora"} <= set(capabilities.methods) and "float32" in capabilities.encodings
+    trained = client.events("trained")
+    assert [line["round"] for line in trained] == [1, 2, 3]
+    assert all(line["client"] == "site-a" and line["run"] == federation.run.id for line in trained)
+    assert trained[0]["threads"] == 1.0
+    assert not (tmp_path / "site-a" / "pending").exists()
+    payloads = list((tmp_path / "site-a" / "runs" / federation.run.id).glob("adapter-*"))
+    assert len(payloads) == 1, "only the last version is kept"
+    assert client.out == b""
+
+
+async def test_evaluator_scores_every_version(federation: Federation, start_client: StartClient) -> None:
+    federation.run = tiny_run()
+    evaluator = await start_client("--once", "--evaluate", name="judge")
+    trainer = await start_client("--once")
+    assert await trainer.ended() == 0
+    assert await evaluator.ended() == 0, "".join(evaluator.text)
+    assert sorted(federation.run.evaluations) == [0, 1]
+    figures = federation.run.evaluations[1]
+    assert figures["examples"] == 12 and 0 <= figures["accuracy"] <= 1
+    assert {"loss", "accuracy/cat", "accuracy/dog", "accuracy/emu"} <= set(figures)
+
+
+async def test_killed_in_training_trains_the_ticket_again_to_the_same_bits(
+    federation: Federation, start_client: StartClient
+) -> None:
+    federation.run = tiny_run(training={"steps": 400})
+    undisturbed = await start_client("--once", name="site-a")
+    assert await undisturbed.ended() == 0, "".join(undisturbed.text)
+    expected = federation.pushes[0].sha256
+
+    federation.run, federation.pushes = tiny_run(training={"steps": 400}), []
+    client = await start_client("--once", "-v")
+    await client.said("training begins")
+    worker = client.worker()
+    await client.kill()
+    await until(lambda: not alive(worker))
+    assert not federation.pushes
+    again = await start_client("--once")
+    assert await again.ended() == 0, "".join(again.text)
+    assert [p.sha256 for p in federation.pushes] == [expected]
+    assert len(federation.run.tickets) == 1
+
+
+async def test_killed_in_upload_uploads_the_same_bytes_and_does_not_train_again(
+    federation: Federation, start_client: StartClient
+) -> None:
+    federation.run = tiny_run("full")
+    federation.chunk_pause_s = 0.3
+    client = await start_client("--once")
+    await until(lambda: federation.pushes and federation.pushes[0].received >= 1024 * 1024, client.text)
+    await client.kill()
+    held = federation.pushes[0].received
+    assert not federation.run.finished
+    again = await start_client("--once")
+    assert await again.ended() == 0, "".join(again.text)
+    assert not again.events("training begins")
+    assert federation.run.finished and len(federation.run.tickets) == 1
+    second = federation.pushes[1]
+    assert second.offset is not None and second.offset >= 1024 * 1024 and held <= second.offset + 1024 * 1024
+    assert {p.sha256 for p in federation.pushes} == {federation.pushes[0].sha256}
+
+
+async def test_worker_crash_is_recovered(federation: Federation, start_client: StartClient) -> None:
+    federation.run = tiny_run(training={"steps": 400})
+    client = await start_client("--once")
+    await client.said("training begins")
+    os.kill(client.worker(), signal.SIGKILL)
+    assert await client.ended() == 0, "".join(client.text)
+    death = client.events("worker died")
+    assert len(death) == 1 and "SIGKILL" in death[0]["cause"]
+    assert federation.run.finished and not federation.withdrawn
+
+
+async def test_worker_that_always_dies_gives_the_ticket_up(federation: Federation, start_client: StartClient) -> None:
+    federation.run = tiny_run(training={"steps": 1_000_000})
+    client = await start_client("--once")
+    await client.said("training begins")
+    for deaths in (1, 2, 3):
+        os.kill(client.worker(), signal.SIGKILL)
+        await until(lambda deaths=deaths: len(client.events("worker died")) == deaths, client.text)
+        await until(lambda deaths=deaths: deaths == 3 or client.workers(), client.text)
+    await until(lambda: federation.withdrawn, client.text)
+    assert "died 3 times" in federation.withdrawn[0].reason
+
+
+async def test_sigterm_stops_at_once_and_keeps_the_ticket(federation: Federation, start_client: StartClient) -> None:
+    federation.run = tiny_run(training={"steps": 1_000_000})
+    client = await start_client()
+    await client.said("training begins")
+    worker = client.worker()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    assert await client.kill(signal.SIGTERM) == 0
+    assert loop.time() - began < 10
+    assert not alive(worker)
+    assert not federation.withdrawn
+    assert [t.state for t in federation.run.tickets.values()] == [run_pb2.TICKET_STATE_ISSUED]
+
+
+async def test_server_that_restarts_is_waited_for_without_a_busy_loop(
+    federation: Federation, start_client: StartClient
+) -> None:
+    federation.run = tiny_run(rounds={"clients": 2})
+    client = await start_client()
+    await client.said("run fits")
+    await until(lambda: len(federation.awaited) >= 2, client.text)
+    await federation.stop()
+    await client.said("server is away")
+    await asyncio.sleep(3)
+    federation.registered.clear()
+    await federation.start()
+    await client.said("server is back")
+    await client.said("the server does not know this client any more")
+    second = await start_client("--once", name="site-b")
+    assert await second.ended() == 0, "".join(second.text)
+    assert len(client.events("server is away")) == 1
+    assert await client.kill(signal.SIGTERM) == 0
+
+
+async def test_late_update_grows_the_residual_and_the_next_update(
+    federation: Federation, start_client: StartClient, tmp_path: Path
+) -> None:
+    federation.run = tiny_run(codec={"up": "sparse", "density": 0.1})
+    federation.refuse_push = [RoundClosed("too late")]
+    client = await start_client("--once")
+    await client.said("update was not counted")
+    await client.said("update received")
+    assert await client.ended() == 0
+    residual = tmp_path / "site-a" / "runs" / federation.run.id / "residual.safetensors"
+    left = safetensors.numpy.load_file(residual)
+    total = sum(tensor.size for tensor in federation.run.spec.sent(1))
+    nonzero = sum(np.count_nonzero(values) for values in left.values())
+    assert 0.5 * total < nonzero <= total
+
+
+def test_unreachable_server_ends_a_dry_run_with_code_3(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fedpeft_client.agent.CALL_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    flags = ["--server", f"127.0.0.1:{port}", "--name", "site-a", "--data", str(data), "--dry-run"]
+    assert run([*flags, "--state-dir", str(tmp_path / "state"), "--device", "cpu"]) == 3
+    assert "cannot be reached" in capsys.readouterr().err.splitlines()[-1]
+
+
+async def test_dry_run_says_what_would_happen(federation: Federation, start_client: StartClient) -> None:
+    federation.run = tiny_run()
+    client = await start_client("--dry-run")
+    assert await client.ended() == 0, "".join(client.text)
+    text = client.out.decode()
+    size = 4 * sum(tensor.size for tensor in federation.run.spec.sent(1))
+    assert f"{size:,} bytes" in text and "cat 4, dog 4, emu 4" in text and "bias" in text
+    assert not federation.run.tickets
+
+
+async def test_other_frozen_weights_are_refused_with_both_fingerprints(
+    federation: Federation, start_client: StartClient
+) -> None:
+    federation.run = tiny_run()
+    own, federation.run.fingerprint = federation.run.fingerprint, "ab" * 32
+    client = await start_client("--once")
+    assert await client.ended() == 4
+    assert own in client.text[-1] and "ab" * 32 in client.text[-1]
+    assert not federation.run.tickets
+
+
+async def test_client_for_any_run_withdraws_from_one_that_it_does_not_fit(
+    federation: Federation, start_client: StartClient
+) -> None:
+    federation.run = tiny_run()
+    federation.run.fingerprint = "ab" * 32
+    client = await start_client()
+    await until(lambda: len(federation.withdrawn) >= 2, client.text)
+    assert federation.withdrawn[0].reason.startswith("BACKBONE_MISMATCH: ")
+    assert not federation.pushes
+    assert await client.kill(signal.SIGTERM) == 0
+
+
+async def test_class_that_the_run_does_not_have_is_named(
+    federation: Federation, start_client: StartClient, data: Path
+) -> None:
+    federation.run = tiny_run()
+    write_images(data, classes=("cat", "dog", "wolf"))
+    client = await start_client("--dry-run")
+    assert await client.ended() == 4
+    assert "'wolf'" in client.text[-1]
+
+
+async def test_unreadable_images_end_the_client_and_their_names_stay_here(
+    federation: Federation, start_client: StartClient, data: Path
+) -> None:
+    federation.run = tiny_run()
+    table = pq.read_table(data).to_pydict()
+    broken = [{"bytes": b"no image", "path": image["path"]} for image in table["image"]]
+    pq.write_table(pa.table({"image": broken, "label": table["label"]}), data)
+    client = await start_client("--once")
+    assert await client.ended() == 4
+    assert "of 12 images cannot be read" in client.text[-1] and data.name in client.text[-1]
+    (ticket,) = federation.withdrawn
+    assert ticket.reason == "DATA_INVALID: A data set cannot be used."
+
+
+async def test_data_that_is_not_there_ends_the_client(
+    federation: Federation, start_client: StartClient, data: Path
+) -> None:
+    os.unlink(data)
+    client = await start_client("--once")
+    assert await client.ended() == 4
+    assert client.text[-1] == f"fedpeft-client: there is no data at {data}\n"
+
+
+async def test_second_process_of_a_state_directory_or_of_an_id_is_refused(
+    federation: Federation, start_client: StartClient, tmp_path: Path
+) -> None:
+    first = await start_client()
+    await first.said("registered")
+    same_state = await start_client()
+    assert await same_state.ended() == 1
+    assert f"(process {first.process.pid})" in same_state.text[-1]
+    same_id = await start_client(state=tmp_path / "elsewhere")
+    assert await same_id.ended() == 1
+    assert "another live instance" in same_id.text[-1]
+
+
+def test_agent_imports_no_torch() -> None:
+    code = "import sys, json, fedpeft_client.app; print(json.dumps([m for m in ('torch', 'timm') if m in sys.modules]))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert json.loads(out.stdout) == []

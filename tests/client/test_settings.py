@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fedpeft.errors import BackboneMismatch, RoundClosed, ServerUnreachable, SettingsInvalid
+from fedpeft_client.__main__ import run
+from fedpeft_client.exits import Exit, exit_code
+from fedpeft_client.settings import Settings
+
+FLAGS = ["--server", "127.0.0.1:8080", "--name", "site-a", "--data", "d.parquet", "--state-dir", "s"]
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"FEDPEFT_CLIENT_{name.upper()}", raising=False)
+
+
+def test_flags_give_whole_frozen_settings() -> None:
+    settings = Settings.read([*FLAGS, "--once", "--evaluate", "--threads", "2", "-v"])
+    assert settings.once and settings.evaluate and settings.verbose and settings.threads == 2
+    assert settings.data == Path("d.parquet") and settings.device == "auto" and settings.run is None
+    with pytest.raises(ValidationError):
+        settings.once = False  # type: ignore[misc]
+
+
+def test_flags_come_before_environment_before_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "client.toml"
+    file.write_text('name = "file"\nthreads = 3\ndevice = "cpu"\nserver = "localhost:1"\n')
+    monkeypatch.setenv("FEDPEFT_CLIENT_NAME", "environment")
+    monkeypatch.setenv("FEDPEFT_CLIENT_THREADS", "4")
+    given = ["--data", "d", "--state-dir", "s", "--config", str(file), "--threads", "5"]
+    settings = Settings.read(given)
+    assert (settings.name, settings.threads, settings.device) == ("environment", 5, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--server is missing (or FEDPEFT_CLIENT_SERVER, or server in the settings file)"),
+        ([*FLAGS, "--name", "a b"], "--name: 'a b' is not 1 to 64 letters"),
+        ([*FLAGS, "--device", "tpu"], "--device: 'tpu' is not auto, cpu, cuda or cuda:N"),
+        ([*FLAGS, "--threads", "0"], "--threads: Input should be greater than or equal to 1"),
+        ([*FLAGS, "--server", "localhost"], "is not HOST:PORT"),
+        ([*FLAGS, "--server", "localhost:70000"], "is not HOST:PORT"),
+        ([*FLAGS, "--server", "example.org:80"], "say --insecure"),
+        ([*FLAGS, "--run", "../../etc"], "--run: '../../etc' is not a run's id"),
+        ([*FLAGS, "--twice"], "unrecognized arguments: --twice"),
+        ([*FLAGS, "--config", "/nowhere.toml"], "cannot read settings file /nowhere.toml: No such file"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_code_2(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SettingsInvalid):
+        Settings.read(flags)
+    assert run(flags) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and said.startswith("fedpeft-client: ")
+
+
+def test_settings_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "client.toml"
+    file.write_text("colour = 1\n")
+    with pytest.raises(SettingsInvalid, match="colour is not a setting"):
+        Settings.read([*FLAGS, "--config", str(file)])
+    file.write_text("= 1\n")
+    with pytest.raises(SettingsInvalid, match="is not a TOML file"):
+        Settings.read([*FLAGS, "--config", str(file)])
+
+
+@pytest.mark.parametrize("server", ["localhost:1", "127.8.0.1:65535", "[::1]:8080"])
+def test_plain_text_is_for_this_machine(server: str) -> None:
+    assert Settings.read([*FLAGS, "--server", server]).server == server
+
+
+def test_plain_text_elsewhere_must_be_asked_for() -> None:
+    assert Settings.read([*FLAGS, "--server", "example.org:80", "--insecure"]).insecure
+
+
+def test_help_names_flags_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "Exit codes: 0 done" in text
+    for name in Settings.model_fields:
+        assert "--" + name.replace("_", "-") in text
+
+
+def test_exit_codes() -> None:
+    assert exit_code(ServerUnreachable("x")) == 3
+    assert exit_code(BackboneMismatch("x")) == 4
+    assert exit_code(RoundClosed("x")) == exit_code(OSError("x")) == 1

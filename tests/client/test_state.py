@@ -1,0 +1,182 @@
+"""The state directory after a crash at any step: nothing lost, nothing counted twice."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from fedpeft import payload, wire
+from fedpeft.errors import ChecksumMismatch, StateInvalid
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft_client import durable, state
+from fedpeft_client.adapters import AdapterCache
+from fedpeft_client.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Outcome, PendingBox
+from fedpeft_client.state import StateDirectory
+
+RUN = "run-000000000001"
+
+
+class Crash(BaseException):
+    """Stands for a kill: nothing after it runs."""
+
+
+def write_draft(box: PendingBox, data: bytes = b"abcd") -> pb.UpdateHeader:
+    draft = box.draft()
+    (draft / PAYLOAD).write_bytes(data)
+    (draft / IF_COUNTED).write_bytes(b"counted")
+    (draft / IF_NOT).write_bytes(b"not")
+    (draft / LOCAL).write_bytes(b"new local")
+    manifest = payload.Manifest((), len(data), hashlib.sha256(data).digest())
+    return pb.UpdateHeader(
+        ticket="ticket-1", manifest=wire.manifest_to_proto(manifest), examples=3, metrics={"loss": 0.1 + 0.2}
+    )
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Makes the step-th forced write or rename from now on a crash, before it takes effect."""
+    left = [step]
+
+    def counted(real):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Crash
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(durable, "force", counted(durable.force))
+    monkeypatch.setattr(Path, "rename", counted(Path.rename))
+
+
+def test_instance_is_drawn_once(tmp_path: Path) -> None:
+    with StateDirectory(tmp_path / "state") as directory:
+        first = directory.instance
+    with StateDirectory(tmp_path / "state") as directory:
+        assert directory.instance == first and len(first) == 32
+    assert (tmp_path / "state" / "instance").stat().st_mode & 0o777 == 0o600
+
+
+def test_directory_is_for_one_process(tmp_path: Path) -> None:
+    with StateDirectory(tmp_path), pytest.raises(StateInvalid, match="in use by another"):
+        StateDirectory(tmp_path)
+    StateDirectory(tmp_path).close()
+
+
+def test_unusable_directories_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateInvalid, match="cannot use state directory"):
+        StateDirectory(tmp_path / "file")
+    (tmp_path / "instance").write_text("mine")
+    with pytest.raises(StateInvalid, match="32 hexadecimal digits"):
+        StateDirectory(tmp_path)
+
+
+@pytest.mark.parametrize("run", ["../x", "a/b", "", ".", "x" * 65])
+def test_run_id_of_a_hostile_server_is_no_path(tmp_path: Path, run: str) -> None:
+    with StateDirectory(tmp_path) as directory, pytest.raises(StateInvalid):
+        directory.run(run)
+
+
+@pytest.mark.parametrize("step", range(1, 20))
+def test_crash_while_committing_leaves_all_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    with StateDirectory(tmp_path) as directory:
+        box = PendingBox(directory)
+        header = write_draft(box)
+        with monkeypatch.context() as patch:
+            crash_at(patch, step)
+            try:
+                box.commit(RUN, 5, header)
+                crashed = False
+            except Crash:
+                crashed = True
+        found = PendingBox(directory).load()
+        assert found is not None or crashed
+        if found is not None:
+            assert (found.run, found.round, found.header) == (RUN, 5, header)
+            assert found.payload.read_bytes() == b"abcd"
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+@pytest.mark.parametrize("step", range(1, 14))
+def test_crash_while_settling_is_finished_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, outcome: Outcome
+) -> None:
+    with StateDirectory(tmp_path) as directory:
+        folder = directory.run(RUN)
+        state.residual(folder).write_bytes(b"old")
+        state.local(folder).write_bytes(b"old local")
+        box = PendingBox(directory)
+        pending = box.commit(RUN, 5, write_draft(box))
+        with monkeypatch.context() as patch:
+            crash_at(patch, step)
+            try:
+                box.settle(pending, outcome)
+            except Crash:
+                again = PendingBox(directory)
+                again.finish()
+                if (left := again.load()) is not None:  # the decision was not yet on disk: the server is asked again
+                    assert state.residual(folder).read_bytes() == b"old"
+                    again.settle(left, outcome)
+        assert PendingBox(directory).load() is None
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["instance", "lock", "runs"]
+        if outcome is Outcome.DROPPED:
+            assert not state.residual(folder).exists()
+            assert state.local(folder).read_bytes() == b"old local"
+        else:
+            expected = b"counted" if outcome is Outcome.COUNTED else b"not"
+            assert state.residual(folder).read_bytes() == expected
+            assert state.local(folder).read_bytes() == b"new local"
+
+
+@pytest.mark.parametrize("damage", ["payload", "record", "missing"])
+def test_damaged_pending_update_is_seen_and_can_be_discarded(tmp_path: Path, damage: str) -> None:
+    with StateDirectory(tmp_path) as directory:
+        box = PendingBox(directory)
+        pending = box.commit(RUN, 5, write_draft(box))
+        if damage == "payload":
+            pending.payload.write_bytes(b"abce")
+        elif damage == "record":
+            (pending.folder / "ticket.json").write_text("{")
+        else:
+            pending.payload.unlink()
+        with pytest.raises(StateInvalid):
+            box.load()
+        box.discard()
+        assert box.load() is None
+
+
+def manifest_of(data: bytes) -> payload.Manifest:
+    return payload.Manifest((), len(data), hashlib.sha256(data).digest())
+
+
+def test_cache_keeps_the_last_version_and_distrusts_damage(tmp_path: Path) -> None:
+    cache = AdapterCache(tmp_path)
+    assert cache.held() is None
+    for version in (1, 2):
+        data = bytes([version]) * 10
+        cache.part(version).write_bytes(data)
+        held = cache.commit(version, manifest_of(data))
+        assert cache.held() == held and held.version == version
+    assert len(list(tmp_path.glob("*.payload"))) == 1
+    held.payload.write_bytes(b"?")
+    assert cache.held() is None
+
+
+def test_cache_refuses_bytes_without_the_digest(tmp_path: Path) -> None:
+    cache = AdapterCache(tmp_path)
+    cache.part(3).write_bytes(b"x")
+    with pytest.raises(ChecksumMismatch):
+        cache.commit(3, manifest_of(b"y"))
+    assert not cache.part(3).exists() and cache.held() is None
+
+
+def test_parts_of_other_versions_go(tmp_path: Path) -> None:
+    cache = AdapterCache(tmp_path)
+    cache.part(3).write_bytes(b"x")
+    cache.part(4).write_bytes(b"x")
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter-4.part"]

@@ -1,0 +1,217 @@
+"""The commands that need no server, the global flags, and how the command ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from fedpeft import errors
+from fedpeft.cli import app, exits, output
+from fedpeft.cli.session import address
+from fedpeft.errors import SettingsInvalid
+
+# What ViT-S/16 tunes with 100 classes, as the paper counts.
+VIT_S = {"full": 21_704_164, "head": 38_500, "bias": 89_956, "adapter": 75_796, "prompt": 84_580}
+
+
+def fedpeft(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        app.main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def in_a_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from fedpeft.cli.app import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as ended:\n    assert ended.code == 0\n"
+        "print('LOADED', [m for m in ('torch', 'timm', 'numpy', 'grpc', 'pydantic', 'pyarrow') if m in sys.modules])\n"
+    )
+    text = in_a_process(code)
+    assert "LOADED []" in text
+    assert "Exit codes" in text
+    for command in ("run", "client", "params", "partition", "demo", "version"):
+        assert command in text
+
+
+def test_exit_codes_are_documented_alike_everywhere() -> None:
+    def table(text: str | None) -> dict[str, str]:
+        return dict(re.findall(r"^\| (\d+) \| (.*) \|$", text or "", re.MULTILINE))
+
+    codes = {str(int(code)) for code in exits.Exit}
+    assert table(app.__doc__) == table(exits.__doc__)
+    assert set(table(exits.__doc__)) == codes
+    assert set(re.findall(r"(\d+) [a-z]", exits.IN_HELP)) == codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigInvalid, 2),
+        (errors.SettingsInvalid, 2),
+        (errors.ServerUnreachable, 3),
+        (errors.Draining, 3),
+        (errors.RunNotFound, 4),
+        (errors.VersionNotFound, 4),
+        (errors.Internal, 1),
+        (errors.PayloadInvalid, 1),
+        (errors.ModelInvalid, 1),
+    ],
+)
+def test_exit_code_of_an_error(error: type[errors.FedpeftError], code: int) -> None:
+    assert exits.code_of(error("what")) == code
+
+
+@pytest.mark.parametrize(
+    "text", ["", "localhost", ":7070", "localhost:", "localhost:0", "localhost:65536", "host:7o", "http://host:7070"]
+)
+def test_address_that_is_none(text: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SettingsInvalid, match="HOST:PORT"):
+        address(text)
+    assert fedpeft("--server", text, "run", "list") == 2
+    assert "HOST:PORT" in capfd.readouterr().err
+
+
+def test_wrong_usage(capfd: pytest.CaptureFixture[str]) -> None:
+    assert fedpeft("run", "show") == 2
+    assert fedpeft("run", "shew", "x") == 2
+    assert fedpeft("params", "--model", "vit_tiny_patch16_224", "--classes", "1") == 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_fault_of_ours_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(output, "say", broken)
+    assert fedpeft("version") == 1
+    ended = capfd.readouterr().err
+    assert ended == (
+        "fedpeft: unexpected ZeroDivisionError: division by zero; run it again with -v for the traceback\n"
+    )
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert fedpeft("params", "--model", "vit_tiny_patch16_224", "--classes", "2") == 1
+    assert capfd.readouterr().err == (
+        'fedpeft: this command needs torch, which is not installed; install it with: pip install "fedpeft[train]"\n'
+    )
+
+
+def test_version(capfd: pytest.CaptureFixture[str]) -> None:
+    assert fedpeft("version", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["protocol"] == 1
+    assert set(found) >= {"fedpeft", "python", "grpcio", "torch", "timm"}
+    assert fedpeft("version") == 0
+    assert capfd.readouterr().out.startswith(f"fedpeft {found['fedpeft']}\nprotocol 1\n")
+
+
+def test_params(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ("params", "--model", "vit_small_patch16_224", "--classes", "100")
+    assert fedpeft(*arguments, "--json") == 0
+    rows = {row["method"]: row for row in json.loads(capfd.readouterr().out)}
+    assert {name: rows[name]["parameters"] for name in VIT_S} == VIT_S
+    assert all(row["payload_bytes"] == 4 * row["parameters"] for row in rows.values())
+    assert rows["adapter-per-block"]["parameters"] > rows["adapter"]["parameters"]
+    assert rows["prompt-shallow"]["parameters"] == 38_500 + 10 * 384
+    assert "lora" in rows
+    assert fedpeft(*arguments) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "METHOD"
+    assert lines[1].split() == ["full", "21,704,164", "82.79", "100.00", "%"]
+    assert lines[-1].split() == ["head", "38,500", "0.147", "0.18", "%"]
+
+
+def test_params_of_no_model(capfd: pytest.CaptureFixture[str]) -> None:
+    assert fedpeft("params", "--model", "vit_enormous", "--classes", "2") == 1
+    assert "vit_enormous" in capfd.readouterr().err
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """60 rows of two classes from three makers."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    rows = [
+        {"image": {"bytes": file.getvalue(), "path": None}, "label": k % 2, "maker": "abc"[k % 3]} for k in range(60)
+    ]
+    features = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}, "image": {"_type": "Image"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.Table.from_pylist(rows).replace_schema_metadata(metadata)
+    path = tmp_path / "images.parquet"
+    pq.write_table(table, path)
+    return path
+
+
+def test_natural_partition(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "parts"
+    arguments = ("partition", str(images), "--partition", "natural", "--column", "maker", "--out", str(out))
+    assert fedpeft(*arguments) == 0
+    assert capfd.readouterr().out == (
+        f"60 rows for 3 clients (natural/maker) are in {out}\n"
+        "  a: 20\n  b: 20\n  c: 20\n"
+        "label skew: total variation 0.000, Jensen-Shannon 0.000 bits, 2.0 classes a client\n"
+        "size skew: 20 to 20 rows, Gini 0.000, as good as 3.0 equal clients\n"
+    )
+    assert pq.read_table(out / "b" / "data.parquet")["maker"].to_pylist() == ["b"] * 20
+    assert fedpeft(*arguments) == 1
+    assert "holds a partition already" in capfd.readouterr().err
+
+
+def test_dirichlet_partition_as_index_files(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "parts"
+    law = ("--partition", "dirichlet", "--clients", "4", "--alpha", "0.5", "--seed", "3")
+    assert fedpeft("partition", str(images), *law, "--out", str(out), "--index", "--json") == 0
+    record = json.loads(capfd.readouterr().out)
+    assert record == json.loads((out / "partition.json").read_text())
+    assert (record["seed"], record["alpha"], len(record["clients"])) == (3, 0.5, 4)
+    assert record["skew"]["total_variation"] > 0
+    assert len(list(out.glob("*.index.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--partition", "iid"), "--partition iid needs --clients"),
+        (("--partition", "natural"), "--partition natural needs --column"),
+        (("--partition", "dirichlet", "--clients", "2"), "--partition dirichlet needs --alpha"),
+        (("--partition", "iid", "--clients", "2", "--alpha", "1"), "--partition iid takes no --alpha; leave it out"),
+    ],
+)
+def test_partition_flags_that_do_not_fit(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: tuple[str, ...], sentence: str
+) -> None:
+    assert fedpeft("partition", str(images), *flags, "--out", str(tmp_path / "parts")) == 2
+    assert sentence in capfd.readouterr().err
+    assert not (tmp_path / "parts").exists()
+
+
+def test_partition_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert fedpeft("partition", str(tmp_path / "absent"), "--clients", "2", "--out", str(tmp_path / "parts")) == 1
+    assert "there is no data at" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (343_502_224, "327.59 MiB"), (5 * 2**30, "5.00 GiB")],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert output.size(count) == text

@@ -1,0 +1,47 @@
+"""The worked examples of CONTRIBUTING.md work: each file, put where the page says, is found and passes its test."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "CONTRIBUTING.md"
+BLOCKS = dict(re.findall(r"^```python\n# (\S+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S))
+FILES = sorted(path for path in BLOCKS if path.startswith("common/"))
+
+CONFTEST = """
+import importlib
+
+package = importlib.import_module({package!r})
+package.__path__.append({folder!r})  # as if the new file lay in the package
+"""
+
+
+def test_every_kind_of_extension_has_an_example() -> None:
+    assert [path.split("/")[2] for path in FILES] == ["aggregation", "codecs", "peft"]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_example(path: str, tmp_path: Path) -> None:
+    """Runs in a process of its own: what registers itself here must not be seen by other tests."""
+    package = Path(path).parent.relative_to("common")
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / Path(path).name).write_text(BLOCKS[path], encoding="utf-8")
+    (tmp_path / "conftest.py").write_text(
+        CONFTEST.format(package=".".join(package.parts), folder=str(folder)), encoding="utf-8"
+    )
+    test = BLOCKS[f"tests/common/{package.name}/test_{Path(path).name}"]
+    (tmp_path / "test_example.py").write_text(test, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    done = subprocess.run(
+        [*command, "--rootdir", str(tmp_path), str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

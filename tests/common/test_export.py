@@ -1,0 +1,153 @@
+"""Adapters as others load them, by loading them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fedpeft import export
+from fedpeft.config import ModelConfig
+from fedpeft.errors import BackboneMismatch, ConfigInvalid, ModelInvalid
+from fedpeft.models import Backbone, build
+from fedpeft.peft import TunedModel, tune
+
+CONFIG = ModelConfig(
+    name="vit_tiny_patch16_224", weights="none", image_size=32, depth=2, pooling="avg", classes=("a", "b", "c")
+)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return build(CONFIG, seed=1)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def trained(backbone: Backbone, method: str, **options: Any) -> TunedModel:
+    """A tuned model whose tensors are all somewhere else than at the start."""
+    model = tune(backbone, method, options, 0)
+    rng = np.random.default_rng(2)
+    model.load({n: v + rng.normal(0, 0.1, v.shape).astype(np.float32) for n, v in model.state().items()})
+    return model
+
+
+def logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(images)
+    return found
+
+
+@pytest.mark.parametrize("method", ["full", "head", "bias", "lora"])
+def test_timm_loads_the_whole_model_strictly(
+    tmp_path: Path, backbone: Backbone, images: torch.Tensor, method: str
+) -> None:
+    model = trained(backbone, method)
+    path = tmp_path / "model.safetensors"
+    export.as_timm(model, path)
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["timm"])
+    assert about["classes"] == ["a", "b", "c"]
+    plain = timm.create_model(about["name"], **about["arguments"])
+    plain.load_state_dict(load_file(path), strict=True)
+    tolerance = 1e-5 if method == "lora" else 0  # merged weights round once more
+    assert torch.allclose(logits(plain, images), logits(model.module, images), 0, tolerance)
+    assert not torch.allclose(logits(plain, images), logits(backbone.module, images), 0, 1e-2)
+
+
+@pytest.mark.parametrize("method", ["full", "head", "bias"])
+def test_timm_and_back(tmp_path: Path, backbone: Backbone, method: str) -> None:
+    model = trained(backbone, method)
+    export.as_timm(model, tmp_path / "model.safetensors")
+    tensors = export.from_timm(tmp_path / "model.safetensors", tune(backbone, method, {}, 9))
+    expected = model.state()
+    assert list(tensors) == list(expected)
+    assert all(np.array_equal(tensors[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("method", ["adapter", "prompt"])
+def test_injected_modules_have_no_plain_form(tmp_path: Path, backbone: Backbone, method: str) -> None:
+    model = trained(backbone, method)
+    with pytest.raises(ConfigInvalid, match=f"method {method} has no plain timm form.*export it as safetensors"):
+        export.as_timm(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+    export.as_timm(trained(backbone, "head"), tmp_path / "head.safetensors")
+    with pytest.raises(ConfigInvalid, match="cannot be read from a timm state dict"):
+        export.from_timm(tmp_path / "head.safetensors", model)
+
+
+def test_from_timm_refuses_another_backbone(tmp_path: Path, backbone: Backbone) -> None:
+    path = tmp_path / "model.safetensors"
+    export.as_timm(trained(backbone, "bias"), path)
+    with pytest.raises(BackboneMismatch, match="method head leaves it frozen"):
+        export.from_timm(path, tune(backbone, "head", {}, 0))
+    state = load_file(path)
+    del state["head.bias"]
+    save_file(state, path)
+    with pytest.raises(ModelInvalid, match=r"head\.bias is missing; the model has \(3,\)"):
+        export.from_timm(path, tune(backbone, "bias", {}, 0))
+
+
+TARGETS: list[str | list[str]] = ["qkv", ["qkv", "proj", "fc1"], ["blocks.1.attn.qkv"], "mlp.*"]
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_the_peft_library_loads_a_lora(
+    tmp_path: Path, backbone: Backbone, images: torch.Tensor, targets: str | list[str]
+) -> None:
+    model = trained(backbone, "lora", rank=4, alpha=6, targets=targets)
+    export.as_peft(model, tmp_path / "lora")
+    plain = timm.create_model(CONFIG.name, **backbone.arguments)
+    plain.load_state_dict(backbone.module.state_dict())
+    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "lora"))
+    assert torch.allclose(logits(loaded, images), logits(model.module, images), 0, 1e-6)
+
+    options, tensors = export.from_peft(tmp_path / "lora", backbone)
+    again = tune(backbone, "lora", options, 5)
+    again.load(tensors)
+    assert again.spec.sha256 == model.spec.sha256
+    assert torch.equal(logits(again.module, images), logits(model.module, images))
+
+
+def test_many_layers_survive_the_library_shortening_their_names(tmp_path: Path) -> None:
+    backbone = build(CONFIG.model_copy(update={"depth": 12, "pooling": None}), 0)
+    model = trained(backbone, "lora", targets=["qkv", "proj"])
+    export.as_peft(model, tmp_path)
+    options, tensors = export.from_peft(tmp_path, backbone)
+    assert options["targets"] == ("attn.proj", "attn.qkv")
+    assert tensors.keys() == model.state().keys()
+
+
+def test_only_lora_has_a_peft_form(tmp_path: Path, backbone: Backbone) -> None:
+    with pytest.raises(ConfigInvalid, match="method bias has no peft form"):
+        export.as_peft(trained(backbone, "bias"), tmp_path)
+
+
+def test_from_peft_refuses_what_it_cannot_be(tmp_path: Path, backbone: Backbone) -> None:
+    with pytest.raises(ModelInvalid, match="is not a directory of the peft library"):
+        export.from_peft(tmp_path, backbone)
+    export.as_peft(trained(backbone, "lora"), tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    data, state = json.loads(config.read_text()), load_file(weights)
+    for change, says in (
+        ({"peft_type": "IA3"}, "holds a IA3 adapter"),
+        ({"use_dora": True}, "uses use_dora"),
+        ({"bias": "all"}, "uses bias"),
+        ({"r": 5}, r"is \(8, 192\) there, \(5, 192\) in the model"),
+    ):
+        config.write_text(json.dumps(data | change))
+        with pytest.raises(ModelInvalid, match=says):
+            export.from_peft(tmp_path, backbone)
+    config.write_text(json.dumps(data))
+    save_file({n: t for n, t in state.items() if "head" not in n}, weights)
+    with pytest.raises(ModelInvalid, match=r"head\.bias is missing there"):
+        export.from_peft(tmp_path, backbone)

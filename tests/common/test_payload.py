@@ -1,0 +1,115 @@
+"""Payloads: manifests held against the spec, bytes held against the manifest."""
+
+import hashlib
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedpeft import payload
+from fedpeft.errors import ManifestInvalid, PayloadInvalid
+from fedpeft.payload import Entry, Manifest
+from fedpeft.spec import TensorSpec
+
+SPECS = (TensorSpec("a", (2, 3)), TensorSpec("b", ()), TensorSpec("c.bias", (5,)))
+ENCODINGS = ["float32", "float16", "bfloat16", "sparse+float32", "sparse+float16", "sparse+bfloat16"]
+
+
+def tensors(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {spec.name: rng.integers(-3, 4, spec.shape).astype(np.float32) for spec in SPECS}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_round_trip(encoding: str) -> None:
+    given_tensors = tensors()
+    manifest, data = payload.encode(given_tensors, SPECS, encoding)
+    payload.check_manifest(manifest, SPECS, [encoding])
+    payload.check_payload(manifest, memoryview(data))
+    decoded = payload.decode(manifest, memoryview(data))
+    assert list(decoded) == ["a", "b", "c.bias"]
+    for spec in SPECS:
+        assert decoded[spec.name].shape == spec.shape
+        np.testing.assert_array_equal(decoded[spec.name], given_tensors[spec.name])
+    assert manifest.payload_bytes == len(data)
+    assert manifest.sha256 == hashlib.sha256(data).digest()
+
+
+def test_a_payload_written_to_a_stream_is_the_same() -> None:
+    stream = io.BytesIO()
+    manifest = payload.write(stream, tensors(), SPECS, "sparse+float16")
+    assert (manifest, stream.getvalue()) == payload.encode(tensors(), SPECS, "sparse+float16")
+
+
+def test_float32_takes_four_bytes_a_value() -> None:
+    assert payload.encode(tensors(), SPECS, "float32")[0].payload_bytes == 4 * 12
+
+
+def test_tensors_must_fit_their_specs() -> None:
+    wrong = {**tensors(), "a": np.zeros((3, 2), np.float32)}
+    with pytest.raises(ManifestInvalid, match=r"tensor a has shape \(3, 2\); the spec says \(2, 3\)"):
+        payload.encode(wrong, SPECS, "float32")
+    with pytest.raises(ManifestInvalid, match="tensor b is missing"):
+        payload.encode({"a": wrong["a"].T}, SPECS, "float32")
+
+
+def changed(index: int, **changes: object) -> Manifest:
+    manifest, _ = payload.encode(tensors(), SPECS, "float32")
+    entries = list(manifest.entries)
+    entries[index] = replace(entries[index], **changes)
+    return replace(manifest, entries=tuple(entries))
+
+
+def test_faults_of_a_manifest() -> None:
+    good, _ = payload.encode(tensors(), SPECS, "float32")
+    a, b, c = good.entries
+    faults = {
+        "tensor b is missing": replace(good, entries=(a, c)),
+        "tensor d is not one that is sent": replace(good, entries=(a, b, c, replace(c, name="d"))),
+        "order, each once": replace(good, entries=(b, a, c)),
+        "each once": replace(good, entries=(a, a, b, c)),
+        r"shape \(3, 2\); the spec says \(2, 3\)": changed(0, shape=(3, 2)),
+        "encoded as 'float64'; this run takes float32": changed(1, encoding="float64"),
+        "begins at byte 25, not at 24": changed(1, offset=25),
+        "has 19 bytes; float32 has 20": changed(2, length=19),
+        "payload_bytes is 9, the entries have 48": replace(good, payload_bytes=9),
+    }
+    for message, manifest in faults.items():
+        with pytest.raises(ManifestInvalid, match=message):
+            payload.check_manifest(manifest, SPECS, ["float32"])
+
+
+def test_lengths_of_sparse_tensors_are_bounded() -> None:
+    entry = Entry("a", (2, 3), "sparse+float32", 0, 10**15)
+    with pytest.raises(ManifestInvalid, match="sparse\\+float32 has 2 to 27"):
+        payload.check_manifest(Manifest((entry,), 10**15, b""), SPECS[:1], ["sparse+float32"])
+
+
+def test_a_bad_value_is_named_with_its_tensor() -> None:
+    bad = tensors()
+    bad["c.bias"][3] = np.nan
+    manifest, data = payload.encode(bad, SPECS, "float32")
+    with pytest.raises(PayloadInvalid, match=r"tensor c\.bias: value 3 is not finite"):
+        payload.check_payload(manifest, memoryview(data))
+
+
+@pytest.mark.parametrize("length", [0, 47, 49])
+def test_a_payload_of_another_length(length: int) -> None:
+    manifest, data = payload.encode(tensors(), SPECS, "float32")
+    with pytest.raises(PayloadInvalid, match=f"has {length} bytes; its manifest says 48"):
+        payload.check_payload(manifest, memoryview((data + b"\0")[:length]))
+
+
+@given(place=st.integers(0, 200), flip=st.integers(1, 255), encoding=st.sampled_from(ENCODINGS))
+def test_damaged_payloads_decode_to_finite_values_or_are_refused(place: int, flip: int, encoding: str) -> None:
+    manifest, data = payload.encode(tensors(), SPECS, encoding)
+    damaged = bytearray(data)
+    damaged[place % len(damaged)] ^= flip
+    try:
+        payload.check_payload(manifest, memoryview(damaged))
+    except PayloadInvalid:
+        return
+    assert all(np.isfinite(a).all() for a in payload.decode(manifest, memoryview(damaged)).values())

@@ -1,0 +1,122 @@
+"""Records: canonical, and chained so that no round can be changed unseen."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedpeft.errors import BlobCorrupt
+from fedpeft.record import Contributed, Record, digest, parse, verify_chain
+
+
+def hexadecimal(number: int) -> str:
+    return f"{number:064x}"
+
+
+def chain(n: int) -> list[Record]:
+    records: list[Record] = []
+    for number in range(1, n + 1):
+        contributions = tuple(
+            Contributed(f"client-{i}", f"ticket-{number}-{i}", 10 + i, 10.0 + i, hexadecimal(100 * number + i))
+            for i in range(3)
+        )
+        records.append(
+            Record(
+                run="run-1",
+                round=number,
+                base_sha256=hexadecimal(number - 1),
+                contributions=contributions,
+                strategy="fedadam",
+                options={"tau": 1e-3, "beta1": 0.9, "bias_correction": False},
+                adapter_sha256=hexadecimal(number),
+                state_sha256=hexadecimal(number + 50),
+                previous_sha256=digest(records[-1].to_json()) if records else "",
+            )
+        )
+    return records
+
+
+def texts(records: list[Record]) -> list[str]:
+    return [record.to_json() for record in records]
+
+
+def test_canonical_json() -> None:
+    text = chain(1)[0].to_json()
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    assert text.isascii() and " " not in text
+    assert '"options":{"beta1":0.9,"bias_correction":false,"tau":0.001}' in text
+    assert '"weight":10.0' in text
+    turned = replace(chain(1)[0], options=dict(reversed(chain(1)[0].options.items())))
+    assert turned.to_json() == text
+
+
+def test_the_digest_is_of_these_very_bytes() -> None:
+    small = replace(chain(1)[0], contributions=(Contributed("c", "t", 1, 0.1, hexadecimal(7)),), options={})
+    assert small.to_json() == (
+        '{"adapter_sha256":"' + hexadecimal(1) + '","base_sha256":"' + hexadecimal(0) + '",'
+        '"contributions":[{"client":"c","examples":1,"sha256":"' + hexadecimal(7) + '","ticket":"t","weight":0.1}],'
+        '"format":1,"options":{},"previous_sha256":"","round":1,"run":"run-1",'
+        '"state_sha256":"' + hexadecimal(51) + '","strategy":"fedadam"}'
+    )
+
+
+@given(weight=st.floats(1e-300, 1e300), name=st.text(min_size=1), examples=st.integers(1, 10**9))
+def test_parse_gives_the_record_back(weight: float, name: str, examples: int) -> None:
+    record = replace(chain(1)[0], run=name, contributions=(Contributed(name, "t", examples, weight, hexadecimal(1)),))
+    assert parse(record.to_json()) == record
+
+
+def test_a_whole_chain_passes() -> None:
+    verify_chain([])
+    verify_chain(texts(chain(1)))
+    verify_chain(texts(chain(6)))
+    verify_chain(texts([replace(chain(1)[0], state_sha256="")]))
+
+
+def test_what_breaks_a_chain() -> None:
+    good = chain(4)
+    one = good[0].contributions[0]
+    faults = {
+        "record 3 of 3: it is of round 4": [good[0], good[1], good[3]],
+        "record 1 of 3: it is of round 2": good[1:],
+        "record 2 of 4: its previous_sha256 is not": [replace(good[0], strategy="fedavg"), *good[1:]],
+        "record 2 of 2: it is of run run-2": [good[0], replace(good[1], run="run-2")],
+        "record 2 of 2: it does not start from the adapter": [good[0], replace(good[1], base_sha256=hexadecimal(9))],
+        "record 1 of 1: no update was folded": [replace(good[0], contributions=())],
+        "record 1 of 1: its clients are not sorted": [replace(good[0], contributions=(one, one))],
+        "record 1 of 1: a digest has not 64": [replace(good[0], adapter_sha256="AB" * 32)],
+        "record 1 of 1: a weight": [replace(good[0], contributions=(replace(one, weight=0.0),))],
+        "record 1 of 1: its previous_sha256 is not empty": [replace(good[0], previous_sha256=hexadecimal(1))],
+    }
+    for message, records in faults.items():
+        with pytest.raises(BlobCorrupt, match=message):
+            verify_chain(texts(records))
+
+
+@given(place=st.integers(0, 10_000), character=st.characters(codec="ascii"), which=st.integers(0, 2))
+def test_any_changed_character_is_found(place: int, character: str, which: int) -> None:
+    """In all but the last record, whose digest is kept elsewhere."""
+    records = texts(chain(4))
+    text = records[which]
+    place %= len(text)
+    if text[place] == character:
+        return
+    records[which] = text[:place] + character + text[place + 1 :]
+    with pytest.raises(BlobCorrupt):
+        verify_chain(records)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '{"format":1}', "[" * 100_000, '{"format":2}', "NaN"])
+def test_what_is_no_record(text: str) -> None:
+    with pytest.raises(BlobCorrupt):
+        parse(text)
+
+
+def test_a_record_in_another_order_is_not_canonical() -> None:
+    record = chain(1)[0]
+    with pytest.raises(BlobCorrupt, match="not in canonical form"):
+        parse(json.dumps(json.loads(record.to_json()), separators=(",", ":"), indent=1))
+    with pytest.raises(BlobCorrupt, match="format 2"):
+        parse(record.to_json().replace('"format":1', '"format":2'))

@@ -1,0 +1,466 @@
+"""The round's state machine: each rule by example, then any sequence of events."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fedpeft.config import RoundsConfig
+from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
+from fedpeft.rounds import (
+    Aggregate,
+    Aggregated,
+    Event,
+    Issue,
+    Pause,
+    Phase,
+    Received,
+    Refused,
+    Resumed,
+    Round,
+    Stopped,
+    Ticket,
+    TicketState,
+    TimePassed,
+    Waiting,
+    Withdrawn,
+    advance,
+    sample,
+    ticket_id,
+)
+
+RUN = "run-000000000001"
+NAMES = [f"client-{i:02}" for i in range(12)]
+ORDER = list(Phase)
+
+
+def names(count: int) -> frozenset[str]:
+    return frozenset(NAMES[:count])
+
+
+def opened(config: RoundsConfig, clients: int | None = None, now: float = 1000.0) -> Round:
+    state, effects = advance(Round(RUN, 1), Waiting(names(clients or config.available)), config, now)
+    assert isinstance(effects[0], Issue)
+    return state
+
+
+def after(state: Round, config: RoundsConfig, *events: Event, now: float = 1001.0) -> Round:
+    for event in events:
+        state, _ = advance(state, event, config, now)
+    return state
+
+
+def received(state: Round, config: RoundsConfig, count: int) -> Round:
+    return after(state, config, *(Received(t.id) for t in state.in_state(TicketState.ISSUED)[:count]))
+
+
+class TestOpening:
+    def test_waits_until_enough_clients_are_there(self) -> None:
+        config = RoundsConfig(clients=2, min_available=4)
+        state = Round(RUN, 1)
+        assert advance(state, Waiting(names(3)), config, 0.0) == (state, ())
+        assert advance(state, Waiting(names(4)), config, 0.0)[0].phase is Phase.OPEN
+
+    def test_gives_a_ticket_to_each_sampled_client_and_sets_the_deadline(self) -> None:
+        config = RoundsConfig(clients=4, over_selection=0.5, deadline_s=60, min_available=8)
+        state, (issue,) = advance(Round(RUN, 3), Waiting(names(10)), config, 1000.0)
+        assert (state.opened_at, state.deadline, state.base_version) == (1000.0, 1060.0, 2)
+        assert isinstance(issue, Issue) and issue.tickets == state.tickets
+        assert len(state.tickets) == 6
+        assert [t.client for t in state.tickets] == sample(names(10), 6, config.seed, 3)
+        assert {t.state for t in state.tickets} == {TicketState.ISSUED}
+
+    def test_time_alone_opens_nothing(self) -> None:
+        state = Round(RUN, 1)
+        assert advance(state, TimePassed(), RoundsConfig(clients=1), 1e9) == (state, ())
+
+    def test_the_sample_depends_on_seed_and_round_and_not_on_order(self) -> None:
+        chosen = sample(NAMES, 4, 7, 1)
+        assert chosen == sample(reversed(NAMES), 4, 7, 1) == sorted(chosen)
+        assert len({tuple(sample(NAMES, 4, seed, number)) for seed in range(5) for number in range(1, 6)}) > 10
+        assert sample(NAMES, 40, 7, 1) == NAMES
+
+    def test_the_id_of_a_ticket_names_run_round_and_client(self) -> None:
+        ids = {ticket_id(run, number, client) for run in "ab" for number in (1, 2) for client in "xy"}
+        assert len(ids) == 8
+        assert all(len(i) == 23 and i.startswith("ticket-") for i in ids)
+
+
+class TestReceiving:
+    def test_the_goal_closes_the_round_and_the_rest_is_late(self) -> None:
+        config = RoundsConfig(clients=2, over_selection=0.5)
+        state = received(opened(config), config, 1)
+        assert (state.phase, len(state.in_state(TicketState.RECEIVED))) == (Phase.OPEN, 1)
+        last = state.in_state(TicketState.ISSUED)[0]
+        state, effects = advance(state, Received(last.id), config, 1001.0)
+        assert effects == (Aggregate(),)
+        assert (state.phase, state.deadline) == (Phase.AGGREGATING, None)
+        (late,) = state.in_state(TicketState.LATE)
+        assert late.reason
+        with pytest.raises(RoundClosed):
+            advance(state, Received(late.id), config, 1002.0)
+
+    def test_a_repetition_changes_nothing_in_any_phase(self) -> None:
+        config = RoundsConfig(clients=1)
+        state = received(opened(config), config, 1)
+        ticket = state.tickets[0].id
+        for _ in range(2):
+            assert advance(state, Received(ticket), config, 1e9)[0] is state
+            state = after(state, config, Aggregated())
+        assert state.phase is Phase.COMMITTED
+
+    @pytest.mark.parametrize("event", [Withdrawn, Refused])
+    def test_a_ticket_given_up_or_refused_takes_nothing(self, event: type[Withdrawn] | type[Refused]) -> None:
+        config = RoundsConfig(clients=2)
+        state = opened(config)
+        ticket = state.tickets[0]
+        state = after(state, config, event(ticket.id, "no disk"))
+        with pytest.raises(TicketClosed, match="no disk"):
+            advance(state, Received(ticket.id), config, 1001.0)
+        assert advance(state, event(ticket.id, "again"), config, 1001.0)[0] is state
+
+    @pytest.mark.parametrize("event", [Withdrawn, Refused])
+    def test_what_was_received_cannot_be_given_up(self, event: type[Withdrawn] | type[Refused]) -> None:
+        config = RoundsConfig(clients=2)
+        state = received(opened(config), config, 1)
+        (ticket,) = state.in_state(TicketState.RECEIVED)
+        assert advance(state, event(ticket.id, "changed my mind"), config, 1001.0)[0] is state
+
+    @pytest.mark.parametrize("event", [Received("ticket-x"), Withdrawn("ticket-x", ""), Refused("ticket-x", "")])
+    def test_an_unknown_ticket_is_said_to_be_one(self, event: Event) -> None:
+        config = RoundsConfig(clients=1)
+        with pytest.raises(TicketNotFound, match="ticket-x"):
+            advance(opened(config), event, config, 1001.0)
+
+
+class TestReplacing:
+    def test_a_withdrawn_client_is_replaced_at_once(self) -> None:
+        config = RoundsConfig(clients=2)
+        state = opened(config)
+        gone = state.tickets[0]
+        state = after(state, config, Withdrawn(gone.id, "bye"))
+        state, (issue,) = advance(state, Waiting(names(5)), config, 1002.0)
+        assert isinstance(issue, Issue) and len(issue.tickets) == 1
+        assert state.ticket_of(issue.tickets[0].client) == issue.tickets[0]
+        assert gone.client not in {t.client for t in issue.tickets}
+        assert state.deadline == 1000.0 + config.deadline_s
+
+    def test_nobody_is_sampled_while_all_tickets_are_good(self) -> None:
+        config = RoundsConfig(clients=2)
+        state = opened(config)
+        assert advance(state, Waiting(names(9)), config, 1002.0)[0] is state
+
+    def test_a_quorum_with_nobody_left_to_wait_for_closes_the_round(self) -> None:
+        config = RoundsConfig(clients=3, quorum=2)
+        state = received(opened(config), config, 2)
+        (third,) = state.in_state(TicketState.ISSUED)
+        state = after(state, config, Withdrawn(third.id, "bye"))
+        assert state.phase is Phase.OPEN
+        state, effects = advance(state, Waiting(frozenset({third.client})), config, 1002.0)
+        assert (state.phase, effects) == (Phase.AGGREGATING, (Aggregate(),))
+
+    def test_a_quorum_alone_does_not_close_the_round_while_somebody_is_awaited(self) -> None:
+        config = RoundsConfig(clients=3, quorum=1)
+        state = received(opened(config), config, 1)
+        for clients in (frozenset[str](), names(3), names(12)):
+            assert advance(state, Waiting(clients), config, 1002.0)[0] is state
+
+    def test_without_a_quorum_it_waits_for_the_deadline_though_nobody_is_left(self) -> None:
+        config = RoundsConfig(clients=2)
+        state = opened(config)
+        state = after(state, config, *(Refused(t.id, "nan") for t in state.tickets), Waiting(frozenset()))
+        assert state.phase is Phase.OPEN
+
+
+class TestDeadlines:
+    def test_nothing_happens_before(self) -> None:
+        config = RoundsConfig(clients=1, deadline_s=60)
+        state = opened(config)
+        assert advance(state, TimePassed(), config, 1059.9)[0] is state
+
+    def test_with_a_quorum_the_round_closes(self) -> None:
+        config = RoundsConfig(clients=3, quorum=1, deadline_s=60)
+        state, effects = advance(received(opened(config), config, 1), TimePassed(), config, 1060.0)
+        assert (state.phase, effects) == (Phase.AGGREGATING, (Aggregate(),))
+        assert len(state.in_state(TicketState.LATE)) == 2
+
+    def test_without_one_it_is_extended_and_stragglers_are_replaced_but_stay_good(self) -> None:
+        config = RoundsConfig(clients=2, deadline_s=60)
+        state = received(opened(config), config, 1)
+        (straggler,) = state.in_state(TicketState.ISSUED)
+        state, effects = advance(state, TimePassed(), config, 1075.0)
+        assert (state.phase, state.extensions, state.deadline, effects) == (Phase.OPEN, 1, 1135.0, ())
+        state, (issue,) = advance(state, Waiting(names(5)), config, 1076.0)
+        assert isinstance(issue, Issue) and [t.generation for t in issue.tickets] == [1]
+        assert advance(state, Waiting(names(9)), config, 1077.0)[0] is state
+        assert after(state, config, Received(straggler.id)).phase is Phase.AGGREGATING
+
+    def test_after_the_last_extension_the_run_is_paused_with_those_awaited(self) -> None:
+        config = RoundsConfig(clients=2, deadline_s=60, max_extensions=1)
+        state = received(opened(config), config, 1)
+        state = after(state, config, TimePassed(), now=1060.0)
+        state, (pause,) = advance(state, TimePassed(), config, 1120.0)
+        (awaited,) = state.in_state(TicketState.ISSUED)
+        assert isinstance(pause, Pause) and awaited.client in pause.reason
+        assert (state.phase, state.deadline) == (Phase.OPEN, None)
+        assert advance(state, TimePassed(), config, 1e9)[0] is state
+        assert after(state, config, Received(awaited.id)).phase is Phase.AGGREGATING
+
+    def test_resuming_gives_a_fresh_deadline_and_all_extensions_back(self) -> None:
+        config = RoundsConfig(clients=1, deadline_s=60, max_extensions=0)
+        state = opened(config)
+        assert advance(state, Resumed(), config, 1001.0)[0] is state
+        state = after(state, config, TimePassed(), now=1060.0)
+        state = after(state, config, Resumed(), now=5000.0)
+        assert (state.deadline, state.extensions) == (5060.0, 0)
+        assert {t.generation for t in state.tickets} == {0}
+
+    def test_resuming_awaits_the_stragglers_in_good_time_again(self) -> None:
+        config = RoundsConfig(clients=2, deadline_s=60, max_extensions=1)
+        state = after(opened(config), config, TimePassed(), now=1060.0)
+        state = after(state, config, Waiting(names(4)), now=1061.0)
+        state = after(state, config, TimePassed(), now=1120.0)
+        state = after(state, config, Resumed(), now=2000.0)
+        assert [t.generation for t in state.tickets] == [0, 0, 0, 0]
+        assert advance(state, Waiting(names(12)), config, 2001.0)[0] is state
+
+
+class TestEnding:
+    def test_only_an_aggregating_round_is_committed(self) -> None:
+        config = RoundsConfig(clients=1)
+        for state in (Round(RUN, 1), opened(config)):
+            assert advance(state, Aggregated(), config, 1001.0)[0] is state
+        assert after(received(opened(config), config, 1), config, Aggregated()).phase is Phase.COMMITTED
+
+    def test_stopping_closes_the_open_tickets_for_good(self) -> None:
+        config = RoundsConfig(clients=2)
+        state = received(opened(config), config, 1)
+        state, effects = advance(state, Stopped(), config, 1001.0)
+        assert (effects, state.deadline) == ((), None)
+        (late,) = state.in_state(TicketState.LATE)
+        with pytest.raises(RoundClosed):
+            advance(state, Received(late.id), config, 1002.0)
+
+    @pytest.mark.parametrize("received_before", [0, 2, 3])
+    def test_after_stopping_nothing_is_issued_folded_or_committed(self, received_before: int) -> None:
+        config = RoundsConfig(clients=3, quorum=2)
+        stopped = after(received(opened(config), config, received_before), config, Stopped())
+        for event in (Waiting(names(12)), TimePassed(), Resumed(), Aggregated(), Stopped()):
+            assert advance(stopped, event, config, 1e9) == (stopped, ())
+
+    def test_a_round_that_never_opened_can_be_stopped(self) -> None:
+        config = RoundsConfig(clients=1)
+        stopped = after(Round(RUN, 1), config, Stopped(), Waiting(names(12)))
+        assert (stopped.phase, stopped.tickets) == (Phase.WAITING, ())
+
+    def test_what_is_committed_is_not_stopped(self) -> None:
+        config = RoundsConfig(clients=1)
+        state = after(received(opened(config), config, 1), config, Aggregated())
+        assert advance(state, Stopped(), config, 1e9)[0] is state
+
+
+configs = st.builds(
+    lambda clients, quorum, spare, deadline_s, over, extensions, seed: RoundsConfig(
+        clients=clients,
+        quorum=min(quorum, clients) or None,
+        min_available=None if spare is None else RoundsConfig(clients=clients, over_selection=over).sampled + spare,
+        deadline_s=deadline_s,
+        over_selection=over,
+        max_extensions=extensions,
+        seed=seed,
+    ),
+    clients=st.integers(1, 6),
+    quorum=st.integers(0, 6),
+    spare=st.none() | st.integers(0, 3),
+    deadline_s=st.sampled_from([1.0, 60.0]),
+    over=st.sampled_from([0.0, 0.2, 1.0]),
+    extensions=st.integers(0, 3),
+    seed=st.integers(0, 3),
+)
+
+
+class AnySequence(RuleBasedStateMachine):
+    """Drives one round with whatever may happen, and holds its promises after each step."""
+
+    @initialize(config=configs)
+    def begin(self, config: RoundsConfig) -> None:
+        self.config = config
+        self.now = 1000.0
+        self.state = Round(RUN, 1)
+        self.present: set[str] = set()
+        self.history: list[tuple[Event, float]] = []
+        self.paused = False
+
+    def step(self, event: Event) -> None:
+        before = self.state
+        self.history.append((event, self.now))
+        try:
+            self.state, effects = advance(before, event, self.config, self.now)
+        except (RoundClosed, TicketClosed):
+            assert isinstance(event, Received)
+            assert before.ticket(event.ticket).state is not TicketState.RECEIVED
+            self.history.pop()
+            return
+        assert effects == () or self.state is not before
+        self.check_step(before, event)
+        self.check_effects(before, effects)
+
+    def check_step(self, before: Round, event: Event) -> None:
+        assert ORDER.index(before.phase) <= ORDER.index(self.state.phase)
+        for ticket in before.tickets:
+            now = self.state.ticket(ticket.id)
+            assert now.client == ticket.client
+            if ticket.state is not TicketState.ISSUED:
+                assert now.state is ticket.state
+            if now.state is TicketState.LATE:
+                assert self.state.phase in (Phase.AGGREGATING, Phase.COMMITTED) or self.state.stopped
+        if self.state == before:
+            assert self.state is before
+        if before.stopped:
+            assert self.state is before
+        if isinstance(event, Received) and before.phase is Phase.OPEN:
+            assert self.state.ticket(event.ticket).state is TicketState.RECEIVED
+
+    def check_effects(self, before: Round, effects: tuple[object, ...]) -> None:
+        new = tuple(t for t in self.state.tickets if before.ticket_of(t.client) is None)
+        issued = tuple(t for e in effects if isinstance(e, Issue) for t in e.tickets)
+        assert new == issued
+        assert {t.client for t in new} <= self.present
+        assert (Aggregate() in effects) == (before.phase is Phase.OPEN and self.state.phase is Phase.AGGREGATING)
+        if Aggregate() in effects and isinstance(self.history[-1][0], Waiting):
+            assert not before.in_state(TicketState.ISSUED)
+        if any(isinstance(e, Pause) for e in effects):
+            assert self.state.phase is Phase.OPEN and self.state.deadline is None
+            self.paused = True
+
+    def ticket(self, data: st.DataObject) -> Ticket:
+        return data.draw(st.sampled_from(self.state.tickets))
+
+    @rule(clients=st.sets(st.sampled_from(NAMES)))
+    def come_and_go(self, clients: set[str]) -> None:
+        self.present = clients
+        self.step(Waiting(frozenset(clients)))
+
+    @rule()
+    def everybody_comes(self) -> None:
+        self.come_and_go(set(NAMES))
+
+    @precondition(lambda self: self.state.tickets)
+    @rule(data=st.data())
+    def receive(self, data: st.DataObject) -> None:
+        self.step(Received(self.ticket(data).id))
+
+    @precondition(lambda self: self.state.tickets)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        self.step(Withdrawn(self.ticket(data).id, "leaving"))
+
+    @precondition(lambda self: self.state.tickets)
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        self.step(Refused(self.ticket(data).id, "not finite"))
+
+    @rule(seconds=st.sampled_from([0.5, 30.0, 60.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.step(TimePassed())
+
+    @rule()
+    def resume(self) -> None:
+        if self.paused and self.state.phase is Phase.OPEN and not self.state.stopped:
+            self.paused = False
+        self.step(Resumed())
+
+    @rule()
+    def aggregated(self) -> None:
+        self.step(Aggregated())
+
+    @precondition(lambda self: len(self.history) > 8)
+    @rule()
+    def stop(self) -> None:
+        self.step(Stopped())
+        assert self.state.stopped or self.state.phase is Phase.COMMITTED
+
+    @precondition(lambda self: self.history)
+    @rule(kind=st.sampled_from([Received, lambda t: Withdrawn(t, ""), lambda t: Refused(t, "")]))
+    def a_stranger_comes(self, kind: type[Received]) -> None:
+        with pytest.raises(TicketNotFound):
+            advance(self.state, kind("ticket-of-nobody"), self.config, self.now)
+
+    @invariant()
+    def one_ticket_a_client_in_their_order(self) -> None:
+        clients = [t.client for t in self.state.tickets]
+        assert clients == sorted(set(clients))
+        assert all(t.id == ticket_id(RUN, 1, t.client) for t in self.state.tickets)
+
+    @invariant()
+    def never_more_sampled_than_allowed(self) -> None:
+        """At most `sampled` may count or be awaited in good time; only stragglers of missed deadlines come on top."""
+        received = self.state.in_state(TicketState.RECEIVED)
+        assert len(received) <= self.config.clients
+        if any(isinstance(event, Resumed) for event, _ in self.history):
+            return  # Resuming forgives the stragglers: all of them are awaited in good time again.
+        for generation in range(self.state.extensions + 1):
+            awaited = [t for t in self.state.in_state(TicketState.ISSUED) if t.generation == generation]
+            assert len(awaited) <= self.config.sampled
+        if self.state.extensions == 0:
+            assert len(received) + len(self.state.in_state(TicketState.ISSUED)) <= self.config.sampled
+
+    @invariant()
+    def closes_only_with_what_it_needs(self) -> None:
+        received = len(self.state.in_state(TicketState.RECEIVED))
+        if self.state.phase in (Phase.AGGREGATING, Phase.COMMITTED):
+            assert self.config.needed <= received <= self.config.clients
+            assert not self.state.in_state(TicketState.ISSUED)
+        if self.state.phase is Phase.WAITING:
+            assert not self.state.tickets
+
+    @invariant()
+    def has_a_deadline_exactly_while_it_can_miss_one(self) -> None:
+        expected = self.state.phase is Phase.OPEN and not self.paused and not self.state.stopped
+        assert (self.state.deadline is not None) == expected
+        assert (self.state.opened_at is not None) == (self.state.phase is not Phase.WAITING)
+        assert 0 <= self.state.extensions <= self.config.max_extensions
+
+    def teardown(self) -> None:
+        if not hasattr(self, "history"):
+            return
+        state = Round(RUN, 1)
+        for event, now in self.history:
+            state, _ = advance(state, event, self.config, now)
+        assert state == self.state
+
+
+TestAnySequence = AnySequence.TestCase
+TestAnySequence.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@given(config=configs, order=st.permutations(range(12)))
+@settings(max_examples=50, deadline=None)
+def test_the_order_of_receipts_does_not_change_who_is_folded_when_all_arrive(
+    config: RoundsConfig, order: list[int]
+) -> None:
+    """Without over-selection the same clients are folded, whoever is faster."""
+    config = replace_over_selection(config)
+    state = opened(config)
+    ids = [t.id for t in state.tickets]
+    state = after(state, config, *(Received(ids[i]) for i in order if i < len(ids)))
+    assert state.phase is Phase.AGGREGATING
+    assert {t.id for t in state.in_state(TicketState.RECEIVED)} == set(ids)
+
+
+def replace_over_selection(config: RoundsConfig) -> RoundsConfig:
+    return config.model_copy(update={"over_selection": 0.0, "min_available": None})
+
+
+def test_rounds_and_tickets_cannot_be_changed_in_place() -> None:
+    state = opened(RoundsConfig(clients=1))
+    assert replace(state, extensions=1) is not state
+    with pytest.raises(AttributeError):
+        state.phase = Phase.COMMITTED  # type: ignore[misc]

@@ -1,0 +1,28 @@
+"""What docs/run-file.md shows is true: its example is valid, and spoiling it gives the error shown."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fedpeft.config import load_run_file
+from fedpeft.errors import ConfigInvalid
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "run-file.md").read_text(encoding="utf-8")
+EXAMPLE = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.M | re.S)[0]
+ERROR = re.findall(r"^```\n(.*?)\n```$", PAGE, re.M | re.S)[0]
+
+
+def test_the_example_is_valid(tmp_path: Path) -> None:
+    file = tmp_path / "emoji.toml"
+    file.write_text(EXAMPLE, encoding="utf-8")
+    config = load_run_file(file)
+    assert (config.rounds.quorum, config.codec.encoding) == (4, "sparse+float32")
+
+
+def test_the_error_is_real(tmp_path: Path) -> None:
+    file = tmp_path / "emoji.toml"
+    file.write_text(EXAMPLE.replace("quorum = 4", "quorum = 9"), encoding="utf-8")
+    with pytest.raises(ConfigInvalid) as caught:
+        load_run_file(file)
+    assert str(caught.value).replace(f"{tmp_path}/", "") == ERROR

@@ -1,0 +1,454 @@
+"""Whole simulated runs of a tiny model: repeatable, the same as plain FedAvg, and honest about what goes wrong."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft import payload, record, rounds, seeds
+from fedpeft.adapter_file import open_adapter
+from fedpeft.cli import views
+from fedpeft.cli.app import main
+from fedpeft.config import RunConfig, load_run_file, parse_config
+from fedpeft.data import partitions
+from fedpeft.data.dataset import open_dataset
+from fedpeft.data.parts import write_parts
+from fedpeft.data.sources import open_source
+from fedpeft.data.transforms import Preprocessing
+from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid, TrainingFailed
+from fedpeft.evaluation import evaluate
+from fedpeft.models import build
+from fedpeft.peft import tune
+from fedpeft.simulation import bench, clients_of, simulate
+from fedpeft.simulation.clients import ClientData
+from fedpeft.training import train
+from fedpeft.v1 import run_pb2
+
+from .test_sources import NAMES, table, write
+
+MODEL = {"name": "vit_tiny_patch16_224", "weights": "none", "image_size": 32, "depth": 1, "classes": list(NAMES)}
+
+
+def config(method="bias", **sections) -> RunConfig:
+    sections.setdefault("rounds", {"count": 2, "clients": 3, "seed": 7})
+    return parse_config(
+        {
+            "model": MODEL,
+            "peft": {"method": method},
+            "training": {"batch_size": 8, "learning_rate": 0.05},
+            **sections,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Four clients of different sizes, as `fedpeft partition` writes them."""
+    root = tmp_path_factory.mktemp("data")
+    whole = write(root / "whole.parquet", table(48))
+    cut = partitions.dirichlet(open_source(whole).labels, 4, 1.0, 3)
+    write_parts(whole, cut, root / "parts")
+    return root / "parts"
+
+
+def clients(folders):
+    return dict(clients_of(folders, config())[0])
+
+
+def tensors(out):
+    with open_adapter(out / "adapter.safetensors") as file:
+        return file.info, {name: file[name] for name in file}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+
+
+def without_clock(value):
+    """Returns a report without what differs from one repetition to the next."""
+    timed = {"created_at", "opened_at", "committed_at", "deadline", "seconds", "images_per_second"}
+    if isinstance(value, dict):
+        return {key: without_clock(item) for key, item in value.items() if key not in timed}
+    return [without_clock(item) for item in value] if isinstance(value, list) else value
+
+
+def test_a_repetition_has_the_same_bytes_whatever_the_order_of_clients(tmp_path, folders):
+    settings = config(codec={"up": "sparse", "density": 0.2}, aggregation={"strategy": "fedadam"})
+    names = clients(folders)
+    first = simulate(settings, names, tmp_path / "first")
+    second = simulate(settings, dict(reversed(names.items())), tmp_path / "second")
+    assert without_clock(first) == without_clock(second)
+    for file in ("adapter.safetensors", "records.jsonl"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    assert json.loads((tmp_path / "first" / "report.json").read_text()) == first
+    assert sorted(p.name for p in (tmp_path / "first").iterdir()) == [
+        "adapter.safetensors",
+        "records.jsonl",
+        "report.json",
+    ]
+    other = settings.model_copy(update={"rounds": settings.rounds.model_copy(update={"seed": 8})})
+    simulate(other, names, tmp_path / "other")
+    assert not same(tensors(tmp_path / "first")[1], tensors(tmp_path / "other")[1])
+
+
+@pytest.mark.parametrize("method", ["bias", "lora"])
+def test_it_is_plain_fedavg_bit_for_bit(tmp_path, folders, method):
+    settings, names = config(method, rounds={"count": 3, "clients": 4, "seed": 7}), clients(folders)
+    report = simulate(settings, names, tmp_path, evaluate=folders / "client-0")
+    # The same with a model of its own for each client, and the mean written out.
+    backbones = {name: build(settings.model, 7) for name in names}
+    models = {name: tune(backbone, method, {}, 7) for name, backbone in backbones.items()}
+    inputs = Preprocessing.of(backbones["client-0"])
+    data = {name: open_dataset(path, NAMES, inputs) for name, path in names.items()}
+    adapter = models["client-0"].state()
+    scores = []
+    for number in (1, 2, 3):
+        deltas = {}
+        for name, model in models.items():
+            model.load(adapter)
+            deltas[name] = train(model, data[name], settings.training, seeds.training(7, number, name), number)
+        total = sum(d.examples for d in deltas.values())
+        for key, base in adapter.items():
+            mean = np.zeros(base.shape)
+            for name in sorted(deltas):
+                mean += deltas[name].delta[key].astype(np.float64) * float(deltas[name].examples)
+            adapter[key] = (base.astype(np.float64) + 1.0 * (mean / total)).astype(np.float32)
+        models["client-0"].load(adapter)
+        scores.append(evaluate(models["client-0"], data["client-0"])["accuracy"])
+    info, found = tensors(tmp_path)
+    assert same(found, adapter)
+    assert (info.run, info.version, info.method) == ("simulation", 3, method)
+    assert [row["metrics"]["accuracy"] for row in report["rounds"]] == scores
+    assert report["rounds"][0]["tickets"][0]["weight"] == len(data["client-0"]) / 48
+    assert "accuracy" in report["initial_metrics"]
+    assert report["state"] == "completed"
+    assert report["facts"]["threads"] == "1"
+
+
+def test_what_a_client_trains_does_not_depend_on_what_is_kept_open(tmp_path, folders, monkeypatch):
+    opened = []
+    real = ClientData.open
+
+    def counted(self, data, who):
+        opened.append(who)
+        return real(self, data, who)
+
+    monkeypatch.setattr(ClientData, "open", counted)
+    settings, names = config(rounds={"count": 3, "clients": 4}), clients(folders)
+    simulate(settings, names, tmp_path / "kept")
+    assert sorted(opened) == [f"client {name}" for name in names]
+    opened.clear()
+    monkeypatch.setattr(ClientData.__init__, "__defaults__", (1,))
+    simulate(settings, names, tmp_path / "not")
+    assert 9 < len(opened) <= 12  # the last of a round may be the first of the next
+    assert same(tensors(tmp_path / "kept")[1], tensors(tmp_path / "not")[1])
+
+
+def test_each_round_samples_some_of_all_as_a_server_would(tmp_path, folders):
+    settings = config(rounds={"count": 4, "clients": 2, "seed": 11})
+    report = simulate(settings, clients(folders), tmp_path)
+    names = sorted(clients(folders))
+    for row in report["rounds"]:
+        assert row["clients"] == rounds.sample(names, 2, 11, row["version"])
+        assert [t["state"] for t in row["tickets"]] == ["received", "received"]
+    assert len({tuple(row["clients"]) for row in report["rounds"]}) > 1
+    assert report["rounds"][0]["tickets"][0]["ticket"] == rounds.ticket_id(
+        "simulation", 1, report["rounds"][0]["clients"][0]
+    )
+
+
+def test_sparse_updates_with_error_feedback_are_smaller_and_the_residual_is_added(tmp_path, folders, monkeypatch):
+    names = clients(folders)
+    residuals = []
+    real = bench.prepare
+
+    def watched(delta, residual, specs, codec):
+        update = real(delta, residual, specs, codec)
+        sent = payload.decode(update.manifest, memoryview(update.payload))
+        for spec in specs:
+            target = delta[spec.name] + residual.get(spec.name, np.float32(0))
+            left = update.residual_if_counted.get(spec.name, np.float32(0))
+            assert np.array_equal(sent[spec.name] + left, target)
+        residuals.append(sum(float(np.abs(r).sum()) for r in residual.values()))
+        return update
+
+    monkeypatch.setattr(bench, "prepare", watched)
+    settings = config(codec={"up": "sparse", "density": 0.05}, rounds={"count": 3, "clients": 4})
+    report = simulate(settings, names, tmp_path / "sparse")
+    assert residuals[:4] == [0.0] * 4
+    assert min(residuals[4:]) > 0
+    dense = simulate(config(rounds={"count": 3, "clients": 4}), names, tmp_path / "dense")
+    size = 4 * dense["adapter_parameters"] * 4
+    for small, large in zip(report["rounds"], dense["rounds"], strict=True):
+        assert large["payload_bytes_up"] == large["payload_bytes_down"] == size
+        assert small["payload_bytes_down"] == size
+        assert 0 < small["payload_bytes_up"] < size / 10
+        assert small["payload_bytes_up"] == sum(t["payload_bytes_up"] for t in small["tickets"])
+    # Without feedback the runs part as soon as there is something left over.
+    deaf = config(codec={"up": "sparse", "density": 0.05, "error_feedback": False}, rounds={"count": 3, "clients": 4})
+    monkeypatch.setattr(bench, "prepare", real)
+    simulate(deaf, names, tmp_path / "deaf")
+    assert not same(tensors(tmp_path / "sparse")[1], tensors(tmp_path / "deaf")[1])
+
+
+def test_a_partition_of_one_data_set_is_what_fedpeft_partition_writes(tmp_path):
+    whole = write(tmp_path / "whole.parquet", table(60))
+    settings = config(simulation={"clients": 4, "partition": "dirichlet", "alpha": 0.5})
+    inside, about = clients_of(whole, settings)
+    cut = partitions.dirichlet(open_source(whole).labels, 4, 0.5, 7)
+    written = write_parts(whole, cut, tmp_path / "parts")
+    assert about["digest"] == written["digest"]
+    assert about["skew"] == written["skew"]
+    assert about["skew"]["total_variation"] > 0.1
+    assert {name: len(source) for name, source in inside.items()} == {
+        c["name"]: c["examples"] for c in written["clients"]
+    }
+    report = simulate(settings, inside, tmp_path / "inside", partition=about)
+    outside, nothing = clients_of(tmp_path / "parts", settings)
+    assert nothing is None
+    assert sorted(outside) == sorted(inside) == ["client-0", "client-1", "client-2", "client-3"]
+    simulate(settings, outside, tmp_path / "outside")
+    assert same(tensors(tmp_path / "inside")[1], tensors(tmp_path / "outside")[1])
+    assert report["partition"]["variant"] == "dirichlet/class-first"
+    write_parts(whole, cut, tmp_path / "indexed", index=True)
+    simulate(settings, clients_of(tmp_path / "indexed", settings)[0], tmp_path / "by-index")
+    assert same(tensors(tmp_path / "inside")[1], tensors(tmp_path / "by-index")[1])
+
+
+@pytest.mark.parametrize(
+    ("simulation", "sizes"),
+    [
+        ({"clients": 7}, {f"client-{k}": n for k, n in enumerate([9, 9, 9, 9, 8, 8, 8])}),
+        ({"column": "vendor"}, {"v0": 30, "v1": 30}),
+    ],
+)
+def test_other_partitions(tmp_path, simulation, sizes):
+    whole = write(tmp_path / "whole.parquet", table(60))
+    found, _ = clients_of(whole, config(simulation=simulation))
+    assert {name: len(source) for name, source in found.items()} == sizes
+    skewed, about = clients_of(whole, config(simulation={"clients": 3, "partition": "quantity", "alpha": 0.5}))
+    assert sum(map(len, skewed.values())) == 60
+    assert about["skew"]["gini"] > 0
+
+
+def test_records_are_a_chain_that_names_what_was_folded(tmp_path, folders):
+    settings = config(aggregation={"strategy": "fedavgm"}, rounds={"count": 3, "clients": 2})
+    report = simulate(settings, clients(folders), tmp_path, run="run-0123456789ab")
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    record.verify_chain(lines)
+    last = record.parse(lines[-1])
+    assert last.run == "run-0123456789ab"
+    assert last.state_sha256
+    with open_adapter(tmp_path / "adapter.safetensors", last.adapter_sha256) as file:
+        assert file.info.version == 3
+    assert [row["record_sha256"] for row in report["rounds"]] == [record.digest(line) for line in lines]
+    assert [c.sha256 for c in last.contributions] == [t["payload_sha256"] for t in report["rounds"][-1]["tickets"]]
+
+
+def test_the_report_has_the_keys_of_run_show(tmp_path, folders):
+    report = simulate(config(), clients(folders), tmp_path)
+    run = run_pb2.Run()
+    shown = views.run_json(run, [], None)
+    assert report.keys() - shown.keys() == {"partition", "facts", "seconds"}
+    assert shown.keys() <= report.keys()
+    row = views.round_json(run_pb2.Round(tickets=[run_pb2.Ticket()]), run)
+    assert report["rounds"][0].keys() == row.keys()
+    assert report["rounds"][0]["tickets"][0].keys() == row["tickets"][0].keys()
+    for holder in (report["rounds"][0], report["rounds"][0]["tickets"][0]):
+        assert holder["wire_bytes_up"] is None
+        assert holder["wire_bytes_down"] is None
+
+
+def failing(monkeypatch, names, numbers=range(100)):
+    """Makes training fail for some clients, as it does where the loss is not finite."""
+    real = bench.Workbench.train
+
+    def train(self, client, number, version):
+        if client in names and number in numbers:
+            raise TrainingFailed("the loss is nan in step 1; lower the learning rate")
+        return real(self, client, number, version)
+
+    monkeypatch.setattr(bench.Workbench, "train", train)
+
+
+def test_a_client_that_trains_in_vain_is_replaced(tmp_path, folders, monkeypatch):
+    settings, names = config(rounds={"count": 1, "clients": 2, "seed": 11}), clients(folders)
+    first, second = rounds.sample(names, 2, 11, 1)
+    failing(monkeypatch, {first})
+    row = simulate(settings, names, tmp_path)["rounds"][0]
+    assert len(row["clients"]) == 2
+    assert second in row["clients"]
+    given_up = next(t for t in row["tickets"] if t["client"] == first)
+    assert given_up["state"] == "withdrawn"
+    assert given_up["reason"].startswith("TRAINING_FAILED: the loss is nan")
+    assert (given_up["examples"], given_up["weight"], given_up["payload_bytes_up"]) == (0, 0.0, 0)
+    assert given_up["payload_bytes_down"] > 0
+
+
+def test_a_quorum_is_enough_and_less_pauses_the_run(tmp_path, folders, monkeypatch):
+    names = clients(folders)
+    failing(monkeypatch, {"client-1"}, {2})
+    enough = config(rounds={"count": 2, "clients": 4, "quorum": 3})
+    report = simulate(enough, names, tmp_path / "enough")
+    assert [len(row["clients"]) for row in report["rounds"]] == [4, 3]
+    report = simulate(config(rounds={"count": 3, "clients": 4, "max_extensions": 2}), names, tmp_path / "paused")
+    assert (report["state"], report["version"], report["round"]) == ("paused", 1, 2)
+    assert report["reason"] == ("round 2 has 3 of the 4 updates it needs after 2 extensions; still awaited: nobody")
+    progress = report["in_progress"]
+    assert progress.keys() == views.progress_json(run_pb2.Round()).keys()
+    assert (progress["extensions"], len(progress["received"])) == (2, 3)
+    assert tensors(tmp_path / "paused")[0].version == 1
+
+
+def test_who_is_late_is_drawn_from_the_seed_and_keeps_the_update_for_later(tmp_path, folders, monkeypatch):
+    kept = {}
+    real = bench.prepare
+
+    def watched(delta, residual, specs, codec):
+        kept.setdefault("residuals", []).append(bool(residual))
+        return real(delta, residual, specs, codec)
+
+    monkeypatch.setattr(bench, "prepare", watched)
+    over = {"count": 6, "clients": 2, "over_selection": 1.0}
+    report = simulate(config(rounds=over), clients(folders), tmp_path / "feedback")
+    late = [{t["client"] for t in row["tickets"] if t["state"] == "late"} for row in report["rounds"]]
+    assert [len(names) for names in late] == [2] * 6
+    assert len(set(map(frozenset, late))) > 1
+    # Who was late has all of that update in its residual, dense or not.
+    assert kept["residuals"][:4] == [False] * 4
+    assert sum(kept["residuals"][4:8]) == 2
+    deaf = config(rounds=over, codec={"error_feedback": False})
+    kept.clear()
+    report = simulate(deaf, clients(folders), tmp_path / "deaf")
+    assert len(kept["residuals"]) == 12
+    assert all(t["payload_bytes_down"] > 0 for row in report["rounds"] for t in row["tickets"])
+
+
+def test_an_update_that_is_wrong_is_refused_and_its_residual_dropped(tmp_path, folders, monkeypatch):
+    names, real = clients(folders), bench.prepare
+    calls: list[bool] = []
+
+    def spoiled(delta, residual, specs, codec):
+        update = real(delta, residual, specs, codec)
+        calls.append(bool(residual))
+        if len(calls) == 5:
+            wrong = bytearray(update.payload)
+            wrong[-4:] = np.float32(np.nan).tobytes()
+            object.__setattr__(update, "payload", bytes(wrong))
+        return update
+
+    monkeypatch.setattr(bench, "prepare", spoiled)
+    settings = config(rounds={"count": 3, "clients": 4, "quorum": 3}, codec={"up": "sparse", "density": 0.1})
+    report = simulate(settings, names, tmp_path)
+    (refused,) = [t for t in report["rounds"][1]["tickets"] if t["state"] == "refused"]
+    assert refused["reason"].startswith("PAYLOAD_INVALID: tensor")
+    assert refused["payload_bytes_up"] > 0
+    assert [len(row["clients"]) for row in report["rounds"]] == [4, 3, 4]
+    assert sorted(calls[8:]) == [False, True, True, True]
+
+
+def test_what_is_encoded_on_the_way_down_is_what_clients_start_from(tmp_path, folders):
+    names = clients(folders)
+    half = simulate(config(codec={"down": "bfloat16"}), names, tmp_path / "half")
+    simulate(config(), names, tmp_path / "full")
+    assert half["rounds"][0]["payload_bytes_down"] * 2 == half["rounds"][0]["payload_bytes_up"]
+    assert not same(tensors(tmp_path / "half")[1], tensors(tmp_path / "full")[1])
+
+
+def test_what_cannot_be_simulated_is_said_at_once(tmp_path, folders):
+    names = clients(folders)
+    with pytest.raises(ConfigInvalid, match=r"a round opens once 5 clients wait .* and there are 4"):
+        simulate(config(rounds={"clients": 5}), names, tmp_path)
+    with pytest.raises(DataInvalid, match="client name 'a/b' is not"):
+        simulate(config(), {"a/b": folders / "client-0"}, tmp_path)
+    with pytest.raises(SettingsInvalid, match=r"there is no device cuda:\d+"):
+        simulate(config(), names, tmp_path, device="cuda:99")
+    with pytest.raises(SettingsInvalid, match="there is no device 'abacus'"):
+        simulate(config(), names, tmp_path, device="abacus")
+    whole = write(tmp_path / "whole.parquet", table(12))
+    with pytest.raises(ConfigInvalid, match=r"no \[simulation\] section"):
+        clients_of(whole, config())
+    odd = write(tmp_path / "odd" / "data.parquet", table(6, names=("cat", "dog", "yak")))
+    with pytest.raises(DataInvalid, match=r"client odd: class 'yak' \(2 rows\) is none of the run's"):
+        simulate(config(rounds={"count": 1, "clients": 1}), {"odd": odd}, tmp_path / "out")
+    hollow = tmp_path / "hollow"
+    hollow.mkdir()
+    shutil.copy(folders / "partition.json", hollow)
+    with pytest.raises(DataInvalid, match=r"has a partition\.json and no client"):
+        clients_of(hollow, config())
+
+
+def test_a_run_file_takes_only_the_engine_there_is_and_one_law(tmp_path):
+    for engine in ("processes", "ray"):
+        with pytest.raises(ConfigInvalid, match=r"simulation\.engine: Input should be 'inprocess'"):
+            config(simulation={"engine": engine})
+    with pytest.raises(ConfigInvalid, match="partition natural needs column"):
+        config(simulation={"partition": "natural"})
+    with pytest.raises(ConfigInvalid, match="column 'vendor' is for partition natural, not iid"):
+        config(simulation={"partition": "iid", "column": "vendor"})
+
+
+def test_the_run_file_of_the_page_is_valid(tmp_path):
+    page = Path(__file__).resolve().parents[2] / "docs" / "simulate.md"
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    (tmp_path / "small.toml").write_text(example)
+    settings = load_run_file(tmp_path / "small.toml")
+    assert (settings.simulation.clients, settings.simulation.law) == (16, "dirichlet")
+
+
+RUN_FILE = """
+name = "tiny"
+[model]
+name = "vit_tiny_patch16_224"
+weights = "none"
+image_size = 32
+depth = 1
+classes = ["cat", "dog", "emu"]
+[peft]
+method = "head"
+[rounds]
+count = 2
+clients = 2
+[training]
+learning_rate = 0.5
+[simulation]
+clients = 3
+"""
+
+
+def test_the_command_prints_the_report_alone_or_lines_for_people(tmp_path, capfd):
+    threads = torch.get_num_threads()
+    whole = write(tmp_path / "whole.parquet", table(30))
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    command = ["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--eval", str(whole), "--device", "cpu", "--threads", str(threads), "--json"])
+    assert ended.value.code == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out) == json.loads((tmp_path / "out" / "report.json").read_text())
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    said = capfd.readouterr()
+    assert "'tiny' is completed: head, 579 parameters" in said.out
+    assert "3 clients (iid): 10 to 10 rows" in said.out
+    assert re.search(r"^ +1 +2 +- +[\d.]+ +4\.5 KiB +4\.5 KiB +", said.out, re.M)
+    assert re.search(r"^round 2 of 2, 2 updates, training loss [\d.]+, [\d.]+ s$", said.err, re.M)
+
+
+def test_the_command_ends_with_5_where_the_run_is_paused(tmp_path, capfd, monkeypatch):
+    whole = write(tmp_path / "whole.parquet", table(30))
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    failing(monkeypatch, {"client-0", "client-1", "client-2"})
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")])
+    assert ended.value.code == 5
+    said = capfd.readouterr()
+    assert "the run is paused: round 1 has 0 of the 2 updates it needs" in said.err
+    assert "'tiny' is paused" in said.out
+    assert "ticket is given up" in said.err
+    assert "ticket is given up" not in said.out

@@ -1,0 +1,381 @@
+"""Local training with real tuned models on real images, and a stand-in where roles or faults are wanted."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from structlog.testing import capture_logs
+from torch import nn
+
+from fedpeft import training
+from fedpeft.config import ModelConfig, TrainingConfig
+from fedpeft.data import store
+from fedpeft.data.dataset import dataset_of, open_dataset
+from fedpeft.data.interface import Selection
+from fedpeft.data.sources import open_source
+from fedpeft.data.transforms import ImageUnreadable, Preprocessing
+from fedpeft.errors import DataInvalid, TrainingFailed
+from fedpeft.models import build
+from fedpeft.peft import tune
+from fedpeft.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.training import precision, train
+
+CLASSES = ("dark", "light")
+INPUT = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def write_images(root, count, broken=()):
+    """Writes dark and light noise as image folders; file k of all is k.png."""
+    generator = np.random.default_rng(0)
+    for k in range(count):
+        folder = root / CLASSES[k % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        low = 0 if k % 2 == 0 else 100
+        out = io.BytesIO()
+        Image.fromarray(generator.integers(low, low + 156, (8, 8, 3)).astype(np.uint8)).save(out, "PNG")
+        (folder / f"{k:04}.png").write_bytes(b"broken" if k in broken else out.getvalue())
+    return root
+
+
+def data(root, count=30, broken=(), **options):
+    return open_dataset(write_images(root / f"images-{count}", count, broken), CLASSES, INPUT, **options)
+
+
+class StandIn:
+    """A linear model with dropout: two tensors, roles as given."""
+
+    def __init__(self, weight=(Role.SENT,), bias=(Role.SENT,), dropout=0.0):
+        torch.manual_seed(0)
+        self.module = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(192, 2))
+        self.spec = AdapterSpec.of("test", [TensorSpec("2.weight", (2, 192), weight), TensorSpec("2.bias", (2,), bias)])
+
+    def state(self):
+        return {n: p.detach().numpy().copy() for n, p in sorted(self.module.named_parameters())}
+
+    def trainable(self, number):
+        roles = {t.name: t.role(number) for t in self.spec.tensors}
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(roles[name] is not Role.FROZEN)
+            parameter.grad = None
+        return {n: p for n, p in sorted(self.module.named_parameters()) if p.requires_grad}
+
+    def train(self):
+        self.module.train()
+
+    def eval(self):
+        self.module.eval()
+
+
+def vit(method="bias", **options):
+    name = "vit_tiny_patch16_224"
+    config = ModelConfig(name=name, weights="none", image_size=32, depth=1, classes=CLASSES)
+    return tune(build(config, 0), method, options, 0)
+
+
+def settings(**changes):
+    return TrainingConfig(**{"batch_size": 8, "learning_rate": 0.05, "augmentation": "crop", **changes})
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("method", ["full", "head", "bias", "adapter", "prompt", "lora"])
+def test_every_method_learns_repeats_bit_for_bit_and_sends_what_moved(tmp_path, method):
+    results = []
+    for _ in range(2):
+        model = vit(method)
+        backbone = {n: p.clone() for n, p in model.backbone.module.named_parameters()}
+        start = model.state()
+        dataset = open_dataset(write_images(tmp_path / "x", 30), CLASSES, Preprocessing.of(model.backbone))
+        results.append(train(model, dataset, settings(epochs=2), seed=5, number=1))
+        assert all(torch.equal(p, backbone[n]) for n, p in model.backbone.module.named_parameters())
+        assert all(np.allclose(start[n] + d, model.state()[n], atol=1e-6) for n, d in results[-1].delta.items())
+    first, second = results
+    assert same(first.delta, second.delta)
+    assert sorted(first.delta) == [t.name for t in model.spec.sent(1)]
+    assert all(np.abs(delta).max() > 0 for delta in first.delta.values())
+    assert all(delta.dtype == np.float32 for delta in first.delta.values())
+    assert first.local == {}
+    assert first.examples == 30
+    assert first.metrics["steps"] == 8
+    assert first.metrics["loss"] < first.metrics["loss_first"] or method == "head"
+    assert first.metrics["threads"] == 1
+    assert first.facts["precision"] == "float32"
+
+
+def test_one_step_is_plain_nesterov_sgd_with_weight_decay(tmp_path):
+    model, dataset = StandIn(), data(tmp_path, 4)
+    start = model.state()
+    pixels = torch.stack([dataset[i][0] for i in range(4)])
+    labels = torch.tensor(dataset.labels)
+    result = train(model, dataset, settings(batch_size=4, augmentation="none", weight_decay=0.1), seed=1, number=1)
+    weight = torch.tensor(start["2.weight"], requires_grad=True)
+    logits = pixels.flatten(1) @ weight.T + torch.tensor(start["2.bias"])
+    loss = nn.functional.cross_entropy(logits, labels)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    gradient = gradient + 0.1 * torch.tensor(start["2.weight"])
+    # First step of Nesterov: the buffer is g, the direction g + 0.9 g.
+    assert np.allclose(result.delta["2.weight"], (-0.05 * 1.9 * gradient).detach(), atol=1e-6)
+    assert result.metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_momentum_does_not_leak_from_one_call_to_the_next(tmp_path):
+    dataset, wanted = data(tmp_path), settings(steps=3, momentum=0.9)
+    model = StandIn()
+    first = train(model, dataset, wanted, seed=1, number=1)
+    fresh = StandIn()
+    assert same(train(fresh, dataset, wanted, seed=1, number=1).delta, first.delta)
+    second = train(model, dataset, wanted, seed=2, number=2)
+    copied = StandIn()
+    copied.module.load_state_dict(fresh.module.state_dict())
+    assert same(train(copied, dataset, wanted, seed=2, number=2).delta, second.delta)
+
+
+def test_roles_choose_what_is_sent_kept_and_left_in_each_round(tmp_path):
+    dataset = data(tmp_path)
+    model = StandIn(weight=(Role.SENT, Role.FROZEN), bias=(Role.LOCAL,))
+    odd = train(model, dataset, settings(), seed=1, number=1)
+    assert odd.delta.keys() == {"2.weight"}
+    assert odd.local.keys() == {"2.bias"}
+    assert np.array_equal(odd.local["2.bias"], model.state()["2.bias"])
+    before = model.state()
+    even = train(model, dataset, settings(), seed=1, number=2)
+    assert even.delta == {}
+    assert np.array_equal(model.state()["2.weight"], before["2.weight"])
+    assert not np.array_equal(even.local["2.bias"], before["2.bias"])
+    with pytest.raises(TrainingFailed, match="trains no tensor in round 1"):
+        train(StandIn((Role.FROZEN,), (Role.FROZEN,)), dataset, settings(), seed=1, number=1)
+
+
+def test_the_last_smaller_batch_is_trained_and_counted(tmp_path):
+    seen = []
+    model = StandIn()
+    model.module.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    result = train(model, data(tmp_path, 30), settings(epochs=2), seed=1, number=1)
+    assert seen == [8, 8, 8, 6] * 2
+    assert result.examples == 30
+
+
+def test_every_pass_has_every_image_once_in_another_order(tmp_path):
+    dataset = data(tmp_path, 30)
+    orders = training._Orders(settings(epochs=3), 30, 7)
+    passes = [np.concatenate(list(orders)[k * 4 : k * 4 + 4]).tolist() for k in range(3)]
+    assert all(sorted(p) == list(range(30)) for p in passes)
+    assert len({tuple(p) for p in passes}) == 3
+    assert training._Orders(settings(steps=3), 30, 7).steps == 3
+    assert len(list(training._Orders(settings(steps=9), 30, 7))) == 9
+    assert train(StandIn(), dataset, settings(steps=9), seed=7, number=1).metrics["steps"] == 9
+
+
+def test_adamw_and_plain_sgd_train_as_well(tmp_path):
+    dataset = data(tmp_path)
+    for changes in ({"optimizer": "adamw", "learning_rate": 0.01}, {"momentum": 0.0, "learning_rate": 0.01}):
+        result = train(StandIn(), dataset, settings(epochs=5, **changes), seed=1, number=1)
+        assert result.metrics["loss"] < result.metrics["loss_first"]
+
+
+def test_seeds_matter_and_shuffling_and_dropout_repeat(tmp_path):
+    dataset = data(tmp_path)
+    results = [train(StandIn(dropout=0.5), dataset, settings(), seed, 1) for seed in (1, 1, 2)]
+    assert same(results[0].delta, results[1].delta)
+    assert not same(results[0].delta, results[2].delta)
+
+
+def test_global_generator_is_left_alone(tmp_path):
+    dataset, model = data(tmp_path), StandIn(dropout=0.5)
+    before = torch.get_rng_state()
+    train(model, dataset, settings(), 1, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 4, 5])
+def test_a_batch_that_does_not_fit_is_halved_and_the_step_is_the_same(tmp_path, capacity):
+    dataset = data(tmp_path, 30)
+    plain = train(StandIn(), dataset, settings(), seed=1, number=1)
+    model = StandIn()
+
+    def full(_, inputs):
+        if len(inputs[0]) > capacity:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.module.register_forward_pre_hook(full)
+    with capture_logs() as logs:
+        halved = train(model, dataset, settings(), seed=1, number=1)
+    assert halved.metrics["micro_batch"] == {1: 1, 3: 2, 4: 4, 5: 4}[capacity]
+    assert [log["event"] for log in logs].count("out_of_gpu_memory") == {1: 3, 3: 2, 4: 1, 5: 1}[capacity]
+    assert halved.metrics["steps"] == plain.metrics["steps"]
+    assert halved.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=1e-6)
+    for name, delta in plain.delta.items():
+        assert np.allclose(halved.delta[name], delta, atol=1e-6)
+
+
+def test_running_out_of_memory_in_the_backward_pass_leaves_no_gradient(tmp_path):
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.n = len(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            if ctx.n > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return gradient
+
+    dataset = data(tmp_path, 30)
+    plain = train(StandIn(), dataset, settings(), seed=1, number=1)
+    model = StandIn()
+    model.module.register_forward_hook(lambda _, inputs, logits: Full.apply(logits))
+    halved = train(model, dataset, settings(), seed=1, number=1)
+    assert all(np.allclose(halved.delta[n], d, atol=1e-6) for n, d in plain.delta.items())
+
+
+def test_not_even_one_image_fits(tmp_path):
+    model = StandIn()
+
+    def full(_, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.module.register_forward_pre_hook(full)
+    with pytest.raises(TrainingFailed, match="not even one image fits"):
+        train(model, data(tmp_path), settings(), seed=1, number=1)
+
+
+def test_a_stop_is_honoured_between_steps(tmp_path):
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) > 2
+
+    model = StandIn()
+    with pytest.raises(TrainingFailed, match="stopped as asked, after 2 of 4 steps"):
+        train(model, data(tmp_path), settings(), seed=1, number=1, stop=stop)
+    assert not model.module.training
+
+
+def test_progress_comes_about_once_a_second_and_at_the_end(tmp_path, monkeypatch):
+    clock = iter(np.arange(0, 1000, 0.4))
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    reports = []
+    train(StandIn(), data(tmp_path), settings(epochs=2), seed=1, number=1, progress=reports.append)
+    assert [r.step for r in reports] == [3, 6, 8]
+    assert {r.steps for r in reports} == {8}
+    assert all(np.isfinite(r.loss) and r.images_per_second > 0 for r in reports)
+
+
+def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
+    model = StandIn()
+    calls = []
+
+    def spoil(_, inputs, logits):
+        calls.append(1)
+        return logits * float("nan") if len(calls) == 3 else logits
+
+    model.module.register_forward_hook(spoil)
+    with pytest.raises(TrainingFailed, match="the loss is nan in step 3"):
+        train(model, data(tmp_path), settings(), seed=1, number=1)
+
+
+def test_a_tensor_that_is_not_finite_is_no_update(tmp_path):
+    model = StandIn()
+    model.module[2].bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingFailed, match=r"tensor 2\.bias is not finite after 1 steps"):
+        train(model, data(tmp_path), settings(steps=1), seed=1, number=1)
+
+
+def test_losses_looked_at_late_name_the_right_step():
+    losses = training._Losses(every=10)
+    for value in (1.0, 2.0, float("inf"), 1.0):
+        losses.add(torch.tensor(value), 4, True)
+    with pytest.raises(TrainingFailed, match="inf in step 3"):
+        losses.look()
+
+
+def test_an_empty_data_set(tmp_path):
+    whole = open_source(write_images(tmp_path / "x", 4))
+    with pytest.raises(DataInvalid):
+        dataset_of(Selection(whole, np.empty(0, np.int64)), CLASSES, INPUT)
+    with pytest.raises(DataInvalid, match="no images"):
+        data(tmp_path).subset(np.empty(0, np.int64))
+
+
+def test_precision_on_a_cpu():
+    cpu = torch.device("cpu")
+    assert precision("auto", cpu) is torch.float32
+    assert precision("float16", cpu) is torch.float32
+    assert precision("bfloat16", cpu) is torch.bfloat16
+
+
+def test_bfloat16_on_a_cpu_when_asked_for(tmp_path):
+    result = train(StandIn(), data(tmp_path), settings(epochs=5, precision="bfloat16"), seed=1, number=1)
+    assert result.facts["precision"] == "bfloat16"
+    assert result.metrics["loss"] < result.metrics["loss_first"]
+
+
+def test_kept_pixels_decoding_again_and_workers_train_the_same_bits(tmp_path):
+    """One image in 130 is broken, at most 1 % of them."""
+    root = write_images(tmp_path / "x", 130, broken={17})
+    deltas = []
+    for options in ({}, {"cache_bytes": 0}, {"workers": 2}, {"cache_bytes": 0, "workers": 2}):
+        dataset = open_dataset(root, CLASSES, INPUT, **options)
+        model = StandIn(dropout=0.3)
+        result = train(model, dataset, settings(epochs=2), seed=3, number=1)
+        assert result.examples == 129
+        assert result.metrics["skipped_images"] == 1
+        assert list(dataset.unreadable) == ["light/0017.png"]
+        deltas.append(result.delta)
+    assert all(same(delta, deltas[0]) for delta in deltas)
+
+
+def test_a_fault_of_the_source_comes_through_a_worker_as_itself(tmp_path):
+    root = write_images(tmp_path / "x", 10)
+    dataset = open_dataset(root, CLASSES, INPUT, workers=1)
+    (root / "light" / "0003.png").unlink()
+    with pytest.raises(DataInvalid, match=r"^cannot read .*0003\.png: No such file"):
+        train(StandIn(), dataset, settings(), seed=1, number=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_bytes": 0}])
+def test_more_than_one_in_a_hundred_unreadable_is_refused_by_name(tmp_path, options):
+    dataset = data(tmp_path, 100, broken={3, 4}, **options)
+    with pytest.raises(DataInvalid, match=r"2 of 100 images cannot be read, more than 1%.*000[34]\.png"):
+        train(StandIn(), dataset, settings(), seed=1, number=1)
+
+
+def test_an_unreadable_image_is_told_once(tmp_path):
+    dataset = data(tmp_path, 100, broken={3})
+    with capture_logs() as logs:
+        train(StandIn(), dataset, settings(epochs=3), seed=1, number=1)
+    assert [(log["event"], log["image"]) for log in logs] == [("image_unreadable", "light/0003.png")]
+    with pytest.raises(ImageUnreadable, match=r"light/0003\.png"):
+        dataset[int(np.flatnonzero(dataset.rows == 51)[0])]
+
+
+def test_clients_share_the_pixels_of_one_source(tmp_path, monkeypatch):
+    decoded = []
+    real = store.decode_rows
+    monkeypatch.setattr(store, "decode_rows", lambda s, p, rows: decoded.extend(rows) or real(s, p, rows))
+    dataset = data(tmp_path, 30)
+    for part in np.array_split(np.arange(30), 3):
+        client = dataset.subset(part)
+        assert len(client) == 10
+        train(StandIn(), client, settings(epochs=2), seed=1, number=1)
+    assert sorted(map(int, decoded)) == list(range(30))
+    image, label = dataset[29]
+    assert image.shape == (3, 8, 8)
+    assert label == 1
+    with pytest.raises(IndexError):
+        dataset[30]
+
+
+def test_workers_are_not_started_for_small_data_nor_from_a_daemonic_process(tmp_path, monkeypatch):
+    assert data(tmp_path)._store.workers == 0
+    dataset = data(tmp_path, 10, workers=3)
+    assert dataset._store.workers == 3
+    monkeypatch.setattr(store.multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
+    assert dataset._store.workers == 0

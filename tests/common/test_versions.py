@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedpeft import versions
+from fedpeft.config import parse_config
+from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft.versions import Identity, Update, write_first
+
+SPEC = AdapterSpec.of("lora", [TensorSpec("head.weight", (2, 3))])
+OPTIONS = {"server_learning_rate": 0.05, "beta1": 0.8, "tau": 0.01}
+
+
+def identity(names: tuple[str, ...]) -> Identity:
+    config = parse_config(
+        {
+            "model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]},
+            "peft": {"method": "lora", "rank": 8.0, "alpha": 16.0},
+            "aggregation": {"strategy": "fedadam", **{name: OPTIONS[name] for name in names}},
+        }
+    )
+    return Identity("run-1", config, SPEC, "ab" * 32)
+
+
+def test_a_version_has_the_same_bytes_in_whatever_order_the_options_came(tmp_path: Path) -> None:
+    # They pass through a protobuf map, whose order is another one in every process.
+    tensors = {"head.weight": np.ones((2, 3), np.float32)}
+    orders = list(itertools.permutations(OPTIONS))
+    assert len({write_first(identity(order), tensors, tmp_path / "v").sha256 for order in orders}) == 1
+    config = json.loads(identity(orders[0]).info(0).extra["config"])
+    assert config["aggregation"]["options"] == OPTIONS
+    assert "simulation" not in config
+
+
+def test_figures_beyond_all_reason_stay_finite() -> None:
+    manifest, data = versions.Manifest((), 0, bytes(32)), memoryview(b"")
+    updates = [Update(f"t{i}", f"c{i}", 10**9, {"loss": 1.7e308}, manifest, data) for i in range(3)]
+    figures = versions._figures(updates)
+    assert figures == {"train_examples": 3e9, "train_loss": pytest.approx(1.7e308)}

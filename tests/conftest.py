@@ -1,0 +1,30 @@
+"""One thread a process, so that parallel workers do not fight for cores, and Hypothesis without a clock."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+import structlog
+from hypothesis import settings
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")  # read by torch and NumPy when they are first imported
+
+settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
+settings.register_profile("here", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Holds torch to one thread once a test module has imported it; the others need not wait for it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_log_outlives_its_test() -> Iterator[None]:
+    """Undoes what a test set up for logs: they would go to the captured stream of a test that is over."""
+    yield
+    structlog.reset_defaults()

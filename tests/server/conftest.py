@@ -1,0 +1,233 @@
+"""A real daemon in this process, on loopback sockets, and raw clients that speak the protocol to it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fedpeft import payload, wire
+from fedpeft.config import RunConfig, parse_config
+from fedpeft.payload import CHUNK_BYTES, Manifest
+from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft.status import from_rpc_error
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import federation_service_pb2_grpc as fed_grpc
+from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft.v1 import operator_service_pb2_grpc as op_grpc
+from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft_server.app import Server
+from fedpeft_server.settings import Settings
+
+Arrays = dict[str, NDArray[np.float32]]
+
+SPEC = AdapterSpec.of("bias", [TensorSpec("blocks.0.bias", (7,)), TensorSpec("head.weight", (3, 5))])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def zeros(spec: AdapterSpec = SPEC) -> Arrays:
+    return {t.name: np.zeros(t.shape, np.float32) for t in spec.shared}
+
+
+def filled(value: float, spec: AdapterSpec = SPEC) -> Arrays:
+    return {t.name: np.full(t.shape, value, np.float32) for t in spec.sent(1)}
+
+
+def config(**sections: dict[str, object]) -> RunConfig:
+    base: dict[str, object] = {
+        "model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b", "c"]},
+        "peft": {"method": "bias"},
+        "rounds": {"count": 2, "clients": 2},
+    }
+    return parse_config({**base, **sections})
+
+
+class RawClient:
+    """One client's view of the protocol; nothing is retried and nothing is hidden."""
+
+    def __init__(self, channel: grpc.aio.Channel, name: str, instance: str | None = None) -> None:
+        self.name = name
+        self.stub = fed_grpc.FederationServiceStub(channel)
+        self.metadata = (
+            (wire.CLIENT_KEY, name),
+            (wire.INSTANCE_KEY, instance or name.encode().hex().ljust(32, "0")[:32]),
+        )
+
+    async def register(self, role: int = fed.CLIENT_ROLE_TRAINER, run: str = "") -> fed.RegisterResponse:
+        request = fed.RegisterRequest(min_protocol=1, max_protocol=1, role=role, run=run)
+        return await self.stub.Register(request, metadata=self.metadata)
+
+    async def wait(self, run: str = "") -> fed.AwaitRoundResponse:
+        return await self.stub.AwaitRound(fed.AwaitRoundRequest(run=run), metadata=self.metadata)
+
+    async def task(self, run: str = "") -> fed.TrainingTask:
+        while True:
+            answer = await self.wait(run)
+            if answer.HasField("training"):
+                return answer.training
+
+    async def pull(self, run: str, version: int, have: bytes = b"", offset: int = 0) -> tuple[fed.PullHeader, bytes]:
+        request = fed.PullAdapterRequest(run=run, version=version, have_sha256=have, offset=offset)
+        call = self.stub.PullAdapter(request, metadata=self.metadata)
+        header, data = None, bytearray()
+        async for part in call:
+            if part.HasField("header"):
+                header = part.header
+            else:
+                assert part.chunk.offset == offset + len(data)
+                data += part.chunk.data
+        assert header is not None
+        return header, bytes(data)
+
+    async def push(
+        self, ticket: str, arrays: Arrays, examples: int = 10, encoding: str = "float32", spec: AdapterSpec = SPEC
+    ) -> fed.PushUpdateResponse:
+        manifest, data = payload.encode(arrays, spec.sent(1), encoding)
+        return await self.push_raw(header(ticket, manifest, examples), [(0, data)])
+
+    async def push_raw(self, first: fed.UpdateHeader, chunks: list[tuple[int, bytes]]) -> fed.PushUpdateResponse:
+        async def requests() -> AsyncIterator[fed.PushUpdateRequest]:
+            yield fed.PushUpdateRequest(header=first)
+            for offset, data in chunks:
+                yield fed.PushUpdateRequest(chunk=tensor_pb2.Chunk(offset=offset, data=data))
+
+        return await self.stub.PushUpdate(requests(), metadata=self.metadata)
+
+    async def upload(self, ticket: str, sha256: bytes = b"") -> fed.GetUploadResponse:
+        return await self.stub.GetUpload(fed.GetUploadRequest(ticket=ticket, sha256=sha256), metadata=self.metadata)
+
+    async def withdraw(self, ticket: str, reason: str = "") -> fed.WithdrawResponse:
+        return await self.stub.Withdraw(fed.WithdrawRequest(ticket=ticket, reason=reason), metadata=self.metadata)
+
+
+def header(ticket: str, manifest: Manifest, examples: int = 10, **metrics: float) -> fed.UpdateHeader:
+    message = wire.manifest_to_proto(manifest)
+    return fed.UpdateHeader(ticket=ticket, manifest=message, examples=examples, metrics=metrics)
+
+
+class Daemon:
+    """A running server with a channel to it."""
+
+    def __init__(self, server: Server, channel: grpc.aio.Channel, end: Callable[[], Awaitable[None]]) -> None:
+        self.server = server
+        self.end = end
+        self.channel = channel
+        self.operator = op_grpc.OperatorServiceStub(channel)
+
+    def client(self, name: str, instance: str | None = None) -> RawClient:
+        return RawClient(self.channel, name, instance)
+
+    async def clients(self, *names: str) -> list[RawClient]:
+        clients = [self.client(name) for name in names]
+        for client in clients:
+            await client.register()
+        return clients
+
+    async def create(
+        self,
+        run: RunConfig | None = None,
+        spec: AdapterSpec = SPEC,
+        arrays: Arrays | None = None,
+        request_id: str = "r",
+    ) -> run_pb2.Run:
+        manifest, data = payload.encode(arrays or zeros(spec), spec.shared, "float32")
+        first = op.CreateRunHeader(
+            config=wire.config_to_proto(run or config()),
+            spec=wire.spec_to_proto(spec),
+            backbone_fingerprint="ab" * 32,
+            manifest=wire.manifest_to_proto(manifest),
+            request_id=request_id,
+            model_parameters=1000,
+        )
+        chunks = [(start, data[start : start + CHUNK_BYTES]) for start in range(0, len(data), CHUNK_BYTES)]
+        return (await self.create_raw(first, chunks)).run
+
+    async def create_raw(self, first: op.CreateRunHeader, chunks: list[tuple[int, bytes]]) -> op.CreateRunResponse:
+        async def requests() -> AsyncIterator[op.CreateRunRequest]:
+            yield op.CreateRunRequest(header=first)
+            for offset, chunk in chunks:
+                yield op.CreateRunRequest(chunk=tensor_pb2.Chunk(offset=offset, data=chunk))
+
+        return await self.operator.CreateRun(requests())
+
+    async def rounds(self, run: str) -> list[run_pb2.Round]:
+        return list((await self.operator.ListRounds(op.ListRoundsRequest(run=run))).rounds)
+
+    async def run(self, run: str) -> run_pb2.Run:
+        return (await self.operator.GetRun(op.GetRunRequest(run=run))).run
+
+    async def until(self, run: str, reached: Callable[[run_pb2.Run], bool], seconds: float = 10) -> run_pb2.Run:
+        """Waits for a state of a run, by watching it."""
+        async with asyncio.timeout(seconds):
+            async for news in self.operator.WatchRun(op.WatchRunRequest(run=run)):
+                if reached(news.run):
+                    return news.run
+        raise AssertionError("the run ended otherwise")
+
+    async def adapter(self, run: str, version: int) -> Arrays:
+        """Pulls a version as an evaluator would and decodes it."""
+        reader = self.client("reader")
+        await reader.register(fed.CLIENT_ROLE_EVALUATOR)
+        head, data = await reader.pull(run, version)
+        return payload.decode(wire.manifest_from_proto(head.manifest), memoryview(data))
+
+
+StartDaemon = Callable[..., Awaitable[Daemon]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[StartDaemon]:
+    """Starts daemons; the same folder may be given again once the one before was stopped."""
+    async with AsyncExitStack() as stack:
+
+        async def begin(folder: Path | None = None, **settings: object) -> Daemon:
+            port = free_port()
+            values = {
+                "data_dir": folder or tmp_path / "data",
+                "listen": f"127.0.0.1:{port}",
+                "metrics": "",
+                "drain_s": 1.0,
+            }
+            server = Server(Settings.model_validate({**values, **settings}))
+            living = asyncio.create_task(server.run())
+
+            async def end() -> None:
+                server.stopping.set()
+                await living
+
+            stack.push_async_callback(end)
+            channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+            stack.push_async_callback(channel.close)
+            async with asyncio.timeout(10):
+                await asyncio.wait(
+                    {living, asyncio.create_task(channel.channel_ready())}, return_when="FIRST_COMPLETED"
+                )
+            if living.done():
+                await living
+            return Daemon(server, channel, end)
+
+        yield begin
+
+
+@pytest.fixture
+async def daemon(start: StartDaemon) -> Daemon:
+    return await start()
+
+
+async def refused(call: Awaitable[object]) -> str:
+    """Returns the reason with which a call is refused."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return from_rpc_error(caught.value).reason

@@ -1,0 +1,316 @@
+"""Walks the first table of docs/errors.md: every reason is really provoked on the wire, with its status."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from fedpeft import payload, wire
+from fedpeft.operator_client import OperatorClient
+from fedpeft.status import from_rpc_error
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft.v1 import tensor_pb2
+from fedpeft_server.rpc import turns, uploads
+
+from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, zeros
+from .test_refusals import CALLERS, REFUSED_FOR_GOOD, TRY_AGAIN, bad_and_good
+from .test_store_spool import small_disk
+
+__all__ = ["small_disk"]  # a fixture, used by name
+
+PAGE = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
+ON_THE_WIRE = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", PAGE, re.M))
+
+
+@dataclass
+class World:
+    """What a provocation may use."""
+
+    start: StartDaemon
+    request: pytest.FixtureRequest
+    monkeypatch: pytest.MonkeyPatch
+
+    async def run(self, clients: int = 1, **settings: object) -> tuple[Daemon, str, list[RawClient]]:
+        """Starts a daemon with a run of two rounds and the clients that it waits for."""
+        daemon = await self.start(**settings)
+        run = await daemon.create(config(rounds={"count": 2, "clients": clients}))
+        return daemon, run.id, await daemon.clients(*"abcdefgh"[:clients])
+
+
+def creation(**changes: object) -> op.CreateRunHeader:
+    manifest, _ = payload.encode(zeros(), SPEC.shared, "float32")
+    good = {
+        "config": wire.config_to_proto(config()),
+        "spec": wire.spec_to_proto(SPEC),
+        "backbone_fingerprint": "ab" * 32,
+        "manifest": wire.manifest_to_proto(manifest),
+        "request_id": "r",
+    }
+    return op.CreateRunHeader(**{**good, **changes})  # type: ignore[arg-type]
+
+
+async def wrong_config(world: World) -> object:
+    wrong = wire.config_to_proto(config())
+    wrong.rounds.count = 0
+    return await (await world.start()).create_raw(creation(config=wrong), [])
+
+
+async def unsorted_spec(world: World) -> object:
+    wrong = wire.spec_to_proto(SPEC)
+    wrong.tensors.reverse()
+    return await (await world.start()).create_raw(creation(spec=wrong), [])
+
+
+def update(case: str) -> Callable[[World], Awaitable[object]]:
+    """One of the wrong updates of test_refusals."""
+    send, _ = {**REFUSED_FOR_GOOD, **TRY_AGAIN}[case]
+
+    async def provoke(world: World) -> object:
+        bad, *_ = await bad_and_good(await world.start())
+        return await send(bad)
+
+    return provoke
+
+
+async def no_run(world: World) -> object:
+    return await (await world.start()).run("run-none")
+
+
+async def no_version(world: World) -> object:
+    _, run, (client,) = await world.run()
+    return await client.pull(run, 1)
+
+
+async def second_instance(world: World) -> object:
+    daemon, _, _ = await world.run()
+    return await daemon.client("a", instance="f" * 32).register()
+
+
+async def another_update(world: World) -> object:
+    bad, *_ = await bad_and_good(await world.start())
+    await bad.values(1.0)
+    return await bad.values(2.0)
+
+
+async def request_id_again(world: World) -> object:
+    daemon = await world.start()
+    await daemon.create()
+    return await daemon.create(config(rounds={"count": 9}))
+
+
+async def old_protocol(world: World) -> object:
+    client = (await world.start()).client("a")
+    request = fed.RegisterRequest(min_protocol=0, max_protocol=0, role=fed.CLIENT_ROLE_TRAINER)
+    return await client.stub.Register(request, metadata=client.metadata)
+
+
+async def unregistered(world: World) -> object:
+    return await (await world.start()).client("a").wait()
+
+
+async def stopped_run(world: World) -> object:
+    daemon, run, (client,) = await world.run()
+    task = await client.task()
+    await daemon.operator.StopRun(op.StopRunRequest(run=run))
+    return await client.push(task.ticket, filled(1.0))
+
+
+async def withdrawn_ticket(world: World) -> object:
+    _, _, (client,) = await world.run()
+    task = await client.task()
+    await client.withdraw(task.ticket)
+    return await client.push(task.ticket, filled(1.0))
+
+
+async def paused_after_its_end(world: World) -> object:
+    daemon, run, _ = await world.run()
+    await daemon.operator.StopRun(op.StopRunRequest(run=run))
+    return await daemon.operator.PauseRun(op.PauseRunRequest(run=run))
+
+
+async def deleted_too_early(world: World) -> object:
+    daemon, run, _ = await world.run()
+    return await daemon.operator.DeleteRun(op.DeleteRunRequest(run=run))
+
+
+async def ticket_of_another(world: World) -> object:
+    bad, _, ticket, _ = await bad_and_good(await world.start())
+    return await bad.client.push(ticket, filled(1.0))
+
+
+async def figures_of_a_trainer(world: World) -> object:
+    _, run, (client,) = await world.run()
+    request = fed.PushEvaluationRequest(run=run, version=0, metrics={"accuracy": 1.0})
+    return await client.stub.PushEvaluation(request, metadata=client.metadata)
+
+
+async def nameless(world: World) -> object:
+    client = (await world.start()).client("a")
+    client.metadata = CALLERS["bad id"]  # type: ignore[assignment]
+    return await client.register()
+
+
+async def large_update(world: World) -> object:
+    daemon = await world.start(max_update_bytes=1024)
+    spec = type(SPEC).of("bias", [type(SPEC.tensors[0])("w", (300,))])
+    return await daemon.create(spec=spec)
+
+
+async def begun(client: RawClient, ticket: str, chunk_bytes: int, held: asyncio.Event) -> object:
+    """Begins an upload and sends nothing more until `held` is set."""
+    manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
+
+    async def requests() -> AsyncIterator[fed.PushUpdateRequest]:
+        yield fed.PushUpdateRequest(header=header(ticket, manifest))
+        yield fed.PushUpdateRequest(chunk=tensor_pb2.Chunk(offset=0, data=data[:chunk_bytes]))
+        await held.wait()
+
+    return await client.stub.PushUpdate(requests(), metadata=client.metadata)
+
+
+async def busy_server(world: World) -> object:
+    world.monkeypatch.setattr(turns, "HOLD_S", 0.2)
+    daemon, _, (a, b) = await world.run(2, max_transfers=1)
+    tasks = await asyncio.gather(a.task(), b.task())
+    held = asyncio.Event()
+    first = asyncio.create_task(begun(a, tasks[0].ticket, 9, held))
+    async with asyncio.timeout(10):
+        while not (await a.upload(tasks[0].ticket)).state or not daemon.server.store.spool._writers:
+            await asyncio.sleep(0.01)
+    try:
+        return await b.push(tasks[1].ticket, filled(1.0))
+    finally:
+        held.set()
+        await asyncio.gather(first, return_exceptions=True)
+
+
+async def silent_client(world: World) -> object:
+    world.monkeypatch.setattr(uploads, "STALL_S", 0.2)
+    _, _, (client,) = await world.run()
+    return await begun(client, (await client.task()).ticket, 9, asyncio.Event())
+
+
+async def too_many(world: World) -> object:
+    daemon = await world.start(max_clients=1)
+    return await daemon.clients("a", "b")
+
+
+async def full_disk(world: World) -> object:
+    disk: Path = world.request.getfixturevalue("small_disk")
+    _, _, (client,) = await world.run(folder=disk)
+    task = await client.task()
+    ballast = disk / "ballast"
+
+    def fill() -> None:
+        with ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    with pytest.raises(OSError, match="No space left"):
+        await asyncio.to_thread(fill)
+    try:
+        return await client.push(task.ticket, filled(1.0))
+    finally:
+        await asyncio.to_thread(ballast.unlink)
+
+
+async def damaged_blob(world: World) -> object:
+    daemon, run, (client,) = await world.run()
+    (blob,) = (daemon.server.settings.data_dir / "blobs").rglob("*.safetensors")
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\x01")
+    return await client.pull(run, 0)
+
+
+async def ending_server(world: World) -> object:
+    daemon = await world.start()
+    (client,) = await daemon.clients("a")
+    waiting = asyncio.create_task(client.wait())
+    async with asyncio.timeout(10):
+        while not daemon.server.runs.lobby.is_waiting("a"):
+            await asyncio.sleep(0.01)
+    ending = asyncio.create_task(daemon.end())
+    try:
+        return await waiting
+    finally:
+        await ending
+
+
+async def no_server(world: World) -> object:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{free_port()}") as channel:
+        return await RawClient(channel, "a").register()
+
+
+async def lost_spool(world: World) -> object:
+    """A fault of the server's own folder is its operator's business: it crosses the network as INTERNAL only."""
+    daemon, _, (client,) = await world.run()
+    task = await client.task()
+    (daemon.server.settings.data_dir / "spool").rmdir()
+    return await client.push(task.ticket, filled(1.0))
+
+
+PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
+    "CONFIG_INVALID": wrong_config,
+    "SPEC_INVALID": unsorted_spec,
+    "MANIFEST_INVALID": update("wrong shape"),
+    "CHUNK_INVALID": update("empty chunk"),
+    "PAYLOAD_INVALID": update("not a number"),
+    "METRICS_INVALID": update("a loss that is not finite"),
+    "OFFSET_OUT_OF_RANGE": update("wrong offset"),
+    "RUN_NOT_FOUND": no_run,
+    "VERSION_NOT_FOUND": no_version,
+    "TICKET_NOT_FOUND": update("ticket there is not"),
+    "CLIENT_ID_IN_USE": second_instance,
+    "UPDATE_DIFFERS": another_update,
+    "REQUEST_ID_REUSED": request_id_again,
+    "PROTOCOL_MISMATCH": old_protocol,
+    "NOT_REGISTERED": unregistered,
+    "ROUND_CLOSED": stopped_run,
+    "TICKET_CLOSED": withdrawn_ticket,
+    "RUN_FINISHED": paused_after_its_end,
+    "RUN_NOT_FINISHED": deleted_too_early,
+    "TICKET_OF_ANOTHER": ticket_of_another,
+    "NOT_AN_EVALUATOR": figures_of_a_trainer,
+    "CLIENT_ID_INVALID": nameless,
+    "UPDATE_TOO_LARGE": large_update,
+    "TRANSFERS_BUSY": busy_server,
+    "TOO_MANY_CLIENTS": too_many,
+    "DISK_FULL": full_disk,
+    "CHECKSUM_MISMATCH": update("wrong digest"),
+    "BLOB_CORRUPT": damaged_blob,
+    "DRAINING": ending_server,
+    "TRANSFER_STALLED": silent_client,
+    "SERVER_UNREACHABLE": no_server,
+    "INTERNAL": lost_spool,
+}
+
+
+def test_every_reason_on_the_wire_has_a_provocation() -> None:
+    assert PROVOCATIONS.keys() == ON_THE_WIRE.keys(), "docs/errors.md and the provocations here differ"
+
+
+@pytest.mark.parametrize("reason", ON_THE_WIRE)
+async def test_what_the_page_lists_really_happens(
+    start: StartDaemon, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await PROVOCATIONS[reason](World(start, request, monkeypatch))
+    error = from_rpc_error(caught.value)
+    assert (error.reason, caught.value.code().name) == (reason, ON_THE_WIRE[reason]), error.message
+    assert error.status == ON_THE_WIRE[reason]
+    assert len(error.message.split()) > 4, "a sentence says what, where, and what would be right"
+    assert "Traceback" not in error.message
+
+
+async def test_the_operators_client_raises_the_class_of_the_reason() -> None:
+    from fedpeft.errors import ServerUnreachable
+
+    async with OperatorClient(f"127.0.0.1:{free_port()}", attempts=1) as server:
+        with pytest.raises(ServerUnreachable, match="no FedPEFT server answers at"):
+            await server.runs()

@@ -1,0 +1,196 @@
+"""What interrupts a transition: a restart between rounds, a caller that leaves, a disk that is full for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fedpeft.errors import DiskFull
+from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft.v1 import run_pb2
+
+from .conftest import Daemon, StartDaemon, config, filled
+
+
+def failing(method: Callable[..., Any], times: int = 1) -> Callable[..., Any]:
+    """Returns a transaction that finds the disk full a few times."""
+    left = times
+
+    def transaction(*args: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
+            raise DiskFull("no room")
+        return method(*args)
+
+    return transaction
+
+
+class SlowClock:
+    """The module `time` after the clock was set back."""
+
+    perf_counter = staticmethod(time.perf_counter)
+
+    def __init__(self, back_s: float) -> None:
+        self._back_s = back_s
+
+    def time(self) -> float:
+        return time.time() - self._back_s
+
+
+class Held:
+    """A transaction that waits, once begun, until it is let go."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+        self.begun = threading.Event()
+        self.go = threading.Event()
+
+    def __call__(self, *args: Any) -> Any:
+        self.begun.set()
+        assert self.go.wait(10)
+        return self._method(*args)
+
+
+async def test_a_daemon_restarted_between_two_rounds_opens_the_next_one(start: StartDaemon) -> None:
+    daemon = await start()
+    run = await daemon.create(config(rounds={"count": 2, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    await a.push((await a.task()).ticket, filled(1.0))
+    await daemon.until(run.id, lambda r: r.version == 1)
+    await daemon.end()
+    daemon = await start()
+    (a,) = await daemon.clients("a")
+    async with asyncio.timeout(5):
+        task = await a.task()
+    assert (task.round, task.version) == (2, 1)
+
+
+async def test_two_waits_of_one_client_do_not_wake_each_other_for_ever(daemon: Daemon) -> None:
+    await daemon.create(config(rounds={"count": 1, "clients": 2}))
+    (a,) = await daemon.clients("a")
+    first = asyncio.ensure_future(a.wait())
+    await asyncio.sleep(0.1)
+    second = asyncio.ensure_future(a.wait())
+    async with asyncio.timeout(2):
+        assert (await first).HasField("idle")
+    assert not second.done()
+    second.cancel()
+
+
+async def test_an_update_counts_though_its_client_leaves_while_it_is_written(daemon: Daemon) -> None:
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    task = await a.task()
+    db = daemon.server.store.db
+    held = Held(db.receive)
+    db.receive = held  # type: ignore[method-assign]
+    push = asyncio.ensure_future(a.push(task.ticket, filled(1.0)))
+    await asyncio.to_thread(held.begun.wait, 10)
+    push.cancel()
+    await asyncio.sleep(0.2)
+    held.go.set()
+    await daemon.until(run.id, lambda r: r.version == 1)
+
+
+async def test_a_run_is_there_though_its_creator_leaves_while_it_is_written(daemon: Daemon) -> None:
+    db = daemon.server.store.db
+    held = Held(db.create_run)
+    db.create_run = held  # type: ignore[method-assign]
+    creation = asyncio.ensure_future(daemon.create())
+    await asyncio.to_thread(held.begun.wait, 10)
+    creation.cancel()
+    await asyncio.sleep(0.2)
+    held.go.set()
+    run = await daemon.create()
+    assert (await daemon.run(run.id)).id == run.id
+
+
+async def test_a_resumed_run_has_its_deadline_though_the_operator_leaves(daemon: Daemon) -> None:
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1, "deadline_s": 1.0, "max_extensions": 0}))
+    (a,) = await daemon.clients("a")
+    await a.task()
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+    db = daemon.server.store.db
+    held = Held(db.save_round_and_run)
+    db.save_round_and_run = held  # type: ignore[method-assign]
+    resume = asyncio.ensure_future(daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id)))
+    await asyncio.to_thread(held.begun.wait, 10)
+    resume.cancel()
+    await asyncio.sleep(0.2)
+    held.go.set()
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_RUNNING)
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+
+
+async def test_a_deadline_that_could_not_be_written_is_tried_again(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedpeft_server.rounds.engine.AGAIN_S", 0.2)
+    run = await daemon.create(config(rounds={"count": 1, "clients": 2, "quorum": 1, "deadline_s": 0.5}))
+    a, b = await daemon.clients("a", "b")
+    tasks = await asyncio.gather(a.task(), b.task())
+    await a.push(tasks[0].ticket, filled(1.0))
+    db = daemon.server.store.db
+    db.save_round = failing(db.save_round)  # type: ignore[method-assign]
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+
+
+async def test_a_clock_that_is_set_back_only_puts_a_deadline_off(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await daemon.create(config(rounds={"count": 1, "clients": 2, "quorum": 1, "deadline_s": 0.5}))
+    a, b = await daemon.clients("a", "b")
+    tasks = await asyncio.gather(a.task(), b.task())
+    await a.push(tasks[0].ticket, filled(1.0))
+    monkeypatch.setattr("fedpeft_server.rounds.engine.time", SlowClock(0.7))
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["result", "result-and-pause"])
+async def test_a_commit_that_could_not_be_written_pauses_the_run_and_a_resume_repeats_it(
+    daemon: Daemon, times: int
+) -> None:
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    task = await a.task()
+    db = daemon.server.store.db
+    db.commit_round = failing(db.commit_round)  # type: ignore[method-assign]
+    if times == 2:
+        db.save_round_and_run = failing(db.save_round_and_run)  # type: ignore[method-assign]
+    await a.push(task.ticket, filled(1.0))
+    paused = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+    assert "make room and resume the run" in paused.reason
+    await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+
+
+async def test_a_pause_that_could_not_be_written_did_not_happen(daemon: Daemon) -> None:
+    run = await daemon.create()
+    db = daemon.server.store.db
+    db.save_round_and_run = failing(db.save_round_and_run)  # type: ignore[method-assign]
+    with pytest.raises(Exception, match="no room"):
+        await daemon.operator.PauseRun(op.PauseRunRequest(run=run.id))
+    assert (await daemon.run(run.id)).state == run_pb2.RUN_STATE_RUNNING
+
+
+async def test_bytes_that_could_not_be_written_are_written_later(daemon: Daemon) -> None:
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    task = await a.task()
+    db, server = daemon.server.store.db, daemon.server
+    db.add_traffic = failing(db.add_traffic)  # type: ignore[method-assign]
+    before = server.ledger.pending(run.id)
+    assert before
+    await server._write_books()
+    assert server.ledger.pending(run.id) == before
+    await server._write_books()
+    assert not server.ledger.pending(run.id)
+    (row,) = await server.store.call(db.rounds, run.id)
+    assert row.traffic == {"a": before[1, "a"]}
+    assert task.round == 1

@@ -1,0 +1,209 @@
+"""The daemon as a process: flags, ports, the data folder, signals, metrics, health."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port
+
+
+def command(folder: Path, *flags: str, port: int = 0) -> list[str]:
+    listen = ["--listen", f"127.0.0.1:{port or free_port()}"]
+    return [sys.executable, "-m", "fedpeft_server", "--data-dir", str(folder), *listen, *flags]
+
+
+def failure(*arguments: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "fedpeft_server", *arguments], capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stderr
+
+
+@contextmanager
+def running(folder: Path, *flags: str, port: int = 0) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(command(folder, *flags, port=port), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if "serving" in line:
+                break
+        else:
+            pytest.fail(f"the daemon ended with {process.wait()}")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "--data-dir: Field required"),
+        (["--data-dir", "d", "--listen", "nowhere"], "--listen: 'nowhere' is not HOST:PORT"),
+        (["--data-dir", "d", "--listen", "0.0.0.0:7070"], "is not a loopback address"),
+        (["--data-dir", "d", "--max-transfers", "0"], "--max-transfers: Input should be greater than or equal to 1"),
+        (["--data-dir", "d", "--unknown"], "--unknown"),
+        (["--data-dir", "/proc/nowhere"], "name a folder this user can write"),
+        (["--config", "none.toml"], "there is no file none.toml"),
+    ],
+)
+def test_wrong_settings_are_one_sentence_and_exit_code_2(flags: list[str], says: str, tmp_path: Path) -> None:
+    code, text = failure(*(str(tmp_path / f) if f == "d" else f for f in flags))
+    assert says in text
+    assert "Traceback" not in text
+    assert code == 2
+
+
+def test_flags_come_before_the_environment_and_both_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedpeft_server.settings import load_settings
+
+    file = tmp_path / "server.toml"
+    file.write_text('data_dir = "/from-file"\nmax_transfers = 3\nmax_clients = 3\ndrain_s = 3\n')
+    monkeypatch.setenv("FEDPEFT_SERVER_MAX_TRANSFERS", "2")
+    monkeypatch.setenv("FEDPEFT_SERVER_MAX_CLIENTS", "2")
+    settings = load_settings(["--config", str(file), "--max-transfers", "1"])
+    assert (settings.max_transfers, settings.max_clients, settings.drain_s) == (1, 2, 3)
+
+
+def test_ports_and_the_data_folder_belong_to_one_daemon(tmp_path: Path) -> None:
+    port, metrics = free_port(), free_port()
+    with running(tmp_path / "a", "--metrics", f"127.0.0.1:{metrics}", port=port):
+        for folder, flags, says in (
+            ("a", ["--metrics", ""], "is in use by another server"),
+            ("b", ["--metrics", "", "--listen", f"127.0.0.1:{port}"], "the port is in use"),
+            ("b", ["--metrics", f"127.0.0.1:{metrics}"], "name another port"),
+        ):
+            code, text = failure(*command(tmp_path / folder, *flags)[3:])
+            assert says in text
+            assert code == 2
+
+
+def test_a_corrupt_database_is_said(tmp_path: Path) -> None:
+    (tmp_path / "fedpeft.db").write_bytes(b"this is no database" * 1000)
+    code, text = failure(*command(tmp_path, "--metrics", "")[3:])
+    assert "Traceback" not in text
+    assert "fedpeft.db" in text
+    assert code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_daemon_with_0(tmp_path: Path, number: signal.Signals) -> None:
+    with running(tmp_path, "--metrics", "") as process:
+        process.send_signal(number)
+        assert process.wait(20) == 0
+
+
+def uploaded(folder: Path) -> bool:
+    """Says whether the first piece of an upload has arrived."""
+    return any(part.stat().st_size == 9 for part in (folder / "spool").glob("ticket-*.part"))
+
+
+async def test_draining_lets_an_upload_finish_and_sends_waiting_clients_away(start: StartDaemon) -> None:
+    from fedpeft import payload
+    from fedpeft.v1 import federation_service_pb2 as fed
+    from fedpeft.v1 import tensor_pb2
+
+    from .conftest import header
+
+    daemon = await start(drain_s=10)
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    a, b = await daemon.clients("a", "b")
+    task = await a.task()
+    waiting = asyncio.create_task(b.wait())
+    manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
+    halfway = asyncio.Event()
+
+    async def slowly():  # type: ignore[no-untyped-def]
+        yield fed.PushUpdateRequest(header=header(task.ticket, manifest))
+        yield fed.PushUpdateRequest(chunk=tensor_pb2.Chunk(offset=0, data=data[:9]))
+        await halfway.wait()
+        yield fed.PushUpdateRequest(chunk=tensor_pb2.Chunk(offset=9, data=data[9:]))
+
+    push = asyncio.ensure_future(a.stub.PushUpdate(slowly(), metadata=a.metadata))
+    async with asyncio.timeout(10):
+        while not daemon.server.runs.lobby.is_waiting("b"):
+            await asyncio.sleep(0.01)
+        while not await asyncio.to_thread(uploaded, daemon.server.settings.data_dir):
+            await asyncio.sleep(0.01)
+    ending = asyncio.create_task(daemon.end())
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await waiting
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    halfway.set()
+    assert (await push).sha256 == manifest.sha256
+    await ending
+    again = await start()
+    await again.until(run.id, lambda r: r.version == 1)
+
+
+async def test_metrics_say_what_happened(start: StartDaemon) -> None:
+    port = free_port()
+    daemon = await start(metrics=f"127.0.0.1:{port}")
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    task = await a.task()
+    await a.pull(run.id, 0)
+    await a.push(task.ticket, filled(1.0))
+    await daemon.until(run.id, lambda r: r.version == 1)
+
+    def scrape() -> dict[str, dict[tuple[str, ...], float]]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        found: dict[str, dict[tuple[str, ...], float]] = {}
+        for family in families:
+            for sample in family.samples:
+                labels = tuple(v for k, v in sorted(sample.labels.items()))
+                found.setdefault(sample.name, {})[labels] = sample.value
+        return found
+
+    samples = await asyncio.to_thread(scrape)
+    size = 4 * SPEC.parameters
+    assert samples["fedpeft_payload_bytes_total"] == {
+        ("up", "float32", run.id): size,
+        ("down", "float32", run.id): size,
+    }
+    assert samples["fedpeft_wire_bytes_total"]["up", run.id] > size
+    assert samples["fedpeft_rounds_total"]["committed", run.id] == 1
+    assert samples["fedpeft_updates_total"]["received", run.id] == 1
+    assert samples["fedpeft_round"][(run.id,)] == 1
+    assert samples["fedpeft_last_round_bytes"]["up", run.id] > size
+    assert samples["fedpeft_update_norm_count"][(run.id,)] == 1
+    assert samples["fedpeft_round_seconds_count"]["aggregating", run.id] == 1
+    assert samples["fedpeft_grpc_requests_total"]["OK", "/fedpeft.v1.FederationService/PushUpdate"] == 1
+    text = str(samples)
+    assert task.ticket not in text
+
+
+async def test_health_and_reflection_answer(daemon: Daemon) -> None:
+    health = health_pb2_grpc.HealthStub(daemon.channel)
+    answer = await health.Check(health_pb2.HealthCheckRequest())
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    async def ask():  # type: ignore[no-untyped-def]
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+
+    async for found in reflection_pb2_grpc.ServerReflectionStub(daemon.channel).ServerReflectionInfo(ask()):
+        names = {s.name for s in found.list_services_response.service}
+        assert {"fedpeft.v1.FederationService", "fedpeft.v1.OperatorService"} <= names
+
+
+def test_the_server_runs_without_torch(tmp_path: Path) -> None:
+    code = "import sys; import fedpeft_server.app; print([m for m in ('torch', 'timm', 'peft') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,201 @@
+"""Blobs, in a folder and in an object store (obstore's in-memory one: the code path of S3, GCS and Azure)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid
+from fedpeft_server.store.blobs import Blobs
+
+KEY = "runs/run-1/versions/000001.safetensors"
+DATA = os.urandom(2 * 1024 * 1024 + 7)
+
+
+@pytest.fixture(params=["folder", "file", "memory"])
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
+    if request.param == "memory":
+        return Blobs("memory:///", tmp_path / "cache")
+    folder = tmp_path / "blobs with space"
+    return Blobs(str(folder) if request.param == "folder" else folder.as_uri())
+
+
+def test_what_was_put_is_got(blobs: Blobs, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(DATA)
+    pieces = (DATA[i : i + 100_000] for i in range(0, len(DATA), 100_000))
+    for data in (DATA, pieces, source, b""):
+        blobs.put(KEY, data)
+        wanted = b"" if data == b"" else DATA
+        assert blobs.get(KEY) == wanted
+        assert (blobs.exists(KEY), blobs.size(KEY)) == (True, len(wanted))
+        assert blobs.local_path(KEY).read_bytes() == wanted
+        assert b"".join(blobs.stream(KEY)) == wanted
+
+
+def test_a_stream_begins_anywhere_and_comes_in_equal_pieces(blobs: Blobs) -> None:
+    blobs.put(KEY, DATA)
+    assert [len(p) for p in blobs.stream(KEY)] == [1024 * 1024, 1024 * 1024, 7]
+    assert [len(p) for p in blobs.stream(KEY, len(DATA) - 10, chunk=4)] == [4, 4, 2]
+    assert b"".join(blobs.stream(KEY, 12_345, chunk=100_001)) == DATA[12_345:]
+    assert list(blobs.stream(KEY, len(DATA))) == list(blobs.stream(KEY, len(DATA) + 1)) == []
+
+
+def test_what_is_missing_is_said(blobs: Blobs) -> None:
+    assert not blobs.exists(KEY)
+    for read in (blobs.get, blobs.size, blobs.local_path, lambda key: list(blobs.stream(key))):
+        with pytest.raises(BlobCorrupt, match=f"{KEY}.*backup"):
+            read(KEY)
+
+
+def test_deleting_a_folder_leaves_its_neighbours(blobs: Blobs) -> None:
+    for key in (KEY, "runs/run-1/records/000001.json", "runs/run-10/records/000001.json"):
+        blobs.put(key, b"x")
+        blobs.local_path(key)
+    blobs.delete_prefix("runs/run-1/")
+    blobs.delete_prefix("runs/run-2/")
+    assert not blobs.exists(KEY)
+    assert blobs.exists("runs/run-10/records/000001.json")
+    with pytest.raises(BlobCorrupt):
+        blobs.local_path(KEY)
+    blobs.put(KEY, b"again")
+    assert blobs.local_path(KEY).read_bytes() == b"again"
+
+
+def test_the_cache_of_an_object_store_vanishes_with_it() -> None:
+    blobs = Blobs("memory:///")
+    blobs.put(KEY, DATA)
+    path = blobs.local_path(KEY)
+    assert path.read_bytes() == DATA
+    assert blobs.local_path(KEY) == path
+    del blobs
+    assert not path.exists()
+
+
+@given(offset=st.integers(0, 3000), chunk=st.integers(1, 3000))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_offset_and_piece_gives_the_rest(blobs: Blobs, offset: int, chunk: int) -> None:
+    data = DATA[:2000]
+    if not blobs.exists("small"):
+        blobs.put("small", data)
+    pieces = list(blobs.stream("small", offset, chunk))
+    assert b"".join(pieces) == data[offset:]
+    assert all(len(p) == chunk for p in pieces[:-1])
+
+
+class TestFaults:
+    @pytest.mark.parametrize("url", ["ftp://host/x", "s3:///", "gopher://a"])
+    def test_a_url_that_is_none(self, url: str) -> None:
+        with pytest.raises(StateInvalid, match="is not a folder"):
+            Blobs(url)
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StateInvalid, match="opening the blob folder"):
+            Blobs(str(tmp_path / "file" / "blobs"))
+
+    def test_a_key_that_cannot_be_written(self, tmp_path: Path) -> None:
+        blobs = Blobs(str(tmp_path))
+        blobs.put("runs", b"in the way")
+        with pytest.raises(StateInvalid, match="writing blob runs/x"):
+            blobs.put("runs/x", b"x")
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_a_folder_without_permission(self, tmp_path: Path) -> None:
+        blobs = Blobs(str(tmp_path / "blobs"))
+        (tmp_path / "blobs").chmod(0o500)
+        with pytest.raises(StateInvalid, match="writing blob"):
+            blobs.put(KEY, b"x")
+
+    def test_a_full_disk(self, small_disk: Path) -> None:
+        blobs = Blobs(str(small_disk / "blobs"))
+        blobs.put("first", DATA[:500_000])
+        for data in (DATA, iter([DATA])):
+            with pytest.raises(DiskFull, match="no room"):
+                blobs.put("second", data)
+        assert not blobs.exists("second")
+        assert blobs.get("first") == DATA[:500_000]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=10)
+
+
+TRACED = """
+import sys
+from fedpeft_server.store.blobs import Blobs
+blobs = Blobs(sys.argv[1])
+blobs.put("runs/run-1/versions/000001", b"x" * 100)
+blobs.put("runs/run-1/versions/000002", b"x" * 100)
+"""
+
+
+def test_file_and_folders_are_synced_after_the_rename(tmp_path: Path) -> None:
+    """What only the kernel can testify; a power cut cannot be had in a test."""
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("strace is not installed")
+    root, log = tmp_path / "blobs", tmp_path / "trace"
+    command = [strace, "-f", "-y", "-o", str(log), "-e", "trace=rename,renameat,renameat2,fsync,fdatasync"]
+    done = subprocess.run([*command, sys.executable, "-c", TRACED, str(root)], capture_output=True, timeout=60)
+    if done.returncode != 0 and b"ptrace" in done.stderr:
+        pytest.skip("strace may not trace here")
+    lines = log.read_text().splitlines()
+
+    def last(call: str, path: Path) -> int:
+        return max(
+            i for i, line in enumerate(lines) if f"{call}(" in line and (f"<{path}>" in line or f'"{path}"' in line)
+        )
+
+    folder = root / "runs" / "run-1" / "versions"
+    for name in ("000001", "000002"):
+        assert last("rename", folder / name) < last("fsync", folder / name)
+    assert last("fsync", folder / "000002") < last("fsync", folder)
+    for parent in (root / "runs" / "run-1", root / "runs", root):
+        assert last("fsync", parent) > last("rename", folder / "000001")
+
+
+CRASHING = """
+import sys
+from fedpeft_server.store.blobs import Blobs
+blobs = Blobs(sys.argv[1])
+for number in range(10_000):
+    blobs.put(f"runs/run-1/versions/{number}", (bytes([number % 256]) * 100_000 for _ in range(5)))
+    print(number, flush=True)
+"""
+
+
+def test_killed_between_any_two_instructions_no_blob_is_torn(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", CRASHING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    finished = [int(process.stdout.readline()) for _ in range(5)]
+    process.send_signal(signal.SIGKILL)
+    finished += [int(line) for line in process.stdout.read().split("\n")[:-1]]
+    process.stdout.close()
+    assert process.wait(10) == -signal.SIGKILL
+    blobs = Blobs(str(tmp_path))
+    for number in range(len(finished) + 1):
+        key = f"runs/run-1/versions/{number}"
+        if number in finished or blobs.exists(key):
+            assert blobs.get(key) == bytes([number % 256]) * 500_000
+    blobs.delete_prefix("runs/run-1/")
+    assert not (tmp_path / "runs" / "run-1").exists()
