@@ -1,0 +1,135 @@
+"""Clients that do not train: they register, pull whatever version they are given, and push a seeded random update.
+
+All run in one process, each with a connection of its own. They never say that they hold a version already, so each pull
+is a whole one. What they pull is counted, not hashed: hashing is a real client's work on its own machine, and would
+take the two cores away from the server that is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+import numpy as np
+from workload import CHUNK_BYTES
+
+from fedpeft import PROTOCOL, payload, wire
+from fedpeft.spec import AdapterSpec
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
+from fedpeft.v1 import tensor_pb2
+
+Update = tuple[tensor_pb2.Manifest, bytes]
+PAUSE_S = 1.0
+BUSY = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL)
+"""The server's own status, and what gRPC makes of it when the call ends while a chunk is being written."""
+DISTINCT = 2
+"""Different updates; more clients share them, so that this process stays small."""
+
+
+def random_update(spec: AdapterSpec, seed: int) -> Update:
+    """A dense float32 update of small normal values, with its manifest."""
+    rng = np.random.default_rng(seed)
+    tensors = {t.name: rng.standard_normal(t.shape, np.float32) * np.float32(1e-3) for t in spec.sent(1)}
+    manifest, data = payload.encode(tensors, spec.sent(1), "float32")
+    return wire.manifest_to_proto(manifest), data
+
+
+async def push(stub: pb_grpc.FederationServiceStub, metadata: grpc.aio.Metadata, ticket: str, update: Update) -> None:
+    """Pushes until there is a receipt; a server that is busy is asked again, as a real client does."""
+    offset = 0
+    while True:
+        try:
+            await upload(stub, metadata, ticket, update, offset)
+            return
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in BUSY:
+                raise
+        await asyncio.sleep(PAUSE_S)
+        question = pb.GetUploadRequest(ticket=ticket, sha256=update[0].sha256)
+        offset = (await stub.GetUpload(question, metadata=metadata)).committed_bytes
+
+
+async def upload(
+    stub: pb_grpc.FederationServiceStub, metadata: grpc.aio.Metadata, ticket: str, update: Update, start: int
+) -> None:
+    manifest, data = update
+    call = stub.PushUpdate(metadata=metadata)
+    header = pb.UpdateHeader(ticket=ticket, manifest=manifest, examples=100, metrics={"loss": 1.0})
+    await call.write(pb.PushUpdateRequest(header=header))
+    await call.initial_metadata()
+    for offset in range(start, len(data), CHUNK_BYTES):
+        chunk = tensor_pb2.Chunk(offset=offset, data=data[offset : offset + CHUNK_BYTES])
+        await call.write(pb.PushUpdateRequest(chunk=chunk))
+    await call.done_writing()
+    await call
+
+
+async def pull(stub: pb_grpc.FederationServiceStub, metadata: grpc.aio.Metadata, run: str, version: int) -> None:
+    """Pulls a version; a server that is busy is asked again."""
+    while True:
+        try:
+            return await download(stub, metadata, run, version)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise
+        await asyncio.sleep(PAUSE_S)
+
+
+async def download(stub: pb_grpc.FederationServiceStub, metadata: grpc.aio.Metadata, run: str, version: int) -> None:
+    expected = got = 0
+    async for message in stub.PullAdapter(pb.PullAdapterRequest(run=run, version=version), metadata=metadata):
+        if message.HasField("header"):
+            expected = message.header.manifest.payload_bytes
+        else:
+            got += len(message.chunk.data)
+    if got != expected:
+        raise RuntimeError(f"version {version} has {expected} bytes; {got} came")
+
+
+async def client(server: str, run: str, name: str, update: Update) -> int:
+    """One client until the run is finished; returns the updates it pushed."""
+    instance = hashlib.sha256(name.encode()).hexdigest()[:32]
+    metadata = grpc.aio.Metadata((wire.CLIENT_KEY, name), (wire.INSTANCE_KEY, instance))
+    pushed = 0
+    async with grpc.aio.insecure_channel(server, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stub = pb_grpc.FederationServiceStub(channel)
+        hello = pb.RegisterRequest(min_protocol=PROTOCOL, max_protocol=PROTOCOL, role=pb.CLIENT_ROLE_TRAINER, run=run)
+        await stub.Register(hello, metadata=metadata)
+        while True:
+            answer = await stub.AwaitRound(pb.AwaitRoundRequest(run=run), metadata=metadata)
+            if answer.HasField("training"):
+                await pull(stub, metadata, run, answer.training.version)
+                await push(stub, metadata, answer.training.ticket, update)
+                pushed += 1
+            elif answer.idle.finished:
+                return pushed
+
+
+async def federation(server: str, run: str, count: int, updates: Sequence[Update]) -> int:
+    """All clients until the run is finished; returns the updates pushed."""
+    names = [f"client-{i:03}" for i in range(count)]
+    pushed = await asyncio.gather(*(client(server, run, n, updates[i % len(updates)]) for i, n in enumerate(names)))
+    return sum(pushed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--server", required=True)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--clients", type=int, required=True)
+    parser.add_argument(
+        "--spec", type=Path, required=True, help="the adapter spec, a serialized fedpeft.v1.AdapterSpec"
+    )
+    chosen = parser.parse_args()
+    spec = wire.spec_from_proto(tensor_pb2.AdapterSpec.FromString(chosen.spec.read_bytes()))
+    updates = [random_update(spec, seed) for seed in range(min(DISTINCT, chosen.clients))]
+    print(asyncio.run(federation(chosen.server, chosen.run, chosen.clients, updates)))
+
+
+if __name__ == "__main__":
+    main()

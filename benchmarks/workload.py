@@ -1,0 +1,124 @@
+"""What the benchmarks share: the payloads, the processes they start, and how memory is read."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CHUNK_BYTES = 1024 * 1024
+PAYLOADS = {"small": (75, 2_400), "large": (172, 125_000)}
+"""(tensors, float32 values in each): 180,000 values are bias tuning of a ViT-B; 21.5 million a whole ViT-S."""
+START_S = 60.0
+
+
+def payload_bytes(payload: str) -> int:
+    """Size of one payload in bytes."""
+    tensors, values = PAYLOADS[payload]
+    return 4 * tensors * values
+
+
+def free_address() -> str:
+    """A HOST:PORT on loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def peak_memory_bytes(pid: int) -> int:
+    """The most resident memory a process ever had (VmHWM)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"process {pid} shows no VmHWM; this needs Linux")
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures depend on."""
+    cpus = [ln for ln in Path("/proc/cpuinfo").read_text().splitlines() if ln.startswith("model name")]
+    name = cpus[0].partition(": ")[2] if cpus else platform.machine()
+    return {
+        "cpu": name,
+        "cores": os.cpu_count() or 0,
+        "python": platform.python_version(),
+        "system": platform.release(),
+    }
+
+
+@contextmanager
+def process(arguments: list[str], address: str, log: Path) -> Iterator[int]:
+    """Runs a Python process that listens on `address`; yields its pid once it does, and ends it afterwards."""
+    with log.open("wb") as out:
+        child = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=subprocess.STDOUT)
+    try:
+        host, _, port = address.rpartition(":")
+        give_up = time.monotonic() + START_S
+        while True:
+            try:
+                socket.create_connection((host, int(port)), timeout=1).close()
+                break
+            except OSError:
+                if child.poll() is not None or time.monotonic() > give_up:
+                    raise RuntimeError(f"{' '.join(arguments)} does not serve:\n{log.read_text()[-2000:]}") from None
+                time.sleep(0.05)
+        yield child.pid
+    finally:
+        child.terminate()
+        try:
+            child.wait(60)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder on the disk of this checkout, because a /tmp in memory would make every fsync free."""
+    parent = HERE.parent / "build"
+    parent.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """A running `fedpeft-server`."""
+
+    pid: int
+    address: str
+    metrics: str
+
+    def counters(self, run: str) -> dict[str, float]:
+        """The bytes of a run so far, from /metrics: `wire_up`, `wire_down`, `payload_up`, `payload_down`."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        found = {f"{kind}_{way}": 0.0 for kind in ("wire", "payload") for way in ("up", "down")}
+        for line in text.splitlines():
+            for kind in ("wire", "payload"):
+                for way in ("up", "down"):
+                    if line.startswith(f"fedpeft_{kind}_bytes_total{{") and f'"{run}"' in line and f'"{way}"' in line:
+                        found[f"{kind}_{way}"] += float(line.rpartition(" ")[2])
+        return found
+
+
+@contextmanager
+def daemon(folder: Path) -> Iterator[Daemon]:
+    """Runs a `fedpeft-server` on a data folder of its own."""
+    address, metrics = free_address(), free_address()
+    arguments = ["-m", "fedpeft_server", "--data-dir", str(folder / "data"), "--listen", address, "--metrics", metrics]
+    with process(arguments, address, folder / "server.log") as pid:
+        yield Daemon(pid, address, metrics)
