@@ -13,11 +13,10 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from fedpeft import wire
+from fedpeft import durable, wire
 from fedpeft.errors import ChecksumMismatch, FedpeftError
 from fedpeft.payload import Manifest
 from fedpeft.v1 import tensor_pb2
-from fedpeft_client import durable
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class AdapterCache:
         if durable.sha256(part) != manifest.sha256:
             part.unlink()
             raise ChecksumMismatch(f"adapter version {version} did not arrive as it was sent")
-        durable.force(part)
+        durable.sync(part)
         durable.move(part, self._payload(manifest))
         return self.relabel(version, manifest)
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from fedpeft import wire
+from fedpeft import durable, wire
 from fedpeft.errors import FedpeftError, StateInvalid
 from fedpeft.payload import Manifest
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client import durable, state
+from fedpeft_client import state
 
 PAYLOAD = "update.payload"
 IF_COUNTED = "residual_if_counted.safetensors"
@@ -84,8 +84,8 @@ class PendingBox:
         record = {"run": run, "round": number, "header": json_format.MessageToDict(header)}
         durable.write(self._draft / _RECORD, json.dumps(record).encode())
         for path in self._draft.iterdir():
-            durable.force(path)
-        durable.force(self._draft)
+            durable.sync(path)
+        durable.sync(self._draft)
         durable.move(self._draft, self._box)
         return Pending(self._box, run, number, header)
 
@@ -136,9 +136,9 @@ class PendingBox:
         else:
             moves = {}
             state.residual(folder).unlink(missing_ok=True)
-            durable.force(folder)
+            durable.sync(folder)
         for name, target in moves.items():
             if (settled / name).exists():
                 durable.move(settled / name, target)
         shutil.rmtree(settled)
-        durable.force(settled.parent)
+        durable.sync(settled.parent)

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from fedpeft import durable
 from fedpeft.errors import StateInvalid
-from fedpeft_client import durable
 
 _RUN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -74,7 +74,7 @@ class StateDirectory:
         folder = self.path / "runs" / run
         if not folder.is_dir():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            durable.force(folder.parent)
+            durable.sync(folder.parent)
         return folder
 
     def _take(self) -> None:

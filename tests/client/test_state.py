@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import payload, wire
+from fedpeft import durable, payload, wire
 from fedpeft.errors import ChecksumMismatch, StateInvalid
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client import durable, state
+from fedpeft_client import state
 from fedpeft_client.adapters import AdapterCache
 from fedpeft_client.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Outcome, PendingBox
 from fedpeft_client.state import StateDirectory
@@ -47,7 +47,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
         return call
 
-    monkeypatch.setattr(durable, "force", counted(durable.force))
+    monkeypatch.setattr(durable, "sync", counted(durable.sync))
     monkeypatch.setattr(Path, "rename", counted(Path.rename))
 
 

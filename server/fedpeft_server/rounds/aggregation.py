@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fedpeft.durable import create_eagerly
 from fedpeft.rounds import Round, TicketState
 from fedpeft.versions import Identity, Outcome, Stored, Update, fold_round
-from fedpeft_server.store.durable import create_eagerly
 from fedpeft_server.store.rows import RunRow, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, state_key, version_key
 

@@ -20,8 +20,8 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, from_url
 
+from fedpeft.durable import refusals, sync
 from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid
-from fedpeft_server.store.durable import refusals, sync_file, sync_folder
 
 CHUNK_BYTES = 1024 * 1024
 """Bytes that `stream` gives at once."""
@@ -52,7 +52,7 @@ class Blobs:
             self._root = Path(path).absolute()
             with refusals(f"opening the blob folder {self._root}"):
                 self._root.mkdir(parents=True, exist_ok=True)
-                sync_folder(self._root.parent)
+                sync(self._root.parent)
             self._store: Any = LocalStore(self._root)
         else:
             try:
@@ -81,7 +81,7 @@ class Blobs:
     def _moved(self, source: Path, path: Path) -> bool:
         """Moves a file into the folder; False if it lies on another file system."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        sync_file(source)
+        sync(source)
         try:
             source.replace(path)
         except OSError as error:
@@ -92,12 +92,12 @@ class Blobs:
 
     def _sync(self, root: Path, path: Path) -> None:
         # The local store renames a finished file into place but syncs neither the file nor its folders (`strace`).
-        sync_file(path)
-        sync_folder(path.parent)
+        sync(path)
+        sync(path.parent)
         for folder in path.parents:
             if folder == root or folder in self._durable:
                 break
-            sync_folder(folder.parent)
+            sync(folder.parent)
             self._durable.add(folder)
 
     def get(self, key: str) -> bytes:

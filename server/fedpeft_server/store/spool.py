@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedpeft.durable import refusals, sync
 from fedpeft.errors import StateInvalid, TicketNotFound, UpdateDiffers
 from fedpeft.mapped import mapped
 from fedpeft.payload import Manifest
 from fedpeft.wire import manifest_to_proto
-from fedpeft_server.store.durable import refusals, sync_file, sync_folder
 from fedpeft_server.store.spool_writer import SpoolWriter
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class Spool:
             self._held[writer.ticket] = _Held(held.path, held.digest, whole=True, settled=True)
             self._digests.pop(writer.ticket, None)
             del self._writers[writer.ticket]
-        sync_folder(self._folder)
+        sync(self._folder)
         return held.path
 
     def reject(self, writer: SpoolWriter) -> bool:
@@ -234,7 +234,7 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
     try:
         with refusals(f"writing {path}"):
             partial.write_bytes(manifest_to_proto(manifest).SerializeToString(deterministic=True))
-            sync_file(partial)
+            sync(partial)
             partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)

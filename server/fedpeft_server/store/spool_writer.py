@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from fedpeft.durable import WRITEBACK_BYTES, refusals, start_writeback
 from fedpeft.errors import ChecksumMismatch, ChunkInvalid, FedpeftError, OffsetOutOfRange, PayloadInvalid
 from fedpeft.mapped import mapped, releaser
 from fedpeft.payload import CHUNK_BYTES, Manifest, check_payload
-from fedpeft_server.store.durable import WRITEBACK_BYTES, refusals, start_writeback
 
 if TYPE_CHECKING:
     from hashlib import _Hash

@@ -1,9 +1,13 @@
-"""Making files durable, and what the file system refuses in one sentence."""
+"""Files that outlive the process and the machine, and what the file system refuses in one sentence.
+
+A file that is written aside, forced to disk and renamed is whole or absent after a crash at any instant.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -14,8 +18,8 @@ from typing import Any, BinaryIO, cast
 from fedpeft.errors import DiskFull, StateInvalid
 
 
-def sync_file(path: Path) -> None:
-    """Makes the bytes of a file durable."""
+def sync(path: Path) -> None:
+    """Makes the bytes of a file durable, or the names in a folder: a rename outlives the machine only after this."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,13 +27,29 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable: a rename outlives the machine only after this."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+def write(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replaces a file; after a crash it has the old content or the new."""
+    aside = path.with_name(path.name + ".new")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    move(aside, path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames, and makes the names in both folders durable."""
+    source.rename(target)
+    sync(target.parent)
+    if source.parent != target.parent:
+        sync(source.parent)
+
+
+def sha256(path: Path) -> bytes:
+    """Returns the digest of a file, 32 bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 # Python has no name for it; absent where the system is not Linux.
@@ -89,4 +109,4 @@ def refusals(what: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"{what} failed: there is no room left on its disk; free some space") from error
         words = error.strerror or str(error)
-        raise StateInvalid(f"{what} failed: {words}; check the data directory and its permissions") from error
+        raise StateInvalid(f"{what} failed: {words}; check its folder and the permissions") from error
