@@ -49,6 +49,7 @@
         ├── ModelInvalid          a model or its weights
         ├── BackboneMismatch      the frozen tensors differ from the run's
         ├── StateInvalid          a state or data directory
+        ├── IdentityInvalid       a key, a certificate, an enrolment token
         └── TrainingFailed        local training ended without an update
 
 A class knows its gRPC status and its `ErrorInfo.reason`; `fedpeft.status` carries both across the network and back.
@@ -303,6 +304,10 @@ class BackboneMismatch(LocalError):
 
 class StateInvalid(LocalError):
     """A state or data directory cannot be used."""
+
+
+class IdentityInvalid(LocalError):
+    """A key, a certificate, a signing request or an enrolment token cannot be used."""
 
 
 class TrainingFailed(LocalError):

@@ -1,0 +1,148 @@
+"""The certificate authority of a federation: one key that signs for the server, and for everybody who was enrolled."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedpeft.errors import IdentityInvalid
+from fedpeft.identity import keys
+from fedpeft.identity.keys import PrivateKey
+from fedpeft.identity.requests import PublicKey
+from fedpeft.identity.subject import Subject
+
+SKEW = timedelta(minutes=10)
+"""Certificates begin so long before they are made, because the clock of a device may be behind."""
+AUTHORITY_LIFE = timedelta(days=3650)
+
+
+@dataclass(frozen=True)
+class Authority:
+    """An authority: its certificate and the private key to it.
+
+    Raises:
+        IdentityInvalid: If the key is not the certificate's, or the certificate may not sign others.
+    """
+
+    certificate: x509.Certificate
+    key: PrivateKey
+
+    def __post_init__(self) -> None:
+        if self.certificate.public_key() != self.key.public_key():
+            raise IdentityInvalid("the authority's key does not belong to its certificate")
+        try:
+            basic = self.certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+        except x509.ExtensionNotFound:
+            basic = None
+        if basic is None or not basic.ca:
+            raise IdentityInvalid("the authority's certificate may not sign others (basic constraints: CA)")
+
+    @classmethod
+    def make(cls, name: str) -> Self:
+        """Returns a new authority.
+
+        Args:
+            name: What people see in its certificate.
+        """
+        key = keys.make()
+        subject = _common_name(name)
+        builder = (
+            _begin(subject, subject, key.public_key(), AUTHORITY_LIFE)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(authority=True), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        )
+        return cls(builder.sign(key, hashes.SHA256()), key)
+
+    def issue(self, subject: Subject, key: PublicKey, life: timedelta) -> x509.Certificate:
+        """Returns a certificate with which `subject` can call the server."""
+        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(subject.id)])
+        return self._sign(subject.name, names, ExtendedKeyUsageOID.CLIENT_AUTH, key, life)
+
+    def issue_server(self, hosts: Sequence[str], key: PublicKey, life: timedelta) -> x509.Certificate:
+        """Returns a certificate for the server.
+
+        Args:
+            hosts: Host names and addresses under which clients reach it, at least one.
+            key: The server's public key.
+            life: How long it is valid.
+
+        Raises:
+            IdentityInvalid: If a host is neither a name nor an address.
+        """
+        if not hosts:
+            raise IdentityInvalid("a server's certificate needs a host name or address under which it is reached")
+        names = x509.SubjectAlternativeName([_general_name(host) for host in dict.fromkeys(hosts)])
+        return self._sign(hosts[0][:64], names, ExtendedKeyUsageOID.SERVER_AUTH, key, life)
+
+    def _sign(
+        self,
+        name: str,
+        names: x509.SubjectAlternativeName,
+        purpose: x509.ObjectIdentifier,
+        key: PublicKey,
+        life: timedelta,
+    ) -> x509.Certificate:
+        builder = (
+            _begin(_common_name(name), self.certificate.subject, key, life)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(authority=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(names, critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
+        )
+        return builder.sign(self.key, hashes.SHA256())
+
+
+def _begin(subject: x509.Name, issuer: x509.Name, key: PublicKey, life: timedelta) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - SKEW)
+        .not_valid_after(now + life)
+    )
+
+
+def _common_name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        pass  # then it is a name
+    labels = host.removeprefix("*.").split(".")
+    if len(host) > 253 or not all(_is_label(label) for label in labels):
+        raise IdentityInvalid(f"{host[:300]!r} is neither a host name nor an address")
+    return x509.DNSName(host)
+
+
+def _is_label(text: str) -> bool:
+    return text.isascii() and text.replace("-", "").isalnum() and len(text) <= 63 and text.strip("-") == text
