@@ -24,6 +24,7 @@ from fedpeft.errors import (
     StateInvalid,
     Unavailable,
 )
+from fedpeft.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.adapters import AdapterCache
@@ -31,7 +32,6 @@ from fedpeft_client.channel import Channel
 from fedpeft_client.evaluator import Evaluator
 from fedpeft_client.exits import UNFIT
 from fedpeft_client.fitness import Fitness
-from fedpeft_client.logs import Log
 from fedpeft_client.patience import AWAY_S, CALL_S, Backoff, Patience
 from fedpeft_client.pending import Pending, PendingBox
 from fedpeft_client.pull import Puller

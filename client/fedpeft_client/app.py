@@ -7,11 +7,11 @@ import signal
 from collections.abc import Coroutine
 from contextlib import suppress
 
-from fedpeft_client import logs
+from fedpeft import logs
+from fedpeft.logs import Log
 from fedpeft_client.agent import Agent
 from fedpeft_client.channel import Channel
 from fedpeft_client.dry_run import dry_run
-from fedpeft_client.logs import Log
 from fedpeft_client.settings import Settings
 from fedpeft_client.state import StateDirectory
 from fedpeft_client.worker_process import Answer, WorkerProcess
@@ -23,7 +23,7 @@ def serve(settings: Settings) -> None:
     Raises:
         FedpeftError: What ended it otherwise.
     """
-    logs.configure(settings.log_format, settings.verbose)
+    logs.configure(settings.log_format, "debug" if settings.verbose else "info")
     with StateDirectory(settings.state_dir) as directory:
         asyncio.run(_serve(settings, directory))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fedpeft import figures
+from fedpeft.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.adapters import Held
 from fedpeft_client.channel import Channel
-from fedpeft_client.logs import Log
 from fedpeft_client.patience import Patience
 from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun

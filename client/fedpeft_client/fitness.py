@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedpeft.errors import FedpeftError
-from fedpeft_client.logs import Log
+from fedpeft.logs import Log
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.worker_process import WorkerProcess
 

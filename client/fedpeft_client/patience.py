@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from fedpeft.errors import FedpeftError, Internal, Unavailable
-from fedpeft_client.logs import Log
+from fedpeft.logs import Log
 
 CALL_S = 30.0
 """An ordinary call is answered in this time."""

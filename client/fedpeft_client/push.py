@@ -26,12 +26,12 @@ from fedpeft.errors import (
     Unavailable,
     UpdateDiffers,
 )
+from fedpeft.logs import Log
 from fedpeft.payload import CHUNK_BYTES
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft.wire import TURN_KEY
 from fedpeft_client.channel import Channel
-from fedpeft_client.logs import Log
 from fedpeft_client.patience import STALL_S, Backoff, Patience
 from fedpeft_client.pending import Outcome, Pending
 

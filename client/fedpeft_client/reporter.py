@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fedpeft_client.logs import Log
+from fedpeft.logs import Log
 
 EVERY_S = 10.0
 """A line this often; every step only with --verbose."""

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fedpeft import durable
+from fedpeft import durable, ids
 from fedpeft.errors import StateInvalid
-
-_RUN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class StateDirectory:
@@ -69,7 +66,7 @@ class StateDirectory:
         Raises:
             StateInvalid: If the id, which the server chose, could be more than one plain folder name.
         """
-        if not _RUN.fullmatch(run):
+        if not ids.RUN.fullmatch(run):
             raise StateInvalid(f"run id {run[:80]!r} has characters that are not allowed in one")
         folder = self.path / "runs" / run
         if not folder.is_dir():
@@ -97,7 +94,7 @@ class StateDirectory:
             instance = path.read_text("ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise StateInvalid(f"cannot use state directory {self.path}: {error}") from None
-        if not re.fullmatch(r"[0-9a-f]{32}", instance):
+        if not ids.INSTANCE.fullmatch(instance):
             raise StateInvalid(
                 f"{path} does not hold 32 hexadecimal digits; remove it and the server will see a new client"
             )

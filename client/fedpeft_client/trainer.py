@@ -8,11 +8,11 @@ from datetime import UTC
 from google.protobuf import json_format
 
 from fedpeft import figures, wire
+from fedpeft.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
 from fedpeft_client import state
 from fedpeft_client.adapters import Held
-from fedpeft_client.logs import Log
 from fedpeft_client.pending import Pending, PendingBox
 from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun

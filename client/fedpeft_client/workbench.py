@@ -24,9 +24,9 @@ from fedpeft.data.dataset import ImageDataset, dataset_of
 from fedpeft.data.labels import read_label_map
 from fedpeft.data.sources import open_source
 from fedpeft.data.transforms import Preprocessing
+from fedpeft.devices import device_of
 from fedpeft.errors import (
     BackboneMismatch,
-    SettingsInvalid,
     SpecInvalid,
     StateInvalid,
 )
@@ -76,7 +76,7 @@ class Workbench:
     def __init__(self, options: Message) -> None:
         if options["threads"] is not None:
             torch.set_num_threads(options["threads"])
-        self._device = _device(options["device"])
+        self._device = device_of(options["device"])
         self._source = open_source(options["data"])
         label_map, weights = options["label_map"], options["weights"]
         self._label_map = None if label_map is None else read_label_map(Path(label_map))
@@ -179,16 +179,6 @@ class Workbench:
             ),
             {name: values for name, values in model.state().items() if name not in shared},
         )
-
-
-def _device(wanted: str) -> torch.device:
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "auto":
-        return torch.device("cuda:0" if there else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= there:
-        raise SettingsInvalid(f"there is no device {wanted}: this machine has {there} usable GPUs")
-    return device
 
 
 def _same_spec(own: AdapterSpec, wanted: AdapterSpec) -> None:

@@ -19,8 +19,8 @@ from typing import Any, TextIO
 
 import structlog
 
+from fedpeft import logs
 from fedpeft.errors import FedpeftError, StateInvalid
-from fedpeft_client import logs
 
 Message = dict[str, Any]
 CANNOT_GO_ON = 70
@@ -100,7 +100,7 @@ class _Worker:
         return result
 
     def _open(self, request: Message) -> Message:
-        logs.configure(request["log_format"], request["verbose"])
+        logs.configure(request["log_format"], "debug" if request["verbose"] else "info")
         structlog.contextvars.bind_contextvars(client=request["client"])
         from fedpeft_client.workbench import Workbench  # torch: seconds, and it may print
 

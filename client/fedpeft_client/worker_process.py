@@ -17,7 +17,7 @@ from typing import Any
 
 from fedpeft import errors
 from fedpeft.errors import FedpeftError, TrainingFailed
-from fedpeft_client.logs import Log
+from fedpeft.logs import Log
 from fedpeft_client.patience import AWAY_S, STALL_S
 
 ATTEMPTS = 3

@@ -6,15 +6,15 @@ import asyncio
 import sys
 
 from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid
+from fedpeft.logs import configure
 from fedpeft_server.app import Server
-from fedpeft_server.logs import configure
-from fedpeft_server.settings import Settings, load_settings
+from fedpeft_server.settings import Settings
 
 
 def main() -> None:
     """Runs the daemon until SIGTERM or SIGINT."""
     try:
-        settings = load_settings(sys.argv[1:])
+        settings = Settings.read(sys.argv[1:])
         configure(settings.log_format, settings.log_level)
         asyncio.run(serve(settings))
     except (SettingsInvalid, StateInvalid) as error:

@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedpeft import __version__
+from fedpeft.addresses import Address
 from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid
 from fedpeft.v1 import (
     federation_service_pb2,
@@ -33,7 +34,7 @@ from fedpeft_server.rpc.interceptors import Gate
 from fedpeft_server.rpc.operator import Operator
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.rpc.uploads import Uploads
-from fedpeft_server.settings import Settings, is_loopback, split_address
+from fedpeft_server.settings import Settings
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
 
@@ -76,7 +77,8 @@ class Server:
         self.rpc = self._grpc_server()
         self._bind()
         if settings.metrics:
-            self.exporter, _ = self.metrics.serve(*split_address(settings.metrics))
+            where = Address.parse(settings.metrics, free=True)
+            self.exporter, _ = self.metrics.serve(where.host, where.port)
         await self.runs.start()
         self._booking = asyncio.create_task(self._book())
 
@@ -135,7 +137,7 @@ class Server:
 
     def _bind(self) -> None:
         listen = self.settings.listen
-        if not is_loopback(split_address(listen)[0]):
+        if not Address.parse(listen, free=True).is_loopback:
             log.warning("serving plain text beyond this machine, as --insecure says", listen=listen)
         try:
             bound = self.rpc.add_insecure_port(listen)

@@ -49,7 +49,7 @@ def test_flags_come_before_environment_before_file(tmp_path: Path, monkeypatch: 
         ([*FLAGS, "--server", "example.org:80"], "say --insecure"),
         ([*FLAGS, "--run", "../../etc"], "--run: '../../etc' is not a run's id"),
         ([*FLAGS, "--twice"], "unrecognized arguments: --twice"),
-        ([*FLAGS, "--config", "/nowhere.toml"], "cannot read settings file /nowhere.toml: No such file"),
+        ([*FLAGS, "--config", "/nowhere.toml"], "--config: cannot read /nowhere.toml: No such file"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_code_2(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from fedpeft import payload, wire
+from fedpeft import logs, payload, wire
 from fedpeft.config import parse_config
 from fedpeft.errors import (
     ChecksumMismatch,
@@ -31,7 +31,7 @@ from fedpeft.payload import CHUNK_BYTES
 from fedpeft.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client import logs, patience, pull, push
+from fedpeft_client import patience, pull, push
 from fedpeft_client.adapters import AdapterCache
 from fedpeft_client.channel import Channel
 from fedpeft_client.patience import Backoff, Patience

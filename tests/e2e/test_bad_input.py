@@ -33,7 +33,6 @@ from fedpeft_client.settings import Settings as ClientSettings
 from fedpeft_client.state import StateDirectory
 from fedpeft_server.app import Server
 from fedpeft_server.settings import Settings as ServerSettings
-from fedpeft_server.settings import load_settings
 
 from .conftest import Process, free_port, wait_for, write_site
 
@@ -324,7 +323,7 @@ def held_twice(world: World) -> object:
 
 CALLS: dict[str, tuple[Callable[[World], object], ...]] = {
     "SETTINGS_INVALID": (
-        lambda w: load_settings(["--data-dir", "d", "--max-transfers", "0"]),
+        lambda w: ServerSettings.read(["--data-dir", "d", "--max-transfers", "0"]),
         lambda w: ClientSettings.read(["--threads", "0"]),
         lambda w: served(w),
     ),
@@ -405,7 +404,7 @@ FREE = {"data_dir", "database", "blobs", "data", "state_dir", "weights", "label_
 def test_every_flag_of_the_server_is_named(field: str) -> None:
     flag = "--" + field.replace("_", "-")
     with pytest.raises(SettingsInvalid, match=flag):
-        load_settings(["--data-dir", "d", f"{flag}=no way"])
+        ServerSettings.read(["--data-dir", "d", f"{flag}=no way"])
 
 
 @pytest.mark.parametrize("field", sorted(ClientSettings.model_fields.keys() - FREE))

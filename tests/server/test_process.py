@@ -51,13 +51,13 @@ def running(folder: Path, *flags: str, port: int = 0) -> Iterator[subprocess.Pop
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ([], "--data-dir: Field required"),
+        ([], "--data-dir is missing (or FEDPEFT_SERVER_DATA_DIR, or data_dir in the settings file)"),
         (["--data-dir", "d", "--listen", "nowhere"], "--listen: 'nowhere' is not HOST:PORT"),
         (["--data-dir", "d", "--listen", "0.0.0.0:7070"], "is not a loopback address"),
         (["--data-dir", "d", "--max-transfers", "0"], "--max-transfers: Input should be greater than or equal to 1"),
         (["--data-dir", "d", "--unknown"], "--unknown"),
         (["--data-dir", "/proc/nowhere"], "name a folder this user can write"),
-        (["--config", "none.toml"], "there is no file none.toml"),
+        (["--config", "none.toml"], "--config: cannot read none.toml: No such file"),
     ],
 )
 def test_wrong_settings_are_one_sentence_and_exit_code_2(flags: list[str], says: str, tmp_path: Path) -> None:
@@ -70,13 +70,13 @@ def test_wrong_settings_are_one_sentence_and_exit_code_2(flags: list[str], says:
 def test_flags_come_before_the_environment_and_both_before_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedpeft_server.settings import load_settings
+    from fedpeft_server.settings import Settings
 
     file = tmp_path / "server.toml"
     file.write_text('data_dir = "/from-file"\nmax_transfers = 3\nmax_clients = 3\ndrain_s = 3\n')
     monkeypatch.setenv("FEDPEFT_SERVER_MAX_TRANSFERS", "2")
     monkeypatch.setenv("FEDPEFT_SERVER_MAX_CLIENTS", "2")
-    settings = load_settings(["--config", str(file), "--max-transfers", "1"])
+    settings = Settings.read(["--config", str(file), "--max-transfers", "1"])
     assert (settings.max_transfers, settings.max_clients, settings.drain_s) == (1, 2, 3)
 
 

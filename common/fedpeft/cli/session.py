@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from fedpeft.addresses import Address
 from fedpeft.errors import LocalError, SettingsInvalid
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_SERVER = "127.0.0.1:7070"
-MAX_PORT = 65_535
 
 
 @dataclass
@@ -58,10 +58,10 @@ def address(text: str) -> str:
     Raises:
         SettingsInvalid: If it is not.
     """
-    host, colon, port = text.rpartition(":")
-    url = "/" in host  # http://127.0.0.1:7070 would wait long for a host named http
-    if url or not (colon and host and port.isascii() and port.isdigit() and 1 <= int(port) <= MAX_PORT):
-        raise SettingsInvalid(f"--server is {text!r}; give HOST:PORT, for example {DEFAULT_SERVER}")
+    try:
+        Address.parse(text)
+    except ValueError as error:
+        raise SettingsInvalid(f"--server: {error}") from None
     return text
 
 

@@ -11,7 +11,8 @@ from fedpeft import figures, models, payload, seeds
 from fedpeft.config import RunConfig
 from fedpeft.data.labels import read_label_map
 from fedpeft.data.transforms import Preprocessing
-from fedpeft.errors import DataInvalid, SettingsInvalid
+from fedpeft.devices import device_of
+from fedpeft.errors import DataInvalid
 from fedpeft.evaluation import evaluate
 from fedpeft.payload import Manifest, Tensors
 from fedpeft.peft import tune
@@ -125,21 +126,3 @@ class Workbench:
             return {}
         self._model.load({**version.tensors, **self._own})
         return figures.sendable(evaluate(self._model, self._test, device=self._device), figures.MAX_EVALUATION)
-
-
-def device_of(wanted: str) -> torch.device:
-    """Returns a device by its name; auto is the first GPU if there is one.
-
-    Raises:
-        SettingsInvalid: If there is no such device.
-    """
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "auto":
-        return torch.device("cuda:0" if there else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise SettingsInvalid(f"there is no device {wanted!r}; give auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= there):
-        raise SettingsInvalid(f"there is no device {wanted}: this machine has the CPU and {there} usable GPUs")
-    return device

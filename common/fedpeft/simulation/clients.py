@@ -7,7 +7,6 @@ tensors) lies in files, as an agent's does, so memory does not grow with clients
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,9 +30,6 @@ CACHE_BYTES = 1024 * 1024 * 1024
 
 OPEN_CLIENTS = 256
 """Clients whose data is open at once: each may hold a mapped file."""
-
-NAME = re.compile(r"[A-Za-z0-9._\-]{1,64}")
-"""What a client's id may be, with a server as well."""
 
 Arrays = dict[str, NDArray[np.float32]]
 Clients = Mapping[str, Path | Source]

@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 from google.protobuf import json_format
 
-from fedpeft import payload, rounds, seeds, wire
+from fedpeft import ids, payload, rounds, seeds, wire
 from fedpeft.config import RunConfig
 from fedpeft.data.interface import Source
 from fedpeft.errors import (
@@ -36,7 +36,6 @@ from fedpeft.errors import (
 from fedpeft.folding import squared_norm
 from fedpeft.rounds import Phase, Round, Ticket, TicketState
 from fedpeft.simulation.bench import Trained, Version, Workbench
-from fedpeft.simulation.clients import NAME
 from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
 from fedpeft.simulation.versions import Versions
 from fedpeft.versions import Identity
@@ -111,8 +110,8 @@ def simulate(
 
 def _check(config: RunConfig, clients: Mapping[str, Path | Source]) -> None:
     for name in clients:
-        if not NAME.fullmatch(name):
-            raise DataInvalid(f"client name {name[:80]!r} is not 1 to 64 letters, digits, dots, hyphens or underscores")
+        if not ids.CLIENT.fullmatch(name):
+            raise DataInvalid(f"client name {name[:80]!r} is not {ids.CLIENT_FORM}")
     if len(clients) < config.rounds.available:
         raise ConfigInvalid(
             f"a round opens once {config.rounds.available} clients wait ([rounds]), and there are {len(clients)}: "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+from fedpeft import ids
 from fedpeft.errors import ClientIdInUse, ClientIdInvalid, NotRegistered, TooManyClients
 from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY
 from fedpeft_server.rpc.interceptors import Context
@@ -17,8 +17,6 @@ from fedpeft_server.traffic import CALL
 ALIVE_S = 30.0
 """An instance holds its client id for so long after its last call."""
 
-_CLIENT = re.compile(r"[A-Za-z0-9._\-]{1,64}")
-_INSTANCE = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass
@@ -62,9 +60,9 @@ class Callers:
         """
         metadata = dict(context.invocation_metadata() or ())
         client, instance = str(metadata.get(CLIENT_KEY, "")), str(metadata.get(INSTANCE_KEY, ""))
-        if not _CLIENT.fullmatch(client):
+        if not ids.CLIENT.fullmatch(client):
             raise ClientIdInvalid(f"the metadata {CLIENT_KEY} must be 1 to 64 of letters, digits, '.', '_' and '-'")
-        if not _INSTANCE.fullmatch(instance):
+        if not ids.INSTANCE.fullmatch(instance):
             raise ClientIdInvalid(f"the metadata {INSTANCE_KEY} must be 32 hexadecimal digits")
         presence = self._presence.setdefault(client, Presence(instance))
         self._take_over(client, presence, instance)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedpeft import ids
 from fedpeft.durable import refusals, sync
 from fedpeft.errors import StateInvalid, TicketNotFound, UpdateDiffers
 from fedpeft.mapped import mapped
@@ -30,8 +31,7 @@ from fedpeft_server.store.spool_writer import SpoolWriter
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-_TICKET = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_FILE = re.compile(r"(?P<ticket>[A-Za-z0-9_-]{1,64})\.(?P<digest>[0-9a-f]{64})\.(?P<kind>part|update)")
+_FILE = re.compile(r"(?P<ticket>" + ids.TICKET.pattern + r")\.(?P<digest>[0-9a-f]{64})\.(?P<kind>part|update)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Spool:
             UpdateDiffers: If another payload of this ticket became whole in this process.
             DiskFull: If there is no room for another file.
         """
-        if not _TICKET.fullmatch(ticket):
+        if not ids.TICKET.fullmatch(ticket):
             raise TicketNotFound(f"there is no ticket {ticket[:80]!r}")
         with self._lock, refusals(f"opening the upload of {ticket}"):
             held = self._held.get(ticket)

@@ -1,0 +1,47 @@
+"""Where a server listens, or is reached."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from typing import Self
+
+_FORM = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:/\s\[\]]+)):([0-9]{1,5})")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """HOST:PORT.
+
+    Attributes:
+        host: A name, or an IPv4 or IPv6 address, without brackets.
+        port: 1 to 65535; 0 asks for a free one, where that was allowed.
+    """
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str, *, free: bool = False) -> Self:
+        """Reads HOST:PORT; an IPv6 address stands in brackets.
+
+        Args:
+            text: What was given.
+            free: Whether port 0 is allowed.
+
+        Raises:
+            ValueError: If it is not of that form.
+        """
+        match = _FORM.fullmatch(text)
+        if not match or not (0 if free else 1) <= int(match[3]) <= 65_535:
+            raise ValueError(f"{text!r} is not HOST:PORT, for example 127.0.0.1:7070")
+        return cls(match[1] or match[2], int(match[3]))
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"

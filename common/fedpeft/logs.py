@@ -1,0 +1,48 @@
+"""Log lines on standard error: for people or as JSON, with client, run and round where they are known."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Literal
+
+import structlog
+
+Log = structlog.typing.FilteringBoundLogger
+LogFormat = Literal["auto", "console", "json"]
+Level = Literal["debug", "info", "warning", "error"]
+
+
+def configure(form: LogFormat, level: Level) -> None:
+    """Sets up this process's log lines; called once, at its start.
+
+    Args:
+        form: console for people, coloured where a terminal takes colours; json for machines; auto is console on a
+            terminal and json elsewhere.
+        level: Least severity logged.
+    """
+    terminal = sys.stderr.isatty()
+    last: structlog.typing.Processor
+    if form == "json" or (form == "auto" and not terminal):
+        last = structlog.processors.JSONRenderer()
+    else:
+        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+        last = structlog.dev.ConsoleRenderer(colors=terminal and not plain)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            last,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def logger(**context: object) -> Log:
+    """Returns a logger whose every line carries `context`."""
+    log: Log = structlog.get_logger(**context)
+    return log
