@@ -44,7 +44,8 @@ def resolve_weights(weights: str, given: Path | None) -> Path | None:
     path = Path(weights) if given is None else given / name
     if not path.is_file():
         place = "here" if given is None else f"in {given}"
-        raise ModelInvalid(f"the run's weights file {name} is not {place}; name it, or its folder, with --weights")
+        text = f"the run's weights file {name} is not {place}; name it, or its folder, with --weights"
+        raise ModelInvalid(text, (("model.weights", text),))
     return path
 
 

@@ -6,11 +6,11 @@ The TOML file, the message `fedpeft.v1.RunConfig` and these models have the same
 from __future__ import annotations
 
 import math
-import re
 import tomllib
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,9 +25,10 @@ from pydantic import (
     model_validator,
 )
 
-from fedpeft.aggregation import strategy
+from fedpeft.aggregation import strategies, strategy
 from fedpeft.codecs import codecs
-from fedpeft.errors import ConfigInvalid, FedpeftError
+from fedpeft.errors import ConfigInvalid, FedpeftError, ModelInvalid
+from fedpeft.faults import faults_of, in_file, nested
 
 
 def _plain(text: str) -> str:
@@ -43,7 +44,7 @@ DenseEncoding = Literal["float32", "float16", "bfloat16"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -55,7 +56,7 @@ class ModelConfig(_Section):
     """hub, none (random, seeded), or a file that each client resolves and proves by fingerprint."""
     image_size: Annotated[int, Field(ge=8, le=2048)] | None = None
     """Side of the square input in pixels; the model's own if absent."""
-    classes: tuple[ClassName, ...]
+    classes: Annotated[tuple[ClassName, ...], Field(strict=False)]  # TOML and JSON have lists only
     """Class names, in the order of the logits; a site maps its own labels to these."""
     depth: Annotated[int, Field(ge=1, le=256)] | None = None
     """Number of transformer blocks, cut from the front; the model's own if absent."""
@@ -85,7 +86,8 @@ class _Optioned(_Section):
             return data
         own = {k: v for k, v in data.items() if k in cls.model_fields}
         beside = {k: v for k, v in data.items() if k not in cls.model_fields}
-        return {**own, "options": {**own.get("options", {}), **beside}}
+        options = own.get("options", {})
+        return {**own, "options": {**options, **beside}} if isinstance(options, Mapping) else dict(data)
 
 
 class PeftConfig(_Optioned):
@@ -174,14 +176,21 @@ class AggregationConfig(_Optioned):
     strategy: str = "fedavg"
     """fedavg, fedavgm, fedadam, fedyogi, fedadagrad..."""
 
+    @field_validator("strategy")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            strategies.get(name)
+        except FedpeftError as error:
+            raise ValueError(error.message) from None
+        return name
+
     @model_validator(mode="after")
-    def _known(self) -> Self:
+    def _options_fit(self) -> Self:
         try:
             strategy(self.strategy, self.options)
         except ValidationError as error:
-            raise ValueError("; ".join(f"{k}: {v}" for k, v in _fields(error))) from None
-        except FedpeftError as error:
-            raise ValueError(error.message) from None
+            raise nested(error, self.options) from None
         return self
 
 
@@ -199,15 +208,14 @@ class CodecConfig(_Section):
     error_feedback: bool = True
     """Whether what was not sent, or not counted, is added to the client's next update."""
 
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        try:
-            codecs.get(self.encoding)
-        except FedpeftError:
-            # The registry knows sparse by its values too; a run file names them beside it.
-            known = sorted({name.partition("+")[0] for name in codecs.names()})
-            raise ValueError(f"there is no encoding {self.up!r}; there are: {', '.join(known)}") from None
-        return self
+    @field_validator("up")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        # The registry knows sparse with the encoding of its values; a run file names that beside it.
+        known = sorted({each.partition("+")[0] for each in codecs.names()})
+        if name not in known:
+            raise ValueError(f"there is no encoding {name!r}; there are: {', '.join(known)}")
+        return name
 
     @property
     def encoding(self) -> str:
@@ -266,7 +274,7 @@ def parse_config(data: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        faults = _fields(error)
+        faults = faults_of(error, data)
         raise ConfigInvalid("; ".join(f"{path}: {text}" for path, text in faults), faults) from None
 
 
@@ -276,47 +284,34 @@ def load_run_file(path: Path) -> RunConfig:
     Raises:
         ConfigInvalid: If the file cannot be read, is not TOML, or breaks a rule; with file, line and field.
     """
+    text = _read(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # of TOML, of a number with thousands of digits, of nested brackets
+        raise ConfigInvalid(f"{path} is not a TOML file: {error}") from None
+    with faults_in(path):
+        return parse_config(data)
+
+
+@contextmanager
+def faults_in(path: Path) -> Iterator[None]:
+    """Gives the faults of a run file that are found inside their lines: some show only once the model is built.
+
+    Raises:
+        ConfigInvalid: For every error that names fields, with file, line and field; others pass as they are.
+    """
+    try:
+        yield
+    except (ConfigInvalid, ModelInvalid) as error:
+        if not error.fields:
+            raise
+        raise ConfigInvalid(in_file(path, _read(path), error.fields), error.fields) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except OSError as error:
         raise ConfigInvalid(f"cannot read run file {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigInvalid(f"{path} is not a TOML file: {error}") from None
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        faults = _fields(error)
-        lines = [f"{path}:{_line(text, field)}: {field}: {fault}" for field, fault in faults]
-        raise ConfigInvalid("\n".join(lines), faults) from None
-
-
-_WORDS = {"missing": "is required", "extra_forbidden": "is not a known key", "tuple_type": "should be a list"}
-
-
-def _fields(error: ValidationError) -> tuple[tuple[str, str], ...]:
-    """Returns (dotted path, sentence) for every fault."""
-    faults = []
-    for fault in error.errors(include_url=False):
-        path = ".".join(str(part) for part in fault["loc"] if part != "function-after") or "run file"
-        message = _WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-        value = fault.get("input")
-        shown = f" (got {value!r})" if isinstance(value, int | float | str) and fault["type"] != "missing" else ""
-        faults.append((path, message + shown))
-    return tuple(faults)
-
-
-def _line(text: str, field: str) -> int:
-    """Returns the 1-based line of a dotted field in a TOML text, or of its section, or 1."""
-    section, _, key = re.sub(r"(\.\d+)+$", "", field).rpartition(".")  # an element stands where its list does
-    found = 1
-    inside = not section
-    for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[\s*([A-Za-z0-9_.\-]+)\s*\]", line)
-        if header:
-            inside = header[1] == section
-            if header[1] in (section, field):
-                found = number
-        elif inside and re.match(rf"\s*[\"']?{re.escape(key.split('.')[0])}[\"']?\s*=", line):
-            return number
-    return found

@@ -84,16 +84,15 @@ class VisionTransformers(Family):
         if config.image_size is not None:
             side = native.patch_embed.patch_size[0]
             if config.image_size % side:
-                raise ModelInvalid(
-                    f"image_size {config.image_size} does not divide into patches of {side} pixels; "
-                    f"{config.name} takes multiples of {side}"
+                raise _wrong(
+                    "image_size",
+                    f"{config.image_size} does not divide into patches of {side} pixels; "
+                    f"{config.name} takes multiples of {side}",
                 )
             arguments["img_size"] = config.image_size
         if config.depth is not None:
             if config.depth > len(native.blocks):
-                raise ModelInvalid(
-                    f"depth {config.depth} is more than the {len(native.blocks)} blocks of {config.name}"
-                )
+                raise _wrong("depth", f"{config.depth} is more than the {len(native.blocks)} blocks of {config.name}")
             arguments["depth"] = config.depth
         if config.pooling is not None:
             # timm would move the last norm behind average pooling and leave the checkpoint's own norm unused.
@@ -146,11 +145,16 @@ def family_of(name: str) -> Family:
         ModelInvalid: If timm has no such model, or its family is not supported.
     """
     if not timm.is_model(name):
-        raise ModelInvalid(f"timm {timm.__version__} has no model {name!r}{_near(name)}")
+        raise _wrong("name", f"timm {timm.__version__} has no model {name!r}{_near(name)}")
     module = timm.model_entrypoint(name).__module__
     if module not in FAMILIES:
-        raise ModelInvalid(f"model {name!r} is of {module}; the families that work are: {', '.join(sorted(FAMILIES))}")
+        raise _wrong("name", f"{name!r} is of {module}; the families that work are: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[module]
+
+
+def _wrong(key: str, text: str) -> ModelInvalid:
+    """Returns the error for a key of `[model]`."""
+    return ModelInvalid(f"model.{key}: {text}", ((f"model.{key}", text),))
 
 
 def _near(name: str) -> str:

@@ -25,7 +25,7 @@ from fedpeft.errors import ModelInvalid
 from fedpeft.families import Anatomy, Family, family_of
 from fedpeft.spec import AdapterSpec
 
-__all__ = ["Backbone", "StoredTensor", "build", "fingerprint", "resolve_weights", "skeleton"]
+__all__ = ["Backbone", "StoredTensor", "build", "check_weights", "fingerprint", "resolve_weights", "skeleton"]
 
 HEAD_STD = 0.02
 """Standard deviation of a fresh head's weight (truncated normal), timm's own for a ViT; its bias is zero."""
@@ -129,6 +129,23 @@ def skeleton(config: ModelConfig) -> tuple[nn.Module, Anatomy]:
     return module, family.anatomy(module)
 
 
+def check_weights(config: ModelConfig, weights: Path | None = None) -> Path | None:
+    """Returns the file that a run's weights come from here, if it is one; it fits the model then.
+
+    Args:
+        config: The model of the run.
+        weights: As for `build`.
+
+    Raises:
+        ModelInvalid: As `build`; but the hub is not asked.
+    """
+    path = resolve_weights(config.weights, weights)
+    if path is not None:
+        module, anatomy = skeleton(config)
+        fit(family_of(config.name), read_checkpoint(path), module, anatomy.head, str(path))
+    return path
+
+
 def fingerprint(backbone: Backbone, spec: AdapterSpec) -> str:
     """Returns the digest of all that stays frozen under an adapter spec, 64 hexadecimal digits.
 
@@ -163,7 +180,8 @@ def _create(name: str, device: str, **arguments: Any) -> nn.Module:
         with torch.device(device):
             module: nn.Module = timm.create_model(name, **arguments)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise ModelInvalid(f"timm cannot build model {name!r} with {arguments}: {error}") from error
+        text = f"timm cannot build model {name!r} with {arguments}: {error}"
+        raise ModelInvalid(text, (("model", text),)) from error
     return module
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from google.protobuf import json_format
 
 from fedpeft.config import RunConfig, TrainingConfig, parse_config
@@ -37,7 +39,22 @@ def config_from_proto(message: run_pb2.RunConfig) -> RunConfig:
     Raises:
         ConfigInvalid: If a field breaks a rule.
     """
-    return parse_config(json_format.MessageToDict(message, preserving_proto_field_name=True))
+    data = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    for section in ("peft", "aggregation"):
+        if "options" in data.get(section, {}):
+            data[section]["options"] = _whole(data[section]["options"])
+    if "seed" in data.get("rounds", {}):
+        data["rounds"]["seed"] = int(data["rounds"]["seed"])  # JSON writes whole numbers of 64 bits as text
+    return parse_config(data)
+
+
+def _whole(value: Any) -> Any:
+    """Returns what a Struct holds with whole numbers as such: it has numbers of one kind only."""
+    if isinstance(value, dict):
+        return {key: _whole(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def training_to_proto(config: TrainingConfig) -> run_pb2.TrainingConfig:

@@ -83,7 +83,7 @@ def test_check_sends_nothing_and_needs_no_server(tmp_path: Path, capfd: pytest.C
     path = run_file(tmp_path, "head")
     assert fedpeft("--server", "127.0.0.1:1", "run", "create", str(path), "--check") == 0
     assert capfd.readouterr().out == (
-        f"{path} is valid: head on vit_tiny_patch16_224, 386 parameters, 2 rounds of 2 clients\n"
+        f"{path} is valid: head on vit_tiny_patch16_224, 386 parameters, 2 rounds of 2 clients; weights: random\n"
     )
     assert fedpeft("run", "create", str(path), "--check", "--json") == 0
     answer = json.loads(capfd.readouterr().out)
@@ -109,8 +109,31 @@ def test_missing_run_file_and_weights(served: Serving, tmp_path: Path, capfd: py
     assert fedpeft("run", "create", str(tmp_path / "absent.toml")) == 2
     path = run_file(tmp_path)
     path.write_text(path.read_text().replace('"none"', '"absent.safetensors"'))
-    assert fedpeft("--server", served.address, "run", "create", str(path)) == 1
-    assert "the run's weights file absent.safetensors is not here" in capfd.readouterr().err
+    assert fedpeft("--server", served.address, "run", "create", str(path)) == 2
+    assert f"{path}:5: model.weights: the run's weights file absent.safetensors is not here" in capfd.readouterr().err
+
+
+def test_check_looks_at_the_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = run_file(tmp_path, "head")
+    path.write_text(path.read_text().replace('"none"', '"own.safetensors"'))
+    assert fedpeft("run", "create", str(path), "--check") == 2
+    assert f"{path}:5: model.weights: the run's weights file own.safetensors is not here" in capfd.readouterr().err
+    weights = tmp_path / "own.safetensors"
+    state = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64).state_dict()
+    weights.write_bytes(save({name: tensor.numpy() for name, tensor in state.items()}))
+    assert fedpeft("run", "create", str(path), "--check", "--weights", str(tmp_path)) == 0
+    assert f"; weights: {weights}, which fits\n" in capfd.readouterr().out
+    del state["norm.weight"]
+    weights.write_bytes(save({name: tensor.numpy() for name, tensor in state.items()}))
+    assert fedpeft("run", "create", str(path), "--check", "--weights", str(weights)) == 1
+    assert "does not fit the model: it lacks norm.weight" in capfd.readouterr().err
+
+
+def test_weights_that_would_not_be_used_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = run_file(tmp_path)
+    for command in (["run", "create", "--check"], ["simulate", "--data", str(tmp_path), "--out", str(tmp_path / "o")]):
+        assert fedpeft(*command, str(path), "--weights", str(path)) == 2
+        assert 'would not be used: the run says weights = "none"' in capfd.readouterr().err
 
 
 def test_server_is_looked_for_before_the_model_is_built(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

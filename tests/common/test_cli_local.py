@@ -141,7 +141,7 @@ def test_params(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_params_of_no_model(capfd: pytest.CaptureFixture[str]) -> None:
-    assert fedpeft("params", "--model", "vit_enormous", "--classes", "2") == 1
+    assert fedpeft("params", "--model", "vit_enormous", "--classes", "2") == 2
     assert "vit_enormous" in capfd.readouterr().err
 
 

@@ -32,7 +32,7 @@ def _file(folder: Path, text: str) -> Path:
         ('"b"', '"b\\u0000"', ":4: model.classes.1: holds the control character '\\x00'"),
         ('"b"', "2", ":4: model.classes.1: Input should be a valid string (got 2)"),
         ('["a", "b"]', '"ab"', ":4: model.classes: should be a list (got 'ab')"),
-        ('"bias"', '"bias"\n[codec]\nup = "gzip"', ":7: codec: there is no encoding 'gzip'; there are: bfloat16, "),
+        ('"bias"', '"bias"\n[codec]\nup = "gzip"', ":8: codec.up: there is no encoding 'gzip'; there are: bfloat16, "),
     ],
 )
 def test_a_fault_is_named_with_its_line(tmp_path: Path, old: str, new: str, fault: str) -> None:

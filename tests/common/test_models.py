@@ -132,12 +132,12 @@ def test_blocks_may_be_left_out_only_by_depth(weights: Path) -> None:
     with pytest.raises(ModelInvalid, match=r"it lacks blocks\.10\.attn.* and \d+ more"):
         build(config(weights=str(weights), depth=None), 0)
     assert len(build(config(weights=str(weights), depth=3), 0).anatomy.blocks) == 3
-    with pytest.raises(ModelInvalid, match="depth 13 is more than the 12 blocks"):
+    with pytest.raises(ModelInvalid, match=r"model\.depth: 13 is more than the 12 blocks"):
         build(config(depth=13), 0)
 
 
 def test_image_size_must_divide_into_patches() -> None:
-    with pytest.raises(ModelInvalid, match=r"image_size 40 .* multiples of 16"):
+    with pytest.raises(ModelInvalid, match=r"image_size: 40 .* multiples of 16"):
         build(config(image_size=40), 0)
 
 

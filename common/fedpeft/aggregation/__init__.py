@@ -23,7 +23,7 @@ Doubles = NDArray[np.float64]
 class Options(BaseModel):
     """Options of a strategy, written beside `strategy` in the run file; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 _Options: TypeAlias = Options  # inside Strategy, `Options` is the class variable

@@ -9,6 +9,7 @@ import typer
 
 from fedpeft.cli import output, views
 from fedpeft.cli.session import Session, require, run_async, session_of
+from fedpeft.cli.weights import Weights, check_needed
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -18,23 +19,22 @@ if TYPE_CHECKING:
 def create(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file (TOML).")],
-    check: Annotated[bool, typer.Option("--check", help="Only validate the file; nothing is sent.")] = False,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            "--weights", help="A weights file, or a folder of them, that stands here for the one the file names."
-        ),
-    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only validate the file and the weights it names; nothing is sent.")
+    ] = False,
+    weights: Weights = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Create a run from a run file: builds the model and uploads adapter version 0."""
-    from fedpeft.config import load_run_file
+    from fedpeft.config import faults_in, load_run_file
 
     config = load_run_file(file)
-    if check:
-        _check(file, config, as_json)
-        return
-    run = run_async(created(session_of(context), config, weights))
+    check_needed(config.model, weights)
+    with faults_in(file):
+        if check:
+            _check(file, config, weights, as_json)
+            return
+        run = run_async(created(session_of(context), config, weights))
     if as_json:
         output.say_json(views.run_row(run) | {"backbone_fingerprint": run.backbone_fingerprint})
     else:
@@ -69,12 +69,16 @@ async def created(session: Session, config: RunConfig, weights: Path | None) -> 
             )
 
 
-def _check(file: Path, config: RunConfig, as_json: bool) -> None:
-    """Says what a valid file means; the PEFT method's own options are checked on a model without values."""
+def _check(file: Path, config: RunConfig, weights: Path | None, as_json: bool) -> None:
+    """Says what a valid file means; the method is tried on a model without values, a weights file fitted to it."""
     require("train", "torch", "timm")
+    from fedpeft.models import check_weights
     from fedpeft.peft import spec_of
 
     spec = spec_of(config.model, config.peft.method, config.peft.options)
+    path = check_weights(config.model, weights)
+    fits = {"hub": "the hub's, not looked at", "none": "random"}
+    about = f"{path}, which fits" if path else fits[config.model.weights]
     if as_json:
         output.say_json(
             {
@@ -82,11 +86,12 @@ def _check(file: Path, config: RunConfig, as_json: bool) -> None:
                 "name": config.name,
                 "method": spec.method,
                 "adapter_parameters": spec.parameters,
+                "weights": str(path) if path else config.model.weights,
                 "config": config.model_dump(mode="json", exclude_none=True),
             }
         )
         return
     output.say(
         f"{file} is valid: {spec.method} on {config.model.name}, {spec.parameters:,} parameters, "
-        f"{config.rounds.count} rounds of {config.rounds.clients} clients"
+        f"{config.rounds.count} rounds of {config.rounds.clients} clients; weights: {about}"
     )

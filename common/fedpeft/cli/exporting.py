@@ -12,6 +12,7 @@ import typer
 
 from fedpeft.cli import output
 from fedpeft.cli.session import Session, require, run_async, session_of
+from fedpeft.cli.weights import Weights, check_needed
 from fedpeft.errors import BackboneMismatch, ConfigInvalid, SettingsInvalid, StateInvalid
 
 if TYPE_CHECKING:
@@ -39,10 +40,7 @@ def export(
         ),
     ] = Format.SAFETENSORS,
     version: Annotated[int | None, typer.Option("--version", min=0, help="The version; the newest if absent.")] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option("--weights", help="A weights file, or a folder of them, for the run's backbone (timm, peft)."),
-    ] = None,
+    weights: Weights = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write an adapter version as safetensors, a timm state dict, or a `peft` folder."""
@@ -113,6 +111,7 @@ def _tuned(run: run_pb2.Run, adapter: Path, weights: Path | None) -> TunedModel:
     from fedpeft.wire import config_from_proto
 
     config = config_from_proto(run.config)
+    check_needed(config.model, weights)
     backbone = build(config.model, config.rounds.seed, weights)
     tuned = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
     found = fingerprint(backbone, tuned.spec)

@@ -9,6 +9,7 @@ import typer
 
 from fedpeft.cli import output, views
 from fedpeft.cli.session import require
+from fedpeft.errors import ModelInvalid, SettingsInvalid
 
 VARIANTS: tuple[tuple[str, str, Mapping[str, object]], ...] = (
     ("adapter-per-block", "adapter", {"shared": False}),
@@ -24,7 +25,10 @@ def params(
 ) -> None:
     """Count what each PEFT method tunes and sends one way; needs no weights."""
     require("train", "torch", "timm")
-    rows = counted(model, classes)
+    try:
+        rows = counted(model, classes)
+    except ModelInvalid as error:
+        raise SettingsInvalid(f"--model: {error.message.removeprefix('model.name: ')}") from None
     if as_json:
         output.say_json(rows)
         return

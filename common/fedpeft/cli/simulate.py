@@ -11,6 +11,7 @@ import typer
 from fedpeft.cli import output, views
 from fedpeft.cli.exits import Exit
 from fedpeft.cli.session import require
+from fedpeft.cli.weights import Weights, check_needed
 
 COLUMNS = ("ROUND", "CLIENTS", "ACCURACY", "TRAIN LOSS", "UP", "DOWN", "FULL FINE-TUNING", "SECONDS")
 
@@ -31,12 +32,7 @@ def simulate(
     evaluate: Annotated[
         Path | None, typer.Option("--eval", metavar="PATH", help="Held-out data on which every version is scored.")
     ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            "--weights", help="A weights file, or a folder of them, that stands here for the one the file names."
-        ),
-    ] = None,
+    weights: Weights = None,
     label_map: Annotated[
         Path | None,
         typer.Option("--label-map", metavar="FILE", help="TOML or JSON of own class name = run class, for all data."),
@@ -51,9 +47,10 @@ def simulate(
 
     The adapter has the bits that a server and its agents give. Ends with 5 if a round could not get its updates.
     """
-    from fedpeft.config import load_run_file
+    from fedpeft.config import faults_in, load_run_file
 
     config = load_run_file(file)
+    check_needed(config.model, weights)
     require("train", "torch", "timm", "pyarrow")
     import structlog
     import torch
@@ -65,17 +62,18 @@ def simulate(
     if threads is not None:
         torch.set_num_threads(threads)
     clients, partition = simulation.clients_of(data, config)
-    report = simulation.simulate(
-        config,
-        clients,
-        out,
-        evaluate,
-        weights,
-        label_map=label_map,
-        device=device,
-        partition=partition,
-        committed=None if as_json else lambda row: output.note(_line(row, config.rounds.count)),
-    )
+    with faults_in(file):
+        report = simulation.simulate(
+            config,
+            clients,
+            out,
+            evaluate,
+            weights,
+            label_map=label_map,
+            device=device,
+            partition=partition,
+            committed=None if as_json else lambda row: output.note(_line(row, config.rounds.count)),
+        )
     if as_json:
         output.say_json(report)
     else:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedpeft.errors import ConfigInvalid
 from fedpeft.families import Anatomy
+from fedpeft.faults import faults_of
 from fedpeft.registry import Registry
 from fedpeft.spec import Role
 
@@ -19,7 +20,7 @@ from fedpeft.spec import Role
 class MethodOptions(BaseModel):
     """Options of a method, written beside `method` in the run file; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 OptionsT = TypeVar("OptionsT", bound=MethodOptions)
@@ -81,16 +82,16 @@ def make(name: str, options: Mapping[str, object]) -> Method[Any]:
     Raises:
         ConfigInvalid: If there is no such method, or an option is unknown or out of range.
     """
-    cls = methods.get(name)
+    try:
+        cls = methods.get(name)
+    except ConfigInvalid as error:
+        raise ConfigInvalid(error.message, (("peft.method", error.message),)) from None
     try:
         return cls(cls.Options.model_validate(dict(options)))
     except ValidationError as error:
-        known = ", ".join(sorted(cls.Options.model_fields)) or "none"
-        faults = []
-        for fault in error.errors(include_url=False, include_input=False):
-            text = fault["msg"].removeprefix("Value error, ")
-            if fault["type"] == "extra_forbidden":
-                text = f"is not an option of {name}; there are: {known}"
-            faults.append((".".join(["peft", *map(str, fault["loc"])]), text))
-        message = "; ".join(f"{path}: {text}" for path, text in faults)
-        raise ConfigInvalid(message, tuple(faults)) from None
+        unknown = f"is not an option of {name}; there are: {', '.join(sorted(cls.Options.model_fields)) or 'none'}"
+        faults = tuple(
+            (path, unknown if text.startswith("is not a known key") else text)
+            for path, text in faults_of(error, options, "peft")
+        )
+        raise ConfigInvalid("; ".join(f"{path}: {text}" for path, text in faults), faults) from None
