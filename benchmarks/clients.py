@@ -102,7 +102,10 @@ async def client(server: str, run: str, name: str, update: Update) -> int:
         await stub.Register(hello, metadata=metadata)
         while True:
             answer = await stub.AwaitRound(pb.AwaitRoundRequest(run=run), metadata=metadata)
-            if answer.HasField("training"):
+            if answer.HasField("offer"):
+                accepted = pb.AnswerOfferRequest(run=answer.offer.run.id, answer=pb.ANSWER_ACCEPTED)
+                await stub.AnswerOffer(accepted, metadata=metadata)
+            elif answer.HasField("training"):
                 await pull(stub, metadata, run, answer.training.version)
                 await push(stub, metadata, answer.training.ticket, update)
                 pushed += 1

@@ -1,6 +1,26 @@
-"""The agent's life: register, push what is pending, prove, then await a round, pull, train, push, again and again.
+"""The agent's life, as a machine whose every state is either on disk or can be lost.
 
-An evaluator's is the same with scoring in place of training.
+    register <------------ NOT_REGISTERED, whatever was being done: the server was set up anew
+       |
+       v
+    push what is pending <--------------------------------------------+
+       |                                                              |
+       v                                                              |
+    await round --- offer ------> judge, then accept or decline --->--+
+       |  |  |                         ^                              |
+       |  |  |                         | the data or the model does   |
+       |  |  |                         | not suit after all: decline  |
+       |  |  +----- training ---> pull, train -----------------> pending update, on disk
+       |  |                            |                              |
+       |  +-------- evaluation -> pull, score, report                 |
+       |                               | failed otherwise: withdraw,  |
+       |                               | pause, and go on             |
+       |                               +------------------------------+
+       +-- idle: again; `--once` and nothing is left: END
+
+Only the pending update, the residual and the local tensors must survive a kill, and they are on disk. The server keeps
+the ticket and the answers, and gives or asks for them again. So a restart is the same as any other way into `register`.
+An end that is none of these is an error that only a person can mend.
 """
 
 from __future__ import annotations
@@ -11,27 +31,15 @@ from importlib.metadata import version as installed_version
 
 from fedpeft import PROTOCOL
 from fedpeft.codecs import codecs
-from fedpeft.errors import (
-    ClientIdInUse,
-    ClientIdInvalid,
-    DataInvalid,
-    FedpeftError,
-    Internal,
-    ModelInvalid,
-    NotRegistered,
-    ProtocolMismatch,
-    RunNotFound,
-    StateInvalid,
-    Unavailable,
-)
+from fedpeft.errors import FedpeftError, NotFound, NotRegistered, StateInvalid
 from fedpeft.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client.adapters import AdapterCache
+from fedpeft_client.adapters import AdapterCache, Held
 from fedpeft_client.channel import Channel
 from fedpeft_client.evaluator import Evaluator
-from fedpeft_client.exits import UNFIT
-from fedpeft_client.fitness import Fitness
+from fedpeft_client.exits import NOT_ABOUT_THE_TASK, UNFIT
+from fedpeft_client.fitness import Fitness, Verdict
 from fedpeft_client.patience import AWAY_S, CALL_S, Backoff, Patience
 from fedpeft_client.pending import Pending, PendingBox
 from fedpeft_client.pull import Puller
@@ -39,19 +47,9 @@ from fedpeft_client.push import Pusher
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.settings import Settings
 from fedpeft_client.state import StateDirectory
+from fedpeft_client.suitability import Reason
 from fedpeft_client.trainer import Trainer
 from fedpeft_client.worker_process import Answer, WorkerProcess
-
-_NOT_ABOUT_THE_TASK = (
-    ClientIdInUse,
-    ClientIdInvalid,
-    Internal,
-    NotRegistered,
-    ProtocolMismatch,
-    Unavailable,
-)
-_PRIVATE = (DataInvalid, ModelInvalid, StateInvalid)
-"""Errors whose sentence may name files of this site; the server gets to know the kind only."""
 
 
 class Agent:
@@ -63,10 +61,6 @@ class Agent:
         channel: The server.
         worker: The process that computes.
         log: Carries the client's id.
-
-    Attributes:
-        runs: The runs it has heard of, by id.
-        fitness: The verdicts on them.
     """
 
     def __init__(
@@ -83,68 +77,62 @@ class Agent:
         self._worker = worker
         self._log = log
         self._box = PendingBox(directory)
-        self._patience = Patience(log, CALL_S if settings.once or settings.dry_run else None)
+        self._patience = Patience(log, CALL_S if settings.once else None)
         self._pusher = Pusher(channel, self._patience)
         self._trainer = Trainer(directory, self._box, worker)
         self._evaluator = Evaluator(channel, self._patience, worker)
+        self._fitness = Fitness(worker, log)
         self._setback = Backoff()
-        self._registered_once = False
-        self.fitness = Fitness(worker, log)
-        self.runs: dict[str, KnownRun] = {}
 
     async def live(self) -> None:
         """Takes part until there is nothing left to do (`--once`), for ever otherwise.
 
         Raises:
-            FedpeftError: What nothing but a person can mend.
+            FedpeftError: What nothing but a person can mend: that includes that the run it was started for, or with
+                `--once` every run there was, does not suit this site.
         """
-        await self.register()
+        await self._register()
         if self._settings.once:
             self._patience.give_up_s = AWAY_S
-        await self.push_pending()
-        await self.prove_runs()
-        while await self.take_part():
-            await self.push_pending()
+        going_on: bool | None = True
+        while going_on is not False:
+            going_on = await self._on_good_terms(self._take_part)
+        if misfit := self._fitness.nothing_suits():
+            raise misfit
 
-    async def register(self, run: str | None = None) -> Answer:
-        """Announces this client and learns of the runs.
-
-        Args:
-            run: The run to hear of, finished or not; what the settings say if absent.
-
-        Returns:
-            What the worker, which is started first, said of itself.
-        """
+    async def _register(self) -> None:
         hello = await self._worker.start()
-        evaluates = self._settings.evaluate
-        request = pb.RegisterRequest(
-            min_protocol=PROTOCOL,
-            max_protocol=PROTOCOL,
-            role=pb.CLIENT_ROLE_EVALUATOR if evaluates else pb.CLIENT_ROLE_TRAINER,
-            run=run or self._settings.run or "",
-            capabilities=pb.Capabilities(
-                software=f"fedpeft {installed_version('fedpeft')}, torch {hello['torch']}",
-                methods=hello["methods"],
-                encodings=codecs.names(),
-                device=hello["device"],
-                examples=self.fitness.examples,
-            ),
-        )
-        response = await self._patience.keep(lambda: self._channel.register(request))
-        for message in response.runs:
-            self._learn(message)
-        say = self._log.debug if self._registered_once else self._log.info
-        self._registered_once = True
-        say(
-            "registered",
-            server=self._settings.server,
-            runs=[message.id for message in response.runs],
-            device=hello["device"],
-            threads=hello["threads"],
-        )
-        return hello
+        request = registration(self._settings, hello)
+        await self._patience.keep(lambda: self._channel.register(request))
+        self._log.info("registered", server=self._settings.server, device=hello["device"], threads=hello["threads"])
 
-    async def push_pending(self) -> None:
+    async def _on_good_terms(self, step: Callable[[], Awaitable[bool]]) -> bool:
+        """Takes a step; registers again if the server does not know this client any more."""
+        try:
+            return await step()
+        except NotRegistered:
+            self._log.info("the server does not know this client any more; registering again")
+            await self._register()
+            return True
+
+    async def _take_part(self) -> bool:
+        """Pushes what is pending, awaits one task and does it; returns False once there is nothing left to do."""
+        await self._push_pending()
+        wanted, once = self._settings.run or "", self._settings.once
+        response = await self._patience.keep(lambda: self._channel.await_round(wanted, until_finished=once))
+        match response.WhichOneof("outcome"):
+            case "offer":
+                await self._answer(response.offer.run)
+            case "training":
+                await self._train(response.training)
+            case "evaluation":
+                await self._evaluate(response.evaluation)
+            case _:
+                self._log.debug("waiting", reason=response.idle.reason)
+                return not (response.idle.finished and once)
+        return True
+
+    async def _push_pending(self) -> None:
         """Uploads the update that an earlier process, or an interrupted push, left behind; it is not trained again."""
         await asyncio.to_thread(self._box.finish)
         try:
@@ -154,127 +142,126 @@ class Agent:
             self._box.discard()
             return
         if pending is not None:
-            await self._on_good_terms(lambda: self._push(pending))
+            await self._push(pending)
 
-    async def prove_runs(self) -> None:
-        """Proves every run there is, so that a misfit shows before the first ticket and not after it."""
-        for run in list(self.runs.values()):
-            if not run.finished:
-                try:
-                    await self.fitness.prove(run)
-                except UNFIT as error:
-                    self._judge(run.id, error)
-        if self.fitness.examples:
-            await self.register()  # now with the number of examples
+    async def _answer(self, run: run_pb2.Run) -> None:
+        verdict = await self._fitness.judge(run)
+        await self._say(run.id, verdict)
 
-    async def take_part(self) -> bool:
-        """Awaits one task and does it; returns False once there is nothing left to do."""
-        return await self._on_good_terms(self._take_part) is not False
+    async def _say(self, run: str, verdict: Verdict) -> None:
+        """Tells the server whether this site takes part in a run.
 
-    async def _take_part(self) -> bool:
-        wanted = self._settings.run or ""
-        response = await self._patience.keep(lambda: self._channel.await_round(wanted))
-        match response.WhichOneof("outcome"):
-            case "training":
-                await self._train(response.training)
-            case "evaluation":
-                await self._evaluate(response.evaluation)
-            case _:
-                self._log.debug("waiting", reason=response.idle.reason)
-                return not (response.idle.finished and self._settings.once)
-        return True
-
-    async def _on_good_terms(self, step: Callable[[], Awaitable[bool | None]]) -> bool | None:
-        """Takes a step; registers again if the server does not know this client any more."""
+        Raises:
+            FedpeftError: If it does not, and was started for this run.
+        """
+        request = pb.AnswerOfferRequest(
+            run=run,
+            answer=pb.ANSWER_ACCEPTED if verdict.suits else pb.ANSWER_DECLINED,
+            reasons=[reason.told for reason in verdict.reasons],
+            examples=verdict.examples,
+        )
         try:
-            return await step()
-        except NotRegistered:
-            self._log.info("the server does not know this client any more; registering again")
-            await self.register()
-            return True
+            await self._patience.keep(lambda: self._channel.answer_offer(request))
+        except NotFound as error:
+            self._log.info("the run is gone already", run=run, cause=str(error))
+        for reason in verdict.reasons:
+            self._log.error("run is declined", run=run, reason=reason.kind, cause=reason.here)
+        if verdict.reasons and self._settings.run:
+            raise verdict.reasons[0].error
 
     async def _train(self, task: pb.TrainingTask) -> None:
         log = self._log.bind(run=task.run, round=task.round)
-        try:
-            run = await self._known(task.run)
-            await self.fitness.prove(run)
-            held = await self._puller(run).pull(task.version)
+
+        async def train() -> None:
+            run, held = await self._pull(task.run, task.version)
             pending = await self._trainer.train(run, task, held, log)
-        except _NOT_ABOUT_THE_TASK:
-            raise
-        except (FedpeftError, OSError) as error:
-            cause = self._named(error)
-            log.error("ticket is given up", cause=str(cause))
-            await self._withdraw(task.ticket, cause)
-            await self._overcome(task.run, cause)
-        else:
             await self._push(pending)
-            self._setback.reset()
+
+        if failure := await self._tried(task.run, train):
+            log.error("ticket is given up", cause=failure.here)
+            await self._withdraw(task.ticket, failure)
+            await self._setback.pause()
 
     async def _evaluate(self, task: pb.EvaluationTask) -> None:
         log = self._log.bind(run=task.run)
-        try:
-            run = await self._known(task.run)
-            await self.fitness.prove(run)
-            held = await self._puller(run).pull(task.version)
+
+        async def evaluate() -> None:
+            run, held = await self._pull(task.run, task.version)
             await self._evaluator.evaluate(run, held, log)
-        except _NOT_ABOUT_THE_TASK:
+
+        if failure := await self._tried(task.run, evaluate):
+            log.error("version is not scored", version=task.version, cause=failure.here)
+            await self._setback.pause()
+
+    async def _tried(self, run: str, work: Callable[[], Awaitable[None]]) -> Reason | None:
+        """Does the work of a task; declines the run, and with it the task, if it shows that the run does not suit.
+
+        Returns:
+            Why it failed, if it failed otherwise; the next attempt may do better.
+        """
+        try:
+            await work()
+        except NOT_ABOUT_THE_TASK:
             raise
+        except UNFIT as error:
+            await self._say(run, self._fitness.condemn(run, Reason.of(error)))
         except (FedpeftError, OSError) as error:
-            cause = self._named(error)
-            log.error("version is not scored", version=task.version, cause=str(cause))
-            await self._overcome(task.run, cause)
+            return Reason.of(self._named(error))
         else:
             self._setback.reset()
+        return None
+
+    async def _pull(self, run_id: str, version: int) -> tuple[KnownRun, Held]:
+        """Returns a run that this site accepted, and an adapter version of it on disk.
+
+        Raises:
+            NotRegistered: If this process did not accept the run; registering has it offered.
+        """
+        verdict = self._fitness.verdicts.get(run_id)
+        if verdict is None or verdict.run is None or not verdict.suits:
+            raise NotRegistered(f"the server gave work for run {run_id}, which this client did not accept")
+        cache = AdapterCache(self._directory.run(run_id))
+        held = await Puller(self._channel, self._patience, verdict.run, cache).pull(version)
+        return verdict.run, held
 
     async def _push(self, pending: Pending) -> None:
         log = self._log.bind(run=pending.run, round=pending.round)
         outcome = await self._pusher.push(pending, log)
         await asyncio.to_thread(self._box.settle, pending, outcome)
 
-    async def _withdraw(self, ticket: str, cause: FedpeftError) -> None:
-        said = (type(cause).__doc__ or "").strip() if isinstance(cause, _PRIVATE) else str(cause)
-        reason = f"{cause.reason}: {said}"
+    async def _withdraw(self, ticket: str, failure: Reason) -> None:
         try:
+            reason = f"{failure.kind}: {failure.told}"
             await self._patience.keep(lambda: self._channel.withdraw(ticket, reason))
-        except _NOT_ABOUT_THE_TASK:
+        except NOT_ABOUT_THE_TASK:
             raise
         except FedpeftError as error:
             self._log.info("the ticket is gone already", ticket=ticket, cause=str(error))
-
-    async def _overcome(self, run: str, error: FedpeftError) -> None:
-        """Judges a run that this site does not fit; pauses after any failure, lest it is repeated without a break."""
-        if isinstance(error, UNFIT):
-            self._judge(run, error)
-        await self._setback.pause()
-
-    def _learn(self, message: run_pb2.Run) -> None:
-        try:
-            self.runs[message.id] = KnownRun.of(message)
-        except UNFIT as error:
-            self._judge(message.id, error)
-
-    def _judge(self, run: str, error: FedpeftError) -> None:
-        """Ends a client that was started for this run; any other goes on with the other runs."""
-        self.fitness.condemn(run, error)
-        if self._settings.once or self._settings.run:
-            raise error
-        self._log.error("this site cannot work for the run", run=run, cause=str(error))
-
-    async def _known(self, run: str) -> KnownRun:
-        self.fitness.refuse_condemned(run)
-        if run not in self.runs:
-            await self.register(run)  # by name, because finished runs, which evaluators may score, are not listed
-            await self.register()
-        if run not in self.runs:
-            raise RunNotFound(f"the server gave work for run {run} but does not list it")
-        return self.runs[run]
-
-    def _puller(self, run: KnownRun) -> Puller:
-        cache = AdapterCache(self._directory.run(run.id))
-        return Puller(self._channel, self._patience, run, cache)
 
     def _named(self, error: FedpeftError | OSError) -> FedpeftError:
         if isinstance(error, FedpeftError):
             return error
         return StateInvalid(f"cannot use state directory {self._directory.path}: {error.strerror}")
+
+
+def registration(settings: Settings, hello: Answer) -> pb.RegisterRequest:
+    """Returns what a client says of itself.
+
+    Args:
+        settings: What it was told.
+        hello: What its worker said of itself.
+    """
+    return pb.RegisterRequest(
+        min_protocol=PROTOCOL,
+        max_protocol=PROTOCOL,
+        role=pb.CLIENT_ROLE_EVALUATOR if settings.evaluate else pb.CLIENT_ROLE_TRAINER,
+        run=settings.run or "",
+        dry_run=settings.dry_run,
+        capabilities=pb.Capabilities(
+            software=f"fedpeft {installed_version('fedpeft')}, torch {hello['torch']}",
+            methods=hello["methods"],
+            encodings=codecs.names(),
+            device=hello["device"],
+            examples=hello["rows"],
+        ),
+    )

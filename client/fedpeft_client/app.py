@@ -33,8 +33,10 @@ async def _serve(settings: Settings, directory: StateDirectory) -> None:
     worker = WorkerProcess(_worker_options(settings), log)
     try:
         async with Channel(settings.server, settings.name, directory.instance) as channel:
-            agent = Agent(settings, directory, channel, worker, log)
-            work = dry_run(agent, settings) if settings.dry_run else agent.live()
+            if settings.dry_run:
+                work = dry_run(settings, channel, worker, log)
+            else:
+                work = Agent(settings, directory, channel, worker, log).live()
             await _until_stopped(work, log)
     finally:
         await worker.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Awaitable
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
@@ -13,11 +14,11 @@ from fedpeft import status
 from fedpeft.errors import FedpeftError, ServerUnreachable
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
-from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, MESSAGE_LIMIT_BYTES
+from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, MESSAGE_LIMIT_BYTES, PROCESS_KEY
 from fedpeft_client.patience import AWAIT_S, CALL_S
 
 _SERVICE = "fedpeft.v1.FederationService"
-_RETRIED = ("Register", "AwaitRound", "PullAdapter", "GetUpload", "Withdraw", "PushEvaluation")
+_RETRIED = ("Register", "AwaitRound", "AnswerOffer", "PullAdapter", "GetUpload", "Withdraw", "PushEvaluation")
 """Every call but PushUpdate, which must ask first where the upload stands."""
 
 _SERVICE_CONFIG = {
@@ -72,7 +73,8 @@ class Channel:
         self._server = server
         self._channel = grpc.aio.insecure_channel(server, options=_OPTIONS)
         self.stub = pb_grpc.FederationServiceStub(self._channel)
-        self.metadata = grpc.aio.Metadata((CLIENT_KEY, name), (INSTANCE_KEY, instance))
+        process = secrets.token_hex(16)
+        self.metadata = grpc.aio.Metadata((CLIENT_KEY, name), (INSTANCE_KEY, instance), (PROCESS_KEY, process))
 
     async def __aenter__(self) -> Self:
         return self
@@ -89,9 +91,14 @@ class Channel:
         """Announces the client."""
         return await self._call(self.stub.Register, request)
 
-    async def await_round(self, run: str) -> pb.AwaitRoundResponse:
+    async def await_round(self, run: str, *, until_finished: bool) -> pb.AwaitRoundResponse:
         """Asks for work; the server holds the answer back for a while if there is none."""
-        return await self._call(self.stub.AwaitRound, pb.AwaitRoundRequest(run=run), AWAIT_S)
+        request = pb.AwaitRoundRequest(run=run, until_finished=until_finished)
+        return await self._call(self.stub.AwaitRound, request, AWAIT_S)
+
+    async def answer_offer(self, request: pb.AnswerOfferRequest) -> None:
+        """Says whether this client takes part in a run."""
+        await self._call(self.stub.AnswerOffer, request)
 
     async def get_upload(self, ticket: str, sha256: bytes) -> pb.GetUploadResponse:
         """Asks where an upload stands."""

@@ -1,52 +1,91 @@
-"""`--dry-run`: checks everything that a round needs, and says in a few lines what would happen."""
+"""`--dry-run`: checks everything that a round needs, says in a few lines what would happen, and leaves no trace."""
 
 from __future__ import annotations
 
-from fedpeft.errors import FedpeftError
-from fedpeft_client.agent import Agent
-from fedpeft_client.exits import UNFIT
-from fedpeft_client.fitness import Report
+import time
+from typing import Any
+
+from fedpeft.errors import DataInvalid
+from fedpeft.logs import Log
+from fedpeft_client.agent import registration
+from fedpeft_client.channel import Channel
+from fedpeft_client.fitness import Fitness, Report, Verdict
+from fedpeft_client.patience import CALL_S, Patience
+from fedpeft_client.reporter import EVERY_S
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.settings import Settings
+from fedpeft_client.suitability import UNREADABLE_SHARE
+from fedpeft_client.worker_process import Answer, WorkerProcess
+
+_NAMED = 20
+"""Unreadable images that are named; there may be a million."""
 
 
-async def dry_run(agent: Agent, settings: Settings) -> None:
-    """Registers, proves every run, prints what was found on stdout, and trains nothing.
+async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, log: Log) -> None:
+    """Opens every image, judges every run, prints what was found on stdout; trains nothing, registers nothing.
 
     Raises:
-        FedpeftError: The first thing that is wrong, after everything was checked and printed.
+        DataInvalid: If there is no run and too many images cannot be read.
+        FedpeftError: If no run suits, after everything was checked and printed; the reasons are in it.
     """
-    hello = await agent.register()
+    hello = await worker.start()
+    request = registration(settings, hello)
+    response = await Patience(log, CALL_S).keep(lambda: channel.register(request))
     _line("server", settings.server)
     _line("device", f"{hello['device']}, {hello['threads']} threads, torch {hello['torch']}")
     _line("data", f"{settings.data}: {hello['rows']:,} images of {len(hello['labels'])} classes")
-    if not agent.runs:
-        _line("runs", "none yet; the client would wait for one")
-    first: FedpeftError | None = None
-    for run in agent.runs.values():
+    surveyed = await worker.ask({"op": "survey"}, _Progress(log))
+    _say_readable(surveyed)
+    fitness = Fitness(worker, log)
+    for run in response.runs:
         print(f"\n{run.id} ({run.config.name})")
-        try:
-            _describe(run, await agent.fitness.prove(run), settings.evaluate)
-        except UNFIT as error:
-            _line("unfit", str(error))
-            first = first or error
-    if first is not None:
-        raise first
+        _describe(await fitness.judge(run), settings.evaluate)
+    if misfit := fitness.nothing_suits():
+        raise misfit
+    if not response.runs:
+        _line("runs", "none yet; the client would wait for one")
+        _refuse_unreadable(surveyed)
 
 
-def _describe(run: KnownRun, report: Report, evaluates: bool) -> None:
-    tuned, whole = run.spec.parameters, report["model_parameters"]
+def _say_readable(surveyed: Answer) -> None:
+    bad, named = surveyed["unreadable"], surveyed["named"][:_NAMED]
+    if not bad:
+        _line("images", f"all {surveyed['images']:,} can be read")
+        return
+    _line("images", f"{bad:,} of {surveyed['images']:,} cannot be read:")
+    for name, why in named:
+        _line("", f"{name}: {why}")
+    if bad > len(named):
+        _line("", f"and {bad - len(named):,} more")
+
+
+def _refuse_unreadable(surveyed: Answer) -> None:
+    bad, total = surveyed["unreadable"], surveyed["images"]
+    if bad > UNREADABLE_SHARE * total:
+        raise DataInvalid(f"{bad} of {total} images cannot be read, more than {UNREADABLE_SHARE:.0%}")
+
+
+def _describe(verdict: Verdict, evaluates: bool) -> None:
+    if verdict.run is None or verdict.reasons:
+        _line("would", "decline it: " + ", ".join(reason.kind for reason in verdict.reasons))
+        return
+    run, report = verdict.run, verdict.report
+    _say_fit(run, report)
+    if evaluates:
+        _line("would", "score every committed version on these examples")
+        return
     low, high = run.upload_bounds(run.version + 1)
     size = f"{high:,} bytes" if low == high else f"at most {high:,} bytes"
+    _line("would", f"train in each round it is sampled for, and send {size} ({run.config.codec.encoding})")
+
+
+def _say_fit(run: KnownRun, report: Report) -> None:
+    tuned, whole = run.spec.parameters, report["model_parameters"]
     _line("model", f"{run.config.model.name}, backbone {run.fingerprint[:16]} as the run's")
     _line("method", f"{run.spec.method}: {tuned:,} of {whole:,} parameters")
     _line("examples", f"{report['examples']:,}: " + _counts(report["classes"]))
     if report["dropped"]:
         _line("dropped", f"{report['dropped']:,} images that the label map leaves out")
-    if evaluates:
-        _line("would", "score every committed version on these examples")
-    else:
-        _line("would", f"train in each round it is sampled for, and send {size} ({run.config.codec.encoding})")
 
 
 def _counts(classes: dict[str, int]) -> str:
@@ -57,3 +96,17 @@ def _counts(classes: dict[str, int]) -> str:
 
 def _line(key: str, text: str) -> None:
     print(f"{key:>10}  {text}")
+
+
+class _Progress:
+    """Says now and then how many images were opened; a small set is done before the first time."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._said = time.monotonic()
+
+    def __call__(self, progress: dict[str, Any]) -> None:
+        """Takes one progress event of the worker."""
+        if time.monotonic() - self._said >= EVERY_S:
+            self._said = time.monotonic()
+            self._log.info("opening images", **progress)

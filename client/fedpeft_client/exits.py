@@ -6,9 +6,14 @@ from enum import IntEnum
 
 from fedpeft.errors import (
     BackboneMismatch,
+    ClientIdInUse,
+    ClientIdInvalid,
     ConfigInvalid,
     DataInvalid,
+    Internal,
     ModelInvalid,
+    NotRegistered,
+    ProtocolMismatch,
     SettingsInvalid,
     SpecInvalid,
     Unavailable,
@@ -16,6 +21,9 @@ from fedpeft.errors import (
 
 UNFIT = (BackboneMismatch, ConfigInvalid, DataInvalid, ModelInvalid, SpecInvalid)
 """Errors that say that this site cannot work for a run until someone changes something."""
+
+NOT_ABOUT_THE_TASK = (ClientIdInUse, ClientIdInvalid, Internal, NotRegistered, ProtocolMismatch, Unavailable)
+"""Errors that concern this client as a whole, whatever it was about to do."""
 
 
 class Exit(IntEnum):

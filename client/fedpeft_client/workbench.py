@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,24 @@ from fedpeft.data.labels import read_label_map
 from fedpeft.data.sources import open_source
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.devices import device_of
-from fedpeft.errors import (
-    BackboneMismatch,
-    SpecInvalid,
-    StateInvalid,
-)
+from fedpeft.errors import StateInvalid
 from fedpeft.evaluation import evaluate
 from fedpeft.payload import check_payload, decode
 from fedpeft.peft import TunedModel, methods, tune
-from fedpeft.spec import AdapterSpec
 from fedpeft.training import Progress, train
 from fedpeft.updates import prepare
 from fedpeft.v1 import tensor_pb2
+from fedpeft_client.exits import UNFIT
 from fedpeft_client.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD
 from fedpeft_client.runs import KnownRun
+from fedpeft_client.suitability import Built, Reason, Site, reasons_against
+from fedpeft_client.survey import survey
 
 LOADED_RUNS = 2
 """Runs whose model and data stay in memory; the one used longest ago goes first."""
+
+NAMED_UNREADABLE = 100
+"""Unreadable images that a survey names."""
 
 Arrays = dict[str, NDArray[np.float32]]
 Message = dict[str, Any]
@@ -79,8 +80,13 @@ class Workbench:
         self._device = device_of(options["device"])
         self._source = open_source(options["data"])
         label_map, weights = options["label_map"], options["weights"]
-        self._label_map = None if label_map is None else read_label_map(Path(label_map))
         self._weights = None if weights is None else Path(weights)
+        counts = np.bincount(self._source.labels, minlength=len(self._source.class_names)).tolist()
+        self._site = Site(
+            frozenset(methods.names()),
+            dict(zip(self._source.class_names, counts, strict=True)),
+            {} if label_map is None else read_label_map(Path(label_map)),
+        )
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
 
     def hello(self) -> Message:
@@ -98,16 +104,28 @@ class Workbench:
         }
 
     def check(self, request: Message) -> Message:
-        """Proves that this site fits a run; see `Fitness.prove`."""
+        """Returns why a run does not suit this site, and if it does, what was found; see `Verdict.report`."""
         run = KnownRun.from_json(request["run"])
-        loaded = self._load(run)
+        reasons = self._prove(run)
+        return {
+            "reasons": [reason.as_json() for reason in reasons],
+            "report": {} if reasons else self._report(run, self._loaded[run.id]),
+        }
+
+    def survey(self, progress: Callable[[Message], None]) -> Message:
+        """Opens every image; returns how many there are, how many cannot be read, and [name, why] of the first."""
+        found = survey(self._source, progress)
+        self._site = replace(self._site, unreadable=found.by_class)
+        bad = found.unreadable
+        return {"images": len(self._source), "unreadable": len(bad), "named": bad[:NAMED_UNREADABLE]}
+
+    def _report(self, run: KnownRun, loaded: Loaded) -> Message:
         counts = np.bincount(loaded.dataset.labels, minlength=len(run.config.model.classes))
         return {
             "examples": loaded.dataset.examples,
             "classes": dict(zip(run.config.model.classes, counts.tolist(), strict=True)),
             "dropped": len(self._source) - len(loaded.dataset),
             "model_parameters": loaded.model.backbone.parameters,
-            "fingerprint": run.fingerprint,
         }
 
     def train(self, request: Message, progress: Callable[[Message], None], stop: Callable[[], bool]) -> Message:
@@ -149,53 +167,38 @@ class Workbench:
 
     def _load(self, run: KnownRun) -> Loaded:
         """Returns a run's model and data, proved to fit; loads them if they are not loaded."""
-        if run.id not in self._loaded:
-            self._loaded[run.id] = self._open(run)
-            while len(self._loaded) > LOADED_RUNS:
-                self._loaded.popitem(last=False)
-        self._loaded.move_to_end(run.id)
+        for reason in self._prove(run):
+            raise reason.error
         return self._loaded[run.id]
 
-    def _open(self, run: KnownRun) -> Loaded:
+    def _prove(self, run: KnownRun) -> tuple[Reason, ...]:
+        """Returns why a run does not suit; otherwise it is loaded, and the run used longest ago goes."""
+        reasons: tuple[Reason, ...] = ()
+        if run.id not in self._loaded:
+            reasons = reasons_against(run, self._site) or self._open(run)
+        if not reasons:
+            self._loaded.move_to_end(run.id)
+            while len(self._loaded) > LOADED_RUNS:
+                self._loaded.popitem(last=False)
+        return reasons
+
+    def _open(self, run: KnownRun) -> tuple[Reason, ...]:
+        """Builds a run's model, and loads it if it suits; nothing spoke against the run before."""
         config, seed = run.config, run.config.rounds.seed
-        backbone = models.build(config.model, seed, self._weights, str(self._device))
-        model = tune(backbone, config.peft.method, config.peft.options, seed)
-        _same_spec(model.spec, run.spec)
-        own = models.fingerprint(backbone, model.spec)
-        if own != run.fingerprint:
-            raise BackboneMismatch(
-                f"the backbone {config.model.name} here has fingerprint {own}, "
-                f"that of run {run.id} has {run.fingerprint}; the frozen weights differ: "
-                "give the file that the run was created with as --weights"
-            )
-        shared = {tensor.name for tensor in run.spec.shared}
-        return Loaded(
-            model,
-            dataset_of(
-                self._source,
-                config.model.classes,
-                Preprocessing.of(backbone),
-                label_map=self._label_map,
-            ),
-            {name: values for name, values in model.state().items() if name not in shared},
-        )
-
-
-def _same_spec(own: AdapterSpec, wanted: AdapterSpec) -> None:
-    """Compares what the method tunes here with what the run says it tunes."""
-    if own == wanted:
-        return
-    if own.method != wanted.method:
-        raise SpecInvalid(f"the run's spec is of method {wanted.method}, its file of {own.method}")
-    mine = {tensor.name: tensor for tensor in own.tensors}
-    theirs = {tensor.name: tensor for tensor in wanted.tensors}
-    for name in sorted(mine.keys() | theirs.keys()):
-        here, there = mine.get(name), theirs.get(name)
-        if here != there:
-            raise SpecInvalid(
-                f"method {own.method} here has tensor {name} as {here or 'none'}, the run as "
-                f"{there or 'none'}; use the version of the software that the run was created with"
-            )
+        try:
+            backbone = models.build(config.model, seed, self._weights, str(self._device))
+            model = tune(backbone, config.peft.method, config.peft.options, seed)
+        except UNFIT as error:
+            return reasons_against(run, replace(self._site, built=error))
+        built = Built(model.spec, models.fingerprint(backbone, model.spec))
+        reasons = reasons_against(run, replace(self._site, built=built))
+        if not reasons:
+            preprocessing, label_map = Preprocessing.of(backbone), self._site.label_map
+            dataset = dataset_of(self._source, config.model.classes, preprocessing, label_map=label_map)
+            shared = {tensor.name for tensor in run.spec.shared}
+            local = {name: values for name, values in model.state().items() if name not in shared}
+            self._loaded[run.id] = Loaded(model, dataset, local)
+        return reasons
 
 
 def _set(loaded: Loaded, adapter: Message, local: Arrays) -> None:

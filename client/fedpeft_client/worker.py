@@ -1,9 +1,9 @@
 """The worker: the process that holds torch, the model and the data, and answers the agent in JSON lines.
 
-Requests come on stdin, one object a line: `open` (first), `check`, `train`, `evaluate`, `stop`. Answers go to the
-original stdout: `{"progress": ...}` any number of times, then `{"result": ...}` or `{"error": ...}`; `{"dying": WHY}`
-and the end of the stream mean that the process cannot be trusted any more. Tensors pass through files. Whatever a
-library prints goes to stderr. The end of stdin means that the agent is gone: the process ends at once.
+Requests come on stdin, one object a line: `open` (first), `survey`, `check`, `train`, `evaluate`, `stop`. Answers go to
+the original stdout: `{"progress": ...}` any number of times, then `{"result": ...}` or `{"error": ...}`; and
+`{"dying": WHY}` and the end of the stream mean that the process cannot be trusted any more. Tensors pass through files.
+Whatever a library prints goes to stderr. The end of stdin means that the agent is gone: the process ends at once.
 """
 
 from __future__ import annotations
@@ -89,6 +89,9 @@ class _Worker:
         op = request["op"]
         if op == "open":
             return self._open(request)
+        if op == "survey":
+            surveyed: Message = self._bench.survey(self._progress)
+            return surveyed
         structlog.contextvars.bind_contextvars(run=request["run"]["id"])
         if op == "check":
             result: Message = self._bench.check(request)

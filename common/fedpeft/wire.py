@@ -16,6 +16,7 @@ MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024
 """Largest message either side takes: gRPC's own default, four times a chunk."""
 CLIENT_KEY = "fedpeft-client"
 INSTANCE_KEY = "fedpeft-instance"
+PROCESS_KEY = "fedpeft-process"
 TURN_KEY = "fedpeft-turn"
 """Entry of the initial metadata that says that an upload may send its chunks; a refusal has none."""
 

@@ -127,6 +127,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         self.pulled: list[tuple[int, int, bool]] = []
         self.pushes: list[Push] = []
         self.withdrawn: list[FakeTicket] = []
+        self.answers: dict[tuple[str, str], pb.AnswerOfferRequest] = {}
+        self.declines: list[tuple[str, str, list[str]]] = []
+        self.others: list[FakeRun] = []
         self.break_push_after: list[int] = []
         self.break_pull_after: list[int] = []
         self.stall_push_after: list[int] = []
@@ -156,14 +159,21 @@ class Federation(pb_grpc.FederationServiceServicer):
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         client = await self._caller(context)
         self.registrations += 1
-        self.registered[client] = request
-        if request.run and (self.run is None or request.run != self.run.id):
+        if request.run and request.run not in [run.id for run in self.runs]:
             await status.abort(context, RunNotFound(f"there is no run {request.run}"))
-        shown = self.run is not None and (request.run or not self.run.finished)
-        return pb.RegisterResponse(protocol=1, runs=[self.run.message()] if shown else [])
+        if not request.dry_run:
+            self.registered[client] = request
+            self.answers = {key: given for key, given in self.answers.items() if key[0] != client}
+        shown = [run.message() for run in self.runs if request.run in ("", run.id) and not run.finished]
+        return pb.RegisterResponse(protocol=1, runs=shown)
 
     async def AwaitRound(self, request: pb.AwaitRoundRequest, context: Context) -> pb.AwaitRoundResponse:
         client = await self._caller(context, registered=True)
+        if request.run and request.run not in [run.id for run in self.runs]:
+            await status.abort(context, RunNotFound(f"there is no run {request.run}"))
+        for run in self.runs:
+            if (client, run.id) not in self.answers and request.run in ("", run.id) and self._open(client, run):
+                return pb.AwaitRoundResponse(offer=pb.RunOffer(run=run.message()))
         loop = asyncio.get_running_loop()
         self.awaited.append(loop.time())
         self.waiting.add(client)
@@ -175,18 +185,44 @@ class Federation(pb_grpc.FederationServiceServicer):
                 await asyncio.sleep(0.01)
         finally:
             self.waiting.discard(client)
-        finished = self.run is None or self.run.finished
+        finished = all(run.finished or not self._accepted(client, run) for run in self.runs)
         return pb.AwaitRoundResponse(idle=pb.Idle(reason="waiting for clients", finished=finished))
+
+    @property
+    def runs(self) -> list[FakeRun]:
+        """The run that is held, and before it those that are only offered."""
+        return [*self.others, *([self.run] if self.run else [])]
+
+    def _open(self, client: str, run: FakeRun) -> bool:
+        judges = self.registered[client].role == pb.CLIENT_ROLE_EVALUATOR
+        return len(run.evaluations) < len(run.versions) if judges else not run.finished
+
+    def _accepted(self, client: str, run: FakeRun) -> bool:
+        given = self.answers.get((client, run.id))
+        return given is not None and given.answer == pb.ANSWER_ACCEPTED
+
+    async def AnswerOffer(self, request: pb.AnswerOfferRequest, context: Context) -> pb.AnswerOfferResponse:
+        client = await self._caller(context, registered=True)
+        if request.run not in [run.id for run in self.runs]:
+            await status.abort(context, RunNotFound(f"there is no run {request.run}"))
+        self.answers[client, request.run] = request
+        if request.answer != pb.ANSWER_ACCEPTED:
+            self.declines.append((client, request.run, list(request.reasons)))
+            for ticket in self.run.open_tickets() if self.run else ():
+                if ticket.client == client:
+                    ticket.state, ticket.reason = run_pb2.TICKET_STATE_WITHDRAWN, "; ".join(request.reasons)
+        return pb.AnswerOfferResponse()
 
     def _task(self, client: str) -> pb.AwaitRoundResponse | None:
         run = self.run
-        if run is None:
+        if run is None or not self._accepted(client, run):
             return None
         if self.registered[client].role == pb.CLIENT_ROLE_EVALUATOR:
             missing = [v for v in range(len(run.versions)) if v not in run.evaluations]
             task = pb.EvaluationTask(run=run.id, version=missing[0]) if missing else None
             return pb.AwaitRoundResponse(evaluation=task) if task else None
-        trainers = [c for c in self.waiting if self.registered[c].role == pb.CLIENT_ROLE_TRAINER]
+        roles, trainer = self.registered, pb.CLIENT_ROLE_TRAINER
+        trainers = [c for c in self.waiting if roles[c].role == trainer and self._accepted(c, run)]
         if not run.open_tickets() and not run.finished and len(trainers) >= run.config.rounds.clients:
             run.number = len(run.versions)
             for each in sorted(trainers):

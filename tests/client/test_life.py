@@ -40,6 +40,7 @@ async def test_takes_part_until_the_run_is_finished(
     assert any((first[name] != last[name]).any() for name in first)
     capabilities = federation.registered["site-a"].capabilities
     assert capabilities.examples == 12 and capabilities.device == "cpu"
+    assert federation.answers["site-a", federation.run.id].examples == 12
     assert {"bias", "lora"} <= set(capabilities.methods) and "float32" in capabilities.encodings
     trained = client.events("trained")
     assert [line["round"] for line in trained] == [1, 2, 3]
@@ -179,7 +180,7 @@ async def test_late_update_grows_the_residual_and_the_next_update(
 def test_unreachable_server_ends_a_dry_run_with_code_3(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fedpeft_client.agent.CALL_S", 0.5)
+    monkeypatch.setattr("fedpeft_client.dry_run.CALL_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     flags = ["--server", f"127.0.0.1:{port}", "--name", "site-a", "--data", str(data), "--dry-run"]
@@ -194,7 +195,8 @@ async def test_dry_run_says_what_would_happen(federation: Federation, start_clie
     text = client.out.decode()
     size = 4 * sum(tensor.size for tensor in federation.run.spec.sent(1))
     assert f"{size:,} bytes" in text and "cat 4, dog 4, emu 4" in text and "bias" in text
-    assert not federation.run.tickets
+    assert "all 12 can be read" in text
+    assert not federation.run.tickets and not federation.registered and not federation.answers
 
 
 async def test_other_frozen_weights_are_refused_with_both_fingerprints(
@@ -208,16 +210,54 @@ async def test_other_frozen_weights_are_refused_with_both_fingerprints(
     assert not federation.run.tickets
 
 
-async def test_client_for_any_run_withdraws_from_one_that_it_does_not_fit(
+async def test_client_declines_a_run_that_does_not_suit_and_goes_on_to_the_next(
+    federation: Federation, start_client: StartClient
+) -> None:
+    misfit, federation.run = tiny_run(), tiny_run()
+    misfit.id, misfit.fingerprint = "run-misfit", "ab" * 32
+    federation.others = [misfit]
+    client = await start_client("--once")
+    assert await client.ended() == 0, "".join(client.text)
+    assert federation.run.finished and not misfit.tickets
+    ((_, declined, (reason,)),) = federation.declines
+    assert declined == "run-misfit" and "ab" * 32 in reason
+
+
+async def test_client_that_waits_for_ever_declines_once_and_stays(
     federation: Federation, start_client: StartClient
 ) -> None:
     federation.run = tiny_run()
     federation.run.fingerprint = "ab" * 32
     client = await start_client()
-    await until(lambda: len(federation.withdrawn) >= 2, client.text)
-    assert federation.withdrawn[0].reason.startswith("BACKBONE_MISMATCH: ")
-    assert not federation.pushes
+    await until(lambda: len(federation.awaited) >= 3, client.text)
+    assert len(federation.declines) == 1 and not federation.run.tickets
     assert await client.kill(signal.SIGTERM) == 0
+
+
+async def test_run_that_was_asked_for_and_does_not_suit_ends_the_client(
+    federation: Federation, start_client: StartClient
+) -> None:
+    misfit, federation.run = tiny_run(), tiny_run()
+    misfit.id, misfit.fingerprint = "run-misfit", "ab" * 32
+    federation.others = [misfit]
+    client = await start_client("--run", "run-misfit")
+    assert await client.ended() == 4
+    assert len(federation.declines) == 1
+
+
+async def test_evaluator_declines_an_old_run_and_scores_the_new_one(
+    federation: Federation, start_client: StartClient
+) -> None:
+    old, federation.run = tiny_run(), tiny_run()
+    old.id, old.fingerprint = "run-old", "ab" * 32
+    old.versions.append(old.versions[0])
+    federation.others = [old]
+    evaluator = await start_client("--once", "--evaluate", name="judge")
+    trainer = await start_client("--once")
+    assert await trainer.ended() == 0
+    assert await evaluator.ended() == 0, "".join(evaluator.text)
+    assert sorted(federation.run.evaluations) == [0, 1]
+    assert [(client, run) for client, run, _ in federation.declines] == [("judge", "run-old")]
 
 
 async def test_class_that_the_run_does_not_have_is_named(
@@ -228,6 +268,9 @@ async def test_class_that_the_run_does_not_have_is_named(
     client = await start_client("--dry-run")
     assert await client.ended() == 4
     assert "'wolf'" in client.text[-1]
+    said = client.out.decode() + "".join(client.text)
+    assert said.count("'wolf'") == 1, said
+    assert "decline it: DATA_INVALID" in client.out.decode()
 
 
 async def test_unreadable_images_end_the_client_and_their_names_stay_here(
@@ -240,8 +283,9 @@ async def test_unreadable_images_end_the_client_and_their_names_stay_here(
     client = await start_client("--once")
     assert await client.ended() == 4
     assert "of 12 images cannot be read" in client.text[-1] and data.name in client.text[-1]
-    (ticket,) = federation.withdrawn
-    assert ticket.reason == "DATA_INVALID: A data set cannot be used."
+    ((_, _, reasons),) = federation.declines
+    (ticket,) = federation.run.tickets.values()
+    assert reasons == ["its images cannot be used as they are"] == [ticket.reason]
 
 
 async def test_data_that_is_not_there_ends_the_client(

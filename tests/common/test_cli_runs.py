@@ -156,6 +156,30 @@ def test_steering(served: Serving, fedpeft: Command) -> None:
     assert gone == Ended(4, "", f"fedpeft: there is no run {RUN}")
 
 
+def test_who_declined_and_why_is_shown_watched_and_listed(served: Serving, fedpeft: Command) -> None:
+    why = ["2 of its 9 classes are none of the run's", "it has no image of the run's classes"]
+    declines = [run_pb2.Decline(client="hospital-b", reasons=why)]
+    waiting = a_run(reason="round 1 waits for clients: 1 of 3 are there, 1 declined", declines=declines)
+    served.double.runs = {RUN: waiting}
+    line = f"hospital-b declined: {'; '.join(why)}"
+    assert f"  {line}" in fedpeft("run", "show", RUN).out.splitlines()
+    shown = json.loads(fedpeft("run", "show", RUN, "--json").out)
+    assert shown["declines"] == [{"client": "hospital-b", "reasons": why, "at": None}]
+    change = pb.WatchRunResponse(run=waiting)
+    served.double.script = [change, change, pb.WatchRunResponse(run=a_run(state=COMPLETED), rounds=[a_round(1)])]
+    assert fedpeft("run", "watch", RUN).out.splitlines().count(line) == 1
+    client = a_client("hospital-b", federation.CLIENT_ROLE_TRAINER, "waiting")
+    client.answers.add(run=RUN, answer=federation.ANSWER_DECLINED, reasons=why)
+    client.answers.add(run="run-other", answer=federation.ANSWER_ACCEPTED, examples=12)
+    served.double.clients = [client]
+    assert fedpeft("client", "list").out.splitlines()[2:] == [f"hospital-b declined {RUN}: {'; '.join(why)}"]
+    (row,) = json.loads(fedpeft("client", "list", "--json").out)
+    assert [(a["run"], a["answer"], a["examples"]) for a in row["answers"]] == [
+        (RUN, "declined", 0),
+        ("run-other", "accepted", 12),
+    ]
+
+
 def test_clients(served: Serving, fedpeft: Command) -> None:
     served.double.clients = [
         a_client("eve", federation.CLIENT_ROLE_EVALUATOR, "away"),

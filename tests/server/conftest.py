@@ -70,7 +70,22 @@ class RawClient:
         return await self.stub.Register(request, metadata=self.metadata)
 
     async def wait(self, run: str = "") -> fed.AwaitRoundResponse:
-        return await self.stub.AwaitRound(fed.AwaitRoundRequest(run=run), metadata=self.metadata)
+        """Asks for work; accepts every run that is offered first."""
+        while True:
+            answer = await self.look(run)
+            if not answer.HasField("offer"):
+                return answer
+            await self.answer(answer.offer.run.id)
+
+    async def look(self, run: str = "", *, until_finished: bool = False) -> fed.AwaitRoundResponse:
+        request = fed.AwaitRoundRequest(run=run, until_finished=until_finished)
+        return await self.stub.AwaitRound(request, metadata=self.metadata)
+
+    async def answer(self, run: str, *reasons: str, examples: int = 0) -> None:
+        """Accepts a run, or declines it if there are reasons."""
+        verdict = fed.ANSWER_DECLINED if reasons else fed.ANSWER_ACCEPTED
+        request = fed.AnswerOfferRequest(run=run, answer=verdict, reasons=reasons, examples=examples)
+        await self.stub.AnswerOffer(request, metadata=self.metadata)
 
     async def task(self, run: str = "") -> fed.TrainingTask:
         while True:

@@ -43,6 +43,10 @@ def list_(
         ],
         right=("UPDATES", "EXAMPLES"),
     )
+    for row in rows:
+        for answer in row["answers"]:
+            if answer["answer"] == "declined":
+                output.say(f"{row['client']} declined {answer['run']}: {'; '.join(answer['reasons'])}")
 
 
 async def _clients(session: Session) -> list[views.Json]:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedpeft.cli import output, views
 from fedpeft.cli.following import Picture
-from fedpeft.cli.narration import headline, names
+from fedpeft.cli.narration import MOST_NAMES, decline_line, headline, names
 from fedpeft.v1 import run_pb2
 
 REFRESH_PER_S = 4
@@ -62,6 +62,8 @@ def render(picture: Picture, now: datetime, rows: int) -> RenderableType:
     """
     parts: list[RenderableType] = [Text(headline(picture.run), style="bold"), _table(picture, rows)]
     parts += [Text(line) for line in _sums(picture)]
+    declines = picture.run.declines
+    parts += [Text(decline_line(d), style="yellow", overflow="ellipsis", no_wrap=True) for d in declines[:MOST_NAMES]]
     parts.append(_status(picture, now))
     return Group(*parts)
 

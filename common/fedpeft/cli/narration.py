@@ -40,6 +40,8 @@ class Narrator:
             # Once a phase: the reason of a long wait changes with every client that comes.
             key = f"{current.number} {current.phase} {current.extensions}"
             lines += self._once(phase_line(current, picture.run), key)
+        for decline in picture.run.declines:
+            lines += self._once(decline_line(decline))
         lines += self._state_lines(picture.run)
         return lines + self._once(picture.waiting)
 
@@ -86,6 +88,11 @@ def phase_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:
     if phase == "open":
         return f"{start}: {names([t.client for t in round_.tickets])}"
     return start
+
+
+def decline_line(decline: run_pb2.Decline) -> str:
+    """Returns who does not take part in a run, and why."""
+    return f"{decline.client} declined: {'; '.join(decline.reasons)}"
 
 
 def committed_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:

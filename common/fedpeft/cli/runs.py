@@ -140,6 +140,7 @@ def _headline(whole: views.Json) -> list[str]:
         f"{whole['run']} {whole['name']!r} is {whole['state']}{reason}",
         f"  {whole['method']} on {config['model']['name']}, {tuned:,} parameters{share}",
         f"  version {whole['version']} of {config['rounds']['count']}, created {whole['created_at'] or '-'}",
+        *(f"  {d['client']} declined: {'; '.join(d['reasons'])}" for d in whole["declines"]),
     ]
 
 

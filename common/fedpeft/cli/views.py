@@ -130,6 +130,7 @@ def run_json(run: run_pb2.Run, rounds: Iterable[run_pb2.Round], current: run_pb2
         "model_parameters": run.model_parameters,
         "backbone_fingerprint": run.backbone_fingerprint,
         "initial_metrics": dict(sorted(run.initial_metrics.items())),
+        "declines": [{"client": d.client, "reasons": list(d.reasons), "at": moment(d.at)} for d in run.declines],
         "config": json_format.MessageToDict(run.config, preserving_proto_field_name=True),
         "rounds": [round_json(r, run) for r in final],
         "in_progress": progress_json(current) if current else None,
@@ -187,8 +188,19 @@ def client_json(client: operator_service_pb2.Client) -> Json:
         "examples": client.capabilities.examples,
         "device": client.capabilities.device,
         "software": client.capabilities.software,
+        "answers": [_answer(answer) for answer in client.answers],
         "first_seen": moment(client.first_seen),
         "last_seen": moment(client.last_seen),
+    }
+
+
+def _answer(answer: operator_service_pb2.RunAnswer) -> Json:
+    return {
+        "run": answer.run,
+        "answer": federation_service_pb2.Answer.Name(answer.answer).removeprefix("ANSWER_").lower(),
+        "reasons": list(answer.reasons),
+        "examples": answer.examples,
+        "at": moment(answer.at),
     }
 
 

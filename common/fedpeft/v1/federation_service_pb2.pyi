@@ -46,6 +46,30 @@ CLIENT_ROLE_EVALUATOR: ClientRole.ValueType  # 2
 """Scores committed versions on held-out data."""
 Global___ClientRole: _TypeAlias = ClientRole  # noqa: Y015
 
+class _Answer:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AnswerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Answer.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ANSWER_UNSPECIFIED: _Answer.ValueType  # 0
+    """Refused."""
+    ANSWER_ACCEPTED: _Answer.ValueType  # 1
+    """It can be sampled for the run."""
+    ANSWER_DECLINED: _Answer.ValueType  # 2
+    """It cannot, or will not, take part; the reasons say why."""
+
+class Answer(_Answer, metaclass=_AnswerEnumTypeWrapper):
+    """Answer is what a client says to the offer of a run."""
+
+ANSWER_UNSPECIFIED: Answer.ValueType  # 0
+"""Refused."""
+ANSWER_ACCEPTED: Answer.ValueType  # 1
+"""It can be sampled for the run."""
+ANSWER_DECLINED: Answer.ValueType  # 2
+"""It cannot, or will not, take part; the reasons say why."""
+Global___Answer: _TypeAlias = Answer  # noqa: Y015
+
 @_typing.final
 class Capabilities(_message.Message):
     """Capabilities is what the server may know about a client."""
@@ -62,7 +86,7 @@ class Capabilities(_message.Message):
     device: _builtins.str
     """For people, for example `cpu` or `cuda: NVIDIA L4`."""
     examples: _builtins.int
-    """Training examples it has after label mapping; 0: not said."""
+    """Images it has, before any run's labels are mapped; 0: not said."""
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """PEFT methods it can run; empty: not said."""
@@ -99,6 +123,7 @@ class RegisterRequest(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     min_protocol: _builtins.int
     """Oldest and newest protocol the client speaks. This file is protocol 1."""
     max_protocol: _builtins.int
@@ -107,6 +132,8 @@ class RegisterRequest(_message.Message):
     """Trainer or evaluator."""
     run: _builtins.str
     """Work only for this run; empty: for any."""
+    dry_run: _builtins.bool
+    """Only say what the answer would be; keep nothing."""
     @_builtins.property
     def capabilities(self) -> Global___Capabilities:
         """What it can do."""
@@ -119,10 +146,11 @@ class RegisterRequest(_message.Message):
         role: Global___ClientRole.ValueType = ...,
         capabilities: Global___Capabilities | None = ...,
         run: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "max_protocol", b"max_protocol", "min_protocol", b"min_protocol", "role", b"role", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "dry_run", b"dry_run", "max_protocol", b"max_protocol", "min_protocol", b"min_protocol", "role", b"role", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -163,16 +191,20 @@ class AwaitRoundRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_FIELD_NUMBER: _builtins.int
+    UNTIL_FINISHED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Work only for this run; empty: for any."""
+    until_finished: _builtins.bool
+    """The client ends once no run is left for it (`--once`): then it is answered without delay."""
     def __init__(
         self,
         *,
         run: _builtins.str = ...,
+        until_finished: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "until_finished", b"until_finished"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,6 +219,7 @@ class AwaitRoundResponse(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     IDLE_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def training(self) -> Global___TrainingTask:
         """Train."""
@@ -199,22 +232,51 @@ class AwaitRoundResponse(_message.Message):
     def idle(self) -> Global___Idle:
         """Nothing yet; ask again at once."""
 
+    @_builtins.property
+    def offer(self) -> Global___RunOffer:
+        """A run to accept or decline (AnswerOffer)."""
+
     def __init__(
         self,
         *,
         training: Global___TrainingTask | None = ...,
         evaluation: Global___EvaluationTask | None = ...,
         idle: Global___Idle | None = ...,
+        offer: Global___RunOffer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "idle", b"idle", "outcome", b"outcome", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "idle", b"idle", "offer", b"offer", "outcome", b"outcome", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "idle", b"idle", "outcome", b"outcome", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "idle", b"idle", "offer", b"offer", "outcome", b"outcome", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["training", "evaluation", "idle"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["training", "evaluation", "idle", "offer"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___AwaitRoundResponse: _TypeAlias = AwaitRoundResponse  # noqa: Y015
+
+@_typing.final
+class RunOffer(_message.Message):
+    """RunOffer asks whether the client takes part in a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> _run_pb2.Run:
+        """The run. Its configuration, spec and fingerprint never change."""
+
+    def __init__(
+        self,
+        *,
+        run: _run_pb2.Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunOffer: _TypeAlias = RunOffer  # noqa: Y015
 
 @_typing.final
 class TrainingTask(_message.Message):
@@ -232,7 +294,7 @@ class TrainingTask(_message.Message):
     ticket: _builtins.str
     """Id of the ticket."""
     run: _builtins.str
-    """Id of the run. A client that does not know it calls Register again."""
+    """Id of the run, one that the client accepted."""
     round: _builtins.int
     """Number of the round, 1, 2, ..."""
     version: _builtins.int
@@ -275,7 +337,7 @@ class EvaluationTask(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     run: _builtins.str
-    """Id of the run."""
+    """Id of the run, one that the client accepted."""
     version: _builtins.int
     """Adapter version, 0, 1, ..."""
     def __init__(
@@ -303,7 +365,7 @@ class Idle(_message.Message):
     reason: _builtins.str
     """In a sentence: what is awaited, and from whom."""
     finished: _builtins.bool
-    """True once no run that this client could work for is left unfinished: `--once` clients stop here."""
+    """True once runs exist and every unfinished one was declined by this client: `--once` clients stop here."""
     def __init__(
         self,
         *,
@@ -317,6 +379,61 @@ class Idle(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Idle: _TypeAlias = Idle  # noqa: Y015
+
+@_typing.final
+class AnswerOfferRequest(_message.Message):
+    """AnswerOfferRequest is a client's answer to the offer of a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Id of the run."""
+    answer: Global___Answer.ValueType
+    """Accepted or declined."""
+    examples: _builtins.int
+    """Examples the client has of the run's classes; 0: not said."""
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why it is declined, a sentence each, for the operator: at least one, and the first 8 are kept, of each the first 512
+        characters. They should name nothing of the site that the site would not tell.
+        """
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        answer: Global___Answer.ValueType = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        examples: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "examples", b"examples", "reasons", b"reasons", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnswerOfferRequest: _TypeAlias = AnswerOfferRequest  # noqa: Y015
+
+@_typing.final
+class AnswerOfferResponse(_message.Message):
+    """AnswerOfferResponse is empty: the answer is durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnswerOfferResponse: _TypeAlias = AnswerOfferResponse  # noqa: Y015
 
 @_typing.final
 class PullAdapterRequest(_message.Message):

@@ -30,7 +30,13 @@ class FederationServiceStub:
 
     Who calls: every call carries two metadata entries, `fedpeft-client` (the client's id: 1 to 64 of letters, digits, `.`, `_`, `-`) and
     `fedpeft-instance` (32 hexadecimal digits drawn once and kept beside the client's state). Together they say that a
-    restarted client is the same one, and that a second client of the same id is another.
+    restarted client is the same one, and that a second client of the same id is another. A third, `fedpeft-process` (32
+    hexadecimal digits drawn at each start, optional), tells two processes on copies of one state from a restart: the
+    process that registered last holds the id, and any other call of an older one is refused with CLIENT_ID_IN_USE.
+
+    Taking part is the client's decision. AwaitRound offers it each run once after each Register; the client looks whether
+    the run suits it and calls AnswerOffer. No ticket and no version is given out before a run is accepted, nor while it
+    is declined.
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
@@ -55,6 +61,11 @@ class FederationServiceStub:
                 '/fedpeft.v1.FederationService/AwaitRound',
                 request_serializer=fedpeft_dot_v1_dot_federation__service__pb2.AwaitRoundRequest.SerializeToString,
                 response_deserializer=fedpeft_dot_v1_dot_federation__service__pb2.AwaitRoundResponse.FromString,
+                _registered_method=True)
+        self.AnswerOffer = channel.unary_unary(
+                '/fedpeft.v1.FederationService/AnswerOffer',
+                request_serializer=fedpeft_dot_v1_dot_federation__service__pb2.AnswerOfferRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_federation__service__pb2.AnswerOfferResponse.FromString,
                 _registered_method=True)
         self.PullAdapter = channel.unary_stream(
                 '/fedpeft.v1.FederationService/PullAdapter',
@@ -88,7 +99,13 @@ class FederationServiceServicer:
 
     Who calls: every call carries two metadata entries, `fedpeft-client` (the client's id: 1 to 64 of letters, digits, `.`, `_`, `-`) and
     `fedpeft-instance` (32 hexadecimal digits drawn once and kept beside the client's state). Together they say that a
-    restarted client is the same one, and that a second client of the same id is another.
+    restarted client is the same one, and that a second client of the same id is another. A third, `fedpeft-process` (32
+    hexadecimal digits drawn at each start, optional), tells two processes on copies of one state from a restart: the
+    process that registered last holds the id, and any other call of an older one is refused with CLIENT_ID_IN_USE.
+
+    Taking part is the client's decision. AwaitRound offers it each run once after each Register; the client looks whether
+    the run suits it and calls AnswerOffer. No ticket and no version is given out before a run is accepted, nor while it
+    is declined.
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
@@ -101,7 +118,9 @@ class FederationServiceServicer:
     def Register(self, request, context):
         """Register announces a client and what it can do, and tells it about the runs it could work for.
 
-        Must be called once after each start of the client and may be called again at any time.
+        Must be called once after each start of the client and may be called again at any time. Every run is offered anew
+        afterwards, because the site may have changed; until it is answered, an earlier answer is still shown to operators.
+        With `dry_run` the answer, a refusal too, is what Register would say, and the server keeps nothing of the call.
         FAILED_PRECONDITION  PROTOCOL_MISMATCH    the message says which side to upgrade
         RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
         ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
@@ -112,12 +131,26 @@ class FederationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AwaitRound(self, request, context):
-        """AwaitRound puts the client among those that can be sampled and answers when there is something to do, or after at
-        most 20 seconds with `idle`, which says in words what is being waited for. A client that already holds an open
-        ticket gets that ticket again.
+        """AwaitRound puts the client among those that can be sampled for the runs it accepted, and answers when there is
+        something to do, or after at most 20 seconds with `idle`, which says in words what is being waited for. A client that
+        already holds an open ticket gets that ticket again. A run that the client has not answered for since it registered
+        is offered at once: to a trainer while the run is unfinished, to an evaluator while it has versions left to score.
         FAILED_PRECONDITION  NOT_REGISTERED       Register first
         ALREADY_EXISTS       CLIENT_ID_IN_USE     as in Register
         NOT_FOUND            RUN_NOT_FOUND        as in Register
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AnswerOffer(self, request, context):
+        """AnswerOffer says whether the client takes part in a run. The answer is durable and stands, over restarts of the
+        server, until the client gives another; a client may change it at any time, for example when its data change.
+        Declining closes the client's open ticket in the run (state WITHDRAWN), so no Withdraw is needed. Repeating an answer
+        changes nothing.
+        NOT_FOUND            RUN_NOT_FOUND
+        FAILED_PRECONDITION  NOT_REGISTERED       Register first
+        INVALID_ARGUMENT     INVALID_ARGUMENT     no answer, or a decline without a reason
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -205,6 +238,11 @@ def add_FederationServiceServicer_to_server(servicer, server):
                     request_deserializer=fedpeft_dot_v1_dot_federation__service__pb2.AwaitRoundRequest.FromString,
                     response_serializer=fedpeft_dot_v1_dot_federation__service__pb2.AwaitRoundResponse.SerializeToString,
             ),
+            'AnswerOffer': grpc.unary_unary_rpc_method_handler(
+                    servicer.AnswerOffer,
+                    request_deserializer=fedpeft_dot_v1_dot_federation__service__pb2.AnswerOfferRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_federation__service__pb2.AnswerOfferResponse.SerializeToString,
+            ),
             'PullAdapter': grpc.unary_stream_rpc_method_handler(
                     servicer.PullAdapter,
                     request_deserializer=fedpeft_dot_v1_dot_federation__service__pb2.PullAdapterRequest.FromString,
@@ -243,7 +281,13 @@ class FederationService:
 
     Who calls: every call carries two metadata entries, `fedpeft-client` (the client's id: 1 to 64 of letters, digits, `.`, `_`, `-`) and
     `fedpeft-instance` (32 hexadecimal digits drawn once and kept beside the client's state). Together they say that a
-    restarted client is the same one, and that a second client of the same id is another.
+    restarted client is the same one, and that a second client of the same id is another. A third, `fedpeft-process` (32
+    hexadecimal digits drawn at each start, optional), tells two processes on copies of one state from a restart: the
+    process that registered last holds the id, and any other call of an older one is refused with CLIENT_ID_IN_USE.
+
+    Taking part is the client's decision. AwaitRound offers it each run once after each Register; the client looks whether
+    the run suits it and calls AnswerOffer. No ticket and no version is given out before a run is accepted, nor while it
+    is declined.
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
@@ -297,6 +341,33 @@ class FederationService:
             '/fedpeft.v1.FederationService/AwaitRound',
             fedpeft_dot_v1_dot_federation__service__pb2.AwaitRoundRequest.SerializeToString,
             fedpeft_dot_v1_dot_federation__service__pb2.AwaitRoundResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnswerOffer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpeft.v1.FederationService/AnswerOffer',
+            fedpeft_dot_v1_dot_federation__service__pb2.AnswerOfferRequest.SerializeToString,
+            fedpeft_dot_v1_dot_federation__service__pb2.AnswerOfferResponse.FromString,
             options,
             channel_credentials,
             insecure,

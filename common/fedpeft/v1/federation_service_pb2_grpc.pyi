@@ -17,7 +17,13 @@ class FederationServiceStub:
 
     Who calls: every call carries two metadata entries, `fedpeft-client` (the client's id: 1 to 64 of letters, digits, `.`, `_`, `-`) and
     `fedpeft-instance` (32 hexadecimal digits drawn once and kept beside the client's state). Together they say that a
-    restarted client is the same one, and that a second client of the same id is another.
+    restarted client is the same one, and that a second client of the same id is another. A third, `fedpeft-process` (32
+    hexadecimal digits drawn at each start, optional), tells two processes on copies of one state from a restart: the
+    process that registered last holds the id, and any other call of an older one is refused with CLIENT_ID_IN_USE.
+
+    Taking part is the client's decision. AwaitRound offers it each run once after each Register; the client looks whether
+    the run suits it and calls AnswerOffer. No ticket and no version is given out before a run is accepted, nor while it
+    is declined.
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
@@ -31,19 +37,31 @@ class FederationServiceStub:
     Register: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.RegisterRequest, _federation_service_pb2.RegisterResponse]
     """Register announces a client and what it can do, and tells it about the runs it could work for.
 
-    Must be called once after each start of the client and may be called again at any time.
+    Must be called once after each start of the client and may be called again at any time. Every run is offered anew
+    afterwards, because the site may have changed; until it is answered, an earlier answer is still shown to operators.
+    With `dry_run` the answer, a refusal too, is what Register would say, and the server keeps nothing of the call.
       FAILED_PRECONDITION  PROTOCOL_MISMATCH    the message says which side to upgrade
       RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
       ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
       NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
     """
     AwaitRound: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.AwaitRoundRequest, _federation_service_pb2.AwaitRoundResponse]
-    """AwaitRound puts the client among those that can be sampled and answers when there is something to do, or after at
-    most 20 seconds with `idle`, which says in words what is being waited for. A client that already holds an open
-    ticket gets that ticket again.
+    """AwaitRound puts the client among those that can be sampled for the runs it accepted, and answers when there is
+    something to do, or after at most 20 seconds with `idle`, which says in words what is being waited for. A client that
+    already holds an open ticket gets that ticket again. A run that the client has not answered for since it registered
+    is offered at once: to a trainer while the run is unfinished, to an evaluator while it has versions left to score.
       FAILED_PRECONDITION  NOT_REGISTERED       Register first
       ALREADY_EXISTS       CLIENT_ID_IN_USE     as in Register
       NOT_FOUND            RUN_NOT_FOUND        as in Register
+    """
+    AnswerOffer: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.AnswerOfferRequest, _federation_service_pb2.AnswerOfferResponse]
+    """AnswerOffer says whether the client takes part in a run. The answer is durable and stands, over restarts of the
+    server, until the client gives another; a client may change it at any time, for example when its data change.
+    Declining closes the client's open ticket in the run (state WITHDRAWN), so no Withdraw is needed. Repeating an answer
+    changes nothing.
+      NOT_FOUND            RUN_NOT_FOUND
+      FAILED_PRECONDITION  NOT_REGISTERED       Register first
+      INVALID_ARGUMENT     INVALID_ARGUMENT     no answer, or a decline without a reason
     """
     PullAdapter: _aio.UnaryStreamMultiCallable[_federation_service_pb2.PullAdapterRequest, _federation_service_pb2.PullAdapterResponse]
     """PullAdapter sends an adapter version: a header, then the payload from `offset` on in chunks. Tensors whose role is
@@ -100,7 +118,13 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Who calls: every call carries two metadata entries, `fedpeft-client` (the client's id: 1 to 64 of letters, digits, `.`, `_`, `-`) and
     `fedpeft-instance` (32 hexadecimal digits drawn once and kept beside the client's state). Together they say that a
-    restarted client is the same one, and that a second client of the same id is another.
+    restarted client is the same one, and that a second client of the same id is another. A third, `fedpeft-process` (32
+    hexadecimal digits drawn at each start, optional), tells two processes on copies of one state from a restart: the
+    process that registered last holds the id, and any other call of an older one is refused with CLIENT_ID_IN_USE.
+
+    Taking part is the client's decision. AwaitRound offers it each run once after each Register; the client looks whether
+    the run suits it and calls AnswerOffer. No ticket and no version is given out before a run is accepted, nor while it
+    is declined.
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
@@ -118,7 +142,9 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_federation_service_pb2.RegisterResponse]:
         """Register announces a client and what it can do, and tells it about the runs it could work for.
 
-        Must be called once after each start of the client and may be called again at any time.
+        Must be called once after each start of the client and may be called again at any time. Every run is offered anew
+        afterwards, because the site may have changed; until it is answered, an earlier answer is still shown to operators.
+        With `dry_run` the answer, a refusal too, is what Register would say, and the server keeps nothing of the call.
           FAILED_PRECONDITION  PROTOCOL_MISMATCH    the message says which side to upgrade
           RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
           ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
@@ -131,12 +157,28 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_service_pb2.AwaitRoundRequest,
         context: _aio.ServicerContext[_federation_service_pb2.AwaitRoundRequest, _abc.Awaitable[_federation_service_pb2.AwaitRoundResponse]],
     ) -> _abc.Awaitable[_federation_service_pb2.AwaitRoundResponse]:
-        """AwaitRound puts the client among those that can be sampled and answers when there is something to do, or after at
-        most 20 seconds with `idle`, which says in words what is being waited for. A client that already holds an open
-        ticket gets that ticket again.
+        """AwaitRound puts the client among those that can be sampled for the runs it accepted, and answers when there is
+        something to do, or after at most 20 seconds with `idle`, which says in words what is being waited for. A client that
+        already holds an open ticket gets that ticket again. A run that the client has not answered for since it registered
+        is offered at once: to a trainer while the run is unfinished, to an evaluator while it has versions left to score.
           FAILED_PRECONDITION  NOT_REGISTERED       Register first
           ALREADY_EXISTS       CLIENT_ID_IN_USE     as in Register
           NOT_FOUND            RUN_NOT_FOUND        as in Register
+        """
+
+    @_abc_1.abstractmethod
+    def AnswerOffer(
+        self,
+        request: _federation_service_pb2.AnswerOfferRequest,
+        context: _aio.ServicerContext[_federation_service_pb2.AnswerOfferRequest, _abc.Awaitable[_federation_service_pb2.AnswerOfferResponse]],
+    ) -> _abc.Awaitable[_federation_service_pb2.AnswerOfferResponse]:
+        """AnswerOffer says whether the client takes part in a run. The answer is durable and stands, over restarts of the
+        server, until the client gives another; a client may change it at any time, for example when its data change.
+        Declining closes the client's open ticket in the run (state WITHDRAWN), so no Withdraw is needed. Repeating an answer
+        changes nothing.
+          NOT_FOUND            RUN_NOT_FOUND
+          FAILED_PRECONDITION  NOT_REGISTERED       Register first
+          INVALID_ARGUMENT     INVALID_ARGUMENT     no answer, or a decline without a reason
         """
 
     @_abc_1.abstractmethod

@@ -618,6 +618,48 @@ class ListClientsRequest(_message.Message):
 Global___ListClientsRequest: _TypeAlias = ListClientsRequest  # noqa: Y015
 
 @_typing.final
+class RunAnswer(_message.Message):
+    """RunAnswer is what a client said to the offer of a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Id of the run."""
+    answer: _federation_service_pb2.Answer.ValueType
+    """Accepted or declined."""
+    examples: _builtins.int
+    """Examples the client has of the run's classes; 0: not said."""
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why it was declined, a sentence each."""
+
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When it said so."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        answer: _federation_service_pb2.Answer.ValueType = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        examples: _builtins.int = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "at", b"at", "examples", b"examples", "reasons", b"reasons", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunAnswer: _TypeAlias = RunAnswer  # noqa: Y015
+
+@_typing.final
 class Client(_message.Message):
     """Client is a device that registered."""
 
@@ -630,6 +672,7 @@ class Client(_message.Message):
     LAST_SEEN_FIELD_NUMBER: _builtins.int
     ACTIVITY_FIELD_NUMBER: _builtins.int
     UPDATES_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its id."""
     role: _federation_service_pb2.ClientRole.ValueType
@@ -650,6 +693,10 @@ class Client(_message.Message):
     def last_seen(self) -> _timestamp_pb2.Timestamp:
         """When it last called."""
 
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunAnswer]:
+        """Its answers for the runs that are not finished, oldest run first."""
+
     def __init__(
         self,
         *,
@@ -660,10 +707,11 @@ class Client(_message.Message):
         last_seen: _timestamp_pb2.Timestamp | None = ...,
         activity: _builtins.str = ...,
         updates: _builtins.int = ...,
+        answers: _abc.Iterable[Global___RunAnswer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "first_seen", b"first_seen", "last_seen", b"last_seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "capabilities", b"capabilities", "first_seen", b"first_seen", "id", b"id", "last_seen", b"last_seen", "role", b"role", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "answers", b"answers", "capabilities", b"capabilities", "first_seen", b"first_seen", "id", b"id", "last_seen", b"last_seen", "role", b"role", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -533,6 +533,40 @@ class CodecConfig(_message.Message):
 Global___CodecConfig: _TypeAlias = CodecConfig  # noqa: Y015
 
 @_typing.final
+class Decline(_message.Message):
+    """Decline is a client's standing refusal to take part in a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    """The client."""
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why, a sentence each."""
+
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When it said so."""
+
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "client", b"client", "reasons", b"reasons"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Decline: _TypeAlias = Decline  # noqa: Y015
+
+@_typing.final
 class Run(_message.Message):
     """Run is a federated fine-tuning job as the server sees it."""
 
@@ -568,6 +602,7 @@ class Run(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     MODEL_PARAMETERS_FIELD_NUMBER: _builtins.int
     INITIAL_METRICS_FIELD_NUMBER: _builtins.int
+    DECLINES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The server's id of the run: `run-` and 12 lower-case letters and digits."""
     backbone_fingerprint: _builtins.str
@@ -596,6 +631,10 @@ class Run(_message.Message):
     def initial_metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Figures of adapter version 0, as the evaluator pushed them; later versions have theirs in their rounds."""
 
+    @_builtins.property
+    def declines(self) -> _containers.RepeatedCompositeFieldContainer[Global___Decline]:
+        """Who declined to take part, by client id; for operators only, a client is not told of another's reasons."""
+
     def __init__(
         self,
         *,
@@ -609,10 +648,11 @@ class Run(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         model_parameters: _builtins.int = ...,
         initial_metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        declines: _abc.Iterable[Global___Decline] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone_fingerprint", b"backbone_fingerprint", "config", b"config", "created_at", b"created_at", "id", b"id", "initial_metrics", b"initial_metrics", "model_parameters", b"model_parameters", "reason", b"reason", "spec", b"spec", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone_fingerprint", b"backbone_fingerprint", "config", b"config", "created_at", b"created_at", "declines", b"declines", "id", b"id", "initial_metrics", b"initial_metrics", "model_parameters", b"model_parameters", "reason", b"reason", "spec", b"spec", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

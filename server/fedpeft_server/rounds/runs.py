@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from contextlib import suppress
 
 import structlog
 
-from fedpeft.errors import FedpeftError, RunNotFinished, RunNotFound
+from fedpeft.errors import FedpeftError, RunNotFinished, RunNotFound, TicketNotFound
 from fedpeft.rounds import Phase, Round, Ticket
 from fedpeft_server.metrics import Metrics
+from fedpeft_server.rounds.answers import Answers
 from fedpeft_server.rounds.engine import ACTIVE, RunEngine
 from fedpeft_server.rounds.lobby import Lobby
 from fedpeft_server.rounds.unbroken import Steps, unbroken
-from fedpeft_server.store.rows import RoundRow, RunRow, VersionRow
+from fedpeft_server.rounds.waiting import awaited
+from fedpeft_server.store.rows import AnswerRow, RoundRow, RunRow, VersionRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
 
@@ -28,6 +31,7 @@ class Runs:
 
     def __init__(self, store: Store, ledger: Ledger, metrics: Metrics) -> None:
         self.lobby = Lobby(self.look)
+        self.answers = Answers()
         self.steps = Steps()
         self._store = store
         self._ledger = ledger
@@ -39,6 +43,7 @@ class Runs:
 
     async def start(self) -> None:
         """Takes up every run where the last process left it."""
+        self.answers = Answers(await self._store.call(self._store.db.answers))
         for run in await self._store.call(self._store.db.runs):
             row = await self._store.call(self._store.db.current_round, run.id)
             self._engines[run.id] = self._engine(run, _in_progress(run, row))
@@ -77,6 +82,7 @@ class Runs:
         tickets = [t.id for row in await self._store.call(self._store.db.rounds, run_id) for t in row.round.tickets]
         await self._store.call(self._store.db.delete_run, run_id)
         del self._engines[run_id]
+        self.answers.forget(run_id)
         await self._store.compute(self._store.forget_run, run_id, tickets)
         self._metrics.forget(run_id)
         self._changed(engine)
@@ -109,6 +115,31 @@ class Runs:
                     return engine, ticket
         row = await self._store.call(self._store.db.ticket, ticket_id)
         return self.get(row.run), row.ticket
+
+    @unbroken
+    async def answer(self, answer: AnswerRow) -> None:
+        """Takes what a client says to the offer of a run; a ticket that it holds there goes with a decline.
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        engine = self.get(answer.run)
+        await self._store.call(self._store.db.put_answer, answer)
+        self.answers.put(answer)
+        ticket = None if answer.accepted else engine.open_ticket(answer.client)
+        if ticket:
+            with suppress(TicketNotFound):  # its round is over, and with it the ticket
+                await engine.withdraw(ticket.id, "; ".join(answer.reasons))
+        self._changed(engine)
+
+    def ready(self, run_id: str) -> frozenset[str]:
+        """Returns the clients that a run may sample now: they wait, and they take part in it."""
+        return frozenset(c for c in self.lobby.waiting(run_id) if self.answers.accepted(run_id, c))
+
+    def why(self, engine: RunEngine) -> str:
+        """Says in words what a run waits for."""
+        run, answers = engine.run.id, self.answers
+        return awaited(engine, len(self.ready(run)), len(answers.declines(run)), answers.awaited(run))
 
     def look(self) -> None:
         """Has the lobby looked at soon."""
@@ -153,7 +184,7 @@ class Runs:
 
     async def _offer(self, engine: RunEngine) -> None:
         try:
-            await engine.offer(self.lobby.waiting(engine.run.id))
+            await engine.offer(self.ready(engine.run.id))
         except FedpeftError as error:
             log.error("a run could not open its round", run=engine.run.id, message=error.message)
         except Exception as error:
@@ -162,7 +193,8 @@ class Runs:
     def _count_clients(self) -> None:
         for engine in self._engines.values():
             gauge, run = self._metrics.clients, engine.run.id
-            gauge.labels(run, "waiting").set(len(self.lobby.waiting(run)) if engine.active else 0)
+            gauge.labels(run, "waiting").set(len(self.ready(run)) if engine.active else 0)
+            gauge.labels(run, "declined").set(len(self.answers.declines(run)) if engine.active else 0)
             for state in ("issued", "received", "withdrawn", "refused", "late"):
                 gauge.labels(run, state).set(sum(t.state == state for t in engine.round.tickets))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from fedpeft.rounds import Phase, TicketState
 from fedpeft_server.rounds.engine import RunEngine
@@ -11,16 +12,35 @@ from fedpeft_server.store.rows import RunState
 _NAMED = 8
 
 
-def awaited(engine: RunEngine, waiting: int) -> str:
-    """Returns a sentence about a run with `waiting` clients in the lobby."""
+def awaited(engine: RunEngine, ready: int, declined: int = 0, unanswered: Sequence[str] = ()) -> str:
+    """Returns a sentence about a run.
+
+    Args:
+        engine: The run.
+        ready: Clients that wait and take part in it.
+        declined: Clients that declined it; why is for the operator alone.
+        unanswered: Clients that have not answered its offer.
+    """
     run, current, config = engine.run, engine.round, engine.run.config.rounds
     if run.state is not RunState.RUNNING:
         return f"{run.id} is {run.state}" + (f": {run.reason}" if run.reason else "")
     if current.phase is Phase.WAITING:
-        return f"round {current.number} of {run.id} waits for clients: {waiting} of {config.available} are there"
+        there = f"{ready} of {config.available} are there"
+        return f"round {current.number} of {run.id} waits for clients: {there}{_others(declined, unanswered)}"
     if current.phase is Phase.AGGREGATING:
         return f"round {current.number} of {run.id} is being folded"
     names = [t.client for t in current.in_state(TicketState.ISSUED)]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     left = f", {max(0, round(current.deadline - time.time()))} s to the deadline" if current.deadline else ""
-    return f"round {current.number} of {run.id} awaits {', '.join(names[:_NAMED]) or 'replacements'}{more}{left}"
+    whom = _some(names) if names else "replacements" + _others(declined, unanswered)
+    return f"round {current.number} of {run.id} awaits {whom}{left}"
+
+
+def _others(declined: int, unanswered: Sequence[str]) -> str:
+    """Returns what is said of the clients that are not there to be sampled."""
+    text = f", {declined} declined" if declined else ""
+    return text + (f", the answer of {_some(unanswered)} is awaited" if unanswered else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from fedpeft import ids
 from fedpeft.errors import ClientIdInUse, ClientIdInvalid, NotRegistered, TooManyClients
-from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY
+from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, PROCESS_KEY
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.store.rows import ClientRow
 from fedpeft_server.traffic import CALL
@@ -18,13 +18,13 @@ ALIVE_S = 30.0
 """An instance holds its client id for so long after its last call."""
 
 
-
 @dataclass
 class Presence:
     """What is known of a client between its calls.
 
     Attributes:
-        instance: Which process of it holds the id.
+        instance: Which state directory holds the id.
+        process: Which process on it registered last; empty if it did not say.
         role: What it registered as; empty before.
         seen: When its last call began or ended, on the monotonic clock.
         calls: Calls in progress.
@@ -32,6 +32,7 @@ class Presence:
     """
 
     instance: str
+    process: str = ""
     role: str = ""
     seen: float = 0.0
     calls: int = 0
@@ -48,24 +49,32 @@ class Callers:
 
     def __init__(self, known: list[ClientRow], limit: int) -> None:
         self._limit = limit
-        self._presence = {row.id: Presence(row.instance, row.role) for row in known}
+        self._presence = {row.id: Presence(row.instance, role=row.role) for row in known}
         self._touched: dict[str, float] = {}
 
-    def identify(self, context: Context) -> str:
+    def identify(self, context: Context, *, registers: bool = False) -> str:
         """Returns the id of the client that calls, and holds it for the call's instance until the call ends.
+
+        Args:
+            context: The call.
+            registers: Whether the call is one that a process begins its life with, and so takes the id over from an
+                older process on the same state, which is gone as a rule.
 
         Raises:
             ClientIdInvalid: If the metadata is missing or malformed.
-            ClientIdInUse: If another live instance holds the id.
+            ClientIdInUse: If another live instance, or a younger process of this one, holds the id.
         """
-        metadata = dict(context.invocation_metadata() or ())
-        client, instance = str(metadata.get(CLIENT_KEY, "")), str(metadata.get(INSTANCE_KEY, ""))
-        if not ids.CLIENT.fullmatch(client):
-            raise ClientIdInvalid(f"the metadata {CLIENT_KEY} must be 1 to 64 of letters, digits, '.', '_' and '-'")
-        if not ids.INSTANCE.fullmatch(instance):
-            raise ClientIdInvalid(f"the metadata {INSTANCE_KEY} must be 32 hexadecimal digits")
+        client, instance, process = _caller(context)
         presence = self._presence.setdefault(client, Presence(instance))
-        self._take_over(client, presence, instance)
+        self._refuse_other_instance(client, presence, instance)
+        if registers or not presence.process or presence.instance != instance:
+            presence.process = process
+        elif process and process != presence.process:
+            raise ClientIdInUse(
+                f"a process with a copy of this state directory has registered as client {client} since; give each "
+                "client a --name and a --state-dir of its own, and do not copy a state directory"
+            )
+        presence.instance = instance
         presence.calls += 1
         presence.seen = time.monotonic()
         self._touched[client] = time.time()
@@ -79,12 +88,18 @@ class Callers:
         Raises:
             TooManyClients: If the server takes no more.
         """
+        self._refuse_one_too_many(client)
         presence = self._presence[client]
-        registered = sum(1 for p in self._presence.values() if p.role)
-        if not presence.role and registered >= self._limit:
-            raise TooManyClients(f"{registered} clients are registered, the most this server takes (--max-clients)")
         presence.role = role
         presence.scoring = None
+
+    def rehearse(self, context: Context) -> str:
+        """Returns the id of the client that calls, raises what `identify` and `register` would, remembers nothing."""
+        client, instance, _ = _caller(context)
+        if client in self._presence:
+            self._refuse_other_instance(client, self._presence[client], instance)
+        self._refuse_one_too_many(client)
+        return client
 
     def role(self, client: str) -> str:
         """Returns the role that a client registered with.
@@ -120,7 +135,13 @@ class Callers:
         touched, self._touched = self._touched, {}
         return touched
 
-    def _take_over(self, client: str, presence: Presence, instance: str) -> None:
+    def _refuse_one_too_many(self, client: str) -> None:
+        known = self._presence.get(client)
+        registered = sum(1 for p in self._presence.values() if p.role)
+        if not (known and known.role) and registered >= self._limit:
+            raise TooManyClients(f"{registered} clients are registered, the most this server takes (--max-clients)")
+
+    def _refuse_other_instance(self, client: str, presence: Presence, instance: str) -> None:
         if presence.instance == instance:
             return
         since = time.monotonic() - presence.seen
@@ -129,7 +150,6 @@ class Callers:
                 f"another instance of client {client} is connected; give this one another --name, or stop the other "
                 f"and wait {ALIVE_S:.0f} s"
             )
-        presence.instance = instance
 
     def _ended(self, client: str, presence: Presence, _: object) -> None:
         presence.calls -= 1
@@ -137,3 +157,20 @@ class Callers:
         # Who never registered is forgotten, so that made-up ids cost no memory.
         if not presence.role and not presence.calls and self._presence.get(client) is presence:
             del self._presence[client]
+
+
+def _caller(context: Context) -> tuple[str, str, str]:
+    """Returns the client, instance and process (which may be empty) that a call's metadata name.
+
+    Raises:
+        ClientIdInvalid: If one is missing or malformed.
+    """
+    metadata = dict(context.invocation_metadata() or ())
+    client, instance, process = (str(metadata.get(key, "")) for key in (CLIENT_KEY, INSTANCE_KEY, PROCESS_KEY))
+    if not ids.CLIENT.fullmatch(client):
+        raise ClientIdInvalid(f"the metadata {CLIENT_KEY} must be 1 to 64 of letters, digits, '.', '_' and '-'")
+    if not ids.INSTANCE.fullmatch(instance):
+        raise ClientIdInvalid(f"the metadata {INSTANCE_KEY} must be 32 hexadecimal digits")
+    if process and not ids.INSTANCE.fullmatch(process):
+        raise ClientIdInvalid(f"the metadata {PROCESS_KEY} must be 32 hexadecimal digits, or absent")
+    return client, instance, process

@@ -27,20 +27,24 @@ from fedpeft.wire import manifest_to_proto, training_to_proto
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
-from fedpeft_server.rounds.waiting import awaited
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import ROLES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.rpc.uploads import Uploads, next_message
 from fedpeft_server.settings import HOLD_S
-from fedpeft_server.store.rows import ClientRow, UpdateRow
+from fedpeft_server.store.rows import AnswerRow, ClientRow, UpdateRow
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import Ledger
 
 log = structlog.get_logger()
 
 MAX_REASON_CHARACTERS = 1024
+MAX_DECLINE_REASONS = 8
+MAX_DECLINE_CHARACTERS = 512
+MAX_EXAMPLES = 2**62
+"""More would not fit the database's numbers."""
+_NOTHING_LEFT = "there is no unfinished run to work for"
 _SPLIT = re.compile(r"[a-z0-9_-]{1,64}")
 _ROLE_NAMES = {number: name for name, number in ROLES.items()}
 
@@ -67,21 +71,27 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._metrics = metrics
 
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
-        """Announces a client."""
-        client = self._callers.identify(context)
+        """Announces a client; a dry run is only told what it would hear."""
+        callers = self._callers
+        client = callers.rehearse(context) if request.dry_run else callers.identify(context, registers=True)
         _check_protocol(request)
         role = _ROLE_NAMES.get(request.role)
         if role is None:
             raise InvalidArgument("the role must be trainer or evaluator", (("role", "is unspecified"),))
-        engines = self._runs.all(request.run)
+        shown = [e for e in self._runs.all(request.run) if e.active or request.run]
+        response = pb.RegisterResponse(
+            protocol=PROTOCOL, runs=[run_message(e.run, self._runs.why(e), {}) for e in shown]
+        )
+        if request.dry_run:
+            return response
         self._callers.register(client, role)
+        self._runs.answers.ask_again(client)
         now = time.time()
         capabilities = request.capabilities.SerializeToString()
         row = ClientRow(client, self._callers.instance(client), role, capabilities, now, now)
         await self._store.call(self._store.db.see_client, row.id, row.instance, role, capabilities, now)
         log.info("client registered", client=client, role=role, device=request.capabilities.device)
-        shown = [e for e in engines if e.active or request.run]
-        return pb.RegisterResponse(protocol=PROTOCOL, runs=[run_message(e.run, self._why(e), {}) for e in shown])
+        return response
 
     async def AwaitRound(self, request: pb.AwaitRoundRequest, context: Context) -> pb.AwaitRoundResponse:
         """Answers when there is something to do for the client."""
@@ -91,13 +101,31 @@ class Federation(pb_grpc.FederationServiceServicer):
         until = time.monotonic() + HOLD_S
         while True:
             found = await look(client, request.run)
+            if found:
+                return found
             left = until - time.monotonic()
-            if found or left <= 0:
-                return found or self._idle(request.run)
+            if left <= 0 or (request.until_finished and self._finished(client, request.run)):
+                return self._idle(client, request.run)
             if not await self._runs.lobby.wait(client, request.run, trainer=role == "trainer", hold_s=left):
-                return self._idle(request.run)
-            if self._finished(request.run) and role == "trainer":
-                return self._idle(request.run)
+                return self._idle(client, request.run)
+            if self._finished(client, request.run) and role == "trainer":
+                return self._idle(client, request.run)
+
+    async def AnswerOffer(self, request: pb.AnswerOfferRequest, context: Context) -> pb.AnswerOfferResponse:
+        """Takes what a client says to the offer of a run."""
+        client = self._callers.identify(context)
+        self._callers.role(client)
+        reasons = tuple(_plain(r[:MAX_DECLINE_CHARACTERS]) for r in request.reasons if r.strip())[:MAX_DECLINE_REASONS]
+        accepted = request.answer == pb.ANSWER_ACCEPTED
+        if not accepted and request.answer != pb.ANSWER_DECLINED:
+            raise InvalidArgument("the answer must be accepted or declined", (("answer", "is unspecified"),))
+        if not accepted and not reasons:
+            raise InvalidArgument("a decline must say why", (("reasons", "are empty"),))
+        examples = min(request.examples, MAX_EXAMPLES)
+        answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, examples, time.time())
+        await self._runs.answer(answer)
+        log.info("run accepted" if accepted else "run declined", client=client, run=request.run, reasons=answer.reasons)
+        return pb.AnswerOfferResponse()
 
     async def PullAdapter(
         self, request: pb.PullAdapterRequest, context: Context
@@ -185,19 +213,31 @@ class Federation(pb_grpc.FederationServiceServicer):
         return pb.PushEvaluationResponse()
 
     async def _training(self, client: str, run: str) -> pb.AwaitRoundResponse | None:
-        """Returns the ticket that the client can use now, in the oldest run that gave it one."""
+        """Returns the ticket that the client can use now, in the oldest run that gave it one, or else an offer."""
+        answers = self._runs.answers
+        due: RunEngine | None = None
         for engine in self._runs.all(run):
             ticket = engine.open_ticket(client)
-            if ticket:
+            if ticket and answers.accepted(engine.run.id, client):
                 self._ledger.assign(engine.run.id, engine.round.number, client)
                 return pb.AwaitRoundResponse(training=_task(engine, ticket))
-        return None
+            # The run whose ticket a restarted client holds comes first: its round waits.
+            if engine.active and answers.is_due(engine.run.id, client) and (due is None or ticket):
+                due = engine
+        if due is None:
+            return None
+        answers.asked(due.run.id, client)
+        return _offer(due)
 
     async def _evaluation(self, client: str, run: str) -> pb.AwaitRoundResponse | None:
-        """Returns the oldest version that the evaluator has not scored."""
+        """Returns the oldest version that the evaluator has not scored, or the offer of its run."""
         for engine in self._runs.all(run):
+            if self._runs.answers.declined(engine.run.id, client):
+                continue
             scored = await self._store.call(self._store.db.evaluated_by, engine.run.id, client)
             missing = sorted(set(range(engine.run.version + 1)) - scored)
+            if missing and self._runs.answers.is_due(engine.run.id, client):
+                return _offer(engine)
             if missing:
                 self._ledger.assign(engine.run.id, missing[0], client, training=False)
                 self._callers.scores(client, (engine.run.id, missing[0]))
@@ -205,17 +245,18 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._callers.scores(client, None)
         return None
 
-    def _idle(self, run: str) -> pb.AwaitRoundResponse:
-        engines = [e for e in self._runs.all(run) if e.active]
-        reason = "; ".join(self._why(e) for e in engines) or "there is no unfinished run to work for"
-        return pb.AwaitRoundResponse(idle=pb.Idle(reason=reason, finished=self._finished(run)))
+    def _idle(self, client: str, run: str) -> pb.AwaitRoundResponse:
+        reason = "; ".join(self._runs.why(e) for e in self._left(client, run))
+        finished = self._finished(client, run)
+        return pb.AwaitRoundResponse(idle=pb.Idle(reason=reason or _NOTHING_LEFT, finished=finished))
 
-    def _finished(self, run: str) -> bool:
+    def _finished(self, client: str, run: str) -> bool:
+        return bool(self._runs.all(run)) and not self._left(client, run)
+
+    def _left(self, client: str, run: str) -> list[RunEngine]:
+        """Returns the unfinished runs that a client did not decline."""
         engines = self._runs.all(run)
-        return bool(engines) and not any(e.active for e in engines)
-
-    def _why(self, engine: RunEngine) -> str:
-        return awaited(engine, len(self._runs.lobby.waiting(engine.run.id)))
+        return [e for e in engines if e.active and not self._runs.answers.declined(e.run.id, client)]
 
     async def _ticket(self, ticket_id: str, client: str) -> tuple[RunEngine, Ticket]:
         engine, ticket = await self._runs.ticket(ticket_id)
@@ -242,6 +283,15 @@ def _check_protocol(request: pb.RegisterRequest) -> None:
             f"this client speaks protocol {request.min_protocol} or newer, the server {PROTOCOL} "
             f"(fedpeft {__version__}); upgrade the server"
         )
+
+
+def _plain(text: str) -> str:
+    """Returns a client's words without what a terminal would obey."""
+    return "".join(each if each.isprintable() else " " for each in text)
+
+
+def _offer(engine: RunEngine) -> pb.AwaitRoundResponse:
+    return pb.AwaitRoundResponse(offer=pb.RunOffer(run=run_message(engine.run, "", {})))
 
 
 def _task(engine: RunEngine, ticket: Ticket) -> pb.TrainingTask:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from google.protobuf import timestamp_pb2
 
 from fedpeft.rounds import Phase, Ticket, TicketState
 from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2
 from fedpeft.wire import config_to_proto, spec_to_proto
-from fedpeft_server.store.rows import ClientRow, RoundRow, RunRow, RunState, Traffic
+from fedpeft_server.store.rows import AnswerRow, ClientRow, RoundRow, RunRow, RunState, Traffic
 
 RUN_STATES = {
     RunState.RUNNING: run_pb2.RUN_STATE_RUNNING,
@@ -44,8 +44,10 @@ def timestamp(seconds: float | None) -> timestamp_pb2.Timestamp | None:
     return timestamp_pb2.Timestamp(seconds=micros // 1_000_000, nanos=micros % 1_000_000 * 1000)
 
 
-def run_message(run: RunRow, reason: str, initial_metrics: Mapping[str, float]) -> run_pb2.Run:
-    """Returns a run; `reason` says what it waits for, where the row has nothing to say."""
+def run_message(
+    run: RunRow, reason: str, initial_metrics: Mapping[str, float], declines: Iterable[AnswerRow] = ()
+) -> run_pb2.Run:
+    """Returns a run; `reason` says what it waits for, where the row has nothing to say; operators see `declines`."""
     return run_pb2.Run(
         id=run.id,
         config=config_to_proto(run.config),
@@ -57,6 +59,7 @@ def run_message(run: RunRow, reason: str, initial_metrics: Mapping[str, float]) 
         created_at=timestamp(run.created_at),
         model_parameters=run.model_parameters,
         initial_metrics=initial_metrics,
+        declines=[run_pb2.Decline(client=d.client, reasons=d.reasons, at=timestamp(d.at)) for d in declines],
     )
 
 
@@ -108,8 +111,8 @@ def _ticket(ticket: Ticket, row: RoundRow, traffic: Traffic) -> run_pb2.Ticket:
     )
 
 
-def client_message(row: ClientRow, activity: str) -> operator_service_pb2.Client:
-    """Returns a client."""
+def client_message(row: ClientRow, activity: str, answers: Iterable[AnswerRow]) -> operator_service_pb2.Client:
+    """Returns a client with what it answered to the offers of runs."""
     return operator_service_pb2.Client(
         id=row.id,
         role=ROLES.get(row.role, federation_service_pb2.CLIENT_ROLE_UNSPECIFIED),
@@ -118,4 +121,16 @@ def client_message(row: ClientRow, activity: str) -> operator_service_pb2.Client
         last_seen=timestamp(row.last_seen),
         activity=activity,
         updates=row.updates,
+        answers=[_answer(answer) for answer in answers],
+    )
+
+
+def _answer(row: AnswerRow) -> operator_service_pb2.RunAnswer:
+    accepted, declined = federation_service_pb2.ANSWER_ACCEPTED, federation_service_pb2.ANSWER_DECLINED
+    return operator_service_pb2.RunAnswer(
+        run=row.run,
+        answer=accepted if row.accepted else declined,
+        reasons=row.reasons,
+        examples=row.examples,
+        at=timestamp(row.at),
     )

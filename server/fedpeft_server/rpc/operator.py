@@ -33,7 +33,6 @@ from fedpeft.wire import config_from_proto, manifest_from_proto, spec_from_proto
 from fedpeft_server.rounds.aggregation import identity
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
-from fedpeft_server.rounds.waiting import awaited
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import client_message, round_message, run_message
@@ -169,7 +168,11 @@ class Operator(pb_grpc.OperatorServiceServicer):
         """Shows every client that ever registered."""
         await self._store.call(self._store.db.touch_clients, self._callers.touched())
         rows = await self._store.call(self._store.db.clients)
-        return pb.ListClientsResponse(clients=[client_message(row, self._activity(row.id)) for row in rows])
+        runs = [engine.run.id for engine in self._runs.all() if engine.active]
+        of = self._runs.answers.of
+        return pb.ListClientsResponse(
+            clients=[client_message(row, self._activity(row.id), of(row.id, runs)) for row in rows]
+        )
 
     def _activity(self, client: str) -> str:
         if self._uploads.turns.has(client):
@@ -182,8 +185,9 @@ class Operator(pb_grpc.OperatorServiceServicer):
 
     async def _run(self, engine: RunEngine) -> run_pb2.Run:
         evaluations = await self._store.call(self._store.db.evaluations, engine.run.id)
-        reason = awaited(engine, len(self._runs.lobby.waiting(engine.run.id))) if engine.active else ""
-        return run_message(engine.run, reason, evaluations.get(0, {}))
+        reason = self._runs.why(engine) if engine.active else ""
+        declines = self._runs.answers.declines(engine.run.id)
+        return run_message(engine.run, reason, evaluations.get(0, {}), declines)
 
     async def _rounds(self, engine: RunEngine, after: int) -> list[run_pb2.Round]:
         evaluations = await self._store.call(self._store.db.evaluations, engine.run.id)

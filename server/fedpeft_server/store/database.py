@@ -12,11 +12,12 @@ from sqlalchemy import Connection, Engine
 
 from fedpeft.errors import RequestIdReused
 from fedpeft.rounds import Round
-from fedpeft_server.store import client_queries, round_queries, run_queries
+from fedpeft_server.store import answer_queries, client_queries, round_queries, run_queries
 from fedpeft_server.store.connection import closing_on_failure, connect, translated
 from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.migrations import migrate
 from fedpeft_server.store.rows import (
+    AnswerRow,
     ClientRow,
     RoundRow,
     RunRow,
@@ -273,7 +274,22 @@ class Database:
         with self._transaction() as connection:
             return run_queries.select_evaluated(connection, run_id, evaluator)
 
-    # Clients
+    # Clients and their answers
+
+    def put_answer(self, answer: AnswerRow) -> None:
+        """Writes what a client answered to the offer of a run, in place of what it answered before.
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        with self._transaction() as connection:
+            run_queries.select_run(connection, answer.run)
+            answer_queries.put_answer(connection, answer)
+
+    def answers(self) -> list[AnswerRow]:
+        """Returns what clients answered, of all runs."""
+        with self._transaction() as connection:
+            return answer_queries.select_answers(connection)
 
     def see_client(self, client: str, instance: str, role: str, capabilities: bytes, at: float) -> None:
         """Writes who a client is, as it registers."""

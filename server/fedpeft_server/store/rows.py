@@ -133,6 +133,27 @@ class ClientRow:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerRow:
+    """What a client said to the offer of a run.
+
+    Attributes:
+        run: The run.
+        client: The client.
+        accepted: Whether it takes part.
+        reasons: Why not, a sentence each; empty if it does.
+        examples: Examples it has of the run's classes; 0 if it did not say.
+        at: When it said so.
+    """
+
+    run: str
+    client: str
+    accepted: bool
+    reasons: tuple[str, ...] = ()
+    examples: int = 0
+    at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class TicketRow:
     """A ticket with the run and the round that it is for."""
 

@@ -133,6 +133,18 @@ evaluations = Table(
     ForeignKeyConstraint(["run", "version"], ["versions.run", "versions.version"], ondelete="CASCADE"),
 )
 
+# A client need not have a row of its own: what it answered is worth keeping for as long as the run.
+answers = Table(
+    "answers",
+    metadata,
+    _run_key(),
+    Column("client", String(64), primary_key=True),
+    Column("accepted", Boolean, nullable=False),
+    Column("reasons", JSON, nullable=False),
+    Column("examples", BigInteger, nullable=False),
+    Column("at", Double, nullable=False),
+)
+
 clients = Table(
     "clients",
     metadata,

@@ -1,0 +1,181 @@
+"""Whether a run suits this site: one pure function over the run and what the site has; it returns the reasons why not.
+
+Whatever may speak against a run is a check in `CHECKS`, and is asked nowhere else. It is asked twice: before the model
+is built, so that nothing is loaded or fetched for a run that cannot be; and afterwards, with what was built. A fact
+that is not known yet speaks against nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from fedpeft.data.labels import MappedLabels, map_labels
+from fedpeft.errors import (
+    BackboneMismatch,
+    ConfigInvalid,
+    DataInvalid,
+    FedpeftError,
+    ModelInvalid,
+    SpecInvalid,
+    StateInvalid,
+    TrainingFailed,
+    tree,
+)
+from fedpeft.spec import AdapterSpec
+from fedpeft_client.runs import KnownRun
+
+UNREADABLE_SHARE = 0.01
+"""Share of images that may be unreadable, as in `fedpeft.data.dataset`, which refuses to train on more."""
+
+_BY_KIND = {cls.reason: cls for cls in tree()}
+_PRIVATE: dict[type[FedpeftError], str] = {
+    DataInvalid: "its images cannot be used as they are",
+    ModelInvalid: "the run's model cannot be built there, or its weights are missing or do not fit",
+    StateInvalid: "its state directory cannot be used",
+}
+"""Errors whose sentence may name files, classes or images of this site, and what the server is told instead."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One reason why a run does not suit this site.
+
+    Attributes:
+        kind: The `reason` of the error that it is.
+        told: A sentence for the server and its operator; it names nothing of this site.
+        here: A sentence for this site: what is wrong, where, and what would be right.
+    """
+
+    kind: str
+    told: str
+    here: str
+
+    @classmethod
+    def of(cls, error: FedpeftError, told: str = "") -> Self:
+        """Returns an error as a reason; what is told is the error's own sentence where that is not private."""
+        return cls(error.reason, told or _PRIVATE.get(type(error), error.message), error.message)
+
+    @property
+    def error(self) -> FedpeftError:
+        """The error that it is."""
+        return _BY_KIND.get(self.kind, TrainingFailed)(self.here)
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns it for the way between worker and agent."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of building a run's model here: what its method tunes, and the fingerprint of the rest."""
+
+    spec: AdapterSpec
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """What this site has.
+
+    Attributes:
+        methods: PEFT methods of the software here.
+        classes: Images by own class name.
+        label_map: Own class name to run class, None to drop the class.
+        unreadable: Of the images of each class, how many cannot be read; None if they were not looked through.
+        built: The run's model, or why it could not be built; None if that was not tried.
+    """
+
+    methods: frozenset[str]
+    classes: Mapping[str, int]
+    label_map: Mapping[str, str | None] = field(default_factory=dict)
+    unreadable: Mapping[str, int] | None = None
+    built: Built | FedpeftError | None = None
+
+
+def reasons_against(run: KnownRun, site: Site) -> tuple[Reason, ...]:
+    """Returns every reason why a run does not suit a site, as far as the facts go; none if it does."""
+    return tuple(reason for check in CHECKS for reason in check(run, site))
+
+
+def mapped(run: KnownRun, site: Site) -> MappedLabels:
+    """Returns the site's images with the run's labels, one class after the other.
+
+    Raises:
+        DataInvalid: As `map_labels`.
+    """
+    labels = np.repeat(np.arange(len(site.classes)), list(site.classes.values()))
+    return map_labels(tuple(site.classes), labels, run.config.model.classes, site.label_map)
+
+
+def _method(run: KnownRun, site: Site) -> Iterable[Reason]:
+    method = run.config.peft.method
+    if method not in site.methods:
+        known = ", ".join(sorted(site.methods))
+        yield Reason.of(ConfigInvalid(f"there is no PEFT method {method!r}; there are: {known}"))
+    elif run.spec.method != method:
+        yield Reason.of(SpecInvalid(f"the run's spec is of method {run.spec.method}, its file of {method}"))
+
+
+def _labels(run: KnownRun, site: Site) -> Iterable[Reason]:
+    try:
+        mapped(run, site)
+    except DataInvalid as error:
+        yield Reason.of(error, _told_of_labels(run, site))
+
+
+def _told_of_labels(run: KnownRun, site: Site) -> str:
+    """Returns what the server may know of labels that do not fit: numbers, and no name."""
+    known = set(run.config.model.classes)
+    if not known.issuperset(name for name in site.label_map.values() if name is not None):
+        return "its label map names a class that the run does not have"
+    own = [name for name, count in site.classes.items() if count]
+    unknown = [name for name in own if site.label_map.get(name, name) not in (None, *known)]
+    if unknown:
+        return f"{len(unknown)} of its {len(own)} classes are none of the run's; a label map can rename or drop them"
+    return "it has no image of the run's classes"
+
+
+def _images(run: KnownRun, site: Site) -> Iterable[Reason]:
+    if site.unreadable is None:
+        return
+    kept = [name for name in site.classes if site.label_map.get(name, name) in run.config.model.classes]
+    bad, total = (sum(counts.get(name, 0) for name in kept) for counts in (site.unreadable, site.classes))
+    if bad > UNREADABLE_SHARE * total:
+        text = f"{bad} of {total} images cannot be read, more than {UNREADABLE_SHARE:.0%}"
+        yield Reason.of(DataInvalid(text), text)
+
+
+def _backbone(run: KnownRun, site: Site) -> Iterable[Reason]:
+    match site.built:
+        case FedpeftError() as error:
+            yield Reason.of(error)
+        case Built(spec, _) if spec != run.spec:
+            yield Reason.of(SpecInvalid(_other_spec(spec, run.spec)))
+        case Built(_, own) if own != run.fingerprint:
+            name = run.config.model.name
+            here = (
+                f"the backbone {name} here has fingerprint {own}, that of run {run.id} has {run.fingerprint}; the "
+                "frozen weights differ: give the file that the run was created with as --weights"
+            )
+            yield Reason.of(
+                BackboneMismatch(here), f"its backbone {name} has fingerprint {own}, the run's {run.fingerprint}"
+            )
+
+
+def _other_spec(own: AdapterSpec, wanted: AdapterSpec) -> str:
+    """Returns the first tensor in which what the method tunes here differs from what the run says it tunes."""
+    mine = {tensor.name: tensor for tensor in own.tensors}
+    theirs = {tensor.name: tensor for tensor in wanted.tensors}
+    name = next(n for n in sorted(mine.keys() | theirs.keys()) if mine.get(n) != theirs.get(n))
+    return (
+        f"method {own.method} here has tensor {name} as {mine.get(name, 'none')}, the run as "
+        f"{theirs.get(name, 'none')}; use the version of the software that the run was created with"
+    )
+
+
+CHECKS: tuple[Callable[[KnownRun, Site], Iterable[Reason]], ...] = (_method, _labels, _images, _backbone)
+"""What is asked, in this order; a check knows the run and the site and nothing else."""

@@ -1,0 +1,74 @@
+"""What clients answered to the offer of a run: who may be sampled for it, who declined and why.
+
+An answer outlives client and server; a client that registers again is asked again, and until it has answered it is not
+sampled, though its earlier answer is still shown.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from fedpeft_server.store.rows import AnswerRow
+
+
+class Answers:
+    """The answers of all clients, by run.
+
+    Args:
+        known: Those of the database; they stand, so that a restart of the server asks nobody again.
+    """
+
+    def __init__(self, known: Iterable[AnswerRow] = ()) -> None:
+        self._given: dict[str, dict[str, AnswerRow]] = defaultdict(dict)
+        self._due: dict[str, set[str]] = defaultdict(set)
+        self._asked: dict[str, set[str]] = defaultdict(set)
+        for answer in known:
+            self._given[answer.run][answer.client] = answer
+
+    def put(self, answer: AnswerRow) -> None:
+        """Takes an answer that is durable."""
+        self._given[answer.run][answer.client] = answer
+        self._due[answer.run].discard(answer.client)
+        self._asked[answer.run].discard(answer.client)
+
+    def ask_again(self, client: str) -> None:
+        """Makes every answer of a client, which began anew, one that is due again."""
+        for run, given in self._given.items():
+            if client in given:
+                self._due[run].add(client)
+
+    def asked(self, run: str, client: str) -> None:
+        """Notes that a client was offered a run, so that it is named among those whose answer is awaited."""
+        self._asked[run].add(client)
+
+    def is_due(self, run: str, client: str) -> bool:
+        """Whether a client has yet to answer for a run."""
+        return client not in self._given.get(run, {}) or client in self._due.get(run, ())
+
+    def accepted(self, run: str, client: str) -> bool:
+        """Whether a client takes part in a run."""
+        return not self.is_due(run, client) and self._given[run][client].accepted
+
+    def declined(self, run: str, client: str) -> bool:
+        """Whether a client, asked since it began, does not take part in a run."""
+        return not self.is_due(run, client) and not self._given[run][client].accepted
+
+    def declines(self, run: str) -> list[AnswerRow]:
+        """Returns the declines of a run by client, those that are due again included."""
+        return sorted((a for a in self._given.get(run, {}).values() if not a.accepted), key=lambda a: a.client)
+
+    def awaited(self, run: str) -> list[str]:
+        """Returns the clients that were offered a run and have not answered yet, by id."""
+        return sorted(self._asked.get(run, ()))
+
+    def of(self, client: str, runs: Iterable[str]) -> list[AnswerRow]:
+        """Returns a client's answers for some runs, in the runs' order."""
+        found = (self._given.get(run, {}).get(client) for run in runs)
+        return [answer for answer in found if answer is not None]
+
+    def forget(self, run: str) -> None:
+        """Forgets a run that was deleted."""
+        self._given.pop(run, None)
+        self._due.pop(run, None)
+        self._asked.pop(run, None)

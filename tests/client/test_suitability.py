@@ -1,0 +1,95 @@
+"""Whether a run suits a site: each check, what the server is told of it, and that nothing of the site is in that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedpeft.data import dataset
+from fedpeft.data.sources import open_source
+from fedpeft.errors import BackboneMismatch, ModelInvalid
+from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft_client import suitability
+from fedpeft_client.runs import KnownRun
+from fedpeft_client.suitability import Built, Reason, Site, reasons_against
+from fedpeft_client.survey import survey
+
+from .conftest import tiny_run, write_images
+
+SITE = Site(frozenset({"bias", "lora"}), {"cat": 300, "dog": 200, "emu": 100, "yeti": 0})
+
+
+@pytest.fixture(scope="module")
+def run() -> KnownRun:
+    return KnownRun.of(tiny_run().message())
+
+
+def only(reasons: tuple[Reason, ...]) -> Reason:
+    (reason,) = reasons
+    return reason
+
+
+def test_a_site_that_has_what_the_run_wants_is_suited_before_and_after_the_model_is_built(run: KnownRun) -> None:
+    assert reasons_against(run, SITE) == ()
+    assert reasons_against(run, replace(SITE, built=Built(run.spec, run.fingerprint), unreadable={"cat": 6})) == ()
+
+
+def test_a_method_that_is_not_here(run: KnownRun) -> None:
+    reason = only(reasons_against(run, replace(SITE, methods=frozenset({"lora"}))))
+    assert reason.kind == "CONFIG_INVALID" and reason.told == "there is no PEFT method 'bias'; there are: lora"
+
+
+@pytest.mark.parametrize(
+    ("changes", "here", "told"),
+    [
+        ({"classes": {"cat": 1, "secret": 2}}, "'secret' (2 rows)", "1 of its 2 classes are none of the run's"),
+        ({"label_map": {"secret": "lynx"}}, "'secret' to 'lynx'", "its label map names a class"),
+        ({"classes": {"secret": 2}, "label_map": {"secret": None}}, "drops all 2 rows", "it has no image of"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named_here_and_counted_there(
+    run: KnownRun, changes: dict[str, dict[str, int]], here: str, told: str
+) -> None:
+    reason = only(reasons_against(run, replace(SITE, **changes)))
+    assert reason.kind == "DATA_INVALID" and here in reason.here and told in reason.told
+    assert "secret" not in reason.told
+
+
+def test_more_unreadable_images_than_training_takes_speak_against_a_run(run: KnownRun) -> None:
+    assert dataset.UNREADABLE_SHARE == suitability.UNREADABLE_SHARE
+    reason = only(reasons_against(run, replace(SITE, unreadable={"cat": 5, "dog": 2})))
+    assert reason.told == reason.here == "7 of 600 images cannot be read, more than 1%"
+    dropped = replace(SITE, unreadable={"yeti": 50}, classes={**SITE.classes, "yeti": 50}, label_map={"yeti": None})
+    assert reasons_against(run, dropped) == (), "images that the run does not use do not count"
+
+
+def test_what_was_built_is_compared_with_the_run(run: KnownRun) -> None:
+    other = only(reasons_against(run, replace(SITE, built=Built(run.spec, "ab" * 32))))
+    assert isinstance(other.error, BackboneMismatch)
+    assert all("ab" * 32 in text and run.fingerprint in text for text in (other.told, other.here))
+    spec = AdapterSpec.of("bias", [TensorSpec("zebra", (1,)), *run.spec.tensors])
+    assert "zebra" in only(reasons_against(run, replace(SITE, built=Built(spec, run.fingerprint)))).told
+    failed = only(reasons_against(run, replace(SITE, built=ModelInvalid("/home/eve/w.pt is no file"))))
+    assert failed.kind == "MODEL_INVALID" and "/home/eve" in failed.here and "/home" not in failed.told
+
+
+def test_every_reason_is_given_at_once(run: KnownRun) -> None:
+    site = Site(frozenset(), {"wolf": 3}, unreadable={})
+    assert [reason.kind for reason in reasons_against(run, site)] == ["CONFIG_INVALID", "DATA_INVALID"]
+
+
+def test_a_survey_opens_every_image_and_names_those_that_cannot_be_read(tmp_path: Path) -> None:
+    path = write_images(tmp_path / "images.parquet", count=600)
+    table = pq.read_table(path).to_pydict()
+    for row in (3, 500):
+        table["image"][row]["bytes"] = table["image"][row]["bytes"][:60]
+    pq.write_table(pa.table(table), path)
+    told: list[dict[str, int]] = []
+    found = survey(open_source(path), told.append)
+    assert [name.rpartition(" ")[2] for name, _ in found.unreadable] == ["(3.png)", "(500.png)"]
+    assert found.by_class == {"cat": 1, "emu": 1}
+    assert [t["images"] for t in told] == [256, 512, 600] and told[-1] == {"images": 600, "of": 600, "unreadable": 2}
