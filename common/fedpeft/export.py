@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from fedpeft.checkpoints import read_checkpoint
 from fedpeft.errors import BackboneMismatch, ConfigInvalid, ModelInvalid
-from fedpeft.models import Backbone
+from fedpeft.model_card import Provenance, card
+from fedpeft.models import Backbone, fingerprint
 from fedpeft.peft.lora import Lora, target_layers
 from fedpeft.peft.tuned import TunedModel, tune
 
@@ -57,7 +58,10 @@ def as_timm(tuned: TunedModel, path: Path) -> None:
         "classes": backbone.config.classes,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    path.touch()
+    mode = path.stat().st_mode
     safetensors.torch.save_file(tensors, path, {"format": "pt", "timm": json.dumps(about)})
+    path.chmod(mode)  # the package's files are for their owner alone, whatever the umask
 
 
 def from_timm(path: Path, tuned: TunedModel) -> Arrays:
@@ -95,11 +99,16 @@ def from_timm(path: Path, tuned: TunedModel) -> Arrays:
     return {name: _array(state[name]) for name in names}
 
 
-def as_peft(tuned: TunedModel, folder: Path) -> None:
-    """Writes a LoRA as a directory of the `peft` library: adapter_config.json and adapter_model.safetensors.
+def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = None) -> None:
+    """Writes a LoRA as a directory of the `peft` library: adapter_config.json, adapter_model.safetensors, README.md.
 
     `peft.PeftModel.from_pretrained(model, folder)` loads it, where model is the backbone's timm model; the head goes
     along as a module to save.
+
+    Args:
+        tuned: Under method lora.
+        folder: Made if missing.
+        provenance: How the adapter came about, for its card.
 
     Raises:
         ConfigInvalid: If the method is not LoRA.
@@ -116,6 +125,11 @@ def as_peft(tuned: TunedModel, folder: Path) -> None:
     set_peft_model_state_dict(model, state)
     config.base_model_name_or_path = tuned.backbone.config.name
     model.save_pretrained(str(folder), save_embedding_layers=False)  # else it may ask the hub for a vocabulary
+    (folder / "README.md").write_text(
+        card(tuned, fingerprint(tuned.backbone, tuned.spec), provenance), encoding="utf-8"
+    )
+    mode = (folder / "adapter_config.json").stat().st_mode
+    (folder / "adapter_model.safetensors").chmod(mode)  # as in as_timm
 
 
 def from_peft(folder: Path, backbone: Backbone) -> tuple[dict[str, object], Arrays]:

@@ -174,6 +174,9 @@ def test_export_as_peft_folder(served: Serving, tmp_path: Path) -> None:
     tensors = load((out / "adapter_model.safetensors").read_bytes())
     (name,) = [name for name in changed if "lora_A" in name]
     np.testing.assert_array_equal(tensors[f"base_model.model.{name}"], changed[name])
+    text = (out / "README.md").read_text()
+    assert f"| run | `{run}`, version 1 of 2 rounds |" in text
+    assert "hf.co" not in text and "More Information Needed" not in text
 
 
 def test_export_with_another_backbone_is_refused(

@@ -1,6 +1,8 @@
 """Adapters as others load them, by loading them."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from fedpeft import export
 from fedpeft.config import ModelConfig
 from fedpeft.errors import BackboneMismatch, ConfigInvalid, ModelInvalid
-from fedpeft.models import Backbone, build
+from fedpeft.model_card import Provenance
+from fedpeft.models import Backbone, build, fingerprint
 from fedpeft.peft import TunedModel, tune
 
 CONFIG = ModelConfig(
@@ -116,6 +119,55 @@ def test_the_peft_library_loads_a_lora(
     again.load(tensors)
     assert again.spec.sha256 == model.spec.sha256
     assert torch.equal(logits(again.module, images), logits(model.module, images))
+
+
+def test_the_card_says_how_the_adapter_came_about_and_how_to_load_it(
+    tmp_path: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = timm.create_model(CONFIG.name)
+    save_file(whole.state_dict(), tmp_path / "whole.safetensors")
+    backbone = build(CONFIG.model_copy(update={"weights": str(tmp_path / "whole.safetensors")}), 1)
+    model = trained(backbone, "lora", rank=4)
+    made = Provenance("run-1", 3, 10, 5, 14, 3 * 2**20, 2**19, {"accuracy": 0.5581, "loss": 1.31, "examples": 900})
+    export.as_peft(model, tmp_path / "lora", made)
+    text = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
+    for line in (
+        'base_model: "timm/vit_tiny_patch16_224"',
+        "# license: yours to say",
+        '| method | lora, rank 4, alpha 16.0, targets "qkv", dropout 0.0 |',
+        '| classes | 3: `["a", "b", "c"]` |',
+        "| run | `run-1`, version 3 of 10 rounds |",
+        "| clients | 5, of whom 14 updates were counted |",
+        "| sent | 3.00 MiB up, 0.50 MiB down, whole messages of all clients |",
+        "| held-out data | accuracy 55.8 %, loss 1.310 on 900 images |",
+        f"| backbone | SHA-256 of the frozen tensors `{fingerprint(backbone, model.spec)}` |",
+    ):
+        assert line in text
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    monkeypatch.chdir(tmp_path / "lora")
+    space: dict[str, Any] = {}
+    exec(code.replace("BACKBONE", str(tmp_path / "whole.safetensors")), space)
+    assert torch.allclose(logits(space["model"], images), logits(model.module, images), 0, 1e-5)
+
+
+def test_the_card_of_an_adapter_from_nowhere_says_less(tmp_path: Path, backbone: Backbone) -> None:
+    export.as_peft(trained(backbone, "lora"), tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| run |" not in text and "random weights" in text
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path: Path, backbone: Backbone, mask: int, mode: int) -> None:
+    model = trained(backbone, "lora")
+    before = os.umask(mask)
+    try:
+        export.as_timm(model, tmp_path / "model.safetensors")
+        export.as_peft(model, tmp_path / "lora")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+    assert len(files) == 4
 
 
 def test_many_layers_survive_the_library_shortening_their_names(tmp_path: Path) -> None:

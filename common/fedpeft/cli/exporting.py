@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpeft.cli import output
+from fedpeft.cli import output, views
 from fedpeft.cli.session import Session, require, run_async, session_of
 from fedpeft.cli.weights import Weights, check_needed
 from fedpeft.errors import BackboneMismatch, ConfigInvalid, SettingsInvalid, StateInvalid
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fedpeft.model_card import Provenance
     from fedpeft.peft import TunedModel
     from fedpeft.v1 import run_pb2
 
@@ -72,9 +75,11 @@ async def exported(
         async with session.client() as server:
             found, _ = await server.run(run)
             _check_form(found.spec.method, form)
+            rounds = await server.rounds(run)
             with output.progress("downloading") as progress:
                 header = await server.download(run, adapter, version=version, progress=progress)
-        _write(_tuned(found, adapter, weights), form, Path(scratch) / "whole", out)
+        provenance = _provenance(found, header.version, rounds)
+        _write(_tuned(found, adapter, weights), form, provenance, Path(scratch) / "whole", out)
         return header.version
 
 
@@ -124,7 +129,25 @@ def _tuned(run: run_pb2.Run, adapter: Path, weights: Path | None) -> TunedModel:
     return tuned
 
 
-def _write(tuned: TunedModel, form: Format, partial: Path, out: Path) -> None:
+def _provenance(run: run_pb2.Run, version: int, rounds: Iterable[run_pb2.Round]) -> Provenance:
+    """Returns how a version came about, from the rounds up to it."""
+    from fedpeft.model_card import Provenance
+
+    until = [round_ for round_ in views.committed(rounds) if round_.number <= version]
+    counted = [client for round_ in until for client in views.counted(round_)]
+    return Provenance(
+        run=run.id,
+        version=version,
+        rounds=run.config.rounds.count,
+        clients=len(set(counted)),
+        updates=len(counted),
+        wire_bytes_up=sum(round_.wire_bytes_up for round_ in until),
+        wire_bytes_down=sum(round_.wire_bytes_down for round_ in until),
+        metrics=dict(until[-1].metrics if until else run.initial_metrics),
+    )
+
+
+def _write(tuned: TunedModel, form: Format, provenance: Provenance, partial: Path, out: Path) -> None:
     """Writes a model in full before it appears under its name."""
     from fedpeft.export import as_peft, as_timm
 
@@ -132,7 +155,7 @@ def _write(tuned: TunedModel, form: Format, partial: Path, out: Path) -> None:
         if form is Format.TIMM:
             as_timm(tuned, partial)
         else:
-            as_peft(tuned, partial)
+            as_peft(tuned, partial, provenance)
             if out.is_dir():
                 out.rmdir()
         shutil.move(partial, out)
