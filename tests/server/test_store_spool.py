@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -151,6 +153,22 @@ class TestResuming:
             writer.write(0, data[:3000])
         assert spool.position(TICKET, manifest.sha256) == 3000
         assert spool.position(TICKET, b"x" * 32) == 0
+
+    @pytest.mark.parametrize("fault", ["digest", "value"])
+    def test_a_refused_payload_takes_no_room_for_as_long_as_its_error_lives(
+        self, spool: Spool, folder: Path, fault: str
+    ) -> None:
+        """An error's traceback must not keep the file mapped: its bytes would stay on the disk, nameless."""
+        wrong = bytes(8000) if fault == "digest" else np.full(2000, np.nan, np.float32).tobytes()
+        manifest, _ = update()
+        if fault == "value":
+            manifest = replace(manifest, sha256=hashlib.sha256(wrong).digest())
+        with pytest.raises((ChecksumMismatch, PayloadInvalid)) as kept:
+            send(spool, manifest, wrong)
+        links = [Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
+        opened = [os.readlink(link) for link in links if os.path.lexists(link)]
+        assert kept.value.message and not [name for name in opened if name.startswith(str(folder))]
+        assert str(folder) not in Path("/proc/self/maps").read_text()
 
     def test_another_payload_starts_over(self, spool: Spool, folder: Path) -> None:
         manifest, data = update()

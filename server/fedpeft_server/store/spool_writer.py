@@ -131,15 +131,9 @@ class SpoolWriter:
                 "continue there"
             )
         if not self._whole:
-            try:
-                self._check()
-                self._sync()
-            except FedpeftError:
-                if not self._owner.reject(self):
-                    raise self._taken_over() from None
-                raise
-            finally:
-                self._close()
+            wrong = self._fault()
+            if wrong is not None:
+                raise wrong if self._owner.reject(self) else self._taken_over()
         with refusals(f"keeping the update of {self.ticket}"):
             path = self._owner.publish(self)
         if path is None:
@@ -156,6 +150,22 @@ class SpoolWriter:
 
     def __exit__(self, *_: object) -> None:
         self.abandon()
+
+    def _fault(self) -> FedpeftError | None:
+        """Checks and syncs, then closes; returns what is wrong.
+
+        Without its traceback, whose frames look into the mapped file: for as long as the error lived, the room of a
+        file that was removed would stay taken.
+        """
+        try:
+            self._check()
+            self._sync()
+        except FedpeftError as error:
+            error.__context__ = None
+            return error.with_traceback(None)
+        finally:
+            self._close()
+        return None
 
     def _check(self) -> None:
         with refusals(f"reading the upload of {self.ticket}"):
