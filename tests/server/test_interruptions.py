@@ -57,6 +57,11 @@ class Held:
         return self._method(*args)
 
 
+async def tickets(daemon: Daemon, run: str) -> dict[str, int]:
+    """Returns the states of the last round's tickets, by client."""
+    return {t.client: t.state for t in (await daemon.rounds(run))[-1].tickets}
+
+
 async def test_a_daemon_restarted_between_two_rounds_opens_the_next_one(start: StartDaemon) -> None:
     daemon = await start()
     run = await daemon.create(config(rounds={"count": 2, "clients": 1}))
@@ -96,6 +101,8 @@ async def test_an_update_counts_though_its_client_leaves_while_it_is_written(dae
     await asyncio.sleep(0.2)
     held.go.set()
     await daemon.until(run.id, lambda r: r.version == 1)
+    assert await tickets(daemon, run.id) == {"a": run_pb2.TICKET_STATE_RECEIVED}
+    assert all((x == 1.0).all() for x in (await daemon.adapter(run.id, 1)).values())
 
 
 async def test_a_run_is_there_though_its_creator_leaves_while_it_is_written(daemon: Daemon) -> None:
@@ -124,8 +131,11 @@ async def test_a_resumed_run_has_its_deadline_though_the_operator_leaves(daemon:
     resume.cancel()
     await asyncio.sleep(0.2)
     held.go.set()
-    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_RUNNING)
-    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+    resumed = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_RUNNING)
+    assert "awaits a" in resumed.reason and "to the deadline" in resumed.reason
+    paused = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+    assert "still awaited: a" in paused.reason
+    assert await tickets(daemon, run.id) == {"a": run_pb2.TICKET_STATE_ISSUED}
 
 
 async def test_a_deadline_that_could_not_be_written_is_tried_again(
@@ -138,7 +148,9 @@ async def test_a_deadline_that_could_not_be_written_is_tried_again(
     await a.push(tasks[0].ticket, filled(1.0))
     db = daemon.server.store.db
     db.save_round = failing(db.save_round)  # type: ignore[method-assign]
-    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+    done = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+    assert done.version == 1
+    assert await tickets(daemon, run.id) == {"a": run_pb2.TICKET_STATE_RECEIVED, "b": run_pb2.TICKET_STATE_LATE}
 
 
 async def test_a_clock_that_is_set_back_only_puts_a_deadline_off(
@@ -148,8 +160,11 @@ async def test_a_clock_that_is_set_back_only_puts_a_deadline_off(
     a, b = await daemon.clients("a", "b")
     tasks = await asyncio.gather(a.task(), b.task())
     await a.push(tasks[0].ticket, filled(1.0))
+    deadline = (await daemon.rounds(run.id))[-1].deadline.ToNanoseconds() / 1e9
     monkeypatch.setattr("fedpeft_server.rounds.engine.time", SlowClock(0.7))
-    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+    done = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+    assert done.version == 1 and time.time() >= deadline + 0.7
+    assert await tickets(daemon, run.id) == {"a": run_pb2.TICKET_STATE_RECEIVED, "b": run_pb2.TICKET_STATE_LATE}
 
 
 @pytest.mark.parametrize("times", [1, 2], ids=["result", "result-and-pause"])
