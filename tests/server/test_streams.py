@@ -11,6 +11,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedpeft.spec import AdapterSpec, TensorSpec
 from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft.v1 import run_pb2
+from fedpeft_server.rounds.engine import RunEngine
+from fedpeft_server.rpc.operator import Operator
 
 from .conftest import Daemon, StartDaemon, refused
 
@@ -44,3 +48,21 @@ async def test_a_client_that_does_not_read_what_it_pulls_keeps_nobody_else_waiti
 
     async with asyncio.timeout(10):
         assert await refused(drained()) == "TRANSFER_STALLED"
+
+
+async def test_a_watch_tells_the_end_of_a_run_that_ends_while_the_watcher_is_told(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await daemon.create()
+    shown = Operator._run
+
+    async def ending(self: Operator, engine: RunEngine) -> run_pb2.Run:
+        message = await shown(self, engine)
+        if engine.active:
+            await engine.stop("enough")
+        return message
+
+    monkeypatch.setattr(Operator, "_run", ending)
+    async with asyncio.timeout(5):
+        told = [news.run.state async for news in daemon.operator.WatchRun(op.WatchRunRequest(run=run.id))]
+    assert told == [run_pb2.RUN_STATE_RUNNING, run_pb2.RUN_STATE_STOPPED]

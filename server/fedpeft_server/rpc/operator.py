@@ -103,11 +103,12 @@ class Operator(pb_grpc.OperatorServiceServicer):
         try:
             while True:
                 changed.clear()
+                ended = not engine.active  # asked first: should the run end from here on, that is still to be told
                 rounds = [(r.number, r, r.SerializeToString()) for r in await self._rounds(engine, 0)]
                 fresh = [r for number, r, data in rounds if sent.get(number) != data]
                 sent = {number: data for number, _, data in rounds}
                 yield pb.WatchRunResponse(run=await self._run(engine), rounds=fresh)
-                if not engine.active:
+                if ended:
                     return
                 await changed.wait()
                 self._runs.get(request.run)
