@@ -25,8 +25,8 @@ from fedpeft.v1 import tensor_pb2
 
 Update = tuple[tensor_pb2.Manifest, bytes]
 PAUSE_S = 1.0
-BUSY = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL)
-"""The server's own status, and what gRPC makes of it when the call ends while a chunk is being written."""
+BUSY = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ABORTED, grpc.StatusCode.INTERNAL)
+"""The server's own, and what gRPC makes of them when the call ends while a chunk is being written."""
 DISTINCT = 2
 """Different updates; more clients share them, so that this process stays small."""
 
@@ -70,23 +70,21 @@ async def upload(
 
 
 async def pull(stub: pb_grpc.FederationServiceStub, metadata: grpc.aio.Metadata, run: str, version: int) -> None:
-    """Pulls a version; a server that is busy is asked again."""
+    """Pulls a version; a server that is busy is asked again, for what is missing."""
+    expected = got = 0
     while True:
+        request = pb.PullAdapterRequest(run=run, version=version, offset=got)
         try:
-            return await download(stub, metadata, run, version)
+            async for message in stub.PullAdapter(request, metadata=metadata):
+                if message.HasField("header"):
+                    expected = message.header.manifest.payload_bytes
+                else:
+                    got += len(message.chunk.data)
+            break
         except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+            if error.code() not in BUSY:
                 raise
         await asyncio.sleep(PAUSE_S)
-
-
-async def download(stub: pb_grpc.FederationServiceStub, metadata: grpc.aio.Metadata, run: str, version: int) -> None:
-    expected = got = 0
-    async for message in stub.PullAdapter(pb.PullAdapterRequest(run=run, version=version), metadata=metadata):
-        if message.HasField("header"):
-            expected = message.header.manifest.payload_bytes
-        else:
-            got += len(message.chunk.data)
     if got != expected:
         raise RuntimeError(f"version {version} has {expected} bytes; {got} came")
 

@@ -52,8 +52,13 @@ class Backoff:
         self._next_s = FIRST_PAUSE_S
 
 
+async def _rest(hint_s: float) -> None:
+    """Sleeps as the server asks, within the bounds of a pause: a hint of 0 must not become a busy loop."""
+    await asyncio.sleep(random.uniform(0.5, 1.0) * min(max(hint_s, FIRST_PAUSE_S), LONGEST_PAUSE_S))
+
+
 class Patience:
-    """Repeats calls while the server is away; says once that it went and once that it is back.
+    """Repeats calls while the server is away, or asks to be called again; says once that it went and that it is back.
 
     Args:
         log: Where that is said.
@@ -67,10 +72,12 @@ class Patience:
     async def keep(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Returns what `attempt` returns, repeating it after a pause while the server is away or fails.
 
+        A status with a retry hint is no failure: the server is there, and the attempt goes on as the hint says.
+
         Raises:
             Unavailable: If the server was away for `give_up_s`.
             Internal: Likewise, if it answered with a fault of its own.
-            FedpeftError: Anything else that `attempt` raises, at once.
+            FedpeftError: Anything else that `attempt` raises without a retry hint, at once.
         """
         backoff, since = Backoff(), 0.0
         away: FedpeftError | None = None
@@ -87,9 +94,15 @@ class Patience:
                 away = error
                 await backoff.pause()
                 continue
-            except FedpeftError:
+            except FedpeftError as error:
                 self._say_back(away, since)  # a refusal is an answer too
-                raise
+                away = None
+                if error.retry_s is None:
+                    raise
+                self._log.info("going on as the server asks", reason=error.reason, cause=str(error))
+                backoff.reset()
+                await _rest(error.retry_s)
+                continue
             self._say_back(away, since)
             return result
 

@@ -15,14 +15,13 @@ from fedpeft.errors import (
     ManifestInvalid,
     OffsetOutOfRange,
     ServerUnreachable,
-    TransfersBusy,
 )
 from fedpeft.payload import Manifest, check_manifest
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
 from fedpeft_client.adapters import AdapterCache, Held
 from fedpeft_client.channel import Channel
-from fedpeft_client.patience import STALL_S, Backoff, Patience
+from fedpeft_client.patience import STALL_S, Patience
 from fedpeft_client.runs import KnownRun
 
 STARTS = 3
@@ -49,12 +48,10 @@ class Puller:
             ChunkInvalid: If it sends chunks that are out of place.
             ChecksumMismatch: If it arrived damaged STARTS times.
         """
-        backoff, starts = Backoff(), 1
+        starts = 1
         while True:
             try:
                 return await self._patience.keep(lambda: self._continue(version))
-            except TransfersBusy:
-                await backoff.pause()
             except (ChecksumMismatch, OffsetOutOfRange):
                 self._cache.part(version).unlink(missing_ok=True)
                 if starts == STARTS:

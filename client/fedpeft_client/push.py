@@ -22,7 +22,6 @@ from fedpeft.errors import (
     RoundClosed,
     ServerUnreachable,
     TicketClosed,
-    TransfersBusy,
     Unavailable,
     UpdateDiffers,
 )
@@ -103,7 +102,7 @@ class Pusher:
         while True:
             try:
                 return await self._patience.keep(lambda: self._continue(pending, log))
-            except (TransfersBusy, DiskFull) as error:
+            except DiskFull as error:
                 log.info("server has no room for an upload; trying again", cause=str(error))
             except (ChecksumMismatch, OffsetOutOfRange) as error:
                 if starts == STARTS:
@@ -122,6 +121,8 @@ class Pusher:
             return standing.receipt
         if standing.state == run_pb2.TICKET_STATE_LATE:
             raise RoundClosed("the round closed before the update came")
+        if standing.state == run_pb2.TICKET_STATE_REFUSED:  # by an attempt whose answer was lost
+            raise PayloadInvalid("the server refused this update as wrong; its log has the reason")
         if standing.state != run_pb2.TICKET_STATE_ISSUED:
             raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; it takes no update")
         log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)

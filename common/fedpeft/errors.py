@@ -34,7 +34,11 @@
     │   ├── UpdateTooLarge
     │   ├── TransfersBusy
     │   ├── TooManyClients
+    │   ├── TooManyCalls          one client has too many calls under way
     │   └── DiskFull
+    ├── Aborted               nothing is wrong; ask where it stands and go on
+    │   ├── TurnOver              others wait for a transfer's turn
+    │   └── BeingChecked          an upload is whole, and being checked and made durable
     ├── DataLoss
     │   ├── ChecksumMismatch
     │   └── BlobCorrupt
@@ -75,6 +79,9 @@ class FedpeftError(Exception):
 
     reason: ClassVar[str] = "UNKNOWN"
     """`ErrorInfo.reason`: the class name in upper case with underscores."""
+
+    retry_s: float | None = None
+    """`RetryInfo.retry_delay` in seconds: nothing failed, the caller goes on after this pause; None: no such hint."""
 
     def __init__(self, message: str, fields: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
@@ -233,15 +240,38 @@ class UpdateTooLarge(ResourceExhausted):
 
 
 class TransfersBusy(ResourceExhausted):
-    """As many transfers as the server serves at once are under way; try again after a pause."""
+    """As many transfers as the server serves at once are under way; who asks again at once keeps its place."""
+
+    retry_s = 0.0
 
 
 class TooManyClients(ResourceExhausted):
     """As many clients as the server takes are registered."""
 
 
+class TooManyCalls(ResourceExhausted):
+    """As many calls as a client may make at once are under way."""
+
+    retry_s = 5.0
+
+
 class DiskFull(ResourceExhausted):
     """There is no room to make the data durable."""
+
+
+class Aborted(FedpeftError):
+    """Nothing is wrong, but this call does not end it; ask where it stands and go on."""
+
+    status = "ABORTED"
+    retry_s = 0.0
+
+
+class TurnOver(Aborted):
+    """A transfer has had its turn and others wait; it goes on where it stands."""
+
+
+class BeingChecked(Aborted):
+    """An upload is whole and is being checked and made durable; ask again for the receipt."""
 
 
 class DataLoss(FedpeftError):

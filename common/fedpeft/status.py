@@ -1,4 +1,4 @@
-"""Carries the error tree across gRPC: canonical code, one sentence, ErrorInfo, field violations; and back.
+"""Carries the error tree across gRPC: canonical code, one sentence, ErrorInfo, RetryInfo, field violations; and back.
 
 The shape is Google's AIP-193. `docs/errors.md` lists every reason.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import NoReturn, cast
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -23,6 +24,10 @@ def to_status(error: FedpeftError) -> status_pb2.Status:
     """Returns the rich status of an error of the tree."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
     details = [_any(info)]
+    if error.retry_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_s * 1e9))
+        details.append(_any(error_details_pb2.RetryInfo(retry_delay=delay)))
     if error.fields:
         violations = [
             error_details_pb2.BadRequest.FieldViolation(field=field, description=text) for field, text in error.fields
@@ -42,16 +47,20 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> FedpeftError:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             return ServerUnreachable(f"the server cannot be reached: {message}")
         return Internal(f"the call failed with {error.code().name}: {message}")
-    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    hinted = False
     for detail in status.details:
         detail.Unpack(info)
         detail.Unpack(bad)
+        hinted |= detail.Unpack(retry)
     fields = tuple((v.field, v.description) for v in bad.field_violations)
     cls = _BY_REASON.get(info.reason, Internal) if info.domain == DOMAIN else Internal
-    return cls(status.message, fields)
+    found = cls(status.message, fields)
+    found.retry_s = max(0.0, retry.retry_delay.ToNanoseconds() / 1e9) if hinted else None
+    return found
 
 
-def _any(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> any_pb2.Any:
+def _any(message: Message) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed

@@ -102,6 +102,7 @@ class Server:
         await self.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         self.runs.lobby.close()
         await self.rpc.stop(self.settings.drain_s)
+        await self.uploads.close()
         await self.runs.close()
         self._booking.cancel()
         await self._write_books()
@@ -113,9 +114,11 @@ class Server:
 
     def _grpc_server(self) -> grpc.aio.Server:
         limit = self.settings.max_transfers
-        uploads = Uploads(self.store, self.ledger, self.settings.max_update_bytes, Turns(limit))
-        federation = Federation(self.runs, self.store, self.callers, uploads, Turns(limit), self.ledger, self.metrics)
-        operator = Operator(self.runs, self.store, self.callers, uploads, self.ledger)
+        self.uploads = Uploads(self.store, self.ledger, self.settings.max_update_bytes, limit)
+        federation = Federation(
+            self.runs, self.store, self.callers, self.uploads, Turns(limit), self.ledger, self.metrics
+        )
+        operator = Operator(self.runs, self.store, self.callers, self.uploads, self.ledger)
         self.health = health.aio.HealthServicer()
         server = grpc.aio.server(
             interceptors=[Gate(self.metrics, self.ledger)],

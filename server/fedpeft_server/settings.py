@@ -16,9 +16,11 @@ from fedpeft.logs import Level, LogFormat
 from fedpeft.settings import ProcessSettings
 
 HOLD_S = 20.0
-"""How long AwaitRound holds a client before it answers `idle`; also how long an upload waits for its turn."""
+"""How long a call is held before it is told what it waits for: in AwaitRound, for a turn, for a receipt."""
 STALL_S = 60.0
 """How long a transfer may make no progress."""
+TURN_S = 10.0
+"""How long a transfer is served before it gives way to others that wait."""
 
 GIB = 1024**3
 

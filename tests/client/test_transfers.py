@@ -14,8 +14,10 @@ from structlog.testing import capture_logs
 from fedpeft import logs, payload, wire
 from fedpeft.config import parse_config
 from fedpeft.errors import (
+    BeingChecked,
     ChecksumMismatch,
     ClientIdInUse,
+    FedpeftError,
     ManifestInvalid,
     NotRegistered,
     PayloadInvalid,
@@ -23,7 +25,9 @@ from fedpeft.errors import (
     ServerUnreachable,
     TicketClosed,
     TicketNotFound,
+    TooManyCalls,
     TransfersBusy,
+    TurnOver,
     UpdateTooLarge,
     VersionNotFound,
 )
@@ -290,6 +294,48 @@ async def test_full_server_is_asked_again(site: Site) -> None:
     site.federation.refuse_push = [TransfersBusy("8 are under way"), TransfersBusy("8 are under way")]
     assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
     assert len(site.federation.pushes) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [TransfersBusy("8 are"), TurnOver("others wait"), BeingChecked("wait"), TooManyCalls("32 are")]
+)
+async def test_a_status_with_a_retry_hint_is_no_failure(
+    site: Site, monkeypatch: pytest.MonkeyPatch, error: FedpeftError
+) -> None:
+    """However often it comes: no attempt is counted, no absence noted, no pause grows, patience does not end."""
+    pauses: list[float] = []
+
+    async def rest(hint_s: float) -> None:
+        pauses.append(hint_s)
+
+    monkeypatch.setattr(patience, "_rest", rest)
+    site.patience.give_up_s = 0.0
+    site.federation.refuse_push = [error] * 20
+    with capture_logs() as lines:
+        assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
+    assert pauses == [error.retry_s] * 20 and len(site.federation.pushes) == 21
+    said = [line["reason"] for line in lines if line["event"] == "going on as the server asks"]
+    assert said == [error.reason] * 20
+    assert not [line for line in lines if line["log_level"] == "warning"]
+
+
+async def test_a_hint_to_go_on_at_once_makes_no_busy_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(pause_s: float) -> None:
+        slept.append(pause_s)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    for hint_s in (0.0, 5.0, 3600.0):
+        await patience._rest(hint_s)
+    assert 0.1 <= slept[0] <= 0.2 and 2.5 <= slept[1] <= 5.0 and 5.0 <= slept[2] <= 10.0
+
+
+async def test_an_update_that_an_earlier_attempt_was_refused_for_is_dropped(site: Site) -> None:
+    pending = site.pending()
+    site.ticket.state = run_pb2.TICKET_STATE_REFUSED  # the answer was lost on its way
+    assert await site.pusher.push(pending, site.log) is Outcome.DROPPED
+    assert not site.federation.pushes and not site.federation.withdrawn
 
 
 @pytest.mark.parametrize("error", [NotRegistered("who?"), ClientIdInUse("another")])

@@ -17,11 +17,13 @@ from fedpeft.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import tensor_pb2
-from fedpeft_server.rpc import turns, uploads
+from fedpeft_server.rpc import arrivals, callers, turns, uploads
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, zeros
 from .test_refusals import CALLERS, REFUSED_FOR_GOOD, TRY_AGAIN, bad_and_good
 from .test_store_spool import small_disk
+from .test_turns import Trickle
+from .test_uploads import SlowDisk
 
 __all__ = ["small_disk"]  # a fixture, used by name
 
@@ -191,8 +193,43 @@ async def busy_server(world: World) -> object:
         await asyncio.gather(first, return_exceptions=True)
 
 
+async def slow_upload(world: World) -> object:
+    world.monkeypatch.setattr(turns, "TURN_S", 0.0)
+    _, _, (a, b) = await world.run(2, max_transfers=1)
+    tasks = await asyncio.gather(a.task(), b.task())
+    trickle = Trickle(a, tasks[0].ticket)
+    first = asyncio.create_task(trickle.push())
+    await trickle.begun()
+    await b.push(tasks[1].ticket, filled(1.0))
+    return await first
+
+
+async def slow_disk(world: World) -> object:
+    world.monkeypatch.setattr(uploads, "HOLD_S", 0.1)
+    _, _, (client,) = await world.run()
+    task = await client.task()
+    disk = SlowDisk(world.monkeypatch)
+    try:
+        return await client.push(task.ticket, filled(1.0))
+    finally:
+        disk.go.set()
+
+
+async def crowd(world: World) -> object:
+    _, _, (client,) = await world.run()
+    streams = [client.stub.PushUpdate(metadata=client.metadata) for _ in range(callers.MAX_CALLS + 1)]
+    async with asyncio.timeout(10):
+        while not any(stream.done() for stream in streams):
+            await asyncio.sleep(0.01)
+    try:
+        return await client.upload("ticket-none")
+    finally:
+        for stream in streams:
+            stream.cancel()
+
+
 async def silent_client(world: World) -> object:
-    world.monkeypatch.setattr(uploads, "STALL_S", 0.2)
+    world.monkeypatch.setattr(arrivals, "STALL_S", 0.2)
     _, _, (client,) = await world.run()
     return await begun(client, (await client.task()).ticket, 9, asyncio.Event())
 
@@ -281,6 +318,9 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "UPDATE_TOO_LARGE": large_update,
     "TRANSFERS_BUSY": busy_server,
     "TOO_MANY_CLIENTS": too_many,
+    "TOO_MANY_CALLS": crowd,
+    "TURN_OVER": slow_upload,
+    "BEING_CHECKED": slow_disk,
     "DISK_FULL": full_disk,
     "CHECKSUM_MISMATCH": update("wrong digest"),
     "BLOB_CORRUPT": damaged_blob,

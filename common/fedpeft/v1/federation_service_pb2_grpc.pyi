@@ -27,10 +27,13 @@ class FederationServiceStub:
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
-      UNAUTHENTICATED    CLIENT_ID_INVALID    the metadata is missing or malformed
-      UNAVAILABLE        DRAINING             the server is shutting down; try again after a pause
-      INTERNAL           INTERNAL             a fault of the server; the log has it
-    Only UNAVAILABLE is worth retrying as it is. Every call may be repeated at any time: the second answer equals the first.
+      UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
+      RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
+      UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
+      INTERNAL            INTERNAL            a fault of the server; the log has it
+    A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
+    told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others
+    only UNAVAILABLE is worth retrying as it is. Every call may be repeated at any time: the second answer equals the first.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -66,10 +69,12 @@ class FederationServiceStub:
     PullAdapter: _aio.UnaryStreamMultiCallable[_federation_service_pb2.PullAdapterRequest, _federation_service_pb2.PullAdapterResponse]
     """PullAdapter sends an adapter version: a header, then the payload from `offset` on in chunks. Tensors whose role is
     local are not in it. If `have_sha256` equals the payload's, only the header is sent.
-    An interrupted pull is continued by calling again with `offset` at the first byte missing.
+    An interrupted pull is continued by calling again with `offset` at the first byte missing. While others wait, the
+    server ends a pull that has had 10 seconds with TURN_OVER, after at least one chunk.
       NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
       OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  beyond the end of the payload
-      RESOURCE_EXHAUSTED   TRANSFERS_BUSY       no turn came within 20 seconds; try again after a pause
+      RESOURCE_EXHAUSTED   TRANSFERS_BUSY       no turn came within 20 seconds; who asks again within 5 keeps its place
+      ABORTED              TURN_OVER            others wait, or a newer pull of the client took its turn; continue at the first byte missing
       UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing
     """
     PushUpdate: _aio.StreamUnaryMultiCallable[_federation_service_pb2.PushUpdateRequest, _federation_service_pb2.PushUpdateResponse]
@@ -78,8 +83,11 @@ class FederationServiceStub:
     machine loses it. Repeating it gives the same receipt and counts once.
     The server sends its initial metadata, with the entry `fedpeft-turn`, when it is this upload's turn; a client waits
     for them before the first chunk, so that an upload that waits costs neither side memory. Without the entry the call
-    has ended already. Too long a wait ends with TRANSFERS_BUSY.
+    has ended already. Too long a wait ends with TRANSFERS_BUSY. While others wait, an upload that has had 10 seconds
+    ends with TURN_OVER, after at least one chunk. A client has one turn: its newer upload ends its older one.
     A broken stream keeps what arrived; GetUpload says how much.
+    Once the whole payload is there, it is checked and made durable though the call may be gone. A call that has waited
+    for that for 20 seconds ends with BEING_CHECKED; the next one with the same digest joins in and needs no chunk.
       NOT_FOUND            TICKET_NOT_FOUND
       PERMISSION_DENIED    TICKET_OF_ANOTHER    the ticket was given to another client
       FAILED_PRECONDITION  ROUND_CLOSED         too late: the round has closed, or the run was stopped; the update goes into the residual
@@ -91,6 +99,8 @@ class FederationServiceStub:
       OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  not at the byte where the upload stands; ask GetUpload
       DATA_LOSS            CHECKSUM_MISMATCH    the bytes do not have the manifest's digest; the upload starts over
       RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, TRANSFERS_BUSY, DISK_FULL
+      ABORTED              TURN_OVER            others wait; continue where GetUpload says
+      ABORTED              BEING_CHECKED        the whole update is here and not yet durable; ask again for the receipt
       UNAVAILABLE          TRANSFER_STALLED     nothing arrived for 60 seconds; continue where GetUpload says
     MANIFEST_INVALID and PAYLOAD_INVALID close the ticket (state REFUSED); the round goes on with the others.
     """
@@ -128,10 +138,13 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
-      UNAUTHENTICATED    CLIENT_ID_INVALID    the metadata is missing or malformed
-      UNAVAILABLE        DRAINING             the server is shutting down; try again after a pause
-      INTERNAL           INTERNAL             a fault of the server; the log has it
-    Only UNAVAILABLE is worth retrying as it is. Every call may be repeated at any time: the second answer equals the first.
+      UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
+      RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
+      UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
+      INTERNAL            INTERNAL            a fault of the server; the log has it
+    A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
+    told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others
+    only UNAVAILABLE is worth retrying as it is. Every call may be repeated at any time: the second answer equals the first.
     """
 
     @_abc_1.abstractmethod
@@ -189,10 +202,12 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.AsyncIterator[_federation_service_pb2.PullAdapterResponse]:
         """PullAdapter sends an adapter version: a header, then the payload from `offset` on in chunks. Tensors whose role is
         local are not in it. If `have_sha256` equals the payload's, only the header is sent.
-        An interrupted pull is continued by calling again with `offset` at the first byte missing.
+        An interrupted pull is continued by calling again with `offset` at the first byte missing. While others wait, the
+        server ends a pull that has had 10 seconds with TURN_OVER, after at least one chunk.
           NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
           OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  beyond the end of the payload
-          RESOURCE_EXHAUSTED   TRANSFERS_BUSY       no turn came within 20 seconds; try again after a pause
+          RESOURCE_EXHAUSTED   TRANSFERS_BUSY       no turn came within 20 seconds; who asks again within 5 keeps its place
+          ABORTED              TURN_OVER            others wait, or a newer pull of the client took its turn; continue at the first byte missing
           UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing
         """
 
@@ -207,8 +222,11 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         machine loses it. Repeating it gives the same receipt and counts once.
         The server sends its initial metadata, with the entry `fedpeft-turn`, when it is this upload's turn; a client waits
         for them before the first chunk, so that an upload that waits costs neither side memory. Without the entry the call
-        has ended already. Too long a wait ends with TRANSFERS_BUSY.
+        has ended already. Too long a wait ends with TRANSFERS_BUSY. While others wait, an upload that has had 10 seconds
+        ends with TURN_OVER, after at least one chunk. A client has one turn: its newer upload ends its older one.
         A broken stream keeps what arrived; GetUpload says how much.
+        Once the whole payload is there, it is checked and made durable though the call may be gone. A call that has waited
+        for that for 20 seconds ends with BEING_CHECKED; the next one with the same digest joins in and needs no chunk.
           NOT_FOUND            TICKET_NOT_FOUND
           PERMISSION_DENIED    TICKET_OF_ANOTHER    the ticket was given to another client
           FAILED_PRECONDITION  ROUND_CLOSED         too late: the round has closed, or the run was stopped; the update goes into the residual
@@ -220,6 +238,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
           OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  not at the byte where the upload stands; ask GetUpload
           DATA_LOSS            CHECKSUM_MISMATCH    the bytes do not have the manifest's digest; the upload starts over
           RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, TRANSFERS_BUSY, DISK_FULL
+          ABORTED              TURN_OVER            others wait; continue where GetUpload says
+          ABORTED              BEING_CHECKED        the whole update is here and not yet durable; ask again for the receipt
           UNAVAILABLE          TRANSFER_STALLED     nothing arrived for 60 seconds; continue where GetUpload says
         MANIFEST_INVALID and PAYLOAD_INVALID close the ticket (state REFUSED); the round goes on with the others.
         """

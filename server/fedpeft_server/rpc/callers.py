@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 from fedpeft import ids
-from fedpeft.errors import ClientIdInUse, ClientIdInvalid, NotRegistered, TooManyClients
+from fedpeft.errors import ClientIdInUse, ClientIdInvalid, NotRegistered, TooManyCalls, TooManyClients
 from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, PROCESS_KEY
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.store.rows import ClientRow
@@ -16,6 +16,9 @@ from fedpeft_server.traffic import CALL
 
 ALIVE_S = 30.0
 """An instance holds its client id for so long after its last call."""
+
+MAX_CALLS = 32
+"""Calls that one client may have under way: it needs two, and each connection that broke may leave one for a minute."""
 
 
 @dataclass
@@ -63,10 +66,13 @@ class Callers:
         Raises:
             ClientIdInvalid: If the metadata is missing or malformed.
             ClientIdInUse: If another live instance, or a younger process of this one, holds the id.
+            TooManyCalls: If the client has as many calls under way as one may have.
         """
         client, instance, process = _caller(context)
         presence = self._presence.setdefault(client, Presence(instance))
         self._refuse_other_instance(client, presence, instance)
+        if presence.calls >= MAX_CALLS:
+            raise TooManyCalls(f"client {client} has {presence.calls} calls under way, the most one may have; end some")
         if registers or not presence.process or presence.instance != instance:
             presence.process = process
         elif process and process != presence.process:

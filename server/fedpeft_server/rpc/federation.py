@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
@@ -27,11 +28,12 @@ from fedpeft.wire import manifest_to_proto, training_to_proto
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
+from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import ROLES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.turns import Turns
-from fedpeft_server.rpc.uploads import Uploads, next_message
+from fedpeft_server.rpc.uploads import Uploads
 from fedpeft_server.settings import HOLD_S
 from fedpeft_server.store.rows import AnswerRow, ClientRow, UpdateRow
 from fedpeft_server.store.store import Store, version_key
@@ -149,9 +151,11 @@ class Federation(pb_grpc.FederationServiceServicer):
         yield pb.PullAdapterResponse(header=pb.PullHeader(version=request.version, manifest=manifest, up_to_date=held))
         if held:
             return
-        async with self._downloads.take(client):
+        async with self._downloads.take(client) as turn:
             with encoded.path.open("rb", buffering=0) as file:
                 for offset in range(request.offset, size, CHUNK_BYTES):
+                    if offset > request.offset:
+                        turn.check()
                     message = self._store.outbound.chunk(encoded, file.fileno(), offset)
                     self._ledger.payload("down", engine.run.config.codec.down, len(message.chunk.data))
                     yield message
@@ -177,7 +181,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         if received:
             size = received.manifest.payload_bytes
             return pb.GetUploadResponse(committed_bytes=size, state=state, receipt=_receipt(received))
-        position = await self._store.compute(self._store.spool.position, ticket.id, request.sha256)
+        # Not on the threads that check uploads: who asks must not wait for them.
+        position = await asyncio.to_thread(self._store.spool.position, ticket.id, request.sha256)
         return pb.GetUploadResponse(committed_bytes=position, state=state)
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:

@@ -33,10 +33,11 @@ from fedpeft.wire import config_from_proto, manifest_from_proto, spec_from_proto
 from fedpeft_server.rounds.aggregation import identity
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
+from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import client_message, round_message, run_message
-from fedpeft_server.rpc.uploads import Uploads, next_message
+from fedpeft_server.rpc.uploads import Uploads
 from fedpeft_server.store.rows import RoundRow, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import Ledger
@@ -72,7 +73,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
             return self._repeated(known, run)
         key = "create-" + hashlib.sha256(header.request_id.encode()).hexdigest()[:16]
         try:
-            await self._uploads.spool(key, key, manifest, request_iterator, context)
+            await self._uploads.create(key, manifest, request_iterator, context)
             version = await self._store.compute(self._first_version, key, run, manifest)
             engine = await self._runs.create(run, version)
         finally:
@@ -176,7 +177,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         )
 
     def _activity(self, client: str) -> str:
-        if self._uploads.turns.has(client):
+        if self._uploads.has(client):
             return "uploading"
         if self._runs.lobby.is_waiting(client):
             return "waiting"

@@ -1,46 +1,135 @@
-"""Turns: a limited number of transfers at once, so that the server's memory does not grow with its clients."""
+"""Turns: a limited number of transfers at once, so that the server's memory does not grow with its clients.
+
+First come, first served. A transfer may take as long as it likes while nobody waits; once somebody does, it has TURN_S,
+then gives way after the chunk under way, lines up again and goes on at the byte where it stands. So each turn moves
+one chunk or more, none outlasts TURN_S and a stall, and a few slow clients cannot keep the others waiting for ever.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fedpeft.errors import TransfersBusy
-from fedpeft_server.settings import HOLD_S
+from fedpeft.errors import TransfersBusy, TurnOver
+from fedpeft_server.settings import HOLD_S, TURN_S
+
+LINGER_S = 5.0
+"""Who was told to ask again keeps its place for so long."""
+
+
+class Turn:
+    """A client's place in the line, and then its right to be served."""
+
+    def __init__(self, turns: Turns, client: str) -> None:
+        self.client = client
+        self.came = asyncio.Event()
+        """Set when there is no more to wait for."""
+        self.since = 0.0
+        """When it began, on the monotonic clock."""
+        self.until = math.inf
+        """When its place is lost, once its call has ended."""
+        self.replaced = False
+        """Whether another transfer of the client took its place or turn."""
+        self._turns = turns
+
+    @property
+    def here(self) -> bool:
+        """Whether its call is still there."""
+        return self.until == math.inf
+
+    def check(self) -> None:
+        """Says after a chunk whether there may be another.
+
+        Raises:
+            TurnOver: If there may not.
+        """
+        if self.replaced:
+            raise TurnOver(f"another transfer of client {self.client} took this one's turn; continue where it stands")
+        if time.monotonic() - self.since >= TURN_S and self._turns.awaited():
+            raise TurnOver(f"this transfer had its turn of {TURN_S:g} s and others wait; continue where it stands")
 
 
 class Turns:
-    """Lets `limit` transfers through at once, in the order in which they asked."""
+    """Lets `limit` transfers through at once, one a client, in the order in which they asked.
+
+    Args:
+        limit: How many.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._free = asyncio.Semaphore(limit)
-        self._taken: dict[str, int] = {}
+        self._line: dict[str, Turn] = {}
+        self._held: dict[str, Turn] = {}
 
     @asynccontextmanager
-    async def take(self, client: str) -> AsyncIterator[None]:
-        """Waits for a turn and holds it.
+    async def take(self, client: str) -> AsyncIterator[Turn]:
+        """Waits for a turn and holds it. A client's newer call ends its older one: that one's connection may be dead.
 
         Raises:
-            TransfersBusy: If none comes within `HOLD_S`.
+            TransfersBusy: If none comes within `HOLD_S`; the place in the line is kept for `LINGER_S`.
+            TurnOver: If another call of the client took the place.
         """
+        turn = Turn(self, client)
+        self._line_up(turn)
         try:
-            async with asyncio.timeout(HOLD_S):
-                await self._free.acquire()
-        except TimeoutError:
-            raise TransfersBusy(
-                f"{self._limit} other transfers are under way, the most this server serves at once; try again"
-            ) from None
-        self._taken[client] = self._taken.get(client, 0) + 1
-        try:
-            yield
+            await self._come(turn)
+            yield turn
         finally:
-            self._free.release()
-            self._taken[client] -= 1
-            if not self._taken[client]:
-                del self._taken[client]
+            self._leave(turn)
 
     def has(self, client: str) -> bool:
         """Says whether a client's transfer is under way."""
-        return client in self._taken
+        return client in self._held
+
+    def awaited(self) -> bool:
+        """Says whether anybody waits for a turn."""
+        now = time.monotonic()
+        return any(turn.until > now for turn in self._line.values())
+
+    def _line_up(self, turn: Turn) -> None:
+        held, waiting = self._held.pop(turn.client, None), self._line.get(turn.client)
+        for older in (held, waiting):
+            if older is not None:
+                older.replaced = True
+                older.came.set()
+        if waiting is not None and waiting.until <= time.monotonic():
+            del self._line[turn.client]
+        self._line[turn.client] = turn  # in the older one's place, if there was one
+        self._serve()
+
+    async def _come(self, turn: Turn) -> None:
+        try:
+            async with asyncio.timeout(HOLD_S):
+                await turn.came.wait()
+        except TimeoutError:
+            if not turn.came.is_set():  # it may have come in the same instant
+                transfers = "transfers are" if self._limit > 1 else "transfer is"
+                raise TransfersBusy(
+                    f"{self._limit} other {transfers} under way, the most this server serves at once; "
+                    "ask again at once to keep the place in the line"
+                ) from None
+        if turn.replaced:
+            raise TurnOver(f"another transfer of client {turn.client} waits in this one's place")
+
+    def _leave(self, turn: Turn) -> None:
+        if self._held.get(turn.client) is turn:
+            del self._held[turn.client]
+            self._serve()
+        elif self._line.get(turn.client) is turn:
+            turn.until = time.monotonic() + LINGER_S
+
+    def _serve(self) -> None:
+        """Gives the turns that are free to the first who are there."""
+        now = time.monotonic()
+        while len(self._held) < self._limit:
+            turn = next((t for t in self._line.values() if t.here or t.until <= now), None)
+            if turn is None:
+                return
+            del self._line[turn.client]
+            if turn.here:
+                self._held[turn.client] = turn
+                turn.since = now
+                turn.came.set()

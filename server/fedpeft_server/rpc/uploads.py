@@ -1,23 +1,30 @@
-"""The way of an update: admitted, spooled as it arrives, checked, made durable, counted. One method a step."""
+"""The way of an update: admitted, spooled as it arrives, checked, made durable, counted. One method a step.
+
+What begins once the last byte is here goes to its end, whether its call is still there or not: a disk that needs
+minutes keeps nobody from the receipt, because a client that asks again joins the first attempt.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+
+import structlog
 
 from fedpeft import figures, folding, payload
 from fedpeft.errors import (
-    ChunkInvalid,
+    BeingChecked,
+    FedpeftError,
     ManifestInvalid,
     MetricsInvalid,
     PayloadInvalid,
     RoundClosed,
     TicketClosed,
-    TransferStalled,
     UpdateDiffers,
     UpdateTooLarge,
 )
@@ -25,29 +32,29 @@ from fedpeft.mapped import releaser
 from fedpeft.payload import Manifest
 from fedpeft.rounds import Phase, Ticket, TicketState
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft.v1 import tensor_pb2
-from fedpeft.wire import TURN_KEY, manifest_from_proto
+from fedpeft.wire import manifest_from_proto
 from fedpeft_server.rounds.engine import RunEngine
+from fedpeft_server.rounds.unbroken import Steps
+from fedpeft_server.rpc.arrivals import Arrivals, Part
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.turns import Turns
-from fedpeft_server.settings import STALL_S
+from fedpeft_server.settings import HOLD_S
 from fedpeft_server.store.rows import UpdateRow
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
 
+log = structlog.get_logger()
+
 MAX_EXAMPLES = 10**9
 
-Message = TypeVar("Message")
 
+@dataclass(frozen=True, slots=True)
+class _Conclusion:
+    """An upload that is whole: checked, made durable and counted by a step of its own."""
 
-class Part(Protocol):
-    """A message of an upload: a header or a chunk."""
-
-    @property
-    def chunk(self) -> tensor_pb2.Chunk:
-        """The chunk, if it is one."""
-        ...
+    sha256: bytes
+    step: asyncio.Task[UpdateRow]
 
 
 class Uploads:
@@ -57,14 +64,25 @@ class Uploads:
         store: Where they go.
         ledger: Where their bytes are booked.
         max_bytes: Largest payload taken.
-        turns: How many are received at once.
+        limit: How many updates, and beside them how many first versions of runs, are received at once.
     """
 
-    def __init__(self, store: Store, ledger: Ledger, max_bytes: int, turns: Turns) -> None:
+    def __init__(self, store: Store, ledger: Ledger, max_bytes: int, limit: int) -> None:
         self._store = store
         self._ledger = ledger
-        self._max_bytes = max_bytes
-        self.turns = turns
+        self._arrivals = Arrivals(store.spool, max_bytes)
+        self._turns = Turns(limit)
+        self._creations = Turns(limit)
+        self._steps = Steps()
+        self._concluding: dict[str, _Conclusion] = {}
+
+    def has(self, client: str) -> bool:
+        """Says whether a client's update is arriving."""
+        return self._turns.has(client)
+
+    async def close(self) -> None:
+        """Waits until what was whole is concluded."""
+        await self._steps.ended()
 
     async def push(
         self,
@@ -74,27 +92,33 @@ class Uploads:
         messages: AsyncIterator[Part],
         context: Context,
     ) -> UpdateRow:
-        """Receives one update and counts it; the answer to a repetition is the first one's."""
+        """Receives one update and counts it; the answer to a repetition is the first one's.
+
+        Raises:
+            TransfersBusy: If no turn came for `HOLD_S`.
+            TurnOver: If others wait for the turn; what arrived is kept.
+            BeingChecked: If the upload is whole and has not been concluded for `HOLD_S`.
+            FedpeftError: If the update is refused.
+        """
+        counted = await self._joined(ticket, header)
+        if counted:
+            return counted
         received = await self.received(ticket)
         if received:
             if received.manifest.sha256 != header.manifest.sha256:
                 raise UpdateDiffers(f"another update was already received for {ticket.id}")
             return received
         self._admit(engine, ticket)
-        try:
+        async with _refusing(engine, ticket):
             manifest = self._checked(engine, header)
-            encoding = engine.run.config.codec.encoding
-            booked = partial(self._ledger.payload, "up", encoding)
-            await self.spool(ticket.id, ticket.client, manifest, messages, context, booked)
-            update = await self._store.compute(self._describe, header, manifest)
-        except (ManifestInvalid, PayloadInvalid, MetricsInvalid, UpdateTooLarge) as error:
-            await engine.refuse(ticket, error)
-            raise
-        try:
-            return await engine.receive(ticket.id, update)
-        except (RoundClosed, TicketClosed):
-            await self._store.compute(self._store.spool.remove, ticket.id)  # its round will not do it any more
-            raise
+            self._arrivals.check_size(manifest)
+        booked = partial(self._ledger.payload, "up", engine.run.config.codec.encoding)
+        async with self._turns.take(ticket.client) as turn:
+            counted = await self._joined(ticket, header)  # this call may have waited for it
+            if counted:
+                return counted
+            writer = await self._arrivals.take(ticket.id, manifest, messages, context, turn, booked)
+            return await self._concluded(self._begin(engine, ticket, header, writer))
 
     async def received(self, ticket: Ticket) -> UpdateRow | None:
         """Returns what was received for a ticket of any round."""
@@ -102,50 +126,84 @@ class Uploads:
             return None
         return await self._store.call(self._store.db.update, ticket.id)
 
-    async def spool(
-        self,
-        key: str,
-        client: str,
-        manifest: Manifest,
-        messages: AsyncIterator[Part],
-        context: Context,
-        arrived: Callable[[int], None] | None = None,
-    ) -> None:
-        """Waits for its turn, writes chunks as they arrive until the payload is whole, checks it, makes it durable.
+    async def create(self, key: str, manifest: Manifest, messages: AsyncIterator[Part], context: Context) -> None:
+        """Receives the first version of a run into the spool, checked and durable.
 
-        The initial metadata tell the client that its turn has come. A broken stream keeps what arrived.
+        Such an upload cannot be continued, so it need not give way to others; its turn is none of the clients'.
 
         Args:
-            key: The ticket, or whatever names the payload in the spool.
-            client: Whose turn it is.
+            key: Names the payload in the spool.
             manifest: What arrives; fits what is wanted.
             messages: The chunks.
             context: The call.
-            arrived: Told the bytes of each chunk that was taken.
-        """
-        if manifest.payload_bytes > self._max_bytes:
-            raise UpdateTooLarge(f"the payload has {manifest.payload_bytes} bytes; at most {self._max_bytes} are taken")
-        async with self.turns.take(client):
-            await context.send_initial_metadata(((TURN_KEY, "1"),))
-            writer = await self._store.compute(self._store.spool.writer, key, manifest)
-            try:
-                while writer.position < manifest.payload_bytes:
-                    size = await self._write(writer, messages)
-                    if arrived:
-                        arrived(size)
-            except BaseException:
-                writer.abandon()
-                raise
-            await self._store.compute(writer.finish)
 
-    async def _write(self, writer: SpoolWriter, messages: AsyncIterator[Part]) -> int:
-        message = await next_message(messages)
-        if message is None:
-            raise ChunkInvalid(f"the stream ended at byte {writer.position}; ask GetUpload and continue from there")
-        if not message.HasField("chunk"):  # type: ignore[attr-defined]
-            raise ChunkInvalid("only the first message of the stream may be a header")
-        writer.write(message.chunk.offset, message.chunk.data)
-        return len(message.chunk.data)
+        Raises:
+            TransfersBusy: If no turn came for `HOLD_S`.
+            FedpeftError: If the payload is refused.
+        """
+        self._arrivals.check_size(manifest)
+        async with self._creations.take(key):
+            writer = await self._arrivals.take(key, manifest, messages, context)
+            await asyncio.shield(self._steps.begin(self._finish(writer)))
+
+    async def _conclude(
+        self, engine: RunEngine, ticket: Ticket, header: pb.UpdateHeader, writer: SpoolWriter
+    ) -> UpdateRow:
+        """Checks a whole upload, makes it durable and counts it."""
+        async with _refusing(engine, ticket):
+            await self._finish(writer)
+            update = await self._store.compute(self._describe, header, writer.manifest)
+        try:
+            return await engine.receive(ticket.id, update)
+        except (RoundClosed, TicketClosed):
+            await self._store.compute(self._store.spool.remove, ticket.id)  # its round will not do it any more
+            raise
+
+    def _begin(
+        self, engine: RunEngine, ticket: Ticket, header: pb.UpdateHeader, writer: SpoolWriter
+    ) -> asyncio.Task[UpdateRow]:
+        step = self._steps.begin(self._conclude(engine, ticket, header, writer))
+        self._concluding[ticket.id] = _Conclusion(header.manifest.sha256, step)
+        step.add_done_callback(partial(self._end, ticket.id))
+        return step
+
+    async def _joined(self, ticket: Ticket, header: pb.UpdateHeader) -> UpdateRow | None:
+        """Returns what an earlier call's upload of the same bytes comes to, if one is being concluded."""
+        concluding = self._concluding.get(ticket.id)
+        if concluding is None:
+            return None
+        same = concluding.sha256 == header.manifest.sha256
+        try:
+            counted = await self._concluded(concluding.step)
+        except FedpeftError as error:
+            if same or isinstance(error, BeingChecked):
+                raise
+            return None
+        return counted if same else None
+
+    async def _concluded(self, step: asyncio.Task[UpdateRow]) -> UpdateRow:
+        """Waits for what an upload comes to, as long as a call may be held.
+
+        Raises:
+            BeingChecked: If that takes longer.
+            FedpeftError: If the update is refused.
+        """
+        await asyncio.wait({step}, timeout=HOLD_S)
+        if not step.done():
+            raise BeingChecked("the update is here and is being checked and made durable; ask again for its receipt")
+        return step.result()
+
+    def _end(self, ticket: str, step: asyncio.Task[UpdateRow]) -> None:
+        concluding = self._concluding.get(ticket)
+        if concluding and concluding.step is step:
+            del self._concluding[ticket]
+        error = None if step.cancelled() else step.exception()
+        if error and not isinstance(error, FedpeftError):
+            log.error("an update could not be concluded", ticket=ticket, exc_info=error)
+
+    async def _finish(self, writer: SpoolWriter) -> None:
+        with writer:
+            await self._store.compute(writer.finish)
 
     def _admit(self, engine: RunEngine, ticket: Ticket) -> None:
         if ticket.state in (TicketState.WITHDRAWN, TicketState.REFUSED):
@@ -170,14 +228,11 @@ class Uploads:
         return UpdateRow(header.ticket, header.examples, norm, dict(header.metrics), manifest, time.time())
 
 
-async def next_message(messages: AsyncIterator[Message]) -> Message | None:
-    """Returns the next message of a stream, None at its end.
-
-    Raises:
-        TransferStalled: If none comes for too long.
-    """
+@asynccontextmanager
+async def _refusing(engine: RunEngine, ticket: Ticket) -> AsyncIterator[None]:
+    """Closes the ticket of an update that is wrong for good."""
     try:
-        async with asyncio.timeout(STALL_S):
-            return await anext(messages, None)
-    except TimeoutError:
-        raise TransferStalled(f"nothing arrived for {STALL_S:.0f} s; continue where GetUpload says") from None
+        yield
+    except (ManifestInvalid, PayloadInvalid, MetricsInvalid, UpdateTooLarge) as error:
+        await engine.refuse(ticket, error)
+        raise

@@ -1,0 +1,120 @@
+"""The agent's own transfers with a real daemon that asks them to go on later: other transfers wait, a disk is slow."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import structlog
+from structlog.testing import capture_logs
+
+from fedpeft import payload
+from fedpeft.payload import CHUNK_BYTES
+from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft_client.adapters import AdapterCache, Held
+from fedpeft_client.channel import Channel
+from fedpeft_client.patience import Patience
+from fedpeft_client.pending import PAYLOAD, Outcome, Pending
+from fedpeft_client.pull import Puller
+from fedpeft_client.push import Pusher
+from fedpeft_client.runs import KnownRun
+from fedpeft_server.rpc import turns, uploads
+from fedpeft_server.store.spool_writer import SpoolWriter
+
+from ..server.conftest import Daemon, RawClient, StartDaemon, config, filled, header, start
+
+__all__ = ["start"]  # a fixture, used by name
+
+pytestmark = pytest.mark.e2e
+
+SPEC = AdapterSpec.of("bias", [TensorSpec("head.weight", (2_000_000,))])  # 8 MB: eight chunks
+
+
+class Site:
+    """The agent's transfers, under the name and instance of a raw client that gets the tickets."""
+
+    def __init__(self, daemon: Daemon, raw: RawClient, folder: Path) -> None:
+        self.raw, self.folder = raw, folder / raw.name
+        self.folder.mkdir()
+        self._who = (daemon.server.settings.listen, raw.name, dict(raw.metadata)["fedpeft-instance"])
+        self.log = structlog.get_logger(client=raw.name)
+        self.patience = Patience(self.log, 0.0)  # a server that is away even once ends the test
+
+    def pending(self, run: str, ticket: str) -> Pending:
+        manifest, data = payload.encode(filled(1.0, SPEC), SPEC.sent(1), "float32")
+        (self.folder / PAYLOAD).write_bytes(data)
+        return Pending(self.folder, run, 1, header(ticket, manifest))
+
+    async def push(self, run: str, ticket: str) -> Outcome:
+        async with Channel(*self._who) as channel:
+            return await Pusher(channel, self.patience).push(self.pending(run, ticket), self.log)
+
+    async def pull(self, run: KnownRun) -> Held:
+        async with Channel(*self._who) as channel:
+            return await Puller(channel, self.patience, run, AdapterCache(self.folder)).pull(0)
+
+
+async def sites(daemon: Daemon, folder: Path, count: int) -> tuple[str, list[Site], list[str]]:
+    arrays = {"head.weight": np.zeros(2_000_000, np.float32)}
+    run = await daemon.create(config(rounds={"count": 1, "clients": count}), SPEC, arrays)
+    raw = await daemon.clients(*"abcdef"[:count])
+    tasks = await asyncio.gather(*(client.task() for client in raw))
+    return run.id, [Site(daemon, client, folder) for client in raw], [task.ticket for task in tasks]
+
+
+async def test_agents_that_share_one_turn_all_come_to_their_receipts(
+    start: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "TURN_S", 0.0)  # a chunk each
+    daemon = await start(max_transfers=1)
+    run, everybody, tickets = await sites(daemon, tmp_path, 3)
+    with capture_logs() as lines:
+        pushes = [site.push(run, ticket) for site, ticket in zip(everybody, tickets, strict=True)]
+        async with asyncio.timeout(60):
+            assert await asyncio.gather(*pushes) == [Outcome.COUNTED] * 3
+    reasons = [line["reason"] for line in lines if line["event"] == "going on as the server asks"]
+    assert reasons.count("TURN_OVER") >= 1
+    offsets = [line["offset"] for line in lines if line["event"] == "uploading" and line["client"] == "a"]
+    assert offsets == sorted(offsets) and all(offset % CHUNK_BYTES == 0 for offset in offsets)
+    await daemon.until(run, lambda r: r.version == 1)
+    assert all((x == 1.0).all() for x in (await daemon.adapter(run, 1)).values())
+
+
+async def test_agents_that_share_one_turn_all_pull_the_version(
+    start: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "TURN_S", 0.0)
+    daemon = await start(max_transfers=1)
+    run, everybody, _ = await sites(daemon, tmp_path, 3)
+    known = KnownRun.of(await daemon.run(run))
+    async with asyncio.timeout(60):
+        held = await asyncio.gather(*(site.pull(known) for site in everybody))
+    assert [h.payload.stat().st_size for h in held] == [8_000_000] * 3
+
+
+async def test_an_agent_waits_for_its_receipt_as_long_as_the_disk_takes(
+    start: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "HOLD_S", 0.1)
+    daemon = await start()
+    run, (site,), (ticket,) = await sites(daemon, tmp_path, 1)
+    go, finish, finishes = threading.Event(), SpoolWriter.finish, []
+
+    def slow_finish(writer: SpoolWriter) -> Path:
+        finishes.append(writer.ticket)
+        assert go.wait(30)
+        return finish(writer)
+
+    monkeypatch.setattr(SpoolWriter, "finish", slow_finish)
+    with capture_logs() as lines:
+        push = asyncio.create_task(site.push(run, ticket))
+        async with asyncio.timeout(30):
+            while sum(line.get("reason") == "BEING_CHECKED" for line in lines) < 5:
+                await asyncio.sleep(0.02)
+            go.set()
+            assert await push is Outcome.COUNTED
+    assert finishes == [ticket]
+    assert not [line for line in lines if line["log_level"] == "warning"]
