@@ -41,7 +41,7 @@ from fedpeft_client.evaluator import Evaluator
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK, UNFIT
 from fedpeft_client.fitness import Fitness, Verdict
 from fedpeft_client.patience import AWAY_S, CALL_S, Backoff, Patience
-from fedpeft_client.pending import Pending, PendingBox
+from fedpeft_client.pending import PendingBox
 from fedpeft_client.pull import Puller
 from fedpeft_client.push import Pusher
 from fedpeft_client.runs import KnownRun
@@ -83,6 +83,7 @@ class Agent:
         self._evaluator = Evaluator(channel, self._patience, worker)
         self._fitness = Fitness(worker, log)
         self._setback = Backoff()
+        self._said_idle = False
 
     async def live(self) -> None:
         """Takes part until there is nothing left to do (`--once`), for ever otherwise.
@@ -120,7 +121,9 @@ class Agent:
         await self._push_pending()
         wanted, once = self._settings.run or "", self._settings.once
         response = await self._patience.keep(lambda: self._channel.await_round(wanted, until_finished=once))
-        match response.WhichOneof("outcome"):
+        outcome = response.WhichOneof("outcome")
+        self._said_idle = self._said_idle and outcome == "idle"
+        match outcome:
             case "offer":
                 await self._answer(response.offer.run)
             case "training":
@@ -128,12 +131,14 @@ class Agent:
             case "evaluation":
                 await self._evaluate(response.evaluation)
             case _:
-                self._log.debug("waiting", reason=response.idle.reason)
+                say = self._log.debug if self._said_idle else self._log.info  # once a wait; its reason changes often
+                say("waiting", reason=response.idle.reason)
+                self._said_idle = True
                 return not (response.idle.finished and once)
         return True
 
     async def _push_pending(self) -> None:
-        """Uploads the update that an earlier process, or an interrupted push, left behind; it is not trained again."""
+        """Uploads the update that this process, or one before it, trained; it is not trained again."""
         await asyncio.to_thread(self._box.finish)
         try:
             pending = await asyncio.to_thread(self._box.load)
@@ -142,7 +147,9 @@ class Agent:
             self._box.discard()
             return
         if pending is not None:
-            await self._push(pending)
+            log = self._log.bind(run=pending.run, round=pending.round)
+            outcome = await self._pusher.push(pending, log)
+            await asyncio.to_thread(self._box.settle, pending, outcome)
 
     async def _answer(self, run: run_pb2.Run) -> None:
         verdict = await self._fitness.judge(run)
@@ -174,8 +181,7 @@ class Agent:
 
         async def train() -> None:
             run, held = await self._pull(task.run, task.version)
-            pending = await self._trainer.train(run, task, held, log)
-            await self._push(pending)
+            await self._trainer.train(run, task, held, log)  # what is pending is pushed next, as after a kill
 
         if failure := await self._tried(task.run, train):
             log.error("ticket is given up", cause=failure.here)
@@ -223,11 +229,6 @@ class Agent:
         cache = AdapterCache(self._directory.run(run_id))
         held = await Puller(self._channel, self._patience, verdict.run, cache).pull(version)
         return verdict.run, held
-
-    async def _push(self, pending: Pending) -> None:
-        log = self._log.bind(run=pending.run, round=pending.round)
-        outcome = await self._pusher.push(pending, log)
-        await asyncio.to_thread(self._box.settle, pending, outcome)
 
     async def _withdraw(self, ticket: str, failure: Reason) -> None:
         try:

@@ -7,7 +7,8 @@
     │   ├── ManifestInvalid       the description of a payload
     │   ├── ChunkInvalid          a piece of a payload
     │   ├── PayloadInvalid        the bytes of a payload
-    │   └── MetricsInvalid        evaluation or training figures
+    │   ├── MetricsInvalid        evaluation or training figures
+    │   └── AnswerInvalid         an answer to the offer of a run
     ├── OutOfRange
     │   └── OffsetOutOfRange      an upload or download continued at the wrong byte
     ├── NotFound
@@ -127,6 +128,10 @@ class PayloadInvalid(InvalidArgument):
 
 class MetricsInvalid(InvalidArgument):
     """Figures are not finite, too many, or badly named."""
+
+
+class AnswerInvalid(InvalidArgument):
+    """An answer to the offer of a run neither accepts nor declines, or declines without a reason."""
 
 
 class OutOfRange(FedpeftError):

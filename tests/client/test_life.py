@@ -288,6 +288,37 @@ async def test_unreadable_images_end_the_client_and_their_names_stay_here(
     assert reasons == ["its images cannot be used as they are"] == [ticket.reason]
 
 
+async def test_data_that_stops_suiting_under_way_declines_the_run_and_gives_the_ticket_back(
+    federation: Federation, start_client: StartClient, data: Path
+) -> None:
+    """The worker reads the data anew after a crash; by then they are others."""
+    federation.run = tiny_run(training={"steps": 1_000_000})
+    client = await start_client("--once")
+    await client.said("training begins")
+    write_images(data, classes=("cat", "dog", "wolf"))
+    os.kill(client.worker(), signal.SIGKILL)
+    assert await client.ended() == 4, "".join(client.text)
+    assert "'wolf'" in client.text[-1]
+    (ticket,) = federation.run.tickets.values()
+    assert ticket.state == run_pb2.TICKET_STATE_WITHDRAWN
+    assert "wolf" not in ticket.reason and not federation.withdrawn
+
+
+async def test_dry_run_names_the_images_that_cannot_be_read(
+    federation: Federation, start_client: StartClient, data: Path
+) -> None:
+    federation.run = tiny_run()
+    table = pq.read_table(data).to_pydict()
+    table["image"][7]["bytes"] = table["image"][7]["bytes"][:60]
+    pq.write_table(pa.table(table), data)
+    client = await start_client("--dry-run")
+    assert await client.ended() == 4
+    text = client.out.decode()
+    assert "1 of 12 cannot be read:" in text and "row 7 (7.png): image file is truncated" in text
+    assert "1 of 12 images cannot be read, more than 1%" in client.text[-1]
+    assert not federation.registered
+
+
 async def test_data_that_is_not_there_ends_the_client(
     federation: Federation, start_client: StartClient, data: Path
 ) -> None:

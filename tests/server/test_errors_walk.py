@@ -292,6 +292,12 @@ async def lost_spool(world: World) -> object:
     return await client.push(task.ticket, filled(1.0))
 
 
+async def decline_without_a_reason(world: World) -> object:
+    _, run, (client,) = await world.run()
+    answer = fed.AnswerOfferRequest(run=run, answer=fed.ANSWER_DECLINED)
+    return await client.stub.AnswerOffer(answer, metadata=client.metadata)
+
+
 PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "CONFIG_INVALID": wrong_config,
     "SPEC_INVALID": unsorted_spec,
@@ -299,6 +305,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "CHUNK_INVALID": update("empty chunk"),
     "PAYLOAD_INVALID": update("not a number"),
     "METRICS_INVALID": update("a loss that is not finite"),
+    "ANSWER_INVALID": decline_without_a_reason,
     "OFFSET_OUT_OF_RANGE": update("wrong offset"),
     "RUN_NOT_FOUND": no_run,
     "VERSION_NOT_FOUND": no_version,

@@ -185,9 +185,9 @@ async def test_until_finished_is_answered_at_once_only_when_nothing_is_left(daem
     ("request_", "reason"),
     [
         (fed.AnswerOfferRequest(answer=fed.ANSWER_DECLINED, reasons=["x"]), "RUN_NOT_FOUND"),
-        (fed.AnswerOfferRequest(run="RUN"), "INVALID_ARGUMENT"),
-        (fed.AnswerOfferRequest(run="RUN", answer=fed.ANSWER_DECLINED, reasons=["", " "]), "INVALID_ARGUMENT"),
-        (fed.AnswerOfferRequest(run="RUN", answer=9), "INVALID_ARGUMENT"),
+        (fed.AnswerOfferRequest(run="RUN"), "ANSWER_INVALID"),
+        (fed.AnswerOfferRequest(run="RUN", answer=fed.ANSWER_DECLINED, reasons=["", " "]), "ANSWER_INVALID"),
+        (fed.AnswerOfferRequest(run="RUN", answer=9), "ANSWER_INVALID"),
     ],
 )
 async def test_a_wrong_answer_is_refused(daemon: Daemon, request_: fed.AnswerOfferRequest, reason: str) -> None:

@@ -35,8 +35,8 @@ class FederationServiceStub:
     process that registered last holds the id, and any other call of an older one is refused with CLIENT_ID_IN_USE.
 
     Taking part is the client's decision. AwaitRound offers it each run once after each Register; the client looks whether
-    the run suits it and calls AnswerOffer. No ticket and no version is given out before a run is accepted, nor while it
-    is declined.
+    the run suits it and calls AnswerOffer. AwaitRound gives no ticket and no version to score of a run that the client
+    did not accept, or declined since.
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
@@ -107,8 +107,8 @@ class FederationServiceServicer:
     process that registered last holds the id, and any other call of an older one is refused with CLIENT_ID_IN_USE.
 
     Taking part is the client's decision. AwaitRound offers it each run once after each Register; the client looks whether
-    the run suits it and calls AnswerOffer. No ticket and no version is given out before a run is accepted, nor while it
-    is declined.
+    the run suits it and calls AnswerOffer. AwaitRound gives no ticket and no version to score of a run that the client
+    did not accept, or declined since.
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
@@ -156,7 +156,7 @@ class FederationServiceServicer:
         changes nothing.
         NOT_FOUND            RUN_NOT_FOUND
         FAILED_PRECONDITION  NOT_REGISTERED       Register first
-        INVALID_ARGUMENT     INVALID_ARGUMENT     no answer, or a decline without a reason
+        INVALID_ARGUMENT     ANSWER_INVALID       neither accepted nor declined, or declined without a reason
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -299,8 +299,8 @@ class FederationService:
     process that registered last holds the id, and any other call of an older one is refused with CLIENT_ID_IN_USE.
 
     Taking part is the client's decision. AwaitRound offers it each run once after each Register; the client looks whether
-    the run suits it and calls AnswerOffer. No ticket and no version is given out before a run is accepted, nor while it
-    is declined.
+    the run suits it and calls AnswerOffer. AwaitRound gives no ticket and no version to score of a run that the client
+    did not accept, or declined since.
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer

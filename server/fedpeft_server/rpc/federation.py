@@ -11,6 +11,7 @@ import structlog
 
 from fedpeft import PROTOCOL, __version__, figures, seeds
 from fedpeft.errors import (
+    AnswerInvalid,
     InvalidArgument,
     MetricsInvalid,
     NotAnEvaluator,
@@ -120,9 +121,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         reasons = tuple(_plain(r[:MAX_DECLINE_CHARACTERS]) for r in request.reasons if r.strip())[:MAX_DECLINE_REASONS]
         accepted = request.answer == pb.ANSWER_ACCEPTED
         if not accepted and request.answer != pb.ANSWER_DECLINED:
-            raise InvalidArgument("the answer must be accepted or declined", (("answer", "is unspecified"),))
+            raise AnswerInvalid("the answer must be accepted or declined", (("answer", "is unspecified"),))
         if not accepted and not reasons:
-            raise InvalidArgument("a decline must say why", (("reasons", "are empty"),))
+            raise AnswerInvalid("a decline must say why", (("reasons", "are empty"),))
         examples = min(request.examples, MAX_EXAMPLES)
         answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, examples, time.time())
         await self._runs.answer(answer)
@@ -190,7 +191,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = self._callers.identify(context)
         engine, ticket = await self._ticket(request.ticket, client)
         try:
-            state = await engine.withdraw(ticket.id, request.reason[:MAX_REASON_CHARACTERS])
+            state = await engine.withdraw(ticket.id, _plain(request.reason[:MAX_REASON_CHARACTERS]))
         except TicketNotFound:  # its round is over
             state = (await self._runs.ticket(ticket.id))[1].state
         return pb.WithdrawResponse(state=TICKET_STATES[state])

@@ -1,0 +1,115 @@
+"""Things in an order that nobody planned, between real processes: the client goes on, or says why it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedpeft.operator_client import OperatorClient
+
+from .conftest import Federation, Process, wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("odd orders"), pytest.mark.timeout(600)]
+
+ONE_CLIENT = """
+name = "odd"
+[model]
+name = "vit_tiny_patch16_224"
+weights = "none"
+image_size = 32
+depth = 1
+classes = ["cat", "dog"]
+[peft]
+method = "bias"
+[rounds]
+count = 1
+clients = 1
+[training]
+steps = 300
+batch_size = 4
+"""
+
+
+async def delete(port: int, run: str) -> None:
+    """Stops and deletes a run; the command line would take longer than the training."""
+    async with OperatorClient(f"127.0.0.1:{port}") as server:
+        await server.stop(run)
+        await server.delete(run)
+
+
+def training(client: Process, run: str) -> bool:
+    return any(line["run"] == run for line in client.events("training begins"))
+
+
+def test_a_client_outlives_its_run_and_its_server(federation: Federation) -> None:
+    """The run is deleted under its training; then the server loses all it had, the ticket and the name included."""
+    federation.run_file.write_text(ONE_CLIENT)
+    server = federation.server()
+    alice = federation.client("alice")
+
+    deleted = federation.create()
+    wait_for(lambda: training(alice, deleted), "training for a run that is going to be deleted", 0.01)
+    asyncio.run(delete(federation.port, deleted))
+    assert not alice.events("update was not counted; it goes into the residual")
+
+    lost = federation.create()
+    wait_for(lambda: training(alice, lost), "training for a run that is going to be lost", 0.01)
+    server.kill()
+    shutil.rmtree(federation.folder / "server")
+    federation.server()
+
+    kept = federation.create()
+    federation.finish(kept)
+    assert [line["run"] for line in alice.events("update was not counted; it goes into the residual")] == [
+        deleted,
+        lost,
+    ]
+    assert [line["run"] for line in alice.events("update received")] == [kept]
+    assert alice.events("the server does not know this client any more; registering again")
+    (shown,) = federation.show(kept)["rounds"]
+    assert shown["clients"] == ["alice"]
+
+
+def test_a_site_that_does_not_suit_declines_by_name_and_takes_part_once_it_is_mended(federation: Federation) -> None:
+    federation.run_file.write_text(ONE_CLIENT)
+    federation.server()
+    data = federation.folder / "alice" / "data.parquet"
+    good = data.read_bytes()
+    pq.write_table(pq.read_table(data).set_column(1, "label", pa.array(["cat", "fox"] * 8)), data)
+    run = federation.create()
+    misfit = federation.client("alice")
+    assert misfit.process.wait(150) == 4
+    assert "'fox' (8 rows) is none of the run's" in misfit.log.read_text().splitlines()[-1]
+    shown = federation.show(run)
+    assert shown["reason"].endswith("0 of 1 are there, 1 declined")
+    why = "1 of its 2 classes are none of the run's; a label map can rename or drop them"
+    assert [(d["client"], d["reasons"]) for d in shown["declines"]] == [("alice", [why])]
+    data.write_bytes(good)
+    federation.clients.clear()
+    federation.client("alice")
+    federation.finish(run)
+    assert not federation.show(run)["declines"]
+
+
+def test_of_two_processes_on_copies_of_one_state_the_older_ends(federation: Federation) -> None:
+    federation.run_file.write_text(ONE_CLIENT)
+    federation.server()
+    older = federation.client("alice")
+    wait_for(lambda: older.events("registered"), "the first client")
+    shutil.copytree(federation.folder / "alice", federation.folder / "copy")
+    where = ["--server", f"127.0.0.1:{federation.port}", "--name", "alice", "--threads", "1", "--once"]
+    what = [
+        "--data",
+        str(federation.folder / "copy/data.parquet"),
+        "--state-dir",
+        str(federation.folder / "copy/state"),
+    ]
+    younger = federation._start("fedpeft_client", "copy", *where, *what)
+    assert older.process.wait(150) == 1
+    assert "do not copy a state directory" in older.log.read_text().splitlines()[-1]
+    federation.clients = [younger]
+    federation.finish(federation.create())
