@@ -95,9 +95,8 @@ class Agent:
         await self._register()
         if self._settings.once:
             self._patience.give_up_s = AWAY_S
-        going_on: bool | None = True
-        while going_on is not False:
-            going_on = await self._on_good_terms(self._take_part)
+        while await self._on_good_terms(self._take_part):
+            continue
         if misfit := self._fitness.nothing_suits():
             raise misfit
 

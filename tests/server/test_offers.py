@@ -199,6 +199,19 @@ async def test_a_wrong_answer_is_refused(daemon: Daemon, request_: fed.AnswerOff
     assert await refused(stranger.answer(run.id)) == "NOT_REGISTERED"
 
 
+async def test_a_deleted_run_takes_its_answers_with_it(daemon: Daemon) -> None:
+    run = await daemon.create()
+    a, b = await daemon.clients("a", "b")
+    await a.answer(run.id)
+    await b.answer(run.id, WHY)
+    assert {(r.client, r.accepted) for r in daemon.server.store.db.answers()} == {("a", True), ("b", False)}
+    await daemon.operator.StopRun(op.StopRunRequest(run=run.id))
+    await daemon.operator.DeleteRun(op.DeleteRunRequest(run=run.id))
+    assert daemon.server.store.db.answers() == []
+    assert await refused(b.answer(run.id, WHY)) == "RUN_NOT_FOUND"
+    assert not (await client_shown(daemon, "b")).answers
+
+
 async def test_long_and_many_reasons_are_cut(daemon: Daemon) -> None:
     run = await daemon.create()
     (a,) = await daemon.clients("a")
