@@ -6,6 +6,7 @@ import sys
 import traceback
 
 from fedpeft.errors import FedpeftError
+from fedpeft.logs import silence_grpc
 from fedpeft_client.exits import Exit, exit_code
 from fedpeft_client.settings import Settings
 
@@ -21,6 +22,7 @@ def run(arguments: list[str]) -> int:
     try:
         settings = Settings.read(arguments)
         verbose = settings.verbose
+        silence_grpc()
         from fedpeft_client.app import serve  # only now: --help and wrong usage need no gRPC
 
         serve(settings)

@@ -6,8 +6,7 @@ import asyncio
 import sys
 
 from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid
-from fedpeft.logs import configure
-from fedpeft_server.app import Server
+from fedpeft.logs import configure, silence_grpc
 from fedpeft_server.settings import Settings
 
 
@@ -16,16 +15,14 @@ def main() -> None:
     try:
         settings = Settings.read(sys.argv[1:])
         configure(settings.log_format, settings.log_level)
-        asyncio.run(serve(settings))
+        silence_grpc()
+        from fedpeft_server.app import Server  # only now: gRPC looks at the environment when it is imported
+
+        asyncio.run(Server(settings).run())
     except (SettingsInvalid, StateInvalid) as error:
         sys.exit(_fail(error, 2))
     except FedpeftError as error:
         sys.exit(_fail(error, 1))
-
-
-async def serve(settings: Settings) -> None:
-    """Builds the server and lets it live."""
-    await Server(settings).run()
 
 
 def _fail(error: FedpeftError, code: int) -> int:

@@ -269,6 +269,10 @@ def test_interrupted_demo_leaves_no_process(tmp_path: Path, moment: str, ending:
         assert len(pids) >= 4
         demo.send_signal(ending)
         demo.stdout.read()
-        assert "Traceback" not in demo.stderr.read()
+        said = demo.stderr.read()
+        assert "Traceback" not in said
+        assert "fedpeft: the demo was stopped, and its processes with it: server, noto, twemoji, evaluator\n" in said
+        assert f"logs: {tmp_path / 'out' / 'logs'}\n" in said
+        assert f"fedpeft-server --data-dir {tmp_path / 'out' / 'server'} goes on with the run\n" in said
     assert demo.returncode == 130
     until(lambda: not any(map(alive, pids)), 5)

@@ -50,13 +50,8 @@ def test_help_loads_nothing_heavy() -> None:
         assert command in text
 
 
-def test_exit_codes_are_documented_alike_everywhere() -> None:
-    def table(text: str | None) -> dict[str, str]:
-        return dict(re.findall(r"^\| (\d+) \| (.*) \|$", text or "", re.MULTILINE))
-
+def test_the_help_names_every_exit_code() -> None:
     codes = {str(int(code)) for code in exits.Exit}
-    assert table(app.__doc__) == table(exits.__doc__)
-    assert set(table(exits.__doc__)) == codes
     assert set(re.findall(r"(\d+) [a-z]", exits.IN_HELP)) == codes
 
 

@@ -85,12 +85,17 @@ def test_ports_and_the_data_folder_belong_to_one_daemon(tmp_path: Path) -> None:
     with running(tmp_path / "a", "--metrics", f"127.0.0.1:{metrics}", port=port):
         for folder, flags, says in (
             ("a", ["--metrics", ""], "is in use by another server"),
-            ("b", ["--metrics", "", "--listen", f"127.0.0.1:{port}"], "the port is in use"),
+            (
+                "b",
+                ["--metrics", "", "--listen", f"127.0.0.1:{port}"],
+                f"--listen 127.0.0.1:{port}: the port is in use",
+            ),
             ("b", ["--metrics", f"127.0.0.1:{metrics}"], "name another port"),
         ):
             code, text = failure(*command(tmp_path / folder, *flags)[3:])
             assert says in text
             assert code == 2
+            assert text.count("\n") == 1, "gRPC's core is silent"
 
 
 def test_a_corrupt_database_is_said(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fedpeft.config import RunConfig
     from fedpeft.v1 import run_pb2
 
+EXAMPLE = "Examples: fedpeft run create emoji.toml --check; fedpeft --server 127.0.0.1:7070 run create emoji.toml"
+
 
 def create(
     context: typer.Context,

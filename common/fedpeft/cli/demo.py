@@ -11,6 +11,8 @@ from fedpeft.cli import output
 from fedpeft.cli.exits import Exit
 from fedpeft.cli.session import require
 
+EXAMPLE = "Example: fedpeft demo --out demo-out --rounds 3 --clients 2 (Ctrl-C ends it and all its processes)"
+
 
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results and all that leads there.")],

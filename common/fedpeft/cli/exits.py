@@ -1,15 +1,4 @@
-"""The exit codes of `fedpeft`, and which error ends with which.
-
-| code | meaning |
-|---:|---|
-| 0 | done |
-| 1 | failed: the sentence on standard error says what, where, and what to do |
-| 2 | wrong usage: a flag, an argument, a run file or a setting |
-| 3 | the server cannot be reached, or is shutting down |
-| 4 | no such run, version or ticket |
-| 5 | the run ended, or is held up, before it was completed |
-| 130 | interrupted with Ctrl-C |
-"""
+"""The exit codes of `fedpeft`, and which error ends with which; docs/errors.md has the table."""
 
 from __future__ import annotations
 

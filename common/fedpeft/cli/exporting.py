@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fedpeft.peft import TunedModel
     from fedpeft.v1 import run_pb2
 
+EXAMPLE = "Example: fedpeft run export run-0a1b2c3d4e5f --format timm --out emoji-timm.safetensors"
+
 
 class Format(StrEnum):
     """What an adapter version is written as."""

@@ -41,6 +41,9 @@ LOOK_PAUSE_S = 0.2
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 """Seven processes share the machine: more threads each would only wait for one another."""
 
+FOR_PEOPLE = ["--log-format", "console"]
+"""The logs are read by whoever watches the demo, and their last lines are shown when a process dies."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -119,19 +122,42 @@ async def hold(plan: Plan) -> Picture:
     """
     begun = time.monotonic()
     _prepare(plan.out)
-    async with Household(plan.out / "logs", ONE_THREAD) as household:
-        weights = await _weights(plan, household)
-        names = _partition(plan)
-        session = await _serve(plan, household)
-        _start_clients(plan, household, session, names, weights)
-        output.say("building the model and creating the run ...")
-        config = _sized(plan.config, len(names))
-        run = await _guarded(household, created(session, config, weights))
-        picture = await _guarded(household, watched(session, run.id))
-        if views.state(picture.run) != "completed":
-            raise TrainingFailed(f"{run.id} was {views.state(picture.run)}: {picture.run.reason or 'no reason given'}")
-        await _leave(plan, session, picture, names, begun)
-        return picture
+    household = Household(plan.out / "logs", ONE_THREAD)
+    try:
+        async with household:
+            return await _held(plan, household, begun)
+    except asyncio.CancelledError:
+        for line in _stopped(plan, household):
+            output.note(line)
+        raise
+
+
+async def _held(plan: Plan, household: Household, begun: float) -> Picture:
+    weights = await _weights(plan, household)
+    names = _partition(plan)
+    session = await _serve(plan, household)
+    _start_clients(plan, household, session, names, weights)
+    output.say("building the model and creating the run ...")
+    config = _sized(plan.config, len(names))
+    run = await _guarded(household, created(session, config, weights))
+    picture = await _guarded(household, watched(session, run.id))
+    if views.state(picture.run) != "completed":
+        raise TrainingFailed(f"{run.id} was {views.state(picture.run)}: {picture.run.reason or 'no reason given'}")
+    await _leave(plan, session, picture, names, begun)
+    return picture
+
+
+def _stopped(plan: Plan, household: Household) -> list[str]:
+    """Returns what is said once a demo was told to stop and all its processes have ended."""
+    ended = ", ".join(child.name for child in household.children) or "nothing had been started"
+    lines = [f"fedpeft: the demo was stopped, and its processes with it: {ended}"]
+    lines += [f"logs: {plan.out / 'logs'}"] if household.children else []
+    if (plan.out / "server").is_dir():
+        lines.append(
+            f"the adapter versions until now: {plan.out / 'server'}; fedpeft-server --data-dir {plan.out / 'server'} "
+            "goes on with the run"
+        )
+    return lines
 
 
 def _experiment() -> Path:
@@ -204,6 +230,7 @@ async def _serve(plan: Plan, household: Household) -> Session:
     listen = f"127.0.0.1:{plan.port or next(free)}"
     metrics = f"127.0.0.1:{plan.metrics_port or next(free)}"
     arguments = ["--data-dir", str(plan.out / "server"), "--listen", listen, "--metrics", metrics]
+    arguments += FOR_PEOPLE
     household.start("server", ["-m", "fedpeft_server", *arguments])
     session = Session(listen)
     await _guarded(household, _ready(session))
@@ -229,7 +256,7 @@ def _start_clients(
     plan: Plan, household: Household, session: Session, names: Mapping[str, int], weights: Path | None
 ) -> None:
     """Starts a client beside each part of the data, and the evaluator beside the held-out images."""
-    shared = ["--server", session.server, "--threads", "1", "--device", "cpu"]
+    shared = ["--server", session.server, "--threads", "1", "--device", "cpu", *FOR_PEOPLE]
     if weights is not None:
         shared += ["--weights", str(weights)]
     sites = {name: plan.out / "clients" / name for name in names} | {EVALUATOR: plan.test}
@@ -271,12 +298,12 @@ async def _leave(plan: Plan, session: Session, picture: Picture, names: Mapping[
 
 
 def hold_until_signalled(plan: Plan) -> bool:
-    """Holds the demo; returns False if SIGTERM or SIGHUP ended it, as Ctrl-C does by `KeyboardInterrupt`."""
+    """Holds the demo; returns False if SIGINT, SIGTERM or SIGHUP ended it."""
 
     async def holding() -> None:
         task = asyncio.current_task()
         assert task is not None
-        for each in (signal.SIGTERM, signal.SIGHUP):
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(each, task.cancel)
         await hold(plan)
 

@@ -17,6 +17,8 @@ VARIANTS: tuple[tuple[str, str, Mapping[str, object]], ...] = (
 )
 """Beside every method with its defaults: (name shown, method, options)."""
 
+EXAMPLE = "Example: fedpeft params --model vit_base_patch16_224 --classes 100"
+
 
 def params(
     model: Annotated[str, typer.Option("--model", metavar="NAME", help="timm's name of the model.")],

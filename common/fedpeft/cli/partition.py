@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 SHOWN = 20
 """Clients listed for people; partition.json has them all."""
 
+EXAMPLE = (
+    "Examples: fedpeft partition train.parquet --partition dirichlet --clients 10 --alpha 0.5 --out sites; "
+    "fedpeft partition train.parquet --partition natural --column vendor --out sites"
+)
+
 
 class Law(StrEnum):
     """How rows are given to clients."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Runs: create, watch, steer, take the result away.")
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The run's id, as `run list` shows it.")]
-Reason = Annotated[str, typer.Option("--reason", help="Why, for whoever looks later.")]
+Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for whoever looks later.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -88,10 +88,10 @@ def delete(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
         output.say(f"{run} is deleted")
 
 
-app.command("create")(creation.create)
-app.command("watch")(watching.watch)
-app.command("export")(exporting.export)
-app.command("verify")(verifying.verify)
+app.command("create", epilog=creation.EXAMPLE)(creation.create)
+app.command("watch", epilog=watching.EXAMPLE)(watching.watch)
+app.command("export", epilog=exporting.EXAMPLE)(exporting.export)
+app.command("verify", epilog=verifying.EXAMPLE)(verifying.verify)
 
 
 async def _rows(session: Session) -> list[views.Json]:

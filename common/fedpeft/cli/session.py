@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,8 +39,9 @@ class Session:
         Raises:
             SettingsInvalid: If the address is not HOST:PORT.
         """
-        # gRPC writes its own lines about lost connections; ours say the same in a sentence.
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        from fedpeft.logs import silence_grpc
+
+        silence_grpc()
         from fedpeft.operator_client import OperatorClient
 
         return OperatorClient(address(self.server))

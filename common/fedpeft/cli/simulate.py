@@ -15,6 +15,8 @@ from fedpeft.cli.weights import Weights, check_needed
 
 COLUMNS = ("ROUND", "CLIENTS", "ACCURACY", "TRAIN LOSS", "UP", "DOWN", "FULL FINE-TUNING", "SECONDS")
 
+EXAMPLE = "Example: fedpeft simulate emoji.toml --data sites --eval test.parquet --out simulated"
+
 
 def simulate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file (TOML).")],

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from fedpeft.v1 import run_pb2
     from fedpeft.verification import Replay
 
+EXAMPLE = (
+    "Examples: fedpeft run verify run-0a1b2c3d4e5f; on the server's machine, where --keep-updates kept them, with "
+    "--spool server-data/spool"
+)
+
 
 def verify(
     context: typer.Context,

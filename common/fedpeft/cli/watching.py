@@ -15,6 +15,8 @@ from fedpeft.cli.session import Session, run_async, session_of
 if TYPE_CHECKING:
     from fedpeft.cli.following import Picture
 
+EXAMPLE = "Example: fedpeft run watch run-0a1b2c3d4e5f (Ctrl-C ends the watch, not the run)"
+
 
 def watch(
     context: typer.Context,
