@@ -67,7 +67,12 @@ class Patience:
 
     def __init__(self, log: Log, give_up_s: float | None) -> None:
         self._log = log
+        self._heard = 0.0
         self.give_up_s = give_up_s
+
+    def heard(self) -> None:
+        """Notes that a transfer moved: no absence is older than that, however often the line breaks."""
+        self._heard = time.monotonic()
 
     async def keep(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Returns what `attempt` returns, repeating it after a pause while the server is away or fails.
@@ -87,6 +92,9 @@ class Patience:
             except (Unavailable, Internal) as error:
                 now = time.monotonic()
                 since = now if away is None else since
+                if self._heard > since:
+                    since = self._heard
+                    backoff.reset()
                 if self.give_up_s is not None and now - since >= self.give_up_s:
                     raise
                 if away is None:

@@ -105,6 +105,7 @@ class Puller:
                 )
             file.write(chunk.data)
             position = end
+            self._patience.heard()
         if position != manifest.payload_bytes:
             raise ServerUnreachable(f"the pull ended at byte {position} of {manifest.payload_bytes}")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar, cast
 
 import grpc
 
@@ -26,7 +27,7 @@ from fedpeft.errors import (
     UpdateDiffers,
 )
 from fedpeft.logs import Log
-from fedpeft.payload import CHUNK_BYTES
+from fedpeft.payload import chunks
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft.wire import TURN_KEY
@@ -44,6 +45,7 @@ _CORE = "Internal error from Core"
 
 _NOT_ABOUT_THE_UPDATE = (ClientIdInUse, ClientIdInvalid, NotRegistered, ProtocolMismatch)
 _Call = grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]
+T = TypeVar("T")
 
 
 class Pusher:
@@ -52,6 +54,8 @@ class Pusher:
     def __init__(self, channel: Channel, patience: Patience) -> None:
         self._channel = channel
         self._patience = patience
+        self._committed = 0
+        """Bytes that the server held when it was last asked."""
 
     async def push(self, pending: Pending, log: Log) -> Outcome:
         """Uploads until the server has answered for good, and returns what that means for the residual.
@@ -125,11 +129,16 @@ class Pusher:
             raise PayloadInvalid("the server refused this update as wrong; its log has the reason")
         if standing.state != run_pb2.TICKET_STATE_ISSUED:
             raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; it takes no update")
+        if standing.committed_bytes > self._committed:
+            self._patience.heard()
+        self._committed = standing.committed_bytes
         log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)
         return await self._stream(pending, standing.committed_bytes)
 
     async def _stream(self, pending: Pending, offset: int) -> pb.PushUpdateResponse:
         call = self._channel.stub.PushUpdate(metadata=self._channel.metadata)
+        said: list[grpc.aio.AioRpcError] = []
+        call.add_done_callback(lambda _: said.append(_status(call)))
         try:
             try:
                 await call.write(pb.PushUpdateRequest(header=pending.header))
@@ -144,7 +153,7 @@ class Pusher:
         except TimeoutError:
             raise ServerUnreachable(f"the upload stalled: no progress for {STALL_S:.0f} seconds") from None
         except grpc.aio.AioRpcError as error:
-            raise self._channel.error(await _verdict(call)) from error
+            raise self._channel.error(await _verdict(call, said)) from error
         finally:
             call.cancel()
 
@@ -158,29 +167,40 @@ async def _send(call: _Call, pending: Pending, offset: int) -> None:
         await call.done_writing()
 
 
-async def _verdict(call: _Call) -> grpc.aio.AioRpcError:
+async def _verdict(call: _Call, said: list[grpc.aio.AioRpcError]) -> grpc.aio.AioRpcError:
     """Returns why the server ended the call.
 
-    gRPC answers a write that meets a call which the server has just ended with an internal error of its own; what the
-    server said follows a moment later, or, rarely, is overwritten: then the upload is simply asked about again.
+    gRPC answers a write that meets a call which the server has just ended with an internal error of its own. What the
+    server said came a moment before, and is in `said` though that error has overwritten it, or follows a moment later.
     """
     for _ in range(VERDICT_LOOKS):
-        if await call.code() is not grpc.StatusCode.INTERNAL or await call.details() != _CORE:
-            break
+        for status in (*said, _status(call)):
+            if status.code() is not grpc.StatusCode.INTERNAL or status.details() != _CORE:
+                return status
         await asyncio.sleep(VERDICT_S / VERDICT_LOOKS)
-    else:
-        return grpc.aio.AioRpcError(
-            grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "the upload broke off"
-        )
     return grpc.aio.AioRpcError(
-        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+        grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "the upload broke off"
     )
+
+
+def _status(call: _Call) -> grpc.aio.AioRpcError:
+    """Returns the status of a call that has ended, without giving anything else a chance to run."""
+    code, details = _at_once(call.code()), _at_once(call.details())
+    return grpc.aio.AioRpcError(code, _at_once(call.initial_metadata()), _at_once(call.trailing_metadata()), details)
+
+
+def _at_once(answer: Coroutine[Any, Any, T]) -> T:
+    """Returns what a coroutine that need not wait returns."""
+    try:
+        answer.send(None)
+    except StopIteration as end:
+        return cast(T, end.value)
+    raise RuntimeError("the call has not ended")
 
 
 def _chunks(pending: Pending, offset: int) -> Iterator[tensor_pb2.Chunk]:
     """Yields the payload from `offset` on."""
     with pending.payload.open("rb") as file:
         file.seek(offset)
-        while data := file.read(CHUNK_BYTES):
-            yield tensor_pb2.Chunk(offset=offset, data=data)
-            offset += len(data)
+        for begin, length in chunks(offset, pending.header.manifest.payload_bytes):
+            yield tensor_pb2.Chunk(offset=begin, data=file.read(length))

@@ -17,7 +17,10 @@ from fedpeft.errors import ManifestInvalid, PayloadInvalid
 from fedpeft.spec import TensorSpec
 
 CHUNK_BYTES = 1024 * 1024
-"""Size of a chunk on the wire."""
+"""Largest chunk on the wire."""
+
+FIRST_CHUNK_BYTES = 64 * 1024
+"""The first chunk of a transfer; each is twice as large as the one before, up to `CHUNK_BYTES`."""
 
 RESIDENT_BYTES = 4 * 1024 * 1024
 """Bytes of a mapped payload that are read before they are given back."""
@@ -44,6 +47,20 @@ class Manifest:
     entries: tuple[Entry, ...]
     payload_bytes: int
     sha256: bytes
+
+
+def chunks(offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yields where the chunks of a transfer from byte `offset` to `end` begin, and how many bytes they have.
+
+    Large ones pay where the line is fast. But gRPC hands over whole messages, so a chunk is no progress before its
+    last byte: only because the first is small does a slow line move something between two stalls.
+    """
+    size = FIRST_CHUNK_BYTES
+    while offset < end:
+        length = min(size, end - offset)
+        yield offset, length
+        offset += length
+        size = min(2 * size, CHUNK_BYTES)
 
 
 def encode(tensors: Tensors, specs: Sequence[TensorSpec], encoding: str) -> tuple[Manifest, bytes]:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedpeft import payload
 from fedpeft.errors import ManifestInvalid, PayloadInvalid
-from fedpeft.payload import Entry, Manifest
+from fedpeft.payload import CHUNK_BYTES, FIRST_CHUNK_BYTES, Entry, Manifest, chunks
 from fedpeft.spec import TensorSpec
 
 SPECS = (TensorSpec("a", (2, 3)), TensorSpec("b", ()), TensorSpec("c.bias", (5,)))
@@ -113,3 +114,11 @@ def test_damaged_payloads_decode_to_finite_values_or_are_refused(place: int, fli
     except PayloadInvalid:
         return
     assert all(np.isfinite(a).all() for a in payload.decode(manifest, memoryview(damaged)).values())
+
+
+@given(st.integers(0, 2**32), st.integers(0, 2**24))
+def test_chunks_cover_a_transfer_once_and_begin_small(offset: int, length: int) -> None:
+    pieces = list(chunks(offset, offset + length))
+    assert [begin for begin, _ in pieces] == list(accumulate([offset, *(size for _, size in pieces)]))[: len(pieces)]
+    assert sum(size for _, size in pieces) == length
+    assert all(1 <= size <= min(FIRST_CHUNK_BYTES << number, CHUNK_BYTES) for number, (_, size) in enumerate(pieces))

@@ -21,7 +21,7 @@ from fedpeft.errors import (
     TicketOfAnother,
     VersionNotFound,
 )
-from fedpeft.payload import CHUNK_BYTES
+from fedpeft.payload import chunks
 from fedpeft.rounds import Ticket
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
@@ -154,10 +154,10 @@ class Federation(pb_grpc.FederationServiceServicer):
             return
         async with self._downloads.take(client) as turn:
             with encoded.path.open("rb", buffering=0) as file:
-                for offset in range(request.offset, size, CHUNK_BYTES):
+                for offset, length in chunks(request.offset, size):
                     if offset > request.offset:
                         turn.check()
-                    message = self._store.outbound.chunk(encoded, file.fileno(), offset)
+                    message = self._store.outbound.chunk(encoded, file.fileno(), offset, length)
                     self._ledger.payload("down", engine.run.config.codec.down, len(message.chunk.data))
                     yield message
 

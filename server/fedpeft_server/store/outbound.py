@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from fedpeft import adapter_file, payload
-from fedpeft.payload import CHUNK_BYTES, Entry, Manifest
+from fedpeft.payload import Entry, Manifest
 from fedpeft.spec import AdapterSpec
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
@@ -46,7 +46,7 @@ class Outbound:
         self._blobs = blobs
         self._lock = threading.Lock()
         self._encoded: OrderedDict[tuple[str, int], Encoded] = OrderedDict()
-        self._chunks: OrderedDict[tuple[bytes, int], pb.PullAdapterResponse] = OrderedDict()
+        self._chunks: OrderedDict[tuple[bytes, int, int], pb.PullAdapterResponse] = OrderedDict()
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.iterdir():
             leftover.unlink()
@@ -66,13 +66,12 @@ class Outbound:
                     _remove(self._encoded.popitem(last=False)[1])
             return encoded
 
-    def chunk(self, encoded: Encoded, descriptor: int, offset: int) -> pb.PullAdapterResponse:
-        """Returns the chunk at `offset` of a payload whose file is open; call it from one thread."""
-        key = (encoded.manifest.sha256, offset)
+    def chunk(self, encoded: Encoded, descriptor: int, offset: int, length: int) -> pb.PullAdapterResponse:
+        """Returns the chunk of `length` bytes at `offset` of a payload whose file is open; call it from one thread."""
+        key = (encoded.manifest.sha256, offset, length)
         message = self._chunks.get(key)
         if message is None:
-            size = min(CHUNK_BYTES, encoded.manifest.payload_bytes - offset)
-            data = os.pread(descriptor, size, encoded.start + offset)
+            data = os.pread(descriptor, length, encoded.start + offset)
             message = pb.PullAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
             self._chunks[key] = message
             if len(self._chunks) > CHUNKS:
