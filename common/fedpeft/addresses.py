@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Self
 
-_FORM = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:/\s\[\]]+)):([0-9]{1,5})")
+_FORM = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^:/\s\[\]]+)):([0-9]{1,5})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,13 @@ def test_help_names_flags_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> 
     assert "Exit codes: 0 done" in text
     for name in Settings.model_fields:
         assert "--" + name.replace("_", "-") in text
+
+
+def test_version_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(["--version"])
+    assert end.value.code == 0
+    assert re.fullmatch(r"fedpeft-client \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 def test_exit_codes() -> None:
