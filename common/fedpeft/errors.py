@@ -8,7 +8,8 @@
     │   ├── ChunkInvalid          a piece of a payload
     │   ├── PayloadInvalid        the bytes of a payload
     │   ├── MetricsInvalid        evaluation or training figures
-    │   └── AnswerInvalid         an answer to the offer of a run
+    │   ├── AnswerInvalid         an answer to the offer of a run
+    │   └── CapabilitiesInvalid   what a client says of itself
     ├── OutOfRange
     │   └── OffsetOutOfRange      an upload or download continued at the wrong byte
     ├── NotFound
@@ -132,6 +133,10 @@ class MetricsInvalid(InvalidArgument):
 
 class AnswerInvalid(InvalidArgument):
     """An answer to the offer of a run neither accepts nor declines, or declines without a reason."""
+
+
+class CapabilitiesInvalid(InvalidArgument):
+    """A client says more of itself than is kept."""
 
 
 class OutOfRange(FedpeftError):

@@ -292,6 +292,13 @@ async def lost_spool(world: World) -> object:
     return await client.push(task.ticket, filled(1.0))
 
 
+async def too_much_said(world: World) -> object:
+    client = (await world.start()).client("a")
+    said = fed.Capabilities(device="x" * 1000)
+    request = fed.RegisterRequest(min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER, capabilities=said)
+    return await client.stub.Register(request, metadata=client.metadata)
+
+
 async def decline_without_a_reason(world: World) -> object:
     _, run, (client,) = await world.run()
     answer = fed.AnswerOfferRequest(run=run, answer=fed.ANSWER_DECLINED)
@@ -306,6 +313,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "PAYLOAD_INVALID": update("not a number"),
     "METRICS_INVALID": update("a loss that is not finite"),
     "ANSWER_INVALID": decline_without_a_reason,
+    "CAPABILITIES_INVALID": too_much_said,
     "OFFSET_OUT_OF_RANGE": update("wrong offset"),
     "RUN_NOT_FOUND": no_run,
     "VERSION_NOT_FOUND": no_version,

@@ -82,18 +82,18 @@ class Capabilities(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     software: _builtins.str
-    """Version of the client's software, for people."""
+    """Version of the client's software, for people. At most 256 characters."""
     device: _builtins.str
-    """For people, for example `cpu` or `cuda: NVIDIA L4`."""
+    """For people, for example `cpu` or `cuda: NVIDIA L4`. At most 256 characters."""
     examples: _builtins.int
     """Images it has, before any run's labels are mapped; 0: not said."""
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """PEFT methods it can run; empty: not said."""
+        """PEFT methods it can run; empty: not said. At most 64, of 1 to 64 characters each."""
 
     @_builtins.property
     def encodings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Encodings it can write and read; empty: not said."""
+        """Encodings it can write and read; empty: not said. At most 64, of 1 to 64 characters each."""
 
     def __init__(
         self,

@@ -131,6 +131,7 @@ class FederationServiceServicer:
         RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
         ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
         NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
+        INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,6 +47,7 @@ class FederationServiceStub:
       RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
       ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
       NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
+      INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many
     """
     AwaitRound: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.AwaitRoundRequest, _federation_service_pb2.AwaitRoundResponse]
     """AwaitRound puts the client among those that can be sampled for the runs it accepted, and answers when there is
@@ -162,6 +163,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
           RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
           ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
           NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
+          INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many
         """
 
     @_abc_1.abstractmethod

@@ -31,6 +31,7 @@ from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.callers import Callers
+from fedpeft_server.rpc.capabilities import stored
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import ROLES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.turns import Turns
@@ -81,6 +82,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         role = _ROLE_NAMES.get(request.role)
         if role is None:
             raise InvalidArgument("the role must be trainer or evaluator", (("role", "is unspecified"),))
+        capabilities = stored(request.capabilities)
         shown = [e for e in self._runs.all(request.run) if e.active or request.run]
         response = pb.RegisterResponse(
             protocol=PROTOCOL, runs=[run_message(e.run, self._runs.why(e), {}) for e in shown]
@@ -90,7 +92,6 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._callers.register(client, role)
         self._runs.answers.ask_again(client)
         now = time.time()
-        capabilities = request.capabilities.SerializeToString()
         row = ClientRow(client, self._callers.instance(client), role, capabilities, now, now)
         await self._store.call(self._store.db.see_client, row.id, row.instance, role, capabilities, now)
         log.info("client registered", client=client, role=role, device=request.capabilities.device)

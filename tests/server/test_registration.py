@@ -1,0 +1,54 @@
+"""What a client says of itself when it registers."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from fedpeft.status import from_rpc_error
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import operator_service_pb2 as op
+
+from .conftest import Daemon
+
+
+async def say(daemon: Daemon, capabilities: fed.Capabilities) -> fed.RegisterResponse:
+    client = daemon.client("a")
+    request = fed.RegisterRequest(
+        min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER, capabilities=capabilities
+    )
+    return await client.stub.Register(request, metadata=client.metadata)
+
+
+@pytest.mark.parametrize(
+    ("field", "capabilities"),
+    [
+        ("software", fed.Capabilities(software="x" * 257)),
+        ("device", fed.Capabilities(device="x" * 3_000_000)),
+        ("methods", fed.Capabilities(methods=["bias"] * 65)),
+        ("methods", fed.Capabilities(methods=["x" * 65])),
+        ("encodings", fed.Capabilities(encodings=[""])),
+        ("examples", fed.Capabilities(examples=2**64 - 1)),
+    ],
+)
+async def test_too_much_is_refused_with_its_field_and_nobody_is_registered(
+    daemon: Daemon, field: str, capabilities: fed.Capabilities
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await say(daemon, capabilities)
+    error = from_rpc_error(caught.value)
+    assert error.reason == "CAPABILITIES_INVALID"
+    assert [name for name, _ in error.fields] == [f"capabilities.{field}"]
+    assert not (await daemon.operator.ListClients(op.ListClientsRequest())).clients
+
+
+async def test_what_this_server_does_not_know_is_not_kept(daemon: Daemon) -> None:
+    known = fed.Capabilities(
+        software="fedpeft 0.1.0", device="cpu", methods=["bias"], encodings=["float32"], examples=7
+    )
+    newer = fed.Capabilities.FromString(known.SerializeToString() + b"\xfa\x07\x83\x08" + b"x" * 1027)  # field 127
+    assert newer.ByteSize() > 1000
+    await say(daemon, newer)
+    (client,) = (await daemon.operator.ListClients(op.ListClientsRequest())).clients
+    assert client.capabilities == known
+    assert client.capabilities.ByteSize() == known.ByteSize()
