@@ -6,11 +6,13 @@ import asyncio
 import hashlib
 from dataclasses import replace
 
+import grpc
 import numpy as np
 from safetensors.numpy import load
 
 from fedpeft import payload, wire
 from fedpeft.spec import Role, TensorSpec
+from fedpeft.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
@@ -33,6 +35,27 @@ async def test_creating_twice_with_one_request_id_makes_one_run(daemon: Daemon) 
     assert (await daemon.create(request_id="same")).id == first.id
     assert await refused(daemon.create(config(rounds={"count": 9}), request_id="same")) == "REQUEST_ID_REUSED"
     assert [r.id for r in (await daemon.operator.ListRuns(op.ListRunsRequest())).runs] == [first.id]
+
+
+def blobs(daemon: Daemon) -> list[str]:
+    return [path.parts[-3] for path in (daemon.server.settings.data_dir / "blobs").rglob("*.safetensors")]
+
+
+async def test_one_request_twice_at_once_makes_one_run_and_both_are_told_of_it(daemon: Daemon) -> None:
+    runs = await asyncio.gather(*(daemon.create(request_id="same") for _ in range(4)))
+    assert len({run.id for run in runs}) == 1
+    assert runs == [runs[0]] * 4, "the second answer equals the first"
+    assert blobs(daemon) == [runs[0].id], "no adapter of a run that was never made is left"
+    assert not list((daemon.server.settings.data_dir / "spool").iterdir())
+
+
+async def test_two_runs_under_one_request_at_once_are_one_and_a_refusal(daemon: Daemon) -> None:
+    different = (config(), config(rounds={"count": 9}))
+    ended = await asyncio.gather(*(daemon.create(c, request_id="same") for c in different), return_exceptions=True)
+    (made,) = [run for run in ended if isinstance(run, run_pb2.Run)]
+    (error,) = [e for e in ended if isinstance(e, grpc.aio.AioRpcError)]
+    assert from_rpc_error(error).reason == "REQUEST_ID_REUSED"
+    assert blobs(daemon) == [made.id]
 
 
 async def test_a_wrong_run_is_refused_with_the_field(daemon: Daemon) -> None:

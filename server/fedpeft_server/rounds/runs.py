@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
 
-from fedpeft.errors import FedpeftError, RunNotFinished, RunNotFound, TicketNotFound
+from fedpeft.errors import FedpeftError, RunNotFinished, RunNotFound, StateInvalid, TicketNotFound
 from fedpeft.rounds import Phase, Round, Ticket
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.answers import Answers
@@ -64,9 +65,20 @@ class Runs:
             await engine.close()
 
     @unbroken
-    async def create(self, run: RunRow, version: VersionRow) -> RunEngine:
-        """Adds a run whose adapter version 0 is stored."""
-        await self._store.call(self._store.db.create_run, run, version)
+    async def create(self, run: RunRow, first: Callable[[], VersionRow]) -> RunEngine:
+        """Adds a run; `first` stores its adapter version 0, and is undone if the run cannot be added.
+
+        Raises:
+            RequestIdReused: If a run of the same request was added meanwhile.
+        """
+        try:
+            version = await self._store.compute(first)
+            await self._store.call(self._store.db.create_run, run, version)
+        except StateInvalid:  # whether the transaction was made is not known, and the run would need its version
+            raise
+        except FedpeftError:
+            await self._store.compute(self._store.forget_run, run.id, ())
+            raise
         engine = self._engines[run.id] = self._engine(run, Round(run.id, 1))
         log.info("run created", run=run.id, name=run.config.name, method=run.spec.method)
         self.lobby.call_all()

@@ -10,6 +10,7 @@ import secrets
 import string
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -70,12 +71,16 @@ class Operator(pb_grpc.OperatorServiceServicer):
         run, manifest = _new_run(header)
         known = await self._store.call(self._store.db.run_by_request, header.request_id)
         if known:
-            return self._repeated(known, run)
-        key = "create-" + hashlib.sha256(header.request_id.encode()).hexdigest()[:16]
+            return await self._repeated(known, run)
+        key = "create-" + run.id  # of its own: another call may bring the same request at the same time
         try:
             await self._uploads.create(key, manifest, request_iterator, context)
-            version = await self._store.compute(self._first_version, key, run, manifest)
-            engine = await self._runs.create(run, version)
+            engine = await self._runs.create(run, partial(self._first_version, key, run, manifest))
+        except RequestIdReused:
+            known = await self._store.call(self._store.db.run_by_request, header.request_id)
+            if known is None:
+                raise
+            return await self._repeated(known, run)
         finally:
             await self._store.compute(self._store.spool.remove, key)  # a failed one must not keep a disk full
         return pb.CreateRunResponse(run=await self._run(engine))
@@ -199,10 +204,10 @@ class Operator(pb_grpc.OperatorServiceServicer):
         pending = self._ledger.pending(engine.run.id)
         return [round_message(row, evaluations.get(row.round.number, {}), pending) for row in rows]
 
-    def _repeated(self, known: RunRow, asked: RunRow) -> pb.CreateRunResponse:
+    async def _repeated(self, known: RunRow, asked: RunRow) -> pb.CreateRunResponse:
         if known.request_digest != asked.request_digest:
             raise RequestIdReused(f"request {asked.request_id} already made {known.id}, which differs")
-        return pb.CreateRunResponse(run=run_message(known, "", {}))
+        return pb.CreateRunResponse(run=await self._run(self._runs.get(known.id)))
 
     def _first_version(self, key: str, run: RunRow, manifest: Manifest) -> VersionRow:
         """Stores the uploaded payload as the adapter file of version 0."""
