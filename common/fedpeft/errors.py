@@ -9,7 +9,8 @@
     │   ├── PayloadInvalid        the bytes of a payload
     │   ├── MetricsInvalid        evaluation or training figures
     │   ├── AnswerInvalid         an answer to the offer of a run
-    │   └── CapabilitiesInvalid   what a client says of itself
+    │   ├── CapabilitiesInvalid   what a client says of itself
+    │   └── PageInvalid           the page of a list
     ├── OutOfRange
     │   └── OffsetOutOfRange      an upload or download continued at the wrong byte
     ├── NotFound
@@ -137,6 +138,10 @@ class AnswerInvalid(InvalidArgument):
 
 class CapabilitiesInvalid(InvalidArgument):
     """A client says more of itself than is kept."""
+
+
+class PageInvalid(InvalidArgument):
+    """The size of a page is negative, or its token is not one of this list."""
 
 
 class OutOfRange(FedpeftError):

@@ -5,9 +5,10 @@
         async for change in server.watch(run.id):
             print(change.run.version)
 
-Answers are the protocol's own messages. Notable: a creation is repeated under one request id and a download goes on
-at the byte where it broke, so a server that restarts costs a pause; and there is one patience for everything, the
-longest silence of the server that is waited out, so a transfer that makes progress never ends.
+Answers are the protocol's own messages, and lists are whole: their pages are put together here. Notable: a creation is
+repeated under one request id and a download goes on at the byte where it broke, so a server that restarts costs a
+pause; and there is one patience for everything, the longest silence of the server that is waited out, so a transfer
+that makes progress never ends.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import grpc
 
 from fedpeft.errors import ChecksumMismatch, FedpeftError, ServerUnreachable, StateInvalid, Unavailable
+from fedpeft.round_parts import folded
 from fedpeft.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import operator_service_pb2_grpc, run_pb2, tensor_pb2
@@ -117,44 +119,56 @@ class OperatorClient:
         return await self._repeat(lambda: self._upload(header, data, payload.CHUNK_BYTES, progress))
 
     async def run(self, run: str) -> tuple[run_pb2.Run, run_pb2.Round | None]:
-        """Returns a run and its round in progress."""
+        """Returns a run and its round in progress, that one without its tickets."""
         answer = await self._repeat(lambda: self._stub.GetRun(pb.GetRunRequest(run=run), timeout=PATIENCE_S))
         return answer.run, answer.round if answer.HasField("round") else None
 
     async def runs(self) -> list[run_pb2.Run]:
         """Returns all runs, oldest first."""
-        answer = await self._repeat(lambda: self._stub.ListRuns(pb.ListRunsRequest(), timeout=PATIENCE_S))
-        return list(answer.runs)
+        request = pb.ListRunsRequest()
+        found: list[run_pb2.Run] = []
+        while True:
+            answer = await self._repeat(lambda: self._stub.ListRuns(request, timeout=PATIENCE_S))
+            found += answer.runs
+            if not answer.next_page_token:
+                return found
+            request.page_token = answer.next_page_token
 
     async def rounds(self, run: str, after: int = 0) -> list[run_pb2.Round]:
         """Returns the rounds of a run whose number is above `after`, by number, the one in progress included."""
         request = pb.ListRoundsRequest(run=run, after=after)
-        answer = await self._repeat(lambda: self._stub.ListRounds(request, timeout=PATIENCE_S))
-        return list(answer.rounds)
+        parts: list[run_pb2.Round] = []
+        while True:
+            answer = await self._repeat(lambda: self._stub.ListRounds(request, timeout=PATIENCE_S))
+            parts += answer.rounds
+            if not answer.next_page_token:
+                return list(folded({}, parts).values())
+            request.page_token = answer.next_page_token
 
-    async def watch(self, run: str) -> AsyncIterator[pb.WatchRunResponse]:
-        """Yields the run with its changed rounds, now and after every change, until it is completed or stopped.
+    async def watch(self, run: str, after: int = 0) -> AsyncIterator[pb.WatchRunResponse]:
+        """Yields the run with the rounds above `after`, then what is new of them, until the run ends.
 
-        A server that has had nothing to say for `PATIENCE_S` is asked afresh, so a dead connection is found; each
-        asking is answered with all rounds.
+        What is new of a round is folded into what was known of it by `fedpeft.round_parts`. A server that has had
+        nothing to say for `PATIENCE_S` is asked for the run, so a dead connection is found.
 
         Raises:
             ServerUnreachable: If the connection is lost; watch again on a new client.
         """
-        silent = True
-        while silent:
-            call = self._stub.WatchRun(pb.WatchRunRequest(run=run))
-            silent, first = False, True
-            try:
-                while (change := await self._read(call, patient=not first)) is not None:
-                    first = False
-                    yield change
-                    if change.run.state in FINISHED:
-                        return
-            except _SilenceError:
-                silent = True
-            finally:
-                call.cancel()
+        call = self._stub.WatchRun(pb.WatchRunRequest(run=run, after=after))
+        parts: list[run_pb2.Round] = []
+        first = True
+        try:
+            while (message := await self._read(call, run, patient=not first)) is not None:
+                first = False
+                parts += message.rounds
+                if message.more:
+                    continue
+                yield pb.WatchRunResponse(run=message.run, rounds=folded({}, parts).values())
+                parts.clear()
+                if message.run.state in FINISHED:
+                    return
+        finally:
+            call.cancel()
         raise ServerUnreachable(f"the server at {self._server} ended the watch before the run ended")
 
     async def pause(self, run: str, reason: str = "") -> run_pb2.Run:
@@ -179,8 +193,14 @@ class OperatorClient:
 
     async def clients(self) -> list[pb.Client]:
         """Returns every client that ever registered, by id."""
-        answer = await self._repeat(lambda: self._stub.ListClients(pb.ListClientsRequest(), timeout=PATIENCE_S))
-        return list(answer.clients)
+        request = pb.ListClientsRequest()
+        found: list[pb.Client] = []
+        while True:
+            answer = await self._repeat(lambda: self._stub.ListClients(request, timeout=PATIENCE_S))
+            found += answer.clients
+            if not answer.next_page_token:
+                return found
+            request.page_token = answer.next_page_token
 
     async def download(
         self, run: str, path: Path, *, version: int | None = None, progress: Progress = _silent
@@ -294,23 +314,21 @@ class OperatorClient:
         return message
 
     async def _read(
-        self, call: grpc.aio.UnaryStreamCall[pb.WatchRunRequest, pb.WatchRunResponse], *, patient: bool
+        self, call: grpc.aio.UnaryStreamCall[pb.WatchRunRequest, pb.WatchRunResponse], run: str, *, patient: bool
     ) -> pb.WatchRunResponse | None:
-        """Returns the next change, or None at the end of the stream."""
+        """Returns the next message, or None at the end of the stream; a patient one asks whether the server lives."""
+        reading = asyncio.ensure_future(call.read())  # a task of its own: a read that is cancelled ends the call
         try:
-            async with asyncio.timeout(PATIENCE_S):
-                message = await call.read()
-        except TimeoutError:
-            if patient:
-                raise _SilenceError from None
-            raise self._unreachable() from None
+            while not (await asyncio.wait({reading}, timeout=PATIENCE_S))[0]:
+                if not patient:
+                    raise self._unreachable()
+                await self.run(run)
+            message = reading.result()
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from None
+        finally:
+            reading.cancel()
         return message if isinstance(message, pb.WatchRunResponse) else None  # grpc.aio.EOF
-
-
-class _SilenceError(Exception):
-    """A watched run did not change for a while."""
 
 
 def _messages(header: pb.CreateRunHeader, data: bytes, chunk_bytes: int) -> Iterator[tuple[pb.CreateRunRequest, int]]:

@@ -6,6 +6,7 @@ A run's series disappear when the run is deleted.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
@@ -48,6 +49,18 @@ class Metrics:
         self.request_seconds = Histogram(
             "fedpeft_grpc_request_seconds", "Duration of calls.", ("method",), buckets=_SECONDS, registry=r
         )
+
+    def scored(self, run: str, split: str, figures: Mapping[str, float]) -> None:
+        """Shows the figures of the version that was scored last."""
+        if "accuracy" in figures:
+            self.accuracy.labels(run, split).set(figures["accuracy"])
+        if "loss" in figures:
+            self.loss.labels(run, split).set(figures["loss"])
+
+    def committed(self, run: str, figures: Mapping[str, float]) -> None:
+        """Shows the figures of the round that was committed last."""
+        if "train_loss" in figures:
+            self.loss.labels(run, "train").set(figures["train_loss"])
 
     def forget(self, run: str) -> None:
         """Removes all series of a deleted run."""

@@ -1,17 +1,21 @@
-"""Counts bytes where they pass: for Prometheus at once, for each client and round into the database in batches.
+"""Counts bytes where they pass: for Prometheus at once, for each client and round into the database.
 
 Wire bytes are whole serialized messages, counted in the (de)serializers, so that nothing is serialized twice to be
 measured. Payload bytes are the encoded tensors inside them.
+
+Every transition of a run (a receipt, a withdrawal, a refusal, a commit...) writes what was counted for the run so far,
+in its own transaction; what passes between two transitions is written every few seconds.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
-from fedpeft.errors import FedpeftError
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.rows import Traffic
 from fedpeft_server.store.store import Store
@@ -36,7 +40,7 @@ CALL: ContextVar[Call] = ContextVar("call")
 
 
 class Ledger:
-    """The bytes that passed since the last flush, and their Prometheus counters."""
+    """The bytes that are not in the database yet, and their Prometheus counters."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -76,18 +80,39 @@ class Ledger:
             DiskFull: If there is no room.
             StateInvalid: If the database is out of reach.
         """
-        pending, self._pending = self._pending, {}
+        if self._pending:
+            with self.handed_out() as traffic:
+                await store.call(store.db.add_traffic, traffic)
+
+    @contextmanager
+    def handed_out(self, run: str | None = None) -> Iterator[Mapping[Key, Traffic]]:
+        """Gives what is not in the database yet, of one run or of all, to the transaction that the block makes.
+
+        If it fails, they wait for the next one. A block that is cancelled has handed its transaction to the database's
+        thread, which makes it all the same.
+        """
+        taken = {key: self._pending.pop(key) for key in list(self._pending) if run in (None, key[0])}
         try:
-            if pending:
-                await store.call(store.db.add_traffic, pending)
-        except FedpeftError:
-            for key, traffic in pending.items():
+            yield taken
+        except Exception:
+            for key, traffic in taken.items():
                 self._add(key, traffic)
             raise
 
     def pending(self, run: str) -> dict[tuple[int, str], Traffic]:
-        """Returns what is not in the database yet for one run, by (round number, client)."""
+        """Returns what is not in the database yet for one run, by (round number, client).
+
+        A caller that adds it to what it reads asks right before the reading, with no `await` between: transactions are
+        made in the order in which they were asked for, so each byte is then either here or there.
+        """
         return {(key[1], key[2]): traffic for key, traffic in self._pending.items() if key[0] == run}
+
+    def resume(self, run: str, current: Traffic, last: Traffic) -> None:
+        """Sets the gauges of the round in progress and of the last committed one to what the database has."""
+        self._round[run, "up"], self._round[run, "down"] = current.wire_up, current.wire_down
+        for direction, before in (("up", last.wire_up), ("down", last.wire_down)):
+            self._metrics.round_bytes.labels(run, direction).set(self._round[run, cast(Direction, direction)])
+            self._metrics.last_round_bytes.labels(run, direction).set(before)
 
     def round_committed(self, run: str) -> None:
         """Moves the gauges of the round in progress to those of the last round."""

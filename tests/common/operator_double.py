@@ -107,6 +107,8 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         self.break_download_after: list[int] = []
         """Bytes after which a download ends, one download each."""
         self.corrupt = False
+        self.page = 100
+        """Most items of a page; in a list of rounds, most tickets."""
 
     async def _enter(self, name: str, context: Any) -> None:
         self.asked.append(name)
@@ -149,12 +151,30 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
         await self._enter("ListRuns", context)
-        return pb.ListRunsResponse(runs=self.runs.values())
+        runs, token = self._page(list(self.runs.values()), request.page_token)
+        return pb.ListRunsResponse(runs=runs, next_page_token=token)
 
     async def ListRounds(self, request: pb.ListRoundsRequest, context: Any) -> pb.ListRoundsResponse:
         await self._enter("ListRounds", context)
         run = await self._find(request.run, context)
-        return pb.ListRoundsResponse(rounds=[r for r in self.rounds.get(run.id, []) if r.number > request.after])
+        rounds = [r for r in self.rounds.get(run.id, []) if r.number > request.after]
+        if self.page >= sum(len(r.tickets) for r in rounds):
+            return pb.ListRoundsResponse(rounds=rounds)
+        single = []
+        for r in rounds:
+            for i, ticket in enumerate(r.tickets):
+                part = run_pb2.Round()
+                part.CopyFrom(r)
+                del part.tickets[:]
+                part.tickets.append(ticket)
+                part.record = r.record if not i else ""
+                single.append(part)
+        parts, token = self._page(single, request.page_token, 1)
+        return pb.ListRoundsResponse(rounds=parts, next_page_token=token)
+
+    def _page(self, items: list[T], token: str, most: int = 0) -> tuple[list[T], str]:
+        start, end = int(token or 0), int(token or 0) + (most or self.page)
+        return items[start:end], str(end) if end < len(items) else ""
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
         await self._enter("WatchRun", context)
@@ -216,7 +236,8 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
 
     async def ListClients(self, request: pb.ListClientsRequest, context: Any) -> pb.ListClientsResponse:
         await self._enter("ListClients", context)
-        return pb.ListClientsResponse(clients=self.clients)
+        clients, token = self._page(self.clients, request.page_token)
+        return pb.ListClientsResponse(clients=clients, next_page_token=token)
 
 
 def a_client(name: str, role: federation.ClientRole.ValueType, activity: str = "waiting") -> pb.Client:

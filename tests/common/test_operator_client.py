@@ -142,18 +142,60 @@ async def test_watch_that_ends_before_the_run_is_a_lost_server(served: Serving) 
             assert len([change async for change in client.watch(RUN)]) == 1
 
 
-async def test_silent_watch_asks_again(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silent_watch_asks_whether_the_server_lives_and_goes_on(
+    served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(operator_client, "PATIENCE_S", 0.3)
     served.double.runs = {RUN: a_run()}
     served.double.script = [
         pb.WatchRunResponse(run=a_run(version=1)),
         1.0,
-        pb.WatchRunResponse(run=a_run(version=1)),
         pb.WatchRunResponse(run=a_run(version=2, state=COMPLETED)),
     ]
     async with OperatorClient(served.address) as client:
-        assert [c.run.version async for c in client.watch(RUN)] == [1, 1, 2]
-    assert served.double.asked == ["WatchRun", "WatchRun"]
+        assert [c.run.version async for c in client.watch(RUN)] == [1, 2]
+    assert served.double.asked[:2] == ["WatchRun", "GetRun"]
+    assert served.double.asked.count("WatchRun") == 1
+
+
+async def test_watch_of_a_server_that_fell_silent_for_good_ends(
+    served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operator_client, "PATIENCE_S", 0.3)
+    served.double.runs = {RUN: a_run()}
+    served.double.script = [pb.WatchRunResponse(run=a_run()), 30.0]
+    served.double.failures["GetRun"] = [Draining("the server is shutting down")] * 4
+    async with OperatorClient(served.address, attempts=1) as client:
+        with pytest.raises(Draining):
+            assert len([change async for change in client.watch(RUN)]) == 1
+
+
+async def test_pages_are_put_together(served: Serving) -> None:
+    served.double.page = 2
+    served.double.runs = {f"run-{i}": a_run(f"run-{i}") for i in range(5)} | {RUN: a_run()}
+    served.double.rounds = {RUN: [a_round(i + 1) for i in range(5)]}
+    served.double.clients = [a_client(f"c{i}", federation.CLIENT_ROLE_TRAINER) for i in range(5)]
+    async with OperatorClient(served.address) as client:
+        assert [r.id for r in await client.runs()] == list(served.double.runs)
+        assert await client.rounds(RUN) == served.double.rounds[RUN], "a round that was cut is whole again"
+        assert await client.rounds(RUN, after=3) == served.double.rounds[RUN][3:]
+        assert await client.clients() == served.double.clients
+    assert served.double.asked.count("ListRounds") > 5
+
+
+async def test_an_answer_in_several_messages_is_one_change(served: Serving) -> None:
+    served.double.runs = {RUN: a_run()}
+    whole, finished = a_round(2), a_run(version=2, state=COMPLETED)
+    first, second = a_round(2), a_round(2)
+    del first.tickets[1:], second.tickets[:1]
+    second.record = ""
+    served.double.script = [
+        pb.WatchRunResponse(run=finished, rounds=[a_round(1), first], more=True),
+        pb.WatchRunResponse(run=finished, rounds=[second]),
+    ]
+    async with OperatorClient(served.address) as client:
+        (change,) = [change async for change in client.watch(RUN)]
+    assert list(change.rounds) == [a_round(1), whole]
 
 
 async def test_download_is_whole_and_newest_by_default(served: Serving, tmp_path: Path) -> None:

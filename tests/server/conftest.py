@@ -1,10 +1,16 @@
-"""A real daemon in this process, on loopback sockets, and raw clients that speak the protocol to it."""
+"""A real daemon in this process, on loopback sockets, raw clients that speak the protocol to it, and real databases."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import pwd
+import shutil
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -12,6 +18,7 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sqlalchemy import create_engine, text
 
 from fedpeft import payload, wire
 from fedpeft.config import RunConfig, parse_config
@@ -25,6 +32,9 @@ from fedpeft.v1 import operator_service_pb2_grpc as op_grpc
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft_server.app import Server
 from fedpeft_server.settings import Settings
+from fedpeft_server.store.database import Database
+
+from .rows import run_row, version_row
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -246,3 +256,64 @@ async def refused(call: Awaitable[object]) -> str:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return from_rpc_error(caught.value).reason
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Path]:
+    """Starts a PostgreSQL of its own; gives the folder of its socket."""
+    for program in ("initdb", "pg_ctl"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} of PostgreSQL is not installed")
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    root = os.geteuid() == 0
+    try:
+        user = pwd.getpwnam("postgres") if root else pwd.getpwuid(os.geteuid())
+    except KeyError:
+        pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+    folder = Path(tempfile.mkdtemp(prefix="fedpeft-postgres-"))
+    os.chown(folder, user.pw_uid, user.pw_gid)
+
+    def call(*command: str) -> None:
+        subprocess.run(
+            command, check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=60, user=user.pw_uid if root else None
+        )
+
+    try:
+        call("initdb", "-D", "data", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync")
+        options = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -c fsync=off"
+        call("pg_ctl", "-D", "data", "-l", "log", "-w", "-o", options, "start")
+        yield folder
+        call("pg_ctl", "-D", "data", "-w", "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'server.db'}"
+    folder = request.getfixturevalue("postgres")
+    name = f"test_{time.monotonic_ns()}"
+    admin = create_engine(f"postgresql+psycopg://postgres@/postgres?host={folder}", isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    admin.dispose()
+    return f"postgresql://postgres@/{name}?host={folder}"
+
+
+@pytest.fixture
+def database(url: str) -> Iterator[Database]:
+    database = Database.open(url)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def with_run(database: Database) -> Database:
+    database.create_run(run_row(), version_row(0))
+    return database
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'server.db'}"

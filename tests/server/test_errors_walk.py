@@ -299,6 +299,13 @@ async def too_much_said(world: World) -> object:
     return await client.stub.Register(request, metadata=client.metadata)
 
 
+async def token_of_another_list(world: World) -> object:
+    daemon = await world.start()
+    await daemon.clients("a", "b")
+    token = (await daemon.operator.ListClients(op.ListClientsRequest(page_size=1))).next_page_token
+    return await daemon.operator.ListRuns(op.ListRunsRequest(page_token=token))
+
+
 async def decline_without_a_reason(world: World) -> object:
     _, run, (client,) = await world.run()
     answer = fed.AnswerOfferRequest(run=run, answer=fed.ANSWER_DECLINED)
@@ -314,6 +321,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "METRICS_INVALID": update("a loss that is not finite"),
     "ANSWER_INVALID": decline_without_a_reason,
     "CAPABILITIES_INVALID": too_much_said,
+    "PAGE_INVALID": token_of_another_list,
     "OFFSET_OUT_OF_RANGE": update("wrong offset"),
     "RUN_NOT_FOUND": no_run,
     "VERSION_NOT_FOUND": no_version,

@@ -16,7 +16,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port
+from fedpeft import payload
+
+from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port, header
 
 
 def command(folder: Path, *flags: str, port: int = 0) -> list[str]:
@@ -156,6 +158,50 @@ async def test_draining_lets_an_upload_finish_and_sends_waiting_clients_away(sta
     await again.until(run.id, lambda r: r.version == 1)
 
 
+def scrape(port: int) -> dict[str, dict[tuple[str, ...], float]]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in families:
+        for sample in family.samples:
+            labels = tuple(v for k, v in sorted(sample.labels.items()))
+            found.setdefault(sample.name, {})[labels] = sample.value
+    return found
+
+
+async def test_gauges_are_the_same_after_a_restart(start: StartDaemon) -> None:
+    from fedpeft.v1 import federation_service_pb2 as fed
+
+    gauges = {"fedpeft_accuracy", "fedpeft_loss", "fedpeft_round", "fedpeft_last_round_bytes", "fedpeft_round_bytes"}
+    port = free_port()
+    daemon = await start(metrics=f"127.0.0.1:{port}")
+    run = await daemon.create(config(rounds={"count": 2, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    judge = daemon.client("judge")
+    await judge.register(fed.CLIENT_ROLE_EVALUATOR)
+    for version, split, metrics in (
+        (0, "test", {"accuracy": 0.25, "loss": 2.0}),
+        (0, "other", {"accuracy": 0.5}),
+        (0, "test", {"accuracy": 0.75, "loss": 1.0}),
+    ):
+        figures = fed.PushEvaluationRequest(run=run.id, version=version, split=split, metrics=metrics)
+        await judge.stub.PushEvaluation(figures, metadata=judge.metadata)
+    task = await a.task()
+    await a.pull(run.id, 0)
+    manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
+    await a.push_raw(header(task.ticket, manifest, 10, loss=3.0), [(0, data)])
+    await daemon.until(run.id, lambda r: r.version == 1)
+    assert (await a.task()).round == 2
+    before = await asyncio.to_thread(scrape, port)
+    await daemon.end()
+    await start(metrics=f"127.0.0.1:{port}")
+    after = await asyncio.to_thread(scrape, port)
+    assert {name: after.get(name) for name in gauges} == {name: before[name] for name in gauges}
+    assert after["fedpeft_accuracy"] == {(run.id, "test"): 0.75, (run.id, "other"): 0.5}
+    assert after["fedpeft_loss"] == {(run.id, "test"): 1.0, (run.id, "train"): 3.0}
+    assert after["fedpeft_last_round_bytes"]["up", run.id] > 4 * SPEC.parameters
+
+
 async def test_metrics_say_what_happened(start: StartDaemon) -> None:
     port = free_port()
     daemon = await start(metrics=f"127.0.0.1:{port}")
@@ -166,17 +212,7 @@ async def test_metrics_say_what_happened(start: StartDaemon) -> None:
     await a.push(task.ticket, filled(1.0))
     await daemon.until(run.id, lambda r: r.version == 1)
 
-    def scrape() -> dict[str, dict[tuple[str, ...], float]]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-            families = text_string_to_metric_families(answer.read().decode())
-        found: dict[str, dict[tuple[str, ...], float]] = {}
-        for family in families:
-            for sample in family.samples:
-                labels = tuple(v for k, v in sorted(sample.labels.items()))
-                found.setdefault(sample.name, {})[labels] = sample.value
-        return found
-
-    samples = await asyncio.to_thread(scrape)
+    samples = await asyncio.to_thread(scrape, port)
     size = 4 * SPEC.parameters
     assert samples["fedpeft_payload_bytes_total"] == {
         ("up", "float32", run.id): size,

@@ -7,13 +7,14 @@ figures are waited for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedpeft.cli import views
 from fedpeft.cli.session import Session
 from fedpeft.errors import FedpeftError, Unavailable
 from fedpeft.operator_client import FINISHED, PATIENCE_S, OperatorClient
+from fedpeft.round_parts import folded
 from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2
 
 FIRST_PAUSE_S = 0.5
@@ -42,8 +43,31 @@ class Picture:
 
     def fold(self, change: operator_service_pb2.WatchRunResponse) -> Picture:
         """Returns the picture after a change."""
-        new = {r.number: r for r in change.rounds}
-        return Picture(change.run, {**self.rounds, **new}, frozenset(new))
+        return replace(self._with(change.rounds), run=change.run, lost="", waiting="")
+
+    def scored(self, rounds: Iterable[run_pb2.Round]) -> Picture:
+        """Returns the picture after rounds were asked for; changed are those that now have figures."""
+        new = self._with(rounds)
+        return replace(new, changed=_scored_versions(new.rounds) - _scored_versions(self.rounds), waiting="")
+
+    def _with(self, parts: Iterable[run_pb2.Round]) -> Picture:
+        parts = list(parts)
+        changed = frozenset(part.number for part in parts)
+        return replace(self, rounds=folded(self.rounds, parts), changed=changed)
+
+    def settled(self, *, scored: bool) -> int:
+        """Returns the number up to which every round is known and committed, and has figures if they are to come."""
+        number = 0
+        while (known := self.rounds.get(number + 1)) is not None and known.phase == run_pb2.ROUND_PHASE_COMMITTED:
+            if scored and "accuracy" not in known.metrics:
+                break
+            number += 1
+        return number
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether an evaluator has been at work."""
+        return "accuracy" in self.run.initial_metrics or bool(_scored_versions(self.rounds))
 
     @property
     def committed(self) -> list[run_pb2.Round]:
@@ -75,7 +99,7 @@ async def follow(session: Session, run: str) -> AsyncIterator[Picture]:
     while not picture.finished or not picture.rounds:
         try:
             async with session.client() as server:
-                async for change in server.watch(run):
+                async for change in server.watch(run, picture.settled(scored=picture.is_scored)):
                     pause_s = FIRST_PAUSE_S
                     picture = picture.fold(change)
                     yield picture
@@ -100,20 +124,20 @@ async def _scored(session: Session, picture: Picture) -> AsyncIterator[Picture]:
             if not last or not await _evaluator_seen(server, picture.run):
                 return
             give_up = now() + PATIENCE_S
-            while last not in (scored := _scored_versions(picture.rounds)) and now() < give_up:
+            while last not in _scored_versions(picture.rounds) and now() < give_up:
                 waiting = f"waiting for the evaluator's figures of version {last}"
                 yield (picture := replace(picture, changed=frozenset(), waiting=waiting))
                 await asyncio.sleep(SCORE_PAUSE_S)
-                rounds = {r.number: r for r in await server.rounds(picture.run.id)}
-                if new := _scored_versions(rounds) - scored:
+                seen = picture.scored(await server.rounds(picture.run.id, picture.settled(scored=True)))
+                if seen.changed:
                     give_up = now() + PATIENCE_S
-                    yield (picture := replace(picture, rounds=rounds, changed=frozenset(new), waiting=""))
+                    yield (picture := seen)
     except FedpeftError:
         return
 
 
-def _scored_versions(rounds: Mapping[int, run_pb2.Round]) -> set[int]:
-    return {number for number, round_ in rounds.items() if "accuracy" in round_.metrics}
+def _scored_versions(rounds: Mapping[int, run_pb2.Round]) -> frozenset[int]:
+    return frozenset(number for number, round_ in rounds.items() if "accuracy" in round_.metrics)
 
 
 async def _evaluator_seen(server: OperatorClient, run: run_pb2.Run) -> bool:

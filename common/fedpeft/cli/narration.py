@@ -33,7 +33,7 @@ class Narrator:
         self._lost = False
         lines += self._once(headline(picture.run))
         lines += self._once(scored_line(0, picture.run.initial_metrics))
-        for round_ in picture.committed:
+        for round_ in views.committed(picture.rounds[number] for number in picture.changed):
             lines += self._once(committed_line(round_, picture.run))
             lines += self._once(scored_line(round_.number, round_.metrics))
         if (current := picture.current) is not None:

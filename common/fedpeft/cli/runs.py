@@ -101,8 +101,9 @@ async def _rows(session: Session) -> list[views.Json]:
 
 async def _whole(session: Session, run: str) -> views.Json:
     async with session.client() as server:
-        found, current = await server.run(run)
-        return views.run_json(found, await server.rounds(run), current)
+        found, _ = await server.run(run)
+        rounds = await server.rounds(run)
+        return views.run_json(found, rounds, views.in_progress(found, rounds))
 
 
 async def _delete(session: Session, run: str) -> None:

@@ -27,6 +27,16 @@ if _version_not_supported:
 
 class OperatorServiceStub:
     """OperatorService creates runs and watches over them. Errors are as in FederationService.
+
+    Lists come in pages (AIP-158). `page_size` is the most items wanted, 0 for as many as the server likes; the server may
+    send fewer, and sends at most 1,000 and about 1 MiB. `next_page_token` is empty on the last page; else the same request
+    with it as `page_token` gives the next one. A token means nothing outside the server, and does not expire. What is added
+    while a list is read may be missing from it.
+    INVALID_ARGUMENT     PAGE_INVALID         page_size is negative, or page_token is not of a list that was asked for the same
+
+    A Round in ListRounds or WatchRun is a part of what is known of it where its tickets are many or have not all changed. The
+    reader folds it into what it has of that round: every field takes the new value, but tickets are put beside those it
+    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go.
     """
 
     def __init__(self, channel):
@@ -94,6 +104,16 @@ class OperatorServiceStub:
 
 class OperatorServiceServicer:
     """OperatorService creates runs and watches over them. Errors are as in FederationService.
+
+    Lists come in pages (AIP-158). `page_size` is the most items wanted, 0 for as many as the server likes; the server may
+    send fewer, and sends at most 1,000 and about 1 MiB. `next_page_token` is empty on the last page; else the same request
+    with it as `page_token` gives the next one. A token means nothing outside the server, and does not expire. What is added
+    while a list is read may be missing from it.
+    INVALID_ARGUMENT     PAGE_INVALID         page_size is negative, or page_token is not of a list that was asked for the same
+
+    A Round in ListRounds or WatchRun is a part of what is known of it where its tickets are many or have not all changed. The
+    reader folds it into what it has of that round: every field takes the new value, but tickets are put beside those it
+    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go.
     """
 
     def CreateRun(self, request_iterator, context):
@@ -109,7 +129,7 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetRun(self, request, context):
-        """GetRun shows a run and its round in progress.
+        """GetRun shows a run and its round in progress, without its tickets: ListRounds and WatchRun have them.
         NOT_FOUND            RUN_NOT_FOUND
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -117,14 +137,15 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """ListRuns shows all runs, oldest first.
+        """ListRuns shows all runs, oldest first, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRounds(self, request, context):
-        """ListRounds shows the rounds of a run, oldest first, the one in progress included.
+        """ListRounds shows the rounds of a run, oldest first, the one in progress included, in pages. A round whose tickets do
+        not fit is continued on the next page: there it has the same number, the next tickets, and no record.
         NOT_FOUND            RUN_NOT_FOUND
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -132,8 +153,16 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchRun(self, request, context):
-        """WatchRun sends the run and its newest rounds now and after every change, until the run is completed or stopped
-        or the caller leaves. Changes that come faster than the caller reads are folded into one.
+        """WatchRun sends the run with the rounds above `after`, and after every change the run with what is new of its rounds,
+        until the run is completed or stopped or the caller leaves. An answer that does not fit into one message is sent in
+        several; all but its last have `more`. Changes that come faster than the caller reads are folded into one.
+
+        New are: a round with the tickets whose state changed; with all its tickets once it is committed, for now each
+        has its weight; and a committed round, without tickets, when figures of its version come in. The bytes of a ticket
+        are those of the moment it is sent; the sums of a round are sent with each change of it. Records are left out.
+
+        A caller that was disconnected watches again with `after`: the number up to which it has every round committed and, if
+        the run has an evaluator, with its figures. What changed meanwhile is then in the first answer.
         NOT_FOUND            RUN_NOT_FOUND
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -188,7 +217,7 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListClients(self, request, context):
-        """ListClients shows every client that ever registered, by id.
+        """ListClients shows every client that ever registered, by id, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -262,6 +291,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class OperatorService:
     """OperatorService creates runs and watches over them. Errors are as in FederationService.
+
+    Lists come in pages (AIP-158). `page_size` is the most items wanted, 0 for as many as the server likes; the server may
+    send fewer, and sends at most 1,000 and about 1 MiB. `next_page_token` is empty on the last page; else the same request
+    with it as `page_token` gives the next one. A token means nothing outside the server, and does not expire. What is added
+    while a list is read may be missing from it.
+    INVALID_ARGUMENT     PAGE_INVALID         page_size is negative, or page_token is not of a list that was asked for the same
+
+    A Round in ListRounds or WatchRun is a part of what is known of it where its tickets are many or have not all changed. The
+    reader folds it into what it has of that round: every field takes the new value, but tickets are put beside those it
+    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go.
     """
 
     @staticmethod

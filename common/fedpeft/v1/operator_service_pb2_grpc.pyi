@@ -13,7 +13,18 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class OperatorServiceStub:
-    """OperatorService creates runs and watches over them. Errors are as in FederationService."""
+    """OperatorService creates runs and watches over them. Errors are as in FederationService.
+
+    Lists come in pages (AIP-158). `page_size` is the most items wanted, 0 for as many as the server likes; the server may
+    send fewer, and sends at most 1,000 and about 1 MiB. `next_page_token` is empty on the last page; else the same request
+    with it as `page_token` gives the next one. A token means nothing outside the server, and does not expire. What is added
+    while a list is read may be missing from it.
+      INVALID_ARGUMENT     PAGE_INVALID         page_size is negative, or page_token is not of a list that was asked for the same
+
+    A Round in ListRounds or WatchRun is a part of what is known of it where its tickets are many or have not all changed. The
+    reader folds it into what it has of that round: every field takes the new value, but tickets are put beside those it
+    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateRun: _aio.StreamUnaryMultiCallable[_operator_service_pb2.CreateRunRequest, _operator_service_pb2.CreateRunResponse]
@@ -25,18 +36,27 @@ class OperatorServiceStub:
       RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.GetRunRequest, _operator_service_pb2.GetRunResponse]
-    """GetRun shows a run and its round in progress.
+    """GetRun shows a run and its round in progress, without its tickets: ListRounds and WatchRun have them.
       NOT_FOUND            RUN_NOT_FOUND
     """
     ListRuns: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListRunsRequest, _operator_service_pb2.ListRunsResponse]
-    """ListRuns shows all runs, oldest first."""
+    """ListRuns shows all runs, oldest first, in pages."""
     ListRounds: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListRoundsRequest, _operator_service_pb2.ListRoundsResponse]
-    """ListRounds shows the rounds of a run, oldest first, the one in progress included.
+    """ListRounds shows the rounds of a run, oldest first, the one in progress included, in pages. A round whose tickets do
+    not fit is continued on the next page: there it has the same number, the next tickets, and no record.
       NOT_FOUND            RUN_NOT_FOUND
     """
     WatchRun: _aio.UnaryStreamMultiCallable[_operator_service_pb2.WatchRunRequest, _operator_service_pb2.WatchRunResponse]
-    """WatchRun sends the run and its newest rounds now and after every change, until the run is completed or stopped
-    or the caller leaves. Changes that come faster than the caller reads are folded into one.
+    """WatchRun sends the run with the rounds above `after`, and after every change the run with what is new of its rounds,
+    until the run is completed or stopped or the caller leaves. An answer that does not fit into one message is sent in
+    several; all but its last have `more`. Changes that come faster than the caller reads are folded into one.
+
+    New are: a round with the tickets whose state changed; with all its tickets once it is committed, for now each
+    has its weight; and a committed round, without tickets, when figures of its version come in. The bytes of a ticket
+    are those of the moment it is sent; the sums of a round are sent with each change of it. Records are left out.
+
+    A caller that was disconnected watches again with `after`: the number up to which it has every round committed and, if
+    the run has an evaluator, with its figures. What changed meanwhile is then in the first answer.
       NOT_FOUND            RUN_NOT_FOUND
     """
     PauseRun: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.PauseRunRequest, _operator_service_pb2.PauseRunResponse]
@@ -67,10 +87,21 @@ class OperatorServiceStub:
       UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing
     """
     ListClients: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListClientsRequest, _operator_service_pb2.ListClientsResponse]
-    """ListClients shows every client that ever registered, by id."""
+    """ListClients shows every client that ever registered, by id, in pages."""
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
-    """OperatorService creates runs and watches over them. Errors are as in FederationService."""
+    """OperatorService creates runs and watches over them. Errors are as in FederationService.
+
+    Lists come in pages (AIP-158). `page_size` is the most items wanted, 0 for as many as the server likes; the server may
+    send fewer, and sends at most 1,000 and about 1 MiB. `next_page_token` is empty on the last page; else the same request
+    with it as `page_token` gives the next one. A token means nothing outside the server, and does not expire. What is added
+    while a list is read may be missing from it.
+      INVALID_ARGUMENT     PAGE_INVALID         page_size is negative, or page_token is not of a list that was asked for the same
+
+    A Round in ListRounds or WatchRun is a part of what is known of it where its tickets are many or have not all changed. The
+    reader folds it into what it has of that round: every field takes the new value, but tickets are put beside those it
+    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go.
+    """
 
     @_abc_1.abstractmethod
     def CreateRun(
@@ -92,7 +123,7 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _operator_service_pb2.GetRunRequest,
         context: _aio.ServicerContext[_operator_service_pb2.GetRunRequest, _abc.Awaitable[_operator_service_pb2.GetRunResponse]],
     ) -> _abc.Awaitable[_operator_service_pb2.GetRunResponse]:
-        """GetRun shows a run and its round in progress.
+        """GetRun shows a run and its round in progress, without its tickets: ListRounds and WatchRun have them.
           NOT_FOUND            RUN_NOT_FOUND
         """
 
@@ -102,7 +133,7 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _operator_service_pb2.ListRunsRequest,
         context: _aio.ServicerContext[_operator_service_pb2.ListRunsRequest, _abc.Awaitable[_operator_service_pb2.ListRunsResponse]],
     ) -> _abc.Awaitable[_operator_service_pb2.ListRunsResponse]:
-        """ListRuns shows all runs, oldest first."""
+        """ListRuns shows all runs, oldest first, in pages."""
 
     @_abc_1.abstractmethod
     def ListRounds(
@@ -110,7 +141,8 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _operator_service_pb2.ListRoundsRequest,
         context: _aio.ServicerContext[_operator_service_pb2.ListRoundsRequest, _abc.Awaitable[_operator_service_pb2.ListRoundsResponse]],
     ) -> _abc.Awaitable[_operator_service_pb2.ListRoundsResponse]:
-        """ListRounds shows the rounds of a run, oldest first, the one in progress included.
+        """ListRounds shows the rounds of a run, oldest first, the one in progress included, in pages. A round whose tickets do
+        not fit is continued on the next page: there it has the same number, the next tickets, and no record.
           NOT_FOUND            RUN_NOT_FOUND
         """
 
@@ -120,8 +152,16 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _operator_service_pb2.WatchRunRequest,
         context: _aio.ServicerContext[_operator_service_pb2.WatchRunRequest, _abc.AsyncIterator[_operator_service_pb2.WatchRunResponse]],
     ) -> _abc.AsyncIterator[_operator_service_pb2.WatchRunResponse]:
-        """WatchRun sends the run and its newest rounds now and after every change, until the run is completed or stopped
-        or the caller leaves. Changes that come faster than the caller reads are folded into one.
+        """WatchRun sends the run with the rounds above `after`, and after every change the run with what is new of its rounds,
+        until the run is completed or stopped or the caller leaves. An answer that does not fit into one message is sent in
+        several; all but its last have `more`. Changes that come faster than the caller reads are folded into one.
+
+        New are: a round with the tickets whose state changed; with all its tickets once it is committed, for now each
+        has its weight; and a committed round, without tickets, when figures of its version come in. The bytes of a ticket
+        are those of the moment it is sent; the sums of a round are sent with each change of it. Records are left out.
+
+        A caller that was disconnected watches again with `after`: the number up to which it has every round committed and, if
+        the run has an evaluator, with its figures. What changed meanwhile is then in the first answer.
           NOT_FOUND            RUN_NOT_FOUND
         """
 
@@ -188,6 +228,6 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _operator_service_pb2.ListClientsRequest,
         context: _aio.ServicerContext[_operator_service_pb2.ListClientsRequest, _abc.Awaitable[_operator_service_pb2.ListClientsResponse]],
     ) -> _abc.Awaitable[_operator_service_pb2.ListClientsResponse]:
-        """ListClients shows every client that ever registered, by id."""
+        """ListClients shows every client that ever registered, by id, in pages."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _aio.Server) -> None: ...

@@ -633,7 +633,9 @@ class Run(_message.Message):
 
     @_builtins.property
     def declines(self) -> _containers.RepeatedCompositeFieldContainer[Global___Decline]:
-        """Who declined to take part, by client id; for operators only, a client is not told of another's reasons."""
+        """Who declined to take part, by client id; for operators only, a client is not told of another's reasons.
+        Where they are very many, only the first; ListClients has the answers of all.
+        """
 
     def __init__(
         self,
@@ -800,7 +802,7 @@ class Round(_message.Message):
     extensions: _builtins.int
     """Deadlines missed so far."""
     wire_bytes_up: _builtins.int
-    """Sum over the tickets. Evaluators' traffic is in Prometheus' counters only."""
+    """Sum over all its tickets. Evaluators' traffic is in Prometheus' counters only."""
     wire_bytes_down: _builtins.int
     """As wire_bytes_up, towards the clients."""
     payload_bytes_up: _builtins.int

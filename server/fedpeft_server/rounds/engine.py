@@ -82,6 +82,11 @@ class RunEngine:
         usable = ticket and ticket.state is TicketState.ISSUED and self.round.phase is Phase.OPEN
         return ticket if usable else None
 
+    def training(self) -> list[str]:
+        """Returns the clients that hold a ticket they can use now."""
+        now = self.active and self.round.phase is Phase.OPEN
+        return [ticket.client for ticket in self.round.in_state(TicketState.ISSUED)] if now else []
+
     async def start(self) -> None:
         """Takes up the run where the last process left it."""
         self._arm_timer()
@@ -120,7 +125,7 @@ class RunEngine:
                     raise RoundClosed(f"the round of ticket {ticket} has closed; keep the update for the next round")
                 return counted
             new, effects = rounds.advance(self.round, rounds.Received(ticket), self.run.config.rounds, time.time())
-            await self._store.call(self._store.db.receive, new, update)
+            await self._write(self._store.db.receive, new, update)
             self._metrics.updates.labels(self.run.id, "received").inc()
             self._metrics.update_norm.labels(self.run.id).observe(update.norm)
             client = self.round.ticket(ticket).client
@@ -181,7 +186,7 @@ class RunEngine:
             raise RunFinished(f"{self.run.id} is {self.run.state}; nothing more can be done with it")
 
     async def _set_run(self, state: RunState, reason: str, new: Round | None = None) -> None:
-        await self._store.call(self._store.db.save_round_and_run, new or self.round, state, reason)
+        await self._write(self._store.db.save_round_and_run, new or self.round, state, reason)
         self.run = replace(self.run, state=state, reason=reason)
         self._log.info("run " + state, reason=reason)
         self._enter(new or self.round, ())
@@ -196,8 +201,13 @@ class RunEngine:
                 await self._set_run(RunState.PAUSED, pauses[0], new)
                 self._metrics.rounds.labels(self.run.id, "paused").inc()
                 return
-            await self._store.call(self._store.db.save_round, new)
+            await self._write(self._store.db.save_round, new)
             self._enter(new, effects)
+
+    async def _write(self, method: Callable[..., None], *facts: object) -> None:
+        """Makes a transition's transaction, with the bytes that were counted for the run so far."""
+        with self._ledger.handed_out(self.run.id) as traffic:
+            await self._store.call(method, *facts, traffic)
 
     def _enter(self, new: Round, effects: tuple[rounds.Effect, ...]) -> None:
         """Makes a state that is in the database the current one, and does what follows from it."""
@@ -251,7 +261,6 @@ class RunEngine:
 
     async def _fold_round(self, folding: Round) -> Result:
         db = self._store.db
-        await self._ledger.write(self._store)
         row = await self._store.call(db.current_round, self.run.id)
         base = await self._store.call(db.version, self.run.id, folding.base_version)
         previous = await self._store.call(db.last_record_sha256, self.run.id)
@@ -264,7 +273,7 @@ class RunEngine:
         last = done.number >= config.count
         state, reason = (RunState.COMPLETED, "") if last else (self.run.state, self.run.reason)
         outcome = result.outcome
-        await self._store.call(
+        await self._write(
             self._store.db.commit_round,
             done,
             now,
@@ -280,8 +289,7 @@ class RunEngine:
         self._ledger.round_committed(self.run.id)
         self._metrics.rounds.labels(self.run.id, "committed").inc()
         self._metrics.round_seconds.labels(self.run.id, "aggregating").observe(seconds)
-        if "train_loss" in outcome.metrics:
-            self._metrics.loss.labels(self.run.id, "train").set(outcome.metrics["train_loss"])
+        self._metrics.committed(self.run.id, outcome.metrics)
         self._log.info("round committed", round=done.number, updates=len(outcome.weights), seconds=round(seconds, 3))
         self._enter(done if last else done.following(), ())
         if last:

@@ -27,6 +27,30 @@ GLANCE_S = 1.0
 """How often the lobby is looked at without a reason: clients that lingered may have gone."""
 
 
+class News:
+    """What one watcher of a run has not been told yet."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+        self._scored: set[int] = set()
+
+    def tell(self, scored: int | None) -> None:
+        """Notes a change."""
+        if scored is not None:
+            self._scored.add(scored)
+        self._changed.set()
+
+    async def come(self) -> None:
+        """Waits until there is some."""
+        await self._changed.wait()
+
+    def take(self) -> set[int]:
+        """Returns the versions with new figures, and begins anew."""
+        scored, self._scored = self._scored, set()
+        self._changed.clear()
+        return scored
+
+
 class Runs:
     """The runs, in the order of their creation."""
 
@@ -38,7 +62,7 @@ class Runs:
         self._ledger = ledger
         self._metrics = metrics
         self._engines: dict[str, RunEngine] = {}
-        self._watchers: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self._watchers: dict[str, set[News]] = defaultdict(set)
         self._news = asyncio.Event()
         self._matching: asyncio.Task[None] | None = None
 
@@ -48,6 +72,7 @@ class Runs:
         for run in await self._store.call(self._store.db.runs):
             row = await self._store.call(self._store.db.current_round, run.id)
             self._engines[run.id] = self._engine(run, _in_progress(run, row))
+            await self._show_again(self._engines[run.id])
         held = {t.id for e in self._engines.values() if e.active for t in e.round.tickets}
         if not self._store.keep_updates:
             await self._store.compute(self._store.spool.sweep, held)
@@ -91,7 +116,7 @@ class Runs:
         if engine.active:
             raise RunNotFinished(f"{run_id} is {engine.run.state}; stop it before it is deleted")
         await engine.close()
-        tickets = [t.id for row in await self._store.call(self._store.db.rounds, run_id) for t in row.round.tickets]
+        tickets = await self._store.call(self._store.db.ticket_ids, run_id)
         await self._store.call(self._store.db.delete_run, run_id)
         del self._engines[run_id]
         self.answers.forget(run_id)
@@ -157,25 +182,34 @@ class Runs:
         """Has the lobby looked at soon."""
         self._news.set()
 
-    def watch(self, run_id: str) -> asyncio.Event:
-        """Returns an event that is set whenever the run changes; end with `unwatch`."""
-        event = asyncio.Event()
-        self._watchers[run_id].add(event)
-        return event
+    def watch(self, run_id: str) -> News:
+        """Returns where the changes of a run are told; end with `unwatch`."""
+        news = News()
+        self._watchers[run_id].add(news)
+        return news
 
-    def unwatch(self, run_id: str, event: asyncio.Event) -> None:
+    def unwatch(self, run_id: str, news: News) -> None:
         """Ends a watch."""
-        self._watchers[run_id].discard(event)
+        self._watchers[run_id].discard(news)
         if not self._watchers[run_id]:
             del self._watchers[run_id]
 
-    def announce(self, run_id: str) -> None:
-        """Tells the watchers of a run that something about it is new."""
-        for event in self._watchers.get(run_id, ()):
-            event.set()
+    def announce(self, run_id: str, scored: int | None = None) -> None:
+        """Tells the watchers of a run that it changed; `scored` is the version that has new figures, if one has."""
+        for news in self._watchers.get(run_id, ()):
+            news.tell(scored)
 
     def _engine(self, run: RunRow, current: Round) -> RunEngine:
         return RunEngine(run, current, self._store, self.lobby, self._ledger, self._metrics, self._changed)
+
+    async def _show_again(self, engine: RunEngine) -> None:
+        """Sets the gauges that would else be empty until the next round or the next figures."""
+        run = engine.run.id
+        standing = await self._store.call(self._store.db.standing, run, engine.round.number)
+        for split, figures in standing.scored.items():
+            self._metrics.scored(run, split, figures)
+        self._metrics.committed(run, standing.metrics)
+        self._ledger.resume(run, standing.current, standing.last)
 
     def _changed(self, engine: RunEngine) -> None:
         self.announce(engine.run.id)

@@ -214,9 +214,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         put = self._store.db.put_evaluation
         await self._store.call(put, engine.run.id, request.version, client, split, metrics, time.time())
         self._callers.scored(client, (engine.run.id, request.version))
-        self._show(engine.run.id, split, metrics)
+        self._metrics.scored(engine.run.id, split, metrics)
         log.info("version evaluated", run=engine.run.id, version=request.version, accuracy=metrics.get("accuracy"))
-        self._runs.announce(engine.run.id)
+        self._runs.announce(engine.run.id, request.version)
         return pb.PushEvaluationResponse()
 
     async def _training(self, client: str, run: str) -> pb.AwaitRoundResponse | None:
@@ -271,12 +271,6 @@ class Federation(pb_grpc.FederationServiceServicer):
             raise TicketOfAnother(f"{ticket_id} was given to another client")
         self._ledger.assign(engine.run.id, engine.round.number, client)
         return engine, ticket
-
-    def _show(self, run: str, split: str, metrics: dict[str, float]) -> None:
-        if "accuracy" in metrics:
-            self._metrics.accuracy.labels(run, split).set(metrics["accuracy"])
-        if "loss" in metrics:
-            self._metrics.loss.labels(run, split).set(metrics["loss"])
 
 
 def _check_protocol(request: pb.RegisterRequest) -> None:

@@ -6,10 +6,14 @@ from collections.abc import Iterable, Mapping
 
 from google.protobuf import timestamp_pb2
 
-from fedpeft.rounds import Phase, Ticket, TicketState
+from fedpeft.rounds import Phase, TicketState
 from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2
 from fedpeft.wire import config_to_proto, spec_to_proto
-from fedpeft_server.store.rows import AnswerRow, ClientRow, RoundRow, RunRow, RunState, Traffic
+from fedpeft_server.rpc.pages import fitting
+from fedpeft_server.store.rows import AnswerRow, ClientRow, RoundFigures, RunRow, RunState, TicketFigures
+
+DECLINES_BYTES = 256 * 1024
+"""A run goes beside a page of rounds in one message, so it names no more declines than this."""
 
 RUN_STATES = {
     RunState.RUNNING: run_pb2.RUN_STATE_RUNNING,
@@ -59,20 +63,17 @@ def run_message(
         created_at=timestamp(run.created_at),
         model_parameters=run.model_parameters,
         initial_metrics=initial_metrics,
-        declines=[run_pb2.Decline(client=d.client, reasons=d.reasons, at=timestamp(d.at)) for d in declines],
+        declines=fitting((_decline(answer) for answer in declines), DECLINES_BYTES),
     )
 
 
-def round_message(
-    row: RoundRow, evaluation: Mapping[str, float], pending: Mapping[tuple[int, str], Traffic]
-) -> run_pb2.Round:
-    """Returns a round with the figures of its result; `pending` is traffic that is not in the database yet."""
-    current = row.round
-    traffic = {
-        t.client: row.traffic.get(t.client, Traffic()) + pending.get((current.number, t.client), Traffic())
-        for t in current.tickets
-    }
-    total = sum(traffic.values(), Traffic())
+def _decline(answer: AnswerRow) -> run_pb2.Decline:
+    return run_pb2.Decline(client=answer.client, reasons=answer.reasons, at=timestamp(answer.at))
+
+
+def round_message(row: RoundFigures, *, record: bool = True) -> run_pb2.Round:
+    """Returns a round without its tickets; `record` says whether with its record."""
+    current, traffic = row.round, row.traffic
     return run_pb2.Round(
         number=current.number,
         phase=PHASES[current.phase],
@@ -81,33 +82,32 @@ def round_message(
         deadline=timestamp(current.deadline),
         committed_at=timestamp(row.committed_at),
         extensions=current.extensions,
-        tickets=[_ticket(ticket, row, traffic[ticket.client]) for ticket in current.tickets],
-        wire_bytes_up=total.wire_up,
-        wire_bytes_down=total.wire_down,
-        payload_bytes_up=total.payload_up,
-        payload_bytes_down=total.payload_down,
-        metrics={**row.metrics, **evaluation},
-        record=row.record,
-        record_sha256=row.record_sha256,
-    )
-
-
-def _ticket(ticket: Ticket, row: RoundRow, traffic: Traffic) -> run_pb2.Ticket:
-    update = row.updates.get(ticket.id)
-    return run_pb2.Ticket(
-        id=ticket.id,
-        client=ticket.client,
-        state=TICKET_STATES[ticket.state],
-        reason=ticket.reason,
-        examples=update.examples if update else 0,
-        weight=row.weights.get(ticket.id, 0.0),
-        update_norm=update.norm if update else 0.0,
-        metrics=update.metrics if update else {},
-        payload_sha256=update.manifest.sha256.hex() if update else "",
         wire_bytes_up=traffic.wire_up,
         wire_bytes_down=traffic.wire_down,
         payload_bytes_up=traffic.payload_up,
         payload_bytes_down=traffic.payload_down,
+        metrics=row.metrics,
+        record=row.record if record else "",
+        record_sha256=row.record_sha256,
+    )
+
+
+def ticket_message(row: TicketFigures) -> run_pb2.Ticket:
+    """Returns a ticket with the figures of its update."""
+    return run_pb2.Ticket(
+        id=row.ticket.id,
+        client=row.ticket.client,
+        state=TICKET_STATES[row.ticket.state],
+        reason=row.ticket.reason,
+        examples=row.examples,
+        weight=row.weight,
+        update_norm=row.norm,
+        metrics=row.metrics,
+        payload_sha256=row.payload_sha256,
+        wire_bytes_up=row.traffic.wire_up,
+        wire_bytes_down=row.traffic.wire_down,
+        payload_bytes_up=row.traffic.payload_up,
+        payload_bytes_down=row.traffic.payload_down,
     )
 
 

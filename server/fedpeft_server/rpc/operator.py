@@ -10,6 +10,7 @@ import secrets
 import string
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,7 @@ from fedpeft.errors import (
     VersionNotFound,
 )
 from fedpeft.payload import CHUNK_BYTES, Manifest
+from fedpeft.rounds import Round
 from fedpeft.spec import AdapterSpec
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import operator_service_pb2_grpc as pb_grpc
@@ -34,18 +36,21 @@ from fedpeft.wire import config_from_proto, manifest_from_proto, spec_from_proto
 from fedpeft_server.rounds.aggregation import identity
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
+from fedpeft_server.rpc import pages
 from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.callers import Callers
+from fedpeft_server.rpc.history import History
 from fedpeft_server.rpc.interceptors import Context
-from fedpeft_server.rpc.messages import client_message, round_message, run_message
+from fedpeft_server.rpc.messages import client_message, run_message
 from fedpeft_server.rpc.uploads import Uploads
-from fedpeft_server.store.rows import RoundRow, RunRow, RunState, VersionRow
+from fedpeft_server.store.rows import Place, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import Ledger
 
 WATCH_S = 0.1
 """Changes of a run that come within this time are told as one."""
 
+FINISHED = (run_pb2.RUN_STATE_COMPLETED, run_pb2.RUN_STATE_STOPPED)
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _ALPHABET = string.ascii_lowercase + string.digits
 
@@ -58,7 +63,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         self._store = store
         self._callers = callers
         self._uploads = uploads
-        self._ledger = ledger
+        self._history = History(store, ledger)
 
     async def CreateRun(
         self, request_iterator: AsyncIterator[pb.CreateRunRequest], context: Context
@@ -90,37 +95,53 @@ class Operator(pb_grpc.OperatorServiceServicer):
         engine = self._runs.get(request.run)
         response = pb.GetRunResponse(run=await self._run(engine))
         if engine.active:
-            response.round.CopyFrom((await self._rounds(engine, engine.round.number - 1))[-1])
+            response.round.CopyFrom(await self._history.one(engine, engine.round))
         return response
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
-        """Shows all runs."""
-        return pb.ListRunsResponse(runs=[await self._run(engine) for engine in self._runs.all()])
+        """Shows runs, a page at a time."""
+        most, place = pages.size(request.page_size), pages.position(request.page_token, of=("runs",))
+        engines = sorted(self._runs.all(), key=_age)
+        left = [engine for engine in engines if place is None or _age(engine) > tuple(place)]
+        runs = pages.fitting([await self._run(engine) for engine in left[:most]])
+        more = len(runs) < len(left)
+        return pb.ListRunsResponse(
+            runs=runs, next_page_token=pages.token(_age(left[len(runs) - 1]), of=("runs",)) if more else ""
+        )
 
     async def ListRounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
-        """Shows the rounds of a run."""
-        return pb.ListRoundsResponse(rounds=await self._rounds(self._runs.get(request.run), request.after))
+        """Shows the rounds of a run, a page at a time."""
+        most, of = pages.size(request.page_size), ("rounds", request.run, request.after)
+        engine = self._runs.get(request.run)
+        place = pages.position(request.page_token, of=of) or (min(request.after, engine.round.number), "")
+        rounds, then = await self._history.part(engine, Place(int(place[0]), str(place[1])), most)
+        token = pages.token((then.after, then.client), of=of) if then else ""
+        return pb.ListRoundsResponse(rounds=rounds, next_page_token=token)
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
-        """Sends a run after every change."""
+        """Sends a run, and after every change what is new of it."""
         engine = self._runs.get(request.run)
-        changed = self._runs.watch(request.run)
-        sent: dict[int, bytes] = {}
+        news = self._runs.watch(request.run)
+        told: Round | None = None
         try:
             while True:
-                changed.clear()
-                ended = not engine.active  # asked first: should the run end from here on, that is still to be told
-                rounds = [(r.number, r, r.SerializeToString()) for r in await self._rounds(engine, 0)]
-                fresh = [r for number, r, data in rounds if sent.get(number) != data]
-                sent = {number: data for number, _, data in rounds}
-                yield pb.WatchRunResponse(run=await self._run(engine), rounds=fresh)
-                if ended:
+                scored = news.take()
+                run, now = await self._run(engine), engine.round
+                part: list[run_pb2.Round] = []
+                async with aclosing(self._history.changes(engine, told, request.after, scored)) as parts:
+                    async for following in parts:
+                        if part:
+                            yield pb.WatchRunResponse(run=run, rounds=part, more=True)
+                        part = following
+                yield pb.WatchRunResponse(run=run, rounds=part)
+                if run.state in FINISHED:
                     return
-                await changed.wait()
+                told = now
+                await news.come()
                 self._runs.get(request.run)
                 await asyncio.sleep(WATCH_S)
         finally:
-            self._runs.unwatch(request.run, changed)
+            self._runs.unwatch(request.run, news)
 
     async def PauseRun(self, request: pb.PauseRunRequest, context: Context) -> pb.PauseRunResponse:
         """Lets no new round open."""
@@ -172,37 +193,31 @@ class Operator(pb_grpc.OperatorServiceServicer):
                 yield pb.DownloadAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
 
     async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
-        """Shows every client that ever registered."""
+        """Shows every client that ever registered, a page at a time."""
+        most, place = pages.size(request.page_size), pages.position(request.page_token, of=("clients",))
         await self._store.call(self._store.db.touch_clients, self._callers.touched())
-        rows = await self._store.call(self._store.db.clients)
-        runs = [engine.run.id for engine in self._runs.all() if engine.active]
-        of = self._runs.answers.of
-        return pb.ListClientsResponse(
-            clients=[client_message(row, self._activity(row.id), of(row.id, runs)) for row in rows]
+        rows = await self._store.call(self._store.db.clients_from, str(place[0]) if place else "", most + 1)
+        training = {client for engine in self._runs.all() for client in engine.training()}
+        runs, of = [engine.run.id for engine in self._runs.all() if engine.active], self._runs.answers.of
+        clients = pages.fitting(
+            client_message(row, self._activity(row.id, training), of(row.id, runs)) for row in rows[:most]
         )
+        token = pages.token((clients[-1].id,), of=("clients",)) if len(clients) < len(rows) else ""
+        return pb.ListClientsResponse(clients=clients, next_page_token=token)
 
-    def _activity(self, client: str) -> str:
+    def _activity(self, client: str, training: set[str]) -> str:
         if self._uploads.has(client):
             return "uploading"
         if self._runs.lobby.is_waiting(client):
             return "waiting"
-        if any(engine.open_ticket(client) for engine in self._runs.all()):
+        if client in training:
             return "training"
         return "scoring" if self._callers.is_scoring(client) else "away"
 
     async def _run(self, engine: RunEngine) -> run_pb2.Run:
-        evaluations = await self._store.call(self._store.db.evaluations, engine.run.id)
+        figures = await self._store.call(self._store.db.evaluation, engine.run.id, 0)
         reason = self._runs.why(engine) if engine.active else ""
-        declines = self._runs.answers.declines(engine.run.id)
-        return run_message(engine.run, reason, evaluations.get(0, {}), declines)
-
-    async def _rounds(self, engine: RunEngine, after: int) -> list[run_pb2.Round]:
-        evaluations = await self._store.call(self._store.db.evaluations, engine.run.id)
-        rows = await self._store.call(self._store.db.rounds, engine.run.id, after)
-        if engine.active and (not rows or rows[-1].round.number < engine.round.number):
-            rows.append(RoundRow(engine.round))  # not written yet: nobody was sampled for it
-        pending = self._ledger.pending(engine.run.id)
-        return [round_message(row, evaluations.get(row.round.number, {}), pending) for row in rows]
+        return run_message(engine.run, reason, figures, self._runs.answers.declines(engine.run.id))
 
     async def _repeated(self, known: RunRow, asked: RunRow) -> pb.CreateRunResponse:
         if known.request_digest != asked.request_digest:
@@ -218,6 +233,11 @@ class Operator(pb_grpc.OperatorServiceServicer):
             written = write_first(identity(run), tensors, path)
             self._store.blobs.put(version_key(run.id, 0), path)
         return VersionRow(run.id, 0, written.sha256, written.size_bytes, "", run.created_at)
+
+
+def _age(engine: RunEngine) -> tuple[float, str]:
+    """The order of a list of runs."""
+    return engine.run.created_at, engine.run.id
 
 
 def _new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, select, update
 
 from fedpeft_server.store import tables
+from fedpeft_server.store.collation import bytewise
 from fedpeft_server.store.rows import ClientRow
 from fedpeft_server.store.upsert import upsert
 
@@ -39,9 +40,11 @@ def select_client(connection: Connection, client: str) -> ClientRow | None:
     return None if row is None else _client(row)
 
 
-def select_clients(connection: Connection) -> list[ClientRow]:
-    """Returns all clients by id."""
-    return sorted((_client(row) for row in connection.execute(select(tables.clients))), key=lambda c: c.id)
+def select_clients(connection: Connection, after: str = "", most: int | None = None) -> list[ClientRow]:
+    """Returns clients whose id is above `after`, by id: all, or the first so many."""
+    id_ = bytewise(connection, tables.clients.c.id)
+    query = select(tables.clients).where(id_ > after).order_by(id_).limit(most)
+    return [_client(row) for row in connection.execute(query)]
 
 
 def _client(row: Row[Any]) -> ClientRow:

@@ -5,28 +5,37 @@ Synchronous, and called from one thread; the SQL is in `run_queries`, `round_que
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from sqlalchemy import Connection, Engine
 
 from fedpeft.errors import RequestIdReused
 from fedpeft.rounds import Round
-from fedpeft_server.store import answer_queries, client_queries, round_queries, run_queries
+from fedpeft_server.store import answer_queries, client_queries, figure_queries, round_queries, run_queries
 from fedpeft_server.store.connection import closing_on_failure, connect, translated
 from fedpeft_server.store.evaluations import merged
+from fedpeft_server.store.figure_queries import Pending
 from fedpeft_server.store.migrations import migrate
 from fedpeft_server.store.rows import (
     AnswerRow,
     ClientRow,
+    Place,
+    RoundFigures,
     RoundRow,
     RunRow,
     RunState,
+    Standing,
     TicketRow,
     Traffic,
     UpdateRow,
     VersionRow,
 )
+
+Bytes = Mapping[tuple[str, int, str], Traffic]
+"""What passed since it was written last, by (run, round number, client)."""
+NONE: Bytes = MappingProxyType({})
 
 
 class Database:
@@ -104,15 +113,6 @@ class Database:
         with self._transaction() as connection:
             return run_queries.select_runs(connection)
 
-    def set_run_state(self, run_id: str, state: RunState, reason: str) -> None:
-        """Sets the state of a run.
-
-        Raises:
-            RunNotFound: If there is none of that id.
-        """
-        with self._transaction() as connection:
-            run_queries.update_run(connection, run_id, state, reason)
-
     def delete_run(self, run_id: str) -> None:
         """Deletes a run with its versions, rounds, tickets, updates, traffic and evaluations.
 
@@ -133,35 +133,33 @@ class Database:
         with self._transaction() as connection:
             return run_queries.select_version(connection, run_id, version)
 
-    # Rounds, tickets and updates
+    # Rounds, tickets and updates. `traffic`, where it is taken, is added to what was counted, in the same transaction.
 
-    def save_round(self, state: Round) -> None:
+    def save_round(self, state: Round, traffic: Bytes = NONE) -> None:
         """Writes a round and its tickets.
 
         Raises:
             RunNotFound: If its run does not exist.
         """
-        with self._writing(state) as connection:
-            round_queries.put_round(connection, state, self._before(state))
+        with self._writing(state, traffic):
+            pass
 
-    def save_round_and_run(self, state: Round, run_state: RunState, reason: str) -> None:
+    def save_round_and_run(self, state: Round, run_state: RunState, reason: str, traffic: Bytes = NONE) -> None:
         """Writes a round, its tickets, and the state of its run.
 
         Raises:
             RunNotFound: If its run does not exist.
         """
-        with self._writing(state) as connection:
-            round_queries.put_round(connection, state, self._before(state))
+        with self._writing(state, traffic) as connection:
             run_queries.update_run(connection, state.run, run_state, reason)
 
-    def receive(self, state: Round, update: UpdateRow) -> None:
+    def receive(self, state: Round, update: UpdateRow, traffic: Bytes = NONE) -> None:
         """Writes a round, its tickets, and what was received for one of them; a second update of a ticket is ignored.
 
         Raises:
             RunNotFound: If its run does not exist.
         """
-        with self._writing(state) as connection:
-            round_queries.put_round(connection, state, self._before(state))
+        with self._writing(state, traffic) as connection:
             round_queries.put_update(connection, update)
 
     def commit_round(
@@ -175,6 +173,7 @@ class Database:
         metrics: Mapping[str, float],
         run_state: RunState,
         reason: str,
+        traffic: Bytes = NONE,
     ) -> None:
         """Writes a committed round with its result, and the run's newest version and state.
 
@@ -188,12 +187,12 @@ class Database:
             metrics: Figures of the round.
             run_state: COMPLETED after the last round.
             reason: Why the run is in that state; may be empty.
+            traffic: Bytes to add.
 
         Raises:
             RunNotFound: If its run does not exist.
         """
-        with self._writing(state) as connection:
-            round_queries.put_round(connection, state, self._before(state))
+        with self._writing(state, traffic) as connection:
             round_queries.put_result(connection, state, committed_at, weights, record, record_sha256, metrics)
             run_queries.put_version(connection, version)
             run_queries.update_run(connection, state.run, run_state, reason, version.version)
@@ -201,13 +200,40 @@ class Database:
     def current_round(self, run_id: str) -> RoundRow | None:
         """Returns the round of the highest number, or None if there is none."""
         with self._transaction() as connection:
-            newest = round_queries.newest_number(connection, run_id)
-            return round_queries.select_rounds(connection, run_id, newest - 1)[0] if newest else None
+            return round_queries.select_current(connection, run_id)
 
-    def rounds(self, run_id: str, after: int = 0) -> list[RoundRow]:
-        """Returns the rounds of a run whose number is above `after`, oldest first."""
+    def rounds_from(
+        self, run_id: str, place: Place, most_rounds: int, most_tickets: int, pending: Pending
+    ) -> tuple[list[RoundFigures], Place | None]:
+        """Returns rounds of a run as they are shown, oldest first, and where to go on.
+
+        Args:
+            run_id: The run.
+            place: Where to begin.
+            most_rounds: Most rounds read.
+            most_tickets: Most tickets read, over all rounds; the last round may lack some.
+            pending: Bytes that are not in the database yet, by (round number, client), added to what is.
+
+        Returns:
+            The rounds, and the place after them; None at the end.
+        """
         with self._transaction() as connection:
-            return round_queries.select_rounds(connection, run_id, after)
+            return figure_queries.select_from(connection, run_id, place, most_rounds, most_tickets, pending)
+
+    def round_with(self, run_id: str, number: int, tickets: Sequence[str], pending: Pending) -> RoundFigures | None:
+        """Returns a round as it is shown, with the named ones of its tickets; None if it was never written."""
+        with self._transaction() as connection:
+            return figure_queries.select_with(connection, run_id, number, tickets, pending)
+
+    def standing(self, run_id: str, number: int) -> Standing:
+        """Returns what the gauges of a run show; `number` is its round in progress."""
+        with self._transaction() as connection:
+            return figure_queries.select_standing(connection, run_id, number)
+
+    def ticket_ids(self, run_id: str) -> list[str]:
+        """Returns the ids of all tickets of a run."""
+        with self._transaction() as connection:
+            return round_queries.select_ticket_ids(connection, run_id)
 
     def ticket(self, ticket_id: str) -> TicketRow:
         """Returns a ticket.
@@ -228,15 +254,15 @@ class Database:
         with self._transaction() as connection:
             return round_queries.last_record_sha256(connection, run_id)
 
-    def _before(self, state: Round) -> Round | None:
-        before = self._written.get(state.run)
-        return before if before is not None and before.number == state.number else None
-
     @contextmanager
-    def _writing(self, state: Round) -> Iterator[Connection]:
-        """A transaction that writes a round; what it held before is unknown if it fails."""
+    def _writing(self, state: Round, traffic: Bytes) -> Iterator[Connection]:
+        """A transaction that writes a round and bytes; what it held before is unknown if it fails."""
+        before = self._written.get(state.run)
         try:
             with self._transaction() as connection:
+                same = before is not None and before.number == state.number
+                round_queries.put_round(connection, state, before if same else None)
+                round_queries.add_traffic(connection, traffic)
                 yield connection
         except BaseException:
             self._written.pop(state.run, None)
@@ -245,10 +271,10 @@ class Database:
 
     # Traffic and evaluations
 
-    def add_traffic(self, deltas: Mapping[tuple[str, int, str], Traffic]) -> None:
-        """Adds bytes by (run, round number, client); those of runs that do not exist are dropped."""
+    def add_traffic(self, traffic: Bytes) -> None:
+        """Adds bytes to what was counted; those of runs that do not exist are dropped."""
         with self._transaction() as connection:
-            round_queries.add_traffic(connection, deltas)
+            round_queries.add_traffic(connection, traffic)
 
     def put_evaluation(
         self, run: str, version: int, evaluator: str, split: str, metrics: Mapping[str, float], at: float
@@ -263,11 +289,11 @@ class Database:
             run_queries.select_version(connection, run, version)
             run_queries.put_evaluation(connection, run, version, evaluator, split, metrics, at)
 
-    def evaluations(self, run_id: str) -> dict[int, dict[str, float]]:
-        """Returns the figures of each scored version: the latest of each evaluator, merged."""
+    def evaluation(self, run_id: str, version: int) -> dict[str, float]:
+        """Returns the figures of a version: the latest of each evaluator, merged; empty if it was not scored."""
         with self._transaction() as connection:
-            found = run_queries.select_evaluations(connection, run_id)
-        return {version: merged(figures) for version, figures in found.items()}
+            found = run_queries.select_evaluations(connection, run_id, version, version)
+        return merged(found.get(version, ()))
 
     def evaluated_by(self, run_id: str, evaluator: str) -> set[int]:
         """Returns the versions that an evaluator scored."""
@@ -305,6 +331,11 @@ class Database:
         """Returns a client, or None if it never registered."""
         with self._transaction() as connection:
             return client_queries.select_client(connection, client_id)
+
+    def clients_from(self, after: str, most: int) -> list[ClientRow]:
+        """Returns at most so many clients whose id is above `after`, by id."""
+        with self._transaction() as connection:
+            return client_queries.select_clients(connection, after, most)
 
     def clients(self) -> list[ClientRow]:
         """Returns all clients by id."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, bindparam, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
 
 from fedpeft.errors import RunNotFound, TicketNotFound
 from fedpeft.rounds import Phase, Round, Ticket, TicketState
@@ -77,38 +76,21 @@ def put_result(
         connection.execute(by_id.values(weight=bindparam("share")), rows)
 
 
-def select_rounds(connection: Connection, run: str, after: int = 0) -> list[RoundRow]:
-    """Returns the rounds of a run above number `after`, in order."""
-    t = tables.rounds
-    found = connection.execute(select(t).where(t.c.run == run, t.c.number > after).order_by(t.c.number)).all()
-    tickets: dict[int, list[Ticket]] = defaultdict(list)
-    weights: dict[int, dict[str, float]] = defaultdict(dict)
-    updates: dict[int, dict[str, UpdateRow]] = defaultdict(dict)
-    for row in connection.execute(_tickets_with_updates(run, after)):
-        tickets[row.number].append(_ticket(row))
-        if row.weight is not None:
-            weights[row.number][row.id] = row.weight
-        if row.received_at is not None:
-            updates[row.number][row.id] = _update(row)
-    traffic = _select_traffic(connection, run, after)
-    return [
-        RoundRow(
-            round=_round(row, tickets[row.number]),
-            committed_at=row.committed_at,
-            weights=weights[row.number],
-            updates=updates[row.number],
-            traffic=traffic[row.number],
-            record=row.record,
-            record_sha256=row.record_sha256,
-            metrics=row.metrics,
-        )
-        for row in found
-    ]
+def select_current(connection: Connection, run: str) -> RoundRow | None:
+    """Returns the round of the highest number, or None if there is none."""
+    t, tickets, u = tables.rounds, tables.tickets, tables.updates
+    row = connection.execute(select(t).where(t.c.run == run).order_by(t.c.number.desc()).limit(1)).one_or_none()
+    if row is None:
+        return None
+    joined = select(tickets, *(c for c in u.c if c is not u.c.ticket)).join(u, u.c.ticket == tickets.c.id, isouter=True)
+    found = connection.execute(joined.where(tickets.c.run == run, tickets.c.number == row.number)).all()
+    updates = {one.id: _update(one) for one in found if one.received_at is not None}
+    return RoundRow(stored_round(row, [_ticket(one) for one in found]), updates)
 
 
-def newest_number(connection: Connection, run: str) -> int:
-    """Returns the highest round number of a run, or 0."""
-    return connection.execute(select(func.max(tables.rounds.c.number)).where(tables.rounds.c.run == run)).scalar() or 0
+def select_ticket_ids(connection: Connection, run: str) -> list[str]:
+    """Returns the ids of all tickets of a run."""
+    return list(connection.execute(select(tables.tickets.c.id).where(tables.tickets.c.run == run)).scalars())
 
 
 def select_ticket(connection: Connection, ticket: str) -> TicketRow:
@@ -148,27 +130,22 @@ def add_traffic(connection: Connection, deltas: Mapping[tuple[str, int, str], Tr
     upsert(connection, tables.traffic, rows, add=("wire_up", "wire_down", "payload_up", "payload_down"))
 
 
+def stored_round(row: Row[Any], tickets: Iterable[Ticket]) -> Round:
+    """Returns the round of a row, with tickets."""
+    # Sorted here, because databases order text by their own rules.
+    ordered = tuple(sorted(tickets, key=lambda t: t.client))
+    return Round(
+        row.run, row.number, Phase(row.phase), ordered, row.opened_at, row.deadline, row.extensions, row.stopped
+    )
+
+
 def _stored_round(connection: Connection, run: str, number: int) -> Round | None:
     t, tickets = tables.rounds, tables.tickets
     row = connection.execute(select(t).where(t.c.run == run, t.c.number == number)).one_or_none()
     if row is None:
         return None
     query = select(tickets).where(tickets.c.run == run, tickets.c.number == number)
-    return _round(row, [_ticket(found) for found in connection.execute(query)])
-
-
-def _tickets_with_updates(run: str, after: int) -> Select[Any]:
-    t, u = tables.tickets, tables.updates
-    columns = (u.c.examples, u.c.norm, u.c.metrics, u.c.layout, u.c.payload_sha256, u.c.received_at)
-    return select(t, *columns).join(u, u.c.ticket == t.c.id, isouter=True).where(t.c.run == run, t.c.number > after)
-
-
-def _select_traffic(connection: Connection, run: str, after: int) -> Mapping[int, dict[str, Traffic]]:
-    t = tables.traffic
-    found: dict[int, dict[str, Traffic]] = defaultdict(dict)
-    for row in connection.execute(select(t).where(t.c.run == run, t.c.number > after)):
-        found[row.number][row.client] = Traffic(row.wire_up, row.wire_down, row.payload_up, row.payload_down)
-    return found
+    return stored_round(row, [_ticket(found) for found in connection.execute(query)])
 
 
 def _traffic_row(traffic: Traffic) -> dict[str, int]:
@@ -202,14 +179,6 @@ def _ticket_row(state: Round, ticket: Ticket) -> dict[str, Any]:
         "reason": ticket.reason,
         "generation": ticket.generation,
     }
-
-
-def _round(row: Row[Any], tickets: Iterable[Ticket]) -> Round:
-    # Sorted here, because databases order text by their own rules.
-    ordered = tuple(sorted(tickets, key=lambda t: t.client))
-    return Round(
-        row.run, row.number, Phase(row.phase), ordered, row.opened_at, row.deadline, row.extensions, row.stopped
-    )
 
 
 def _ticket(row: Row[Any]) -> Ticket:

@@ -96,27 +96,81 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class RoundRow:
-    """A round with all that is known of it.
+    """A round as it is driven: the state machine's state, and what was received, by ticket."""
+
+    round: Round
+    updates: Mapping[str, UpdateRow]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far rounds were read: all up to number `after`, and of the one after it the tickets up to `client`."""
+
+    after: int = 0
+    client: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TicketFigures:
+    """A ticket as it is shown.
 
     Attributes:
-        round: The state machine's state.
+        ticket: Its state.
+        traffic: Bytes between its client and the server in its round.
+        weight: Share in the mean; 0 until committed.
+        examples: Of its update; 0 until received.
+        norm: Euclidean norm of its update; 0 until received.
+        metrics: Training figures that came with it.
+        payload_sha256: Digest of its update, hexadecimal; empty until received.
+    """
+
+    ticket: Ticket
+    traffic: Traffic
+    weight: float = 0.0
+    examples: int = 0
+    norm: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    payload_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFigures:
+    """A round as it is shown, with some of its tickets or all.
+
+    Attributes:
+        round: Its state; the tickets in it are those that were read.
         committed_at: When version `round.number` was committed.
-        weights: Share of each folded ticket in the mean; empty until committed.
-        updates: What was received, by ticket.
-        traffic: Bytes of the round, by client; evaluators' are in Prometheus' counters only.
         record: The record of the committed round, canonical JSON; empty until committed.
         record_sha256: Its digest, hexadecimal; empty until committed.
-        metrics: Figures of the committed round.
+        metrics: Figures of the round and of the version it made.
+        traffic: Sum over all its tickets, whether read or not; evaluators' bytes are in Prometheus' counters only.
+        tickets: Those that were read, in client-id order.
     """
 
     round: Round
     committed_at: float | None = None
-    weights: Mapping[str, float] = field(default_factory=dict)
-    updates: Mapping[str, UpdateRow] = field(default_factory=dict)
-    traffic: Mapping[str, Traffic] = field(default_factory=dict)
     record: str = ""
     record_sha256: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
+    tickets: tuple[TicketFigures, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the gauges of a run show.
+
+    Attributes:
+        scored: By split, the figures that came last.
+        metrics: Figures of the last committed round.
+        current: Bytes of the round in progress.
+        last: Bytes of the last committed round.
+    """
+
+    scored: Mapping[str, Mapping[str, float]]
+    metrics: Mapping[str, float]
+    current: Traffic
+    last: Traffic
 
 
 @dataclass(frozen=True, slots=True)

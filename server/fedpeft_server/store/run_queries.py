@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from fedpeft.errors import RunNotFound, VersionNotFound
 from fedpeft_server.store import stored, tables
@@ -121,16 +121,24 @@ def put_evaluation(
     upsert(connection, tables.evaluations, [row], replace=("metrics", "at"))
 
 
-def select_evaluations(connection: Connection, run: str) -> dict[int, list[dict[str, float]]]:
-    """Returns, for each version that was scored, the latest figures of each evaluator in the evaluators' order."""
+def select_evaluations(connection: Connection, run: str, first: int, last: int) -> dict[int, list[dict[str, float]]]:
+    """Returns the latest figures of each evaluator, in the evaluators' order, for each scored version in a range."""
     table = tables.evaluations
     query = select(table.c.version, table.c.evaluator, table.c.split, table.c.metrics, table.c.at)
     found: dict[int, dict[str, tuple[float, str, dict[str, float]]]] = {}
-    for row in connection.execute(query.where(table.c.run == run)):
+    for row in connection.execute(query.where(table.c.run == run, table.c.version.between(first, last))):
         latest = found.setdefault(row.version, {})
         if row.evaluator not in latest or latest[row.evaluator][:2] < (row.at, row.split):
             latest[row.evaluator] = (row.at, row.split, row.metrics)
     return {version: [latest[name][2] for name in sorted(latest)] for version, latest in sorted(found.items())}
+
+
+def select_last_scored(connection: Connection, run: str) -> dict[str, dict[str, float]]:
+    """Returns, for each split, the figures that came last."""
+    t = tables.evaluations
+    last = select(t.c.split, func.max(t.c.at).label("at")).where(t.c.run == run).group_by(t.c.split).subquery()
+    query = select(t.c.split, t.c.metrics).join(last, (t.c.split == last.c.split) & (t.c.at == last.c.at))
+    return {row.split: row.metrics for row in connection.execute(query.where(t.c.run == run).order_by(t.c.version))}
 
 
 def select_evaluated(connection: Connection, run: str, evaluator: str) -> set[int]:

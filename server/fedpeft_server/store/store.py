@@ -45,9 +45,9 @@ class Store:
         self._pool = ThreadPoolExecutor(COMPUTE_THREADS, "compute")
 
     async def call(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Runs one transaction on the database's thread."""
+        """Runs one transaction on the database's thread, in the order of the calls; also when its caller leaves."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._transactions, lambda: method(*args, **kwargs))
+        return await asyncio.shield(loop.run_in_executor(self._transactions, lambda: method(*args, **kwargs)))
 
     async def compute(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs work that takes long on one of the other threads."""

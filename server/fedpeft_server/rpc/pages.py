@@ -1,0 +1,73 @@
+"""Pages of a list, as AIP-158 has them: a bounded size, and an opaque token that only fits the list that gave it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from fedpeft.errors import PageInvalid
+
+MOST = 1000
+"""Most items of a page, and how many it has where the caller does not say."""
+PAGE_BYTES = 1024 * 1024
+"""A page ends before it is larger, unless it would be empty; a quarter of the largest message leaves room for a run."""
+_DIGEST_BYTES = 6
+
+M = TypeVar("M", bound=Message)
+Position = Sequence[str | int | float]
+
+
+def size(asked: int) -> int:
+    """Returns how many items a page may have.
+
+    Raises:
+        PageInvalid: If a negative number was asked for.
+    """
+    if asked < 0:
+        fault = "must be 0, for the server's own choice, or more"
+        raise PageInvalid(f"page_size is {asked}; it {fault}", (("page_size", fault),))
+    return min(asked or MOST, MOST)
+
+
+def token(position: Position, *, of: Position) -> str:
+    """Returns the token for going on at a position of a list; `of` is what the list was asked for."""
+    body = json.dumps(list(position)).encode()
+    digest = hashlib.sha256(json.dumps(list(of)).encode() + b"\0" + body).digest()[:_DIGEST_BYTES]
+    return base64.urlsafe_b64encode(digest + body).decode().rstrip("=")
+
+
+def position(given: str, *, of: Position) -> Position | None:
+    """Returns the position that a token stands for; None for the empty one, the list's beginning.
+
+    Raises:
+        PageInvalid: If it is not a token of this list.
+    """
+    if not given:
+        return None
+    try:
+        body = base64.urlsafe_b64decode(given + "=" * (-len(given) % 4))[_DIGEST_BYTES:]
+        found: Position = json.loads(body)
+        if token(found, of=of) == given:
+            return found
+    except (ValueError, TypeError, RecursionError, binascii.Error):
+        pass
+    fault = "is not a token that this list gave when it was asked for the same"
+    raise PageInvalid(f"page_token {fault}; begin again without one", (("page_token", fault),))
+
+
+def fitting(messages: Iterable[M], room: int | None = None) -> list[M]:
+    """Returns as many messages, from the first on, as fit into a page, or `room` bytes; at least one."""
+    taken: list[M] = []
+    room = PAGE_BYTES if room is None else room
+    for message in messages:
+        room -= message.ByteSize()
+        if taken and room < 0:
+            break
+        taken.append(message)
+    return taken
