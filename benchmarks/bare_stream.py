@@ -5,7 +5,6 @@ One process serves, one has all clients, each with a connection of its own. No p
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import statistics
@@ -16,7 +15,15 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
-from workload import CHUNK_BYTES, PAYLOADS, free_address, payload_bytes, peak_memory_bytes, process, scratch
+from workload import (
+    CHUNK_BYTES,
+    free_address,
+    payload_bytes,
+    peak_memory_bytes,
+    print_measured,
+    process,
+    scratch,
+)
 
 BLOCK = bytes(CHUNK_BYTES)
 
@@ -106,12 +113,7 @@ def main() -> None:
         case ["clients", address, clients, size, repeat]:
             print(json.dumps(asyncio.run(transfer(address, int(clients), int(size), int(repeat)))))
         case _:
-            parser = argparse.ArgumentParser(description=__doc__)
-            parser.add_argument("--payload", choices=list(PAYLOADS), default="small")
-            parser.add_argument("--clients", type=int, default=8)
-            parser.add_argument("--repeat", type=int, default=5)
-            chosen = parser.parse_args()
-            print(json.dumps(measure(chosen.payload, chosen.clients, chosen.repeat), indent=2))
+            print_measured(measure, str(__doc__))
 
 
 if __name__ == "__main__":

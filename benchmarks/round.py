@@ -6,10 +6,8 @@ The server makes every update durable before its receipt, checks it, folds, and 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from workload import HERE, PAYLOADS, Daemon, daemon, payload_bytes, peak_memory_bytes, scratch
+from workload import HERE, PAYLOADS, Daemon, daemon, payload_bytes, peak_memory_bytes, print_measured, scratch
 
 from fedpeft import wire
 from fedpeft.config import RunConfig, parse_config
@@ -108,12 +106,7 @@ def measure(payload: str, clients: int, repeat: int, warm_up: int = 1) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--payload", choices=list(PAYLOADS), default="small")
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--repeat", type=int, default=5)
-    chosen = parser.parse_args()
-    print(json.dumps(measure(chosen.payload, chosen.clients, chosen.repeat), indent=2))
+    print_measured(measure, str(__doc__))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import shutil
@@ -11,16 +13,27 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 1024 * 1024
 PAYLOADS = {"small": (75, 2_400), "large": (172, 125_000)}
 """(tensors, float32 values in each): 180,000 values are bias tuning of a ViT-B; 21.5 million a whole ViT-S."""
 START_S = 60.0
+
+
+def print_measured(measure: Callable[[str, int, int], dict[str, Any]], about: str) -> None:
+    """Reads --payload, --clients and --repeat, and prints what was measured as JSON."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--payload", choices=list(PAYLOADS), default="small")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=5)
+    chosen = parser.parse_args()
+    print(json.dumps(measure(chosen.payload, chosen.clients, chosen.repeat), indent=2))
 
 
 def payload_bytes(payload: str) -> int:

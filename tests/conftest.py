@@ -1,8 +1,11 @@
 """One thread a process, so that parallel workers do not fight for cores, and Hypothesis without a clock."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import structlog
@@ -28,3 +31,25 @@ def no_log_outlives_its_test() -> Iterator[None]:
     """Undoes what a test set up for logs: they would go to the captured stream of a test that is over."""
     yield
     structlog.reset_defaults()
+
+
+@contextmanager
+def mounted_mib(folder: Path) -> Iterator[Path]:
+    """A file system of 1 MiB; skips the test where none may be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=10)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    with mounted_mib(tmp_path / "small") as folder:
+        yield folder

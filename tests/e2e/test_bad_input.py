@@ -34,6 +34,7 @@ from fedpeft_client.state import StateDirectory
 from fedpeft_server.app import Server
 from fedpeft_server.settings import Settings as ServerSettings
 
+from ..conftest import mounted_mib
 from .conftest import Process, free_port, wait_for, write_site
 
 pytestmark = pytest.mark.e2e
@@ -173,7 +174,7 @@ class World:
             blob.write_bytes(kept)
 
     def full_disk(self) -> tuple[int, str]:
-        with small_disk(self.folder / "small") as disk:
+        with mounted_mib(self.folder / "small") as disk:
             ballast = disk / "ballast"
             with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
                 while True:
@@ -209,21 +210,6 @@ class World:
     def second_client(self, *flags: object, name: str) -> tuple[int, str]:
         with self.waiting_client():
             return self.client(*flags, name=name)
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder.mkdir()
-    try:
-        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-        subprocess.run(command, check=True, capture_output=True, timeout=10)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=10)
 
 
 Ended = tuple[int, str]

@@ -21,11 +21,8 @@ from fedpeft_server.rpc import arrivals, callers, turns, uploads
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, zeros
 from .test_refusals import CALLERS, REFUSED_FOR_GOOD, TRY_AGAIN, bad_and_good
-from .test_store_spool import small_disk
 from .test_turns import Trickle
 from .test_uploads import SlowDisk
-
-__all__ = ["small_disk"]  # a fixture, used by name
 
 PAGE = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
 ON_THE_WIRE = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", PAGE, re.M))

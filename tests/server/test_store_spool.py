@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 import random
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -293,21 +291,6 @@ class TestRefusing:
         (tmp_path / "file").write_text("")
         with pytest.raises(StateInvalid, match="opening the spool"):
             Spool(tmp_path / "file" / "spool")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=10)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield folder
-    gc.collect()
-    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=10)
 
 
 def test_a_full_disk_keeps_what_fitted(small_disk: Path) -> None:
