@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 KIB = 1024
 MIB = KIB * KIB
+GAP = "  "
+"""Between two columns."""
 
 
 def size(count: int) -> str:
@@ -72,21 +75,34 @@ def say_table(columns: Sequence[str], rows: Sequence[Sequence[object]], right: S
         right: Headings of the columns that are aligned to the right, such as numbers.
     """
     cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    if is_terminal() and sum(widths) + len(GAP) * (len(widths) - 1) > Console().width:
+        _say_records(columns, cells)
+        return
     if is_terminal():
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:
             table.add_column(column, justify="right" if column in right else "left", overflow="fold")
         for row in cells:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         Console().print(table)
         return
-    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
     for row in [list(columns), *cells]:
         parts = [
             cell.rjust(width) if column in right else cell.ljust(width)
             for cell, width, column in zip(row, widths, columns, strict=True)
         ]
-        say("  ".join(parts).rstrip())
+        say(GAP.join(parts).rstrip())
+
+
+def _say_records(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """Writes what a narrow terminal has no room for side by side: a line a cell, so that an id can still be copied."""
+    width = max(map(len, columns))
+    for number, row in enumerate(cells):
+        if number:
+            say("")
+        for column, cell in zip(columns, row, strict=True):
+            say(f"{column.ljust(width)}{GAP}{cell}".rstrip())
 
 
 @contextmanager
