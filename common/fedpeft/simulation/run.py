@@ -260,6 +260,7 @@ class _Simulation:
             "initial_metrics": dict(sorted(initial.items())),
             "config": json_format.MessageToDict(wire.config_to_proto(self._config), preserving_proto_field_name=True),
             "rounds": done,
+            "declines": [],  # a simulated client takes what it is given
             "in_progress": progress_json(paused) if paused else None,
             "facts": self._facts,
             "seconds": round(time.time() - self._began, 3),
