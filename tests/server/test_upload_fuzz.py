@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -120,6 +121,8 @@ class World:
             else:
                 for call in calls:
                     await call
+        for client, ticket in zip(bad, tickets[1:], strict=True):
+            await client.upload(ticket)  # calls begin in order: once this is answered, none of before is still to begin
         await self._nothing_is_left()
         for client, ticket in zip(bad, tickets[1:], strict=True):
             await self._behave(client, ticket)
@@ -168,17 +171,21 @@ class World:
 
     async def _nothing_is_left(self, files: bool = False) -> None:
         server = self._daemon.server
-        async with asyncio.timeout(10):
-            while any(self._leftovers(files).values()):
-                await asyncio.sleep(0.005)
-        assert not any(self._leftovers(files).values())
+        left = self._leftovers(files)
+        until = time.monotonic() + 10
+        while any(left.values()) and time.monotonic() < until:
+            await asyncio.sleep(0.005)
+            left = self._leftovers(files)
+        assert not any(left.values()), left
         requests = next(iter(server.metrics.requests.collect())).samples
         codes = {s.labels["code"] for s in requests if s.name.endswith("_total") and s.value}
         assert not codes & {"INTERNAL", "UNKNOWN"}
 
     def _leftovers(self, files: bool) -> dict[str, list[str]]:
         uploads, spool = self._daemon.server.uploads, self._daemon.server.store.spool
+        presence = self._daemon.server.callers._presence
         return {
+            "calls": [name for name in NAMES if presence[name].calls],
             "open files": open_files(self._spool),
             "writers": list(spool._writers),
             "turns": list(uploads._turns._held),
