@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from fedpeft import payload
 from fedpeft.status import from_rpc_error
+from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_server.rpc import uploads
 from fedpeft_server.rpc.callers import MAX_CALLS
@@ -172,3 +174,17 @@ async def test_a_client_with_a_crowd_of_calls_is_told_so_and_others_are_served(d
         stream.cancel()
     ended = await codes
     assert ended.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == len(streams) - MAX_CALLS
+
+
+async def test_no_chunk_of_a_counted_update_stays_in_memory(daemon: Daemon) -> None:
+    """Nor does it wait there for the garbage collector, which comes rarely."""
+    _, client, ticket = await one_ticket(daemon)
+    manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
+    gc.collect()
+    gc.disable()
+    try:
+        await client.push_raw(header(ticket, manifest), [(0, data)])
+        left = [m for m in gc.get_objects() if isinstance(m, pb.PushUpdateRequest) and m.HasField("chunk")]
+    finally:
+        gc.enable()
+    assert not left

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any
+
+import grpc
 
 from fedpeft.errors import ChunkInvalid, TransferStalled, UpdateTooLarge
 from fedpeft.payload import Manifest
-from fedpeft.v1 import tensor_pb2
 from fedpeft.wire import TURN_KEY
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.turns import Turn
 from fedpeft_server.settings import STALL_S
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.spool_writer import SpoolWriter
-
-Message = TypeVar("Message")
-
-
-class Part(Protocol):
-    """A message of an upload: a header or a chunk."""
-
-    @property
-    def chunk(self) -> tensor_pb2.Chunk:
-        """The chunk, if it is one."""
-        ...
 
 
 class Arrivals:
@@ -53,7 +43,6 @@ class Arrivals:
         self,
         key: str,
         manifest: Manifest,
-        messages: AsyncIterator[Part],
         context: Context,
         turn: Turn | None = None,
         booked: Callable[[int], None] | None = None,
@@ -65,7 +54,6 @@ class Arrivals:
         Args:
             key: Names the payload in the spool.
             manifest: What arrives; fits what is wanted.
-            messages: The chunks.
             context: The call.
             turn: Asked after each chunk whether there may be another; absent if the upload need not give way.
             booked: Told the bytes of each chunk that was taken.
@@ -82,7 +70,7 @@ class Arrivals:
         writer = await self._opened(key, manifest)
         try:
             while writer.position < manifest.payload_bytes:
-                size = await self._write(writer, messages)
+                size = await self._write(writer, context)
                 if booked:
                     booked(size)
                 if turn and writer.position < manifest.payload_bytes:
@@ -101,11 +89,11 @@ class Arrivals:
             opening.add_done_callback(_abandon)  # the thread opens it all the same
             raise
 
-    async def _write(self, writer: SpoolWriter, messages: AsyncIterator[Part]) -> int:
-        message = await next_message(messages)
+    async def _write(self, writer: SpoolWriter, context: Context) -> int:
+        message = await next_message(context)
         if message is None:
             raise ChunkInvalid(f"the stream ended at byte {writer.position}; ask GetUpload and continue from there")
-        if not message.HasField("chunk"):  # type: ignore[attr-defined]
+        if not message.HasField("chunk"):
             raise ChunkInvalid("only the first message of the stream may be a header")
         writer.write(message.chunk.offset, message.chunk.data)
         return len(message.chunk.data)
@@ -117,14 +105,18 @@ def _abandon(opening: asyncio.Future[SpoolWriter]) -> None:
         opening.result().abandon()
 
 
-async def next_message(messages: AsyncIterator[Message]) -> Message | None:
-    """Returns the next message of a stream, None at its end.
+async def next_message(context: Context) -> Any:
+    """Returns the next message of the call's stream, None at its end.
+
+    It is read from the call, not from gRPC's iterator over it: that one stands in a reference cycle with its last
+    message, so a chunk for each client stayed in memory until the garbage collector came round.
 
     Raises:
         TransferStalled: If none comes for too long.
     """
     try:
         async with asyncio.timeout(STALL_S):
-            return await anext(messages, None)
+            message = await context.read()
     except TimeoutError:
         raise TransferStalled(f"nothing arrived for {STALL_S:.0f} s; continue where GetUpload says") from None
+    return None if message is grpc.aio.EOF else message

@@ -167,11 +167,11 @@ class Federation(pb_grpc.FederationServiceServicer):
     ) -> pb.PushUpdateResponse:
         """Receives an update; the answer means that it is durable."""
         client = self._callers.identify(context)
-        first = await next_message(request_iterator)
+        first = await next_message(context)
         if first is None or not first.HasField("header"):
             raise InvalidArgument("the first message of the stream must be a header")
         engine, ticket = await self._ticket(first.header.ticket, client)
-        update = await self._uploads.push(engine, ticket, first.header, request_iterator, context)
+        update = await self._uploads.push(engine, ticket, first.header, context)
         return _receipt(update)
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:

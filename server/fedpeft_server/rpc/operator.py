@@ -69,7 +69,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         self, request_iterator: AsyncIterator[pb.CreateRunRequest], context: Context
     ) -> pb.CreateRunResponse:
         """Takes adapter version 0 and begins a run with it."""
-        first = await next_message(request_iterator)
+        first = await next_message(context)
         if first is None or not first.HasField("header"):
             raise InvalidArgument("the first message of the stream must be a header")
         header = first.header
@@ -79,7 +79,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
             return await self._repeated(known, run)
         key = "create-" + run.id  # of its own: another call may bring the same request at the same time
         try:
-            await self._uploads.create(key, manifest, request_iterator, context)
+            await self._uploads.create(key, manifest, context)
             engine = await self._runs.create(run, partial(self._first_version, key, run, manifest))
         except RequestIdReused:
             known = await self._store.call(self._store.db.run_by_request, header.request_id)

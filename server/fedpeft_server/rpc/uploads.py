@@ -35,7 +35,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.wire import manifest_from_proto
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.unbroken import Steps
-from fedpeft_server.rpc.arrivals import Arrivals, Part
+from fedpeft_server.rpc.arrivals import Arrivals
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.settings import HOLD_S
@@ -89,7 +89,6 @@ class Uploads:
         engine: RunEngine,
         ticket: Ticket,
         header: pb.UpdateHeader,
-        messages: AsyncIterator[Part],
         context: Context,
     ) -> UpdateRow:
         """Receives one update and counts it; the answer to a repetition is the first one's.
@@ -117,7 +116,7 @@ class Uploads:
             counted = await self._joined(ticket, header)  # this call may have waited for it
             if counted:
                 return counted
-            writer = await self._arrivals.take(ticket.id, manifest, messages, context, turn, booked)
+            writer = await self._arrivals.take(ticket.id, manifest, context, turn, booked)
             return await self._concluded(self._begin(engine, ticket, header, writer))
 
     async def received(self, ticket: Ticket) -> UpdateRow | None:
@@ -126,7 +125,7 @@ class Uploads:
             return None
         return await self._store.call(self._store.db.update, ticket.id)
 
-    async def create(self, key: str, manifest: Manifest, messages: AsyncIterator[Part], context: Context) -> None:
+    async def create(self, key: str, manifest: Manifest, context: Context) -> None:
         """Receives the first version of a run into the spool, checked and durable.
 
         Such an upload cannot be continued, so it need not give way to others; its turn is none of the clients'.
@@ -134,7 +133,6 @@ class Uploads:
         Args:
             key: Names the payload in the spool.
             manifest: What arrives; fits what is wanted.
-            messages: The chunks.
             context: The call.
 
         Raises:
@@ -143,7 +141,7 @@ class Uploads:
         """
         self._arrivals.check_size(manifest)
         async with self._creations.take(key):
-            writer = await self._arrivals.take(key, manifest, messages, context)
+            writer = await self._arrivals.take(key, manifest, context)
             await asyncio.shield(self._steps.begin(self._finish(writer)))
 
     async def _conclude(
