@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
+from fedpeft import ids
 from fedpeft.errors import IdentityInvalid
 
 DOMAIN = "fedpeft.internal"
 """The trust domain of the certificates that FedPEFT issues; those of another authority may have any."""
 
-_NAME = re.compile(r"[A-Za-z0-9._\-]{1,64}")
 _ID = re.compile(r"spiffe://[a-z0-9._\-]{1,255}/fedpeft/([a-z]+)/([^/]+)")
 
 
@@ -35,7 +35,7 @@ class Subject:
 
     Attributes:
         role: What it may do.
-        name: 1 to 64 of letters, digits, '.', '_' and '-', but neither '.' nor '..'; the client id of a client.
+        name: As `ids.CLIENT`, but neither '.' nor '..'; the client id of a client.
 
     Raises:
         IdentityInvalid: If the name is malformed.
@@ -45,10 +45,8 @@ class Subject:
     name: str
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or self.name in (".", ".."):
-            raise IdentityInvalid(
-                f"the name {self.name[:80]!r} must be 1 to 64 of letters, digits, '.', '_' and '-', and not only dots"
-            )
+        if not ids.CLIENT.fullmatch(self.name) or self.name in (".", ".."):
+            raise IdentityInvalid(f"the name {self.name[:80]!r} must be {ids.CLIENT_FORM}, and neither '.' nor '..'")
 
     def __str__(self) -> str:
         return f"{self.role} {self.name}"
