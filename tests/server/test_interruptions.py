@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.errors import DiskFull
+from fedpeft.errors import DiskFull, StateInvalid
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server.store.rows import Place
@@ -184,6 +185,29 @@ async def test_a_commit_that_could_not_be_written_pauses_the_run_and_a_resume_re
     assert "make room and resume the run" in paused.reason
     await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
     await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+
+
+async def test_a_commit_that_was_made_though_its_answer_was_lost_gives_the_same_record_again(daemon: Daemon) -> None:
+    """As when the connection to a PostgreSQL breaks in the instant of the commit."""
+    run = await daemon.create(config(rounds={"count": 2, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    db, commit = daemon.server.store.db, daemon.server.store.db.commit_round
+
+    def made(*args: Any) -> None:
+        commit(*args)
+        db.commit_round = commit  # type: ignore[method-assign]
+        raise StateInvalid("the connection broke")
+
+    db.commit_round = made  # type: ignore[method-assign]
+    await a.push((await a.task()).ticket, filled(1.0))
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+    await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
+    await daemon.until(run.id, lambda r: r.version == 1)
+    await a.push((await a.task()).ticket, filled(1.0))
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+    first, second = await daemon.rounds(run.id)
+    assert json.loads(first.record)["previous_sha256"] == ""
+    assert json.loads(second.record)["previous_sha256"] == first.record_sha256
 
 
 async def test_a_pause_that_could_not_be_written_did_not_happen(daemon: Daemon) -> None:

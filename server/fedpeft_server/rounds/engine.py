@@ -263,7 +263,8 @@ class RunEngine:
         db = self._store.db
         row = await self._store.call(db.current_round, self.run.id)
         base = await self._store.call(db.version, self.run.id, folding.base_version)
-        previous = await self._store.call(db.last_record_sha256, self.run.id)
+        # That of the round before, not the newest: this round's may be there, if its commit was made and not answered.
+        previous = await self._store.call(db.record_sha256, self.run.id, folding.number - 1)
         received = row.updates if row else {}
         return await self._store.compute(aggregate, self.run, folding, received, base, previous, self._store)
 

@@ -249,10 +249,10 @@ class Database:
         with self._transaction() as connection:
             return round_queries.select_update(connection, ticket_id)
 
-    def last_record_sha256(self, run_id: str) -> str:
-        """Returns the digest of the newest record of a run, hexadecimal, or "" if no round was committed."""
+    def record_sha256(self, run_id: str, number: int) -> str:
+        """Returns the digest of the record of a round, hexadecimal, or "" if there is none."""
         with self._transaction() as connection:
-            return round_queries.last_record_sha256(connection, run_id)
+            return round_queries.select_record_sha256(connection, run_id, number)
 
     @contextmanager
     def _writing(self, state: Round, traffic: Bytes) -> Iterator[Connection]:

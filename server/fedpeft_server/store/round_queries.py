@@ -112,11 +112,11 @@ def select_update(connection: Connection, ticket: str) -> UpdateRow | None:
     return _update(row) if row else None
 
 
-def last_record_sha256(connection: Connection, run: str) -> str:
-    """Returns the digest of the newest record of a run, or "" if no round was committed."""
+def select_record_sha256(connection: Connection, run: str, number: int) -> str:
+    """Returns the digest of the record of a round, or "" if there is none."""
     t = tables.rounds
-    query = select(t.c.record_sha256).where(t.c.run == run, t.c.committed_at.is_not(None))
-    return connection.execute(query.order_by(t.c.number.desc()).limit(1)).scalar() or ""
+    query = select(t.c.record_sha256).where(t.c.run == run, t.c.number == number)
+    return connection.execute(query).scalar() or ""
 
 
 def add_traffic(connection: Connection, deltas: Mapping[tuple[str, int, str], Traffic]) -> None:
