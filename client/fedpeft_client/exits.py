@@ -10,7 +10,6 @@ from fedpeft.errors import (
     ClientIdInvalid,
     ConfigInvalid,
     DataInvalid,
-    Internal,
     ModelInvalid,
     NotRegistered,
     ProtocolMismatch,
@@ -18,11 +17,12 @@ from fedpeft.errors import (
     SpecInvalid,
     Unavailable,
 )
+from fedpeft_client.patience import NOT_NOW
 
 UNFIT = (BackboneMismatch, ConfigInvalid, DataInvalid, ModelInvalid, SpecInvalid)
 """Errors that say that this site cannot work for a run until someone changes something."""
 
-NOT_ABOUT_THE_TASK = (ClientIdInUse, ClientIdInvalid, Internal, NotRegistered, ProtocolMismatch, Unavailable)
+NOT_ABOUT_THE_TASK = (ClientIdInUse, ClientIdInvalid, NotRegistered, ProtocolMismatch, *NOT_NOW)
 """Errors that concern this client as a whole, whatever it was about to do."""
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from fedpeft.errors import FedpeftError, Internal, Unavailable
+from fedpeft.errors import DiskFull, FedpeftError, Internal, Unavailable
 from fedpeft.logs import Log
 
 CALL_S = 30.0
@@ -21,6 +21,9 @@ AWAIT_S = CALL_S + HOLD_S
 """AwaitRound is answered in this time."""
 AWAY_S = 10 * STALL_S
 """With `--once`: the client gives up when the server has been away for this time."""
+
+NOT_NOW = (DiskFull, Internal, Unavailable)
+"""What a server answers, or its absence, while it cannot do its work; whatever was asked may succeed later."""
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
@@ -75,13 +78,14 @@ class Patience:
         self._heard = time.monotonic()
 
     async def keep(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Returns what `attempt` returns, repeating it after a pause while the server is away or fails.
+        """Returns what `attempt` returns, repeating it after a pause while the server is away, fails or has no room.
 
         A status with a retry hint is no failure: the server is there, and the attempt goes on as the hint says.
 
         Raises:
             Unavailable: If the server was away for `give_up_s`.
             Internal: Likewise, if it answered with a fault of its own.
+            DiskFull: Likewise, if it had no room.
             FedpeftError: Anything else that `attempt` raises without a retry hint, at once.
         """
         backoff, since = Backoff(), 0.0
@@ -89,7 +93,7 @@ class Patience:
         while True:
             try:
                 result = await attempt()
-            except (Unavailable, Internal) as error:
+            except NOT_NOW as error:
                 now = time.monotonic()
                 since = now if away is None else since
                 if self._heard > since:

@@ -10,20 +10,13 @@ import grpc
 
 from fedpeft.errors import (
     ChecksumMismatch,
-    ClientIdInUse,
-    ClientIdInvalid,
-    DiskFull,
     FedpeftError,
-    Internal,
     ManifestInvalid,
-    NotRegistered,
     OffsetOutOfRange,
     PayloadInvalid,
-    ProtocolMismatch,
     RoundClosed,
     ServerUnreachable,
     TicketClosed,
-    Unavailable,
     UpdateDiffers,
 )
 from fedpeft.logs import Log
@@ -32,6 +25,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft.wire import TURN_KEY
 from fedpeft_client.channel import Channel
+from fedpeft_client.exits import NOT_ABOUT_THE_TASK
 from fedpeft_client.patience import STALL_S, Backoff, Patience
 from fedpeft_client.pending import Outcome, Pending
 
@@ -43,7 +37,6 @@ VERDICT_LOOKS = 100
 """How long, and how often in that time, the reason of a broken upload is looked for."""
 _CORE = "Internal error from Core"
 
-_NOT_ABOUT_THE_UPDATE = (ClientIdInUse, ClientIdInvalid, NotRegistered, ProtocolMismatch)
 _Call = grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]
 T = TypeVar("T")
 
@@ -61,12 +54,13 @@ class Pusher:
         """Uploads until the server has answered for good, and returns what that means for the residual.
 
         Raises:
-            Unavailable: If patience with an absent server is at its end; the update stays pending.
+            Unavailable: If patience with an absent server is at its end, and likewise Internal and DiskFull; the update
+                stays pending.
             FedpeftError: If the server refuses this client rather than the update.
         """
         try:
             receipt = await self._insist(pending, log)
-        except (*_NOT_ABOUT_THE_UPDATE, Unavailable, Internal):
+        except NOT_ABOUT_THE_TASK:
             raise
         except (ManifestInvalid, PayloadInvalid) as error:
             log.error("update was refused as wrong; it and the residual are dropped", cause=str(error))
@@ -94,7 +88,7 @@ class Pusher:
         """
         try:
             answer = await self._patience.keep(lambda: self._channel.withdraw(ticket, str(cause)))
-        except (Unavailable, Internal):
+        except NOT_ABOUT_THE_TASK:
             raise
         except FedpeftError:
             return Outcome.NOT_COUNTED
@@ -106,8 +100,6 @@ class Pusher:
         while True:
             try:
                 return await self._patience.keep(lambda: self._continue(pending, log))
-            except DiskFull as error:
-                log.info("server has no room for an upload; trying again", cause=str(error))
             except (ChecksumMismatch, OffsetOutOfRange) as error:
                 if starts == STARTS:
                     raise

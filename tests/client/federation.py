@@ -134,6 +134,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         self.break_pull_after: list[int] = []
         self.stall_push_after: list[int] = []
         self.close_round_after = 0
+        self.refuse_register: list[FedpeftError] = []
         self.refuse_push: list[FedpeftError] = []
         self.receive_but_do_not_answer = 0
         self.hang_before_turn = 0
@@ -158,6 +159,8 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         client = await self._caller(context)
+        if self.refuse_register:
+            await status.abort(context, self.refuse_register.pop(0))
         self.registrations += 1
         if request.run and request.run not in [run.id for run in self.runs]:
             await status.abort(context, RunNotFound(f"there is no run {request.run}"))

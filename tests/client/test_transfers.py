@@ -17,6 +17,7 @@ from fedpeft.errors import (
     BeingChecked,
     ChecksumMismatch,
     ClientIdInUse,
+    DiskFull,
     FedpeftError,
     ManifestInvalid,
     NotRegistered,
@@ -361,6 +362,17 @@ async def test_refusal_of_the_client_leaves_the_update_pending(site: Site, error
     with pytest.raises(type(error)):
         await site.pusher.push(site.pending(), site.log)
     assert site.box.load() is not None
+
+
+async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) -> None:
+    site.federation.refuse_register = [DiskFull("no room"), DiskFull("no room")]
+    site.federation.refuse_push = [DiskFull("no room")]
+    with capture_logs() as lines:
+        await site.patience.keep(lambda: site.channel.register(pb.RegisterRequest()))
+        assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
+    assert site.federation.registrations == 1 and len(site.federation.pushes) == 2
+    away = [line["cause"] for line in lines if line["event"].startswith("server is away")]
+    assert away == ["no room", "no room"]
 
 
 async def test_checksum_mismatch_starts_over_and_is_then_given_up(site: Site) -> None:
