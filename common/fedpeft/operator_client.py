@@ -269,18 +269,24 @@ class OperatorClient:
             raise self._unreachable() from None
 
     async def _repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Makes an attempt until it gives an answer; only an unavailable server is worth another."""
-        pause_s = PAUSE_S
-        for left in reversed(range(self._attempts)):
+        """Makes an attempt until it gives an answer; only an unavailable server is worth another.
+
+        A status with a retry hint uses up no attempt: the server is there, and asks to be called again.
+        """
+        pause_s, left = PAUSE_S, self._attempts
+        while True:
             try:
                 return await attempt()
             except (grpc.aio.AioRpcError, Unavailable) as error:
                 cause = self._error(error)
-                if not left or not isinstance(cause, Unavailable):
-                    raise cause from None
+            if cause.retry_s is not None:
+                await asyncio.sleep(max(cause.retry_s, PAUSE_S))
+                continue
+            left -= 1
+            if not left or not isinstance(cause, Unavailable):
+                raise cause
             await asyncio.sleep(pause_s)
             pause_s *= 2
-        raise AssertionError("unreachable: the last attempt returned or raised")
 
     def _error(self, error: grpc.aio.AioRpcError | FedpeftError) -> FedpeftError:
         """Returns the error of the tree; what gRPC itself says of a lost connection names the server."""

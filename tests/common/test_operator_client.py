@@ -22,6 +22,7 @@ from fedpeft.errors import (
     RunNotFound,
     ServerUnreachable,
     StateInvalid,
+    TransfersBusy,
     VersionNotFound,
 )
 from fedpeft.operator_client import OperatorClient
@@ -75,6 +76,15 @@ async def test_creation_is_repeated_under_one_request_id(served: Serving) -> Non
         await client.create_run(config(), spec, "ab" * 32, {"a": np.zeros(4, np.float32)}, 10)
     assert served.double.asked == ["CreateRun"] * 3
     assert len(served.double.created) == 1
+
+
+async def test_a_creation_that_is_asked_to_wait_for_its_turn_waits_as_long_as_it_takes(served: Serving) -> None:
+    busy = operator_client.ATTEMPTS + 2
+    served.double.failures["CreateRun"] = [TransfersBusy("8 are under way")] * busy
+    spec = AdapterSpec.of("bias", [TensorSpec("a", (4,))])
+    async with OperatorClient(served.address) as client:
+        await client.create_run(config(), spec, "ab" * 32, {"a": np.zeros(4, np.float32)}, 10)
+    assert served.double.asked == ["CreateRun"] * (busy + 1)
 
 
 async def test_refused_creation_raises_the_servers_error_once(served: Serving) -> None:
