@@ -121,7 +121,7 @@ class ManifestInvalid(InvalidArgument):
 
 
 class ChunkInvalid(InvalidArgument):
-    """A chunk is empty, over 1 MiB, or beyond the payload's end."""
+    """A chunk is empty, over 1 MiB, beyond the payload's end, or where the header belongs."""
 
 
 class PayloadInvalid(InvalidArgument):
@@ -137,7 +137,7 @@ class AnswerInvalid(InvalidArgument):
 
 
 class CapabilitiesInvalid(InvalidArgument):
-    """A client says more of itself than is kept."""
+    """A client says more of itself than is kept, or not which role it has."""
 
 
 class PageInvalid(InvalidArgument):

@@ -85,7 +85,7 @@ async def test_a_wrong_run_is_refused_with_the_field(daemon: Daemon) -> None:
     other = wire.config_to_proto(config(peft={"method": "lora"}))
     assert await reason(config=other) == "SPEC_INVALID"
     assert await reason(backbone_fingerprint="short") == "CONFIG_INVALID"
-    assert await reason(request_id="") == "INVALID_ARGUMENT"
+    assert await reason(request_id="") == "CONFIG_INVALID"
     unsorted = wire.spec_to_proto(SPEC)
     unsorted.tensors.reverse()
     assert await reason(spec=unsorted) == "SPEC_INVALID"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import grpc
@@ -15,7 +15,7 @@ from fedpeft import payload
 from fedpeft.payload import CHUNK_BYTES, Manifest
 from fedpeft.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
-from fedpeft.v1 import run_pb2
+from fedpeft.v1 import run_pb2, tensor_pb2
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, header, refused
 
@@ -95,6 +95,13 @@ def chunks(bad: Bad, offset: int, data: bytes) -> Awaitable[object]:
     return bad.client.push_raw(header(bad.ticket, bad.manifest), [(offset, data)])
 
 
+async def headless(bad: Bad) -> object:
+    async def requests() -> AsyncIterator[fed.PushUpdateRequest]:
+        yield fed.PushUpdateRequest(chunk=tensor_pb2.Chunk(offset=0, data=bad.data))
+
+    return await bad.client.stub.PushUpdate(requests(), metadata=bad.client.metadata)
+
+
 TRY_AGAIN: dict[str, tuple[Callable[[Bad], Awaitable[object]], str]] = {
     "stream that ends early": (
         lambda b: chunks(b, 0, b.data[:9]),
@@ -114,7 +121,8 @@ TRY_AGAIN: dict[str, tuple[Callable[[Bad], Awaitable[object]], str]] = {
         "OFFSET_OUT_OF_RANGE",
     ),
     "wrong digest": (lambda b: b.send(sha256=hashlib.sha256(b"other").digest()), "CHECKSUM_MISMATCH"),
-    "no header": (lambda b: b.client.push_raw(fed.UpdateHeader(), [(0, b.data)]), "TICKET_NOT_FOUND"),
+    "no header": (headless, "CHUNK_INVALID"),
+    "empty header": (lambda b: b.client.push_raw(fed.UpdateHeader(), [(0, b.data)]), "TICKET_NOT_FOUND"),
     "ticket there is not": (lambda b: b.client.push("ticket-0000", filled(1.0)), "TICKET_NOT_FOUND"),
 }
 
@@ -203,7 +211,7 @@ async def test_register_comes_first_and_protocols_must_meet(daemon: Daemon) -> N
         error = from_rpc_error(caught.value)
         assert error.reason == "PROTOCOL_MISMATCH"
         assert f"upgrade the {side}" in error.message
-    assert await refused(client.register(role=fed.CLIENT_ROLE_UNSPECIFIED)) == "INVALID_ARGUMENT"
+    assert await refused(client.register(role=fed.CLIENT_ROLE_UNSPECIFIED)) == "CAPABILITIES_INVALID"
     assert await refused(client.register(run="run-none")) == "RUN_NOT_FOUND"
 
 

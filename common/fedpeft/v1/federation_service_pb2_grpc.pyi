@@ -47,7 +47,7 @@ class FederationServiceStub:
       RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
       ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
       NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
-      INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many
+      INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many; or the role is unspecified
     """
     AwaitRound: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.AwaitRoundRequest, _federation_service_pb2.AwaitRoundResponse]
     """AwaitRound puts the client among those that can be sampled for the runs it accepted, and answers when there is
@@ -95,7 +95,8 @@ class FederationServiceStub:
       ALREADY_EXISTS       UPDATE_DIFFERS       another update was already received for this ticket
       FAILED_PRECONDITION  TICKET_CLOSED        the ticket was withdrawn, or its update refused
       INVALID_ARGUMENT     MANIFEST_INVALID     a tensor is missing, unknown, or has a wrong dtype, shape, encoding, or length
-      INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, or beyond the end
+      INVALID_ARGUMENT     METRICS_INVALID      not finite, more than 64 of them, or a name over 128 bytes
+      INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, beyond the end, or where the header belongs
       INVALID_ARGUMENT     PAYLOAD_INVALID      not finite, malformed sparse data, or the wrong example count
       OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  not at the byte where the upload stands; ask GetUpload
       DATA_LOSS            CHECKSUM_MISMATCH    the bytes do not have the manifest's digest; the upload starts over
@@ -103,7 +104,8 @@ class FederationServiceStub:
       ABORTED              TURN_OVER            others wait; continue where GetUpload says
       ABORTED              BEING_CHECKED        the whole update is here and not yet durable; ask again for the receipt
       UNAVAILABLE          TRANSFER_STALLED     nothing arrived for 60 seconds; continue where GetUpload says
-    MANIFEST_INVALID and PAYLOAD_INVALID close the ticket (state REFUSED); the round goes on with the others.
+    MANIFEST_INVALID, PAYLOAD_INVALID, METRICS_INVALID and UPDATE_TOO_LARGE close the ticket (state REFUSED); the round
+    goes on with the others.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.GetUploadRequest, _federation_service_pb2.GetUploadResponse]
     """GetUpload says where an upload stands.
@@ -163,7 +165,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
           RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
           ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
           NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
-          INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many
+          INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many; or the role is unspecified
         """
 
     @_abc_1.abstractmethod
@@ -235,7 +237,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
           ALREADY_EXISTS       UPDATE_DIFFERS       another update was already received for this ticket
           FAILED_PRECONDITION  TICKET_CLOSED        the ticket was withdrawn, or its update refused
           INVALID_ARGUMENT     MANIFEST_INVALID     a tensor is missing, unknown, or has a wrong dtype, shape, encoding, or length
-          INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, or beyond the end
+          INVALID_ARGUMENT     METRICS_INVALID      not finite, more than 64 of them, or a name over 128 bytes
+          INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, beyond the end, or where the header belongs
           INVALID_ARGUMENT     PAYLOAD_INVALID      not finite, malformed sparse data, or the wrong example count
           OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  not at the byte where the upload stands; ask GetUpload
           DATA_LOSS            CHECKSUM_MISMATCH    the bytes do not have the manifest's digest; the upload starts over
@@ -243,7 +246,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
           ABORTED              TURN_OVER            others wait; continue where GetUpload says
           ABORTED              BEING_CHECKED        the whole update is here and not yet durable; ask again for the receipt
           UNAVAILABLE          TRANSFER_STALLED     nothing arrived for 60 seconds; continue where GetUpload says
-        MANIFEST_INVALID and PAYLOAD_INVALID close the ticket (state REFUSED); the round goes on with the others.
+        MANIFEST_INVALID, PAYLOAD_INVALID, METRICS_INVALID and UPDATE_TOO_LARGE close the ticket (state REFUSED); the round
+        goes on with the others.
         """
 
     @_abc_1.abstractmethod

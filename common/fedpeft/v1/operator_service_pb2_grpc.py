@@ -122,7 +122,10 @@ class OperatorServiceServicer:
         INVALID_ARGUMENT     CONFIG_INVALID, SPEC_INVALID, MANIFEST_INVALID, CHUNK_INVALID, PAYLOAD_INVALID
         ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run
         DATA_LOSS            CHECKSUM_MISMATCH
+        OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
         RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL
+        RESOURCE_EXHAUSTED   TRANSFERS_BUSY       many runs are being created, and no turn came within 20 seconds; ask again
+        UNAVAILABLE          TRANSFER_STALLED     nothing arrived for 60 seconds; begin again
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

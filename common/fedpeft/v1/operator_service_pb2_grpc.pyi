@@ -33,7 +33,10 @@ class OperatorServiceStub:
       INVALID_ARGUMENT     CONFIG_INVALID, SPEC_INVALID, MANIFEST_INVALID, CHUNK_INVALID, PAYLOAD_INVALID
       ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run
       DATA_LOSS            CHECKSUM_MISMATCH
+      OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
       RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL
+      RESOURCE_EXHAUSTED   TRANSFERS_BUSY       many runs are being created, and no turn came within 20 seconds; ask again
+      UNAVAILABLE          TRANSFER_STALLED     nothing arrived for 60 seconds; begin again
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.GetRunRequest, _operator_service_pb2.GetRunResponse]
     """GetRun shows a run and its round in progress, without its tickets: ListRounds and WatchRun have them.
@@ -114,7 +117,10 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT     CONFIG_INVALID, SPEC_INVALID, MANIFEST_INVALID, CHUNK_INVALID, PAYLOAD_INVALID
           ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run
           DATA_LOSS            CHECKSUM_MISMATCH
+          OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
           RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL
+          RESOURCE_EXHAUSTED   TRANSFERS_BUSY       many runs are being created, and no turn came within 20 seconds; ask again
+          UNAVAILABLE          TRANSFER_STALLED     nothing arrived for 60 seconds; begin again
         """
 
     @_abc_1.abstractmethod

@@ -12,7 +12,8 @@ import structlog
 from fedpeft import PROTOCOL, __version__, figures, seeds
 from fedpeft.errors import (
     AnswerInvalid,
-    InvalidArgument,
+    CapabilitiesInvalid,
+    ChunkInvalid,
     MetricsInvalid,
     NotAnEvaluator,
     OffsetOutOfRange,
@@ -81,7 +82,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         _check_protocol(request)
         role = _ROLE_NAMES.get(request.role)
         if role is None:
-            raise InvalidArgument("the role must be trainer or evaluator", (("role", "is unspecified"),))
+            raise CapabilitiesInvalid("the role must be trainer or evaluator", (("role", "is unspecified"),))
         capabilities = stored(request.capabilities)
         shown = [e for e in self._runs.all(request.run) if e.active or request.run]
         response = pb.RegisterResponse(
@@ -169,7 +170,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = self._callers.identify(context)
         first = await next_message(context)
         if first is None or not first.HasField("header"):
-            raise InvalidArgument("the first message of the stream must be a header")
+            raise ChunkInvalid("the first message of the stream must be a header")
         engine, ticket = await self._ticket(first.header.ticket, client)
         update = await self._uploads.push(engine, ticket, first.header, context)
         return _receipt(update)

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from fedpeft import payload
 from fedpeft.errors import (
     BlobCorrupt,
+    ChunkInvalid,
     ConfigInvalid,
-    InvalidArgument,
     OffsetOutOfRange,
     RequestIdReused,
     SpecInvalid,
@@ -71,7 +71,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         """Takes adapter version 0 and begins a run with it."""
         first = await next_message(context)
         if first is None or not first.HasField("header"):
-            raise InvalidArgument("the first message of the stream must be a header")
+            raise ChunkInvalid("the first message of the stream must be a header")
         header = first.header
         run, manifest = _new_run(header)
         known = await self._store.call(self._store.db.run_by_request, header.request_id)
@@ -243,7 +243,7 @@ def _age(engine: RunEngine) -> tuple[float, str]:
 def _new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
     """Checks the description of a new run, before any byte of its adapter is taken."""
     if not 1 <= len(header.request_id) <= 64:
-        raise InvalidArgument("request_id must have 1 to 64 characters", (("request_id", "has the wrong length"),))
+        raise ConfigInvalid("request_id must have 1 to 64 characters", (("request_id", "has the wrong length"),))
     if not _FINGERPRINT.fullmatch(header.backbone_fingerprint):
         raise ConfigInvalid("backbone_fingerprint must be 64 hexadecimal digits")
     config, spec = config_from_proto(header.config), spec_from_proto(header.spec)
