@@ -42,6 +42,14 @@ async def test_too_much_is_refused_with_its_field_and_nobody_is_registered(
     assert not (await daemon.operator.ListClients(op.ListClientsRequest())).clients
 
 
+async def test_nothing_of_it_steers_the_operators_terminal(daemon: Daemon) -> None:
+    steering = "\x1b[2J"
+    await say(daemon, fed.Capabilities(software=steering, device=steering, methods=[steering], encodings=[steering]))
+    (client,) = (await daemon.operator.ListClients(op.ListClientsRequest())).clients
+    kept = client.capabilities
+    assert {kept.software, kept.device, *kept.methods, *kept.encodings} == {" [2J"}
+
+
 async def test_what_this_server_does_not_know_is_not_kept(daemon: Daemon) -> None:
     known = fed.Capabilities(
         software="fedpeft 0.1.0", device="cpu", methods=["bias"], encodings=["float32"], examples=7

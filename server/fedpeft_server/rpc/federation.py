@@ -30,25 +30,20 @@ from fedpeft.wire import manifest_to_proto, training_to_proto
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
+from fedpeft_server.rpc import sayings
 from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.callers import Callers
-from fedpeft_server.rpc.capabilities import stored
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import ROLES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.rpc.uploads import Uploads
 from fedpeft_server.settings import HOLD_S
-from fedpeft_server.store.rows import AnswerRow, ClientRow, UpdateRow
+from fedpeft_server.store.rows import AnswerRow, UpdateRow
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import Ledger
 
 log = structlog.get_logger()
 
-MAX_REASON_CHARACTERS = 1024
-MAX_DECLINE_REASONS = 8
-MAX_DECLINE_CHARACTERS = 512
-MAX_EXAMPLES = 2**62
-"""More would not fit the database's numbers."""
 _NOTHING_LEFT = "there is no unfinished run to work for"
 _SPLIT = re.compile(r"[a-z0-9_-]{1,64}")
 _ROLE_NAMES = {number: name for name, number in ROLES.items()}
@@ -83,7 +78,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         role = _ROLE_NAMES.get(request.role)
         if role is None:
             raise CapabilitiesInvalid("the role must be trainer or evaluator", (("role", "is unspecified"),))
-        capabilities = stored(request.capabilities)
+        capabilities = sayings.capabilities(request.capabilities)
         shown = [e for e in self._runs.all(request.run) if e.active or request.run]
         response = pb.RegisterResponse(
             protocol=PROTOCOL, runs=[run_message(e.run, self._runs.why(e), {}) for e in shown]
@@ -92,10 +87,9 @@ class Federation(pb_grpc.FederationServiceServicer):
             return response
         self._callers.register(client, role)
         self._runs.answers.ask_again(client)
-        now = time.time()
-        row = ClientRow(client, self._callers.instance(client), role, capabilities, now, now)
-        await self._store.call(self._store.db.see_client, row.id, row.instance, role, capabilities, now)
-        log.info("client registered", client=client, role=role, device=request.capabilities.device)
+        instance, said = self._callers.instance(client), capabilities.SerializeToString()
+        await self._store.call(self._store.db.see_client, client, instance, role, said, time.time())
+        log.info("client registered", client=client, role=role, device=capabilities.device)
         return response
 
     async def AwaitRound(self, request: pb.AwaitRoundRequest, context: Context) -> pb.AwaitRoundResponse:
@@ -120,13 +114,13 @@ class Federation(pb_grpc.FederationServiceServicer):
         """Takes what a client says to the offer of a run."""
         client = self._callers.identify(context)
         self._callers.role(client)
-        reasons = tuple(_plain(r[:MAX_DECLINE_CHARACTERS]) for r in request.reasons if r.strip())[:MAX_DECLINE_REASONS]
+        reasons = sayings.decline(request.reasons)
         accepted = request.answer == pb.ANSWER_ACCEPTED
         if not accepted and request.answer != pb.ANSWER_DECLINED:
             raise AnswerInvalid("the answer must be accepted or declined", (("answer", "is unspecified"),))
         if not accepted and not reasons:
             raise AnswerInvalid("a decline must say why", (("reasons", "are empty"),))
-        examples = min(request.examples, MAX_EXAMPLES)
+        examples = min(request.examples, sayings.MAX_EXAMPLES)
         answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, examples, time.time())
         await self._runs.answer(answer)
         log.info("run accepted" if accepted else "run declined", client=client, run=request.run, reasons=answer.reasons)
@@ -193,7 +187,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = self._callers.identify(context)
         engine, ticket = await self._ticket(request.ticket, client)
         try:
-            state = await engine.withdraw(ticket.id, _plain(request.reason[:MAX_REASON_CHARACTERS]))
+            state = await engine.withdraw(ticket.id, sayings.withdrawal(request.reason))
         except TicketNotFound:  # its round is over
             state = (await self._runs.ticket(ticket.id))[1].state
         return pb.WithdrawResponse(state=TICKET_STATES[state])
@@ -285,11 +279,6 @@ def _check_protocol(request: pb.RegisterRequest) -> None:
             f"this client speaks protocol {request.min_protocol} or newer, the server {PROTOCOL} "
             f"(fedpeft {__version__}); upgrade the server"
         )
-
-
-def _plain(text: str) -> str:
-    """Returns a client's words without what a terminal would obey."""
-    return "".join(each if each.isprintable() else " " for each in text)
 
 
 def _offer(engine: RunEngine) -> pb.AwaitRoundResponse:

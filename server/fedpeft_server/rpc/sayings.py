@@ -1,0 +1,71 @@
+"""What a client says in words of its own: bounded, and without what a terminal obeys, because operators read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from fedpeft.errors import CapabilitiesInvalid
+from fedpeft.v1 import federation_service_pb2 as pb
+
+MAX_TEXT = 256
+"""Most characters of `software` and of `device`."""
+MAX_NAMES = 64
+"""Most `methods`, and most `encodings`."""
+MAX_NAME = 64
+"""Most characters of one of them."""
+MAX_EXAMPLES = 2**63 - 1
+"""More would not fit the database's numbers."""
+MAX_DECLINE_REASONS = 8
+MAX_DECLINE_CHARACTERS = 512
+MAX_WITHDRAW_CHARACTERS = 1024
+
+
+def capabilities(said: pb.Capabilities) -> pb.Capabilities:
+    """Returns what is kept of a client's capabilities: the fields that this server knows.
+
+    Raises:
+        CapabilitiesInvalid: With each field that is too large.
+    """
+    faults = tuple(_faults(said))
+    if faults:
+        text = "; ".join(f"{field} {fault}" for field, fault in faults)
+        raise CapabilitiesInvalid(f"the client says too much of itself: {text}", faults)
+    return pb.Capabilities(
+        software=_plain(said.software),
+        methods=map(_plain, said.methods),
+        encodings=map(_plain, said.encodings),
+        device=_plain(said.device),
+        examples=said.examples,
+    )
+
+
+def decline(said: Iterable[str]) -> tuple[str, ...]:
+    """Returns what is kept of the reasons of a decline."""
+    return tuple(_plain(reason[:MAX_DECLINE_CHARACTERS]) for reason in said if reason.strip())[:MAX_DECLINE_REASONS]
+
+
+def withdrawal(said: str) -> str:
+    """Returns what is kept of the reason of a withdrawal."""
+    return _plain(said[:MAX_WITHDRAW_CHARACTERS])
+
+
+def _plain(text: str) -> str:
+    return "".join(each if each.isprintable() else " " for each in text)
+
+
+def _faults(said: pb.Capabilities) -> Iterator[tuple[str, str]]:
+    for name, text in (("software", said.software), ("device", said.device)):
+        if len(text) > MAX_TEXT:
+            yield f"capabilities.{name}", f"has {len(text)} characters; at most {MAX_TEXT} are taken"
+    yield from _names("capabilities.methods", said.methods)
+    yield from _names("capabilities.encodings", said.encodings)
+    if said.examples > MAX_EXAMPLES:
+        yield "capabilities.examples", f"is {said.examples}; at most {MAX_EXAMPLES} are taken"
+
+
+def _names(field: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    if len(names) > MAX_NAMES:
+        yield field, f"has {len(names)} names; at most {MAX_NAMES} are taken"
+    long = [len(name) for name in names if not 1 <= len(name) <= MAX_NAME]
+    if long:
+        yield field, f"has a name of {long[0]} characters; 1 to {MAX_NAME} are taken"
