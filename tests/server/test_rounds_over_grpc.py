@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from fedpeft import record
+from fedpeft import payload, record
 from fedpeft.v1 import run_pb2
 
-from .conftest import SPEC, Daemon, StartDaemon, config, filled, zeros
+from .conftest import SPEC, Daemon, StartDaemon, config, filled, header, refused, zeros
 
 
 async def test_a_run_of_two_rounds_gives_the_weighted_mean_of_the_updates(daemon: Daemon) -> None:
@@ -84,3 +84,18 @@ async def test_a_round_is_folded_while_the_files_of_the_one_before_are_still_bei
         await a.push(task.ticket, filled(1.0))
         assert (await daemon.until(run.id, lambda r, n=number: r.version == n)).version == number
     release.set()
+
+
+async def test_what_is_kept_of_a_round_is_what_was_counted(start: StartDaemon) -> None:
+    daemon = await start(keep_updates=True)
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1, "over_selection": 1.0}))
+    a, b = await daemon.clients("a", "b")
+    counted, late = await asyncio.gather(a.task(), b.task())
+    manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
+    assert await refused(b.push_raw(header(late.ticket, manifest), [(0, data[:9])])) == "CHUNK_INVALID"
+    spool = daemon.server.settings.data_dir / "spool"
+    assert [path.suffix for path in spool.glob(f"{late.ticket}.*")] == [".part"]
+    await a.push(counted.ticket, filled(1.0))
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+    await daemon.end()
+    assert {path.name.partition(".")[0] for path in spool.iterdir()} == {counted.ticket}

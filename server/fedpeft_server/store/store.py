@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from fedpeft.rounds import Round
+from fedpeft.rounds import Round, TicketState
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.outbound import Outbound
@@ -55,9 +55,9 @@ class Store:
         return await loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
 
     async def forget_round(self, done: Round, run_id: str) -> None:
-        """Removes what a committed round no longer needs."""
-        if not self.keep_updates:
-            await self.compute(self.spool.remove_all, [t.id for t in done.tickets])
+        """Removes what a committed round no longer needs; what arrived and was not counted is never needed."""
+        kept = (TicketState.RECEIVED,) if self.keep_updates else ()
+        await self.compute(self.spool.remove_all, [t.id for t in done.tickets if t.state not in kept])
         await self.compute(self.outbound.keep_from, run_id, done.number)
 
     def forget_run(self, run_id: str, tickets: Iterable[str]) -> None:
