@@ -23,7 +23,7 @@ from fedpeft.errors import (
     SpecInvalid,
     StateInvalid,
     TrainingFailed,
-    tree,
+    of_reason,
 )
 from fedpeft.spec import AdapterSpec
 from fedpeft_client.runs import KnownRun
@@ -31,7 +31,6 @@ from fedpeft_client.runs import KnownRun
 UNREADABLE_SHARE = 0.01
 """Share of images that may be unreadable, as in `fedpeft.data.dataset`, which refuses to train on more."""
 
-_BY_KIND = {cls.reason: cls for cls in tree()}
 _PRIVATE: dict[type[FedpeftError], str] = {
     DataInvalid: "its images cannot be used as they are",
     ModelInvalid: "the run's model cannot be built there, or its weights are missing or do not fit",
@@ -62,7 +61,7 @@ class Reason:
     @property
     def error(self) -> FedpeftError:
         """The error that it is."""
-        return _BY_KIND.get(self.kind, TrainingFailed)(self.here)
+        return of_reason(self.kind, TrainingFailed)(self.here)
 
     def as_json(self) -> dict[str, Any]:
         """Returns it for the way between worker and agent."""

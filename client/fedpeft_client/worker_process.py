@@ -27,7 +27,6 @@ LEAVE_S = 5.0
 LINE_LIMIT_BYTES = 64 * 1024 * 1024
 """Longest answer; figures of 100,000 classes are well below."""
 
-_BY_REASON = {cls.reason: cls for cls in errors.tree()}
 _COMMAND = (sys.executable, "-m", "fedpeft_client.worker")
 
 Answer = dict[str, Any]
@@ -161,7 +160,7 @@ def _close_pipes(process: asyncio.subprocess.Process) -> None:
 
 def _error(data: Answer) -> FedpeftError:
     """Returns the error that the worker raised, as an instance of the same class."""
-    cls = _BY_REASON.get(data["reason"], TrainingFailed)
+    cls = errors.of_reason(data["reason"], TrainingFailed)
     return cls(data["message"], tuple((path, text) for path, text in data["fields"]))
 
 

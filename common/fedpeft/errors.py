@@ -102,6 +102,11 @@ def tree(root: type[FedpeftError] = FedpeftError) -> Iterator[type[FedpeftError]
         yield from tree(child)
 
 
+def of_reason(reason: str, otherwise: type[FedpeftError]) -> type[FedpeftError]:
+    """Returns the class of a reason, or another one if no class has it."""
+    return next((cls for cls in tree() if cls.reason == reason), otherwise)
+
+
 class InvalidArgument(FedpeftError):
     """The caller sent something wrong."""
 
@@ -359,4 +364,4 @@ class TrainingFailed(LocalError):
     """Local training ended without an update."""
 
 
-__all__ = ["tree", *(cls.__name__ for cls in tree())]
+__all__ = ["of_reason", "tree", *(cls.__name__ for cls in tree())]

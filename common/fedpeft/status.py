@@ -17,7 +17,6 @@ from fedpeft import errors
 from fedpeft.errors import FedpeftError, Internal, ServerUnreachable
 
 DOMAIN = "fedpeft"
-_BY_REASON = {cls.reason: cls for cls in errors.tree()}
 
 
 def to_status(error: FedpeftError) -> status_pb2.Status:
@@ -54,7 +53,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> FedpeftError:
         detail.Unpack(bad)
         hinted |= detail.Unpack(retry)
     fields = tuple((v.field, v.description) for v in bad.field_violations)
-    cls = _BY_REASON.get(info.reason, Internal) if info.domain == DOMAIN else Internal
+    cls = errors.of_reason(info.reason, Internal) if info.domain == DOMAIN else Internal
     found = cls(status.message, fields)
     found.retry_s = max(0.0, retry.retry_delay.ToNanoseconds() / 1e9) if hinted else None
     return found
