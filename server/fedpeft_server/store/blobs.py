@@ -1,4 +1,4 @@
-"""Blobs: adapter versions, optimiser states and records, in a folder or an object store.
+"""Blobs: adapter versions and the strategies' states that belong to them, in a folder or an object store.
 
 Keys are paths such as `runs/RUN/versions/000012.safetensors`; what is under a key stays while anything refers to it.
 """
@@ -24,7 +24,7 @@ from fedpeft.durable import refusals, sync
 from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid
 
 CHUNK_BYTES = 1024 * 1024
-"""Bytes that `stream` gives at once."""
+"""Bytes that are copied from an object store at once."""
 
 
 class Blobs:
@@ -100,37 +100,6 @@ class Blobs:
             sync(folder.parent)
             self._durable.add(folder)
 
-    def get(self, key: str) -> bytes:
-        """Returns a whole blob."""
-        with self._translated("reading", key):
-            return bytes(obstore.get(self._store, key).bytes())
-
-    def stream(self, key: str, offset: int = 0, chunk: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """Yields a blob from a byte on, in pieces of `chunk` bytes, the last one shorter; nothing from its end on."""
-        if self._root is not None:
-            return self._stream_file(key, self._root / key, offset, chunk)
-        return self._stream_object(key, offset, chunk)
-
-    def _stream_file(self, key: str, path: Path, offset: int, chunk: int) -> Iterator[bytes]:
-        with self._translated("reading", key), path.open("rb") as file:
-            file.seek(offset)
-            while piece := file.read(chunk):
-                yield piece
-
-    def _stream_object(self, key: str, offset: int, chunk: int) -> Iterator[bytes]:
-        with self._translated("reading", key):
-            # An object store refuses a range that begins at the end.
-            if offset >= self.size(key):
-                return
-            held = bytearray()
-            for piece in obstore.get(self._store, key, options={"range": {"offset": offset}}).stream(chunk):
-                held += piece
-                while len(held) >= chunk:
-                    yield bytes(held[:chunk])
-                    del held[:chunk]
-            if held:
-                yield bytes(held)
-
     def local_path(self, key: str) -> Path:
         """Returns a file that holds the blob: its own in a folder, else a copy in the cache."""
         if self._root is not None:
@@ -145,7 +114,7 @@ class Blobs:
             descriptor, partial = tempfile.mkstemp(dir=copy.parent)
             try:
                 with refusals(f"caching blob {key}"), os.fdopen(descriptor, "wb") as file:
-                    file.writelines(self.stream(key))
+                    file.writelines(self._pieces(key))
                 Path(partial).replace(copy)
             finally:
                 Path(partial).unlink(missing_ok=True)
@@ -157,18 +126,9 @@ class Blobs:
             weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
         return self._cache / key
 
-    def exists(self, key: str) -> bool:
-        """Returns whether there is a blob under the key."""
-        try:
-            self.size(key)
-        except BlobCorrupt:
-            return False
-        return True
-
-    def size(self, key: str) -> int:
-        """Returns the bytes of a blob."""
+    def _pieces(self, key: str) -> Iterator[bytes]:
         with self._translated("reading", key):
-            return int(obstore.head(self._store, key)["size"])
+            yield from map(bytes, obstore.get(self._store, key).stream(CHUNK_BYTES))
 
     def delete_prefix(self, prefix: str) -> None:
         """Deletes every blob whose key begins with a folder, such as `runs/RUN/`; those there are none of included."""
