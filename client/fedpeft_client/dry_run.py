@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from fedpeft.data.interface import UNREADABLE_SHARE
 from fedpeft.errors import DataInvalid
 from fedpeft.logs import Log
 from fedpeft_client.agent import registration
@@ -14,7 +15,6 @@ from fedpeft_client.patience import CALL_S, Patience
 from fedpeft_client.reporter import EVERY_S
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.settings import Settings
-from fedpeft_client.suitability import UNREADABLE_SHARE
 from fedpeft_client.worker_process import Answer, WorkerProcess
 
 _NAMED = 20

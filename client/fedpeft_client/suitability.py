@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from fedpeft.data.interface import UNREADABLE_SHARE
 from fedpeft.data.labels import MappedLabels, map_labels
 from fedpeft.errors import (
     BackboneMismatch,
@@ -27,9 +28,6 @@ from fedpeft.errors import (
 )
 from fedpeft.spec import AdapterSpec
 from fedpeft_client.runs import KnownRun
-
-UNREADABLE_SHARE = 0.01
-"""Share of images that may be unreadable, as in `fedpeft.data.dataset`, which refuses to train on more."""
 
 _PRIVATE: dict[type[FedpeftError], str] = {
     DataInvalid: "its images cannot be used as they are",

@@ -218,19 +218,6 @@ class TensorFile(Mapping[str, NDArray[Any]]):
                 raise ValueError(f"tensor {name} is {part.get_dtype()}, not {_DTYPES[kind][0]}")
         return {name: tuple(part.get_shape()) for name, part in slices.items()}, AdapterInfo.from_metadata(found)
 
-    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Checks that the file holds exactly these tensors.
-
-        Raises:
-            ModelInvalid: With the first tensor that is missing, unknown, or of another shape.
-        """
-        for name in sorted(shapes.keys() | self._shapes.keys()):
-            if self._shapes.get(name) != shapes.get(name):
-                raise ModelInvalid(
-                    f"tensor {name} has shape {self._shapes.get(name, 'none: it is missing')} in "
-                    f"the file; {shapes.get(name, 'no such tensor')} is wanted"
-                )
-
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self._shapes:
             raise KeyError(name)

@@ -9,11 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedpeft.data import dataset
 from fedpeft.data.sources import open_source
 from fedpeft.errors import BackboneMismatch, ModelInvalid
 from fedpeft.spec import AdapterSpec, TensorSpec
-from fedpeft_client import suitability
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.suitability import Built, Reason, Site, reasons_against
 from fedpeft_client.survey import survey
@@ -60,7 +58,6 @@ def test_labels_that_do_not_fit_are_named_here_and_counted_there(
 
 
 def test_more_unreadable_images_than_training_takes_speak_against_a_run(run: KnownRun) -> None:
-    assert dataset.UNREADABLE_SHARE == suitability.UNREADABLE_SHARE
     reason = only(reasons_against(run, replace(SITE, unreadable={"cat": 5, "dog": 2})))
     assert reason.told == reason.here == "7 of 600 images cannot be read, more than 1%"
     dropped = replace(SITE, unreadable={"yeti": 50}, classes={**SITE.classes, "yeti": 50}, label_map={"yeti": None})

@@ -11,15 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from fedpeft.data.interface import Indices, Source
+from fedpeft.data.interface import UNREADABLE_SHARE, Indices, Source
 from fedpeft.data.labels import map_labels, read_label_map
 from fedpeft.data.sources import open_source
 from fedpeft.data.store import CACHE_BYTES, PixelStore
 from fedpeft.data.transforms import ImageUnreadable, Pixels, Preprocessing
 from fedpeft.errors import DataInvalid
-
-UNREADABLE_SHARE = 0.01
-"""Share of images that may be unreadable before the data set is refused."""
 
 _NAMED = 5
 

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 """Row numbers, counted from 0."""
 
+UNREADABLE_SHARE = 0.01
+"""Share of images that may be unreadable before a data set is refused."""
+
 
 class Source(Protocol):
     """Encoded images with labels, by row number. Picklable: a worker process opens its own view.
