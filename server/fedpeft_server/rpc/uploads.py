@@ -105,7 +105,7 @@ class Uploads:
         received = await self.received(ticket)
         if received:
             if received.manifest.sha256 != header.manifest.sha256:
-                raise UpdateDiffers(f"another update was already received for {ticket.id}")
+                raise _differs(ticket)
             return received
         self._admit(engine, ticket)
         async with _refusing(engine, ticket):
@@ -166,7 +166,13 @@ class Uploads:
         return step
 
     async def _joined(self, ticket: Ticket, header: pb.UpdateHeader) -> UpdateRow | None:
-        """Returns what an earlier call's upload of the same bytes comes to, if one is being concluded."""
+        """Returns what an earlier call's upload of the same bytes comes to, if one is being concluded.
+
+        Raises:
+            UpdateDiffers: If it was of other bytes, and counted.
+            BeingChecked: If it takes longer than a call may be held.
+            FedpeftError: If it was of the same bytes, and refused.
+        """
         concluding = self._concluding.get(ticket.id)
         if concluding is None:
             return None
@@ -177,7 +183,9 @@ class Uploads:
             if same or isinstance(error, BeingChecked):
                 raise
             return None
-        return counted if same else None
+        if not same:
+            raise _differs(ticket)
+        return counted
 
     async def _concluded(self, step: asyncio.Task[UpdateRow]) -> UpdateRow:
         """Waits for what an upload comes to, as long as a call may be held.
@@ -224,6 +232,10 @@ class Uploads:
         with self._store.spool.open(header.ticket) as data:
             norm = math.sqrt(folding.squared_norm(manifest, data, releaser(data)))
         return UpdateRow(header.ticket, header.examples, norm, dict(header.metrics), manifest, time.time())
+
+
+def _differs(ticket: Ticket) -> UpdateDiffers:
+    return UpdateDiffers(f"another update was already received for {ticket.id}; that one counts")
 
 
 @asynccontextmanager
