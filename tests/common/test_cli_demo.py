@@ -148,6 +148,13 @@ def test_report_sums_the_rounds() -> None:
     ]
 
 
+def test_summary_rounds_the_share_of_full_fine_tuning_once() -> None:
+    """376.52 is 377; by way of the report's 376.5 it would be 376, beside the 377 of the watch."""
+    made = report.report_of(picture(), {"noto": 10}, 61.23)
+    made["totals"] |= {"wire_bytes_up": 1000, "full_bytes_each_way": 376_520, "full_over_wire_up": 376.5}
+    assert "full fine-tuning would have sent 367.7 KiB each way, 377 times as much" in report.summary(made)
+
+
 def test_picture_of_the_report(tmp_path: Path) -> None:
     made = report.report_of(picture(), {"noto": 10, "twemoji": 20}, 61.2)
     sent, accuracy = report.curve(made)

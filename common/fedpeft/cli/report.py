@@ -164,10 +164,8 @@ def summary(report: views.Json) -> list[str]:
         f"sent down: {output.size(totals['wire_bytes_down'])} on the wire, of it "
         f"{output.size(totals['payload_bytes_down'])} tensors",
     ]
-    if totals["full_over_wire_up"]:
-        lines.append(
-            f"full fine-tuning would have sent {output.size(totals['full_bytes_each_way'])} each way, "
-            f"{totals['full_over_wire_up']:,.0f} times as much"
-        )
+    up, full = totals["wire_bytes_up"], totals["full_bytes_each_way"]
+    if up and full:  # the quotient itself: the report's is rounded, and rounding it again may say 376 for 376.52
+        lines.append(f"full fine-tuning would have sent {output.size(full)} each way, {full / up:,.0f} times as much")
     lines.append(f"rounds took {totals['round_seconds']:.0f} s, all of it {report['seconds']:.0f} s")
     return lines
