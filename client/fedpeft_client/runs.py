@@ -13,8 +13,6 @@ from fedpeft.config import RunConfig
 from fedpeft.spec import AdapterSpec
 from fedpeft.v1 import run_pb2
 
-FINISHED = (run_pb2.RUN_STATE_COMPLETED, run_pb2.RUN_STATE_STOPPED)
-
 
 @dataclass(frozen=True)
 class KnownRun:
@@ -61,11 +59,6 @@ class KnownRun:
     def from_json(cls, data: dict[str, Any]) -> KnownRun:
         """Reads what `as_json` returned."""
         return cls.of(json_format.ParseDict(data, run_pb2.Run()))
-
-    @property
-    def finished(self) -> bool:
-        """Whether no round will ever follow."""
-        return self.message.state in FINISHED
 
     def upload_bounds(self, number: int) -> tuple[int, int]:
         """Returns the fewest and most bytes of an update's payload in round `number` (1, 2, ...)."""
