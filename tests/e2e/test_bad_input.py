@@ -25,6 +25,8 @@ from fedpeft.data.dataset import open_dataset
 from fedpeft.data.sources import open_source
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.errors import ConfigInvalid, LocalError, SettingsInvalid, tree
+from fedpeft.identity import keys
+from fedpeft.identity.token import EnrollmentToken
 from fedpeft.models import build, fingerprint
 from fedpeft.operator_client import OperatorClient
 from fedpeft.peft import tune
@@ -325,6 +327,10 @@ CALLS: dict[str, tuple[Callable[[World], object], ...]] = {
         held_twice,
         lambda w: served(w, data_dir=w.folder / "server", listen=f"127.0.0.1:{free_port()}"),
         lambda w: served(w, data_dir=w.file("torn2/fedpeft.db", b"no database" * 999).parent),
+    ),
+    "IDENTITY_INVALID": (
+        lambda w: EnrollmentToken.decode("fedpeft1.cut.short"),
+        lambda w: keys.load(w.file("open.pem", keys.to_pem(keys.make()))),
     ),
     "TRAINING_FAILED": (diverging,),
 }
