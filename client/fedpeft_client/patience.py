@@ -1,4 +1,7 @@
-"""How long anything is waited for, and how a server that is away is waited for. All timeouts of the client are here."""
+"""How long anything is waited for, and how a server that is away is waited for.
+
+All timeouts of the client are here; those that the server has too come from `fedpeft.waits`.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,11 @@ from typing import TypeVar
 
 from fedpeft.errors import DiskFull, FedpeftError, Internal, Unavailable
 from fedpeft.logs import Log
+from fedpeft.waits import HOLD_S
+from fedpeft.waits import STALL_S as STALL_S
 
 CALL_S = 30.0
 """An ordinary call is answered in this time."""
-HOLD_S = 20.0
-"""How long the server may hold AwaitRound; a property of the protocol, not a timeout of ours."""
-STALL_S = 60.0
-"""A transfer without a byte of progress for this time is broken off and continued."""
 AWAIT_S = CALL_S + HOLD_S
 """AwaitRound is answered in this time."""
 AWAY_S = 10 * STALL_S

@@ -19,9 +19,10 @@ from fedpeft.errors import (
 from fedpeft.payload import Manifest, check_manifest
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
+from fedpeft.waits import STALL_S
 from fedpeft_client.adapters import AdapterCache, Held
 from fedpeft_client.channel import Channel
-from fedpeft_client.patience import STALL_S, Patience
+from fedpeft_client.patience import Patience
 from fedpeft_client.runs import KnownRun
 
 STARTS = 3

@@ -23,10 +23,11 @@ from fedpeft.logs import Log
 from fedpeft.payload import chunks
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft.waits import STALL_S
 from fedpeft.wire import TURN_KEY
 from fedpeft_client.channel import Channel
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK
-from fedpeft_client.patience import STALL_S, Backoff, Patience
+from fedpeft_client.patience import Backoff, Patience
 from fedpeft_client.pending import Outcome, Pending
 
 STARTS = 3

@@ -1,6 +1,7 @@
 """The daemon's settings: one frozen model, flags over environment over a TOML file, whole at construction.
 
-What is waited for, and how long, is named here, in `fedpeft_client.patience` and in the run file (`deadline_s`).
+What is waited for, and how long, is named here, in `fedpeft.waits`, in `fedpeft_client.patience` and in the run file
+(`deadline_s`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,6 @@ from fedpeft.addresses import Address
 from fedpeft.logs import Level, LogFormat
 from fedpeft.settings import ProcessSettings
 
-HOLD_S = 20.0
-"""How long a call is held before it is told what it waits for: in AwaitRound, for a turn, for a receipt."""
-STALL_S = 60.0
-"""How long a transfer may make no progress."""
 TURN_S = 10.0
 """How long a transfer is served before it gives way to others that wait."""
 

@@ -10,10 +10,10 @@ import grpc
 
 from fedpeft.errors import ChunkInvalid, TransferStalled, UpdateTooLarge
 from fedpeft.payload import Manifest
+from fedpeft.waits import STALL_S
 from fedpeft.wire import TURN_KEY
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.turns import Turn
-from fedpeft_server.settings import STALL_S
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.spool_writer import SpoolWriter
 

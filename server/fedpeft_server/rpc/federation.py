@@ -26,6 +26,7 @@ from fedpeft.payload import chunks
 from fedpeft.rounds import Ticket
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
+from fedpeft.waits import HOLD_S
 from fedpeft.wire import manifest_to_proto, training_to_proto
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.engine import RunEngine
@@ -37,7 +38,6 @@ from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import ROLES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.rpc.uploads import Uploads
-from fedpeft_server.settings import HOLD_S
 from fedpeft_server.store.rows import AnswerRow, UpdateRow
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import Ledger

@@ -14,8 +14,8 @@ import structlog
 
 from fedpeft.errors import FedpeftError, Internal, LocalError, TransferStalled
 from fedpeft.status import abort
+from fedpeft.waits import STALL_S
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.settings import STALL_S
 from fedpeft_server.traffic import CALL, Call, Ledger
 
 log = structlog.get_logger()

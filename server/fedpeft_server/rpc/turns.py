@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fedpeft.errors import TransfersBusy, TurnOver
-from fedpeft_server.settings import HOLD_S, TURN_S
+from fedpeft.waits import HOLD_S
+from fedpeft_server.settings import TURN_S
 
 LINGER_S = 5.0
 """Who was told to ask again keeps its place for so long."""

@@ -32,13 +32,13 @@ from fedpeft.mapped import releaser
 from fedpeft.payload import Manifest
 from fedpeft.rounds import Phase, Ticket, TicketState
 from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.waits import HOLD_S
 from fedpeft.wire import manifest_from_proto
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.unbroken import Steps
 from fedpeft_server.rpc.arrivals import Arrivals
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.turns import Turns
-from fedpeft_server.settings import HOLD_S
 from fedpeft_server.store.rows import UpdateRow
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
