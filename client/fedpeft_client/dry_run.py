@@ -32,7 +32,8 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
     request = registration(settings, hello)
     response = await Patience(log, CALL_S).keep(lambda: channel.register(request))
     _line("server", settings.server)
-    _line("device", f"{hello['device']}, {hello['threads']} threads, torch {hello['torch']}")
+    threads = "1 thread" if hello["threads"] == 1 else f"{hello['threads']} threads"
+    _line("device", f"{hello['device']}, {threads}, torch {hello['torch']}")
     _line("data", f"{settings.data}: {hello['rows']:,} images of {len(hello['labels'])} classes")
     surveyed = await worker.ask({"op": "survey"}, _Progress(log))
     _say_readable(surveyed)
@@ -43,7 +44,7 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
     if misfit := fitness.nothing_suits():
         raise misfit
     if not response.runs:
-        _line("runs", "none yet; the client would wait for one")
+        _line("runs", "none to work for; the client would wait for one")
         _refuse_unreadable(surveyed)
 
 

@@ -98,6 +98,7 @@ class WorkerProcess:
         raise TrainingFailed(f"the worker process died {ATTEMPTS} times; the last time {cause}")
 
     async def _open(self) -> None:
+        self._log.info("loading torch and the data", data=self._options["data"])
         environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ}  # repeatable on a GPU
         self._process = await asyncio.create_subprocess_exec(
             *_COMMAND,

@@ -199,6 +199,25 @@ async def test_dry_run_says_what_would_happen(federation: Federation, start_clie
     assert not federation.run.tickets and not federation.registered and not federation.answers
 
 
+async def test_dry_run_where_no_run_is_to_be_worked_for(federation: Federation, start_client: StartClient) -> None:
+    """A completed run may be there: the server names those that want work."""
+    client = await start_client("--dry-run")
+    assert await client.ended() == 0, "".join(client.text)
+    lines = client.out.decode().splitlines()
+    assert "      runs  none to work for; the client would wait for one" in lines
+    assert any(line.startswith("    device  cpu, 1 thread, torch ") for line in lines)
+
+
+async def test_first_line_says_what_is_being_done_before_anything_slow(
+    federation: Federation, start_client: StartClient, data: Path
+) -> None:
+    """Loading torch takes a minute on a busy machine; until then there was not a word, and then a warning."""
+    client = await start_client()
+    await client.said("registered")
+    first = json.loads(client.text[0])
+    assert (first["event"], first["level"], first["data"]) == ("loading torch and the data", "info", str(data))
+
+
 async def test_other_frozen_weights_are_refused_with_both_fingerprints(
     federation: Federation, start_client: StartClient
 ) -> None:
