@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
 
 from fedpeft.errors import FedpeftError, RunNotFinished, RunNotFound, StateInvalid, TicketNotFound
-from fedpeft.rounds import Phase, Round, Ticket
+from fedpeft.rounds import Phase, Round, Ticket, TicketState
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.answers import Answers
 from fedpeft_server.rounds.engine import ACTIVE, RunEngine
@@ -219,7 +219,8 @@ class Runs:
         """Offers the lobby to the runs, the one that sampled longest ago first."""
         while True:
             self._news.clear()
-            for engine in sorted(self._engines.values(), key=lambda e: e.opened):
+            # Only those with rounds left: finished runs stay for months, and this is done anew as clients come and go.
+            for engine in sorted((e for e in self._engines.values() if e.active), key=lambda e: e.opened):
                 await self._offer(engine)
             self._count_clients()
             try:
@@ -241,8 +242,9 @@ class Runs:
             gauge, run = self._metrics.clients, engine.run.id
             gauge.labels(run, "waiting").set(len(self.ready(run)) if engine.active else 0)
             gauge.labels(run, "declined").set(len(self.answers.declines(run)) if engine.active else 0)
-            for state in ("issued", "received", "withdrawn", "refused", "late"):
-                gauge.labels(run, state).set(sum(t.state == state for t in engine.round.tickets))
+            tickets = Counter(ticket.state for ticket in engine.round.tickets)
+            for state in TicketState:
+                gauge.labels(run, state).set(tickets[state])
 
 
 def _in_progress(run: RunRow, newest: RoundRow | None) -> Round:
