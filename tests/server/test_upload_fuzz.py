@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -24,6 +23,7 @@ from fedpeft_server.app import Server
 from fedpeft_server.settings import Settings
 
 from .conftest import SPEC, Daemon, RawClient, config, filled, free_port, header
+from .test_uploads import open_files
 
 MANIFEST, DATA = payload.encode(filled(1.0), SPEC.sent(1), "float32")
 OTHER_MANIFEST, OTHER_DATA = payload.encode(filled(2.0), SPEC.sent(1), "float32")
@@ -190,15 +190,9 @@ class World:
             "writers": list(spool._writers),
             "turns": list(uploads._turns._held),
             "checks": list(uploads._concluding),
+            "steps": [step.get_name() for engine in self._daemon.server.runs.all() for step in engine.steps._tasks],
             "files": [path.name for path in self._spool.iterdir()] if files else [],
         }
-
-
-def open_files(folder: Path) -> list[str]:
-    """Returns the files in a folder that this process has open."""
-    links = (Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd"))
-    names = [os.readlink(link) for link in links if os.path.lexists(link)]
-    return [name for name in names if name.startswith(str(folder))]
 
 
 @asynccontextmanager
