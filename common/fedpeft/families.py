@@ -136,6 +136,8 @@ class VisionTransformers(Family):
 _VIT = VisionTransformers()
 FAMILIES: dict[str, Family] = {"timm.models.vision_transformer": _VIT, "timm.models.deit": _VIT}
 """Families by the timm module that defines their models."""
+ALIKE = 0.8
+"""Least likeness of a known model's name to a wrong one for it to be named."""
 
 
 def family_of(name: str) -> Family:
@@ -158,5 +160,8 @@ def _wrong(key: str, text: str) -> ModelInvalid:
 
 
 def _near(name: str) -> str:
-    near = difflib.get_close_matches(name, timm.list_models(), 3)
+    """Names models that would work and begin like `name`: who takes the advice is not refused again."""
+    known = [model for module in FAMILIES for model in timm.list_models(module=module.removeprefix("timm.models."))]
+    likeness = {model: difflib.SequenceMatcher(None, name, model[: len(name)]).ratio() for model in known}
+    near = sorted((m for m in known if likeness[m] >= ALIKE), key=lambda m: (-likeness[m], len(m), m))[:3]
     return f"; near it are {', '.join(near)}" if near else ""

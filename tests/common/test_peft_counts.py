@@ -4,6 +4,7 @@ import pytest
 
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ConfigInvalid, ModelInvalid
+from fedpeft.families import family_of
 from fedpeft.peft import count, spec_of
 
 BASE, SMALL, LARGE = (f"vit_{size}_patch16_224" for size in ("base", "small", "large"))
@@ -113,6 +114,10 @@ def test_unknown_names() -> None:
         count(SMALL, "lore", {}, 2)
     with pytest.raises(ModelInvalid, match="near it are vit_small_patch16_224"):
         count("vit_smal_patch16_224", "bias", {}, 2)
+    with pytest.raises(ModelInvalid, match="no model 'vit_bas'") as caught:
+        count("vit_bas", "bias", {}, 2)
+    near = caught.value.message.rpartition("near it are ")[2].split(", ")
+    assert "vit_base_patch16_224" in near and all(family_of(name) for name in near)  # not gcvit_base, refused next
     with pytest.raises(ModelInvalid, match=r"timm\.models\.resnet"):
         count("resnet18", "bias", {}, 2)
     with pytest.raises(ModelInvalid, match="Invalid pretrained tag"):

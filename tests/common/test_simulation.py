@@ -372,6 +372,8 @@ def test_what_cannot_be_simulated_is_said_at_once(tmp_path, folders):
     whole = write(tmp_path / "whole.parquet", table(12))
     with pytest.raises(ConfigInvalid, match=r"no \[simulation\] section"):
         clients_of(whole, config())
+    with pytest.raises(DataInvalid, match=r"there is no data at .*nowhere"):
+        clients_of(tmp_path / "nowhere", config())
     odd = write(tmp_path / "odd" / "data.parquet", table(6, names=("cat", "dog", "yak")))
     with pytest.raises(DataInvalid, match=r"client odd: class 'yak' \(2 rows\) is none of the run's"):
         simulate(config(rounds={"count": 1, "clients": 1}), {"odd": odd}, tmp_path / "out")

@@ -53,12 +53,12 @@ def clients_of(path: Path, config: RunConfig) -> tuple[dict[str, Path | Source],
     folders = _written(path)
     if folders:
         return dict(folders), None
+    source = open_source(path)
     if config.simulation is None:
         raise ConfigInvalid(
             f"{path} is one data set and the run file has no [simulation] section that divides it; add one, or give "
             "a folder that fedpeft partition wrote"
         )
-    source = open_source(path)
     cut = _cut(source, config.simulation, config.rounds.seed)
     names = [file_name(name) for name in cut.names]
     if len(set(names)) < len(names):
