@@ -46,6 +46,7 @@ from fedpeft_client.pull import Puller
 from fedpeft_client.push import Pusher
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.settings import Settings
+from fedpeft_client.standing import while_it_counts
 from fedpeft_client.state import StateDirectory
 from fedpeft_client.suitability import Reason
 from fedpeft_client.trainer import Trainer
@@ -180,7 +181,10 @@ class Agent:
 
         async def train() -> None:
             run, held = await self._pull(task.run, task.version)
-            await self._trainer.train(run, task, held, log)  # what is pending is pushed next, as after a kill
+            training = self._trainer.train(run, task, held, log)
+            await while_it_counts(
+                self._channel, task.ticket, training
+            )  # what is pending is pushed next, as after a kill
 
         if failure := await self._tried(task.run, train):
             log.error("ticket is given up", cause=failure.here)

@@ -92,6 +92,9 @@ class WorkerProcess:
                 if self._process is None:
                     await self._open()
                 return self.hello if request is None else await self._exchange(request, on_progress)
+            except asyncio.CancelledError:
+                await self.close()  # it is in the middle of an answer that nobody waits for
+                raise
             except WorkerDied as death:
                 self._log.error("worker died", cause=str(death), attempt=attempt, of=ATTEMPTS)
                 cause = death

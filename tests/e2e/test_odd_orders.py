@@ -34,10 +34,16 @@ batch_size = 4
 """
 
 
-async def delete(port: int, run: str) -> None:
-    """Stops and deletes a run; the command line would take longer than the training."""
+async def stop(port: int, run: str) -> None:
+    """Stops a run; the command line would take longer than the training."""
     async with OperatorClient(f"127.0.0.1:{port}") as server:
         await server.stop(run)
+
+
+async def delete(port: int, run: str) -> None:
+    """Stops and deletes a run."""
+    await stop(port, run)
+    async with OperatorClient(f"127.0.0.1:{port}") as server:
         await server.delete(run)
 
 
@@ -72,6 +78,29 @@ def test_a_client_outlives_its_run_and_its_server(federation: Federation) -> Non
     assert alice.events("the server does not know this client any more; registering again")
     (shown,) = federation.show(kept)["rounds"]
     assert shown["clients"] == ["alice"]
+
+
+def test_a_training_that_cannot_count_any_more_ends(federation: Federation) -> None:
+    """Its run is stopped, or is gone with its server: hours of somebody's GPU. The client is free for the next run."""
+    endless = ONE_CLIENT.replace("steps = 300", "steps = 10_000_000")
+    federation.run_file.write_text(endless)
+    server = federation.server()
+    alice = federation.client("alice")
+    stopped = federation.create()
+    wait_for(lambda: training(alice, stopped), "training for a run that is going to be stopped", 0.01)
+    lost = federation.create()
+    asyncio.run(stop(federation.port, stopped))
+    wait_for(lambda: training(alice, lost), "training for a run that is going to be lost", 0.01)
+    server.kill()
+    shutil.rmtree(federation.folder / "server")
+    federation.server()
+    federation.run_file.write_text(ONE_CLIENT)
+    kept = federation.create()
+    federation.finish(kept)
+    first, second = alice.events("ticket is given up")
+    assert (first["run"], second["run"]) == (stopped, lost)
+    assert first["cause"] == "the run was stopped; its training ends"
+    assert second["cause"].startswith("there is no ticket")
 
 
 def test_a_site_that_does_not_suit_declines_by_name_and_takes_part_once_it_is_mended(federation: Federation) -> None:

@@ -666,7 +666,7 @@ class GetUploadRequest(_message.Message):
     ticket: _builtins.str
     """Id of the ticket."""
     sha256: _builtins.bytes
-    """Digest of the payload to be uploaded, 32 bytes. Bytes held of another payload do not count."""
+    """Digest of the payload to be uploaded, 32 bytes; empty while there is none. Bytes held of another payload do not count."""
     def __init__(
         self,
         *,
@@ -690,10 +690,13 @@ class GetUploadResponse(_message.Message):
     COMMITTED_BYTES_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
+    RUN_FINISHED_FIELD_NUMBER: _builtins.int
     committed_bytes: _builtins.int
     """Bytes held; the next chunk begins here."""
     state: _run_pb2.TicketState.ValueType
     """State of the ticket."""
+    run_finished: _builtins.bool
+    """Whether the run is stopped or completed: nothing that is still trained for it can count, in no later round either."""
     @_builtins.property
     def receipt(self) -> Global___PushUpdateResponse:
         """The receipt, once state is RECEIVED."""
@@ -704,10 +707,11 @@ class GetUploadResponse(_message.Message):
         committed_bytes: _builtins.int = ...,
         state: _run_pb2.TicketState.ValueType = ...,
         receipt: Global___PushUpdateResponse | None = ...,
+        run_finished: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_bytes", b"committed_bytes", "receipt", b"receipt", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_bytes", b"committed_bytes", "receipt", b"receipt", "run_finished", b"run_finished", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

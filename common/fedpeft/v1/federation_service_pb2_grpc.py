@@ -212,7 +212,8 @@ class FederationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetUpload(self, request, context):
-        """GetUpload says where an upload stands.
+        """GetUpload says where an upload stands. A client that trains asks now and then, with no digest, whether its ticket's
+        run goes on, and ends a training that cannot count any more.
         NOT_FOUND            TICKET_NOT_FOUND
         PERMISSION_DENIED    TICKET_OF_ANOTHER
         """

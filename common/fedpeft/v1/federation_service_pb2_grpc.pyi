@@ -108,7 +108,8 @@ class FederationServiceStub:
     goes on with the others.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.GetUploadRequest, _federation_service_pb2.GetUploadResponse]
-    """GetUpload says where an upload stands.
+    """GetUpload says where an upload stands. A client that trains asks now and then, with no digest, whether its ticket's
+    run goes on, and ends a training that cannot count any more.
       NOT_FOUND            TICKET_NOT_FOUND
       PERMISSION_DENIED    TICKET_OF_ANOTHER
     """
@@ -256,7 +257,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_service_pb2.GetUploadRequest,
         context: _aio.ServicerContext[_federation_service_pb2.GetUploadRequest, _abc.Awaitable[_federation_service_pb2.GetUploadResponse]],
     ) -> _abc.Awaitable[_federation_service_pb2.GetUploadResponse]:
-        """GetUpload says where an upload stands.
+        """GetUpload says where an upload stands. A client that trains asks now and then, with no digest, whether its ticket's
+        run goes on, and ends a training that cannot count any more.
           NOT_FOUND            TICKET_NOT_FOUND
           PERMISSION_DENIED    TICKET_OF_ANOTHER
         """

@@ -172,15 +172,16 @@ class Federation(pb_grpc.FederationServiceServicer):
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
         """Says where an upload stands."""
         client = self._callers.identify(context)
-        _, ticket = await self._ticket(request.ticket, client)
+        engine, ticket = await self._ticket(request.ticket, client)
         received = await self._uploads.received(ticket)
-        state = TICKET_STATES[ticket.state]
+        answer = pb.GetUploadResponse(state=TICKET_STATES[ticket.state], run_finished=not engine.active)
         if received:
-            size = received.manifest.payload_bytes
-            return pb.GetUploadResponse(committed_bytes=size, state=state, receipt=_receipt(received))
+            answer.committed_bytes = received.manifest.payload_bytes
+            answer.receipt.CopyFrom(_receipt(received))
+            return answer
         # Not on the threads that check uploads: who asks must not wait for them.
-        position = await asyncio.to_thread(self._store.spool.position, ticket.id, request.sha256)
-        return pb.GetUploadResponse(committed_bytes=position, state=state)
+        answer.committed_bytes = await asyncio.to_thread(self._store.spool.position, ticket.id, request.sha256)
+        return answer
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:
         """Gives a ticket up."""

@@ -1,0 +1,56 @@
+"""Whether what is trained can still count, asked of the server now and then while it is trained."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, NoReturn, TypeVar
+
+from fedpeft.errors import RunFinished, TicketClosed
+from fedpeft.v1 import run_pb2
+from fedpeft.waits import HOLD_S
+from fedpeft_client.channel import Channel
+from fedpeft_client.patience import NOT_NOW
+
+ASK_S = HOLD_S
+"""How often the server is asked: as often as a client that waits asks for work."""
+
+_CLOSED = (run_pb2.TICKET_STATE_WITHDRAWN, run_pb2.TICKET_STATE_REFUSED)
+
+T = TypeVar("T")
+
+
+async def while_it_counts(channel: Channel, ticket: str, work: Coroutine[Any, Any, T]) -> T:
+    """Does the work of a ticket; leaves it once nothing of it can count any more.
+
+    A round that has closed is no reason to leave: what comes too late goes into the residual. Nor is a server that is
+    away: it will want the update when it is back.
+
+    Raises:
+        RunFinished: If the run was stopped.
+        TicketNotFound: If the run was deleted, or the server was set up anew.
+        TicketClosed: If the ticket was given back or refused.
+        FedpeftError: Whatever else the server answers, or the work raises.
+    """
+    working = asyncio.create_task(work)
+    asking = asyncio.create_task(_until_it_cannot_count(channel, ticket))
+    try:
+        await asyncio.wait({working, asking}, return_when=asyncio.FIRST_COMPLETED)
+        return await (working if working.done() else asking)
+    finally:
+        for task in (working, asking):
+            task.cancel()
+        await asyncio.gather(working, asking, return_exceptions=True)
+
+
+async def _until_it_cannot_count(channel: Channel, ticket: str) -> NoReturn:
+    while True:
+        await asyncio.sleep(ASK_S)
+        try:
+            standing = await channel.get_upload(ticket, b"")
+        except NOT_NOW:
+            continue
+        if standing.run_finished:
+            raise RunFinished("the run was stopped; its training ends")
+        if standing.state in _CLOSED:
+            raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; its training ends")
