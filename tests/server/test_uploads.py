@@ -200,5 +200,6 @@ async def test_no_chunk_of_a_counted_update_stays_in_memory(daemon: Daemon) -> N
         async with asyncio.timeout(10):  # the call's last steps may follow the receipt
             while chunks_in_memory(data):
                 await asyncio.sleep(0.01)
+        assert not chunks_in_memory(data)
     finally:
         gc.enable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Self
@@ -134,10 +135,8 @@ def _usage(*, authority: bool) -> x509.KeyUsage:
 
 
 def _general_name(host: str) -> x509.GeneralName:
-    try:
+    with suppress(ValueError):  # then it is a name
         return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        pass  # then it is a name
     labels = host.removeprefix("*.").split(".")
     if len(host) > 253 or not all(_is_label(label) for label in labels):
         raise IdentityInvalid(f"{host[:300]!r} is neither a host name nor an address")
