@@ -181,10 +181,8 @@ class Agent:
 
         async def train() -> None:
             run, held = await self._pull(task.run, task.version)
-            training = self._trainer.train(run, task, held, log)
-            await while_it_counts(
-                self._channel, task.ticket, training
-            )  # what is pending is pushed next, as after a kill
+            training = self._trainer.train(run, task, held, log)  # what is pending is pushed next, as after a kill
+            await while_it_counts(self._channel, task.ticket, training)
 
         if failure := await self._tried(task.run, train):
             log.error("ticket is given up", cause=failure.here)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, NoReturn, TypeVar
 
-from fedpeft.errors import RunFinished, TicketClosed
+from fedpeft.errors import FedpeftError, RunFinished, TicketClosed
 from fedpeft.v1 import run_pb2
 from fedpeft.waits import HOLD_S
 from fedpeft_client.channel import Channel
@@ -48,8 +48,10 @@ async def _until_it_cannot_count(channel: Channel, ticket: str) -> NoReturn:
         await asyncio.sleep(ASK_S)
         try:
             standing = await channel.get_upload(ticket, b"")
-        except NOT_NOW:
-            continue
+        except FedpeftError as error:
+            if isinstance(error, NOT_NOW) or error.retry_s is not None:  # no word on the ticket
+                continue
+            raise
         if standing.run_finished:
             raise RunFinished("the run was stopped; its training ends")
         if standing.state in _CLOSED:

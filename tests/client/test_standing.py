@@ -1,0 +1,72 @@
+"""A training is left for what the server says of its ticket, and for nothing else that a question may come to."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+import pytest
+
+from fedpeft.errors import FedpeftError, RunFinished, ServerUnreachable, TicketClosed, TicketNotFound, TooManyCalls
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import run_pb2
+from fedpeft_client import standing
+from fedpeft_client.channel import Channel
+
+ISSUED = pb.GetUploadResponse(state=run_pb2.TICKET_STATE_ISSUED)
+LATE = pb.GetUploadResponse(state=run_pb2.TICKET_STATE_LATE)
+
+
+class Answers:
+    """Answers one question after the other; then none is left."""
+
+    def __init__(self, *answers: pb.GetUploadResponse | FedpeftError) -> None:
+        self.left = list(answers)
+        self.through = asyncio.Event()
+
+    async def get_upload(self, ticket: str, sha256: bytes) -> pb.GetUploadResponse:
+        assert (ticket, sha256) == ("t", b"")
+        if not self.left:
+            self.through.set()
+            return ISSUED
+        answer = self.left.pop(0)
+        if isinstance(answer, FedpeftError):
+            raise answer
+        return answer
+
+    async def work(self) -> str:
+        await self.through.wait()
+        return "trained"
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standing, "ASK_S", 0.001)
+
+
+async def test_what_says_nothing_of_the_ticket_is_no_reason_to_leave() -> None:
+    answers = Answers(ISSUED, ServerUnreachable("away"), TooManyCalls("32 calls are under way"), LATE)
+    assert await standing.while_it_counts(cast(Channel, answers), "t", answers.work()) == "trained"
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (pb.GetUploadResponse(state=run_pb2.TICKET_STATE_LATE, run_finished=True), RunFinished),
+        (pb.GetUploadResponse(state=run_pb2.TICKET_STATE_WITHDRAWN), TicketClosed),
+        (TicketNotFound("there is no ticket t"), TicketNotFound),
+    ],
+    ids=["stopped", "withdrawn", "gone"],
+)
+async def test_what_cannot_count_is_left(answer: pb.GetUploadResponse | FedpeftError, error: type[Exception]) -> None:
+    answers, left = Answers(ISSUED, answer), asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.set()
+
+    with pytest.raises(error):
+        await standing.while_it_counts(cast(Channel, answers), "t", work())
+    assert left.is_set()
