@@ -7,6 +7,7 @@ import traceback
 
 from fedpeft.errors import FedpeftError
 from fedpeft.logs import silence_grpc
+from fedpeft_client.commands import COMMANDS, listing
 from fedpeft_client.exits import Exit, exit_code
 from fedpeft_client.settings import Settings
 
@@ -17,10 +18,12 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs the client with the given command line and returns the exit code."""
+    """Runs the client, or the command that stands first, and returns the exit code."""
     verbose = "-v" in arguments or "--verbose" in arguments
     try:
-        settings = Settings.read(arguments)
+        if arguments and (command := COMMANDS.get(arguments[0])):
+            return command.load()(arguments[1:])
+        settings = _settings(arguments)
         verbose = settings.verbose
         silence_grpc()
         from fedpeft_client.app import serve  # only now: --help and wrong usage need no gRPC
@@ -34,6 +37,15 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         print(f"fedpeft-client: {error}", file=sys.stderr)
         return exit_code(error)
+
+
+def _settings(arguments: list[str]) -> Settings:
+    try:
+        return Settings.read(arguments)
+    except SystemExit:
+        if "-h" in arguments or "--help" in arguments:
+            print(listing())
+        raise
 
 
 if __name__ == "__main__":
