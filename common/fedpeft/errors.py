@@ -10,29 +10,44 @@
     │   ├── MetricsInvalid        evaluation or training figures
     │   ├── AnswerInvalid         an answer to the offer of a run
     │   ├── CapabilitiesInvalid   what a client says of itself
-    │   └── PageInvalid           the page of a list
+    │   ├── PageInvalid           the page of a list
+    │   ├── SubjectInvalid        whom a token enrols, or who is revoked
+    │   └── SigningRequestInvalid what a device sends for a certificate
     ├── OutOfRange
     │   └── OffsetOutOfRange      an upload or download continued at the wrong byte
     ├── NotFound
     │   ├── RunNotFound
     │   ├── VersionNotFound
-    │   └── TicketNotFound
+    │   ├── TicketNotFound
+    │   ├── TokenNotFound
+    │   └── IdentityNotFound
     ├── AlreadyExists
     │   ├── ClientIdInUse         a second live client of the same id
     │   ├── UpdateDiffers         another update was received for the ticket
-    │   └── RequestIdReused       CreateRun was repeated with another run
+    │   ├── RequestIdReused       CreateRun was repeated with another run
+    │   └── NameInUse             a name is enrolled in another role of the same ids
     ├── FailedPrecondition    the state does not allow it now
     │   ├── ProtocolMismatch
     │   ├── NotRegistered
     │   ├── RoundClosed           the update came too late; it goes into the residual
     │   ├── TicketClosed          the ticket was withdrawn or refused
     │   ├── RunFinished
-    │   └── RunNotFinished
+    │   ├── RunNotFinished
+    │   ├── NoAuthority           the server cannot issue certificates
+    │   └── SelfRevocation        an operator would revoke itself
     ├── PermissionDenied
     │   ├── TicketOfAnother
-    │   └── NotAnEvaluator        a client that trains sends figures of a version
+    │   ├── NotAnEvaluator        a client that trains sends figures of a version
+    │   └── RoleMayNot            the certificate's role has no right to the call
     ├── Unauthenticated
-    │   └── ClientIdInvalid
+    │   ├── ClientIdInvalid
+    │   ├── CertificateMissing
+    │   ├── CertificateInvalid    it names no role and name
+    │   ├── CertificateExpired
+    │   ├── CertificateRevoked
+    │   ├── TokenUnknown          an enrolment token that was never made, or was deleted
+    │   ├── TokenExpired
+    │   └── TokenUsed             by another key
     ├── ResourceExhausted
     │   ├── UpdateTooLarge
     │   ├── TransfersBusy
@@ -149,6 +164,14 @@ class PageInvalid(InvalidArgument):
     """The size of a page is negative, or its token is not one of this list."""
 
 
+class SubjectInvalid(InvalidArgument):
+    """The name, the role or the life in a request for an enrolment token or a revocation."""
+
+
+class SigningRequestInvalid(InvalidArgument):
+    """A signing request is malformed, wrongly signed, or its key is not on P-256."""
+
+
 class OutOfRange(FedpeftError):
     """A position beyond what exists."""
 
@@ -177,6 +200,14 @@ class TicketNotFound(NotFound):
     """No ticket of that id."""
 
 
+class TokenNotFound(NotFound):
+    """No enrolment token of that id."""
+
+
+class IdentityNotFound(NotFound):
+    """Nobody of that role and name was enrolled or has called."""
+
+
 class AlreadyExists(FedpeftError):
     """Something exists already and differs."""
 
@@ -193,6 +224,10 @@ class UpdateDiffers(AlreadyExists):
 
 class RequestIdReused(AlreadyExists):
     """CreateRun was repeated under one request id with another run."""
+
+
+class NameInUse(AlreadyExists):
+    """A client and an evaluator cannot share a name, for it is their id."""
 
 
 class FailedPrecondition(FedpeftError):
@@ -225,6 +260,14 @@ class RunNotFinished(FailedPrecondition):
     """The run is neither completed nor stopped."""
 
 
+class NoAuthority(FailedPrecondition):
+    """The server has no key to sign certificates with."""
+
+
+class SelfRevocation(FailedPrecondition):
+    """An operator asks to revoke the identity that it asks with."""
+
+
 class PermissionDenied(FedpeftError):
     """The caller may not do this."""
 
@@ -239,6 +282,10 @@ class NotAnEvaluator(PermissionDenied):
     """A client that did not register as an evaluator sends figures of a version."""
 
 
+class RoleMayNot(PermissionDenied):
+    """The role of the caller's certificate has no right to the call."""
+
+
 class Unauthenticated(FedpeftError):
     """The caller is not known."""
 
@@ -247,6 +294,34 @@ class Unauthenticated(FedpeftError):
 
 class ClientIdInvalid(Unauthenticated):
     """The metadata that names the client is missing or malformed."""
+
+
+class CertificateMissing(Unauthenticated):
+    """The call needs a certificate, and the connection has none."""
+
+
+class CertificateInvalid(Unauthenticated):
+    """The caller's certificate names no role and name."""
+
+
+class CertificateExpired(Unauthenticated):
+    """The caller's certificate has ended since the connection was made."""
+
+
+class CertificateRevoked(Unauthenticated):
+    """The caller's certificates were revoked."""
+
+
+class TokenUnknown(Unauthenticated):
+    """No enrolment token has this secret."""
+
+
+class TokenExpired(Unauthenticated):
+    """The enrolment token is too old."""
+
+
+class TokenUsed(Unauthenticated):
+    """The enrolment token was used by another key."""
 
 
 class ResourceExhausted(FedpeftError):
