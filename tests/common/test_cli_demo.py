@@ -23,9 +23,9 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from fedpeft.cli import federation, live, processes, report
-from fedpeft.cli.following import Picture
 from fedpeft.cli.processes import Household, free_ports
 from fedpeft.errors import LocalError, SettingsInvalid
+from fedpeft.following import Picture
 from fedpeft.v1 import run_pb2
 
 from .operator_double import a_round, a_run

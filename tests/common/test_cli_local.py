@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fedpeft import errors
+from fedpeft import errors, units
 from fedpeft.cli import app, exits, output
 from fedpeft.cli.session import address
 from fedpeft.errors import SettingsInvalid
@@ -209,4 +209,4 @@ def test_partition_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (343_502_224, "327.59 MiB"), (5 * 2**30, "5.00 GiB")],
 )
 def test_sizes(count: int, text: str) -> None:
-    assert output.size(count) == text
+    assert units.size(count) == text

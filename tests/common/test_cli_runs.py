@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fedpeft import operator_client
-from fedpeft.cli import following
+from fedpeft import following, operator_client
 from fedpeft.cli.app import main
 from fedpeft.errors import Draining, Internal
 from fedpeft.v1 import federation_service_pb2 as federation

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft import payload, record, rounds, seeds
+from fedpeft import payload, record, rounds, seeds, views
 from fedpeft.adapter_file import open_adapter
-from fedpeft.cli import views
 from fedpeft.cli.app import main
 from fedpeft.config import RunConfig, load_run_file, parse_config
 from fedpeft.data import partitions

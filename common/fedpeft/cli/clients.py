@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fedpeft.cli import output, views
+from fedpeft import views
+from fedpeft.cli import output
 from fedpeft.cli.session import Session, run_async, session_of
 
 app = typer.Typer(no_args_is_help=True, help="The devices of the federation.")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpeft.cli import output, views
+from fedpeft import views
+from fedpeft.cli import output
 from fedpeft.cli.session import Session, require, run_async, session_of
 from fedpeft.cli.weights import Weights, check_needed
 
@@ -56,19 +57,12 @@ async def created(session: Session, config: RunConfig, weights: Path | None) -> 
     async with session.client() as server:
         await server.runs()  # building takes long; a wrong address is found now
         output.note("building the model ...")
-        from fedpeft.models import build, fingerprint
-        from fedpeft.peft import tune
+        from fedpeft.first_version import first_version
 
-        backbone = build(config.model, config.rounds.seed, weights)
-        tuned = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
+        first = first_version(config, weights)
         with output.progress("uploading version 0") as progress:
             return await server.create_run(
-                config,
-                tuned.spec,
-                fingerprint(backbone, tuned.spec),
-                tuned.state(),
-                backbone.parameters,
-                progress=progress,
+                config, first.spec, first.fingerprint, first.tensors, first.model_parameters, progress=progress
             )
 
 

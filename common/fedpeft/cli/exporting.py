@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpeft.cli import output, views
+from fedpeft import views
+from fedpeft.cli import output
 from fedpeft.cli.session import Session, require, run_async, session_of
 from fedpeft.cli.weights import Weights, check_needed
 from fedpeft.errors import BackboneMismatch, ConfigInvalid, SettingsInvalid, StateInvalid

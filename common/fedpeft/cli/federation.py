@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fedpeft
-from fedpeft.cli import output, report, views
+from fedpeft import views
+from fedpeft.cli import output, report
 from fedpeft.cli.creation import created
-from fedpeft.cli.following import Picture
 from fedpeft.cli.processes import Household, free_ports
 from fedpeft.cli.session import Session
 from fedpeft.cli.watching import watched
 from fedpeft.config import RunConfig, load_run_file
 from fedpeft.errors import ServerUnreachable, SettingsInvalid, TrainingFailed
+from fedpeft.following import Picture
 from fedpeft.operator_client import PATIENCE_S
 
 T = TypeVar("T")

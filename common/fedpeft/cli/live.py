@@ -11,9 +11,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.cli import output, views
-from fedpeft.cli.following import Picture
-from fedpeft.cli.narration import MOST_NAMES, decline_line, headline, names
+from fedpeft import units, views
+from fedpeft.following import Picture
+from fedpeft.narration import MOST_NAMES, decline_line, headline, names
 from fedpeft.v1 import run_pb2
 
 REFRESH_PER_S = 4
@@ -76,23 +76,23 @@ def _table(picture: Picture, rows: int) -> Table:
     if len(final) > rows:
         table.add_row("...")
     elif "accuracy" in picture.run.initial_metrics:
-        table.add_row("0", "", output.percent(picture.run.initial_metrics["accuracy"]), style="dim")
+        table.add_row("0", "", units.percent(picture.run.initial_metrics["accuracy"]), style="dim")
     for round_ in final[-rows:]:
         clients, took = len(views.counted(round_)), views.seconds(round_)
         loss = round_.metrics.get("train_loss")
         table.add_row(
             str(round_.number),
             str(clients),
-            output.percent(round_.metrics.get("accuracy")),
+            units.percent(round_.metrics.get("accuracy")),
             "-" if loss is None else f"{loss:.3f}",
-            output.size(round_.wire_bytes_up),
-            output.size(round_.wire_bytes_down),
-            output.size(views.full_bytes(picture.run, clients)) if picture.run.model_parameters else "-",
+            units.size(round_.wire_bytes_up),
+            units.size(round_.wire_bytes_down),
+            units.size(views.full_bytes(picture.run, clients)) if picture.run.model_parameters else "-",
             "-" if took is None else f"{took:.1f}",
         )
     if (current := picture.current) is not None:
         received, sampled = len(views.counted(current)), len(current.tickets)
-        up, down = output.size(current.wire_bytes_up), output.size(current.wire_bytes_down)
+        up, down = units.size(current.wire_bytes_up), units.size(current.wire_bytes_down)
         table.add_row(str(current.number), f"{received}/{sampled}", "", "", up, down, "", "", style="cyan")
     return table
 
@@ -104,8 +104,8 @@ def _sums(picture: Picture) -> list[str]:
         return []
     up, down = sum(r.wire_bytes_up for r in final), sum(r.wire_bytes_down for r in final)
     full = sum(views.full_bytes(picture.run, len(views.counted(r))) for r in final)
-    line = f"sent: up {output.size(up)}, down {output.size(down)}"
-    return [line + (f"; full fine-tuning: {output.size(full)} each way" if full else "")]
+    line = f"sent: up {units.size(up)}, down {units.size(down)}"
+    return [line + (f"; full fine-tuning: {units.size(full)} each way" if full else "")]
 
 
 def _status(picture: Picture, now: datetime) -> Text:

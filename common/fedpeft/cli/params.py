@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fedpeft.cli import output, views
+from fedpeft import units, views
+from fedpeft.cli import output
 from fedpeft.cli.session import require
 from fedpeft.errors import ModelInvalid, SettingsInvalid
 
@@ -41,7 +42,7 @@ def params(
             (
                 row["method"],
                 f"{row['parameters']:,}",
-                output.mib(row["payload_bytes"]),
+                units.mib(row["payload_bytes"]),
                 f"{100 * row['parameters'] / full:.2f} %",
             )
             for row in rows

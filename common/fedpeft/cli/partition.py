@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpeft.cli import output, views
+from fedpeft import views
+from fedpeft.cli import output
 from fedpeft.cli.session import require
 from fedpeft.errors import SettingsInvalid
 

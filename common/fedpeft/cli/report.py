@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedpeft.cli import output, views
-from fedpeft.cli.following import Picture
+from fedpeft import units, views
 from fedpeft.errors import StateInvalid
+from fedpeft.following import Picture
 
 SUMMED = (
     "wire_bytes_up",
@@ -100,7 +100,7 @@ def curve(report: views.Json) -> tuple[list[float], list[float]]:
     if "accuracy" in report["initial"]:
         points.append((0.0, report["initial"]["accuracy"]))
     for row in report["rounds"]:
-        sent += (row["wire_bytes_up"] + row["wire_bytes_down"]) / output.MIB
+        sent += (row["wire_bytes_up"] + row["wire_bytes_down"]) / units.MIB
         if row["accuracy"] is not None:
             points.append((sent, row["accuracy"]))
     return [x for x, _ in points], [y for _, y in points]
@@ -141,7 +141,7 @@ def write_png(report: views.Json, path: Path) -> None:
     both = totals["wire_bytes_up"] + totals["wire_bytes_down"]
     full = 2 * totals["full_bytes_each_way"]
     figure.supxlabel(
-        f"Full fine-tuning would have sent {output.size(full)} in these rounds, "
+        f"Full fine-tuning would have sent {units.size(full)} in these rounds, "
         f"{full / max(1, both):,.0f} times as much: far beyond the right edge.",
         fontsize=9,
     )
@@ -155,17 +155,17 @@ def summary(report: views.Json) -> list[str]:
     """Returns what is said at the end."""
     totals = report["totals"]
     start, end = report["initial"].get("accuracy"), report["accuracy"]
-    begun = f"from {output.percent(start)} " if start is not None else ""
+    begun = f"from {units.percent(start)} " if start is not None else ""
     lines = [
-        f"accuracy on held-out images: {begun}to {output.percent(end)} in {len(report['rounds'])} rounds "
-        f"(chance is {output.percent(report['chance'])})",
-        f"sent up: {output.size(totals['wire_bytes_up'])} on the wire, of it {output.size(totals['payload_bytes_up'])} "
-        f"tensors; 4 bytes a parameter would be {output.size(totals['four_bytes_a_parameter'])}",
-        f"sent down: {output.size(totals['wire_bytes_down'])} on the wire, of it "
-        f"{output.size(totals['payload_bytes_down'])} tensors",
+        f"accuracy on held-out images: {begun}to {units.percent(end)} in {len(report['rounds'])} rounds "
+        f"(chance is {units.percent(report['chance'])})",
+        f"sent up: {units.size(totals['wire_bytes_up'])} on the wire, of it {units.size(totals['payload_bytes_up'])} "
+        f"tensors; 4 bytes a parameter would be {units.size(totals['four_bytes_a_parameter'])}",
+        f"sent down: {units.size(totals['wire_bytes_down'])} on the wire, of it "
+        f"{units.size(totals['payload_bytes_down'])} tensors",
     ]
     up, full = totals["wire_bytes_up"], totals["full_bytes_each_way"]
     if up and full:  # the quotient itself: the report's is rounded, and rounding it again may say 376 for 376.52
-        lines.append(f"full fine-tuning would have sent {output.size(full)} each way, {full / up:,.0f} times as much")
+        lines.append(f"full fine-tuning would have sent {units.size(full)} each way, {full / up:,.0f} times as much")
     lines.append(f"rounds took {totals['round_seconds']:.0f} s, all of it {report['seconds']:.0f} s")
     return lines

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpeft.cli import creation, exporting, output, verifying, views, watching
+from fedpeft import units, views
+from fedpeft.cli import creation, exporting, output, verifying, watching
 from fedpeft.cli.session import Session, run_async, session_of
 
 if TYPE_CHECKING:
@@ -152,10 +153,10 @@ def _say_rounds(rounds: list[views.Json]) -> None:
             (
                 row["version"],
                 len(row["clients"]),
-                output.percent(row["metrics"].get("accuracy")),
-                output.size(row["wire_bytes_up"]),
-                output.size(row["wire_bytes_down"]),
-                output.size(row["full_bytes_each_way"]) if row["full_bytes_each_way"] else "-",
+                units.percent(row["metrics"].get("accuracy")),
+                units.size(row["wire_bytes_up"]),
+                units.size(row["wire_bytes_down"]),
+                units.size(row["full_bytes_each_way"]) if row["full_bytes_each_way"] else "-",
                 "-" if row["seconds"] is None else f"{row['seconds']:.1f}",
             )
             for row in rounds

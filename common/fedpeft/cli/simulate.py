@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from fedpeft.cli import output, views
+from fedpeft import units, views
+from fedpeft.cli import output
 from fedpeft.cli.exits import Exit
 from fedpeft.cli.session import require
 from fedpeft.cli.weights import Weights, check_needed
@@ -90,7 +91,7 @@ def _line(row: views.Json, count: int) -> str:
     metrics = row["metrics"]
     said = [f"round {row['version']} of {count}", f"{len(row['clients'])} updates"]
     if "accuracy" in metrics:
-        said.append(f"accuracy {output.percent(metrics['accuracy'])}")
+        said.append(f"accuracy {units.percent(metrics['accuracy'])}")
     if "train_loss" in metrics:
         said.append(f"training loss {metrics['train_loss']:.3f}")
     return ", ".join([*said, f"{row['seconds']:.1f} s"])
@@ -109,7 +110,7 @@ def _say(report: views.Json, out: Path) -> None:
             f"{skew['largest']:,} rows, label skew {skew['total_variation']:.3f}"
         )
     if "accuracy" in report["initial_metrics"]:
-        output.say(f"  accuracy of version 0: {output.percent(report['initial_metrics']['accuracy'])}")
+        output.say(f"  accuracy of version 0: {units.percent(report['initial_metrics']['accuracy'])}")
     if report["rounds"]:
         output.say_table(COLUMNS, [_row(row) for row in report["rounds"]], right=COLUMNS)
     output.say(f"results: {out / 'adapter.safetensors'}, {out / 'report.json'}, {out / 'records.jsonl'}")
@@ -120,10 +121,10 @@ def _row(row: views.Json) -> tuple[object, ...]:
     return (
         row["version"],
         len(row["clients"]),
-        output.percent(metrics.get("accuracy")),
+        units.percent(metrics.get("accuracy")),
         f"{metrics['train_loss']:.3f}" if "train_loss" in metrics else "-",
-        output.size(row["payload_bytes_up"]),
-        output.size(row["payload_bytes_down"]),
-        output.size(row["full_bytes_each_way"]),
+        units.size(row["payload_bytes_up"]),
+        units.size(row["payload_bytes_down"]),
+        units.size(row["full_bytes_each_way"]),
         f"{row['seconds']:.1f}",
     )

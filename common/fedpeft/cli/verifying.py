@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpeft.cli import output, views
+from fedpeft import views
+from fedpeft.cli import output
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.errors import BlobCorrupt, SettingsInvalid
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpeft.cli import output, views
+from fedpeft import views
+from fedpeft.cli import output
 from fedpeft.cli.exits import Exit
-from fedpeft.cli.narration import Narrator, summary
 from fedpeft.cli.session import Session, run_async, session_of
+from fedpeft.narration import Narrator, summary
 
 if TYPE_CHECKING:
-    from fedpeft.cli.following import Picture
+    from fedpeft.following import Picture
 
 EXAMPLE = "Example: fedpeft run watch run-0a1b2c3d4e5f (Ctrl-C ends the watch, not the run)"
 
@@ -34,13 +35,13 @@ def watch(
 
 async def watched(session: Session, run: str, *, as_json: bool = False) -> Picture:
     """Shows a run until it ends; returns its last picture."""
-    from fedpeft.cli.following import follow
     from fedpeft.cli.live import LiveView
+    from fedpeft.following import follow
 
     narrator, live = Narrator(), output.is_terminal() and not as_json
     picture: Picture | None = None
     with LiveView() if live else nullcontext() as view:
-        async for picture in follow(session, run):
+        async for picture in follow(session.client, run):
             if view is not None:
                 view.show(picture)
                 continue

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from fedpeft.cli import output, views
+from fedpeft import units, views
 
 if TYPE_CHECKING:
-    from fedpeft.cli.following import Picture
+    from fedpeft.following import Picture
     from fedpeft.v1 import run_pb2
 
 MOST_NAMES = 8
@@ -100,10 +100,10 @@ def committed_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:
     clients, seconds = views.counted(round_), views.seconds(round_)
     full = views.full_bytes(run, len(clients))
     took = "" if seconds is None else f" in {seconds:.1f} s"
-    beside = f" (full fine-tuning: {output.size(full)} each way)" if full else ""
+    beside = f" (full fine-tuning: {units.size(full)} each way)" if full else ""
     return (
-        f"round {round_.number} committed{took}: {len(clients)} clients, up {output.size(round_.wire_bytes_up)}, "
-        f"down {output.size(round_.wire_bytes_down)}{beside}"
+        f"round {round_.number} committed{took}: {len(clients)} clients, up {units.size(round_.wire_bytes_up)}, "
+        f"down {units.size(round_.wire_bytes_down)}{beside}"
     )
 
 
@@ -112,7 +112,7 @@ def scored_line(version: int, metrics: Mapping[str, float]) -> str:
     if "accuracy" not in metrics:
         return ""
     loss = f", loss {metrics['loss']:.3f}" if "loss" in metrics else ""
-    return f"version {version} scored: accuracy {output.percent(metrics['accuracy'])}{loss}"
+    return f"version {version} scored: accuracy {units.percent(metrics['accuracy'])}{loss}"
 
 
 def summary(picture: Picture) -> list[str]:
@@ -120,9 +120,7 @@ def summary(picture: Picture) -> list[str]:
     final, run = picture.committed, picture.run
     up, down = sum(r.wire_bytes_up for r in final), sum(r.wire_bytes_down for r in final)
     full = sum(views.full_bytes(run, len(views.counted(r))) for r in final)
-    lines = [f"{run.id} is {views.state(run)} at version {run.version}: up {output.size(up)}, down {output.size(down)}"]
+    lines = [f"{run.id} is {views.state(run)} at version {run.version}: up {units.size(up)}, down {units.size(down)}"]
     if full and up:
-        lines.append(
-            f"full fine-tuning would have sent {output.size(full)} each way, {full / up:,.0f} times as much up"
-        )
+        lines.append(f"full fine-tuning would have sent {units.size(full)} each way, {full / up:,.0f} times as much up")
     return lines

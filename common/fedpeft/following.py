@@ -7,15 +7,17 @@ figures are waited for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from fedpeft.cli import views
-from fedpeft.cli.session import Session
+from fedpeft import views
 from fedpeft.errors import FedpeftError, Unavailable
 from fedpeft.operator_client import FINISHED, PATIENCE_S, OperatorClient
 from fedpeft.round_parts import folded
 from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2
+
+Connect = Callable[[], OperatorClient]
+"""Makes a client of the server, a new one for every attempt."""
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 15.0
@@ -85,20 +87,20 @@ class Picture:
         return self.run.state in FINISHED
 
 
-async def follow(session: Session, run: str) -> AsyncIterator[Picture]:
+async def follow(connect: Connect, run: str) -> AsyncIterator[Picture]:
     """Yields the run after every change, and with `lost` set while the server is away, until the run is finished.
 
     Raises:
         ServerUnreachable: If the server was not there in the first place.
         RunNotFound: If there is no such run.
     """
-    async with session.client() as server:
+    async with connect() as server:
         found, _ = await server.run(run)
     picture = Picture(found)
     pause_s = FIRST_PAUSE_S
     while not picture.finished or not picture.rounds:
         try:
-            async with session.client() as server:
+            async with connect() as server:
                 async for change in server.watch(run, picture.settled(scored=picture.is_scored)):
                     pause_s = FIRST_PAUSE_S
                     picture = picture.fold(change)
@@ -109,18 +111,18 @@ async def follow(session: Session, run: str) -> AsyncIterator[Picture]:
             yield picture
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-    async for scored in _scored(session, picture):
+    async for scored in _scored(connect, picture):
         yield scored
 
 
-async def _scored(session: Session, picture: Picture) -> AsyncIterator[Picture]:
+async def _scored(connect: Connect, picture: Picture) -> AsyncIterator[Picture]:
     """Yields the picture as figures come in until the last version has its own, if somebody was at work on them.
 
     It ends when no version was scored for `PATIENCE_S`: figures that never come are no fault of the run, which is over.
     """
     last, now = picture.run.version, asyncio.get_running_loop().time
     try:
-        async with session.client() as server:
+        async with connect() as server:
             if not last or not await _evaluator_seen(server, picture.run):
                 return
             give_up = now() + PATIENCE_S

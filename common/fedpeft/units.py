@@ -1,0 +1,28 @@
+"""Bytes and shares in words for people, the same in every command, page and report."""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = KIB * KIB
+
+
+def size(count: int) -> str:
+    """Returns a number of bytes for people, in binary units: `512 B`, `702.4 KiB`, `327.59 MiB`."""
+    if count < KIB:
+        return f"{count} B"
+    if count < MIB:
+        return f"{count / KIB:.1f} KiB"
+    if count < KIB * MIB:
+        return f"{count / MIB:.2f} MiB"
+    return f"{count / (KIB * MIB):.2f} GiB"
+
+
+def mib(count: int) -> str:
+    """Returns a number of bytes in MiB with three digits that say something."""
+    value = count / MIB
+    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def percent(share: float | None) -> str:
+    """Returns a share of 1 as per cent, or a dash where there is none."""
+    return "-" if share is None else f"{100 * share:.1f} %"
