@@ -22,6 +22,9 @@ class Address:
     host: str
     port: int
 
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
     @classmethod
     def parse(cls, text: str, *, free: bool = False) -> Self:
         """Reads HOST:PORT; an IPv6 address stands in brackets.

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from fedpeft.errors import IdentityInvalid
 from fedpeft.identity import certificates, keys, requests, token
+from fedpeft.identity import folder as identity_folder
 from fedpeft.identity.authority import AUTHORITY_LIFE, SKEW, Authority
+from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
 
@@ -327,3 +329,35 @@ def test_a_damaged_token_is_refused_without_showing_it(authority: Authority, dat
 def test_a_very_long_line_is_refused() -> None:
     with pytest.raises(IdentityInvalid, match="not an enrolment token"):
         EnrollmentToken.decode("fedpeft1." + "A" * token.MAX_LENGTH)
+
+
+def enrolled(folder: Path) -> Identity:
+    authority = Authority.make("test")
+    key = identity_folder.take_key(folder)
+    certificate = authority.issue(Subject(Role.CLIENT, "site-a"), key.public_key(), timedelta(days=1))
+    identity_folder.write(folder, "[::1]:7070", [authority.certificate], [certificate])
+    return Identity.load(folder)
+
+
+def test_an_identity_folder_gives_back_what_was_written(tmp_path: Path) -> None:
+    identity = enrolled(tmp_path / "identity")
+    assert identity.subject == Subject(Role.CLIENT, "site-a")
+    assert identity.server == "[::1]:7070"
+    assert identity.key == identity_folder.take_key(tmp_path / "identity"), "an enrolment that broke keeps its key"
+    assert (tmp_path / "identity").stat().st_mode & 0o777 == 0o700
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in (tmp_path / "identity").iterdir())
+
+
+def test_a_folder_without_a_certificate_is_nobodys(tmp_path: Path) -> None:
+    identity_folder.take_key(tmp_path)
+    assert not identity_folder.exists(tmp_path)
+    with pytest.raises(IdentityInvalid, match="enroll first"):
+        Identity.load(tmp_path)
+
+
+def test_a_certificate_of_another_key_is_refused(tmp_path: Path) -> None:
+    enrolled(tmp_path / "a")
+    enrolled(tmp_path / "b")
+    (tmp_path / "a" / "certificate.pem").write_bytes((tmp_path / "b" / "certificate.pem").read_bytes())
+    with pytest.raises(IdentityInvalid, match="is not the certificate of"):
+        Identity.load(tmp_path / "a")

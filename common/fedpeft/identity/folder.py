@@ -1,0 +1,151 @@
+"""The identity folder: who a process is, and whom it trusts.
+
+    key.pem           its private key, readable by its owner only
+    certificate.pem   its certificate, then any between it and the authority
+    authority.pem     the authority whose word it takes about the server
+    identity.toml     server = "HOST:PORT"
+
+The key is written first and the certificate last, so a folder with a certificate is whole. A renewal replaces the
+certificate alone.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from cryptography import x509
+
+from fedpeft import durable
+from fedpeft.addresses import Address
+from fedpeft.errors import IdentityInvalid
+from fedpeft.identity import certificates, keys
+from fedpeft.identity.keys import PrivateKey
+from fedpeft.identity.subject import Subject
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an identity folder holds.
+
+    Attributes:
+        folder: Where it was read from.
+        server: HOST:PORT of the server.
+        key: The private key.
+        chain: The certificate, then any between it and the authority.
+        authority: The certificates that are trusted.
+
+    Raises:
+        IdentityInvalid: If key and certificate do not belong together.
+    """
+
+    folder: Path
+    server: str
+    key: PrivateKey
+    chain: tuple[x509.Certificate, ...]
+    authority: tuple[x509.Certificate, ...]
+
+    def __post_init__(self) -> None:
+        if self.certificate.public_key() != self.key.public_key():
+            raise IdentityInvalid(
+                f"{certificate_path(self.folder)} is not the certificate of {key_path(self.folder)}; enroll again with "
+                "a new token"
+            )
+
+    @cached_property
+    def subject(self) -> Subject:
+        """Whom the certificate speaks for.
+
+        Raises:
+            IdentityInvalid: If it names nobody.
+        """
+        return certificates.subject(self.certificate)
+
+    @property
+    def certificate(self) -> x509.Certificate:
+        """Its own certificate."""
+        return self.chain[0]
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads an identity folder; whether the certificate is valid now is not looked at.
+
+        Raises:
+            IdentityInvalid: If a file is missing, malformed, or a key open to others.
+        """
+        return cls(
+            folder,
+            _server(folder),
+            keys.load(key_path(folder)),
+            tuple(certificates.load(certificate_path(folder))),
+            tuple(certificates.load(folder / "authority.pem")),
+        )
+
+
+def exists(folder: Path) -> bool:
+    """Says whether somebody was enrolled into a folder."""
+    return certificate_path(folder).exists()
+
+
+def key_path(folder: Path) -> Path:
+    """Returns the file of the private key."""
+    return folder / "key.pem"
+
+
+def certificate_path(folder: Path) -> Path:
+    """Returns the file of the certificate."""
+    return folder / "certificate.pem"
+
+
+def take_key(folder: Path) -> PrivateKey:
+    """Returns the key of a folder, made if there is none: an enrolment that broke goes on with the same one.
+
+    Raises:
+        IdentityInvalid: If there is one that cannot be used.
+        StateInvalid: If the folder cannot be written.
+    """
+    path = key_path(folder)
+    if path.exists():
+        return keys.load(path)
+    key = keys.make()
+    with durable.refusals(f"writing {path}"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.write(path, keys.to_pem(key))
+    return key
+
+
+def write(folder: Path, server: str, authority: Sequence[x509.Certificate], chain: Sequence[x509.Certificate]) -> None:
+    """Writes the rest beside a key, the certificate last.
+
+    Raises:
+        StateInvalid: If the folder cannot be written.
+    """
+    with durable.refusals(f"writing {folder}"):
+        durable.write(folder / "identity.toml", f'server = "{Address.parse(server)}"\n'.encode())
+        durable.write(folder / "authority.pem", certificates.to_pem(*authority))
+    write_certificate(folder, chain)
+
+
+def write_certificate(folder: Path, chain: Sequence[x509.Certificate]) -> None:
+    """Replaces the certificate.
+
+    Raises:
+        StateInvalid: If the folder cannot be written.
+    """
+    with durable.refusals(f"writing {folder}"):
+        durable.write(certificate_path(folder), certificates.to_pem(*chain))
+
+
+def _server(folder: Path) -> str:
+    path = folder / "identity.toml"
+    try:
+        server = tomllib.loads(path.read_text(encoding="utf-8")).get("server")
+        return str(Address.parse(server if isinstance(server, str) else ""))
+    except OSError as error:
+        raise IdentityInvalid(f"{path} cannot be read: {error.strerror}; enroll first") from None
+    except ValueError:
+        raise IdentityInvalid(f'{path} must hold server = "HOST:PORT"') from None
