@@ -72,7 +72,9 @@
         ├── BackboneMismatch      the frozen tensors differ from the run's
         ├── StateInvalid          a state or data directory
         ├── IdentityInvalid       a key, a certificate, an enrolment token
-        └── TrainingFailed        local training ended without an update
+        ├── AuditBroken           an audit log was changed
+        ├── TrainingFailed        local training ended without an update
+        └── RefusedByPolicy       a server asks for more than the policy of this site allows
 
 A class knows its gRPC status and its `ErrorInfo.reason`; `fedpeft.status` carries both across the network and back.
 """
@@ -435,8 +437,16 @@ class IdentityInvalid(LocalError):
     """A key, a certificate, a signing request or an enrolment token cannot be used."""
 
 
+class AuditBroken(LocalError):
+    """An audit log does not hold together: an entry was changed, removed, or put in."""
+
+
 class TrainingFailed(LocalError):
     """Local training ended without an update."""
+
+
+class RefusedByPolicy(LocalError):
+    """A server asks for more than the policy of this site allows, or at a time when it allows nothing."""
 
 
 __all__ = ["of_reason", "tree", *(cls.__name__ for cls in tree())]
