@@ -8,11 +8,11 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check proto bench
+.PHONY: help install demo test check proto bench dist test-dist
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## set up .venv with fedpeft, fedpeft-server and fedpeft-client
 	@echo "installed: $(BIN)/fedpeft, $(BIN)/fedpeft-server, $(BIN)/fedpeft-client"
@@ -40,6 +40,14 @@ proto: $(STAMP) ## generate common/fedpeft/v1 from protos/
 
 bench: $(STAMP) ## measure rounds, memory and bytes beside a bare gRPC stream (results in benchmarks/results/)
 	$(BIN)/python benchmarks/run.py --out benchmarks/results
+
+dist: $(STAMP) ## build sdist and wheel in dist/ and check what PyPI would say of them; the version is git's newest tag
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
+test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment without torch, and ask its commands
+	$(BIN)/pytest -n 0 -m slow tests/docs/test_installed.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; FedPEFT needs Python 3.11 or newer."; exit 1; }

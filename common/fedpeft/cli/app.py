@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from fedpeft import __version__
 from fedpeft.cli import clients, demo, output, params, partition, runs, simulate, versions
 from fedpeft.cli.exits import IN_HELP, code_of
 from fedpeft.cli.session import DEFAULT_SERVER, Session, session_of
@@ -23,6 +24,13 @@ EXAMPLES = (
     "Begin with: fedpeft demo --out demo-out, a whole federation on this machine in ten minutes. "
     "Every command has its own --help, with an example."
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        output.say(f"fedpeft {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="fedpeft",
@@ -39,6 +47,9 @@ def globals_(
         str, typer.Option("--server", envvar="FEDPEFT_SERVER", metavar="HOST:PORT", help="The server to talk to.")
     ] = DEFAULT_SERVER,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Federated parameter-efficient fine-tuning: create runs, watch them, take the result away."""
     session = session_of(context)
