@@ -7,6 +7,7 @@ import fcntl
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,8 @@ class Server:
         settings = self.settings
         _allow_open_files()
         self.metrics = Metrics()
+        self.metrics.build.labels(__version__).set(1)
+        self.metrics.watch_disk(settings.data_dir)
         self.ledger = Ledger(self.metrics)
         self.store = Store(settings.data_dir, settings.database, settings.blobs, keep_updates=settings.keep_updates)
         self.callers = Callers(await self.store.call(self.store.db.clients), settings.max_clients)
@@ -151,6 +154,7 @@ class Server:
 
     async def _book(self) -> None:
         while True:
+            self.metrics.registered(self.callers.silences(time.time()))
             await asyncio.sleep(BOOK_S)
             await self._write_books()
 

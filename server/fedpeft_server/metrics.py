@@ -1,12 +1,19 @@
 """Every Prometheus metric of the daemon. No label carries a round number or a client id.
 
-A run's series disappear when the run is deleted.
+A run's series begin with the run (what is counted begins at 0, so that the first event is seen as a change) and
+disappear when it is deleted. `docs/metrics.md` is made from this module; `fedpeft_server.rounds.gauges` says what the
+gauges of a run show.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+import shutil
 import threading
 from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
@@ -15,6 +22,30 @@ from fedpeft.errors import SettingsInvalid
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 _NORMS = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1e3, 1e4)
+_RATES = (0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
+_MEMORY = tuple(float(gib * 2**30) for gib in (0.25, 0.5, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 144, 192))
+
+_BEGINNINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "wire_bytes": (("up",), ("down",)),
+    "rounds": (("committed",), ("extended",), ("paused",), ("stopped",)),
+    "round_seconds": (("open",), ("aggregating",)),
+    "updates": (("received",), ("refused",), ("late",)),
+    "update_norm": ((),),
+    "client_images_per_second": ((),),
+    "client_gpu_memory_bytes": ((),),
+}
+"""The series that a run begins with: what follows the run in their labels, by metric."""
+
+_ROLES = ("trainer", "evaluator")
+_SILENCES = ("present", "silent", "gone")
+
+_OF_CLIENTS = ("images_per_second", "gpu_memory_bytes")
+"""Figures of an update that have a histogram of their own."""
+
+
+class _Room(NamedTuple):
+    total: float
+    free: float
 
 
 class Metrics:
@@ -23,9 +54,36 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        self._declare_daemon()
+        self._declare_bytes()
+        self._declare_rounds()
+        self._declare_clients()
+
+    def _declare_daemon(self) -> None:
         r = self.registry
-        direction, run = ("run", "direction"), ("run",)
-        self.wire_bytes = Counter("fedpeft_wire_bytes", "Whole serialized messages, bytes.", direction, registry=r)
+        self.build = Gauge("fedpeft_build", "1; the label says which version runs.", ("version",), registry=r)
+        self.disk_free_bytes = Gauge(
+            "fedpeft_disk_free_bytes", "Bytes that can still be written where the data folder is.", registry=r
+        )
+        self.disk_size_bytes = Gauge(
+            "fedpeft_disk_size_bytes", "Size of the file system where the data folder is, bytes.", registry=r
+        )
+        self.certificate_expiry_seconds = Gauge(
+            "fedpeft_certificate_expiry_seconds",
+            "When a certificate of the server ends (`server`, `authority`), seconds since the epoch.",
+            ("certificate",),
+            registry=r,
+        )
+        self.requests = Counter("fedpeft_grpc_requests", "Calls by method and code.", ("method", "code"), registry=r)
+        self.request_seconds = Histogram(
+            "fedpeft_grpc_request_seconds", "Duration of calls.", ("method",), buckets=_SECONDS, registry=r
+        )
+
+    def _declare_bytes(self) -> None:
+        r, run, direction = self.registry, ("run",), ("run", "direction")
+        self.wire_bytes = Counter(
+            "fedpeft_wire_bytes", "Whole serialized messages, bytes; `up` is to the server.", direction, registry=r
+        )
         self.payload_bytes = Counter(
             "fedpeft_payload_bytes", "Encoded tensors, bytes.", (*direction, "encoding"), registry=r
         )
@@ -33,22 +91,126 @@ class Metrics:
         self.last_round_bytes = Gauge(
             "fedpeft_last_round_bytes", "Wire bytes of the last committed round.", direction, registry=r
         )
-        self.round = Gauge("fedpeft_round", "Number of the round in progress.", run, registry=r)
-        self.rounds = Counter("fedpeft_rounds", "Rounds by how they ended.", ("run", "outcome"), registry=r)
-        self.round_seconds = Histogram(
-            "fedpeft_round_seconds", "Duration of a round's phases.", ("run", "phase"), buckets=_SECONDS, registry=r
+        self.round_budget_bytes = Gauge(
+            "fedpeft_round_budget_bytes",
+            "What the round in progress should cost: 4 bytes a parameter sent, for each client sampled.",
+            direction,
+            registry=r,
         )
-        self.updates = Counter("fedpeft_updates", "Updates by what became of them.", ("run", "outcome"), registry=r)
-        self.clients = Gauge("fedpeft_clients", "Clients by what they are doing.", ("run", "state"), registry=r)
-        self.accuracy = Gauge("fedpeft_accuracy", "Accuracy of the version scored last.", ("run", "split"), registry=r)
-        self.loss = Gauge("fedpeft_loss", "Mean loss of the newest version, nats.", ("run", "split"), registry=r)
+        self.full_finetuning_bytes = Gauge(
+            "fedpeft_full_finetuning_bytes",
+            "What a round of full fine-tuning would cost each way: 4 bytes a parameter of the model, for each client "
+            "sampled; absent if the run's creator did not say how many there are.",
+            run,
+            registry=r,
+        )
+
+    def _declare_rounds(self) -> None:
+        r, run = self.registry, ("run",)
+        self.run_info = Gauge(
+            "fedpeft_run_info", "1; the labels say what a run is.", ("run", "name", "method", "model"), registry=r
+        )
+        self.run_state = Gauge(
+            "fedpeft_run_state",
+            "1 for the state a run is in, 0 for the others: `running`, `paused`, `completed`, `stopped`.",
+            ("run", "state"),
+            registry=r,
+        )
+        self.round = Gauge("fedpeft_round", "Number of the round in progress.", run, registry=r)
+        self.round_phase = Gauge(
+            "fedpeft_round_phase",
+            "1 for the phase the round in progress is in: `waiting`, `open`, `aggregating`, `committed`.",
+            ("run", "phase"),
+            registry=r,
+        )
+        self.round_opened = Gauge(
+            "fedpeft_round_opened_timestamp_seconds",
+            "When the round in progress opened, seconds since the epoch; absent until it does.",
+            run,
+            registry=r,
+        )
+        self.round_deadline = Gauge(
+            "fedpeft_round_deadline_timestamp_seconds",
+            "When the round in progress is closed or extended, seconds since the epoch; absent if none is open.",
+            run,
+            registry=r,
+        )
+        self.round_extensions = Gauge(
+            "fedpeft_round_extensions", "Deadlines that the round in progress passed without a quorum.", run, registry=r
+        )
+        self.round_goal = Gauge("fedpeft_round_goal", "Updates that close a round at once.", run, registry=r)
+        self.round_quorum = Gauge("fedpeft_round_quorum", "Updates that suffice at the deadline.", run, registry=r)
+        self.round_available = Gauge(
+            "fedpeft_round_available", "Clients that must wait before a round opens.", run, registry=r
+        )
+        self.rounds = Counter(
+            "fedpeft_rounds",
+            "Rounds by how they ended: `committed`, `stopped`; and how often one was `extended`, or `paused` its run.",
+            ("run", "outcome"),
+            registry=r,
+        )
+        self.round_seconds = Histogram(
+            "fedpeft_round_seconds",
+            "Duration of a round's phases: `open`, `aggregating`.",
+            ("run", "phase"),
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.accuracy = Gauge(
+            "fedpeft_accuracy", "Accuracy of the version scored last, 0 to 1.", ("run", "split"), registry=r
+        )
+        self.loss = Gauge(
+            "fedpeft_loss",
+            "Mean loss of the newest version, nats; split `train` is what the clients of a round reported.",
+            ("run", "split"),
+            registry=r,
+        )
+
+    def _declare_clients(self) -> None:
+        r, run = self.registry, ("run",)
+        self.updates = Counter(
+            "fedpeft_updates",
+            "Updates by what became of them: `received`, `refused`, `late`.",
+            ("run", "outcome"),
+            registry=r,
+        )
         self.update_norm = Histogram(
             "fedpeft_update_norm", "Euclidean norm of a decoded update.", run, buckets=_NORMS, registry=r
         )
-        self.requests = Counter("fedpeft_grpc_requests", "Calls by method and code.", ("method", "code"), registry=r)
-        self.request_seconds = Histogram(
-            "fedpeft_grpc_request_seconds", "Duration of calls.", ("method",), buckets=_SECONDS, registry=r
+        self.clients = Gauge(
+            "fedpeft_clients",
+            "Clients by what they are doing: `waiting` to be sampled, or `declined` the run; of the round in progress, "
+            "`issued` a ticket and awaited (stragglers in the end), `received`, `withdrawn`, `refused`, `late`.",
+            ("run", "state"),
+            registry=r,
         )
+        self.registered_clients = Gauge(
+            "fedpeft_registered_clients",
+            "Clients that ever registered, by when they last called: `present`, `silent` (not for 2 minutes), `gone` "
+            "(not for a day). Role: `trainer`, `evaluator`.",
+            ("role", "state"),
+            registry=r,
+        )
+        self.client_images_per_second = Histogram(
+            "fedpeft_client_images_per_second",
+            "Images that a client trained on in a second, as its update says.",
+            run,
+            buckets=_RATES,
+            registry=r,
+        )
+        self.client_gpu_memory_bytes = Histogram(
+            "fedpeft_client_gpu_memory_bytes",
+            "Most GPU memory that a training took, bytes, as the update says; nothing from clients without a GPU.",
+            run,
+            buckets=_MEMORY,
+            registry=r,
+        )
+
+    def begin(self, run: str) -> None:
+        """Makes the series of a run that count something; those that are there stay as they are."""
+        for name, beginnings in _BEGINNINGS.items():
+            for labels in beginnings:
+                getattr(self, name).labels(run, *labels)
 
     def scored(self, run: str, split: str, figures: Mapping[str, float]) -> None:
         """Shows the figures of the version that was scored last."""
@@ -57,10 +219,37 @@ class Metrics:
         if "loss" in figures:
             self.loss.labels(run, split).set(figures["loss"])
 
+    def received(self, run: str, norm: float, figures: Mapping[str, float]) -> None:
+        """Counts an update; `figures` came with it."""
+        self.updates.labels(run, "received").inc()
+        self.update_norm.labels(run).observe(norm)
+        for name in _OF_CLIENTS:
+            if figures.get(name, -1) >= 0:  # a client may send anything finite, and a sum must not fall
+                getattr(self, f"client_{name}").labels(run).observe(figures[name])
+
     def committed(self, run: str, figures: Mapping[str, float]) -> None:
         """Shows the figures of the round that was committed last."""
         if "train_loss" in figures:
             self.loss.labels(run, "train").set(figures["train_loss"])
+
+    def registered(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """Shows how many clients are registered, by role and silence; what is not named is set to 0."""
+        for role, state in itertools.product(_ROLES, _SILENCES):
+            self.registered_clients.labels(role, state).set(counts.get((role, state), 0))
+
+    def certificate_expires(self, certificate: str, at: float) -> None:
+        """Shows when a certificate ends.
+
+        Args:
+            certificate: `server` or `authority`.
+            at: Seconds since the epoch.
+        """
+        self.certificate_expiry_seconds.labels(certificate).set(at)
+
+    def watch_disk(self, folder: Path) -> None:
+        """Shows the room where `folder` is, as it is whenever somebody asks."""
+        self.disk_free_bytes.set_function(lambda: _room(folder).free)
+        self.disk_size_bytes.set_function(lambda: _room(folder).total)
 
     def forget(self, run: str) -> None:
         """Removes all series of a deleted run."""
@@ -78,3 +267,12 @@ class Metrics:
             return start_http_server(port, host, registry=self.registry)
         except OSError as error:
             raise SettingsInvalid(f"--metrics {host}:{port}: {error.strerror}; name another port") from None
+
+
+def _room(folder: Path) -> _Room:
+    """Returns the room where a folder is; one that cannot be asked must not take all other metrics with it."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return _Room(math.nan, math.nan)
+    return _Room(usage.total, usage.free)

@@ -18,6 +18,7 @@ from fedpeft import rounds
 from fedpeft.errors import DiskFull, FedpeftError, RoundClosed, RunFinished, TicketNotFound
 from fedpeft.rounds import Phase, Round, TicketState
 from fedpeft_server.metrics import Metrics
+from fedpeft_server.rounds import gauges
 from fedpeft_server.rounds.aggregation import Result, aggregate
 from fedpeft_server.rounds.lobby import Lobby
 from fedpeft_server.rounds.unbroken import Steps, unbroken
@@ -69,7 +70,8 @@ class RunEngine:
         self._folding: asyncio.Task[None] | None = None
         self.steps = Steps()
         self._log = log.bind(run=run.id)
-        metrics.round.labels(run.id).set(current.number)
+        metrics.begin(run.id)
+        gauges.show(metrics, run, current)
 
     @property
     def active(self) -> bool:
@@ -126,8 +128,7 @@ class RunEngine:
                 return counted
             new, effects = rounds.advance(self.round, rounds.Received(ticket), self.run.config.rounds, time.time())
             await self._write(self._store.db.receive, new, update)
-            self._metrics.updates.labels(self.run.id, "received").inc()
-            self._metrics.update_norm.labels(self.run.id).observe(update.norm)
+            self._metrics.received(self.run.id, update.norm, update.metrics)
             client = self.round.ticket(ticket).client
             self._log.info("update received", round=new.number, client=client, examples=update.examples)
             self._enter(new, effects)
@@ -224,7 +225,7 @@ class RunEngine:
                     late = len(new.in_state(TicketState.LATE))
                     self._metrics.updates.labels(self.run.id, "late").inc(late)
                     self._fold()
-        self._metrics.round.labels(self.run.id).set(new.number)
+        gauges.show(self._metrics, self.run, new)
         self._changed(self)
 
     def _report(self, new: Round) -> None:
@@ -312,6 +313,7 @@ class RunEngine:
                 # Better known to this process alone than a wait that nobody explains; a restart folds anyway.
                 self._log.error("the pause could not be written", message=fault.message)
                 self.run = replace(self.run, state=RunState.PAUSED, reason=reason)
+                gauges.show(self._metrics, self.run, self.round)
                 self._changed(self)
 
     def _fold(self) -> None:

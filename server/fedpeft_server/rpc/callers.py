@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from typing import Any, cast
 
@@ -21,6 +23,27 @@ MAX_CALLS = 32
 """Calls that one client may have under way: it needs two, and each connection that broke may leave one for a minute."""
 
 
+SILENT_S = 120.0
+"""A client that waits or trains calls every 20 seconds; one that has not for so long has a trouble."""
+GONE_S = 86_400.0
+"""A client that has not called for a day was switched off, and is nobody's alarm any more."""
+
+
+class Silence(StrEnum):
+    """How long a registered client has not called."""
+
+    PRESENT = "present"
+    SILENT = "silent"
+    GONE = "gone"
+
+    @classmethod
+    def after(cls, seconds: float) -> Silence:
+        """Returns the word for so many seconds."""
+        if seconds < SILENT_S:
+            return cls.PRESENT
+        return cls.SILENT if seconds < GONE_S else cls.GONE
+
+
 @dataclass
 class Presence:
     """What is known of a client between its calls.
@@ -29,7 +52,8 @@ class Presence:
         instance: Which state directory holds the id.
         process: Which process on it registered last; empty if it did not say.
         role: What it registered as; empty before.
-        seen: When its last call began or ended, on the monotonic clock.
+        seen: When its last call began or ended, on the monotonic clock; 0 if none did since this process began.
+        heard: The same in seconds since the epoch, calls to earlier processes included.
         calls: Calls in progress.
         scoring: Run and version that an evaluator was given and has not scored.
     """
@@ -38,6 +62,7 @@ class Presence:
     process: str = ""
     role: str = ""
     seen: float = 0.0
+    heard: float = 0.0
     calls: int = 0
     scoring: tuple[str, int] | None = None
 
@@ -52,7 +77,7 @@ class Callers:
 
     def __init__(self, known: list[ClientRow], limit: int) -> None:
         self._limit = limit
-        self._presence = {row.id: Presence(row.instance, role=row.role) for row in known}
+        self._presence = {row.id: Presence(row.instance, role=row.role, heard=row.last_seen) for row in known}
         self._touched: dict[str, float] = {}
 
     def identify(self, context: Context, *, registers: bool = False) -> str:
@@ -83,7 +108,7 @@ class Callers:
         presence.instance = instance
         presence.calls += 1
         presence.seen = time.monotonic()
-        self._touched[client] = time.time()
+        presence.heard = self._touched[client] = time.time()
         context.add_done_callback(cast(Any, partial(self._ended, client, presence)))
         CALL.get().client = client
         return client
@@ -136,6 +161,14 @@ class Callers:
         """Returns the instance that holds the id of a client."""
         return self._presence[client].instance
 
+    def silences(self, now: float) -> Counter[tuple[str, str]]:
+        """Returns how many clients registered in each role, by how long they have not called at time `now`."""
+        return Counter(
+            (p.role, Silence.PRESENT if p.calls else Silence.after(now - p.heard))
+            for p in self._presence.values()
+            if p.role
+        )
+
     def touched(self) -> dict[str, float]:
         """Returns when clients called since the last time this was asked."""
         touched, self._touched = self._touched, {}
@@ -160,6 +193,7 @@ class Callers:
     def _ended(self, client: str, presence: Presence, _: object) -> None:
         presence.calls -= 1
         presence.seen = time.monotonic()
+        presence.heard = time.time()
         # Who never registered is forgotten, so that made-up ids cost no memory.
         if not presence.role and not presence.calls and self._presence.get(client) is presence:
             del self._presence[client]

@@ -1,0 +1,190 @@
+"""What the metrics show of runs, rounds, clients, disk and certificates; and that a deleted run leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.metrics import MetricWrapperBase
+
+from fedpeft import payload
+from fedpeft.rounds import Phase, Round, Ticket, TicketState
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft_server import metrics as metrics_module
+from fedpeft_server.metrics import Metrics
+from fedpeft_server.rounds import gauges
+from fedpeft_server.rpc.callers import Callers, Silence
+from fedpeft_server.store.rows import ClientRow, RunState
+
+from .conftest import SPEC, Daemon, StartDaemon, config, filled, header
+from .rows import RUN, run_row
+
+Samples = dict[tuple[str, ...], float]
+
+
+def samples(metrics: Metrics, name: str) -> Samples:
+    """Returns the values of a metric by its label values, in the order of the labels' names."""
+    found = (s for family in metrics.registry.collect() for s in family.samples if s.name == name)
+    return {tuple(v for _, v in sorted(s.labels.items())): s.value for s in found}
+
+
+def test_no_label_carries_a_round_or_a_client() -> None:
+    labels = {
+        label
+        for metric in vars(Metrics()).values()
+        if isinstance(metric, MetricWrapperBase)
+        for label in metric._labelnames
+    }
+    assert labels == {
+        *("run", "direction", "encoding", "phase", "outcome", "state", "split", "name", "method", "model"),
+        *("code", "role", "version", "certificate"),
+    }
+
+
+def test_an_open_round_shows_its_clock_its_quorum_and_its_budget() -> None:
+    metrics = Metrics()
+    tickets = (Ticket("t1", "a", TicketState.RECEIVED), Ticket("t2", "b"))
+    current = Round(RUN, 2, Phase.OPEN, tickets, opened_at=1000.0, deadline=1600.0, extensions=1)
+    gauges.show(metrics, run_row(), current)
+    shown = {
+        name: samples(metrics, f"fedpeft_{name}")[RUN,]
+        for name in (
+            "round",
+            "round_opened_timestamp_seconds",
+            "round_deadline_timestamp_seconds",
+            "round_extensions",
+            "round_goal",
+            "round_quorum",
+            "round_available",
+            "full_finetuning_bytes",
+        )
+    }
+    assert shown == {
+        "round": 2,
+        "round_opened_timestamp_seconds": 1000,
+        "round_deadline_timestamp_seconds": 1600,
+        "round_extensions": 1,
+        "round_goal": 3,
+        "round_quorum": 1,
+        "round_available": 3,
+        "full_finetuning_bytes": 4 * 85_000_000 * 3,
+    }
+    # lora.A (8 x 4) is sent in rounds 1, 4..., frozen in 2, 5...: up only head.bias goes, down both.
+    budget = samples(metrics, "fedpeft_round_budget_bytes")
+    assert budget == {("up", RUN): 4 * 2 * 3, ("down", RUN): 4 * 34 * 3}
+    phases = samples(metrics, "fedpeft_round_phase")
+    assert {labels[0]: value for labels, value in phases.items()} == {
+        "waiting": 0,
+        "open": 1,
+        "aggregating": 0,
+        "committed": 0,
+    }
+
+
+def test_what_does_not_apply_has_no_series() -> None:
+    metrics = Metrics()
+    run = run_row()
+    gauges.show(metrics, run, Round(RUN, 1, Phase.OPEN, (), 1000.0, 1600.0))
+    gauges.show(metrics, replace(run, state=RunState.PAUSED, model_parameters=0), Round(RUN, 2))
+    for name in ("round_opened_timestamp_seconds", "round_deadline_timestamp_seconds", "full_finetuning_bytes"):
+        assert samples(metrics, f"fedpeft_{name}") == {}
+    assert samples(metrics, "fedpeft_certificate_expiry_seconds") == {}
+    states = samples(metrics, "fedpeft_run_state")
+    assert [labels[1] for labels, value in states.items() if value] == ["paused"]
+
+
+def test_a_certificate_shows_when_it_ends() -> None:
+    metrics = Metrics()
+    metrics.certificate_expires("server", 1.8e9)
+    metrics.certificate_expires("authority", 2.1e9)
+    metrics.certificate_expires("server", 1.9e9)
+    assert samples(metrics, "fedpeft_certificate_expiry_seconds") == {("server",): 1.9e9, ("authority",): 2.1e9}
+
+
+def test_free_room_is_that_of_the_moment_and_a_lost_folder_takes_no_other_metric_along(small_disk: Path) -> None:
+    metrics = Metrics()
+    metrics.watch_disk(small_disk)
+    before = samples(metrics, "fedpeft_disk_free_bytes")[()]
+    (small_disk / "file").write_bytes(b"x" * 500_000)
+    assert before - samples(metrics, "fedpeft_disk_free_bytes")[()] >= 500_000
+    assert samples(metrics, "fedpeft_disk_size_bytes")[()] == 2**20
+    metrics.watch_disk(small_disk / "not-there")
+    assert math.isnan(samples(metrics, "fedpeft_disk_free_bytes")[()])
+
+
+def test_figures_of_updates_are_counted_and_nonsense_is_not() -> None:
+    metrics = Metrics()
+    metrics.begin(RUN)
+    assert samples(metrics, "fedpeft_client_images_per_second_count") == {(RUN,): 0}
+    metrics.received(RUN, 1.5, {"loss": 2.0, "images_per_second": 120.0, "gpu_memory_bytes": 3 * 2.0**30})
+    metrics.received(RUN, 2.5, {"images_per_second": -5.0})
+    assert samples(metrics, "fedpeft_updates_total")["received", RUN] == 2
+    assert samples(metrics, "fedpeft_update_norm_count") == {(RUN,): 2}
+    assert samples(metrics, "fedpeft_client_images_per_second_sum") == {(RUN,): 120}
+    assert samples(metrics, "fedpeft_client_gpu_memory_bytes_count") == {(RUN,): 1}
+
+
+def client_row(name: str, role: str, last_seen: float) -> ClientRow:
+    return ClientRow(name, "ab" * 16, role, b"", last_seen, last_seen)
+
+
+def test_clients_are_counted_by_when_they_last_called() -> None:
+    now = time.time()
+    ages = {"a": 5, "b": 119, "c": 121, "d": 86_399, "e": 86_401}
+    known = [client_row(name, "trainer", now - age) for name, age in ages.items()]
+    silences = Callers([*known, client_row("judge", "evaluator", now)], 10).silences(now)
+    counts = {("trainer", "present"): 2, ("trainer", "silent"): 2, ("trainer", "gone"): 1, ("evaluator", "present"): 1}
+    assert silences == counts
+    metrics = Metrics()
+    metrics.registered(silences)
+    shown = samples(metrics, "fedpeft_registered_clients")
+    assert {labels: value for labels, value in shown.items() if value} == counts
+    assert len(shown) == 6
+    assert tuple(Silence) == metrics_module._SILENCES
+
+
+async def test_a_client_whose_call_is_held_is_present_and_one_that_is_heard_no_more_falls_silent(
+    daemon: Daemon,
+) -> None:
+    a, b = await daemon.clients("a", "b")
+    held = asyncio.create_task(b.look())
+    async with asyncio.timeout(10):
+        while not daemon.server.runs.lobby.is_waiting("b"):
+            await asyncio.sleep(0.01)
+    silences = daemon.server.callers.silences
+    assert silences(time.time()) == {("trainer", "present"): 2}
+    assert silences(time.time() + 1000) == {("trainer", "present"): 1, ("trainer", "silent"): 1}
+    held.cancel()
+    await asyncio.wait({held})
+    await a.register()
+    assert silences(time.time()) == {("trainer", "present"): 2}
+
+
+async def test_a_deleted_run_leaves_no_series(start: StartDaemon) -> None:
+    daemon = await start()
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    task = await a.task()
+    manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
+    await a.pull(run.id, 0)
+    await a.push_raw(header(task.ticket, manifest, images_per_second=10.0, gpu_memory_bytes=1e9), [(0, data)])
+    await daemon.until(run.id, lambda r: r.version == 1)
+    judge = daemon.client("judge")
+    await judge.register(fed.CLIENT_ROLE_EVALUATOR)
+    figures = fed.PushEvaluationRequest(run=run.id, version=1, split="test", metrics={"accuracy": 0.5, "loss": 1.0})
+    await judge.stub.PushEvaluation(figures, metadata=judge.metadata)
+    metrics = daemon.server.metrics
+    of_run = _by_run(metrics, run.id)
+    declared = {name for name, metric in vars(metrics).items() if "run" in getattr(metric, "_labelnames", ())}
+    assert {s.removeprefix("fedpeft_") for s in of_run} >= declared - {"round_opened", "round_deadline"}
+    await daemon.operator.DeleteRun(op.DeleteRunRequest(run=run.id))
+    assert _by_run(metrics, run.id) == set()
+
+
+def _by_run(metrics: Metrics, run: str) -> set[Any]:
+    return {f.name for f in metrics.registry.collect() for s in f.samples if s.labels.get("run") == run}
