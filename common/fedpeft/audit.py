@@ -156,7 +156,7 @@ def check_head(found: AuditEntry, head: tuple[int, str] | None) -> None:
     """
     if head and found.number == head[0] and found.sha256 != head[1]:
         raise AuditBroken(
-            f"entry {found.number} has sha256 {found.sha256}, but {head[1]} was noted: it or an earlier one was rewritten"
+            f"entry {found.number} has sha256 {found.sha256}, but {head[1]} was noted: it or one before was rewritten"
         )
 
 
