@@ -21,12 +21,15 @@ from fedpeft.errors import (
     DataInvalid,
     FedpeftError,
     ModelInvalid,
+    RefusedByPolicy,
     SpecInvalid,
     StateInvalid,
     TrainingFailed,
     of_reason,
 )
 from fedpeft.spec import AdapterSpec
+from fedpeft_client.policy import Policy
+from fedpeft_client.policy_rules import Asked, Weights, broken
 from fedpeft_client.runs import KnownRun
 
 _PRIVATE: dict[type[FedpeftError], str] = {
@@ -68,10 +71,11 @@ class Reason:
 
 @dataclass(frozen=True)
 class Built:
-    """What came of building a run's model here: what its method tunes, and the fingerprint of the rest."""
+    """What came of building a run's model here: what its method tunes, the fingerprint of the rest, the input's side."""
 
     spec: AdapterSpec
     fingerprint: str
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ class Site:
         label_map: Own class name to run class, None to drop the class.
         unreadable: Of the images of each class, how many cannot be read; None if they were not looked through.
         built: The run's model, or why it could not be built; None if that was not tried.
+        kind: The kind of model that the data are for; empty for images.
+        policy: What its owner allows.
+        weights: What its owner gave as --weights.
+        trains: Whether it trains; otherwise it scores.
     """
 
     methods: frozenset[str]
@@ -91,6 +99,10 @@ class Site:
     label_map: Mapping[str, str | None] = field(default_factory=dict)
     unreadable: Mapping[str, int] | None = None
     built: Built | FedpeftError | None = None
+    kind: str = ""
+    policy: Policy = Policy()
+    weights: Weights = ""
+    trains: bool = True
 
 
 def reasons_against(run: KnownRun, site: Site) -> tuple[Reason, ...]:
@@ -106,6 +118,26 @@ def mapped(run: KnownRun, site: Site) -> MappedLabels:
     """
     labels = np.repeat(np.arange(len(site.classes)), list(site.classes.values()))
     return map_labels(tuple(site.classes), labels, run.config.model.classes, site.label_map)
+
+
+def _kind(run: KnownRun, site: Site) -> Iterable[Reason]:
+    wanted = run.config.model.kind
+    if wanted != site.kind:
+        theirs, own = (kind or "images" for kind in (wanted, site.kind))
+        told = f"the run's model {run.config.model.name} is for {theirs}, its data are for {own}"
+        start = f"--data {wanted}:PATH" if wanted else "--data PATH"
+        yield Reason.of(ModelInvalid(f"{told}; a client with data for it is started with {start}"), told)
+
+
+def _policy(run: KnownRun, site: Site) -> Iterable[Reason]:
+    try:
+        examples = mapped(run, site).examples
+    except DataInvalid:
+        examples = None  # that is a reason of its own
+    training = run.config.training if site.trains else None
+    size = site.built.image_size if isinstance(site.built, Built) else None
+    for each in broken(site.policy, Asked(run, training, None, examples, size, site.weights)):
+        yield Reason.of(RefusedByPolicy(each.here), each.told)
 
 
 def _method(run: KnownRun, site: Site) -> Iterable[Reason]:
@@ -174,5 +206,12 @@ def _other_spec(own: AdapterSpec, wanted: AdapterSpec) -> str:
     )
 
 
-CHECKS: tuple[Callable[[KnownRun, Site], Iterable[Reason]], ...] = (_method, _labels, _images, _backbone)
+CHECKS: tuple[Callable[[KnownRun, Site], Iterable[Reason]], ...] = (
+    _policy,
+    _kind,
+    _method,
+    _labels,
+    _images,
+    _backbone,
+)
 """What is asked, in this order; a check knows the run and the site and nothing else."""

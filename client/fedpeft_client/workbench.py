@@ -20,20 +20,19 @@ from safetensors import SafetensorError
 
 from fedpeft import models, wire
 from fedpeft.config import TrainingConfig
-from fedpeft.data.dataset import ImageDataset, dataset_of
 from fedpeft.data.labels import read_label_map
-from fedpeft.data.sources import open_source
-from fedpeft.data.transforms import Preprocessing
 from fedpeft.devices import device_of
 from fedpeft.errors import StateInvalid
-from fedpeft.evaluation import evaluate
+from fedpeft.learning import IMAGES, learner_of, where
 from fedpeft.payload import check_payload, decode
 from fedpeft.peft import TunedModel, methods, tune
-from fedpeft.training import Progress, train
+from fedpeft.training import Progress
 from fedpeft.updates import prepare
 from fedpeft.v1 import tensor_pb2
 from fedpeft_client.exits import UNFIT
 from fedpeft_client.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD
+from fedpeft_client.policy import Policy
+from fedpeft_client.policy_rules import Weights
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.suitability import Built, Reason, Site, reasons_against
 from fedpeft_client.survey import survey
@@ -54,12 +53,12 @@ class Loaded:
 
     Attributes:
         model: The tuned model; its tensors are whatever the last request left.
-        dataset: This site's images with the run's labels.
+        dataset: This site's data with the run's labels.
         local: Initial values of the tensors that are local in every round.
     """
 
     model: TunedModel
-    dataset: ImageDataset
+    dataset: Any
     local: Arrays
 
 
@@ -67,7 +66,7 @@ class Workbench:
     """Data and models of one site.
 
     Args:
-        options: The `open` request: data, label_map, weights, device, threads.
+        options: The `open` request: data, label_map, weights, device, threads, policy, evaluate.
 
     Raises:
         DataInvalid: If the data or the label map cannot be read.
@@ -78,7 +77,9 @@ class Workbench:
         if options["threads"] is not None:
             torch.set_num_threads(options["threads"])
         self._device = device_of(options["device"])
-        self._source = open_source(options["data"])
+        kind, path = where(options["data"])
+        self._learner = learner_of(kind)
+        self._source = self._learner.read(path)
         label_map, weights = options["label_map"], options["weights"]
         self._weights = None if weights is None else Path(weights)
         counts = np.bincount(self._source.labels, minlength=len(self._source.class_names)).tolist()
@@ -86,6 +87,10 @@ class Workbench:
             frozenset(methods.names()),
             dict(zip(self._source.class_names, counts, strict=True)),
             {} if label_map is None else read_label_map(Path(label_map)),
+            kind=kind,
+            policy=Policy.model_validate(options["policy"]),
+            weights=_weights(self._weights),
+            trains=not options["evaluate"],
         )
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
 
@@ -113,18 +118,24 @@ class Workbench:
         }
 
     def survey(self, progress: Callable[[Message], None]) -> Message:
-        """Opens every image; returns how many there are, how many cannot be read, and [name, why] of the first."""
+        """Opens every image; returns how many there are, how many cannot be read, and [name, why] of the first.
+
+        What is no image was read when it was opened.
+        """
+        if self._site.kind != IMAGES:
+            return {"images": len(self._source), "unreadable": 0, "named": []}
         found = survey(self._source, progress)
         self._site = replace(self._site, unreadable=found.by_class)
         bad = found.unreadable
         return {"images": len(self._source), "unreadable": len(bad), "named": bad[:NAMED_UNREADABLE]}
 
     def _report(self, run: KnownRun, loaded: Loaded) -> Message:
-        counts = np.bincount(loaded.dataset.labels, minlength=len(run.config.model.classes))
+        examples, labels = self._learner.usable(loaded.dataset)
+        counts = np.bincount(labels, minlength=len(run.config.model.classes))
         return {
-            "examples": loaded.dataset.examples,
+            "examples": examples,
             "classes": dict(zip(run.config.model.classes, counts.tolist(), strict=True)),
-            "dropped": len(self._source) - len(loaded.dataset),
+            "dropped": len(self._source) - len(labels),
             "model_parameters": loaded.model.backbone.parameters,
         }
 
@@ -134,7 +145,7 @@ class Workbench:
         loaded = self._load(run)
         kept = _read(Path(request["local"]), run)
         _set(loaded, request["adapter"], kept)
-        result = train(
+        result = self._learner.train(
             loaded.model,
             loaded.dataset,
             TrainingConfig.model_validate(request["settings"]),
@@ -163,7 +174,7 @@ class Workbench:
         """Scores an adapter version on all of the data."""
         loaded = self._load(KnownRun.from_json(request["run"]))
         _set(loaded, request["adapter"], {})
-        return {"metrics": evaluate(loaded.model, loaded.dataset, device=self._device)}
+        return {"metrics": self._learner.evaluate(loaded.model, loaded.dataset, self._device)}
 
     def _load(self, run: KnownRun) -> Loaded:
         """Returns a run's model and data, proved to fit; loads them if they are not loaded."""
@@ -190,15 +201,21 @@ class Workbench:
             model = tune(backbone, config.peft.method, config.peft.options, seed)
         except UNFIT as error:
             return reasons_against(run, replace(self._site, built=error))
-        built = Built(model.spec, models.fingerprint(backbone, model.spec))
+        size = None if backbone.images is None else backbone.images.image_size
+        built = Built(model.spec, models.fingerprint(backbone, model.spec), size)
         reasons = reasons_against(run, replace(self._site, built=built))
         if not reasons:
-            preprocessing, label_map = Preprocessing.of(backbone), self._site.label_map
-            dataset = dataset_of(self._source, config.model.classes, preprocessing, label_map=label_map)
+            dataset = self._learner.dataset(self._source, backbone, self._site.label_map)
             shared = {tensor.name for tensor in run.spec.shared}
             local = {name: values for name, values in model.state().items() if name not in shared}
             self._loaded[run.id] = Loaded(model, dataset, local)
         return reasons
+
+
+def _weights(given: Path | None) -> Weights:
+    if given is None:
+        return ""
+    return "folder" if given.is_dir() else "file"
 
 
 def _set(loaded: Loaded, adapter: Message, local: Arrays) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import safetensors.torch
@@ -15,10 +15,20 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from fedpeft.errors import ModelInvalid
-from fedpeft.families import Family, State
+from fedpeft.families import State
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 """The element types a checkpoint may have, as safetensors names them."""
+
+
+class Fitting(Protocol):
+    """How a checkpoint's tensors become a model's: see `fedpeft.architectures.Architecture`."""
+
+    def convert(self, checkpoint: State, module: nn.Module) -> State:
+        """Returns them under the names and in the shapes of `module`."""
+
+    def beyond(self, name: str, module: nn.Module) -> bool:
+        """Returns whether a tensor belongs to a block that `module` was cut short of."""
 
 
 def resolve_weights(weights: str, given: Path | None) -> Path | None:
@@ -90,14 +100,14 @@ def read_checkpoint(path: Path) -> State:
     return state
 
 
-def fit(family: Family, checkpoint: State, module: nn.Module, head: str, source: str) -> State:
+def fit(fitting: Fitting, checkpoint: State, module: nn.Module, head: str, source: str) -> State:
     """Returns a checkpoint's tensors as `module` takes them, without the head; nothing else may differ."""
     try:
-        state = family.convert(checkpoint, module)
+        state = fitting.convert(checkpoint, module)
     except (RuntimeError, KeyError, ValueError, AttributeError) as error:
         raise ModelInvalid(f"{source} does not fit the model: {error}") from error
     state = {
-        name: tensor for name, tensor in state.items() if not inside(name, head) and not family.beyond(name, module)
+        name: tensor for name, tensor in state.items() if not inside(name, head) and not fitting.beyond(name, module)
     }
     wanted = {n: t for n, t in module.state_dict().items() if not inside(n, head)}
     if missing := sorted(wanted.keys() - state.keys()):

@@ -43,6 +43,12 @@ ClassName = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_
 DenseEncoding = Literal["float32", "float16", "bfloat16"]
 
 
+def split_kind(text: str) -> tuple[str, str]:
+    """Returns the kind of model before the colon, or nothing, and what stands behind it."""
+    kind, colon, rest = text.partition(":")
+    return (kind, rest) if colon else ("", text)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -50,8 +56,8 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """`[model]`: the pre-trained model."""
 
-    name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.\-]+$")]
-    """timm's name, for example vit_base_patch16_224."""
+    name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^([a-z][a-z0-9_\-]*:)?[A-Za-z0-9_.\-]+$")]
+    """timm's name, for example vit_base_patch16_224; or KIND:NAME of a kind that is installed beside fedpeft."""
     weights: Annotated[str, Field(min_length=1, max_length=1024)] = "hub"
     """hub, none (random, seeded), or a file that each client resolves and proves by fingerprint."""
     image_size: Annotated[int, Field(ge=8, le=2048)] | None = None
@@ -62,6 +68,16 @@ class ModelConfig(_Section):
     """Number of transformer blocks, cut from the front; the model's own if absent."""
     pooling: Literal["token", "avg", "avgmax", "max"] | None = None
     """timm's global pooling; the model's own if absent."""
+
+    @property
+    def kind(self) -> str:
+        """What stands before the colon of `name`; empty for an image classifier of timm."""
+        return split_kind(self.name)[0]
+
+    @property
+    def variant(self) -> str:
+        """What stands behind the colon of `name`: `tiny` of `text:tiny`."""
+        return split_kind(self.name)[1]
 
     @field_validator("classes")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import sha256
 
 import numpy as np
@@ -41,29 +42,62 @@ def evaluate(
     device = torch.device(device)
     model.module.to(device)
     model.eval()
-    classes = len(dataset.classes)
-    right, seen, loss = np.zeros(classes, np.int64), np.zeros(classes, np.int64), 0.0
+    tally = _Tally(dataset.classes)
     order = np.arange(len(dataset))
     for batch in dataset.batches([order[at : at + batch_size] for at in range(0, len(order), batch_size)]):
         if not len(batch):
             continue
-        logits = _logits(model, dataset, torch.from_numpy(batch.pixels), device)
-        loss += functional.cross_entropy(logits, batch.labels, reduction="sum").item()
-        labels = batch.labels.numpy()
-        seen += np.bincount(labels, minlength=classes)
-        right += np.bincount(labels[logits.argmax(1).numpy() == labels], minlength=classes)
-    examples = int(seen.sum())
-    if not examples:
+        tally.add(_logits(model, dataset, torch.from_numpy(batch.pixels), device), batch.labels)
+    if not tally.examples:
         raise DataInvalid(f"none of the {len(dataset)} images can be read")
-    figures = {
-        "accuracy": float(right.sum() / examples),
-        "loss": loss / examples,
-        "examples": float(examples),
-        "skipped_images": float(len(dataset) - examples),
-    }
-    for k in np.flatnonzero(seen)[:MAX_CLASS_FIGURES]:
-        figures[_figure(dataset.classes[k])] = float(right[k] / seen[k])
-    return figures
+    return tally.figures() | {"skipped_images": float(len(dataset) - tally.examples)}
+
+
+def scores(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """Scores a classifier of any kind.
+
+    Args:
+        logits: Float [n, classes].
+        labels: Positions in `classes`, int64[n].
+        classes: The run's class names.
+
+    Returns:
+        accuracy (0..1), loss (mean cross-entropy), examples, and accuracy/CLASS for each class that has examples.
+    """
+    tally = _Tally(classes)
+    tally.add(logits.double().cpu(), labels.cpu())
+    return tally.figures()
+
+
+class _Tally:
+    """What is right, of each class, and the loss so far."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self._classes = classes
+        self._right, self._seen = np.zeros(len(classes), np.int64), np.zeros(len(classes), np.int64)
+        self._loss = 0.0
+
+    @property
+    def examples(self) -> int:
+        return int(self._seen.sum())
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Takes logits on the CPU, float64[n, classes], and their labels, int64[n]."""
+        count = len(self._classes)
+        self._loss += functional.cross_entropy(logits, labels, reduction="sum").item()
+        hit = (logits.argmax(1) == labels).numpy()
+        self._seen += np.bincount(labels.numpy(), minlength=count)
+        self._right += np.bincount(labels.numpy()[hit], minlength=count)
+
+    def figures(self) -> dict[str, float]:
+        figures = {
+            "accuracy": float(self._right.sum() / self.examples),
+            "loss": self._loss / self.examples,
+            "examples": float(self.examples),
+        }
+        for k in np.flatnonzero(self._seen)[:MAX_CLASS_FIGURES]:
+            figures[_figure(self._classes[k])] = float(self._right[k] / self._seen[k])
+        return figures
 
 
 @torch.inference_mode()

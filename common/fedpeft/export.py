@@ -46,6 +46,7 @@ def as_timm(tuned: TunedModel, path: Path) -> None:
         ConfigInvalid: If the method's tensors have no place in timm's model (adapter, prompt).
     """
     backbone = tuned.backbone
+    _check_timm(backbone)
     state = tuned.method.plain(tuned.module)
     if state.keys() != backbone.module.state_dict().keys():
         raise ConfigInvalid(
@@ -115,6 +116,7 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
+    _check_timm(tuned.backbone)
     config, layers = _lora_config(tuned)
     config.modules_to_save = [tuned.backbone.anatomy.head]
     plain = copy.deepcopy(tuned.backbone.module).cpu()
@@ -172,6 +174,11 @@ def from_peft(folder: Path, backbone: Backbone) -> tuple[dict[str, object], Arra
             f"{shapes.get(odd, 'unknown')} in the model"
         )
     return options, tensors
+
+
+def _check_timm(backbone: Backbone) -> None:
+    if backbone.config.kind:
+        raise ConfigInvalid(f"{backbone.config.name} is no model of timm; export its adapter as safetensors")
 
 
 def _lora_config(tuned: TunedModel) -> tuple[LoraConfig, list[str]]:

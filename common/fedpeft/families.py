@@ -1,15 +1,15 @@
-"""Families of models: all that is special about one kind of model, in one class each.
+"""Families of timm's models: all that is special about one of them, in one class each.
 
 Everything else asks the family: how a run's settings become timm's arguments, how a checkpoint becomes the model's
 state dict, and where the parts lie that PEFT methods attach to. To add a family, write a `Family` and name it in
-`FAMILIES` under the timm module that defines its models.
+`FAMILIES` under the timm module that defines its models. A model that is not timm's is a kind (`fedpeft.kind`).
 """
 
 from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
@@ -25,25 +25,25 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where PEFT methods attach.
+    """Where PEFT methods attach. A model without blocks can be tuned by full, head and bias.
 
     Attributes:
         head: Name of the classifier.
         blocks: The transformer blocks by name, in order; each maps float [batch, tokens, width] to the same shape.
         mlps: The MLP of each block; the same shapes.
         width: Size of a token.
-        patch_values: Input values under one patch: channels x height x width.
+        patch_values: Input values under one patch: channels x height x width. Prompts start smaller where it is larger.
     """
 
     head: str
-    blocks: dict[str, nn.Module]
-    mlps: tuple[nn.Module, ...]
-    width: int
-    patch_values: int
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    mlps: tuple[nn.Module, ...] = ()
+    width: int = 0
+    patch_values: int = 0
 
 
 class Family(ABC):
-    """One kind of model."""
+    """One family of timm's models."""
 
     @abstractmethod
     def arguments(self, config: ModelConfig, native: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fedpeft.models import Backbone
     from fedpeft.peft.tuned import TunedModel
 
 MIB = 1024 * 1024
@@ -90,11 +91,7 @@ def _rows(tuned: TunedModel, fingerprint: str, provenance: Provenance | None) ->
         ("model", f"`{backbone.config.name}`, {backbone.parameters:,} parameters"),
         ("method", f"{tuned.spec.method}, " + ", ".join(f"{k} {json.dumps(v)}" for k, v in options.items())),
         ("tuned", f"{tuned.spec.parameters:,} parameters"),
-        (
-            "input",
-            f"{backbone.image_size} x {backbone.image_size} pixels, {backbone.interpolation}, "
-            f"mean {_numbers(backbone.mean)}, standard deviation {_numbers(backbone.std)}",
-        ),
+        *_input(backbone),
         ("classes", f"{len(backbone.config.classes)}: `{named}`" + (f" and {more:,} more" if more > 0 else "")),
     ]
     if provenance is not None:
@@ -106,6 +103,14 @@ def _rows(tuned: TunedModel, fingerprint: str, provenance: Provenance | None) ->
             ("held-out data", _figures(provenance.metrics)),
         ]
     return [*rows, ("backbone", f"SHA-256 of the frozen tensors `{fingerprint}`")]
+
+
+def _input(backbone: Backbone) -> list[tuple[str, str]]:
+    images = backbone.images
+    if images is None:
+        return []
+    size = f"{images.image_size} x {images.image_size} pixels, {images.interpolation}"
+    return [("input", f"{size}, mean {_numbers(images.mean)}, standard deviation {_numbers(images.std)}")]
 
 
 def _figures(metrics: Mapping[str, float]) -> str:

@@ -9,20 +9,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data.config import resolve_data_config
 from torch import nn
 
 from fedpeft import seeds
-from fedpeft.checkpoints import DTYPES, fit, from_hub, inside, read_checkpoint, resolve_weights
+from fedpeft.architectures import Architecture, ImageInputs, architecture_of
+from fedpeft.checkpoints import DTYPES, fit, inside, read_checkpoint, resolve_weights
 from fedpeft.config import ModelConfig
-from fedpeft.errors import ModelInvalid
-from fedpeft.families import Anatomy, Family, family_of
+from fedpeft.families import Anatomy
 from fedpeft.spec import AdapterSpec
 
 __all__ = ["Backbone", "StoredTensor", "build", "check_weights", "fingerprint", "resolve_weights", "skeleton"]
@@ -52,13 +49,10 @@ class Backbone:
 
     Attributes:
         config: What the run wanted.
-        module: timm's model; maps float32 [batch, 3, image_size, image_size] to logits [batch, classes].
+        module: The model; timm's map float32 [batch, 3, image_size, image_size] to logits [batch, classes].
         anatomy: Where its parts lie.
-        arguments: timm's keyword arguments that build it.
-        image_size: Side of the square input in pixels.
-        mean: Of each channel, for inputs scaled to 0..1.
-        std: Likewise.
-        interpolation: How images are resized: bicubic, bilinear...
+        arguments: timm's keyword arguments that build it; none for another kind of model.
+        images: The images it takes; None for another kind of model.
         stored: The tensors as the checkpoint has them, by name.
     """
 
@@ -66,10 +60,7 @@ class Backbone:
     module: nn.Module = field(repr=False)
     anatomy: Anatomy = field(repr=False)
     arguments: Mapping[str, Any]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
+    images: ImageInputs | None
     stored: Mapping[str, StoredTensor] = field(repr=False)
 
     @property
@@ -95,38 +86,37 @@ def build(config: ModelConfig, seed: int, weights: Path | None = None, device: s
     Raises:
         ModelInvalid: If there is no such model, or the weights are missing or do not fit it.
     """
-    family = family_of(config.name)
+    architecture = architecture_of(config)
     path = resolve_weights(config.weights, weights)
-    arguments = _arguments(config, family)
-    checkpoint = from_hub(config.name) if path is None and config.weights == "hub" else None
+    checkpoint = architecture.pretrained() if path is None and config.weights == "hub" else None
     if path is not None:
         checkpoint = read_checkpoint(path)
-    module = _random(config.name, arguments, seed) if checkpoint is None else _empty(config.name, arguments)
-    anatomy = family.anatomy(module)
+    module = _random(architecture, seed) if checkpoint is None else _empty(architecture)
+    anatomy = architecture.anatomy(module)
     _fresh_head(module.get_submodule(anatomy.head), seed)
     fresh = module.state_dict()
     if checkpoint is None:
         stored = fresh
     else:
-        state = fit(family, checkpoint, module, anatomy.head, str(path or "the hub's checkpoint"))
+        state = fit(architecture, checkpoint, module, anatomy.head, str(path or "the hub's checkpoint"))
         stored = {name: checkpoint.get(name, tensor) for name, tensor in state.items()}
         head = {name: fresh[name] for name in fresh if inside(name, anatomy.head)}
         stored |= head
         module.load_state_dict(state | head, strict=True)
     digests = {name: _digest(tensor) for name, tensor in stored.items()}
     module.requires_grad_(False).eval().to(device)
-    return Backbone(config, module, anatomy, arguments, *_inputs(module, config), digests)
+    return Backbone(config, module, anatomy, architecture.arguments, architecture.inputs(module), digests)
 
 
 def skeleton(config: ModelConfig) -> tuple[nn.Module, Anatomy]:
     """Returns a run's model without values (meta device) and where its parts lie; needs no weights.
 
     Raises:
-        ModelInvalid: If timm has no such model, or not in this size or depth.
+        ModelInvalid: If there is no such model, or not in this size or depth.
     """
-    family = family_of(config.name)
-    module = _create(config.name, "meta", **_arguments(config, family)).requires_grad_(False)
-    return module, family.anatomy(module)
+    architecture = architecture_of(config)
+    module = architecture.create("meta").requires_grad_(False)
+    return module, architecture.anatomy(module)
 
 
 def check_weights(config: ModelConfig, weights: Path | None = None) -> Path | None:
@@ -142,7 +132,7 @@ def check_weights(config: ModelConfig, weights: Path | None = None) -> Path | No
     path = resolve_weights(config.weights, weights)
     if path is not None:
         module, anatomy = skeleton(config)
-        fit(family_of(config.name), read_checkpoint(path), module, anatomy.head, str(path))
+        fit(architecture_of(config), read_checkpoint(path), module, anatomy.head, str(path))
     return path
 
 
@@ -161,43 +151,24 @@ def fingerprint(backbone: Backbone, spec: AdapterSpec) -> str:
         for name, tensor in sorted(backbone.stored.items())
         if name not in tuned
     ]
-    text = json.dumps([backbone.config.name, backbone.image_size, frozen])
+    size = None if backbone.images is None else backbone.images.image_size
+    text = json.dumps([backbone.config.name, size, frozen])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _arguments(config: ModelConfig, family: Family) -> dict[str, Any]:
-    return family.arguments(config, _native(config.name))
-
-
-@lru_cache(maxsize=16)
-def _native(name: str) -> nn.Module:
-    """Returns the model as timm has it, without values; it is only looked at."""
-    return _create(name, "meta")
-
-
-def _create(name: str, device: str, **arguments: Any) -> nn.Module:
-    try:
-        with torch.device(device):
-            module: nn.Module = timm.create_model(name, **arguments)
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        text = f"timm cannot build model {name!r} with {arguments}: {error}"
-        raise ModelInvalid(text, (("model", text),)) from error
-    return module
-
-
-def _random(name: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
-    """Returns a model with timm's own initial values, which derive from the seed; no other generator is touched."""
+def _random(architecture: Architecture, seed: int) -> nn.Module:
+    """Returns a model with its own initial values, which derive from the seed; no other generator is touched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seeds.derive(seed, "backbone"))
-        return _create(name, "cpu", **arguments)
+        return architecture.create("cpu")
 
 
-def _empty(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _empty(architecture: Architecture) -> nn.Module:
     """Returns a model to be filled from a state dict: for a ViT-B 0.1 s instead of 3 s for values that go at once."""
-    module = _create(name, "meta", **arguments)
+    module = architecture.create("meta")
     if module.state_dict().keys() >= {buffer for buffer, _ in module.named_buffers()}:
         return module.to_empty(device="cpu")
-    return _create(name, "cpu", **arguments)  # buffers that no state dict holds need their values
+    return architecture.create("cpu")  # buffers that no state dict holds need their values
 
 
 def _fresh_head(head: nn.Module, seed: int) -> None:
@@ -208,18 +179,6 @@ def _fresh_head(head: nn.Module, seed: int) -> None:
                 parameter.zero_()
             else:
                 nn.init.trunc_normal_(parameter, std=HEAD_STD, generator=generator)
-
-
-def _inputs(
-    module: nn.Module, config: ModelConfig
-) -> tuple[int, tuple[float, float, float], tuple[float, float, float], str]:
-    """Returns image size, mean, std and interpolation: the model's own, from timm."""
-    own: dict[str, Any] = resolve_data_config({}, model=module)  # type: ignore[no-untyped-call]
-    mean, std = (tuple(map(float, own[key])) for key in ("mean", "std"))
-    if len(mean) != 3 or len(std) != 3:
-        raise ModelInvalid(f"{config.name} takes {len(mean)} channels; images have 3")
-    size = config.image_size or int(own["input_size"][-1])
-    return size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), str(own["interpolation"])
 
 
 def _digest(tensor: torch.Tensor) -> StoredTensor:

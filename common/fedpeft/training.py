@@ -50,7 +50,7 @@ class Progress:
         step: Optimizer steps done.
         steps: Optimizer steps in all.
         loss: Mean cross-entropy of the last step that was looked at.
-        images_per_second: Mean rate since the beginning.
+        images_per_second: Mean rate since the beginning; of examples, where these are no images.
     """
 
     step: int
@@ -168,13 +168,13 @@ class _Training:
         parameters = list(model.trainable(number).values())
         if not parameters:
             raise TrainingFailed(f"adapter {model.spec.method} trains no tensor in round {number}")
-        self._optimizer = _optimizer(settings, parameters)
+        self._optimizer = optimizer_of(settings, parameters)
         self._micro = settings.batch_size
-        self._losses = _Losses(LOSS_STEPS if on_gpu else 1)
+        self._losses = Losses(LOSS_STEPS if on_gpu else 1)
 
     def run(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool] | None) -> TrainingResult:
         """Trains and returns what came of it."""
-        orders = _Orders(self._settings, len(self._dataset), self._seed)
+        orders = Orders(self._settings, len(self._dataset), self._seed)
         steps = orders.steps
         start = self._model.state()
         self._model.train()
@@ -207,7 +207,8 @@ class _Training:
             "micro_batch": float(self._micro),
             "threads": float(torch.get_num_threads()),
         }
-        return self._result(start, metrics)
+        facts = facts_of(self._device, self._dtype)
+        return result_of(self._model, start, self._number, self._dataset.examples, metrics, facts)
 
     def _step(self, batch: Batch, epoch: int) -> torch.Tensor:
         """Makes one optimizer step and returns its loss; halves the micro-batch until it fits."""
@@ -264,28 +265,48 @@ class _Training:
             "out_of_gpu_memory", images=held, micro_batch=self._micro, effect="gradients add up to the same step"
         )
 
-    def _result(self, start: Arrays, metrics: dict[str, float]) -> TrainingResult:
-        trained = self._model.state()
-        delta, local = {}, {}
-        for tensor in self._model.spec.tensors:
-            role = tensor.role(self._number)
-            if role is not Role.FROZEN and not np.isfinite(trained[tensor.name]).all():
-                raise TrainingFailed(
-                    f"tensor {tensor.name} is not finite after {metrics['steps']:.0f} steps; lower the learning rate"
-                )
-            if role is Role.SENT:
-                delta[tensor.name] = trained[tensor.name] - start[tensor.name]
-            elif role is Role.LOCAL:
-                local[tensor.name] = trained[tensor.name]
-        facts = {
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else str(self._device),
-            "precision": str(self._dtype).removeprefix("torch."),
-        }
-        return TrainingResult(delta, local, self._dataset.examples, metrics, facts)
+
+def result_of(
+    model: TunedModel, start: Arrays, number: int, examples: int, metrics: dict[str, float], facts: dict[str, str]
+) -> TrainingResult:
+    """Returns what training changed in round `number`.
+
+    Args:
+        model: As training left it.
+        start: Its tuned tensors before.
+        number: The round (1, 2, ...): it chooses each tensor's role.
+        examples: The weight of the update.
+        metrics: `TrainingResult.metrics`, steps among them.
+        facts: `TrainingResult.facts`.
+
+    Raises:
+        TrainingFailed: If a trained tensor is not finite.
+    """
+    trained = model.state()
+    delta, local = {}, {}
+    for tensor in model.spec.tensors:
+        role = tensor.role(number)
+        if role is not Role.FROZEN and not np.isfinite(trained[tensor.name]).all():
+            raise TrainingFailed(
+                f"tensor {tensor.name} is not finite after {metrics['steps']:.0f} steps; lower the learning rate"
+            )
+        if role is Role.SENT:
+            delta[tensor.name] = trained[tensor.name] - start[tensor.name]
+        elif role is Role.LOCAL:
+            local[tensor.name] = trained[tensor.name]
+    return TrainingResult(delta, local, examples, metrics, facts)
 
 
-class _Losses:
+def facts_of(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Returns what a result depends on beside its inputs: torch's version, device and precision."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+class Losses:
     """Losses of steps, fetched from the device a few at a time, weighed by images."""
 
     def __init__(self, every: int) -> None:
@@ -327,7 +348,7 @@ class _Losses:
         return {"loss": self._sum / self._images, "loss_first": self._first, "loss_last": self._last}
 
 
-class _Orders:
+class Orders:
     """The positions of every batch, a new order in each pass; made as they are asked for, as often as wanted.
 
     Attributes:
@@ -350,7 +371,8 @@ class _Orders:
             yield order[at : at + self._size]
 
 
-def _optimizer(settings: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def optimizer_of(settings: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Returns a new optimizer as `[training]` says."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.SGD(

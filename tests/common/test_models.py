@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from fedpeft.architectures import ImageInputs
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ModelInvalid
 from fedpeft.models import build, fingerprint, resolve_weights
@@ -52,13 +53,12 @@ def test_random_weights_come_from_the_seed_alone() -> None:
 
 def test_a_backbone_is_described_by_timm() -> None:
     backbone = build(config(), 0)
-    assert (backbone.mean, backbone.std) == ((0.5,) * 3, (0.5,) * 3)
-    assert (backbone.image_size, backbone.interpolation) == (32, "bicubic")
+    assert backbone.images == ImageInputs(32, (0.5,) * 3, (0.5,) * 3, "bicubic")
     assert backbone.parameters == sum(t.numel() for t in backbone.module.state_dict().values())
     assert not backbone.module.training
     assert backbone.device == torch.device("cpu")
     own = build(ModelConfig(name=NAME, weights="none", classes=("a", "b")), 0)
-    assert own.image_size == 224
+    assert own.images is not None and own.images.image_size == 224
     assert len(own.anatomy.blocks) == 12
     assert own.module(torch.zeros(1, 3, 224, 224)).shape == (1, 2)
 
@@ -288,14 +288,15 @@ def test_dinov2_cut_short_at_another_size(tmp_path: Path, grid: int) -> None:
     save_file({**state, "mask_token": torch.zeros(1, 384)}, path)
     backbone = build(config(name=name, weights=str(path), image_size=56), 0)
     assert backbone.module(torch.zeros(1, 3, 56, 56)).shape == (1, 3)
-    assert backbone.mean == pytest.approx((0.485, 0.456, 0.406))
+    assert backbone.images is not None and backbone.images.mean == pytest.approx((0.485, 0.456, 0.406))
     assert backbone.stored["pos_embed"].shape == (1, grid**2 + 1, 384)
     assert "mask_token" not in backbone.stored
 
 
 def test_deit_has_its_own_normalisation_and_its_checkpoints_fit_a_vit(tmp_path: Path) -> None:
     deit = build(config(name="deit_tiny_patch16_224"), 0)
-    assert (deit.mean, deit.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert deit.images is not None
+    assert (deit.images.mean, deit.images.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     path = tmp_path / "deit.safetensors"
     save_file(deit.module.state_dict(), path)
     loaded = build(config(weights=str(path)), 0).module.state_dict()

@@ -162,12 +162,12 @@ def test_the_last_smaller_batch_is_trained_and_counted(tmp_path):
 
 def test_every_pass_has_every_image_once_in_another_order(tmp_path):
     dataset = data(tmp_path, 30)
-    orders = training._Orders(settings(epochs=3), 30, 7)
+    orders = training.Orders(settings(epochs=3), 30, 7)
     passes = [np.concatenate(list(orders)[k * 4 : k * 4 + 4]).tolist() for k in range(3)]
     assert all(sorted(p) == list(range(30)) for p in passes)
     assert len({tuple(p) for p in passes}) == 3
-    assert training._Orders(settings(steps=3), 30, 7).steps == 3
-    assert len(list(training._Orders(settings(steps=9), 30, 7))) == 9
+    assert training.Orders(settings(steps=3), 30, 7).steps == 3
+    assert len(list(training.Orders(settings(steps=9), 30, 7))) == 9
     assert train(StandIn(), dataset, settings(steps=9), seed=7, number=1).metrics["steps"] == 9
 
 
@@ -289,7 +289,7 @@ def test_a_tensor_that_is_not_finite_is_no_update(tmp_path):
 
 
 def test_losses_looked_at_late_name_the_right_step():
-    losses = training._Losses(every=10)
+    losses = training.Losses(every=10)
     for value in (1.0, 2.0, float("inf"), 1.0):
         losses.add(torch.tensor(value), 4, True)
     with pytest.raises(TrainingFailed, match="inf in step 3"):

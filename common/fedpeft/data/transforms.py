@@ -67,8 +67,15 @@ class Preprocessing:
 
     @classmethod
     def of(cls, backbone: Backbone) -> Self:
-        """Returns what a backbone wants."""
-        return cls(backbone.image_size, backbone.mean, backbone.std, backbone.interpolation)
+        """Returns what a backbone wants.
+
+        Raises:
+            DataInvalid: If it does not take images.
+        """
+        images = backbone.images
+        if images is None:
+            raise DataInvalid(f"{backbone.config.name} does not take images")
+        return cls(images.image_size, images.mean, images.std, images.interpolation)
 
     def decode(self, data: bytes | memoryview) -> Pixels:
         """Decodes one image and resizes it to the square, without keeping its proportions, as the paper does.

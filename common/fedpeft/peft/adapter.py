@@ -61,6 +61,7 @@ class Adapter(Method[AdapterOptions]):
     """Tunes one bottleneck for all blocks, or one for each."""
 
     Options = AdapterOptions
+    needs = ("mlps",)
 
     def inject(self, module: nn.Module, anatomy: Anatomy, generator: torch.Generator) -> Sequence[nn.Module]:
         """See `Method.inject`; `adapter`, or `adapter` in each block."""

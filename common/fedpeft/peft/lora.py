@@ -70,6 +70,7 @@ class Lora(Method[LoraOptions]):
     """Tunes A and B beside every target layer."""
 
     Options = LoraOptions
+    needs = ("blocks",)
 
     def config(self, layers: Sequence[str]) -> LoraConfig:
         """Returns the library's configuration for target layers of these names."""

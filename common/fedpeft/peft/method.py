@@ -36,6 +36,8 @@ class Method(ABC, Generic[OptionsT]):
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     whole_model_trains: ClassVar[bool] = False
     """Whether the backbone is in training mode while training; else only what the method injected is."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """The parts of an `Anatomy` that the method attaches to; a model that names none of them cannot be tuned so."""
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options

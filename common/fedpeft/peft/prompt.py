@@ -56,6 +56,7 @@ class PromptTuning(Method[PromptOptions]):
     """Tunes prompts in every block, or before the first."""
 
     Options = PromptOptions
+    needs = ("blocks",)
 
     def inject(self, module: nn.Module, anatomy: Anatomy, generator: torch.Generator) -> Sequence[nn.Module]:
         """See `Method.inject`; `prompt` in each block, or in the first."""

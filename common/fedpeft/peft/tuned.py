@@ -31,7 +31,7 @@ class TunedModel:
     Attributes:
         backbone: What it stands on.
         method: How it is tuned.
-        module: Maps float32 [batch, 3, image_size, image_size] to logits [batch, classes].
+        module: Takes and returns what the backbone's does.
         spec: The tuned tensors.
     """
 
@@ -124,7 +124,7 @@ def tune(backbone: Backbone, method: str, options: Mapping[str, object], seed: i
     chosen = make(method, options)
     shared = {id(p): p for p in backbone.module.parameters()}
     module, anatomy = copy.deepcopy((backbone.module, backbone.anatomy), dict(shared))
-    injected = chosen.inject(module, anatomy, _generator(seed))
+    injected = _inject(method, chosen, module, anatomy, seed)
     module.to(backbone.device)
     spec = _spec(method, chosen, module, anatomy)
     tuned = {tensor.name for tensor in spec.tensors}
@@ -150,7 +150,7 @@ def spec_of(config: ModelConfig, method: str, options: Mapping[str, object]) -> 
     """
     chosen = make(method, options)
     module, anatomy = skeleton(config)
-    chosen.inject(module, anatomy, _generator(0))
+    _inject(method, chosen, module, anatomy, 0)
     return _spec(method, chosen, module, anatomy)
 
 
@@ -170,8 +170,12 @@ def count(model_name: str, method: str, options: Mapping[str, object], classes: 
     return spec_of(config, method, options).parameters
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seeds.initialisation(seed))
+def _inject(name: str, chosen: Method[Any], module: nn.Module, anatomy: Anatomy, seed: int) -> Sequence[nn.Module]:
+    for part in chosen.needs:
+        if not getattr(anatomy, part):
+            text = f"{name} attaches to a model's {part}, and this model names none"
+            raise ConfigInvalid(f"peft.method: {text}", (("peft.method", text),))
+    return chosen.inject(module, anatomy, torch.Generator().manual_seed(seeds.initialisation(seed)))
 
 
 def _spec(name: str, chosen: Method[Any], module: nn.Module, anatomy: Anatomy) -> AdapterSpec:
