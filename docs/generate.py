@@ -1,148 +1,38 @@
-"""Writes the part of docs/run-file.md that is made from the code; `--check` fails when it is stale."""
+"""Writes the parts of the reference pages that are made from the code; `--check` fails when one is stale.
 
-import ast
-import inspect
-import itertools
-import json
+A page is written by hand down to the mark, and made by a module of `generators` from there on.
+"""
+
 import sys
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+from generators import commands, protocol, run_file, settings
 
-from fedpeft.aggregation import strategies
-from fedpeft.config import RunConfig
-from fedpeft.peft import methods
-
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "run-file.md"
+DOCS = Path(__file__).resolve().parent
 BEGIN = "<!-- made by docs/generate.py from the code: change it there -->\n"
-
-
-def explanations(cls: type[BaseModel]) -> dict[str, str]:
-    """Returns the docstring below each field, by field name, those of parent classes included."""
-    found: dict[str, str] = {}
-    for owner in reversed(cls.__mro__):
-        if not issubclass(owner, BaseModel) or owner is BaseModel:
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
-        for pair in itertools.pairwise(body):
-            match pair:
-                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                    found[name] = inspect.cleandoc(text)
-    return found
-
-
-def values(schema: dict[str, Any]) -> str:
-    """Returns the values a field may take, in words, from its JSON schema."""
-    choices = [s for s in schema.get("anyOf", [schema]) if s.get("type") != "null"]
-    return " or ".join(_values(s) for s in choices)
-
-
-def _values(schema: dict[str, Any]) -> str:
-    if "const" in schema:
-        return f"`{json.dumps(schema['const'])}`"
-    if "enum" in schema:
-        return ", ".join(f"`{json.dumps(v)}`" for v in schema["enum"])
-    kind = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`"}.get(
-        schema.get("type", ""), {"string": "text", "array": "list of texts"}.get(schema.get("type", ""), "any")
-    )
-    bounds = []
-    for key, word in (
-        ("minimum", "at least"),
-        ("exclusiveMinimum", "above"),
-        ("maximum", "at most"),
-        ("exclusiveMaximum", "below"),
-    ):
-        if key in schema:
-            bounds.append(f"{word} {number(schema[key])}")
-    if "maxLength" in schema:
-        bounds.append(f"{schema.get('minLength', 0)} to {schema['maxLength']:,} characters")
-    return ", ".join([kind, *bounds])
-
-
-def number(value: float) -> str:
-    """Returns a number for people: thousands separated, no fraction where there is none."""
-    if value == 2**63:
-        return "2^63"
-    return f"{int(value):,}" if value == int(value) else f"{value:g}"
-
-
-def default(field: FieldInfo) -> str:
-    """Returns the default of a field, as TOML writes it."""
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True, validated_data={})
-    return "absent" if value is None else f"`{json.dumps(value, default=list)}`"
-
-
-def rows(cls: type[BaseModel], skip: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yields a Markdown table of the fields of one section."""
-    properties = cls.model_json_schema()["properties"]
-    texts = explanations(cls)
-    yield "| key | values | default | meaning |"
-    yield "|---|---|---|---|"
-    for name, field in cls.model_fields.items():
-        if name not in skip:
-            cells = (f"`{name}`", values(properties[name]), default(field), texts.get(name, ""))
-            yield "| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in cells) + " |"
-
-
-def sections() -> Iterator[str]:
-    """Yields the lines of the generated part."""
-    tables = {n: f.annotation for n, f in RunConfig.model_fields.items()}
-    inner = {n: _model(t) for n, t in tables.items()}
-    plain = tuple(n for n, model in inner.items() if model)
-    yield from ("## At the top", "", *rows(RunConfig, skip=plain), "")
-    for name, model in inner.items():
-        if model is not None:
-            _, _, text = (model.__doc__ or "").partition(": ")
-            yield from (f"## `[{name}]`", "", text[:1].upper() + text[1:], "")
-            yield from (*rows(model, skip=("options",)), "")
-            if name == "peft":
-                yield from options("Method", {n: methods.get(n).Options for n in methods.names()})
-            if name == "aggregation":
-                yield from options("Strategy", {n: strategies.get(n).Options for n in strategies.names()})
-
-
-def _model(annotation: Any) -> type[BaseModel] | None:
-    """Returns the section class of an annotation such as `SimulationConfig | None`, if it is one."""
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
-def options(kind: str, classes: dict[str, type[BaseModel]]) -> Iterator[str]:
-    """Yields what may stand beside the name of a method or strategy."""
-    without = [f"`{n}`" for n, cls in classes.items() if not cls.model_fields]
-    if without:
-        yield from (f"Without options: {', '.join(without)}.", "")
-    for name, cls in classes.items():
-        if cls.model_fields:
-            yield from (f"{kind} `{name}`:", "", *rows(cls), "")
-
-
-def page() -> str:
-    """Returns the whole page: what was written by hand, then what the code says."""
-    written, _, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    return written + BEGIN + "\n" + "\n".join(sections()).rstrip() + "\n"
+GENERATORS = (commands, protocol, run_file, settings)
+"""Modules with `PAGE`, the name of a file in docs/, and `lines()`, which yields what stands below the mark."""
 
 
 def main() -> int:
-    """Writes the page, or compares."""
-    fresh = page()
-    if "--check" in sys.argv[1:]:
-        if fresh != PAGE.read_text(encoding="utf-8"):
-            print(f"{PAGE.relative_to(ROOT)} is stale; run `.venv/bin/python docs/generate.py`")
-            return 1
-        return 0
-    PAGE.write_text(fresh, encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)}")
-    return 0
+    """Writes the pages, or compares."""
+    stale = 0
+    for generator in GENERATORS:
+        path = DOCS / generator.PAGE
+        now = path.read_text(encoding="utf-8")
+        written, mark, _ = now.partition(BEGIN)
+        if not mark:
+            raise SystemExit(f"docs/{generator.PAGE} has no line {BEGIN}")
+        fresh = written + BEGIN + "\n" + "\n".join(generator.lines()).rstrip() + "\n"
+        if fresh == now:
+            continue
+        if "--check" in sys.argv[1:]:
+            print(f"docs/{generator.PAGE} is stale; run `.venv/bin/python docs/generate.py`")
+            stale = 1
+        else:
+            path.write_text(fresh, encoding="utf-8")
+            print(f"wrote docs/{generator.PAGE}")
+    return stale
 
 
 if __name__ == "__main__":
