@@ -60,6 +60,11 @@ class Settings(ProcessSettings):
     """File with the backbone's weights, in place of what the run names; the fingerprint proves it right."""
     label_map: Path | None = None
     """File that maps labels of the data to classes of the run."""
+    policy: Path | None = None
+    """TOML file with what a server may ask for (docs/site-owner.md); if absent, policy.toml in the state directory, if
+    that is there, else nothing is limited."""
+    metrics: str = ""
+    """HOST:PORT that this client's own Prometheus metrics are served on; empty: none."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -84,6 +89,22 @@ class Settings(ProcessSettings):
     def _address(cls, value: str) -> str:
         Address.parse(value)
         return value
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_address(cls, value: str) -> str:
+        if value:
+            Address.parse(value)
+        return value
+
+    @model_validator(mode="after")
+    def _metrics_private(self) -> Self:
+        if self.metrics and not Address.parse(self.metrics).is_loopback and not self.insecure:
+            raise ValueError(
+                f"metrics {self.metrics} is not a loopback address, and whoever reaches it reads them; "
+                "use 127.0.0.1, or say --insecure if the network is trusted"
+            )
+        return self
 
     @model_validator(mode="after")
     def _private(self) -> Self:
