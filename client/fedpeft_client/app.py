@@ -12,6 +12,7 @@ from fedpeft.logs import Log
 from fedpeft_client.agent import Agent
 from fedpeft_client.channel import Channel
 from fedpeft_client.dry_run import dry_run
+from fedpeft_client.policy import Policy, find
 from fedpeft_client.settings import Settings
 from fedpeft_client.state import StateDirectory
 from fedpeft_client.worker_process import Answer, WorkerProcess
@@ -24,13 +25,18 @@ def serve(settings: Settings) -> None:
         FedpeftError: What ended it otherwise.
     """
     logs.configure(settings.log_format, "debug" if settings.verbose else "info")
-    with StateDirectory(settings.state_dir) as directory:
-        asyncio.run(_serve(settings, directory))
-
-
-async def _serve(settings: Settings, directory: StateDirectory) -> None:
+    policy, file = find(settings.policy, settings.state_dir)
     log = logs.logger(client=settings.name)
-    worker = WorkerProcess(_worker_options(settings), log)
+    if file is None:
+        log.info("no policy: whatever suits this site is accepted")
+    else:
+        log.info("the policy of this site applies", file=str(file), **policy.rules)
+    with StateDirectory(settings.state_dir) as directory:
+        asyncio.run(_serve(settings, policy, directory, log))
+
+
+async def _serve(settings: Settings, policy: Policy, directory: StateDirectory, log: Log) -> None:
+    worker = WorkerProcess(_worker_options(settings, policy), log)
     try:
         async with Channel(settings.server, settings.name, directory.instance) as channel:
             if settings.dry_run:
@@ -63,7 +69,7 @@ async def _until_stopped(work: Coroutine[None, None, None], log: Log) -> None:
         raise asyncio.CancelledError
 
 
-def _worker_options(settings: Settings) -> Answer:
+def _worker_options(settings: Settings, policy: Policy) -> Answer:
     return {
         "op": "open",
         "data": str(settings.data),
@@ -74,6 +80,8 @@ def _worker_options(settings: Settings) -> Answer:
         "log_format": settings.log_format,
         "verbose": settings.verbose,
         "client": settings.name,
+        "evaluate": settings.evaluate,
+        "policy": policy.model_dump(mode="json", exclude_defaults=True),
     }
 
 

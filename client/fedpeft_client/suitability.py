@@ -28,7 +28,7 @@ from fedpeft.errors import (
     of_reason,
 )
 from fedpeft.spec import AdapterSpec
-from fedpeft_client.policy import Policy
+from fedpeft_client.policy import NO_LIMITS, Policy
 from fedpeft_client.policy_rules import Asked, Weights, broken
 from fedpeft_client.runs import KnownRun
 
@@ -71,7 +71,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Built:
-    """What came of building a run's model here: what its method tunes, the fingerprint of the rest, the input's side."""
+    """What came of building a run's model: what its method tunes, the fingerprint of the rest, the input's side."""
 
     spec: AdapterSpec
     fingerprint: str
@@ -100,7 +100,7 @@ class Site:
     unreadable: Mapping[str, int] | None = None
     built: Built | FedpeftError | None = None
     kind: str = ""
-    policy: Policy = Policy()
+    policy: Policy = NO_LIMITS
     weights: Weights = ""
     trains: bool = True
 
