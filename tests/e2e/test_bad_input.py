@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel
 
+from fedpeft import audit
 from fedpeft.cli.exporting import Format, exported
 from fedpeft.cli.session import Session
 from fedpeft.config import ModelConfig, RunConfig, TrainingConfig, load_run_file
@@ -333,6 +335,10 @@ CALLS: dict[str, tuple[Callable[[World], object], ...]] = {
         lambda w: keys.load(w.file("open.pem", keys.to_pem(keys.make()))),
     ),
     "TRAINING_FAILED": (diverging,),
+    "AUDIT_BROKEN": (
+        lambda w: audit.of_line("{}", "line 1"),
+        lambda w: audit.verify([replace(audit.entry(None, 1.0, "server", "a", "", {}), action="b")]),
+    ),
 }
 
 
