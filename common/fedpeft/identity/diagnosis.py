@@ -1,0 +1,241 @@
+"""Why a server cannot be reached, in one sentence that says what to do.
+
+A connection that gRPC could not make is made once more, by Python's own TLS, which says which step fails: the name, the
+port, the protocol, the authority, the clock, the name in the certificate, the version, and last whether the server
+takes this side's certificate. Blocking, and bounded by `BUDGET_S`; `explain` does it beside an event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import threading
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+
+from fedpeft.identity import certificates, folder
+from fedpeft.identity.folder import Identity
+from fedpeft.identity.way import Fault, Way
+
+BUDGET_S = 5.0
+"""Longest that the search for a cause takes."""
+
+_MOMENT = "%Y-%m-%d %H:%M UTC"
+_OUT_OF_TIME = frozenset({9, 10})
+"""OpenSSL's codes for a certificate that is not valid yet, or not any more."""
+_UNKNOWN_ISSUER = frozenset({2, 7, 18, 19, 20, 21, 30})
+"""OpenSSL's codes for a chain that does not end at, or was not signed by, what is trusted."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """With what a connection is tried.
+
+    Attributes:
+        authority: The certificates that are trusted.
+        folder: The identity folder with the own certificate and key; None where none is shown.
+        own: The own certificate; None likewise.
+    """
+
+    authority: tuple[x509.Certificate, ...]
+    folder: Path | None = None
+    own: x509.Certificate | None = None
+
+    @classmethod
+    def of(cls, identity: Identity) -> Trust:
+        """Returns the trust of an identity."""
+        return cls(identity.authority, identity.folder, identity.certificate)
+
+
+async def explain(server: str, trust: Trust | None) -> str | None:
+    """Looks for the cause beside the event loop; see `diagnose`."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[str | None] = loop.create_future()
+
+    def work() -> None:
+        found = diagnose(server, trust)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_settle, answer, found)
+
+    # Not the loop's own executor, which is waited for at the end: looking a name up cannot be interrupted.
+    threading.Thread(target=work, name="diagnosis", daemon=True).start()
+    try:
+        async with asyncio.timeout(BUDGET_S):
+            return await answer
+    except TimeoutError:
+        return f"{server} cannot be reached, and nothing more was found out: look at this machine's name service"
+
+
+def _settle(answer: asyncio.Future[str | None], found: str | None) -> None:
+    if not answer.done():
+        answer.set_result(found)
+
+
+def diagnose(server: str, trust: Trust | None) -> str | None:
+    """Says why a connection to a server fails.
+
+    Args:
+        server: HOST:PORT.
+        trust: With what TLS is tried; None for plain text.
+
+    Returns:
+        A sentence; None if a connection is made without fault, now at least.
+    """
+    way = Way(server, time.monotonic() + BUDGET_S)
+    try:
+        if trust is None:
+            _plain(way)
+        else:
+            _tls(way, trust)
+    except Fault as fault:
+        return str(fault)
+    except OSError as error:
+        return f"the connection to {server} broke ({error.strerror or error}): something between closes it"
+    return None
+
+
+def _plain(way: Way) -> None:
+    first = way.first_bytes()
+    if first[:2] == b"\x15\x03" or (not first and way.shown()):
+        raise Fault(
+            f"the server at {way.server} speaks TLS and this side has no certificate: ask its operator for a token and "
+            "enroll"
+        )
+    way.judge(first)
+
+
+def _tls(way: Way, trust: Trust) -> None:
+    """Makes a TLS connection as gRPC would, and waits for the server's first word on it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["h2"])
+    context.load_verify_locations(cadata=certificates.to_pem(*trust.authority).decode())
+    if trust.folder is not None:
+        context.load_cert_chain(folder.certificate_path(trust.folder), folder.key_path(trust.folder))
+    with closing(way.connect()) as line:
+        try:
+            secure = context.wrap_socket(line, server_hostname=way.address.host)
+        except ssl.SSLCertVerificationError as error:
+            raise _unproven(way, error, trust) from None
+        except TimeoutError:
+            raise way.silent("does not answer the beginning of TLS") from None
+        except (ssl.SSLError, ConnectionError) as error:
+            raise _no_handshake(way, getattr(error, "reason", None) or "") from None
+    with closing(secure):
+        _first_word(way, secure, trust)
+
+
+def _no_handshake(way: Way, reason: str) -> Fault:
+    """Returns why TLS did not come about for a reason other than the server's certificate."""
+    if "PROTOCOL_VERSION" in reason or "UNSUPPORTED_PROTOCOL" in reason:
+        return Fault(
+            f"{way.server} offers only TLS 1.2 or older, and FedPEFT speaks TLS 1.3: a proxy between that opens TLS, "
+            "perhaps; let it pass the port through as plain TCP"
+        )
+    if "ALERT" in reason:
+        return Fault(f"{way.server} refuses to begin TLS: {reason.lower().replace('_', ' ')}")
+    try:
+        way.judge(way.first_bytes())
+    except Fault as fault:
+        return fault
+    return Fault(
+        f"the server at {way.server} serves plain text, and this side has a certificate for TLS: name the port with "
+        "TLS, or have the server set up with `fedpeft-server init`"
+    )
+
+
+def _unproven(way: Way, error: ssl.SSLCertVerificationError, trust: Trust) -> Fault:
+    """Returns why the server's certificate does not prove that it is the one wanted."""
+    shown = way.shown()
+    if error.verify_code in _OUT_OF_TIME and (fault := _out_of_time(way.server, shown, trust)):
+        return fault
+    if shown is not None and "match" in error.verify_message:
+        return Fault(
+            f"the certificate of {way.server} is not made out to {way.address.host!r} but to {_names(shown)}: use one "
+            "of these names, or have the server's certificate made with this one (`fedpeft-server init --host`)"
+        )
+    if error.verify_code in _UNKNOWN_ISSUER:
+        issuer = shown.issuer.rfc4514_string() if shown else "nobody known"
+        trusted = ", ".join(one.subject.rfc4514_string() for one in trust.authority)
+        return Fault(
+            f"{way.server} shows a certificate of {issuer!r}, and this side trusts {trusted!r} (another key, if the "
+            "names are alike): a proxy between that opens TLS, or another federation's server; check the address, or "
+            "enroll again with a token of that server"
+        )
+    return Fault(f"the certificate of {way.server} cannot be trusted: {error.verify_message}")
+
+
+def _out_of_time(server: str, shown: x509.Certificate | None, trust: Trust) -> Fault | None:
+    """Returns whose time is over or has not come: the server's certificate's, or its authority's."""
+    now = datetime.now(UTC)
+    whose, cure = f"the certificate of {server}", "have its operator renew it"
+    for one in (shown, *trust.authority):
+        if one is not None and now > one.not_valid_after_utc:
+            return Fault(
+                f"{whose} ended at {one.not_valid_after_utc:{_MOMENT}}, and this machine's clock says {now:{_MOMENT}}: "
+                f"{cure}, or set the clock here if it is that"
+            )
+        if one is not None and now < one.not_valid_before_utc:
+            return _early(whose, one, now)
+        whose, cure = f"the authority of {server}", "its operator must make a new one, and everybody enroll"
+    return None
+
+
+def _first_word(way: Way, secure: ssl.SSLSocket, trust: Trust) -> None:
+    """Waits for the server's first word: in TLS 1.3 it refuses a certificate after this side is through."""
+    if secure.selected_alpn_protocol() != "h2":
+        raise Fault(
+            f"what answers at {way.server} speaks TLS but not gRPC: check the port, or let a proxy between pass HTTP/2 "
+            "through"
+        )
+    try:
+        secure.settimeout(way.step_s())
+        first = secure.recv(16)
+    except TimeoutError:
+        raise way.silent("makes the TLS connection but says nothing") from None
+    except (ssl.SSLError, ConnectionError):  # an alert says no more: gRPC's servers close the line without one
+        first = b""
+    if not first:
+        raise _refused(way.server, trust.own)
+
+
+def _refused(server: str, own: x509.Certificate | None) -> Fault:
+    """Returns why the server does not take this side's certificate."""
+    if own is None:
+        return Fault(
+            f"{server} wants a certificate and this side has none yet: it is not the port where devices enroll"
+        )
+    now, end = datetime.now(UTC), own.not_valid_after_utc
+    if now > end:
+        return Fault(
+            f"the certificate here ended at {end:{_MOMENT}}, and this machine's clock says {now:{_MOMENT}}: ask the "
+            "operator for a new token and enroll again"
+        )
+    if now < own.not_valid_before_utc:
+        return _early("the certificate here", own, now)
+    return Fault(
+        f"{server} does not take the certificate here, which {own.issuer.rfc4514_string()} issued until "
+        f"{end:{_MOMENT}}: the server trusts another authority, or its clock is wrong; ask its operator for a new "
+        "token and enroll again"
+    )
+
+
+def _early(whose: str, certificate: x509.Certificate, now: datetime) -> Fault:
+    return Fault(
+        f"{whose} begins at {certificate.not_valid_before_utc:{_MOMENT}}, but this machine's clock says "
+        f"{now:{_MOMENT}}: the clock is behind; set it (timedatectl)"
+    )
+
+
+def _names(certificate: x509.Certificate) -> str:
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return "no name at all"
+    names = [*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))]
+    return ", ".join(names[:20]) or "no host name at all"
