@@ -1,0 +1,119 @@
+"""The worked example of docs/extending.md: a text classifier, installed as a package, in a real federation."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import WAIT_S, Process, free_port, wait_for, write_site
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", PAGE, re.M | re.S))
+CLASSES = {
+    "prose": sorted((ROOT / "docs").glob("*.md")),
+    "protocol": sorted((ROOT / "protos" / "fedpeft" / "v1").glob("*.proto")),
+    "python": [Path(sysconfig.get_path("stdlib"), name) for name in ("ast.py", "enum.py", "pathlib.py", "typing.py")],
+}
+SITES = ("library", "workshop", "held-out")
+
+
+def write_sites(folder: Path) -> None:
+    """Deals each class's text out to the sites in turns of 4 KiB: real text, and nobody has another's."""
+    for name, files in CLASSES.items():
+        text = b"".join(file.read_bytes() for file in files)[: 3 * 24 * 1024]
+        for k, site in enumerate(SITES):
+            (folder / site / name).mkdir(parents=True)
+            turns = [text[at : at + 4096] for at in range(k * 4096, len(text), 4096 * len(SITES))]
+            (folder / site / name / "text").write_bytes(b"".join(turns))
+
+
+def install(folder: Path) -> None:
+    """Puts the package where Python looks, as pip leaves it: the module, and what its project says of itself."""
+    about = folder / "fedpeft_text-1.0.dist-info"
+    about.mkdir(parents=True)
+    (folder / "fedpeft_text.py").write_text(BLOCKS["fedpeft_text.py"], encoding="utf-8")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: fedpeft-text\nVersion: 1.0\n")
+    (point,) = re.findall(r'^\[project\.entry-points\."(.+)"\]\n(.+) = "(.+)"$', BLOCKS["pyproject.toml"], re.M)
+    (about / "entry_points.txt").write_text("[{}]\n{} = {}\n".format(*point))
+
+
+class World:
+    """A daemon, and processes with or without the package."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.started: list[Process] = []
+        install(folder / "packages")
+        write_sites(folder / "texts")
+        (folder / "run.toml").write_text(BLOCKS["run.toml"], encoding="utf-8")
+        flags = ["--data-dir", str(folder / "server"), "--listen", f"127.0.0.1:{self.port}", "--metrics", ""]
+        server = self._start("fedpeft_server", "server", *flags)
+        wait_for(lambda: server.events("serving") or server.process.poll() is not None, "the daemon")
+
+    def _start(self, module: str, name: str, *flags: str) -> Process:
+        self.started.append(Process(module, self.folder / f"{name}.log", *flags))
+        return self.started[-1]
+
+    def client(self, name: str, data: str, *flags: str) -> Process:
+        where = ["--server", f"127.0.0.1:{self.port}", "--name", name, "--data", data, "--threads", "1", "--once"]
+        return self._start("fedpeft_client", name, *where, "--state-dir", str(self.folder / f"state-{name}"), *flags)
+
+    def text_client(self, name: str, *flags: str) -> Process:
+        return self.client(name, f"text:{self.folder / 'texts' / name}", *flags)
+
+    def fedpeft(self, *arguments: str) -> Any:
+        command = [sys.executable, "-m", "fedpeft.cli.app", "--server", f"127.0.0.1:{self.port}", *arguments, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    for process in made.started:
+        process.kill()
+
+
+def ended(process: Process, code: int) -> None:
+    assert process.process.wait(WAIT_S) == code, process.log.read_text()[-3000:]
+
+
+def test_a_text_classifier_learns_in_a_federation(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_site(world.folder / "images" / "data.parquet", 0)
+    bare = world.text_client("bare")
+    path = [str(world.folder / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    run = world.fedpeft("run", "create", str(world.folder / "run.toml"))["run"]
+    pictures = world.client("pictures", str(world.folder / "images"))
+    judge = world.text_client("held-out", "--evaluate")
+    for client in (world.text_client("library"), world.text_client("workshop"), judge):
+        ended(client, 0)
+
+    shown = world.fedpeft("run", "show", run)
+    assert shown["state"] == "completed"
+    assert [sorted(each["clients"]) for each in shown["rounds"]] == [["library", "workshop"]] * 3
+    last = shown["rounds"][-1]
+    assert last["metrics"]["accuracy"] > 0.8 > 0.5 > shown["initial_metrics"]["accuracy"], shown["rounds"]
+    assert last["metrics"]["accuracy/python"] > 0.5
+    assert last["tickets"][0]["metrics"]["examples_per_second"] > 0
+    assert world.fedpeft("run", "verify", run)
+
+    ended(bare, 4)
+    assert "there is no kind of model 'text' on this machine" in bare.log.read_text()
+    ended(pictures, 4)
+    (decline,) = shown["declines"]
+    assert decline["client"] == "pictures"
+    assert "the run's model text:tiny is for text, its data are for images" in decline["reasons"]
