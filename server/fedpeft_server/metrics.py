@@ -125,7 +125,7 @@ class Metrics:
         )
         self.round_opened = Gauge(
             "fedpeft_round_opened_timestamp_seconds",
-            "When the round in progress opened, seconds since the epoch; absent until it does.",
+            "When the round in progress opened, seconds since the epoch; absent unless one is open or aggregating.",
             run,
             registry=r,
         )

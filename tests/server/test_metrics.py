@@ -89,13 +89,22 @@ def test_an_open_round_shows_its_clock_its_quorum_and_its_budget() -> None:
 def test_what_does_not_apply_has_no_series() -> None:
     metrics = Metrics()
     run = run_row()
-    gauges.show(metrics, run, Round(RUN, 1, Phase.OPEN, (), 1000.0, 1600.0))
-    gauges.show(metrics, replace(run, state=RunState.PAUSED, model_parameters=0), Round(RUN, 2))
-    for name in ("round_opened_timestamp_seconds", "round_deadline_timestamp_seconds", "full_finetuning_bytes"):
-        assert samples(metrics, f"fedpeft_{name}") == {}
+    over = Round(RUN, 1, Phase.COMMITTED, (), 1000.0)
+    stopped = Round(RUN, 1, Phase.OPEN, (), 1000.0, stopped=True)
+    for after in (over, stopped, Round(RUN, 2)):
+        gauges.show(metrics, run, Round(RUN, 1, Phase.OPEN, (), 1000.0, 1600.0))
+        assert samples(metrics, "fedpeft_round_deadline_timestamp_seconds") == {(RUN,): 1600}
+        gauges.show(metrics, replace(run, state=RunState.PAUSED, model_parameters=0), after)
+        _has_no_clock(metrics)
+    assert samples(metrics, "fedpeft_full_finetuning_bytes") == {}
     assert samples(metrics, "fedpeft_certificate_expiry_seconds") == {}
     states = samples(metrics, "fedpeft_run_state")
     assert [labels[1] for labels, value in states.items() if value] == ["paused"]
+
+
+def _has_no_clock(metrics: Metrics) -> None:
+    for name in ("round_opened_timestamp_seconds", "round_deadline_timestamp_seconds"):
+        assert samples(metrics, f"fedpeft_{name}") == {}
 
 
 def test_a_certificate_shows_when_it_ends() -> None:

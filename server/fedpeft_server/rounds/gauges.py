@@ -21,7 +21,8 @@ def show(metrics: Metrics, run: RunRow, current: Round) -> None:
     metrics.round.labels(run.id).set(current.number)
     for phase in Phase:
         metrics.round_phase.labels(run.id, phase).set(phase is current.phase)
-    _set_or_remove(metrics.round_opened, run.id, current.opened_at)
+    under_way = current.phase in (Phase.OPEN, Phase.AGGREGATING) and not current.stopped
+    _set_or_remove(metrics.round_opened, run.id, current.opened_at if under_way else None)
     _set_or_remove(metrics.round_deadline, run.id, current.deadline)
     metrics.round_extensions.labels(run.id).set(current.extensions)
     metrics.round_goal.labels(run.id).set(config.rounds.clients)
