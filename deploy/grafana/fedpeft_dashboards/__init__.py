@@ -1,0 +1,1 @@
+"""The dashboards of FedPEFT, made with Grafana's builders (grafana-foundation-sdk); `../generate.py` writes them."""

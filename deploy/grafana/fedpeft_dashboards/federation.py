@@ -1,0 +1,189 @@
+"""The *federation* dashboard: how the runs learn, and what their rounds wait for."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
+from grafana_foundation_sdk.models import units
+
+from fedpeft_dashboards.panels import GREEN, RED, RUNS, YELLOW, Query, board, lines, numbers, rows, states
+
+
+def federation() -> Dashboard:
+    """Returns the dashboard."""
+    made = board("fedpeft-federation", "FedPEFT: federation", "How the runs learn and what they wait for", of_runs=True)
+    for part in (_runs, _learning, _in_progress, _held):
+        part(made)
+    return made
+
+
+def _runs(to: Dashboard) -> None:
+    to.with_row(Row("Runs"))
+    to.with_panel(
+        numbers(
+            "Runs by state",
+            "A paused run opens no round until somebody resumes it: fedpeft run resume ID.",
+            units.NoUnit,
+            Query(f"sum by (state) (fedpeft_run_state{{{RUNS}}})", "{{state}}"),
+            width=16,
+        )
+    ).with_panel(
+        numbers(
+            "Alerts",
+            "Alerts that fire now; docs/runbook.md has a chapter on each.",
+            units.NoUnit,
+            Query('sum(ALERTS{job="fedpeft", alertstate="firing"}) or vector(0)', "firing"),
+            (None, GREEN),
+            (1, RED),
+            width=8,
+        )
+    )
+    info = "on (job, instance, run) group_left (name, method, model) fedpeft_run_info"
+    to.with_panel(
+        rows(
+            "Runs",
+            "What each run tunes, and the round it is in.",
+            Query(f"fedpeft_round{{{RUNS}}} * {info}", ""),
+            (("run", "Run"), ("name", "Name"), ("method", "Method"), ("model", "Model"), ("Value", "Round")),
+        )
+    )
+
+
+def _learning(to: Dashboard) -> None:
+    to.with_row(Row("Learning"))
+    to.with_panel(
+        lines(
+            "Accuracy",
+            "Of the version scored last, by the evaluators' splits.",
+            units.PercentUnit,
+            Query(f"fedpeft_accuracy{{{RUNS}}}", "{{run}} {{split}}"),
+            steps=True,
+        )
+    ).with_panel(
+        lines(
+            "Loss",
+            "Mean loss in nats: of the version scored last, and (split train) as the clients of the last round saw it.",
+            units.NoUnit,
+            Query(f"fedpeft_loss{{{RUNS}}}", "{{run}} {{split}}"),
+            steps=True,
+        )
+    )
+
+
+def _in_progress(to: Dashboard) -> None:
+    to.with_row(Row("Round in progress"))
+    to.with_panel(
+        states(
+            "Phase",
+            "waiting: too few clients are there. open: clients train. aggregating: the server folds.",
+            Query(f"fedpeft_round_phase{{{RUNS}}} == 1", "{{run}} {{phase}}"),
+        )
+    ).with_panel(
+        lines(
+            "Updates",
+            "Received, against the quorum that suffices at the deadline and the goal that closes the round at once.",
+            units.NoUnit,
+            Query(f'fedpeft_clients{{{RUNS}, state="received"}}', "{{run}} received"),
+            Query(f"fedpeft_round_quorum{{{RUNS}}}", "{{run}} quorum"),
+            Query(f"fedpeft_round_goal{{{RUNS}}}", "{{run}} goal"),
+            steps=True,
+        )
+    )
+    to.with_panel(
+        lines(
+            "Time used",
+            "Share of the time until the deadline; whoever is awaited after 80 % is a straggler.",
+            units.PercentUnit,
+            Query(f"run:fedpeft_round_time:used_ratio{{{RUNS}}}", "{{run}}"),
+            width=8,
+            limit=0.8,
+        )
+    ).with_panel(
+        lines(
+            "Awaited",
+            "Clients that hold a ticket and have not sent their update.",
+            units.NoUnit,
+            Query(f'fedpeft_clients{{{RUNS}, state="issued"}}', "{{run}}"),
+            width=8,
+            steps=True,
+        )
+    ).with_panel(
+        lines(
+            "Ready for the next round",
+            "Clients that wait to be sampled, against what a round needs to open; those that declined the run.",
+            units.NoUnit,
+            Query(f'fedpeft_clients{{{RUNS}, state="waiting"}}', "{{run}} waiting"),
+            Query(f'fedpeft_clients{{{RUNS}, state="declined"}}', "{{run}} declined"),
+            Query(f"fedpeft_round_available{{{RUNS}}}", "{{run}} needed"),
+            width=8,
+            steps=True,
+        )
+    )
+
+
+def _held(to: Dashboard) -> None:
+    to.with_row(Row("Rounds held"))
+    quantiles = [(0.5, "median"), (0.95, "95 %")]
+    to.with_panel(
+        numbers(
+            "Round",
+            "Number of the round in progress.",
+            units.NoUnit,
+            Query(f"fedpeft_round{{{RUNS}}}", "{{run}}"),
+        )
+    ).with_panel(
+        numbers(
+            "Extensions",
+            "Deadlines that the round in progress passed without a quorum.",
+            units.NoUnit,
+            Query(f"fedpeft_round_extensions{{{RUNS}}}", "{{run}}"),
+            (None, GREEN),
+            (1, YELLOW),
+            (3, RED),
+        )
+    ).with_panel(
+        numbers(
+            "Rounds by outcome",
+            "Since the daemon began. extended: the deadline passed without a quorum; paused: and the run with it.",
+            units.NoUnit,
+            Query(f"sum by (outcome) (fedpeft_rounds_total{{{RUNS}}})", "{{outcome}}"),
+            width=12,
+        )
+    )
+    to.with_panel(
+        lines(
+            "Duration of the phases",
+            "In the last hour: how long rounds were open, how long they were folded.",
+            units.Seconds,
+            *(
+                Query(
+                    f"histogram_quantile({q}, sum by (phase, le) (rate(fedpeft_round_seconds_bucket{{{RUNS}}}[1h])))",
+                    f"{{{{phase}}}} {name}",
+                )
+                for q, name in quantiles
+            ),
+            Query(f"avg by (phase) (run_phase:fedpeft_round_seconds:mean1h{{{RUNS}}})", "{{phase}} mean"),
+            width=8,
+        )
+    ).with_panel(
+        lines(
+            "Updates by what became of them",
+            "In the last hour. refused: something is wrong with a client; late: it was too slow, and keeps the update.",
+            units.NoUnit,
+            Query(f"sum by (run, outcome) (increase(fedpeft_updates_total{{{RUNS}}}[1h]))", "{{run}} {{outcome}}"),
+            width=8,
+        )
+    ).with_panel(
+        lines(
+            "Norm of updates",
+            "Euclidean, in the last hour: a jump is too large a learning rate, or a client unlike the others.",
+            units.NoUnit,
+            *(
+                Query(
+                    f"histogram_quantile({q}, sum by (run, le) (rate(fedpeft_update_norm_bucket{{{RUNS}}}[1h])))",
+                    f"{{{{run}}}} {name}",
+                )
+                for q, name in quantiles
+            ),
+            width=8,
+        )
+    )
