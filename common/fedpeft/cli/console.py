@@ -1,0 +1,57 @@
+"""`fedpeft console`: the federation in a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpeft.cli import output
+from fedpeft.cli.session import require, run_async, session_of
+
+EXAMPLE = "Examples: fedpeft console; fedpeft --server 10.0.0.5:7070 console --listen 127.0.0.1:8080 --read-only"
+
+
+def console(
+    context: typer.Context,
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Where browsers reach it; port 0 takes a free one.")
+    ] = "127.0.0.1:7071",
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Nobody can create, pause or stop a run there.")
+    ] = False,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", metavar="HOST", help="A host name that browsers may use for it.")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option("--tls-certificate", metavar="PEM", help="Certificate chain, to serve with TLS.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option("--tls-key", metavar="PEM", help="Its private key.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve the network in plain text: whoever listens in can take over.")
+    ] = False,
+) -> None:
+    """Show the federation in a browser; prints a link that lets one browser in, once."""
+    require("console", "starlette", "uvicorn", "jinja2", "python_multipart")
+    from fedpeft.console.serving import serve
+    from fedpeft.console.settings import Settings
+
+    session = session_of(context)
+    settings = Settings.checked(
+        session.server,
+        listen,
+        read_only=read_only,
+        names=tuple(name or ()),
+        certificate=certificate,
+        key=key,
+        insecure=insecure,
+    )
+    if not settings.listen.is_loopback and settings.certificate is None:
+        output.note("INSECURE: login links and cookies cross the network in plain text, for whoever listens in")
+
+    def say(link: str) -> None:
+        output.say(f"console of {session.server}: {link}")
+        output.note("the link works once; its pages give others under Access; Ctrl-C ends the console")
+
+    run_async(serve(settings, session.client, say))

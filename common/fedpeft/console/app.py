@@ -1,0 +1,93 @@
+"""The console's composition: every part is made here, and every page has its address here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from fedpeft.console import mishaps
+from fedpeft.console.access import Doorkeeper
+from fedpeft.console.bell import Bell
+from fedpeft.console.desk import Desk
+from fedpeft.console.directory import Directory
+from fedpeft.console.feeds import Feeds
+from fedpeft.console.guard import Guard, Refused
+from fedpeft.console.line import Connect, Line
+from fedpeft.console.pages import client, creation, downloads, login, overview, run, steering
+from fedpeft.console.paper import Paper
+from fedpeft.console.settings import Settings
+from fedpeft.errors import FedpeftError
+
+Page = Callable[[Request], Awaitable[Response]]
+
+LOOKED_AT: tuple[tuple[str, Page], ...] = (
+    ("/", overview.overview),
+    ("/events", overview.events),
+    ("/runs/{run}", run.run),
+    ("/runs/{run}/events", run.events),
+    ("/runs/{run}/rounds/{number}", run.round_),
+    ("/runs/{run}/versions/{version}", downloads.adapter),
+    ("/clients", client.clients),
+    ("/clients/events", client.clients_events),
+    ("/clients/{client}", client.client),
+    ("/clients/{client}/events", client.client_events),
+    ("/new", creation.blank),
+    ("/access", login.access),
+    ("/login", login.login),
+)
+SENT: tuple[tuple[str, Page], ...] = (
+    *((f"/runs/{{run}}/{verb}", steering.steering(verb)) for verb in steering.VERBS),
+    ("/new", creation.create),
+    ("/access", login.new_link),
+    ("/logout", login.logout),
+)
+
+
+def console(settings: Settings, connect: Connect, door: Doorkeeper) -> Starlette:
+    """Returns a console as an ASGI application.
+
+    Args:
+        settings: Where it listens, and what may be done there.
+        connect: Makes a client of the server, with the identity of whoever started the console.
+        door: Lets browsers in.
+    """
+    bell = Bell()
+    line = Line(connect)
+    desk = Desk(settings, door, Paper(settings.server), bell, line, Feeds(connect, bell), Directory(line, bell))
+
+    @asynccontextmanager
+    async def life(_: Starlette) -> AsyncIterator[None]:
+        looking = asyncio.create_task(desk.directory.keep())
+        try:
+            yield
+        finally:
+            looking.cancel()
+            desk.feeds.close()
+            await line.close()
+
+    app = Starlette(
+        routes=[
+            *(Route(path, page, methods=["GET"]) for path, page in LOOKED_AT),
+            *(Route(path, page, methods=["POST"]) for path, page in SENT),
+            Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
+        ],
+        middleware=[Middleware(Guard, settings=settings, door=door, refusal=mishaps.said)],
+        exception_handlers={
+            Refused: mishaps.refused,
+            FedpeftError: mishaps.failed,
+            HTTPException: mishaps.unknown,
+        },
+        lifespan=life,
+    )
+    app.state.desk = desk
+    return app

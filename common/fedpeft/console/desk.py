@@ -1,0 +1,34 @@
+"""Everything a page needs, in one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from starlette.requests import Request
+
+from fedpeft.console.access import Doorkeeper
+from fedpeft.console.bell import Bell
+from fedpeft.console.directory import Directory
+from fedpeft.console.feeds import Feeds
+from fedpeft.console.line import Line
+from fedpeft.console.paper import Paper
+from fedpeft.console.settings import Settings
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The parts of a console, made once in `app`."""
+
+    settings: Settings
+    door: Doorkeeper
+    paper: Paper
+    bell: Bell
+    line: Line
+    feeds: Feeds
+    directory: Directory
+
+
+def desk_of(request: Request) -> Desk:
+    """Returns the parts of the console that a request came to."""
+    return cast(Desk, request.app.state.desk)

@@ -1,0 +1,86 @@
+"""Which runs and clients there are: asked for again and again while anybody looks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from fedpeft.console.bell import Bell
+from fedpeft.console.line import Line
+from fedpeft.errors import FedpeftError
+from fedpeft.v1 import operator_service_pb2 as pb
+from fedpeft.v1 import run_pb2
+
+PAUSE_S = 1.0
+"""Pause between two looks, at least `SHARE` times what a look takes: a large federation is not asked all the time."""
+SHARE = 10.0
+
+T = TypeVar("T", run_pb2.Run, pb.Client)
+
+
+class Directory:
+    """The lists of the server as they were at the last look.
+
+    Attributes:
+        runs: Every run by id, oldest first.
+        clients: Every client by id.
+        lost: Why the last look failed, in a sentence; empty if it did not.
+        looked_at: Whether there was an answer yet.
+        lookers: How many pages keep them fresh.
+    """
+
+    def __init__(self, line: Line, bell: Bell) -> None:
+        self.runs: dict[str, run_pb2.Run] = {}
+        self.clients: dict[str, pb.Client] = {}
+        self.lost = ""
+        self.looked_at = False
+        self.lookers = 0
+        self._line, self._bell = line, bell
+        self._fresh_until = 0.0
+        self._looking = asyncio.Lock()
+        self._wanted = asyncio.Event()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Keeps the lists fresh."""
+        self.lookers += 1
+        self._wanted.set()
+        try:
+            yield
+        finally:
+            self.lookers -= 1
+
+    async def keep(self) -> None:
+        """Looks again and again while anybody looks; never returns."""
+        while True:
+            if not self.lookers:
+                self._wanted.clear()
+                await self._wanted.wait()
+            await self.look()
+            await asyncio.sleep(max(PAUSE_S, self._fresh_until - time.monotonic()))
+
+    async def look(self) -> None:
+        """Asks the server, unless the last look is fresh."""
+        async with self._looking:
+            if time.monotonic() < self._fresh_until:
+                return
+            began = time.monotonic()
+            before = (self.runs, self.clients, self.lost)
+            try:
+                runs = await self._line.ask(lambda server: server.runs())
+                clients = await self._line.ask(lambda server: server.clients())
+                self.runs, self.clients = _by_id(runs), _by_id(clients)
+                self.lost, self.looked_at = "", True
+            except FedpeftError as error:
+                self.lost = error.message.partition(";")[0]
+            now = time.monotonic()
+            self._fresh_until = now + max(PAUSE_S, SHARE * (now - began))
+            if before != (self.runs, self.clients, self.lost):
+                self._bell.ring()
+
+
+def _by_id(items: Sequence[T]) -> dict[str, T]:
+    return {item.id: item for item in items}

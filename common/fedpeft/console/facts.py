@@ -1,0 +1,157 @@
+"""What the console keeps of rounds and tickets: plain values, read once from the protocol's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+
+from fedpeft import views
+from fedpeft.following import Picture
+from fedpeft.v1 import run_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class TicketFacts:
+    """A client's part in one round.
+
+    Attributes:
+        client: Its id.
+        state: issued, received, withdrawn, refused or late.
+        reason: Why, where the state wants one.
+        examples: Trained on, as the client says.
+        weight: Share of the mean; 0 until committed.
+        norm: Euclidean norm of the update; 0 until received.
+        loss: Of local training, in nats.
+        up: Bytes from the client, whole messages.
+        down: Bytes to it.
+    """
+
+    client: str
+    state: str
+    reason: str
+    examples: int
+    weight: float
+    norm: float
+    loss: float | None
+    up: int
+    down: int
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether its update is part of the round."""
+        return self.state == "received"
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """One round; sizes in bytes, times in seconds or ISO 8601.
+
+    Attributes:
+        number: 1, 2, ...
+        phase: waiting, open, aggregating or committed.
+        opened_at: When tickets were first given out.
+        deadline: When it closes.
+        committed_at: When its version was there.
+        seconds: From the first ticket to the version.
+        extensions: Deadlines missed.
+        tickets: By client id.
+        metrics: Figures of its version.
+        up: Whole messages from clients.
+        down: Whole messages to them.
+        payload_up: Tensors alone.
+        payload_down: Tensors alone.
+        full: What full fine-tuning would have sent each way for the updates counted; 0 if not known.
+        record_sha256: Digest of its record.
+    """
+
+    number: int
+    phase: str
+    opened_at: str | None
+    deadline: str | None
+    committed_at: str | None
+    seconds: float | None
+    extensions: int
+    tickets: tuple[TicketFacts, ...]
+    metrics: Mapping[str, float]
+    up: int
+    down: int
+    payload_up: int
+    payload_down: int
+    full: int
+    record_sha256: str
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether its version is final."""
+        return self.phase == "committed"
+
+    @cached_property
+    def by_state(self) -> dict[str, tuple[TicketFacts, ...]]:
+        """The tickets by their state."""
+        found: dict[str, list[TicketFacts]] = {}
+        for ticket in self.tickets:
+            found.setdefault(ticket.state, []).append(ticket)
+        return {state: tuple(tickets) for state, tickets in found.items()}
+
+    @cached_property
+    def median_norm(self) -> float | None:
+        """The median norm of the updates received, or None if there are none."""
+        norms = [ticket.norm for ticket in self.tickets if ticket.is_counted]
+        return median(norms) if norms else None
+
+    def of(self, state: str) -> tuple[TicketFacts, ...]:
+        """Returns the tickets of one state."""
+        return self.by_state.get(state, ())
+
+
+class Reader:
+    """Reads the rounds of one run, each as often as it has changed."""
+
+    def __init__(self) -> None:
+        self._read: dict[int, tuple[run_pb2.Round, RoundFacts]] = {}
+
+    def rounds(self, picture: Picture) -> list[RoundFacts]:
+        """Returns all rounds of a picture, by number."""
+        for number, message in picture.rounds.items():
+            known = self._read.get(number)
+            if known is None or known[0] is not message:
+                self._read[number] = message, round_facts(message, picture.run)
+        return [self._read[number][1] for number in sorted(picture.rounds)]
+
+
+def round_facts(message: run_pb2.Round, run: run_pb2.Run) -> RoundFacts:
+    """Reads a round."""
+    tickets = tuple(_ticket_facts(ticket) for ticket in message.tickets)
+    return RoundFacts(
+        number=message.number,
+        phase=views.phase(message),
+        opened_at=views.moment(message.opened_at),
+        deadline=views.moment(message.deadline),
+        committed_at=views.moment(message.committed_at),
+        seconds=views.seconds(message),
+        extensions=message.extensions,
+        tickets=tickets,
+        metrics=dict(message.metrics),
+        up=message.wire_bytes_up,
+        down=message.wire_bytes_down,
+        payload_up=message.payload_bytes_up,
+        payload_down=message.payload_bytes_down,
+        full=views.full_bytes(run, sum(ticket.is_counted for ticket in tickets)),
+        record_sha256=message.record_sha256,
+    )
+
+
+def _ticket_facts(ticket: run_pb2.Ticket) -> TicketFacts:
+    return TicketFacts(
+        client=ticket.client,
+        state=run_pb2.TicketState.Name(ticket.state).removeprefix("TICKET_STATE_").lower(),
+        reason=ticket.reason,
+        examples=ticket.examples,
+        weight=ticket.weight,
+        norm=ticket.update_norm,
+        loss=ticket.metrics.get("loss"),
+        up=ticket.wire_bytes_up,
+        down=ticket.wire_bytes_down,
+    )

@@ -1,0 +1,46 @@
+"""The console's own line to the server: one connection for everything that is asked again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from fedpeft.errors import Unavailable
+from fedpeft.operator_client import OperatorClient
+
+T = TypeVar("T")
+Connect = Callable[[], OperatorClient]
+
+
+class Line:
+    """Keeps a client of the server while it answers, and takes a new one when it did not: an old channel waits long.
+
+    Args:
+        connect: Makes a client.
+    """
+
+    def __init__(self, connect: Connect) -> None:
+        self.connect = connect
+        self._client: OperatorClient | None = None
+
+    async def ask(self, question: Callable[[OperatorClient], Awaitable[T]]) -> T:
+        """Asks the server something.
+
+        Raises:
+            FedpeftError: What the server says, or that it is not there.
+        """
+        if self._client is None:
+            self._client = self.connect()
+        client = self._client
+        try:
+            return await question(client)
+        except Unavailable:
+            if self._client is client:
+                await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Ends the connection; the next question makes another."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.__aexit__(None, None, None)

@@ -1,0 +1,1 @@
+"""The pages of the console, one a module: each draws its fragments, and serves them whole or as they change."""

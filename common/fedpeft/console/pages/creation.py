@@ -1,0 +1,72 @@
+"""A new run, from a run file that is typed or uploaded."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from fedpeft.config import RunConfig
+from fedpeft.console import run_file
+from fedpeft.console.desk import desk_of
+from fedpeft.console.guard import check_writer, session_of
+from fedpeft.console.pages.forms import form_of
+from fedpeft.console.run_file import Fault, Faulty
+
+EXAMPLE = """\
+name = "emoji"
+[model]
+name = "vit_small_patch14_dinov2"
+weights = "hub"
+image_size = 56
+classes = ["smileys", "people"]
+[peft]
+method = "bias"
+[rounds]
+count = 10
+clients = 5
+"""
+
+
+async def blank(request: Request) -> Response:
+    """Shows the form."""
+    check_writer(session_of(request))
+    return _form(request, EXAMPLE)
+
+
+async def create(request: Request) -> Response:
+    """Checks a run file, or creates its run."""
+    form = await form_of(request)
+    text, upload = str(form.get("text", "")), form.get("file")
+    if isinstance(upload, UploadFile) and upload.filename:
+        try:
+            text = (await upload.read()).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            return _form(request, text, faults=[Fault(0, "", f"{upload.filename} is not a text file: {error}")])
+    text = text.replace("\r\n", "\n")
+    try:
+        if form.get("action") != "create":
+            return _form(request, text, valid=run_file.read(text))
+        made = await run_file.create(text, str(form.get("request_id", ""))[:64], desk_of(request).line.connect)
+    except Faulty as faulty:
+        return _form(request, text, faults=faulty.faults)
+    return RedirectResponse(f"/runs/{made.id}", 303)
+
+
+def _form(request: Request, text: str, *, faults: Sequence[Fault] = (), valid: RunConfig | None = None) -> Response:
+    return desk_of(request).paper.page(
+        request,
+        "new.html",
+        "New run",
+        status=422 if faults else 200,
+        text=text,
+        lines=list(enumerate(text.split("\n"), 1)) if faults else [],
+        wrong={fault.line for fault in faults},
+        faults=faults,
+        valid=valid,
+        request_id=secrets.token_hex(16),
+        missing=run_file.missing_part(),
+    )

@@ -1,0 +1,54 @@
+"""The first page: every run at a glance."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from fedpeft.console.desk import Desk, desk_of
+from fedpeft.console.guard import session_of
+from fedpeft.console.live import stream
+from fedpeft.console.pages.asked import page_number
+from fedpeft.console.paper import Fragments
+from fedpeft.console.shown.overview import card, tiles
+from fedpeft.console.shown.pages import leaf
+
+RUNS_A_PAGE = 12
+
+
+async def overview(request: Request) -> Response:
+    """Shows the runs, newest first."""
+    desk, page = desk_of(request), page_number(request)
+    await desk.directory.look()
+    await asyncio.gather(*(desk.feeds.of(run).looked() for run in _runs(desk, page)))
+    fragments = draw(desk, page, session_of(request).may_write)
+    return desk.paper.page(request, "overview.html", "Overview", fragments=fragments, events=f"/events?page={page}")
+
+
+async def events(request: Request) -> Response:
+    """Sends what changes of it."""
+    desk, page, may_write = desk_of(request), page_number(request), session_of(request).may_write
+    return stream(request, lambda: draw(desk, page, may_write), lambda: _runs(desk, page))
+
+
+def draw(desk: Desk, page: int, may_write: bool) -> Fragments:
+    """Returns the fragments of the page."""
+    directory = desk.directory
+    shown = leaf(list(reversed(directory.runs.values())), page, RUNS_A_PAGE)
+    cards = []
+    for run in shown.items:
+        feed = desk.feeds.of(run.id)
+        cards.append(card(run, feed.picture, feed.rounds))
+    return {
+        "connection": desk.paper.fragment("connection.html", lost=directory.lost),
+        "tiles": desk.paper.fragment("tiles.html", tiles=tiles(directory.runs.values(), directory.clients)),
+        "runs": desk.paper.fragment(
+            "cards.html", cards=cards, leaf=shown, may_write=may_write, asked=directory.looked_at
+        ),
+    }
+
+
+def _runs(desk: Desk, page: int) -> list[str]:
+    return list(leaf(list(reversed(desk.directory.runs)), page, RUNS_A_PAGE).items)

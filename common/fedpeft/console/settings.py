@@ -1,0 +1,88 @@
+"""What a console process is told at its start."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpeft.addresses import Address
+from fedpeft.errors import SettingsInvalid
+
+DEFAULT_LISTEN = "127.0.0.1:7071"
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of one console.
+
+    Attributes:
+        server: HOST:PORT of the federation's server, for people.
+        listen: Where browsers reach the console; port 0 takes a free one.
+        may_write: Whether anybody may create, pause, resume and stop runs here.
+        names: Host names, beside its addresses, under which browsers may ask for it.
+        certificate: PEM chain for TLS; None: plain text.
+        key: Its private key.
+    """
+
+    server: str
+    listen: Address
+    may_write: bool = True
+    names: frozenset[str] = frozenset()
+    certificate: Path | None = None
+    key: Path | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        server: str,
+        listen: str,
+        *,
+        read_only: bool = False,
+        names: tuple[str, ...] = (),
+        certificate: Path | None = None,
+        key: Path | None = None,
+        insecure: bool = False,
+    ) -> Settings:
+        """Reads what the flags said.
+
+        Raises:
+            SettingsInvalid: If an address is wrong, a file is missing, or the network would be served in plain text.
+        """
+        try:
+            address = Address.parse(listen, free=True)
+        except ValueError as error:
+            raise SettingsInvalid(f"--listen: {error}") from None
+        if (certificate is None) != (key is None):
+            raise SettingsInvalid("--tls-certificate and --tls-key go together; give both or neither")
+        for flag, path in (("--tls-certificate", certificate), ("--tls-key", key)):
+            if path is not None and not path.is_file():
+                raise SettingsInvalid(f"{flag} {path}: there is no such file")
+        if not address.is_loopback and certificate is None and not insecure:
+            raise SettingsInvalid(
+                f"--listen {listen} is reached from the network, and pages with login links would cross it in plain "
+                "text; give --tls-certificate and --tls-key, or --insecure if you mean it"
+            )
+        own = () if address.is_loopback else (socket.gethostname(),)
+        known = frozenset(name.lower() for name in (*names, *own))
+        return cls(server, address, not read_only, known, certificate, key)
+
+    @property
+    def scheme(self) -> str:
+        """What addresses begin with."""
+        return "https" if self.certificate else "http"
+
+    def is_ours(self, host: str) -> bool:
+        """Whether a browser may name us so. A name that an attacker made point here is none of ours (DNS rebinding)."""
+        name = host.lower().removeprefix("[").removesuffix("]")
+        if name in self.names or name == self.listen.host.lower():
+            return True
+        if self.listen.is_loopback:
+            return name in LOOPBACK_NAMES
+        try:
+            ipaddress.ip_address(name)  # an address cannot be made to point elsewhere
+        except ValueError:
+            return False
+        return True

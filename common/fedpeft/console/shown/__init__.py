@@ -1,0 +1,1 @@
+"""What pages show, as plain values: no request, no network and no HTML, so all of it is tested as functions."""

@@ -1,0 +1,69 @@
+"""What a chart says, in a sentence: for those who do not see it, and for those who look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedpeft import units
+from fedpeft.console.facts import RoundFacts
+from fedpeft.console.shown.outliers import FACTOR, norms, times
+from fedpeft.narration import names
+
+MOST_ODD = 6
+
+
+def captions(rounds: Sequence[RoundFacts], initial: Mapping[str, float]) -> dict[str, str]:
+    """Returns a sentence for each chart of a run."""
+    committed = [facts for facts in rounds if facts.is_committed]
+    return {
+        "accuracy": _accuracy(committed, initial.get("accuracy")),
+        "loss": _loss(committed),
+        "bytes": _bytes(committed),
+        "norms": _norms(rounds),
+    }
+
+
+def _accuracy(committed: Sequence[RoundFacts], initial: float | None) -> str:
+    scores = [] if initial is None else [(0, initial)]
+    scores += [(facts.number, facts.metrics["accuracy"]) for facts in committed if "accuracy" in facts.metrics]
+    if not scores:
+        return "No version has been scored. An evaluator is a fedpeft-client with --evaluate and held-out data."
+    (first, begun), (last, now) = scores[0], scores[-1]
+    if first == last:
+        return f"Version {last} scored {units.percent(now)}."
+    best, most = max(scores, key=lambda score: score[1])
+    beside = "" if best == last else f"; best was version {best} with {units.percent(most)}"
+    return f"From {units.percent(begun)} (version {first}) to {units.percent(now)} (version {last}){beside}."
+
+
+def _loss(committed: Sequence[RoundFacts]) -> str:
+    said = []
+    for name, words in (("train_loss", "Training loss"), ("loss", "held-out loss")):
+        values = [facts.metrics[name] for facts in committed if name in facts.metrics]
+        if values:
+            said.append(f"{words} from {values[0]:.3f} to {values[-1]:.3f}")
+    return "; ".join(said) + ", in nats." if said else "No round has been committed yet."
+
+
+def _bytes(committed: Sequence[RoundFacts]) -> str:
+    if not committed:
+        return "No round has been committed yet."
+    last = committed[-1]
+    said = f"Round {last.number}: {units.size(last.up)} up, {units.size(last.down)} down"
+    if not last.full:
+        return said + "."
+    return f"{said}; full fine-tuning would have sent {units.size(last.full)} each way. The scale is logarithmic."
+
+
+def _norms(rounds: Sequence[RoundFacts]) -> str:
+    found = list(norms(rounds))
+    if not found:
+        return "No update has been received yet."
+    odd: dict[str, list[float]] = {}
+    for norm in found:
+        if norm.is_odd and norm.ratio is not None:
+            odd.setdefault(norm.client, []).append(norm.ratio)
+    if not odd:
+        return f"{len(found):,} updates; none has {FACTOR:.0f} times the median norm of its round, or a third of it."
+    said = [f"{client} ({len(ratios)}, {times(max(ratios))} the median)" for client, ratios in odd.items()]
+    return f"{len(found):,} updates; these stand out: {names(sorted(said)[:MOST_ODD])}."

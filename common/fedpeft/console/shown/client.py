@@ -1,0 +1,102 @@
+"""What the page of a client shows: what it says of itself, and everything it did in the runs that are followed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fedpeft import units
+from fedpeft.console.facts import RoundFacts, TicketFacts
+from fedpeft.console.shown.members import members
+from fedpeft.console.shown.outliers import Norm, norms
+from fedpeft.console.shown.run import Tile
+from fedpeft.console.shown.series import Json, scatter
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """A run and its rounds."""
+
+    run: str
+    name: str
+    rounds: Sequence[RoundFacts]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One ticket of the client.
+
+    Attributes:
+        run: Id of the run.
+        name: Of the run.
+        round: Number.
+        ticket: What became of it.
+        ratio: Norm over what was to be expected.
+        is_odd: Whether that stands out.
+    """
+
+    run: str
+    name: str
+    round: int
+    ticket: TicketFacts
+    ratio: float | None
+    is_odd: bool
+
+
+def history(client: str, runs: Iterable[Followed]) -> list[Entry]:
+    """Returns every ticket of a client, newest run and round first."""
+    found: list[Entry] = []
+    for followed in runs:
+        own = {norm.round: norm for norm in norms(followed.rounds) if norm.client == client}
+        found += [
+            _entry(followed, facts, ticket, own.get(facts.number))
+            for facts in reversed(followed.rounds)
+            for ticket in facts.tickets
+            if ticket.client == client
+        ]
+    return found
+
+
+def tiles(entries: Sequence[Entry]) -> list[Tile]:
+    """Returns a client's history in four figures."""
+    states = [entry.ticket.state for entry in entries]
+    up, down = sum(entry.ticket.up for entry in entries), sum(entry.ticket.down for entry in entries)
+    refused, late, given_up = states.count("refused"), states.count("late"), states.count("withdrawn")
+    odd = sum(entry.is_odd for entry in entries)
+    return [
+        Tile("Sampled", f"{len(entries)}", f"{states.count('issued')} awaited now"),
+        Tile("Counted", f"{states.count('received')}", f"{late} late, {refused} refused, {given_up} given up"),
+        Tile("Sent up", units.size(up), f"down {units.size(down)}"),
+        Tile("Norms that stand out", f"{odd}", "beside the median of their rounds"),
+    ]
+
+
+def remarks(client: str, runs: Iterable[Followed]) -> list[tuple[Followed, str]]:
+    """Returns what is not like the others, by run."""
+    return [
+        (followed, remark)
+        for followed in runs
+        for member in members(followed.rounds)
+        if member.client == client
+        for remark in member.remarks
+    ]
+
+
+def chart(client: str, runs: Iterable[Followed]) -> tuple[Followed, Json] | None:
+    """Returns the norms of the newest run that has updates of the client, its own apart from the others'."""
+    for followed in runs:
+        found = list(norms(followed.rounds))
+        if any(norm.client == client for norm in found):
+            return followed, scatter(found, client)
+    return None
+
+
+def _entry(followed: Followed, facts: RoundFacts, ticket: TicketFacts, norm: Norm | None) -> Entry:
+    return Entry(
+        followed.run,
+        followed.name,
+        facts.number,
+        ticket,
+        norm.ratio if norm else None,
+        norm.is_odd if norm else False,
+    )

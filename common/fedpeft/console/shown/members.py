@@ -1,0 +1,130 @@
+"""The clients of one run beside each other: who carries it, and who is not like the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from fedpeft.console.facts import RoundFacts, TicketFacts
+from fedpeft.console.shown.outliers import LEAST, WINDOW, Norm, norms, times
+
+UNEVEN = 10.0
+"""Factor from which another number of examples than the others' is remarked."""
+HIGH_LOSS = 2.0
+MOST_ROUNDS_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A client of a run, over its last `WINDOW` rounds.
+
+    Attributes:
+        client: Its id.
+        sampled: Rounds it was sampled in.
+        counted: Of them, those with an update of it.
+        missed: Tickets late, refused or given up.
+        examples: Its last update's.
+        share: `examples` over those of the client that has most, 0 to 1.
+        weight: Its share of the mean in its last committed round.
+        norm: Its last update's.
+        ratio: Median of its norms over what was to be expected.
+        loss: Of its last local training.
+        remarks: What is not like the others, a sentence each.
+    """
+
+    client: str
+    sampled: int
+    counted: int
+    missed: int
+    examples: int
+    share: float
+    weight: float
+    norm: float | None
+    ratio: float | None
+    loss: float | None
+    remarks: tuple[str, ...]
+
+
+def members(rounds: Sequence[RoundFacts]) -> list[Member]:
+    """Returns the clients of the last rounds: those with remarks first, then by id."""
+    last = rounds[-WINDOW:]
+    seen = {facts.number for facts in last}
+    by_client: dict[str, list[Norm]] = {}
+    for norm in norms(rounds[-2 * WINDOW :]):
+        if norm.round in seen:
+            by_client.setdefault(norm.client, []).append(norm)
+    tickets: dict[str, list[tuple[int, TicketFacts]]] = {}
+    for facts in last:
+        for ticket in facts.tickets:
+            tickets.setdefault(ticket.client, []).append((facts.number, ticket))
+    latest = {client: _last_counted(of_one) for client, of_one in tickets.items()}
+    received = {client: ticket for client, ticket in latest.items() if ticket is not None}
+    found = [_member(client, tickets[client], by_client.get(client, []), received) for client in tickets]
+    return sorted(found, key=lambda member: (not member.remarks, member.client))
+
+
+def _last_counted(tickets: Iterable[tuple[int, TicketFacts]]) -> TicketFacts | None:
+    return next((ticket for _, ticket in reversed(list(tickets)) if ticket.is_counted), None)
+
+
+def _member(
+    client: str, tickets: Sequence[tuple[int, TicketFacts]], own: Sequence[Norm], received: Mapping[str, TicketFacts]
+) -> Member:
+    last = received.get(client)
+    ratios = [norm.ratio for norm in own if norm.ratio is not None]
+    most = max((ticket.examples for ticket in received.values()), default=0)
+    remarks = [*_about_norms(own), *_about_tickets(tickets)]
+    if last is not None:
+        remarks += _about_data(last, [ticket for other, ticket in received.items() if other != client])
+    return Member(
+        client=client,
+        sampled=len(tickets),
+        counted=sum(ticket.is_counted for _, ticket in tickets),
+        missed=sum(ticket.state in ("late", "refused", "withdrawn") for _, ticket in tickets),
+        examples=last.examples if last else 0,
+        share=last.examples / most if last and most else 0.0,
+        weight=next((ticket.weight for _, ticket in reversed(tickets) if ticket.weight), 0.0),
+        norm=last.norm if last else None,
+        ratio=median(ratios) if ratios else None,
+        loss=last.loss if last else None,
+        remarks=tuple(remarks),
+    )
+
+
+def _about_norms(own: Sequence[Norm]) -> list[str]:
+    odd = [norm for norm in own if norm.is_odd]
+    if not odd:
+        return []
+    said = times(median([norm.ratio for norm in odd if norm.ratio is not None]))
+    return [f"update norm {said} the median, in {_rounds([norm.round for norm in odd])}"]
+
+
+def _about_tickets(tickets: Sequence[tuple[int, TicketFacts]]) -> list[str]:
+    said = []
+    for state in ("refused", "late"):
+        of_state = [(number, ticket) for number, ticket in tickets if ticket.state == state]
+        if of_state and (state == "refused" or 2 * len(of_state) >= len(tickets)):
+            reason = f": {of_state[-1][1].reason}" if state == "refused" and of_state[-1][1].reason else ""
+            said.append(f"{state} in {_rounds([number for number, _ in of_state])}{reason}")
+    return said
+
+
+def _about_data(last: TicketFacts, others: Sequence[TicketFacts]) -> list[str]:
+    if len(others) < LEAST - 1:
+        return []
+    said = []
+    usual = median([ticket.examples for ticket in others])
+    if last.examples and usual and not 1 / UNEVEN < last.examples / usual < UNEVEN:
+        said.append(f"trains on {last.examples:,} examples, the others on {usual:,.0f} (median)")
+    losses = [ticket.loss for ticket in others if ticket.loss is not None]
+    if last.loss is not None and len(losses) >= LEAST - 1 and last.loss > HIGH_LOSS * median(losses) > 0:
+        said.append(f"training loss {last.loss:.3f}, the others' {median(losses):.3f} (median)")
+    return said
+
+
+def _rounds(numbers: Sequence[int]) -> str:
+    """Returns `round 3`, `rounds 3, 4`, `9 rounds, the last of them 12`."""
+    if len(numbers) > MOST_ROUNDS_NAMED:
+        return f"{len(numbers)} rounds, the last of them {numbers[-1]}"
+    return f"round{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

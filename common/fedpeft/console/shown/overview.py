@@ -1,0 +1,105 @@
+"""What the first page shows: every run at a glance, and who is there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedpeft import units, views
+from fedpeft.console.facts import RoundFacts
+from fedpeft.console.shown.members import members
+from fedpeft.console.shown.run import Tile, head, stage
+from fedpeft.console.shown.series import thinned
+from fedpeft.console.shown.sparkline import Sparkline, sparkline
+from fedpeft.following import Picture
+from fedpeft.v1 import operator_service_pb2 as pb
+from fedpeft.v1 import run_pb2
+
+SPARKLINE_POINTS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A run at a glance.
+
+    Attributes:
+        id: Of the run.
+        name: Its label.
+        state: running, paused, completed or stopped.
+        about: Method and model.
+        version: Newest adapter version.
+        rounds: Rounds of the run.
+        sentence: What is going on, or why it is not.
+        deadline: Of the round in progress, ISO 8601.
+        accuracy: Of the newest scored version; empty if there is none.
+        line: Its course.
+        sent: Bytes, beside full fine-tuning.
+        odd: Clients that are not like the others.
+    """
+
+    id: str
+    name: str
+    state: str
+    about: str
+    version: int
+    rounds: int
+    sentence: str
+    deadline: str | None
+    accuracy: str
+    line: Sparkline | None
+    sent: str
+    odd: tuple[str, ...]
+
+
+def card(run: run_pb2.Run, picture: Picture | None, rounds: Sequence[RoundFacts]) -> Card:
+    """Returns a run at a glance.
+
+    Args:
+        run: As it stands in the list of runs.
+        picture: What its watch knows; None before its first answer.
+        rounds: Of the picture.
+    """
+    top = head(picture.run if picture is not None else run)
+    now = stage(picture, rounds) if picture is not None else None
+    scores = [(0, run.initial_metrics["accuracy"])] if "accuracy" in run.initial_metrics else []
+    scores += [(facts.number, facts.metrics["accuracy"]) for facts in rounds if "accuracy" in facts.metrics]
+    return Card(
+        id=top.id,
+        name=top.name,
+        state=top.state,
+        about=f"{top.method} on {top.model}",
+        version=top.version,
+        rounds=top.rounds,
+        sentence=f"Round {now.number}: {now.sentence}" if now and top.state == "running" else top.reason,
+        deadline=now.deadline if now and now.phase == "open" else None,
+        accuracy=units.percent(scores[-1][1]) if scores else "",
+        line=sparkline(thinned(scores, SPARKLINE_POINTS)),
+        sent=_sent([facts for facts in rounds if facts.is_committed]),
+        odd=tuple(member.client for member in members(rounds) if member.remarks),
+    )
+
+
+def tiles(runs: Iterable[run_pb2.Run], clients: Mapping[str, pb.Client]) -> list[Tile]:
+    """Returns the federation in four figures."""
+    states = Counter(views.state(run) for run in runs)
+    roles = Counter(views.role(client) for client in clients.values())
+    here = Counter(client.activity for client in clients.values())
+    away = here["away"]
+    busy = ", ".join(
+        f"{here[activity]} {activity}" for activity in ("training", "uploading", "scoring") if here[activity]
+    )
+    return [
+        Tile("Runs", f"{states['running']} running", f"{states['paused']} paused, {sum(states.values())} in all"),
+        Tile("Devices here", f"{len(clients) - away}", f"of {len(clients)} that ever registered"),
+        Tile("At work", f"{here['training'] + here['uploading'] + here['scoring']}", busy or "all are waiting"),
+        Tile("Evaluators", f"{roles['evaluator']}", "score versions on held-out data"),
+    ]
+
+
+def _sent(committed: Sequence[RoundFacts]) -> str:
+    up, full = sum(facts.up for facts in committed), sum(facts.full for facts in committed)
+    if not up:
+        return ""
+    beside = f"; full fine-tuning {units.size(full)}, {full / up:,.0f} times as much" if full else ""
+    return f"{units.size(up)} up{beside}"

@@ -1,0 +1,223 @@
+"""What the page of a run shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedpeft import units, views
+from fedpeft.console.facts import RoundFacts, TicketFacts
+from fedpeft.following import Picture
+from fedpeft.narration import names
+from fedpeft.operator_client import FINISHED
+from fedpeft.v1 import run_pb2
+
+PHASES = (("waiting", "Waiting"), ("open", "Training"), ("aggregating", "Folding"), ("committed", "Committed"))
+MOST_TICKETS = 100
+"""Tickets of the round in progress that are listed; those that want a look come first."""
+MOST_DECLINES = 20
+_URGENCY = {"refused": 0, "late": 1, "issued": 2, "withdrawn": 3, "received": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What is said of a run before anything else.
+
+    Attributes:
+        id: Of the run.
+        name: Its label.
+        state: running, paused, completed or stopped.
+        reason: Why it is paused, or what it waits for.
+        method: PEFT method.
+        model: timm's name.
+        tuned: Parameters of an adapter version.
+        share: `tuned` over those of the model, as per cent.
+        version: Newest adapter version.
+        rounds: Rounds of the run.
+        clients: Wanted in a round.
+        created_at: ISO 8601.
+        can: What an operator may do with it now.
+    """
+
+    id: str
+    name: str
+    state: str
+    reason: str
+    method: str
+    model: str
+    tuned: int
+    share: str
+    version: int
+    rounds: int
+    clients: int
+    created_at: str | None
+    can: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A figure with its name, and a few words beside it."""
+
+    label: str
+    value: str
+    beside: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The round in progress.
+
+    Attributes:
+        number: Of the round.
+        phase: Where it is in the state machine.
+        steps: Every phase as (name, `done`, `now` or `todo`).
+        sentence: What is waited for.
+        deadline: ISO 8601; None if nobody was asked yet.
+        extensions: Deadlines missed.
+        received: Updates that count.
+        goal: Updates wanted.
+        quorum: Fewest it commits with at its deadline.
+        said: How many tickets are in which state.
+        tickets: Those listed.
+        hidden: Tickets beyond them.
+    """
+
+    number: int
+    phase: str
+    steps: tuple[tuple[str, str], ...]
+    sentence: str
+    deadline: str | None
+    extensions: int
+    received: int
+    goal: int
+    quorum: int
+    said: str
+    tickets: tuple[TicketFacts, ...]
+    hidden: int
+
+
+def head(run: run_pb2.Run) -> Head:
+    """Returns the head of a run's page."""
+    state, tuned = views.state(run), views.adapter_parameters(run.spec)
+    can = {"running": ("pause", "stop"), "paused": ("resume", "stop")}.get(state, ())
+    return Head(
+        id=run.id,
+        name=run.config.name or run.id,
+        state=state,
+        reason=run.reason,
+        method=run.spec.method,
+        model=run.config.model.name,
+        tuned=tuned,
+        share=f"{100 * tuned / run.model_parameters:.2f} %" if run.model_parameters else "",
+        version=run.version,
+        rounds=run.config.rounds.count,
+        clients=run.config.rounds.clients,
+        created_at=views.moment(run.created_at),
+        can=can,
+    )
+
+
+def stage(picture: Picture, rounds: Sequence[RoundFacts]) -> Stage | None:
+    """Returns the round in progress, or None if the run is over."""
+    current = picture.current
+    if current is None:
+        return None
+    facts = next(facts for facts in reversed(rounds) if facts.number == current.number)
+    config = picture.run.config.rounds
+    places = [name for name, _ in PHASES]
+    at = places.index(facts.phase)
+    steps = tuple(
+        (label, "done" if place < at else "now" if place == at else "todo") for place, (_, label) in enumerate(PHASES)
+    )
+    listed = sorted(facts.tickets, key=lambda ticket: (_URGENCY.get(ticket.state, 9), ticket.client))
+    counts = [
+        f"{len(facts.of(state)):,} {label}"
+        for state, label in (
+            ("received", "received"),
+            ("issued", "awaited"),
+            ("late", "late"),
+            ("refused", "refused"),
+            ("withdrawn", "gave up"),
+        )
+        if facts.of(state)
+    ]
+    return Stage(
+        number=facts.number,
+        phase=facts.phase,
+        steps=steps,
+        sentence=_sentence(facts, picture.run),
+        deadline=facts.deadline,
+        extensions=facts.extensions,
+        received=len(facts.of("received")),
+        goal=config.clients,
+        quorum=config.quorum if config.HasField("quorum") else config.clients,
+        said=", ".join(counts),
+        tickets=tuple(listed[:MOST_TICKETS]),
+        hidden=max(0, len(listed) - MOST_TICKETS),
+    )
+
+
+def tiles(picture: Picture, rounds: Sequence[RoundFacts]) -> list[Tile]:
+    """Returns the figures of a run that matter most."""
+    committed = [facts for facts in rounds if facts.is_committed]
+    run = picture.run
+    return [
+        Tile(
+            "Rounds",
+            f"{run.version} of {run.config.rounds.count}",
+            _lasted(committed),
+        ),
+        _accuracy(committed, run.initial_metrics.get("accuracy")),
+        *_bytes(committed),
+    ]
+
+
+def declines(run: run_pb2.Run) -> list[tuple[str, str, str | None]]:
+    """Returns who does not take part, why, and when they said so."""
+    return [(d.client, "; ".join(d.reasons), views.moment(d.at)) for d in run.declines[:MOST_DECLINES]]
+
+
+def is_over(picture: Picture) -> bool:
+    """Whether no round will be held any more."""
+    return picture.run.state in FINISHED
+
+
+def _sentence(facts: RoundFacts, run: run_pb2.Run) -> str:
+    if run.state == run_pb2.RUN_STATE_PAUSED:
+        return f"Paused: {run.reason}" if run.reason else "Paused; no new round opens until it is resumed."
+    if facts.phase == "waiting":
+        return run.reason or "Waiting for enough clients."
+    if facts.phase == "aggregating":
+        return "The updates are being folded; nothing more is taken."
+    awaited = [ticket.client for ticket in facts.of("issued")]
+    return f"Waiting for {names(awaited)}." if awaited else "All updates are here."
+
+
+def _lasted(committed: Sequence[RoundFacts]) -> str:
+    taken = [facts.seconds for facts in committed[-10:] if facts.seconds is not None]
+    return f"{sum(taken) / len(taken):.1f} s a round lately" if taken else "none committed yet"
+
+
+def _accuracy(committed: Sequence[RoundFacts], initial: float | None) -> Tile:
+    scored = [facts for facts in committed if "accuracy" in facts.metrics]
+    if scored:
+        begun = "" if initial is None else f"from {units.percent(initial)}"
+        best = max(scored, key=lambda facts: facts.metrics["accuracy"])
+        last = scored[-1]
+        where = f"version {last.number}" + ("" if best is last else f", best {units.percent(best.metrics['accuracy'])}")
+        return Tile("Accuracy", units.percent(last.metrics["accuracy"]), ", ".join(filter(None, (begun, where))))
+    if initial is not None:
+        return Tile("Accuracy", units.percent(initial), "version 0")
+    trained = [facts.metrics["train_loss"] for facts in committed if "train_loss" in facts.metrics]
+    if trained:
+        return Tile("Training loss", f"{trained[-1]:.3f}", "no evaluator has scored a version")
+    return Tile("Accuracy", "-", "no evaluator has scored a version")
+
+
+def _bytes(committed: Sequence[RoundFacts]) -> list[Tile]:
+    up, down = sum(facts.up for facts in committed), sum(facts.down for facts in committed)
+    full = sum(facts.full for facts in committed)
+    sent = Tile("Sent up", units.size(up), f"down {units.size(down)}")
+    if not full or not up:
+        return [sent, Tile("Full fine-tuning", "-", "nothing to compare with yet")]
+    return [sent, Tile("Full fine-tuning", units.size(full), f"each way: {full / up:,.0f} times as much up")]

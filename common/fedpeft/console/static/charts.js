@@ -1,0 +1,140 @@
+// The curves of a run: drawn by uPlot from the JSON that the fragment `series` carries, again whenever it changes.
+// Colours are the style sheet's, so a chart follows the theme; what a chart says stands in words below it.
+"use strict";
+
+(() => {
+  const holder = document.getElementById("series");
+  if (!holder) return;
+  const drawn = new Map();
+
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const percent = (value) => (value == null ? "–" : `${(100 * value).toFixed(1)} %`);
+  const short = (value) => (value == null ? "–" : String(Number(value.toPrecision(4))));
+
+  function size(bytes) {
+    if (bytes == null) return "–";
+    const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let at = 0;
+    while (bytes >= 1024 && at < units.length - 1) { bytes /= 1024; at += 1; }
+    return `${at === 0 ? bytes : Number(bytes.toPrecision(3))} ${units[at]}`;
+  }
+
+  function axis(extra) {
+    const ink = css("--muted"), line = css("--line");
+    return {
+      stroke: ink, font: "12px system-ui, sans-serif", grid: { stroke: line, width: 1 },
+      ticks: { stroke: line, width: 1, size: 4 }, ...extra,
+    };
+  }
+
+  const rounds = () => axis({ incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000], size: 32 });
+  const line = (label, colour, value, extra = {}) =>
+    ({ label, stroke: css(colour), width: 2, spanGaps: true, points: { size: 5 }, value: (_, v) => value(v), ...extra });
+
+  // A range that never has no height.
+  const roomy = (low, high) => (_, min, max) => {
+    if (min == null) return [low, high];
+    const room = (max - min || Math.abs(max) || 1) * 0.08;
+    return [Math.max(low, min - room), Math.min(high, max + room)];
+  };
+
+  // Whole powers of ten around the values.
+  const decades = (_, min, max) => (min == null ? [1, 10] : [10 ** Math.floor(Math.log10(min)), 10 ** Math.ceil(Math.log10(max * 1.01))]);
+
+  const kinds = {
+    accuracy: (data) => ({
+      data: [data.x, data.accuracy],
+      series: [line("Accuracy", "--series-1", percent)],
+      scale: { range: roomy(0, 1) },
+      axis: { values: (_, ticks) => ticks.map((v) => `${Number((100 * v).toFixed(1))} %`), size: 56 },
+    }),
+    loss: (data) => ({
+      data: [data.x, data.train_loss, data.loss],
+      series: [line("Training", "--series-2", short), line("Held out", "--series-1", short, { dash: [6, 3] })],
+      scale: { range: roomy(0, Infinity) },
+      axis: { size: 48 },
+    }),
+    bytes: (data) => ({
+      data: [data.x, data.up, data.down, data.full],
+      series: [
+        line("Up", "--series-1", size), line("Down", "--series-2", size, { dash: [6, 3] }),
+        line("Full fine-tuning, each way", "--series-3", size, { dash: [2, 3] }),
+      ],
+      scale: { distr: 3, range: decades },
+      axis: { values: (_, ticks) => ticks.map((v) => (Number.isInteger(Math.log10(v)) ? size(v) : "")), size: 68 },
+    }),
+    norms: (data) => {
+      const usual = data.usual.map((p) => [...p, 1]), apart = data.apart.map((p) => [...p, 2]);
+      const all = [...usual, ...apart].sort((a, b) => a[0] - b[0]);
+      const dot = (size, colour, mark) => ({
+        points: { show: true, size, fill: css(colour), stroke: css(colour) }, paths: () => null, mark,
+      });
+      return {
+        data: [
+          all.map((p) => p[0]), all.map((p) => (p[4] === 1 ? p[1] : null)), all.map((p) => (p[4] === 2 ? p[1] : null)),
+        ],
+        series: [
+          line("Others", "--dots", short, dot(5, "--dots")),
+          line(holder.dataset.client ? "This client" : "Stands out", "--bad", short, dot(9, "--bad")),
+        ],
+        scale: { distr: 3, range: decades },
+        axis: { values: (_, ticks) => ticks.map((v) => (Number.isInteger(Math.log10(v)) ? short(v) : "")), size: 56 },
+        names: all.map((p) => p[2]),
+      };
+    },
+  };
+
+  function options(box, kind, chart) {
+    const series = [{ label: "Round", value: (u, v, _, at) => {
+      if (v == null) return "–";
+      return chart.names && at != null ? `${v}, ${chart.names[at]}` : String(v);
+    } }, ...kind.series];
+    return {
+      width: box.clientWidth, height: box.dataset.tall ? 300 : 240,
+      scales: { x: { time: false }, y: kind.scale },
+      axes: [rounds(), axis(kind.axis)], series,
+      cursor: { y: false, points: { size: 8 } }, legend: { live: true },
+    };
+  }
+
+  function draw(box, again) {
+    const name = box.dataset.chart, value = all()[name];
+    const points = value && (value.x ? value.x.length : value.usual.length + value.apart.length);
+    box.parentElement.classList.toggle("empty", !points);
+    const known = drawn.get(name);
+    if (known && (again || !points)) {
+      known.plot.destroy();
+      drawn.delete(name);
+    }
+    if (!points || !box.clientWidth) return;
+    const kind = kinds[name](value), chart = drawn.get(name) ?? {};
+    chart.names = kind.names;
+    if (chart.plot) {
+      chart.plot.setData(kind.data);
+    } else {
+      chart.plot = new uPlot(options(box, kind, chart), kind.data, box);
+      drawn.set(name, chart);
+    }
+  }
+
+  const all = () => JSON.parse(holder.querySelector("[data-series]")?.dataset.series ?? "{}");
+  let before = "";
+
+  function update(again) {
+    const now = holder.querySelector("[data-series]")?.dataset.series ?? "{}";
+    if (!again && now === before) return;
+    before = now;
+    document.querySelectorAll("[data-chart]").forEach((box) => draw(box, again));
+  }
+
+  window.addEventListener("DOMContentLoaded", () => {
+    update(true);
+    window.fedpeft.onFragment((target) => { if (target.id === "series") update(false); });
+    window.addEventListener("fedpeft-theme", () => update(true));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => update(true));
+    let width = window.innerWidth;
+    window.addEventListener("resize", () => {
+      if (window.innerWidth !== width) { width = window.innerWidth; update(true); }
+    });
+  });
+})();
