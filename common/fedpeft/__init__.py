@@ -1,7 +1,54 @@
-"""FedPEFT: federated parameter-efficient fine-tuning of foundation models, the library without a network."""
+"""FedPEFT: federated parameter-efficient fine-tuning of foundation models.
 
+    import fedpeft
+
+    server = fedpeft.connect("127.0.0.1:7070")
+    run = server.create("emoji.toml").wait()
+    model = run.load_timm()
+
+docs/python.md shows it in full. Importing the package imports nothing else; each name brings what it needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpeft.config import RunConfig as RunConfig
+    from fedpeft.config import load_run_file as load_run_file
+    from fedpeft.embedding import Change as Change
+    from fedpeft.embedding import Round as Round
+    from fedpeft.embedding import Run as Run
+    from fedpeft.embedding import Server as Server
+    from fedpeft.embedding import connect as connect
+    from fedpeft.errors import FedpeftError as FedpeftError
 
 __version__ = version("fedpeft")
 PROTOCOL = 1
 """Version of the wire protocol in `protos/fedpeft/v1`."""
+
+_HOMES = {
+    "Change": "fedpeft.embedding",
+    "FedpeftError": "fedpeft.errors",
+    "Round": "fedpeft.embedding",
+    "Run": "fedpeft.embedding",
+    "RunConfig": "fedpeft.config",
+    "Server": "fedpeft.embedding",
+    "connect": "fedpeft.embedding",
+    "load_run_file": "fedpeft.config",
+}
+"""Where each name of the package lives; it is imported when it is first asked for."""
+
+__all__ = ["PROTOCOL", "__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

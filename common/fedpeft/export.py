@@ -9,12 +9,15 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.torch
+import timm
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedpeft.checkpoints import read_checkpoint
 from fedpeft.errors import BackboneMismatch, ConfigInvalid, ModelInvalid
@@ -24,7 +27,7 @@ from fedpeft.peft.lora import Lora, target_layers
 from fedpeft.peft.tuned import TunedModel, tune
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -46,13 +49,7 @@ def as_timm(tuned: TunedModel, path: Path) -> None:
         ConfigInvalid: If the method's tensors have no place in timm's model (adapter, prompt).
     """
     backbone = tuned.backbone
-    _check_timm(backbone)
-    state = tuned.method.plain(tuned.module)
-    if state.keys() != backbone.module.state_dict().keys():
-        raise ConfigInvalid(
-            f"an adapter of method {tuned.spec.method} has no plain timm form: its modules do not exist in "
-            f"{backbone.config.name}; export it as safetensors and load that into fedpeft.peft.tune(...)"
-        )
+    state = _plain(tuned)
     about = {
         "name": backbone.config.name,
         "arguments": dict(backbone.arguments),
@@ -63,6 +60,26 @@ def as_timm(tuned: TunedModel, path: Path) -> None:
     mode = path.stat().st_mode
     safetensors.torch.save_file(tensors, path, {"format": "pt", "timm": json.dumps(about)})
     path.chmod(mode)  # the package's files are for their owner alone, whatever the umask
+
+
+def timm_model(tuned: TunedModel) -> nn.Module:
+    """Returns the tuned model as timm builds it, in evaluation mode on the CPU; arguments and errors as `as_timm`."""
+    backbone = tuned.backbone
+    state = {name: tensor.detach().cpu() for name, tensor in _plain(tuned).items()}
+    model: nn.Module = timm.create_model(backbone.config.name, **backbone.arguments)
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def peft_model(tuned: TunedModel) -> PeftModel:
+    """Returns a LoRA as the `peft` library loads it, on its timm model; arguments and errors as `as_peft`."""
+    from peft import PeftModel
+
+    with TemporaryDirectory() as folder:
+        as_peft(tuned, Path(folder))
+        plain = copy.deepcopy(tuned.backbone.module).cpu()
+        loaded: PeftModel = PeftModel.from_pretrained(plain, folder).eval()
+    return loaded
 
 
 def from_timm(path: Path, tuned: TunedModel) -> Arrays:
@@ -174,6 +191,18 @@ def from_peft(folder: Path, backbone: Backbone) -> tuple[dict[str, object], Arra
             f"{shapes.get(odd, 'unknown')} in the model"
         )
     return options, tensors
+
+
+def _plain(tuned: TunedModel) -> dict[str, torch.Tensor]:
+    """Returns the state dict of timm's model that a tuned model is."""
+    _check_timm(tuned.backbone)
+    state = tuned.method.plain(tuned.module)
+    if state.keys() != tuned.backbone.module.state_dict().keys():
+        raise ConfigInvalid(
+            f"an adapter of method {tuned.spec.method} has no plain timm form: its modules do not exist in "
+            f"{tuned.backbone.config.name}; export it as safetensors and load that into fedpeft.peft.tune(...)"
+        )
+    return state
 
 
 def _check_timm(backbone: Backbone) -> None:

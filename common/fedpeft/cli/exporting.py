@@ -14,7 +14,7 @@ from fedpeft import views
 from fedpeft.cli import output
 from fedpeft.cli.session import Session, require, run_async, session_of
 from fedpeft.cli.weights import Weights, check_needed
-from fedpeft.errors import BackboneMismatch, ConfigInvalid, SettingsInvalid, StateInvalid
+from fedpeft.errors import ConfigInvalid, SettingsInvalid, StateInvalid
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -112,24 +112,11 @@ def _scratch(out: Path) -> tempfile.TemporaryDirectory[str]:
 
 def _tuned(run: run_pb2.Run, adapter: Path, weights: Path | None) -> TunedModel:
     """Returns the run's model with an adapter version, its backbone proved equal."""
-    from safetensors.numpy import load_file
-
-    from fedpeft.models import build, fingerprint
-    from fedpeft.peft import tune
+    from fedpeft.restored import restored
     from fedpeft.wire import config_from_proto
 
-    config = config_from_proto(run.config)
-    check_needed(config.model, weights)
-    backbone = build(config.model, config.rounds.seed, weights)
-    tuned = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
-    found = fingerprint(backbone, tuned.spec)
-    if found != run.backbone_fingerprint:
-        raise BackboneMismatch(
-            f"the backbone here has fingerprint {found[:16]}, the run was made with {run.backbone_fingerprint[:16]}; "
-            "name the right weights file with --weights"
-        )
-    tuned.load(load_file(adapter))
-    return tuned
+    check_needed(config_from_proto(run.config).model, weights)
+    return restored(run, adapter, weights)
 
 
 def _provenance(run: run_pb2.Run, version: int, rounds: Iterable[run_pb2.Round]) -> Provenance:
