@@ -31,24 +31,28 @@ from importlib.metadata import version as installed_version
 
 from fedpeft import PROTOCOL
 from fedpeft.codecs import codecs
-from fedpeft.errors import FedpeftError, NotFound, NotRegistered, StateInvalid
+from fedpeft.errors import FedpeftError, NotFound, NotRegistered, RefusedByPolicy, StateInvalid
 from fedpeft.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
+from fedpeft_client import departures
 from fedpeft_client.adapters import AdapterCache, Held
 from fedpeft_client.channel import Channel
 from fedpeft_client.evaluator import Evaluator
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK, UNFIT
 from fedpeft_client.fitness import Fitness, Verdict
+from fedpeft_client.ledger import Ledger
+from fedpeft_client.limits import Limits
 from fedpeft_client.patience import AWAY_S, CALL_S, Backoff, Patience
 from fedpeft_client.pending import PendingBox
+from fedpeft_client.policy import Policy
 from fedpeft_client.pull import Puller
 from fedpeft_client.push import Pusher
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.settings import Settings
 from fedpeft_client.standing import while_it_counts
 from fedpeft_client.state import StateDirectory
-from fedpeft_client.suitability import Reason
+from fedpeft_client.suitability import Reason, reasons_against_ticket
 from fedpeft_client.trainer import Trainer
 from fedpeft_client.worker_process import Answer, WorkerProcess
 
@@ -58,30 +62,37 @@ class Agent:
 
     Args:
         settings: What it was told.
+        policy: What its owner allows.
         directory: Its memory, held by this process.
         channel: The server.
         worker: The process that computes.
+        ledger: Where what leaves is booked.
         log: Carries the client's id.
     """
 
     def __init__(
         self,
         settings: Settings,
+        policy: Policy,
         directory: StateDirectory,
         channel: Channel,
         worker: WorkerProcess,
+        ledger: Ledger,
         log: Log,
     ) -> None:
         self._settings = settings
+        self._policy = policy
         self._directory = directory
         self._channel = channel
         self._worker = worker
+        self._ledger = ledger
         self._log = log
-        self._box = PendingBox(directory)
+        self._box = PendingBox(directory, policy.digest)
         self._patience = Patience(log, CALL_S if settings.once else None)
-        self._pusher = Pusher(channel, self._patience)
+        self._limits = Limits(policy, ledger, log)
+        self._pusher = Pusher(channel, self._patience, ledger)
         self._trainer = Trainer(directory, self._box, worker)
-        self._evaluator = Evaluator(channel, self._patience, worker)
+        self._evaluator = Evaluator(channel, self._patience, worker, ledger)
         self._fitness = Fitness(worker, log)
         self._setback = Backoff()
         self._said_idle = False
@@ -104,8 +115,11 @@ class Agent:
     async def _register(self) -> None:
         hello = await self._worker.start()
         request = registration(self._settings, hello)
-        await self._patience.keep(lambda: self._channel.register(request))
-        self._log.info("registered", server=self._settings.server, device=hello["device"], threads=hello["threads"])
+        with self._ledger.booked(departures.registration(request)):
+            await self._patience.keep(lambda: self._channel.register(request))
+        facts = {name: hello[name] for name in ("device", "threads")}
+        limits = len(self._policy.rules) or "none, for want of a policy"
+        self._log.info("registered", server=self._settings.server, **facts, limits=limits)
 
     async def _on_good_terms(self, step: Callable[[], Awaitable[bool]]) -> bool:
         """Takes a step; registers again if the server does not know this client any more."""
@@ -119,6 +133,7 @@ class Agent:
     async def _take_part(self) -> bool:
         """Pushes what is pending, awaits one task and does it; returns False once there is nothing left to do."""
         await self._push_pending()
+        await self._limits.permit(0 if self._settings.evaluate else self._fitness.least_upload_bytes())
         wanted, once = self._settings.run or "", self._settings.once
         response = await self._patience.keep(lambda: self._channel.await_round(wanted, until_finished=once))
         outcome = response.WhichOneof("outcome")
@@ -148,7 +163,13 @@ class Agent:
             return
         if pending is not None:
             log = self._log.bind(run=pending.run, round=pending.round)
-            outcome = await self._pusher.push(pending, log)
+            if pending.policy == self._policy.digest:
+                await self._limits.permit_upload(pending.header.manifest.payload_bytes)
+                outcome = await self._pusher.push(pending, log)
+            else:
+                log.warning("an update that was trained under another policy is not sent", ticket=pending.ticket)
+                changed = RefusedByPolicy("its owner changed what is allowed after the update was trained")
+                outcome = await self._pusher.give_up(pending, changed)
             await asyncio.to_thread(self._box.settle, pending, outcome)
 
     async def _answer(self, run: run_pb2.Run) -> None:
@@ -167,8 +188,10 @@ class Agent:
             reasons=[reason.told for reason in verdict.reasons],
             examples=verdict.examples,
         )
+        name = verdict.run.config.name if verdict.run else ""
         try:
-            await self._patience.keep(lambda: self._channel.answer_offer(request))
+            with self._ledger.booked(departures.answer(request, name)):
+                await self._patience.keep(lambda: self._channel.answer_offer(request))
         except NotFound as error:
             self._log.info("the run is gone already", run=run, cause=str(error))
         for reason in verdict.reasons:
@@ -182,19 +205,30 @@ class Agent:
         async def train() -> None:
             run, held = await self._pull(task.run, task.version)
             training = self._trainer.train(run, task, held, log)  # what is pending is pushed next, as after a kill
-            await while_it_counts(self._channel, task.ticket, training)
+            await while_it_counts(self._channel, task.ticket, self._limits.while_permitted(training))
 
-        if failure := await self._tried(task.run, train):
+        if failure := self._excess(task) or await self._tried(task.run, train):
             log.error("ticket is given up", cause=failure.here)
-            await self._withdraw(task.ticket, failure)
+            await self._withdraw(task, failure)
             await self._setback.pause()
+
+    def _excess(self, task: pb.TrainingTask) -> Reason | None:
+        """Returns why a ticket is refused as it stands: it asks for more than the policy allows, or at a wrong time."""
+        verdict = self._fitness.verdicts.get(task.run)
+        if verdict is None or verdict.run is None:
+            return None  # it was not accepted, which is said where the adapter is pulled
+        run, taken = verdict.run, len(self._ledger.tickets(task.run) - {task.ticket})
+        for reason in reasons_against_ticket(self._policy, run, task, verdict.examples, taken):
+            return reason
+        stop = self._limits.against(run.upload_bounds(task.round)[1])
+        return Reason.of(RefusedByPolicy(stop.told)) if stop else None
 
     async def _evaluate(self, task: pb.EvaluationTask) -> None:
         log = self._log.bind(run=task.run)
 
         async def evaluate() -> None:
             run, held = await self._pull(task.run, task.version)
-            await self._evaluator.evaluate(run, held, log)
+            await self._limits.while_permitted(self._evaluator.evaluate(run, held, log))
 
         if failure := await self._tried(task.run, evaluate):
             log.error("version is not scored", version=task.version, cause=failure.here)
@@ -231,14 +265,15 @@ class Agent:
         held = await Puller(self._channel, self._patience, verdict.run, cache).pull(version)
         return verdict.run, held
 
-    async def _withdraw(self, ticket: str, failure: Reason) -> None:
+    async def _withdraw(self, task: pb.TrainingTask, failure: Reason) -> None:
+        reason = f"{failure.kind}: {failure.told}"
         try:
-            reason = f"{failure.kind}: {failure.told}"
-            await self._patience.keep(lambda: self._channel.withdraw(ticket, reason))
+            with self._ledger.booked(departures.withdrawal(task.ticket, reason, task.run, task.round)):
+                await self._patience.keep(lambda: self._channel.withdraw(task.ticket, reason))
         except NOT_ABOUT_THE_TASK:
             raise
         except FedpeftError as error:
-            self._log.info("the ticket is gone already", ticket=ticket, cause=str(error))
+            self._log.info("the ticket is gone already", ticket=task.ticket, cause=str(error))
 
     def _named(self, error: FedpeftError | OSError) -> FedpeftError:
         if isinstance(error, FedpeftError):

@@ -12,6 +12,7 @@ from fedpeft.logs import Log
 from fedpeft_client.agent import Agent
 from fedpeft_client.channel import Channel
 from fedpeft_client.dry_run import dry_run
+from fedpeft_client.ledger import Ledger
 from fedpeft_client.policy import Policy, find
 from fedpeft_client.settings import Settings
 from fedpeft_client.state import StateDirectory
@@ -27,25 +28,24 @@ def serve(settings: Settings) -> None:
     logs.configure(settings.log_format, "debug" if settings.verbose else "info")
     policy, file = find(settings.policy, settings.state_dir)
     log = logs.logger(client=settings.name)
-    if file is None:
-        log.info("no policy: whatever suits this site is accepted")
-    else:
+    if file is not None:
         log.info("the policy of this site applies", file=str(file), **policy.rules)
     with StateDirectory(settings.state_dir) as directory:
         asyncio.run(_serve(settings, policy, directory, log))
 
 
 async def _serve(settings: Settings, policy: Policy, directory: StateDirectory, log: Log) -> None:
-    worker = WorkerProcess(_worker_options(settings, policy), log)
+    worker, ledger = WorkerProcess(_worker_options(settings, policy), log), Ledger(directory.path, settings.server)
     try:
         async with Channel(settings.server, settings.name, directory.instance) as channel:
             if settings.dry_run:
-                work = dry_run(settings, channel, worker, log)
+                work = dry_run(settings, channel, worker, ledger, log)
             else:
-                work = Agent(settings, directory, channel, worker, log).live()
+                work = Agent(settings, policy, directory, channel, worker, ledger, log).live()
             await _until_stopped(work, log)
     finally:
         await worker.close()
+        ledger.close()
 
 
 async def _until_stopped(work: Coroutine[None, None, None], log: Log) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 from fedpeft.data.interface import UNREADABLE_SHARE
 from fedpeft.errors import DataInvalid
 from fedpeft.logs import Log
+from fedpeft_client import departures
 from fedpeft_client.agent import registration
 from fedpeft_client.channel import Channel
 from fedpeft_client.fitness import Fitness, Report, Verdict
+from fedpeft_client.ledger import Ledger
 from fedpeft_client.patience import CALL_S, Patience
 from fedpeft_client.reporter import EVERY_S
 from fedpeft_client.runs import KnownRun
@@ -21,7 +23,7 @@ _NAMED = 20
 """Unreadable images that are named; there may be a million."""
 
 
-async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, log: Log) -> None:
+async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, ledger: Ledger, log: Log) -> None:
     """Opens every image, judges every run, prints what was found on stdout; trains nothing, registers nothing.
 
     Raises:
@@ -30,7 +32,8 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
     """
     hello = await worker.start()
     request = registration(settings, hello)
-    response = await Patience(log, CALL_S).keep(lambda: channel.register(request))
+    with ledger.booked(departures.registration(request)):
+        response = await Patience(log, CALL_S).keep(lambda: channel.register(request))
     _line("server", settings.server)
     threads = "1 thread" if hello["threads"] == 1 else f"{hello['threads']} threads"
     _line("device", f"{hello['device']}, {threads}, torch {hello['torch']}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from fedpeft import figures
 from fedpeft.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft_client import departures
 from fedpeft_client.adapters import Held
 from fedpeft_client.channel import Channel
+from fedpeft_client.ledger import Ledger
 from fedpeft_client.patience import Patience
 from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun
@@ -17,10 +19,11 @@ from fedpeft_client.worker_process import WorkerProcess
 class Evaluator:
     """Scores in the worker and reports."""
 
-    def __init__(self, channel: Channel, patience: Patience, worker: WorkerProcess) -> None:
+    def __init__(self, channel: Channel, patience: Patience, worker: WorkerProcess, ledger: Ledger) -> None:
         self._channel = channel
         self._patience = patience
         self._worker = worker
+        self._ledger = ledger
 
     async def evaluate(self, run: KnownRun, held: Held, log: Log) -> None:
         """Scores a version on this site's data and pushes the figures.
@@ -36,6 +39,7 @@ class Evaluator:
         answer = await self._worker.ask(request, Reporter(log))
         metrics = figures.sendable(answer["metrics"], figures.MAX_EVALUATION)
         message = pb.PushEvaluationRequest(run=run.id, version=held.version, metrics=metrics)
-        await self._patience.keep(lambda: self._channel.push_evaluation(message))
+        with self._ledger.booked(departures.evaluation(message)):
+            await self._patience.keep(lambda: self._channel.push_evaluation(message))
         whole = {name: value for name, value in metrics.items() if "/" not in name}
         log.info("evaluated", version=held.version, **whole)

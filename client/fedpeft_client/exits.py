@@ -13,6 +13,7 @@ from fedpeft.errors import (
     ModelInvalid,
     NotRegistered,
     ProtocolMismatch,
+    RefusedByPolicy,
     SettingsInvalid,
     SpecInvalid,
     Unavailable,
@@ -42,4 +43,4 @@ def exit_code(error: BaseException) -> Exit:
         return Exit.USAGE
     if isinstance(error, Unavailable):
         return Exit.UNREACHABLE
-    return Exit.UNFIT if isinstance(error, UNFIT) else Exit.FAILED
+    return Exit.UNFIT if isinstance(error, (*UNFIT, RefusedByPolicy)) else Exit.FAILED

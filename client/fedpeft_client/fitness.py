@@ -66,6 +66,11 @@ class Fitness:
         self.verdicts[run] = Verdict((reason,))
         return self.verdicts[run]
 
+    def least_upload_bytes(self) -> int:
+        """Returns how many bytes the smallest update of an accepted run has at most; 0 if none was accepted."""
+        accepted = [verdict.run for verdict in self.verdicts.values() if verdict.suits and verdict.run]
+        return min((run.upload_bounds(run.version + 1)[1] for run in accepted), default=0)
+
     def nothing_suits(self) -> FedpeftError | None:
         """Returns why, if there were runs and not one of them suits; the run is named where there were several."""
         verdicts = self.verdicts

@@ -48,6 +48,8 @@ class Pending:
     run: str
     round: int
     header: pb.UpdateHeader
+    policy: str
+    """Digest of the policy under which it was trained."""
 
     @property
     def ticket(self) -> str:
@@ -66,10 +68,11 @@ class Pending:
 
 
 class PendingBox:
-    """The one place for a pending update in a state directory."""
+    """The one place for a pending update in a state directory, used under a policy of some digest."""
 
-    def __init__(self, directory: state.StateDirectory) -> None:
+    def __init__(self, directory: state.StateDirectory, policy: str) -> None:
         self._directory = directory
+        self._policy = policy
         self._box = directory.path / "pending"
         self._draft = directory.path / "pending.new"
 
@@ -81,13 +84,14 @@ class PendingBox:
 
     def commit(self, run: str, number: int, header: pb.UpdateHeader) -> Pending:
         """Makes the draft the pending update; after this a restart uploads it instead of training again."""
-        record = {"run": run, "round": number, "header": json_format.MessageToDict(header)}
+        described = json_format.MessageToDict(header)
+        record = {"run": run, "round": number, "policy": self._policy, "header": described}
         durable.write(self._draft / _RECORD, json.dumps(record).encode())
         for path in self._draft.iterdir():
             durable.sync(path)
         durable.sync(self._draft)
         durable.move(self._draft, self._box)
-        return Pending(self._box, run, number, header)
+        return Pending(self._box, run, number, header, self._policy)
 
     def load(self) -> Pending | None:
         """Returns the pending update, if there is one.
@@ -100,7 +104,8 @@ class PendingBox:
         try:
             record = json.loads((self._box / _RECORD).read_bytes())
             header = json_format.ParseDict(record["header"], pb.UpdateHeader())
-            pending = Pending(self._box, str(record["run"]), int(record["round"]), header)
+            policy = str(record.get("policy", ""))
+            pending = Pending(self._box, str(record["run"]), int(record["round"]), header, policy)
             manifest = pending.manifest
             digest = durable.sha256(pending.payload)
         except (OSError, KeyError, TypeError, ValueError, json_format.Error, FedpeftError) as error:

@@ -25,8 +25,10 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft.waits import STALL_S
 from fedpeft.wire import TURN_KEY
+from fedpeft_client import departures
 from fedpeft_client.channel import Channel
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK
+from fedpeft_client.ledger import Booking, Ledger
 from fedpeft_client.patience import Backoff, Patience
 from fedpeft_client.pending import Outcome, Pending
 
@@ -45,9 +47,10 @@ T = TypeVar("T")
 class Pusher:
     """Uploads pending updates."""
 
-    def __init__(self, channel: Channel, patience: Patience) -> None:
+    def __init__(self, channel: Channel, patience: Patience, ledger: Ledger) -> None:
         self._channel = channel
         self._patience = patience
+        self._ledger = ledger
         self._committed = 0
         """Bytes that the server held when it was last asked."""
 
@@ -76,19 +79,21 @@ class Pusher:
                 cause=str(error),
             )
             if not isinstance(error, RoundClosed | TicketClosed):
-                return await self._withdraw(pending.ticket, error)
+                return await self.give_up(pending, error)
             return Outcome.NOT_COUNTED
         log.info("update received", sha256=receipt.sha256.hex())
         return Outcome.COUNTED
 
-    async def _withdraw(self, ticket: str, cause: FedpeftError) -> Outcome:
+    async def give_up(self, pending: Pending, cause: FedpeftError) -> Outcome:
         """Tells the round not to wait; the ticket may well be unknown by now, which is just as good.
 
         Returns:
             Whether the update counted after all: an upload that this side gave up may have come to its end.
         """
+        ticket = pending.ticket
         try:
-            answer = await self._patience.keep(lambda: self._channel.withdraw(ticket, str(cause)))
+            with self._ledger.booked(departures.withdrawal(ticket, str(cause), pending.run, pending.round)):
+                answer = await self._patience.keep(lambda: self._channel.withdraw(ticket, str(cause)))
         except NOT_ABOUT_THE_TASK:
             raise
         except FedpeftError:
@@ -126,19 +131,22 @@ class Pusher:
             self._patience.heard()
         self._committed = standing.committed_bytes
         log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)
-        return await self._stream(pending, standing.committed_bytes)
+        with self._ledger.booked(departures.update(pending, standing.committed_bytes)) as booking:
+            return await self._stream(pending, standing.committed_bytes, booking)
 
-    async def _stream(self, pending: Pending, offset: int) -> pb.PushUpdateResponse:
+    async def _stream(self, pending: Pending, offset: int, booking: Booking) -> pb.PushUpdateResponse:
         call = self._channel.stub.PushUpdate(metadata=self._channel.metadata)
         said: list[grpc.aio.AioRpcError] = []
         call.add_done_callback(lambda _: said.append(_status(call)))
         try:
             try:
-                await call.write(pb.PushUpdateRequest(header=pending.header))
+                header = pb.PushUpdateRequest(header=pending.header)
+                booking.wire_bytes = header.ByteSize()
+                await call.write(header)
                 async with asyncio.timeout(STALL_S):
                     turn = TURN_KEY in dict(await call.initial_metadata())
                 if turn:  # else the call has ended: refused, or received before
-                    await _send(call, pending, offset)
+                    await _send(call, pending, offset, booking)
             except asyncio.InvalidStateError:
                 pass  # the server answered before the last chunk; what it said comes from the call itself
             async with asyncio.timeout(STALL_S):
@@ -151,11 +159,13 @@ class Pusher:
             call.cancel()
 
 
-async def _send(call: _Call, pending: Pending, offset: int) -> None:
+async def _send(call: _Call, pending: Pending, offset: int, booking: Booking) -> None:
     """Sends the payload from `offset` to its end."""
     for chunk in _chunks(pending, offset):
+        message = pb.PushUpdateRequest(chunk=chunk)
+        booking.wire_bytes += message.ByteSize()
         async with asyncio.timeout(STALL_S):
-            await call.write(pb.PushUpdateRequest(chunk=chunk))
+            await call.write(message)
     async with asyncio.timeout(STALL_S):
         await call.done_writing()
 

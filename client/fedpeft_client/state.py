@@ -2,6 +2,9 @@
 
 lock                          held by the one process that uses the directory
 instance                      32 hexadecimal digits drawn once: which client this is
+identity/                     key and certificate of this client (fedpeft.identity.folder)
+ledger.jsonl                  all that left this device (ledger.py)
+policy.toml                   what its owner allows, if it lies here (policy.py)
 pending/                      a trained update that the server has not answered for (pending.py)
 runs/RUN/adapter.json, ...    the adapter version held last (adapters.py)
 runs/RUN/residual.safetensors what earlier updates left unsent (error feedback)
@@ -99,6 +102,11 @@ class StateDirectory:
                 f"{path} does not hold 32 hexadecimal digits; remove it and the server will see a new client"
             )
         return instance
+
+
+def identity_folder(path: Path) -> Path:
+    """Returns the identity folder of a state directory."""
+    return path / "identity"
 
 
 def residual(folder: Path) -> Path:

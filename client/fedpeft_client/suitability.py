@@ -12,7 +12,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import numpy as np
+from google.protobuf import json_format
+from pydantic import ValidationError
 
+from fedpeft.config import TrainingConfig
 from fedpeft.data.interface import UNREADABLE_SHARE
 from fedpeft.data.labels import MappedLabels, map_labels
 from fedpeft.errors import (
@@ -27,7 +30,9 @@ from fedpeft.errors import (
     TrainingFailed,
     of_reason,
 )
+from fedpeft.faults import faults_of
 from fedpeft.spec import AdapterSpec
+from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.policy import NO_LIMITS, Policy
 from fedpeft_client.policy_rules import Asked, Weights, broken
 from fedpeft_client.runs import KnownRun
@@ -108,6 +113,28 @@ class Site:
 def reasons_against(run: KnownRun, site: Site) -> tuple[Reason, ...]:
     """Returns every reason why a run does not suit a site, as far as the facts go; none if it does."""
     return tuple(reason for check in CHECKS for reason in check(run, site))
+
+
+def reasons_against_ticket(
+    policy: Policy, run: KnownRun, task: pb.TrainingTask, examples: int, taken: int
+) -> tuple[Reason, ...]:
+    """Returns every reason why the training of a ticket is refused: a server may ask for more than it offered.
+
+    Args:
+        policy: The policy of this site.
+        run: The run as it was offered and accepted.
+        task: What the ticket asks for.
+        examples: Images of the run's classes.
+        taken: Other tickets of the run that this device has sent updates for.
+    """
+    settings = json_format.MessageToDict(task.settings, preserving_proto_field_name=True)
+    try:
+        training = TrainingConfig.model_validate(settings)
+    except ValidationError as error:
+        faults = faults_of(error, settings, "training")
+        return (Reason.of(ConfigInvalid("; ".join(f"{path}: {text}" for path, text in faults), faults)),)
+    asked = Asked(run, training, task.round, examples, taken=taken)
+    return tuple(Reason.of(RefusedByPolicy(each.here), each.told) for each in broken(policy, asked))
 
 
 def mapped(run: KnownRun, site: Site) -> MappedLabels:

@@ -9,6 +9,7 @@ from google.protobuf import json_format
 
 from fedpeft import figures, wire
 from fedpeft.logs import Log
+from fedpeft.payload import check_manifest
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
 from fedpeft_client import state
@@ -35,6 +36,7 @@ class Trainer:
             TrainingFailed: If training ended without an update.
             DataInvalid: If too many images cannot be read.
             StateInvalid: If the state directory cannot be written.
+            ManifestInvalid: If the update holds anything but the tensors that the run was accepted with.
         """
         deadline = task.deadline.ToDatetime(tzinfo=UTC).isoformat(timespec="seconds")
         log.info("training begins", version=task.version, ticket=task.ticket, deadline=deadline)
@@ -52,9 +54,12 @@ class Trainer:
             "out": str(draft),
         }
         answer = await self._worker.ask(request, Reporter(log))
+        manifest = json_format.ParseDict(answer["manifest"], tensor_pb2.Manifest())
+        sent, encoding = run.spec.sent(task.round), run.config.codec.encoding
+        check_manifest(wire.manifest_from_proto(manifest), sent, [encoding])  # nothing else ever leaves
         header = pb.UpdateHeader(
             ticket=task.ticket,
-            manifest=json_format.ParseDict(answer["manifest"], tensor_pb2.Manifest()),
+            manifest=manifest,
             examples=answer["examples"],
             metrics=figures.sendable(answer["metrics"], figures.MAX_TRAINING),
         )

@@ -85,7 +85,7 @@ def test_crash_while_committing_leaves_all_or_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     with StateDirectory(tmp_path) as directory:
-        box = PendingBox(directory)
+        box = PendingBox(directory, "")
         header = write_draft(box)
         with monkeypatch.context() as patch:
             crash_at(patch, step)
@@ -94,7 +94,7 @@ def test_crash_while_committing_leaves_all_or_nothing(
                 crashed = False
             except Crash:
                 crashed = True
-        found = PendingBox(directory).load()
+        found = PendingBox(directory, "").load()
         assert found is not None or crashed
         if found is not None:
             assert (found.run, found.round, found.header) == (RUN, 5, header)
@@ -110,19 +110,19 @@ def test_crash_while_settling_is_finished_at_the_next_start(
         folder = directory.run(RUN)
         state.residual(folder).write_bytes(b"old")
         state.local(folder).write_bytes(b"old local")
-        box = PendingBox(directory)
+        box = PendingBox(directory, "")
         pending = box.commit(RUN, 5, write_draft(box))
         with monkeypatch.context() as patch:
             crash_at(patch, step)
             try:
                 box.settle(pending, outcome)
             except Crash:
-                again = PendingBox(directory)
+                again = PendingBox(directory, "")
                 again.finish()
                 if (left := again.load()) is not None:  # the decision was not yet on disk: the server is asked again
                     assert state.residual(folder).read_bytes() == b"old"
                     again.settle(left, outcome)
-        assert PendingBox(directory).load() is None
+        assert PendingBox(directory, "").load() is None
         assert sorted(p.name for p in tmp_path.iterdir()) == ["instance", "lock", "runs"]
         if outcome is Outcome.DROPPED:
             assert not state.residual(folder).exists()
@@ -136,7 +136,7 @@ def test_crash_while_settling_is_finished_at_the_next_start(
 @pytest.mark.parametrize("damage", ["payload", "record", "missing"])
 def test_damaged_pending_update_is_seen_and_can_be_discarded(tmp_path: Path, damage: str) -> None:
     with StateDirectory(tmp_path) as directory:
-        box = PendingBox(directory)
+        box = PendingBox(directory, "")
         pending = box.commit(RUN, 5, write_draft(box))
         if damage == "payload":
             pending.payload.write_bytes(b"abce")

@@ -39,6 +39,7 @@ from fedpeft.v1 import run_pb2
 from fedpeft_client import patience, pull, push
 from fedpeft_client.adapters import AdapterCache
 from fedpeft_client.channel import Channel
+from fedpeft_client.ledger import Ledger
 from fedpeft_client.patience import Backoff, Patience
 from fedpeft_client.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Outcome, Pending, PendingBox
 from fedpeft_client.pull import Puller
@@ -75,8 +76,8 @@ class Site:
         self.log = logs.logger(client="site-a")
         self.patience = Patience(self.log, None)
         self.puller = Puller(channel, self.patience, self.run, self.cache)
-        self.pusher = Pusher(channel, self.patience)
-        self.box = PendingBox(directory)
+        self.pusher = Pusher(channel, self.patience, Ledger(directory.path, federation.address))
+        self.box = PendingBox(directory, "")
 
     def pending(self) -> Pending:
         """Makes an update, and the ticket for it at the server."""

@@ -15,6 +15,7 @@ from fedpeft.spec import AdapterSpec, TensorSpec
 from fedpeft_client import pull, push
 from fedpeft_client.adapters import AdapterCache, Held
 from fedpeft_client.channel import Channel
+from fedpeft_client.ledger import Ledger
 from fedpeft_client.patience import Patience
 from fedpeft_client.pending import PAYLOAD, Outcome, Pending
 from fedpeft_client.pull import Puller
@@ -48,12 +49,13 @@ class Site:
     def pending(self, run: str, ticket: str) -> Pending:
         manifest, data = payload.encode(filled(1.0, self._spec), self._spec.sent(1), "float32")
         (self.folder / PAYLOAD).write_bytes(data)
-        return Pending(self.folder, run, 1, header(ticket, manifest))
+        return Pending(self.folder, run, 1, header(ticket, manifest), policy="")
 
     async def push(self, run: str, ticket: str, port: int = 0) -> Outcome:
         address = f"127.0.0.1:{port}" if port else self._address
         async with Channel(address, *self._who) as channel:
-            return await Pusher(channel, self.patience).push(self.pending(run, ticket), self.log)
+            pusher = Pusher(channel, self.patience, Ledger(self.folder, address))
+            return await pusher.push(self.pending(run, ticket), self.log)
 
     async def pull(self, run: KnownRun) -> Held:
         async with Channel(self._address, *self._who) as channel:

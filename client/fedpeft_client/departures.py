@@ -1,0 +1,75 @@
+"""What the messages that leave this device say, as the ledger books it."""
+
+from __future__ import annotations
+
+import math
+
+from fedpeft.payload import chunks
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft_client.ledger import Departure, Kind
+from fedpeft_client.pending import Pending
+
+CHUNK_OVERHEAD_BYTES = 32
+"""What a message adds to a chunk, at most."""
+
+
+def registration(request: pb.RegisterRequest) -> Departure:
+    """What a client says of itself."""
+    own = request.capabilities
+    said = {
+        "role": pb.ClientRole.Name(request.role).removeprefix("CLIENT_ROLE_").lower(),
+        "software": own.software,
+        "device": own.device,
+        "examples": own.examples,
+        "methods": list(own.methods),
+        "encodings": list(own.encodings),
+        "dry_run": request.dry_run,
+    }
+    return Departure(Kind.REGISTRATION, request.ByteSize(), said, request.run)
+
+
+def answer(request: pb.AnswerOfferRequest, name: str) -> Departure:
+    """Whether a client takes part in a run, of that name."""
+    said = {
+        "answer": pb.Answer.Name(request.answer).removeprefix("ANSWER_").lower(),
+        "examples": request.examples,
+        "reasons": list(request.reasons),
+    }
+    return Departure(Kind.ANSWER, request.ByteSize(), said, request.run, name)
+
+
+def update(pending: Pending, offset: int) -> Departure:
+    """An upload of an update that goes on at byte `offset`."""
+    manifest = pending.header.manifest
+    pieces = list(chunks(offset, manifest.payload_bytes))
+    said = {
+        "tensors": len(manifest.tensors),
+        "parameters": sum(math.prod(tensor.shape) for tensor in manifest.tensors),
+        "encoding": ", ".join(sorted({tensor.encoding for tensor in manifest.tensors})),
+        "sha256": manifest.sha256.hex(),
+        "examples": pending.header.examples,
+        "metrics": dict(sorted(pending.header.metrics.items())),
+        "offset": offset,
+    }
+    return Departure(
+        Kind.UPDATE,
+        pb.PushUpdateRequest(header=pending.header).ByteSize()
+        + sum(length + CHUNK_OVERHEAD_BYTES for _, length in pieces),
+        said,
+        pending.run,
+        round=pending.round,
+        ticket=pending.ticket,
+        payload_bytes=manifest.payload_bytes,
+    )
+
+
+def withdrawal(ticket: str, reason: str, run: str, number: int) -> Departure:
+    """A ticket that is given back."""
+    request = pb.WithdrawRequest(ticket=ticket, reason=reason[:1024])
+    return Departure(Kind.WITHDRAWAL, request.ByteSize(), {"reason": request.reason}, run, round=number, ticket=ticket)
+
+
+def evaluation(request: pb.PushEvaluationRequest) -> Departure:
+    """Figures of a version."""
+    said = {"version": request.version, "metrics": dict(sorted(request.metrics.items()))}
+    return Departure(Kind.EVALUATION, request.ByteSize(), said, request.run)

@@ -1,0 +1,145 @@
+"""Whether the policy lets this machine work now: by the hour, the charge, the temperature, the bytes of a day.
+
+`forbidden` is pure; `Limits` looks at the clock, the sensors and the ledger, and waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, NoReturn, TypeVar
+
+import psutil
+
+from fedpeft.errors import RefusedByPolicy
+from fedpeft.logs import Log
+from fedpeft_client.ledger import DAY, Ledger
+from fedpeft_client.policy import Policy, opens_at
+
+LOOK_S = 5.0
+"""How often it is looked whether work is allowed, while waiting and while working."""
+SENSORS_AGAIN = timedelta(minutes=1)
+"""When a battery or a sensor that forbade work is next expected to allow it."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the machine is like.
+
+    Attributes:
+        now: Its local time.
+        battery_percent: Charge, on battery power; None if it is plugged in or has no battery.
+        temperature_c: Of the hottest sensor; None if there is none.
+    """
+
+    now: datetime
+    battery_percent: float | None = None
+    temperature_c: float | None = None
+
+
+@dataclass(frozen=True)
+class Forbidden:
+    """Why nothing is done now: a sentence that may be told to the server, and when to look again."""
+
+    told: str
+    until: datetime
+
+
+def forbidden(policy: Policy, here: Conditions) -> Forbidden | None:
+    """Returns why a policy allows no work under some conditions, if it does not."""
+    rules = policy.times
+    if rules.hours is not None and (opens := opens_at(rules.hours, here.now)) > here.now:
+        return Forbidden("its owner allows no work at this hour", opens)
+    least, hottest = rules.min_battery_percent, rules.max_temperature_c
+    later = here.now + SENSORS_AGAIN
+    if least is not None and here.battery_percent is not None and here.battery_percent < least:
+        return Forbidden("its battery is below what its owner wants", later)
+    if hottest is not None and here.temperature_c is not None and here.temperature_c > hottest:
+        return Forbidden("it is hotter than its owner wants", later)
+    return None
+
+
+def conditions() -> Conditions:
+    """Looks at this machine."""
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    percent = None if battery is None or battery.power_plugged else float(battery.percent)
+    return Conditions(datetime.now(), percent, max(temperatures().values(), default=None))
+
+
+def temperatures() -> dict[str, float]:
+    """Returns the sensors of this machine by name, in degrees Celsius; none where the system shows none."""
+    sensors = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    return {
+        f"{chip}/{sensor.label or number}": float(sensor.current)
+        for chip, several in sensors.items()
+        for number, sensor in enumerate(several)
+    }
+
+
+class Limits:
+    """What a policy says about now, asked before work is taken and while it is done.
+
+    Args:
+        policy: The policy.
+        ledger: What left already.
+        log: Where waiting is said.
+    """
+
+    def __init__(self, policy: Policy, ledger: Ledger, log: Log) -> None:
+        self._policy = policy
+        self._ledger = ledger
+        self._log = log
+
+    def against(self, more_bytes: int = 0) -> Forbidden | None:
+        """Returns why nothing may be done now, or not what would send `more_bytes`."""
+        return forbidden(self._policy, conditions()) or self._over_budget(more_bytes)
+
+    def _over_budget(self, more_bytes: int) -> Forbidden | None:
+        most = self._policy.transfer.max_bytes_a_day
+        if most is None or self._ledger.left_since(datetime.now(UTC) - DAY) + more_bytes <= most:
+            return None
+        free = self._ledger.falls_below(max(most - more_bytes, 0), datetime.now(UTC))
+        return Forbidden("the bytes that its owner allows a day are used up", free.astimezone().replace(tzinfo=None))
+
+    async def permit(self, more_bytes: int = 0) -> None:
+        """Waits until work is allowed that would send so many bytes, and says so once."""
+        await self._rest(lambda: self.against(more_bytes))
+
+    async def permit_upload(self, more_bytes: int) -> None:
+        """Waits until so many bytes may be sent, at whatever hour: the work is done."""
+        await self._rest(lambda: self._over_budget(more_bytes))
+
+    async def _rest(self, against: Callable[[], Forbidden | None]) -> None:
+        said = ""
+        while (stop := against()) is not None:
+            if stop.told != said:
+                said = stop.told
+                self._log.info("resting, as the policy wants", reason=said, until=stop.until.isoformat(" ", "minutes"))
+            await asyncio.sleep(LOOK_S)
+        if said:
+            self._log.info("working again")
+
+    async def while_permitted(self, work: Coroutine[Any, Any, T]) -> T:
+        """Does work; leaves it once the policy no longer allows it.
+
+        Raises:
+            RefusedByPolicy: If it was left.
+        """
+        working, watching = asyncio.create_task(work), asyncio.create_task(self._watch())
+        try:
+            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+            return await (working if working.done() else watching)
+        finally:
+            for task in (working, watching):
+                task.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _watch(self) -> NoReturn:
+        while True:
+            if (stop := forbidden(self._policy, conditions())) is not None:
+                raise RefusedByPolicy(stop.told)
+            await asyncio.sleep(LOOK_S)
