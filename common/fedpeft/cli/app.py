@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from fedpeft import __version__
-from fedpeft.cli import clients, console, demo, output, params, partition, runs, simulate, versions
+from fedpeft.cli import clients, console, demo, output, params, partition, runs, simulate, top, versions
 from fedpeft.cli.exits import IN_HELP, code_of
 from fedpeft.cli.session import DEFAULT_SERVER, Session, session_of
 from fedpeft.errors import FedpeftError
@@ -59,6 +59,7 @@ def globals_(
 app.add_typer(runs.app, name="run")
 app.add_typer(clients.app, name="client")
 app.command("console", epilog=console.EXAMPLE)(console.console)
+app.command("top", epilog=top.EXAMPLE)(top.top)
 app.command("params", epilog=params.EXAMPLE)(params.params)
 app.command("partition", epilog=partition.EXAMPLE)(partition.partition)
 app.command("simulate", epilog=simulate.EXAMPLE)(simulate.simulate)

@@ -1,0 +1,40 @@
+"""`fedpeft top`: runs, the round in progress and the clients at a glance, live."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedpeft.cli import output
+from fedpeft.cli.session import require, run_async, session_of
+from fedpeft.errors import SettingsInvalid
+
+if TYPE_CHECKING:
+    from fedpeft.operator_client import OperatorClient
+
+EXAMPLE = "Example: fedpeft --server 127.0.0.1:7070 top (the keys stand at the bottom; q leaves, the run goes on)"
+
+
+def top(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="ID", help="The run to begin with; the newest if absent.")] = "",
+) -> None:
+    """Watch all runs and clients on a full screen; pause, resume and stop runs there."""
+    if not output.is_terminal():
+        raise SettingsInvalid("fedpeft top needs a terminal; for scripts there is: fedpeft run watch ID --json")
+    require("top", "textual")
+    session = session_of(context)
+    run_async(_looked(session.client(), run))
+    from fedpeft.top.app import TopApp
+
+    TopApp(session.client, session.server, run=run).run()
+
+
+async def _looked(client: OperatorClient, run: str) -> None:
+    """Finds a wrong address or run before the screen is taken."""
+    async with client as server:
+        if run:
+            await server.run(run)
+        else:
+            await server.runs()
