@@ -25,7 +25,10 @@ class Command:
         return main
 
 
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {
+    "enroll": Command("fedpeft_client.enroll", "make this site's key and get its certificate, for a token"),
+    "ledger": Command("fedpeft_client.ledger_command", "show what left this device, when, and how many bytes"),
+}
 """By the word that stands first on the command line."""
 
 

@@ -6,16 +6,26 @@ from enum import IntEnum
 
 from fedpeft.errors import (
     BackboneMismatch,
+    CertificateExpired,
+    CertificateInvalid,
+    CertificateMissing,
+    CertificateRevoked,
     ClientIdInUse,
     ClientIdInvalid,
     ConfigInvalid,
     DataInvalid,
+    FedpeftError,
+    IdentityInvalid,
     ModelInvalid,
     NotRegistered,
     ProtocolMismatch,
     RefusedByPolicy,
+    RoleMayNot,
     SettingsInvalid,
     SpecInvalid,
+    TokenExpired,
+    TokenUnknown,
+    TokenUsed,
     Unavailable,
 )
 from fedpeft_client.patience import NOT_NOW
@@ -23,7 +33,19 @@ from fedpeft_client.patience import NOT_NOW
 UNFIT = (BackboneMismatch, ConfigInvalid, DataInvalid, ModelInvalid, SpecInvalid)
 """Errors that say that this site cannot work for a run until someone changes something."""
 
-NOT_ABOUT_THE_TASK = (ClientIdInUse, ClientIdInvalid, NotRegistered, ProtocolMismatch, *NOT_NOW)
+NOT_LET_IN = (
+    CertificateExpired,
+    CertificateInvalid,
+    CertificateMissing,
+    CertificateRevoked,
+    RoleMayNot,
+    TokenExpired,
+    TokenUnknown,
+    TokenUsed,
+)
+"""Errors that say that the server does not know this client, or not any more; its operator can change that."""
+
+NOT_ABOUT_THE_TASK = (ClientIdInUse, ClientIdInvalid, NotRegistered, ProtocolMismatch, *NOT_LET_IN, *NOT_NOW)
 """Errors that concern this client as a whole, whatever it was about to do."""
 
 
@@ -35,12 +57,17 @@ class Exit(IntEnum):
     USAGE = 2
     UNREACHABLE = 3
     UNFIT = 4
+    NOT_LET_IN = 5
+
+
+_CODES: tuple[tuple[tuple[type[FedpeftError], ...], Exit], ...] = (
+    ((IdentityInvalid, SettingsInvalid), Exit.USAGE),
+    ((Unavailable,), Exit.UNREACHABLE),
+    ((*UNFIT, RefusedByPolicy), Exit.UNFIT),
+    (NOT_LET_IN, Exit.NOT_LET_IN),
+)
 
 
 def exit_code(error: BaseException) -> Exit:
     """Returns the exit code for an error that ends the process."""
-    if isinstance(error, SettingsInvalid):
-        return Exit.USAGE
-    if isinstance(error, Unavailable):
-        return Exit.UNREACHABLE
-    return Exit.UNFIT if isinstance(error, (*UNFIT, RefusedByPolicy)) else Exit.FAILED
+    return next((code for classes, code in _CODES if isinstance(error, classes)), Exit.FAILED)

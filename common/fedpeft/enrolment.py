@@ -1,0 +1,145 @@
+"""Enrolment and renewal, the calling side: a key made here, a certificate for it from the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from shutil import rmtree
+from typing import TypeVar
+
+import grpc
+from cryptography import x509
+
+from fedpeft import durable
+from fedpeft.addresses import Address
+from fedpeft.connection import open_unnamed
+from fedpeft.errors import IdentityInvalid, Internal, ServerUnreachable, Unavailable
+from fedpeft.identity import certificates, diagnosis, folder, keys, requests
+from fedpeft.identity.diagnosis import Trust
+from fedpeft.identity.folder import Identity
+from fedpeft.identity.keys import PrivateKey
+from fedpeft.identity.token import EnrollmentToken
+from fedpeft.status import from_rpc_error
+from fedpeft.v1 import access_service_pb2 as pb
+from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
+
+ANSWER_S = 15.0
+"""Longest wait for an answer."""
+ATTEMPTS = 3
+PAUSE_S = 0.5
+"""Pause before the second attempt; doubled before the third."""
+
+T = TypeVar("T")
+
+
+async def enroll(token: EnrollmentToken, into: Path, *, replace: bool = False) -> Identity:
+    """Gets a certificate for a token and writes an identity folder.
+
+    May be repeated after whatever broke it: the key that was made stays, so the token still works.
+
+    Args:
+        token: What the operator gave.
+        into: The folder.
+        replace: Whether somebody who is enrolled there is replaced, and by a new key.
+
+    Raises:
+        IdentityInvalid: If somebody is enrolled there already.
+        Unauthenticated: If the server does not take the token.
+        ServerUnreachable: With the reason.
+        StateInvalid: If the folder cannot be written.
+    """
+    if folder.exists(into) and not replace:
+        raise IdentityInvalid(f"{into} is enrolled already, {described(into)}; --replace enrolls it anew")
+    aside = into.with_name(f"{into.name}.next") if folder.exists(into) else into
+    key = folder.take_key(aside)
+    answer = await _ask(token, key)
+    chain = _checked(answer.certificate, key)
+    server = _address(answer.server or token.server)
+    if aside != into:
+        with durable.refusals(f"writing {into}"):
+            durable.write(folder.key_path(into), keys.to_pem(key))
+    folder.write(into, server, [token.authority], chain)
+    if aside != into:
+        rmtree(aside)
+    return Identity.load(into)
+
+
+async def renewed(identity: Identity, renew: Callable[[pb.RenewRequest], Awaitable[pb.RenewResponse]]) -> Identity:
+    """Returns an identity with the next certificate for its key, once it is written.
+
+    Args:
+        identity: Who asks.
+        renew: Makes the call, with that identity.
+
+    Raises:
+        FedpeftError: What the call raises; StateInvalid if the certificate cannot be written.
+    """
+    answer = await renew(pb.RenewRequest(signing_request=requests.make(identity.key)))
+    chain = _checked(answer.certificate, identity.key)
+    if certificates.subject(chain[0]) != identity.subject:
+        raise Internal(f"the server renewed the certificate of {identity.subject} for another; nothing was written")
+    folder.write_certificate(identity.folder, chain)
+    return Identity.load(identity.folder)
+
+
+def described(where: Path) -> str:
+    """Says who is enrolled in a folder and until when, or why that cannot be told."""
+    try:
+        certificate = certificates.load(folder.certificate_path(where))[0]
+        end = certificate.not_valid_after_utc
+        return f"as {certificates.subject(certificate)} until {end:%Y-%m-%d %H:%M} UTC"
+    except IdentityInvalid as error:
+        return f"though not in a way that can be used ({error.message})"
+
+
+async def _ask(token: EnrollmentToken, key: PrivateKey) -> pb.EnrollResponse:
+    request = pb.EnrollRequest(
+        secret=token.secret, signing_request=requests.make(key), software=f"fedpeft {version('fedpeft')}"
+    )
+    async with open_unnamed(_address(token.enrollment), [token.authority]) as channel:
+        stub = pb_grpc.AccessServiceStub(channel)
+        pause_s = PAUSE_S
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                return await stub.Enroll(request, timeout=ANSWER_S)
+            except grpc.aio.AioRpcError as error:
+                late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                fault = (
+                    ServerUnreachable(f"{token.enrollment} did not answer in time") if late else from_rpc_error(error)
+                )
+            if late or not left or not isinstance(fault, Unavailable):
+                break
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
+    if isinstance(fault, ServerUnreachable):
+        found = await diagnosis.explain(token.enrollment, Trust((token.authority,)))
+        raise ServerUnreachable(found or fault.message)
+    raise fault
+
+
+def _address(text: str) -> str:
+    try:
+        return str(Address.parse(text))
+    except ValueError as error:
+        raise IdentityInvalid(f"the enrolment token or the server names an address that is none: {error}") from None
+
+
+def _checked(pem: bytes, key: PrivateKey) -> list[x509.Certificate]:
+    """Returns the certificates that the server sent, the first of which is for the key and valid now.
+
+    Raises:
+        Internal: If they are not; the server is at fault.
+        IdentityInvalid: If the clock here is wrong.
+    """
+    try:
+        chain = certificates.parse(pem)
+        certificates.subject(chain[0])
+    except IdentityInvalid as error:
+        raise Internal(f"the server sent a certificate that cannot be used: {error.message}") from None
+    if chain[0].public_key() != key.public_key():
+        raise Internal("the server sent a certificate for another key; nothing was written")
+    certificates.check_time(chain[0], datetime.now(UTC))
+    return chain

@@ -1,0 +1,121 @@
+"""`fedpeft-client enroll` as people start it, against an AccessService on real TLS sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from fedpeft.identity.authority import Authority
+from fedpeft.identity.folder import Identity
+from fedpeft.identity.subject import Role
+from fedpeft.identity.token import EnrollmentToken
+
+from ..common.access_double import Double, serving
+
+
+@pytest.fixture
+async def double() -> AsyncIterator[Double]:
+    async with serving(Double()) as made:
+        yield made
+
+
+async def begun(*arguments: str, stdin: int | None = asyncio.subprocess.PIPE) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "fedpeft_client", "enroll", *arguments),
+        stdin=stdin,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def ended(*arguments: str, stdin: str = "") -> tuple[int | None, str, str]:
+    process = await begun(*arguments)
+    out, err = await process.communicate(stdin.encode())
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.mark.parametrize("form", ["line", "-", "@FILE"])
+async def test_a_site_is_enrolled(double: Double, tmp_path: Path, form: str) -> None:
+    line, state = double.token("hospital-a").encode(), tmp_path / "state"
+    (tmp_path / "token").write_text(f"  {line}\n")
+    argument = {"line": line, "-": "-", "@FILE": f"@{tmp_path / 'token'}"}[form]
+    code, out, err = await ended(argument, "--state-dir", str(state), stdin=f"{line}\n" if form == "-" else "")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"enrolled as client hospital-a at {double.server} until ")
+    assert f"  fedpeft-client --state-dir {state} --data PATH\n" in out
+    assert Identity.load(state / "identity").subject.name == "hospital-a"
+
+
+async def test_what_comes_next_depends_on_the_role(double: Double, tmp_path: Path) -> None:
+    for role, said in (
+        (Role.EVALUATOR, "--data PATH --evaluate"),
+        (Role.OPERATOR, "for the commands of an operator; next:\n  fedpeft --identity"),
+    ):
+        (tmp_path / "token").write_text(double.token("x", role).encode())
+        code, out, _ = await ended(f"@{tmp_path / 'token'}", "--state-dir", str(tmp_path / role))
+        assert code == 0
+        assert said in out
+
+
+async def test_no_command_line_has_the_token(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        token = EnrollmentToken.make(address, address, Authority.make("a federation").certificate)
+        process = await begun(token.encode(), "--state-dir", str(tmp_path / "state"))
+        silent.settimeout(30)
+        caller, _ = await asyncio.to_thread(silent.accept)  # it is well under way, and waits for the server
+        with caller:
+            line = await asyncio.to_thread(Path(f"/proc/{process.pid}/cmdline").read_text)
+            environment = await asyncio.to_thread(Path(f"/proc/{process.pid}/environ").read_text)
+        process.kill()
+        out, err = await process.communicate()
+    words = line.rstrip("\0").split("\0")
+    assert words[1:] == ["-m", "fedpeft_client", "enroll", "-", "--state-dir", str(tmp_path / "state")]
+    secret = token.encode().split(".")[4]
+    assert secret not in line + environment + out.decode() + err.decode()
+
+
+async def test_a_terminal_is_asked_and_shows_nothing(double: Double, tmp_path: Path) -> None:
+    line = double.token().encode()
+    ours, theirs = pty.openpty()
+    process = await begun("-", "--state-dir", str(tmp_path / "state"), stdin=theirs)
+    assert process.stderr is not None
+    assert await process.stderr.readuntil(b"shown): ") == b"token (it is not shown): "
+    os.write(ours, line.encode() + b"\n")
+    async with asyncio.timeout(60):
+        out, err = await process.communicate()
+    assert process.returncode == 0, err
+    assert line not in out.decode() + err.decode()
+    os.close(ours)
+    os.close(theirs)
+
+
+async def test_wrong_tokens(double: Double, tmp_path: Path) -> None:
+    state, line = ["--state-dir", str(tmp_path / "state")], double.token().encode()
+    for text, said, status in (
+        ("nonsense", "this is not an enrolment token of this version", 2),
+        (line[:-3], "is damaged, cut short perhaps; copy the whole line again", 2),
+        (line[:200], "is damaged, cut short perhaps; copy the whole line again", 2),
+        ("x" * 100_000, "this is not an enrolment token of this version", 2),
+    ):
+        code, out, err = await ended("-", *state, stdin=text)
+        assert (code, out) == (status, "")
+        assert said in err and err.count("\n") == 1 and err.startswith("fedpeft-client: ")
+        assert text not in err
+    code, _, err = await ended("@/nowhere", *state)
+    assert code == 2 and "the token cannot be read from /nowhere: No such file" in err
+    unknown = EnrollmentToken.make(double.server, double.enrollment, double.authority.certificate).encode()
+    code, _, err = await ended("-", *state, stdin=unknown)
+    assert code == 5 and "no token has this secret" in err
+
+
+async def test_a_state_directory_is_needed(double: Double) -> None:
+    code, _, err = await ended("-", stdin=double.token().encode())
+    assert code == 2 and err == "fedpeft-client: --state-dir is missing (or FEDPEFT_CLIENT_STATE_DIR)\n"
