@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import grpc
@@ -21,14 +22,19 @@ from fedpeft import __version__
 from fedpeft.addresses import Address
 from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid
 from fedpeft.v1 import (
+    access_service_pb2,
+    access_service_pb2_grpc,
     federation_service_pb2,
     federation_service_pb2_grpc,
     operator_service_pb2,
     operator_service_pb2_grpc,
 )
 from fedpeft.wire import MESSAGE_LIMIT_BYTES
+from fedpeft_server.access.admission import Admission
+from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.runs import Runs
+from fedpeft_server.rpc.access import Access, Addresses
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.federation import Federation
 from fedpeft_server.rpc.interceptors import Gate
@@ -36,6 +42,7 @@ from fedpeft_server.rpc.operator import Operator
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.rpc.uploads import Uploads
 from fedpeft_server.settings import Settings
+from fedpeft_server.store.rows import Deed
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
 
@@ -44,7 +51,11 @@ log = structlog.get_logger()
 BOOK_S = 5.0
 """How often traffic and presence are written to the database between rounds."""
 
+LOOK_S = 60.0
+"""How often the server's certificate is looked at."""
+
 SERVICES = (
+    access_service_pb2.DESCRIPTOR.services_by_name["AccessService"].full_name,
     federation_service_pb2.DESCRIPTOR.services_by_name["FederationService"].full_name,
     operator_service_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
@@ -77,13 +88,16 @@ class Server:
         self.store = Store(settings.data_dir, settings.database, settings.blobs, keep_updates=settings.keep_updates)
         self.callers = Callers(await self.store.call(self.store.db.clients), settings.max_clients)
         self.runs = Runs(self.store, self.ledger, self.metrics)
+        self.certificates = ServerCertificates.of(settings.certificates)
+        self.admission = await self._admission()
         self.rpc = self._grpc_server()
         self._bind()
         if settings.metrics:
             where = Address.parse(settings.metrics, free=True)
             self.exporter, _ = self.metrics.serve(where.host, where.port)
         await self.runs.start()
-        self._booking = asyncio.create_task(self._book())
+        await self.store.call(self.store.db.transactions.write, Deed("server", "server.started", __version__))
+        self._keeping = [asyncio.create_task(self._book()), asyncio.create_task(self._keep_certificates())]
 
     async def serve(self) -> None:
         """Answers calls until somebody says stop."""
@@ -93,6 +107,8 @@ class Server:
             "serving",
             version=__version__,
             listen=self.settings.listen,
+            security="TLS 1.3" if self.certificates else "none",
+            enroll=self.settings.enroll_address if self._enrolls else "nowhere",
             metrics=self.settings.metrics,
             data=str(self.settings.data_dir),
             runs=len(self.runs.all()),
@@ -107,7 +123,8 @@ class Server:
         await self.rpc.stop(self.settings.drain_s)
         await self.uploads.close()
         await self.runs.close()
-        self._booking.cancel()
+        for keeping in self._keeping:
+            keeping.cancel()
         await self._write_books()
         self.store.close()
         if self.settings.metrics:
@@ -122,9 +139,11 @@ class Server:
             self.runs, self.store, self.callers, self.uploads, Turns(limit), self.ledger, self.metrics
         )
         operator = Operator(self.runs, self.store, self.callers, self.uploads, self.ledger)
+        life = timedelta(seconds=self.settings.certificate_life_s)
+        access = Access(self.store, self.admission, self.runs, self.certificates, self._addresses, life)
         self.health = health.aio.HealthServicer()
         server = grpc.aio.server(
-            interceptors=[Gate(self.metrics, self.ledger)],
+            interceptors=[Gate(self.admission, self.metrics, self.ledger)],
             options=[
                 ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
                 ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
@@ -137,20 +156,57 @@ class Server:
         )
         federation_service_pb2_grpc.add_FederationServiceServicer_to_server(federation, server)
         operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
+        access_service_pb2_grpc.add_AccessServiceServicer_to_server(access, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 
+    async def _admission(self) -> Admission:
+        """Returns what decides over calls, with what the database knows."""
+        own = self.certificates
+        issuer = own.authority.certificate.subject.rfc4514_string() if own and own.authority else ""
+        known = await self.store.call(self.store.db.identities.after, ("", ""))
+        return Admission(self.store, known, secured=own is not None, issuer=issuer)
+
     def _bind(self) -> None:
-        listen = self.settings.listen
-        if not Address.parse(listen, free=True).is_loopback:
-            log.warning("serving plain text beyond this machine, as --insecure says", listen=listen)
+        """Takes the ports: one, and with an authority a second one where devices enroll."""
+        settings, own = self.settings, self.certificates
+        if own is None and not Address.parse(settings.listen, free=True).is_loopback:
+            log.warning("serving plain text beyond this machine, as --insecure says", listen=settings.listen)
+        self._port = self._take(settings.listen, "--listen", own.credentials(ask=True) if own else None)
+        self._enrolls = own is not None and own.authority is not None
+        if own and self._enrolls:
+            self._enroll_port = self._take(settings.enroll_address, "--enroll", own.credentials(ask=False))
+
+    def _take(self, address: str, flag: str, credentials: grpc.ServerCredentials | None) -> int:
         try:
-            bound = self.rpc.add_insecure_port(listen)
+            add = self.rpc.add_secure_port
+            bound = add(address, credentials) if credentials else self.rpc.add_insecure_port(address)
         except RuntimeError:
             bound = 0
         if not bound:
-            raise SettingsInvalid(f"--listen {listen}: the port is in use or the address is not this machine's")
+            raise SettingsInvalid(f"{flag} {address}: the port is in use or the address is not this machine's")
+        return bound
+
+    def _addresses(self) -> Addresses:
+        """Returns where the server is reached, for enrolment tokens."""
+        host = self.certificates.hosts[0] if self.certificates else Address.parse(self.settings.listen, free=True).host
+        server = self.settings.advertise or str(Address(host, self._port))
+        enroll = self.settings.advertise_enroll or str(Address(Address.parse(server).host, self._enroll_port))
+        return Addresses(server, enroll)
+
+    async def _keep_certificates(self) -> None:
+        """Renews the server's certificate in time, or takes up what others wrote, and shows when it ends."""
+        own = self.certificates
+        while own:
+            try:
+                if await self.store.compute(own.refresh):
+                    log.info("the server's certificate was replaced", ends=str(own.certificate.not_valid_after_utc))
+            except FedpeftError as error:
+                log.error("the server's certificate could not be replaced", message=error.message)
+            self.metrics.certificate_expires("server", own.certificate.not_valid_after_utc.timestamp())
+            self.metrics.certificate_expires("authority", own.trusted[0].not_valid_after_utc.timestamp())
+            await asyncio.sleep(LOOK_S)
 
     async def _book(self) -> None:
         while True:

@@ -15,6 +15,7 @@ from pydantic_settings import SettingsConfigDict
 from fedpeft.addresses import Address
 from fedpeft.logs import Level, LogFormat
 from fedpeft.settings import ProcessSettings
+from fedpeft_server.files import Files
 
 TURN_S = 10.0
 """How long a transfer is served before it gives way to others that wait."""
@@ -39,6 +40,24 @@ class Settings(ProcessSettings):
     blobs: str = Field(
         "", description="Where adapter versions are kept: folder, s3://, gs:// or az://; empty: data folder."
     )
+    identity: Path | None = Field(
+        None,
+        description="Folder of the server's certificates, as fedpeft-server init makes it; absent: identity in the "
+        "data folder. Without certificates plain text is served, on a loopback address only.",
+    )
+    enroll: str = Field(
+        "", description="HOST:PORT that devices enroll at; empty: the port after that of --listen, on the same host."
+    )
+    advertise: str = Field(
+        "", description="HOST:PORT under which clients reach --listen; empty: its port on the certificate's first host."
+    )
+    advertise_enroll: str = Field(
+        "", description="HOST:PORT under which devices reach --enroll; empty: as --advertise."
+    )
+    certificate_life_s: Annotated[int, Field(ge=4, le=31_536_000)] = Field(
+        7 * 86_400,
+        description="Seconds that the certificates of clients and evaluators are valid; they renew half-way.",
+    )
     insecure: bool = Field(
         False, description="Serve plain text beyond the loopback interface. Say it only behind a wall."
     )
@@ -56,18 +75,45 @@ class Settings(ProcessSettings):
     log_format: LogFormat = Field("auto", description="auto: console on a terminal, else JSON.")
     log_level: Level = Field("info", description="Least severity logged.")
 
-    @field_validator("listen", "metrics")
+    @property
+    def certificates(self) -> Path:
+        """The folder of the server's certificates, whether there are any or not."""
+        return self.identity or self.data_dir / "identity"
+
+    @property
+    def enroll_address(self) -> str:
+        """HOST:PORT that devices enroll at."""
+        listen = Address.parse(self.listen, free=True)
+        return self.enroll or str(Address(listen.host, listen.port + 1 if listen.port else 0))
+
+    @field_validator("listen", "metrics", "enroll")
     @classmethod
     def _address(cls, value: str) -> str:
         if value:
             Address.parse(value, free=True)
         return value
 
+    @field_validator("advertise", "advertise_enroll")
+    @classmethod
+    def _advertised(cls, value: str) -> str:
+        return str(Address.parse(value)) if value else value
+
     @model_validator(mode="after")
-    def _loopback_or_insecure(self) -> Self:
-        if not self.insecure and not Address.parse(self.listen, free=True).is_loopback:
+    def _certificates_or_plain(self) -> Self:
+        secured = Files(self.certificates).exist()
+        if self.identity and not secured:
+            raise ValueError(
+                f"--identity {self.identity} has no server.pem; `fedpeft-server init` makes such a folder, and "
+                "docs/security.md says what is in one of your own"
+            )
+        if secured and self.insecure:
+            raise ValueError(
+                f"--insecure would serve plain text, and there are certificates in {self.certificates}; leave out the "
+                "one or move the others away"
+            )
+        if not (secured or self.insecure or Address.parse(self.listen, free=True).is_loopback):
             raise ValueError(
                 f"--listen {self.listen} is not a loopback address and would serve plain text to the network; "
-                "listen on 127.0.0.1, or say --insecure"
+                "`fedpeft-server init` makes certificates, or listen on 127.0.0.1, or say --insecure"
             )
         return self

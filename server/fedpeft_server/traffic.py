@@ -12,31 +12,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import cast
 
+from fedpeft_server.call import CALL, Call, Direction, Key
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.rows import Traffic
 from fedpeft_server.store.store import Store
-
-Direction = Literal["up", "down"]
-Key = tuple[str, int, str]
-"""(run, round number, client)."""
-
-
-@dataclass
-class Call:
-    """One RPC in progress: who calls, and where its bytes belong once that is known."""
-
-    method: str
-    client: str = ""
-    key: Key | None = None
-    training: bool = True
-    unbooked: dict[Direction, int] = field(default_factory=lambda: {"up": 0, "down": 0})
-
-
-CALL: ContextVar[Call] = ContextVar("call")
 
 
 class Ledger:

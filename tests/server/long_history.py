@@ -26,7 +26,7 @@ def write_run(folder: Path, run: str, rounds: int, clients: int, *, state: RunSt
     database.create_run(row, VersionRow(run, 0, "0" * 64, 1, "", 1.0))
     names = [f"client-{i:05}" for i in range(clients)]
     keys = [(number, client, ticket_id(run, number, client)) for number in range(1, rounds + 1) for client in names]
-    with database._engine.begin() as connection:
+    with database.transactions.begin() as connection:
         connection.execute(insert(tables.rounds), [_round(run, number) for number in range(1, rounds + 1)])
         connection.execute(insert(tables.versions), [_version(run, number) for number in range(1, rounds + 1)])
         connection.execute(insert(tables.tickets), [_ticket(run, *key, 1 / clients) for key in keys])

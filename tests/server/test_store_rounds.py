@@ -128,7 +128,7 @@ def test_a_receipt_writes_the_tickets_that_changed_and_no_others(sqlite_url: str
     database.create_run(run_row(), version_row(0))
     state = opened(clients=3000)
     database.save_round(state)
-    raw = database._engine.raw_connection().driver_connection
+    raw = database.transactions.engine.raw_connection().driver_connection
     assert isinstance(raw, sqlite3.Connection)
     before = raw.total_changes
     database.receive(after_receipt(state), update_row(state.tickets[0].id))

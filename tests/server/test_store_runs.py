@@ -57,7 +57,7 @@ class TestRuns:
             with_run.put_evaluation(run, 0, "judge", "test", {"accuracy": 0.5}, 1.0)
         with_run.delete_run(RUN)
         assert [r.id for r in with_run.runs()] == ["run-2"]
-        with with_run._engine.connect() as connection:
+        with with_run.transactions.engine.connect() as connection:
             for table in (tables.versions, tables.rounds, tables.tickets, tables.traffic, tables.evaluations):
                 assert set(connection.execute(select(table.c.run)).scalars()) == {"run-2"}
             assert len(connection.execute(select(tables.updates)).all()) == 1

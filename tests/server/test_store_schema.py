@@ -83,12 +83,12 @@ class TestFaults:
     def test_a_full_disk(self, sqlite_url: str) -> None:
         database = Database.open(sqlite_url)
         database.create_run(run_row(), version_row(0))
-        with database._engine.connect() as connection:
+        with database.transactions.engine.connect() as connection:
             connection.execute(text("PRAGMA max_page_count = 1"))
             connection.rollback()
         with pytest.raises(DiskFull, match="no room"):
             database.save_round(opened(clients=2000))
-        with database._engine.connect() as connection:
+        with database.transactions.engine.connect() as connection:
             connection.execute(text("PRAGMA max_page_count = 100000"))
             connection.rollback()
         database.save_round(opened(clients=2000))
@@ -96,7 +96,7 @@ class TestFaults:
 
     def test_a_lock_held_elsewhere(self, tmp_path: Path, sqlite_url: str) -> None:
         database = Database.open(sqlite_url)
-        with database._engine.connect() as connection:
+        with database.transactions.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA busy_timeout = 50")
             connection.rollback()
         other = sqlite3.connect(tmp_path / "server.db", isolation_level=None)

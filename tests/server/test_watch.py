@@ -118,7 +118,7 @@ class Work:
 
     def __init__(self, daemon: Daemon) -> None:
         self.steps = 0
-        connection = daemon.server.store.db._engine.raw_connection().driver_connection
+        connection = daemon.server.store.db.transactions.engine.raw_connection().driver_connection
         assert isinstance(connection, sqlite3.Connection)
         connection.set_progress_handler(self._step, 100)
 

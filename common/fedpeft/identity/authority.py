@@ -62,10 +62,10 @@ class Authority:
         )
         return cls(builder.sign(key, hashes.SHA256()), key)
 
-    def issue(self, subject: Subject, key: PublicKey, life: timedelta) -> x509.Certificate:
-        """Returns a certificate with which `subject` can call the server."""
+    def issue(self, subject: Subject, key: PublicKey, life: timedelta, at: datetime | None = None) -> x509.Certificate:
+        """Returns a certificate with which `subject` can call the server; `at` is when it is issued, now if absent."""
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(subject.id)])
-        return self._sign(subject.name, names, ExtendedKeyUsageOID.CLIENT_AUTH, key, life)
+        return self._sign(subject.name, names, ExtendedKeyUsageOID.CLIENT_AUTH, key, life, at)
 
     def issue_server(self, hosts: Sequence[str], key: PublicKey, life: timedelta) -> x509.Certificate:
         """Returns a certificate for the server.
@@ -90,9 +90,10 @@ class Authority:
         purpose: x509.ObjectIdentifier,
         key: PublicKey,
         life: timedelta,
+        at: datetime | None = None,
     ) -> x509.Certificate:
         builder = (
-            _begin(_common_name(name), self.certificate.subject, key, life)
+            _begin(_common_name(name), self.certificate.subject, key, life, at)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(authority=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
@@ -103,8 +104,15 @@ class Authority:
         return builder.sign(self.key, hashes.SHA256())
 
 
-def _begin(subject: x509.Name, issuer: x509.Name, key: PublicKey, life: timedelta) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
+def issued_at(certificate: x509.Certificate) -> datetime:
+    """Returns when an authority of this class issued a certificate, to the second."""
+    return certificate.not_valid_before_utc + SKEW
+
+
+def _begin(
+    subject: x509.Name, issuer: x509.Name, key: PublicKey, life: timedelta, at: datetime | None = None
+) -> x509.CertificateBuilder:
+    now = at or datetime.now(UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

@@ -15,20 +15,26 @@ from dataclasses import replace
 import structlog
 
 from fedpeft import rounds
+from fedpeft.audit import Detail
 from fedpeft.errors import DiskFull, FedpeftError, RoundClosed, RunFinished, TicketNotFound
+from fedpeft.identity.subject import Role
 from fedpeft.rounds import Phase, Round, TicketState
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds import gauges
 from fedpeft_server.rounds.aggregation import Result, aggregate
 from fedpeft_server.rounds.lobby import Lobby
 from fedpeft_server.rounds.unbroken import Steps, unbroken
-from fedpeft_server.store.rows import RunRow, RunState, UpdateRow
+from fedpeft_server.store.rows import Deed, RunRow, RunState, UpdateRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
 
 log = structlog.get_logger()
 
 ACTIVE = (RunState.RUNNING, RunState.PAUSED)
+
+SERVER = "server"
+"""The actor of what nobody asked for."""
+_NOW = {RunState.PAUSED: "paused", RunState.RUNNING: "resumed", RunState.STOPPED: "stopped"}
 
 AGAIN_S = 5.0
 """A deadline whose transition could not be written is tried again after this pause."""
@@ -140,45 +146,46 @@ class RunEngine:
         self._metrics.updates.labels(self.run.id, "refused").inc()
         self._log.warning("update refused", client=ticket.client, reason=error.reason, message=error.message)
         with suppress(TicketNotFound):  # its round is over, and with it the ticket
-            await self._advance(rounds.Refused(ticket.id, f"{error.reason}: {error.message}"))
+            words = f"{error.reason}: {error.message}"
+            await self._advance(rounds.Refused(ticket.id, words), self._of(ticket, "update.refused", words))
 
     @unbroken
-    async def withdraw(self, ticket: str, reason: str) -> TicketState:
+    async def withdraw(self, ticket: rounds.Ticket, reason: str) -> TicketState:
         """Closes a ticket that its client gives up; returns its state now.
 
         Raises:
             TicketNotFound: If its round is over.
         """
-        await self._advance(rounds.Withdrawn(ticket, reason))
-        self._log.info("ticket withdrawn", client=self.round.ticket(ticket).client, reason=reason)
-        return self.round.ticket(ticket).state
+        await self._advance(rounds.Withdrawn(ticket.id, reason), self._of(ticket, "ticket.withdrawn", reason))
+        self._log.info("ticket withdrawn", client=ticket.client, reason=reason)
+        return self.round.ticket(ticket.id).state
 
     @unbroken
-    async def pause(self, reason: str) -> None:
-        """Lets no new round open."""
+    async def pause(self, reason: str, by: str) -> None:
+        """Lets no new round open; `by` is who asked for it."""
         async with self._lock:
             self._refuse_if_finished()
-            await self._set_run(RunState.PAUSED, reason or "paused by the operator")
+            await self._set_run(RunState.PAUSED, reason or "paused by the operator", by=by)
 
     @unbroken
-    async def resume(self) -> None:
-        """Lets rounds open again; a round out of extensions gets a fresh deadline."""
+    async def resume(self, by: str) -> None:
+        """Lets rounds open again, a round out of extensions with a fresh deadline; `by` is who asked for it."""
         async with self._lock:
             self._refuse_if_finished()
             new, _ = rounds.advance(self.round, rounds.Resumed(), self.run.config.rounds, time.time())
-            await self._set_run(RunState.RUNNING, "", new)
+            await self._set_run(RunState.RUNNING, "", new, by=by)
             if new.phase is Phase.AGGREGATING:
                 self._fold()
 
     @unbroken
-    async def stop(self, reason: str) -> None:
-        """Ends the run for good; an aggregation in progress is let go."""
+    async def stop(self, reason: str, by: str) -> None:
+        """Ends the run for good; an aggregation in progress is let go; `by` is who asked for it."""
         async with self._lock:
             if self.run.state is RunState.STOPPED:
                 return
             self._refuse_if_finished()
             new, _ = rounds.advance(self.round, rounds.Stopped(), self.run.config.rounds, time.time())
-            await self._set_run(RunState.STOPPED, reason or "stopped by the operator", new)
+            await self._set_run(RunState.STOPPED, reason or "stopped by the operator", new, by=by)
             self._metrics.rounds.labels(self.run.id, "stopped").inc()
             self._lobby.call_all()
 
@@ -186,13 +193,14 @@ class RunEngine:
         if not self.active:
             raise RunFinished(f"{self.run.id} is {self.run.state}; nothing more can be done with it")
 
-    async def _set_run(self, state: RunState, reason: str, new: Round | None = None) -> None:
-        await self._write(self._store.db.save_round_and_run, new or self.round, state, reason)
+    async def _set_run(self, state: RunState, reason: str, new: Round | None = None, by: str = SERVER) -> None:
+        deed = Deed(by, f"run.{_NOW[state]}", self.run.id, {"reason": reason, "round": self.round.number})
+        await self._write(self._store.db.save_round_and_run, new or self.round, state, reason, deed=deed)
         self.run = replace(self.run, state=state, reason=reason)
         self._log.info("run " + state, reason=reason)
         self._enter(new or self.round, ())
 
-    async def _advance(self, event: rounds.Event) -> None:
+    async def _advance(self, event: rounds.Event, deed: Deed | None = None) -> None:
         async with self._lock:
             new, effects = rounds.advance(self.round, event, self.run.config.rounds, time.time())
             if new is self.round and not effects:
@@ -202,13 +210,27 @@ class RunEngine:
                 await self._set_run(RunState.PAUSED, pauses[0], new)
                 self._metrics.rounds.labels(self.run.id, "paused").inc()
                 return
-            await self._write(self._store.db.save_round, new)
+            await self._write(self._store.db.save_round, new, deed=deed)
             self._enter(new, effects)
 
-    async def _write(self, method: Callable[..., None], *facts: object) -> None:
+    async def _write(self, method: Callable[..., None], *facts: object, deed: Deed | None = None) -> None:
         """Makes a transition's transaction, with the bytes that were counted for the run so far."""
         with self._ledger.handed_out(self.run.id) as traffic:
-            await self._store.call(method, *facts, traffic)
+            await self._store.call(method, *facts, traffic, (deed,) if deed else ())
+
+    def _received(self, client: str, update: UpdateRow) -> Deed:
+        details: dict[str, Detail] = {
+            "round": self.round.number,
+            "ticket": update.ticket,
+            "examples": update.examples,
+            "payload_bytes": update.manifest.payload_bytes,
+            "payload_sha256": update.manifest.sha256.hex(),
+        }
+        return Deed(f"{Role.CLIENT} {client}", "update.received", self.run.id, details)
+
+    def _of(self, ticket: rounds.Ticket, action: str, reason: str) -> Deed:
+        details: dict[str, Detail] = {"round": self.round.number, "ticket": ticket.id, "reason": reason}
+        return Deed(f"{Role.CLIENT} {ticket.client}", action, self.run.id, details)
 
     def _enter(self, new: Round, effects: tuple[rounds.Effect, ...]) -> None:
         """Makes a state that is in the database the current one, and does what follows from it."""
@@ -275,6 +297,11 @@ class RunEngine:
         last = done.number >= config.count
         state, reason = (RunState.COMPLETED, "") if last else (self.run.state, self.run.reason)
         outcome = result.outcome
+        committed: dict[str, Detail] = {
+            "round": done.number,
+            "updates": len(outcome.weights),
+            "record_sha256": outcome.record_sha256,
+        }
         await self._write(
             self._store.db.commit_round,
             done,
@@ -286,6 +313,7 @@ class RunEngine:
             outcome.metrics,
             state,
             reason,
+            deed=Deed(SERVER, "round.committed", self.run.id, committed),
         )
         self.run = replace(self.run, version=done.number, state=state, reason=reason)
         self._ledger.round_committed(self.run.id)

@@ -17,7 +17,7 @@ from fedpeft_server.rounds.engine import ACTIVE, RunEngine
 from fedpeft_server.rounds.lobby import Lobby
 from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.rounds.waiting import awaited
-from fedpeft_server.store.rows import AnswerRow, RoundRow, RunRow, VersionRow
+from fedpeft_server.store.rows import AnswerRow, Deed, RoundRow, RunRow, VersionRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
 
@@ -90,15 +90,16 @@ class Runs:
             await engine.close()
 
     @unbroken
-    async def create(self, run: RunRow, first: Callable[[], VersionRow]) -> RunEngine:
-        """Adds a run; `first` stores its adapter version 0, and is undone if the run cannot be added.
+    async def create(self, run: RunRow, first: Callable[[], VersionRow], by: str) -> RunEngine:
+        """Adds a run that `by` asks for; `first` stores its adapter version 0, and is undone if it cannot be added.
 
         Raises:
             RequestIdReused: If a run of the same request was added meanwhile.
         """
         try:
             version = await self._store.compute(first)
-            await self._store.call(self._store.db.create_run, run, version)
+            deed = Deed(by, "run.created", run.id, {"name": run.config.name, "adapter_sha256": version.sha256})
+            await self._store.call(self._store.db.create_run, run, version, (deed,))
         except StateInvalid:  # whether the transaction was made is not known, and the run would need its version
             raise
         except FedpeftError:
@@ -110,14 +111,15 @@ class Runs:
         return engine
 
     @unbroken
-    async def delete(self, run_id: str) -> None:
-        """Removes a finished run with everything of it."""
+    async def delete(self, run_id: str, by: str) -> None:
+        """Removes a finished run with everything of it but its entries in the audit log; `by` is who asked for it."""
         engine = self.get(run_id)
         if engine.active:
             raise RunNotFinished(f"{run_id} is {engine.run.state}; stop it before it is deleted")
         await engine.close()
         tickets = await self._store.call(self._store.db.ticket_ids, run_id)
-        await self._store.call(self._store.db.delete_run, run_id)
+        deed = Deed(by, "run.deleted", run_id, {"name": engine.run.config.name})
+        await self._store.call(self._store.db.delete_run, run_id, (deed,))
         del self._engines[run_id]
         self.answers.forget(run_id)
         await self._store.compute(self._store.forget_run, run_id, tickets)
@@ -166,7 +168,7 @@ class Runs:
         ticket = None if answer.accepted else engine.open_ticket(answer.client)
         if ticket:
             with suppress(TicketNotFound):  # its round is over, and with it the ticket
-                await engine.withdraw(ticket.id, "; ".join(answer.reasons))
+                await engine.withdraw(ticket, "; ".join(answer.reasons))
         self._changed(engine)
 
     def ready(self, run_id: str) -> frozenset[str]:

@@ -10,14 +10,17 @@ from functools import partial
 from typing import Any, cast
 
 from fedpeft import ids
-from fedpeft.errors import ClientIdInUse, ClientIdInvalid, NotRegistered, TooManyCalls, TooManyClients
+from fedpeft.errors import ClientIdInUse, ClientIdInvalid, NotRegistered, RoleMayNot, TooManyCalls, TooManyClients
+from fedpeft.identity.subject import Role
 from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, PROCESS_KEY
+from fedpeft_server.call import CALL
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.store.rows import ClientRow
-from fedpeft_server.traffic import CALL
 
 ALIVE_S = 30.0
 """An instance holds its client id for so long after its last call."""
+
+_CERTIFIED = {"trainer": Role.CLIENT, "evaluator": Role.EVALUATOR}
 
 MAX_CALLS = 32
 """Calls that one client may have under way: it needs two, and each connection that broke may leave one for a minute."""
@@ -117,18 +120,21 @@ class Callers:
         """Remembers the role of a client.
 
         Raises:
+            RoleMayNot: If its certificate is that of another role.
             TooManyClients: If the server takes no more.
         """
+        _refuse_other_role(client, role)
         self._refuse_one_too_many(client)
         presence = self._presence[client]
         presence.role = role
         presence.scoring = None
 
-    def rehearse(self, context: Context) -> str:
+    def rehearse(self, context: Context, role: str) -> str:
         """Returns the id of the client that calls, raises what `identify` and `register` would, remembers nothing."""
         client, instance, _ = _caller(context)
         if client in self._presence:
             self._refuse_other_instance(client, self._presence[client], instance)
+        _refuse_other_role(client, role)
         self._refuse_one_too_many(client)
         return client
 
@@ -199,14 +205,25 @@ class Callers:
             del self._presence[client]
 
 
+def _refuse_other_role(client: str, role: str) -> None:
+    """Refuses a trainer with an evaluator's certificate, and the other way round."""
+    subject = CALL.get().caller.subject
+    if subject and subject.role is not _CERTIFIED[role]:
+        raise RoleMayNot(f"{client} registers as {role}, which needs a certificate of the role {_CERTIFIED[role]}")
+
+
 def _caller(context: Context) -> tuple[str, str, str]:
-    """Returns the client, instance and process (which may be empty) that a call's metadata name.
+    """Returns the client, which a certificate decides where there is one, its instance and process (may be empty).
 
     Raises:
-        ClientIdInvalid: If one is missing or malformed.
+        ClientIdInvalid: If one is missing or malformed, or the metadata name another client than the certificate.
     """
     metadata = dict(context.invocation_metadata() or ())
     client, instance, process = (str(metadata.get(key, "")) for key in (CLIENT_KEY, INSTANCE_KEY, PROCESS_KEY))
+    subject = CALL.get().caller.subject
+    if subject and client not in ("", subject.name):
+        raise ClientIdInvalid(f"the metadata {CLIENT_KEY} say {client[:64]!r}, the certificate is that of {subject}")
+    client = subject.name if subject else client
     if not ids.CLIENT.fullmatch(client):
         raise ClientIdInvalid(f"the metadata {CLIENT_KEY} must be 1 to 64 of letters, digits, '.', '_' and '-'")
     if not ids.INSTANCE.fullmatch(instance):

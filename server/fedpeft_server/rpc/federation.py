@@ -73,11 +73,11 @@ class Federation(pb_grpc.FederationServiceServicer):
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         """Announces a client; a dry run is only told what it would hear."""
         callers = self._callers
-        client = callers.rehearse(context) if request.dry_run else callers.identify(context, registers=True)
-        _check_protocol(request)
         role = _ROLE_NAMES.get(request.role)
         if role is None:
             raise CapabilitiesInvalid("the role must be trainer or evaluator", (("role", "is unspecified"),))
+        client = callers.rehearse(context, role) if request.dry_run else callers.identify(context, registers=True)
+        _check_protocol(request)
         capabilities = sayings.capabilities(request.capabilities)
         shown = [e for e in self._runs.all(request.run) if e.active or request.run]
         response = pb.RegisterResponse(
@@ -188,7 +188,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = self._callers.identify(context)
         engine, ticket = await self._ticket(request.ticket, client)
         try:
-            state = await engine.withdraw(ticket.id, sayings.withdrawal(request.reason))
+            state = await engine.withdraw(ticket, sayings.withdrawal(request.reason))
         except TicketNotFound:  # its round is over
             state = (await self._runs.ticket(ticket.id))[1].state
         return pb.WithdrawResponse(state=TICKET_STATES[state])

@@ -1,4 +1,4 @@
-"""What happens around every call: its bytes are counted, its errors become statuses, its code and time metrics."""
+"""What happens around every call: it is admitted, its bytes are counted, its errors become statuses, it is timed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
-from fedpeft.errors import FedpeftError, Internal, LocalError, TransferStalled
+from fedpeft.errors import FedpeftError, Internal, LocalError, PermissionDenied, TransferStalled, Unauthenticated
 from fedpeft.status import abort
 from fedpeft.waits import STALL_S
+from fedpeft_server.access.admission import Admission
+from fedpeft_server.call import CALL, Call
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.traffic import CALL, Call, Ledger
+from fedpeft_server.traffic import Ledger
 
 log = structlog.get_logger()
 
@@ -28,12 +30,13 @@ Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler
 class Gate(grpc.aio.ServerInterceptor):
     """Stands in front of every handler.
 
-    It meters the serialized messages, turns errors of the tree into statuses (and everything else, a fault of the data
-    folder included, into INTERNAL with a line in the log), and counts calls by method and code. gRPC's own services
-    (health, reflection) pass through it too.
+    It admits the call or refuses it, meters the serialized messages, turns errors of the tree into statuses (and
+    everything else, a fault of the data folder included, into INTERNAL with a line in the log), and counts calls by
+    method and code. gRPC's own services (health, reflection) pass through it too.
     """
 
-    def __init__(self, metrics: Metrics, ledger: Ledger) -> None:
+    def __init__(self, admission: Admission, metrics: Metrics, ledger: Ledger) -> None:
+        self.admission = admission
         self._metrics = metrics
         self._ledger = ledger
 
@@ -67,22 +70,40 @@ class Gate(grpc.aio.ServerInterceptor):
             inner_stream = getattr(handler, kind)
 
             async def stream(request: Any, context: Context) -> None:
-                async with _Boundary(self, call, context):
+                async with _Boundary(self, call, context), self.admission.admitted(call, context.auth_context()):
                     answer = inner_stream(request, context)
                     if inspect.isawaitable(answer):  # gRPC's own health service writes by itself
                         await answer
                     else:
-                        await _send(answer, context)
+                        await self._send(answer, call, context)
 
             return handler._replace(**{kind: stream})  # type: ignore[attr-defined, no-any-return]
         kind = "stream_unary" if handler.request_streaming else "unary_unary"
         inner = getattr(handler, kind)
 
         async def unary(request: Any, context: Context) -> Any:
-            async with _Boundary(self, call, context):
+            async with _Boundary(self, call, context), self.admission.admitted(call, context.auth_context()):
                 return await inner(request, context)
 
         return handler._replace(**{kind: unary})  # type: ignore[attr-defined, no-any-return]
+
+    async def _send(self, messages: AsyncGenerator[Any, None], call: Call, context: Context) -> None:
+        """Sends what a handler yields; the handler is closed, and gives back what it holds, before an error is sent.
+
+        Raises:
+            CertificateExpired: If the caller's certificate has ended meanwhile.
+            TransferStalled: If the client reads nothing for too long.
+        """
+        async with aclosing(messages):
+            async for message in messages:
+                self.admission.check(call)
+                try:
+                    async with asyncio.timeout(STALL_S):
+                        await context.write(message)
+                except TimeoutError:
+                    raise TransferStalled(
+                        f"nothing was read for {STALL_S:.0f} s; continue at the first byte missing"
+                    ) from None
 
     def finished(self, call: Call, code: str, seconds: float) -> None:
         """Books a call that has ended."""
@@ -90,22 +111,12 @@ class Gate(grpc.aio.ServerInterceptor):
         self._metrics.requests.labels(call.method, code).inc()
         self._metrics.request_seconds.labels(call.method).observe(seconds)
 
-
-async def _send(messages: AsyncGenerator[Any, None], context: Context) -> None:
-    """Sends what a handler yields; the handler is closed, and gives back what it holds, before an error is answered.
-
-    Raises:
-        TransferStalled: If the client reads nothing for too long.
-    """
-    async with aclosing(messages):
-        async for message in messages:
-            try:
-                async with asyncio.timeout(STALL_S):
-                    await context.write(message)
-            except TimeoutError:
-                raise TransferStalled(
-                    f"nothing was read for {STALL_S:.0f} s; continue at the first byte missing"
-                ) from None
+    async def audited(self, call: Call, error: FedpeftError, peer: str) -> None:
+        """Has a refusal written into the audit log; the caller is refused whether that succeeds or not."""
+        try:
+            await self.admission.refused(call, error, peer)
+        except FedpeftError as fault:
+            log.error("a refusal could not be written into the audit log", method=call.method, message=fault.message)
 
 
 class _Boundary:
@@ -123,6 +134,8 @@ class _Boundary:
         status = _domain_error(error, self._call.method) if error else None
         code = status.status if status else "OK" if error is None else "CANCELLED"
         self._gate.finished(self._call, code, time.perf_counter() - self._began)
+        if isinstance(status, Unauthenticated | PermissionDenied):
+            await self._gate.audited(self._call, status, self._context.peer())
         if status:
             await abort(self._context, status)
 

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 
 from google.protobuf import timestamp_pb2
 
+from fedpeft.audit import AuditEntry
+from fedpeft.identity.subject import Role
 from fedpeft.rounds import Phase, TicketState
-from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2
+from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2
 from fedpeft.wire import config_to_proto, spec_to_proto
 from fedpeft_server.rpc.pages import fitting
-from fedpeft_server.store.rows import AnswerRow, ClientRow, RoundFigures, RunRow, RunState, TicketFigures
+from fedpeft_server.store.rows import (
+    AnswerRow,
+    ClientRow,
+    IdentityRow,
+    RoundFigures,
+    RunRow,
+    RunState,
+    TicketFigures,
+    TokenRow,
+)
 
 DECLINES_BYTES = 256 * 1024
 """A run goes beside a page of rounds in one message, so it names no more declines than this."""
@@ -37,6 +49,12 @@ TICKET_STATES = {
 ROLES = {
     "trainer": federation_service_pb2.CLIENT_ROLE_TRAINER,
     "evaluator": federation_service_pb2.CLIENT_ROLE_EVALUATOR,
+}
+IDENTITY_ROLES = {
+    Role.OPERATOR: access_service_pb2.IDENTITY_ROLE_OPERATOR,
+    Role.VIEWER: access_service_pb2.IDENTITY_ROLE_VIEWER,
+    Role.CLIENT: access_service_pb2.IDENTITY_ROLE_CLIENT,
+    Role.EVALUATOR: access_service_pb2.IDENTITY_ROLE_EVALUATOR,
 }
 
 
@@ -134,3 +152,34 @@ def _answer(row: AnswerRow) -> operator_service_pb2.RunAnswer:
         examples=row.examples,
         at=timestamp(row.at),
     )
+
+
+def token_message(row: TokenRow) -> access_service_pb2.Token:
+    """Returns an enrolment token as it is listed."""
+    return access_service_pb2.Token(
+        id=row.id,
+        name=row.subject.name,
+        role=IDENTITY_ROLES[row.subject.role],
+        created_at=timestamp(row.created_at),
+        created_by=row.created_by,
+        expires_at=timestamp(row.expires_at),
+        used_at=timestamp(row.used_at),
+    )
+
+
+def identity_message(row: IdentityRow) -> access_service_pb2.Identity:
+    """Returns an identity; one that was enrolled again after it was revoked is not revoked."""
+    return access_service_pb2.Identity(
+        role=IDENTITY_ROLES[row.subject.role],
+        name=row.subject.name,
+        issued_at=timestamp(row.issued_at),
+        expires_at=timestamp(row.expires_at),
+        fingerprint=row.fingerprint,
+        revoked_at=timestamp(row.revoked_at if row.is_revoked else None),
+        reason=row.reason if row.is_revoked else "",
+    )
+
+
+def audit_message(entry: AuditEntry) -> access_service_pb2.AuditEntry:
+    """Returns an entry of the audit log."""
+    return access_service_pb2.AuditEntry(**asdict(entry))

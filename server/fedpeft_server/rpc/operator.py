@@ -33,6 +33,7 @@ from fedpeft.v1 import operator_service_pb2_grpc as pb_grpc
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft.versions import write_first
 from fedpeft.wire import config_from_proto, manifest_from_proto, spec_from_proto
+from fedpeft_server.call import actor
 from fedpeft_server.rounds.aggregation import identity
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
@@ -80,7 +81,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         key = "create-" + run.id  # of its own: another call may bring the same request at the same time
         try:
             await self._uploads.create(key, manifest, context)
-            engine = await self._runs.create(run, partial(self._first_version, key, run, manifest))
+            engine = await self._runs.create(run, partial(self._first_version, key, run, manifest), actor())
         except RequestIdReused:
             known = await self._store.call(self._store.db.run_by_request, header.request_id)
             if known is None:
@@ -146,24 +147,24 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def PauseRun(self, request: pb.PauseRunRequest, context: Context) -> pb.PauseRunResponse:
         """Lets no new round open."""
         engine = self._runs.get(request.run)
-        await engine.pause(request.reason)
+        await engine.pause(request.reason, actor())
         return pb.PauseRunResponse(run=await self._run(engine))
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
         """Lets rounds open again."""
         engine = self._runs.get(request.run)
-        await engine.resume()
+        await engine.resume(actor())
         return pb.ResumeRunResponse(run=await self._run(engine))
 
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
         """Ends a run for good."""
         engine = self._runs.get(request.run)
-        await engine.stop(request.reason)
+        await engine.stop(request.reason, actor())
         return pb.StopRunResponse(run=await self._run(engine))
 
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:
         """Removes a finished run."""
-        await self._runs.delete(request.run)
+        await self._runs.delete(request.run, actor())
         return pb.DeleteRunResponse()
 
     async def DownloadAdapter(

@@ -31,25 +31,26 @@ def capabilities(said: pb.Capabilities) -> pb.Capabilities:
         text = "; ".join(f"{field} {fault}" for field, fault in faults)
         raise CapabilitiesInvalid(f"the client says too much of itself: {text}", faults)
     return pb.Capabilities(
-        software=_plain(said.software),
-        methods=map(_plain, said.methods),
-        encodings=map(_plain, said.encodings),
-        device=_plain(said.device),
+        software=plain(said.software),
+        methods=map(plain, said.methods),
+        encodings=map(plain, said.encodings),
+        device=plain(said.device),
         examples=said.examples,
     )
 
 
 def decline(said: Iterable[str]) -> tuple[str, ...]:
     """Returns what is kept of the reasons of a decline."""
-    return tuple(_plain(reason[:MAX_DECLINE_CHARACTERS]) for reason in said if reason.strip())[:MAX_DECLINE_REASONS]
+    return tuple(plain(reason[:MAX_DECLINE_CHARACTERS]) for reason in said if reason.strip())[:MAX_DECLINE_REASONS]
 
 
 def withdrawal(said: str) -> str:
     """Returns what is kept of the reason of a withdrawal."""
-    return _plain(said[:MAX_WITHDRAW_CHARACTERS])
+    return plain(said[:MAX_WITHDRAW_CHARACTERS])
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Returns a text without what a terminal obeys."""
     return "".join(each if each.isprintable() else " " for each in text)
 
 

@@ -17,10 +17,12 @@ from fedpeft_server.store import answer_queries, client_queries, figure_queries,
 from fedpeft_server.store.connection import closing_on_failure, connect, translated
 from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.figure_queries import Pending
+from fedpeft_server.store.identities import Identities
 from fedpeft_server.store.migrations import migrate
 from fedpeft_server.store.rows import (
     AnswerRow,
     ClientRow,
+    Deed,
     Place,
     RoundFigures,
     RoundRow,
@@ -32,10 +34,13 @@ from fedpeft_server.store.rows import (
     UpdateRow,
     VersionRow,
 )
+from fedpeft_server.store.transactions import Transactions
 
 Bytes = Mapping[tuple[str, int, str], Traffic]
 """What passed since it was written last, by (run, round number, client)."""
 NONE: Bytes = MappingProxyType({})
+Deeds = Sequence[Deed]
+"""What is told of a transaction in the audit log."""
 
 
 class Database:
@@ -46,11 +51,16 @@ class Database:
 
     Args:
         url_or_engine: A database URL, or an engine whose schema is the newest.
+
+    Attributes:
+        transactions: What makes them; the audit log is read from it.
+        identities: The part that says who may speak.
     """
 
     def __init__(self, url_or_engine: str | Engine) -> None:
-        self._engine = connect(url_or_engine) if isinstance(url_or_engine, str) else url_or_engine
-        self._where = self._engine.url.render_as_string(hide_password=True)
+        self.transactions = Transactions(connect(url_or_engine) if isinstance(url_or_engine, str) else url_or_engine)
+        self.identities = Identities(self.transactions)
+        self._transaction = self.transactions.begin
         # The round last written of each run: what need not be written again, so that a receipt costs one row of a
         # round's tickets and not all.
         self._written: dict[str, Round] = {}
@@ -70,23 +80,18 @@ class Database:
 
     def close(self) -> None:
         """Closes all connections."""
-        self._engine.dispose()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        with translated(self._where), self._engine.begin() as connection:
-            yield connection
+        self.transactions.close()
 
     # Runs and versions
 
-    def create_run(self, run: RunRow, version: VersionRow) -> None:
+    def create_run(self, run: RunRow, version: VersionRow, deeds: Deeds = ()) -> None:
         """Writes a new run with its version 0.
 
         Raises:
             RequestIdReused: If a run of the same `request_id` exists.
         """
         try:
-            with self._transaction() as connection:
+            with self._transaction(*deeds) as connection:
                 if run.request_id and run_queries.select_run_by_request(connection, run.request_id):
                     raise RequestIdReused(f"request {run.request_id} already made a run")
                 run_queries.insert_run(connection, run)
@@ -113,14 +118,14 @@ class Database:
         with self._transaction() as connection:
             return run_queries.select_runs(connection)
 
-    def delete_run(self, run_id: str) -> None:
+    def delete_run(self, run_id: str, deeds: Deeds = ()) -> None:
         """Deletes a run with its versions, rounds, tickets, updates, traffic and evaluations.
 
         Raises:
             RunNotFound: If there is none of that id.
         """
         self._written.pop(run_id, None)
-        with self._transaction() as connection:
+        with self._transaction(*deeds) as connection:
             run_queries.delete_run(connection, run_id)
 
     def version(self, run_id: str, version: int) -> VersionRow:
@@ -133,33 +138,36 @@ class Database:
         with self._transaction() as connection:
             return run_queries.select_version(connection, run_id, version)
 
-    # Rounds, tickets and updates. `traffic`, where it is taken, is added to what was counted, in the same transaction.
+    # Rounds, tickets and updates. `traffic`, where it is taken, is added to what was counted, and `deeds` to the audit
+    # log, in the same transaction.
 
-    def save_round(self, state: Round, traffic: Bytes = NONE) -> None:
+    def save_round(self, state: Round, traffic: Bytes = NONE, deeds: Deeds = ()) -> None:
         """Writes a round and its tickets.
 
         Raises:
             RunNotFound: If its run does not exist.
         """
-        with self._writing(state, traffic):
+        with self._writing(state, traffic, deeds):
             pass
 
-    def save_round_and_run(self, state: Round, run_state: RunState, reason: str, traffic: Bytes = NONE) -> None:
+    def save_round_and_run(
+        self, state: Round, run_state: RunState, reason: str, traffic: Bytes = NONE, deeds: Deeds = ()
+    ) -> None:
         """Writes a round, its tickets, and the state of its run.
 
         Raises:
             RunNotFound: If its run does not exist.
         """
-        with self._writing(state, traffic) as connection:
+        with self._writing(state, traffic, deeds) as connection:
             run_queries.update_run(connection, state.run, run_state, reason)
 
-    def receive(self, state: Round, update: UpdateRow, traffic: Bytes = NONE) -> None:
+    def receive(self, state: Round, update: UpdateRow, traffic: Bytes = NONE, deeds: Deeds = ()) -> None:
         """Writes a round, its tickets, and what was received for one of them; a second update of a ticket is ignored.
 
         Raises:
             RunNotFound: If its run does not exist.
         """
-        with self._writing(state, traffic) as connection:
+        with self._writing(state, traffic, deeds) as connection:
             round_queries.put_update(connection, update)
 
     def commit_round(
@@ -174,6 +182,7 @@ class Database:
         run_state: RunState,
         reason: str,
         traffic: Bytes = NONE,
+        deeds: Deeds = (),
     ) -> None:
         """Writes a committed round with its result, and the run's newest version and state.
 
@@ -188,11 +197,12 @@ class Database:
             run_state: COMPLETED after the last round.
             reason: Why the run is in that state; may be empty.
             traffic: Bytes to add.
+            deeds: What is told of it in the audit log.
 
         Raises:
             RunNotFound: If its run does not exist.
         """
-        with self._writing(state, traffic) as connection:
+        with self._writing(state, traffic, deeds) as connection:
             round_queries.put_result(connection, state, committed_at, weights, record, record_sha256, metrics)
             run_queries.put_version(connection, version)
             run_queries.update_run(connection, state.run, run_state, reason, version.version)
@@ -255,11 +265,11 @@ class Database:
             return round_queries.select_record_sha256(connection, run_id, number)
 
     @contextmanager
-    def _writing(self, state: Round, traffic: Bytes) -> Iterator[Connection]:
+    def _writing(self, state: Round, traffic: Bytes, deeds: Deeds) -> Iterator[Connection]:
         """A transaction that writes a round and bytes; what it held before is unknown if it fails."""
         before = self._written.get(state.run)
         try:
-            with self._transaction() as connection:
+            with self._transaction(*deeds) as connection:
                 same = before is not None and before.number == state.number
                 round_queries.put_round(connection, state, before if same else None)
                 round_queries.add_traffic(connection, traffic)

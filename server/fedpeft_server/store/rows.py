@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar
 
+from fedpeft.audit import Detail
 from fedpeft.config import RunConfig
+from fedpeft.identity.subject import Subject
 from fedpeft.payload import Manifest
 from fedpeft.rounds import Round, Ticket
 from fedpeft.spec import AdapterSpec
@@ -214,3 +217,66 @@ class TicketRow:
     run: str
     number: int
     ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Deed:
+    """What somebody did, for the audit log: an entry of it before it has its place there.
+
+    Attributes:
+        actor: `ROLE NAME`, `local` for plain text, or `server`.
+        action: What, for example `run.created`.
+        object: To what; may be empty.
+        details: More of it.
+    """
+
+    actor: str
+    action: str
+    object: str = ""
+    details: Mapping[str, Detail] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """An enrolment token; `used_at` is None and `key_sha256` empty until it was used."""
+
+    ID_DIGITS: ClassVar[int] = 12
+
+    secret_sha256: str
+    subject: Subject
+    created_at: float
+    created_by: str
+    expires_at: float
+    used_at: float | None = None
+    key_sha256: str = ""
+
+    @property
+    def id(self) -> str:
+        """What people call it by."""
+        return self.secret_sha256[: self.ID_DIGITS]
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityRow:
+    """Whoever called or was enrolled.
+
+    Attributes:
+        subject: Its role and name.
+        issued_at: When its newest certificate was issued; None if this server issued none.
+        expires_at: When that one ends.
+        fingerprint: Of that one; may be empty.
+        revoked_at: Certificates that begin before this are refused; None: none.
+        reason: Why; may be empty.
+    """
+
+    subject: Subject
+    issued_at: float | None = None
+    expires_at: float | None = None
+    fingerprint: str = ""
+    revoked_at: float | None = None
+    reason: str = ""
+
+    @property
+    def is_revoked(self) -> bool:
+        """Whether even its newest certificate is refused."""
+        return self.revoked_at is not None and (self.issued_at is None or self.issued_at <= self.revoked_at)

@@ -156,3 +156,46 @@ clients = Table(
     Column("last_seen", Double, nullable=False),
     Column("updates", Integer, nullable=False, server_default="0"),
 )
+
+# The secret itself is nowhere: it has 32 random bytes, so its digest cannot be turned back.
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("secret_sha256", String(64), primary_key=True),
+    Column("role", String(16), nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("created_by", String(128), nullable=False),
+    Column("expires_at", Double, nullable=False),
+    Column("used_at", Double, nullable=True),
+    # Of the public key that used it, empty before: the same key may ask again, for an answer may be lost.
+    Column("key_sha256", String(64), nullable=False, server_default=""),
+)
+
+# Whoever called or was enrolled. What is known of certificates is that of the newest one that this server issued.
+identities = Table(
+    "identities",
+    metadata,
+    Column("role", String(16), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("issued_at", Double, nullable=True),
+    Column("expires_at", Double, nullable=True),
+    Column("fingerprint", String(64), nullable=False, server_default=""),
+    # Certificates that begin before this are refused.
+    Column("revoked_at", Double, nullable=True),
+    Column("reason", Text, nullable=False, server_default=""),
+)
+
+# Rows are added, never changed; `fedpeft.audit` says what each digest is of.
+audit = Table(
+    "audit",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", Double, nullable=False),
+    Column("actor", String(256), nullable=False),
+    Column("action", String(256), nullable=False),
+    Column("object", String(256), nullable=False),
+    Column("details", Text, nullable=False),
+    Column("previous_sha256", String(64), nullable=False),
+    Column("sha256", String(64), nullable=False),
+)

@@ -1,0 +1,135 @@
+"""The server's own certificates: what gRPC is given of them, and the authority that issues others.
+
+Notable: the server's certificate is replaced while connections go on, by this server half-way through its life where
+it has the authority's key, or by whoever writes a new file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Self
+
+import grpc
+from cryptography import x509
+
+from fedpeft import durable
+from fedpeft.errors import IdentityInvalid
+from fedpeft.identity import certificates, keys
+from fedpeft.identity.authority import Authority
+from fedpeft.identity.keys import PrivateKey
+from fedpeft_server.files import Files
+
+SERVER_LIFE = timedelta(days=90)
+
+
+class ServerCertificates:
+    """What the server proves itself with, as it is now.
+
+    Raises:
+        IdentityInvalid: If a file is missing, malformed, a key open to others, or the certificate is not the key's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files = Files(folder)
+        self.authority = read_authority(self.files)
+        self.trusted = certificates.load(self.files.authority)
+        self._read()
+
+    @classmethod
+    def of(cls, folder: Path) -> Self | None:
+        """Returns the certificates of a folder, None if it was never made ready."""
+        return cls(folder) if Files(folder).exist() else None
+
+    @property
+    def certificate(self) -> x509.Certificate:
+        """The server's certificate."""
+        return self._chain[0]
+
+    @property
+    def hosts(self) -> list[str]:
+        """The names and addresses in it, the first of which the server is told about by."""
+        return hosts_of(self.certificate)
+
+    def credentials(self, *, ask: bool) -> grpc.ServerCredentials:
+        """Returns what gRPC serves a port with; a newer certificate reaches it by itself.
+
+        Args:
+            ask: Whether a client's certificate is demanded.
+        """
+        served = self._version
+
+        def newer() -> grpc.ServerCertificateConfiguration | None:  # called for each handshake, on gRPC's threads
+            nonlocal served
+            if served == self._version:
+                return None
+            served = self._version
+            return self._configuration(ask=ask)
+
+        # None, for no change, is allowed by gRPC's documentation and not by its stubs.
+        return grpc.dynamic_ssl_server_credentials(self._configuration(ask=ask), newer, ask)  # type: ignore[arg-type]
+
+    def refresh(self) -> bool:
+        """Renews the certificate if it is time and the authority is here, else takes up what the files have by now.
+
+        Returns:
+            Whether there is another one.
+
+        Raises:
+            IdentityInvalid: If what the files have cannot be used; what was served goes on being served.
+            StateInvalid: If a new one cannot be written.
+        """
+        before = self.certificate
+        if self.authority and datetime.now(UTC) >= certificates.renewal(before):
+            issue_server(self.files, self.authority, self.hosts, self._key)
+        self._read()
+        return self.certificate != before
+
+    def _read(self) -> None:
+        key, chain = keys.load(self.files.server_key), certificates.load(self.files.server)
+        if chain[0].public_key() != key.public_key():
+            raise IdentityInvalid(f"{self.files.server} is not the certificate of {self.files.server_key}")
+        if not hosts_of(chain[0]):
+            raise IdentityInvalid(f"{self.files.server} names no host among its subject alternative names")
+        changed = getattr(self, "_chain", None) != chain
+        self._key: PrivateKey = key
+        self._chain: list[x509.Certificate] = chain
+        self._version = getattr(self, "_version", 0) + changed
+
+    def _configuration(self, *, ask: bool) -> grpc.ServerCertificateConfiguration:
+        pair = (keys.to_pem(self._key), certificates.to_pem(*self._chain))
+        return grpc.ssl_server_certificate_configuration([pair], certificates.to_pem(*self.trusted) if ask else None)
+
+
+def read_authority(files: Files) -> Authority | None:
+    """Returns the authority whose key is in a folder, None if none is.
+
+    Raises:
+        IdentityInvalid: If it cannot be used.
+    """
+    if not files.authority_key.exists():
+        return None
+    return Authority(certificates.load(files.authority)[0], keys.load(files.authority_key))
+
+
+def hosts_of(certificate: x509.Certificate) -> list[str]:
+    """Returns the host names and addresses of a server's certificate, in their order."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)]
+
+
+def issue_server(files: Files, authority: Authority, hosts: Sequence[str], key: PrivateKey) -> x509.Certificate:
+    """Writes a certificate for the server and returns it.
+
+    Raises:
+        IdentityInvalid: If a host is neither a name nor an address.
+        StateInvalid: If it cannot be written.
+    """
+    certificate = authority.issue_server(hosts, key.public_key(), SERVER_LIFE)
+    with durable.refusals(f"writing {files.server}"):
+        durable.write(files.server, certificates.to_pem(certificate))
+    return certificate

@@ -1,0 +1,118 @@
+"""One call in progress: who makes it, as its connection proves it, and what else is known of it by now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Literal
+
+from fedpeft.errors import CertificateExpired, CertificateInvalid, FedpeftError, IdentityInvalid
+from fedpeft.identity import certificates
+from fedpeft.identity.subject import Subject
+
+Direction = Literal["up", "down"]
+Key = tuple[str, int, str]
+"""(run, round number, client)."""
+Properties = Mapping[str, Iterable[bytes]]
+"""What gRPC says of a connection (`ServicerContext.auth_context`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a call.
+
+    Attributes:
+        subject: Whom the certificate speaks for; None without one.
+        plain: Whether the connection is plain text, which a server takes where no certificates are needed.
+        begins_at: When the certificate begins, seconds since the epoch.
+        ends_at: When it ends.
+        issuer: Who signed it, as RFC 4514 writes a name.
+    """
+
+    subject: Subject | None = None
+    plain: bool = False
+    begins_at: float = 0.0
+    ends_at: float = 0.0
+    issuer: str = ""
+
+    def __str__(self) -> str:
+        """Names it as the audit log does."""
+        return str(self.subject) if self.subject else "local" if self.plain else "nobody"
+
+    def check_time(self) -> None:
+        """Checks that the certificate is still valid: a connection may outlive it.
+
+        Raises:
+            CertificateExpired: If it is not.
+        """
+        if self.subject and datetime.now(UTC).timestamp() > self.ends_at:
+            end = datetime.fromtimestamp(self.ends_at, UTC)
+            raise CertificateExpired(
+                f"the certificate of {self.subject} ended at {end:%Y-%m-%d %H:%M} UTC; renew it, or enroll again with "
+                "a new token"
+            )
+
+
+NOBODY = Caller()
+"""A connection without a certificate, to the port where devices enroll."""
+LOCAL = Caller(plain=True)
+
+
+def caller_of(connection: Properties) -> Caller:
+    """Returns who a connection proves to be.
+
+    Raises:
+        CertificateInvalid: If its certificate, which the authority signed, names no role and name.
+    """
+    pem = next(iter(connection.get("x509_pem_cert", ())), b"")
+    return _read(pem) if pem else NOBODY
+
+
+@lru_cache(maxsize=8192)
+def _read(pem: bytes) -> Caller:
+    """Reads a certificate; kept, because a client brings the same one with every call."""
+    try:
+        certificate = certificates.parse(pem)[0]
+        return Caller(
+            certificates.subject(certificate),
+            False,
+            certificate.not_valid_before_utc.timestamp(),
+            certificate.not_valid_after_utc.timestamp(),
+            certificate.issuer.rfc4514_string(),
+        )
+    except IdentityInvalid as error:
+        raise CertificateInvalid(error.message) from None
+
+
+@dataclass
+class Call:
+    """One RPC in progress.
+
+    Attributes:
+        method: Its full name.
+        caller: Who makes it, as the connection proves it.
+        client: Its client id, once that is known.
+        key: Where its bytes belong, once that is known.
+        training: Whether they are a trainer's.
+        unbooked: Bytes before that was known.
+        ended: Why the server ended it; None while it did not.
+    """
+
+    method: str
+    caller: Caller = NOBODY
+    client: str = ""
+    key: Key | None = None
+    training: bool = True
+    unbooked: dict[Direction, int] = field(default_factory=lambda: {"up": 0, "down": 0})
+    ended: FedpeftError | None = None
+
+
+CALL: ContextVar[Call] = ContextVar("call")
+
+
+def actor() -> str:
+    """Returns who makes the current call, as the audit log names it."""
+    return str(CALL.get().caller)

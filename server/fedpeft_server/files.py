@@ -1,0 +1,43 @@
+"""Where the server's certificates are.
+
+authority.pem   whose certificates are taken
+authority.key   the authority's key; absent where certificates come from an authority elsewhere
+server.pem      the server's certificate, then any between it and the authority
+server.key      its key
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of the server's certificates in a folder."""
+
+    folder: Path
+
+    @property
+    def authority(self) -> Path:
+        """The authority's certificate."""
+        return self.folder / "authority.pem"
+
+    @property
+    def authority_key(self) -> Path:
+        """The authority's key, where it is here."""
+        return self.folder / "authority.key"
+
+    @property
+    def server(self) -> Path:
+        """The server's certificate."""
+        return self.folder / "server.pem"
+
+    @property
+    def server_key(self) -> Path:
+        """The server's key."""
+        return self.folder / "server.key"
+
+    def exist(self) -> bool:
+        """Says whether the folder was made ready."""
+        return self.server.exists()

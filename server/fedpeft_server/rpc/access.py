@@ -1,0 +1,252 @@
+"""AccessService: enrolment, revocation, and the audit log. The semantics are in `access_service.proto`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from fedpeft.errors import (
+    CertificateMissing,
+    IdentityInvalid,
+    NoAuthority,
+    SelfRevocation,
+    SigningRequestInvalid,
+    SubjectInvalid,
+    TicketNotFound,
+    TokenNotFound,
+)
+from fedpeft.identity import certificates, requests, token
+from fedpeft.identity.authority import Authority, issued_at
+from fedpeft.identity.requests import PublicKey
+from fedpeft.identity.subject import Role, Subject
+from fedpeft.identity.token import EnrollmentToken
+from fedpeft.v1 import access_service_pb2 as pb
+from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
+from fedpeft_server.access.admission import Admission
+from fedpeft_server.access.certificates import ServerCertificates
+from fedpeft_server.call import CALL, actor
+from fedpeft_server.rounds.runs import Runs
+from fedpeft_server.rpc import pages, sayings
+from fedpeft_server.rpc.interceptors import Context
+from fedpeft_server.rpc.messages import IDENTITY_ROLES, audit_message, identity_message, token_message
+from fedpeft_server.store.identities import Issued
+from fedpeft_server.store.rows import TokenRow
+from fedpeft_server.store.store import Store
+
+log = structlog.get_logger()
+
+PERSON_LIFE = timedelta(days=90)
+"""How long the certificates of operators and viewers are valid; who calls seldom must not be locked out soon."""
+TOKEN_LIFE_S = 86_400
+MIN_TOKEN_LIFE_S = 60
+MAX_TOKEN_LIFE_S = 30 * 86_400
+MAX_REASON = 1024
+
+_ROLES = {number: Role(name) for name, number in IDENTITY_ROLES.items()}
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the server is reached.
+
+    Attributes:
+        server: HOST:PORT for everything but enrolment.
+        enrollment: HOST:PORT where devices enroll.
+    """
+
+    server: str
+    enrollment: str
+
+
+class Access(pb_grpc.AccessServiceServicer):
+    """The service that says who may speak.
+
+    Args:
+        store: Where tokens and identities are.
+        admission: Told of revocations.
+        runs: Told of clients that will not come back.
+        own: The server's certificates; None if it has none.
+        addresses: Where the server is reached; asked when a token is made, for only then its ports are bound.
+        life: How long the certificates of clients and evaluators are valid.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        admission: Admission,
+        runs: Runs,
+        own: ServerCertificates | None,
+        addresses: Callable[[], Addresses],
+        life: timedelta,
+    ) -> None:
+        self._store = store
+        self._identities = store.db.identities
+        self._admission = admission
+        self._runs = runs
+        self._own = own
+        self._addresses = addresses
+        self._life = life
+
+    async def Enroll(self, request: pb.EnrollRequest, context: Context) -> pb.EnrollResponse:
+        """Gives a device its first certificate."""
+        authority, key = self._authority(), _key(request.signing_request)
+        made: list[x509.Certificate] = []
+
+        def issue(subject: Subject, after: float) -> Issued:
+            at = max(time.time(), math.floor(after) + 1)  # certificates count whole seconds
+            made.append(self._issue(authority, subject, key, at))
+            return _issued(made[0])
+
+        secret, public = token.digest(request.secret).hex(), _digest(key)
+        used = await self._store.call(self._identities.enroll, secret, public, time.time(), issue)
+        self._admission.enrolled(used.subject)
+        software = sayings.plain(request.software[: sayings.MAX_TEXT])
+        log.info("enrolled", subject=str(used.subject), token=used.id, software=software)
+        return pb.EnrollResponse(certificate=certificates.to_pem(*made), server=self._addresses().server)
+
+    async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
+        """Gives the caller its next certificate."""
+        authority, key = self._authority(), _key(request.signing_request)
+        subject = CALL.get().caller.subject
+        if subject is None:
+            raise CertificateMissing("a certificate is renewed over a connection that was made with it")
+        certificate = self._issue(authority, subject, key, time.time())
+        await self._store.call(self._identities.renewed, subject, _issued(certificate))
+        log.info("renewed", subject=str(subject))
+        return pb.RenewResponse(certificate=certificates.to_pem(certificate))
+
+    async def CreateToken(self, request: pb.CreateTokenRequest, context: Context) -> pb.CreateTokenResponse:
+        """Makes an enrolment token."""
+        subject, life_s = _subject(request.role, request.name), request.life_s or TOKEN_LIFE_S
+        if not MIN_TOKEN_LIFE_S <= life_s <= MAX_TOKEN_LIFE_S:
+            fault = f"must be {MIN_TOKEN_LIFE_S} to {MAX_TOKEN_LIFE_S}"
+            raise SubjectInvalid(f"life_s is {life_s}; it {fault}", (("life_s", fault),))
+        where, now = self._addresses(), time.time()
+        made = EnrollmentToken.make(where.server, where.enrollment, self._authority().certificate)
+        row = TokenRow(made.digest.hex(), subject, now, actor(), now + life_s)
+        await self._store.call(self._identities.add_token, row)
+        log.info("token made", subject=str(subject), token=row.id, by=row.created_by)
+        return pb.CreateTokenResponse(token=token_message(row), line=made.encode())
+
+    async def ListTokens(self, request: pb.ListTokensRequest, context: Context) -> pb.ListTokensResponse:
+        """Shows enrolment tokens, a page at a time."""
+        most = pages.size(request.page_size)
+        time_, digest = pages.position(request.page_token, of=("tokens",)) or (0.0, "")
+        rows = await self._store.call(self._identities.tokens_after, (float(time_), str(digest)), most + 1)
+        tokens = pages.fitting(map(token_message, rows[:most]))
+        last = rows[len(tokens) - 1] if len(tokens) < len(rows) else None
+        return pb.ListTokensResponse(
+            tokens=tokens,
+            next_page_token=pages.token((last.created_at, last.secret_sha256), of=("tokens",)) if last else "",
+        )
+
+    async def DeleteToken(self, request: pb.DeleteTokenRequest, context: Context) -> pb.DeleteTokenResponse:
+        """Makes a token worthless."""
+        if len(request.id) != TokenRow.ID_DIGITS:
+            raise TokenNotFound(f"there is no enrolment token {request.id[:80]!r}")
+        await self._store.call(self._identities.delete_token, request.id, actor())
+        return pb.DeleteTokenResponse()
+
+    async def RevokeIdentity(self, request: pb.RevokeIdentityRequest, context: Context) -> pb.RevokeIdentityResponse:
+        """Refuses somebody from now on."""
+        subject = _subject(request.role, request.name)
+        if subject == CALL.get().caller.subject:
+            raise SelfRevocation(f"you are {subject}; have another operator revoke you")
+        reason = sayings.plain(request.reason[:MAX_REASON])
+        at = float(math.ceil(time.time()))  # certificates count whole seconds
+        row = await self._store.call(self._identities.revoke, subject, at, reason, actor())
+        self._admission.revoke(subject, at)
+        log.warning("revoked", subject=str(subject), by=actor(), reason=reason)
+        if subject.role is Role.CLIENT:
+            await self._withdraw(subject.name)
+        return pb.RevokeIdentityResponse(identity=identity_message(row))
+
+    async def ListIdentities(self, request: pb.ListIdentitiesRequest, context: Context) -> pb.ListIdentitiesResponse:
+        """Shows whoever was enrolled or revoked, a page at a time."""
+        most = pages.size(request.page_size)
+        role, name = pages.position(request.page_token, of=("identities",)) or ("", "")
+        rows = await self._store.call(self._identities.after, (str(role), str(name)), most + 1)
+        identities = pages.fitting(map(identity_message, rows[:most]))
+        last = rows[len(identities) - 1].subject if len(identities) < len(rows) else None
+        return pb.ListIdentitiesResponse(
+            identities=identities,
+            next_page_token=pages.token((last.role, last.name), of=("identities",)) if last else "",
+        )
+
+    async def ListAuditEntries(
+        self, request: pb.ListAuditEntriesRequest, context: Context
+    ) -> pb.ListAuditEntriesResponse:
+        """Shows the audit log, a page at a time."""
+        most, of = pages.size(request.page_size), ("audit", request.after)
+        (after,) = pages.position(request.page_token, of=of) or (min(request.after, 2**63 - 1),)
+        rows = await self._store.call(self._store.db.transactions.entries_after, int(after), most + 1)
+        entries = pages.fitting(map(audit_message, rows[:most]))
+        more = len(entries) < len(rows)
+        return pb.ListAuditEntriesResponse(
+            entries=entries, next_page_token=pages.token((rows[len(entries) - 1].number,), of=of) if more else ""
+        )
+
+    async def _withdraw(self, client: str) -> None:
+        """Gives up the tickets of a client that was revoked, so that no round waits for it."""
+        for engine in self._runs.all():
+            ticket = engine.open_ticket(client)
+            if ticket:
+                try:
+                    await engine.withdraw(ticket, "its certificate was revoked")
+                except TicketNotFound:  # its round has ended meanwhile
+                    continue
+
+    def _authority(self) -> Authority:
+        if self._own is None:
+            raise NoAuthority("this server serves plain text and enrolls nobody; `fedpeft-server init` changes that")
+        if self._own.authority is None:
+            raise NoAuthority(
+                "this server has not the authority's key: ask whoever has it for a certificate, with "
+                "spiffe://DOMAIN/fedpeft/ROLE/NAME among its subject alternative names"
+            )
+        return self._own.authority
+
+    def _issue(self, authority: Authority, subject: Subject, key: PublicKey, at: float) -> x509.Certificate:
+        life = self._life if subject.role in (Role.CLIENT, Role.EVALUATOR) else PERSON_LIFE
+        return authority.issue(subject, key, life, datetime.fromtimestamp(at, UTC))
+
+
+def _subject(role: int, name: str) -> Subject:
+    """Returns whom a request is about.
+
+    Raises:
+        SubjectInvalid: If the role is none, or the name cannot be one.
+    """
+    if role not in _ROLES:
+        raise SubjectInvalid(f"the role must be one of {', '.join(Role)}", (("role", "is unspecified"),))
+    try:
+        return Subject(_ROLES[role], name)
+    except IdentityInvalid as error:
+        raise SubjectInvalid(error.message, (("name", "is malformed"),)) from None
+
+
+def _key(signing_request: bytes) -> PublicKey:
+    try:
+        return requests.read(signing_request)
+    except IdentityInvalid as error:
+        raise SigningRequestInvalid(error.message, (("signing_request", "cannot be used"),)) from None
+
+
+def _digest(key: PublicKey) -> str:
+    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+def _issued(certificate: x509.Certificate) -> Issued:
+    return Issued(
+        issued_at(certificate).timestamp(),
+        certificate.not_valid_after_utc.timestamp(),
+        certificates.fingerprint(certificate),
+    )

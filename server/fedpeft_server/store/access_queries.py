@@ -1,0 +1,132 @@
+"""SQL about enrolment tokens and identities; each function is a part of the caller's transaction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, Table, and_, delete, insert, select, tuple_, update
+
+from fedpeft.identity.subject import Role, Subject
+from fedpeft_server.store import tables
+from fedpeft_server.store.collation import bytewise
+from fedpeft_server.store.rows import IdentityRow, TokenRow
+from fedpeft_server.store.upsert import upsert
+
+
+def insert_token(connection: Connection, token: TokenRow) -> None:
+    """Adds a token that was not used."""
+    connection.execute(
+        insert(tables.tokens).values(
+            secret_sha256=token.secret_sha256,
+            role=token.subject.role,
+            name=token.subject.name,
+            created_at=token.created_at,
+            created_by=token.created_by,
+            expires_at=token.expires_at,
+        )
+    )
+
+
+def select_token(connection: Connection, secret_sha256: str) -> TokenRow | None:
+    """Returns the token of a secret, or None."""
+    query = select(tables.tokens).where(tables.tokens.c.secret_sha256 == secret_sha256)
+    row = connection.execute(query).one_or_none()
+    return None if row is None else _token(row)
+
+
+def select_tokens(connection: Connection, after: tuple[float, str], most: int) -> list[TokenRow]:
+    """Returns the first so many tokens after a (time of creation, digest), oldest first."""
+    table = tables.tokens
+    digest = bytewise(connection, table.c.secret_sha256)
+    query = (
+        select(table).where(tuple_(table.c.created_at, digest) > after).order_by(table.c.created_at, digest).limit(most)
+    )
+    return [_token(row) for row in connection.execute(query)]
+
+
+def use_token(connection: Connection, secret_sha256: str, key_sha256: str, at: float) -> None:
+    """Writes which key used a token."""
+    table = tables.tokens
+    connection.execute(
+        update(table).where(table.c.secret_sha256 == secret_sha256).values(used_at=at, key_sha256=key_sha256)
+    )
+
+
+def delete_token(connection: Connection, id_: str) -> Subject | None:
+    """Deletes the token of an id; returns whom it was for, None if there is no such token."""
+    table = tables.tokens
+    mine = table.c.secret_sha256.startswith(id_, autoescape=True)
+    row = connection.execute(select(table).where(mine)).first()
+    if row is None:
+        return None
+    connection.execute(delete(table).where(mine))
+    return _subject(row)
+
+
+def delete_tokens_of(connection: Connection, subject: Subject) -> None:
+    """Deletes the tokens of a subject."""
+    connection.execute(delete(tables.tokens).where(_is(tables.tokens, subject)))
+
+
+def put_certificate(
+    connection: Connection, subject: Subject, issued_at: float, expires_at: float, fingerprint: str
+) -> None:
+    """Writes the newest certificate of a subject."""
+    row = {
+        "role": subject.role,
+        "name": subject.name,
+        "issued_at": issued_at,
+        "expires_at": expires_at,
+        "fingerprint": fingerprint,
+    }
+    upsert(connection, tables.identities, [row], replace=("issued_at", "expires_at", "fingerprint"))
+
+
+def put_seen(connection: Connection, subject: Subject) -> None:
+    """Writes that somebody called whom this server did not enroll; what is known of it stays."""
+    upsert(connection, tables.identities, [{"role": subject.role, "name": subject.name}], replace=("name",))
+
+
+def put_revoked(connection: Connection, subject: Subject, at: float, reason: str) -> None:
+    """Writes that the certificates a subject has so far are refused."""
+    row = {"role": subject.role, "name": subject.name, "revoked_at": at, "reason": reason}
+    upsert(connection, tables.identities, [row], replace=("revoked_at", "reason"))
+
+
+def select_identity(connection: Connection, subject: Subject) -> IdentityRow | None:
+    """Returns an identity, or None."""
+    query = select(tables.identities).where(_is(tables.identities, subject))
+    row = connection.execute(query).one_or_none()
+    return None if row is None else _identity(row)
+
+
+def select_identities(connection: Connection, after: tuple[str, str], most: int | None) -> list[IdentityRow]:
+    """Returns the first so many identities after a (role, name), or all, in that order."""
+    table = tables.identities
+    role, name = bytewise(connection, table.c.role), bytewise(connection, table.c.name)
+    query = select(table).where(tuple_(role, name) > after).order_by(role, name).limit(most)
+    return [_identity(row) for row in connection.execute(query)]
+
+
+def _is(table: Table, subject: Subject) -> ColumnElement[bool]:
+    return and_(table.c.role == subject.role, table.c.name == subject.name)
+
+
+def _subject(row: Row[Any]) -> Subject:
+    return Subject(Role(row.role), row.name)
+
+
+def _token(row: Row[Any]) -> TokenRow:
+    return TokenRow(
+        row.secret_sha256,
+        _subject(row),
+        row.created_at,
+        row.created_by,
+        row.expires_at,
+        row.used_at,
+        row.key_sha256,
+    )
+
+
+def _identity(row: Row[Any]) -> IdentityRow:
+    return IdentityRow(_subject(row), row.issued_at, row.expires_at, row.fingerprint, row.revoked_at, row.reason)

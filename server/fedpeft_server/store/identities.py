@@ -1,0 +1,165 @@
+"""Enrolment tokens, and whoever was enrolled or revoked; every method is one transaction, as in `Database`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+
+from fedpeft.audit import Detail
+from fedpeft.errors import IdentityNotFound, NameInUse, TokenExpired, TokenNotFound, TokenUnknown, TokenUsed
+from fedpeft.identity.subject import Role, Subject
+from fedpeft_server.store import access_queries
+from fedpeft_server.store.rows import Deed, IdentityRow, TokenRow
+from fedpeft_server.store.transactions import Transactions
+
+_SHARED_IDS = {Role.CLIENT: Role.EVALUATOR, Role.EVALUATOR: Role.CLIENT}
+"""Roles whose names are ids of clients, and which other role's are too."""
+
+
+Issue = Callable[[Subject, float], "Issued"]
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """A certificate that was issued.
+
+    Attributes:
+        at: When.
+        expires_at: When it ends.
+        fingerprint: SHA-256, hexadecimal.
+    """
+
+    at: float
+    expires_at: float
+    fingerprint: str
+
+    @property
+    def details(self) -> dict[str, Detail]:
+        """What the audit log has of it."""
+        return {"fingerprint": self.fingerprint, "expires_at": self.expires_at}
+
+
+class Identities:
+    """The part of the database that says who may speak."""
+
+    def __init__(self, transactions: Transactions) -> None:
+        self._transactions = transactions
+
+    def add_token(self, token: TokenRow) -> None:
+        """Adds an enrolment token.
+
+        Raises:
+            NameInUse: If the name is enrolled in a role that shares ids with the token's.
+        """
+        deed = Deed(token.created_by, "token.created", str(token.subject), {"token": token.id})
+        with self._transactions.begin(deed) as connection:
+            _refuse_shared_id(connection, token.subject)
+            access_queries.insert_token(connection, token)
+
+    def tokens_after(self, after: tuple[float, str], most: int) -> list[TokenRow]:
+        """Returns the first so many tokens after a (time of creation, digest), oldest first."""
+        with self._transactions.begin() as connection:
+            return access_queries.select_tokens(connection, after, most)
+
+    def delete_token(self, token_id: str, actor: str) -> None:
+        """Deletes a token.
+
+        Raises:
+            TokenNotFound: If there is none of that id.
+        """
+        with self._transactions.begin(Deed(actor, "token.deleted", token_id)) as connection:
+            if access_queries.delete_token(connection, token_id) is None:
+                raise TokenNotFound(f"there is no enrolment token {token_id!r}")
+
+    def enroll(
+        self, secret_sha256: str, key_sha256: str, now: float, issue: Callable[[Subject, float], Issued]
+    ) -> TokenRow:
+        """Uses a token; with the key that used it first as often as asked for.
+
+        Args:
+            secret_sha256: Digest of the secret that was brought.
+            key_sha256: Digest of the public key that asks.
+            now: Seconds since the epoch.
+            issue: Makes the certificate for the token's subject, to be issued after the given time: those of before
+                were revoked.
+
+        Raises:
+            TokenUnknown: If no token has the secret.
+            TokenExpired: If it is too old.
+            TokenUsed: If another key used it.
+            NameInUse: As `add_token`; another token may have been used meanwhile.
+        """
+        with self._transactions.begin() as connection:
+            token = access_queries.select_token(connection, secret_sha256)
+            if token is None:
+                raise TokenUnknown("the enrolment token is not known here: it was deleted, or is another server's")
+            _check(token, key_sha256, now)
+            _refuse_shared_id(connection, token.subject)
+            known = access_queries.select_identity(connection, token.subject)
+            issued = issue(token.subject, (known and known.revoked_at) or 0.0)
+            access_queries.use_token(connection, secret_sha256, key_sha256, token.used_at or now)
+            access_queries.put_certificate(connection, token.subject, issued.at, issued.expires_at, issued.fingerprint)
+            who = str(token.subject)
+            self._transactions.append(
+                connection, Deed(who, "identity.enrolled", who, {"token": token.id, **issued.details})
+            )
+        return token
+
+    def renewed(self, subject: Subject, issued: Issued) -> None:
+        """Writes that a subject has another certificate."""
+        deed = Deed(str(subject), "identity.renewed", str(subject), issued.details)
+        with self._transactions.begin(deed) as connection:
+            access_queries.put_certificate(connection, subject, issued.at, issued.expires_at, issued.fingerprint)
+
+    def seen(self, subject: Subject) -> None:
+        """Writes that somebody called whom this server did not enroll."""
+        with self._transactions.begin(Deed("server", "identity.seen", str(subject))) as connection:
+            access_queries.put_seen(connection, subject)
+
+    def revoke(self, subject: Subject, at: float, reason: str, actor: str) -> IdentityRow:
+        """Refuses the certificates that a subject has so far, and makes its tokens worthless.
+
+        Raises:
+            IdentityNotFound: If nobody of that role and name called or was enrolled.
+        """
+        deed = Deed(actor, "identity.revoked", str(subject), {"reason": reason})
+        with self._transactions.begin(deed) as connection:
+            if access_queries.select_identity(connection, subject) is None:
+                raise IdentityNotFound(f"nobody was enrolled as {subject}, and nobody of that role and name has called")
+            access_queries.delete_tokens_of(connection, subject)
+            access_queries.put_revoked(connection, subject, at, reason)
+            found = access_queries.select_identity(connection, subject)
+        assert found is not None
+        return found
+
+    def after(self, after: tuple[str, str], most: int | None = None) -> list[IdentityRow]:
+        """Returns the first so many identities after a (role, name), or all, in that order."""
+        with self._transactions.begin() as connection:
+            return access_queries.select_identities(connection, after, most)
+
+
+def _check(token: TokenRow, key_sha256: str, now: float) -> None:
+    if now > token.expires_at:
+        raise TokenExpired("the enrolment token has expired; ask the operator for another")
+    if token.key_sha256 not in ("", key_sha256):
+        raise TokenUsed(
+            "the enrolment token was used by another key; ask for another, and if nobody here used it have "
+            f"{token.subject} revoked"
+        )
+
+
+def _refuse_shared_id(connection: Connection, subject: Subject) -> None:
+    """Refuses a name that is an evaluator's for a client, and the other way round.
+
+    Raises:
+        NameInUse: If it is one, and not revoked.
+    """
+    other = _SHARED_IDS.get(subject.role)
+    found = other and access_queries.select_identity(connection, Subject(other, subject.name))
+    if found and not found.is_revoked:
+        raise NameInUse(
+            f"{subject.name} is enrolled as {other}, and the name is its client id; choose another name, or revoke it "
+            f"as {other} first"
+        )

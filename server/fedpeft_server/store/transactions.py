@@ -1,0 +1,68 @@
+"""Transactions on the database, and the audit log that grows with them: a deed and its entry are written together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Connection, Engine
+
+from fedpeft import audit
+from fedpeft.audit import AuditEntry
+from fedpeft_server.store import audit_queries
+from fedpeft_server.store.connection import translated
+from fedpeft_server.store.rows import Deed
+
+
+class Transactions:
+    """Makes transactions on one database, one at a time.
+
+    Args:
+        engine: Connected, its schema the newest.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._where = engine.url.render_as_string(hide_password=True)
+        # The newest entry, None where it must be read: before the first one, and after a failure, when what was
+        # written is not known.
+        self._head: AuditEntry | None = None
+
+    @contextmanager
+    def begin(self, *deeds: Deed) -> Iterator[Connection]:
+        """Makes a transaction of what the block does, and of the entries of `deeds`.
+
+        Raises:
+            DiskFull: If there is no room; the transaction is undone.
+            StateInvalid: If the database is corrupt or out of reach; the transaction is undone, or its outcome unknown.
+        """
+        try:
+            with translated(self._where), self.engine.begin() as connection:
+                yield connection
+                for deed in deeds:
+                    self.append(connection, deed)
+        except BaseException:
+            self._head = None
+            raise
+
+    def entries_after(self, number: int, most: int) -> list[AuditEntry]:
+        """Returns the first so many entries of the audit log above a number, oldest first."""
+        with self.begin() as connection:
+            return audit_queries.select_after(connection, number, most)
+
+    def write(self, *deeds: Deed) -> None:
+        """Writes entries for what the database knows nothing else of."""
+        with self.begin(*deeds):
+            pass
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self.engine.dispose()
+
+    def append(self, connection: Connection, deed: Deed) -> None:
+        """Writes an entry in a transaction of this object's."""
+        previous = self._head or audit_queries.select_last(connection)
+        entry = audit.entry(previous, time.time(), deed.actor, deed.action, deed.object, deed.details)
+        audit_queries.insert_entry(connection, entry)
+        self._head = entry
