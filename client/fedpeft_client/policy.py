@@ -59,6 +59,7 @@ def _folder(text: str) -> str:
     return text
 
 
+_HourTexts = Annotated[tuple[Annotated[str, AfterValidator(_hours)], ...], Field(strict=False)]
 _Texts = Annotated[tuple[str, ...], Field(strict=False)]  # TOML and JSON have lists only
 _Count = Annotated[int, Field(ge=1, lt=2**63)]
 
@@ -134,9 +135,7 @@ class TransferRules(_Section):
 class TimeRules(_Section):
     """`[times]`: when this machine may work. Outside, the client waits; a training under way ends."""
 
-    hours: Annotated[tuple[Annotated[str, AfterValidator(_hours)], ...], Field(strict=False, min_length=1)] | None = (
-        None
-    )
+    hours: Annotated[_HourTexts, AfterValidator(_some)] | None = None
     """Hours of the day, `HH:MM-HH:MM` in this machine's time, over midnight if the second is earlier."""
     min_battery_percent: Annotated[int, Field(ge=1, le=100)] | None = None
     """Lowest charge on battery power; says nothing while the machine is plugged in, or has no battery."""

@@ -1,0 +1,97 @@
+"""`fedpeft-client ledger`: shows the owner what left this device, when, where to, and how many bytes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from fedpeft.cli.output import note, say, say_json, say_table
+from fedpeft.errors import SettingsInvalid
+from fedpeft.units import size
+from fedpeft_client import ledger
+from fedpeft_client.exits import Exit
+from fedpeft_client.ledger_view import Row, rows, totals
+
+STATE_DIR = "FEDPEFT_CLIENT_STATE_DIR"
+
+_SPAN = re.compile(r"([0-9]{1,6})([smhdw])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+_COLUMNS = ("WHEN", "KIND", "RUN", "ROUND", "WHAT", "PAYLOAD", "WIRE", "OUTCOME")
+
+
+def main(arguments: list[str]) -> int:
+    """Shows the ledger of a state directory; a client may be using it.
+
+    Raises:
+        SettingsInvalid: If no state directory, or no time, was named.
+        StateInvalid: If there is no ledger.
+    """
+    given = _parser().parse_args(arguments)
+    if not given.state_dir:
+        raise SettingsInvalid(f"--state-dir is missing (or {STATE_DIR})")
+    contents = ledger.read(Path(given.state_dir) / ledger.FILE)
+    since = _since(given.since, datetime.now(UTC))
+    found = [row for row in rows(contents.booked.values()) if row.at >= since]
+    if given.run:
+        found = [row for row in found if row.departure.run == given.run]
+    sums = totals(found)
+    if given.json:
+        transfers = [row.as_json() for row in found]
+        say_json({"transfers": transfers, "totals": sums, "unreadable_lines": contents.unreadable})
+    else:
+        _show(found, sums)
+    if contents.unreadable:
+        note(f"{contents.unreadable} lines of the ledger cannot be read: cut off by a crash, or changed by hand")
+    return Exit.DONE
+
+
+def _show(found: Sequence[Row], sums: Mapping[str, Mapping[str, int]]) -> None:
+    if not found:
+        say("nothing has left this device")
+        return
+    say_table(_COLUMNS, [row.cells() for row in found], right=("ROUND", "PAYLOAD", "WIRE"))
+    say("")
+    lines = [
+        [kind, f"{s['transfers']:,}", size(s["payload_bytes"]), size(s["wire_bytes"])]
+        for kind, s in sorted(sums.items(), key=lambda item: item[0] == "all")
+    ]
+    say_table(("TOTAL", "TRANSFERS", "PAYLOAD", "WIRE"), lines, right=("TRANSFERS", "PAYLOAD", "WIRE"))
+
+
+def _since(text: str | None, now: datetime) -> datetime:
+    """Returns the time that is meant by 7d, or by a date.
+
+    Raises:
+        SettingsInvalid: If it is neither.
+    """
+    if text is None:
+        return datetime.min.replace(tzinfo=UTC)
+    try:
+        if span := _SPAN.fullmatch(text):
+            return now - timedelta(seconds=int(span[1]) * _SECONDS[span[2]])
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise SettingsInvalid(f"--since: {text!r} is neither a span such as 7d, 12h, 30m nor a date") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedpeft-client ledger",
+        description="Shows everything that left this device: what, when, and how many bytes. "
+        "A client may be using the state directory meanwhile.",
+        epilog="Example: fedpeft-client ledger --state-dir /var/lib/fedpeft --since 7d",
+    )
+    parser.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        default=os.environ.get(STATE_DIR),
+        help=f"the client's state directory ({STATE_DIR})",
+    )
+    parser.add_argument("--since", metavar="TIME", help="only what left since then: 7d, 12h, or a date; all if absent")
+    parser.add_argument("--run", metavar="ID", help="only what left for this run")
+    parser.add_argument("--json", action="store_true", help="JSON in place of tables")
+    return parser

@@ -1,0 +1,139 @@
+"""The ledger for people: one row a transfer, however often it was begun, and what all of them come to."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from fedpeft.units import size
+from fedpeft_client.ledger import Booked, Departure, Kind, Outcome
+
+
+@dataclass(frozen=True)
+class Row:
+    """One transfer.
+
+    Attributes:
+        attempts: Every time that it was begun, in order; an upload that breaks off goes on as another one.
+    """
+
+    attempts: tuple[Booked, ...]
+
+    @property
+    def departure(self) -> Departure:
+        """What left."""
+        return self.attempts[-1].departure
+
+    @property
+    def at(self) -> datetime:
+        """When it was first about to."""
+        return self.attempts[0].at
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of all attempts; where it is not known how many went, all that were to go."""
+        return sum(each.departure.wire_bytes for each in self.attempts)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of it."""
+        return self.attempts[-1].outcome
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns all that the ledger has of it."""
+        last, departure = self.attempts[-1], self.departure
+        return {
+            "at": self.at.isoformat(),
+            "ended": last.ended.isoformat() if last.ended else None,
+            "server": last.server,
+            **vars(departure),
+            "wire_bytes": self.wire_bytes,
+            "attempts": len(self.attempts),
+            "outcome": self.outcome,
+            "words": last.words,
+        }
+
+    def cells(self) -> list[str]:
+        """Returns what the table says of it; nothing that came from a server reaches a terminal as it is."""
+        departure = self.departure
+        cells = [
+            f"{self.at.astimezone():%Y-%m-%d %H:%M:%S}",
+            departure.kind,
+            departure.name or departure.run or "-",
+            str(departure.round) if departure.round else "-",
+            describe(departure) + (f" ({len(self.attempts)} attempts)" if len(self.attempts) > 1 else ""),
+            size(departure.payload_bytes) if departure.payload_bytes else "-",
+            size(self.wire_bytes),
+            f"{self.outcome}: {self.attempts[-1].words}" if self.attempts[-1].words else str(self.outcome),
+        ]
+        return [_plain(cell) for cell in cells]
+
+
+def rows(booked: Iterable[Booked]) -> list[Row]:
+    """Returns the transfers of a ledger: the uploads of one update are one."""
+    found: dict[object, list[Booked]] = {}
+    for number, each in enumerate(booked):
+        departure = each.departure
+        update = departure.kind is Kind.UPDATE
+        key = (departure.run, departure.ticket, departure.said.get("sha256")) if update else number
+        found.setdefault(key, []).append(each)
+    return [Row(tuple(attempts)) for attempts in found.values()]
+
+
+def totals(found: Iterable[Row]) -> dict[str, dict[str, int]]:
+    """Returns transfers, payload bytes and wire bytes, by kind, for those kinds that there are, and of all."""
+    sums: dict[str, dict[str, int]] = {}
+    for row in found:
+        for key in (str(row.departure.kind), "all"):
+            into = sums.setdefault(key, {"transfers": 0, "payload_bytes": 0, "wire_bytes": 0})
+            into["transfers"] += 1
+            into["payload_bytes"] += row.departure.payload_bytes
+            into["wire_bytes"] += row.wire_bytes
+    return sums
+
+
+def describe(departure: Departure) -> str:
+    """Returns what left, in words."""
+    return _WORDS[departure.kind](departure.said)
+
+
+def _registration(said: Mapping[str, Any]) -> str:
+    dry = ", dry run" if said.get("dry_run") else ""
+    return f"{said.get('role')}, {said.get('examples', 0):,} examples, {said.get('device')}{dry}"
+
+
+def _answer(said: Mapping[str, Any]) -> str:
+    if said.get("reasons"):
+        return f"{said.get('answer')}: {'; '.join(said['reasons'])}"
+    return f"{said.get('answer')}, {said.get('examples', 0):,} examples"
+
+
+def _update(said: Mapping[str, Any]) -> str:
+    what = f"{said.get('tensors'):,} tensors, {said.get('parameters'):,} parameters, {said.get('encoding')}"
+    return f"{what}, of {said.get('examples', 0):,} examples, sha256 {str(said.get('sha256'))[:12]}"
+
+
+def _evaluation(said: Mapping[str, Any]) -> str:
+    figures = said.get("metrics", {})
+    accuracy = f", accuracy {figures['accuracy']:.3f}" if "accuracy" in figures else ""
+    return f"version {said.get('version')}: {len(figures)} figures{accuracy}"
+
+
+def _withdrawal(said: Mapping[str, Any]) -> str:
+    return str(said.get("reason"))
+
+
+_WORDS = {
+    Kind.REGISTRATION: _registration,
+    Kind.ANSWER: _answer,
+    Kind.UPDATE: _update,
+    Kind.EVALUATION: _evaluation,
+    Kind.WITHDRAWAL: _withdrawal,
+}
+
+
+def _plain(text: str) -> str:
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c for c in text)
