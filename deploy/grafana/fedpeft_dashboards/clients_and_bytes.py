@@ -102,7 +102,7 @@ def _sums(to: Dashboard) -> None:
             "How many times as much the last round would have sent.",
             units.NoUnit,
             Query(
-                f"fedpeft_full_finetuning_bytes{{{RUNS}}} / ignoring (direction) group_right "
+                f"fedpeft_full_finetuning_bytes{{{RUNS}}} / ignoring (direction) group_right () "
                 f"(fedpeft_last_round_bytes{{{RUNS}}} > 0)",
                 "{{run}} {{direction}}",
             ),
