@@ -11,6 +11,7 @@ certificate alone.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,3 +150,9 @@ def _server(folder: Path) -> str:
         raise IdentityInvalid(f"{path} cannot be read: {error.strerror}; enroll first") from None
     except ValueError:
         raise IdentityInvalid(f'{path} must hold server = "HOST:PORT"') from None
+
+
+def personal() -> Path:
+    """Returns where the identity of the person who works here is, unless another folder is named."""
+    home = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(home) if home else Path.home() / ".config") / "fedpeft" / "identity"
