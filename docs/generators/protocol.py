@@ -1,5 +1,7 @@
 """The reference of the protocol, from the protos: what is there, and the comments, which say what it means."""
 
+import itertools
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,18 +55,22 @@ def comments(file: pb.FileDescriptorProto) -> Comments:
 
 
 def prose(comment: str) -> Iterator[str]:
-    """Yields a comment as Markdown; its indented lines, which are tables of errors, stay as they are aligned."""
-    listing = False
-    for line in comment.splitlines():
-        text = line.removeprefix(" ")
-        indented = text.startswith("  ")
-        if indented != listing:
-            yield from ("", "```text") if indented else ("```", "")
-            listing = indented
-        yield text.strip() if indented else text.replace("<", "&lt;")
-    if listing:
-        yield "```"
+    """Yields a comment as Markdown; its indented lines are the errors of a call: status, reason, when."""
+    for indented, group in itertools.groupby(comment.splitlines(), lambda line: line.startswith("   ")):
+        if indented:
+            cells = [(*(f"`{c}`" for c in line[:2]), *line[2:], "")[:3] for line in map(_columns, group)]
+            yield from ("", *table(("status", "reason", "when"), cells), "")
+        else:
+            yield from (line.removeprefix(" ").replace("<", "&lt;") for line in group)
     yield ""
+
+
+def _columns(line: str) -> list[str]:
+    """Returns the columns of an aligned line; a single space parts the last two where a reason is long."""
+    columns = re.split(r" {2,}", line.strip(), maxsplit=2)
+    if len(columns) == 2 and " " in columns[1] and not columns[1].isupper():
+        columns[1:] = columns[1].split(" ", 1)
+    return columns
 
 
 def _service(service: pb.ServiceDescriptorProto, said: Comments, path: tuple[int, ...]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The settings of daemon and agent: flag, environment variable, values, default, from the pydantic models."""
+"""The settings of daemon and agent: flag, meaning, values, default, from the pydantic models."""
 
 import json
 from collections.abc import Iterator
@@ -19,20 +19,20 @@ PAGE = "settings.md"
 def lines() -> Iterator[str]:
     """Yields a section a program."""
     for cls in (Server, Client):
-        yield from (f"## `{cls.program}`", "")
-        yield from table(("flag", "environment", "values", "default", "meaning"), _rows(cls))
+        prefix = cls.model_config.get("env_prefix", "")
+        yield from (f"## `{cls.program}`", "", f"In the environment: `{prefix}` and the name in capitals.", "")
+        yield from table(("flag", "meaning", "values", "default"), _rows(cls))
         yield ""
 
 
 def _rows(cls: type[ProcessSettings]) -> Iterator[tuple[str, ...]]:
-    prefix = cls.model_config.get("env_prefix", "")
     properties = cls.model_json_schema()["properties"]
     texts = explanations(cls)
     for name, field in cls.model_fields.items():
         short = f", `-{cls.shortcuts[name]}`" if name in cls.shortcuts else ""
         flag = f"`--{name.replace('_', '-')}`{short}"
         meaning = field.description or texts.get(name, "")
-        yield flag, f"`{prefix}{name.upper()}`", _values(properties[name]), _default(field), meaning
+        yield flag, meaning, _values(properties[name]), _default(field)
 
 
 def _values(schema: dict[str, Any]) -> str:
