@@ -48,7 +48,7 @@ class Admission:
             self._known.add(row.subject)
             if row.revoked_at is not None:
                 self._revoked[row.subject] = row.revoked_at
-        self._open: dict[Subject, set[tuple[Call, asyncio.Task[object]]]] = defaultdict(set)
+        self._open: dict[Subject, dict[asyncio.Task[object], Call]] = defaultdict(dict)
         self._refusals: dict[tuple[str, str, str], tuple[float, int]] = {}
 
     @asynccontextmanager
@@ -73,8 +73,7 @@ class Admission:
             await self._store.call(self._store.db.identities.seen, subject)
         task = asyncio.current_task()
         assert task is not None
-        entry = (call, task)
-        self._open[subject].add(entry)
+        self._open[subject][task] = call
         try:
             yield
         except asyncio.CancelledError:
@@ -83,7 +82,7 @@ class Admission:
                 raise call.ended from None
             raise
         finally:
-            self._open[subject].discard(entry)
+            del self._open[subject][task]
             if not self._open[subject]:
                 del self._open[subject]
 
@@ -116,7 +115,7 @@ class Admission:
     def revoke(self, subject: Subject, at: float) -> None:
         """Refuses the certificates of a subject that begin at `at` or before, and ends its calls."""
         self._revoked[subject] = at
-        for call, task in self._open.get(subject, set()):
+        for task, call in self._open.get(subject, {}).items():
             call.ended = _revoked(subject)
             task.cancel()
 

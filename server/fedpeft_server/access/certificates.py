@@ -108,7 +108,7 @@ def read_authority(files: Files) -> Authority | None:
     Raises:
         IdentityInvalid: If it cannot be used.
     """
-    if not files.authority_key.exists():
+    if not (files.authority_key.exists() and files.authority.exists()):
         return None
     return Authority(certificates.load(files.authority)[0], keys.load(files.authority_key))
 

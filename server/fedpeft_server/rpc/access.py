@@ -219,7 +219,7 @@ class Access(pb_grpc.AccessServiceServicer):
         return authority.issue(subject, key, life, datetime.fromtimestamp(at, UTC))
 
 
-def _subject(role: int, name: str) -> Subject:
+def _subject(role: pb.IdentityRole.ValueType, name: str) -> Subject:
     """Returns whom a request is about.
 
     Raises:
