@@ -1,0 +1,169 @@
+"""`fedpeft-server init`: makes an authority, the server's certificate and the first operator's.
+
+Said again it keeps what there is and makes what is missing, so it also adds an operator, or a host to the server's
+certificate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from fedpeft import durable, ids
+from fedpeft.addresses import Address
+from fedpeft.errors import IdentityInvalid, SettingsInvalid
+from fedpeft.identity import certificates, folder, keys
+from fedpeft.identity.authority import Authority
+from fedpeft.identity.folder import Identity
+from fedpeft.identity.subject import Role, Subject
+from fedpeft_server.access.certificates import hosts_of, issue_server, read_authority
+from fedpeft_server.files import Files
+
+OPERATOR_LIFE = timedelta(days=90)
+LOCAL = ("localhost", "127.0.0.1", "::1")
+"""Under these names the server is reached on its own machine."""
+
+
+def main(arguments: list[str]) -> int:
+    """Makes what is missing and says what there is.
+
+    Raises:
+        FedpeftError: What kept it from it.
+    """
+    given = _parser().parse_args(arguments)
+    if not (given.identity or given.data_dir):
+        raise SettingsInvalid("--data-dir is missing (or FEDPEFT_SERVER_DATA_DIR)")
+    if (given.authority is None) != (given.authority_key is None):
+        raise SettingsInvalid("--authority and --authority-key belong together: a certificate and the key to it")
+    if not 1 <= given.port <= 65_535:
+        raise SettingsInvalid(f"--port {given.port} is not 1 to 65535")
+    files = Files(given.identity or given.data_dir / "identity")
+    with durable.refusals(f"making {files.folder}"):
+        files.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    authority = _authority(files, given.authority, given.authority_key)
+    hosts = _server(files, authority, given.host)
+    _operator(authority, _subject(given.operator), given.operator_identity, str(Address(hosts[0], given.port)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedpeft-server init",
+        description="Makes what a server over TLS needs: an authority, the server's certificate, and that of the first "
+        "operator. Said again it keeps what there is, and adds hosts or an operator.",
+        epilog="Example: fedpeft-server init --data-dir /var/lib/fedpeft --host fed.example.org",
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        type=Path,
+        default=os.environ.get("FEDPEFT_SERVER_DATA_DIR") or None,
+        help="the server's data folder (FEDPEFT_SERVER_DATA_DIR)",
+    )
+    parser.add_argument(
+        "--identity", metavar="DIR", type=Path, help="where certificates go, if not into identity in the data folder"
+    )
+    parser.add_argument(
+        "--host",
+        metavar="HOST",
+        action="append",
+        default=[],
+        help="a name or address under which clients reach the server; the first goes into tokens; may be repeated; "
+        "localhost is added",
+    )
+    parser.add_argument("--port", metavar="PORT", type=int, default=7070, help="the port of --listen (7070)")
+    parser.add_argument("--operator", metavar="NAME", default=_person(), help="the operator's name (%(default)s)")
+    parser.add_argument(
+        "--operator-identity",
+        metavar="DIR",
+        type=Path,
+        default=folder.personal(),
+        help="where the operator's identity goes (%(default)s)",
+    )
+    parser.add_argument("--authority", metavar="FILE", type=Path, help="certificate of an authority of your own")
+    parser.add_argument("--authority-key", metavar="FILE", type=Path, help="its key, with which this server then signs")
+    return parser
+
+
+def _person() -> str:
+    """Returns what this user is called, if that can be the name of an operator."""
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError):  # a user without a name, as in many containers
+        name = ""
+    return name if ids.CLIENT.fullmatch(name) else "operator"
+
+
+def _subject(name: str) -> Subject:
+    try:
+        return Subject(Role.OPERATOR, name)
+    except IdentityInvalid as error:
+        raise SettingsInvalid(f"--operator: {error.message}") from None
+
+
+def _authority(files: Files, certificate: Path | None, key: Path | None) -> Authority:
+    """Returns the authority of a folder, made or taken over if there is none."""
+    known = read_authority(files)
+    if known is None and files.authority.exists():
+        raise SettingsInvalid(
+            f"{files.authority} is there without its key, so certificates come from elsewhere; give --authority and "
+            "--authority-key, or name another folder"
+        )
+    if certificate and key:
+        given = Authority(certificates.load(certificate)[0], keys.load(key))
+        if known and known.certificate != given.certificate:
+            raise SettingsInvalid(f"{files.folder} has another authority; name another folder with --identity")
+    else:
+        given = known or Authority.make("FedPEFT authority")
+    if known:
+        _say("authority", "kept", given.certificate, files.authority)
+        return known
+    with durable.refusals(f"writing {files.folder}"):
+        durable.write(files.authority_key, keys.to_pem(given.key))
+        durable.write(files.authority, certificates.to_pem(given.certificate))
+    _say("authority", "taken over" if certificate else "made", given.certificate, files.authority)
+    return given
+
+
+def _server(files: Files, authority: Authority, hosts: Sequence[str]) -> list[str]:
+    """Makes the server's certificate, or another one if it lacks a host; returns its hosts."""
+    before = hosts_of(certificates.load(files.server)[0]) if files.exist() else []
+    wanted = list(dict.fromkeys([*hosts, *before, *LOCAL]))
+    if before and set(wanted) == set(before) and wanted[0] == before[0]:
+        _say("server", "kept", certificates.load(files.server)[0], files.server)
+        return before
+    with durable.refusals(f"writing {files.server_key}"):
+        if not files.server_key.exists():
+            durable.write(files.server_key, keys.to_pem(keys.make()))
+    certificate = issue_server(files, authority, wanted, keys.load(files.server_key))
+    _say("server", "made", certificate, files.server)
+    return wanted
+
+
+def _operator(authority: Authority, subject: Subject, into: Path, server: str) -> None:
+    """Makes an operator's identity, unless there is one of that name that lasts."""
+    if folder.exists(into):
+        there = Identity.load(into)
+        if there.authority[0] != authority.certificate or there.subject != subject:
+            raise SettingsInvalid(
+                f"{into} is the identity of {there.subject} at {there.server}; the rest is made, and for {subject} "
+                "another folder is needed: --operator-identity"
+            )
+        if datetime.now(UTC) < certificates.renewal(there.certificate) and there.server == server:
+            _say(str(subject), "kept", there.certificate, into)
+            return
+    key = folder.take_key(into)
+    certificate = authority.issue(subject, key.public_key(), OPERATOR_LIFE)
+    folder.write(into, server, [authority.certificate], [certificate])
+    _say(str(subject), "made", certificate, into)
+
+
+def _say(what: str, how: str, certificate: x509.Certificate, where: Path) -> None:
+    end, digest = certificate.not_valid_after_utc, certificates.fingerprint(certificate)
+    print(f"{what}: {how}, until {end:%Y-%m-%d}, sha256 {digest[:16]}..., {where}")
