@@ -20,7 +20,11 @@ def text(board: Dashboard) -> str:
     built = board.build()
     for number, panel in enumerate(built.panels or [], 1):
         panel.id_val = number
-    return json.dumps(built, cls=JSONEncoder, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    data = json.loads(json.dumps(built, cls=JSONEncoder))
+    for variable in data["templating"]["list"]:
+        for name in ("auto", "auto_count", "auto_min"):  # of interval variables only; the builders write them for all
+            del variable[name]
+    return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def main() -> int:
