@@ -62,10 +62,22 @@ class Directory:
             await self.look()
             await asyncio.sleep(max(PAUSE_S, self._fresh_until - time.monotonic()))
 
-    async def look(self) -> None:
-        """Asks the server, unless the last look is fresh."""
+    async def knows_run(self, run: str) -> bool:
+        """Whether there is a run; one that is not known is asked for, and one that cannot be asked for may be."""
+        if run not in self.runs:
+            await self.look(again=True)
+        return run in self.runs or bool(self.lost)
+
+    async def knows_client(self, client: str) -> bool:
+        """Whether a client ever registered, likewise."""
+        if client not in self.clients:
+            await self.look(again=True)
+        return client in self.clients or bool(self.lost)
+
+    async def look(self, *, again: bool = False) -> None:
+        """Asks the server, unless the last look is fresh and nothing else is wanted."""
         async with self._looking:
-            if time.monotonic() < self._fresh_until:
+            if time.monotonic() < self._fresh_until and not again:
                 return
             began = time.monotonic()
             before = (self.runs, self.clients, self.lost)

@@ -33,7 +33,7 @@ class Paper:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.globals.update(server=server, version=__version__)
+        self._templates.globals.update(server=server, version=__version__, audited=False)
         self._templates.filters.update(
             size=units.size, percent=units.percent, number=_number, figure=_figure, when=_when, ago=_ago, as_json=_json
         )

@@ -44,8 +44,7 @@ async def clients_events(request: Request) -> Response:
 async def client(request: Request) -> Response:
     """Shows what a client did."""
     desk, name, page = desk_of(request), path_id(request, "client"), page_number(request)
-    await desk.directory.look()
-    if name not in desk.directory.clients:
+    if not await desk.directory.knows_client(name):
         raise Refused(404, f"No client {name} ever registered; the list of clients has those that did.")
     await asyncio.gather(*(desk.feeds.of(run).looked() for run in _runs(desk)))
     return desk.paper.page(

@@ -20,7 +20,7 @@ from fedpeft.console.shown.pages import leaf
 from fedpeft.console.shown.run import declines, head, stage, tiles
 from fedpeft.console.shown.series import series
 
-ROUNDS_A_PAGE = 20
+ROUNDS_A_PAGE = 12
 MOST_MEMBERS = 50
 """Clients that are listed; those that are not like the others come first."""
 
@@ -126,8 +126,7 @@ async def _feed(request: Request) -> RunFeed:
         FedpeftError: If it cannot be followed.
     """
     desk, run = desk_of(request), path_id(request, "run")
-    await desk.directory.look()
-    if desk.directory.looked_at and not desk.directory.lost and run not in desk.directory.runs:
+    if not await desk.directory.knows_run(run):
         raise Refused(404, f"There is no run {run}; the overview lists those there are.")
     feed = desk.feeds.of(run)
     await feed.looked()

@@ -7,7 +7,14 @@
   if (!holder) return;
   const drawn = new Map();
 
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  // A canvas knows no variables and no light-dark(): the browser works a colour out where it is some element's.
+  const probe = holder.appendChild(document.createElement("i"));
+  probe.hidden = true;
+  function css(name) {
+    probe.style.color = `var(${name})`;
+    return getComputedStyle(probe).color;
+  }
+
   const percent = (value) => (value == null ? "–" : `${(100 * value).toFixed(1)} %`);
   const short = (value) => (value == null ? "–" : String(Number(value.toPrecision(4))));
 
@@ -38,8 +45,22 @@
     return [Math.max(low, min - room), Math.min(high, max + room)];
   };
 
-  // Whole powers of ten around the values.
-  const decades = (_, min, max) => (min == null ? [1, 10] : [10 ** Math.floor(Math.log10(min)), 10 ** Math.ceil(Math.log10(max * 1.01))]);
+  // Logarithmic scales whose ends and lines are `steps`: some whole multiples of each power of `base`.
+  function logarithmic(base, steps) {
+    const below = (v) => [...around(v)].reverse().find((s) => s < v), above = (v) => around(v).find((s) => s > v);
+    function around(value) {
+      const at = Math.floor(Math.log(value) / Math.log(base));
+      return [at - 1, at, at + 1].flatMap((power) => steps.map((step) => step * base ** power));
+    }
+    function splits(_, __, min, max) {
+      const found = [];
+      for (let at = min; at <= max * 1.001; at = above(at * 1.001)) found.push(at);
+      const every = Math.ceil(found.length / 7);
+      return found.filter((_, place) => place % every === 0);
+    }
+    return { scale: { distr: 3, range: (_, min, max) => (min == null ? [1, base] : [below(min), above(max)]) }, splits };
+  }
+  const binary = logarithmic(1024, [1, 8, 64]), decimal = logarithmic(10, [1, 2, 5]);
 
   const kinds = {
     accuracy: (data) => ({
@@ -60,8 +81,8 @@
         line("Up", "--series-1", size), line("Down", "--series-2", size, { dash: [6, 3] }),
         line("Full fine-tuning, each way", "--series-3", size, { dash: [2, 3] }),
       ],
-      scale: { distr: 3, range: decades },
-      axis: { values: (_, ticks) => ticks.map((v) => (Number.isInteger(Math.log10(v)) ? size(v) : "")), size: 68 },
+      scale: binary.scale,
+      axis: { splits: binary.splits, filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map(size), size: 68 },
     }),
     norms: (data) => {
       const usual = data.usual.map((p) => [...p, 1]), apart = data.apart.map((p) => [...p, 2]);
@@ -77,8 +98,8 @@
           line("Others", "--dots", short, dot(5, "--dots")),
           line(holder.dataset.client ? "This client" : "Stands out", "--bad", short, dot(9, "--bad")),
         ],
-        scale: { distr: 3, range: decades },
-        axis: { values: (_, ticks) => ticks.map((v) => (Number.isInteger(Math.log10(v)) ? short(v) : "")), size: 56 },
+        scale: decimal.scale,
+        axis: { splits: decimal.splits, filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map(short), size: 52 },
         names: all.map((p) => p[2]),
       };
     },

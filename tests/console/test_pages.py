@@ -1,0 +1,240 @@
+"""The pages in a real browser, over a real federation: what they show, that they live, that anybody can use them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Dialog, Page, expect
+from safetensors.numpy import load_file
+
+from .conftest import AXE, DESK, PHONE, Looked
+from .story import NASTY, WRONG, Story
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.xdist_group("console")]
+
+RUN_FILE = """
+name = "from the browser"
+[model]
+name = "vit_tiny_patch16_224"
+weights = "none"
+image_size = 32
+depth = 1
+classes = ["cat", "dog"]
+[peft]
+method = "bias"
+[rounds]
+count = 2
+clients = 40
+"""
+
+
+def paths(story: Story) -> dict[str, str]:
+    return {
+        "overview": "/",
+        "run": f"/runs/{story.live}",
+        "paused run": f"/runs/{story.paused}",
+        "round": f"/runs/{story.live}/rounds/5",
+        "clients": "/clients",
+        "client": f"/clients/{WRONG}",
+        "new run": "/new",
+        "access": "/access",
+        "nothing": "/nowhere",
+    }
+
+
+async def test_the_overview_says_what_goes_on(operator: Looked, story: Story) -> None:
+    page = await operator.page()
+    card = page.locator(f"#card-{story.live}")
+    await expect(card).to_contain_text("running")
+    await expect(card).to_contain_text("Waiting for openmoji, twemoji.")
+    await expect(card).to_contain_text("Version 6 of 12")
+    await expect(card).to_contain_text(re.compile(r"Not like the others: .*fluent"))
+    await expect(card).to_contain_text(re.compile(r"KiB up; full fine-tuning .* times as much"))
+    await expect(card.locator("svg.spark polyline")).to_have_count(1)
+    await expect(page.locator(f"#card-{story.paused}")).to_contain_text("waiting for the ethics board")
+
+
+async def test_a_run_shows_its_round_its_curves_and_who_is_wrong(operator: Looked, story: Story) -> None:
+    page = await operator.page(f"/runs/{story.live}")
+    stage = page.get_by_role("region", name="Round 7")
+    await expect(stage).to_contain_text("3 of 5 updates, quorum 3")
+    await expect(stage.get_by_role("listitem").filter(has_text="Training")).to_have_attribute("aria-current", "step")
+    await expect(stage.get_by_role("row")).to_have_count(6)
+    await expect(page.locator("figure canvas")).to_have_count(4)
+    await expect(page.locator("#said-accuracy")).to_contain_text("From 11.0 % (version 0) to 47.9 % (version 6)")
+    await expect(page.locator("#said-norms")).to_contain_text(f"these stand out: {WRONG}")
+    await expect(page.locator(f"#member-{WRONG}")).to_contain_text("update norm 7.7 times the median, in rounds 3, 6")
+    await expect(page.locator("#member-openmoji")).to_contain_text("refused in round 5: PAYLOAD_INVALID")
+    await expect(page.locator("#round-5")).to_contain_text("1 refused")
+
+
+async def test_a_run_lives_without_a_reload(operator: Looked, story: Story) -> None:
+    federation = story.federation
+    sites = ("alive-1", "alive-2", "alive-3")
+    federation.join(*sites)
+    run = federation.create("alive", 2, 3)
+    page = await operator.page(f"/runs/{run}")
+    await page.evaluate("window.untouched = true")
+    federation.play(sites, 1)
+    await expect(page.locator("#round-1")).to_contain_text("version 1")
+    federation.score("evaluator", run, 1)
+    await expect(page.locator("#round-1")).to_contain_text("21.0 %")
+    federation.play(sites, 2)
+    await expect(page.locator("#head .badge")).to_have_text("completed")
+    assert await page.evaluate("window.untouched")
+
+
+async def test_what_a_client_says_is_never_html(operator: Looked, story: Story) -> None:
+    dialogs: list[Dialog] = []
+    page = await operator.page(f"/runs/{story.live}/rounds/4")
+    page.on("dialog", lambda dialog: dialogs.append(dialog))
+    await expect(page.get_by_role("row").filter(has_text="noto")).to_contain_text(NASTY)
+    assert await page.locator("main script, main img").count() == 0
+    await page.goto(f"{operator.base}/clients/noto")
+    await expect(page.locator("#history")).to_contain_text(NASTY)
+    assert dialogs == []
+
+
+async def test_a_client_has_its_history(operator: Looked, story: Story) -> None:
+    page = await operator.page("/clients")
+    await page.get_by_role("link", name=WRONG).click()
+    await expect(page.locator("#about")).to_contain_text("617 examples")
+    await expect(page.locator("#about")).to_contain_text("update norm 7.7 times the median")
+    await expect(page.locator("#history tr.odd")).to_have_count(2)
+    await expect(page.locator("figure canvas")).to_have_count(1)
+
+
+async def test_a_version_is_downloaded(operator: Looked, story: Story, tmp_path: Path) -> None:
+    page = await operator.page(f"/runs/{story.live}")
+    async with page.expect_download() as waiting:
+        await page.get_by_role("link", name="version 6 as safetensors").click()
+    download = await waiting.value
+    assert download.suggested_filename == f"{story.live}-version-6.safetensors"
+    await download.save_as(tmp_path / "adapter.safetensors")
+    assert load_file(tmp_path / "adapter.safetensors")["head.weight"].shape == (9, 500)
+
+
+async def test_an_operator_creates_pauses_resumes_and_stops(operator: Looked, story: Story) -> None:
+    page = await operator.page("/new")
+    await page.get_by_label("Run file (TOML)").fill(RUN_FILE.replace("count = 2", "count = 0"))
+    await page.get_by_role("button", name="Check").click()
+    await expect(page.get_by_role("alert").filter(has_text="fault")).to_contain_text("Line 12 rounds.count")
+    await page.get_by_label("Run file (TOML)").fill(RUN_FILE)
+    await page.get_by_role("button", name="Check").click()
+    await expect(page.get_by_text("Valid: bias on vit_tiny_patch16_224, 2 rounds of 40 clients")).to_be_visible()
+    await page.get_by_role("button", name="Create the run").click()
+    await expect(page).to_have_url(re.compile(r"/runs/run-"), timeout=60_000)
+    await expect(page.get_by_role("heading", name="from the browser", level=1)).to_be_visible()
+    await page.get_by_role("button", name="Pause", exact=True).click()
+    await page.locator("dialog[open] input[name=reason]").fill("a look at the data")
+    await page.get_by_role("button", name="Pause from the browser").click()
+    await expect(page.locator("#head .badge")).to_have_text("paused")
+    await expect(page.locator("#stage")).to_contain_text("a look at the data")
+    await page.get_by_role("button", name="Resume", exact=True).click()
+    await page.get_by_role("button", name="Resume from the browser").click()
+    await expect(page.locator("#head .badge")).to_have_text("running")
+    await page.get_by_role("button", name="Stop", exact=True).click()
+    await page.get_by_role("button", name="Leave it").click()
+    await expect(page.locator("#head .badge")).to_have_text("running")
+    await page.get_by_role("button", name="Stop", exact=True).click()
+    await page.get_by_role("button", name="Stop from the browser").click()
+    await expect(page.locator("#head .badge")).to_have_text("stopped")
+    await expect(page.get_by_role("button", name="Stop", exact=True)).to_have_count(0)
+
+
+async def test_a_viewer_sees_all_and_steers_nothing(viewer: Looked, story: Story) -> None:
+    page = await viewer.page(f"/runs/{story.live}")
+    await expect(page.get_by_role("region", name="Round 7")).to_be_visible()
+    await expect(page.get_by_role("button", name="Pause")).to_have_count(0)
+    await expect(page.get_by_role("link", name="New run")).to_have_count(0)
+    token = await page.evaluate("fetch('/access').then((answer) => answer.text())")
+    token = re.search(r'name="csrf" value="([^"]+)"', token)[1]  # type: ignore[index]
+    for path in (f"/runs/{story.live}/stop", "/new"):
+        answer = await page.request.post(viewer.base + path, form={"csrf": token}, headers={"Origin": viewer.base})
+        assert answer.status == 403
+        assert "may look, not steer" in await answer.text()
+
+
+async def test_by_keyboard_alone(operator: Looked, story: Story) -> None:
+    federation = story.federation
+    run = federation.create("by keyboard", 2, 40)
+    page = await operator.page()
+    await page.keyboard.press("Tab")
+    await expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    await page.keyboard.press("Enter")
+    link = page.locator(f"#card-{run} a")
+    for _ in range(10):
+        await page.keyboard.press("Tab")
+        if await link.evaluate("(link) => link === document.activeElement"):
+            break
+    await page.keyboard.press("Enter")
+    await expect(page).to_have_url(f"{operator.base}/runs/{run}")
+    pause = page.get_by_role("button", name="Pause", exact=True)
+    for _ in range(12):
+        await page.keyboard.press("Tab")
+        if await pause.evaluate("(button) => button === document.activeElement"):
+            break
+    await page.keyboard.press("Enter")
+    await expect(page.locator("dialog[open] input[name=reason]")).to_be_focused()
+    await page.keyboard.type("lunch")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#head .badge")).to_have_text("paused")
+    federation.ask(lambda server: server.stop(run))
+
+
+async def test_focus_stays_where_it_is_while_the_page_changes(operator: Looked, story: Story) -> None:
+    federation = story.federation
+    sites = ("steady-1", "steady-2")
+    federation.join(*sites)
+    run = federation.create("steady", 2, 2)
+    page = await operator.page(f"/runs/{run}")
+    federation.play(sites, 1)
+    link = page.get_by_role("link", name="version 1 as safetensors")
+    await link.focus()
+    federation.play(sites, 2)
+    await expect(page.locator("#round-2")).to_be_visible()
+    await expect(link).to_be_focused()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_nothing_is_in_the_way_of_anybody(operator: Looked, story: Story, scheme: str) -> None:
+    page = await operator.page()
+    await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    found = {}
+    for name, path in paths(story).items():
+        await page.goto(operator.base + path)
+        found[name] = await violations(page)
+    await page.goto(f"{operator.base}/runs/{story.live}")
+    await page.get_by_role("button", name="Stop", exact=True).click()
+    found["dialog"] = await violations(page)
+    assert found == {name: [] for name in found}
+
+
+async def violations(page: Page) -> list[str]:
+    """Returns what axe-core finds, a line each."""
+    await page.evaluate(AXE.read_text())
+    result = await page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    return [f"{v['id']}: {n['html'][:120]} {n['failureSummary']}" for v in result["violations"] for n in v["nodes"]]
+
+
+async def test_a_phone_needs_no_sideways_scrolling(operator: Looked, story: Story) -> None:
+    page = await operator.page()
+    await page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    for name, path in paths(story).items():
+        await page.goto(operator.base + path)
+        width = await page.evaluate("document.documentElement.scrollWidth")
+        assert width <= PHONE["width"], name
+
+
+async def test_a_theme_is_chosen_and_kept(operator: Looked) -> None:
+    page = await operator.page()
+    assert DESK["width"] == (page.viewport_size or {}).get("width")
+    light = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+    await page.get_by_label("Theme").select_option("dark")
+    dark = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert dark != light
+    await page.reload()
+    assert await page.evaluate("getComputedStyle(document.body).backgroundColor") == dark
+    await page.get_by_label("Theme").select_option("system")
