@@ -27,6 +27,8 @@ _MEMORY = tuple(float(gib * 2**30) for gib in (0.25, 0.5, 1, 2, 4, 8, 12, 16, 24
 
 _BEGINNINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "wire_bytes": (("up",), ("down",)),
+    "round_bytes": (("up",), ("down",)),
+    "last_round_bytes": (("up",), ("down",)),
     "rounds": (("committed",), ("extended",), ("paused",), ("stopped",)),
     "round_seconds": (("open",), ("aggregating",)),
     "updates": (("received",), ("refused",), ("late",)),
