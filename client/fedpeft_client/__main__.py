@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import traceback
 
+from fedpeft import grpc_core
 from fedpeft.errors import FedpeftError
-from fedpeft.logs import silence_grpc
 from fedpeft_client.commands import COMMANDS, listing
 from fedpeft_client.exits import Exit, exit_code
 from fedpeft_client.settings import Settings
@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> int:
             return command.load()(arguments[1:])
         settings = _settings(arguments)
         verbose = settings.verbose
-        silence_grpc()
+        grpc_core.configure()
         from fedpeft_client.app import serve  # only now: --help and wrong usage need no gRPC
 
         serve(settings)

@@ -6,14 +6,19 @@ import asyncio
 import signal
 from collections.abc import Coroutine
 from contextlib import suppress
+from datetime import UTC, datetime
+from typing import NoReturn
 
 from fedpeft import logs
+from fedpeft.addresses import Address
+from fedpeft.identity.folder import Identity
 from fedpeft.logs import Log
 from fedpeft_client.agent import Agent
 from fedpeft_client.channel import Channel
 from fedpeft_client.dry_run import dry_run
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.policy import Policy, find
+from fedpeft_client.renewal import Renewal, check_valid, until
 from fedpeft_client.settings import Settings
 from fedpeft_client.state import StateDirectory
 from fedpeft_client.worker_process import Answer, WorkerProcess
@@ -31,21 +36,54 @@ def serve(settings: Settings) -> None:
     if file is not None:
         log.info("the policy of this site applies", file=str(file), **policy.rules)
     with StateDirectory(settings.state_dir) as directory:
-        asyncio.run(_serve(settings, policy, directory, log))
+        asyncio.run(_serve(settings, policy, directory, _identity(settings, log), log))
 
 
-async def _serve(settings: Settings, policy: Policy, directory: StateDirectory, log: Log) -> None:
+def _identity(settings: Settings, log: Log) -> Identity | None:
+    """Returns who this client is; None where plain text is spoken, which is said aloud if it leaves the machine.
+
+    Raises:
+        CertificateExpired: If the certificate has ended.
+    """
+    if settings.identity is None:
+        if not Address.parse(settings.server).is_loopback:
+            log.warning("plain text: everybody on the way reads and can change what is sent", server=settings.server)
+        return None
+    identity = Identity.load(settings.identity)
+    check_valid(identity, datetime.now(UTC))
+    log.info("enrolled", server=identity.server, role=str(identity.subject.role), until=until(identity))
+    return identity
+
+
+async def _serve(
+    settings: Settings, policy: Policy, directory: StateDirectory, identity: Identity | None, log: Log
+) -> None:
+    worker, ledger = WorkerProcess(_worker_options(settings, policy), log), Ledger(directory.path, settings.server)
     worker, ledger = WorkerProcess(_worker_options(settings, policy), log), Ledger(directory.path, settings.server)
     try:
-        async with Channel(settings.server, settings.name, directory.instance) as channel:
+        async with Channel(settings.server, settings.name, directory.instance, identity) as channel:
             if settings.dry_run:
                 work = dry_run(settings, channel, worker, ledger, log)
             else:
                 work = Agent(settings, policy, directory, channel, worker, ledger, log).live()
+                if identity is not None:
+                    work = _beside(work, Renewal(identity, channel, log).keep())
             await _until_stopped(work, log)
     finally:
         await worker.close()
         ledger.close()
+
+
+async def _beside(work: Coroutine[None, None, None], keeping: Coroutine[None, None, NoReturn]) -> None:
+    """Does the work for as long as what it needs can be kept."""
+    working, keeper = asyncio.ensure_future(work), asyncio.ensure_future(keeping)
+    try:
+        await asyncio.wait({working, keeper}, return_when=asyncio.FIRST_COMPLETED)
+        await (working if working.done() else keeper)
+    finally:
+        for task in (working, keeper):
+            task.cancel()
+        await asyncio.gather(working, keeper, return_exceptions=True)
 
 
 async def _until_stopped(work: Coroutine[None, None, None], log: Log) -> None:

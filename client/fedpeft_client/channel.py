@@ -1,17 +1,32 @@
-"""The connection to the server: one channel, who is calling on every call, errors as classes of the tree."""
+"""The connection to the server: who is calling on every call, errors as classes of the tree.
+
+Notable: with another certificate comes another connection. Calls that are under way end on the old one, which is closed
+after the last of them; and why there is no connection is found out once an absence, not at every attempt.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar, cast
 
 import grpc
+from google.protobuf.message import Message
 
 from fedpeft import status
-from fedpeft.errors import FedpeftError, ServerUnreachable
+from fedpeft.connection import open_channel
+from fedpeft.errors import CertificateExpired, FedpeftError, ServerUnreachable
+from fedpeft.identity import diagnosis
+from fedpeft.identity.diagnosis import Trust
+from fedpeft.identity.folder import Identity
+from fedpeft.v1 import access_service_pb2 as access_pb
+from fedpeft.v1 import access_service_pb2_grpc as access_pb_grpc
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, MESSAGE_LIMIT_BYTES, PROCESS_KEY
@@ -45,11 +60,14 @@ _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
-    ("grpc.enable_http_proxy", 0),  # a proxy between plain-text ends on one machine only breaks them
 ]
+
+EXPLAIN_EVERY_S = 300.0
+"""How often the cause is looked for while the server stays away."""
 
 RequestT = TypeVar("RequestT", contravariant=True)
 ResponseT = TypeVar("ResponseT", covariant=True)
+CallT = TypeVar("CallT", bound=grpc.aio.Call)
 
 
 class _Unary(Protocol[RequestT, ResponseT]):
@@ -58,23 +76,54 @@ class _Unary(Protocol[RequestT, ResponseT]):
     ) -> Awaitable[ResponseT]: ...
 
 
+@dataclass(eq=False)
+class _Line:
+    """One connection, and how many calls are under way on it."""
+
+    channel: grpc.aio.Channel
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.federation = pb_grpc.FederationServiceStub(self.channel)
+        self.access = access_pb_grpc.AccessServiceStub(self.channel)
+
+
+Seen = Callable[[Message], None]
+
+
+def _unseen(_: Message) -> None:
+    """For whom messages are nothing to look at."""
+
+
 class Channel:
     """The server as this client sees it. Opened inside a running event loop.
 
     Every method raises the class of the error tree that the server raised, and `ServerUnreachable` if there was no
     answer.
 
+    Args:
+        server: HOST:PORT.
+        name: The client's id.
+        instance: Which client of that id.
+        identity: Its certificate and key; None for plain text.
+
     Attributes:
-        stub: For the streaming calls, which take `metadata` themselves.
-        metadata: Who is calling.
+        sent: Called with every message before it is sent; whoever uses a stream calls it too.
+        received: Called with every message that came, likewise.
     """
 
-    def __init__(self, server: str, name: str, instance: str) -> None:
+    def __init__(self, server: str, name: str, instance: str, identity: Identity | None = None) -> None:
         self._server = server
-        self._channel = grpc.aio.insecure_channel(server, options=_OPTIONS)
-        self.stub = pb_grpc.FederationServiceStub(self._channel)
+        self._identity = identity
+        self._line = _Line(open_channel(server, identity, _OPTIONS))
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._old: list[_Line] = []
+        self._cause: str | None = None
+        self._explained_at: float | None = None
+        self.sent: Seen = _unseen
+        self.received: Seen = _unseen
         process = secrets.token_hex(16)
-        self.metadata = grpc.aio.Metadata((CLIENT_KEY, name), (INSTANCE_KEY, instance), (PROCESS_KEY, process))
+        self._metadata = grpc.aio.Metadata((CLIENT_KEY, name), (INSTANCE_KEY, instance), (PROCESS_KEY, process))
 
     async def __aenter__(self) -> Self:
         return self
@@ -85,32 +134,55 @@ class Channel:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._channel.close()
+        for line in (*self._old, self._line):
+            await line.channel.close()
+        await asyncio.gather(*self._leaving)
+
+    def reopen(self, identity: Identity) -> None:
+        """Makes every later call with another certificate; those under way go on as they are."""
+        self._identity = identity
+        old, self._line = self._line, _Line(open_channel(self._server, identity, _OPTIONS))
+        self._old.append(old)
+        self._tidy(old)
 
     async def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         """Announces the client."""
-        return await self._call(self.stub.Register, request)
+        return await self._call(self._line.federation.Register, request)
 
     async def await_round(self, run: str, *, until_finished: bool) -> pb.AwaitRoundResponse:
         """Asks for work; the server holds the answer back for a while if there is none."""
         request = pb.AwaitRoundRequest(run=run, until_finished=until_finished)
-        return await self._call(self.stub.AwaitRound, request, AWAIT_S)
+        return await self._call(self._line.federation.AwaitRound, request, AWAIT_S)
 
     async def answer_offer(self, request: pb.AnswerOfferRequest) -> None:
         """Says whether this client takes part in a run."""
-        await self._call(self.stub.AnswerOffer, request)
+        await self._call(self._line.federation.AnswerOffer, request)
 
     async def get_upload(self, ticket: str, sha256: bytes) -> pb.GetUploadResponse:
         """Asks where an upload stands."""
-        return await self._call(self.stub.GetUpload, pb.GetUploadRequest(ticket=ticket, sha256=sha256))
+        return await self._call(self._line.federation.GetUpload, pb.GetUploadRequest(ticket=ticket, sha256=sha256))
 
     async def withdraw(self, ticket: str, reason: str) -> pb.WithdrawResponse:
         """Gives a ticket up; the reason is cut to the 1,024 characters that the protocol takes."""
-        return await self._call(self.stub.Withdraw, pb.WithdrawRequest(ticket=ticket, reason=reason[:1024]))
+        return await self._call(self._line.federation.Withdraw, pb.WithdrawRequest(ticket=ticket, reason=reason[:1024]))
 
     async def push_evaluation(self, request: pb.PushEvaluationRequest) -> None:
         """Reports figures of a version."""
-        await self._call(self.stub.PushEvaluation, request)
+        await self._call(self._line.federation.PushEvaluation, request)
+
+    async def renew(self, request: access_pb.RenewRequest) -> access_pb.RenewResponse:
+        """Asks for the next certificate."""
+        return await self._call(self._line.access.Renew, request)
+
+    def pull_adapter(
+        self, request: pb.PullAdapterRequest
+    ) -> grpc.aio.UnaryStreamCall[pb.PullAdapterRequest, pb.PullAdapterResponse]:
+        """Begins a download; what goes wrong with it is for `error`."""
+        return self._counted(self._line.federation.PullAdapter(request, metadata=self._metadata))
+
+    def push_update(self) -> grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]:
+        """Begins an upload; what goes wrong with it is for `error`."""
+        return self._counted(self._line.federation.PushUpdate(metadata=self._metadata))
 
     def error(self, error: grpc.aio.AioRpcError) -> FedpeftError:
         """Returns the error of the tree that a failed call stands for."""
@@ -119,6 +191,9 @@ class Channel:
         found = status.from_rpc_error(error)
         if isinstance(found, ServerUnreachable):
             return ServerUnreachable(f"{self._server} cannot be reached: {error.details()}")
+        if isinstance(found, CertificateExpired) and self._identity and _is_valid(self._identity):
+            self.reopen(self._identity)  # the connection is older than the certificate; or a clock is wrong, which
+            return ServerUnreachable(found.message)  # the attempt to make another one will show
         return found
 
     async def _call(
@@ -127,7 +202,49 @@ class Channel:
         request: RequestT,
         timeout_s: float = CALL_S,
     ) -> ResponseT:
+        line = self._line
+        line.calls += 1
+        self.sent(cast(Message, request))
         try:
-            return await method(request, timeout=timeout_s, metadata=self.metadata)
+            answer = await method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise self.error(error) from error
+            fault = self.error(error)
+            raise (await self._explained(fault) if isinstance(fault, ServerUnreachable) else fault) from error
+        finally:
+            line.calls -= 1
+            self._tidy(line)
+        self._explained_at = None
+        self.received(cast(Message, answer))
+        return answer
+
+    def _counted(self, call: CallT) -> CallT:
+        """Lets a streaming call hold its line until it is done."""
+        line = self._line
+        line.calls += 1
+
+        def done(_: object) -> None:
+            line.calls -= 1
+            self._tidy(line)
+
+        call.add_done_callback(done)
+        return call
+
+    def _tidy(self, line: _Line) -> None:
+        """Closes a line that is out of use."""
+        if line in self._old and not line.calls:
+            self._old.remove(line)
+            task = asyncio.get_running_loop().create_task(line.channel.close())
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def _explained(self, fault: ServerUnreachable) -> ServerUnreachable:
+        """Returns the fault with its cause, which is looked for now and then only."""
+        now = time.monotonic()
+        if self._explained_at is None or now - self._explained_at > EXPLAIN_EVERY_S:
+            self._explained_at = now
+            self._cause = await diagnosis.explain(self._server, Trust.of(self._identity) if self._identity else None)
+        return ServerUnreachable(self._cause) if self._cause else fault
+
+
+def _is_valid(identity: Identity) -> bool:
+    return datetime.now(UTC) < identity.certificate.not_valid_after_utc

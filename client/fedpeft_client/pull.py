@@ -67,7 +67,7 @@ class Puller:
         request.offset = part.stat().st_size if part.exists() else 0
         if held is not None:
             request.have_sha256 = held.manifest.sha256
-        call = self._channel.stub.PullAdapter(request, metadata=self._channel.metadata)
+        call = self._channel.pull_adapter(request)
         try:
             header, manifest = await self._header(call, version)
             if header.up_to_date:

@@ -135,7 +135,7 @@ class Pusher:
             return await self._stream(pending, standing.committed_bytes, booking)
 
     async def _stream(self, pending: Pending, offset: int, booking: Booking) -> pb.PushUpdateResponse:
-        call = self._channel.stub.PushUpdate(metadata=self._channel.metadata)
+        call = self._channel.push_update()
         said: list[grpc.aio.AioRpcError] = []
         call.add_done_callback(lambda _: said.append(_status(call)))
         try:

@@ -11,8 +11,10 @@ from pydantic_settings import SettingsConfigDict
 
 from fedpeft import ids
 from fedpeft.addresses import Address
+from fedpeft.identity.folder import Identity
 from fedpeft.logs import LogFormat
 from fedpeft.settings import ProcessSettings
+from fedpeft_client import enrolled
 
 _PATTERNS = {
     "name": (ids.CLIENT, ids.CLIENT_FORM),
@@ -32,7 +34,10 @@ class Settings(ProcessSettings):
 
     Exit codes: 0 done, or asked to stop by a signal; 1 failed; 2 wrong usage or settings; 3 the server cannot be
     reached (--once and --dry-run only, otherwise the client keeps trying); 4 the run of --run does not suit this site,
-    or, with --once or --dry-run, none of the runs does.
+    or, with --once or --dry-run, none of the runs does; 5 the server does not let this client in: its certificate has
+    ended or was revoked, or its role has no right to what it does.
+
+    Example: fedpeft-client --server 127.0.0.1:7070 --name site-a --data photos --state-dir state --dry-run
     """
 
     model_config = SettingsConfigDict(env_prefix="FEDPEFT_CLIENT_", env_ignore_empty=True)
@@ -41,13 +46,17 @@ class Settings(ProcessSettings):
     shortcuts: ClassVar[dict[str, str]] = {"v": "verbose"}
 
     server: str
-    """Address of the server, HOST:PORT."""
+    """Address of the server, HOST:PORT; not needed where this client was enrolled."""
     name: str
-    """Id of this client: 1 to 64 letters, digits, dots, underscores, hyphens; no two clients of a server share one."""
+    """Id of this client: 1 to 64 letters, digits, dots, underscores, hyphens; no two clients of a server share one; not
+    needed where this client was enrolled."""
     data: Path
     """The images: a parquet file, a folder of parquet files, or a folder of class folders."""
     state_dir: Path
     """Folder that is this client's memory: its ticket, update, residual and local tensors."""
+    identity: Path | None = None
+    """Folder with key and certificate, as `fedpeft-client enroll` writes it; if absent, identity in the state
+    directory, if that is there, else plain text."""
     evaluate: bool = False
     """Score committed versions on the data instead of training on it."""
     once: bool = False
@@ -72,7 +81,7 @@ class Settings(ProcessSettings):
     log_format: LogFormat = "auto"
     """console for people, json for machines; auto is console on a terminal, else json."""
     insecure: bool = False
-    """Allow plain text to a server that is not on this machine."""
+    """Allow plain text to a server, or metrics for readers, that are not on this machine."""
     verbose: bool = False
     """More log lines, and the traceback of an error that ends the client."""
 
@@ -106,11 +115,30 @@ class Settings(ProcessSettings):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _enrolled(cls, given: Any) -> Any:
+        """Takes server and name from the identity where there is one."""
+        where = enrolled.find(given.get("identity"), given.get("state_dir"))
+        if where is None:
+            return given
+        identity = Identity.load(where)
+        return {"server": identity.server, "name": identity.subject.name, **given, "identity": where}
+
     @model_validator(mode="after")
-    def _private(self) -> Self:
-        if not Address.parse(self.server).is_loopback and not self.insecure:
+    def _consistent(self) -> Self:
+        if self.identity is not None:
+            only_metrics = bool(self.metrics) and not Address.parse(self.metrics).is_loopback
+            enrolled.check(
+                Identity.load(self.identity),
+                server=self.server,
+                name=self.name,
+                evaluate=self.evaluate,
+                insecure=self.insecure and not only_metrics,
+            )
+        elif not Address.parse(self.server).is_loopback and not self.insecure:
             raise ValueError(
-                f"server {self.server} is not on this machine and the connection is plain text; "
-                "use a loopback address, or say --insecure if the network between is trusted"
+                f"server {self.server} is not on this machine and the connection is plain text; enroll this client "
+                "(fedpeft-client enroll), use a loopback address, or say --insecure if the network between is trusted"
             )
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -84,9 +84,11 @@ def caller(context: Context) -> Subject:
 
 
 @asynccontextmanager
-async def serving(double: Double, *more: grpc.aio.Server) -> AsyncIterator[Double]:
-    """Serves on both ports, in the running loop."""
+async def serving(double: Double, *more: Callable[[grpc.aio.Server], None]) -> AsyncIterator[Double]:
+    """Serves on both ports, in the running loop; `more` adds other services to the one that demands certificates."""
     enrolling, server = grpc.aio.server(), grpc.aio.server()
+    for add in more:
+        add(server)
     for each, demands in ((enrolling, False), (server, True)):
         pb_grpc.add_AccessServiceServicer_to_server(double, each)
         port = each.add_secure_port("127.0.0.1:0", credentials(double.authority, demands=demands))

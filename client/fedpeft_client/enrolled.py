@@ -1,0 +1,51 @@
+"""Where a client's identity is, and whether what it was told besides agrees with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedpeft.identity import folder
+from fedpeft.identity.folder import Identity
+from fedpeft.identity.subject import Role
+from fedpeft_client.state import identity_folder
+
+
+def find(named: Any, state_dir: Any) -> Path | None:
+    """Returns the identity folder in use.
+
+    Args:
+        named: The one that was named, if one was.
+        state_dir: The state directory, if it is known.
+    """
+    if named is not None:
+        return Path(named)
+    if not isinstance(state_dir, str | Path):
+        return None
+    where = identity_folder(Path(state_dir))
+    return where if folder.exists(where) else None
+
+
+def check(identity: Identity, *, server: str, name: str, evaluate: bool, insecure: bool) -> None:
+    """Checks settings against an identity.
+
+    Raises:
+        ValueError: With the first that contradicts it.
+    """
+    subject, where = identity.subject, identity.folder
+    wrong = {
+        f"the certificate in {where} speaks for {subject}, who takes part in no run; enroll a client or an evaluator": (
+            subject.role not in (Role.CLIENT, Role.EVALUATOR)
+        ),
+        f"name {name}: the certificate in {where} speaks for {subject.name}; leave --name out": name != subject.name,
+        f"server {server}: the identity in {where} is for {identity.server}; leave --server out, or write the new "
+        f"address into {where / 'identity.toml'} if that server has moved": server != identity.server,
+        f"the certificate in {where} is an evaluator's; say --evaluate": subject.role is Role.EVALUATOR
+        and not evaluate,
+        f"--evaluate: the certificate in {where} is that of a client that trains; an evaluator needs a token of role "
+        "evaluator": subject.role is Role.CLIENT and evaluate,
+        f"--insecure asks for plain text, and there is a certificate in {where}; leave --insecure out": insecure,
+    }
+    for sentence, applies in wrong.items():
+        if applies:
+            raise ValueError(sentence)
