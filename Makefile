@@ -27,11 +27,13 @@ check: $(STAMP) ## lint, format, types, imports, protocol, and that nothing gene
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=deploy/grafana $(BIN)/mypy -p fedpeft_dashboards
 	$(BIN)/lint-imports
 	$(BIN)/buf lint protos
 	$(BIN)/python protos/breaking.py
 	$(BIN)/python protos/generate.py --check
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python deploy/grafana/generate.py --check
 	@echo "check: all is well"
 
 proto: $(STAMP) ## generate common/fedpeft/v1 from protos/
