@@ -1,5 +1,6 @@
 """The reference of the `fedpeft` command, from what typer knows of it."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,7 @@ def _section(command: Any, context: typer.Context, path: str, level: int) -> Ite
         head = ("argument or option", "meaning")
         yield from (*table(head, ((f"`{name}`", _text(text)) for _, name, text in rows)), "")
     if command.epilog:
-        yield from (_text(command.epilog), "")
+        yield from _epilog(command.epilog)
     for name, child in inner.items():
         if not child.hidden:
             yield from _section(
@@ -45,6 +46,15 @@ def _parameters(command: Any, context: typer.Context) -> Iterator[tuple[str, tup
         record = parameter.get_help_record(context)
         if record is not None:
             yield parameter.param_type_name, record
+
+
+def _epilog(text: str) -> Iterator[str]:
+    """Yields what stands below the options; examples become a block."""
+    for is_example, group in itertools.groupby(text.split("\n\n"), lambda line: line.startswith("$ ")):
+        if is_example:
+            yield from ("```sh", *(line.removeprefix("$ ") for line in group), "```", "")
+        else:
+            yield from itertools.chain.from_iterable((_text(line), "") for line in group)
 
 
 def _text(text: str) -> str:

@@ -26,6 +26,11 @@ GIB = 1024**3
 class Settings(ProcessSettings):
     """Holds rounds and folds updates for federated parameter-efficient fine-tuning.
 
+    Every setting may be a flag, an environment variable (FEDPEFT_SERVER_DATA_DIR for --data-dir) or a key of the
+    --config file (data_dir), in this order of precedence. It serves until SIGTERM or Ctrl-C, and goes on where it was.
+
+    Exit codes: 0 told to stop by a signal; 1 failed; 2 wrong settings, an unusable folder, or a port in use.
+
     Example: fedpeft-server --data-dir /var/lib/fedpeft --listen 127.0.0.1:7070 --metrics 127.0.0.1:9464
     """
 

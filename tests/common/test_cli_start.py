@@ -77,7 +77,7 @@ def test_help_fits_a_narrow_dumb_terminal(way: list[str]) -> None:
 
 def test_help_of_what_makes_or_takes_something_has_an_example() -> None:
     for way in ("params", "partition", "simulate", "demo", "run create", "run watch", "run export", "run verify"):
-        assert re.search(r"Examples?: *\n? *fedpeft", run(*way.split(), "--help", COLUMNS="200").stdout), way
+        assert re.search(r"Examples?:\s+\$ fedpeft", run(*way.split(), "--help", COLUMNS="200").stdout), way
 
 
 def test_shell_completion_completes() -> None:

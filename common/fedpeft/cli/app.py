@@ -58,13 +58,13 @@ def globals_(
 
 app.add_typer(runs.app, name="run")
 app.add_typer(clients.app, name="client")
-app.command("console", epilog=console.EXAMPLE)(console.console)
-app.command("top", epilog=top.EXAMPLE)(top.top)
-app.command("params", epilog=params.EXAMPLE)(params.params)
-app.command("partition", epilog=partition.EXAMPLE)(partition.partition)
-app.command("simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
-app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
-app.command("version")(versions.version)
+app.command("console", epilog=console.EPILOG)(console.console)
+app.command("top", epilog=top.EPILOG)(top.top)
+app.command("params", epilog=params.EPILOG)(params.params)
+app.command("partition", epilog=partition.EPILOG)(partition.partition)
+app.command("simulate", epilog=simulate.EPILOG)(simulate.simulate)
+app.command("demo", epilog=demo.EPILOG)(demo.demo)
+app.command("version", epilog=versions.EPILOG)(versions.version)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from fedpeft import views
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
 
 app = typer.Typer(no_args_is_help=True, help="The devices of the federation.")
@@ -18,7 +19,7 @@ def clients_() -> None:
     """The devices of the federation."""
 
 
-@app.command("list")
+@app.command("list", epilog=epilog("fedpeft client list", "fedpeft client list --json", ends=OF_SERVER))
 def list_(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -8,9 +8,14 @@ from typing import Annotated
 import typer
 
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import epilog
 from fedpeft.cli.session import require, run_async, session_of
 
-EXAMPLE = "Examples: fedpeft console; fedpeft --server 10.0.0.5:7070 console --listen 127.0.0.1:8080 --read-only"
+EPILOG = epilog(
+    "fedpeft console",
+    "fedpeft --server 10.0.0.5:7070 console --listen 127.0.0.1:8080 --read-only",
+    hint="Ctrl-C ends it. A server that is away may come later: the pages say so.",
+)
 
 
 def console(

@@ -9,6 +9,7 @@ import typer
 
 from fedpeft import views
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import OF_SERVER, epilog
 from fedpeft.cli.session import Session, require, run_async, session_of
 from fedpeft.cli.weights import Weights, check_needed
 
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     from fedpeft.config import RunConfig
     from fedpeft.v1 import run_pb2
 
-EXAMPLE = "Examples: fedpeft run create emoji.toml --check; fedpeft --server 127.0.0.1:7070 run create emoji.toml"
+EPILOG = epilog(
+    "fedpeft run create emoji.toml --check",
+    "fedpeft --server 127.0.0.1:7070 run create emoji.toml",
+    ends=OF_SERVER,
+)
 
 
 def create(

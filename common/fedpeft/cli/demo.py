@@ -8,10 +8,16 @@ from typing import Annotated
 import typer
 
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import epilog
 from fedpeft.cli.exits import Exit
 from fedpeft.cli.session import require
 
-EXAMPLE = "Example: fedpeft demo --out demo-out --rounds 3 --clients 2 (Ctrl-C ends it and all its processes)"
+EPILOG = epilog(
+    "fedpeft demo --out demo-out",
+    "fedpeft demo --out demo-out --rounds 3 --clients 2",
+    hint="Ctrl-C ends it and all its processes.",
+    ends=(Exit.INTERRUPTED,),
+)
 
 
 def demo(

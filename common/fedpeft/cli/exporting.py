@@ -12,6 +12,7 @@ import typer
 
 from fedpeft import views
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import OF_RUN, epilog
 from fedpeft.cli.session import Session, require, run_async, session_of
 from fedpeft.cli.weights import Weights, check_needed
 from fedpeft.errors import ConfigInvalid, SettingsInvalid, StateInvalid
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from fedpeft.peft import TunedModel
     from fedpeft.v1 import run_pb2
 
-EXAMPLE = "Example: fedpeft run export run-0a1b2c3d4e5f --format timm --out emoji-timm.safetensors"
+EPILOG = epilog("fedpeft run export run-0a1b2c3d4e5f --format timm --out emoji-timm.safetensors", ends=OF_RUN)
 
 
 class Format(StrEnum):

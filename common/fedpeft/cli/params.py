@@ -9,6 +9,7 @@ import typer
 
 from fedpeft import units, views
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import epilog
 from fedpeft.cli.session import require
 from fedpeft.errors import ModelInvalid, SettingsInvalid
 
@@ -18,7 +19,7 @@ VARIANTS: tuple[tuple[str, str, Mapping[str, object]], ...] = (
 )
 """Beside every method with its defaults: (name shown, method, options)."""
 
-EXAMPLE = "Example: fedpeft params --model vit_base_patch16_224 --classes 100"
+EPILOG = epilog("fedpeft params --model vit_base_patch16_224 --classes 100")
 
 
 def params(

@@ -10,6 +10,7 @@ import typer
 
 from fedpeft import views
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import epilog
 from fedpeft.cli.session import require
 from fedpeft.errors import SettingsInvalid
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 SHOWN = 20
 """Clients listed for people; partition.json has them all."""
 
-EXAMPLE = (
-    "Examples: fedpeft partition train.parquet --partition dirichlet --clients 10 --alpha 0.5 --out sites; "
-    "fedpeft partition train.parquet --partition natural --column vendor --out sites"
+EPILOG = epilog(
+    "fedpeft partition train.parquet --partition dirichlet --clients 10 --alpha 0.5 --out sites",
+    "fedpeft partition train.parquet --partition natural --column vendor --out sites",
 )
 
 

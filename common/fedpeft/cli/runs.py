@@ -8,6 +8,7 @@ import typer
 
 from fedpeft import units, views
 from fedpeft.cli import creation, exporting, output, verifying, watching
+from fedpeft.cli.epilogs import OF_RUN, OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command("list")
+@app.command("list", epilog=epilog("fedpeft run list", ends=OF_SERVER))
 def list_(context: typer.Context, as_json: AsJson = False) -> None:
     """List all runs, oldest first."""
     rows = run_async(_rows(session_of(context)))
@@ -46,7 +47,7 @@ def list_(context: typer.Context, as_json: AsJson = False) -> None:
     )
 
 
-@app.command("show")
+@app.command("show", epilog=epilog("fedpeft run show run-0a1b2c3d4e5f --json", ends=OF_RUN))
 def show(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
     """Show a run: its state, its committed rounds with their bytes, the round in progress."""
     whole = run_async(_whole(session_of(context), run))
@@ -61,25 +62,25 @@ def show(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
         output.say(_progress_line(whole["in_progress"]))
 
 
-@app.command("pause")
+@app.command("pause", epilog=epilog("fedpeft run pause run-0a1b2c3d4e5f --reason 'a new disk'", ends=OF_RUN))
 def pause(context: typer.Context, run: Id, reason: Reason = "", as_json: AsJson = False) -> None:
     """Let no new round open; the open one goes on."""
     _steer(session_of(context), "pause", run, reason, as_json)
 
 
-@app.command("resume")
+@app.command("resume", epilog=epilog("fedpeft run resume run-0a1b2c3d4e5f", ends=OF_RUN))
 def resume(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
     """Let rounds open again."""
     _steer(session_of(context), "resume", run, "", as_json)
 
 
-@app.command("stop")
+@app.command("stop", epilog=epilog("fedpeft run stop run-0a1b2c3d4e5f --reason 'accurate enough'", ends=OF_RUN))
 def stop(context: typer.Context, run: Id, reason: Reason = "", as_json: AsJson = False) -> None:
     """End a run for good; what is committed stays."""
     _steer(session_of(context), "stop", run, reason, as_json)
 
 
-@app.command("delete")
+@app.command("delete", epilog=epilog("fedpeft run delete run-0a1b2c3d4e5f", ends=OF_RUN))
 def delete(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
     """Remove a completed or stopped run with all its versions and records."""
     run_async(_delete(session_of(context), run))
@@ -89,10 +90,10 @@ def delete(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
         output.say(f"{run} is deleted")
 
 
-app.command("create", epilog=creation.EXAMPLE)(creation.create)
-app.command("watch", epilog=watching.EXAMPLE)(watching.watch)
-app.command("export", epilog=exporting.EXAMPLE)(exporting.export)
-app.command("verify", epilog=verifying.EXAMPLE)(verifying.verify)
+app.command("create", epilog=creation.EPILOG)(creation.create)
+app.command("watch", epilog=watching.EPILOG)(watching.watch)
+app.command("export", epilog=exporting.EPILOG)(exporting.export)
+app.command("verify", epilog=verifying.EPILOG)(verifying.verify)
 
 
 async def _rows(session: Session) -> list[views.Json]:

@@ -10,13 +10,16 @@ import typer
 
 from fedpeft import units, views
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import epilog
 from fedpeft.cli.exits import Exit
 from fedpeft.cli.session import require
 from fedpeft.cli.weights import Weights, check_needed
 
 COLUMNS = ("ROUND", "CLIENTS", "ACCURACY", "TRAIN LOSS", "UP", "DOWN", "FULL FINE-TUNING", "SECONDS")
 
-EXAMPLE = "Example: fedpeft simulate emoji.toml --data sites --eval test.parquet --out simulated"
+EPILOG = epilog(
+    "fedpeft simulate emoji.toml --data sites --eval test.parquet --out simulated", ends=(Exit.NOT_COMPLETED,)
+)
 
 
 def simulate(

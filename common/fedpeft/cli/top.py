@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import OF_RUN, epilog
 from fedpeft.cli.session import require, run_async, session_of
 from fedpeft.errors import SettingsInvalid
 
 if TYPE_CHECKING:
     from fedpeft.operator_client import OperatorClient
 
-EXAMPLE = "Example: fedpeft --server 127.0.0.1:7070 top (the keys stand at the bottom; q leaves, the run goes on)"
+EPILOG = epilog(
+    "fedpeft --server 127.0.0.1:7070 top",
+    hint="The keys stand at the bottom; q leaves, the run goes on.",
+    ends=OF_RUN,
+)
 
 
 def top(

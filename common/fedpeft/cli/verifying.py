@@ -12,6 +12,7 @@ import typer
 
 from fedpeft import views
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import OF_RUN, epilog
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.errors import BlobCorrupt, SettingsInvalid
 
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from fedpeft.v1 import run_pb2
     from fedpeft.verification import Replay
 
-EXAMPLE = (
-    "Examples: fedpeft run verify run-0a1b2c3d4e5f; on the server's machine, where --keep-updates kept them, with "
-    "--spool server-data/spool"
+EPILOG = epilog(
+    "fedpeft run verify run-0a1b2c3d4e5f",
+    "fedpeft run verify run-0a1b2c3d4e5f --spool server-data/spool",
+    hint="The second one is for the server's machine, when the server was started with --keep-updates.",
+    ends=OF_RUN,
 )
 
 

@@ -10,6 +10,9 @@ import typer
 
 from fedpeft import PROTOCOL, __version__
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import epilog
+
+EPILOG = epilog("fedpeft version --json")
 
 _PARTS = ("grpcio", "numpy", "torch", "timm", "peft")
 

@@ -9,6 +9,7 @@ import typer
 
 from fedpeft import views
 from fedpeft.cli import output
+from fedpeft.cli.epilogs import OF_RUN, epilog
 from fedpeft.cli.exits import Exit
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.narration import Narrator, summary
@@ -16,7 +17,11 @@ from fedpeft.narration import Narrator, summary
 if TYPE_CHECKING:
     from fedpeft.following import Picture
 
-EXAMPLE = "Example: fedpeft run watch run-0a1b2c3d4e5f (Ctrl-C ends the watch, not the run)"
+EPILOG = epilog(
+    "fedpeft run watch run-0a1b2c3d4e5f",
+    hint="Ctrl-C ends the watch, not the run.",
+    ends=(*OF_RUN, Exit.NOT_COMPLETED, Exit.INTERRUPTED),
+)
 
 
 def watch(
