@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from typing import Any
 
+import pytest
 import yaml
+from typer.main import get_command
 
+from fedpeft.cli.app import app
+
+from ..docs.test_help import parse
 from .conftest import PROMETHEUS, ROOT, Rule, alerts, program, rules
 
 RUNBOOK = ROOT / "docs" / "runbook.md"
@@ -82,3 +88,16 @@ def short(alert: Rule) -> str:
     """Returns an alert's severity and patience as the runbook shows them."""
     wait = alert.raw.get("for")
     return alert.raw["labels"]["severity"] + (f", for {wait}" if wait else ", at once")
+
+
+def commands() -> list[str]:
+    """Returns every command line of the runbook that begins with fedpeft, in blocks and in sentences."""
+    text = RUNBOOK.read_text(encoding="utf-8")
+    return sorted({*re.findall(r"^\$ (fedpeft .+)$", text, re.M), *re.findall(r"`(fedpeft [^`]+)`", text)})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_of_the_runbook_are_commands(line: str) -> None:
+    words = shlex.split(line)[1:]
+    command = parse(get_command(app), words, "fedpeft")
+    assert command == " ".join(["fedpeft", *words])[: len(command)]
