@@ -11,7 +11,6 @@ import sys
 from fedpeft import grpc_core
 from fedpeft.errors import FedpeftError, IdentityInvalid, SettingsInvalid, StateInvalid
 from fedpeft.logs import configure
-from fedpeft_server import init
 from fedpeft_server.settings import Settings
 
 
@@ -20,11 +19,13 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         if arguments[:1] == ["init"]:
+            from fedpeft_server import init
+
             sys.exit(init.main(arguments[1:]))
         settings = _settings(arguments)
         configure(settings.log_format, settings.log_level)
         grpc_core.configure()
-        from fedpeft_server.app import Server  # only now: gRPC looks at the environment when it is imported
+        from fedpeft_server.app import Server  # only now: gRPC reads the environment as it is imported
 
         asyncio.run(Server(settings).run())
     except (SettingsInvalid, StateInvalid, IdentityInvalid) as error:

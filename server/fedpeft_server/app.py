@@ -106,9 +106,9 @@ class Server:
         log.info(
             "serving",
             version=__version__,
-            listen=self.settings.listen,
+            listen=str(Address(Address.parse(self.settings.listen, free=True).host, self.port)),
             security="TLS 1.3" if self.certificates else "none",
-            enroll=self.settings.enroll_address if self._enrolls else "nowhere",
+            enroll=self.enrollment or "nowhere",
             metrics=self.settings.metrics,
             data=str(self.settings.data_dir),
             runs=len(self.runs.all()),
@@ -173,10 +173,11 @@ class Server:
         settings, own = self.settings, self.certificates
         if own is None and not Address.parse(settings.listen, free=True).is_loopback:
             log.warning("serving plain text beyond this machine, as --insecure says", listen=settings.listen)
-        self._port = self._take(settings.listen, "--listen", own.credentials(ask=True) if own else None)
-        self._enrolls = own is not None and own.authority is not None
-        if own and self._enrolls:
-            self._enroll_port = self._take(settings.enroll_address, "--enroll", own.credentials(ask=False))
+        self.port = self._take(settings.listen, "--listen", own.credentials(ask=True) if own else None)
+        self.enrollment = ""
+        if own and own.authority:
+            port = self._take(settings.enroll_address, "--enroll", own.credentials(ask=False))
+            self.enrollment = str(Address(Address.parse(settings.enroll_address, free=True).host, port))
 
     def _take(self, address: str, flag: str, credentials: grpc.ServerCredentials | None) -> int:
         try:
@@ -191,9 +192,11 @@ class Server:
     def _addresses(self) -> Addresses:
         """Returns where the server is reached, for enrolment tokens."""
         host = self.certificates.hosts[0] if self.certificates else Address.parse(self.settings.listen, free=True).host
-        server = self.settings.advertise or str(Address(host, self._port))
-        enroll = self.settings.advertise_enroll or str(Address(Address.parse(server).host, self._enroll_port))
-        return Addresses(server, enroll)
+        server = Address.parse(self.settings.advertise) if self.settings.advertise else Address(host, self.port)
+        enroll = self.settings.advertise_enroll or (
+            str(Address(server.host, Address.parse(self.enrollment).port)) if self.enrollment else ""
+        )
+        return Addresses(str(server), enroll)
 
     async def _keep_certificates(self) -> None:
         """Renews the server's certificate in time, or takes up what others wrote, and shows when it ends."""

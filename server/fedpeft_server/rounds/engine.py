@@ -133,9 +133,9 @@ class RunEngine:
                     raise RoundClosed(f"the round of ticket {ticket} has closed; keep the update for the next round")
                 return counted
             new, effects = rounds.advance(self.round, rounds.Received(ticket), self.run.config.rounds, time.time())
-            await self._write(self._store.db.receive, new, update)
-            self._metrics.received(self.run.id, update.norm, update.metrics)
             client = self.round.ticket(ticket).client
+            await self._write(self._store.db.receive, new, update, deed=self._received(client, update))
+            self._metrics.received(self.run.id, update.norm, update.metrics)
             self._log.info("update received", round=new.number, client=client, examples=update.examples)
             self._enter(new, effects)
         return update

@@ -1,0 +1,128 @@
+"""A daemon over TLS in this process, and callers with any certificate."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+
+from fedpeft.identity import certificates, keys, requests
+from fedpeft.identity.authority import Authority
+from fedpeft.identity.folder import Identity
+from fedpeft.identity.keys import PrivateKey
+from fedpeft.identity.subject import Role, Subject
+from fedpeft.identity.token import EnrollmentToken
+from fedpeft.v1 import access_service_pb2 as access
+from fedpeft.v1 import access_service_pb2_grpc as access_grpc
+from fedpeft_server import init
+from fedpeft_server.access.certificates import read_authority
+from fedpeft_server.app import Server
+from fedpeft_server.files import Files
+from fedpeft_server.settings import Settings
+
+from .conftest import Daemon
+
+HOUR = timedelta(hours=1)
+ROLES = {
+    Role.OPERATOR: access.IDENTITY_ROLE_OPERATOR,
+    Role.VIEWER: access.IDENTITY_ROLE_VIEWER,
+    Role.CLIENT: access.IDENTITY_ROLE_CLIENT,
+    Role.EVALUATOR: access.IDENTITY_ROLE_EVALUATOR,
+}
+
+
+class Federation:
+    """A daemon with certificates, and its authority, which the tests have the key of."""
+
+    def __init__(self, server: Server, authority: Authority, operator: Identity, stack: AsyncExitStack) -> None:
+        self.server = server
+        self.authority = authority
+        self.operator = operator
+        self.address = f"127.0.0.1:{server.port}"
+        self.enrollment = server.enrollment
+        self._stack = stack
+
+    def certificate(
+        self, role: Role, name: str, life: timedelta = HOUR, at: datetime | None = None
+    ) -> grpc.aio.Channel:
+        """Returns a channel of somebody who was given a certificate without a token."""
+        key = keys.make()
+        return self.with_certificate(key, self.authority.issue(Subject(role, name), key.public_key(), life, at))
+
+    def with_certificate(self, key: PrivateKey, certificate: x509.Certificate) -> grpc.aio.Channel:
+        root = certificates.to_pem(self.authority.certificate)
+        return self._open(self.address, (root, keys.to_pem(key), certificates.to_pem(certificate)))
+
+    def operators(self) -> grpc.aio.Channel:
+        """Returns a channel of the operator that init made."""
+        return self.with_certificate(self.operator.key, self.operator.certificate)
+
+    def nobody(self) -> grpc.aio.Channel:
+        """Returns a channel without a certificate, to the port for enrolment."""
+        return self._open(self.enrollment, (certificates.to_pem(self.authority.certificate),))
+
+    def access(self, channel: grpc.aio.Channel | None = None) -> access_grpc.AccessServiceAsyncStub:
+        """Returns AccessService as a channel's owner sees it, the operator's by default."""
+        return access_grpc.AccessServiceStub(
+            channel or self.with_certificate(self.operator.key, self.operator.certificate)
+        )
+
+    async def token(self, name: str, role: Role = Role.CLIENT, life_s: int = 0) -> EnrollmentToken:
+        request = access.CreateTokenRequest(name=name, role=ROLES[role], life_s=life_s)
+        return EnrollmentToken.decode((await self.access().CreateToken(request)).line)
+
+    async def enroll(self, token: EnrollmentToken, key: PrivateKey | None = None) -> grpc.aio.Channel:
+        """Enrolls with a token and returns the channel that the certificate opens."""
+        key = key or keys.make()
+        request = access.EnrollRequest(secret=token.secret, signing_request=requests.make(key))
+        answer = await self.access(self.nobody()).Enroll(request)
+        return self.with_certificate(key, certificates.parse(answer.certificate)[0])
+
+    async def revoke(self, role: Role, name: str) -> access.Identity:
+        request = access.RevokeIdentityRequest(role=ROLES[role], name=name, reason="lost")
+        return (await self.access().RevokeIdentity(request)).identity
+
+    async def audit(self) -> list[access.AuditEntry]:
+        return list((await self.access().ListAuditEntries(access.ListAuditEntriesRequest())).entries)
+
+    def daemon(self, channel: grpc.aio.Channel) -> Daemon:
+        """Returns what the other tests call a daemon, as a channel's owner sees it."""
+
+        async def end() -> None:
+            raise AssertionError("the federation ends with its test")
+
+        return Daemon(self.server, channel, end)
+
+    def _open(self, address: str, files: tuple[bytes, ...]) -> grpc.aio.Channel:
+        channel = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(*files))
+        self._stack.push_async_callback(channel.close)
+        return channel
+
+
+@asynccontextmanager
+async def federation(folder: Path, **settings: object) -> AsyncIterator[Federation]:
+    """Starts a daemon over TLS on free ports; the same folder may be given again afterwards."""
+    data, person = folder / "data", folder / "operator"
+    init.main(["--data-dir", str(data), "--operator", "ada", "--operator-identity", str(person), "--port", "7070"])
+    authority = read_authority(Files(data / "identity"))
+    assert authority is not None
+    async with AsyncExitStack() as stack:
+        values = {"data_dir": data, "listen": "127.0.0.1:0", "metrics": "", "drain_s": 1.0}
+        server = Server(Settings.model_validate({**values, **settings}))
+        living = asyncio.create_task(server.run())
+
+        async def end() -> None:
+            server.stopping.set()
+            await living
+
+        stack.push_async_callback(end)
+        while not (hasattr(server, "_keeping") or living.done()):
+            await asyncio.sleep(0.01)
+        if living.done():
+            await living
+        yield Federation(server, authority, Identity.load(person), stack)
