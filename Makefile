@@ -44,7 +44,7 @@ bench: $(STAMP) ## measure rounds, memory and bytes beside a bare gRPC stream (r
 	$(BIN)/python benchmarks/run.py --out benchmarks/results
 
 docs: $(STAMP) ## build the documentation's site in build/site; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 dist: $(STAMP) ## build sdist and wheel in dist/ and check what PyPI would say of them; the version is git's newest tag
 	rm -rf dist
