@@ -25,6 +25,7 @@ from fedpeft.errors import CertificateExpired, FedpeftError, ServerUnreachable
 from fedpeft.identity import diagnosis
 from fedpeft.identity.diagnosis import Trust
 from fedpeft.identity.folder import Identity
+from fedpeft.identity.way import Fault
 from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import access_service_pb2_grpc as access_pb_grpc
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -118,7 +119,7 @@ class Channel:
         self._line = _Line(open_channel(server, identity, _OPTIONS))
         self._leaving: set[asyncio.Task[None]] = set()
         self._old: list[_Line] = []
-        self._cause: str | None = None
+        self._cause: Fault | None = None
         self._explained_at: float | None = None
         self.sent: Seen = _unseen
         self.received: Seen = _unseen
@@ -243,7 +244,7 @@ class Channel:
         if self._explained_at is None or now - self._explained_at > EXPLAIN_EVERY_S:
             self._explained_at = now
             self._cause = await diagnosis.explain(self._server, Trust.of(self._identity) if self._identity else None)
-        return ServerUnreachable(self._cause) if self._cause else fault
+        return ServerUnreachable(str(self._cause)) if self._cause else fault
 
 
 def _is_valid(identity: Identity) -> bool:

@@ -116,7 +116,7 @@ async def _ask(token: EnrollmentToken, key: PrivateKey) -> pb.EnrollResponse:
             pause_s *= 2
     if isinstance(fault, ServerUnreachable):
         found = await diagnosis.explain(token.enrollment, Trust((token.authority,)))
-        raise ServerUnreachable(found or fault.message)
+        raise ServerUnreachable(str(found or fault))
     raise fault
 
 

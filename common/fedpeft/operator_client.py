@@ -1,4 +1,4 @@
-"""The typed client of OperatorService, for the command line and for notebooks.
+"""The typed client of OperatorService and AccessService, for the command line and for notebooks.
 
     async with OperatorClient("127.0.0.1:7070") as server:
         run = await server.create_run(config, spec, fingerprint, tensors, model_parameters)
@@ -18,6 +18,8 @@ import hashlib
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
 from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
@@ -25,14 +27,21 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 
+from fedpeft import enrolment
+from fedpeft.access_calls import AccessCalls, RequestT, ResponseT, Unary
+from fedpeft.connection import open_channel
 from fedpeft.errors import ChecksumMismatch, FedpeftError, ServerUnreachable, StateInvalid, Unavailable
+from fedpeft.identity import certificates, diagnosis
+from fedpeft.identity.diagnosis import Trust
+from fedpeft.identity.way import Closed
 from fedpeft.round_parts import folded
 from fedpeft.status import from_rpc_error
+from fedpeft.v1 import access_service_pb2_grpc, operator_service_pb2_grpc, run_pb2, tensor_pb2
 from fedpeft.v1 import operator_service_pb2 as pb
-from fedpeft.v1 import operator_service_pb2_grpc, run_pb2, tensor_pb2
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
+    from fedpeft.identity.folder import Identity
     from fedpeft.payload import Tensors
     from fedpeft.spec import AdapterSpec
 
@@ -40,6 +49,8 @@ PATIENCE_S = 60.0
 """Longest silence of the server that is waited out, in any call."""
 ATTEMPTS = 4
 """Times a call is made before an unavailable server is given up."""
+RENEW_S = 10.0
+"""Longest that a command waits for the next certificate, which it can do without for now."""
 PAUSE_S = 0.25
 """Pause before the second attempt; doubled before each one after it."""
 
@@ -55,29 +66,45 @@ def _silent(done: int, total: int) -> None:
     """The progress that nobody asked for."""
 
 
-class OperatorClient:
-    """A connection to a server's OperatorService; an async context manager.
+class OperatorClient(AccessCalls):
+    """A connection to a server's OperatorService and AccessService; an async context manager.
 
-    Every call raises the class of `fedpeft.errors` that the server raised, or `ServerUnreachable`.
+    Every call raises the class of `fedpeft.errors` that the server raised, or `ServerUnreachable`. An identity that is
+    past half of its life is renewed, and written, when the connection is opened.
 
     Args:
         server: HOST:PORT.
+        identity: Who calls; None for plain text.
         attempts: Times a call is made before an unavailable server is given up.
     """
 
-    def __init__(self, server: str, attempts: int = ATTEMPTS) -> None:
+    def __init__(self, server: str, identity: Identity | None = None, *, attempts: int = ATTEMPTS) -> None:
         self._server = server
         self._attempts = attempts
-        self._channel = grpc.aio.insecure_channel(server)
+        self._open(identity)
+
+    def _open(self, identity: Identity | None) -> None:
+        self._identity = identity
+        self._channel = open_channel(self._server, identity)
         self._stub = operator_service_pb2_grpc.OperatorServiceStub(self._channel)
+        self._access = access_service_pb2_grpc.AccessServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
+        if self._identity and datetime.now(UTC) >= certificates.renewal(self._identity.certificate):
+            await self._renew(self._identity)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._channel.close()
+
+    async def _renew(self, identity: Identity) -> None:
+        """Gets the next certificate; one that cannot be had now is had the next time, as there is half a life left."""
+        with suppress(FedpeftError, grpc.aio.AioRpcError):
+            renewed = await enrolment.renewed(identity, lambda request: self._access.Renew(request, timeout=RENEW_S))
+            await self._channel.close()
+            self._open(renewed)
 
     async def create_run(
         self,
@@ -283,10 +310,22 @@ class OperatorClient:
                 await asyncio.sleep(max(cause.retry_s, PAUSE_S))
                 continue
             left -= 1
-            if not left or not isinstance(cause, Unavailable):
+            if not isinstance(cause, Unavailable):
                 raise cause
+            if not left:
+                raise await self._explained(cause)
             await asyncio.sleep(pause_s)
             pause_s *= 2
+
+    async def _ask(self, method: Unary[RequestT, ResponseT], request: RequestT) -> ResponseT:
+        return await self._repeat(lambda: method(request, timeout=PATIENCE_S))
+
+    async def _explained(self, cause: FedpeftError) -> FedpeftError:
+        """Returns why there is no connection, if that is what is wrong."""
+        if not isinstance(cause, ServerUnreachable):
+            return cause
+        found = await diagnosis.explain(self._server, Trust.of(self._identity) if self._identity else None)
+        return cause if found is None or isinstance(found, Closed) else ServerUnreachable(str(found))
 
     def _error(self, error: grpc.aio.AioRpcError | FedpeftError) -> FedpeftError:
         """Returns the error of the tree; what gRPC itself says of a lost connection names the server."""

@@ -256,7 +256,7 @@ async def test_a_lost_server_is_looked_into_once(
     looked: list[str] = []
     explain = module.diagnosis.explain
 
-    async def counted(server: str, trust: module.Trust | None) -> str | None:
+    async def counted(server: str, trust: module.Trust | None) -> module.Fault | None:
         looked.append(server)
         return await explain(server, trust)
 

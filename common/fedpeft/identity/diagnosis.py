@@ -52,10 +52,10 @@ class Trust:
         return cls(identity.authority, identity.folder, identity.certificate)
 
 
-async def explain(server: str, trust: Trust | None) -> str | None:
+async def explain(server: str, trust: Trust | None) -> Fault | None:
     """Looks for the cause beside the event loop; see `diagnose`."""
     loop = asyncio.get_running_loop()
-    answer: asyncio.Future[str | None] = loop.create_future()
+    answer: asyncio.Future[Fault | None] = loop.create_future()
 
     def work() -> None:
         found = diagnose(server, trust)
@@ -68,15 +68,15 @@ async def explain(server: str, trust: Trust | None) -> str | None:
         async with asyncio.timeout(BUDGET_S):
             return await answer
     except TimeoutError:
-        return f"{server} cannot be reached, and nothing more was found out: look at this machine's name service"
+        return Fault(f"{server} cannot be reached, and nothing more was found out: look at this machine's name service")
 
 
-def _settle(answer: asyncio.Future[str | None], found: str | None) -> None:
+def _settle(answer: asyncio.Future[Fault | None], found: Fault | None) -> None:
     if not answer.done():
         answer.set_result(found)
 
 
-def diagnose(server: str, trust: Trust | None) -> str | None:
+def diagnose(server: str, trust: Trust | None) -> Fault | None:
     """Says why a connection to a server fails.
 
     Args:
@@ -84,7 +84,7 @@ def diagnose(server: str, trust: Trust | None) -> str | None:
         trust: With what TLS is tried; None for plain text.
 
     Returns:
-        A sentence; None if a connection is made without fault, now at least.
+        A fault, whose text is the sentence; None if a connection is made without fault, now at least.
     """
     way = Way(server, time.monotonic() + BUDGET_S)
     try:
@@ -93,9 +93,9 @@ def diagnose(server: str, trust: Trust | None) -> str | None:
         else:
             _tls(way, trust)
     except Fault as fault:
-        return str(fault)
+        return fault
     except OSError as error:
-        return f"the connection to {server} broke ({error.strerror or error}): something between closes it"
+        return Fault(f"the connection to {server} broke ({error.strerror or error}): something between closes it")
     return None
 
 

@@ -25,6 +25,10 @@ class Fault(Exception):
     """Why a server is not reached; the message is a sentence that says what to do."""
 
 
+class Closed(Fault):
+    """Nobody listens on the port."""
+
+
 @dataclass(frozen=True)
 class Way:
     """The way to one server.
@@ -74,7 +78,7 @@ class Way:
 
     def _not_connected(self, error: OSError) -> Fault:
         if isinstance(error, ConnectionRefusedError):
-            return Fault(
+            return Closed(
                 f"the machine {self.address.host} is there, but nothing listens on port {self.address.port}: start "
                 "fedpeft-server, or check the port and what forwards it"
             )
