@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +14,20 @@ from typing import Any
 from prometheus_client.metrics import MetricWrapperBase
 
 from fedpeft import payload
+from fedpeft.identity import certificates
 from fedpeft.rounds import Phase, Round, Ticket, TicketState
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import metrics as metrics_module
+from fedpeft_server.files import Files
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds import gauges
 from fedpeft_server.rpc.callers import Callers, Silence
 from fedpeft_server.store.rows import ClientRow, RunState
 
-from .conftest import SPEC, Daemon, StartDaemon, config, filled, header
+from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port, header
 from .rows import RUN, run_row
+from .test_process import running, scrape
 
 Samples = dict[tuple[str, ...], float]
 
@@ -197,3 +202,19 @@ async def test_a_deleted_run_leaves_no_series(start: StartDaemon) -> None:
 
 def _by_run(metrics: Metrics, run: str) -> set[Any]:
     return {f.name for f in metrics.registry.collect() for s in f.samples if s.labels.get("run") == run}
+
+
+def test_a_daemon_with_certificates_shows_when_they_end(tmp_path: Path) -> None:
+    data, port = tmp_path / "data", free_port()
+    init = ["--data-dir", str(data), "--host", "127.0.0.1", "--operator-identity", str(tmp_path / "operator")]
+    done = subprocess.run([sys.executable, "-m", "fedpeft_server", "init", *init], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with running(data, "--metrics", f"127.0.0.1:{port}"):
+        until, shown = time.monotonic() + 10, Samples()
+        while len(shown) < 2 and time.monotonic() < until:  # they are read beside the start
+            shown = scrape(port).get("fedpeft_certificate_expiry_seconds", {})
+    files = Files(data / "identity")
+    assert shown == {
+        (name,): certificates.load(file)[0].not_valid_after_utc.timestamp()
+        for name, file in (("server", files.server), ("authority", files.authority))
+    }
