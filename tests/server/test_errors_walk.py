@@ -5,21 +5,30 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import grpc
 import pytest
+from sqlalchemy import update as update_rows
 
 from fedpeft import payload, wire
+from fedpeft.identity import keys, requests
+from fedpeft.identity.subject import Role
 from fedpeft.operator_client import OperatorClient
 from fedpeft.status import from_rpc_error
+from fedpeft.v1 import access_service_pb2 as access
+from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import tensor_pb2
 from fedpeft_server.rpc import arrivals, callers, turns, uploads
+from fedpeft_server.store import tables
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, zeros
+from .secured import Federation, federation
+from .test_access import signed_without_an_id
 from .test_refusals import CALLERS, REFUSED_FOR_GOOD, TRY_AGAIN, bad_and_good
 from .test_turns import Trickle
 from .test_uploads import SlowDisk
@@ -309,6 +318,74 @@ async def decline_without_a_reason(world: World) -> object:
     return await client.stub.AnswerOffer(answer, metadata=client.metadata)
 
 
+Provocation = Callable[[Federation], Awaitable[object]]
+
+
+def over_tls(provoke: Provocation) -> Callable[[World], Awaitable[object]]:
+    async def provocation(world: World) -> object:
+        async with federation(world.request.getfixturevalue("tmp_path")) as secured:
+            return await provoke(secured)
+
+    return provocation
+
+
+async def used_token(secured: Federation) -> object:
+    token = await secured.token("a")
+    await secured.enroll(token)
+    return await secured.enroll(token)
+
+
+async def old_token(secured: Federation) -> object:
+    token = await secured.token("a")
+    with secured.server.store.db.transactions.begin() as connection:
+        connection.execute(update_rows(tables.tokens).values(expires_at=1.0))
+    return await secured.enroll(token)
+
+
+async def unknown_token(secured: Federation) -> object:
+    token = await secured.token("a")
+    return await secured.enroll(replace(token, secret=bytes(32)))
+
+
+async def evaluator_of_a_clients_name(secured: Federation) -> object:
+    await secured.enroll(await secured.token("a"))
+    return await secured.token("a", Role.EVALUATOR)
+
+
+async def revoked_viewer(secured: Federation) -> object:
+    viewer = await secured.enroll(await secured.token("eve", Role.VIEWER))
+    await secured.revoke(Role.VIEWER, "eve")
+    return await secured.daemon(viewer).operator.ListRuns(op.ListRunsRequest())
+
+
+async def viewer_who_outlives_a_certificate(secured: Federation) -> object:
+    viewer = secured.daemon(secured.certificate(Role.VIEWER, "eve", timedelta(seconds=2)))
+    for _ in range(10):
+        await viewer.operator.ListRuns(op.ListRunsRequest())
+        await asyncio.sleep(0.3)
+    raise AssertionError("the certificate has ended")
+
+
+async def printer(secured: Federation) -> object:
+    key = keys.make()
+    certificate = signed_without_an_id(secured.authority, key)
+    return await secured.daemon(secured.with_certificate(key, certificate)).operator.ListRuns(op.ListRunsRequest())
+
+
+async def viewer_who_creates(secured: Federation) -> object:
+    return await secured.daemon(secured.certificate(Role.VIEWER, "eve")).create()
+
+
+async def plain_renewal(world: World) -> object:
+    stub = access_grpc.AccessServiceStub((await world.start()).channel)
+    return await stub.Renew(access.RenewRequest(signing_request=requests.make(keys.make())))
+
+
+async def odd_signing_request(secured: Federation) -> object:
+    stub = secured.access(secured.nobody())
+    return await stub.Enroll(access.EnrollRequest(secret=bytes(32), signing_request=b"no request"))
+
+
 PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "CONFIG_INVALID": wrong_config,
     "SPEC_INVALID": unsorted_spec,
@@ -347,6 +424,21 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "DRAINING": ending_server,
     "TRANSFER_STALLED": silent_client,
     "SERVER_UNREACHABLE": no_server,
+    "SUBJECT_INVALID": over_tls(lambda f: f.token("..")),
+    "SIGNING_REQUEST_INVALID": over_tls(odd_signing_request),
+    "TOKEN_NOT_FOUND": over_tls(lambda f: f.access().DeleteToken(access.DeleteTokenRequest(id="0" * 12))),
+    "IDENTITY_NOT_FOUND": over_tls(lambda f: f.revoke(Role.CLIENT, "a")),
+    "NAME_IN_USE": over_tls(evaluator_of_a_clients_name),
+    "NO_AUTHORITY": plain_renewal,
+    "SELF_REVOCATION": over_tls(lambda f: f.revoke(Role.OPERATOR, "ada")),
+    "ROLE_MAY_NOT": over_tls(viewer_who_creates),
+    "CERTIFICATE_MISSING": over_tls(lambda f: f.daemon(f.nobody()).create()),
+    "CERTIFICATE_INVALID": over_tls(printer),
+    "CERTIFICATE_EXPIRED": over_tls(viewer_who_outlives_a_certificate),
+    "CERTIFICATE_REVOKED": over_tls(revoked_viewer),
+    "TOKEN_UNKNOWN": over_tls(unknown_token),
+    "TOKEN_EXPIRED": over_tls(old_token),
+    "TOKEN_USED": over_tls(used_token),
     "INTERNAL": lost_spool,
 }
 
