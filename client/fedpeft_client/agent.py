@@ -43,6 +43,7 @@ from fedpeft_client.exits import NOT_ABOUT_THE_TASK, UNFIT
 from fedpeft_client.fitness import Fitness, Verdict
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.limits import Limits
+from fedpeft_client.metrics import Metrics, State
 from fedpeft_client.patience import AWAY_S, CALL_S, Backoff, Patience
 from fedpeft_client.pending import PendingBox
 from fedpeft_client.policy import Policy
@@ -67,6 +68,7 @@ class Agent:
         channel: The server.
         worker: The process that computes.
         ledger: Where what leaves is booked.
+        metrics: Where what is done is counted.
         log: Carries the client's id.
     """
 
@@ -78,6 +80,7 @@ class Agent:
         channel: Channel,
         worker: WorkerProcess,
         ledger: Ledger,
+        metrics: Metrics,
         log: Log,
     ) -> None:
         self._settings = settings
@@ -86,13 +89,14 @@ class Agent:
         self._channel = channel
         self._worker = worker
         self._ledger = ledger
+        self._metrics = metrics
         self._log = log
         self._box = PendingBox(directory, policy.digest)
         self._patience = Patience(log, CALL_S if settings.once else None)
-        self._limits = Limits(policy, ledger, log)
+        self._limits = Limits(policy, ledger, metrics, log)
         self._pusher = Pusher(channel, self._patience, ledger)
-        self._trainer = Trainer(directory, self._box, worker)
-        self._evaluator = Evaluator(channel, self._patience, worker, ledger)
+        self._trainer = Trainer(directory, self._box, worker, metrics)
+        self._evaluator = Evaluator(channel, self._patience, worker, ledger, metrics)
         self._fitness = Fitness(worker, log)
         self._setback = Backoff()
         self._said_idle = False
@@ -115,8 +119,10 @@ class Agent:
     async def _register(self) -> None:
         hello = await self._worker.start()
         request = registration(self._settings, hello)
+        self._metrics.data_rows.set(hello["rows"])
         with self._ledger.booked(departures.registration(request)):
             await self._patience.keep(lambda: self._channel.register(request))
+        self._metrics.enter(State.WAITING)
         facts = {name: hello[name] for name in ("device", "threads")}
         limits = len(self._policy.rules) or "none, for want of a policy"
         self._log.info("registered", server=self._settings.server, **facts, limits=limits)
@@ -135,7 +141,8 @@ class Agent:
         await self._push_pending()
         await self._limits.permit(0 if self._settings.evaluate else self._fitness.least_upload_bytes())
         wanted, once = self._settings.run or "", self._settings.once
-        response = await self._patience.keep(lambda: self._channel.await_round(wanted, until_finished=once))
+        with self._metrics.during(State.WAITING):
+            response = await self._patience.keep(lambda: self._channel.await_round(wanted, until_finished=once))
         outcome = response.WhichOneof("outcome")
         self._said_idle = self._said_idle and outcome == "idle"
         match outcome:
@@ -165,15 +172,18 @@ class Agent:
             log = self._log.bind(run=pending.run, round=pending.round)
             if pending.policy == self._policy.digest:
                 await self._limits.permit_upload(pending.header.manifest.payload_bytes)
-                outcome = await self._pusher.push(pending, log)
+                with self._metrics.during(State.PUSHING):
+                    outcome = await self._pusher.push(pending, log)
             else:
                 log.warning("an update that was trained under another policy is not sent", ticket=pending.ticket)
                 changed = RefusedByPolicy("its owner changed what is allowed after the update was trained")
                 outcome = await self._pusher.give_up(pending, changed)
+            self._metrics.updates.labels(pending.run, outcome).inc()
             await asyncio.to_thread(self._box.settle, pending, outcome)
 
     async def _answer(self, run: run_pb2.Run) -> None:
-        verdict = await self._fitness.judge(run)
+        with self._metrics.during(State.JUDGING):
+            verdict = await self._fitness.judge(run)
         await self._say(run.id, verdict)
 
     async def _say(self, run: str, verdict: Verdict) -> None:
@@ -194,7 +204,9 @@ class Agent:
                 await self._patience.keep(lambda: self._channel.answer_offer(request))
         except NotFound as error:
             self._log.info("the run is gone already", run=run, cause=str(error))
+        self._metrics.examples.labels(run).set(verdict.examples)
         for reason in verdict.reasons:
+            self._metrics.declines.labels(reason.kind).inc()
             self._log.error("run is declined", run=run, reason=reason.kind, cause=reason.here)
         if verdict.reasons and self._settings.run:
             raise verdict.reasons[0].error
@@ -205,10 +217,12 @@ class Agent:
         async def train() -> None:
             run, held = await self._pull(task.run, task.version)
             training = self._trainer.train(run, task, held, log)  # what is pending is pushed next, as after a kill
-            await while_it_counts(self._channel, task.ticket, self._limits.while_permitted(training))
+            with self._metrics.during(State.TRAINING):
+                await while_it_counts(self._channel, task.ticket, self._limits.while_permitted(training))
 
         if failure := self._excess(task) or await self._tried(task.run, train):
             log.error("ticket is given up", cause=failure.here)
+            self._metrics.tickets_given_up.labels(task.run, failure.kind).inc()
             await self._withdraw(task, failure)
             await self._setback.pause()
 
@@ -228,7 +242,8 @@ class Agent:
 
         async def evaluate() -> None:
             run, held = await self._pull(task.run, task.version)
-            await self._limits.while_permitted(self._evaluator.evaluate(run, held, log))
+            with self._metrics.during(State.EVALUATING):
+                await self._limits.while_permitted(self._evaluator.evaluate(run, held, log))
 
         if failure := await self._tried(task.run, evaluate):
             log.error("version is not scored", version=task.version, cause=failure.here)
@@ -262,7 +277,8 @@ class Agent:
         if verdict is None or verdict.run is None or not verdict.suits:
             raise NotRegistered(f"the server gave work for run {run_id}, which this client did not accept")
         cache = AdapterCache(self._directory.run(run_id))
-        held = await Puller(self._channel, self._patience, verdict.run, cache).pull(version)
+        with self._metrics.during(State.PULLING):
+            held = await Puller(self._channel, self._patience, verdict.run, cache).pull(version)
         return verdict.run, held
 
     async def _withdraw(self, task: pb.TrainingTask, failure: Reason) -> None:

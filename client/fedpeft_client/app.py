@@ -17,10 +17,13 @@ from fedpeft_client.agent import Agent
 from fedpeft_client.channel import Channel
 from fedpeft_client.dry_run import dry_run
 from fedpeft_client.ledger import Ledger
+from fedpeft_client.machine import MachineCollector
+from fedpeft_client.metrics import Metrics
 from fedpeft_client.policy import Policy, find
 from fedpeft_client.renewal import Renewal, check_valid, until
 from fedpeft_client.settings import Settings
 from fedpeft_client.state import StateDirectory
+from fedpeft_client.traffic import Traffic
 from fedpeft_client.worker_process import Answer, WorkerProcess
 
 
@@ -58,20 +61,24 @@ def _identity(settings: Settings, log: Log) -> Identity | None:
 async def _serve(
     settings: Settings, policy: Policy, directory: StateDirectory, identity: Identity | None, log: Log
 ) -> None:
-    worker, ledger = WorkerProcess(_worker_options(settings, policy), log), Ledger(directory.path, settings.server)
-    worker, ledger = WorkerProcess(_worker_options(settings, policy), log), Ledger(directory.path, settings.server)
-    try:
-        async with Channel(settings.server, settings.name, directory.instance, identity) as channel:
-            if settings.dry_run:
-                work = dry_run(settings, channel, worker, ledger, log)
-            else:
-                work = Agent(settings, policy, directory, channel, worker, ledger, log).live()
-                if identity is not None:
-                    work = _beside(work, Renewal(identity, channel, log).keep())
-            await _until_stopped(work, log)
-    finally:
-        await worker.close()
-        ledger.close()
+    worker, metrics = WorkerProcess(_worker_options(settings, policy), log), Metrics()
+    metrics.registry.register(MachineCollector(lambda: str(worker.hello.get("gpu", ""))))
+    with (
+        Ledger(directory.path, settings.server) as ledger,
+        metrics.served("" if settings.dry_run else settings.metrics),
+    ):
+        try:
+            async with Channel(settings.server, settings.name, directory.instance, identity) as channel:
+                Traffic(channel, ledger, metrics)
+                if settings.dry_run:
+                    work = dry_run(settings, channel, worker, ledger, log)
+                else:
+                    work = Agent(settings, policy, directory, channel, worker, ledger, metrics, log).live()
+                    if identity is not None:
+                        work = _beside(work, Renewal(identity, channel, log).keep())
+                await _until_stopped(work, log)
+        finally:
+            await worker.close()
 
 
 async def _beside(work: Coroutine[None, None, None], keeping: Coroutine[None, None, NoReturn]) -> None:

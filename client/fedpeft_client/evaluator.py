@@ -9,6 +9,7 @@ from fedpeft_client import departures
 from fedpeft_client.adapters import Held
 from fedpeft_client.channel import Channel
 from fedpeft_client.ledger import Ledger
+from fedpeft_client.metrics import Metrics
 from fedpeft_client.patience import Patience
 from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun
@@ -19,11 +20,14 @@ from fedpeft_client.worker_process import WorkerProcess
 class Evaluator:
     """Scores in the worker and reports."""
 
-    def __init__(self, channel: Channel, patience: Patience, worker: WorkerProcess, ledger: Ledger) -> None:
+    def __init__(
+        self, channel: Channel, patience: Patience, worker: WorkerProcess, ledger: Ledger, metrics: Metrics
+    ) -> None:
         self._channel = channel
         self._patience = patience
         self._worker = worker
         self._ledger = ledger
+        self._metrics = metrics
 
     async def evaluate(self, run: KnownRun, held: Held, log: Log) -> None:
         """Scores a version on this site's data and pushes the figures.
@@ -41,5 +45,6 @@ class Evaluator:
         message = pb.PushEvaluationRequest(run=run.id, version=held.version, metrics=metrics)
         with self._ledger.booked(departures.evaluation(message)):
             await self._patience.keep(lambda: self._channel.push_evaluation(message))
+        self._metrics.scored(run.id, metrics)
         whole = {name: value for name, value in metrics.items() if "/" not in name}
         log.info("evaluated", version=held.version, **whole)

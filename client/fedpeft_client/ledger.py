@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from fedpeft import durable
 from fedpeft.errors import FedpeftError, StateInvalid
@@ -33,6 +34,9 @@ FILE = "ledger.jsonl"
 """In the state directory."""
 
 DAY = timedelta(days=1)
+
+QUESTIONS_BYTES = 16 * 1024
+"""Questions are booked together, so many bytes of them ahead: a line for each would be thousands a day."""
 
 
 class Kind(StrEnum):
@@ -48,6 +52,8 @@ class Kind(StrEnum):
     """Figures of a version, measured here."""
     WITHDRAWAL = "withdrawal"
     """A ticket given back, with the words that were told."""
+    QUESTIONS = "questions"
+    """Many small calls that tell nothing: for work, an adapter version, where an upload stands, a certificate."""
 
 
 class Outcome(StrEnum):
@@ -201,12 +207,43 @@ class Ledger:
         self._tickets: defaultdict[str, set[str]] = defaultdict(set)
         self._recent: deque[tuple[datetime, int]] = deque()
         self._torn = False
+        self._questions: tuple[str, Booking] | None = None
         for each in read(self.path).booked.values():
             self._count(each.departure, each.at)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
         """Closes the file; every line is durable already."""
-        os.close(self._file)
+        try:
+            self._settle_questions()
+        finally:
+            os.close(self._file)
+
+    def asked(self, size_bytes: int) -> None:
+        """Books a question that is about to be asked.
+
+        Raises:
+            StateInvalid: If the ledger cannot be written; then it is not asked.
+        """
+        if self._questions is None or self._questions[1].wire_bytes + size_bytes > QUESTIONS_BYTES:
+            self._settle_questions()
+            number = secrets.token_hex(8)
+            self._open(number, Departure(Kind.QUESTIONS, max(size_bytes, QUESTIONS_BYTES), {}))
+            self._questions = number, Booking(0)
+        self._questions[1].wire_bytes += size_bytes
+
+    def _settle_questions(self) -> None:
+        if self._questions is not None:
+            (number, booking), self._questions = self._questions, None
+            self._close(number, booking, Outcome.RECEIVED, "")
+            self._recent.append((datetime.now(UTC), booking.wire_bytes - QUESTIONS_BYTES))
 
     @contextmanager
     def booked(self, departure: Departure) -> Iterator[Booking]:

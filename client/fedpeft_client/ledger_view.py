@@ -122,6 +122,10 @@ def _evaluation(said: Mapping[str, Any]) -> str:
     return f"version {said.get('version')}: {len(figures)} figures{accuracy}"
 
 
+def _questions(said: Mapping[str, Any]) -> str:
+    return "for work, adapter versions, where uploads stand"
+
+
 def _withdrawal(said: Mapping[str, Any]) -> str:
     return str(said.get("reason"))
 
@@ -132,6 +136,7 @@ _WORDS = {
     Kind.UPDATE: _update,
     Kind.EVALUATION: _evaluation,
     Kind.WITHDRAWAL: _withdrawal,
+    Kind.QUESTIONS: _questions,
 }
 
 

@@ -16,6 +16,7 @@ import psutil
 from fedpeft.errors import RefusedByPolicy
 from fedpeft.logs import Log
 from fedpeft_client.ledger import DAY, Ledger
+from fedpeft_client.metrics import Metrics, State
 from fedpeft_client.policy import Policy, opens_at
 
 LOOK_S = 5.0
@@ -86,17 +87,28 @@ class Limits:
     Args:
         policy: The policy.
         ledger: What left already.
+        metrics: Where waiting is shown.
         log: Where waiting is said.
+        look: What tells what the machine is like.
     """
 
-    def __init__(self, policy: Policy, ledger: Ledger, log: Log) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        ledger: Ledger,
+        metrics: Metrics,
+        log: Log,
+        look: Callable[[], Conditions] = conditions,
+    ) -> None:
         self._policy = policy
         self._ledger = ledger
+        self._metrics = metrics
         self._log = log
+        self._look = look
 
     def against(self, more_bytes: int = 0) -> Forbidden | None:
         """Returns why nothing may be done now, or not what would send `more_bytes`."""
-        return forbidden(self._policy, conditions()) or self._over_budget(more_bytes)
+        return forbidden(self._policy, self._look()) or self._over_budget(more_bytes)
 
     def _over_budget(self, more_bytes: int) -> Forbidden | None:
         most = self._policy.transfer.max_bytes_a_day
@@ -119,7 +131,8 @@ class Limits:
             if stop.told != said:
                 said = stop.told
                 self._log.info("resting, as the policy wants", reason=said, until=stop.until.isoformat(" ", "minutes"))
-            await asyncio.sleep(LOOK_S)
+            with self._metrics.during(State.RESTING):
+                await asyncio.sleep(LOOK_S)
         if said:
             self._log.info("working again")
 
@@ -140,6 +153,6 @@ class Limits:
 
     async def _watch(self) -> NoReturn:
         while True:
-            if (stop := forbidden(self._policy, conditions())) is not None:
+            if (stop := forbidden(self._policy, self._look())) is not None:
                 raise RefusedByPolicy(stop.told)
             await asyncio.sleep(LOOK_S)

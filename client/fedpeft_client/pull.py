@@ -67,6 +67,7 @@ class Puller:
         request.offset = part.stat().st_size if part.exists() else 0
         if held is not None:
             request.have_sha256 = held.manifest.sha256
+        self._channel.sent(request)
         call = self._channel.pull_adapter(request)
         try:
             header, manifest = await self._header(call, version)
@@ -119,4 +120,7 @@ class Puller:
             raise ServerUnreachable(f"the pull stalled: no byte for {STALL_S:.0f} seconds") from None
         except grpc.aio.AioRpcError as error:
             raise self._channel.error(error) from error
-        return message if isinstance(message, pb.PullAdapterResponse) else None
+        if not isinstance(message, pb.PullAdapterResponse):
+            return None
+        self._channel.received(message)
+        return message

@@ -142,15 +142,18 @@ class Pusher:
             try:
                 header = pb.PushUpdateRequest(header=pending.header)
                 booking.wire_bytes = header.ByteSize()
+                self._channel.sent(header)
                 await call.write(header)
                 async with asyncio.timeout(STALL_S):
                     turn = TURN_KEY in dict(await call.initial_metadata())
                 if turn:  # else the call has ended: refused, or received before
-                    await _send(call, pending, offset, booking)
+                    await self._send(call, pending, offset, booking)
             except asyncio.InvalidStateError:
                 pass  # the server answered before the last chunk; what it said comes from the call itself
             async with asyncio.timeout(STALL_S):
-                return await call
+                receipt = await call
+            self._channel.received(receipt)
+            return receipt
         except TimeoutError:
             raise ServerUnreachable(f"the upload stalled: no progress for {STALL_S:.0f} seconds") from None
         except grpc.aio.AioRpcError as error:
@@ -158,16 +161,16 @@ class Pusher:
         finally:
             call.cancel()
 
-
-async def _send(call: _Call, pending: Pending, offset: int, booking: Booking) -> None:
-    """Sends the payload from `offset` to its end."""
-    for chunk in _chunks(pending, offset):
-        message = pb.PushUpdateRequest(chunk=chunk)
-        booking.wire_bytes += message.ByteSize()
+    async def _send(self, call: _Call, pending: Pending, offset: int, booking: Booking) -> None:
+        """Sends the payload from `offset` to its end."""
+        for chunk in _chunks(pending, offset):
+            message = pb.PushUpdateRequest(chunk=chunk)
+            booking.wire_bytes += message.ByteSize()
+            self._channel.sent(message)
+            async with asyncio.timeout(STALL_S):
+                await call.write(message)
         async with asyncio.timeout(STALL_S):
-            await call.write(message)
-    async with asyncio.timeout(STALL_S):
-        await call.done_writing()
+            await call.done_writing()
 
 
 async def _verdict(call: _Call, said: list[grpc.aio.AioRpcError]) -> grpc.aio.AioRpcError:

@@ -14,20 +14,22 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
 from fedpeft_client import state
 from fedpeft_client.adapters import Held
+from fedpeft_client.metrics import Metrics
 from fedpeft_client.pending import Pending, PendingBox
 from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.state import StateDirectory
-from fedpeft_client.worker_process import Answer, WorkerProcess
+from fedpeft_client.worker_process import Answer, OnProgress, WorkerProcess
 
 
 class Trainer:
     """Trains in the worker and keeps what came of it."""
 
-    def __init__(self, directory: StateDirectory, box: PendingBox, worker: WorkerProcess) -> None:
+    def __init__(self, directory: StateDirectory, box: PendingBox, worker: WorkerProcess, metrics: Metrics) -> None:
         self._directory = directory
         self._box = box
         self._worker = worker
+        self._metrics = metrics
 
     async def train(self, run: KnownRun, task: pb.TrainingTask, held: Held, log: Log) -> Pending:
         """Trains for a ticket and returns the update, on disk for good.
@@ -53,7 +55,7 @@ class Trainer:
             "local": str(state.local(folder)),
             "out": str(draft),
         }
-        answer = await self._worker.ask(request, Reporter(log))
+        answer = await self._worker.ask(request, self._watch(run.id, Reporter(log)))
         manifest = json_format.ParseDict(answer["manifest"], tensor_pb2.Manifest())
         sent, encoding = run.spec.sent(task.round), run.config.codec.encoding
         check_manifest(wire.manifest_from_proto(manifest), sent, [encoding])  # nothing else ever leaves
@@ -64,8 +66,16 @@ class Trainer:
             metrics=figures.sendable(answer["metrics"], figures.MAX_TRAINING),
         )
         pending = await asyncio.to_thread(self._box.commit, run.id, task.round, header)
+        self._metrics.trained(run.id, header.metrics)
         log.info("trained", **{**answer["facts"], **header.metrics, "examples": header.examples})
         return pending
+
+    def _watch(self, run: str, report: Reporter) -> OnProgress:
+        def watch(progress: Answer) -> None:
+            report(progress)
+            self._metrics.progressed(run, progress)
+
+        return watch
 
 
 def adapter_json(held: Held) -> Answer:

@@ -95,18 +95,25 @@ class Workbench:
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
 
     def hello(self) -> Message:
-        """Returns what this worker is: torch, device, threads, methods, rows, labels."""
+        """Returns what this worker is: torch, device, gpu (NVIDIA's name of it), threads, methods, rows, labels."""
         device = str(self._device)
         if self._device.type == "cuda":
             device = f"{device}: {torch.cuda.get_device_name(self._device)}"
         return {
             "torch": torch.__version__,
             "device": device,
+            "gpu": self._gpu(),
             "threads": torch.get_num_threads(),
             "methods": methods.names(),
             "rows": len(self._source),
             "labels": list(self._source.class_names),
         }
+
+    def _gpu(self) -> str:
+        if self._device.type != "cuda":
+            return ""
+        uuid = str(getattr(torch.cuda.get_device_properties(self._device), "uuid", ""))
+        return f"GPU-{uuid}" if uuid else ""
 
     def check(self, request: Message) -> Message:
         """Returns why a run does not suit this site, and if it does, what was found; see `Verdict.report`."""
@@ -145,6 +152,9 @@ class Workbench:
         loaded = self._load(run)
         kept = _read(Path(request["local"]), run)
         _set(loaded, request["adapter"], kept)
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
         result = self._learner.train(
             loaded.model,
             loaded.dataset,
@@ -155,6 +165,7 @@ class Workbench:
             progress=lambda p: progress(_shown(p)),
             stop=stop,
         )
+        memory = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(self._device))} if on_gpu else {}
         residual = _read(Path(request["residual"]), run)
         update = prepare(result.delta, residual, run.spec.sent(number), run.config.codec)
         out = Path(request["out"])
@@ -166,7 +177,7 @@ class Workbench:
         return {
             "manifest": json_format.MessageToDict(wire.manifest_to_proto(update.manifest)),
             "examples": result.examples,
-            "metrics": result.metrics,
+            "metrics": {**result.metrics, **memory},
             "facts": result.facts,
         }
 

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 
 from fedpeft import payload, seeds, status, wire
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, TrainingConfig
 from fedpeft.errors import (
     ClientIdInUse,
     ClientIdInvalid,
@@ -139,6 +139,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         self.receive_but_do_not_answer = 0
         self.hang_before_turn = 0
         self.chunk_pause_s = 0.0
+        self.ask_for: TrainingConfig | None = None
+        """What tickets ask for, in place of what the run was offered with."""
         self.port = 0
         self._server: grpc.aio.Server | None = None
 
@@ -243,7 +245,7 @@ class Federation(pb_grpc.FederationServiceServicer):
             round=ticket.number,
             version=ticket.number - 1,
             seed=seeds.training(run.config.rounds.seed, ticket.number, ticket.client),
-            settings=wire.training_to_proto(run.config.training),
+            settings=wire.training_to_proto(self.ask_for or run.config.training),
         )
 
     async def PullAdapter(

@@ -20,6 +20,8 @@ import safetensors.numpy
 from fedpeft.errors import RoundClosed
 from fedpeft.v1 import run_pb2
 from fedpeft_client.__main__ import run
+from fedpeft_client.ledger import Kind, Outcome, read
+from fedpeft_client.ledger_view import rows
 
 from .conftest import StartClient, alive, tiny_run, until, write_images
 from .federation import Federation
@@ -86,7 +88,7 @@ async def test_killed_in_training_trains_the_ticket_again_to_the_same_bits(
 
 
 async def test_killed_in_upload_uploads_the_same_bytes_and_does_not_train_again(
-    federation: Federation, start_client: StartClient
+    federation: Federation, start_client: StartClient, tmp_path: Path
 ) -> None:
     federation.run = tiny_run("full")
     federation.chunk_pause_s = 0.3
@@ -95,6 +97,9 @@ async def test_killed_in_upload_uploads_the_same_bytes_and_does_not_train_again(
     await client.kill()
     held = federation.pushes[0].received
     assert not federation.run.finished
+    path = tmp_path / "site-a" / "ledger.jsonl"
+    (before,) = (row for row in rows(read(path).booked.values()) if row.departure.kind is Kind.UPDATE)
+    assert before.outcome is Outcome.UNKNOWN and before.wire_bytes > held, "nobody booked what became of it"
     again = await start_client("--once")
     assert await again.ended() == 0, "".join(again.text)
     assert not again.events("training begins")
@@ -102,6 +107,10 @@ async def test_killed_in_upload_uploads_the_same_bytes_and_does_not_train_again(
     second = federation.pushes[1]
     assert second.offset is not None and second.offset >= 1024 * 1024 and held <= second.offset + 1024 * 1024
     assert {p.sha256 for p in federation.pushes} == {federation.pushes[0].sha256}
+    (row,) = (row for row in rows(read(path).booked.values()) if row.departure.kind is Kind.UPDATE)
+    assert (len(row.attempts), row.outcome) == (2, Outcome.RECEIVED)
+    assert row.departure.said["sha256"] == federation.pushes[0].sha256
+    assert row.wire_bytes > sum(push.received for push in federation.pushes), "never less than what left"
 
 
 async def test_worker_crash_is_recovered(federation: Federation, start_client: StartClient) -> None:

@@ -1,0 +1,47 @@
+"""Every message of this client, as it goes and comes: counted, and booked where nobody else books it."""
+
+from __future__ import annotations
+
+from google.protobuf.message import Message
+
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft_client.channel import Channel
+from fedpeft_client.ledger import Ledger
+from fedpeft_client.metrics import Metrics
+
+BOOKED = (
+    pb.RegisterRequest,
+    pb.AnswerOfferRequest,
+    pb.PushUpdateRequest,
+    pb.WithdrawRequest,
+    pb.PushEvaluationRequest,
+)
+"""What is booked one by one, with what is in it, by whoever sends it; anything else is a question."""
+
+
+class Traffic:
+    """Looks at the messages of a channel.
+
+    Args:
+        channel: The channel.
+        ledger: Where questions are booked.
+        metrics: Where all is counted.
+    """
+
+    def __init__(self, channel: Channel, ledger: Ledger, metrics: Metrics) -> None:
+        self._ledger = ledger
+        self._metrics = metrics
+        channel.sent, channel.received = self._sent, self._received
+
+    def _sent(self, message: Message) -> None:
+        size = message.ByteSize()
+        if not isinstance(message, BOOKED):
+            self._ledger.asked(size)
+        self._metrics.wire_bytes.labels("up").inc(size)
+        if isinstance(message, pb.PushUpdateRequest) and message.HasField("chunk"):
+            self._metrics.payload_bytes.labels("up").inc(len(message.chunk.data))
+
+    def _received(self, message: Message) -> None:
+        self._metrics.wire_bytes.labels("down").inc(message.ByteSize())
+        if isinstance(message, pb.PullAdapterResponse) and message.HasField("chunk"):
+            self._metrics.payload_bytes.labels("down").inc(len(message.chunk.data))

@@ -1,0 +1,183 @@
+"""The ledger: booked before it leaves, whole after a crash at any byte, never less than what left."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedpeft.errors import RoundClosed, ServerUnreachable, StateInvalid, TurnOver
+from fedpeft_client.__main__ import run
+from fedpeft_client.ledger import FILE, QUESTIONS_BYTES, Departure, Kind, Ledger, Outcome, read
+from fedpeft_client.ledger_view import rows, totals
+
+
+def update(size: int, ticket: str = "ticket-1", offset: int = 0) -> Departure:
+    said = {"tensors": 2, "parameters": 25, "encoding": "float32", "sha256": "ab" * 32, "examples": 7, "offset": offset}
+    return Departure(Kind.UPDATE, size, said, "run-1", round=3, ticket=ticket, payload_bytes=100)
+
+
+def answer(size: int = 20) -> Departure:
+    return Departure(Kind.ANSWER, size, {"answer": "accepted", "examples": 7, "reasons": []}, "run-1", "emoji")
+
+
+def test_what_left_is_booked_before_and_after(tmp_path: Path) -> None:
+    with Ledger(tmp_path, "127.0.0.1:7070") as ledger:
+        with ledger.booked(answer()):
+            assert [b.outcome for b in read(ledger.path).booked.values()] == [Outcome.UNKNOWN], (
+                "booked before it leaves"
+            )
+        with ledger.booked(update(200)) as booking:
+            booking.wire_bytes = 150
+    first, second = read(tmp_path / FILE).booked.values()
+    assert (first.outcome, first.departure.wire_bytes) == (Outcome.RECEIVED, 20)
+    assert (second.outcome, second.departure.wire_bytes, second.departure.name) == (Outcome.RECEIVED, 150, "emoji")
+    assert second.server == "127.0.0.1:7070" and second.ended is not None and second.ended >= second.at
+    assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (RoundClosed("too late"), Outcome.REFUSED),
+        (TurnOver("others wait"), Outcome.UNFINISHED),
+        (ServerUnreachable("gone"), Outcome.UNFINISHED),
+        (KeyboardInterrupt(), Outcome.UNFINISHED),
+    ],
+)
+def test_what_became_of_it(tmp_path: Path, error: BaseException, outcome: Outcome) -> None:
+    with Ledger(tmp_path, "s:1") as ledger, pytest.raises(type(error)), ledger.booked(update(200)) as booking:
+        booking.wire_bytes = 80
+        raise error
+    (only,) = read(tmp_path / FILE).booked.values()
+    assert only.outcome is outcome and only.departure.wire_bytes == 80
+    assert str(error) in only.words
+
+
+@settings(max_examples=60)
+@given(cut=st.integers(0, 1200))
+def test_a_ledger_cut_at_any_byte_goes_on_and_never_tells_less_than_what_it_had_booked(
+    cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    with Ledger(folder, "s:1") as ledger, ledger.booked(update(200)) as booking:
+        booking.wire_bytes = 120
+    whole = (folder / FILE).read_bytes()
+    intent = whole.index(b"\n") + 1
+    (folder / FILE).write_bytes(whole[:cut])
+    before = list(read(folder / FILE).booked.values())
+    assert [b.departure.wire_bytes for b in before] == ([] if cut < intent else [120 if cut >= len(whole) else 200])
+    with Ledger(folder, "s:1") as ledger, ledger.booked(answer()):
+        assert ledger.left_since(datetime.now(UTC) - timedelta(hours=1)) >= (220 if intent <= cut < len(whole) else 20)
+    after = list(read(folder / FILE).booked.values())
+    assert after[:-1] == before and after[-1].departure.kind is Kind.ANSWER, "a torn line takes no other with it"
+
+
+def test_nothing_leaves_when_the_ledger_cannot_be_written(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sent = []
+    try:
+        with Ledger(tmp_path, "s:1") as ledger:
+            with ledger.booked(answer()):
+                sent.append(1)
+            size = ledger.path.stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, before[1]))  # half a line fits
+            with pytest.raises(StateInvalid, match="nothing leaves this device without it"), ledger.booked(update(9)):
+                sent.append(2)
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            with ledger.booked(update(10)):
+                sent.append(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert sent == [1, 3]
+    contents = read(tmp_path / FILE)
+    assert [b.departure.wire_bytes for b in contents.booked.values()] == [20, 10] and contents.unreadable == 1
+
+
+def test_questions_are_booked_together_and_ahead(tmp_path: Path) -> None:
+    with Ledger(tmp_path, "s:1") as ledger:
+        for _ in range(QUESTIONS_BYTES // 100 + 1):
+            ledger.asked(100)
+        first, second = read(ledger.path).booked.values()
+        assert first.departure.wire_bytes == QUESTIONS_BYTES // 100 * 100 and first.outcome is Outcome.RECEIVED
+        assert second.departure.wire_bytes == QUESTIONS_BYTES and second.outcome is Outcome.UNKNOWN
+    assert [b.departure.wire_bytes for b in read(tmp_path / FILE).booked.values()][1] == 100
+
+
+def test_the_bytes_of_a_day_survive_a_restart_and_run_out(tmp_path: Path) -> None:
+    with Ledger(tmp_path, "s:1") as ledger, ledger.booked(update(200, "ticket-1")) as booking:
+        booking.wire_bytes = 300  # it took more than was planned
+    with Ledger(tmp_path, "s:1") as ledger:
+        now = datetime.now(UTC)
+        assert ledger.left_since(now - timedelta(days=1)) == 300
+        assert ledger.tickets("run-1") == {"ticket-1"} and ledger.tickets("run-2") == frozenset()
+        assert ledger.falls_below(300, now) == now
+        assert now < ledger.falls_below(299, now) <= now + timedelta(days=1)
+
+
+def test_the_uploads_of_an_update_are_one_row(tmp_path: Path) -> None:
+    with Ledger(tmp_path, "s:1") as ledger:
+        for offset, sent in ((0, 60), (50, 80)):
+            with ledger.booked(update(200, offset=offset)) as booking:
+                booking.wire_bytes = sent
+        with ledger.booked(update(10, "ticket-2")):
+            pass
+    found = rows(read(tmp_path / FILE).booked.values())
+    assert [(row.wire_bytes, len(row.attempts)) for row in found] == [(140, 2), (10, 1)]
+    assert totals(found)["all"] == {"transfers": 2, "payload_bytes": 200, "wire_bytes": 150}
+
+
+def test_the_command_shows_a_table_or_json_and_what_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger(tmp_path, "127.0.0.1:7070") as ledger:
+        with ledger.booked(answer()), pytest.raises(RoundClosed), ledger.booked(update(2048)):
+            raise RoundClosed("\x1b[31mtoo late")
+        assert run(["ledger", "--state-dir", str(tmp_path)]) == 0, "while a client holds it"
+    table = capsys.readouterr().out
+    assert "2 tensors, 25 parameters, float32, of 7 examples, sha256 abababababab" in table
+    assert "2.0 KiB" in table and "refused: ROUND_CLOSED" in table and "emoji" in table
+    assert "\x1b" not in table, "what a server wrote does not reach the terminal"
+    monkeypatch.setenv("FEDPEFT_CLIENT_STATE_DIR", str(tmp_path))
+    assert run(["ledger", "--json", "--run", "run-1", "--since", "1h"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [(t["kind"], t["outcome"]) for t in shown["transfers"]] == [("answer", "received"), ("update", "refused")]
+    assert shown["totals"]["all"]["wire_bytes"] == 2068 and shown["unreadable_lines"] == 0
+    assert run(["ledger", "--since", "2999-01-01"]) == 0
+    assert capsys.readouterr().out == "nothing has left this device\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        ([], 2, "--state-dir is missing (or FEDPEFT_CLIENT_STATE_DIR)"),
+        (["--state-dir", "/nowhere"], 1, "there is no ledger at /nowhere/ledger.jsonl"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(
+    flags: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEDPEFT_CLIENT_STATE_DIR", raising=False)
+    assert run(["ledger", *flags]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_a_span_that_is_none_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Ledger(tmp_path, "s:1").close()
+    assert run(["ledger", "--state-dir", str(tmp_path), "--since", "soon"]) == 2
+    assert "'soon' is neither a span such as 7d" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    text = capsys.readouterr().out
+    assert "  ledger " in text and "  enroll " in text and "show what left this device" in text
