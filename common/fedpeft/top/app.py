@@ -23,22 +23,27 @@ from fedpeft.top.feed import Feed
 from fedpeft.top.scene import View
 from fedpeft.v1 import run_pb2
 
+NUMBERS = frozenset(("updates", "examples", "loss", "up", "down", "accuracy", "train", "full", "took", "clients"))
+"""Headings of the columns that are aligned to the right."""
+
 WIDE = 130
 """Columns of a terminal from which on the clients have room beside the round."""
 
 STYLES = """
 Screen { background: $background; }
 #title { height: 1; text-style: reverse; }
-#runs { height: auto; max-height: 6; }
+#runs { height: auto; max-height: 5; }
 #head { height: 5; padding: 0 1; margin-top: 0; }
 #views { height: 1; text-style: bold; padding: 0 1; }
 #lower { height: 1fr; }
-#side { width: 62; display: none; border-left: solid $foreground 30%; }
-.wide #side { display: block; }
+#side { width: 50%; display: none; border-left: solid $foreground 30%; }
+#past { display: none; height: 2fr; }
+.wide #side, .wide #past { display: block; }
 .wide #runs { max-height: 12; }
 #side-title { height: 1; text-style: bold; padding: 0 1; }
-DataTable { background: $background; }
+DataTable { background: $background; overflow-x: hidden; }
 #detail { height: 1fr; }
+#note { height: auto; max-height: 2; padding: 0 1; }
 Question, Keys { align: center middle; }
 Question > Vertical, Keys > Vertical {
     width: auto; max-width: 96%; height: auto; border: round $foreground; padding: 1 2; background: $background;
@@ -90,6 +95,8 @@ class TopApp(App[None]):
             with Vertical():
                 yield Static(id="views", markup=False)
                 yield DataTable[str](id="detail", cursor_type="row")
+                yield Static(id="note", markup=False)
+                yield DataTable[str](id="past", cursor_type="row")
             with Vertical(id="side"):
                 yield Static(id="side-title", markup=False)
                 yield DataTable[str](id="people", cursor_type="row")
@@ -181,22 +188,27 @@ class TopApp(App[None]):
         feed, now = self._feed, datetime.now(UTC)
         if not self._chosen and feed.runs:
             self._follow(feed.runs[-1].id)
-        self._text("title", f" fedpeft top  {self._address}  {self._standing(now)}")
+        self._text("title", f" {self._standing(now)}")
         self._fill("runs", scene.runs_table(feed.runs, self._chosen), key=1)
         if feed.picture is not None:
             self._text("head", "\n".join(scene.headline(feed.picture, now)))
         elif not feed.lost and not feed.runs:
             self._text("head", "There is no run yet; create one with: fedpeft run create FILE")
         self._text("views", self._tabs())
-        self._fill("detail", self._lower(now))
+        lower = self._lower(now)
+        self._fill("detail", lower)
+        self._text("note", scene.note(lower, self.query_one("#detail", DataTable).cursor_row))
+        if feed.picture is not None:
+            self._fill("past", scene.rounds_table(feed.picture))
         self._text("side-title", f"clients: {scene.clients_line(feed.clients)}")
         self._fill("people", scene.clients_table(feed.clients, self._run, now, self._orders[View.CLIENTS]))
 
     def _standing(self, now: datetime) -> str:
         if self._feed.lost:
-            return f"AWAY: {self._feed.lost}; asking until it is back"
+            return f"AWAY: {self._feed.lost}; asking again"
         rights = "" if self._may_write else "  looking only"
-        return f"{now:%H:%M:%S} UTC{rights}  clients: {scene.clients_line(self._feed.clients)}"
+        clients = scene.clients_line(self._feed.clients)
+        return f"fedpeft top  {self._address}  {now:%H:%M:%S} UTC{rights}  clients: {clients}"
 
     def _tabs(self) -> str:
         tabs = "  ".join(
@@ -230,9 +242,14 @@ class TopApp(App[None]):
         with self.prevent(DataTable.RowHighlighted):
             shown.clear(columns=before is None or before.heads != table.heads)
             if not shown.columns:
-                shown.add_columns(*table.heads)
+                shown.add_columns(*(_cell(head, head) for head in table.heads))
             for number, row in enumerate(table.rows):
-                shown.add_row(*map(Text, row), key=row[key] if key else str(number))
+                shown.add_row(*map(_cell, table.heads, row), key=row[key] if key else str(number))
             if table.rows:
                 chosen = [number for number, row in enumerate(table.rows) if key and row[key] == self._chosen]
                 shown.move_cursor(row=chosen[0] if chosen else min(place, len(table.rows) - 1))
+
+
+def _cell(head: str, text: str) -> Text:
+    """Returns a cell; Rich would read square brackets in a plain string as its markup."""
+    return Text(text, justify="right" if head in NUMBERS else "left", no_wrap=True)

@@ -65,12 +65,11 @@ def runs_table(runs: Iterable[run_pb2.Run], chosen: str) -> Table:
             run.config.name[:18],
             views.state(run),
             f"{run.version}/{run.config.rounds.count}",
-            run.spec.method,
-            run.reason,
+            run.reason.replace(f" of {run.id}", ""),
         )
         for run in runs
     ]
-    return Table(("", "run", "name", "state", "version", "method", "reason"), tuple(reversed(rows)))
+    return Table(("", "run", "name", "state", "version", "why"), tuple(reversed(rows)))
 
 
 def headline(picture: Picture, now: datetime) -> list[str]:
@@ -104,7 +103,7 @@ def waiting_line(picture: Picture, now: datetime) -> str:
     if picture.waiting:
         return picture.waiting
     if current is None or views.phase(current) != "open":
-        return run.reason
+        return run.reason.replace(f" of {run.id}", "")
     awaited = views.awaited(current)
     done = f"{len(views.counted(current))} of {len(current.tickets)} received"
     left = views.remaining_s(current, now)
@@ -137,9 +136,9 @@ def bytes_line(picture: Picture) -> str:
     final = picture.committed
     up, down = sum(r.wire_bytes_up for r in final), sum(r.wire_bytes_down for r in final)
     full = sum(views.full_bytes(picture.run, len(views.counted(r))) for r in final)
-    line = f"sent: up {size(up)}, down {size(down)}"
+    line = f"sent up {size(up)}, down {size(down)}"
     if full and up:
-        return f"{line}; full fine-tuning: {size(full)} each way, {full / up:,.0f} times as much up"
+        return f"{line}; full fine-tuning {size(full)} each way ({full / up:,.0f}x)"
     return line
 
 
@@ -165,7 +164,7 @@ def tickets_table(picture: Picture, clients: Iterable[operator_service_pb2.Clien
     }
     tickets.sort(key=keys.get(order, keys["state"]))  # type: ignore[arg-type]  # each key is of one type
     rows = [_ticket(ticket, activity.get(ticket.client, "")) for ticket in tickets[:MOST_ROWS]]
-    heads = ("client", "state", "now", "examples", "loss", "up", "down", "why")
+    heads = ("client", "state", "now", "loss", "up", "down", "examples", "why")
     return Table(heads, (*rows, *_rest(len(tickets), len(heads))), tuple(keys))
 
 
@@ -175,10 +174,10 @@ def _ticket(ticket: run_pb2.Ticket, activity: str) -> Row:
         ticket.client,
         _TICKETS.get(ticket.state, "unknown"),
         activity,
-        f"{ticket.examples:,}" if ticket.examples else "",
         "" if loss is None else f"{loss:.3f}",
         size(ticket.wire_bytes_up),
         size(ticket.wire_bytes_down),
+        f"{ticket.examples:,}" if ticket.examples else "",
         ticket.reason,
     )
 
@@ -187,7 +186,7 @@ def rounds_table(picture: Picture) -> Table:
     """Returns every committed round, the newest first."""
     final = picture.committed
     rows = [_round(each, picture.run) for each in reversed(final[-MOST_ROWS:])]
-    heads = ("round", "clients", "accuracy", "loss", "training", "up", "down", "full", "seconds")
+    heads = ("round", "clients", "accuracy", "loss", "train", "up", "down", "full", "took")
     return Table(heads, (*rows, *_rest(len(final), len(heads))))
 
 
@@ -240,6 +239,13 @@ def clients_line(clients: Iterable[operator_service_pb2.Client]) -> str:
     for client in clients:
         count[client.activity] = count.get(client.activity, 0) + 1
     return ", ".join(f"{number:,} {doing}" for doing, number in sorted(count.items())) or "none yet"
+
+
+def note(table: Table, row: int) -> str:
+    """Returns what the last cell of a row says, as a narrow terminal cuts it; else of the first that has one."""
+    rows = [table.rows[row]] if row < len(table.rows) and table.rows[row][-1] else table.rows
+    found = next((cells for cells in rows if cells[-1]), None)
+    return f"{found[0]}: {found[-1]}" if found and table.heads[-1].startswith("why") else ""
 
 
 def ago(seconds: float) -> str:

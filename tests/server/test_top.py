@@ -1,0 +1,232 @@
+"""`fedpeft top` over a real server: what stands on the screen, at 80x24 and 160x50, and what its keys do.
+
+`FEDPEFT_WRITE_IMAGES=1 pytest tests/server/test_top.py` writes docs/images/top.svg.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from textual.pilot import Pilot
+
+from fedpeft.following import Connect
+from fedpeft.operator_client import OperatorClient
+from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft.top import feed
+from fedpeft.top.app import TopApp
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import run_pb2
+
+from .conftest import Daemon, StartDaemon, config, filled, zeros
+
+IMAGE = Path(__file__).resolve().parents[2] / "docs" / "images" / "top.svg"
+LARGE = AdapterSpec.of("bias", [TensorSpec("head.bias", (42_249,))])
+SIZES = [(80, 24), (160, 50)]
+TEXT = re.compile(r'<text[^>]* y="([\d.]+)"[^>]*>(.*?)</text>')
+
+
+@pytest.fixture(autouse=True)
+def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "EVERY_S", 0.1)
+    monkeypatch.setattr(feed, "LONGEST_PAUSE_S", 0.5)
+
+
+def screen(app: TopApp) -> str:
+    """Returns the text of the screen, line by line."""
+    lines: dict[float, str] = defaultdict(str)
+    for y, text in TEXT.findall(app.export_screenshot()):
+        lines[float(y)] += unescape(text).replace("\xa0", " ")
+    return "\n".join(lines[y] for y in sorted(lines))
+
+
+async def shows(pilot: Pilot[None], *words: str, without: str = "\0") -> str:
+    """Waits until the screen has all these words; returns it."""
+    app = pilot.app
+    assert isinstance(app, TopApp)
+    text = ""
+    try:
+        async with asyncio.timeout(20):
+            while True:
+                await pilot.pause(0.05)
+                text = screen(app)
+                if all(word in text for word in words) and without not in text:
+                    return text
+    except TimeoutError:
+        raise AssertionError(f"{[word for word in words if word not in text]} is not on the screen:\n{text}") from None
+
+
+@asynccontextmanager
+async def top(
+    daemon: Daemon, size: tuple[int, int] = (80, 24), *, may_write: bool = True, connect: Connect | None = None
+) -> AsyncIterator[Pilot[None]]:
+    address = daemon.server.settings.listen
+    app = TopApp(connect or partial(OperatorClient, address, attempts=1), address, may_write=may_write)
+    async with app.run_test(size=size, notifications=True) as pilot:
+        yield pilot
+
+
+async def a_round_in_progress(daemon: Daemon) -> run_pb2.Run:
+    """Two scored rounds; in the third noto's update is there, twemoji's was refused, fxemoji is awaited."""
+    settings = config(rounds={"count": 10, "clients": 3, "quorum": 1, "deadline_s": 600})
+    settings = settings.model_copy(update={"name": "emoji"})
+    async with OperatorClient(daemon.server.settings.listen) as operator:
+        run = await operator.create_run(settings, LARGE, "ab" * 32, zeros(LARGE), 16_214_409)
+    names = ("fxemoji", "noto", "twemoji")
+    clients = dict(zip(names, await daemon.clients(*names), strict=True))
+    judge, shy = daemon.client("judge"), daemon.client("shy")
+    await judge.register(fed.CLIENT_ROLE_EVALUATOR)
+    await shy.register()
+    await shy.answer(run.id, "it has no image of the run's classes")
+    for number in (1, 2, 3):
+        tasks = dict(zip(names, await asyncio.gather(*(c.task() for c in clients.values())), strict=True))
+        await judge.stub.PushEvaluation(
+            fed.PushEvaluationRequest(
+                run=run.id, version=number - 1, metrics={"accuracy": 0.111 * number**1.3, "loss": 2.3 / number}
+            ),
+            metadata=judge.metadata,
+        )
+        if number < 3:
+            await asyncio.gather(
+                *(clients[n].push(tasks[n].ticket, filled(1.0, LARGE), examples=617, spec=LARGE) for n in names)
+            )
+    await clients["noto"].push(tasks["noto"].ticket, filled(1.0, LARGE), examples=625, spec=LARGE)
+    with pytest.raises(Exception, match=r"finite"):
+        await clients["twemoji"].push(tasks["twemoji"].ticket, filled(np.nan, LARGE), spec=LARGE)
+    return run
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+async def test_a_run_at_a_glance(daemon: Daemon, size: tuple[int, int]) -> None:
+    run = await a_round_in_progress(daemon)
+    async with top(daemon, size) as pilot:
+        text = await shows(pilot, "1 of 3 received", "fxemoji", "value 0 is not finite")
+        assert re.search(rf"^ *> +{run.id} +emoji +running +2/10", text, re.M)
+        assert "round 3 of 10: waiting > OPEN > aggregating > committed" in text
+        assert re.search(r"1 of 3 received, (5\d\d|600) s left; waits for fxemoji", text)
+        assert re.search(r"accuracy 11\.1 % ▁.*█ 46\.3 %", text)
+        assert "full fine-tuning" in text
+        rows = [line.split() for line in text.splitlines()]
+        states = {row[0]: row[1] for row in rows if row and row[0] in ("fxemoji", "noto", "twemoji") and len(row) > 5}
+        assert states == {"twemoji": "refused", "fxemoji": "awaited", "noto": "received"}
+        assert max(map(len, text.splitlines())) <= size[0]
+        assert "q Quit" in text and "? Keys" in text
+        if size[0] == 160:
+            assert re.search(r"shy .* declined: it has no", text), "the clients have room beside the round"
+            assert re.search(r"^ *2 +3 +46\.3 % +0\.767", text, re.M), "and the rounds below it"
+        await pilot.press("2")
+        text = await shows(pilot, "[2 all rounds]", "took")
+        assert re.search(r"^ *2 +3 +46\.3 % +0\.767", text, re.M)
+        await pilot.press("3")
+        await shows(pilot, "[3 clients]", "declined: it has", "evaluator")
+        if size == (80, 24) and os.environ.get("FEDPEFT_WRITE_IMAGES"):
+            await pilot.press("1")
+            await shows(pilot, "[1 this round]")
+            IMAGE.parent.mkdir(exist_ok=True)
+            image = re.sub(r"@font-face \{.*?\}\s*", "", pilot.app.export_screenshot(title="fedpeft top"), flags=re.S)
+            IMAGE.write_text(image, encoding="utf-8")  # without fonts of somebody's server
+
+
+async def test_the_lower_table_is_sorted_by_what_the_key_says(daemon: Daemon) -> None:
+    await a_round_in_progress(daemon)
+
+    def order(text: str) -> list[str]:
+        return re.findall(r"^ *(fxemoji|noto|twemoji) +(?:refused|awaited|received)", text, re.M)
+
+    async with top(daemon) as pilot:
+        assert order(await shows(pilot, "by state", "awaited")) == ["twemoji", "fxemoji", "noto"]
+        await pilot.press("s")
+        assert order(await shows(pilot, "by client")) == ["fxemoji", "noto", "twemoji"]
+        await pilot.press("s")
+        assert order(await shows(pilot, "by examples"))[0] == "noto"
+
+
+async def test_pause_resume_and_stop_ask_first(daemon: Daemon) -> None:
+    run = await daemon.create(config())
+    async with top(daemon) as pilot:
+        await shows(pilot, run.id, "running")
+        await pilot.press("p")
+        await shows(pilot, f"Pause run ({run.id})?")
+        await pilot.press("n")
+        await shows(pilot, without="Pause run")
+        assert (await daemon.run(run.id)).state == run_pb2.RUN_STATE_RUNNING
+        await pilot.press("p")
+        await shows(pilot, f"Pause run ({run.id})?")
+        await pilot.press("y")
+        await shows(pilot, "paused", "PAUSED; round 1")
+        assert (await daemon.run(run.id)).reason == "paused in fedpeft top"
+        await pilot.press("p")
+        await shows(pilot, f"Resume run ({run.id})?")
+        await pilot.press("y")
+        await shows(pilot, "running", without="PAUSED")
+        await pilot.press("x")
+        await shows(pilot, "for good?")
+        await pilot.press("y")
+        await shows(pilot, "STOPPED at version 0 of 2")
+        await pilot.press("x")
+        await shows(pilot, "this run is over")
+
+
+async def test_who_may_only_look_has_no_such_keys(daemon: Daemon) -> None:
+    run = await daemon.create(config())
+    async with top(daemon, (100, 30), may_write=False) as pilot:
+        text = await shows(pilot, run.id, "looking only")
+        assert "x Stop" not in text
+        await pilot.press("p", "x")
+        assert len(pilot.app.screen_stack) == 1
+
+
+async def test_the_arrows_choose_a_run_and_the_newest_is_shown_first(daemon: Daemon) -> None:
+    first = await daemon.create(config(), request_id="1")
+    second = await daemon.create(config(peft={"method": "bias"}, rounds={"count": 7, "clients": 2}), request_id="2")
+    async with top(daemon) as pilot:
+        await shows(pilot, second.id, "round 1 of 7")
+        await pilot.press("down")
+        text = await shows(pilot, "round 1 of 2")
+        assert re.search(rf"^ *> +{first.id}", text, re.M)
+
+
+async def test_a_server_that_was_away_is_found_again(start: StartDaemon, tmp_path: Path) -> None:
+    daemon = await start(tmp_path / "kept")
+    run = await daemon.create(config())
+    first = where = daemon.server.settings.listen
+
+    def connect() -> OperatorClient:
+        return OperatorClient(where, attempts=1)
+
+    async with top(daemon, connect=connect) as pilot:
+        await shows(pilot, run.id, "UTC")
+        await daemon.end()
+        await shows(pilot, f"AWAY: no FedPEFT server answers at {first}", run.id)
+        again = await start(tmp_path / "kept")
+        where = again.server.settings.listen
+        await again.clients("late-comer")
+        await shows(pilot, "UTC", "clients: 1 ", without="AWAY")
+        await pilot.press("3")
+        await shows(pilot, "late-comer")
+
+
+async def test_nothing_yet_and_the_keys(daemon: Daemon) -> None:
+    async with top(daemon) as pilot:
+        await shows(pilot, "There is no run yet", "none yet")
+        await pilot.press("s", "p", "question_mark")
+        await shows(pilot, "pause the run, or resume", "escape  back")
+        await pilot.press("escape")
+        await shows(pilot, without="escape  back")
+        await pilot.press("q")
+        await _until(lambda: not pilot.app.is_running)
+
+
+async def _until(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not reached():
+            await asyncio.sleep(0.01)
