@@ -1,8 +1,8 @@
 """Every Prometheus metric of the daemon. No label carries a round number or a client id.
 
 A run's series begin with the run (what is counted begins at 0, so that the first event is seen as a change) and
-disappear when it is deleted. `docs/metrics.md` is made from this module; `fedpeft_server.rounds.gauges` says what the
-gauges of a run show.
+disappear when it is deleted; of one that is over, a restart brings the gauges back and nothing that counts.
+`docs/metrics.md` is made from this module; `fedpeft_server.rounds.gauges` says what the gauges of a run show.
 """
 
 from __future__ import annotations

@@ -179,6 +179,18 @@ async def test_a_client_whose_call_is_held_is_present_and_one_that_is_heard_no_m
     assert silences(time.time()) == {("trainer", "present"): 2}
 
 
+async def test_after_a_restart_a_run_that_is_over_has_gauges_and_counts_nothing(start: StartDaemon) -> None:
+    daemon = await start()
+    run = await daemon.create()
+    assert "fedpeft_rounds" in _by_run(daemon.server.metrics, run.id)
+    await daemon.operator.StopRun(op.StopRunRequest(run=run.id))
+    await daemon.end()
+    again = (await start()).server.metrics
+    assert [labels[1] for labels, value in samples(again, "fedpeft_run_state").items() if value] == ["stopped"]
+    kinds = {f.type for f in again.registry.collect() for s in f.samples if s.labels.get("run") == run.id}
+    assert kinds == {"gauge"}
+
+
 async def test_a_deleted_run_leaves_no_series(start: StartDaemon) -> None:
     daemon = await start()
     run = await daemon.create(config(rounds={"count": 1, "clients": 1}))

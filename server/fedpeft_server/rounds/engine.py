@@ -76,7 +76,8 @@ class RunEngine:
         self._folding: asyncio.Task[None] | None = None
         self.steps = Steps()
         self._log = log.bind(run=run.id)
-        metrics.begin(run.id)
+        if self.active:  # nothing will be counted for the others, which stay for months
+            metrics.begin(run.id)
         gauges.show(metrics, run, current)
 
     @property
