@@ -29,7 +29,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version as installed_version
 
-from fedpeft import PROTOCOL
+from fedpeft import PROTOCOL, tracing
 from fedpeft.codecs import codecs
 from fedpeft.errors import FedpeftError, NotFound, NotRegistered, RefusedByPolicy, StateInvalid
 from fedpeft.logs import Log
@@ -172,7 +172,7 @@ class Agent:
             log = self._log.bind(run=pending.run, round=pending.round)
             if pending.policy == self._policy.digest:
                 await self._limits.permit_upload(pending.header.manifest.payload_bytes)
-                with self._metrics.during(State.PUSHING):
+                with self._metrics.during(State.PUSHING), tracing.span("push", pending.run, pending.round):
                     outcome = await self._pusher.push(pending, log)
             else:
                 log.warning("an update that was trained under another policy is not sent", ticket=pending.ticket)
@@ -215,9 +215,9 @@ class Agent:
         log = self._log.bind(run=task.run, round=task.round)
 
         async def train() -> None:
-            run, held = await self._pull(task.run, task.version)
+            run, held = await self._pull(task.run, task.version, task.round)
             training = self._trainer.train(run, task, held, log)  # what is pending is pushed next, as after a kill
-            with self._metrics.during(State.TRAINING):
+            with self._metrics.during(State.TRAINING), tracing.span("train", task.run, task.round):
                 await while_it_counts(self._channel, task.ticket, self._limits.while_permitted(training))
 
         if failure := self._excess(task) or await self._tried(task.run, train):
@@ -241,8 +241,8 @@ class Agent:
         log = self._log.bind(run=task.run)
 
         async def evaluate() -> None:
-            run, held = await self._pull(task.run, task.version)
-            with self._metrics.during(State.EVALUATING):
+            run, held = await self._pull(task.run, task.version, task.version)
+            with self._metrics.during(State.EVALUATING), tracing.span("evaluate", task.run, task.version):
                 await self._limits.while_permitted(self._evaluator.evaluate(run, held, log))
 
         if failure := await self._tried(task.run, evaluate):
@@ -267,8 +267,8 @@ class Agent:
             self._setback.reset()
         return None
 
-    async def _pull(self, run_id: str, version: int) -> tuple[KnownRun, Held]:
-        """Returns a run that this site accepted, and an adapter version of it on disk.
+    async def _pull(self, run_id: str, version: int, number: int) -> tuple[KnownRun, Held]:
+        """Returns a run that this site accepted, and an adapter version of it on disk; `number` is its round.
 
         Raises:
             NotRegistered: If this process did not accept the run; registering has it offered.
@@ -277,7 +277,7 @@ class Agent:
         if verdict is None or verdict.run is None or not verdict.suits:
             raise NotRegistered(f"the server gave work for run {run_id}, which this client did not accept")
         cache = AdapterCache(self._directory.run(run_id))
-        with self._metrics.during(State.PULLING):
+        with self._metrics.during(State.PULLING), tracing.span("pull", run_id, number):
             held = await Puller(self._channel, self._patience, verdict.run, cache).pull(version)
         return verdict.run, held
 

@@ -13,6 +13,7 @@ from fedpeft import logs
 from fedpeft.addresses import Address
 from fedpeft.identity.folder import Identity
 from fedpeft.logs import Log
+from fedpeft.tracing import traced
 from fedpeft_client.agent import Agent
 from fedpeft_client.channel import Channel
 from fedpeft_client.dry_run import dry_run
@@ -38,7 +39,7 @@ def serve(settings: Settings) -> None:
     log = logs.logger(client=settings.name)
     if file is not None:
         log.info("the policy of this site applies", file=str(file), **policy.rules)
-    with StateDirectory(settings.state_dir) as directory:
+    with StateDirectory(settings.state_dir) as directory, traced(settings.traces, "fedpeft-client", settings.name):
         asyncio.run(_serve(settings, policy, directory, _identity(settings, log), log))
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from fedpeft import ids
-from fedpeft.addresses import Address
+from fedpeft.addresses import Address, check_endpoint
 from fedpeft.identity.folder import Identity
 from fedpeft.logs import LogFormat
 from fedpeft.settings import ProcessSettings
@@ -74,6 +74,8 @@ class Settings(ProcessSettings):
     that is there, else nothing is limited."""
     metrics: str = ""
     """HOST:PORT that this client's own Prometheus metrics are served on; empty: none."""
+    traces: str = ""
+    """http://HOST:PORT or https://HOST:PORT of an OTLP receiver (gRPC) for traces; empty: none."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -98,6 +100,11 @@ class Settings(ProcessSettings):
     def _address(cls, value: str) -> str:
         Address.parse(value)
         return value
+
+    @field_validator("traces")
+    @classmethod
+    def _endpoint(cls, value: str) -> str:
+        return check_endpoint(value) if value else value
 
     @field_validator("metrics")
     @classmethod

@@ -48,3 +48,16 @@ class Address:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+def check_endpoint(text: str) -> str:
+    """Checks http://HOST:PORT or https://HOST:PORT, and returns it.
+
+    Raises:
+        ValueError: If it is not of that form.
+    """
+    scheme, _, rest = text.partition("://")
+    if scheme not in ("http", "https"):
+        raise ValueError(f"{text!r} is not http://HOST:PORT or https://HOST:PORT")
+    Address.parse(rest)
+    return text

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from fedpeft import __version__
 from fedpeft.addresses import Address
 from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid
+from fedpeft.tracing import traced
 from fedpeft.v1 import (
     access_service_pb2,
     access_service_pb2_grpc,
@@ -70,7 +71,8 @@ class Server:
 
     async def run(self) -> None:
         """Lives until it is told to stop: starts, serves, drains, closes."""
-        with _locked(self.settings.data_dir), self._signals():
+        traces = traced(self.settings.traces, "fedpeft-server", self.settings.listen)
+        with _locked(self.settings.data_dir), traces, self._signals():
             await self.startup()
             try:
                 await self.serve()

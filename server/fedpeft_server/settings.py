@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from fedpeft.addresses import Address
+from fedpeft.addresses import Address, check_endpoint
 from fedpeft.logs import Level, LogFormat
 from fedpeft.settings import ProcessSettings
 from fedpeft_server.files import Files
@@ -41,6 +41,9 @@ class Settings(ProcessSettings):
     data_dir: Path = Field(description="Folder of the database, adapter versions and spooled updates; made if missing.")
     listen: str = Field("127.0.0.1:7070", description="HOST:PORT that gRPC is served on.")
     metrics: str = Field("127.0.0.1:9464", description="HOST:PORT that Prometheus metrics are served on; empty: none.")
+    traces: str = Field(
+        "", description="http://HOST:PORT or https://HOST:PORT of an OTLP receiver (gRPC) for traces; empty: none."
+    )
     database: str = Field("", description="SQLAlchemy URL; empty: SQLite in the data folder.")
     blobs: str = Field(
         "", description="Where adapter versions are kept: folder, s3://, gs:// or az://; empty: data folder."
@@ -97,6 +100,11 @@ class Settings(ProcessSettings):
         if value:
             Address.parse(value, free=True)
         return value
+
+    @field_validator("traces")
+    @classmethod
+    def _endpoint(cls, value: str) -> str:
+        return check_endpoint(value) if value else value
 
     @field_validator("advertise", "advertise_enroll")
     @classmethod

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import structlog
 
-from fedpeft import rounds
+from fedpeft import rounds, tracing
 from fedpeft.audit import Detail
 from fedpeft.errors import DiskFull, FedpeftError, RoundClosed, RunFinished, TicketNotFound
 from fedpeft.identity.subject import Role
@@ -255,7 +255,9 @@ class RunEngine:
         if new.phase is not self.round.phase and new.phase in (Phase.OPEN, Phase.AGGREGATING):
             self._log.info(f"round {new.phase}", round=new.number, clients=[t.client for t in new.tickets])
             if new.opened_at and new.phase is Phase.AGGREGATING:
-                self._metrics.round_seconds.labels(self.run.id, "open").observe(time.time() - new.opened_at)
+                now, sampled = time.time(), [t.client for t in new.tickets]
+                self._metrics.round_seconds.labels(self.run.id, "open").observe(now - new.opened_at)
+                tracing.past("open", self.run.id, new.number, new.opened_at, now, sampled=sampled)
         elif new.extensions > self.round.extensions:
             awaited = [t.client for t in new.in_state(TicketState.ISSUED)]
             self._metrics.rounds.labels(self.run.id, "extended").inc()
@@ -266,11 +268,12 @@ class RunEngine:
         began = time.perf_counter()
         folding = self.round
         try:
-            result = await self._fold_round(folding)
-            async with self._lock:
-                if self.run.state is RunState.STOPPED:
-                    return
-                await self._commit(result, time.perf_counter() - began)
+            with tracing.span("fold", self.run.id, folding.number):
+                result = await self._fold_round(folding)
+                async with self._lock:
+                    if self.run.state is RunState.STOPPED:
+                        return
+                    await self._commit(result, time.perf_counter() - began)
         except Exception as error:
             await self._aggregation_failed(error)
             return
@@ -321,6 +324,7 @@ class RunEngine:
         self._metrics.rounds.labels(self.run.id, "committed").inc()
         self._metrics.round_seconds.labels(self.run.id, "aggregating").observe(seconds)
         self._metrics.committed(self.run.id, outcome.metrics)
+        tracing.round_over(self.run.id, done.number, done.opened_at or now, now, updates=len(outcome.weights))
         self._log.info("round committed", round=done.number, updates=len(outcome.weights), seconds=round(seconds, 3))
         self._enter(done if last else done.following(), ())
         if last:

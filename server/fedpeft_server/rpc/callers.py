@@ -39,13 +39,6 @@ class Silence(StrEnum):
     SILENT = "silent"
     GONE = "gone"
 
-    @classmethod
-    def after(cls, seconds: float) -> Silence:
-        """Returns the word for so many seconds."""
-        if seconds < SILENT_S:
-            return cls.PRESENT
-        return cls.SILENT if seconds < GONE_S else cls.GONE
-
 
 @dataclass
 class Presence:
@@ -169,11 +162,16 @@ class Callers:
 
     def silences(self, now: float) -> Counter[tuple[str, str]]:
         """Returns how many clients registered in each role, by how long they have not called at time `now`."""
-        return Counter(
-            (p.role, Silence.PRESENT if p.calls else Silence.after(now - p.heard))
-            for p in self._presence.values()
-            if p.role
-        )
+        silent, gone = now - SILENT_S, now - GONE_S
+        present = Counter(p.role for p in self._presence.values() if p.role and (p.calls or p.heard > silent))
+        lost = Counter(p.role for p in self._presence.values() if p.role and not p.calls and p.heard <= gone)
+        known = Counter(p.role for p in self._presence.values() if p.role)
+        counts: Counter[tuple[str, str]] = Counter()
+        for role, number in known.items():
+            counts[role, Silence.PRESENT] = present[role]
+            counts[role, Silence.GONE] = lost[role]
+            counts[role, Silence.SILENT] = number - present[role] - lost[role]
+        return counts
 
     def touched(self) -> dict[str, float]:
         """Returns when clients called since the last time this was asked."""

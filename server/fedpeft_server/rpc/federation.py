@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import structlog
 
-from fedpeft import PROTOCOL, __version__, figures, seeds
+from fedpeft import PROTOCOL, __version__, figures, seeds, tracing
 from fedpeft.errors import (
     AnswerInvalid,
     CapabilitiesInvalid,
@@ -166,7 +166,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         if first is None or not first.HasField("header"):
             raise ChunkInvalid("the first message of the stream must be a header")
         engine, ticket = await self._ticket(first.header.ticket, client)
-        update = await self._uploads.push(engine, ticket, first.header, context)
+        with tracing.span("receive", engine.run.id, engine.round.number, client=client):
+            update = await self._uploads.push(engine, ticket, first.header, context)
         return _receipt(update)
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
