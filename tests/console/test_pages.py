@@ -38,6 +38,7 @@ def paths(story: Story) -> dict[str, str]:
         "round": f"/runs/{story.live}/rounds/5",
         "clients": "/clients",
         "client": f"/clients/{WRONG}",
+        "audit": "/audit",
         "new run": "/new",
         "access": "/access",
         "nothing": "/nowhere",
@@ -104,6 +105,17 @@ async def test_a_client_has_its_history(operator: Looked, story: Story) -> None:
     await expect(page.locator("#about")).to_contain_text("update norm 7.7 times the median")
     await expect(page.locator("#history tr.odd")).to_have_count(2)
     await expect(page.locator("figure canvas")).to_have_count(1)
+
+
+async def test_the_audit_log_says_who_did_what(operator: Looked, story: Story) -> None:
+    page = await operator.page("/audit")
+    await expect(page.get_by_role("row").filter(has_text="run.created").filter(has_text=story.live)).to_have_count(1)
+    newest = int(await page.locator("tbody th").first.inner_text())
+    assert newest > 50
+    await page.get_by_role("link", name="Older").click()
+    await expect(page.locator("tbody th").first).to_have_text(str(newest - 50))
+    await page.get_by_role("link", name="Newer").click()
+    await expect(page.locator("tbody th").first).to_have_text(re.compile(r"\d+"))
 
 
 async def test_a_version_is_downloaded(operator: Looked, story: Story, tmp_path: Path) -> None:

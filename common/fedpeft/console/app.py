@@ -17,13 +17,14 @@ from starlette.staticfiles import StaticFiles
 
 from fedpeft.console import mishaps
 from fedpeft.console.access import Doorkeeper
+from fedpeft.console.audit_log import AuditLog
 from fedpeft.console.bell import Bell
 from fedpeft.console.desk import Desk
 from fedpeft.console.directory import Directory
 from fedpeft.console.feeds import Feeds
 from fedpeft.console.guard import Guard, Refused
 from fedpeft.console.line import Connect, Line
-from fedpeft.console.pages import client, creation, downloads, login, overview, run, steering
+from fedpeft.console.pages import audit, client, creation, downloads, login, overview, run, steering
 from fedpeft.console.paper import Paper
 from fedpeft.console.settings import Settings
 from fedpeft.errors import FedpeftError
@@ -41,6 +42,7 @@ LOOKED_AT: tuple[tuple[str, Page], ...] = (
     ("/clients/events", client.clients_events),
     ("/clients/{client}", client.client),
     ("/clients/{client}/events", client.client_events),
+    ("/audit", audit.audit),
     ("/new", creation.blank),
     ("/access", login.access),
     ("/login", login.login),
@@ -63,7 +65,9 @@ def console(settings: Settings, connect: Connect, door: Doorkeeper) -> Starlette
     """
     bell = Bell()
     line = Line(connect)
-    desk = Desk(settings, door, Paper(settings.server), bell, line, Feeds(connect, bell), Directory(line, bell))
+    desk = Desk(
+        settings, door, Paper(settings.server), bell, line, Feeds(connect, bell), Directory(line, bell), AuditLog(line)
+    )
 
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
@@ -86,6 +90,7 @@ def console(settings: Settings, connect: Connect, door: Doorkeeper) -> Starlette
             Refused: mishaps.refused,
             FedpeftError: mishaps.failed,
             HTTPException: mishaps.unknown,
+            Exception: mishaps.unexpected,
         },
         lifespan=life,
     )

@@ -8,6 +8,7 @@ from typing import cast
 from starlette.requests import Request
 
 from fedpeft.console.access import Doorkeeper
+from fedpeft.console.audit_log import AuditLog
 from fedpeft.console.bell import Bell
 from fedpeft.console.directory import Directory
 from fedpeft.console.feeds import Feeds
@@ -27,6 +28,7 @@ class Desk:
     line: Line
     feeds: Feeds
     directory: Directory
+    audit: AuditLog
 
 
 def desk_of(request: Request) -> Desk:

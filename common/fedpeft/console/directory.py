@@ -89,7 +89,8 @@ class Directory:
             except FedpeftError as error:
                 self.lost = error.message.partition(";")[0]
             now = time.monotonic()
-            self._fresh_until = now + max(PAUSE_S, SHARE * (now - began))
+            # What a look at a server that is away takes says nothing about the federation's size.
+            self._fresh_until = now + (PAUSE_S if self.lost else max(PAUSE_S, SHARE * (now - began)))
             if before != (self.runs, self.clients, self.lost):
                 self._bell.ring()
 

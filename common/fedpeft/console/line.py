@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ class Line:
     def __init__(self, connect: Connect) -> None:
         self.connect = connect
         self._client: OperatorClient | None = None
+        self._opening = asyncio.Lock()
 
     async def ask(self, question: Callable[[OperatorClient], Awaitable[T]]) -> T:
         """Asks the server something.
@@ -29,9 +31,8 @@ class Line:
         Raises:
             FedpeftError: What the server says, or that it is not there.
         """
-        if self._client is None:
-            self._client = self.connect()
-        client = self._client
+        async with self._opening:
+            client = self._client = self._client or await self.connect().__aenter__()
         try:
             return await question(client)
         except Unavailable:

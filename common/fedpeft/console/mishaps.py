@@ -11,6 +11,7 @@ from starlette.responses import Response
 from fedpeft import errors
 from fedpeft.console.desk import desk_of
 from fedpeft.console.guard import Refused
+from fedpeft.console.sentences import sentence
 
 _STATUSES: tuple[tuple[type[errors.FedpeftError], int], ...] = (
     (errors.NotFound, 404),
@@ -39,8 +40,7 @@ async def refused(request: Request, error: Exception) -> Response:
 async def failed(request: Request, error: Exception) -> Response:
     """Says what the server refused, or that it is not there."""
     assert isinstance(error, errors.FedpeftError)
-    sentence = error.message[:1].upper() + error.message[1:]
-    return said(request, Refused(status_of(error), sentence.rstrip(".") + "."))
+    return said(request, Refused(status_of(error), sentence(error.message)))
 
 
 async def unknown(request: Request, error: Exception) -> Response:
@@ -48,6 +48,11 @@ async def unknown(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = "There is no such page." if error.status_code == 404 else f"{HTTPStatus(error.status_code).phrase}."
     return said(request, Refused(error.status_code, message))
+
+
+async def unexpected(request: Request, error: Exception) -> Response:
+    """Says that the console has a fault; its traceback goes to standard error."""
+    return said(request, Refused(500, f"Unexpected {type(error).__name__}; the console's own output has more."))
 
 
 def said(request: Request, refusal: Refused) -> Response:

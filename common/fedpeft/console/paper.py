@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse
 
 from fedpeft import __version__, units
 from fedpeft.console.guard import session_of
+from fedpeft.console.sentences import sentence
 
 Fragments = Mapping[str, str]
 """Parts of a page that are kept up to date, HTML by the id of the element that holds it."""
@@ -33,9 +34,18 @@ class Paper:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.globals.update(server=server, version=__version__, audited=False)
+        self._templates.globals.update(server=server, version=__version__)
         self._templates.filters.update(
-            size=units.size, percent=units.percent, number=_number, figure=_figure, when=_when, ago=_ago, as_json=_json
+            {
+                "size": units.size,
+                "percent": units.percent,
+                "number": _number,
+                "figure": _figure,
+                "when": _when,
+                "ago": _ago,
+                "as_json": _json,
+                "sentence": sentence,
+            }
         )
 
     def page(

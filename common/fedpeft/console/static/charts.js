@@ -60,7 +60,14 @@
     }
     return { scale: { distr: 3, range: (_, min, max) => (min == null ? [1, base] : [below(min), above(max)]) }, splits };
   }
-  const binary = logarithmic(1024, [1, 8, 64]), decimal = logarithmic(10, [1, 2, 5]);
+  const binary = logarithmic(1024, [1, 32]), decimal = logarithmic(10, [1, 2, 5]);
+
+  // Points [round, norm, client, ratio, series] beside each other within their round, so that they do not hide each other.
+  function beside(points) {
+    const clients = [...new Set(points.map((p) => p[2]))].sort();
+    const place = new Map(clients.map((client, at) => [client, (at + 0.5) / clients.length - 0.5]));
+    return points.map((p) => [p[0] + 0.5 * place.get(p[2]), ...p.slice(1)]).sort((a, b) => a[0] - b[0]);
+  }
 
   const kinds = {
     accuracy: (data) => ({
@@ -85,8 +92,7 @@
       axis: { splits: binary.splits, filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map(size), size: 68 },
     }),
     norms: (data) => {
-      const usual = data.usual.map((p) => [...p, 1]), apart = data.apart.map((p) => [...p, 2]);
-      const all = [...usual, ...apart].sort((a, b) => a[0] - b[0]);
+      const all = beside([...data.usual.map((p) => [...p, 1]), ...data.apart.map((p) => [...p, 2])]);
       const dot = (size, colour, mark) => ({
         points: { show: true, size, fill: css(colour), stroke: css(colour) }, paths: () => null, mark,
       });
@@ -108,7 +114,7 @@
   function options(box, kind, chart) {
     const series = [{ label: "Round", value: (u, v, _, at) => {
       if (v == null) return "–";
-      return chart.names && at != null ? `${v}, ${chart.names[at]}` : String(v);
+      return chart.names && at != null ? `${Math.round(v)}, ${chart.names[at]}` : String(v);
     } }, ...kind.series];
     return {
       width: box.clientWidth, height: box.dataset.tall ? 300 : 240,
