@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check proto bench docs dist test-dist
+.PHONY: help install demo test check proto bench docs notebooks dist test-dist
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -43,8 +43,12 @@ proto: $(STAMP) ## generate common/fedpeft/v1 from protos/
 bench: $(STAMP) ## measure rounds, memory and bytes beside a bare gRPC stream (results in benchmarks/results/)
 	$(BIN)/python benchmarks/run.py --out benchmarks/results
 
-docs: $(STAMP) ## build the documentation's site in build/site; a broken link is an error
+docs: $(STAMP) ## build the documentation's site in build/site, a broken link being an error, and walk every tutorial
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/pytest -n $(WORKERS) tests/docs/test_tutorials.py
+
+notebooks: $(STAMP) ## execute docs/notebooks with servers and clients of their own, and write what they show
+	$(BIN)/python docs/notebooks/execute.py
 
 dist: $(STAMP) ## build sdist and wheel in dist/ and check what PyPI would say of them; the version is git's newest tag
 	rm -rf dist
