@@ -102,9 +102,7 @@ class Secured(Federation):
         where = ["--listen", f"127.0.0.1:{self.port}", "--enroll", f"127.0.0.1:{self.enrollment}", "--metrics", ""]
         told = ["--advertise", f"localhost:{self.listener.port}"]
         told += ["--advertise-enroll", f"localhost:{self.enrollment}", "--traces", self.collector.endpoint]
-        process = self._start(
-            "fedpeft_server", "server", "--data-dir", str(self.folder / "server"), *where, *told, *flags
-        )
+        process = self._start("fedpeft_server", "server", "--data-dir", str(self.folder / "server"), *where, *told)
         wait_for(lambda: process.events("serving") or process.process.poll() is not None, "the daemon")
         assert process.process.poll() is None, process.log.read_text()
         return process
