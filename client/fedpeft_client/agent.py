@@ -204,7 +204,8 @@ class Agent:
                 await self._patience.keep(lambda: self._channel.answer_offer(request))
         except NotFound as error:
             self._log.info("the run is gone already", run=run, cause=str(error))
-        self._metrics.examples.labels(run).set(verdict.examples)
+        if verdict.suits:
+            self._metrics.examples.labels(run).set(verdict.examples)
         for reason in verdict.reasons:
             self._metrics.declines.labels(reason.kind).inc()
             self._log.error("run is declined", run=run, reason=reason.kind, cause=reason.here)

@@ -35,7 +35,7 @@ FILE = "ledger.jsonl"
 
 DAY = timedelta(days=1)
 
-QUESTIONS_BYTES = 16 * 1024
+QUESTIONS_BYTES = 4 * 1024
 """Questions are booked together, so many bytes of them ahead: a line for each would be thousands a day."""
 
 
@@ -65,8 +65,8 @@ class Outcome(StrEnum):
     """The server got it and did not want it."""
     UNFINISHED = "unfinished"
     """Broken off; what is counted may have arrived."""
-    UNKNOWN = "unknown"
-    """This process ended before it heard; what was planned is counted."""
+    OPEN = "open"
+    """Under way, or its process ended before it heard; what was planned is counted."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Booked:
     departure: Departure
     at: datetime
     server: str
-    outcome: Outcome = Outcome.UNKNOWN
+    outcome: Outcome = Outcome.OPEN
     words: str = ""
     ended: datetime | None = None
 

@@ -123,7 +123,7 @@ def _evaluation(said: Mapping[str, Any]) -> str:
 
 
 def _questions(said: Mapping[str, Any]) -> str:
-    return "for work, adapter versions, where uploads stand"
+    return "for work, adapter versions, where uploads stand; booked together, and ahead"
 
 
 def _withdrawal(said: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ is not there has no series.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import psutil
 import pynvml
@@ -16,100 +16,107 @@ from prometheus_client.registry import Collector
 
 from fedpeft_client.limits import temperatures
 
+_TEXTS: Mapping[str, tuple[str, str]] = {
+    "cpu_seconds": ("process", "CPU time of agent and worker."),
+    "memory_bytes": ("process", "Resident memory of agent and worker."),
+    "gpu_memory_used_bytes": ("", "GPU memory in use, by all processes."),
+    "gpu_memory_total_bytes": ("", "GPU memory that there is."),
+    "gpu_utilisation_ratio": ("", "Share of time in which the GPU worked, 0 to 1."),
+    "gpu_temperature_celsius": ("", "Temperature of the GPU."),
+    "gpu_power_watts": ("", "Power that the GPU draws."),
+    "battery_percent": ("", "Charge of the battery."),
+    "power_plugged": ("", "1 on mains power, 0 on battery."),
+    "temperature_celsius": ("sensor", "What the sensors of this machine say."),
+}
+"""Label and explanation, by name."""
+
+_GPU: Mapping[str, Callable[[object], float]] = {
+    "gpu_memory_used_bytes": lambda device: pynvml.nvmlDeviceGetMemoryInfo(device).used,
+    "gpu_memory_total_bytes": lambda device: pynvml.nvmlDeviceGetMemoryInfo(device).total,
+    "gpu_utilisation_ratio": lambda device: pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100,
+    "gpu_temperature_celsius": lambda device: pynvml.nvmlDeviceGetTemperature(device, pynvml.NVML_TEMPERATURE_GPU),
+    "gpu_power_watts": lambda device: pynvml.nvmlDeviceGetPowerUsage(device) / 1000,
+}
+"""How a GPU is asked."""
+
+Values = Mapping[str, float]
+
 
 class MachineCollector(Collector):
     """CPU and memory of the client's processes, GPU, battery, sensors.
 
     Args:
-        gpu: Identity of the GPU that it trains on, as CUDA gives it; empty for none.
+        gpu: Says which GPU it trains on, by NVIDIA's name of it; empty for none.
     """
 
     def __init__(self, gpu: Callable[[], str]) -> None:
         self._gpu = gpu
         self._own = psutil.Process()
 
+    def describe(self) -> Iterable[Metric]:
+        """Returns every metric that there may be, without a value."""
+        return [_family(name, {}) for name in _TEXTS]
+
     def collect(self) -> Iterable[Metric]:
-        """Returns what there is to say now."""
-        yield from self._processes()
-        yield from _gpu(self._gpu())
-        yield from _battery()
-        if found := temperatures():
-            heat = GaugeMetricFamily(
-                "fedpeft_client_temperature_celsius", "Sensors of this machine.", labels=["sensor"]
-            )
-            for name, value in sorted(found.items()):
-                heat.add_metric([name], value)
-            yield heat
+        """Returns those that there are, now."""
+        found = {**self._processes(), **_gpu(self._gpu()), **_battery(), "temperature_celsius": temperatures()}
+        return [_family(name, values) for name, values in found.items() if values]
 
-    def _processes(self) -> Iterator[Metric]:
-        seconds = CounterMetricFamily("fedpeft_client_cpu_seconds", "CPU time of agent and worker.", labels=["process"])
-        memory = GaugeMetricFamily(
-            "fedpeft_client_memory_bytes", "Resident memory of agent and worker.", labels=["process"]
-        )
-        workers = self._own.children()
-        for name, several in (("agent", [self._own]), ("worker", workers)):
-            used = [both for process in several if (both := _usage(process))]
+    def _processes(self) -> dict[str, Values]:
+        seconds, memory = {}, {}
+        for name, several in (("agent", [self._own]), ("worker", self._own.children())):
+            used = list(_usages(several))
             if used:
-                seconds.add_metric([name], sum(cpu for cpu, _ in used))
-                memory.add_metric([name], sum(resident for _, resident in used))
-        yield seconds
-        yield memory
+                seconds[name] = sum(cpu for cpu, _ in used)
+                memory[name] = float(sum(resident for _, resident in used))
+        return {"cpu_seconds": seconds, "memory_bytes": memory}
 
 
-def _usage(process: psutil.Process) -> tuple[float, int] | None:
-    try:
-        with process.oneshot():
-            times = process.cpu_times()
-            return times.user + times.system, process.memory_info().rss
-    except psutil.Error:
-        return None  # it has ended
+def _family(name: str, values: Values) -> Metric:
+    """Returns a metric with its values by label; a metric without a label has the empty one."""
+    label, text = _TEXTS[name]
+    kind = CounterMetricFamily if name.endswith("_seconds") else GaugeMetricFamily
+    family = kind(f"fedpeft_client_{name}", text, labels=[label] if label else [])
+    for key, value in sorted(values.items()):
+        family.add_metric([key] if label else [], value)
+    return family
 
 
-def _battery() -> Iterator[Metric]:
+def _usages(processes: Iterable[psutil.Process]) -> Iterator[tuple[float, int]]:
+    for process in processes:
+        try:
+            with process.oneshot():
+                times = process.cpu_times()
+                yield times.user + times.system, process.memory_info().rss
+        except psutil.Error:
+            continue  # it has ended
+
+
+def _battery() -> dict[str, Values]:
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
-    if battery is not None:
-        yield GaugeMetricFamily("fedpeft_client_battery_percent", "Charge of the battery.", value=battery.percent)
-        plugged = float(bool(battery.power_plugged))
-        yield GaugeMetricFamily("fedpeft_client_power_plugged", "1 on mains power, 0 on battery.", value=plugged)
+    if battery is None:
+        return {}
+    plugged = float(bool(battery.power_plugged))
+    return {"battery_percent": {"": float(battery.percent)}, "power_plugged": {"": plugged}}
 
 
-def _gpu(identity: str) -> Iterator[Metric]:
+def _gpu(identity: str) -> dict[str, Values]:
+    found: dict[str, Values] = {}
     if not identity:
-        return
+        return found
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return  # the driver has no such library
+        return found  # the driver has no such library
     try:
         device = pynvml.nvmlDeviceGetHandleByUUID(identity)
-        for name, text, look in _GPU:
+        for name, ask in _GPU.items():
             try:
-                yield GaugeMetricFamily(f"fedpeft_client_gpu_{name}", text, value=float(look(device)))
+                found[name] = {"": float(ask(device))}
             except pynvml.NVMLError:
                 continue  # this GPU does not tell
     except pynvml.NVMLError:
-        return
+        return found  # a part of a GPU, which has another name
     finally:
         pynvml.nvmlShutdown()
-
-
-_GPU: tuple[tuple[str, str, Callable[[object], float]], ...] = (
-    (
-        "memory_used_bytes",
-        "GPU memory in use, of all processes.",
-        lambda device: pynvml.nvmlDeviceGetMemoryInfo(device).used,
-    ),
-    ("memory_total_bytes", "GPU memory.", lambda device: pynvml.nvmlDeviceGetMemoryInfo(device).total),
-    (
-        "utilisation_ratio",
-        "Share of time in which the GPU worked, 0 to 1.",
-        lambda device: pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100,
-    ),
-    (
-        "temperature_celsius",
-        "Temperature of the GPU.",
-        lambda device: pynvml.nvmlDeviceGetTemperature(device, pynvml.NVML_TEMPERATURE_GPU),
-    ),
-    ("power_watts", "Power that the GPU draws.", lambda device: pynvml.nvmlDeviceGetPowerUsage(device) / 1000),
-)
-"""Name, explanation, and how to ask for it."""
+    return found

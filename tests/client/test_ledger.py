@@ -30,7 +30,7 @@ def answer(size: int = 20) -> Departure:
 def test_what_left_is_booked_before_and_after(tmp_path: Path) -> None:
     with Ledger(tmp_path, "127.0.0.1:7070") as ledger:
         with ledger.booked(answer()):
-            assert [b.outcome for b in read(ledger.path).booked.values()] == [Outcome.UNKNOWN], (
+            assert [b.outcome for b in read(ledger.path).booked.values()] == [Outcome.OPEN], (
                 "booked before it leaves"
             )
         with ledger.booked(update(200)) as booking:
@@ -108,7 +108,7 @@ def test_questions_are_booked_together_and_ahead(tmp_path: Path) -> None:
             ledger.asked(100)
         first, second = read(ledger.path).booked.values()
         assert first.departure.wire_bytes == QUESTIONS_BYTES // 100 * 100 and first.outcome is Outcome.RECEIVED
-        assert second.departure.wire_bytes == QUESTIONS_BYTES and second.outcome is Outcome.UNKNOWN
+        assert second.departure.wire_bytes == QUESTIONS_BYTES and second.outcome is Outcome.OPEN
     assert [b.departure.wire_bytes for b in read(tmp_path / FILE).booked.values()][1] == 100
 
 

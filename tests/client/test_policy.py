@@ -50,6 +50,13 @@ def test_a_policy_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
     assert rules.digest and not NO_LIMITS.digest
 
 
+def test_the_policy_of_the_page_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "site-owner.md").read_text("utf-8")
+    (tmp_path / "policy.toml").write_text(page.split("```toml\n")[1].split("```")[0])
+    rules = Policy.read(tmp_path / "policy.toml")
+    assert len(rules.rules) == 14 and rules.training.max_epochs == 5 and rules.times.hours == ("18:00-07:00",)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
