@@ -30,11 +30,6 @@ class Unary(Protocol[RequestT, ResponseT]):
         ...
 
 
-def role_name(role: pb.IdentityRole.ValueType) -> str:
-    """Returns the word for a role of the protocol; a newer server may have ones that are not known here."""
-    return next((str(name) for name, number in _TO_PROTO.items() if number == role), f"unknown ({role})")
-
-
 class AccessCalls(ABC):
     """The calls; each raises the class of `fedpeft.errors` that the server raised."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2, tensor_pb2
+from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2, tensor_pb2
 
 BYTES_PER_PARAMETER = 4
 """Float32: what a parameter costs one way where nothing is encoded."""
@@ -34,6 +34,11 @@ def phase(round_: run_pb2.Round) -> str:
 def role(client: operator_service_pb2.Client) -> str:
     """Returns trainer or evaluator."""
     return federation_service_pb2.ClientRole.Name(client.role).removeprefix("CLIENT_ROLE_").lower()
+
+
+def identity_role(role: access_service_pb2.IdentityRole.ValueType) -> str:
+    """Returns operator, viewer, client or evaluator."""
+    return access_service_pb2.IdentityRole.Name(role).removeprefix("IDENTITY_ROLE_").lower()
 
 
 def counted(round_: run_pb2.Round) -> list[str]:
@@ -191,6 +196,32 @@ def client_json(client: operator_service_pb2.Client) -> Json:
         "answers": [_answer(answer) for answer in client.answers],
         "first_seen": moment(client.first_seen),
         "last_seen": moment(client.last_seen),
+    }
+
+
+def token_json(token: access_service_pb2.Token) -> Json:
+    """Returns an enrolment token, which has no secret."""
+    return {
+        "id": token.id,
+        "name": token.name,
+        "role": identity_role(token.role),
+        "created_at": moment(token.created_at),
+        "created_by": token.created_by,
+        "expires_at": moment(token.expires_at),
+        "used_at": moment(token.used_at),
+    }
+
+
+def identity_json(identity: access_service_pb2.Identity) -> Json:
+    """Returns somebody who was enrolled or revoked."""
+    return {
+        "role": identity_role(identity.role),
+        "name": identity.name,
+        "issued_at": moment(identity.issued_at),
+        "expires_at": moment(identity.expires_at),
+        "fingerprint": identity.fingerprint,
+        "revoked_at": moment(identity.revoked_at),
+        "reason": identity.reason,
     }
 
 

@@ -10,14 +10,31 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedpeft import __version__
-from fedpeft.cli import clients, console, demo, output, params, partition, runs, simulate, top, versions
+from fedpeft.caller import DEFAULT_SERVER
+from fedpeft.cli import (
+    audit,
+    clients,
+    console,
+    demo,
+    enrolling,
+    identities,
+    output,
+    params,
+    partition,
+    runs,
+    simulate,
+    tokens,
+    top,
+    versions,
+)
 from fedpeft.cli.exits import IN_HELP, code_of
-from fedpeft.cli.session import DEFAULT_SERVER, Session, session_of
+from fedpeft.cli.session import Session, session_of
 from fedpeft.errors import FedpeftError
 
 EXAMPLES = (
@@ -44,8 +61,26 @@ app = typer.Typer(
 def globals_(
     context: typer.Context,
     server: Annotated[
-        str, typer.Option("--server", envvar="FEDPEFT_SERVER", metavar="HOST:PORT", help="The server to talk to.")
-    ] = DEFAULT_SERVER,
+        str | None,
+        typer.Option(
+            "--server",
+            envvar="FEDPEFT_SERVER",
+            metavar="HOST:PORT",
+            help=f"The server to talk to; that of the identity if there is one, else {DEFAULT_SERVER}.",
+        ),
+    ] = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            "--identity",
+            envvar="FEDPEFT_IDENTITY",
+            metavar="DIR",
+            help="Folder with key and certificate; by default ~/.config/fedpeft/identity, for its own server only.",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow plain text to a server that is not on this machine.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
@@ -53,11 +88,15 @@ def globals_(
 ) -> None:
     """Federated parameter-efficient fine-tuning: create runs, watch them, take the result away."""
     session = session_of(context)
-    session.server, session.verbose = server, verbose
+    session.asked, session.identity, session.insecure, session.verbose = server, identity, insecure, verbose
 
 
 app.add_typer(runs.app, name="run")
 app.add_typer(clients.app, name="client")
+app.add_typer(tokens.app, name="token")
+app.add_typer(identities.app, name="identity")
+app.add_typer(audit.app, name="audit")
+app.command("enroll", epilog=enrolling.EPILOG)(enrolling.enroll)
 app.command("console", epilog=console.EPILOG)(console.console)
 app.command("top", epilog=top.EPILOG)(top.top)
 app.command("params", epilog=params.EPILOG)(params.params)

@@ -1,4 +1,4 @@
-"""`fedpeft client list`."""
+"""`fedpeft client`: list, revoke."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ from fedpeft import views
 from fedpeft.cli import output
 from fedpeft.cli.epilogs import OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
+from fedpeft.identity.subject import Role
 
 app = typer.Typer(no_args_is_help=True, help="The devices of the federation.")
-
-
-@app.callback()
-def clients_() -> None:
-    """The devices of the federation."""
 
 
 @app.command("list", epilog=epilog("fedpeft client list", "fedpeft client list --json", ends=OF_SERVER))
@@ -49,6 +45,38 @@ def list_(
         for answer in row["answers"]:
             if answer["answer"] == "declined":
                 output.say(f"{row['client']} declined {answer['run']}: {'; '.join(answer['reasons'])}")
+
+
+@app.command(
+    "revoke",
+    epilog=epilog(
+        "fedpeft client revoke hospital-a --reason 'laptop lost'",
+        hint="A new token lets the name in again. Updates that were counted stay counted.",
+        ends=OF_SERVER,
+    ),
+)
+def revoke(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whom to refuse.")],
+    role: Annotated[
+        Role, typer.Option("--role", help="In which role; an operator cannot revoke itself.")
+    ] = Role.CLIENT,
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for the audit log.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Refuse all certificates that a name has, from its next message on and on open streams too."""
+    row = run_async(_revoked(session_of(context), name, role, reason))
+    if as_json:
+        output.say_json(row)
+    else:
+        output.say(
+            f"{row['role']} {row['name']} is refused since {row['revoked_at']}; a new token would let it in again"
+        )
+
+
+async def _revoked(session: Session, name: str, role: Role, reason: str) -> views.Json:
+    async with session.client() as server:
+        return views.identity_json(await server.revoke(name, role, reason))
 
 
 async def _clients(session: Session) -> list[views.Json]:

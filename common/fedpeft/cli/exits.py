@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from fedpeft.errors import ConfigInvalid, FedpeftError, NotFound, SettingsInvalid, Unavailable
+from fedpeft.errors import ConfigInvalid, FedpeftError, IdentityInvalid, NotFound, SettingsInvalid, Unavailable
 
 IN_HELP = (
     "Exit codes: 0 done; 1 failed; 2 wrong usage or run file; 3 server unreachable; 4 no such run or version; "
@@ -26,6 +26,7 @@ class Exit(IntEnum):
 
 _CODES: tuple[tuple[type[FedpeftError], Exit], ...] = (
     (ConfigInvalid, Exit.USAGE),
+    (IdentityInvalid, Exit.USAGE),
     (SettingsInvalid, Exit.USAGE),
     (Unavailable, Exit.UNREACHABLE),
     (NotFound, Exit.NOT_FOUND),

@@ -6,19 +6,20 @@ import asyncio
 import importlib.util
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from fedpeft.addresses import Address
-from fedpeft.errors import LocalError, SettingsInvalid
+from fedpeft.caller import Caller, choose
+from fedpeft.caller import parsed as address
+from fedpeft.cli import output
+from fedpeft.errors import LocalError
 
 if TYPE_CHECKING:
     from fedpeft.operator_client import OperatorClient
 
 T = TypeVar("T")
-
-DEFAULT_SERVER = "127.0.0.1:7070"
 
 
 @dataclass
@@ -26,43 +27,55 @@ class Session:
     """The global flags; the one object that all commands share.
 
     Attributes:
-        server: HOST:PORT of the server.
+        asked: HOST:PORT of the server, if it was named.
+        identity: The identity folder, if it was named.
+        insecure: Whether plain text may leave this machine.
         verbose: Whether an error shows its traceback.
     """
 
-    server: str = DEFAULT_SERVER
+    asked: str | None = None
+    identity: Path | None = None
+    insecure: bool = False
     verbose: bool = False
+    _warned: bool = False
+
+    @property
+    def server(self) -> str:
+        """HOST:PORT of the server.
+
+        Raises:
+            SettingsInvalid: As `client`.
+            IdentityInvalid: As `client`.
+        """
+        return self._caller().server
 
     def client(self) -> OperatorClient:
         """Returns a client of the server; enter it with `async with`.
 
         Raises:
-            SettingsInvalid: If the address is not HOST:PORT.
+            SettingsInvalid: If the address is not HOST:PORT, or plain text would leave this machine unasked.
+            IdentityInvalid: If the identity cannot be used.
         """
-        from fedpeft.logs import silence_grpc
+        from fedpeft import grpc_core
 
-        silence_grpc()
+        grpc_core.configure()
         from fedpeft.operator_client import OperatorClient
 
-        return OperatorClient(address(self.server))
+        caller = self._caller()
+        if caller.identity is None and not self._warned and not address(caller.server).is_loopback:
+            self._warned = True
+            output.note(
+                f"fedpeft: plain text: everybody on the way to {caller.server} can read and change what is sent"
+            )
+        return OperatorClient(caller.server, caller.identity)
+
+    def _caller(self) -> Caller:
+        return choose(self.asked, self.identity, insecure=self.insecure)
 
 
 def session_of(context: typer.Context) -> Session:
     """Returns the session of a command."""
     return context.ensure_object(Session)
-
-
-def address(text: str) -> str:
-    """Returns `text` if it is HOST:PORT.
-
-    Raises:
-        SettingsInvalid: If it is not.
-    """
-    try:
-        Address.parse(text)
-    except ValueError as error:
-        raise SettingsInvalid(f"--server: {error}") from None
-    return text
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:

@@ -80,7 +80,7 @@ class Identity:
         """
         return cls(
             folder,
-            _server(folder),
+            server_of(folder),
             keys.load(key_path(folder)),
             tuple(certificates.load(certificate_path(folder))),
             tuple(certificates.load(folder / "authority.pem")),
@@ -141,7 +141,12 @@ def write_certificate(folder: Path, chain: Sequence[x509.Certificate]) -> None:
         durable.write(certificate_path(folder), certificates.to_pem(*chain))
 
 
-def _server(folder: Path) -> str:
+def server_of(folder: Path) -> str:
+    """Returns the server that a folder is for.
+
+    Raises:
+        IdentityInvalid: If its file is missing or malformed.
+    """
     path = folder / "identity.toml"
     try:
         server = tomllib.loads(path.read_text(encoding="utf-8")).get("server")

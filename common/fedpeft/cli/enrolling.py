@@ -1,0 +1,54 @@
+"""`fedpeft enroll`: an operator or a viewer on another machine than the server's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpeft.cli import output
+from fedpeft.cli.epilogs import OF_SERVER, epilog
+from fedpeft.cli.session import run_async, session_of
+
+EPILOG = epilog(
+    "fedpeft enroll @token.txt",
+    hint="The token comes from `fedpeft token create --role operator` or viewer; a client enrolls by fedpeft-client.",
+    ends=OF_SERVER,
+)
+
+
+def enroll(
+    context: typer.Context,
+    token: Annotated[
+        str,
+        typer.Argument(
+            metavar="TOKEN",
+            help="The line that `fedpeft token create` printed; - reads it from standard input, @FILE from a file.",
+        ),
+    ],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Enroll anew where somebody is enrolled, with a new key.")
+    ] = False,
+) -> None:
+    """Make a key on this machine and get a certificate for it, into the identity folder."""
+    from fedpeft import enrolment, grpc_core, token_argument
+    from fedpeft.identity import folder
+    from fedpeft.identity.subject import Role
+
+    taken = token_argument.take(token)
+    grpc_core.configure()
+    into = session_of(context).identity or folder.personal()
+    identity = run_async(enrolment.enroll(taken, into, replace=replace))
+    subject, end = identity.subject, identity.certificate.not_valid_after_utc
+    output.say(f"enrolled as {subject} at {identity.server} until {end:%Y-%m-%d %H:%M} UTC, in {into}")
+    if subject.role in (Role.CLIENT, Role.EVALUATOR):
+        output.note(f"this is a client's identity; use it with fedpeft-client --identity {into}")
+    else:
+        output.note(f"it is used for {identity.server} from now on, and renewed by itself; next: {_next(into)}")
+
+
+def _next(into: Path) -> str:
+    from fedpeft.identity import folder
+
+    return "fedpeft run list" if into == folder.personal() else f"fedpeft --identity {into} run list"

@@ -1,0 +1,106 @@
+"""`fedpeft token`: create, list, delete."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from fedpeft import views
+from fedpeft.cli import output
+from fedpeft.cli.epilogs import OF_SERVER, epilog
+from fedpeft.cli.session import Session, run_async, session_of
+from fedpeft.errors import SettingsInvalid
+from fedpeft.identity.subject import Role
+
+app = typer.Typer(no_args_is_help=True, help="Enrolment tokens: how a device or a person is let in.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_LIFE = re.compile(r"([0-9]{1,9})([smhd])")
+
+
+@app.command(
+    "create",
+    epilog=epilog(
+        "fedpeft token create --name hospital-a --role client --expires 24h",
+        hint="The token is secret until it is used: whoever has it first is let in under this name.",
+        ends=OF_SERVER,
+    ),
+)
+def create(
+    context: typer.Context,
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Whom it lets in; the id of a client.")],
+    role: Annotated[Role, typer.Option("--role", help="What the bearer may do.")] = Role.CLIENT,
+    expires: Annotated[
+        str, typer.Option("--expires", metavar="TIME", help="How long it can be used: 30m, 24h or 7d, for example.")
+    ] = "24h",
+    as_json: AsJson = False,
+) -> None:
+    """Make an enrolment token and print its line, which is all of the standard output."""
+    made = run_async(_created(session_of(context), name, role, seconds(expires)))
+    if as_json:
+        output.say_json(made)
+        return
+    output.say(made["line"])
+    who = "fedpeft-client" if role in (Role.CLIENT, Role.EVALUATOR) else "fedpeft"
+    output.note(
+        f"token {made['id']} for {role} {made['name']}, good once, until {made['expires_at']}; carry the line to its "
+        f"machine in a way that nobody else reads, and there: {who} enroll -"
+    )
+
+
+@app.command("list", epilog=epilog("fedpeft token list", ends=OF_SERVER))
+def list_(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the tokens that were not deleted; their secrets are nowhere."""
+    rows = run_async(_listed(session_of(context)))
+    if as_json:
+        output.say_json(rows)
+        return
+    output.say_table(
+        ("TOKEN", "ROLE", "NAME", "EXPIRES", "USED", "CREATED BY"),
+        [
+            (row["id"], row["role"], row["name"], row["expires_at"], row["used_at"] or "-", row["created_by"])
+            for row in rows
+        ],
+    )
+
+
+@app.command("delete", epilog=epilog("fedpeft token delete 0a1b2c3d4e5f", ends=OF_SERVER))
+def delete(
+    context: typer.Context,
+    token: Annotated[str, typer.Argument(metavar="ID", help="The token's id, as `token list` shows it.")],
+) -> None:
+    """Make a token worthless; a certificate that it was used for stays."""
+    run_async(_deleted(session_of(context), token))
+    output.say(f"token {token} is worthless now")
+
+
+def seconds(text: str) -> int:
+    """Reads a time like 30m, 24h or 7d.
+
+    Raises:
+        SettingsInvalid: If it is not one.
+    """
+    match = _LIFE.fullmatch(text)
+    if not match or not int(match[1]):
+        raise SettingsInvalid(f"--expires: {text[:40]!r} is not a time like 30m, 24h or 7d")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+async def _created(session: Session, name: str, role: Role, life_s: int) -> views.Json:
+    async with session.client() as server:
+        answer = await server.create_token(name, role, life_s)
+    return {**views.token_json(answer.token), "line": answer.line}
+
+
+async def _listed(session: Session) -> list[views.Json]:
+    async with session.client() as server:
+        return [views.token_json(token) for token in await server.tokens()]
+
+
+async def _deleted(session: Session, token: str) -> None:
+    async with session.client() as server:
+        await server.delete_token(token)
