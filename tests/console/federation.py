@@ -171,7 +171,8 @@ class Federation:
         async def ready() -> None:
             if self._channel is not None:
                 await self._channel.close()
-            self._channel = grpc.aio.insecure_channel(self.address)
+            # Of its own: what other channels of this process know of an earlier daemon is none of its business.
+            self._channel = grpc.aio.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
             async with asyncio.timeout(WAIT_S):
                 await self._channel.channel_ready()
 

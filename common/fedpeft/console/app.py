@@ -64,9 +64,16 @@ def console(settings: Settings, connect: Connect, door: Doorkeeper) -> Starlette
         door: Lets browsers in.
     """
     bell = Bell()
-    line = Line(connect)
+    line, feeds = Line(connect), Feeds(connect, bell)
     desk = Desk(
-        settings, door, Paper(settings.server), bell, line, Feeds(connect, bell), Directory(line, bell), AuditLog(line)
+        settings=settings,
+        door=door,
+        paper=Paper(settings.server),
+        bell=bell,
+        line=line,
+        feeds=feeds,
+        directory=Directory(line, bell, feeds.hurry),
+        audit=AuditLog(line),
     )
 
     @asynccontextmanager

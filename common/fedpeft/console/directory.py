@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -24,6 +24,11 @@ T = TypeVar("T", run_pb2.Run, pb.Client)
 class Directory:
     """The lists of the server as they were at the last look.
 
+    Args:
+        line: To the server.
+        bell: Rung when they have changed.
+        back: Called when a server that was away is there again.
+
     Attributes:
         runs: Every run by id, oldest first.
         clients: Every client by id.
@@ -32,15 +37,15 @@ class Directory:
         lookers: How many pages keep them fresh.
     """
 
-    def __init__(self, line: Line, bell: Bell) -> None:
+    def __init__(self, line: Line, bell: Bell, back: Callable[[], None]) -> None:
         self.runs: dict[str, run_pb2.Run] = {}
         self.clients: dict[str, pb.Client] = {}
         self.lost = ""
         self.looked_at = False
         self.lookers = 0
-        self._line, self._bell = line, bell
+        self._line, self._bell, self._back = line, bell, back
         self._fresh_until = 0.0
-        self._looking = asyncio.Lock()
+        self._looking: asyncio.Task[None] | None = None
         self._wanted = asyncio.Event()
 
     @contextmanager
@@ -64,35 +69,45 @@ class Directory:
 
     async def knows_run(self, run: str) -> bool:
         """Whether there is a run; one that is not known is asked for, and one that cannot be asked for may be."""
-        if run not in self.runs:
-            await self.look(again=True)
+        await self.look(again=run not in self.runs)
         return run in self.runs or bool(self.lost)
 
     async def knows_client(self, client: str) -> bool:
         """Whether a client ever registered, likewise."""
-        if client not in self.clients:
-            await self.look(again=True)
+        await self.look(again=client not in self.clients)
         return client in self.clients or bool(self.lost)
 
     async def look(self, *, again: bool = False) -> None:
-        """Asks the server, unless the last look is fresh and nothing else is wanted."""
-        async with self._looking:
+        """Asks the server, unless the last look is fresh and nothing else is wanted.
+
+        A server that is known to be away is asked too, but not waited for: what was known can be shown meanwhile.
+        """
+        if self._looking is None:
             if time.monotonic() < self._fresh_until and not again:
                 return
-            began = time.monotonic()
-            before = (self.runs, self.clients, self.lost)
-            try:
-                runs = await self._line.ask(lambda server: server.runs())
-                clients = await self._line.ask(lambda server: server.clients())
-                self.runs, self.clients = _by_id(runs), _by_id(clients)
-                self.lost, self.looked_at = "", True
-            except FedpeftError as error:
-                self.lost = error.message.partition(";")[0]
-            now = time.monotonic()
-            # What a look at a server that is away takes says nothing about the federation's size.
-            self._fresh_until = now + (PAUSE_S if self.lost else max(PAUSE_S, SHARE * (now - began)))
-            if before != (self.runs, self.clients, self.lost):
-                self._bell.ring()
+            self._looking = asyncio.create_task(self._look())
+        if again or not self.lost:
+            await asyncio.shield(self._looking)
+
+    async def _look(self) -> None:
+        began = time.monotonic()
+        before = (self.runs, self.clients, self.lost)
+        try:
+            runs = await self._line.ask(lambda server: server.runs())
+            clients = await self._line.ask(lambda server: server.clients())
+            self.runs, self.clients = _by_id(runs), _by_id(clients)
+            self.lost, self.looked_at = "", True
+        except FedpeftError as error:
+            self.lost = error.message.partition(";")[0]
+        finally:
+            self._looking = None
+        now = time.monotonic()
+        # What a look at a server that is away takes says nothing about the federation's size.
+        self._fresh_until = now + (PAUSE_S if self.lost else max(PAUSE_S, SHARE * (now - began)))
+        if before[2] and not self.lost:
+            self._back()
+        if before != (self.runs, self.clients, self.lost):
+            self._bell.ring()
 
 
 def _by_id(items: Sequence[T]) -> dict[str, T]:

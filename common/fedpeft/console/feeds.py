@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 from fedpeft.console.bell import Bell
 from fedpeft.console.facts import Reader, RoundFacts
 from fedpeft.console.line import Connect
 from fedpeft.errors import FedpeftError, Unavailable
 from fedpeft.following import Picture, follow
+
+T = TypeVar("T")
 
 MOST_FEEDS = 64
 """Runs that are followed though nobody looks at them."""
@@ -33,7 +36,6 @@ class RunFeed:
         rounds: Its rounds, by number.
         lost: Why there is no connection, in a sentence; empty while there is one.
         error: Why it is not followed any more; None while it is, and after its end.
-        drawn: What pages made of it; emptied at each change.
     """
 
     def __init__(self, run: str, connect: Connect, bell: Bell) -> None:
@@ -42,7 +44,7 @@ class RunFeed:
         self.rounds: Sequence[RoundFacts] = ()
         self.lost = ""
         self.error: FedpeftError | None = None
-        self.drawn: dict[Hashable, object] = {}
+        self._made: dict[Hashable, object] = {}
         self._reader = Reader()
         self._connect, self._bell = connect, bell
         self._looked = asyncio.Event()
@@ -55,6 +57,18 @@ class RunFeed:
                 await self._looked.wait()
         except TimeoutError:
             return
+
+    def made(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Returns what a page makes of the run, made once between two changes."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(T, self._made[key])
+
+    def hurry(self) -> None:
+        """Asks again at once if the server was away: the pauses of a watch grow with its absence."""
+        if self.lost:
+            self.close()
+            self._following = asyncio.create_task(self._follow())
 
     def close(self) -> None:
         """Ends the watch."""
@@ -78,7 +92,7 @@ class RunFeed:
             await asyncio.sleep(RETRY_S)
 
     def _changed(self) -> None:
-        self.drawn.clear()
+        self._made.clear()
         self._looked.set()
         self._bell.ring()
 
@@ -114,6 +128,11 @@ class Feeds:
         finally:
             self._held.subtract(runs)
             self._shed()
+
+    def hurry(self) -> None:
+        """Tells every feed that the server is back."""
+        for feed in self._feeds.values():
+            feed.hurry()
 
     def close(self) -> None:
         """Ends every watch."""

@@ -102,4 +102,5 @@ def _runs(desk: Desk) -> list[str]:
 
 
 def _followed(desk: Desk, run: str) -> Followed:
-    return Followed(run, desk.directory.runs[run].config.name, desk.feeds.of(run).rounds)
+    feed = desk.feeds.of(run)
+    return feed.made("followed", lambda: Followed(run, desk.directory.runs[run].config.name, feed.rounds))

@@ -12,8 +12,9 @@ from fedpeft.console.guard import session_of
 from fedpeft.console.live import stream
 from fedpeft.console.pages.asked import page_number
 from fedpeft.console.paper import Fragments
-from fedpeft.console.shown.overview import card, tiles
+from fedpeft.console.shown.overview import Card, card, tiles
 from fedpeft.console.shown.pages import leaf
+from fedpeft.v1 import run_pb2
 
 RUNS_A_PAGE = 12
 
@@ -37,10 +38,7 @@ def draw(desk: Desk, page: int, may_write: bool) -> Fragments:
     """Returns the fragments of the page."""
     directory = desk.directory
     shown = leaf(list(reversed(directory.runs.values())), page, RUNS_A_PAGE)
-    cards = []
-    for run in shown.items:
-        feed = desk.feeds.of(run.id)
-        cards.append(card(run, feed.picture, feed.rounds))
+    cards = [_card(desk, run) for run in shown.items]
     return {
         "connection": desk.paper.fragment("connection.html", lost=directory.lost),
         "tiles": desk.paper.fragment("tiles.html", tiles=tiles(directory.runs.values(), directory.clients)),
@@ -48,6 +46,13 @@ def draw(desk: Desk, page: int, may_write: bool) -> Fragments:
             "cards.html", cards=cards, leaf=shown, may_write=may_write, asked=directory.looked_at
         ),
     }
+
+
+def _card(desk: Desk, run: run_pb2.Run) -> Card:
+    feed = desk.feeds.of(run.id)
+    if feed.picture is None:
+        return card(run, None, ())
+    return feed.made("card", lambda: card(run, feed.picture, feed.rounds))
 
 
 def _runs(desk: Desk, page: int) -> list[str]:

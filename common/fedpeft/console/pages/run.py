@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -54,10 +52,9 @@ def draw(desk: Desk, feed: RunFeed, page: int, may_write: bool) -> Fragments:
     connection = {"connection": desk.paper.fragment("connection.html", lost=feed.lost)}
     if feed.picture is None:
         return connection
-    key = ("run", page, may_write)
-    if key not in feed.drawn:
-        feed.drawn[key] = {**_about_rounds(desk, feed, page), **_about_run(desk, feed, may_write)}
-    return {**connection, **cast(Fragments, feed.drawn[key])}
+    about_rounds = feed.made(("rounds", page), lambda: _about_rounds(desk, feed, page))
+    about_run = feed.made(("run", may_write), lambda: _about_run(desk, feed, may_write))
+    return {**connection, **about_rounds, **about_run}
 
 
 async def round_(request: Request) -> Response:

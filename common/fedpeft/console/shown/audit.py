@@ -61,6 +61,7 @@ def _details(text: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _short(value: str) -> str:
-    """Returns a value with a digest cut to what one compares by eye."""
-    return f"{value[:SHORT_DIGEST]}…" if _DIGEST.fullmatch(value) else value
+def _short(value: object) -> str:
+    """Returns a value, a digest cut to what one compares by eye."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{text[:SHORT_DIGEST]}…" if _DIGEST.fullmatch(text) else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedpeft import units
 from fedpeft.console.facts import RoundFacts, TicketFacts
@@ -13,13 +14,23 @@ from fedpeft.console.shown.run import Tile
 from fedpeft.console.shown.series import Json, scatter
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Followed:
     """A run and its rounds."""
 
     run: str
     name: str
     rounds: Sequence[RoundFacts]
+
+    @cached_property
+    def norms(self) -> list[Norm]:
+        """Every update's norm."""
+        return list(norms(self.rounds))
+
+    @cached_property
+    def remarks(self) -> dict[str, tuple[str, ...]]:
+        """What is not like the others, by client."""
+        return {member.client: member.remarks for member in members(self.rounds)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +58,7 @@ def history(client: str, runs: Iterable[Followed]) -> list[Entry]:
     """Returns every ticket of a client, newest run and round first."""
     found: list[Entry] = []
     for followed in runs:
-        own = {norm.round: norm for norm in norms(followed.rounds) if norm.client == client}
+        own = {norm.round: norm for norm in followed.norms if norm.client == client}
         found += [
             _entry(followed, facts, ticket, own.get(facts.number))
             for facts in reversed(followed.rounds)
@@ -73,21 +84,14 @@ def tiles(entries: Sequence[Entry]) -> list[Tile]:
 
 def remarks(client: str, runs: Iterable[Followed]) -> list[tuple[Followed, str]]:
     """Returns what is not like the others, by run."""
-    return [
-        (followed, remark)
-        for followed in runs
-        for member in members(followed.rounds)
-        if member.client == client
-        for remark in member.remarks
-    ]
+    return [(followed, remark) for followed in runs for remark in followed.remarks.get(client, ())]
 
 
 def chart(client: str, runs: Iterable[Followed]) -> tuple[Followed, Json] | None:
     """Returns the norms of the newest run that has updates of the client, its own apart from the others'."""
     for followed in runs:
-        found = list(norms(followed.rounds))
-        if any(norm.client == client for norm in found):
-            return followed, scatter(found, client)
+        if any(norm.client == client for norm in followed.norms):
+            return followed, scatter(followed.norms, client)
     return None
 
 

@@ -1,0 +1,182 @@
+"""What pages show, as functions of rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from fedpeft.console.facts import RoundFacts, TicketFacts
+from fedpeft.console.run_file import Faulty, read
+from fedpeft.console.shown.captions import captions
+from fedpeft.console.shown.client import Followed, chart, history, remarks, tiles
+from fedpeft.console.shown.members import members
+from fedpeft.console.shown.outliers import norms, times
+from fedpeft.console.shown.pages import leaf
+from fedpeft.console.shown.series import MOST_NORMS, MOST_POINTS, series, thinned
+from fedpeft.console.shown.sparkline import sparkline
+
+GOOD = '[model]\nname = "vit"\nclasses = ["a", "b"]\n[peft]\nmethod = "bias"\n'
+
+
+def ticket(client: str, norm: float = 1.0, state: str = "received", **changes: Any) -> TicketFacts:
+    received = state == "received"
+    fields: dict[str, Any] = {
+        "reason": "",
+        "examples": 100 if received else 0,
+        "weight": 0.25 if received else 0.0,
+        "norm": norm if received else 0.0,
+        "loss": 1.0 if received else None,
+        "up": 1000 if received else 0,
+        "down": 2000,
+    }
+    return TicketFacts(client=client, state=state, **{**fields, **changes})
+
+
+def round_(number: int, tickets: Sequence[TicketFacts], **changes: Any) -> RoundFacts:
+    fields: dict[str, Any] = {
+        "phase": "committed",
+        "opened_at": "2026-01-01T00:00:00.000Z",
+        "deadline": None,
+        "committed_at": "2026-01-01T00:00:05.000Z",
+        "seconds": 5.0,
+        "extensions": 0,
+        "metrics": {"train_loss": 2.0 / number, "accuracy": number / (number + 9)},
+        "up": sum(t.up for t in tickets),
+        "down": sum(t.down for t in tickets),
+        "payload_up": 900,
+        "payload_down": 1900,
+        "full": 4_000_000,
+        "record_sha256": "ab" * 32,
+    }
+    return RoundFacts(number=number, tickets=tuple(tickets), **{**fields, **changes})
+
+
+def usual(number: int, **norms_: float) -> RoundFacts:
+    return round_(number, [ticket(name, norms_.get(name, 1.0)) for name in ("a", "b", "c", "d")])
+
+
+def test_a_norm_stands_out_beside_the_median_of_its_round() -> None:
+    found = {(n.round, n.client): n for n in norms([usual(1), usual(2, d=3.0), usual(3, d=2.9), usual(4, a=0.3)])}
+    assert [key for key, norm in found.items() if norm.is_odd] == [(2, "d"), (4, "a")]
+    assert found[2, "d"].ratio == 3.0
+
+
+def test_a_round_of_two_is_compared_with_the_rounds_before() -> None:
+    pair = round_(2, [ticket("a", 1.0), ticket("b", 5.0)])
+    assert [(n.client, n.is_odd) for n in norms([usual(1), pair]) if n.round == 2] == [("a", False), ("b", True)]
+    assert [n.ratio for n in norms([pair])] == [None, None]
+
+
+def test_norms_of_nothing_are_not_divided_by() -> None:
+    flat = round_(1, [ticket(name, 0.0) for name in "abc"])
+    assert [n.ratio for n in norms([flat])] == [None, None, None]
+    assert [times(ratio) for ratio in (4.21, 0.2, 0.0)] == ["4.2 times", "1/5 of", "nothing beside"]
+
+
+def test_members_with_remarks_come_first() -> None:
+    late = round_(3, [*usual(3).tickets[:2], ticket("c", state="late"), ticket("d", state="refused", reason="too big")])
+    found = members([usual(1), usual(2, d=9.0), late])
+    assert [member.client for member in found] == ["d", "a", "b", "c"]
+    assert found[0].remarks == ("update norm 9.0 times the median, in round 2", "refused in round 3: too big")
+    assert (found[0].sampled, found[0].counted, found[0].missed) == (3, 2, 1)
+    assert found[3].remarks == ()  # late once in three
+
+
+def test_a_client_of_few_examples_or_of_a_high_loss_is_remarked() -> None:
+    tickets = [ticket("a", examples=5), ticket("b", loss=4.0), ticket("c"), ticket("d", state="late")]
+    found = {member.client: member.remarks for member in members([round_(1, tickets)])}
+    assert found["a"] == ("trains on 5 examples, the others on 100 (median)",)
+    assert found["b"] == ("training loss 4.000, the others' 1.000 (median)",)
+    assert found["c"] == ()
+    assert found["d"] == ("late in round 1",)
+
+
+def test_what_was_long_ago_is_not_remarked() -> None:
+    rounds = [usual(1, d=9.0), *(usual(number) for number in range(2, 30))]
+    assert not any(member.remarks for member in members(rounds))
+
+
+def test_a_thousand_rounds_are_thinned_and_keep_their_extremes() -> None:
+    points = [(number, 1.0) for number in range(1, 1001)]
+    points[499] = (500, 9.0)
+    kept = thinned(points)
+    assert len(kept) <= MOST_POINTS + 2
+    assert {points[0], (500, 9.0), points[-1]} <= set(kept)
+    drawn = series([usual(number, d=9.0 if number == 77 else 1.0) for number in range(1, 1001)], {"accuracy": 0.1})
+    assert drawn["accuracy"]["x"][0] == 0
+    assert len(drawn["norms"]["usual"]) <= MOST_NORMS
+    assert drawn["norms"]["apart"] == [[77, 9.0, "d", 9.0]]
+
+
+def test_a_round_that_was_not_scored_has_no_point() -> None:
+    rounds = [usual(1), round_(2, usual(2).tickets, metrics={"train_loss": 1.0}), usual(3)]
+    drawn = series(rounds, {})
+    assert drawn["accuracy"] == {"x": [1, 3], "accuracy": [0.1, 0.25]}
+    assert drawn["loss"]["x"] == [1, 2, 3]
+    assert drawn["loss"]["loss"] == [None, None, None]
+
+
+def test_charts_are_said_in_words() -> None:
+    said = captions([usual(1), usual(2, d=9.0)], {"accuracy": 0.05})
+    assert said["accuracy"] == "From 5.0 % (version 0) to 18.2 % (version 2)."
+    assert said["loss"] == "Training loss from 2.000 to 1.000, in nats."
+    assert said["bytes"].startswith("Round 2: 3.9 KiB up, 7.8 KiB down; full fine-tuning would have sent 3.81 MiB")
+    assert said["norms"] == "8 updates; these stand out: d (1, 9.0 times the median)."
+    assert captions([], {})["norms"] == "No update has been received yet."
+
+
+def test_a_sparkline_runs_from_edge_to_edge() -> None:
+    line = sparkline([(0, 0.1), (5, 0.2), (10, 0.3)])
+    assert line is not None
+    assert line.points == "3.0,29.0 60.0,16.0 117.0,3.0"
+    assert sparkline([(1, 0.5)]) is None
+    flat = sparkline([(1, 0.5), (2, 0.5)])
+    assert flat is not None
+    assert flat.end_y == 29.0
+
+
+@pytest.mark.parametrize(("number", "items"), [(0, [0, 1, 2]), (1, [0, 1, 2]), (3, [6]), (9, [6])])
+def test_pages(number: int, items: list[int]) -> None:
+    found = leaf(range(7), number, 3)
+    assert list(found.items) == items
+    assert (found.last, found.total) == (3, 7)
+    assert leaf([], 1, 3).last == 1
+
+
+def test_the_history_of_a_client() -> None:
+    new = Followed("run-2", "second", [usual(1), usual(2, a=9.0)])
+    old = Followed("run-1", "first", [round_(1, [ticket("a", state="refused"), ticket("b")])])
+    entries = history("a", [new, old])
+    assert [(e.run, e.round, e.is_odd) for e in entries] == [
+        ("run-2", 2, True),
+        ("run-2", 1, False),
+        ("run-1", 1, False),
+    ]
+    assert [tile.value for tile in tiles(entries)] == ["3", "2", "2.0 KiB", "1"]
+    assert [remark for _, remark in remarks("a", [new])] == ["update norm 9.0 times the median, in round 2"]
+    drawn = chart("a", [old, new])
+    assert drawn is not None
+    assert drawn[0] is new
+    assert len(drawn[1]["apart"]) == 2
+    assert chart("z", [old, new]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "field"),
+    [
+        (GOOD.replace('"bias"', '"bias"\nrank = [1]').replace("[peft]", "[peft"), 4, ""),
+        (GOOD + "[rounds]\n\ncount = 0\n", 8, "rounds.count"),
+        (GOOD + "[round]\n", 6, "round"),
+        ('[peft]\nmethod = "bias"\n', 1, "model"),
+    ],
+)
+def test_faults_of_a_run_file_have_lines(text: str, line: int, field: str) -> None:
+    with pytest.raises(Faulty) as caught:
+        read(text)
+    assert (caught.value.faults[0].line, caught.value.faults[0].field) == (line, field)
+
+
+def test_a_run_file_that_is_right() -> None:
+    assert read(GOOD).peft.method == "bias"
