@@ -37,6 +37,8 @@ class Settings(ProcessSettings):
     or, with --once or --dry-run, none of the runs does; 5 the server does not let this client in: its certificate has
     ended or was revoked, or its role has no right to what it does.
 
+    --version prints the version, --print-completion bash (or zsh, tcsh) a script that completes the flags.
+
     Example: fedpeft-client --server 127.0.0.1:7070 --name site-a --data photos --state-dir state --dry-run
     """
 

@@ -17,7 +17,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from fedpeft import __version__
+from fedpeft import __version__, completion
 from fedpeft.errors import SettingsInvalid
 
 
@@ -46,23 +46,16 @@ class ProcessSettings(BaseSettings):
 
         Raises:
             SettingsInvalid: With every setting that is missing or wrong.
-            SystemExit: With code 0 after `--help` or `--version`.
+            SystemExit: With code 0 after `--help`, `--version` or `--print-completion`.
         """
         if "--version" in arguments:
             print(f"{cls.program} {__version__}")
             raise SystemExit(0)
+        if shell := completion.asked_for(arguments):
+            print(completion.script(cls._flags(None).root_parser, shell))
+            raise SystemExit(0)
         try:
-            flags: CliSettingsSource[Any] = CliSettingsSource(
-                cls,
-                cli_prog_name=cls.program,
-                cli_parse_args=arguments,
-                cli_kebab_case=True,
-                cli_implicit_flags="toggle",
-                cli_hide_none_type=True,
-                cli_avoid_json=True,
-                cli_exit_on_error=False,
-                cli_shortcuts={setting: letter for letter, setting in cls.shortcuts.items()},
-            )
+            flags = cls._flags(arguments)
             path = flags().get("config") or os.environ.get(f"{cls._prefix()}CONFIG")
             return cls(_cli_settings_source=flags, **(cls._load(Path(path)) if path else {}))
         except ValidationError as error:
@@ -70,6 +63,21 @@ class ProcessSettings(BaseSettings):
         except SettingsError as error:
             text = str(error).removeprefix("error parsing CLI: ")
             raise SettingsInvalid(f"{text}; {cls.program} --help lists the flags") from None
+
+    @classmethod
+    def _flags(cls, arguments: list[str] | None) -> CliSettingsSource[Any]:
+        """Returns the source that reads flags, and has read those of a command line if one is given."""
+        return CliSettingsSource(
+            cls,
+            cli_prog_name=cls.program,
+            cli_parse_args=arguments,
+            cli_kebab_case=True,
+            cli_implicit_flags="toggle",
+            cli_hide_none_type=True,
+            cli_avoid_json=True,
+            cli_exit_on_error=False,
+            cli_shortcuts={setting: letter for letter, setting in cls.shortcuts.items()},
+        )
 
     @classmethod
     def settings_customise_sources(

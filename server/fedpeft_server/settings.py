@@ -31,6 +31,8 @@ class Settings(ProcessSettings):
 
     Exit codes: 0 told to stop by a signal; 1 failed; 2 wrong settings, an unusable folder, or a port in use.
 
+    --version prints the version, --print-completion bash (or zsh, tcsh) a script that completes the flags.
+
     Example: fedpeft-server --data-dir /var/lib/fedpeft --listen 127.0.0.1:7070 --metrics 127.0.0.1:9464
     """
 
