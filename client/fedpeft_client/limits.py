@@ -17,7 +17,7 @@ from fedpeft.errors import RefusedByPolicy
 from fedpeft.logs import Log
 from fedpeft_client.ledger import DAY, Ledger
 from fedpeft_client.metrics import Metrics, State
-from fedpeft_client.policy import Policy, opens_at
+from fedpeft_client.policy import Policy, TimeRules, opens_at
 
 LOOK_S = 5.0
 """How often it is looked whether work is allowed, while waiting and while working."""
@@ -108,7 +108,10 @@ class Limits:
 
     def against(self, more_bytes: int = 0) -> Forbidden | None:
         """Returns why nothing may be done now, or not what would send `more_bytes`."""
-        return forbidden(self._policy, self._look()) or self._over_budget(more_bytes)
+        return self._forbidden() or self._over_budget(more_bytes)
+
+    def _forbidden(self) -> Forbidden | None:
+        return None if self._policy.times == TimeRules() else forbidden(self._policy, self._look())
 
     def _over_budget(self, more_bytes: int) -> Forbidden | None:
         most = self._policy.transfer.max_bytes_a_day
@@ -153,6 +156,6 @@ class Limits:
 
     async def _watch(self) -> NoReturn:
         while True:
-            if (stop := forbidden(self._policy, self._look())) is not None:
+            if (stop := self._forbidden()) is not None:
                 raise RefusedByPolicy(stop.told)
             await asyncio.sleep(LOOK_S)

@@ -30,9 +30,7 @@ def answer(size: int = 20) -> Departure:
 def test_what_left_is_booked_before_and_after(tmp_path: Path) -> None:
     with Ledger(tmp_path, "127.0.0.1:7070") as ledger:
         with ledger.booked(answer()):
-            assert [b.outcome for b in read(ledger.path).booked.values()] == [Outcome.OPEN], (
-                "booked before it leaves"
-            )
+            assert [b.outcome for b in read(ledger.path).booked.values()] == [Outcome.OPEN], "booked before it leaves"
         with ledger.booked(update(200)) as booking:
             booking.wire_bytes = 150
     first, second = read(tmp_path / FILE).booked.values()
