@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from fedpeft import background, views
-from fedpeft.addresses import Address
-from fedpeft.errors import SettingsInvalid
+from fedpeft.caller import choose
 from fedpeft.following import Picture, follow
 from fedpeft.logs import silence_grpc
 from fedpeft.narration import Narrator
@@ -199,6 +198,11 @@ class Run:
         return self._picture.run.spec.method
 
     @property
+    def classes(self) -> list[str]:
+        """The class names, in the order of the logits."""
+        return list(self._picture.run.config.model.classes)
+
+    @property
     def parameters(self) -> int:
         """Values that are tuned."""
         return views.adapter_parameters(self._picture.run.spec)
@@ -368,24 +372,24 @@ class Run:
         return rounds_html(self._picture)
 
 
-def connect(server: str) -> Server:
+def connect(server: str | None = None, *, identity: str | Path | None = None, insecure: bool = False) -> Server:
     """Connects to a server.
 
     Args:
-        server: HOST:PORT.
+        server: HOST:PORT; the identity's own server if absent, or the one on this machine.
+        identity: The identity folder to call with; your own, from `fedpeft enroll`, if it is for this server.
+        insecure: Whether plain text may leave this machine.
 
     Raises:
-        SettingsInvalid: If that is no address.
+        SettingsInvalid: If that is no address, or plain text would leave this machine unasked.
+        IdentityInvalid: If the identity cannot be used.
         ServerUnreachable: If no server answers there.
     """
-    try:
-        Address.parse(server)
-    except ValueError as error:
-        raise SettingsInvalid(str(error)) from None
     silence_grpc()
-    client = partial(OperatorClient, server)
+    caller = choose(server, None if identity is None else Path(identity), insecure=insecure)
+    client = partial(OperatorClient, caller.server, caller.identity)
     background.do(_asked(client, lambda c: c.runs()))
-    return Server(server, client)
+    return Server(caller.server, client)
 
 
 def configured(run: RunFile) -> RunConfig:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedpeft.caller import choose
 from fedpeft.cli import output
 from fedpeft.cli.epilogs import OF_RUN, epilog
 from fedpeft.cli.session import require, run_async, session_of
@@ -33,7 +34,9 @@ def top(
     run_async(_looked(session.client(), run))
     from fedpeft.top.app import TopApp
 
-    TopApp(session.client, session.server, run=run).run()
+    caller = choose(session.asked, session.identity, insecure=session.insecure)
+    may_write = caller.identity is None or caller.identity.subject.role == "operator"
+    TopApp(session.client, caller.server, may_write=may_write, run=run).run()
 
 
 async def _looked(client: OperatorClient, run: str) -> None:
