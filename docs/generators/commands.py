@@ -1,6 +1,8 @@
-"""The reference of the `fedpeft` command, from what typer knows of it."""
+"""The reference of all commands: of `fedpeft` from typer, of daemon and agent from their argument parsers."""
 
+import argparse
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,9 +10,13 @@ import typer
 from typer.main import get_command
 
 from fedpeft.cli.app import app
+from fedpeft_client import enroll, ledger_command
+from fedpeft_server import init
 from generators.tables import table
 
 PAGE = "commands.md"
+PARSERS = (init._parser, enroll._parser, ledger_command._parser)
+"""What makes the parsers of the commands that daemon and agent have beside serving and taking part."""
 SHELLS = {"--install-completion", "--show-completion", "--help"}
 """Options that every command has, or that the written part explains."""
 
@@ -19,6 +25,36 @@ def lines() -> Iterator[str]:
     """Yields a section a command, those of a group below it."""
     command = get_command(app)
     yield from _section(command, typer.Context(command, info_name="fedpeft"), "fedpeft", 2)
+    for parser in _parsers():
+        yield from _of_parser(parser)
+
+
+def _parsers() -> list[argparse.ArgumentParser]:
+    """Returns the parsers as they are for somebody called you, so that the page is the same wherever it is made."""
+    before = dict(os.environ)
+    os.environ.update(HOME="/home/you", LOGNAME="you")
+    os.environ.pop("XDG_CONFIG_HOME", None)
+    try:
+        return [make() for make in PARSERS]
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _of_parser(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yields the section of a command of daemon or agent."""
+    usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
+    yield from (f"## `{parser.prog}`", "", _text(parser.description or ""), "", "```text", usage, "```", "")
+    rows = []
+    for action in parser._actions:
+        if not isinstance(action, argparse._HelpAction):
+            value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+            name = ", ".join(action.option_strings) + value if action.option_strings else value.strip()
+            rows.append((f"`{name}`", _text(_help(action))))
+    yield from (*table(("argument or option", "meaning"), rows), "")
+    title, _, example = (parser.epilog or "").partition(": ")
+    if example:
+        yield from (f"{title}:", "", "```sh", example, "```", "")
 
 
 def _section(command: Any, context: typer.Context, path: str, level: int) -> Iterator[str]:
@@ -46,6 +82,11 @@ def _parameters(command: Any, context: typer.Context) -> Iterator[tuple[str, tup
         record = parameter.get_help_record(context)
         if record is not None:
             yield parameter.param_type_name, record
+
+
+def _help(action: argparse.Action) -> str:
+    """Returns what is said of an argument, with its default in it where that is said."""
+    return ((action.help or "") % {"default": action.default}).replace("/home/you", "~")
 
 
 def _epilog(text: str) -> Iterator[str]:
