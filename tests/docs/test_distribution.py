@@ -72,10 +72,16 @@ def test_the_sdist_builds_the_wheel_and_has_no_tests_and_no_data(in_sdist: list[
 
 
 def test_licences_lie_beside_what_they_are_for(metadata: Message, in_wheel: list[str]) -> None:
-    assert metadata["License-Expression"] == "Apache-2.0"
-    for name in metadata.get_all("License-File", []):
-        assert any(path.endswith(f".dist-info/licenses/{name}") for path in in_wheel), name
-    assert "LICENSE" in metadata.get_all("License-File", [])
+    named = set(metadata.get_all("License-File", []))
+    vendored = {path.relative_to(ROOT).as_posix() for path in PACKAGES["fedpeft"].glob("**/vendor/*/LICENSE")}
+    assert named == {"LICENSE", *vendored}
+    assert all(any(path.endswith(f".dist-info/licenses/{name}") for path in in_wheel) for name in named)
+    assert metadata["License-Expression"].startswith("Apache-2.0 AND")
+
+
+def test_the_console_comes_with_its_pages(in_wheel: list[str]) -> None:
+    for folder, kind in (("templates", ".html"), ("static", ".css"), ("static/vendor", ".js")):
+        assert [n for n in in_wheel if n.startswith(f"fedpeft/console/{folder}/") and n.endswith(kind)], folder
 
 
 def test_the_version_is_one_that_pip_can_order(metadata: Message, sdist: Path) -> None:
