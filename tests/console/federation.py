@@ -113,15 +113,15 @@ class Site:
                     pass
                 return str(task.ticket)
 
-    async def push(self, ticket: str, norm: float, loss: float, seed: int) -> None:
+    async def push(self, ticket: str, norm: float, loss: float, seed: int, spec: AdapterSpec = SPEC) -> None:
         """Sends an update of a given norm."""
         generator = np.random.default_rng(seed)
         arrays: dict[str, NDArray[np.float32]] = {
-            t.name: generator.standard_normal(t.shape).astype(np.float32) for t in SPEC.sent(1)
+            t.name: generator.standard_normal(t.shape).astype(np.float32) for t in spec.sent(1)
         }
         length = float(np.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in arrays.values())))
         scaled = {name: (array * np.float32(norm / length)) for name, array in arrays.items()}
-        manifest, data = payload.encode(scaled, SPEC.sent(1), "float32")
+        manifest, data = payload.encode(scaled, spec.sent(1), "float32")
         message = wire.manifest_to_proto(manifest)
         metrics = {"loss": loss, "seconds": 2.0}
         head = fed.UpdateHeader(ticket=ticket, manifest=message, examples=self.examples, metrics=metrics)
@@ -159,8 +159,8 @@ class Federation:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def do(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_S)
+    def do(self, work: Coroutine[Any, Any, T], seconds: float = WAIT_S) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
 
     def start_daemon(self) -> Process:
         """Starts the daemon; again on the same port and folder if it was ended."""
@@ -183,11 +183,16 @@ class Federation:
         """Starts a console; returns it with its login link."""
         self._consoles += 1
         command = ("fedpeft.cli.app", "--server", self.address, "console", "--listen", "127.0.0.1:0", *flags)
-        process = Process(self.folder / f"console-{self._consoles}.log", *command)
-        self._started.append(process)
+        process = self.start(f"console-{self._consoles}", *command)
         found = wait_for(lambda: LINK.search(process.text()) or process.process.poll(), "the console's link")
         assert isinstance(found, re.Match), process.text()
         return process, found[1]
+
+    def start(self, name: str, *arguments: str) -> Process:
+        """Starts another process of the federation."""
+        process = Process(self.folder / f"{name}.log", *arguments)
+        self._started.append(process)
+        return process
 
     def ask(self, question: Callable[[OperatorClient], Coroutine[Any, Any, T]]) -> T:
         """Asks the daemon as an operator."""

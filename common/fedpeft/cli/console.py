@@ -46,7 +46,7 @@ def console(
     settings = Settings.checked(
         session.server,
         listen,
-        read_only=read_only,
+        read_only=read_only or not session.may_write,
         names=tuple(name or ()),
         certificate=certificate,
         key=key,

@@ -69,6 +69,17 @@ class Session:
             )
         return OperatorClient(caller.server, caller.identity)
 
+    @property
+    def may_write(self) -> bool:
+        """Whether the server lets this identity change anything; plain text is let.
+
+        Raises:
+            SettingsInvalid: As `client`.
+            IdentityInvalid: As `client`.
+        """
+        identity = self._caller().identity
+        return identity is None or identity.subject.role == "operator"
+
     def _caller(self) -> Caller:
         return choose(self.asked, self.identity, insecure=self.insecure)
 
