@@ -22,9 +22,12 @@ EPILOG = epilog(
 
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results and all that leads there.")],
-    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds; as in the run file if absent.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", metavar="N", min=1, help="How many rounds; as in the run file if absent.")
+    ] = None,
     clients: Annotated[
-        int | None, typer.Option("--clients", min=1, help="Clients, at most one a vendor of drawings; all if absent.")
+        int | None,
+        typer.Option("--clients", metavar="N", min=1, help="How many clients; one for each vendor if absent."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", metavar="DIR", help="Folder of train.parquet and test.parquet.")
@@ -35,9 +38,12 @@ def demo(
             "--weights", metavar="hub|PATH", help="timm's weights from its hub, or a file; the demo's own if absent."
         ),
     ] = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of the server; 0: a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="Port of the server; 0: a free one.")
+    ] = 0,
     metrics_port: Annotated[
-        int, typer.Option("--metrics-port", min=0, max=65535, help="Port of its metrics; 0: a free one.")
+        int,
+        typer.Option("--metrics-port", metavar="PORT", min=0, max=65535, help="Port of its metrics; 0: a free one."),
     ] = 0,
 ) -> None:
     """Watch a federation of processes fine-tune a vision transformer on this machine.

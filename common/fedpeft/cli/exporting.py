@@ -46,7 +46,9 @@ def export(
             help="safetensors: the adapter alone, as stored; timm: the whole model; peft: a Hugging Face LoRA folder.",
         ),
     ] = Format.SAFETENSORS,
-    version: Annotated[int | None, typer.Option("--version", min=0, help="The version; the newest if absent.")] = None,
+    version: Annotated[
+        int | None, typer.Option("--version", metavar="N", min=0, help="The version; the newest if absent.")
+    ] = None,
     weights: Weights = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -48,14 +48,17 @@ def partition(
             help="iid; dirichlet: label skew; quantity: size skew; natural: a client a value of --column.",
         ),
     ] = Law.IID,
-    clients: Annotated[int | None, typer.Option("--clients", min=1, help="Clients, for all but natural.")] = None,
+    clients: Annotated[
+        int | None, typer.Option("--clients", metavar="N", min=1, help="How many clients; for all but natural.")
+    ] = None,
     alpha: Annotated[
-        float | None, typer.Option("--alpha", help="Concentration for dirichlet and quantity: smaller is more skewed.")
+        float | None,
+        typer.Option("--alpha", metavar="A", help="Above 0, for dirichlet and quantity: smaller is more skewed."),
     ] = None,
     column: Annotated[
-        str | None, typer.Option("--column", help="Column whose values are the clients, for natural.")
+        str | None, typer.Option("--column", metavar="NAME", help="Column whose values are the clients, for natural.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the draws.")] = 0,
     index: Annotated[
         bool, typer.Option("--index", help="Write index files that name rows of SOURCE in place of copies.")
     ] = False,

@@ -43,9 +43,10 @@ def simulate(
         Path | None,
         typer.Option("--label-map", metavar="FILE", help="TOML or JSON of own class name = run class, for all data."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of torch; torch's own choice if absent.")
+        int | None,
+        typer.Option("--threads", metavar="N", min=1, help="Threads of torch; torch's own choice if absent."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
 ) -> None:
