@@ -81,3 +81,9 @@ def test_the_site_can_be_searched(site: Path) -> None:
 def test_files_that_a_page_names_are_there(page: Path) -> None:
     named = set(NAMED.findall(page.read_text(encoding="utf-8"))) - MADE
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_a_page_has_one_place_in_the_navigation() -> None:
+    places = re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert len(places) > 20
+    assert [page for page in sorted(set(places)) if places.count(page) > 1] == []
