@@ -21,6 +21,7 @@ from fedpeft.data.dataset import ImageDataset, dataset_of
 from fedpeft.data.interface import Selection, Source
 from fedpeft.data.labels import map_labels
 from fedpeft.data.sources import open_source
+from fedpeft.data.store import CACHE_BYTES
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.errors import TrainingFailed
 from fedpeft.evaluation import evaluate
@@ -69,8 +70,17 @@ class Learner(ABC, Generic[SourceT, DataT]):
         """Returns some rows of a source."""
 
     @abstractmethod
-    def dataset(self, source: SourceT, backbone: Backbone, label_map: LabelMap) -> DataT:
-        """Returns a source as a data set of the run that the backbone is of; raises `DataInvalid`."""
+    def dataset(
+        self, source: SourceT, backbone: Backbone, label_map: LabelMap, cache_bytes: int = CACHE_BYTES
+    ) -> DataT:
+        """Returns a source as a data set of the run that the backbone is of; raises `DataInvalid`.
+
+        Args:
+            source: The site's data.
+            backbone: The run's.
+            label_map: Own class names to the run's, None to drop a class.
+            cache_bytes: Size of decoded images up to which they are kept.
+        """
 
     @abstractmethod
     def usable(self, data: DataT) -> tuple[int, NDArray[np.int64]]:
@@ -121,9 +131,12 @@ class Images(Learner[Source, ImageDataset]):
         """See `Learner.select`."""
         return Selection(source, rows)
 
-    def dataset(self, source: Source, backbone: Backbone, label_map: LabelMap) -> ImageDataset:
+    def dataset(
+        self, source: Source, backbone: Backbone, label_map: LabelMap, cache_bytes: int = CACHE_BYTES
+    ) -> ImageDataset:
         """See `Learner.dataset`."""
-        return dataset_of(source, backbone.config.classes, Preprocessing.of(backbone), label_map=label_map)
+        classes, wanted = backbone.config.classes, Preprocessing.of(backbone)
+        return dataset_of(source, classes, wanted, label_map=label_map, cache_bytes=cache_bytes)
 
     def usable(self, data: ImageDataset) -> tuple[int, NDArray[np.int64]]:
         """See `Learner.usable`."""
@@ -152,7 +165,9 @@ class OfKind(Learner[Examples, Examples]):
         """See `Learner.select`."""
         return source.select(rows)
 
-    def dataset(self, source: Examples, backbone: Backbone, label_map: LabelMap) -> Examples:
+    def dataset(
+        self, source: Examples, backbone: Backbone, label_map: LabelMap, cache_bytes: int = CACHE_BYTES
+    ) -> Examples:
         """See `Learner.dataset`."""
         classes = backbone.config.classes
         mapped = map_labels(source.class_names, source.labels, classes, label_map)

@@ -36,6 +36,13 @@ def test_a_site_that_has_what_the_run_wants_is_suited_before_and_after_the_model
     assert reasons_against(run, replace(SITE, built=Built(run.spec, run.fingerprint), unreadable={"cat": 6})) == ()
 
 
+def test_data_for_another_kind_of_model(run: KnownRun) -> None:
+    reason = only(reasons_against(run, replace(SITE, kind="text")))
+    assert reason.kind == "MODEL_INVALID"
+    assert reason.told == f"the run's model {run.config.model.name} is for images, its data are for text"
+    assert "started with --data PATH" in reason.here
+
+
 def test_a_method_that_is_not_here(run: KnownRun) -> None:
     reason = only(reasons_against(run, replace(SITE, methods=frozenset({"lora"}))))
     assert reason.kind == "CONFIG_INVALID" and reason.told == "there is no PEFT method 'bias'; there are: lora"

@@ -10,14 +10,12 @@ import torch
 from fedpeft import figures, models, payload, seeds
 from fedpeft.config import RunConfig
 from fedpeft.data.labels import read_label_map
-from fedpeft.data.transforms import Preprocessing
 from fedpeft.devices import device_of
 from fedpeft.errors import DataInvalid
-from fedpeft.evaluation import evaluate
+from fedpeft.learning import learner_of
 from fedpeft.payload import Manifest, Tensors
 from fedpeft.peft import tune
 from fedpeft.simulation.clients import Arrays, ClientData, ClientMemory, Clients
-from fedpeft.training import train
 from fedpeft.updates import PreparedUpdate, prepare
 
 
@@ -76,6 +74,7 @@ class Workbench:
     ) -> None:
         self._config = config
         self._device = device_of(device)
+        self._learner = learner_of(config.model.kind)
         backbone = models.build(config.model, config.rounds.seed, weights, str(self._device))
         self._model = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
         self.spec = self._model.spec
@@ -85,7 +84,7 @@ class Workbench:
         shared = {tensor.name for tensor in self.spec.shared}
         self._own = {name: values for name, values in self.initial.items() if name not in shared}
         renamed = None if label_map is None else read_label_map(label_map)
-        self._data = ClientData(clients, config, Preprocessing.of(backbone), renamed)
+        self._data = ClientData(clients, config, backbone, renamed)
         self._test = None if evaluation is None else self._data.open(evaluation, f"evaluation data {evaluation}")[0]
         self.memory = ClientMemory(memory)
 
@@ -110,7 +109,7 @@ class Workbench:
         self._model.load({**version.tensors, **self._own, **kept})
         seed = seeds.training(self._config.rounds.seed, number, client)
         try:
-            result = train(self._model, dataset, self._config.training, seed, number, self._device)
+            result = self._learner.train(self._model, dataset, self._config.training, seed, number, self._device)
         except DataInvalid as error:
             raise DataInvalid(f"client {client}: {error.message}") from None
         residual = self.memory.residual(client)
@@ -125,4 +124,4 @@ class Workbench:
         if self._test is None:
             return {}
         self._model.load({**version.tensors, **self._own})
-        return figures.sendable(evaluate(self._model, self._test, device=self._device), figures.MAX_EVALUATION)
+        return figures.sendable(self._learner.evaluate(self._model, self._test, self._device), figures.MAX_EVALUATION)

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data import partitions
-from fedpeft.data.dataset import ImageDataset, dataset_of
-from fedpeft.data.interface import Selection, Source
+from fedpeft.data.interface import Source
 from fedpeft.data.parts import RECORD, file_name
-from fedpeft.data.sources import INDEX_SUFFIX, open_source
-from fedpeft.data.transforms import Preprocessing
+from fedpeft.data.sources import INDEX_SUFFIX
 from fedpeft.errors import ConfigInvalid, DataInvalid
+from fedpeft.kind import Examples
+from fedpeft.learning import learner_of, where
+from fedpeft.models import Backbone
 
 CACHE_BYTES = 1024 * 1024 * 1024
 """Decoded and encoded images kept of all clients together; whose turn was longest ago goes first."""
@@ -32,15 +33,17 @@ OPEN_CLIENTS = 256
 """Clients whose data is open at once: each may hold a mapped file."""
 
 Arrays = dict[str, NDArray[np.float32]]
-Clients = Mapping[str, Path | Source]
+Data = Source | Examples
+Clients = Mapping[str, Path | Data]
 
 
-def clients_of(path: Path, config: RunConfig) -> tuple[dict[str, Path | Source], dict[str, Any] | None]:
+def clients_of(path: Path, config: RunConfig) -> tuple[dict[str, Path | Data], dict[str, Any] | None]:
     """Finds the clients in the data of a simulation.
 
     Args:
         path: A folder of clients as `fedpeft partition` writes it: each is a client by its name. Anything else that
-            `open_source` takes is one data set, which `[simulation]` divides.
+            `open_source` takes is one data set, which `[simulation]` divides. For another kind of model (`KIND:PATH`,
+            or just the path) each folder in it is a client, or with `[simulation]` all of it is one data set.
         config: The run file.
 
     Returns:
@@ -50,10 +53,12 @@ def clients_of(path: Path, config: RunConfig) -> tuple[dict[str, Path | Source],
         DataInvalid: If the data cannot be read, or not be divided so.
         ConfigInvalid: If there is one data set and no `[simulation]`.
     """
-    folders = _written(path)
+    path = _place(path, config)
+    folders = _folders(path, config) if config.model.kind else _written(path)
     if folders:
         return dict(folders), None
-    source = open_source(path)
+    learner = learner_of(config.model.kind)
+    source = learner.read(path)
     if config.simulation is None:
         raise ConfigInvalid(
             f"{path} is one data set and the run file has no [simulation] section that divides it; add one, or give "
@@ -71,7 +76,22 @@ def clients_of(path: Path, config: RunConfig) -> tuple[dict[str, Path | Source],
         "digest": cut.digest,
         "skew": partitions.skew(source.labels, cut.parts, len(source.class_names)).as_dict(),
     }
-    return {name: Selection(source, rows) for name, rows in zip(names, cut.parts, strict=True)}, record
+    return {name: learner.select(source, rows) for name, rows in zip(names, cut.parts, strict=True)}, record
+
+
+def _place(path: Path, config: RunConfig) -> Path:
+    """Returns data without the kind before it; raises `DataInvalid` if that is not the run's."""
+    kind, place = where(str(path))
+    if kind not in ("", config.model.kind):
+        raise DataInvalid(f"{path} is data for {kind}; the run's model {config.model.name} is not of that kind")
+    return Path(place)
+
+
+def _folders(path: Path, config: RunConfig) -> dict[str, Path]:
+    """Returns the clients of another kind of model: the folders in `path`, unless `[simulation]` divides it."""
+    if config.simulation is not None or not path.is_dir():
+        return {}
+    return {sub.name: sub for sub in sorted(path.iterdir()) if sub.is_dir()}
 
 
 def _written(path: Path) -> dict[str, Path]:
@@ -86,7 +106,7 @@ def _written(path: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _cut(source: Source, simulation: SimulationConfig, seed: int) -> partitions.Partition:
+def _cut(source: Data, simulation: SimulationConfig, seed: int) -> partitions.Partition:
     """Divides as `fedpeft partition --seed SEED` does."""
     match simulation.law:
         case "iid":
@@ -96,6 +116,8 @@ def _cut(source: Source, simulation: SimulationConfig, seed: int) -> partitions.
         case "quantity":
             return partitions.quantity(len(source), simulation.clients, simulation.alpha, seed)
         case "natural":
+            if isinstance(source, Examples):
+                raise ConfigInvalid(f"simulation.column {simulation.column!r}: data of this kind have no columns")
             return partitions.natural(source.column(str(simulation.column)), str(simulation.column))
 
 
@@ -105,28 +127,29 @@ class ClientData:
     Args:
         clients: Data by client.
         config: The run file.
-        preprocessing: What the model wants.
+        backbone: Whose model the data are for.
         label_map: Own class names to the run's, for all clients.
-        cache_bytes: Images kept, decoded and encoded.
+        cache_bytes: Images kept, decoded and encoded; examples of another kind.
     """
 
     def __init__(
         self,
         clients: Clients,
         config: RunConfig,
-        preprocessing: Preprocessing,
+        backbone: Backbone,
         label_map: Mapping[str, str | None] | None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._clients = clients
-        self._classes = config.model.classes
-        self._preprocessing = preprocessing
-        self._label_map = label_map
+        self._config = config
+        self._learner = learner_of(config.model.kind)
+        self._backbone = backbone
+        self._label_map = label_map or {}
         self._cache_bytes = cache_bytes
-        self._open: OrderedDict[str, tuple[ImageDataset, int]] = OrderedDict()
+        self._open: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._held_bytes = 0
 
-    def of(self, client: str) -> ImageDataset:
+    def of(self, client: str) -> Any:
         """Returns a client's data set.
 
         Raises:
@@ -141,24 +164,22 @@ class ClientData:
         self._open.move_to_end(client)
         return self._open[client][0]
 
-    def open(self, data: Path | Source, who: str) -> tuple[ImageDataset, int]:
-        """Opens a data set of this run, and says how many bytes of images it may come to hold.
+    def open(self, data: Path | Data, who: str) -> tuple[Any, int]:
+        """Opens a data set of this run as its learner wants it, and says how many bytes it may come to hold.
 
         Raises:
             DataInvalid: If it cannot be used; `who` begins the sentence.
         """
         try:
-            source = open_source(data) if isinstance(data, Path) else data
-            dataset = dataset_of(
-                source,
-                self._classes,
-                self._preprocessing,
-                label_map=self._label_map,
-                cache_bytes=self._cache_bytes,
-            )
+            source = self._learner.read(_place(data, self._config)) if isinstance(data, Path) else data
+            dataset = self._learner.dataset(source, self._backbone, self._label_map, self._cache_bytes)
         except DataInvalid as error:
             raise DataInvalid(f"{who}: {error.message}") from None
-        pixels = 3 * self._preprocessing.image_size**2 * len(source)
+        if isinstance(source, Examples):
+            return dataset, 2 * source.values.nbytes
+        images = self._backbone.images
+        assert images is not None  # or the learner had raised
+        pixels = 3 * images.image_size**2 * len(source)
         kept = pixels if pixels <= self._cache_bytes else 0
         # The parts of one data set share its encoded images, which are there anyway.
         return dataset, kept + (source.image_bytes_total if isinstance(data, Path) else 0)

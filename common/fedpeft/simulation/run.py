@@ -24,7 +24,6 @@ from google.protobuf import json_format
 
 from fedpeft import ids, payload, rounds, seeds, wire
 from fedpeft.config import RunConfig
-from fedpeft.data.interface import Source
 from fedpeft.errors import (
     ConfigInvalid,
     DataInvalid,
@@ -36,6 +35,7 @@ from fedpeft.errors import (
 from fedpeft.folding import squared_norm
 from fedpeft.rounds import Phase, Round, Ticket, TicketState
 from fedpeft.simulation.bench import Trained, Version, Workbench
+from fedpeft.simulation.clients import Clients
 from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
 from fedpeft.simulation.versions import Versions
 from fedpeft.versions import Identity
@@ -49,7 +49,7 @@ log = structlog.get_logger(__name__)
 
 def simulate(
     config: RunConfig,
-    clients: Mapping[str, Path | Source],
+    clients: Clients,
     out: Path,
     evaluate: Path | None = None,
     weights: Path | None = None,
@@ -67,7 +67,7 @@ def simulate(
 
     Args:
         config: The run file; its `[simulation]` has done its work by now, see `fedpeft.simulation.clients.clients_of`.
-        clients: Data by client: what `open_source` takes, or an open source. The order means nothing, names do.
+        clients: Data by client: a path, or what the model's learner read. The order means nothing, names do.
         out: The folder; made if it is not there.
         evaluate: Held-out data on which every version is scored.
         weights: A file, or a folder of files, that stands for the weights that the run names.
@@ -108,7 +108,7 @@ def simulate(
     return report
 
 
-def _check(config: RunConfig, clients: Mapping[str, Path | Source]) -> None:
+def _check(config: RunConfig, clients: Clients) -> None:
     for name in clients:
         if not ids.CLIENT.fullmatch(name):
             raise DataInvalid(f"client name {name[:80]!r} is not {ids.CLIENT_FORM}")

@@ -1,0 +1,107 @@
+"""What `fedpeft top` says, in words, and how the command begins and ends."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from fedpeft.cli.app import main
+from fedpeft.following import Picture
+from fedpeft.top import scene
+from fedpeft.v1 import federation_service_pb2 as federation
+from fedpeft.v1 import run_pb2
+
+from .operator_double import START, Double, a_client, a_round, a_run, a_ticket, serving
+
+NOW = datetime.fromtimestamp(START + 100, UTC)
+
+
+def picture(*rounds: run_pb2.Round, **changes: object) -> Picture:
+    return Picture(a_run(**changes), {each.number: each for each in rounds})
+
+
+def test_a_run_in_words() -> None:
+    lines = scene.headline(picture(a_round(1, accuracy=0.5), a_round(2, committed=False), version=1), NOW)
+    assert lines == [
+        "emoji: bias on vit_tiny, 60 of 1,000,000 (0.01 %) parameters",
+        "round 2 of 3: waiting > OPEN > aggregating > committed",
+        "1 of 2 received, 520 s left; waits for twemoji",
+        "accuracy 50.0 % ▁ 50.0 %   loss 1.500   training loss 2.500",
+        "sent up 600 B, down 620 B; full fine-tuning 7.63 MiB each way (13,333x)",
+    ]
+
+
+def test_a_run_that_is_paused_over_or_waits_for_figures() -> None:
+    paused = picture(a_round(1, committed=False), state=run_pb2.RUN_STATE_PAUSED, reason="lunch")
+    assert scene.progress_line(paused).startswith("PAUSED; round 1 of 3")
+    done = picture(a_round(3), state=run_pb2.RUN_STATE_COMPLETED, version=3)
+    assert scene.progress_line(done) == "COMPLETED at version 3 of 3"
+    assert (
+        scene.waiting_line(Picture(done.run, waiting="waiting for the evaluator"), NOW) == "waiting for the evaluator"
+    )
+    assert scene.scores_line(picture()) == "accuracy: no version is scored yet"
+    assert scene.bytes_line(picture()) == "sent up 0 B, down 0 B"
+
+
+def test_late_and_refused_come_before_the_rest() -> None:
+    round_ = a_round(1, committed=False)
+    round_.tickets.append(a_ticket("slow", run_pb2.TICKET_STATE_LATE, 1))
+    round_.tickets.append(a_ticket("wrong", run_pb2.TICKET_STATE_REFUSED, 1))
+    round_.tickets[-1].reason = "PAYLOAD_INVALID: not finite"
+    clients = [a_client("twemoji", federation.CLIENT_ROLE_TRAINER, "uploading")]
+    table = scene.tickets_table(picture(round_), clients, "state")
+    assert [row[:3] for row in table.rows] == [
+        ("wrong", "refused", ""),
+        ("slow", "late", ""),
+        ("twemoji", "awaited", "uploading"),
+        ("noto", "received", ""),
+    ]
+    assert scene.note(table, 0) == "wrong: PAYLOAD_INVALID: not finite" == scene.note(table, 3)
+    assert scene.note(scene.rounds_table(picture(a_round(1))), 0) == ""
+    by_client = scene.tickets_table(picture(round_), clients, "client")
+    assert [row[0] for row in by_client.rows] == ["noto", "slow", "twemoji", "wrong"]
+
+
+def test_of_very_many_only_the_first_are_shown_and_the_rest_counted() -> None:
+    round_ = a_round(1, committed=False)
+    round_.tickets.extend(a_ticket(f"c{n:05}", run_pb2.TICKET_STATE_ISSUED, 1) for n in range(8000))
+    table = scene.tickets_table(picture(round_), [], "state")
+    assert len(table.rows) == scene.MOST_ROWS + 1
+    assert table.rows[-1][0] == "and 7,502 more"
+
+
+def test_clients_say_why_they_do_not_take_part() -> None:
+    run = a_run()
+    run.declines.append(run_pb2.Decline(client="shy", reasons=["one", "two"], at=Timestamp(seconds=START)))
+    clients = [
+        a_client(name, federation.CLIENT_ROLE_TRAINER, doing) for name, doing in (("bob", "away"), ("shy", "away"))
+    ]
+    table = scene.clients_table(clients, run, NOW, "client")
+    assert [(row[0], row[4], row[5]) for row in table.rows] == [
+        ("bob", "38 s ago", ""),
+        ("shy", "38 s ago", "declined: one; two"),
+    ]
+    assert scene.clients_line(clients) == "2 away"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(-1, "0 s ago"), (59, "59 s ago"), (61, "1 min ago"), (7300, "2 h ago"), (200_000, "2 d ago")],
+)
+def test_how_long_ago(seconds: float, words: str) -> None:
+    assert scene.ago(seconds) == words
+
+
+def test_a_curve_goes_from_the_lowest_bar_to_the_highest() -> None:
+    assert scene.sparkline([0.0, 0.25, 1.0]) == "▁▃█"
+    assert scene.sparkline([0.5, 0.5]) == "▁▁"
+    assert len(scene.sparkline([n / 100 for n in range(100)])) == 24
+
+
+def test_without_a_terminal_the_command_says_what_to_take(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, serving(Double()) as served:
+        main(["--server", served.address, "top"])
+    assert ended.value.code == 2
+    assert "fedpeft top needs a terminal; for scripts there is: fedpeft run watch ID --json" in capsys.readouterr().err
