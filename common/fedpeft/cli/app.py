@@ -22,6 +22,7 @@ from fedpeft.cli import (
     clients,
     console,
     demo,
+    doctor,
     enrolling,
     identities,
     output,
@@ -103,6 +104,7 @@ app.command("params", epilog=params.EPILOG)(params.params)
 app.command("partition", epilog=partition.EPILOG)(partition.partition)
 app.command("simulate", epilog=simulate.EPILOG)(simulate.simulate)
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
+app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 app.command("version", epilog=versions.EPILOG)(versions.version)
 
 

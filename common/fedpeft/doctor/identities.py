@@ -1,0 +1,96 @@
+"""Whether keys and certificates can be used, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+
+from fedpeft.doctor.findings import Finding, Setup, fault, ok, warning
+from fedpeft.identity import certificates, keys
+from fedpeft.identity.folder import Identity
+
+SOON = timedelta(days=30)
+"""An authority that ends so soon needs a successor."""
+_DAY = "%Y-%m-%d %H:%M UTC"
+
+
+def check_identity(setup: Setup) -> Iterator[Finding]:
+    """Looks at the identity folder of a client or a person."""
+    where = setup.identity_folder
+    if where is None:
+        if setup.state_dir is not None:
+            yield ok("identity", "none; the client speaks plain text, to a server on this machine only")
+        return
+    identity = Identity.load(where)
+    if where.stat().st_mode & 0o022:
+        yield warning("identity", f"{where} can be written by others", f"chmod 700 {where}")
+    now, one = datetime.now(UTC), identity.certificate
+    yield ok("identity", f"{identity.subject} for {identity.server}, in {where}")
+    if (found := _times("certificate", one, now)) is not None:
+        yield found
+    elif now > certificates.renewal(one) + (one.not_valid_after_utc - certificates.renewal(one)) / 2:
+        yield warning(
+            "certificate",
+            f"ends at {one.not_valid_after_utc:{_DAY}} and was not renewed half-way",
+            "run what it is for while the server is up: it renews the certificate by itself",
+        )
+    else:
+        yield ok("certificate", f"until {one.not_valid_after_utc:{_DAY}}")
+    yield from _authorities(identity.authority, now)
+
+
+def check_server_certificates(setup: Setup) -> Iterator[Finding]:
+    """Looks at the certificates that a server shows."""
+    if setup.data_dir is None:
+        return
+    where = setup.data_dir / "identity"
+    if not (where / "server.pem").exists():
+        yield ok("certificates", f"none in {where}; plain text is served, on a loopback address only")
+        return
+    now, one = datetime.now(UTC), certificates.load(where / "server.pem")[0]
+    if keys.load(where / "server.key").public_key() != one.public_key():
+        yield fault("certificates", f"{where / 'server.key'} is not the key of server.pem", "fedpeft-server init")
+    elif (found := _times("certificates", one, now)) is not None:
+        yield found
+    else:
+        yield ok("certificates", f"for {', '.join(hosts(one))} until {one.not_valid_after_utc:{_DAY}}")
+    if (where / "authority.key").exists():
+        keys.check_private(where / "authority.key")
+        yield ok("authority", "its key is here: this server enrolls and renews")
+    else:
+        yield ok("authority", "its key is elsewhere: certificates come from there, nobody enrolls here")
+    yield from _authorities(certificates.load(where / "authority.pem"), now)
+
+
+def hosts(certificate: x509.Certificate) -> list[str]:
+    """Returns the names and addresses that a server's certificate is made out to."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
+def _authorities(chain: tuple[x509.Certificate, ...] | list[x509.Certificate], now: datetime) -> Iterator[Finding]:
+    for one in chain:
+        if (found := _times("authority", one, now)) is not None:
+            yield found
+        elif one.not_valid_after_utc - now < SOON:
+            yield warning(
+                "authority",
+                f"ends at {one.not_valid_after_utc:{_DAY}}",
+                "make another in time and enroll everybody with it; docs/security.md says how",
+            )
+
+
+def _times(check: str, certificate: x509.Certificate, now: datetime) -> Finding | None:
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    cures = {
+        "certificate": "enroll again with a new token",
+        "certificates": "fedpeft-server init, or start the server: it renews its own where the authority's key is",
+        "authority": "the operator makes a new one, and everybody enrolls again",
+    }
+    if now > end:
+        return fault(check, f"ended at {end:{_DAY}}; the clock here says {now:{_DAY}}", cures[check])
+    if now < begin:
+        return fault(check, f"begins at {begin:{_DAY}}; the clock here says {now:{_DAY}}", "set the clock: timedatectl")
+    return None

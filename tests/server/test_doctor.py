@@ -1,0 +1,305 @@
+"""`fedpeft doctor`: each fault is made for real, and named with its cure; a set-up that is well has none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import socket
+import sqlite3
+import sys
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from fedpeft.doctor import client_side, disk, findings, server_side, versions
+from fedpeft.doctor.checks import examine
+from fedpeft.doctor.findings import Finding, Level, Setup
+from fedpeft.identity import authority as authority_module
+from fedpeft.identity import folder, keys
+from fedpeft.identity.authority import Authority
+from fedpeft.identity.subject import Role, Subject
+from fedpeft_server import init
+
+from .conftest import StartDaemon, free_port
+from .secured import Federation, federation
+
+DAY = timedelta(days=1)
+
+
+@pytest.fixture
+async def secured(tmp_path: Path) -> AsyncIterator[Federation]:
+    async with federation(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+def bad(setup: Setup) -> list[Finding]:
+    return [finding for finding in examine(setup) if finding.level is not Level.OK]
+
+
+def only(setup: Setup, check: str) -> Finding:
+    (found,) = [finding for finding in bad(setup) if finding.check == check]
+    assert found.cure
+    return found
+
+
+def enrolled(authority: Authority, where: Path, server: str, life: timedelta = DAY) -> Path:
+    key = folder.take_key(where)
+    chain = [authority.issue(Subject(Role.CLIENT, "noto"), key.public_key(), life)]
+    folder.write(where, server, [authority.certificate], chain)
+    return where
+
+
+def free_ports() -> dict[str, str]:
+    return {"listen": f"127.0.0.1:{free_port()}", "metrics": f"127.0.0.1:{free_port()}"}
+
+
+# What is well
+
+
+def test_a_machine_with_nothing_set_up_is_well() -> None:
+    assert bad(Setup()) == []
+
+
+def test_a_server_that_was_just_set_up_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    init.main(["--data-dir", str(data), "--operator", "ada", "--operator-identity", str(tmp_path / "ada")])
+    assert [f for f in bad(Setup(data_dir=data, **free_ports())) if f.check != "data folder"] == []
+
+
+async def test_a_server_that_runs_and_whoever_calls_it_are_well(secured: Federation, tmp_path: Path) -> None:
+    setup = Setup(server=secured.address, identity=secured.operator.folder)
+    assert await asyncio.to_thread(bad, setup) == []
+    state = enrolled(secured.authority, tmp_path / "state" / "identity", secured.address).parent
+    found = await asyncio.to_thread(lambda: list(examine(Setup(state_dir=state))))
+    said = {finding.said for finding in found if finding.check == "server"}
+    assert f"{secured.address} is reached over TLS 1.3, and it takes this certificate" in said
+    assert "it is serving" in said
+    data_dir = tmp_path / "data"
+    server = Setup(data_dir=data_dir, listen=secured.address, metrics="")
+    found = await asyncio.to_thread(lambda: list(examine(server)))
+    assert any(finding.said == f"a server runs on {data_dir}" for finding in found)
+    assert [finding for finding in found if finding.check == "ports" and finding.level is not Level.OK] == []
+    assert any("has schema" in finding.said and finding.level is Level.OK for finding in found)
+
+
+async def test_plain_text_on_this_machine_is_well(start: StartDaemon) -> None:
+    daemon = await start()
+    assert await asyncio.to_thread(bad, Setup(server=daemon.server.settings.listen)) == []
+
+
+# Identity and network
+
+
+async def test_a_revoked_client(secured: Federation, tmp_path: Path) -> None:
+    state = enrolled(secured.authority, tmp_path / "state" / "identity", secured.address).parent
+    channel = secured.certificate(Role.CLIENT, "noto")
+    await channel.channel_ready()
+    await secured.enroll(await secured.token("noto"))
+    await secured.revoke(Role.CLIENT, "noto")
+    found = await asyncio.to_thread(only, Setup(state_dir=state), "server")
+    assert found.level is Level.FAULT and "revoked" in found.said
+
+
+def test_a_port_that_is_closed(tmp_path: Path) -> None:
+    port = free_port()
+    where = enrolled(Authority.make("x"), tmp_path / "identity", f"127.0.0.1:{port}")
+    found = only(Setup(identity=where), "server")
+    assert (found.level, found.cure[:20]) == (Level.FAULT, "start fedpeft-server")
+    assert f"nothing listens on port {port}" in found.said
+
+
+def test_an_ended_certificate_and_an_open_key(tmp_path: Path) -> None:
+    where = enrolled(Authority.make("x"), tmp_path / "identity", "127.0.0.1:1", timedelta(minutes=-5))
+    found = only(Setup(identity=where), "certificate")
+    assert found.level is Level.FAULT and found.cure == "enroll again with a new token"
+    folder.key_path(where).chmod(0o644)
+    (first, *_) = bad(Setup(identity=where))
+    assert (first.check, first.level) == ("identity", Level.FAULT)
+    assert "mode 0644" in first.said + first.cure and "chmod 600" in first.said + first.cure
+
+
+def test_a_certificate_that_nobody_renewed(tmp_path: Path) -> None:
+    where = enrolled(Authority.make("x"), tmp_path / "identity", "127.0.0.1:1", timedelta(minutes=1))
+    found = only(Setup(identity=where), "certificate")
+    assert found.level is Level.WARNING and "was not renewed half-way" in found.said
+
+
+def test_an_authority_that_ends_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authority_module, "AUTHORITY_LIFE", 9 * DAY)
+    where = enrolled(Authority.make("x"), tmp_path / "identity", "127.0.0.1:1")
+    assert only(Setup(identity=where), "authority").level is Level.WARNING
+
+
+def test_an_identity_that_is_not_there(tmp_path: Path) -> None:
+    found = bad(Setup(identity=tmp_path / "nothing"))
+    assert found[0].check == "identity" and "enroll first" in found[0].said + found[0].cure
+
+
+def test_the_personal_identity_is_looked_at_for_its_own_server_only(tmp_path: Path) -> None:
+    where = enrolled(Authority.make("x"), tmp_path / "config" / "fedpeft" / "identity", "127.0.0.1:1")
+    assert Setup().identity_folder == Setup(server="127.0.0.1:1").identity_folder == where
+    assert Setup(server="127.0.0.1:2").identity_folder is None
+    assert Setup(data_dir=tmp_path).identity_folder is None
+    assert Setup(state_dir=tmp_path).identity_folder is None
+
+
+def test_a_server_certificate_of_another_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    init.main(["--data-dir", str(data), "--operator", "ada", "--operator-identity", str(tmp_path / "ada")])
+    key = data / "identity" / "server.key"
+    key.write_bytes(keys.to_pem(keys.make()))
+    assert only(Setup(data_dir=data, **free_ports()), "certificates").cure == "fedpeft-server init"
+
+
+# Disk and server
+
+
+def test_a_disk_that_is_nearly_full(small_disk: Path) -> None:
+    found = only(Setup(data_dir=small_disk, **free_ports()), "data folder")
+    assert found.level is Level.FAULT and "next to nothing" in found.said
+    assert list(small_disk.iterdir()) == [], "nothing is left behind"
+
+
+def test_a_folder_that_cannot_be_written() -> None:
+    found = only(Setup(data_dir=Path("/proc/nowhere"), **free_ports()), "data folder")
+    assert found.level is Level.FAULT and "cannot be written" in found.said
+
+
+def test_a_slow_disk_and_a_remote_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "SLOW_S", 0.0)
+    assert any("every update waits for one" in f.cure for f in bad(Setup(state_dir=tmp_path)))
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/a / ext4 rw 0 0\nserver:/export {tmp_path} nfs4 rw 0 0\n")
+    assert disk.file_system(tmp_path / "x", mounts) == "nfs4"
+    assert disk.file_system(Path("/usr"), mounts) == "ext4"
+    assert disk.file_system(tmp_path, tmp_path / "none") == ""
+
+
+def test_few_open_files(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        assert "LimitNOFILE" in only(Setup(data_dir=tmp_path, **free_ports()), "open files").cure
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_databases(tmp_path: Path) -> None:
+    path = tmp_path / "fedpeft.db"
+    setup = Setup(data_dir=tmp_path, **free_ports())
+    path.write_bytes(b"no database" * 999)
+    assert "file is not a database" in only(setup, "database").said
+    path.unlink()
+    newest = server_side.newest_schema()
+    assert newest is not None and newest.isdigit()
+    for schema, level in ((newest, Level.OK), ("0001", Level.OK), ("9999", Level.FAULT)):
+        with sqlite3.connect(path) as database:
+            database.execute("create table if not exists alembic_version (version_num text)")
+            database.execute("delete from alembic_version")
+            database.execute("insert into alembic_version values (?)", (schema,))
+        database.close()
+        (found,) = [f for f in server_side.check_database(setup)]
+        assert found.level is level, found
+    away = Setup(data_dir=tmp_path, database=f"postgresql://postgres:secret@127.0.0.1:{free_port()}/x", **free_ports())
+    found = only(away, "database")
+    assert found.level is Level.FAULT and "secret" not in found.said
+
+
+def test_postgresql_is_reached(postgres: Path, tmp_path: Path) -> None:
+    setup = Setup(data_dir=tmp_path, database=f"postgresql://postgres@/postgres?host={postgres}")
+    (found,) = server_side.check_database(setup)
+    assert found.said == "PostgreSQL is reached; its tables are made at the first start"
+
+
+def test_ports_that_others_have(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        found = only(Setup(data_dir=tmp_path, listen=address, metrics=""), "ports")
+        assert found.level is Level.FAULT and f"--listen {address}: Address already in use" in found.said
+        found = only(Setup(data_dir=tmp_path, listen=free_ports()["listen"], metrics=address), "ports")
+        assert f"--metrics {address}: Address already in use" in found.said
+
+
+# Client
+
+
+def test_what_is_wrong_with_a_state_directory(tmp_path: Path) -> None:
+    (tmp_path / "instance").write_text("none")
+    assert only(Setup(state_dir=tmp_path), "state").cure == f"rm {tmp_path / 'instance'}"
+    (tmp_path / "instance").write_text("0" * 32)
+    (tmp_path / "policy.toml").write_text("= 1")
+    assert only(Setup(state_dir=tmp_path), "policy").level is Level.FAULT
+
+
+def test_data_that_cannot_be_used(tmp_path: Path) -> None:
+    found = only(Setup(data=tmp_path / "nowhere"), "data")
+    assert found.level is Level.FAULT and "there is no data at" in found.said + found.cure
+    for number in range(4):
+        (tmp_path / "images" / "cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "cat" / f"{number}.png").write_bytes(b"no image")
+    found = only(Setup(data=tmp_path / "images"), "data")
+    assert found.level is Level.WARNING and "4 of 4 images that were opened cannot be read" in found.said
+
+
+def test_a_device_that_is_not_there() -> None:
+    (found,) = client_side.check_device(Setup(data=Path("d"), device="cuda:99"))
+    assert found.level is Level.FAULT and "there is no device cuda:99" in found.said
+
+
+def test_weights_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (found,) = client_side.check_weights(Setup(state_dir=tmp_path))
+    assert found.level is Level.WARNING and found.cure == "give the client a file: --weights"
+    (tmp_path / "models--timm--vit_small").mkdir()
+    (found,) = client_side.check_weights(Setup(state_dir=tmp_path))
+    assert found == findings.ok("weights", f"vit_small in {tmp_path}")
+
+
+# Versions
+
+
+def test_versions_are_compared_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert versions.numbers("1.100.0rc1") > versions.numbers("1.85.1") > versions.numbers("1.9")
+    required = dict(versions.requirements(""))
+    assert required["grpcio"] == "1.85.1" and "torch" not in required
+    assert dict(versions.requirements("train"))["torch"] == "2.6"
+    monkeypatch.setattr(versions, "requirements", lambda extra: [("grpcio", "99.0"), ("no-such-package", "1")])
+    old, missing = [f for f in versions.check_versions(Setup()) if f.level is Level.FAULT]
+    assert "is older than 99.0, which this version needs" in old.said and old.cure.startswith("pip install")
+    assert missing.said == "no-such-package is not installed"
+
+
+# The command
+
+
+async def test_the_command(tmp_path: Path) -> None:
+    async def run(*arguments: str) -> tuple[int | None, str, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "fedpeft.cli.app", *arguments),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+        return process.returncode, out.decode(), err.decode()
+
+    code, out, _ = await run("doctor")
+    assert code == 0 and out.endswith("no faults, no warnings\n") and out.startswith("ok      fedpeft       ")
+    code, out, _ = await run("--server", f"127.0.0.1:{free_port()}", "doctor")
+    assert code == 1 and "\n                      do: start fedpeft-server" in out
+    assert out.endswith("1 fault, no warnings\n")
+    code, out, _ = await run("--identity", str(tmp_path / "none"), "doctor", "--json")
+    assert code == 1
+    assert {row["level"] for row in json.loads(out)} == {"ok", "fault"}
+    code, _, err = await run("--server", "nowhere", "doctor")
+    assert code == 2 and "is not HOST:PORT" in err
