@@ -10,13 +10,16 @@ from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, BrowserContext, Page, async_playwright
+from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
 from .federation import Federation, Process
 from .story import Story, tell
 
+WAIT_S = 30
+"""Longest wait for a page; the machine may be busy."""
 AXE = Path(__file__).parent / "vendor" / "axe-core" / "axe.min.js"
 PHONE = {"width": 400, "height": 800}
+expect.set_options(timeout=WAIT_S * 1000)
 DESK = {"width": 1280, "height": 900}
 
 
@@ -83,7 +86,7 @@ class Looked:
 
     async def page(self, path: str = "/") -> Page:
         page = await self.context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(WAIT_S * 1000)
         page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)

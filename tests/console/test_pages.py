@@ -84,7 +84,28 @@ async def test_a_run_lives_without_a_reload(operator: Looked, story: Story) -> N
     await expect(page.locator("#round-1")).to_contain_text("21.0 %")
     federation.play(sites, 2)
     await expect(page.locator("#head .badge")).to_have_text("completed")
+    federation.score("evaluator", run, 2)
+    await expect(page.locator("#round-2")).to_contain_text("29.0 %")
     assert await page.evaluate("window.untouched")
+    assert await coloured(page) > 100
+
+
+async def coloured(page: Page) -> int:
+    """Returns how many pixels of the first chart are neither grey nor white."""
+    return int(
+        await page.evaluate(
+            """() => {
+                const canvas = document.querySelector("figure canvas");
+                const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+                let count = 0;
+                for (let at = 0; at < pixels.length; at += 4) {
+                    const rgb = pixels.slice(at, at + 3);
+                    count += pixels[at + 3] > 0 && Math.max(...rgb) - Math.min(...rgb) > 60;
+                }
+                return count;
+            }"""
+        )
+    )
 
 
 async def test_what_a_client_says_is_never_html(operator: Looked, story: Story) -> None:
@@ -136,8 +157,8 @@ async def test_an_operator_creates_pauses_resumes_and_stops(operator: Looked, st
     await page.get_by_label("Run file (TOML)").fill(RUN_FILE)
     await page.get_by_role("button", name="Check").click()
     await expect(page.get_by_text("Valid: bias on vit_tiny_patch16_224, 2 rounds of 40 clients")).to_be_visible()
-    await page.get_by_role("button", name="Create the run").click()
-    await expect(page).to_have_url(re.compile(r"/runs/run-"), timeout=60_000)
+    await page.get_by_role("button", name="Create the run").click(timeout=120_000)
+    await expect(page).to_have_url(re.compile(r"/runs/run-"), timeout=120_000)
     await expect(page.get_by_role("heading", name="from the browser", level=1)).to_be_visible()
     await page.get_by_role("button", name="Pause", exact=True).click()
     await page.locator("dialog[open] input[name=reason]").fill("a look at the data")
@@ -215,6 +236,12 @@ async def test_nothing_is_in_the_way_of_anybody(operator: Looked, story: Story, 
     page = await operator.page()
     await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
     found = {}
+    if scheme == "light":
+        await page.goto(f"{operator.base}/new")
+        await page.get_by_label("Run file (TOML)").fill(RUN_FILE.replace("count = 2", "count = 0"))
+        await page.get_by_role("button", name="Check").click()
+        await expect(page.get_by_role("heading", name="1 fault")).to_be_visible()
+        found["faults"] = await violations(page)
     for name, path in paths(story).items():
         await page.goto(operator.base + path)
         found[name] = await violations(page)

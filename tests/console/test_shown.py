@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fedpeft.console.facts import RoundFacts, TicketFacts
+from fedpeft.console.pages.creation import excerpts
 from fedpeft.console.run_file import Faulty, read
 from fedpeft.console.shown.captions import captions
 from fedpeft.console.shown.client import Followed, chart, history, remarks, tiles
@@ -176,6 +177,12 @@ def test_faults_of_a_run_file_have_lines(text: str, line: int, field: str) -> No
     with pytest.raises(Faulty) as caught:
         read(text)
     assert (caught.value.faults[0].line, caught.value.faults[0].field) == (line, field)
+
+
+def test_the_lines_around_a_fault() -> None:
+    text = "\n".join("abcdefghij")
+    assert excerpts(text, {1, 8}) == [[(1, "a"), (2, "b"), (3, "c")], [(n, "abcdefghij"[n - 1]) for n in range(6, 11)]]
+    assert excerpts(text, {0}) == []
 
 
 def test_a_run_file_that_is_right() -> None:

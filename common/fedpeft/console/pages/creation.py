@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
@@ -16,6 +16,8 @@ from fedpeft.console.guard import check_writer, session_of
 from fedpeft.console.pages.forms import form_of
 from fedpeft.console.run_file import Fault, Faulty
 
+AROUND = 2
+"""Lines shown before and after a faulty one."""
 EXAMPLE = """\
 name = "emoji"
 [model]
@@ -56,6 +58,17 @@ async def create(request: Request) -> Response:
     return RedirectResponse(f"/runs/{made.id}", 303)
 
 
+def excerpts(text: str, wrong: Set[int]) -> list[list[tuple[int, str]]]:
+    """Returns the lines around some lines of a text, numbered, in pieces without a gap."""
+    pieces: list[list[tuple[int, str]]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if any(abs(number - at) <= AROUND for at in wrong if at):
+            if not pieces or pieces[-1][-1][0] < number - 1:
+                pieces.append([])
+            pieces[-1].append((number, line))
+    return pieces
+
+
 def _form(request: Request, text: str, *, faults: Sequence[Fault] = (), valid: RunConfig | None = None) -> Response:
     return desk_of(request).paper.page(
         request,
@@ -63,7 +76,7 @@ def _form(request: Request, text: str, *, faults: Sequence[Fault] = (), valid: R
         "New run",
         status=422 if faults else 200,
         text=text,
-        lines=list(enumerate(text.split("\n"), 1)) if faults else [],
+        excerpts=excerpts(text, {fault.line for fault in faults}),
         wrong={fault.line for fault in faults},
         faults=faults,
         valid=valid,

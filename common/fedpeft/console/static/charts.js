@@ -8,7 +8,7 @@
   const drawn = new Map();
 
   // A canvas knows no variables and no light-dark(): the browser works a colour out where it is some element's.
-  const probe = holder.appendChild(document.createElement("i"));
+  const probe = document.body.appendChild(document.createElement("i"));
   probe.hidden = true;
   function css(name) {
     probe.style.color = `var(${name})`;
