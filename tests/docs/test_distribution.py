@@ -19,6 +19,8 @@ PACKAGES = {
 }
 GENERATED = ("tensor", "run", "federation_service", "operator_service")
 
+pytestmark = pytest.mark.xdist_group("dist")  # what they look at is made once
+
 
 @pytest.fixture(scope="session")
 def in_wheel(wheel: Path) -> list[str]:

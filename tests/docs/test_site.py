@@ -20,6 +20,8 @@ NAMED = re.compile(r"`((?:tests|docs|common|server|client|protos|deploy|experime
 MADE = {"benchmarks/results/bench.json"}
 """Files that are there only once somebody made them."""
 
+pytestmark = pytest.mark.xdist_group("site")  # what they look at is made once
+
 
 class Fetches(HTMLParser):
     """Collects what a page makes a browser fetch, and pictures without words."""
