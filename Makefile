@@ -8,11 +8,11 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check proto bench docs notebooks dist test-dist
+.PHONY: help install demo test check proto bench docs notebooks dist test-dist test-network screenshots
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## set up .venv with fedpeft, fedpeft-server and fedpeft-client
 	@echo "installed: $(BIN)/fedpeft, $(BIN)/fedpeft-server, $(BIN)/fedpeft-client"
@@ -47,6 +47,9 @@ docs: $(STAMP) ## build the documentation's site in build/site, a broken link be
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/pytest -n $(WORKERS) tests/docs/test_tutorials.py
 
+screenshots: $(STAMP) ## take the console's pictures again, over a federation that trains (docs/images, minutes)
+	FEDPEFT_SCREENSHOTS=docs/images $(BIN)/pytest -q tests/console/test_screenshots.py
+
 notebooks: $(STAMP) ## execute docs/notebooks with servers and clients of their own, and write what they show
 	$(BIN)/python docs/notebooks/execute.py
 
@@ -54,6 +57,9 @@ dist: $(STAMP) ## build sdist and wheel in dist/ and check what PyPI would say o
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
+
+test-network: $(STAMP) ## hold a run over TLS between two network namespaces, tshark on the wire (root, iproute2, tshark)
+	$(BIN)/pytest -n 0 -m slow tests/e2e/test_two_machines.py
 
 test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment without torch, and ask its commands
 	$(BIN)/pytest -n 0 -m slow tests/docs/test_installed.py
