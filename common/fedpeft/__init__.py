@@ -41,7 +41,18 @@ _HOMES = {
 }
 """Where each name of the package lives; it is imported when it is first asked for."""
 
-__all__ = ["PROTOCOL", "__version__", *_HOMES]
+__all__ = [
+    "PROTOCOL",
+    "Change",
+    "FedpeftError",
+    "Round",
+    "Run",
+    "RunConfig",
+    "Server",
+    "__version__",
+    "connect",
+    "load_run_file",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -43,10 +43,12 @@ class Labelled(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]:
         """The site's own class names."""
+        ...
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """The label of every row."""
+        ...
 
     def __len__(self) -> int: ...
 

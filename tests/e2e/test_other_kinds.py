@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+import fedpeft
+from fedpeft.kind import kind_of
+from fedpeft.simulation import clients_of, simulate
 
 from .conftest import WAIT_S, Process, free_port, wait_for
 
@@ -76,12 +76,6 @@ class World:
         place = self.folder if "--evaluate" in flags else self.folder / "texts"
         return self.client(name, f"text:{place / name}", *flags)
 
-    def fedpeft(self, *arguments: str) -> Any:
-        command = [sys.executable, "-m", "fedpeft.cli.app", "--server", f"127.0.0.1:{self.port}", *arguments, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
@@ -96,28 +90,27 @@ def ended(process: Process, code: int) -> None:
 
 
 def test_a_text_classifier_learns_in_a_federation(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(world.folder / "packages"))
+    kind_of.cache_clear()
     path = [str(world.folder / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    run = world.fedpeft("run", "create", str(world.folder / "run.toml"))["run"]
-    judge = world.text_client("held-out", "--evaluate")
-    for client in (world.text_client("library"), world.text_client("workshop"), judge):
+    clients = [world.text_client("held-out", "--evaluate"), world.text_client("library"), world.text_client("workshop")]
+    run = fedpeft.connect(f"127.0.0.1:{world.port}").create(world.folder / "run.toml")
+    for client in clients:
         ended(client, 0)
 
-    shown = world.fedpeft("run", "show", run)
-    assert shown["state"] == "completed"
-    assert [sorted(each["clients"]) for each in shown["rounds"]] == [["library", "workshop"]] * 3
-    last = shown["rounds"][-1]
-    assert last["metrics"]["accuracy"] > 0.8 > 0.5 > shown["initial_metrics"]["accuracy"], shown["rounds"]
-    assert last["metrics"]["accuracy/python"] > 0.5
-    assert last["tickets"][0]["metrics"]["examples_per_second"] > 0
-    assert world.fedpeft("run", "verify", run)
+    run.refresh()
+    assert run.state == "completed"
+    assert [sorted(each.clients) for each in run.rounds] == [["library", "workshop"]] * 3
+    last = run.rounds[-1].metrics
+    assert last["accuracy"] > 0.8 > 0.5 > run.initial_metrics["accuracy"], run.rounds
+    assert last["accuracy/python"] > 0.5
+    assert run.to_dict()["rounds"][-1]["tickets"][0]["metrics"]["examples_per_second"] > 0
 
-    out = world.folder / "adapter.safetensors"
-    world.fedpeft("run", "export", run, "--out", str(out))
-    where = ["--data", f"text:{world.folder / 'texts'}", "--eval", f"text:{world.folder / 'held-out'}"]
-    simulated = world.fedpeft(
-        "simulate", str(world.folder / "run.toml"), *where, "--out", str(world.folder / "out"), "--threads", "1"
-    )
-    held, alone = (load_file(path) for path in (out, world.folder / "out" / "adapter.safetensors"))
-    assert all(np.array_equal(held[name], alone[name]) for name in held | alone), "the same bits in one process"
-    assert simulated["rounds"][-1]["metrics"]["accuracy"] == last["metrics"]["accuracy"]
+    config = fedpeft.load_run_file(world.folder / "run.toml")
+    sites, _ = clients_of(Path(f"text:{world.folder / 'texts'}"), config)
+    alone = simulate(config, sites, world.folder / "out", evaluate=world.folder / "held-out")
+    assert alone["rounds"][-1]["metrics"]["accuracy"] == last["accuracy"]
+    here, there = run.adapter(), load_file(world.folder / "out" / "adapter.safetensors")
+    assert all(np.array_equal(here[name], there[name]) for name in here | there), "the same bits in one process"
+    assert set(run.load().state()) == set(here)
