@@ -77,6 +77,7 @@ def stranger(link: str) -> Browser:
 @pytest.fixture(scope="module")
 def browser(link: str) -> Browser:
     browser = Browser(urlsplit(link).netloc)
+    assert browser.send("HEAD", link.removeprefix(f"http://{browser.netloc}")).status == 403  # a look spends nothing
     answer = browser.log_in(link)
     assert answer.status == 303
     assert re.search(r"fedpeft-console-\d+=\S+; HttpOnly; Path=/; SameSite=strict", answer.headers["Set-Cookie"])

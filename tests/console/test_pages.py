@@ -190,6 +190,12 @@ async def test_a_viewer_sees_all_and_steers_nothing(viewer: Looked, story: Story
         assert "may look, not steer" in await answer.text()
 
 
+async def test_whoever_logs_out_is_told_on_every_page(viewer: Looked) -> None:
+    page, other = await viewer.page("/clients"), await viewer.page("/access")
+    await other.get_by_role("button", name="Log out").click()
+    await expect(page.get_by_role("heading", name="Not logged in")).to_be_visible()
+
+
 async def test_by_keyboard_alone(operator: Looked, story: Story) -> None:
     federation = story.federation
     run = federation.create("by keyboard", 2, 40)

@@ -51,7 +51,12 @@ class RunFeed:
         self._following = asyncio.create_task(self._follow())
 
     async def looked(self) -> None:
-        """Waits for the first answer, and not for long."""
+        """Waits for the first answer, and not for long.
+
+        A run that is over, but not scored to its end, is asked for again.
+        """
+        if self._following.done() and self.error is None and not self._is_scored:
+            self._following = asyncio.create_task(self._follow())
         try:
             async with asyncio.timeout(FIRST_LOOK_S):
                 await self._looked.wait()
@@ -73,6 +78,12 @@ class RunFeed:
     def close(self) -> None:
         """Ends the watch."""
         self._following.cancel()
+
+    @property
+    def _is_scored(self) -> bool:
+        """Whether every version has its figures; where none has, nobody scores."""
+        scored = ["accuracy" in facts.metrics for facts in self.rounds if facts.is_committed]
+        return all(scored) or not any(scored)
 
     async def _follow(self) -> None:
         while True:

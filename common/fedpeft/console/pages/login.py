@@ -13,7 +13,8 @@ from fedpeft.console.pages.forms import form_of
 async def login(request: Request) -> Response:
     """Spends a login key for a session."""
     desk = desk_of(request)
-    session = desk.door.enter(request.query_params.get("key", ""))
+    # What only looks a link over, as chat programs do, asks for its head, and must not spend it.
+    session = desk.door.enter(request.query_params.get("key", "")) if request.method == "GET" else None
     if session is None:
         raise Refused(
             403,

@@ -49,7 +49,8 @@ async def events(request: Request) -> Response:
 
 def draw(desk: Desk, feed: RunFeed, page: int, may_write: bool) -> Fragments:
     """Returns the fragments of a run's page."""
-    connection = {"connection": desk.paper.fragment("connection.html", lost=feed.lost)}
+    lost = feed.lost if feed.error is None else feed.error.message
+    connection = {"connection": desk.paper.fragment("connection.html", lost=lost)}
     if feed.picture is None:
         return connection
     about_rounds = feed.made(("rounds", page), lambda: _about_rounds(desk, feed, page))

@@ -28,10 +28,13 @@
     const source = new EventSource(main.dataset.events);
     source.addEventListener("fragment", show);
     source.addEventListener("open", () => { away.hidden = true; });
-    source.addEventListener("error", () => {
+    source.addEventListener("error", async () => {
       away.hidden = false;
-      // After a refusal, or an answer of another kind, a browser does not try again by itself.
-      if (source.readyState === EventSource.CLOSED) window.setTimeout(listen, 3000);
+      // After a refusal a browser does not try again by itself: whoever was logged out is told, others wait.
+      if (source.readyState !== EventSource.CLOSED) return;
+      const answer = await fetch("/access", { method: "HEAD" }).catch(() => null);
+      if (answer?.status === 401) window.location.reload();
+      else window.setTimeout(listen, 3000);
     });
   }
 
