@@ -195,7 +195,7 @@ class ModelConfig(_message.Message):
     DEPTH_FIELD_NUMBER: _builtins.int
     POOLING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """timm's name, for example `vit_base_patch16_224`."""
+    """timm's name, for example `vit_base_patch16_224`; or `kind:name` of a kind of model that clients have installed."""
     weights: _builtins.str
     """`hub`, `none` (random, seeded by rounds.seed), or a file that each client resolves and proves by fingerprint."""
     image_size: _builtins.int
