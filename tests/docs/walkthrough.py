@@ -116,7 +116,8 @@ class Walkthrough:
         self._root = root
         (folder / "experiments").symlink_to(root / "experiments")
         self._environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith(("FEDPEFT_", "XDG_"))},
+            "HOME": str(folder),  # who walks a page is not enrolled anywhere
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join((str(folder / "common"), os.environ.get("PYTHONPATH", ""))),
             "FEDPEFT_SERVER": self._addresses[ADDRESSES[0]],
