@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 from fedpeft.console.bell import Bell
 from fedpeft.console.facts import Reader, RoundFacts
 from fedpeft.console.line import Connect
-from fedpeft.errors import FedpeftError, Unavailable
+from fedpeft.errors import FedpeftError, Internal, Unavailable
 from fedpeft.following import Picture, follow
 
 T = TypeVar("T")
@@ -97,6 +97,8 @@ class RunFeed:
                 self.lost = error.message.partition(";")[0]
             except FedpeftError as error:
                 self.error = error
+            except Exception as error:  # a fault of ours: said on the page like any other, and not lost with the task
+                self.error = Internal(f"the console cannot follow {self.run}: {type(error).__name__}: {error}")
             self._changed()
             if self.error is not None:
                 return
@@ -121,10 +123,10 @@ class Feeds:
         self._feeds: OrderedDict[str, RunFeed] = OrderedDict()
         self._held: Counter[str] = Counter()
 
-    def of(self, run: str) -> RunFeed:
-        """Returns the feed of a run; begins one that is not there or has failed."""
+    def of(self, run: str, *, again: bool = False) -> RunFeed:
+        """Returns the feed of a run, begun if it is not there, and if it has failed and is to be tried `again`."""
         feed = self._feeds.get(run)
-        if feed is None or feed.error is not None:
+        if feed is None or (again and feed.error is not None):
             feed = self._feeds[run] = RunFeed(run, self._connect, self._bell)
         self._feeds.move_to_end(run)
         self._shed()

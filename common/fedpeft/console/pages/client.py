@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -53,7 +54,7 @@ async def client(request: Request) -> Response:
         name,
         fragments=draw(desk, name, page),
         client=name,
-        events=f"/clients/{name}/events?page={page}",
+        events=f"/clients/{quote(name)}/events?page={page}",
     )
 
 

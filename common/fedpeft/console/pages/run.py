@@ -126,7 +126,7 @@ async def _feed(request: Request) -> RunFeed:
     desk, run = desk_of(request), path_id(request, "run")
     if not await desk.directory.knows_run(run):
         raise Refused(404, f"There is no run {run}; the overview lists those there are.")
-    feed = desk.feeds.of(run)
+    feed = desk.feeds.of(run, again=True)
     await feed.looked()
     if feed.error is not None:
         raise feed.error
