@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
+import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -11,6 +20,7 @@ from fedpeft.cli.app import main
 from fedpeft.following import Picture
 from fedpeft.top import scene
 from fedpeft.v1 import federation_service_pb2 as federation
+from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 
 from .operator_double import START, Double, a_client, a_round, a_run, a_ticket, serving
@@ -98,6 +108,41 @@ def test_a_curve_goes_from_the_lowest_bar_to_the_highest() -> None:
     assert scene.sparkline([0.0, 0.25, 1.0]) == "▁▃█"
     assert scene.sparkline([0.5, 0.5]) == "▁▁"
     assert len(scene.sparkline([n / 100 for n in range(100)])) == 24
+
+
+def read(terminal: int) -> bytes:
+    """Returns what was written since; nothing once the other end is closed."""
+    try:
+        return os.read(terminal, 65536) if select.select([terminal], [], [], 0.2)[0] else b""
+    except OSError as error:
+        assert error.errno == errno.EIO
+        return b""
+
+
+def test_the_command_takes_a_terminal_and_gives_it_back() -> None:
+    """In a process of its own, behind a real terminal of 80 columns and 24 lines."""
+    with serving(Double()) as served:
+        served.double.runs = {"run-0123456789ab": a_run()}
+        served.double.script = [pb.WatchRunResponse(run=a_run(), rounds=[a_round(1, committed=False)]), 60.0]
+        near, far = pty.openpty()
+        termios.tcsetwinsize(far, (24, 80))
+        command = [sys.executable, "-m", "fedpeft.cli.app", "--server", served.address, "top"]
+        environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
+        process = subprocess.Popen(command, stdin=far, stdout=far, stderr=far, env=environment)
+        os.close(far)
+        seen, until = b"", time.monotonic() + 60
+        try:
+            while b"OPEN" not in seen and time.monotonic() < until and process.poll() is None:
+                seen += read(near)
+            assert b"OPEN" in seen and b"run-0123456789ab" in seen, seen[-3000:]
+            os.write(near, b"q")
+            while process.poll() is None and time.monotonic() < until:  # a terminal that nobody reads would hold it up
+                read(near)
+            assert process.wait(1) == 0
+        finally:
+            process.kill()
+            process.wait()
+            os.close(near)
 
 
 def test_without_a_terminal_the_command_says_what_to_take(capsys: pytest.CaptureFixture[str]) -> None:

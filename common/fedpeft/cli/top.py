@@ -13,7 +13,7 @@ from fedpeft.cli.session import require, run_async, session_of
 from fedpeft.errors import SettingsInvalid
 
 if TYPE_CHECKING:
-    from fedpeft.operator_client import OperatorClient
+    from fedpeft.following import Connect
 
 EPILOG = epilog(
     "fedpeft --server 127.0.0.1:7070 top",
@@ -31,7 +31,7 @@ def top(
         raise SettingsInvalid("fedpeft top needs a terminal; for scripts there is: fedpeft run watch ID --json")
     require("top", "textual")
     session = session_of(context)
-    run_async(_looked(session.client(), run))
+    run_async(_looked(session.client, run))
     from fedpeft.top.app import TopApp
 
     caller = choose(session.asked, session.identity, insecure=session.insecure)
@@ -39,9 +39,9 @@ def top(
     TopApp(session.client, caller.server, may_write=may_write, run=run).run()
 
 
-async def _looked(client: OperatorClient, run: str) -> None:
+async def _looked(connect: Connect, run: str) -> None:
     """Finds a wrong address or run before the screen is taken."""
-    async with client as server:
+    async with connect() as server:
         if run:
             await server.run(run)
         else:
