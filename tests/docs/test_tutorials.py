@@ -12,12 +12,9 @@ SLOW = {"first-federation"}
 """Tutorials that start so many processes that `make docs` walks them and `make test` does not."""
 ELSEWHERE = {"two-machines"}
 """Tutorials that need more than one machine; tests/e2e/test_two_machines.py goes that way, between namespaces."""
-ELSEWHERE = {"two-machines"}
-"""Tutorials that need more than one machine; tests/e2e/test_two_machines.py walks it."""
 PAGES = [
     pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SLOW else [])
     for page in sorted((ROOT / "docs" / "tutorials").glob("*.md"))
-    if page.stem not in ELSEWHERE
     if page.stem not in ELSEWHERE
 ]
 

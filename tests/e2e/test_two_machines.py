@@ -1,23 +1,28 @@
-"""Two machines, as network namespaces: from nothing to a run over TLS in six commands, with tshark on the wire."""
+"""Two machines, as network namespaces: the tutorial's commands, each on its machine, with tshark on the wire."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
+from ..docs.walkthrough import blocks, steps
 from .conftest import RUN_FILE, WAIT_S, wait_for, write_site
 
 HEAD, SITE = "10.77.0.1", "10.77.0.2"
+"""The page names the first."""
 BIN = Path(sys.executable).parent
+PAGE = Path(__file__).parents[2] / "docs" / "tutorials" / "two-machines.md"
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -46,32 +51,29 @@ class Machines:
         for name in (self.head, self.site):
             subprocess.run(["ip", "netns", "del", name], check=False)
 
-    def run(self, machine: str, *command: str, given: str = "") -> str:
-        done = subprocess.run(
-            self._on(machine, *command),
-            input=given,
-            capture_output=True,
-            text=True,
-            timeout=WAIT_S,
-            env=self._environment,
-        )
-        assert done.returncode == 0, done.stderr
+    def run(self, machine: str, command: str) -> str:
+        """Runs a line of shell on one of them to its end and returns what it prints."""
+        done = subprocess.run(self._on(machine, command), capture_output=True, text=True, timeout=WAIT_S, **self._where)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
-    def start(self, machine: str, log: str, *command: str) -> subprocess.Popen[bytes]:
+    def start(self, machine: str, log: str, command: str) -> subprocess.Popen[bytes]:
+        """Starts a line of shell that stays."""
         with (self.folder / log).open("wb") as file:
-            line = self._on(machine, *command)
-            process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, env=self._environment)
+            process = subprocess.Popen(
+                self._on(machine, f"exec {command}"), stdout=file, stderr=subprocess.STDOUT, **self._where
+            )
         self.started.append(process)
         return process
 
     @property
-    def _environment(self) -> dict[str, str]:
-        return {**os.environ, "XDG_CONFIG_HOME": str(self.folder / "config"), "OMP_NUM_THREADS": "1"}
+    def _where(self) -> dict[str, Any]:
+        path = f"{BIN}:{os.environ['PATH']}"
+        own = {"PATH": path, "XDG_CONFIG_HOME": str(self.folder / "config"), "OMP_NUM_THREADS": "1"}
+        return {"cwd": self.folder, "env": {**os.environ, **own}}
 
-    def _on(self, machine: str, program: str, *arguments: str) -> list[str]:
-        found = BIN / program
-        return ["ip", "netns", "exec", machine, str(found) if found.exists() else program, *arguments]
+    def _on(self, machine: str, command: str) -> list[str]:
+        return ["ip", "netns", "exec", machine, "bash", "-c", command]
 
 
 def ip(*arguments: str) -> None:
@@ -93,41 +95,57 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
         made.clear()
 
 
-def test_from_nothing_to_a_run_over_tls_in_six_commands(machines: Machines, tmp_path: Path) -> None:
-    write_site(tmp_path / "images.parquet", 1)
+def test_the_tutorials_commands_hold_a_run_over_tls(machines: Machines, tmp_path: Path) -> None:
+    write_site(tmp_path / "images" / "images.parquet", 1)
     text = RUN_FILE.replace("depth = 8", "depth = 1").replace('"full"', '"head"').replace("steps = 60", "steps = 2")
     (tmp_path / "run.toml").write_text(text.replace("clients = 2", "clients = 1"))
-    data, state, wire = str(tmp_path / "data"), str(tmp_path / "state"), str(tmp_path / "wire.pcap")
-    sniffer = machines.start(machines.head, "tshark.log", "tshark", "-i", "wire", "-w", wire, "-q")
+    wire = str(tmp_path / "wire.pcap")
+    sniffer = machines.start(machines.head, "tshark.log", f"tshark -i wire -w {wire} -q")
     wait_for(lambda: Path(wire).exists(), "tshark")
+    said = follow(machines)
 
-    machines.run(machines.head, "fedpeft-server", "init", "--data-dir", data, "--host", HEAD)
-    machines.start(machines.head, "server.log", "fedpeft-server", "--data-dir", data, "--listen", f"{HEAD}:7070")
-    wait_for(lambda: '"serving"' in (tmp_path / "server.log").read_text(), "the daemon")
-    token = machines.run(machines.head, "fedpeft", "token", "create", "--name", "site-a", "--role", "client")
-    machines.run(machines.site, "fedpeft-client", "enroll", "-", "--state-dir", state, given=token)
-    what = ["--state-dir", state, "--data", str(tmp_path / "images.parquet"), "--once"]
-    client = machines.start(machines.site, "client.log", "fedpeft-client", *what)
-    created = machines.run(machines.head, "fedpeft", "run", "create", str(tmp_path / "run.toml"), "--json")
-    run = json.loads(created)["run"]
-
-    assert client.wait(WAIT_S) == 0, (tmp_path / "client.log").read_text()
-    shown = json.loads(machines.run(machines.head, "fedpeft", "run", "show", run, "--json"))
+    run = re.findall(r"run-[0-9a-z]{12}", said["fedpeft run create run.toml"])[0]
+    shown = json.loads(machines.run(machines.head, f"fedpeft run show {run} --json"))
     assert (shown["state"], [r["clients"] for r in shown["rounds"]]) == ("completed", [["site-a"], ["site-a"]])
-    out = str(tmp_path / "adapter.safetensors")
-    machines.run(machines.head, "fedpeft", "run", "export", run, "--format", "safetensors", "--out", out)
+    assert "were revoked" in (tmp_path / "fedpeft-client.log").read_text(), "the page ends with a lost laptop"
+    machines.run(machines.head, f"fedpeft run export {run} --format safetensors --out adapter.safetensors")
     time.sleep(1)  # the last packets reach tshark's file
     sniffer.terminate()
     sniffer.wait(WAIT_S)
 
     heard = Path(wire).read_bytes()
-    up = sum(r["wire_bytes_up"] for r in shown["rounds"])
-    assert len(heard) > up, "tshark was on the way"
-    assert not [n for n, tensor in load_file(out).items() if tensor.tobytes()[:16] in heard]
-    assert not [word for word in (b"fedpeft.v1", b"head.weight", b"site-a", token.encode()) if word in heard]
+    assert len(heard) > sum(r["wire_bytes_up"] for r in shown["rounds"]), "tshark was on the way"
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    assert not [name for name, tensor in tensors.items() if tensor.tobytes()[:16] in heard]
+    token = (tmp_path / "token.txt").read_bytes().strip()
+    assert not [word for word in (b"fedpeft.v1", b"head.weight", b"site-a", token) if word in heard]
     assert set(fields(wire, "tls.handshake.type == 2", "tls.handshake.extensions.supported_version")) == {"0x0304"}
     bare = fields(wire, "tcp.len > 0 && !tls && !tcp.analysis.retransmission && !tcp.reassembled_in", "frame.number")
     assert not bare, "every segment with data is a part of a TLS record"
+
+
+def follow(machines: Machines) -> dict[str, str]:
+    """Runs every command of the tutorial on the machine it is for; returns what each that ends printed."""
+    said: dict[str, str] = {}
+    for block in blocks(PAGE.read_text()):
+        if block.language != "console":
+            continue
+        machine = machines.head if block.title.startswith("server's machine") else machines.site
+        for command, shown in steps(block.text):
+            if not block.title.endswith("a terminal that stays"):
+                said[command] = machines.run(machine, command)
+                if "run create" in command:
+                    wait_for(lambda: "completed" in machines.run(machines.head, "fedpeft run list"), "the run", 1.0)
+                continue
+            program = command.split()[0]
+            machines.start(machine, f"{program}.log", f"{command} --log-format console")
+            until_said(machines.folder / f"{program}.log", shown[-1].split()[2])  # [info ] WORD ...
+    until_said(machines.folder / "fedpeft-client.log", "were revoked")
+    return said
+
+
+def until_said(log: Path, words: str) -> None:
+    wait_for(lambda: f" {words}" in log.read_text(), f"{log.name} to say {words}")
 
 
 def fields(capture: str, which: str, field: str) -> list[str]:
