@@ -198,19 +198,19 @@ def test_where_a_console_may_listen(tmp_path_factory: pytest.TempPathFactory) ->
     pem = tmp_path_factory.mktemp("pem") / "x.pem"
     pem.touch()
     with pytest.raises(SettingsInvalid, match="reached from the network"):
-        Settings.checked("s:1", "0.0.0.0:7071")
+        Settings.checked("s:1", "0.0.0.0:7080")
     with pytest.raises(SettingsInvalid, match="go together"):
-        Settings.checked("s:1", "127.0.0.1:7071", key=pem)
+        Settings.checked("s:1", "127.0.0.1:7080", key=pem)
     with pytest.raises(SettingsInvalid, match="no such file"):
-        Settings.checked("s:1", "127.0.0.1:7071", certificate=pem, key=pem.with_name("gone.pem"))
+        Settings.checked("s:1", "127.0.0.1:7080", certificate=pem, key=pem.with_name("gone.pem"))
     with pytest.raises(SettingsInvalid, match="HOST:PORT"):
-        Settings.checked("s:1", "7071")
-    wide = Settings.checked("s:1", "0.0.0.0:7071", certificate=pem, key=pem, names=("Lab.example",))
+        Settings.checked("s:1", "7080")
+    wide = Settings.checked("s:1", "0.0.0.0:7080", certificate=pem, key=pem, names=("Lab.example",))
     assert wide.scheme == "https"
     assert [wide.is_ours(host) for host in ("lab.example", "10.0.0.5", "[::1]", "evil.example")] == [True] * 3 + [False]
 
 
 def test_a_loopback_console_has_loopback_names() -> None:
-    settings = Settings("s:1", Address("127.0.0.1", 7071))
+    settings = Settings("s:1", Address("127.0.0.1", 7080))
     names = ("localhost", "127.0.0.1", "[::1]", "10.0.0.5", "evil.example")
     assert [settings.is_ours(name) for name in names] == [True, True, True, False, False]

@@ -22,7 +22,7 @@ def console(
     context: typer.Context,
     listen: Annotated[
         str, typer.Option("--listen", metavar="HOST:PORT", help="Where browsers reach it; port 0 takes a free one.")
-    ] = "127.0.0.1:7071",
+    ] = "127.0.0.1:7080",
     read_only: Annotated[
         bool, typer.Option("--read-only", help="Nobody can create, pause or stop a run there.")
     ] = False,

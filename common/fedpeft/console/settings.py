@@ -10,7 +10,7 @@ from pathlib import Path
 from fedpeft.addresses import Address
 from fedpeft.errors import SettingsInvalid
 
-DEFAULT_LISTEN = "127.0.0.1:7071"
+DEFAULT_LISTEN = "127.0.0.1:7080"
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
