@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check proto bench docs notebooks dist test-dist test-network screenshots
+.PHONY: help install demo test check proto bench docs notebooks dist test-dist test-compose test-network screenshots
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -63,6 +63,9 @@ test-network: $(STAMP) ## hold a run over TLS between two network namespaces, ts
 
 test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment without torch, and ask its commands
 	$(BIN)/pytest -n 0 -m slow tests/docs/test_installed.py
+
+test-compose: $(STAMP) ## really run deploy/docker-compose.yml with podman, to the end of a federation (root, some 20 GB)
+	$(BIN)/pytest -n 0 -m slow tests/deploy/test_compose_federation.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; FedPEFT needs Python 3.11 or newer."; exit 1; }
