@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 
 import uvicorn
@@ -31,7 +32,11 @@ async def serve(settings: Settings, connect: Connect, say: Callable[[str], None]
     Raises:
         SettingsInvalid: If the address is not to be had.
     """
-    listener = _listen(settings.listen)
+    with closing(_listen(settings.listen)) as listener:
+        await _serve(listener, settings, connect, say)
+
+
+async def _serve(listener: socket.socket, settings: Settings, connect: Connect, say: Callable[[str], None]) -> None:
     port = listener.getsockname()[1]
     settings = replace(settings, listen=Address(settings.listen.host, port))
     door = Doorkeeper(settings.may_write)
