@@ -37,9 +37,9 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
     _line("server", settings.server)
     threads = "1 thread" if hello["threads"] == 1 else f"{hello['threads']} threads"
     _line("device", f"{hello['device']}, {threads}, torch {hello['torch']}")
-    _line("data", f"{settings.data}: {hello['rows']:,} images of {len(hello['labels'])} classes")
+    _line("data", f"{settings.data}: {hello['rows']:,} {hello['rows_are']} of {len(hello['labels'])} classes")
     surveyed = await worker.ask({"op": "survey"}, _Progress(log))
-    _say_readable(surveyed)
+    _say_readable(surveyed, hello["rows_are"])
     fitness = Fitness(worker, log)
     for run in response.runs:
         print(f"\n{run.id} ({run.config.name})")
@@ -51,10 +51,10 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
         _refuse_unreadable(surveyed)
 
 
-def _say_readable(surveyed: Answer) -> None:
+def _say_readable(surveyed: Answer, rows_are: str) -> None:
     bad, named = surveyed["unreadable"], surveyed["named"][:_NAMED]
     if not bad:
-        _line("images", f"all {surveyed['images']:,} can be read")
+        _line(rows_are, f"all {surveyed['images']:,} can be read")
         return
     _line("images", f"{bad:,} of {surveyed['images']:,} cannot be read:")
     for name, why in named:

@@ -53,7 +53,7 @@ class Settings(ProcessSettings):
     """Id of this client: 1 to 64 letters, digits, dots, underscores, hyphens; no two clients of a server share one; not
     needed where this client was enrolled."""
     data: Path
-    """The images: a parquet file, a folder of parquet files, or a folder of class folders."""
+    """The images: parquet (a file, or a folder of files), or a folder of class folders; or KIND:PATH (extending.md)."""
     state_dir: Path
     """Folder that is this client's memory: its ticket, update, residual and local tensors."""
     identity: Path | None = None

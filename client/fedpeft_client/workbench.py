@@ -106,6 +106,7 @@ class Workbench:
             "threads": torch.get_num_threads(),
             "methods": methods.names(),
             "rows": len(self._source),
+            "rows_are": "examples" if self._site.kind else "images",
             "labels": list(self._source.class_names),
         }
 

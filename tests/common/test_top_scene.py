@@ -11,7 +11,6 @@ import sys
 import termios
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
