@@ -18,6 +18,8 @@ import numpy as np
 from workload import CHUNK_BYTES
 
 from fedpeft import PROTOCOL, payload, wire
+from fedpeft.connection import open_channel
+from fedpeft.identity.folder import Identity
 from fedpeft.spec import AdapterSpec
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
@@ -92,12 +94,13 @@ async def pull(stub: pb_grpc.FederationServiceStub, metadata: grpc.aio.Metadata,
         raise RuntimeError(f"version {version} has {expected} bytes; {got} came")
 
 
-async def client(server: str, run: str, name: str, update: Update) -> int:
-    """One client until the run is finished; returns the updates it pushed."""
+async def client(server: str, run: str, name: str, update: Update, identities: Path | None) -> int:
+    """One client until the run is finished, over TLS if it has an identity; returns the updates it pushed."""
+    identity = Identity.load(identities / name) if identities else None
     instance = hashlib.sha256(name.encode()).hexdigest()[:32]
     metadata = grpc.aio.Metadata((wire.CLIENT_KEY, name), (wire.INSTANCE_KEY, instance))
     pushed = 0
-    async with grpc.aio.insecure_channel(server, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+    async with open_channel(server, identity) as channel:
         stub = pb_grpc.FederationServiceStub(channel)
         hello = pb.RegisterRequest(min_protocol=PROTOCOL, max_protocol=PROTOCOL, role=pb.CLIENT_ROLE_TRAINER, run=run)
         await stub.Register(hello, metadata=metadata)
@@ -114,10 +117,14 @@ async def client(server: str, run: str, name: str, update: Update) -> int:
                 return pushed
 
 
-async def federation(server: str, run: str, count: int, updates: Sequence[Update]) -> int:
+async def federation(
+    server: str, run: str, count: int, updates: Sequence[Update], identities: Path | None = None
+) -> int:
     """All clients until the run is finished; returns the updates pushed."""
     names = [f"client-{i:03}" for i in range(count)]
-    pushed = await asyncio.gather(*(client(server, run, n, updates[i % len(updates)]) for i, n in enumerate(names)))
+    pushed = await asyncio.gather(
+        *(client(server, run, n, updates[i % len(updates)], identities) for i, n in enumerate(names))
+    )
     return sum(pushed)
 
 
@@ -129,10 +136,11 @@ def main() -> None:
     parser.add_argument(
         "--spec", type=Path, required=True, help="the adapter spec, a serialized fedpeft.v1.AdapterSpec"
     )
+    parser.add_argument("--identities", type=Path, help="folder with an identity folder for each client: speak TLS")
     chosen = parser.parse_args()
     spec = wire.spec_from_proto(tensor_pb2.AdapterSpec.FromString(chosen.spec.read_bytes()))
     updates = [random_update(spec, seed) for seed in range(min(DISTINCT, chosen.clients))]
-    print(asyncio.run(federation(chosen.server, chosen.run, chosen.clients, updates)))
+    print(asyncio.run(federation(chosen.server, chosen.run, chosen.clients, updates, chosen.identities)))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def create(server: Daemon, spec: AdapterSpec, clients: int, rounds: int) -> str:
 
     async def call() -> str:
         zeros = {t.name: np.zeros(t.shape, np.float32) for t in spec.shared}
-        async with OperatorClient(server.address) as operator:
+        async with OperatorClient(server.address, server.identity) as operator:
             run = await operator.create_run(config(clients, rounds, spec.method), spec, "0" * 64, zeros, 0)
         return run.id
 
@@ -58,7 +58,7 @@ def rounds_of(server: Daemon, run: str) -> list[run_pb2.Round]:
     """The committed rounds of a run."""
 
     async def call() -> list[run_pb2.Round]:
-        async with OperatorClient(server.address) as operator:
+        async with OperatorClient(server.address, server.identity) as operator:
             found = await operator.rounds(run)
         return [r for r in found if r.phase == run_pb2.ROUND_PHASE_COMMITTED]
 
@@ -70,16 +70,19 @@ def push_all(server: Daemon, run: str, spec: AdapterSpec, clients: int, folder: 
     file = folder / "spec.bin"
     file.write_bytes(wire.spec_to_proto(spec).SerializeToString())
     command = [sys.executable, str(HERE / "clients.py"), "--server", server.address, "--run", run]
+    if server.identity:
+        server.enroll(folder, clients)
+        command += ["--identities", str(folder / "identities")]
     subprocess.run([*command, "--clients", str(clients), "--spec", str(file)], check=True, stdout=subprocess.DEVNULL)
 
 
-def measure(payload: str, clients: int, repeat: int, warm_up: int = 1) -> dict[str, Any]:
+def measure(payload: str, clients: int, repeat: int, warm_up: int = 1, *, tls: bool = False) -> dict[str, Any]:
     """Holds `warm_up + repeat` rounds; medians in seconds over the last `repeat`, memory in bytes.
 
     `round_s` is from the first ticket to the commit; `cycle_s` from commit to commit, the clients' asking included.
     """
     spec = synthetic_spec(payload)
-    with scratch() as folder, daemon(folder) as server:
+    with scratch() as folder, daemon(folder, tls=tls) as server:
         idle = peak_memory_bytes(server.pid)
         run = create(server, spec, clients, warm_up + repeat)
         created = server.counters(run)

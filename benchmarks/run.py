@@ -20,13 +20,15 @@ CLIENTS, MANY = 8, 64
 
 
 def interleaved(payload: str, turns: int, repeat: int) -> dict[str, Any]:
-    """Bare and ours in turns; medians of each side's medians."""
-    bare, ours = [], []
+    """Bare, ours in plain text, and ours over TLS in turns; medians of each side's medians."""
+    bare, ours, secured = [], [], []
     for _ in range(turns):
         bare.append(bare_stream.measure(payload, CLIENTS, repeat))
         ours.append(one_round.measure(payload, CLIENTS, repeat))
+        secured.append(one_round.measure(payload, CLIENTS, repeat, tls=True))
     up, down = (statistics.median(b[k] for b in bare) for k in ("up_s", "down_s"))
     seconds = statistics.median(o["round_s"] for o in ours)
+    over_tls = statistics.median(s["round_s"] for s in secured)
     return {
         "payload_bytes": payload_bytes(payload),
         "clients": CLIENTS,
@@ -35,11 +37,13 @@ def interleaved(payload: str, turns: int, repeat: int) -> dict[str, Any]:
         "round_s": seconds,
         "cycle_s": statistics.median(o["cycle_s"] for o in ours),
         "round_over_bare": seconds / (up + down),
+        "round_tls_s": over_tls,
+        "tls_over_plain": over_tls / seconds,
         "bare_server_peak_bytes": max(b["server_peak_bytes"] for b in bare),
         "server_peak_bytes": max(o["server_peak_bytes"] for o in ours),
         "wire_over_payload_up": ours[0]["wire_over_payload_up"],
         "wire_over_payload_down": ours[0]["wire_over_payload_down"],
-        "turns": {"bare": bare, "ours": ours},
+        "turns": {"bare": bare, "ours": ours, "ours_over_tls": secured},
     }
 
 
@@ -52,6 +56,8 @@ def show_rounds(results: dict[str, Any]) -> None:
         "a round, s": lambda r: f"{r['round_s']:.3f}",
         "commit to commit, s": lambda r: f"{r['cycle_s']:.3f}",
         "round / bare up + down": lambda r: f"{r['round_over_bare']:.2f}",
+        "a round over TLS, s": lambda r: f"{r['round_tls_s']:.3f}",
+        "TLS / plain text": lambda r: f"{r['tls_over_plain']:.2f}",
         "bare server memory, MB": lambda r: f"{r['bare_server_peak_bytes'] / 1e6:.0f}",
         "server memory, MB": lambda r: f"{r['server_peak_bytes'] / 1e6:.0f}",
         "wire / payload up": lambda r: f"{r['wire_over_payload_up']:.4f}",

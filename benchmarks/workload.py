@@ -16,8 +16,15 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from fedpeft.identity import folder as identity_folder
+from fedpeft.identity.folder import Identity
+from fedpeft.identity.subject import Role, Subject
+from fedpeft_server.access.certificates import read_authority
+from fedpeft_server.files import Files
 
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 1024 * 1024
@@ -114,6 +121,21 @@ class Daemon:
     pid: int
     address: str
     metrics: str
+    identity: Identity | None = None
+    """The operator's, over TLS; None for plain text."""
+
+    def enroll(self, folder: Path, clients: int) -> None:
+        """Writes an identity folder for each of so many clients, signed with the authority's key, without a token."""
+        files = Files(folder / "data" / "identity")
+        authority = read_authority(files)
+        if authority is None:
+            raise RuntimeError(f"{files.folder} has no authority")
+        for number in range(clients):
+            name = f"client-{number:03}"
+            into = folder / "identities" / name
+            key = identity_folder.take_key(into)
+            certificate = authority.issue(Subject(Role.CLIENT, name), key.public_key(), timedelta(days=1))
+            identity_folder.write(into, self.address, [authority.certificate], [certificate])
 
     def counters(self, run: str) -> dict[str, float]:
         """The bytes of a run so far, from /metrics: `wire_up`, `wire_down`, `payload_up`, `payload_down`."""
@@ -129,9 +151,14 @@ class Daemon:
 
 
 @contextmanager
-def daemon(folder: Path) -> Iterator[Daemon]:
-    """Runs a `fedpeft-server` on a data folder of its own."""
-    address, metrics = free_address(), free_address()
-    arguments = ["-m", "fedpeft_server", "--data-dir", str(folder / "data"), "--listen", address, "--metrics", metrics]
+def daemon(folder: Path, *, tls: bool = False) -> Iterator[Daemon]:
+    """Runs a `fedpeft-server` on a data folder of its own, in plain text or over TLS."""
+    address, metrics, enroll = free_address(), free_address(), free_address()
+    data = ["--data-dir", str(folder / "data")]
+    person = folder / "operator"
+    if tls:
+        command = [sys.executable, "-m", "fedpeft_server", "init", *data, "--operator-identity", str(person)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    arguments = ["-m", "fedpeft_server", *data, "--listen", address, "--enroll", enroll, "--metrics", metrics]
     with process(arguments, address, folder / "server.log") as pid:
-        yield Daemon(pid, address, metrics)
+        yield Daemon(pid, address, metrics, Identity.load(person) if tls else None)
