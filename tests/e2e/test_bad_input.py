@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,7 +29,10 @@ from fedpeft.data.dataset import open_dataset
 from fedpeft.data.sources import open_source
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.errors import ConfigInvalid, LocalError, SettingsInvalid, tree
+from fedpeft.identity import folder as identity_folder
 from fedpeft.identity import keys
+from fedpeft.identity.authority import Authority
+from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
 from fedpeft.models import build, fingerprint
 from fedpeft.operator_client import OperatorClient
@@ -211,6 +216,24 @@ class World:
     def registered(self, name: str) -> list[dict[str, Any]]:
         return [line for line in self.daemon.events("client registered") if line["client"] == name]
 
+    def token(self) -> str:
+        """Returns a token of a server that is not there."""
+        address = f"127.0.0.1:{free_port()}"
+        return EnrollmentToken.make(address, address, Authority.make("nowhere").certificate).encode()
+
+    def enroll(self, token: str) -> tuple[int, str]:
+        where = self.file("token", token)
+        return self.command("fedpeft_client", "enroll", f"@{where}", "--state-dir", self.folder / "state-token")
+
+    def enrolled(self, *flags: object, life: timedelta = timedelta(1), mode: int = 0o600) -> tuple[int, str]:
+        """Starts a client that was enrolled, though with no server that is there."""
+        state = Path(tempfile.mkdtemp(dir=self.folder))
+        key, authority = identity_folder.take_key(state / "identity"), Authority.make("nowhere")
+        certificate = authority.issue(Subject(Role.CLIENT, "site-a"), key.public_key(), life)
+        identity_folder.write(state / "identity", "127.0.0.1:1", [authority.certificate], [certificate])
+        identity_folder.key_path(state / "identity").chmod(mode)
+        return self.command("fedpeft_client", "--state-dir", state, "--data", self.data, "--dry-run", *flags)
+
     def second_client(self, *flags: object, name: str) -> tuple[int, str]:
         with self.waiting_client():
             return self.client(*flags, name=name)
@@ -238,6 +261,14 @@ DONE: dict[str, Callable[[World], Ended]] = {
     "over 1 % unreadable images": lambda w: w.simulated(w.images(2)),
     "a wrong backbone": lambda w: w.client("--run", w.other_run),
     "a loss that is not finite": lambda w: w.simulated(w.images(0), "steps = 2", "steps = 20\nlearning_rate = 100.0"),
+    "a token that was cut short": lambda w: w.enroll(w.token()[:-9]),
+    "a token of a server that is not there": lambda w: w.enroll(w.token()),
+    "a key that others can read": lambda w: w.enrolled(mode=0o644),
+    "another name than the certificate's": lambda w: w.enrolled("--name", "other"),
+    "a certificate that has ended": lambda w: w.enrolled(life=timedelta(minutes=-5)),
+    "plain text to another machine": lambda w: w.command(
+        "fedpeft.cli.app", "--server", "fed.invalid:7070", "run", "list"
+    ),
     "no server": lambda w: w.command("fedpeft.cli.app", "--server", f"127.0.0.1:{free_port()}", "run", "list"),
     "a run that there is not": lambda w: w.fedpeft("run", "show", "run-none"),
     "a port in use": lambda w: w.server("--listen", f"127.0.0.1:{w.port}"),
