@@ -6,14 +6,17 @@ import http.client
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
 import pytest
 
 from fedpeft.addresses import Address
 from fedpeft.console.app import LOOKED_AT, SENT
+from fedpeft.console.serving import serve
 from fedpeft.console.settings import Settings
 from fedpeft.errors import SettingsInvalid
+from fedpeft.operator_client import OperatorClient
 
 from .federation import Federation
 from .story import Story
@@ -208,6 +211,16 @@ def test_where_a_console_may_listen(tmp_path_factory: pytest.TempPathFactory) ->
     wide = Settings.checked("s:1", "0.0.0.0:7080", certificate=pem, key=pem, names=("Lab.example",))
     assert wide.scheme == "https"
     assert [wide.is_ours(host) for host in ("lab.example", "10.0.0.5", "[::1]", "evil.example")] == [True] * 3 + [False]
+
+
+async def test_a_key_that_is_none_is_said_before_a_link(tmp_path: Path) -> None:
+    pem = tmp_path / "x.pem"
+    pem.write_text("not a key")
+    settings = Settings.checked("127.0.0.1:7070", "127.0.0.1:0", certificate=pem, key=pem)
+    links: list[str] = []
+    with pytest.raises(SettingsInvalid, match="cannot be used"):
+        await serve(settings, lambda: OperatorClient("127.0.0.1:7070"), links.append)
+    assert links == []
 
 
 def test_a_loopback_console_has_loopback_names() -> None:

@@ -51,6 +51,12 @@ async def _serve(listener: socket.socket, settings: Settings, connect: Connect, 
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.key,
     )
+    try:
+        config.load()
+    except OSError as error:  # of files that cannot be read, or hold something else
+        raise SettingsInvalid(
+            f"--tls-certificate {settings.certificate} and --tls-key {settings.key} cannot be used: {error}"
+        ) from None
     say(login_link(settings, door))
     await uvicorn.Server(config).serve(sockets=[listener])
 
