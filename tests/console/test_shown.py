@@ -88,8 +88,8 @@ def test_members_with_remarks_come_first() -> None:
 def test_a_client_of_few_examples_or_of_a_high_loss_is_remarked() -> None:
     tickets = [ticket("a", examples=5), ticket("b", loss=4.0), ticket("c"), ticket("d", state="late")]
     found = {member.client: member.remarks for member in members([round_(1, tickets)])}
-    assert found["a"] == ("trains on 5 examples, the others on 100 (median)",)
-    assert found["b"] == ("training loss 4.000, the others' 1.000 (median)",)
+    assert found["a"] == ("trains on 5 examples, the median is 100",)
+    assert found["b"] == ("training loss 4.000, the median is 1.000",)
     assert found["c"] == ()
     assert found["d"] == ("late in round 1",)
 

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fedpeft.console.desk import Desk, desk_of
-from fedpeft.console.feeds import RunFeed
+from fedpeft.console.feed import RunFeed
 from fedpeft.console.guard import Refused, session_of
 from fedpeft.console.live import stream
 from fedpeft.console.pages.asked import page_number, path_id, path_number

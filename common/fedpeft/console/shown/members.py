@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -10,7 +10,7 @@ from fedpeft.console.facts import RoundFacts, TicketFacts
 from fedpeft.console.shown.outliers import LEAST, WINDOW, Norm, norms, times
 
 UNEVEN = 10.0
-"""Factor from which another number of examples than the others' is remarked."""
+"""Factor from which another number of examples than the median is remarked."""
 HIGH_LOSS = 2.0
 MOST_ROUNDS_NAMED = 5
 
@@ -60,7 +60,8 @@ def members(rounds: Sequence[RoundFacts]) -> list[Member]:
             tickets.setdefault(ticket.client, []).append((facts.number, ticket))
     latest = {client: _last_counted(of_one) for client, of_one in tickets.items()}
     received = {client: ticket for client, ticket in latest.items() if ticket is not None}
-    found = [_member(client, tickets[client], by_client.get(client, []), received) for client in tickets]
+    usual = _usual(list(received.values()))
+    found = [_member(client, tickets[client], by_client.get(client, []), latest[client], usual) for client in tickets]
     return sorted(found, key=lambda member: (not member.remarks, member.client))
 
 
@@ -68,22 +69,42 @@ def _last_counted(tickets: Iterable[tuple[int, TicketFacts]]) -> TicketFacts | N
     return next((ticket for _, ticket in reversed(list(tickets)) if ticket.is_counted), None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Usual:
+    """What the clients of a run have in common: medians, None where there are too few to compare, and the most."""
+
+    examples: float | None
+    loss: float | None
+    most: int
+
+
+def _usual(received: Sequence[TicketFacts]) -> _Usual:
+    losses = [ticket.loss for ticket in received if ticket.loss is not None]
+    return _Usual(
+        examples=median([ticket.examples for ticket in received]) if len(received) >= LEAST else None,
+        loss=median(losses) if len(losses) >= LEAST else None,
+        most=max((ticket.examples for ticket in received), default=0),
+    )
+
+
 def _member(
-    client: str, tickets: Sequence[tuple[int, TicketFacts]], own: Sequence[Norm], received: Mapping[str, TicketFacts]
+    client: str,
+    tickets: Sequence[tuple[int, TicketFacts]],
+    own: Sequence[Norm],
+    last: TicketFacts | None,
+    usual: _Usual,
 ) -> Member:
-    last = received.get(client)
     ratios = [norm.ratio for norm in own if norm.ratio is not None]
-    most = max((ticket.examples for ticket in received.values()), default=0)
     remarks = [*_about_norms(own), *_about_tickets(tickets)]
     if last is not None:
-        remarks += _about_data(last, [ticket for other, ticket in received.items() if other != client])
+        remarks += _about_data(last, usual)
     return Member(
         client=client,
         sampled=len(tickets),
         counted=sum(ticket.is_counted for _, ticket in tickets),
         missed=sum(ticket.state in ("late", "refused", "withdrawn") for _, ticket in tickets),
         examples=last.examples if last else 0,
-        share=last.examples / most if last and most else 0.0,
+        share=last.examples / usual.most if last and usual.most else 0.0,
         weight=next((ticket.weight for _, ticket in reversed(tickets) if ticket.weight), 0.0),
         norm=last.norm if last else None,
         ratio=median(ratios) if ratios else None,
@@ -110,16 +131,12 @@ def _about_tickets(tickets: Sequence[tuple[int, TicketFacts]]) -> list[str]:
     return said
 
 
-def _about_data(last: TicketFacts, others: Sequence[TicketFacts]) -> list[str]:
-    if len(others) < LEAST - 1:
-        return []
+def _about_data(last: TicketFacts, usual: _Usual) -> list[str]:
     said = []
-    usual = median([ticket.examples for ticket in others])
-    if last.examples and usual and not 1 / UNEVEN < last.examples / usual < UNEVEN:
-        said.append(f"trains on {last.examples:,} examples, the others on {usual:,.0f} (median)")
-    losses = [ticket.loss for ticket in others if ticket.loss is not None]
-    if last.loss is not None and len(losses) >= LEAST - 1 and last.loss > HIGH_LOSS * median(losses) > 0:
-        said.append(f"training loss {last.loss:.3f}, the others' {median(losses):.3f} (median)")
+    if last.examples and usual.examples and not 1 / UNEVEN < last.examples / usual.examples < UNEVEN:
+        said.append(f"trains on {last.examples:,} examples, the median is {usual.examples:,.0f}")
+    if last.loss is not None and usual.loss is not None and last.loss > HIGH_LOSS * usual.loss > 0:
+        said.append(f"training loss {last.loss:.3f}, the median is {usual.loss:.3f}")
     return said
 
 
