@@ -1,0 +1,93 @@
+"""Channels: TLS 1.3 and nothing older, the authority's server and no other, and no proxy between."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from fedpeft.identity import certificates, folder, keys
+from fedpeft.identity.authority import Authority
+from fedpeft.identity.subject import Role, Subject
+
+CALL = """
+import asyncio, sys
+from pathlib import Path
+from fedpeft import grpc_core
+grpc_core.configure()
+import grpc
+from fedpeft.connection import open_channel
+from fedpeft.identity.folder import Identity
+
+async def call():
+    async with open_channel(sys.argv[1], Identity.load(Path(sys.argv[2]))) as channel:
+        try:
+            await channel.unary_unary("/a/b")(b"", timeout=20)
+        except grpc.aio.AioRpcError as error:
+            print(error.code().name, error.details())
+
+asyncio.run(call())
+"""
+
+
+@contextmanager
+def listening(authority: Authority, where: Path, newest: ssl.TLSVersion) -> Iterator[tuple[str, list[str]]]:
+    """Makes one TLS handshake; yields the address and, once it is made or failed, what came of it."""
+    key = keys.make()
+    where.mkdir()
+    (where / "key").write_bytes(keys.to_pem(key))
+    own = authority.issue_server(["localhost"], key.public_key(), timedelta(days=1))
+    (where / "certificate").write_bytes(certificates.to_pem(own))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = newest
+    context.load_cert_chain(where / "certificate", where / "key")
+    context.set_alpn_protocols(["h2"])
+    made: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as line:
+        line.settimeout(60)
+
+        def serve() -> None:
+            caller, _ = line.accept()
+            try:
+                with context.wrap_socket(caller, server_side=True) as secure:
+                    made.append(str(secure.version()))
+            except ssl.SSLError as error:
+                made.append(str(error.reason))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"localhost:{line.getsockname()[1]}", made
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("newest", "came"), [(ssl.TLSVersion.TLSv1_3, "TLSv1.3"), (ssl.TLSVersion.TLSv1_2, "NO_SHARED_CIPHER")]
+)
+def test_a_process_of_ours_speaks_nothing_older_than_tls_1_3(
+    tmp_path: Path, newest: ssl.TLSVersion, came: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # gRPC reads this when it starts: a proxy that is not there, and that is not to be used.
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("GRPC_SSL_CIPHER_SUITES", "ALL")
+    authority = Authority.make("a federation")
+    key = folder.take_key(tmp_path / "identity")
+    chain = [authority.issue(Subject(Role.CLIENT, "noto"), key.public_key(), timedelta(days=1))]
+    folder.write(tmp_path / "identity", "localhost:1", [authority.certificate], chain)
+    with listening(authority, tmp_path / "server", newest) as (server, made):
+        done = subprocess.run(
+            [sys.executable, "-c", CALL, server, str(tmp_path / "identity")],
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+    assert done.returncode == 0, done.stderr
+    assert made == [came]
+    assert done.stdout.startswith("UNAVAILABLE")
