@@ -64,8 +64,8 @@ test-network: $(STAMP) ## hold a run over TLS between two network namespaces, ts
 test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment without torch, and ask its commands
 	$(BIN)/pytest -n 0 -m slow tests/docs/test_installed.py
 
-test-compose: $(STAMP) ## really run deploy/docker-compose.yml with podman, to the end of a federation (root, some 20 GB)
-	$(BIN)/pytest -n 0 -m slow tests/deploy/test_compose_federation.py
+test-compose: $(STAMP) ## run deploy/docker-compose.yml with podman to the end of a federation (root, 20 GB); restore a backup
+	$(BIN)/pytest -n 0 -m slow tests/deploy/test_compose_federation.py tests/e2e/test_backup.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; FedPEFT needs Python 3.11 or newer."; exit 1; }

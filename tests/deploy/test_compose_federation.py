@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -124,23 +125,29 @@ def test_prometheus_has_scraped_the_bytes(stack: Stack, run: Any) -> None:
 
 
 def test_a_client_reaches_the_server_and_nobody_else(stack: Stack) -> None:
-    def refused(host: str, port: int) -> str:
+    def fault(host: str, port: int) -> str:
         done = stack.execute("client-1", "python", "-c", CONNECT, host, str(port))
         return done.stderr.strip() if done.returncode else ""
 
-    assert refused("server", 7070) == ""
+    assert fault("server", 7070) == ""
+    assert fault(stack.address("server", "site-1"), 9464).startswith("ConnectionRefusedError"), "metrics are elsewhere"
     others = {
         "the metrics": (stack.address("server", "metrics"), 9464),
-        "the metrics, by its own address": (stack.address("server", "site-1"), 9464),
         "postgres": (stack.address("postgres", "storage"), 5432),
-        "postgres by name": ("postgres", 5432),
         "another client": (stack.address("client-2", "site-2"), 9465),
-        "another client by name": ("client-2", 9465),
         "prometheus": (stack.address("prometheus", "desk"), 9090),
         "the internet": ("192.0.2.1", 443),
     }
-    reached = [who for who, where in others.items() if not refused(*where)]
-    assert not reached
+    faults = {who: fault(*where) for who, where in others.items()}
+    assert all(re.match("TimeoutError|OSError: .*unreachable", said) for said in faults.values()), faults
+    names = {name: fault(name, 9465) for name in ("postgres", "client-2", "prometheus", "evaluator")}
+    assert all(said.startswith("gaierror") for said in names.values()), names
+
+
+def test_a_client_has_no_way_out(stack: Stack) -> None:
+    for name in (*CLIENTS, "evaluator"):
+        routes = [line.split() for line in stack.execute(name, "cat", "/proc/net/route").stdout.splitlines()[1:]]
+        assert routes and all(destination != "00000000" for _, destination, *_ in routes), "there is a default route"
 
 
 def test_nobody_is_root_has_a_capability_or_writes_on_its_file_system(stack: Stack) -> None:
