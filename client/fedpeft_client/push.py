@@ -11,6 +11,7 @@ import grpc
 from fedpeft.errors import (
     ChecksumMismatch,
     FedpeftError,
+    LocalError,
     ManifestInvalid,
     OffsetOutOfRange,
     PayloadInvalid,
@@ -60,11 +61,12 @@ class Pusher:
         Raises:
             Unavailable: If patience with an absent server is at its end, and likewise Internal and DiskFull; the update
                 stays pending.
+            LocalError: Likewise, if something fails on this side: what the server has is not known then.
             FedpeftError: If the server refuses this client rather than the update.
         """
         try:
             receipt = await self._insist(pending, log)
-        except NOT_ABOUT_THE_TASK:
+        except (LocalError, *NOT_ABOUT_THE_TASK):
             raise
         except (ManifestInvalid, PayloadInvalid) as error:
             log.error("update was refused as wrong; it and the residual are dropped", cause=str(error))
@@ -94,7 +96,7 @@ class Pusher:
         try:
             with self._ledger.booked(departures.withdrawal(ticket, str(cause), pending.run, pending.round)):
                 answer = await self._patience.keep(lambda: self._channel.withdraw(ticket, str(cause)))
-        except NOT_ABOUT_THE_TASK:
+        except (LocalError, *NOT_ABOUT_THE_TASK):
             raise
         except FedpeftError:
             return Outcome.NOT_COUNTED

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf.message import Message
 from structlog.testing import capture_logs
 
 from fedpeft import logs, payload, wire
@@ -24,6 +26,7 @@ from fedpeft.errors import (
     PayloadInvalid,
     RoundClosed,
     ServerUnreachable,
+    StateInvalid,
     TicketClosed,
     TicketNotFound,
     TooManyCalls,
@@ -275,6 +278,23 @@ async def test_refusals(site: Site, error: Exception, outcome: Outcome, withdraw
     site.federation.refuse_push = [error]
     assert await site.pusher.push(site.pending(), site.log) is outcome
     assert bool(site.federation.withdrawn) is withdraws
+
+
+async def test_an_update_that_arrived_stays_pending_when_the_ledger_cannot_say_so(site: Site) -> None:
+    ledger = site.pusher._ledger
+    kept, full = os.dup(ledger._file), os.open("/dev/full", os.O_WRONLY)
+
+    def fill_the_disk(message: Message) -> None:
+        if isinstance(message, pb.PushUpdateRequest) and message.HasField("chunk"):
+            os.dup2(full, ledger._file)
+
+    site.channel.sent = fill_the_disk
+    pending = site.pending()
+    with pytest.raises(StateInvalid, match="cannot write the ledger"):
+        await site.pusher.push(pending, site.log)
+    assert site.ticket.receipt is not None, "the server has it: as a residual it would count twice"
+    os.dup2(kept, ledger._file)
+    assert await site.pusher.push(pending, site.log) is Outcome.COUNTED
 
 
 async def test_an_upload_that_was_given_up_and_counted_after_all_is_not_kept_as_well(
