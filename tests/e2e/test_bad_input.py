@@ -38,8 +38,13 @@ from fedpeft.models import build, fingerprint
 from fedpeft.operator_client import OperatorClient
 from fedpeft.peft import tune
 from fedpeft.training import train
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import run_pb2
+from fedpeft_client.policy import Policy
+from fedpeft_client.runs import KnownRun
 from fedpeft_client.settings import Settings as ClientSettings
 from fedpeft_client.state import StateDirectory
+from fedpeft_client.suitability import reasons_against_ticket
 from fedpeft_server.app import Server
 from fedpeft_server.settings import Settings as ServerSettings
 
@@ -332,6 +337,20 @@ def exported_with_another_backbone(world: World) -> object:
     return asyncio.run(exported(session, world.other_run, world.folder / "whole", Format.TIMM))
 
 
+def against_the_policy(world: World) -> object:
+    """Is offered a run whose method its owner does not allow, as a client with that policy is."""
+
+    async def offered() -> run_pb2.Run:
+        async with OperatorClient(f"127.0.0.1:{world.port}") as server:
+            return (await server.run(world.run))[0]
+
+    run = asyncio.run(offered())
+    task = pb.TrainingTask(round=1, settings=run.config.training)
+    rules = Policy.model_validate({"peft": {"methods": ["lora"]}})
+    (reason,) = reasons_against_ticket(rules, KnownRun.of(run), task, 20, 0)
+    raise reason.error
+
+
 def served(world: World, **settings: object) -> object:
     given = {"data_dir": world.folder / "fresh", "listen": f"127.0.0.1:{world.port}", "metrics": "", **settings}
     return asyncio.run(Server(ServerSettings.model_validate(given)).run())
@@ -366,6 +385,7 @@ CALLS: dict[str, tuple[Callable[[World], object], ...]] = {
         lambda w: keys.load(w.file("open.pem", keys.to_pem(keys.make()))),
     ),
     "TRAINING_FAILED": (diverging,),
+    "REFUSED_BY_POLICY": (against_the_policy,),
     "AUDIT_BROKEN": (
         lambda w: audit.of_line("{}", "line 1"),
         lambda w: audit.verify([replace(audit.entry(None, 1.0, "server", "a", "", {}), action="b")]),
