@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -205,11 +205,13 @@ class Ledger:
                 os.write(self._file, b"\n")
         self._names: dict[str, str] = {}
         self._tickets: defaultdict[str, set[str]] = defaultdict(set)
-        self._recent: deque[tuple[datetime, int]] = deque()
+        # By id, when each was over, for its last byte may have left as late as that, and its bytes.
+        self._recent: OrderedDict[str, tuple[datetime, int]] = OrderedDict()
         self._torn = False
         self._questions: tuple[str, Booking] | None = None
-        for each in read(self.path).booked.values():
-            self._count(each.departure, each.at)
+        before = [(each.ended or each.at, number, each) for number, each in read(self.path).booked.items()]
+        for at, number, each in sorted(before, key=lambda one: one[0]):
+            self._count(number, each.departure, at)
 
     def __enter__(self) -> Self:
         return self
@@ -243,7 +245,6 @@ class Ledger:
         if self._questions is not None:
             (number, booking), self._questions = self._questions, None
             self._close(number, booking, Outcome.RECEIVED, "")
-            self._recent.append((datetime.now(UTC), booking.wire_bytes - QUESTIONS_BYTES))
 
     @contextmanager
     def booked(self, departure: Departure) -> Iterator[Booking]:
@@ -265,7 +266,6 @@ class Ledger:
             raise
         finally:
             self._close(number, booking, outcome, words)
-            self._recent.append((datetime.now(UTC), booking.wire_bytes - departure.wire_bytes))
 
     def tickets(self, run: str) -> frozenset[str]:
         """Returns the tickets of a run for which tensors have left."""
@@ -273,12 +273,12 @@ class Ledger:
 
     def left_since(self, begin: datetime) -> int:
         """Returns how many bytes left since a time of the last 24 hours."""
-        return sum(size for at, size in self._recent if at >= begin)
+        return sum(size for at, size in self._recent.values() if at >= begin)
 
     def falls_below(self, most: int, now: datetime) -> datetime:
         """Returns when no more than `most` bytes will have left in the 24 hours before, if nothing more leaves."""
         total = self.left_since(now - DAY)
-        for at, size in self._recent:
+        for at, size in self._recent.values():
             if total <= most:
                 break
             if at >= now - DAY:
@@ -289,20 +289,23 @@ class Ledger:
         now = datetime.now(UTC)
         departure = Departure(**{**vars(departure), "name": departure.name or self._names.get(departure.run, "")})
         self._write({"id": number, "at": _text(now), "server": self._server, **vars(departure)})
-        self._count(departure, now)
+        self._count(number, departure, now)
 
     def _close(self, number: str, booking: Booking, outcome: Outcome, words: str) -> None:
-        line = {"id": number, "at": _text(datetime.now(UTC)), "outcome": outcome}
+        now = datetime.now(UTC)
+        self._recent.pop(number, None)
+        self._recent[number] = now, booking.wire_bytes
+        line = {"id": number, "at": _text(now), "outcome": outcome}
         self._write({**line, "wire_bytes": booking.wire_bytes, "words": words})
 
-    def _count(self, departure: Departure, at: datetime) -> None:
+    def _count(self, number: str, departure: Departure, at: datetime) -> None:
         if departure.run and departure.name:
             self._names[departure.run] = departure.name
         if departure.kind is Kind.UPDATE:
             self._tickets[departure.run].add(departure.ticket)
-        self._recent.append((at, departure.wire_bytes))
-        while self._recent and self._recent[0][0] < at - DAY:
-            self._recent.popleft()
+        self._recent[number] = at, departure.wire_bytes
+        while next(iter(self._recent.values()))[0] < at - DAY:
+            self._recent.popitem(last=False)
 
     def _write(self, line: dict[str, Any]) -> None:
         data = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"

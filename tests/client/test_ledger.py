@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -119,6 +120,22 @@ def test_the_bytes_of_a_day_survive_a_restart_and_run_out(tmp_path: Path) -> Non
         assert ledger.tickets("run-1") == {"ticket-1"} and ledger.tickets("run-2") == frozenset()
         assert ledger.falls_below(300, now) == now
         assert now < ledger.falls_below(299, now) <= now + timedelta(days=1)
+
+
+def test_what_did_not_leave_after_all_gives_no_room_a_day_later(tmp_path: Path) -> None:
+    with Ledger(tmp_path, "s:1") as ledger:
+        with pytest.raises(ServerUnreachable), ledger.booked(update(1000)) as booking:
+            between = datetime.now(UTC)
+            time.sleep(0.005)  # times are in milliseconds in the file
+            booking.wire_bytes = 10
+            raise ServerUnreachable("gone")
+        time.sleep(0.005)
+        ledger.asked(QUESTIONS_BYTES + 100)
+        asked = datetime.now(UTC)
+    assert ledger.left_since(between) == 10 + QUESTIONS_BYTES + 100, "not less than nothing"
+    assert ledger.left_since(asked) == QUESTIONS_BYTES + 100, "it may have left until it was over"
+    with Ledger(tmp_path, "s:1") as again:
+        assert again.left_since(between) == ledger.left_since(between)
 
 
 def test_the_uploads_of_an_update_are_one_row(tmp_path: Path) -> None:
