@@ -59,7 +59,7 @@ async def test_a_watch_tells_the_end_of_a_run_that_ends_while_the_watcher_is_tol
     async def ending(self: Operator, engine: RunEngine) -> run_pb2.Run:
         message = await shown(self, engine)
         if engine.active:
-            await engine.stop("enough")
+            await engine.stop("enough", "local")
         return message
 
     monkeypatch.setattr(Operator, "_run", ending)
