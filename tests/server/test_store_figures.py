@@ -57,7 +57,14 @@ class TestFigures:
         with pytest.raises(RunNotFound):
             with_run.put_evaluation("run-x", 0, "judge", "test", {}, 1.0)
 
-    @given(st.lists(st.dictionaries(st.sampled_from(["examples", "loss", "accuracy"]), st.floats(0, 1e6)), min_size=1))
+    @given(
+        st.lists(
+            st.dictionaries(
+                st.sampled_from(["examples", "loss", "accuracy"]), st.floats(0, 1e6, allow_subnormal=False)
+            ),
+            min_size=1,
+        )
+    )
     def test_a_mean_lies_between_its_values(self, figures: list[dict[str, float]]) -> None:
         result = merged(figures)
         assert set(result) == {name for f in figures for name in f}
