@@ -124,6 +124,7 @@ class Server:
         self.runs.lobby.close()
         await self.rpc.stop(self.settings.drain_s)
         await self.uploads.close()
+        await self.access.steps.ended()
         await self.runs.close()
         for keeping in self._keeping:
             keeping.cancel()
@@ -142,7 +143,7 @@ class Server:
         )
         operator = Operator(self.runs, self.store, self.callers, self.uploads, self.ledger)
         life = timedelta(seconds=self.settings.certificate_life_s)
-        access = Access(self.store, self.admission, self.runs, self.certificates, self._addresses, life)
+        self.access = Access(self.store, self.admission, self.runs, self.certificates, self._addresses, life)
         self.health = health.aio.HealthServicer()
         server = grpc.aio.server(
             interceptors=[Gate(self.admission, self.metrics, self.ledger)],
@@ -158,7 +159,7 @@ class Server:
         )
         federation_service_pb2_grpc.add_FederationServiceServicer_to_server(federation, server)
         operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
-        access_service_pb2_grpc.add_AccessServiceServicer_to_server(access, server)
+        access_service_pb2_grpc.add_AccessServiceServicer_to_server(self.access, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server

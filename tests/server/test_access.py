@@ -9,7 +9,9 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from fedpeft import audit, wire
 from fedpeft.audit import AuditEntry
-from fedpeft.errors import IdentityInvalid, SettingsInvalid
+from fedpeft.errors import DiskFull, IdentityInvalid, SettingsInvalid
 from fedpeft.identity import certificates, keys, requests
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.subject import Role, Subject
@@ -299,6 +301,65 @@ async def test_a_stream_that_waits_for_news_is_ended_at_once(secured: Federation
             while await watch.read() is not grpc.aio.EOF:
                 continue
     assert from_rpc_error(caught.value).reason == "CERTIFICATE_REVOKED"
+
+
+@asynccontextmanager
+async def slow_database(secured: Federation) -> AsyncIterator[None]:
+    """Holds the database's one thread for as long as the block lasts."""
+    go_on = threading.Event()
+    held = asyncio.create_task(secured.server.store.call(go_on.wait))
+    try:
+        yield
+    finally:
+        go_on.set()
+        await held
+
+
+async def test_a_revocation_holds_at_once_and_though_its_operator_goes_away(secured: Federation) -> None:
+    run, clients, _ = await held(secured, "a", "b")
+    async with slow_database(secured):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            request = access.RevokeIdentityRequest(role=ROLES[Role.CLIENT], name="a")
+            await secured.access().RevokeIdentity(request, timeout=0.3)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        early = asyncio.create_task(refused(clients["a"].look()))
+        await asyncio.sleep(0.2)  # it is refused already, and waits for its line in the audit log
+    assert await early == "CERTIFICATE_REVOKED", "before the revocation was written"
+    assert await refused(clients["a"].look()) == "CERTIFICATE_REVOKED"
+    operator = secured.daemon(secured.operators())
+    async with asyncio.timeout(5):
+        while (await operator.rounds(run))[0].tickets[0].reason != "its certificate was revoked":
+            await asyncio.sleep(0.05)
+    (identity,) = [i for i in await identities(secured) if i.name == "a"]
+    assert identity.HasField("revoked_at")
+
+
+async def test_who_could_not_be_written_down_is_not_let_in_and_can_be_revoked_later(
+    secured: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger, call = secured.certificate(Role.VIEWER, "eve"), "/fedpeft.v1.OperatorService/ListRuns"
+
+    def full(subject: Subject) -> None:
+        raise DiskFull("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(secured.server.store.db.identities, "seen", full)
+        assert [await outcome(stranger, call) for _ in range(2)] == ["DISK_FULL"] * 2
+    assert await refused(secured.revoke(Role.VIEWER, "eve")) == "IDENTITY_NOT_FOUND"
+    assert await outcome(stranger, call) == "OK", "nobody was revoked"
+    await secured.revoke(Role.VIEWER, "eve")
+    assert await outcome(stranger, call) == "CERTIFICATE_REVOKED"
+
+
+async def test_who_enrolled_is_not_told_to_be_a_stranger(secured: Federation) -> None:
+    token, key = await secured.token("a"), keys.make()
+    request = access.EnrollRequest(secret=token.secret, signing_request=requests.make(key))
+    async with slow_database(secured):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await secured.access(secured.nobody()).Enroll(request, timeout=0.3)
+    assert await outcome(secured.certificate(Role.CLIENT, "a"), "/grpc.health.v1.Health/Check") == "OK"
+    told = [entry.action for entry in await secured.audit() if entry.object == "client a"]
+    assert told == ["token.created", "identity.enrolled"]
 
 
 async def test_an_upload_under_way_is_ended_by_a_revocation(secured: Federation) -> None:

@@ -42,7 +42,7 @@ class Admission:
         self._store = store
         self._secured = secured
         self._issuer = issuer
-        self._known: set[Subject] = set()
+        self._known: set[Subject] = set()  # to be in the database
         self._revoked: dict[Subject, float] = {}
         for row in known:
             self._known.add(row.subject)
@@ -61,6 +61,7 @@ class Admission:
             CertificateExpired: If its certificate has ended.
             CertificateRevoked: If its certificate was revoked, before the block or in it.
             RoleMayNot: If its role has no right to it.
+            DiskFull: If it makes its first call and cannot be written down; likewise StateInvalid.
         """
         call.caller = caller_of(connection) if self._secured else LOCAL
         self.check(call)
@@ -68,13 +69,11 @@ class Admission:
         if subject is None:
             yield
             return
-        if subject not in self._known:
-            self._known.add(subject)
-            await self._store.call(self._store.db.identities.seen, subject)
         task = asyncio.current_task()
         assert task is not None
         self._open[subject][task] = call
         try:
+            await self._write_down(subject)
             yield
         except asyncio.CancelledError:
             if call.ended:
@@ -108,16 +107,19 @@ class Admission:
         may = " or ".join(sorted(each for each in allowed if each))
         raise RoleMayNot(f"{name} may be called by {may or 'nobody'}, not by {caller}")
 
-    def enrolled(self, subject: Subject) -> None:
-        """Notes that somebody is in the database."""
-        self._known.add(subject)
-
     def revoke(self, subject: Subject, at: float) -> None:
-        """Refuses the certificates of a subject that begin at `at` or before, and ends its calls."""
+        """Refuses the certificates of a subject that begin at `at` or before, and ends its calls.
+
+        This comes before the revocation is written: nothing may slip in meanwhile.
+        """
         self._revoked[subject] = at
         for task, call in self._open.get(subject, {}).items():
             call.ended = _revoked(subject)
             task.cancel()
+
+    def spare(self, subject: Subject) -> None:
+        """Takes the revocation of a subject back, because nobody is known by it."""
+        self._revoked.pop(subject, None)
 
     async def refused(self, call: Call, error: FedpeftError, peer: str) -> None:
         """Writes a refusal into the audit log, unless the same one was written a moment ago."""
@@ -131,6 +133,12 @@ class Admission:
             words: dict[str, Detail] = {"reason": error.reason, "message": error.message}
             deed = Deed(key[0], "call.refused", call.method, {**words, "peer": peer, "unsaid_before": unsaid})
             await self._store.call(self._store.db.transactions.write, deed)
+
+    async def _write_down(self, subject: Subject) -> None:
+        """Sees to it that whoever is let in is in the database, and so can be listed and revoked."""
+        if subject not in self._known:
+            await self._store.call(self._store.db.identities.seen, subject)
+            self._known.add(subject)
 
     def _begin(self, caller: Caller) -> float:
         """Returns when a certificate was issued: the server's own begin earlier, for clocks that are behind."""

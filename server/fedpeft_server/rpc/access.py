@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fedpeft.errors import (
     CertificateMissing,
     IdentityInvalid,
+    IdentityNotFound,
     NoAuthority,
     SelfRevocation,
     SigningRequestInvalid,
@@ -34,11 +35,12 @@ from fedpeft_server.access.admission import Admission
 from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.call import CALL, actor
 from fedpeft_server.rounds.runs import Runs
+from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.rpc import pages, sayings
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import IDENTITY_ROLES, audit_message, identity_message, token_message
 from fedpeft_server.store.identities import Issued
-from fedpeft_server.store.rows import TokenRow
+from fedpeft_server.store.rows import IdentityRow, TokenRow
 from fedpeft_server.store.store import Store
 
 log = structlog.get_logger()
@@ -76,6 +78,9 @@ class Access(pb_grpc.AccessServiceServicer):
         own: The server's certificates; None if it has none.
         addresses: Where the server is reached; asked when a token is made, for only then its ports are bound.
         life: How long the certificates of clients and evaluators are valid.
+
+    Attributes:
+        steps: Revocations that are under way.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Access(pb_grpc.AccessServiceServicer):
         self._own = own
         self._addresses = addresses
         self._life = life
+        self.steps = Steps()
 
     async def Enroll(self, request: pb.EnrollRequest, context: Context) -> pb.EnrollResponse:
         """Gives a device its first certificate."""
@@ -107,7 +113,6 @@ class Access(pb_grpc.AccessServiceServicer):
 
         secret, public = token.digest(request.secret).hex(), _digest(key)
         used = await self._store.call(self._identities.enroll, secret, public, time.time(), issue)
-        self._admission.enrolled(used.subject)
         software = sayings.plain(request.software[: sayings.MAX_TEXT])
         log.info("enrolled", subject=str(used.subject), token=used.id, software=software)
         return pb.EnrollResponse(certificate=certificates.to_pem(*made), server=self._addresses().server)
@@ -160,13 +165,7 @@ class Access(pb_grpc.AccessServiceServicer):
         subject = _subject(request.role, request.name)
         if subject == CALL.get().caller.subject:
             raise SelfRevocation(f"you are {subject}; have another operator revoke you")
-        reason = sayings.plain(request.reason[:MAX_REASON])
-        at = float(math.ceil(time.time()))  # certificates count whole seconds
-        row = await self._store.call(self._identities.revoke, subject, at, reason, actor())
-        self._admission.revoke(subject, at)
-        log.warning("revoked", subject=str(subject), by=actor(), reason=reason)
-        if subject.role is Role.CLIENT:
-            await self._withdraw(subject.name)
+        row = await self._revoke(subject, sayings.plain(request.reason[:MAX_REASON]), actor())
         return pb.RevokeIdentityResponse(identity=identity_message(row))
 
     async def ListIdentities(self, request: pb.ListIdentitiesRequest, context: Context) -> pb.ListIdentitiesResponse:
@@ -194,8 +193,23 @@ class Access(pb_grpc.AccessServiceServicer):
             entries=entries, next_page_token=pages.token((rows[len(entries) - 1].number,), of=of) if more else ""
         )
 
+    @unbroken
+    async def _revoke(self, subject: Subject, reason: str, by: str) -> IdentityRow:
+        at = float(math.ceil(time.time()))  # certificates count whole seconds
+        self._admission.revoke(subject, at)
+        try:
+            row = await self._store.call(self._identities.revoke, subject, at, reason, by)
+        except IdentityNotFound:
+            self._admission.spare(subject)
+            raise
+        log.warning("revoked", subject=str(subject), by=by, reason=reason)
+        if subject.role is Role.CLIENT:
+            await self._withdraw(subject.name)
+        return row
+
     async def _withdraw(self, client: str) -> None:
-        """Gives up the tickets of a client that was revoked, so that no round waits for it."""
+        """Gives up seat and tickets of a client that was revoked, so that no round waits for it."""
+        self._runs.lobby.call(client)
         for engine in self._runs.all():
             ticket = engine.open_ticket(client)
             if ticket:

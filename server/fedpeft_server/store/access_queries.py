@@ -52,15 +52,10 @@ def use_token(connection: Connection, secret_sha256: str, key_sha256: str, at: f
     )
 
 
-def delete_token(connection: Connection, id_: str) -> Subject | None:
-    """Deletes the token of an id; returns whom it was for, None if there is no such token."""
-    table = tables.tokens
-    mine = table.c.secret_sha256.startswith(id_, autoescape=True)
-    row = connection.execute(select(table).where(mine)).first()
-    if row is None:
-        return None
-    connection.execute(delete(table).where(mine))
-    return _subject(row)
+def delete_token(connection: Connection, id_: str) -> bool:
+    """Deletes the token of an id; returns whether there was one."""
+    mine = tables.tokens.c.secret_sha256.startswith(id_, autoescape=True)
+    return connection.execute(delete(tables.tokens).where(mine)).rowcount > 0
 
 
 def delete_tokens_of(connection: Connection, subject: Subject) -> None:
@@ -82,9 +77,9 @@ def put_certificate(
     upsert(connection, tables.identities, [row], replace=("issued_at", "expires_at", "fingerprint"))
 
 
-def put_seen(connection: Connection, subject: Subject) -> None:
-    """Writes that somebody called whom this server did not enroll; what is known of it stays."""
-    upsert(connection, tables.identities, [{"role": subject.role, "name": subject.name}], replace=("name",))
+def insert_identity(connection: Connection, subject: Subject) -> None:
+    """Adds somebody whom this server issued no certificate."""
+    connection.execute(insert(tables.identities).values(role=subject.role, name=subject.name))
 
 
 def put_revoked(connection: Connection, subject: Subject, at: float, reason: str) -> None:

@@ -70,7 +70,7 @@ class Identities:
             TokenNotFound: If there is none of that id.
         """
         with self._transactions.begin(Deed(actor, "token.deleted", token_id)) as connection:
-            if access_queries.delete_token(connection, token_id) is None:
+            if not access_queries.delete_token(connection, token_id):
                 raise TokenNotFound(f"there is no enrolment token {token_id!r}")
 
     def enroll(
@@ -114,9 +114,11 @@ class Identities:
             access_queries.put_certificate(connection, subject, issued.at, issued.expires_at, issued.fingerprint)
 
     def seen(self, subject: Subject) -> None:
-        """Writes that somebody called whom this server did not enroll."""
-        with self._transactions.begin(Deed("server", "identity.seen", str(subject))) as connection:
-            access_queries.put_seen(connection, subject)
+        """Writes that somebody called, unless it is in the database: then this server did not enroll it."""
+        with self._transactions.begin() as connection:
+            if access_queries.select_identity(connection, subject) is None:
+                access_queries.insert_identity(connection, subject)
+                self._transactions.append(connection, Deed("server", "identity.seen", str(subject)))
 
     def revoke(self, subject: Subject, at: float, reason: str, actor: str) -> IdentityRow:
         """Refuses the certificates that a subject has so far, and makes its tokens worthless.
