@@ -203,9 +203,9 @@ class Channel:
         request: RequestT,
         timeout_s: float = CALL_S,
     ) -> ResponseT:
+        self.sent(cast(Message, request))
         line = self._line
         line.calls += 1
-        self.sent(cast(Message, request))
         try:
             answer = await method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:

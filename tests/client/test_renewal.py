@@ -11,9 +11,17 @@ from pathlib import Path
 import grpc
 import pytest
 import structlog
+from google.protobuf.message import Message
 from structlog.testing import LogCapture
 
-from fedpeft.errors import CertificateExpired, CertificateRevoked, Internal, NoAuthority, ServerUnreachable
+from fedpeft.errors import (
+    CertificateExpired,
+    CertificateRevoked,
+    Internal,
+    NoAuthority,
+    ServerUnreachable,
+    StateInvalid,
+)
 from fedpeft.identity import certificates, folder
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
@@ -142,6 +150,19 @@ async def test_what_is_under_way_ends_on_the_old_connection(
         ("PullAdapter", certificates.fingerprint(old.certificate)),
         ("Register", certificates.fingerprint(new.certificate)),
     ]
+
+
+async def test_a_call_that_was_not_made_holds_no_connection(double: Double, tmp_path: Path) -> None:
+    async with Channel(double.server, "noto", INSTANCE, double.enrolled(tmp_path)) as channel:
+
+        def cannot_be_booked(_: Message) -> None:
+            raise StateInvalid("cannot write the ledger")
+
+        channel.sent = cannot_be_booked
+        with pytest.raises(StateInvalid):
+            await channel.register(pb.RegisterRequest())
+        channel.reopen(double.enrolled(tmp_path))
+        assert channel._old == []
 
 
 async def test_an_unused_connection_is_closed_at_once(double: Double, tmp_path: Path) -> None:
