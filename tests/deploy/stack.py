@@ -51,12 +51,16 @@ class Stack:
 
     def close(self) -> None:
         """Removes this project's containers, volumes and networks, and nobody else's; its images stay, as a cache."""
-        for container in self._names("ps", "-a", "--format", "{{.Names}}"):
-            self._say("rm", "-f", "-t", "10", "--depend", container, check=False)
+        self.down()
         for volume in self._names("volume", "ls", "--format", "{{.Name}}"):
             self._say("volume", "rm", "-f", volume)
         for network in self._names("network", "ls", "--format", "{{.Name}}"):
             self._say("network", "rm", "-f", network)
+
+    def down(self) -> None:
+        """Removes this project's containers."""
+        for name in self._names("ps", "-a", "--format", "{{.Names}}"):
+            self._say("rm", "-f", "-t", "60", "--depend", name, check=False)
 
     def end(self) -> None:
         """Closes the log."""

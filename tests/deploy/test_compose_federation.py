@@ -192,9 +192,16 @@ def test_the_server_is_small_and_has_no_torch(stack: Stack) -> None:
     assert (size(f"localhost/fedpeft-server:{TAG}") - size(BASE)) / MIB < SERVER_MIB
 
 
-def test_the_server_comes_back_with_all_it_knew(stack: Stack, run: Any) -> None:
-    subprocess.run(
-        ["podman", "restart", "-t", "60", "fedpeft-test_server_1"], check=True, capture_output=True, timeout=120
-    )
-    stack.healthy("server")
+def test_down_and_up_again_it_is_the_same_federation(stack: Stack, run: Any) -> None:
+    identities = stack.fedpeft("identity", "list")
+    stack.down()
+    stack.up()
+    stack.done("run")
+    assert stack.fedpeft("identity", "list") == identities, "nobody had to enroll anew"
     assert stack.fedpeft("run", "show", run["run"])["rounds"] == run["rounds"]
+    assert len(stack.fedpeft("run", "list")) == 1
+    for name in CLIENTS:
+        until = time.monotonic() + 120
+        while '"event": "registered"' not in stack.logs(name):
+            assert time.monotonic() < until, stack.logs(name)[-2000:]
+            time.sleep(1)
