@@ -179,7 +179,7 @@ def test_the_table_of_roles_is_the_servers() -> None:
     assert len(really) == len(RIGHTS), "two services have a call of one name: name the service in the table"
     assert told == really
     unnamed = {name.rpartition("/")[2] for name, may in RIGHTS.items() if None in may}
-    assert unnamed == {"Enroll", "Check", "List", "Watch"}
+    assert unnamed == {"Enroll", "Check"}
 
 
 def test_the_messages_are_those_that_are_said() -> None:

@@ -46,8 +46,8 @@ RIGHTS: Mapping[str, frozenset[Right]] = {
     "/fedpeft.v1.FederationService/Withdraw": _TRAINS,
     "/fedpeft.v1.FederationService/PushEvaluation": _SCORES,
     "/grpc.health.v1.Health/Check": _EVERYBODY,
-    "/grpc.health.v1.Health/List": _EVERYBODY,
-    "/grpc.health.v1.Health/Watch": _EVERYBODY,
+    "/grpc.health.v1.Health/List": _ENROLLED,
+    "/grpc.health.v1.Health/Watch": _ENROLLED,  # without end, so not for those whom nobody knows
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _READS,
 }
 """The roles that may make a call; a call that is not here may be made by nobody."""
