@@ -288,6 +288,7 @@ async def test_a_revocation_ends_what_its_owner_waits_for_and_frees_the_round(se
     operator = secured.daemon(secured.operators())
     (round_,) = await operator.rounds(run)
     assert {t.client: t.reason for t in round_.tickets}["a"] == "its certificate was revoked"
+    assert [e.actor for e in await secured.audit() if e.action == "ticket.withdrawn"] == ["operator ada"]
 
 
 async def test_a_stream_that_waits_for_news_is_ended_at_once(secured: Federation) -> None:

@@ -151,13 +151,13 @@ class RunEngine:
             await self._advance(rounds.Refused(ticket.id, words), self._of(ticket, "update.refused", words))
 
     @unbroken
-    async def withdraw(self, ticket: rounds.Ticket, reason: str) -> TicketState:
-        """Closes a ticket that its client gives up; returns its state now.
+    async def withdraw(self, ticket: rounds.Ticket, reason: str, by: str = "") -> TicketState:
+        """Closes a ticket that its client gives up, or that `by` takes from it; returns its state now.
 
         Raises:
             TicketNotFound: If its round is over.
         """
-        await self._advance(rounds.Withdrawn(ticket.id, reason), self._of(ticket, "ticket.withdrawn", reason))
+        await self._advance(rounds.Withdrawn(ticket.id, reason), self._of(ticket, "ticket.withdrawn", reason, by))
         self._log.info("ticket withdrawn", client=ticket.client, reason=reason)
         return self.round.ticket(ticket.id).state
 
@@ -229,9 +229,9 @@ class RunEngine:
         }
         return Deed(f"{Role.CLIENT} {client}", "update.received", self.run.id, details)
 
-    def _of(self, ticket: rounds.Ticket, action: str, reason: str) -> Deed:
+    def _of(self, ticket: rounds.Ticket, action: str, reason: str, by: str = "") -> Deed:
         details: dict[str, Detail] = {"round": self.round.number, "ticket": ticket.id, "reason": reason}
-        return Deed(f"{Role.CLIENT} {ticket.client}", action, self.run.id, details)
+        return Deed(by or f"{Role.CLIENT} {ticket.client}", action, self.run.id, details)
 
     def _enter(self, new: Round, effects: tuple[rounds.Effect, ...]) -> None:
         """Makes a state that is in the database the current one, and does what follows from it."""

@@ -204,17 +204,17 @@ class Access(pb_grpc.AccessServiceServicer):
             raise
         log.warning("revoked", subject=str(subject), by=by, reason=reason)
         if subject.role is Role.CLIENT:
-            await self._withdraw(subject.name)
+            await self._withdraw(subject.name, by)
         return row
 
-    async def _withdraw(self, client: str) -> None:
-        """Gives up seat and tickets of a client that was revoked, so that no round waits for it."""
+    async def _withdraw(self, client: str, by: str) -> None:
+        """Takes seat and tickets from a client that was revoked, so that no round waits for it."""
         self._runs.lobby.call(client)
         for engine in self._runs.all():
             ticket = engine.open_ticket(client)
             if ticket:
                 try:
-                    await engine.withdraw(ticket, "its certificate was revoked")
+                    await engine.withdraw(ticket, "its certificate was revoked", by)
                 except TicketNotFound:  # its round has ended meanwhile
                     continue
 
