@@ -20,12 +20,12 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Runs the client, or the command that stands first, and returns the exit code."""
     verbose = "-v" in arguments or "--verbose" in arguments
+    grpc_core.configure()  # before anything imports gRPC, which reads the environment as it is imported
     try:
         if arguments and (command := COMMANDS.get(arguments[0])):
             return command.load()(arguments[1:])
         settings = _settings(arguments)
         verbose = settings.verbose
-        grpc_core.configure()
         from fedpeft_client.app import serve  # only now: --help and wrong usage need no gRPC
 
         serve(settings)

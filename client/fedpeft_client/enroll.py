@@ -8,7 +8,7 @@ import os
 import shlex
 from pathlib import Path
 
-from fedpeft import enrolment, grpc_core, token_argument
+from fedpeft import enrolment, token_argument
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
@@ -16,6 +16,7 @@ from fedpeft_client.exits import Exit
 from fedpeft_client.state import StateDirectory, identity_folder
 
 _STATE_DIR = "FEDPEFT_CLIENT_STATE_DIR"
+_A = {Role.OPERATOR: "an operator", Role.VIEWER: "a viewer"}
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +29,6 @@ def main(arguments: list[str]) -> int:
     token = token_argument.take(given.token)
     if given.state_dir is None:
         raise SettingsInvalid(f"--state-dir is missing (or {_STATE_DIR})")
-    grpc_core.configure()
     with StateDirectory(given.state_dir) as directory:  # a client that runs there must not lose its certificate
         into = identity_folder(directory.path)
         _say(asyncio.run(enrolment.enroll(token, into, replace=given.replace)), given.state_dir)
@@ -62,5 +62,5 @@ def _say(identity: Identity, state_dir: Path) -> None:
         evaluate = " --evaluate" if subject.role is Role.EVALUATOR else ""
         print(f"  fedpeft-client --state-dir {shlex.quote(str(state_dir))} --data PATH{evaluate}")
     else:
-        print(f"this is no client's identity, but for the commands of an {subject.role}; next:")
+        print(f"this is no client's identity, but for the commands of {_A[subject.role]}; next:")
         print(f"  fedpeft --identity {shlex.quote(str(identity.folder))} run list")

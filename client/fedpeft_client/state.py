@@ -84,7 +84,7 @@ class StateDirectory:
             holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
             raise StateInvalid(
                 f"state directory {self.path} is in use by another fedpeft-client "
-                f"(process {holder or 'unknown'}); give each client a directory of its own"
+                f"(process {holder or 'unknown'}); stop it first, or give each client a directory of its own"
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)

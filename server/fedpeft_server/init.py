@@ -19,7 +19,7 @@ from fedpeft import durable, ids
 from fedpeft.addresses import Address
 from fedpeft.errors import IdentityInvalid, SettingsInvalid
 from fedpeft.identity import certificates, folder, keys
-from fedpeft.identity.authority import Authority
+from fedpeft.identity.authority import Authority, check_host
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft_server.access.certificates import hosts_of, issue_server, read_authority
@@ -28,6 +28,7 @@ from fedpeft_server.files import Files
 OPERATOR_LIFE = timedelta(days=90)
 LOCAL = ("localhost", "127.0.0.1", "::1")
 """Under these names the server is reached on its own machine."""
+_EVERY_ADDRESS = ("0.0.0.0", "::")
 
 
 def main(arguments: list[str]) -> int:
@@ -43,12 +44,15 @@ def main(arguments: list[str]) -> int:
         raise SettingsInvalid("--authority and --authority-key belong together: a certificate and the key to it")
     if not 1 <= given.port <= 65_535:
         raise SettingsInvalid(f"--port {given.port} is not 1 to 65535")
+    subject = _subject(given.operator)
+    for host in given.host:
+        _check(host)
     files = Files(given.identity or given.data_dir / "identity")
     with durable.refusals(f"making {files.folder}"):
         files.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     authority = _authority(files, given.authority, given.authority_key)
     hosts = _server(files, authority, given.host)
-    _operator(authority, _subject(given.operator), given.operator_identity, str(Address(hosts[0], given.port)))
+    _operator(authority, subject, given.operator_identity, str(Address(hosts[0], given.port)))
     return 0
 
 
@@ -105,6 +109,19 @@ def _subject(name: str) -> Subject:
         return Subject(Role.OPERATOR, name)
     except IdentityInvalid as error:
         raise SettingsInvalid(f"--operator: {error.message}") from None
+
+
+def _check(host: str) -> None:
+    """Refuses what nobody can call the server, before anything is written."""
+    try:
+        check_host(host)
+    except IdentityInvalid as error:
+        raise SettingsInvalid(f"--host: {error.message}") from None
+    if host in _EVERY_ADDRESS:
+        raise SettingsInvalid(
+            f"--host {host} is every address of this machine, which --listen may say; --host is the name or address by "
+            "which clients call it"
+        )
 
 
 def _authority(files: Files, certificate: Path | None, key: Path | None) -> Authority:

@@ -16,6 +16,7 @@ from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
 from fedpeft.identity.token import EnrollmentToken
+from fedpeft_client.state import StateDirectory
 
 from ..common.access_double import Double, serving
 
@@ -57,6 +58,7 @@ async def test_what_comes_next_depends_on_the_role(double: Double, tmp_path: Pat
     for role, said in (
         (Role.EVALUATOR, "--data PATH --evaluate"),
         (Role.OPERATOR, "for the commands of an operator; next:\n  fedpeft --identity"),
+        (Role.VIEWER, "for the commands of a viewer; next:\n  fedpeft --identity"),
     ):
         (tmp_path / "token").write_text(double.token("x", role).encode())
         code, out, _ = await ended(f"@{tmp_path / 'token'}", "--state-dir", str(tmp_path / role))
@@ -104,11 +106,12 @@ async def test_wrong_tokens(double: Double, tmp_path: Path) -> None:
         (line[:-3], "is damaged, cut short perhaps; copy the whole line again", 2),
         (line[:200], "is damaged, cut short perhaps; copy the whole line again", 2),
         ("x" * 100_000, "this is not an enrolment token of this version", 2),
+        (" \n", "there is no enrolment token, only an empty line or file", 2),
     ):
         code, out, err = await ended("-", *state, stdin=text)
         assert (code, out) == (status, "")
         assert said in err and err.count("\n") == 1 and err.startswith("fedpeft-client: ")
-        assert text not in err
+        assert not text.strip() or text not in err
     code, _, err = await ended("@/nowhere", *state)
     assert code == 2 and "the token cannot be read from /nowhere: No such file" in err
     unknown = EnrollmentToken.make(double.server, double.enrollment, double.authority.certificate).encode()
@@ -119,3 +122,16 @@ async def test_wrong_tokens(double: Double, tmp_path: Path) -> None:
 async def test_a_state_directory_is_needed(double: Double) -> None:
     code, _, err = await ended("-", stdin=double.token().encode())
     assert code == 2 and err == "fedpeft-client: --state-dir is missing (or FEDPEFT_CLIENT_STATE_DIR)\n"
+
+
+async def test_another_federations_server_is_one_sentence(double: Double, tmp_path: Path) -> None:
+    stranger = EnrollmentToken.make(double.server, double.enrollment, Authority.make("another").certificate).encode()
+    code, out, err = await ended("-", "--state-dir", str(tmp_path / "state"), stdin=stranger)
+    assert (code, out) == (3, "")
+    assert "another federation's server" in err and err.count("\n") == 1  # and nothing of gRPC's own
+
+
+async def test_a_client_that_runs_is_stopped_first(double: Double, tmp_path: Path) -> None:
+    with StateDirectory(tmp_path):
+        code, _, err = await ended("-", "--state-dir", str(tmp_path), stdin=double.token().encode())
+    assert code == 1 and f"(process {os.getpid()}); stop it first, or" in err

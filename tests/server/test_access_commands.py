@@ -15,11 +15,12 @@ import pytest
 
 from fedpeft.audit import of_line, verify
 from fedpeft.errors import CertificateRevoked, RoleMayNot, ServerUnreachable
-from fedpeft.identity import folder
+from fedpeft.identity import folder, keys
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
 from fedpeft.operator_client import OperatorClient
+from fedpeft.v1 import access_service_pb2 as access
 
 from .conftest import StartDaemon
 from .secured import HOUR, Federation, federation
@@ -110,9 +111,11 @@ async def test_times_that_are_none(text: str, tmp_path: Path) -> None:
     assert done.code == 2 and "is not a time like 30m, 24h or 7d" in done.err
 
 
-async def test_a_time_that_the_server_does_not_take(fedpeft: Command) -> None:
-    done = await fedpeft("token", "create", "--name", "x", "--expires", "31d")
-    assert done.code == 1 and done.out == "" and done.err.startswith("fedpeft: ")
+@pytest.mark.parametrize("text", ["31d", "59s"])
+async def test_a_time_that_is_too_short_or_too_long(text: str, tmp_path: Path) -> None:
+    done = await ended(tmp_path, "token", "create", "--name", "x", "--expires", text)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"fedpeft: --expires: {text} is not between 1m and 30d, the lives a token can have\n"
 
 
 async def test_a_revoked_one_is_refused_at_its_next_message(
@@ -147,9 +150,13 @@ async def test_the_audit_log_is_shown_exported_and_verified(
     fedpeft: Command, secured: Federation, tmp_path: Path
 ) -> None:
     for name in ("a", "b", "c"):
-        await secured.token(name)
+        token = await secured.token(name)
+    key = keys.make()
+    await secured.enroll(token, key)
+    ends = (await secured.access().ListIdentities(access.ListIdentitiesRequest())).identities[0].expires_at.ToDatetime()
     shown = await fedpeft("audit", "show")
     assert shown.code == 0 and shown.out.count("token.created") == 3 and "operator ada" in shown.out
+    assert f"expires_at {ends:%Y-%m-%dT%H:%M:%SZ}" in shown.out
     file = tmp_path / "audit.jsonl"
     exported = await fedpeft("audit", "export", "--out", str(file))
     entries = [of_line(line, "a line") for line in await asyncio.to_thread(read_lines, file)]
@@ -236,6 +243,7 @@ async def test_a_server_of_another_federation_is_named(secured: Federation, tmp_
 async def test_plain_text_to_a_server_with_tls_says_what_is_needed(secured: Federation, tmp_path: Path) -> None:
     done = await ended(tmp_path, "--server", secured.address, "run", "list")
     assert done.code == 3 and "speaks TLS and this side has no certificate: ask its operator" in done.err
+    assert "or name the folder with its identity by --identity" in done.err
 
 
 # Which identity is used

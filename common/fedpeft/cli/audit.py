@@ -95,17 +95,24 @@ async def _shown(session: Session, after: int, as_json: bool) -> None:
             if as_json:
                 output.say(found.to_line())
                 continue
-            moment = datetime.fromtimestamp(found.at, UTC)
-            details = ", ".join(f"{key} {value}" for key, value in json.loads(found.details).items())
+            details = ", ".join(f"{key} {_readable(key, value)}" for key, value in json.loads(found.details).items())
             parts = (
                 str(found.number),
-                f"{moment:%Y-%m-%dT%H:%M:%SZ}",
+                _moment(found.at),
                 found.actor,
                 found.action,
                 found.object,
                 details,
             )
             output.say(output.GAP.join(part for part in parts if part))
+
+
+def _readable(key: str, value: object) -> object:
+    return _moment(value) if key.endswith("_at") and isinstance(value, float) else value
+
+
+def _moment(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 async def _entries(session: Session, file: Path | None) -> AsyncIterator[AuditEntry]:

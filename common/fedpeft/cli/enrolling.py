@@ -32,12 +32,14 @@ def enroll(
     ] = False,
 ) -> None:
     """Make a key on this machine and get a certificate for it, into the identity folder."""
-    from fedpeft import enrolment, grpc_core, token_argument
+    from fedpeft import grpc_core
+
+    grpc_core.configure()  # before anything imports gRPC, which reads the environment as it is imported
+    from fedpeft import enrolment, token_argument
     from fedpeft.identity import folder
     from fedpeft.identity.subject import Role
 
     taken = token_argument.take(token)
-    grpc_core.configure()
     into = session_of(context).identity or folder.personal()
     identity = run_async(enrolment.enroll(taken, into, replace=replace))
     subject, end = identity.subject, identity.certificate.not_valid_after_utc

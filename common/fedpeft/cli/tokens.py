@@ -87,7 +87,10 @@ def seconds(text: str) -> int:
     match = _LIFE.fullmatch(text)
     if not match or not int(match[1]):
         raise SettingsInvalid(f"--expires: {text[:40]!r} is not a time like 30m, 24h or 7d")
-    return int(match[1]) * _UNITS[match[2]]
+    found = int(match[1]) * _UNITS[match[2]]
+    if not _UNITS["m"] <= found <= 30 * _UNITS["d"]:
+        raise SettingsInvalid(f"--expires: {text} is not between 1m and 30d, the lives a token can have")
+    return found
 
 
 async def _created(session: Session, name: str, role: Role, life_s: int) -> views.Json:

@@ -142,6 +142,15 @@ def _usage(*, authority: bool) -> x509.KeyUsage:
     )
 
 
+def check_host(host: str) -> None:
+    """Checks that a server's certificate can be made out to a host.
+
+    Raises:
+        IdentityInvalid: If it is neither a host name nor an address.
+    """
+    _general_name(host)
+
+
 def _general_name(host: str) -> x509.GeneralName:
     with suppress(ValueError):  # then it is a name
         return x509.IPAddress(ipaddress.ip_address(host))

@@ -104,7 +104,7 @@ def _plain(way: Way) -> None:
     if first[:2] == b"\x15\x03" or (not first and way.shown()):
         raise Fault(
             f"the server at {way.server} speaks TLS and this side has no certificate: ask its operator for a token and "
-            "enroll"
+            "enroll, or name the folder with its identity by --identity"
         )
     way.judge(first)
 

@@ -75,6 +75,8 @@ class EnrollmentToken:
             IdentityInvalid: If it is no token, or not a whole one. The message has nothing of the token in it.
         """
         text = text.strip()
+        if not text:
+            raise IdentityInvalid("there is no enrolment token, only an empty line or file; make one and copy it whole")
         form, *parts = text.split(".") if len(text) <= MAX_LENGTH else [""]
         if form != _FORM:
             raise IdentityInvalid(f"this is not an enrolment token of this version: one begins with {_FORM}.")

@@ -189,8 +189,9 @@ class Callers:
             return
         since = time.monotonic() - presence.seen
         if presence.calls or (presence.seen and since < ALIVE_S):
+            another = "a token of its own" if CALL.get().caller.subject else "another --name"
             raise ClientIdInUse(
-                f"another instance of client {client} is connected; give this one another --name, or stop the other "
+                f"another instance of client {client} is connected; give this one {another}, or stop the other "
                 f"and wait {ALIVE_S:.0f} s"
             )
 
