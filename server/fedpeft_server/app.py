@@ -55,6 +55,23 @@ BOOK_S = 5.0
 LOOK_S = 60.0
 """How often the server's certificate is looked at."""
 
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+_OPTIONS_FOR_STRANGERS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 16 * 1024),
+    ("grpc.max_concurrent_streams", 16),
+    ("grpc.max_connection_idle_ms", 60_000),
+)
+"""Where devices enroll, anybody may call: a request is small, and there are few of them on a connection."""
+
 SERVICES = (
     access_service_pb2.DESCRIPTOR.services_by_name["AccessService"].full_name,
     federation_service_pb2.DESCRIPTOR.services_by_name["FederationService"].full_name,
@@ -92,7 +109,7 @@ class Server:
         self.runs = Runs(self.store, self.ledger, self.metrics)
         self.certificates = ServerCertificates.of(settings.certificates)
         self.admission = await self._admission()
-        self.rpc = self._grpc_server()
+        self.rpc, self.enrolling = self._grpc_servers()
         self._bind()
         if settings.metrics:
             where = Address.parse(settings.metrics, free=True)
@@ -103,7 +120,7 @@ class Server:
 
     async def serve(self) -> None:
         """Answers calls until somebody says stop."""
-        await self.rpc.start()
+        await asyncio.gather(self.rpc.start(), self.enrolling.start())
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
         log.info(
             "serving",
@@ -122,7 +139,7 @@ class Server:
         log.info("draining", seconds=self.settings.drain_s)
         await self.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         self.runs.lobby.close()
-        await self.rpc.stop(self.settings.drain_s)
+        await asyncio.gather(*(server.stop(self.settings.drain_s) for server in (self.rpc, self.enrolling)))
         await self.uploads.close()
         await self.access.steps.ended()
         await self.runs.close()
@@ -135,7 +152,8 @@ class Server:
             self.exporter.server_close()
         log.info("stopped")
 
-    def _grpc_server(self) -> grpc.aio.Server:
+    def _grpc_servers(self) -> tuple[grpc.aio.Server, grpc.aio.Server]:
+        """Returns the server for --listen and that for --enroll: the same services behind the same gate."""
         limit = self.settings.max_transfers
         self.uploads = Uploads(self.store, self.ledger, self.settings.max_update_bytes, limit)
         federation = Federation(
@@ -145,24 +163,16 @@ class Server:
         life = timedelta(seconds=self.settings.certificate_life_s)
         self.access = Access(self.store, self.admission, self.runs, self.certificates, self._addresses, life)
         self.health = health.aio.HealthServicer()
-        server = grpc.aio.server(
-            interceptors=[Gate(self.admission, self.metrics, self.ledger)],
-            options=[
-                ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
-                ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
-                ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ],
-        )
-        federation_service_pb2_grpc.add_FederationServiceServicer_to_server(federation, server)
-        operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
-        access_service_pb2_grpc.add_AccessServiceServicer_to_server(self.access, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        return server
+        gate = Gate(self.admission, self.metrics, self.ledger)
+        listening = grpc.aio.server(interceptors=[gate], options=_OPTIONS)
+        enrolling = grpc.aio.server(interceptors=[gate], options=_OPTIONS_FOR_STRANGERS)
+        for server in (listening, enrolling):
+            federation_service_pb2_grpc.add_FederationServiceServicer_to_server(federation, server)
+            operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
+            access_service_pb2_grpc.add_AccessServiceServicer_to_server(self.access, server)
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+            reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return listening, enrolling
 
     async def _admission(self) -> Admission:
         """Returns what decides over calls, with what the database knows."""
@@ -176,16 +186,18 @@ class Server:
         settings, own = self.settings, self.certificates
         if own is None and not Address.parse(settings.listen, free=True).is_loopback:
             log.warning("serving plain text beyond this machine, as --insecure says", listen=settings.listen)
-        self.port = self._take(settings.listen, "--listen", own.credentials(ask=True) if own else None)
+        self.port = self._take(self.rpc, settings.listen, "--listen", own.credentials(ask=True) if own else None)
         self.enrollment = ""
         if own and own.authority:
-            port = self._take(settings.enroll_address, "--enroll", own.credentials(ask=False))
+            port = self._take(self.enrolling, settings.enroll_address, "--enroll", own.credentials(ask=False))
             self.enrollment = str(Address(Address.parse(settings.enroll_address, free=True).host, port))
 
-    def _take(self, address: str, flag: str, credentials: grpc.ServerCredentials | None) -> int:
+    def _take(
+        self, server: grpc.aio.Server, address: str, flag: str, credentials: grpc.ServerCredentials | None
+    ) -> int:
         try:
-            add = self.rpc.add_secure_port
-            bound = add(address, credentials) if credentials else self.rpc.add_insecure_port(address)
+            add = server.add_secure_port
+            bound = add(address, credentials) if credentials else server.add_insecure_port(address)
         except RuntimeError:
             bound = 0
         if not bound:

@@ -249,6 +249,14 @@ async def test_a_signing_request_is_checked(secured: Federation) -> None:
     assert await refused(secured.access(secured.nobody()).Enroll(request)) == "SIGNING_REQUEST_INVALID"
 
 
+async def test_where_anybody_may_call_a_large_message_is_not_taken_into_memory(secured: Federation) -> None:
+    request = access.EnrollRequest(secret=b"x" * 100_000, signing_request=requests.make(keys.make()))
+    with pytest.raises(grpc.aio.AioRpcError, match="larger than max") as caught:
+        await secured.access(secured.nobody()).Enroll(request)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert await refused(secured.access().Enroll(request)) == "TOKEN_UNKNOWN", "on the other port, from the enrolled"
+
+
 async def test_tokens_and_identities_come_in_pages(secured: Federation) -> None:
     names = [f"site-{i}" for i in range(5)]
     for name in names:
