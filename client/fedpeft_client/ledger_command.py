@@ -43,15 +43,15 @@ def main(arguments: list[str]) -> int:
         transfers = [row.as_json() for row in found]
         say_json({"transfers": transfers, "totals": sums, "unreadable_lines": contents.unreadable})
     else:
-        _show(found, sums)
+        _show(found, sums, complete=not contents.unreadable)
     if contents.unreadable:
         note(f"{contents.unreadable} lines of the ledger cannot be read: cut off by a crash, or changed by hand")
     return Exit.DONE
 
 
-def _show(found: Sequence[Row], sums: Mapping[str, Mapping[str, int]]) -> None:
+def _show(found: Sequence[Row], sums: Mapping[str, Mapping[str, int]], *, complete: bool) -> None:
     if not found:
-        say("nothing has left this device")
+        say("nothing has left this device" if complete else "no entry to show")
         return
     say_table(_COLUMNS, [row.cells() for row in found], right=("ROUND", "PAYLOAD", "WIRE"))
     say("")

@@ -86,14 +86,16 @@ class StateDirectory:
                 f"state directory {self.path} is in use by another fedpeft-client "
                 f"(process {holder or 'unknown'}); stop it first, or give each client a directory of its own"
             ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        with durable.refusals(f"writing {self.path}"):
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
 
     def _instance(self) -> str:
         path = self.path / "instance"
         try:
             if not path.exists():
-                durable.write(path, secrets.token_hex(16).encode())
+                with durable.refusals(f"writing {path}"):
+                    durable.write(path, secrets.token_hex(16).encode())
             instance = path.read_text("ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise StateInvalid(f"cannot use state directory {self.path}: {error}") from None

@@ -170,6 +170,16 @@ def test_the_command_shows_a_table_or_json_and_what_is_asked_for(
     assert capsys.readouterr().out == "nothing has left this device\n"
 
 
+def test_a_ledger_that_cannot_be_read_does_not_say_that_nothing_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / FILE).write_bytes(b"\xff\x00\nnonsense\n")
+    assert run(["ledger", "--state-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "no entry to show\n"
+    assert said.err == "2 lines of the ledger cannot be read: cut off by a crash, or changed by hand\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,17 @@ def test_directory_is_for_one_process(tmp_path: Path) -> None:
     with StateDirectory(tmp_path), pytest.raises(StateInvalid, match="in use by another"):
         StateDirectory(tmp_path)
     StateDirectory(tmp_path).close()
+
+
+def test_a_directory_that_takes_no_bytes_is_named(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # what a full disk is like: files can be made, not written
+    try:
+        with pytest.raises(StateInvalid) as refused:
+            StateDirectory(tmp_path / "state")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refused.value.message.startswith(f"writing {tmp_path / 'state'} failed: File too large; ")
 
 
 def test_unusable_directories_are_named(tmp_path: Path) -> None:
