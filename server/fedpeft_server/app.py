@@ -220,8 +220,8 @@ class Server:
             try:
                 if await self.store.compute(own.refresh):
                     log.info("the server's certificate was replaced", ends=str(own.certificate.not_valid_after_utc))
-            except FedpeftError as error:
-                log.error("the server's certificate could not be replaced", message=error.message)
+            except Exception as error:  # a file that somebody is writing must not end the looking
+                log.error("the server's certificate could not be replaced", message=str(error))
             self.metrics.certificate_expires("server", own.certificate.not_valid_after_utc.timestamp())
             self.metrics.certificate_expires("authority", own.trusted[0].not_valid_after_utc.timestamp())
             await asyncio.sleep(LOOK_S)

@@ -35,6 +35,7 @@ from fedpeft.status import from_rpc_error
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft.v1 import run_pb2
 from fedpeft_server import init
 from fedpeft_server.access.rights import RIGHTS
 from fedpeft_server.files import Files
@@ -505,7 +506,7 @@ async def test_the_audit_log_tells_of_a_round_and_is_a_whole_chain(secured: Fede
     for name, client in clients.items():
         await client.push(tasks[name].ticket, filled(1.0))
     operator = secured.daemon(secured.operators())
-    await operator.until(run, lambda r: r.state == 3)
+    await operator.until(run, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
     await operator.operator.DeleteRun(op.DeleteRunRequest(run=run))
     entries = await secured.audit()
     told = [(entry.actor, entry.action) for entry in entries if entry.object == run]
@@ -528,9 +529,14 @@ async def test_without_certificates_everybody_is_local_and_nobody_enrolls(start:
         await refused(service.CreateToken(access.CreateTokenRequest(name="a", role=ROLES[Role.CLIENT])))
         == "NO_AUTHORITY"
     )
-    run = await daemon.create()
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (client,) = await daemon.clients("a")
+    await client.push((await client.task()).ticket, filled(1.0))
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
     entries = (await service.ListAuditEntries(access.ListAuditEntriesRequest())).entries
-    assert [(e.actor, e.action) for e in entries if e.object == run.id] == [("local", "run.created")]
+    told = [(e.actor, e.action) for e in entries if e.object == run.id]
+    assert told == [("local", "run.created"), ("local", "update.received"), ("server", "round.committed")]
+    assert json.loads(next(e.details for e in entries if e.action == "update.received"))["client"] == "a"
 
 
 # init and settings

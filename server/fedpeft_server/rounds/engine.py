@@ -17,7 +17,6 @@ import structlog
 from fedpeft import rounds, tracing
 from fedpeft.audit import Detail
 from fedpeft.errors import DiskFull, FedpeftError, RoundClosed, RunFinished, TicketNotFound
-from fedpeft.identity.subject import Role
 from fedpeft.rounds import Phase, Round, TicketState
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds import gauges
@@ -119,8 +118,8 @@ class RunEngine:
             await self._advance(rounds.Waiting(clients))
 
     @unbroken
-    async def receive(self, ticket: str, update: UpdateRow) -> UpdateRow:
-        """Counts a durable update; one that was counted before is returned as it was then.
+    async def receive(self, ticket: str, update: UpdateRow, by: str) -> UpdateRow:
+        """Counts a durable update that `by` sent; one that was counted before is returned as it was then.
 
         Raises:
             RoundClosed: If the round takes nothing more, or the run was stopped.
@@ -135,24 +134,24 @@ class RunEngine:
                 return counted
             new, effects = rounds.advance(self.round, rounds.Received(ticket), self.run.config.rounds, time.time())
             client = self.round.ticket(ticket).client
-            await self._write(self._store.db.receive, new, update, deed=self._received(client, update))
+            await self._write(self._store.db.receive, new, update, deed=self._received(client, update, by))
             self._metrics.received(self.run.id, update.norm, update.metrics)
             self._log.info("update received", round=new.number, client=client, examples=update.examples)
             self._enter(new, effects)
         return update
 
     @unbroken
-    async def refuse(self, ticket: rounds.Ticket, error: FedpeftError) -> None:
-        """Closes a ticket whose update is wrong for good; the round goes on with the others."""
+    async def refuse(self, ticket: rounds.Ticket, error: FedpeftError, by: str) -> None:
+        """Closes a ticket for which `by` sent what is wrong for good; the round goes on with the others."""
         self._metrics.updates.labels(self.run.id, "refused").inc()
         self._log.warning("update refused", client=ticket.client, reason=error.reason, message=error.message)
         with suppress(TicketNotFound):  # its round is over, and with it the ticket
             words = f"{error.reason}: {error.message}"
-            await self._advance(rounds.Refused(ticket.id, words), self._of(ticket, "update.refused", words))
+            await self._advance(rounds.Refused(ticket.id, words), self._of(ticket, "update.refused", words, by))
 
     @unbroken
-    async def withdraw(self, ticket: rounds.Ticket, reason: str, by: str = "") -> TicketState:
-        """Closes a ticket that its client gives up, or that `by` takes from it; returns its state now.
+    async def withdraw(self, ticket: rounds.Ticket, reason: str, by: str) -> TicketState:
+        """Closes a ticket that `by`, its client as a rule, gives up; returns its state now.
 
         Raises:
             TicketNotFound: If its round is over.
@@ -219,19 +218,25 @@ class RunEngine:
         with self._ledger.handed_out(self.run.id) as traffic:
             await self._store.call(method, *facts, traffic, (deed,) if deed else ())
 
-    def _received(self, client: str, update: UpdateRow) -> Deed:
+    def _received(self, client: str, update: UpdateRow, by: str) -> Deed:
         details: dict[str, Detail] = {
+            "client": client,
             "round": self.round.number,
             "ticket": update.ticket,
             "examples": update.examples,
             "payload_bytes": update.manifest.payload_bytes,
             "payload_sha256": update.manifest.sha256.hex(),
         }
-        return Deed(f"{Role.CLIENT} {client}", "update.received", self.run.id, details)
+        return Deed(by, "update.received", self.run.id, details)
 
-    def _of(self, ticket: rounds.Ticket, action: str, reason: str, by: str = "") -> Deed:
-        details: dict[str, Detail] = {"round": self.round.number, "ticket": ticket.id, "reason": reason}
-        return Deed(by or f"{Role.CLIENT} {ticket.client}", action, self.run.id, details)
+    def _of(self, ticket: rounds.Ticket, action: str, reason: str, by: str) -> Deed:
+        details: dict[str, Detail] = {
+            "client": ticket.client,
+            "round": self.round.number,
+            "ticket": ticket.id,
+            "reason": reason,
+        }
+        return Deed(by, action, self.run.id, details)
 
     def _enter(self, new: Round, effects: tuple[rounds.Effect, ...]) -> None:
         """Makes a state that is in the database the current one, and does what follows from it."""

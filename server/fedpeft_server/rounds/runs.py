@@ -156,8 +156,8 @@ class Runs:
         return self.get(row.run), row.ticket
 
     @unbroken
-    async def answer(self, answer: AnswerRow) -> None:
-        """Takes what a client says to the offer of a run; a ticket that it holds there goes with a decline.
+    async def answer(self, answer: AnswerRow, by: str) -> None:
+        """Takes what `by` says for a client to the offer of a run; a ticket that it holds there goes with a decline.
 
         Raises:
             RunNotFound: If there is no such run.
@@ -168,7 +168,7 @@ class Runs:
         ticket = None if answer.accepted else engine.open_ticket(answer.client)
         if ticket:
             with suppress(TicketNotFound):  # its round is over, and with it the ticket
-                await engine.withdraw(ticket, "; ".join(answer.reasons))
+                await engine.withdraw(ticket, "; ".join(answer.reasons), by)
         self._changed(engine)
 
     def ready(self, run_id: str) -> frozenset[str]:

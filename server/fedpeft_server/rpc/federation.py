@@ -28,6 +28,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.waits import HOLD_S
 from fedpeft.wire import manifest_to_proto, training_to_proto
+from fedpeft_server.call import actor
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
@@ -122,7 +123,7 @@ class Federation(pb_grpc.FederationServiceServicer):
             raise AnswerInvalid("a decline must say why", (("reasons", "are empty"),))
         examples = min(request.examples, sayings.MAX_EXAMPLES)
         answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, examples, time.time())
-        await self._runs.answer(answer)
+        await self._runs.answer(answer, actor())
         log.info("run accepted" if accepted else "run declined", client=client, run=request.run, reasons=answer.reasons)
         return pb.AnswerOfferResponse()
 
@@ -189,7 +190,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = self._callers.identify(context)
         engine, ticket = await self._ticket(request.ticket, client)
         try:
-            state = await engine.withdraw(ticket, sayings.withdrawal(request.reason))
+            state = await engine.withdraw(ticket, sayings.withdrawal(request.reason), actor())
         except TicketNotFound:  # its round is over
             state = (await self._runs.ticket(ticket.id))[1].state
         return pb.WithdrawResponse(state=TICKET_STATES[state])

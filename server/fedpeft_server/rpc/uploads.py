@@ -34,6 +34,7 @@ from fedpeft.rounds import Phase, Ticket, TicketState
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.waits import HOLD_S
 from fedpeft.wire import manifest_from_proto
+from fedpeft_server.call import actor
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.unbroken import Steps
 from fedpeft_server.rpc.arrivals import Arrivals
@@ -152,7 +153,7 @@ class Uploads:
             await self._finish(writer)
             update = await self._store.compute(self._describe, header, writer.manifest)
         try:
-            return await engine.receive(ticket.id, update)
+            return await engine.receive(ticket.id, update, actor())
         except (RoundClosed, TicketClosed):
             await self._store.compute(self._store.spool.remove, ticket.id)  # its round will not do it any more
             raise
@@ -244,5 +245,5 @@ async def _refusing(engine: RunEngine, ticket: Ticket) -> AsyncIterator[None]:
     try:
         yield
     except (ManifestInvalid, PayloadInvalid, MetricsInvalid, UpdateTooLarge) as error:
-        await engine.refuse(ticket, error)
+        await engine.refuse(ticket, error, actor())
         raise
