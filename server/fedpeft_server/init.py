@@ -149,11 +149,13 @@ def _authority(files: Files, certificate: Path | None, key: Path | None) -> Auth
 
 
 def _server(files: Files, authority: Authority, hosts: Sequence[str]) -> list[str]:
-    """Makes the server's certificate, or another one if it lacks a host; returns its hosts."""
-    before = hosts_of(certificates.load(files.server)[0]) if files.exist() else []
+    """Makes the server's certificate, or another one if it lacks a host or is due; returns its hosts."""
+    there = certificates.load(files.server)[0] if files.exist() else None
+    before = hosts_of(there) if there else []
     wanted = list(dict.fromkeys([*hosts, *before, *LOCAL]))
-    if before and set(wanted) == set(before) and wanted[0] == before[0]:
-        _say("server", "kept", certificates.load(files.server)[0], files.server)
+    lacks = set(wanted) != set(before) or wanted[0] != before[0]
+    if there and not lacks and not certificates.is_due(there, datetime.now(UTC)):
+        _say("server", "kept", there, files.server)
         return before
     with durable.refusals(f"writing {files.server_key}"):
         if not files.server_key.exists():
@@ -172,7 +174,7 @@ def _operator(authority: Authority, subject: Subject, into: Path, server: str) -
                 f"{into} is the identity of {there.subject} at {there.server}; the rest is made, and for {subject} "
                 "another folder is needed: --operator-identity"
             )
-        if datetime.now(UTC) < certificates.renewal(there.certificate) and there.server == server:
+        if there.server == server and not certificates.is_due(there.certificate, datetime.now(UTC)):
             _say(str(subject), "kept", there.certificate, into)
             return
     key = folder.take_key(into)

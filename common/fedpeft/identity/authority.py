@@ -62,18 +62,37 @@ class Authority:
         )
         return cls(builder.sign(key, hashes.SHA256()), key)
 
-    def issue(self, subject: Subject, key: PublicKey, life: timedelta, at: datetime | None = None) -> x509.Certificate:
-        """Returns a certificate with which `subject` can call the server; `at` is when it is issued, now if absent."""
-        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(subject.id)])
-        return self._sign(subject.name, names, ExtendedKeyUsageOID.CLIENT_AUTH, key, life, at)
+    def issue(
+        self,
+        subject: Subject,
+        key: PublicKey,
+        life: timedelta,
+        at: datetime | None = None,
+        *,
+        after: datetime | None = None,
+    ) -> x509.Certificate:
+        """Returns a certificate with which `subject` can call the server.
 
-    def issue_server(self, hosts: Sequence[str], key: PublicKey, life: timedelta) -> x509.Certificate:
+        Args:
+            subject: Whom it speaks for.
+            key: The subject's public key.
+            life: How long it is valid.
+            at: When it is issued; now if absent.
+            after: It begins after this, to the second; so that it can be told from those that were revoked then.
+        """
+        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(subject.id)])
+        return self._sign(subject.name, names, ExtendedKeyUsageOID.CLIENT_AUTH, key, life, at, after)
+
+    def issue_server(
+        self, hosts: Sequence[str], key: PublicKey, life: timedelta, at: datetime | None = None
+    ) -> x509.Certificate:
         """Returns a certificate for the server.
 
         Args:
             hosts: Host names and addresses under which clients reach it, at least one.
             key: The server's public key.
             life: How long it is valid.
+            at: When it is issued, now if absent.
 
         Raises:
             IdentityInvalid: If a host is neither a name nor an address.
@@ -81,7 +100,7 @@ class Authority:
         if not hosts:
             raise IdentityInvalid("a server's certificate needs a host name or address under which it is reached")
         names = x509.SubjectAlternativeName([_general_name(host) for host in dict.fromkeys(hosts)])
-        return self._sign(hosts[0][:64], names, ExtendedKeyUsageOID.SERVER_AUTH, key, life)
+        return self._sign(hosts[0][:64], names, ExtendedKeyUsageOID.SERVER_AUTH, key, life, at)
 
     def _sign(
         self,
@@ -91,9 +110,10 @@ class Authority:
         key: PublicKey,
         life: timedelta,
         at: datetime | None = None,
+        after: datetime | None = None,
     ) -> x509.Certificate:
         builder = (
-            _begin(_common_name(name), self.certificate.subject, key, life, at)
+            _begin(_common_name(name), self.certificate.subject, key, life, at, after)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(authority=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
@@ -104,22 +124,25 @@ class Authority:
         return builder.sign(self.key, hashes.SHA256())
 
 
-def issued_at(certificate: x509.Certificate) -> datetime:
-    """Returns when an authority of this class issued a certificate, to the second."""
-    return certificate.not_valid_before_utc + SKEW
-
-
 def _begin(
-    subject: x509.Name, issuer: x509.Name, key: PublicKey, life: timedelta, at: datetime | None = None
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: PublicKey,
+    life: timedelta,
+    at: datetime | None = None,
+    after: datetime | None = None,
 ) -> x509.CertificateBuilder:
     now = at or datetime.now(UTC)
+    begin = now - SKEW
+    if after:
+        begin = max(begin, after.replace(microsecond=0) + timedelta(seconds=1))
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - SKEW)
+        .not_valid_before(begin)
         .not_valid_after(now + life)
     )
 

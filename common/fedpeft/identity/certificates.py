@@ -74,6 +74,11 @@ def renewal(certificate: x509.Certificate) -> datetime:
     return begin + (end - begin) / 2
 
 
+def is_due(certificate: x509.Certificate, now: datetime) -> bool:
+    """Says whether to make another: past its half, or not begun, for it was made while the clock was ahead."""
+    return not certificate.not_valid_before_utc <= now < renewal(certificate)
+
+
 def check_time(certificate: x509.Certificate, now: datetime) -> None:
     """Checks that a certificate is valid at `now`.
 

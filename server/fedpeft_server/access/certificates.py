@@ -81,7 +81,7 @@ class ServerCertificates:
             StateInvalid: If a new one cannot be written.
         """
         before = self.certificate
-        if self.authority and datetime.now(UTC) >= certificates.renewal(before):
+        if self.authority and certificates.is_due(before, datetime.now(UTC)):
             issue_server(self.files, self.authority, self.hosts, self._key)
         self._read()
         return self.certificate != before
