@@ -228,6 +228,7 @@ async def test_an_ended_identity_says_so(fedpeft: Command, secured: Federation, 
     enrolled(secured, tmp_path / "gone", Role.OPERATOR, "olga", timedelta(minutes=-5))
     done = await fedpeft("run", "list", identity=tmp_path / "gone")
     assert done.code == 2 and "ended at" in done.err and "enroll again with a new token" in done.err
+    assert "as an operator on the server's machine, say fedpeft-server init again" in done.err
 
 
 async def test_a_server_of_another_federation_is_named(secured: Federation, tmp_path: Path) -> None:

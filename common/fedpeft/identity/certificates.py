@@ -87,7 +87,10 @@ def check_time(certificate: x509.Certificate, now: datetime) -> None:
     """
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > end:
-        raise IdentityInvalid(f"the certificate ended at {end:%Y-%m-%d %H:%M} UTC; enroll again with a new token")
+        raise IdentityInvalid(
+            f"the certificate ended at {end:%Y-%m-%d %H:%M} UTC; enroll again with a new token, or, as an operator on "
+            "the server's machine, say fedpeft-server init again"
+        )
     if now < begin:
         raise IdentityInvalid(
             f"the certificate begins at {begin:%Y-%m-%d %H:%M} UTC and this machine's clock says {now:%Y-%m-%d %H:%M}; "
