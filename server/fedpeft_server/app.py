@@ -176,10 +176,8 @@ class Server:
 
     async def _admission(self) -> Admission:
         """Returns what decides over calls, with what the database knows."""
-        own = self.certificates
-        issuer = own.authority.certificate.subject.rfc4514_string() if own and own.authority else ""
         known = await self.store.call(self.store.db.identities.after, ("", ""))
-        return Admission(self.store, known, secured=own is not None, issuer=issuer)
+        return Admission(self.store, known, secured=self.certificates is not None)
 
     def _bind(self) -> None:
         """Takes the ports: one, and with an authority a second one where devices enroll."""

@@ -29,14 +29,12 @@ class Caller:
         plain: Whether the connection is plain text, which a server takes where no certificates are needed.
         begins_at: When the certificate begins, seconds since the epoch.
         ends_at: When it ends.
-        issuer: Who signed it, as RFC 4514 writes a name.
     """
 
     subject: Subject | None = None
     plain: bool = False
     begins_at: float = 0.0
     ends_at: float = 0.0
-    issuer: str = ""
 
     def __str__(self) -> str:
         """Names it as the audit log does."""
@@ -81,7 +79,6 @@ def _read(pem: bytes) -> Caller:
             False,
             certificate.not_valid_before_utc.timestamp(),
             certificate.not_valid_after_utc.timestamp(),
-            certificate.issuer.rfc4514_string(),
         )
     except IdentityInvalid as error:
         raise CertificateInvalid(error.message) from None

@@ -15,10 +15,9 @@ from contextlib import asynccontextmanager
 
 from fedpeft.audit import Detail
 from fedpeft.errors import CertificateMissing, CertificateRevoked, FedpeftError, RoleMayNot
-from fedpeft.identity.authority import SKEW
 from fedpeft.identity.subject import Role, Subject
 from fedpeft_server.access.rights import RIGHTS
-from fedpeft_server.call import LOCAL, Call, Caller, Properties, caller_of
+from fedpeft_server.call import LOCAL, Call, Properties, caller_of
 from fedpeft_server.store.rows import Deed, IdentityRow
 from fedpeft_server.store.store import Store
 
@@ -35,13 +34,11 @@ class Admission:
         store: Where who called and who was refused is written.
         known: The identities of the database.
         secured: Whether the server has certificates; without, everybody may do everything but enroll.
-        issuer: The name of the authority whose key the server has, as RFC 4514 writes it; empty: none.
     """
 
-    def __init__(self, store: Store, known: Iterable[IdentityRow], *, secured: bool, issuer: str) -> None:
+    def __init__(self, store: Store, known: Iterable[IdentityRow], *, secured: bool) -> None:
         self._store = store
         self._secured = secured
-        self._issuer = issuer
         self._known: set[Subject] = set()  # to be in the database
         self._revoked: dict[Subject, float] = {}
         for row in known:
@@ -97,7 +94,7 @@ class Admission:
         role = caller.subject.role if caller.subject else None
         allowed = RIGHTS.get(call.method, frozenset())
         caller.check_time()
-        if caller.subject and self._begin(caller) <= self._revoked.get(caller.subject, -math.inf):
+        if caller.subject and caller.begins_at <= self._revoked.get(caller.subject, -math.inf):
             raise _revoked(caller.subject)
         if role in allowed:
             return
@@ -116,6 +113,10 @@ class Admission:
         for task, call in self._open.get(subject, {}).items():
             call.ended = _revoked(subject)
             task.cancel()
+
+    def revoked_at(self, subject: Subject) -> float | None:
+        """Returns when the certificates that a subject had were revoked; None if they never were."""
+        return self._revoked.get(subject)
 
     def spare(self, subject: Subject) -> None:
         """Takes the revocation of a subject back, because nobody is known by it."""
@@ -139,11 +140,6 @@ class Admission:
         if subject not in self._known:
             await self._store.call(self._store.db.identities.seen, subject)
             self._known.add(subject)
-
-    def _begin(self, caller: Caller) -> float:
-        """Returns when a certificate was issued: the server's own begin earlier, for clocks that are behind."""
-        own = self._issuer and caller.issuer == self._issuer
-        return caller.begins_at + (SKEW.total_seconds() if own else 0.0)
 
 
 def _revoked(subject: Subject) -> CertificateRevoked:

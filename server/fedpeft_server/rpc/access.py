@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from fedpeft.errors import (
     TokenNotFound,
 )
 from fedpeft.identity import certificates, requests, token
-from fedpeft.identity.authority import Authority, issued_at
+from fedpeft.identity.authority import Authority
 from fedpeft.identity.requests import PublicKey
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
@@ -106,14 +106,15 @@ class Access(pb_grpc.AccessServiceServicer):
         authority, key = self._authority(), _key(request.signing_request)
         made: list[x509.Certificate] = []
 
-        def issue(subject: Subject, after: float) -> Issued:
-            at = max(time.time(), math.floor(after) + 1)  # certificates count whole seconds
-            made.append(self._issue(authority, subject, key, at))
+        def issue(subject: Subject, after: float | None) -> Issued:
+            made.append(self._issue(authority, subject, key, after))
             return _issued(made[0])
 
         secret, public = token.digest(request.secret).hex(), _digest(key)
         used = await self._store.call(self._identities.enroll, secret, public, time.time(), issue)
         software = sayings.plain(request.software[: sayings.MAX_TEXT])
+        # Who was revoked a moment ago has a certificate that begins in the next second: the device must not be early.
+        await asyncio.sleep(made[0].not_valid_before_utc.timestamp() - time.time())
         log.info("enrolled", subject=str(used.subject), token=used.id, software=software)
         return pb.EnrollResponse(certificate=certificates.to_pem(*made), server=self._addresses().server)
 
@@ -123,7 +124,7 @@ class Access(pb_grpc.AccessServiceServicer):
         subject = CALL.get().caller.subject
         if subject is None:
             raise CertificateMissing("a certificate is renewed over a connection that was made with it")
-        certificate = self._issue(authority, subject, key, time.time())
+        certificate = self._issue(authority, subject, key, self._admission.revoked_at(subject))
         await self._store.call(self._identities.renewed, subject, _issued(certificate))
         log.info("renewed", subject=str(subject))
         return pb.RenewResponse(certificate=certificates.to_pem(certificate))
@@ -195,7 +196,7 @@ class Access(pb_grpc.AccessServiceServicer):
 
     @unbroken
     async def _revoke(self, subject: Subject, reason: str, by: str) -> IdentityRow:
-        at = float(math.ceil(time.time()))  # certificates count whole seconds
+        at = time.time()
         self._admission.revoke(subject, at)
         try:
             row = await self._store.call(self._identities.revoke, subject, at, reason, by)
@@ -228,9 +229,12 @@ class Access(pb_grpc.AccessServiceServicer):
             )
         return self._own.authority
 
-    def _issue(self, authority: Authority, subject: Subject, key: PublicKey, at: float) -> x509.Certificate:
+    def _issue(
+        self, authority: Authority, subject: Subject, key: PublicKey, revoked_at: float | None
+    ) -> x509.Certificate:
         life = self._life if subject.role in (Role.CLIENT, Role.EVALUATOR) else PERSON_LIFE
-        return authority.issue(subject, key, life, datetime.fromtimestamp(at, UTC))
+        after = None if revoked_at is None else datetime.fromtimestamp(revoked_at, UTC)
+        return authority.issue(subject, key, life, after=after)
 
 
 def _subject(role: pb.IdentityRole.ValueType, name: str) -> Subject:
@@ -260,7 +264,7 @@ def _digest(key: PublicKey) -> str:
 
 def _issued(certificate: x509.Certificate) -> Issued:
     return Issued(
-        issued_at(certificate).timestamp(),
+        time.time(),
         certificate.not_valid_after_utc.timestamp(),
         certificates.fingerprint(certificate),
     )

@@ -18,7 +18,7 @@ _SHARED_IDS = {Role.CLIENT: Role.EVALUATOR, Role.EVALUATOR: Role.CLIENT}
 """Roles whose names are ids of clients, and which other role's are too."""
 
 
-Issue = Callable[[Subject, float], "Issued"]
+Issue = Callable[[Subject, float | None], "Issued"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +73,15 @@ class Identities:
             if not access_queries.delete_token(connection, token_id):
                 raise TokenNotFound(f"there is no enrolment token {token_id!r}")
 
-    def enroll(
-        self, secret_sha256: str, key_sha256: str, now: float, issue: Callable[[Subject, float], Issued]
-    ) -> TokenRow:
+    def enroll(self, secret_sha256: str, key_sha256: str, now: float, issue: Issue) -> TokenRow:
         """Uses a token; with the key that used it first as often as asked for.
 
         Args:
             secret_sha256: Digest of the secret that was brought.
             key_sha256: Digest of the public key that asks.
             now: Seconds since the epoch.
-            issue: Makes the certificate for the token's subject, to be issued after the given time: those of before
-                were revoked.
+            issue: Makes the certificate for the token's subject, to begin after the given time, if one is given:
+                those that began before were revoked.
 
         Raises:
             TokenUnknown: If no token has the secret.
@@ -98,7 +96,7 @@ class Identities:
             _check(token, key_sha256, now)
             _refuse_shared_id(connection, token.subject)
             known = access_queries.select_identity(connection, token.subject)
-            issued = issue(token.subject, (known and known.revoked_at) or 0.0)
+            issued = issue(token.subject, known.revoked_at if known else None)
             access_queries.use_token(connection, secret_sha256, key_sha256, token.used_at or now)
             access_queries.put_certificate(connection, token.subject, issued.at, issued.expires_at, issued.fingerprint)
             who = str(token.subject)
