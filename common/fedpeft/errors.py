@@ -53,6 +53,7 @@
     │   ├── TransfersBusy
     │   ├── TooManyClients
     │   ├── TooManyCalls          one client has too many calls under way
+    │   ├── TooManyCertificates   one name was given too many in too short a time
     │   └── DiskFull
     ├── Aborted               nothing is wrong; ask where it stands and go on
     │   ├── TurnOver              others wait for a transfer's turn
@@ -350,6 +351,10 @@ class TooManyCalls(ResourceExhausted):
     """As many calls as a client may make at once are under way."""
 
     retry_s = 5.0
+
+
+class TooManyCertificates(ResourceExhausted):
+    """One name was given as many certificates as it may have within half the life of one."""
 
 
 class DiskFull(ResourceExhausted):

@@ -24,6 +24,7 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import tensor_pb2
 from fedpeft_server.rpc import arrivals, callers, turns, uploads
+from fedpeft_server.rpc.access import MOST_CERTIFICATES
 from fedpeft_server.store import tables
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, zeros
@@ -381,6 +382,13 @@ async def plain_renewal(world: World) -> object:
     return await stub.Renew(access.RenewRequest(signing_request=requests.make(keys.make())))
 
 
+async def too_many_certificates(secured: Federation) -> object:
+    token, key = await secured.token("a"), keys.make()
+    for _ in range(MOST_CERTIFICATES):
+        await secured.enroll(token, key)
+    return await secured.enroll(token, key)
+
+
 async def odd_signing_request(secured: Federation) -> object:
     stub = secured.access(secured.nobody())
     return await stub.Enroll(access.EnrollRequest(secret=bytes(32), signing_request=b"no request"))
@@ -439,6 +447,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "TOKEN_UNKNOWN": over_tls(unknown_token),
     "TOKEN_EXPIRED": over_tls(old_token),
     "TOKEN_USED": over_tls(used_token),
+    "TOO_MANY_CERTIFICATES": over_tls(too_many_certificates),
     "INTERNAL": lost_spool,
 }
 

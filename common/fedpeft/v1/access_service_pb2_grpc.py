@@ -116,6 +116,7 @@ class AccessServiceServicer:
         UNAUTHENTICATED      TOKEN_UNKNOWN           never made, deleted, or damaged
         UNAUTHENTICATED      TOKEN_EXPIRED
         UNAUTHENTICATED      TOKEN_USED              by another key; if that was not yours, revoke the name
+        RESOURCE_EXHAUSTED   TOO_MANY_CERTIFICATES   8 within half the life of one, Renew included
         FAILED_PRECONDITION  NO_AUTHORITY            the server has no key to sign with: its certificates come from elsewhere
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -125,6 +126,7 @@ class AccessServiceServicer:
     def Renew(self, request, context):
         """Renew gives the caller another certificate for the name and the role of the one it calls with.
         INVALID_ARGUMENT     SIGNING_REQUEST_INVALID
+        RESOURCE_EXHAUSTED   TOO_MANY_CERTIFICATES
         FAILED_PRECONDITION  NO_AUTHORITY
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -38,11 +38,13 @@ class AccessServiceStub:
       UNAUTHENTICATED      TOKEN_UNKNOWN           never made, deleted, or damaged
       UNAUTHENTICATED      TOKEN_EXPIRED
       UNAUTHENTICATED      TOKEN_USED              by another key; if that was not yours, revoke the name
+      RESOURCE_EXHAUSTED   TOO_MANY_CERTIFICATES   8 within half the life of one, Renew included
       FAILED_PRECONDITION  NO_AUTHORITY            the server has no key to sign with: its certificates come from elsewhere
     """
     Renew: _aio.UnaryUnaryMultiCallable[_access_service_pb2.RenewRequest, _access_service_pb2.RenewResponse]
     """Renew gives the caller another certificate for the name and the role of the one it calls with.
       INVALID_ARGUMENT     SIGNING_REQUEST_INVALID
+      RESOURCE_EXHAUSTED   TOO_MANY_CERTIFICATES
       FAILED_PRECONDITION  NO_AUTHORITY
     """
     CreateToken: _aio.UnaryUnaryMultiCallable[_access_service_pb2.CreateTokenRequest, _access_service_pb2.CreateTokenResponse]
@@ -99,6 +101,7 @@ class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
           UNAUTHENTICATED      TOKEN_UNKNOWN           never made, deleted, or damaged
           UNAUTHENTICATED      TOKEN_EXPIRED
           UNAUTHENTICATED      TOKEN_USED              by another key; if that was not yours, revoke the name
+          RESOURCE_EXHAUSTED   TOO_MANY_CERTIFICATES   8 within half the life of one, Renew included
           FAILED_PRECONDITION  NO_AUTHORITY            the server has no key to sign with: its certificates come from elsewhere
         """
 
@@ -110,6 +113,7 @@ class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_access_service_pb2.RenewResponse]:
         """Renew gives the caller another certificate for the name and the role of the one it calls with.
           INVALID_ARGUMENT     SIGNING_REQUEST_INVALID
+          RESOURCE_EXHAUSTED   TOO_MANY_CERTIFICATES
           FAILED_PRECONDITION  NO_AUTHORITY
         """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -23,6 +24,7 @@ from fedpeft.errors import (
     SubjectInvalid,
     TicketNotFound,
     TokenNotFound,
+    TooManyCertificates,
 )
 from fedpeft.identity import certificates, requests, token
 from fedpeft.identity.authority import Authority
@@ -51,6 +53,8 @@ TOKEN_LIFE_S = 86_400
 MIN_TOKEN_LIFE_S = 60
 MAX_TOKEN_LIFE_S = 30 * 86_400
 MAX_REASON = 1024
+MOST_CERTIFICATES = 8
+"""A name is given so many within half the life of one, and needs one: each is a line in the audit log for ever."""
 
 _ROLES = {number: Role(name) for name, number in IDENTITY_ROLES.items()}
 
@@ -99,6 +103,7 @@ class Access(pb_grpc.AccessServiceServicer):
         self._own = own
         self._addresses = addresses
         self._life = life
+        self._issued_to: dict[Subject, deque[float]] = defaultdict(lambda: deque(maxlen=MOST_CERTIFICATES))
         self.steps = Steps()
 
     async def Enroll(self, request: pb.EnrollRequest, context: Context) -> pb.EnrollResponse:
@@ -233,6 +238,13 @@ class Access(pb_grpc.AccessServiceServicer):
         self, authority: Authority, subject: Subject, key: PublicKey, revoked_at: float | None
     ) -> x509.Certificate:
         life = self._life if subject.role in (Role.CLIENT, Role.EVALUATOR) else PERSON_LIFE
+        times, now = self._issued_to[subject], time.monotonic()
+        if len(times) == MOST_CERTIFICATES and now - times[0] < life.total_seconds() / 2:
+            raise TooManyCertificates(
+                f"{subject} was given {MOST_CERTIFICATES} certificates in {now - times[0]:.0f} s; one is good for "
+                f"{life.total_seconds():.0f} s, and is renewed half-way"
+            )
+        times.append(now)
         after = None if revoked_at is None else datetime.fromtimestamp(revoked_at, UTC)
         return authority.issue(subject, key, life, after=after)
 
