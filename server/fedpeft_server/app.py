@@ -269,7 +269,7 @@ def _locked(folder: Path) -> Iterator[None]:
         StateInvalid: If it cannot be made or written, or another server holds it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # updates are nobody else's to read
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StateInvalid(f"--data-dir {folder}: {error.strerror}; name a folder this user can write") from None

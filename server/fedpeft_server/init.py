@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> int:
         _check(host)
     files = Files(given.identity or given.data_dir / "identity")
     with durable.refusals(f"making {files.folder}"):
-        files.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the data folder: updates are private
+        files.folder.mkdir(mode=0o700, exist_ok=True)
     authority = _authority(files, given.authority, given.authority_key)
     hosts = _server(files, authority, given.host)
     _operator(authority, subject, given.operator_identity, str(Address(hosts[0], given.port)))

@@ -575,6 +575,13 @@ def test_init_signs_with_an_authority_of_ones_own(tmp_path: Path) -> None:
     assert server.issuer == own.certificate.subject
 
 
+async def test_nobody_else_reads_the_data_folder(start: StartDaemon, tmp_path: Path) -> None:
+    folders = [tmp_path / "deep" / "by-init", tmp_path / "by-server"]
+    init.main(["--data-dir", str(folders[0]), "--operator-identity", str(tmp_path / "me"), "--operator", "ada"])
+    await start(folders[1])
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700, 0o700]
+
+
 def test_certificates_and_insecure_contradict(made: Path) -> None:
     with pytest.raises(SettingsInvalid, match="--insecure would serve plain text"):
         Settings.read(["--data-dir", str(made), "--insecure"])
