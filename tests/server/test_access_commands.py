@@ -92,6 +92,16 @@ async def test_a_token_takes_another_person_in(fedpeft: Command, secured: Federa
     assert refused.code == 1 and "viewer" in refused.err and refused.err.count("\n") == 1
 
 
+async def test_a_token_in_a_file_is_for_its_owner_only(fedpeft: Command, tmp_path: Path) -> None:
+    file = tmp_path / "site-a.token"
+    made = await fedpeft("token", "create", "--name", "site-a", "--out", str(file), "--json")
+    assert made.code == 0, made.err
+    token = EnrollmentToken.decode(file.read_text())
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert json.loads(made.out)["id"] == token.digest.hex()[:12]
+    assert token.encode() not in made.out + made.err
+
+
 async def test_a_token_that_is_deleted_is_worthless(fedpeft: Command, tmp_path: Path) -> None:
     made = json.loads((await fedpeft("token", "create", "--name", "noto", "--json")).out)
     assert made["role"] == "client" and made["line"].startswith("fedpeft1.")

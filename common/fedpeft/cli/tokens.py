@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedpeft import views
+from fedpeft import durable, views
 from fedpeft.cli import output
 from fedpeft.cli.epilogs import OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
@@ -26,6 +27,7 @@ _LIFE = re.compile(r"([0-9]{1,9})([smhd])")
     "create",
     epilog=epilog(
         "fedpeft token create --name hospital-a --role client --expires 24h",
+        "fedpeft token create --name hospital-a --role client --out hospital-a.token",
         hint="The token is secret until it is used: whoever has it first is let in under this name.",
         ends=OF_SERVER,
     ),
@@ -37,18 +39,26 @@ def create(
     expires: Annotated[
         str, typer.Option("--expires", metavar="TIME", help="How long it can be used: 30m, 24h or 7d, for example.")
     ] = "24h",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the line there, for nobody else to read.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make an enrolment token and print its line, which is all of the standard output."""
     made = run_async(_created(session_of(context), name, role, seconds(expires)))
+    if out:
+        line = made.pop("line")
+        with durable.refusals(f"writing {out}"):
+            durable.write(out, f"{line}\n".encode())
     if as_json:
         output.say_json(made)
         return
-    output.say(made["line"])
+    if not out:
+        output.say(made["line"])
     who = "fedpeft-client" if role in (Role.CLIENT, Role.EVALUATOR) else "fedpeft"
     output.note(
         f"token {made['id']} for {role} {made['name']}, good once, until {made['expires_at']}; carry the line to its "
-        f"machine in a way that nobody else reads, and there: {who} enroll -"
+        f"machine in a way that nobody else reads, and there: {who} enroll {'@FILE' if out else '-'}"
     )
 
 
