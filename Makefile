@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check proto bench docs notebooks dist test-dist test-compose test-network screenshots
+.PHONY: help install demo test test-slow check proto bench docs notebooks dist test-dist test-compose test-network screenshots
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -22,6 +22,9 @@ demo: $(STAMP) ## watch a federation of processes fine-tune a vision transformer
 
 test: $(STAMP) ## run the tests, all but the slow ones
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not slow"
+
+test-slow: $(STAMP) ## run the slow tests of processes and the long fuzz (the others have targets of their own)
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m slow tests/e2e tests/server tests/client tests/common
 
 check: $(STAMP) ## lint, format, types, imports, protocol, and that nothing generated is stale
 	$(BIN)/ruff check .

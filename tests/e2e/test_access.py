@@ -14,7 +14,7 @@ import pytest
 
 from .conftest import WAIT_S, Process, free_port, wait_for, write_site
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 RUN_FILE = """
 [model]

@@ -51,6 +51,7 @@ def training(client: Process, run: str) -> bool:
     return any(line["run"] == run for line in client.events("training begins"))
 
 
+@pytest.mark.slow
 def test_a_client_outlives_its_runs_and_its_server(federation: Federation) -> None:
     """A training that cannot count any more ends: its run is stopped, deleted, or gone with its server.
 
