@@ -317,3 +317,12 @@ def with_run(database: Database) -> Database:
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'server.db'}"
+
+
+@pytest.fixture
+async def secured(tmp_path: Path) -> AsyncIterator[object]:
+    """A `secured.Federation`: a daemon over TLS."""
+    from .secured import federation  # which needs what is above
+
+    async with federation(tmp_path) as running:
+        yield running

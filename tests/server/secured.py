@@ -10,6 +10,9 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from fedpeft.identity import certificates, keys, requests
 from fedpeft.identity.authority import Authority
@@ -17,15 +20,18 @@ from fedpeft.identity.folder import Identity
 from fedpeft.identity.keys import PrivateKey
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
+from fedpeft.status import from_rpc_error
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import access_service_pb2_grpc as access_grpc
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import init
 from fedpeft_server.access.certificates import read_authority
 from fedpeft_server.app import Server
 from fedpeft_server.files import Files
 from fedpeft_server.settings import Settings
 
-from .conftest import Daemon
+from .conftest import Daemon, RawClient, config
 
 HOUR = timedelta(hours=1)
 ROLES = {
@@ -33,6 +39,15 @@ ROLES = {
     Role.VIEWER: access.IDENTITY_ROLE_VIEWER,
     Role.CLIENT: access.IDENTITY_ROLE_CLIENT,
     Role.EVALUATOR: access.IDENTITY_ROLE_EVALUATOR,
+}
+
+
+SERVED = (access.DESCRIPTOR, fed.DESCRIPTOR, op.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
+METHODS = {
+    f"/{service.full_name}/{method.name}": method
+    for file in SERVED
+    for service in file.services_by_name.values()
+    for method in service.methods
 }
 
 
@@ -126,3 +141,40 @@ async def federation(folder: Path, **settings: object) -> AsyncIterator[Federati
         if living.done():
             await living
         yield Federation(server, authority, Identity.load(person), stack)
+
+
+async def outcome(channel: grpc.aio.Channel, name: str) -> str:
+    """Makes a call with an empty message; returns the reason with which it is refused, or OK once an answer came."""
+    method = METHODS[name]
+    request: Message = method.input_type._concrete_class()
+    coders = {"request_serializer": lambda m: m.SerializeToString(), "response_deserializer": bytes}
+
+    async def one() -> AsyncIterator[Message]:
+        yield request
+
+    try:
+        async with asyncio.timeout(5):
+            if method.server_streaming and method.client_streaming:
+                await channel.stream_stream(name, **coders)(one()).read()
+            elif method.server_streaming:
+                call = channel.unary_stream(name, **coders)(request)
+                await call.read()
+                call.cancel()
+            elif method.client_streaming:
+                await channel.stream_unary(name, **coders)(one())
+            else:
+                await channel.unary_unary(name, **coders)(request)
+    except grpc.aio.AioRpcError as error:
+        return from_rpc_error(error).reason
+    return "OK"
+
+
+async def held(secured: Federation, *names: str) -> tuple[str, dict[str, RawClient], dict[str, fed.TrainingTask]]:
+    """Returns a run with a ticket for each of some clients."""
+    operator = secured.daemon(secured.operators())
+    run = await operator.create(config(rounds={"count": 1, "clients": len(names)}))
+    clients = {name: RawClient(secured.certificate(Role.CLIENT, name), name) for name in names}
+    for client in clients.values():
+        await client.register()
+    tasks = await asyncio.gather(*(client.task() for client in clients.values()))
+    return run.id, clients, dict(zip(names, tasks, strict=True))

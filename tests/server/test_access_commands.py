@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -34,12 +34,6 @@ class Ended:
 
 
 Command = Callable[..., Awaitable[Ended]]
-
-
-@pytest.fixture
-async def secured(tmp_path: Path) -> AsyncIterator[Federation]:
-    async with federation(tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

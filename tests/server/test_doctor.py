@@ -8,7 +8,6 @@ import resource
 import socket
 import sqlite3
 import sys
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,15 +23,9 @@ from fedpeft.identity.subject import Role, Subject
 from fedpeft_server import init
 
 from .conftest import StartDaemon, free_port
-from .secured import Federation, federation
+from .secured import Federation
 
 DAY = timedelta(days=1)
-
-
-@pytest.fixture
-async def secured(tmp_path: Path) -> AsyncIterator[Federation]:
-    async with federation(tmp_path) as made:
-        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,187 @@
+"""A revocation ends what its subject does, outlives the server, and is undone by a new token; renewal."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from fedpeft.errors import DiskFull
+from fedpeft.identity import certificates, keys, requests
+from fedpeft.identity.subject import Role, Subject
+from fedpeft.status import from_rpc_error
+from fedpeft.v1 import access_service_pb2 as access
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import operator_service_pb2 as op
+
+from .conftest import RawClient, filled, refused
+from .secured import HOUR, ROLES, Federation, federation, held, outcome
+
+
+async def test_a_revocation_ends_what_its_owner_waits_for_and_frees_the_round(secured: Federation) -> None:
+    run, clients, tasks = await held(secured, "a", "b")
+    waiting = asyncio.create_task(clients["a"].look())
+    await clients["b"].push(tasks["b"].ticket, filled(1.0))
+    await asyncio.sleep(0.1)
+    assert not waiting.done() or waiting.result().HasField("training")
+    shown = await secured.revoke(Role.CLIENT, "a")
+    assert shown.HasField("revoked_at") and shown.reason == "lost"
+    assert await refused(clients["a"].look()) == "CERTIFICATE_REVOKED"
+    operator = secured.daemon(secured.operators())
+    (round_,) = await operator.rounds(run)
+    assert {t.client: t.reason for t in round_.tickets}["a"] == "its certificate was revoked"
+    assert [e.actor for e in await secured.audit() if e.action == "ticket.withdrawn"] == ["operator ada"]
+
+
+async def test_a_stream_that_waits_for_news_is_ended_at_once(secured: Federation) -> None:
+    run, _, _ = await held(secured, "a")
+    viewer = secured.daemon(secured.certificate(Role.VIEWER, "eve"))
+    watch = viewer.operator.WatchRun(op.WatchRunRequest(run=run))
+    assert isinstance(await watch.read(), op.WatchRunResponse)
+    await secured.revoke(Role.VIEWER, "eve")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async with asyncio.timeout(5):
+            while await watch.read() is not grpc.aio.EOF:
+                continue
+    assert from_rpc_error(caught.value).reason == "CERTIFICATE_REVOKED"
+
+
+@asynccontextmanager
+async def slow_database(secured: Federation) -> AsyncIterator[None]:
+    """Holds the database's one thread for as long as the block lasts."""
+    go_on = threading.Event()
+    held = asyncio.create_task(secured.server.store.call(go_on.wait))
+    try:
+        yield
+    finally:
+        go_on.set()
+        await held
+
+
+async def test_a_revocation_holds_at_once_and_though_its_operator_goes_away(secured: Federation) -> None:
+    run, clients, _ = await held(secured, "a", "b")
+    async with slow_database(secured):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            request = access.RevokeIdentityRequest(role=ROLES[Role.CLIENT], name="a")
+            await secured.access().RevokeIdentity(request, timeout=0.3)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        early = asyncio.create_task(refused(clients["a"].look()))
+        await asyncio.sleep(0.2)  # it is refused already, and waits for its line in the audit log
+    assert await early == "CERTIFICATE_REVOKED", "before the revocation was written"
+    assert await refused(clients["a"].look()) == "CERTIFICATE_REVOKED"
+    operator = secured.daemon(secured.operators())
+    async with asyncio.timeout(5):
+        while (await operator.rounds(run))[0].tickets[0].reason != "its certificate was revoked":
+            await asyncio.sleep(0.05)
+    (identity,) = [i for i in await identities(secured) if i.name == "a"]
+    assert identity.HasField("revoked_at")
+
+
+async def test_who_could_not_be_written_down_is_not_let_in_and_can_be_revoked_later(
+    secured: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger, call = secured.certificate(Role.VIEWER, "eve"), "/fedpeft.v1.OperatorService/ListRuns"
+
+    def full(subject: Subject) -> None:
+        raise DiskFull("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(secured.server.store.db.identities, "seen", full)
+        assert [await outcome(stranger, call) for _ in range(2)] == ["DISK_FULL"] * 2
+    assert await refused(secured.revoke(Role.VIEWER, "eve")) == "IDENTITY_NOT_FOUND"
+    assert await outcome(stranger, call) == "OK", "nobody was revoked"
+    await secured.revoke(Role.VIEWER, "eve")
+    assert await outcome(stranger, call) == "CERTIFICATE_REVOKED"
+
+
+async def test_who_enrolled_is_not_told_to_be_a_stranger(secured: Federation) -> None:
+    token, key = await secured.token("a"), keys.make()
+    request = access.EnrollRequest(secret=token.secret, signing_request=requests.make(key))
+    async with slow_database(secured):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await secured.access(secured.nobody()).Enroll(request, timeout=0.3)
+    assert await outcome(secured.certificate(Role.CLIENT, "a"), "/grpc.health.v1.Health/Check") == "OK"
+    told = [entry.action for entry in await secured.audit() if entry.object == "client a"]
+    assert told == ["token.created", "identity.enrolled"]
+
+
+async def test_an_upload_under_way_is_ended_by_a_revocation(secured: Federation) -> None:
+    from fedpeft import payload
+
+    from .conftest import SPEC, header
+
+    _, clients, tasks = await held(secured, "a")
+    manifest, _ = payload.encode(filled(1.0), SPEC.sent(1), "float32")
+
+    async def messages() -> AsyncIterator[fed.PushUpdateRequest]:
+        yield fed.PushUpdateRequest(header=header(tasks["a"].ticket, manifest))
+        await asyncio.sleep(30)
+
+    pushing = asyncio.ensure_future(collect(clients["a"].stub.PushUpdate(messages(), metadata=clients["a"].metadata)))
+    await asyncio.sleep(0.2)
+    await secured.revoke(Role.CLIENT, "a")
+    async with asyncio.timeout(5):
+        assert await refused(pushing) == "CERTIFICATE_REVOKED"
+
+
+async def collect(call: Any) -> Any:
+    return await call
+
+
+async def test_a_new_token_enrolls_the_revoked_again_and_the_old_certificate_stays_refused(secured: Federation) -> None:
+    old = await secured.enroll(await secured.token("a"))
+    unused = await secured.token("a")
+    await secured.revoke(Role.CLIENT, "a")
+    assert await refused(secured.enroll(unused)) == "TOKEN_UNKNOWN", "its tokens went with it"
+    new = await secured.enroll(await secured.token("a"))
+    assert await outcome(new, "/fedpeft.v1.FederationService/AwaitRound") == "CLIENT_ID_INVALID"
+    assert await outcome(old, "/fedpeft.v1.FederationService/AwaitRound") == "CERTIFICATE_REVOKED"
+    (identity,) = [i for i in await identities(secured) if i.name == "a"]
+    assert not identity.HasField("revoked_at")
+
+
+async def identities(secured: Federation) -> list[access.Identity]:
+    return list((await secured.access().ListIdentities(access.ListIdentitiesRequest())).identities)
+
+
+async def test_a_revocation_outlives_the_server(tmp_path: Path) -> None:
+    async with federation(tmp_path) as before:
+        key = keys.make()
+        await before.enroll(await before.token("a"), key)
+        certificate = before.authority.issue(before.operator.subject, key.public_key(), HOUR)
+        await before.revoke(Role.CLIENT, "a")
+    async with federation(tmp_path) as after:
+        stale = after.certificate(Role.CLIENT, "a", at=datetime.now(UTC) - timedelta(seconds=30))
+        assert await outcome(stale, "/fedpeft.v1.FederationService/Register") == "CERTIFICATE_REVOKED"
+        assert certificate.issuer == after.authority.certificate.subject
+
+
+async def test_nobody_is_revoked_who_is_unknown_or_asks_for_it(secured: Federation) -> None:
+    assert await refused(secured.revoke(Role.CLIENT, "nobody")) == "IDENTITY_NOT_FOUND"
+    assert await refused(secured.revoke(Role.OPERATOR, "ada")) == "SELF_REVOCATION"
+
+
+async def test_a_certificate_is_renewed_for_the_one_who_asks(secured: Federation) -> None:
+    key = keys.make()
+    channel = await secured.enroll(await secured.token("a"), key)
+    answer = await secured.access(channel).Renew(access.RenewRequest(signing_request=requests.make(key)))
+    renewed = certificates.parse(answer.certificate)[0]
+    assert str(certificates.subject(renewed)) == "client a"
+    assert renewed.not_valid_after_utc - datetime.now(UTC) > timedelta(days=6)
+    await RawClient(secured.with_certificate(key, renewed), "a").register()
+    assert "identity.renewed" in [entry.action for entry in await secured.audit()]
+
+
+async def test_a_connection_does_not_outlive_its_certificate(secured: Federation) -> None:
+    short = secured.certificate(Role.VIEWER, "eve", life=timedelta(seconds=2))
+    viewer = secured.daemon(short)
+    assert not (await viewer.operator.ListRuns(op.ListRunsRequest())).runs
+    await asyncio.sleep(2.1)
+    assert await outcome(short, "/fedpeft.v1.OperatorService/ListRuns") == "CERTIFICATE_EXPIRED"
