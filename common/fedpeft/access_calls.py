@@ -7,16 +7,10 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Protocol, TypeVar
 
 from fedpeft.audit import AuditEntry
+from fedpeft.identity import roles
 from fedpeft.identity.subject import Role
 from fedpeft.v1 import access_service_pb2 as pb
 from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
-
-_TO_PROTO = {
-    Role.OPERATOR: pb.IDENTITY_ROLE_OPERATOR,
-    Role.VIEWER: pb.IDENTITY_ROLE_VIEWER,
-    Role.CLIENT: pb.IDENTITY_ROLE_CLIENT,
-    Role.EVALUATOR: pb.IDENTITY_ROLE_EVALUATOR,
-}
 
 RequestT = TypeVar("RequestT", contravariant=True)
 ResponseT = TypeVar("ResponseT", covariant=True)
@@ -47,7 +41,7 @@ class AccessCalls(ABC):
             role: In which role.
             life_s: Seconds until it is worthless; 0 for a day.
         """
-        request = pb.CreateTokenRequest(name=name, role=_TO_PROTO[role], life_s=life_s)
+        request = pb.CreateTokenRequest(name=name, role=roles.TO_PROTO[role], life_s=life_s)
         return await self._ask(self._access.CreateToken, request)
 
     async def tokens(self) -> list[pb.Token]:
@@ -66,7 +60,7 @@ class AccessCalls(ABC):
 
     async def revoke(self, name: str, role: Role, reason: str = "") -> pb.Identity:
         """Refuses all certificates that a name and a role have so far; returns the identity."""
-        request = pb.RevokeIdentityRequest(role=_TO_PROTO[role], name=name, reason=reason)
+        request = pb.RevokeIdentityRequest(role=roles.TO_PROTO[role], name=name, reason=reason)
         return (await self._ask(self._access.RevokeIdentity, request)).identity
 
     async def identities(self) -> list[pb.Identity]:

@@ -18,6 +18,7 @@ from fedpeft.identity import certificates, keys, requests
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.keys import PrivateKey
+from fedpeft.identity.roles import TO_PROTO
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
 from fedpeft.status import from_rpc_error
@@ -34,12 +35,6 @@ from fedpeft_server.settings import Settings
 from .conftest import Daemon, RawClient, config
 
 HOUR = timedelta(hours=1)
-ROLES = {
-    Role.OPERATOR: access.IDENTITY_ROLE_OPERATOR,
-    Role.VIEWER: access.IDENTITY_ROLE_VIEWER,
-    Role.CLIENT: access.IDENTITY_ROLE_CLIENT,
-    Role.EVALUATOR: access.IDENTITY_ROLE_EVALUATOR,
-}
 
 
 SERVED = (access.DESCRIPTOR, fed.DESCRIPTOR, op.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
@@ -88,7 +83,7 @@ class Federation:
         )
 
     async def token(self, name: str, role: Role = Role.CLIENT, life_s: int = 0) -> EnrollmentToken:
-        request = access.CreateTokenRequest(name=name, role=ROLES[role], life_s=life_s)
+        request = access.CreateTokenRequest(name=name, role=TO_PROTO[role], life_s=life_s)
         return EnrollmentToken.decode((await self.access().CreateToken(request)).line)
 
     async def enroll(self, token: EnrollmentToken, key: PrivateKey | None = None) -> grpc.aio.Channel:
@@ -99,7 +94,7 @@ class Federation:
         return self.with_certificate(key, certificates.parse(answer.certificate)[0])
 
     async def revoke(self, role: Role, name: str) -> access.Identity:
-        request = access.RevokeIdentityRequest(role=ROLES[role], name=name, reason="lost")
+        request = access.RevokeIdentityRequest(role=TO_PROTO[role], name=name, reason="lost")
         return (await self.access().RevokeIdentity(request)).identity
 
     async def audit(self) -> list[access.AuditEntry]:

@@ -24,6 +24,7 @@ from fedpeft.audit import AuditEntry
 from fedpeft.errors import IdentityInvalid, SettingsInvalid
 from fedpeft.identity import certificates, keys, requests
 from fedpeft.identity.authority import Authority
+from fedpeft.identity.roles import TO_PROTO
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
@@ -35,7 +36,7 @@ from fedpeft_server.files import Files
 from fedpeft_server.settings import Settings
 
 from .conftest import RawClient, StartDaemon, config, filled, refused
-from .secured import HOUR, METHODS, ROLES, Federation, held, outcome
+from .secured import HOUR, METHODS, Federation, held, outcome
 
 DENIALS = {"ROLE_MAY_NOT", "CERTIFICATE_MISSING", "CERTIFICATE_INVALID", "CERTIFICATE_EXPIRED", "CERTIFICATE_REVOKED"}
 
@@ -174,7 +175,7 @@ async def test_what_is_wrong_with_a_token_is_said(secured: Federation, monkeypat
     "bad", [{"name": ""}, {"name": "../x"}, {"role": 0}, {"role": 9}, {"life_s": 59}, {"life_s": 2**31}]
 )
 async def test_a_token_is_refused_for_what_cannot_be(secured: Federation, bad: dict[str, Any]) -> None:
-    request = access.CreateTokenRequest(**{"name": "a", "role": ROLES[Role.CLIENT], **bad})
+    request = access.CreateTokenRequest(**{"name": "a", "role": TO_PROTO[Role.CLIENT], **bad})
     assert await refused(secured.access().CreateToken(request)) == "SUBJECT_INVALID"
 
 
@@ -304,7 +305,7 @@ async def test_without_certificates_everybody_is_local_and_nobody_enrolls(start:
         await refused(service.Renew(access.RenewRequest(signing_request=requests.make(keys.make())))) == "NO_AUTHORITY"
     )
     assert (
-        await refused(service.CreateToken(access.CreateTokenRequest(name="a", role=ROLES[Role.CLIENT])))
+        await refused(service.CreateToken(access.CreateTokenRequest(name="a", role=TO_PROTO[Role.CLIENT])))
         == "NO_AUTHORITY"
     )
     run = await daemon.create(config(rounds={"count": 1, "clients": 1}))

@@ -15,6 +15,7 @@ import pytest
 
 from fedpeft.errors import DiskFull
 from fedpeft.identity import certificates, keys, requests
+from fedpeft.identity.roles import TO_PROTO
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.status import from_rpc_error
 from fedpeft.v1 import access_service_pb2 as access
@@ -22,7 +23,7 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 
 from .conftest import RawClient, filled, refused
-from .secured import HOUR, ROLES, Federation, federation, held, outcome
+from .secured import HOUR, Federation, federation, held, outcome
 
 
 async def test_a_revocation_ends_what_its_owner_waits_for_and_frees_the_round(secured: Federation) -> None:
@@ -69,7 +70,7 @@ async def test_a_revocation_holds_at_once_and_though_its_operator_goes_away(secu
     run, clients, _ = await held(secured, "a", "b")
     async with slow_database(secured):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            request = access.RevokeIdentityRequest(role=ROLES[Role.CLIENT], name="a")
+            request = access.RevokeIdentityRequest(role=TO_PROTO[Role.CLIENT], name="a")
             await secured.access().RevokeIdentity(request, timeout=0.3)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         early = asyncio.create_task(refused(clients["a"].look()))

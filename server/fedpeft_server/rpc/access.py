@@ -29,6 +29,7 @@ from fedpeft.errors import (
 from fedpeft.identity import certificates, requests, token
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.requests import PublicKey
+from fedpeft.identity.roles import OF_PROTO
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
 from fedpeft.v1 import access_service_pb2 as pb
@@ -40,7 +41,7 @@ from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.rpc import pages, sayings
 from fedpeft_server.rpc.interceptors import Context
-from fedpeft_server.rpc.messages import IDENTITY_ROLES, audit_message, identity_message, token_message
+from fedpeft_server.rpc.messages import audit_message, identity_message, token_message
 from fedpeft_server.store.identities import Issued
 from fedpeft_server.store.rows import IdentityRow, TokenRow
 from fedpeft_server.store.store import Store
@@ -55,8 +56,6 @@ MAX_TOKEN_LIFE_S = 30 * 86_400
 MAX_REASON = 1024
 MOST_CERTIFICATES = 8
 """A name is given so many within half the life of one, and needs one: each is a line in the audit log for ever."""
-
-_ROLES = {number: Role(name) for name, number in IDENTITY_ROLES.items()}
 
 
 @dataclass(frozen=True)
@@ -255,10 +254,10 @@ def _subject(role: pb.IdentityRole.ValueType, name: str) -> Subject:
     Raises:
         SubjectInvalid: If the role is none, or the name cannot be one.
     """
-    if role not in _ROLES:
+    if role not in OF_PROTO:
         raise SubjectInvalid(f"the role must be one of {', '.join(Role)}", (("role", "is unspecified"),))
     try:
-        return Subject(_ROLES[role], name)
+        return Subject(OF_PROTO[role], name)
     except IdentityInvalid as error:
         raise SubjectInvalid(error.message, (("name", "is malformed"),)) from None
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from google.protobuf import timestamp_pb2
 
 from fedpeft.audit import AuditEntry
-from fedpeft.identity.subject import Role
+from fedpeft.identity import roles
 from fedpeft.rounds import Phase, TicketState
 from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2
 from fedpeft.wire import config_to_proto, spec_to_proto
@@ -49,12 +49,6 @@ TICKET_STATES = {
 ROLES = {
     "trainer": federation_service_pb2.CLIENT_ROLE_TRAINER,
     "evaluator": federation_service_pb2.CLIENT_ROLE_EVALUATOR,
-}
-IDENTITY_ROLES = {
-    Role.OPERATOR: access_service_pb2.IDENTITY_ROLE_OPERATOR,
-    Role.VIEWER: access_service_pb2.IDENTITY_ROLE_VIEWER,
-    Role.CLIENT: access_service_pb2.IDENTITY_ROLE_CLIENT,
-    Role.EVALUATOR: access_service_pb2.IDENTITY_ROLE_EVALUATOR,
 }
 
 
@@ -159,7 +153,7 @@ def token_message(row: TokenRow) -> access_service_pb2.Token:
     return access_service_pb2.Token(
         id=row.id,
         name=row.subject.name,
-        role=IDENTITY_ROLES[row.subject.role],
+        role=roles.TO_PROTO[row.subject.role],
         created_at=timestamp(row.created_at),
         created_by=row.created_by,
         expires_at=timestamp(row.expires_at),
@@ -170,7 +164,7 @@ def token_message(row: TokenRow) -> access_service_pb2.Token:
 def identity_message(row: IdentityRow) -> access_service_pb2.Identity:
     """Returns an identity; one that was enrolled again after it was revoked is not revoked."""
     return access_service_pb2.Identity(
-        role=IDENTITY_ROLES[row.subject.role],
+        role=roles.TO_PROTO[row.subject.role],
         name=row.subject.name,
         issued_at=timestamp(row.issued_at),
         expires_at=timestamp(row.expires_at),
