@@ -47,10 +47,10 @@ class Picture:
         """Returns the picture after a change."""
         return replace(self._with(change.rounds), run=change.run, lost="", waiting="")
 
-    def scored(self, rounds: Iterable[run_pb2.Round]) -> Picture:
-        """Returns the picture after rounds were asked for; changed are those that now have figures."""
-        new = self._with(rounds)
-        return replace(new, changed=_scored_versions(new.rounds) - _scored_versions(self.rounds), waiting="")
+    def scored(self, run: run_pb2.Run, rounds: Iterable[run_pb2.Round]) -> Picture:
+        """Returns the picture after a run and its rounds were asked for; changed are those that now have figures."""
+        new = replace(self._with(rounds), run=run, waiting="")
+        return replace(new, changed=_scored_versions(new.rounds) - _scored_versions(self.rounds))
 
     def _with(self, parts: Iterable[run_pb2.Round]) -> Picture:
         parts = list(parts)
@@ -130,7 +130,9 @@ async def _scored(connect: Connect, picture: Picture) -> AsyncIterator[Picture]:
                 waiting = f"waiting for the evaluator's figures of version {last}"
                 yield (picture := replace(picture, changed=frozenset(), waiting=waiting))
                 await asyncio.sleep(SCORE_PAUSE_S)
-                seen = picture.scored(await server.rounds(picture.run.id, picture.settled(scored=True)))
+                rounds = await server.rounds(picture.run.id, picture.settled(scored=True))
+                # The run too: figures of version 0 stand there. It is asked for last, so it has what was scored before.
+                seen = picture.scored((await server.run(picture.run.id))[0], rounds)
                 if seen.changed:
                     give_up = now() + PATIENCE_S
                     yield (picture := seen)

@@ -272,6 +272,7 @@ def test_watch_waits_for_the_last_figures(served: Serving, fedpeft: Command) -> 
 
     def score() -> None:
         time.sleep(0.8)
+        served.double.runs[RUN] = a_run(version=1, state=COMPLETED, initial_metrics={"accuracy": 0.1})
         served.double.rounds[RUN] = [a_round(1, accuracy=0.6)]
 
     scoring = threading.Thread(target=score)
@@ -279,6 +280,7 @@ def test_watch_waits_for_the_last_figures(served: Serving, fedpeft: Command) -> 
     ended = fedpeft("run", "watch", RUN)
     scoring.join()
     assert "version 1 scored: accuracy 60.0 %" in ended.out
+    assert "0 scored: accuracy 10.0 %" in ended.out
 
 
 def test_watch_survives_a_server_that_restarts(served: Serving, fedpeft: Command) -> None:

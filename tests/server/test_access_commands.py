@@ -191,7 +191,7 @@ async def test_a_changed_export_is_found_out(fedpeft: Command, secured: Federati
     noted = of_line(lines[-1], "a line")
     for wrong, said in (
         ([*lines[:1], *lines[2:]], "entry 2 is missing: entry 3 stands in its place"),
-        ([lines[0], lines[1].replace("ada", "eve"), *lines[2:]], "entry 2 was changed"),
+        ([lines[0], lines[1].replace("operator ada", "operator eve"), *lines[2:]], "entry 2 was changed"),
         ([lines[0].replace(",", ", "), *lines[1:]], f"{file}:1 (entry 1) is not in canonical form; it was edited"),
         (lines[:-1], f"the log ends with entry {noted.number - 1}, but entry {noted.number} was noted"),
         (["{}"], f"{file}:1 is not an entry of an audit log"),
