@@ -1,7 +1,8 @@
 """The connection to the server: who is calling on every call, errors as classes of the tree.
 
 Notable: with another certificate comes another connection. Calls that are under way end on the old one, which is closed
-after the last of them; and why there is no connection is found out once an absence, not at every attempt.
+after the last of them; a certificate is renewed on a connection of its own, past what holds the other up; and why
+there is no connection is found out once an absence, not at every attempt.
 """
 
 from __future__ import annotations
@@ -86,7 +87,6 @@ class _Line:
 
     def __post_init__(self) -> None:
         self.federation = pb_grpc.FederationServiceStub(self.channel)
-        self.access = access_pb_grpc.AccessServiceStub(self.channel)
 
 
 Seen = Callable[[Message], None]
@@ -172,8 +172,9 @@ class Channel:
         await self._call(self._line.federation.PushEvaluation, request)
 
     async def renew(self, request: access_pb.RenewRequest) -> access_pb.RenewResponse:
-        """Asks for the next certificate."""
-        return await self._call(self._line.access.Renew, request)
+        """Asks for the next certificate, on a connection of its own: an upload on a slow line lets nothing past it."""
+        async with open_channel(self._server, self._identity, _OPTIONS) as own:
+            return await self._call(access_pb_grpc.AccessServiceStub(own).Renew, request)
 
     def pull_adapter(
         self, request: pb.PullAdapterRequest

@@ -14,6 +14,7 @@ import structlog
 from google.protobuf.message import Message
 from structlog.testing import LogCapture
 
+from fedpeft.addresses import Address
 from fedpeft.errors import (
     CertificateExpired,
     CertificateRevoked,
@@ -28,6 +29,7 @@ from fedpeft.identity.subject import Role, Subject
 from fedpeft.status import abort
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
+from fedpeft.v1 import tensor_pb2
 from fedpeft_client import renewal
 from fedpeft_client.channel import Channel
 from fedpeft_client.renewal import Renewal
@@ -62,6 +64,48 @@ class Federation(pb_grpc.FederationServiceServicer):
         yield pb.PullAdapterResponse(header=pb.PullHeader(version=1))
         await self.go_on.wait()
         yield pb.PullAdapterResponse(header=pb.PullHeader(version=2))
+
+    async def PushUpdate(
+        self, requests: AsyncIterator[pb.PushUpdateRequest], context: grpc.aio.ServicerContext
+    ) -> pb.PushUpdateResponse:
+        self._note("PushUpdate", context)
+        async for _ in requests:
+            continue
+        return pb.PushUpdateResponse()
+
+
+class SlowLine:
+    """The way to a server: of the first connection, nothing more gets through after `HELD_BYTES`, until `go_on`."""
+
+    HELD_BYTES = 256 * 1024
+
+    def __init__(self, server: str) -> None:
+        self._server = Address.parse(server)
+        self._connections = 0
+        self.held, self.go_on = asyncio.Event(), asyncio.Event()
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[str]:
+        async with await asyncio.start_server(self._pass, "127.0.0.1", 0) as line:
+            yield f"127.0.0.1:{line.sockets[0].getsockname()[1]}"
+            self.go_on.set()
+
+    async def _pass(self, near: asyncio.StreamReader, answers: asyncio.StreamWriter) -> None:
+        self._connections += 1
+        far, onward = await asyncio.open_connection(self._server.host, self._server.port)
+        hold = self._connections == 1
+        await asyncio.gather(self._pump(near, onward, hold=hold), self._pump(far, answers, hold=False))
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, hold: bool) -> None:
+        passed = 0
+        while data := await source.read(16_384):
+            passed += len(data)
+            if hold and passed > self.HELD_BYTES:
+                self.held.set()
+                await self.go_on.wait()
+            sink.write(data)
+            await sink.drain()
+        sink.close()
 
 
 @pytest.fixture
@@ -148,6 +192,38 @@ async def test_what_is_under_way_ends_on_the_old_connection(
                 await asyncio.sleep(0.01)
     assert federation.seen == [
         ("PullAdapter", certificates.fingerprint(old.certificate)),
+        ("Register", certificates.fingerprint(new.certificate)),
+    ]
+
+
+async def test_a_certificate_is_renewed_while_an_upload_is_held_up(
+    double: Double, federation: Federation, tmp_path: Path, log: tuple[LogCapture, renewal.Log]
+) -> None:
+    old = short(double, tmp_path, 30)
+    line = SlowLine(double.server)
+    async with line.serving() as server, Channel(server, "noto", INSTANCE, old) as channel:
+        call = channel.push_update()
+        chunk = pb.PushUpdateRequest(chunk=tensor_pb2.Chunk(data=bytes(1024 * 1024)))
+
+        async def upload() -> None:
+            for _ in range(32):  # more than all buffers on the way take up
+                await call.write(chunk)
+            await call.done_writing()
+
+        uploading = asyncio.create_task(upload())
+        await line.held.wait()
+        keeping = asyncio.create_task(Renewal(old, channel, log[1]).keep())
+        new = await until_replaced(old)
+        await asyncio.sleep(0.05)
+        await channel.register(pb.RegisterRequest())
+        assert not uploading.done()
+        line.go_on.set()
+        await uploading
+        await call
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+    assert federation.seen == [
+        ("PushUpdate", certificates.fingerprint(old.certificate)),
         ("Register", certificates.fingerprint(new.certificate)),
     ]
 
