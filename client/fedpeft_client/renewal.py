@@ -13,8 +13,8 @@ from datetime import UTC, datetime, timedelta
 from typing import NoReturn
 
 from fedpeft import enrolment
-from fedpeft.errors import CertificateExpired, FedpeftError, IdentityInvalid, NoAuthority
-from fedpeft.identity import certificates
+from fedpeft.errors import CertificateExpired, FedpeftError, NoAuthority
+from fedpeft.identity import certificates, folder
 from fedpeft.identity.folder import Identity
 from fedpeft.logs import Log
 from fedpeft_client.channel import Channel
@@ -93,12 +93,7 @@ class Renewal:
 
     def _replaced(self) -> Identity | None:
         """Returns the identity with a certificate that was put in the place of the one in use, if one was."""
-        try:
-            found = Identity.load(self._identity.folder)
-            same = found.subject == self._identity.subject
-        except IdentityInvalid:  # half written, or gone; what is in use is good until its end
-            return None
-        return found if same and found.chain != self._identity.chain else None
+        return folder.successor(self._identity, self._now())
 
     def _take(self, identity: Identity) -> None:
         self._identity = identity

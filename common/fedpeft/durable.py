@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,14 +29,18 @@ def sync(path: Path) -> None:
 
 
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replaces a file; after a crash it has the old content or the new."""
-    aside = path.with_name(path.name + ".new")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(descriptor)
-    move(aside, path)
+    """Replaces a file; after a crash it has the old content or the new, and that of one of those who wrote at once."""
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        move(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def move(source: Path, target: Path) -> None:

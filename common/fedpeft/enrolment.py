@@ -17,7 +17,7 @@ from fedpeft import durable
 from fedpeft.addresses import Address
 from fedpeft.connection import open_unnamed
 from fedpeft.errors import IdentityInvalid, Internal, ServerUnreachable, Unavailable
-from fedpeft.identity import certificates, diagnosis, folder, keys, requests
+from fedpeft.identity import certificates, diagnosis, folder, keys, requests, turn
 from fedpeft.identity.diagnosis import Trust
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.keys import PrivateKey
@@ -58,31 +58,47 @@ async def enroll(token: EnrollmentToken, into: Path, *, replace: bool = False) -
     answer = await _ask(token, key)
     chain = _checked(answer.certificate, key)
     server = _address(answer.server or token.server)
-    if aside != into:
-        with durable.refusals(f"writing {into}"):
-            durable.write(folder.key_path(into), keys.to_pem(key))
-    folder.write(into, server, [token.authority], chain)
+    async with turn.taken(into, ANSWER_S):
+        if aside != into:
+            with durable.refusals(f"writing {into}"):
+                durable.write(folder.key_path(into), keys.to_pem(key))
+        folder.write(into, server, [token.authority], chain)
     if aside != into:
         rmtree(aside)
     return Identity.load(into)
 
 
 async def renewed(identity: Identity, renew: Callable[[pb.RenewRequest], Awaitable[pb.RenewResponse]]) -> Identity:
-    """Returns an identity with the next certificate for its key, once it is written.
+    """Returns an identity with the next certificate for its key, once it is written, by this process or another.
 
     Args:
         identity: Who asks.
         renew: Makes the call, with that identity.
 
     Raises:
-        FedpeftError: What the call raises; StateInvalid if the certificate cannot be written.
+        FedpeftError: What the call raises; StateInvalid if another process holds the folder, or the certificate cannot
+            be written; IdentityInvalid if the folder has another key by now.
     """
-    answer = await renew(pb.RenewRequest(signing_request=requests.make(identity.key)))
-    chain = _checked(answer.certificate, identity.key)
-    if certificates.subject(chain[0]) != identity.subject:
-        raise Internal(f"the server renewed the certificate of {identity.subject} for another; nothing was written")
-    folder.write_certificate(identity.folder, chain)
-    return Identity.load(identity.folder)
+    async with turn.taken(identity.folder, ANSWER_S):
+        if (found := folder.successor(identity, datetime.now(UTC))) is not None:
+            return found
+        _check_key(identity)
+        answer = await renew(pb.RenewRequest(signing_request=requests.make(identity.key)))
+        chain = _checked(answer.certificate, identity.key)
+        if certificates.subject(chain[0]) != identity.subject:
+            raise Internal(f"the server renewed the certificate of {identity.subject} for another; nothing was written")
+        folder.write_certificate(identity.folder, chain)
+        return Identity.load(identity.folder)
+
+
+def _check_key(identity: Identity) -> None:
+    """Checks that a certificate for the key of an identity belongs into its folder."""
+    path = folder.key_path(identity.folder)
+    if keys.load(path).public_key() != identity.key.public_key():
+        raise IdentityInvalid(
+            f"{path} is another key by now, and the certificate in use is not for it; put the old key back, or start "
+            "anew with what is there"
+        )
 
 
 def described(where: Path) -> str:

@@ -101,8 +101,9 @@ class OperatorClient(AccessCalls):
 
     async def _renew(self, identity: Identity) -> None:
         """Gets the next certificate; one that cannot be had now is had the next time, as there is half a life left."""
-        with suppress(FedpeftError, grpc.aio.AioRpcError):
-            renewed = await enrolment.renewed(identity, lambda request: self._access.Renew(request, timeout=RENEW_S))
+        with suppress(FedpeftError, grpc.aio.AioRpcError, TimeoutError):
+            async with asyncio.timeout(RENEW_S):
+                renewed = await enrolment.renewed(identity, self._access.Renew)
             await self._channel.close()
             self._open(renewed)
 

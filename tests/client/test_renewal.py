@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 import structlog
+from cryptography import x509
 from google.protobuf.message import Message
 from structlog.testing import LogCapture
 
@@ -23,7 +24,7 @@ from fedpeft.errors import (
     ServerUnreachable,
     StateInvalid,
 )
-from fedpeft.identity import certificates, folder
+from fedpeft.identity import certificates, folder, keys
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.status import abort
@@ -312,6 +313,31 @@ async def test_another_ones_certificate_is_not_taken(
         assert keeper._replaced() is None
         folder.certificate_path(tmp_path).write_text("half")
         assert keeper._replaced() is None
+
+
+async def test_what_a_backup_put_back_is_not_taken(
+    double: Double, tmp_path: Path, log: tuple[LogCapture, renewal.Log]
+) -> None:
+    now = datetime.now(UTC)
+    identity = double.enrolled(tmp_path)
+
+    def put(begin: timedelta, life: timedelta) -> list[x509.Certificate]:
+        made = double.authority.issue(Subject(Role.CLIENT, "noto"), identity.key.public_key(), life, now + begin)
+        folder.write_certificate(tmp_path, [made])
+        return [made]
+
+    async with Channel(double.server, "noto", INSTANCE, identity) as channel:
+        keeper = Renewal(identity, channel, log[1])
+        put(timedelta(days=-1), timedelta(days=7))
+        assert keeper._replaced() is None, "older, though it lasts longer"
+        put(timedelta(seconds=5), timedelta(minutes=-5))
+        assert keeper._replaced() is None, "at its end"
+        put(timedelta(hours=5), timedelta(hours=1))
+        assert keeper._replaced() is None, "not begun"
+        chain = put(timedelta(seconds=5), timedelta(minutes=5))
+        assert (found := keeper._replaced()) is not None and list(found.chain) == chain
+        folder.key_path(tmp_path).write_bytes(keys.to_pem(keys.make()))
+        assert keeper._replaced() is None, "of another key"
 
 
 async def test_the_end_is_said_with_the_cure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import stat
@@ -24,11 +25,12 @@ from fedpeft.errors import (
     TokenUsed,
 )
 from fedpeft.identity import authority as authority_module
-from fedpeft.identity import folder
+from fedpeft.identity import folder, keys, turn
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
+from fedpeft.operator_client import OperatorClient
 from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
 
 from . import access_double
@@ -166,6 +168,42 @@ async def test_a_certificate_is_renewed_for_the_same_key(double: Double, tmp_pat
     assert new.key.private_numbers() == old.key.private_numbers()
     assert new.subject == old.subject
     assert new.certificate.not_valid_after_utc > datetime.now(UTC) + timedelta(hours=1)
+
+
+async def test_those_who_renew_one_identity_at_once_renew_it_once(double: Double, tmp_path: Path) -> None:
+    double.life = timedelta(minutes=1)
+    old = double.enrolled(tmp_path / "identity")
+    double.life = timedelta(hours=2)
+
+    async def command() -> Identity | None:
+        async with OperatorClient(double.server, old) as client:
+            return client._identity
+
+    used = await asyncio.gather(*(command() for _ in range(8)))
+    assert double.asked == ["Renew"]
+    new = Identity.load(tmp_path / "identity")
+    assert new.chain != old.chain
+    assert all(identity is not None and identity.chain == new.chain for identity in used)
+
+
+async def test_one_who_renews_for_too_long_is_not_waited_for(
+    double: Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(enrolment, "ANSWER_S", 0.1)
+    identity = double.enrolled(tmp_path / "identity")
+    async with turn.taken(identity.folder, 1), open_channel(double.server, identity) as channel:
+        with pytest.raises(StateInvalid, match=r"another process has held .*identity for 0\.1 s"):
+            await enrolment.renewed(identity, pb_grpc.AccessServiceStub(channel).Renew)
+    assert double.asked == []
+
+
+async def test_the_certificate_of_a_key_that_was_replaced_is_not_renewed(double: Double, tmp_path: Path) -> None:
+    old = double.enrolled(tmp_path / "identity")
+    folder.key_path(old.folder).write_bytes(keys.to_pem(keys.make()))
+    async with open_channel(double.server, old) as channel:
+        with pytest.raises(IdentityInvalid, match=r"key\.pem is another key by now"):
+            await enrolment.renewed(old, pb_grpc.AccessServiceStub(channel).Renew)
+    assert double.asked == []
 
 
 async def test_a_renewal_for_another_is_not_written(

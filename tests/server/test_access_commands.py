@@ -221,11 +221,11 @@ async def test_an_identity_past_its_half_is_renewed_quietly(
 
 async def test_a_renewal_that_fails_is_no_matter_yet(secured: Federation, tmp_path: Path) -> None:
     old = enrolled(secured, tmp_path / "old", Role.CLIENT, "noto", timedelta(minutes=5))
-    await asyncio.to_thread((tmp_path / "old" / "certificate.pem.new").mkdir)  # the next one cannot be written
+    (tmp_path / "old").rename(tmp_path / "away")  # the next one cannot be written
     async with OperatorClient(secured.address, old) as client:
         with pytest.raises(RoleMayNot):
             await client.runs()
-    assert Identity.load(tmp_path / "old").chain == old.chain
+    assert Identity.load(tmp_path / "away").chain == old.chain
 
 
 async def test_an_ended_identity_says_so(fedpeft: Command, secured: Federation, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
     identity.toml     server = "HOST:PORT"
 
 The key is written first and the certificate last, so a folder with a certificate is whole. A renewal replaces the
-certificate alone.
+certificate alone. Whoever replaces anything in it holds it meanwhile (`turn`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -85,6 +86,26 @@ class Identity:
             tuple(certificates.load(certificate_path(folder))),
             tuple(certificates.load(folder / "authority.pem")),
         )
+
+
+def successor(identity: Identity, now: datetime) -> Identity | None:
+    """Returns what has taken an identity's place in its folder: the same one's, not older, valid now, with its key.
+
+    None if nothing has: what is half written, another one's, or out of a backup does not count.
+    """
+    try:
+        found = Identity.load(identity.folder)
+        same = found.subject == identity.subject
+    except IdentityInvalid:
+        return None
+    if not same or found.chain == identity.chain:
+        return None
+    begin, end = _life(found)
+    return found if (begin, end) >= _life(identity) and begin <= now <= end else None
+
+
+def _life(identity: Identity) -> tuple[datetime, datetime]:
+    return identity.certificate.not_valid_before_utc, identity.certificate.not_valid_after_utc
 
 
 def exists(folder: Path) -> bool:

@@ -1,0 +1,51 @@
+"""One writer of an identity folder at a time: a renewal by one process is a renewal for all that use the folder."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fedpeft import durable
+from fedpeft.errors import StateInvalid
+
+LOOK_S = 0.05
+"""How often it is looked whether the folder is free: waiting for a lock cannot be interrupted."""
+
+
+@asynccontextmanager
+async def taken(folder: Path, wait_s: float) -> AsyncIterator[None]:
+    """Holds an identity folder; the end of the process lets it go too.
+
+    Args:
+        folder: The folder, which exists. It is locked itself, so one that cannot be written can be held.
+        wait_s: Longest wait.
+
+    Raises:
+        StateInvalid: If another process holds it for longer, or it cannot be opened.
+    """
+    deadline = time.monotonic() + wait_s
+    with durable.refusals(f"opening {folder}"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        while not _held(descriptor):
+            if time.monotonic() > deadline:
+                raise StateInvalid(f"another process has held {folder} for {wait_s:g} s; end it if it hangs")
+            await asyncio.sleep(LOOK_S)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _held(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: files are replaced whole there too, only perhaps twice
+        return True
+    return True
