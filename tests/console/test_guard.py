@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from urllib.parse import urlencode, urlsplit
 import pytest
 
 from fedpeft.addresses import Address
+from fedpeft.console.access import Doorkeeper
 from fedpeft.console.app import LOOKED_AT, SENT
-from fedpeft.console.serving import serve
+from fedpeft.console.serving import login_link, serve
 from fedpeft.console.settings import Settings
 from fedpeft.errors import SettingsInvalid
 from fedpeft.operator_client import OperatorClient
@@ -227,3 +229,34 @@ def test_a_loopback_console_has_loopback_names() -> None:
     settings = Settings("s:1", Address("127.0.0.1", 7080))
     names = ("localhost", "127.0.0.1", "[::1]", "10.0.0.5", "evil.example")
     assert [settings.is_ours(name) for name in names] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("listen", "names", "shown"),
+    [
+        ("127.0.0.1:0", (), "127.0.0.1"),
+        ("0.0.0.0:0", (), "localhost"),
+        ("[::]:0", (), "localhost"),
+        ("0.0.0.0:0", ("fed.example.org", "fed"), "fed.example.org"),
+        ("10.0.0.5:0", ("fed.example.org",), "10.0.0.5"),
+    ],
+)
+def test_the_printed_link_names_a_host_that_can_be_opened_and_is_answered(
+    listen: str, names: tuple[str, ...], shown: str
+) -> None:
+    settings = Settings.checked("s:1", listen, names=names, insecure=True)
+    link = urlsplit(login_link(settings, Doorkeeper(may_write=True)))
+    assert link.hostname == shown
+    assert settings.is_ours(shown) and settings.is_ours(socket.gethostname()) == (listen != "127.0.0.1:0")
+
+
+def test_a_console_on_every_address_prints_a_link_that_works_and_says_so(federation: Federation) -> None:
+    process, link = federation.console("--listen", "0.0.0.0:0", "--insecure")
+    try:
+        browser = Browser(urlsplit(link).netloc)
+        assert urlsplit(link).hostname == "localhost"
+        assert browser.log_in(link).status == 303
+        assert browser.send("GET", "/").status == 200
+        assert "it listens on every address" in process.text()
+    finally:
+        process.end()

@@ -70,11 +70,19 @@ class Stack:
         """Builds the product's images and the stand-ins."""
         targets = {service["build"]["target"] for service in self.services.values() if "build" in service}
         for target in sorted(targets):
-            file = ["-f", str(ROOT / "deploy" / "Dockerfile"), "--target", target]
-            self._say("build", *BUILD, *file, "-t", f"localhost/fedpeft-{target}:{TAG}", str(ROOT))
+            self.build_image(target, TAG, ROOT)
         for target in ("postgres", "prometheus"):
             tag = f"localhost/fedpeft-standin-{target}:latest"
             self._say("build", *BUILD, "--target", target, "-t", tag, str(STANDINS))
+
+    def build_image(self, target: str, tag: str, checkout: Path) -> list[str]:
+        """Builds one of the product's images; returns its layers, the lowest first."""
+        image = f"localhost/fedpeft-{target}:{tag}"
+        file = checkout / "deploy" / "Dockerfile"
+        self._say("build", *BUILD, "-f", str(file), "--target", target, "-t", image, str(checkout))
+        command = ["podman", "image", "inspect", "--format", "{{json .RootFS.Layers}}", image]
+        layers = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return [str(layer) for layer in json.loads(layers)]
 
     def up(self) -> None:
         """Starts every service, each when what it depends on has come to the state that it asks for."""

@@ -15,6 +15,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,6 +191,24 @@ def test_the_server_is_small_and_has_no_torch(stack: Stack) -> None:
     done = stack.execute("server", "python", "-c", "import torch")
     assert "No module named 'torch'" in done.stderr
     assert (size(f"localhost/fedpeft-server:{TAG}") - size(BASE)) / MIB < SERVER_MIB
+
+
+def test_a_pin_of_what_an_image_has_not_makes_none_of_its_layers_again(stack: Stack, tmp_path: Path) -> None:
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if line.startswith("!"):
+            (tmp_path / line[1:]).parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if (ROOT / line[1:]).is_dir() else shutil.copy
+            copy(ROOT / line[1:], tmp_path / line[1:])
+    for name in (".dockerignore", "deploy/Dockerfile"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    pins = tmp_path / "constraints.txt"
+    other, changed = re.subn("^mkdocs==.*$", "mkdocs==9.9.9", pins.read_text(), flags=re.MULTILINE)
+    assert changed == 1
+    before = {target: stack.build_image(target, TAG, tmp_path) for target in ("server", "client")}
+    pins.write_text(other)
+    for target, layers in before.items():
+        assert len(layers) > 3
+        assert stack.build_image(target, "other-pin", tmp_path) == layers
 
 
 def test_down_and_up_again_it_is_the_same_federation(stack: Stack, run: Any) -> None:

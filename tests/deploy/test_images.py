@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,10 @@ from .conftest import ROOT
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
 IMAGES = ROOT / "deploy" / "images"
 HEALTHY = [sys.executable, str(IMAGES / "healthy.py")]
+_spec = importlib.util.spec_from_file_location("requirements", IMAGES / "requirements.py")
+assert _spec is not None and _spec.loader is not None
+requirements = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(requirements)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -25,17 +31,61 @@ def stages() -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def needs(*extras: str) -> list[str]:
-    command = [sys.executable, str(IMAGES / "requirements.py"), str(ROOT / "pyproject.toml"), *extras]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
-
-
 def test_an_image_needs_what_its_extras_do_and_not_itself() -> None:
+    def needs(*extras: str) -> list[str]:
+        return requirements.needed(ROOT / "pyproject.toml", [*extras])
+
     assert needs() == sorted(PYPROJECT["dependencies"])
     optional = PYPROJECT["optional-dependencies"]
     client = set(PYPROJECT["dependencies"]) | set(optional["train"]) | set(optional["client"])
     assert needs("client") == sorted(line for line in client if not line.startswith("fedpeft["))
     assert not any(re.match("torch|timm", line) for line in needs("server", "postgres", "console", "top"))
+
+
+def test_the_gigabytes_have_a_layer_that_depends_on_their_own_pins_alone() -> None:
+    pins = ["numpy==2.4.6", "nvidia-cublas==13.4", "nvidia-ml-py==13.6", "timm==1.0", "torch==2.15.0+cpu", "triton==3"]
+    files = requirements.split(pins)
+    assert files["heavy.txt"] == ["nvidia-cublas==13.4", "torch==2.15.0+cpu", "triton==3"]
+    assert files["light.txt"] == ["numpy==2.4.6", "nvidia-ml-py==13.6", "timm==1.0"]
+    steps = [line for line in stages()["client-library"].splitlines() if line.startswith(("COPY", "RUN", "     "))]
+    assert [re.findall(r"heavy\.txt|light\.txt", step) for step in steps] == [
+        *(["heavy.txt"], [], ["heavy.txt"]),
+        *(["light.txt"], [], ["light.txt"]),
+    ]
+
+
+def wheel(folder: Path, name: str, version: str, *requires: str) -> None:
+    """Writes a wheel of nothing but what it needs."""
+    info = f"{name}-{version}.dist-info"
+    lines = [
+        "Metadata-Version: 2.1",
+        f"Name: {name}",
+        f"Version: {version}",
+        *(f"Requires-Dist: {r}" for r in requires),
+    ]
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{info}/METADATA", "\n".join(lines) + "\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+
+
+def test_a_pin_of_what_an_image_has_not_leaves_its_files_as_they_were(tmp_path: Path) -> None:
+    for name, version, *requires in (("torch", "1.0", "alpha"), ("alpha", "1.0"), ("alpha", "2.0"), ("beta", "1.0")):
+        wheel(tmp_path, name, version, *requires)
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["alpha"]\n[project.optional-dependencies]\ntrain = ["torch"]\nother = ["beta"]\n'
+    )
+
+    def written(*constraints: str) -> list[str]:
+        (tmp_path / "constraints.txt").write_text("".join(f"{line}\n" for line in constraints))
+        command = [sys.executable, str(IMAGES / "requirements.py"), "pyproject.toml", "constraints.txt", "train"]
+        command += ["--out", "needs", "--pip=--no-index --find-links ."]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+        return [(tmp_path / "needs" / name).read_text() for name in ("heavy.txt", "light.txt")]
+
+    assert written("alpha==1.0", "beta==1.0", "torch==1.0") == ["torch==1.0\n", "alpha==1.0\n"]
+    assert written("alpha==1.0", "beta==2.0", "torch==1.0") == ["torch==1.0\n", "alpha==1.0\n"]
+    assert written("alpha==2.0", "beta==1.0", "torch==1.0") == ["torch==1.0\n", "alpha==2.0\n"]
 
 
 @pytest.mark.parametrize("target", ["server", "operator", "client", "demo"])
@@ -47,10 +97,15 @@ def test_an_image_runs_as_nobody_in_particular_and_ends_by_sigterm(target: str) 
         assert "STOPSIGNAL SIGTERM" in stage and "HEALTHCHECK" in stage
 
 
-def test_what_is_installed_is_pinned() -> None:
-    for stage in ("library", "server", "operator", "client-needs"):
-        (install,) = re.findall(r"^RUN pip .*?(?<!\\)$", stages()[stage], re.MULTILINE | re.DOTALL)
-        assert "--constraint /opt/fedpeft/constraints.txt" in install
+def test_what_is_installed_was_resolved_under_the_constraints() -> None:
+    """And nothing beside it: each install takes the files of versions as they stand, and follows no dependency."""
+    for stage in ("library", "server", "operator", "client-library"):
+        installs = re.findall(r"^RUN (?:.*?\bpip --python).*?(?<!\\)$", stages()[stage], re.MULTILINE | re.DOTALL)
+        assert installs
+        for install in installs:
+            assert "--no-deps" in install and set(re.findall(r"\w+\.txt", install)) <= {"heavy.txt", "light.txt"}
+    resolved = re.findall(r"^RUN \S+python requirements\.py (.+?) --out", DOCKERFILE, re.MULTILINE)
+    assert resolved == ["pyproject.toml constraints.txt"] * 4
 
 
 def test_what_is_copied_is_there_and_let_in() -> None:

@@ -57,6 +57,11 @@ def console(
 
     def say(link: str) -> None:
         output.say(f"console of {session.server}: {link}")
+        if settings.is_everywhere:
+            output.note(
+                "it listens on every address: from another machine, say this one's name in place of "
+                f"{settings.link_host}; from outside a container, the port that it is published as"
+            )
         output.note("the link works once; its pages give others under Access; Ctrl-C ends the console")
 
     run_async(serve(settings, session.client, say))

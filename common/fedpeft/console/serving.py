@@ -63,7 +63,7 @@ async def _serve(listener: socket.socket, settings: Settings, connect: Connect, 
 
 def login_link(settings: Settings, door: Doorkeeper) -> str:
     """Returns an address that lets one browser in, once."""
-    host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(settings.listen.host, settings.listen.host)
+    host = settings.link_host
     named = f"[{host}]" if ":" in host else host
     return f"{settings.scheme}://{named}:{settings.listen.port}/login?key={door.new_key(may_write=True)}"
 

@@ -12,6 +12,8 @@ from fedpeft.errors import SettingsInvalid
 
 DEFAULT_LISTEN = "127.0.0.1:7080"
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+EVERYWHERE = frozenset({"0.0.0.0", "::"})
+"""Hosts that mean every address of the machine, and that no browser can open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class Settings:
         server: HOST:PORT of the federation's server, for people.
         listen: Where browsers reach the console; port 0 takes a free one.
         may_write: Whether anybody may create, pause, resume and stop runs here.
-        names: Host names, beside its addresses, under which browsers may ask for it.
+        names: Host names, beside its addresses, under which browsers may ask for it; links name the first.
         certificate: PEM chain for TLS; None: plain text.
         key: Its private key.
     """
@@ -30,7 +32,7 @@ class Settings:
     server: str
     listen: Address
     may_write: bool = True
-    names: frozenset[str] = frozenset()
+    names: tuple[str, ...] = ()
     certificate: Path | None = None
     key: Path | None = None
 
@@ -65,14 +67,29 @@ class Settings:
                 f"--listen {listen} is reached from the network, and pages with login links would cross it in plain "
                 "text; give --tls-certificate and --tls-key, or --insecure if you mean it"
             )
-        own = () if address.is_loopback else (socket.gethostname(),)
-        known = frozenset(name.lower() for name in (*names, *own))
-        return cls(server, address, not read_only, known, certificate, key)
+        lower = tuple(name.lower() for name in names)
+        return cls(server, address, not read_only, lower, certificate, key)
 
     @property
     def scheme(self) -> str:
         """What addresses begin with."""
         return "https" if self.certificate else "http"
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether it listens on every address of its machine, or container."""
+        return self.listen.host in EVERYWHERE
+
+    @property
+    def link_host(self) -> str:
+        """The host that the printed link names.
+
+        What listens everywhere may be a container, whose name says nothing to a browser outside: there localhost is
+        right wherever the port is published.
+        """
+        if not self.is_everywhere:
+            return self.listen.host
+        return self.names[0] if self.names else "localhost"
 
     def is_ours(self, host: str) -> bool:
         """Whether a browser may name us so. A name that an attacker made point here is none of ours (DNS rebinding)."""
@@ -81,6 +98,8 @@ class Settings:
             return True
         if self.listen.is_loopback:
             return name in LOOPBACK_NAMES
+        if name == socket.gethostname().lower() or (self.is_everywhere and name in LOOPBACK_NAMES):
+            return True
         try:
             ipaddress.ip_address(name)  # an address cannot be made to point elsewhere
         except ValueError:
