@@ -8,7 +8,6 @@ there is no connection is found out once an absence, not at every attempt.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -26,7 +25,7 @@ from fedpeft.errors import CertificateExpired, FedpeftError, ServerUnreachable
 from fedpeft.identity import diagnosis
 from fedpeft.identity.diagnosis import Trust
 from fedpeft.identity.folder import Identity
-from fedpeft.identity.way import Fault
+from fedpeft.identity.way import Fault, Lasting
 from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import access_service_pb2_grpc as access_pb_grpc
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -34,27 +33,8 @@ from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, MESSAGE_LIMIT_BYTES, PROCESS_KEY
 from fedpeft_client.patience import AWAIT_S, CALL_S
 
-_SERVICE = "fedpeft.v1.FederationService"
-_RETRIED = ("Register", "AwaitRound", "AnswerOffer", "PullAdapter", "GetUpload", "Withdraw", "PushEvaluation")
-"""Every call but PushUpdate, which must ask first where the upload stands."""
-
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": _SERVICE, "method": method} for method in _RETRIED],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
-
 _OPTIONS: list[tuple[str, str | int]] = [
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    ("grpc.enable_retries", 0),  # what gRPC repeats by itself nobody counts; whoever calls repeats (patience.py)
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
@@ -64,7 +44,7 @@ _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
 
-EXPLAIN_EVERY_S = 300.0
+EXPLAIN_EVERY_S = 60.0
 """How often the cause is looked for while the server stays away."""
 
 RequestT = TypeVar("RequestT", contravariant=True)
@@ -245,7 +225,11 @@ class Channel:
         if self._explained_at is None or now - self._explained_at > EXPLAIN_EVERY_S:
             self._explained_at = now
             self._cause = await diagnosis.explain(self._server, Trust.of(self._identity) if self._identity else None)
-        return ServerUnreachable(str(self._cause)) if self._cause else fault
+        if self._cause is None:
+            return fault
+        found = ServerUnreachable(str(self._cause))
+        found.lasting = isinstance(self._cause, Lasting)
+        return found
 
 
 def _is_valid(identity: Identity) -> bool:

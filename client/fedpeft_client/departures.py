@@ -6,7 +6,7 @@ import math
 
 from fedpeft.payload import chunks
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client.ledger import Departure, Kind
+from fedpeft_client.ledger_entries import Departure, Kind
 from fedpeft_client.pending import Pending
 
 CHUNK_OVERHEAD_BYTES = 32

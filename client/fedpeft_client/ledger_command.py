@@ -12,8 +12,8 @@ from pathlib import Path
 from fedpeft.cli.output import note, say, say_json, say_table
 from fedpeft.errors import SettingsInvalid
 from fedpeft.units import size
-from fedpeft_client import ledger
 from fedpeft_client.exits import Exit
+from fedpeft_client.ledger_entries import FILE, read
 from fedpeft_client.ledger_view import Row, rows, totals
 
 STATE_DIR = "FEDPEFT_CLIENT_STATE_DIR"
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     given = _parser().parse_args(arguments)
     if not given.state_dir:
         raise SettingsInvalid(f"--state-dir is missing (or {STATE_DIR})")
-    contents = ledger.read(Path(given.state_dir) / ledger.FILE)
+    contents = read(Path(given.state_dir) / FILE)
     since = _since(given.since, datetime.now(UTC))
     found = [row for row in rows(contents.booked.values()) if row.at >= since]
     if given.run:

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from fedpeft.units import size
-from fedpeft_client.ledger import Booked, Departure, Kind, Outcome
+from fedpeft_client.ledger_entries import Booked, Departure, Kind, Outcome
 
 
 @dataclass(frozen=True)

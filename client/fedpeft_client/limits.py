@@ -15,7 +15,8 @@ import psutil
 
 from fedpeft.errors import RefusedByPolicy
 from fedpeft.logs import Log
-from fedpeft_client.ledger import DAY, Ledger
+from fedpeft_client.ledger import Ledger
+from fedpeft_client.ledger_day import DAY
 from fedpeft_client.metrics import Metrics, State
 from fedpeft_client.policy import Policy, TimeRules, opens_at
 
@@ -115,9 +116,9 @@ class Limits:
 
     def _over_budget(self, more_bytes: int) -> Forbidden | None:
         most = self._policy.transfer.max_bytes_a_day
-        if most is None or self._ledger.left_since(datetime.now(UTC) - DAY) + more_bytes <= most:
+        if most is None or self._ledger.day.left_since(datetime.now(UTC) - DAY) + more_bytes <= most:
             return None
-        free = self._ledger.falls_below(max(most - more_bytes, 0), datetime.now(UTC))
+        free = self._ledger.day.falls_below(max(most - more_bytes, 0), datetime.now(UTC))
         return Forbidden("the bytes that its owner allows a day are used up", free.astimezone().replace(tzinfo=None))
 
     async def permit(self, more_bytes: int = 0) -> None:

@@ -29,7 +29,7 @@ from fedpeft.wire import TURN_KEY
 from fedpeft_client import departures
 from fedpeft_client.channel import Channel
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK
-from fedpeft_client.ledger import Booking, Ledger
+from fedpeft_client.ledger import Ledger
 from fedpeft_client.patience import Backoff, Patience
 from fedpeft_client.pending import Outcome, Pending
 
@@ -133,23 +133,22 @@ class Pusher:
             self._patience.heard()
         self._committed = standing.committed_bytes
         log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)
-        with self._ledger.booked(departures.update(pending, standing.committed_bytes)) as booking:
-            return await self._stream(pending, standing.committed_bytes, booking)
+        with self._ledger.booked(departures.update(pending, standing.committed_bytes)):
+            return await self._stream(pending, standing.committed_bytes)
 
-    async def _stream(self, pending: Pending, offset: int, booking: Booking) -> pb.PushUpdateResponse:
+    async def _stream(self, pending: Pending, offset: int) -> pb.PushUpdateResponse:
         call = self._channel.push_update()
         said: list[grpc.aio.AioRpcError] = []
         call.add_done_callback(lambda _: said.append(_status(call)))
         try:
             try:
                 header = pb.PushUpdateRequest(header=pending.header)
-                booking.wire_bytes = header.ByteSize()
                 self._channel.sent(header)
                 await call.write(header)
                 async with asyncio.timeout(STALL_S):
                     turn = TURN_KEY in dict(await call.initial_metadata())
                 if turn:  # else the call has ended: refused, or received before
-                    await self._send(call, pending, offset, booking)
+                    await self._send(call, pending, offset)
             except asyncio.InvalidStateError:
                 pass  # the server answered before the last chunk; what it said comes from the call itself
             async with asyncio.timeout(STALL_S):
@@ -163,11 +162,10 @@ class Pusher:
         finally:
             call.cancel()
 
-    async def _send(self, call: _Call, pending: Pending, offset: int, booking: Booking) -> None:
+    async def _send(self, call: _Call, pending: Pending, offset: int) -> None:
         """Sends the payload from `offset` to its end."""
         for chunk in _chunks(pending, offset):
             message = pb.PushUpdateRequest(chunk=chunk)
-            booking.wire_bytes += message.ByteSize()
             self._channel.sent(message)
             async with asyncio.timeout(STALL_S):
                 await call.write(message)

@@ -1,4 +1,4 @@
-"""Every message of this client, as it goes and comes: counted, and booked where nobody else books it."""
+"""Every message of this client, as it goes and comes: counted, here and in the ledger, each time that it is sent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOOKED = (
     pb.WithdrawRequest,
     pb.PushEvaluationRequest,
 )
-"""What is booked one by one, with what is in it, by whoever sends it; anything else is a question."""
+"""What is booked, with what is in it, by whoever sends it; anything else is a question."""
 
 
 class Traffic:
@@ -24,7 +24,7 @@ class Traffic:
 
     Args:
         channel: The channel.
-        ledger: Where questions are booked.
+        ledger: Where what leaves is counted, before it leaves.
         metrics: Where all is counted.
     """
 
@@ -35,8 +35,7 @@ class Traffic:
 
     def _sent(self, message: Message) -> None:
         size = message.ByteSize()
-        if not isinstance(message, BOOKED):
-            self._ledger.asked(size)
+        (self._ledger.leaving if isinstance(message, BOOKED) else self._ledger.asked)(size)
         self._metrics.wire_bytes.labels("up").inc(size)
         if isinstance(message, pb.PushUpdateRequest) and message.HasField("chunk"):
             self._metrics.payload_bytes.labels("up").inc(len(message.chunk.data))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 
 from fedpeft import payload, seeds, status, wire
 from fedpeft.config import RunConfig, TrainingConfig
@@ -63,6 +65,29 @@ class Push:
     offset: int | None = None
     received: int = 0
     error: str = ""
+
+
+class Arrivals(grpc.aio.ServerInterceptor):
+    """Counts every message that comes, as it comes."""
+
+    def __init__(self) -> None:
+        self.wire_bytes = 0
+        self.messages: Counter[str] = Counter()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(details)
+
+        def arrived(data: bytes) -> Message:
+            message: Message = handler.request_deserializer(data)
+            self.wire_bytes += len(data)
+            self.messages[type(message).__name__] += 1
+            return message
+
+        return handler._replace(request_deserializer=arrived)
 
 
 class FakeRun:
@@ -141,11 +166,14 @@ class Federation(pb_grpc.FederationServiceServicer):
         self.chunk_pause_s = 0.0
         self.ask_for: TrainingConfig | None = None
         """What tickets ask for, in place of what the run was offered with."""
+        self.unavailable = 0
+        """How many calls, of whatever kind, are answered with UNAVAILABLE once they have come."""
+        self.arrivals = Arrivals()
         self.port = 0
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(interceptors=[self.arrivals], options=[("grpc.so_reuseport", 0)])
         pb_grpc.add_FederationServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
@@ -362,6 +390,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         return pb.PushEvaluationResponse()
 
     async def _caller(self, context: Context, registered: bool = False) -> str:
+        if self.unavailable:
+            self.unavailable -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the cable was pulled")
         metadata = dict(context.invocation_metadata() or ())
         client, instance = str(metadata.get(CLIENT_KEY, "")), str(metadata.get(INSTANCE_KEY, ""))
         if not client or len(instance) != 32:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import time
 from datetime import UTC, datetime, timedelta
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from fedpeft.errors import RoundClosed, ServerUnreachable, StateInvalid, TurnOver
 from fedpeft_client.__main__ import run
-from fedpeft_client.ledger import FILE, QUESTIONS_BYTES, Departure, Kind, Ledger, Outcome, read
+from fedpeft_client.ledger import QUESTIONS_BYTES, Ledger
+from fedpeft_client.ledger_entries import FILE, Departure, Kind, Outcome, read
 from fedpeft_client.ledger_view import rows, totals
 
 
@@ -32,8 +34,10 @@ def test_what_left_is_booked_before_and_after(tmp_path: Path) -> None:
     with Ledger(tmp_path, "127.0.0.1:7070") as ledger:
         with ledger.booked(answer()):
             assert [b.outcome for b in read(ledger.path).booked.values()] == [Outcome.OPEN], "booked before it leaves"
-        with ledger.booked(update(200)) as booking:
-            booking.wire_bytes = 150
+            ledger.leaving(20)
+        with ledger.booked(update(200)):
+            ledger.leaving(100)
+            ledger.leaving(50)
     first, second = read(tmp_path / FILE).booked.values()
     assert (first.outcome, first.departure.wire_bytes) == (Outcome.RECEIVED, 20)
     assert (second.outcome, second.departure.wire_bytes, second.departure.name) == (Outcome.RECEIVED, 150, "emoji")
@@ -47,12 +51,13 @@ def test_what_left_is_booked_before_and_after(tmp_path: Path) -> None:
         (RoundClosed("too late"), Outcome.REFUSED),
         (TurnOver("others wait"), Outcome.UNFINISHED),
         (ServerUnreachable("gone"), Outcome.UNFINISHED),
+        (StateInvalid("cannot read the update"), Outcome.UNFINISHED),
         (KeyboardInterrupt(), Outcome.UNFINISHED),
     ],
 )
 def test_what_became_of_it(tmp_path: Path, error: BaseException, outcome: Outcome) -> None:
-    with Ledger(tmp_path, "s:1") as ledger, pytest.raises(type(error)), ledger.booked(update(200)) as booking:
-        booking.wire_bytes = 80
+    with Ledger(tmp_path, "s:1") as ledger, pytest.raises(type(error)), ledger.booked(update(200)):
+        ledger.leaving(80)
         raise error
     (only,) = read(tmp_path / FILE).booked.values()
     assert only.outcome is outcome and only.departure.wire_bytes == 80
@@ -65,15 +70,17 @@ def test_a_ledger_cut_at_any_byte_goes_on_and_never_tells_less_than_what_it_had_
     cut: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("cut")
-    with Ledger(folder, "s:1") as ledger, ledger.booked(update(200)) as booking:
-        booking.wire_bytes = 120
+    with Ledger(folder, "s:1") as ledger, ledger.booked(update(200)):
+        ledger.leaving(120)
     whole = (folder / FILE).read_bytes()
     intent = whole.index(b"\n") + 1
     (folder / FILE).write_bytes(whole[:cut])
     before = list(read(folder / FILE).booked.values())
     assert [b.departure.wire_bytes for b in before] == ([] if cut < intent else [120 if cut >= len(whole) else 200])
     with Ledger(folder, "s:1") as ledger, ledger.booked(answer()):
-        assert ledger.left_since(datetime.now(UTC) - timedelta(hours=1)) >= (220 if intent <= cut < len(whole) else 20)
+        assert ledger.day.left_since(datetime.now(UTC) - timedelta(hours=1)) >= (
+            220 if intent <= cut < len(whole) else 20
+        )
     after = list(read(folder / FILE).booked.values())
     assert after[:-1] == before and after[-1].departure.kind is Kind.ANSWER, "a torn line takes no other with it"
 
@@ -85,6 +92,7 @@ def test_nothing_leaves_when_the_ledger_cannot_be_written(tmp_path: Path) -> Non
     try:
         with Ledger(tmp_path, "s:1") as ledger:
             with ledger.booked(answer()):
+                ledger.leaving(20)
                 sent.append(1)
             size = ledger.path.stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, before[1]))  # half a line fits
@@ -92,6 +100,7 @@ def test_nothing_leaves_when_the_ledger_cannot_be_written(tmp_path: Path) -> Non
                 sent.append(2)
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             with ledger.booked(update(10)):
+                ledger.leaving(10)
                 sent.append(3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -99,6 +108,53 @@ def test_nothing_leaves_when_the_ledger_cannot_be_written(tmp_path: Path) -> Non
     assert sent == [1, 3]
     contents = read(tmp_path / FILE)
     assert [b.departure.wire_bytes for b in contents.booked.values()] == [20, 10] and contents.unreadable == 1
+
+
+@given(attempts=st.lists(st.integers(1, 1000), max_size=60), planned=st.integers(1, 1000))
+@settings(max_examples=40)
+def test_repetitions_are_in_the_file_before_they_leave_and_in_few_lines(
+    attempts: list[int], planned: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, left = tmp_path_factory.mktemp("repeated"), 0
+    with Ledger(folder, "s:1") as ledger:
+        with ledger.booked(answer(planned)):
+            for each in attempts:
+                ledger.leaving(each)
+                left += each
+                (only,) = read(ledger.path).booked.values()
+                assert only.outcome is Outcome.OPEN and only.departure.wire_bytes >= left
+                assert ledger.day.left_since(only.at) == only.departure.wire_bytes
+        (only,) = read(ledger.path).booked.values()
+        assert (only.outcome, only.departure.wire_bytes) == (Outcome.RECEIVED, left) and only.at <= only.latest
+        assert ledger.day.left_since(only.at) == left
+        assert ledger.path.read_bytes().count(b"\n") <= 2 + max(left, 1).bit_length()
+
+
+def test_the_day_of_a_repetition_begins_when_it_left(tmp_path: Path) -> None:
+    with Ledger(tmp_path, "s:1") as ledger, ledger.booked(answer(20)):
+        ledger.leaving(20)
+        time.sleep(0.005)  # times are in milliseconds in the file
+        between = datetime.now(UTC)
+        time.sleep(0.005)
+        ledger.leaving(20)
+        (tmp_path / "copy").mkdir()
+        shutil.copy(ledger.path, tmp_path / "copy")
+    with Ledger(tmp_path / "copy", "s:1") as after_a_kill:
+        (only,) = read(after_a_kill.path).booked.values()
+        assert only.at < between < only.latest and only.ended is None
+        assert after_a_kill.day.left_since(between) == 40
+
+
+def test_what_nobody_booked_does_not_leave(tmp_path: Path) -> None:
+    with Ledger(tmp_path, "s:1") as ledger:
+        with pytest.raises(RuntimeError, match="nobody booked"):
+            ledger.leaving(1)
+        with (
+            ledger.booked(answer()),
+            pytest.raises(RuntimeError, match="update was booked while answer"),
+            ledger.booked(update(1)),
+        ):
+            pass
 
 
 def test_questions_are_booked_together_and_ahead(tmp_path: Path) -> None:
@@ -112,39 +168,39 @@ def test_questions_are_booked_together_and_ahead(tmp_path: Path) -> None:
 
 
 def test_the_bytes_of_a_day_survive_a_restart_and_run_out(tmp_path: Path) -> None:
-    with Ledger(tmp_path, "s:1") as ledger, ledger.booked(update(200, "ticket-1")) as booking:
-        booking.wire_bytes = 300  # it took more than was planned
+    with Ledger(tmp_path, "s:1") as ledger, ledger.booked(update(200, "ticket-1")):
+        ledger.leaving(300)  # it took more than was planned
     with Ledger(tmp_path, "s:1") as ledger:
         now = datetime.now(UTC)
-        assert ledger.left_since(now - timedelta(days=1)) == 300
+        assert ledger.day.left_since(now - timedelta(days=1)) == 300
         assert ledger.tickets("run-1") == {"ticket-1"} and ledger.tickets("run-2") == frozenset()
-        assert ledger.falls_below(300, now) == now
-        assert now < ledger.falls_below(299, now) <= now + timedelta(days=1)
+        assert ledger.day.falls_below(300, now) == now
+        assert now < ledger.day.falls_below(299, now) <= now + timedelta(days=1)
 
 
 def test_what_did_not_leave_after_all_gives_no_room_a_day_later(tmp_path: Path) -> None:
     with Ledger(tmp_path, "s:1") as ledger:
-        with pytest.raises(ServerUnreachable), ledger.booked(update(1000)) as booking:
+        with pytest.raises(ServerUnreachable), ledger.booked(update(1000)):
             between = datetime.now(UTC)
             time.sleep(0.005)  # times are in milliseconds in the file
-            booking.wire_bytes = 10
+            ledger.leaving(10)
             raise ServerUnreachable("gone")
         time.sleep(0.005)
         ledger.asked(QUESTIONS_BYTES + 100)
         asked = datetime.now(UTC)
-    assert ledger.left_since(between) == 10 + QUESTIONS_BYTES + 100, "not less than nothing"
-    assert ledger.left_since(asked) == QUESTIONS_BYTES + 100, "it may have left until it was over"
+    assert ledger.day.left_since(between) == 10 + QUESTIONS_BYTES + 100, "not less than nothing"
+    assert ledger.day.left_since(asked) == QUESTIONS_BYTES + 100, "it may have left until it was over"
     with Ledger(tmp_path, "s:1") as again:
-        assert again.left_since(between) == ledger.left_since(between)
+        assert again.day.left_since(between) == ledger.day.left_since(between)
 
 
 def test_the_uploads_of_an_update_are_one_row(tmp_path: Path) -> None:
     with Ledger(tmp_path, "s:1") as ledger:
         for offset, sent in ((0, 60), (50, 80)):
-            with ledger.booked(update(200, offset=offset)) as booking:
-                booking.wire_bytes = sent
+            with ledger.booked(update(200, offset=offset)):
+                ledger.leaving(sent)
         with ledger.booked(update(10, "ticket-2")):
-            pass
+            ledger.leaving(10)
     found = rows(read(tmp_path / FILE).booked.values())
     assert [(row.wire_bytes, len(row.attempts)) for row in found] == [(140, 2), (10, 1)]
     assert totals(found)["all"] == {"transfers": 2, "payload_bytes": 200, "wire_bytes": 150}
@@ -154,7 +210,10 @@ def test_the_command_shows_a_table_or_json_and_what_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Ledger(tmp_path, "127.0.0.1:7070") as ledger:
-        with ledger.booked(answer()), pytest.raises(RoundClosed), ledger.booked(update(2048)):
+        with ledger.booked(answer()):
+            ledger.leaving(20)
+        with pytest.raises(RoundClosed), ledger.booked(update(2048)):
+            ledger.leaving(2048)
             raise RoundClosed("\x1b[31mtoo late")
         assert run(["ledger", "--state-dir", str(tmp_path)]) == 0, "while a client holds it"
     table = capsys.readouterr().out

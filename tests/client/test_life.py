@@ -20,7 +20,7 @@ import safetensors.numpy
 from fedpeft.errors import RoundClosed
 from fedpeft.v1 import run_pb2
 from fedpeft_client.__main__ import run
-from fedpeft_client.ledger import Kind, Outcome, read
+from fedpeft_client.ledger_entries import Kind, Outcome, read
 from fedpeft_client.ledger_view import rows
 
 from .conftest import StartClient, alive, tiny_run, until, write_images

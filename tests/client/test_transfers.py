@@ -39,16 +39,19 @@ from fedpeft.payload import CHUNK_BYTES
 from fedpeft.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client import patience, pull, push
+from fedpeft_client import departures, patience, pull, push
 from fedpeft_client.adapters import AdapterCache
 from fedpeft_client.channel import Channel
 from fedpeft_client.ledger import Ledger
+from fedpeft_client.ledger_entries import read
+from fedpeft_client.metrics import Metrics
 from fedpeft_client.patience import Backoff, Patience
 from fedpeft_client.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Outcome, Pending, PendingBox
 from fedpeft_client.pull import Puller
 from fedpeft_client.push import Pusher
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.state import StateDirectory
+from fedpeft_client.traffic import Traffic
 
 from .federation import _CLOSES, FakeRun, FakeTicket, Federation
 
@@ -79,7 +82,9 @@ class Site:
         self.log = logs.logger(client="site-a")
         self.patience = Patience(self.log, None)
         self.puller = Puller(channel, self.patience, self.run, self.cache)
-        self.pusher = Pusher(channel, self.patience, Ledger(directory.path, federation.address))
+        self.ledger = Ledger(directory.path, federation.address)
+        Traffic(channel, self.ledger, Metrics())
+        self.pusher = Pusher(channel, self.patience, self.ledger)
         self.box = PendingBox(directory, "")
 
     def pending(self) -> Pending:
@@ -191,6 +196,8 @@ async def test_push_continues_at_the_byte_where_it_stopped(site: Site) -> None:
     assert await site.pusher.push(pending, site.log) is Outcome.COUNTED
     assert [p.offset for p in site.federation.pushes] == [0, 1, 1_234_568, 1_234_568 + CHUNK_BYTES]
     assert sum(p.received for p in site.federation.pushes) == pending.manifest.payload_bytes
+    told = sum(each.departure.wire_bytes for each in read(site.ledger.path).booked.values())
+    assert told >= site.federation.arrivals.wire_bytes, "the ledger never tells less than what left"
 
 
 @pytest.mark.parametrize("direction", ["push", "pull"])
@@ -281,19 +288,20 @@ async def test_refusals(site: Site, error: Exception, outcome: Outcome, withdraw
 
 
 async def test_an_update_that_arrived_stays_pending_when_the_ledger_cannot_say_so(site: Site) -> None:
-    ledger = site.pusher._ledger
-    kept, full = os.dup(ledger._file), os.open("/dev/full", os.O_WRONLY)
+    ledger, counted = site.ledger._file._file, site.channel.sent
+    kept, full = os.dup(ledger), os.open("/dev/full", os.O_WRONLY)
 
     def fill_the_disk(message: Message) -> None:
+        counted(message)
         if isinstance(message, pb.PushUpdateRequest) and message.HasField("chunk"):
-            os.dup2(full, ledger._file)
+            os.dup2(full, ledger)
 
     site.channel.sent = fill_the_disk
     pending = site.pending()
     with pytest.raises(StateInvalid, match="cannot write the ledger"):
         await site.pusher.push(pending, site.log)
     assert site.ticket.receipt is not None, "the server has it: as a residual it would count twice"
-    os.dup2(kept, ledger._file)
+    os.dup2(kept, ledger)
     assert await site.pusher.push(pending, site.log) is Outcome.COUNTED
 
 
@@ -389,7 +397,8 @@ async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) 
     site.federation.refuse_register = [DiskFull("no room"), DiskFull("no room")]
     site.federation.refuse_push = [DiskFull("no room")]
     with capture_logs() as lines:
-        await site.patience.keep(lambda: site.channel.register(pb.RegisterRequest()))
+        with site.ledger.booked(departures.registration(pb.RegisterRequest())):
+            await site.patience.keep(lambda: site.channel.register(pb.RegisterRequest()))
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
     assert site.federation.registrations == 1 and len(site.federation.pushes) == 2
     away = [line["cause"] for line in lines if line["event"].startswith("server is away")]

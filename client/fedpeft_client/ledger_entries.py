@@ -1,0 +1,180 @@
+"""What a ledger says: a line for what is about to leave, another one for what became of it, and how both are read.
+
+    {"id": ID, "at": TIME, "kind": "update", "server": ..., "run": ..., "name": ..., "round": ..., "ticket": ...,
+     "wire_bytes": BOOKED, "payload_bytes": ..., "said": {...}}
+    {"id": ID, "at": TIME, "outcome": "received", "wire_bytes": SENT, "words": ""}
+
+Where more is about to leave than was booked, because a call is repeated, a line of the first kind comes again, with
+more bytes. If no second one follows, because the process was killed, what was booked counts in full: the ledger never
+tells too little.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from fedpeft.errors import StateInvalid
+
+FILE = "ledger.jsonl"
+"""In the state directory."""
+
+
+class Kind(StrEnum):
+    """What left."""
+
+    ENROLMENT = "enrolment"
+    """The request for the first certificate, with the token's secret."""
+    REGISTRATION = "registration"
+    """What this client said of itself."""
+    ANSWER = "answer"
+    """Whether it takes part in a run, and if not, the words that were told."""
+    UPDATE = "update"
+    """Tensors, trained here."""
+    EVALUATION = "evaluation"
+    """Figures of a version, measured here."""
+    WITHDRAWAL = "withdrawal"
+    """A ticket given back, with the words that were told."""
+    QUESTIONS = "questions"
+    """Many small calls that tell nothing: for work, an adapter version, where an upload stands, a certificate."""
+
+
+class Outcome(StrEnum):
+    """What became of it."""
+
+    RECEIVED = "received"
+    """The server has it and said so: for an update, the receipt."""
+    REFUSED = "refused"
+    """The server got it and did not want it."""
+    UNFINISHED = "unfinished"
+    """Broken off; what is counted may have arrived."""
+    OPEN = "open"
+    """Under way, or its process ended before it heard; what was booked is counted."""
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What is about to leave.
+
+    Attributes:
+        kind: What it is.
+        wire_bytes: Size of the messages that carry it.
+        said: What is in it, in words and numbers.
+        run: Id of the run; empty for none.
+        name: The run's name; if empty, the one known from before.
+        round: Number of the round; 0 for none.
+        ticket: Id of the ticket; empty for none.
+        payload_bytes: Tensors in it, encoded.
+    """
+
+    kind: Kind
+    wire_bytes: int
+    said: Mapping[str, Any]
+    run: str = ""
+    name: str = ""
+    round: int = 0
+    ticket: str = ""
+    payload_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Booked:
+    """A departure as the ledger has it.
+
+    Attributes:
+        departure: What left; `wire_bytes` is what was sent, or booked where that is not known.
+        at: When it was about to.
+        latest: When the last line on it was written.
+        server: Where to.
+        outcome: What became of it.
+        words: What the server said of it, if it did not want it.
+    """
+
+    departure: Departure
+    at: datetime
+    latest: datetime
+    server: str
+    outcome: Outcome = Outcome.OPEN
+    words: str = ""
+
+    @property
+    def ended(self) -> datetime | None:
+        """When it was known what became of it; None if it never was."""
+        return None if self.outcome is Outcome.OPEN else self.latest
+
+
+@dataclass
+class Contents:
+    """What is in a ledger: departures in the order in which they were booked, and how many lines cannot be read."""
+
+    booked: dict[str, Booked] = field(default_factory=dict)
+    unreadable: int = 0
+
+    def add(self, line: str) -> None:
+        """Takes one line."""
+        try:
+            data = json.loads(line)
+            at, before = datetime.fromisoformat(data["at"]), self.booked.get(data["id"])
+            if "kind" in data:
+                departure = _departure(data)
+                self.booked[data["id"]] = Booked(departure, before.at if before else at, at, str(data["server"]))
+            else:
+                self.booked[data["id"]] = _closed(self.booked[data["id"]], data, at)
+        except (ValueError, KeyError, TypeError):
+            self.unreadable += 1
+
+
+def read(path: Path) -> Contents:
+    """Reads a ledger, also one that is being written.
+
+    Raises:
+        StateInvalid: If there is none, or it cannot be read.
+    """
+    contents = Contents()
+    try:
+        lines = path.read_text("utf-8", "replace").split("\n")
+    except FileNotFoundError:
+        raise StateInvalid(f"there is no ledger at {path}; no client has used this state directory") from None
+    except OSError as error:
+        raise StateInvalid(f"cannot read the ledger {path}: {error.strerror}") from None
+    for line in lines[:-1]:  # what follows the last line's end is being written, or was cut off: it never left
+        if line:
+            contents.add(line)
+    return contents
+
+
+def opening(number: str, at: datetime, server: str, departure: Departure) -> Mapping[str, Any]:
+    """Returns the line for what is about to leave."""
+    return {"id": number, "at": _text(at), "server": server, **vars(departure)}
+
+
+def closing(number: str, at: datetime, outcome: Outcome, wire_bytes: int, words: str) -> Mapping[str, Any]:
+    """Returns the line for what became of it."""
+    return {"id": number, "at": _text(at), "outcome": outcome, "wire_bytes": wire_bytes, "words": words}
+
+
+def _text(at: datetime) -> str:
+    return at.isoformat(timespec="milliseconds")
+
+
+def _departure(data: Mapping[str, Any]) -> Departure:
+    return Departure(
+        Kind(data["kind"]),
+        int(data["wire_bytes"]),
+        dict(data["said"]),
+        str(data["run"]),
+        str(data["name"]),
+        int(data["round"]),
+        str(data["ticket"]),
+        int(data["payload_bytes"]),
+    )
+
+
+def _closed(before: Booked, data: Mapping[str, Any], at: datetime) -> Booked:
+    sent = replace(before.departure, wire_bytes=int(data["wire_bytes"]))
+    return replace(before, departure=sent, latest=at, outcome=Outcome(data["outcome"]), words=str(data["words"]))
