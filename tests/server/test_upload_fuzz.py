@@ -234,6 +234,6 @@ def test_whatever_is_uploaded_the_server_stands(world: World, scripts: list[Scri
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @anything
-@settings(max_examples=1000, suppress_health_check=quietly)
+@settings(max_examples=1000, suppress_health_check=quietly)  # 14 minutes on two cores that did other work as well
 def test_whatever_is_uploaded_the_server_stands_for_long(world: World, scripts: list[Script], together: bool) -> None:
     world.play(scripts, together)
