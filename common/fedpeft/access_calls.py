@@ -58,10 +58,22 @@ class AccessCalls(ABC):
         """Makes a token worthless, by its id."""
         await self._ask(self._access.DeleteToken, pb.DeleteTokenRequest(id=token))
 
-    async def revoke(self, name: str, role: Role, reason: str = "") -> pb.Identity:
-        """Refuses all certificates that a name and a role have so far; returns the identity."""
-        request = pb.RevokeIdentityRequest(role=roles.TO_PROTO[role], name=name, reason=reason)
+    async def revoke(self, name: str, role: Role, reason: str = "", *, unseen: bool = False) -> pb.Identity:
+        """Refuses a name in a role until it is restored; returns the identity.
+
+        Args:
+            name: Whom.
+            role: In which role.
+            reason: Why, for the audit log.
+            unseen: Whether also if nobody of that name and role has called or was enrolled.
+        """
+        request = pb.RevokeIdentityRequest(role=roles.TO_PROTO[role], name=name, reason=reason, unseen=unseen)
         return (await self._ask(self._access.RevokeIdentity, request)).identity
+
+    async def restore(self, name: str, role: Role) -> pb.Identity:
+        """Lets a revoked name in again, with certificates that begin from now on; returns the identity."""
+        request = pb.RestoreIdentityRequest(role=roles.TO_PROTO[role], name=name)
+        return (await self._ask(self._access.RestoreIdentity, request)).identity
 
     async def identities(self) -> list[pb.Identity]:
         """Returns whoever was enrolled or revoked, by role and name."""

@@ -177,7 +177,8 @@ class Server:
     async def _admission(self) -> Admission:
         """Returns what decides over calls, with what the database knows."""
         known = await self.store.call(self.store.db.identities.after, ("", ""))
-        return Admission(self.store, known, secured=self.certificates is not None)
+        own = self.certificates
+        return Admission(self.store, known, secured=own is not None, enrolls=bool(own and own.authority))
 
     def _bind(self) -> None:
         """Takes the ports: one, and with an authority a second one where devices enroll."""

@@ -165,6 +165,16 @@ def test_an_authority_elsewhere(reader: Reader) -> None:
         assert "this server has not the authority's key" in refused
         reader.do("fedpeft --identity operator client revoke hospital-a")
         assert "were revoked" in reader.do("fedpeft --identity state/identity run list", code=1)
+        issue = next(
+            line for line in block("elsewhere").splitlines() if "client/hospital-a" in line and "issue" in line
+        )
+        again = f"umask 077\nsleep 1.1\n{block('elsewhere').partition('issue fed')[0]}{issue}"
+        reader.do(again)
+        assert "were revoked" in reader.do("fedpeft --identity state/identity run list", code=1)
+        reader.do("fedpeft --identity operator identity restore hospital-a")
+        assert "were revoked" in reader.do("fedpeft --identity state/identity run list", code=1)
+        reader.do(again)
+        assert "may be called by operator" in reader.do("fedpeft --identity state/identity run list", code=1)
 
 
 def test_the_table_of_roles_is_the_servers() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -58,11 +59,23 @@ class Federation:
         self._stack = stack
 
     def certificate(
-        self, role: Role, name: str, life: timedelta = HOUR, at: datetime | None = None
+        self,
+        role: Role,
+        name: str,
+        life: timedelta = HOUR,
+        at: datetime | None = None,
+        after: datetime | None = None,
     ) -> grpc.aio.Channel:
-        """Returns a channel of somebody who was given a certificate without a token."""
+        """Returns a channel of somebody who was given a certificate without a token, as by an authority elsewhere."""
         key = keys.make()
-        return self.with_certificate(key, self.authority.issue(Subject(role, name), key.public_key(), life, at))
+        certificate = self.authority.issue(Subject(role, name), key.public_key(), life, at, after=after)
+        return self.with_certificate(key, certificate)
+
+    async def next_certificate(self, role: Role, name: str) -> grpc.aio.Channel:
+        """Returns a channel with a certificate that begins after this moment, once it has begun."""
+        channel = self.certificate(role, name, after=datetime.now(UTC))
+        await asyncio.sleep(1.01 - time.time() % 1)
+        return channel
 
     def with_certificate(self, key: PrivateKey, certificate: x509.Certificate) -> grpc.aio.Channel:
         root = certificates.to_pem(self.authority.certificate)
@@ -93,9 +106,13 @@ class Federation:
         answer = await self.access(self.nobody()).Enroll(request)
         return self.with_certificate(key, certificates.parse(answer.certificate)[0])
 
-    async def revoke(self, role: Role, name: str) -> access.Identity:
-        request = access.RevokeIdentityRequest(role=TO_PROTO[role], name=name, reason="lost")
+    async def revoke(self, role: Role, name: str, *, unseen: bool = False) -> access.Identity:
+        request = access.RevokeIdentityRequest(role=TO_PROTO[role], name=name, reason="lost", unseen=unseen)
         return (await self.access().RevokeIdentity(request)).identity
+
+    async def restore(self, role: Role, name: str) -> access.Identity:
+        request = access.RestoreIdentityRequest(role=TO_PROTO[role], name=name)
+        return (await self.access().RestoreIdentity(request)).identity
 
     async def audit(self) -> list[access.AuditEntry]:
         return list((await self.access().ListAuditEntries(access.ListAuditEntriesRequest())).entries)

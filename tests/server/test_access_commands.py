@@ -141,6 +141,14 @@ async def test_a_revoked_one_is_refused_at_its_next_message(
     itself = await fedpeft("client", "revoke", "ada", "--role", "operator")
     assert itself.code == 1
 
+    restored = await fedpeft("identity", "restore", "eve", "--role", "operator")
+    assert restored.out.startswith("operator eve is let in again, with a certificate that begins after 20")
+    early = await fedpeft("run", "list", identity=tmp_path / "eve")
+    assert early.code == 1 and "that begin before" in early.err
+    assert "not revoked" in (await fedpeft("identity", "restore", "ada", "--role", "operator")).out
+    unseen = await fedpeft("client", "revoke", "bo", "--role", "operator", "--unseen", "--json")
+    assert json.loads(unseen.out)["revoked_at"]
+
 
 def enrolled(secured: Federation, where: Path, role: Role, name: str, life: timedelta = HOUR) -> Identity:
     """Writes an identity folder without a token."""

@@ -148,6 +148,72 @@ async def test_a_new_token_enrolls_the_revoked_again_and_the_old_certificate_sta
     assert not identity.HasField("revoked_at")
 
 
+LIST = "/fedpeft.v1.OperatorService/ListRuns"
+
+
+async def test_a_revoked_name_does_not_come_back_with_another_certificate(secured: Federation) -> None:
+    assert await outcome(secured.certificate(Role.VIEWER, "eve"), LIST) == "OK"
+    await secured.revoke(Role.VIEWER, "eve")
+    assert await outcome(await secured.next_certificate(Role.VIEWER, "eve"), LIST) == "CERTIFICATE_REVOKED"
+
+
+async def test_a_name_that_is_restored_comes_back_with_a_certificate_that_begins_afterwards(
+    secured: Federation,
+) -> None:
+    before = secured.certificate(Role.VIEWER, "eve")
+    assert await outcome(before, LIST) == "OK"
+    await secured.revoke(Role.VIEWER, "eve")
+    meanwhile = await secured.next_certificate(Role.VIEWER, "eve")
+    shown = await secured.restore(Role.VIEWER, "eve")
+    assert not shown.HasField("revoked_at") and shown.HasField("restored_at")
+    afterwards = await secured.next_certificate(Role.VIEWER, "eve")
+    found = [await outcome(channel, LIST) for channel in (before, meanwhile, afterwards)]
+    assert found == ["CERTIFICATE_REVOKED", "CERTIFICATE_REVOKED", "OK"]
+    await secured.revoke(Role.VIEWER, "eve")
+    assert await outcome(afterwards, LIST) == "CERTIFICATE_REVOKED", "a second time"
+    told = [(e.actor, e.action) for e in await secured.audit() if e.object == "viewer eve" and "re" in e.action]
+    assert told == [("operator ada", f"identity.{deed}") for deed in ("revoked", "restored", "revoked")]
+
+
+async def test_a_name_is_revoked_that_nobody_has_called_by_if_that_is_meant(secured: Federation) -> None:
+    assert await refused(secured.revoke(Role.OPERATOR, "bo")) == "IDENTITY_NOT_FOUND", "a slip in the name, perhaps"
+    await secured.revoke(Role.OPERATOR, "bo", unseen=True)
+    assert await outcome(secured.certificate(Role.OPERATOR, "bo"), LIST) == "CERTIFICATE_REVOKED"
+    await secured.restore(Role.OPERATOR, "bo")
+    assert await outcome(await secured.next_certificate(Role.OPERATOR, "bo"), LIST) == "OK"
+
+
+async def test_restoring_the_unknown_is_an_error_and_the_unrevoked_nothing(secured: Federation) -> None:
+    assert await refused(secured.restore(Role.CLIENT, "nobody")) == "IDENTITY_NOT_FOUND"
+    shown = await secured.restore(Role.OPERATOR, "ada")
+    assert not shown.HasField("restored_at")
+    assert "identity.restored" not in [entry.action for entry in await secured.audit()]
+
+
+async def test_a_restoration_outlives_the_server(tmp_path: Path) -> None:
+    async with federation(tmp_path) as before:
+        old = before.certificate(Role.VIEWER, "eve")
+        assert await outcome(old, LIST) == "OK"
+        await before.revoke(Role.VIEWER, "eve")
+        await before.restore(Role.VIEWER, "eve")
+    async with federation(tmp_path) as after:
+        assert await outcome(after.certificate(Role.VIEWER, "eve"), LIST) == "CERTIFICATE_REVOKED", "begins too early"
+        assert await outcome(await after.next_certificate(Role.VIEWER, "eve"), LIST) == "OK"
+
+
+async def test_an_evaluator_cannot_take_a_clients_name_whoever_certified_it(secured: Federation) -> None:
+    client = RawClient(secured.certificate(Role.CLIENT, "x"), "x")
+    await client.register()
+    evaluator = RawClient(secured.certificate(Role.EVALUATOR, "x"), "x")
+    assert await refused(evaluator.register(fed.CLIENT_ROLE_EVALUATOR)) == "NAME_IN_USE"
+    assert await refused(evaluator.look()) == "NAME_IN_USE"
+    await secured.revoke(Role.CLIENT, "x")
+    assert await refused(evaluator.look()) == "NOT_REGISTERED", "it is nobody's trainer"
+    await evaluator.register(fed.CLIENT_ROLE_EVALUATOR)
+    assert await refused(secured.restore(Role.CLIENT, "x")) == "NAME_IN_USE"
+    assert (await evaluator.look()).HasField("idle")
+
+
 async def identities(secured: Federation) -> list[access.Identity]:
     return list((await secured.access().ListIdentities(access.ListIdentitiesRequest())).identities)
 

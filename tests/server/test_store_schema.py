@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import text
 
@@ -42,6 +45,25 @@ class TestSchema:
         engine.dispose()
         with pytest.raises(StateInvalid, match=r"schema 9999.*upgrade the server"):
             Database.open(url)
+
+    def test_who_was_enrolled_again_before_restorations_were_known_is_not_refused(self, url: str) -> None:
+        engine = connect(url)
+        config = Config()
+        config.set_main_option("script_location", "fedpeft_server.store:migrations")
+        config.set_main_option("path_separator", "os")
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "0003")
+            for name, issued in (("back", 20.0), ("gone", 5.0)):
+                row = {"name": name, "issued": issued}
+                insert = (
+                    "INSERT INTO identities (role, name, issued_at, revoked_at) VALUES ('client', :name, :issued, 10)"
+                )
+                connection.execute(text(insert), row)
+        engine.dispose()
+        database = Database.open(url)
+        assert [row.refused_until for row in database.identities.after(("", ""))] == [10.0, math.inf]
+        database.close()
 
     def test_sqlite_loses_nothing_and_keeps_references(self, sqlite_url: str) -> None:
         engine = connect(sqlite_url)

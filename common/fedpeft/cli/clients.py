@@ -51,7 +51,7 @@ def list_(
     "revoke",
     epilog=epilog(
         "fedpeft client revoke hospital-a --reason 'laptop lost'",
-        hint="A new token lets the name in again. Updates that were counted stay counted.",
+        hint="A new token lets the name in again, or fedpeft identity restore. Updates that were counted stay counted.",
         ends=OF_SERVER,
     ),
 )
@@ -62,21 +62,25 @@ def revoke(
         Role, typer.Option("--role", help="In which role; an operator cannot revoke itself.")
     ] = Role.CLIENT,
     reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for the audit log.")] = "",
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="Also if nobody of that name and role has called or was enrolled so far.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Refuse all certificates that a name has, from its next message on and on open streams too."""
-    row = run_async(_revoked(session_of(context), name, role, reason))
+    """Refuse a name, whatever certificate it brings, from its next message on and on open streams too."""
+    row = run_async(_revoked(session_of(context), name, role, reason, unseen))
     if as_json:
         output.say_json(row)
     else:
         output.say(
-            f"{row['role']} {row['name']} is refused since {row['revoked_at']}; a new token would let it in again"
+            f"{row['role']} {row['name']} is refused since {row['revoked_at']}, whatever certificate it brings; a new "
+            "token would let it in again"
         )
 
 
-async def _revoked(session: Session, name: str, role: Role, reason: str) -> views.Json:
+async def _revoked(session: Session, name: str, role: Role, reason: str, unseen: bool) -> views.Json:
     async with session.client() as server:
-        return views.identity_json(await server.revoke(name, role, reason))
+        return views.identity_json(await server.revoke(name, role, reason, unseen=unseen))
 
 
 async def _clients(session: Session) -> list[views.Json]:

@@ -1,4 +1,4 @@
-"""`fedpeft identity list`."""
+"""`fedpeft identity`: list, restore."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fedpeft import views
 from fedpeft.cli import output
 from fedpeft.cli.epilogs import OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
+from fedpeft.identity.subject import Role
 
 app = typer.Typer(no_args_is_help=True, help="Whom the server knows by certificate.")
 
@@ -46,6 +47,36 @@ def list_(
     for row in rows:
         if row["revoked_at"] and row["reason"]:
             output.say(f"{row['role']} {row['name']} was revoked: {row['reason']}")
+
+
+@app.command(
+    "restore",
+    epilog=epilog(
+        "fedpeft identity restore hospital-a",
+        hint="For certificates of an authority elsewhere; where this server issues them, a new token does the same.",
+        ends=OF_SERVER,
+    ),
+)
+def restore(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whom to let in again.")],
+    role: Annotated[Role, typer.Option("--role", help="In which role.")] = Role.CLIENT,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Let a revoked name in again, with a certificate that begins from now on; older ones stay refused."""
+    row = run_async(_restored(session_of(context), name, role))
+    who, since = f"{row['role']} {row['name']}", row["restored_at"]
+    if as_json:
+        output.say_json(row)
+    elif since:
+        output.say(f"{who} is let in again, with a certificate that begins after {since}")
+    else:
+        output.say(f"{who} is not revoked")
+
+
+async def _restored(session: Session, name: str, role: Role) -> views.Json:
+    async with session.client() as server:
+        return views.identity_json(await server.restore(name, role))
 
 
 async def _listed(session: Session) -> list[views.Json]:

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x65\x64peft/v1/access_service.proto\x12\nfedpeft.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"J\n\rEnrollRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x17\n\x0fsigning_request\x18\x02 \x01(\x0c\x12\x10\n\x08software\x18\x03 \x01(\t\"5\n\x0e\x45nrollResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x0e\n\x06server\x18\x02 \x01(\t\"\'\n\x0cRenewRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"$\n\rRenewResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"Z\n\x12\x43reateTokenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.fedpeft.v1.IdentityRole\x12\x0e\n\x06life_s\x18\x03 \x01(\r\"E\n\x13\x43reateTokenResponse\x12 \n\x05token\x18\x01 \x01(\x0b\x32\x11.fedpeft.v1.Token\x12\x0c\n\x04line\x18\x02 \x01(\t\"\xea\x01\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12&\n\x04role\x18\x03 \x01(\x0e\x32\x18.fedpeft.v1.IdentityRole\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ncreated_by\x18\x05 \x01(\t\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07used_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\x11ListTokensRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListTokensResponse\x12!\n\x06tokens\x18\x01 \x03(\x0b\x32\x11.fedpeft.v1.Token\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x12\x44\x65leteTokenRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteTokenResponse\"]\n\x15RevokeIdentityRequest\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.fedpeft.v1.IdentityRole\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"@\n\x16RevokeIdentityResponse\x12&\n\x08identity\x18\x01 \x01(\x0b\x32\x14.fedpeft.v1.Identity\"\xf4\x01\n\x08Identity\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.fedpeft.v1.IdentityRole\x12\x0c\n\x04name\x18\x02 \x01(\t\x12-\n\tissued_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12.\n\nrevoked_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x07 \x01(\t\">\n\x15ListIdentitiesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x16ListIdentitiesResponse\x12(\n\nidentities\x18\x01 \x03(\x0b\x32\x14.fedpeft.v1.Identity\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x91\x01\n\nAuditEntry\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0e\n\x06object\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x06 \x01(\t\x12\x17\n\x0fprevious_sha256\x18\x07 \x01(\t\x12\x0e\n\x06sha256\x18\x08 \x01(\t\"O\n\x17ListAuditEntriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x04\"\\\n\x18ListAuditEntriesResponse\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.fedpeft.v1.AuditEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x9a\x01\n\x0cIdentityRole\x12\x1d\n\x19IDENTITY_ROLE_UNSPECIFIED\x10\x00\x12\x1a\n\x16IDENTITY_ROLE_OPERATOR\x10\x01\x12\x18\n\x14IDENTITY_ROLE_VIEWER\x10\x02\x12\x18\n\x14IDENTITY_ROLE_CLIENT\x10\x03\x12\x1b\n\x17IDENTITY_ROLE_EVALUATOR\x10\x04\x32\x8c\x05\n\rAccessService\x12?\n\x06\x45nroll\x12\x19.fedpeft.v1.EnrollRequest\x1a\x1a.fedpeft.v1.EnrollResponse\x12<\n\x05Renew\x12\x18.fedpeft.v1.RenewRequest\x1a\x19.fedpeft.v1.RenewResponse\x12N\n\x0b\x43reateToken\x12\x1e.fedpeft.v1.CreateTokenRequest\x1a\x1f.fedpeft.v1.CreateTokenResponse\x12K\n\nListTokens\x12\x1d.fedpeft.v1.ListTokensRequest\x1a\x1e.fedpeft.v1.ListTokensResponse\x12N\n\x0b\x44\x65leteToken\x12\x1e.fedpeft.v1.DeleteTokenRequest\x1a\x1f.fedpeft.v1.DeleteTokenResponse\x12W\n\x0eRevokeIdentity\x12!.fedpeft.v1.RevokeIdentityRequest\x1a\".fedpeft.v1.RevokeIdentityResponse\x12W\n\x0eListIdentities\x12!.fedpeft.v1.ListIdentitiesRequest\x1a\".fedpeft.v1.ListIdentitiesResponse\x12]\n\x10ListAuditEntries\x12#.fedpeft.v1.ListAuditEntriesRequest\x1a$.fedpeft.v1.ListAuditEntriesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x65\x64peft/v1/access_service.proto\x12\nfedpeft.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"J\n\rEnrollRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x17\n\x0fsigning_request\x18\x02 \x01(\x0c\x12\x10\n\x08software\x18\x03 \x01(\t\"5\n\x0e\x45nrollResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x0e\n\x06server\x18\x02 \x01(\t\"\'\n\x0cRenewRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"$\n\rRenewResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"Z\n\x12\x43reateTokenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.fedpeft.v1.IdentityRole\x12\x0e\n\x06life_s\x18\x03 \x01(\r\"E\n\x13\x43reateTokenResponse\x12 \n\x05token\x18\x01 \x01(\x0b\x32\x11.fedpeft.v1.Token\x12\x0c\n\x04line\x18\x02 \x01(\t\"\xea\x01\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12&\n\x04role\x18\x03 \x01(\x0e\x32\x18.fedpeft.v1.IdentityRole\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ncreated_by\x18\x05 \x01(\t\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07used_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\x11ListTokensRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListTokensResponse\x12!\n\x06tokens\x18\x01 \x03(\x0b\x32\x11.fedpeft.v1.Token\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x12\x44\x65leteTokenRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteTokenResponse\"m\n\x15RevokeIdentityRequest\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.fedpeft.v1.IdentityRole\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06unseen\x18\x04 \x01(\x08\"@\n\x16RevokeIdentityResponse\x12&\n\x08identity\x18\x01 \x01(\x0b\x32\x14.fedpeft.v1.Identity\"N\n\x16RestoreIdentityRequest\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.fedpeft.v1.IdentityRole\x12\x0c\n\x04name\x18\x02 \x01(\t\"A\n\x17RestoreIdentityResponse\x12&\n\x08identity\x18\x01 \x01(\x0b\x32\x14.fedpeft.v1.Identity\"\xa5\x02\n\x08Identity\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.fedpeft.v1.IdentityRole\x12\x0c\n\x04name\x18\x02 \x01(\t\x12-\n\tissued_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12.\n\nrevoked_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12/\n\x0brestored_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\">\n\x15ListIdentitiesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x16ListIdentitiesResponse\x12(\n\nidentities\x18\x01 \x03(\x0b\x32\x14.fedpeft.v1.Identity\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x91\x01\n\nAuditEntry\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0e\n\x06object\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x06 \x01(\t\x12\x17\n\x0fprevious_sha256\x18\x07 \x01(\t\x12\x0e\n\x06sha256\x18\x08 \x01(\t\"O\n\x17ListAuditEntriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x04\"\\\n\x18ListAuditEntriesResponse\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.fedpeft.v1.AuditEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x9a\x01\n\x0cIdentityRole\x12\x1d\n\x19IDENTITY_ROLE_UNSPECIFIED\x10\x00\x12\x1a\n\x16IDENTITY_ROLE_OPERATOR\x10\x01\x12\x18\n\x14IDENTITY_ROLE_VIEWER\x10\x02\x12\x18\n\x14IDENTITY_ROLE_CLIENT\x10\x03\x12\x1b\n\x17IDENTITY_ROLE_EVALUATOR\x10\x04\x32\xe8\x05\n\rAccessService\x12?\n\x06\x45nroll\x12\x19.fedpeft.v1.EnrollRequest\x1a\x1a.fedpeft.v1.EnrollResponse\x12<\n\x05Renew\x12\x18.fedpeft.v1.RenewRequest\x1a\x19.fedpeft.v1.RenewResponse\x12N\n\x0b\x43reateToken\x12\x1e.fedpeft.v1.CreateTokenRequest\x1a\x1f.fedpeft.v1.CreateTokenResponse\x12K\n\nListTokens\x12\x1d.fedpeft.v1.ListTokensRequest\x1a\x1e.fedpeft.v1.ListTokensResponse\x12N\n\x0b\x44\x65leteToken\x12\x1e.fedpeft.v1.DeleteTokenRequest\x1a\x1f.fedpeft.v1.DeleteTokenResponse\x12W\n\x0eRevokeIdentity\x12!.fedpeft.v1.RevokeIdentityRequest\x1a\".fedpeft.v1.RevokeIdentityResponse\x12Z\n\x0fRestoreIdentity\x12\".fedpeft.v1.RestoreIdentityRequest\x1a#.fedpeft.v1.RestoreIdentityResponse\x12W\n\x0eListIdentities\x12!.fedpeft.v1.ListIdentitiesRequest\x1a\".fedpeft.v1.ListIdentitiesResponse\x12]\n\x10ListAuditEntries\x12#.fedpeft.v1.ListAuditEntriesRequest\x1a$.fedpeft.v1.ListAuditEntriesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedpeft.v1.access_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_IDENTITYROLE']._serialized_start=1778
-  _globals['_IDENTITYROLE']._serialized_end=1932
+  _globals['_IDENTITYROLE']._serialized_start=1990
+  _globals['_IDENTITYROLE']._serialized_end=2144
   _globals['_ENROLLREQUEST']._serialized_start=80
   _globals['_ENROLLREQUEST']._serialized_end=154
   _globals['_ENROLLRESPONSE']._serialized_start=156
@@ -57,21 +57,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETETOKENRESPONSE']._serialized_start=866
   _globals['_DELETETOKENRESPONSE']._serialized_end=887
   _globals['_REVOKEIDENTITYREQUEST']._serialized_start=889
-  _globals['_REVOKEIDENTITYREQUEST']._serialized_end=982
-  _globals['_REVOKEIDENTITYRESPONSE']._serialized_start=984
-  _globals['_REVOKEIDENTITYRESPONSE']._serialized_end=1048
-  _globals['_IDENTITY']._serialized_start=1051
-  _globals['_IDENTITY']._serialized_end=1295
-  _globals['_LISTIDENTITIESREQUEST']._serialized_start=1297
-  _globals['_LISTIDENTITIESREQUEST']._serialized_end=1359
-  _globals['_LISTIDENTITIESRESPONSE']._serialized_start=1361
-  _globals['_LISTIDENTITIESRESPONSE']._serialized_end=1452
-  _globals['_AUDITENTRY']._serialized_start=1455
-  _globals['_AUDITENTRY']._serialized_end=1600
-  _globals['_LISTAUDITENTRIESREQUEST']._serialized_start=1602
-  _globals['_LISTAUDITENTRIESREQUEST']._serialized_end=1681
-  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_start=1683
-  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_end=1775
-  _globals['_ACCESSSERVICE']._serialized_start=1935
-  _globals['_ACCESSSERVICE']._serialized_end=2587
+  _globals['_REVOKEIDENTITYREQUEST']._serialized_end=998
+  _globals['_REVOKEIDENTITYRESPONSE']._serialized_start=1000
+  _globals['_REVOKEIDENTITYRESPONSE']._serialized_end=1064
+  _globals['_RESTOREIDENTITYREQUEST']._serialized_start=1066
+  _globals['_RESTOREIDENTITYREQUEST']._serialized_end=1144
+  _globals['_RESTOREIDENTITYRESPONSE']._serialized_start=1146
+  _globals['_RESTOREIDENTITYRESPONSE']._serialized_end=1211
+  _globals['_IDENTITY']._serialized_start=1214
+  _globals['_IDENTITY']._serialized_end=1507
+  _globals['_LISTIDENTITIESREQUEST']._serialized_start=1509
+  _globals['_LISTIDENTITIESREQUEST']._serialized_end=1571
+  _globals['_LISTIDENTITIESRESPONSE']._serialized_start=1573
+  _globals['_LISTIDENTITIESRESPONSE']._serialized_end=1664
+  _globals['_AUDITENTRY']._serialized_start=1667
+  _globals['_AUDITENTRY']._serialized_end=1812
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_start=1814
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_end=1893
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_start=1895
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_end=1987
+  _globals['_ACCESSSERVICE']._serialized_start=2147
+  _globals['_ACCESSSERVICE']._serialized_end=2891
 # @@protoc_insertion_point(module_scope)

@@ -364,22 +364,28 @@ class RevokeIdentityRequest(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    UNSEEN_FIELD_NUMBER: _builtins.int
     role: Global___IdentityRole.ValueType
     """Its role."""
     name: _builtins.str
     """Its name."""
     reason: _builtins.str
     """Why, for the audit log; at most 1,024 characters."""
+    unseen: _builtins.bool
+    """Whether to refuse also a name that nobody has called by or was enrolled as: one that init or another authority has given
+    a certificate that was never used here. Without it a slip in the name is an error.
+    """
     def __init__(
         self,
         *,
         role: Global___IdentityRole.ValueType = ...,
         name: _builtins.str = ...,
         reason: _builtins.str = ...,
+        unseen: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "role", b"role", "unseen", b"unseen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -410,6 +416,56 @@ class RevokeIdentityResponse(_message.Message):
 Global___RevokeIdentityResponse: _TypeAlias = RevokeIdentityResponse  # noqa: Y015
 
 @_typing.final
+class RestoreIdentityRequest(_message.Message):
+    """RestoreIdentityRequest names whom to let in again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    role: Global___IdentityRole.ValueType
+    """Its role."""
+    name: _builtins.str
+    """Its name."""
+    def __init__(
+        self,
+        *,
+        role: Global___IdentityRole.ValueType = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreIdentityRequest: _TypeAlias = RestoreIdentityRequest  # noqa: Y015
+
+@_typing.final
+class RestoreIdentityResponse(_message.Message):
+    """RestoreIdentityResponse says that it is not refused any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def identity(self) -> Global___Identity:
+        """As it is listed."""
+
+    def __init__(
+        self,
+        *,
+        identity: Global___Identity | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreIdentityResponse: _TypeAlias = RestoreIdentityResponse  # noqa: Y015
+
+@_typing.final
 class Identity(_message.Message):
     """Identity is somebody who was enrolled or revoked."""
 
@@ -422,6 +478,7 @@ class Identity(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     REVOKED_AT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    RESTORED_AT_FIELD_NUMBER: _builtins.int
     role: Global___IdentityRole.ValueType
     """What it may do."""
     name: _builtins.str
@@ -442,6 +499,12 @@ class Identity(_message.Message):
     def revoked_at(self) -> _timestamp_pb2.Timestamp:
         """When it was revoked; absent if it is not."""
 
+    @_builtins.property
+    def restored_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was let in again after it was revoked; certificates that begin before this are refused. Absent if it never was,
+        or was revoked since.
+        """
+
     def __init__(
         self,
         *,
@@ -452,10 +515,11 @@ class Identity(_message.Message):
         fingerprint: _builtins.str = ...,
         revoked_at: _timestamp_pb2.Timestamp | None = ...,
         reason: _builtins.str = ...,
+        restored_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "issued_at", b"issued_at", "revoked_at", b"revoked_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "issued_at", b"issued_at", "restored_at", b"restored_at", "revoked_at", b"revoked_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "fingerprint", b"fingerprint", "issued_at", b"issued_at", "name", b"name", "reason", b"reason", "revoked_at", b"revoked_at", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "fingerprint", b"fingerprint", "issued_at", b"issued_at", "name", b"name", "reason", b"reason", "restored_at", b"restored_at", "revoked_at", b"revoked_at", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

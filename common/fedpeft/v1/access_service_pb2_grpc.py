@@ -39,6 +39,7 @@ class AccessServiceStub:
     UNAUTHENTICATED      CERTIFICATE_EXPIRED     it was valid when the connection was made and is not any more
     UNAUTHENTICATED      CERTIFICATE_REVOKED     also ends the calls that are under way
     PERMISSION_DENIED    ROLE_MAY_NOT            the role of the certificate has no right to this call
+    ALREADY_EXISTS       NAME_IN_USE             the caller is an evaluator by a client's name, or the other way round
 
     Lists come in pages, as in OperatorService.
     """
@@ -79,6 +80,11 @@ class AccessServiceStub:
                 request_serializer=fedpeft_dot_v1_dot_access__service__pb2.RevokeIdentityRequest.SerializeToString,
                 response_deserializer=fedpeft_dot_v1_dot_access__service__pb2.RevokeIdentityResponse.FromString,
                 _registered_method=True)
+        self.RestoreIdentity = channel.unary_unary(
+                '/fedpeft.v1.AccessService/RestoreIdentity',
+                request_serializer=fedpeft_dot_v1_dot_access__service__pb2.RestoreIdentityRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_access__service__pb2.RestoreIdentityResponse.FromString,
+                _registered_method=True)
         self.ListIdentities = channel.unary_unary(
                 '/fedpeft.v1.AccessService/ListIdentities',
                 request_serializer=fedpeft_dot_v1_dot_access__service__pb2.ListIdentitiesRequest.SerializeToString,
@@ -105,6 +111,7 @@ class AccessServiceServicer:
     UNAUTHENTICATED      CERTIFICATE_EXPIRED     it was valid when the connection was made and is not any more
     UNAUTHENTICATED      CERTIFICATE_REVOKED     also ends the calls that are under way
     PERMISSION_DENIED    ROLE_MAY_NOT            the role of the certificate has no right to this call
+    ALREADY_EXISTS       NAME_IN_USE             the caller is an evaluator by a client's name, or the other way round
 
     Lists come in pages, as in OperatorService.
     """
@@ -159,11 +166,24 @@ class AccessServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RevokeIdentity(self, request, context):
-        """RevokeIdentity refuses all certificates that a name and a role have so far: their calls under way end at once, later
-        ones are refused. A new token enrols the name again. Revoking a revoked one changes nothing.
+        """RevokeIdentity refuses a name in a role, whatever certificate it brings and whoever issued that: calls under way end at
+        once, later ones are refused. That holds until a new token enrols the name again, or RestoreIdentity; the tokens that
+        the name has so far are worthless. Revoking a revoked one is no error.
         INVALID_ARGUMENT     SUBJECT_INVALID         the name or the role
-        NOT_FOUND            IDENTITY_NOT_FOUND      nobody of that name and role has called or was enrolled
+        NOT_FOUND            IDENTITY_NOT_FOUND      nobody of that name and role has called or was enrolled; see `unseen`
         FAILED_PRECONDITION  SELF_REVOCATION         the caller itself
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreIdentity(self, request, context):
+        """RestoreIdentity lets a revoked name in again, with certificates that begin after this call; every older one stays
+        refused, so that what was lost does not come back. Where this server issues the certificates, a new token does the
+        same. Restoring one that is not revoked changes nothing.
+        INVALID_ARGUMENT     SUBJECT_INVALID         the name or the role
+        NOT_FOUND            IDENTITY_NOT_FOUND      nobody of that name and role has called, was enrolled or revoked
+        ALREADY_EXISTS       NAME_IN_USE             the name is enrolled in another role that shares ids with this one
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,6 +236,11 @@ def add_AccessServiceServicer_to_server(servicer, server):
                     request_deserializer=fedpeft_dot_v1_dot_access__service__pb2.RevokeIdentityRequest.FromString,
                     response_serializer=fedpeft_dot_v1_dot_access__service__pb2.RevokeIdentityResponse.SerializeToString,
             ),
+            'RestoreIdentity': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreIdentity,
+                    request_deserializer=fedpeft_dot_v1_dot_access__service__pb2.RestoreIdentityRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_access__service__pb2.RestoreIdentityResponse.SerializeToString,
+            ),
             'ListIdentities': grpc.unary_unary_rpc_method_handler(
                     servicer.ListIdentities,
                     request_deserializer=fedpeft_dot_v1_dot_access__service__pb2.ListIdentitiesRequest.FromString,
@@ -248,6 +273,7 @@ class AccessService:
     UNAUTHENTICATED      CERTIFICATE_EXPIRED     it was valid when the connection was made and is not any more
     UNAUTHENTICATED      CERTIFICATE_REVOKED     also ends the calls that are under way
     PERMISSION_DENIED    ROLE_MAY_NOT            the role of the certificate has no right to this call
+    ALREADY_EXISTS       NAME_IN_USE             the caller is an evaluator by a client's name, or the other way round
 
     Lists come in pages, as in OperatorService.
     """
@@ -404,6 +430,33 @@ class AccessService:
             '/fedpeft.v1.AccessService/RevokeIdentity',
             fedpeft_dot_v1_dot_access__service__pb2.RevokeIdentityRequest.SerializeToString,
             fedpeft_dot_v1_dot_access__service__pb2.RevokeIdentityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreIdentity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpeft.v1.AccessService/RestoreIdentity',
+            fedpeft_dot_v1_dot_access__service__pb2.RestoreIdentityRequest.SerializeToString,
+            fedpeft_dot_v1_dot_access__service__pb2.RestoreIdentityResponse.FromString,
             options,
             channel_credentials,
             insecure,

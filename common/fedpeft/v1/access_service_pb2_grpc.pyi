@@ -26,6 +26,7 @@ class AccessServiceStub:
       UNAUTHENTICATED      CERTIFICATE_EXPIRED     it was valid when the connection was made and is not any more
       UNAUTHENTICATED      CERTIFICATE_REVOKED     also ends the calls that are under way
       PERMISSION_DENIED    ROLE_MAY_NOT            the role of the certificate has no right to this call
+      ALREADY_EXISTS       NAME_IN_USE             the caller is an evaluator by a client's name, or the other way round
 
     Lists come in pages, as in OperatorService.
     """
@@ -60,11 +61,20 @@ class AccessServiceStub:
       NOT_FOUND            TOKEN_NOT_FOUND
     """
     RevokeIdentity: _aio.UnaryUnaryMultiCallable[_access_service_pb2.RevokeIdentityRequest, _access_service_pb2.RevokeIdentityResponse]
-    """RevokeIdentity refuses all certificates that a name and a role have so far: their calls under way end at once, later
-    ones are refused. A new token enrols the name again. Revoking a revoked one changes nothing.
+    """RevokeIdentity refuses a name in a role, whatever certificate it brings and whoever issued that: calls under way end at
+    once, later ones are refused. That holds until a new token enrols the name again, or RestoreIdentity; the tokens that
+    the name has so far are worthless. Revoking a revoked one is no error.
       INVALID_ARGUMENT     SUBJECT_INVALID         the name or the role
-      NOT_FOUND            IDENTITY_NOT_FOUND      nobody of that name and role has called or was enrolled
+      NOT_FOUND            IDENTITY_NOT_FOUND      nobody of that name and role has called or was enrolled; see `unseen`
       FAILED_PRECONDITION  SELF_REVOCATION         the caller itself
+    """
+    RestoreIdentity: _aio.UnaryUnaryMultiCallable[_access_service_pb2.RestoreIdentityRequest, _access_service_pb2.RestoreIdentityResponse]
+    """RestoreIdentity lets a revoked name in again, with certificates that begin after this call; every older one stays
+    refused, so that what was lost does not come back. Where this server issues the certificates, a new token does the
+    same. Restoring one that is not revoked changes nothing.
+      INVALID_ARGUMENT     SUBJECT_INVALID         the name or the role
+      NOT_FOUND            IDENTITY_NOT_FOUND      nobody of that name and role has called, was enrolled or revoked
+      ALREADY_EXISTS       NAME_IN_USE             the name is enrolled in another role that shares ids with this one
     """
     ListIdentities: _aio.UnaryUnaryMultiCallable[_access_service_pb2.ListIdentitiesRequest, _access_service_pb2.ListIdentitiesResponse]
     """ListIdentities shows whoever was enrolled or revoked, by role and name, in pages."""
@@ -85,6 +95,7 @@ class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
       UNAUTHENTICATED      CERTIFICATE_EXPIRED     it was valid when the connection was made and is not any more
       UNAUTHENTICATED      CERTIFICATE_REVOKED     also ends the calls that are under way
       PERMISSION_DENIED    ROLE_MAY_NOT            the role of the certificate has no right to this call
+      ALREADY_EXISTS       NAME_IN_USE             the caller is an evaluator by a client's name, or the other way round
 
     Lists come in pages, as in OperatorService.
     """
@@ -153,11 +164,26 @@ class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _access_service_pb2.RevokeIdentityRequest,
         context: _aio.ServicerContext[_access_service_pb2.RevokeIdentityRequest, _abc.Awaitable[_access_service_pb2.RevokeIdentityResponse]],
     ) -> _abc.Awaitable[_access_service_pb2.RevokeIdentityResponse]:
-        """RevokeIdentity refuses all certificates that a name and a role have so far: their calls under way end at once, later
-        ones are refused. A new token enrols the name again. Revoking a revoked one changes nothing.
+        """RevokeIdentity refuses a name in a role, whatever certificate it brings and whoever issued that: calls under way end at
+        once, later ones are refused. That holds until a new token enrols the name again, or RestoreIdentity; the tokens that
+        the name has so far are worthless. Revoking a revoked one is no error.
           INVALID_ARGUMENT     SUBJECT_INVALID         the name or the role
-          NOT_FOUND            IDENTITY_NOT_FOUND      nobody of that name and role has called or was enrolled
+          NOT_FOUND            IDENTITY_NOT_FOUND      nobody of that name and role has called or was enrolled; see `unseen`
           FAILED_PRECONDITION  SELF_REVOCATION         the caller itself
+        """
+
+    @_abc_1.abstractmethod
+    def RestoreIdentity(
+        self,
+        request: _access_service_pb2.RestoreIdentityRequest,
+        context: _aio.ServicerContext[_access_service_pb2.RestoreIdentityRequest, _abc.Awaitable[_access_service_pb2.RestoreIdentityResponse]],
+    ) -> _abc.Awaitable[_access_service_pb2.RestoreIdentityResponse]:
+        """RestoreIdentity lets a revoked name in again, with certificates that begin after this call; every older one stays
+        refused, so that what was lost does not come back. Where this server issues the certificates, a new token does the
+        same. Restoring one that is not revoked changes nothing.
+          INVALID_ARGUMENT     SUBJECT_INVALID         the name or the role
+          NOT_FOUND            IDENTITY_NOT_FOUND      nobody of that name and role has called, was enrolled or revoked
+          ALREADY_EXISTS       NAME_IN_USE             the name is enrolled in another role that shares ids with this one
         """
 
     @_abc_1.abstractmethod

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 
 from fedpeft.audit import Detail
 from fedpeft.errors import CertificateMissing, CertificateRevoked, FedpeftError, RoleMayNot
@@ -28,23 +29,23 @@ MOST_REFUSALS = 1000
 
 
 class Admission:
-    """Knows who was revoked, and which calls are under way.
+    """Knows who is refused, and which calls are under way.
 
     Args:
         store: Where who called and who was refused is written.
         known: The identities of the database.
         secured: Whether the server has certificates; without, everybody may do everything but enroll.
+        enrolls: Whether it issues those of the callers, so that who was revoked is told how to come back.
     """
 
-    def __init__(self, store: Store, known: Iterable[IdentityRow], *, secured: bool) -> None:
+    def __init__(self, store: Store, known: Iterable[IdentityRow], *, secured: bool, enrolls: bool) -> None:
         self._store = store
         self._secured = secured
+        self._enrolls = enrolls
         self._known: set[Subject] = set()  # to be in the database
-        self._revoked: dict[Subject, float] = {}
+        self._refused_until: dict[Subject, float] = {}
         for row in known:
-            self._known.add(row.subject)
-            if row.revoked_at is not None:
-                self._revoked[row.subject] = row.revoked_at
+            self.know(row)
         self._open: dict[Subject, dict[asyncio.Task[object], Call]] = defaultdict(dict)
         self._refusals: dict[tuple[str, str, str], tuple[float, int]] = {}
 
@@ -56,8 +57,9 @@ class Admission:
             CertificateMissing: If it needs a certificate and has none.
             CertificateInvalid: If its certificate names nobody.
             CertificateExpired: If its certificate has ended.
-            CertificateRevoked: If its certificate was revoked, before the block or in it.
+            CertificateRevoked: If its name was revoked, before the block or in it, and this certificate is refused.
             RoleMayNot: If its role has no right to it.
+            NameInUse: If it makes its first call and its name is the id of another.
             DiskFull: If it makes its first call and cannot be written down; likewise StateInvalid.
         """
         call.caller = caller_of(connection) if self._secured else LOCAL
@@ -94,8 +96,8 @@ class Admission:
         role = caller.subject.role if caller.subject else None
         allowed = RIGHTS.get(call.method, frozenset())
         caller.check_time()
-        if caller.subject and caller.begins_at <= self._revoked.get(caller.subject, -math.inf):
-            raise _revoked(caller.subject)
+        if caller.subject and caller.begins_at <= self.refused_until(caller.subject):
+            raise self._revocation(caller.subject)
         if role in allowed:
             return
         name = call.method.rpartition("/")[2]
@@ -104,23 +106,28 @@ class Admission:
         may = " or ".join(sorted(each for each in allowed if each))
         raise RoleMayNot(f"{name} may be called by {may or 'nobody'}, not by {caller}")
 
-    def revoke(self, subject: Subject, at: float) -> None:
-        """Refuses the certificates of a subject that begin at `at` or before, and ends its calls.
+    def revoke(self, subject: Subject) -> None:
+        """Refuses a subject whatever it brings, and ends its calls, before and after that is written.
 
-        This comes before the revocation is written: nothing may slip in meanwhile.
+        Before, for nothing may slip in meanwhile; after, for a restoration may have come between.
         """
-        self._revoked[subject] = at
+        self._refused_until[subject] = math.inf
         for task, call in self._open.get(subject, {}).items():
-            call.ended = _revoked(subject)
+            call.ended = self._revocation(subject)
             task.cancel()
 
-    def revoked_at(self, subject: Subject) -> float | None:
-        """Returns when the certificates that a subject had were revoked; None if they never were."""
-        return self._revoked.get(subject)
+    def know(self, row: IdentityRow) -> None:
+        """Takes up what the database has of somebody."""
+        self._known.add(row.subject)
+        self._refused_until[row.subject] = row.refused_until
+
+    def refused_until(self, subject: Subject) -> float:
+        """Returns up to when certificates of a subject begin that are refused; infinite if all are."""
+        return self._refused_until.get(subject, -math.inf)
 
     def spare(self, subject: Subject) -> None:
         """Takes the revocation of a subject back, because nobody is known by it."""
-        self._revoked.pop(subject, None)
+        self._refused_until.pop(subject, None)
 
     async def refused(self, call: Call, error: FedpeftError, peer: str) -> None:
         """Writes a refusal into the audit log, unless the same one was written a moment ago."""
@@ -141,7 +148,13 @@ class Admission:
             await self._store.call(self._store.db.identities.seen, subject)
             self._known.add(subject)
 
-
-def _revoked(subject: Subject) -> CertificateRevoked:
-    again = "the operator" if subject.role in (Role.CLIENT, Role.EVALUATOR) else "another operator"
-    return CertificateRevoked(f"the certificates of {subject} were revoked; ask {again} for a new enrolment token")
+    def _revocation(self, subject: Subject) -> CertificateRevoked:
+        until, whose = self.refused_until(subject), f"the certificates of {subject}"
+        if until < math.inf:
+            moment = datetime.fromtimestamp(until, UTC)
+            return CertificateRevoked(
+                f"{whose} that begin before {moment:%Y-%m-%d %H:%M:%S} UTC were revoked; get another"
+            )
+        who = "the operator" if subject.role in (Role.CLIENT, Role.EVALUATOR) else "another operator"
+        how = "for a new enrolment token" if self._enrolls else "to restore the name, then get another certificate"
+        return CertificateRevoked(f"{whose} were revoked; ask {who} {how}")

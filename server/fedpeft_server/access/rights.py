@@ -24,6 +24,7 @@ RIGHTS: Mapping[str, frozenset[Right]] = {
     "/fedpeft.v1.AccessService/ListTokens": _WRITES,
     "/fedpeft.v1.AccessService/DeleteToken": _WRITES,
     "/fedpeft.v1.AccessService/RevokeIdentity": _WRITES,
+    "/fedpeft.v1.AccessService/RestoreIdentity": _WRITES,
     "/fedpeft.v1.AccessService/ListIdentities": _READS,
     "/fedpeft.v1.AccessService/ListAuditEntries": _READS,
     "/fedpeft.v1.OperatorService/CreateRun": _WRITES,

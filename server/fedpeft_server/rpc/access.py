@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -42,7 +43,7 @@ from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.rpc import pages, sayings
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import audit_message, identity_message, token_message
-from fedpeft_server.store.identities import Issued
+from fedpeft_server.store.identities import Issue, Issued
 from fedpeft_server.store.rows import IdentityRow, TokenRow
 from fedpeft_server.store.store import Store
 
@@ -110,14 +111,14 @@ class Access(pb_grpc.AccessServiceServicer):
         authority, key = self._authority(), _key(request.signing_request)
         made: list[x509.Certificate] = []
 
-        def issue(subject: Subject, after: float | None) -> Issued:
+        def issue(subject: Subject, after: float) -> Issued:
             made.append(self._issue(authority, subject, key, after))
             return _issued(made[0])
 
         secret, public = token.digest(request.secret).hex(), _digest(key)
-        used = await self._store.call(self._identities.enroll, secret, public, time.time(), issue)
+        used = await self._enroll(secret, public, issue)
         software = sayings.plain(request.software[: sayings.MAX_TEXT])
-        # Who was revoked a moment ago has a certificate that begins in the next second: the device must not be early.
+        # Who was let in again just now has a certificate that begins in the next second: the device must not be early.
         await asyncio.sleep(made[0].not_valid_before_utc.timestamp() - time.time())
         log.info("enrolled", subject=str(used.subject), token=used.id, software=software)
         return pb.EnrollResponse(certificate=certificates.to_pem(*made), server=self._addresses().server)
@@ -128,7 +129,7 @@ class Access(pb_grpc.AccessServiceServicer):
         subject = CALL.get().caller.subject
         if subject is None:
             raise CertificateMissing("a certificate is renewed over a connection that was made with it")
-        certificate = self._issue(authority, subject, key, self._admission.revoked_at(subject))
+        certificate = self._issue(authority, subject, key, self._admission.refused_until(subject))
         await self._store.call(self._identities.renewed, subject, _issued(certificate))
         log.info("renewed", subject=str(subject))
         return pb.RenewResponse(certificate=certificates.to_pem(certificate))
@@ -170,8 +171,14 @@ class Access(pb_grpc.AccessServiceServicer):
         subject = _subject(request.role, request.name)
         if subject == CALL.get().caller.subject:
             raise SelfRevocation(f"you are {subject}; have another operator revoke you")
-        row = await self._revoke(subject, sayings.plain(request.reason[:MAX_REASON]), actor())
+        reason = sayings.plain(request.reason[:MAX_REASON])
+        row = await self._revoke(subject, reason, actor(), unseen=request.unseen)
         return pb.RevokeIdentityResponse(identity=identity_message(row))
+
+    async def RestoreIdentity(self, request: pb.RestoreIdentityRequest, context: Context) -> pb.RestoreIdentityResponse:
+        """Lets somebody who was revoked in again, with another certificate."""
+        row = await self._restore(_subject(request.role, request.name), actor())
+        return pb.RestoreIdentityResponse(identity=identity_message(row))
 
     async def ListIdentities(self, request: pb.ListIdentitiesRequest, context: Context) -> pb.ListIdentitiesResponse:
         """Shows whoever was enrolled or revoked, a page at a time."""
@@ -198,15 +205,30 @@ class Access(pb_grpc.AccessServiceServicer):
             entries=entries, next_page_token=pages.token((rows[len(entries) - 1].number,), of=of) if more else ""
         )
 
+    # The database's answers are taken up in its order, so memory ends as it does where two of these meet.
+
     @unbroken
-    async def _revoke(self, subject: Subject, reason: str, by: str) -> IdentityRow:
-        at = time.time()
-        self._admission.revoke(subject, at)
+    async def _enroll(self, secret: str, public: str, issue: Issue) -> TokenRow:
+        used, row = await self._store.call(self._identities.enroll, secret, public, time.time(), issue)
+        self._admission.know(row)
+        return used
+
+    @unbroken
+    async def _restore(self, subject: Subject, by: str) -> IdentityRow:
+        row = await self._store.call(self._identities.restore, subject, time.time(), by)
+        self._admission.know(row)
+        log.warning("restored", subject=str(subject), by=by)
+        return row
+
+    @unbroken
+    async def _revoke(self, subject: Subject, reason: str, by: str, *, unseen: bool) -> IdentityRow:
+        self._admission.revoke(subject)
         try:
-            row = await self._store.call(self._identities.revoke, subject, at, reason, by)
+            row = await self._store.call(self._identities.revoke, subject, time.time(), reason, by, unseen=unseen)
         except IdentityNotFound:
             self._admission.spare(subject)
             raise
+        self._admission.revoke(subject)
         log.warning("revoked", subject=str(subject), by=by, reason=reason)
         if subject.role is Role.CLIENT:
             await self._withdraw(subject.name, by)
@@ -233,9 +255,7 @@ class Access(pb_grpc.AccessServiceServicer):
             )
         return self._own.authority
 
-    def _issue(
-        self, authority: Authority, subject: Subject, key: PublicKey, revoked_at: float | None
-    ) -> x509.Certificate:
+    def _issue(self, authority: Authority, subject: Subject, key: PublicKey, refused_until: float) -> x509.Certificate:
         life = self._life if subject.role in (Role.CLIENT, Role.EVALUATOR) else PERSON_LIFE
         times, now = self._issued_to[subject], time.monotonic()
         if len(times) == MOST_CERTIFICATES and now - times[0] < life.total_seconds() / 2:
@@ -244,7 +264,7 @@ class Access(pb_grpc.AccessServiceServicer):
                 f"{life.total_seconds():.0f} s, and is renewed half-way"
             )
         times.append(now)
-        after = None if revoked_at is None else datetime.fromtimestamp(revoked_at, UTC)
+        after = datetime.fromtimestamp(refused_until, UTC) if math.isfinite(refused_until) else None
         return authority.issue(subject, key, life, after=after)
 
 

@@ -135,10 +135,10 @@ class Callers:
         """Returns the role that a client registered with.
 
         Raises:
-            NotRegistered: If it did not.
+            NotRegistered: If it did not, or another did by this name with a certificate of the other role.
         """
-        role = self._presence[client].role
-        if not role:
+        role, subject = self._presence[client].role, CALL.get().caller.subject
+        if not role or (subject and subject.role is not _CERTIFIED[role]):
             raise NotRegistered(f"client {client} is not registered; call Register first")
         return role
 

@@ -162,7 +162,7 @@ def token_message(row: TokenRow) -> access_service_pb2.Token:
 
 
 def identity_message(row: IdentityRow) -> access_service_pb2.Identity:
-    """Returns an identity; one that was enrolled again after it was revoked is not revoked."""
+    """Returns an identity; one that was let in again after it was revoked is not revoked."""
     return access_service_pb2.Identity(
         role=roles.TO_PROTO[row.subject.role],
         name=row.subject.name,
@@ -171,6 +171,7 @@ def identity_message(row: IdentityRow) -> access_service_pb2.Identity:
         fingerprint=row.fingerprint,
         revoked_at=timestamp(row.revoked_at if row.is_revoked else None),
         reason=row.reason if row.is_revoked else "",
+        restored_at=timestamp(row.restored_at),
     )
 
 

@@ -83,9 +83,14 @@ def insert_identity(connection: Connection, subject: Subject) -> None:
 
 
 def put_revoked(connection: Connection, subject: Subject, at: float, reason: str) -> None:
-    """Writes that the certificates a subject has so far are refused."""
-    row = {"role": subject.role, "name": subject.name, "revoked_at": at, "reason": reason}
-    upsert(connection, tables.identities, [row], replace=("revoked_at", "reason"))
+    """Writes that a subject is refused."""
+    row = {"role": subject.role, "name": subject.name, "revoked_at": at, "restored_at": None, "reason": reason}
+    upsert(connection, tables.identities, [row], replace=("revoked_at", "restored_at", "reason"))
+
+
+def put_restored(connection: Connection, subject: Subject, at: float) -> None:
+    """Writes that a subject that was refused is not any more."""
+    connection.execute(update(tables.identities).where(_is(tables.identities, subject)).values(restored_at=at))
 
 
 def select_identity(connection: Connection, subject: Subject) -> IdentityRow | None:
@@ -124,4 +129,6 @@ def _token(row: Row[Any]) -> TokenRow:
 
 
 def _identity(row: Row[Any]) -> IdentityRow:
-    return IdentityRow(_subject(row), row.issued_at, row.expires_at, row.fingerprint, row.revoked_at, row.reason)
+    return IdentityRow(
+        _subject(row), row.issued_at, row.expires_at, row.fingerprint, row.revoked_at, row.reason, row.restored_at
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection
 
@@ -18,7 +18,7 @@ _SHARED_IDS = {Role.CLIENT: Role.EVALUATOR, Role.EVALUATOR: Role.CLIENT}
 """Roles whose names are ids of clients, and which other role's are too."""
 
 
-Issue = Callable[[Subject, float | None], "Issued"]
+Issue = Callable[[Subject, float], "Issued"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +73,18 @@ class Identities:
             if not access_queries.delete_token(connection, token_id):
                 raise TokenNotFound(f"there is no enrolment token {token_id!r}")
 
-    def enroll(self, secret_sha256: str, key_sha256: str, now: float, issue: Issue) -> TokenRow:
-        """Uses a token; with the key that used it first as often as asked for.
+    def enroll(self, secret_sha256: str, key_sha256: str, now: float, issue: Issue) -> tuple[TokenRow, IdentityRow]:
+        """Uses a token; with the key that used it first as often as asked for. Who was revoked is let in again.
 
         Args:
             secret_sha256: Digest of the secret that was brought.
             key_sha256: Digest of the public key that asks.
             now: Seconds since the epoch.
-            issue: Makes the certificate for the token's subject, to begin after the given time, if one is given:
-                those that began before were revoked.
+            issue: Makes the certificate for the token's subject, to begin after the given time, if it is finite: those
+                that begin before are refused.
+
+        Returns:
+            The token, and whom it enrolled.
 
         Raises:
             TokenUnknown: If no token has the secret.
@@ -95,15 +98,18 @@ class Identities:
                 raise TokenUnknown("the enrolment token is not known here: it was deleted, or is another server's")
             _check(token, key_sha256, now)
             _refuse_shared_id(connection, token.subject)
-            known = access_queries.select_identity(connection, token.subject)
-            issued = issue(token.subject, known.revoked_at if known else None)
+            known = access_queries.select_identity(connection, token.subject) or IdentityRow(token.subject)
+            if known.is_revoked:  # its older tokens were deleted then: an operator wants it back
+                access_queries.put_restored(connection, token.subject, now)
+                known = replace(known, restored_at=now)
+            issued = issue(token.subject, known.refused_until)
             access_queries.use_token(connection, secret_sha256, key_sha256, token.used_at or now)
             access_queries.put_certificate(connection, token.subject, issued.at, issued.expires_at, issued.fingerprint)
             who = str(token.subject)
             self._transactions.append(
                 connection, Deed(who, "identity.enrolled", who, {"token": token.id, **issued.details})
             )
-        return token
+        return token, known
 
     def renewed(self, subject: Subject, issued: Issued) -> None:
         """Writes that a subject has another certificate."""
@@ -112,26 +118,59 @@ class Identities:
             access_queries.put_certificate(connection, subject, issued.at, issued.expires_at, issued.fingerprint)
 
     def seen(self, subject: Subject) -> None:
-        """Writes that somebody called, unless it is in the database: then this server did not enroll it."""
+        """Writes that somebody called, unless it is in the database: then this server did not enroll it.
+
+        Raises:
+            NameInUse: As `add_token`; another authority may give a name in both roles.
+        """
         with self._transactions.begin() as connection:
             if access_queries.select_identity(connection, subject) is None:
+                _refuse_shared_id(connection, subject)
                 access_queries.insert_identity(connection, subject)
                 self._transactions.append(connection, Deed("server", "identity.seen", str(subject)))
 
-    def revoke(self, subject: Subject, at: float, reason: str, actor: str) -> IdentityRow:
-        """Refuses the certificates that a subject has so far, and makes its tokens worthless.
+    def revoke(self, subject: Subject, at: float, reason: str, actor: str, *, unseen: bool = False) -> IdentityRow:
+        """Refuses a subject, and makes its tokens worthless.
+
+        Args:
+            subject: Whom.
+            at: When.
+            reason: Why.
+            actor: Who wants it.
+            unseen: Whether also if nobody of that role and name called or was enrolled.
 
         Raises:
-            IdentityNotFound: If nobody of that role and name called or was enrolled.
+            IdentityNotFound: If nobody did or was, and that is not meant.
         """
         deed = Deed(actor, "identity.revoked", str(subject), {"reason": reason})
         with self._transactions.begin(deed) as connection:
-            if access_queries.select_identity(connection, subject) is None:
-                raise IdentityNotFound(f"nobody was enrolled as {subject}, and nobody of that role and name has called")
+            if not unseen and access_queries.select_identity(connection, subject) is None:
+                raise IdentityNotFound(
+                    f"nobody was enrolled as {subject}, and nobody of that role and name has called; check both, or "
+                    "say --unseen to refuse it before it does"
+                )
             access_queries.delete_tokens_of(connection, subject)
             access_queries.put_revoked(connection, subject, at, reason)
             found = access_queries.select_identity(connection, subject)
         assert found is not None
+        return found
+
+    def restore(self, subject: Subject, at: float, actor: str) -> IdentityRow:
+        """Lets a subject that was revoked in again, with certificates that begin after `at`; others as they are.
+
+        Raises:
+            IdentityNotFound: If nobody of that role and name called, was enrolled or revoked.
+            NameInUse: As `add_token`; another may have taken the name meanwhile.
+        """
+        with self._transactions.begin() as connection:
+            found = access_queries.select_identity(connection, subject)
+            if found is None:
+                raise IdentityNotFound(f"nobody of role and name {subject} has called, was enrolled or was revoked")
+            if found.is_revoked:
+                _refuse_shared_id(connection, subject)
+                access_queries.put_restored(connection, subject, at)
+                self._transactions.append(connection, Deed(actor, "identity.restored", str(subject)))
+                found = replace(found, restored_at=at)
         return found
 
     def after(self, after: tuple[str, str], most: int | None = None) -> list[IdentityRow]:

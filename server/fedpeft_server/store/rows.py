@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -265,8 +266,9 @@ class IdentityRow:
         issued_at: When its newest certificate was issued; None if this server issued none.
         expires_at: When that one ends.
         fingerprint: Of that one; may be empty.
-        revoked_at: Certificates that begin before this are refused; None: none.
+        revoked_at: When it was revoked last; None: never.
         reason: Why; may be empty.
+        restored_at: When it was let in again after that; None while it is refused.
     """
 
     subject: Subject
@@ -275,8 +277,16 @@ class IdentityRow:
     fingerprint: str = ""
     revoked_at: float | None = None
     reason: str = ""
+    restored_at: float | None = None
 
     @property
     def is_revoked(self) -> bool:
-        """Whether even its newest certificate is refused."""
-        return self.revoked_at is not None and (self.issued_at is None or self.issued_at <= self.revoked_at)
+        """Whether it is refused, whatever certificate it brings."""
+        return self.revoked_at is not None and self.restored_at is None
+
+    @property
+    def refused_until(self) -> float:
+        """Certificates that begin at this time or before are refused; infinite while all are."""
+        if self.revoked_at is None:
+            return -math.inf
+        return math.inf if self.restored_at is None else self.restored_at

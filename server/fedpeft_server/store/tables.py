@@ -181,8 +181,9 @@ identities = Table(
     Column("issued_at", Double, nullable=True),
     Column("expires_at", Double, nullable=True),
     Column("fingerprint", String(64), nullable=False, server_default=""),
-    # Certificates that begin before this are refused.
+    # While the second is null, whatever the subject brings is refused; then certificates that begin before the second.
     Column("revoked_at", Double, nullable=True),
+    Column("restored_at", Double, nullable=True),
     Column("reason", Text, nullable=False, server_default=""),
 )
 
