@@ -56,11 +56,11 @@ class Prometheus:
 
 
 @contextmanager
-def scraping(target: str, folder: Path) -> Iterator[Prometheus]:
-    """Runs Prometheus on a daemon's metrics: the project's configuration, but for pace and target."""
+def scraping(target: str, folder: Path, targets: str = "fedpeft") -> Iterator[Prometheus]:
+    """Runs Prometheus on a daemon's metrics, or a client's: the project's configuration, but for pace and target."""
     binary = program("prometheus")
     shutil.copytree(PROMETHEUS, folder, dirs_exist_ok=True)
-    (folder / "targets" / "fedpeft.yml").write_text(yaml.safe_dump([{"targets": [target]}]))
+    (folder / "targets" / f"{targets}.yml").write_text(yaml.safe_dump([{"targets": [target]}]))
     config = yaml.safe_load((folder / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": HURRY, "scrape_timeout": HURRY, "evaluation_interval": HURRY}
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
