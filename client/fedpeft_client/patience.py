@@ -26,6 +26,8 @@ AWAY_S = 10 * STALL_S
 NOT_NOW = (DiskFull, Internal, Unavailable)
 """What a server answers, or its absence, while it cannot do its work; whatever was asked may succeed later."""
 
+AWAY = "server is away; trying again until it is back"
+
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 
@@ -102,8 +104,7 @@ class Patience:
                     backoff.reset()
                 if self.give_up_s is not None and now - since >= self.give_up_s:
                     raise
-                if away is None:
-                    self._log.warning("server is away; trying again until it is back", cause=str(error))
+                self._say_away(error, away)
                 away = error
                 await backoff.pause()
                 continue
@@ -118,6 +119,13 @@ class Patience:
                 continue
             self._say_back(away, since)
             return result
+
+    def _say_away(self, error: FedpeftError, before: FedpeftError | None) -> None:
+        """Says once that the server is away, and at each change what it is that waiting does not mend."""
+        lasts = getattr(error, "lasting", False)
+        if before is None or (str(error) != str(before) and (lasts or getattr(before, "lasting", False))):
+            event = "server cannot be used as it is; trying again until somebody mends that" if lasts else AWAY
+            self._log.warning(event, cause=str(error))
 
     def _say_back(self, away: FedpeftError | None, since: float) -> None:
         if away is not None:

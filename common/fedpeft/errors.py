@@ -405,7 +405,13 @@ class TransferStalled(Unavailable):
 
 
 class ServerUnreachable(Unavailable):
-    """No connection to the server."""
+    """No connection to the server.
+
+    Attributes:
+        lasting: Whether it stays so until somebody mends something: what answers is not this server, for example.
+    """
+
+    lasting: bool = False
 
 
 class Internal(FedpeftError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -31,8 +31,10 @@ from fedpeft.status import abort
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.v1 import tensor_pb2
+from fedpeft_client import channel as channel_module
 from fedpeft_client import renewal
 from fedpeft_client.channel import Channel
+from fedpeft_client.patience import Patience
 from fedpeft_client.renewal import Renewal
 
 from ..common.access_double import Double, serving
@@ -75,15 +77,13 @@ class Federation(pb_grpc.FederationServiceServicer):
         return pb.PushUpdateResponse()
 
 
-class SlowLine:
-    """The way to a server: of the first connection, nothing more gets through after `HELD_BYTES`, until `go_on`."""
+class Line:
+    """The way to a server, which can be another one later; a slow one lets no more than that through at first."""
 
-    HELD_BYTES = 256 * 1024
-
-    def __init__(self, server: str) -> None:
-        self._server = Address.parse(server)
-        self._connections = 0
+    def __init__(self, server: str, slow_after: int | None = None) -> None:
+        self.server = server
         self.held, self.go_on = asyncio.Event(), asyncio.Event()
+        self._slow_after = slow_after
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[str]:
@@ -92,20 +92,21 @@ class SlowLine:
             self.go_on.set()
 
     async def _pass(self, near: asyncio.StreamReader, answers: asyncio.StreamWriter) -> None:
-        self._connections += 1
-        far, onward = await asyncio.open_connection(self._server.host, self._server.port)
-        hold = self._connections == 1
-        await asyncio.gather(self._pump(near, onward, hold=hold), self._pump(far, answers, hold=False))
+        to = Address.parse(self.server)
+        far, onward = await asyncio.open_connection(to.host, to.port)
+        slow_after, self._slow_after = self._slow_after, None  # the first connection alone
+        await asyncio.gather(self._pump(near, onward, slow_after), self._pump(far, answers, None))
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, hold: bool) -> None:
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, slow_after: int | None) -> None:
         passed = 0
-        while data := await source.read(16_384):
-            passed += len(data)
-            if hold and passed > self.HELD_BYTES:
-                self.held.set()
-                await self.go_on.wait()
-            sink.write(data)
-            await sink.drain()
+        with suppress(ConnectionError):  # whoever spoke has gone
+            while data := await source.read(16_384):
+                passed += len(data)
+                if slow_after is not None and passed > slow_after:
+                    self.held.set()
+                    await self.go_on.wait()
+                sink.write(data)
+                await sink.drain()
         sink.close()
 
 
@@ -201,7 +202,7 @@ async def test_a_certificate_is_renewed_while_an_upload_is_held_up(
     double: Double, federation: Federation, tmp_path: Path, log: tuple[LogCapture, renewal.Log]
 ) -> None:
     old = short(double, tmp_path, 30)
-    line = SlowLine(double.server)
+    line = Line(double.server, slow_after=256 * 1024)
     async with line.serving() as server, Channel(server, "noto", INSTANCE, old) as channel:
         call = channel.push_update()
         chunk = pb.PushUpdateRequest(chunk=tensor_pb2.Chunk(data=bytes(1024 * 1024)))
@@ -391,3 +392,29 @@ async def test_a_lost_server_is_looked_into_once(
             with pytest.raises(ServerUnreachable, match="nothing listens on port 1"):
                 await channel.register(pb.RegisterRequest())
     assert looked == ["127.0.0.1:1"]
+
+
+async def test_what_waiting_does_not_mend_is_named_at_each_change(
+    double: Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: tuple[LogCapture, renewal.Log]
+) -> None:
+    monkeypatch.setattr(channel_module, "EXPLAIN_EVERY_S", 0.0)
+    async with serving(Double()) as foreign:
+        line, plain = Line(foreign.server), grpc.aio.server()
+        port = plain.add_insecure_port("127.0.0.1:0")
+        await plain.start()
+        async with line.serving() as server, Channel(server, "noto", INSTANCE, double.enrolled(tmp_path)) as channel:
+            waiting = asyncio.create_task(Patience(log[1], None).keep(lambda: channel.register(pb.RegisterRequest())))
+            for count, following in enumerate((f"127.0.0.1:{port}", double.server), start=1):
+                async with asyncio.timeout(20):
+                    while len(log[0].entries) < count:
+                        await asyncio.sleep(0.01)
+                await asyncio.sleep(0.2)
+                line.server = following
+            await waiting
+        await plain.stop(None)
+    told = log[0].entries
+    named = [entry for entry in told if entry["event"].startswith("server cannot be used as it is")]
+    assert [entry["log_level"] for entry in named] == ["warning", "warning"]
+    assert "another federation's server" in named[0]["cause"]
+    assert "serves plain text" in named[1]["cause"]
+    assert told[0] == named[0] and told[-1]["event"] == "server is back"

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from fedpeft.identity import authority as authority_module
 from fedpeft.identity import certificates, diagnosis, keys, way
@@ -22,6 +25,7 @@ from fedpeft.identity import folder as identity_folder
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.diagnosis import Trust, diagnose
 from fedpeft.identity.folder import Identity
+from fedpeft.identity.requests import PublicKey
 from fedpeft.identity.subject import Role, Subject
 
 DAY = timedelta(days=1)
@@ -271,6 +275,26 @@ def test_another_name(authority: Authority, trust: Trust, tmp_path: Path) -> Non
     assert "not made out to 'localhost' but to" in by_name
 
 
+class Careless(Authority):
+    """Issues certificates whose alternative name is an address of five bytes."""
+
+    def issue_server(self, hosts: object, key: PublicKey, life: timedelta, at: object = None) -> x509.Certificate:
+        malformed = x509.UnrecognizedExtension(
+            ExtensionOID.SUBJECT_ALTERNATIVE_NAME, bytes.fromhex("300787050102030405")
+        )
+        return self._sign("x", malformed, ExtendedKeyUsageOID.SERVER_AUTH, key, life)
+
+
+async def test_a_certificate_that_cannot_be_read(
+    authority: Authority, trust: Trust, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    careless = Careless(authority.certificate, authority.key)
+    with listening(speaking_tls(careless, tmp_path / "server")) as server:
+        found = await diagnosis.explain(server, trust)
+    assert f"the certificate of {server} cannot be read" in str(found)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_certificate_that_has_ended(authority: Authority, trust: Trust, tmp_path: Path) -> None:
     with listening(speaking_tls(authority, tmp_path / "server", life=timedelta(minutes=-5))) as server:
         found = said(server, trust)
@@ -339,6 +363,45 @@ def test_an_own_certificate_that_begins_later(
     monkeypatch.undo()
     with grpc_server(authority) as server:
         assert "the certificate here begins at" in said(server, Trust.of(early))
+
+
+@pytest.mark.parametrize("broken", ["gone", "another key", "encrypted", "no key", "no certificate"])
+def test_an_identity_whose_files_are_broken_by_now(
+    authority: Authority, trust: Trust, broken: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert trust.folder is not None
+    key = identity_folder.key_path(trust.folder)
+    secret = keys.make().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x"))
+    wrong = {"another key": keys.to_pem(keys.make()), "encrypted": secret, "no key": b"\xff\x00"}
+    if broken == "gone":
+        key.unlink()
+    elif broken == "no certificate":
+        identity_folder.certificate_path(trust.folder).write_text("")
+    else:
+        key.write_bytes(wrong[broken])
+    with grpc_server(authority) as server:
+        assert f"the key and certificate in {trust.folder} cannot be used any more (" in said(server, trust)
+    assert capfd.readouterr() == ("", "")
+
+
+# What waiting mends
+
+
+def test_a_server_that_is_away_may_come_back(trust: Trust) -> None:
+    found = diagnose("127.0.0.1:1", trust)
+    assert found is not None and not isinstance(found, way.Lasting)
+
+
+def test_another_federations_server_stays_one(trust: Trust) -> None:
+    with grpc_server(Authority.make("another")) as server:
+        assert isinstance(diagnose(server, trust), way.Lasting)
+
+
+def test_plain_text_and_tls_stay_what_they_are(authority: Authority, trust: Trust) -> None:
+    with plain_server() as server:
+        assert isinstance(diagnose(server, trust), way.Lasting)
+    with grpc_server(authority) as server:
+        assert isinstance(diagnose(server, None), way.Lasting)
 
 
 # Beside an event loop

@@ -11,7 +11,7 @@ import asyncio
 import ssl
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from cryptography import x509
 
 from fedpeft.identity import certificates, folder
 from fedpeft.identity.folder import Identity
-from fedpeft.identity.way import Fault, Way
+from fedpeft.identity.way import Fault, Lasting, Way
 
 BUDGET_S = 5.0
 """Longest that the search for a cause takes."""
@@ -59,7 +59,7 @@ async def explain(server: str, trust: Trust | None) -> Fault | None:
 
     def work() -> None:
         found = diagnose(server, trust)
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop has ended: nobody waits any more
             loop.call_soon_threadsafe(_settle, answer, found)
 
     # Not the loop's own executor, which is waited for at the end: looking a name up cannot be interrupted.
@@ -96,13 +96,15 @@ def diagnose(server: str, trust: Trust | None) -> Fault | None:
         return fault
     except OSError as error:
         return Fault(f"the connection to {server} broke ({error.strerror or error}): something between closes it")
+    except ValueError as error:  # a certificate is read piece by piece
+        return Lasting(f"the certificate of {server} cannot be read ({error}): have its operator make another")
     return None
 
 
 def _plain(way: Way) -> None:
     first = way.first_bytes()
     if first[:2] == b"\x15\x03" or (not first and way.shown()):
-        raise Fault(
+        raise Lasting(
             f"the server at {way.server} speaks TLS and this side has no certificate: ask its operator for a token and "
             "enroll, or name the folder with its identity by --identity"
         )
@@ -115,9 +117,9 @@ def _tls(way: Way, trust: Trust) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
     context.load_verify_locations(cadata=certificates.to_pem(*trust.authority).decode())
-    if trust.folder is not None:
-        context.load_cert_chain(folder.certificate_path(trust.folder), folder.key_path(trust.folder))
     with closing(way.connect()) as line:
+        if trust.folder is not None:
+            _show(context, trust.folder)
         try:
             secure = context.wrap_socket(line, server_hostname=way.address.host)
         except ssl.SSLCertVerificationError as error:
@@ -130,53 +132,65 @@ def _tls(way: Way, trust: Trust) -> None:
         _first_word(way, secure, trust)
 
 
+def _show(context: ssl.SSLContext, identity: Path) -> None:
+    """Has the own certificate shown; its files may have changed since they were read."""
+    try:
+        context.load_cert_chain(folder.certificate_path(identity), folder.key_path(identity), password=bytes)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", "") or error
+        raise Lasting(
+            f"the key and certificate in {identity} cannot be used any more ({why}): put them back, or enroll "
+            "again with a new token"
+        ) from None
+
+
 def _no_handshake(way: Way, reason: str) -> Fault:
     """Returns why TLS did not come about for a reason other than the server's certificate."""
     if "PROTOCOL_VERSION" in reason or "UNSUPPORTED_PROTOCOL" in reason:
-        return Fault(
+        return Lasting(
             f"{way.server} offers only TLS 1.2 or older, and FedPEFT speaks TLS 1.3: a proxy between that opens TLS, "
             "perhaps; let it pass the port through as plain TCP"
         )
     if "ALERT" in reason:
-        return Fault(f"{way.server} refuses to begin TLS: {reason.lower().replace('_', ' ')}")
+        return Lasting(f"{way.server} refuses to begin TLS: {reason.lower().replace('_', ' ')}")
     try:
         way.judge(way.first_bytes())
     except Fault as fault:
         return fault
-    return Fault(
+    return Lasting(
         f"the server at {way.server} serves plain text, and this side has a certificate for TLS: name the port with "
         "TLS, or have the server set up with `fedpeft-server init`"
     )
 
 
-def _unproven(way: Way, error: ssl.SSLCertVerificationError, trust: Trust) -> Fault:
+def _unproven(way: Way, error: ssl.SSLCertVerificationError, trust: Trust) -> Lasting:
     """Returns why the server's certificate does not prove that it is the one wanted."""
     shown = way.shown()
     if error.verify_code in _OUT_OF_TIME and (fault := _out_of_time(way.server, shown, trust)):
         return fault
     if shown is not None and "match" in error.verify_message:
-        return Fault(
+        return Lasting(
             f"the certificate of {way.server} is not made out to {way.address.host!r} but to {_names(shown)}: use one "
             "of these names, or have the server's certificate made with this one (`fedpeft-server init --host`)"
         )
     if error.verify_code in _UNKNOWN_ISSUER:
         issuer = shown.issuer.rfc4514_string() if shown else "nobody known"
         trusted = ", ".join(one.subject.rfc4514_string() for one in trust.authority)
-        return Fault(
+        return Lasting(
             f"{way.server} shows a certificate of {issuer!r}, and this side trusts {trusted!r} (another key, if the "
             "names are alike): a proxy between that opens TLS, or another federation's server; check the address, or "
             "enroll again with a token of that server"
         )
-    return Fault(f"the certificate of {way.server} cannot be trusted: {error.verify_message}")
+    return Lasting(f"the certificate of {way.server} cannot be trusted: {error.verify_message}")
 
 
-def _out_of_time(server: str, shown: x509.Certificate | None, trust: Trust) -> Fault | None:
+def _out_of_time(server: str, shown: x509.Certificate | None, trust: Trust) -> Lasting | None:
     """Returns whose time is over or has not come: the server's certificate's, or its authority's."""
     now = datetime.now(UTC)
     whose, cure = f"the certificate of {server}", "have its operator renew it"
     for one in (shown, *trust.authority):
         if one is not None and now > one.not_valid_after_utc:
-            return Fault(
+            return Lasting(
                 f"{whose} ended at {one.not_valid_after_utc:{_MOMENT}}, and this machine's clock says {now:{_MOMENT}}: "
                 f"{cure}, or set the clock here if it is that"
             )
@@ -189,7 +203,7 @@ def _out_of_time(server: str, shown: x509.Certificate | None, trust: Trust) -> F
 def _first_word(way: Way, secure: ssl.SSLSocket, trust: Trust) -> None:
     """Waits for the server's first word: in TLS 1.3 it refuses a certificate after this side is through."""
     if secure.selected_alpn_protocol() != "h2":
-        raise Fault(
+        raise Lasting(
             f"what answers at {way.server} speaks TLS but not gRPC: check the port, or let a proxy between pass HTTP/2 "
             "through"
         )
@@ -204,29 +218,29 @@ def _first_word(way: Way, secure: ssl.SSLSocket, trust: Trust) -> None:
         raise _refused(way.server, trust.own)
 
 
-def _refused(server: str, own: x509.Certificate | None) -> Fault:
+def _refused(server: str, own: x509.Certificate | None) -> Lasting:
     """Returns why the server does not take this side's certificate."""
     if own is None:
-        return Fault(
+        return Lasting(
             f"{server} wants a certificate and this side has none yet: it is not the port where devices enroll"
         )
     now, end = datetime.now(UTC), own.not_valid_after_utc
     if now > end:
-        return Fault(
+        return Lasting(
             f"the certificate here ended at {end:{_MOMENT}}, and this machine's clock says {now:{_MOMENT}}: ask the "
             "operator for a new token and enroll again"
         )
     if now < own.not_valid_before_utc:
         return _early("the certificate here", own, now)
-    return Fault(
+    return Lasting(
         f"{server} does not take the certificate here, which {own.issuer.rfc4514_string()} issued until "
         f"{end:{_MOMENT}}: the server trusts another authority, or its clock is wrong; ask its operator for a new "
         "token and enroll again"
     )
 
 
-def _early(whose: str, certificate: x509.Certificate, now: datetime) -> Fault:
-    return Fault(
+def _early(whose: str, certificate: x509.Certificate, now: datetime) -> Lasting:
+    return Lasting(
         f"{whose} begins at {certificate.not_valid_before_utc:{_MOMENT}}, but this machine's clock says "
         f"{now:{_MOMENT}}: the clock is behind; set it (timedatectl)"
     )

@@ -25,6 +25,10 @@ class Fault(Exception):
     """Why a server is not reached; the message is a sentence that says what to do."""
 
 
+class Lasting(Fault):
+    """A fault that stays until somebody mends it: the server is not merely away."""
+
+
 class Closed(Fault):
     """Nobody listens on the port."""
 
@@ -112,7 +116,7 @@ class Way:
         """
         if first.startswith(b"HTTP/"):
             status = first.split(b"\r\n")[0].decode("ascii", "replace")
-            raise Fault(
+            raise Lasting(
                 f"a web server or HTTP proxy answers at {self.server} ({status!r}), not FedPEFT: check the port, or "
                 "let the proxy pass it through as plain TCP"
             )
@@ -122,7 +126,7 @@ class Way:
                 "has no server behind it, perhaps"
             )
         if first[3:4] != bytes([_SETTINGS]):
-            raise Fault(f"what answers at {self.server} is no FedPEFT server: check the address and the port")
+            raise Lasting(f"what answers at {self.server} is no FedPEFT server: check the address and the port")
 
     def shown(self) -> x509.Certificate | None:
         """Returns the certificate that the server shows, which proves nothing; None if it shows none."""
@@ -131,9 +135,9 @@ class Way:
         try:
             with closing(context.wrap_socket(self.connect(), server_hostname=self.address.host)) as secure:
                 data = secure.getpeercert(binary_form=True)
-        except (OSError, Fault):
+            return x509.load_der_x509_certificate(data) if data else None
+        except (OSError, ValueError, Fault):
             return None
-        return x509.load_der_x509_certificate(data) if data else None
 
     def silent(self, what: str) -> Fault:
         """Returns the fault of somebody who does not answer."""
