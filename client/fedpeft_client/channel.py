@@ -20,7 +20,7 @@ import grpc
 from google.protobuf.message import Message
 
 from fedpeft import status
-from fedpeft.connection import open_channel
+from fedpeft.connection import NO_RETRIES, open_channel
 from fedpeft.errors import CertificateExpired, FedpeftError, ServerUnreachable
 from fedpeft.identity import diagnosis
 from fedpeft.identity.diagnosis import Trust
@@ -34,7 +34,7 @@ from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, MESSAGE_LIMIT_BYTES, PROCESS_
 from fedpeft_client.patience import AWAIT_S, CALL_S
 
 _OPTIONS: list[tuple[str, str | int]] = [
-    ("grpc.enable_retries", 0),  # what gRPC repeats by itself nobody counts; whoever calls repeats (patience.py)
+    NO_RETRIES,
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.keepalive_time_ms", 30_000),

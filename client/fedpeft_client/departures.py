@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 
 from fedpeft.payload import chunks
+from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.ledger_entries import Departure, Kind
 from fedpeft_client.pending import Pending
 
 CHUNK_OVERHEAD_BYTES = 32
 """What a message adds to a chunk, at most."""
+
+
+def enrolment(request: access_pb.EnrollRequest) -> Departure:
+    """The request for the first certificate; its secret is in no ledger."""
+    return Departure(Kind.ENROLMENT, request.ByteSize(), {"software": request.software})
 
 
 def registration(request: pb.RegisterRequest) -> Departure:

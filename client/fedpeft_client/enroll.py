@@ -6,16 +6,21 @@ import argparse
 import asyncio
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from fedpeft import enrolment, token_argument
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
+from fedpeft.v1 import access_service_pb2
+from fedpeft_client import departures
 from fedpeft_client.exits import Exit
-from fedpeft_client.state import StateDirectory, identity_folder
+from fedpeft_client.ledger import Ledger
+from fedpeft_client.state import VARIABLE, StateDirectory, identity_folder
 
-_STATE_DIR = "FEDPEFT_CLIENT_STATE_DIR"
 _A = {Role.OPERATOR: "an operator", Role.VIEWER: "a viewer"}
 
 
@@ -28,11 +33,21 @@ def main(arguments: list[str]) -> int:
     given = _parser().parse_args(arguments)
     token = token_argument.take(given.token)
     if given.state_dir is None:
-        raise SettingsInvalid(f"--state-dir is missing (or {_STATE_DIR})")
+        raise SettingsInvalid(f"--state-dir is missing (or {VARIABLE})")
     with StateDirectory(given.state_dir) as directory:  # a client that runs there must not lose its certificate
         into = identity_folder(directory.path)
-        _say(asyncio.run(enrolment.enroll(token, into, replace=given.replace)), given.state_dir)
+        with Ledger(directory.path, token.enrollment) as ledger:
+            around = partial(_booked, ledger)
+            identity = asyncio.run(enrolment.enroll(token, into, replace=given.replace, around=around))
+        _say(identity, given.state_dir)
     return Exit.DONE
+
+
+@contextmanager
+def _booked(ledger: Ledger, request: access_service_pb2.EnrollRequest) -> Iterator[None]:
+    with ledger.booked(departures.enrolment(request)):
+        ledger.leaving(request.ByteSize())
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "--state-dir",
         metavar="DIR",
         type=Path,
-        default=os.environ.get(_STATE_DIR) or None,
-        help=f"the client's state directory ({_STATE_DIR}); its identity is in DIR/identity",
+        default=os.environ.get(VARIABLE) or None,
+        help=f"the client's state directory ({VARIABLE}); its identity is in DIR/identity",
     )
     parser.add_argument("--replace", action="store_true", help="enroll anew where somebody is enrolled, with a new key")
     return parser

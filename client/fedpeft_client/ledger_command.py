@@ -15,8 +15,7 @@ from fedpeft.units import size
 from fedpeft_client.exits import Exit
 from fedpeft_client.ledger_entries import FILE, read
 from fedpeft_client.ledger_view import Row, rows, totals
-
-STATE_DIR = "FEDPEFT_CLIENT_STATE_DIR"
+from fedpeft_client.state import VARIABLE
 
 _SPAN = re.compile(r"([0-9]{1,6})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
@@ -32,7 +31,7 @@ def main(arguments: list[str]) -> int:
     """
     given = _parser().parse_args(arguments)
     if not given.state_dir:
-        raise SettingsInvalid(f"--state-dir is missing (or {STATE_DIR})")
+        raise SettingsInvalid(f"--state-dir is missing (or {VARIABLE})")
     contents = read(Path(given.state_dir) / FILE)
     since = _since(given.since, datetime.now(UTC))
     found = [row for row in rows(contents.booked.values()) if row.at >= since]
@@ -88,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--state-dir",
         metavar="DIR",
-        default=os.environ.get(STATE_DIR),
-        help=f"the client's state directory ({STATE_DIR})",
+        default=os.environ.get(VARIABLE),
+        help=f"the client's state directory ({VARIABLE})",
     )
     parser.add_argument("--since", metavar="TIME", help="only what left since then: 7d, 12h, or a date; all if absent")
     parser.add_argument("--run", metavar="ID", help="only what left for this run")

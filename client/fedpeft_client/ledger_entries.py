@@ -142,9 +142,10 @@ def read(path: Path) -> Contents:
         raise StateInvalid(f"there is no ledger at {path}; no client has used this state directory") from None
     except OSError as error:
         raise StateInvalid(f"cannot read the ledger {path}: {error.strerror}") from None
-    for line in lines[:-1]:  # what follows the last line's end is being written, or was cut off: it never left
-        if line:
-            contents.add(line)
+    if not _is_whole(lines[-1]):  # it is being written, or was cut off: it never left
+        lines.pop()
+    for line in filter(None, lines):
+        contents.add(line)
     return contents
 
 
@@ -156,6 +157,14 @@ def opening(number: str, at: datetime, server: str, departure: Departure) -> Map
 def closing(number: str, at: datetime, outcome: Outcome, wire_bytes: int, words: str) -> Mapping[str, Any]:
     """Returns the line for what became of it."""
     return {"id": number, "at": _text(at), "outcome": outcome, "wire_bytes": wire_bytes, "words": words}
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _text(at: datetime) -> str:

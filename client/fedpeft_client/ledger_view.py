@@ -100,6 +100,10 @@ def describe(departure: Departure) -> str:
     return _WORDS[departure.kind](departure.said)
 
 
+def _enrolment(said: Mapping[str, Any]) -> str:
+    return f"a signing request for a key made here, the token's secret, software {said.get('software')}"
+
+
 def _registration(said: Mapping[str, Any]) -> str:
     dry = ", dry run" if said.get("dry_run") else ""
     return f"{said.get('role')}, {said.get('examples', 0):,} examples, {said.get('device')}{dry}"
@@ -131,6 +135,7 @@ def _withdrawal(said: Mapping[str, Any]) -> str:
 
 
 _WORDS = {
+    Kind.ENROLMENT: _enrolment,
     Kind.REGISTRATION: _registration,
     Kind.ANSWER: _answer,
     Kind.UPDATE: _update,

@@ -23,6 +23,9 @@ from typing import Self
 from fedpeft import durable, ids
 from fedpeft.errors import StateInvalid
 
+VARIABLE = "FEDPEFT_CLIENT_STATE_DIR"
+"""The environment variable that names it."""
+
 
 class StateDirectory:
     """The state directory, held by this process alone from construction to `close`.

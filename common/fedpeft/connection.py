@@ -21,6 +21,9 @@ _OPTIONS: Options = [
     ("grpc.use_local_subchannel_pool", 1),  # two channels never share a connection: another certificate is another one
 ]
 
+NO_RETRIES = ("grpc.enable_retries", 0)
+"""An option for channels whose calls are counted: what gRPC repeats by itself nobody sees; whoever calls repeats."""
+
 
 def open_channel(server: str, identity: Identity | None = None, options: Options = ()) -> grpc.aio.Channel:
     """Opens a channel, inside a running event loop.

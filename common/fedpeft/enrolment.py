@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
-from typing import TypeVar
 
 import grpc
 from cryptography import x509
 
 from fedpeft import durable
 from fedpeft.addresses import Address
-from fedpeft.connection import open_unnamed
+from fedpeft.connection import NO_RETRIES, open_unnamed
 from fedpeft.errors import IdentityInvalid, Internal, ServerUnreachable, Unavailable
 from fedpeft.identity import certificates, diagnosis, folder, keys, requests, turn
 from fedpeft.identity.diagnosis import Trust
@@ -32,10 +33,12 @@ ATTEMPTS = 3
 PAUSE_S = 0.5
 """Pause before the second attempt; doubled before the third."""
 
-T = TypeVar("T")
+Around = Callable[[pb.EnrollRequest], AbstractContextManager[object]]
 
 
-async def enroll(token: EnrollmentToken, into: Path, *, replace: bool = False) -> Identity:
+async def enroll(
+    token: EnrollmentToken, into: Path, *, replace: bool = False, around: Around = nullcontext
+) -> Identity:
     """Gets a certificate for a token and writes an identity folder.
 
     May be repeated after whatever broke it: the key that was made stays, so the token still works.
@@ -44,6 +47,7 @@ async def enroll(token: EnrollmentToken, into: Path, *, replace: bool = False) -
         token: What the operator gave.
         into: The folder.
         replace: Whether somebody who is enrolled there is replaced, and by a new key.
+        around: What is done around every time that the request is sent, for example an entry in a ledger.
 
     Raises:
         IdentityInvalid: If somebody is enrolled there already.
@@ -55,7 +59,7 @@ async def enroll(token: EnrollmentToken, into: Path, *, replace: bool = False) -
         raise IdentityInvalid(f"{into} is enrolled already, {described(into)}; --replace enrolls it anew")
     aside = into.with_name(f"{into.name}.next") if folder.exists(into) else into
     key = folder.take_key(aside)
-    answer = await _ask(token, key)
+    answer = await _ask(token, key, around)
     chain = _checked(answer.certificate, key)
     server = _address(answer.server or token.server)
     async with turn.taken(into, ANSWER_S):
@@ -111,22 +115,20 @@ def described(where: Path) -> str:
         return f"though not in a way that can be used ({error.message})"
 
 
-async def _ask(token: EnrollmentToken, key: PrivateKey) -> pb.EnrollResponse:
+async def _ask(token: EnrollmentToken, key: PrivateKey, around: Around) -> pb.EnrollResponse:
     request = pb.EnrollRequest(
         secret=token.secret, signing_request=requests.make(key), software=f"fedpeft {version('fedpeft')}"
     )
-    async with open_unnamed(_address(token.enrollment), [token.authority]) as channel:
+    async with open_unnamed(_address(token.enrollment), [token.authority], [NO_RETRIES]) as channel:
         stub = pb_grpc.AccessServiceStub(channel)
-        pause_s = PAUSE_S
+        pause_s, begun = PAUSE_S, time.monotonic()
         for left in reversed(range(ATTEMPTS)):
             try:
-                return await stub.Enroll(request, timeout=ANSWER_S)
-            except grpc.aio.AioRpcError as error:
-                late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-                fault = (
-                    ServerUnreachable(f"{token.enrollment} did not answer in time") if late else from_rpc_error(error)
-                )
-            if late or not left or not isinstance(fault, Unavailable):
+                with around(request):
+                    return await _attempt(stub, request, token.enrollment)
+            except Unavailable as error:
+                fault = error
+            if not left or time.monotonic() - begun > ANSWER_S / 2:  # silence is not asked again
                 break
             await asyncio.sleep(pause_s)
             pause_s *= 2
@@ -134,6 +136,15 @@ async def _ask(token: EnrollmentToken, key: PrivateKey) -> pb.EnrollResponse:
         found = await diagnosis.explain(token.enrollment, Trust((token.authority,)))
         raise ServerUnreachable(str(found or fault))
     raise fault
+
+
+async def _attempt(stub: pb_grpc.AccessServiceStub, request: pb.EnrollRequest, where: str) -> pb.EnrollResponse:
+    try:
+        return await stub.Enroll(request, timeout=ANSWER_S)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise ServerUnreachable(f"{where} did not answer in time") from None
+        raise from_rpc_error(error) from None
 
 
 def _address(text: str) -> str:

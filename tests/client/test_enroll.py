@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft.errors import Draining, Internal
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
 from fedpeft.identity.token import EnrollmentToken
+from fedpeft_client.ledger_entries import FILE, Kind, Outcome, read
 from fedpeft_client.state import StateDirectory
 
 from ..common.access_double import Double, serving
@@ -27,9 +29,11 @@ async def double() -> AsyncIterator[Double]:
         yield made
 
 
-async def begun(*arguments: str, stdin: int | None = asyncio.subprocess.PIPE) -> asyncio.subprocess.Process:
+async def begun(
+    *arguments: str, stdin: int | None = asyncio.subprocess.PIPE, command: str = "enroll"
+) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "fedpeft_client", "enroll", *arguments),
+        *(sys.executable, "-m", "fedpeft_client", command, *arguments),
         stdin=stdin,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -37,7 +41,11 @@ async def begun(*arguments: str, stdin: int | None = asyncio.subprocess.PIPE) ->
 
 
 async def ended(*arguments: str, stdin: str = "") -> tuple[int | None, str, str]:
-    process = await begun(*arguments)
+    return await ended_as("enroll", *arguments, stdin=stdin)
+
+
+async def ended_as(command: str, *arguments: str, stdin: str = "") -> tuple[int | None, str, str]:
+    process = await begun(*arguments, command=command)
     out, err = await process.communicate(stdin.encode())
     return process.returncode, out.decode(), err.decode()
 
@@ -52,6 +60,20 @@ async def test_a_site_is_enrolled(double: Double, tmp_path: Path, form: str) -> 
     assert out.startswith(f"enrolled as client hospital-a at {double.server} until ")
     assert f"  fedpeft-client --state-dir {state} --data PATH\n" in out
     assert Identity.load(state / "identity").subject.name == "hospital-a"
+
+
+async def test_what_was_sent_for_it_is_in_the_ledger(double: Double, tmp_path: Path) -> None:
+    double.failures, token = [Internal("not now"), Draining("not now")], double.token()
+    for code in (1, 0):
+        assert (await ended(token.encode(), "--state-dir", str(tmp_path)))[0] == code
+    first, *later = read(tmp_path / FILE).booked.values()
+    assert {each.departure.kind for each in (first, *later)} == {Kind.ENROLMENT}
+    assert [each.outcome for each in (first, *later)] == [Outcome.UNFINISHED, Outcome.UNFINISHED, Outcome.RECEIVED]
+    assert first.server == double.enrollment
+    assert sum(each.departure.wire_bytes for each in (first, *later)) == double.arrived_bytes
+    assert token.encode().split(".")[4] not in (tmp_path / FILE).read_text(), "it is no place for a secret"
+    _, out, _ = await ended_as("ledger", "--state-dir", str(tmp_path))
+    assert "a signing request for a key made here, the token's secret, software fedpeft" in out
 
 
 async def test_what_comes_next_depends_on_the_role(double: Double, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ class Double(pb_grpc.AccessServiceServicer):
     asked: list[str] = field(default_factory=list)
     failures: list[FedpeftError] = field(default_factory=list)
     lose_answers: int = 0
+    arrived_bytes: int = 0
+    """Of requests to enroll."""
 
     def token(self, name: str = "noto", role: Role = Role.CLIENT) -> EnrollmentToken:
         made = EnrollmentToken.make(self.server, self.enrollment, self.authority.certificate)
@@ -51,6 +53,7 @@ class Double(pb_grpc.AccessServiceServicer):
 
     async def Enroll(self, request: pb.EnrollRequest, context: Context) -> pb.EnrollResponse:
         self.asked.append("Enroll")
+        self.arrived_bytes += request.ByteSize()
         if self.failures:
             await abort(context, self.failures.pop(0))
         secret, key = digest(request.secret), requests.read(request.signing_request)
