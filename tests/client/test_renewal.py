@@ -84,22 +84,34 @@ class Line:
         self.server = server
         self.held, self.go_on = asyncio.Event(), asyncio.Event()
         self._slow_after = slow_after
+        self._passing: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[str]:
-        async with await asyncio.start_server(self._pass, "127.0.0.1", 0) as line:
+        async with await asyncio.start_server(self._begin, "127.0.0.1", 0) as line:
             yield f"127.0.0.1:{line.sockets[0].getsockname()[1]}"
-            self.go_on.set()
+            for task in self._passing:
+                task.cancel()
+            await asyncio.gather(*self._passing, return_exceptions=True)
+
+    def _begin(self, near: asyncio.StreamReader, answers: asyncio.StreamWriter) -> None:
+        self._passing.append(asyncio.create_task(self._pass(near, answers)))
 
     async def _pass(self, near: asyncio.StreamReader, answers: asyncio.StreamWriter) -> None:
         to = Address.parse(self.server)
-        far, onward = await asyncio.open_connection(to.host, to.port)
         slow_after, self._slow_after = self._slow_after, None  # the first connection alone
-        await asyncio.gather(self._pump(near, onward, slow_after), self._pump(far, answers, None))
+        far, onward = await asyncio.open_connection(to.host, to.port)
+        try:
+            await asyncio.gather(self._pump(near, onward, slow_after), self._pump(far, answers, None))
+        finally:
+            for sink in (onward, answers):
+                sink.close()
+                with suppress(ConnectionError):  # whoever spoke has gone
+                    await sink.wait_closed()
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, slow_after: int | None) -> None:
         passed = 0
-        with suppress(ConnectionError):  # whoever spoke has gone
+        with suppress(ConnectionError):
             while data := await source.read(16_384):
                 passed += len(data)
                 if slow_after is not None and passed > slow_after:
