@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -43,6 +44,10 @@ ClassName = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_
 DenseEncoding = Literal["float32", "float16", "bfloat16"]
 
 
+UNLABELLED = "examples"
+"""The one class of a kind of model that has none."""
+
+
 def split_kind(text: str) -> tuple[str, str]:
     """Returns the kind of model before the colon, or nothing, and what stands behind it."""
     kind, colon, rest = text.partition(":")
@@ -63,11 +68,13 @@ class ModelConfig(_Section):
     image_size: Annotated[int, Field(ge=8, le=2048)] | None = None
     """Side of the square input in pixels; the model's own if absent."""
     classes: Annotated[tuple[ClassName, ...], Field(strict=False)]  # TOML and JSON have lists only
-    """Class names, in the order of the logits; a site maps its own labels to these."""
+    """Class names, in the order of the logits; a site maps its own labels to these. A kind may have none."""
     depth: Annotated[int, Field(ge=1, le=256)] | None = None
     """Number of transformer blocks, cut from the front; the model's own if absent."""
     pooling: Literal["token", "avg", "avgmax", "max"] | None = None
     """timm's global pooling; the model's own if absent."""
+    options: dict[str, JsonValue] | None = None
+    """Of a kind that is installed beside fedpeft, which alone knows and checks them: the table `[model.options]`."""
 
     @property
     def kind(self) -> str:
@@ -79,11 +86,26 @@ class ModelConfig(_Section):
         """What stands behind the colon of `name`: `tiny` of `text:tiny`."""
         return split_kind(self.name)[1]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_classes(cls, data: Any) -> Any:
+        """Gives a kind that names no classes the one that all of its examples are of."""
+        if isinstance(data, Mapping) and "classes" not in data and split_kind(str(data.get("name", "")))[0]:
+            return {**data, "classes": [UNLABELLED]}
+        return data
+
+    @model_validator(mode="after")
+    def _options_of_a_kind(self) -> Self:
+        if self.options is not None and not self.kind:
+            raise ValueError(f"options are of KIND:NAME; {self.name!r} is timm's and has none")
+        return self
+
     @field_validator("classes")
     @classmethod
-    def _distinct(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
-        if not 2 <= len(classes) <= 100_000:
-            raise ValueError(f"{len(classes)} classes; at least 2 (and at most 100,000) are needed")
+    def _distinct(cls, classes: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        least = 1 if split_kind(info.data.get("name", ""))[0] else 2
+        if not least <= len(classes) <= 100_000:
+            raise ValueError(f"{len(classes)} classes; at least {least} (and at most 100,000) are needed")
         if twice := sorted(name for name, times in Counter(classes).items() if times > 1):
             raise ValueError(f"class {twice[0]!r} is named twice")
         return classes

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedpeft.config import ModelConfig, TrainingConfig
+from fedpeft.config import UNLABELLED, ModelConfig, TrainingConfig
 from fedpeft.errors import DataInvalid, ModelInvalid
 from fedpeft.families import Anatomy
 
@@ -52,6 +52,11 @@ class Examples:
             raise DataInvalid(f"{len(self.values)} examples with {len(self.labels)} labels; one for each is needed")
         if self.labels.min() < 0 or self.labels.max() >= len(self.class_names):
             raise DataInvalid(f"a label is not a position in the {len(self.class_names)} class names")
+
+    @classmethod
+    def unlabelled(cls, values: NDArray[Any]) -> Examples:
+        """Returns examples of a kind without classes: all are of the one class that its run files then have."""
+        return cls(values, np.zeros(len(values), np.int64), (UNLABELLED,))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,10 +102,10 @@ class Kind(ABC):
         """Returns the model that a run names, with random values.
 
         Args:
-            config: `[model]`; its `variant` is what stands behind the colon of `name`.
+            config: `[model]`; its `variant` is what stands behind the colon of `name`, `options` that table of a run.
 
         Raises:
-            ModelInvalid: If there is no such model.
+            ModelInvalid: If there is no such model, or an option is wrong.
         """
 
     @abstractmethod

@@ -254,7 +254,7 @@ class _Loop:
             self._progress(Progress(self._done, self._orders.steps, self._losses.look(), rate))
 
     def metrics(self) -> dict[str, float]:
-        """Returns loss, loss_first, loss_last, seconds, examples_per_second, steps, threads.
+        """Returns loss, loss_first, loss_last, seconds, images_per_second (of examples), steps, threads.
 
         Raises:
             TrainingFailed: If the loop did not go through all batches.
@@ -268,7 +268,7 @@ class _Loop:
         return {
             **self._losses.metrics(),
             "seconds": seconds,
-            "examples_per_second": self._examples / seconds,
+            "images_per_second": self._examples / seconds,
             "steps": float(self._done),
             "threads": float(torch.get_num_threads()),
         }

@@ -41,7 +41,7 @@ def config_from_proto(message: run_pb2.RunConfig) -> RunConfig:
         ConfigInvalid: If a field breaks a rule.
     """
     data = json_format.MessageToDict(message, preserving_proto_field_name=True)
-    for section in ("peft", "aggregation"):
+    for section in ("model", "peft", "aggregation"):
         if "options" in data.get(section, {}):
             data[section]["options"] = _whole(data[section]["options"])
     if "seed" in data.get("rounds", {}):

@@ -44,7 +44,8 @@ def _values(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(f"`{json.dumps(v)}`" for v in schema["enum"])
     kind = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`"}.get(
-        schema.get("type", ""), {"string": "text", "array": "list of texts"}.get(schema.get("type", ""), "any")
+        schema.get("type", ""),
+        {"string": "text", "array": "list of texts", "object": "table"}.get(schema.get("type", ""), "any"),
     )
     bounds = []
     for key, word in (
@@ -97,7 +98,8 @@ def lines() -> Iterator[str]:
         if model is not None:
             _, _, text = (model.__doc__ or "").partition(": ")
             yield from (f"## `[{name}]`", "", text[:1].upper() + text[1:], "")
-            yield from (*rows(model, skip=("options",)), "")
+            beside = ("options",) if name in ("peft", "aggregation") else ()  # these stand in the section itself
+            yield from (*rows(model, skip=beside), "")
             if name == "peft":
                 yield from options("Method", {n: methods.get(n).Options for n in methods.names()})
             if name == "aggregation":

@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import save_file
 
 from fedpeft import models
-from fedpeft.config import ModelConfig, TrainingConfig
+from fedpeft.config import ModelConfig, RunConfig, TrainingConfig, parse_config
 from fedpeft.errors import ConfigInvalid, DataInvalid, ModelInvalid, TrainingFailed
 from fedpeft.export import as_timm
 from fedpeft.kind import Anatomy, Examples, Kind, Task, kind_of
 from fedpeft.learning import Images, OfKind, learner_of, where
 from fedpeft.peft import methods, spec_of, tune
+from fedpeft.simulation import simulate
+from fedpeft.wire import config_from_proto, config_to_proto
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 (SOURCE,) = re.findall(r"^```python\n# fedpeft_text.py\n(.*?)^```$", PAGE, re.M | re.S)
@@ -185,3 +187,71 @@ def test_a_model_without_blocks_and_a_loop_that_stops_short(package: types.Modul
 def test_examples_have_a_label_each(values: int, labels: list[int]) -> None:
     with pytest.raises(DataInvalid):
         Examples(np.zeros((values, 3)), np.array(labels, np.int64), CLASSES)
+
+
+class Next(Kind):
+    """A kind without classes: from four numbers the fifth, by as many layers as an option says."""
+
+    def module(self, config: ModelConfig) -> torch.nn.Module:
+        layers = (config.options or {}).get("layers", 1)
+        if not isinstance(layers, int):
+            text = f"model.options.layers: {layers!r} is no whole number"
+            raise ModelInvalid(text, (("model.options.layers", text),))
+        return torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(layers)), torch.nn.Linear(4, 1))
+
+    def anatomy(self, module: torch.nn.Module) -> Anatomy:
+        return Anatomy(list(dict(module.named_children()))[-1])
+
+    def read(self, path: Path) -> Examples:
+        return Examples.unlabelled(np.random.default_rng(3).normal(size=(40, 5)).astype(np.float32))
+
+    def train(self, task: Task) -> None:
+        for batch in task.batches:
+            values = torch.from_numpy(batch.values)
+            loss = torch.nn.functional.mse_loss(task.module(values[:, :4]), values[:, 4:])
+            task.optimizer.zero_grad()
+            loss.backward()
+            task.optimizer.step()
+            task.step(loss)
+
+    def evaluate(self, module: torch.nn.Module, examples: Examples, device: torch.device) -> dict[str, float]:
+        values = torch.from_numpy(examples.values)
+        return {"loss": torch.nn.functional.mse_loss(module(values[:, :4]), values[:, 4:]).item()}
+
+
+def next_run(**model: object) -> RunConfig:
+    said = {"name": "text:next", "weights": "none", **model}
+    return parse_config({"model": said, "peft": {"method": "full"}, "rounds": {"count": 2, "clients": 2}})
+
+
+def test_a_kind_without_classes_names_none_and_has_options(package: types.ModuleType, tmp_path: Path) -> None:
+    package.Text = Next
+    config = next_run(options={"layers": 3})
+    assert config.model.classes == ("examples",)
+    assert config_from_proto(config_to_proto(config)) == config, "whole numbers are whole on the other side"
+    sites = {name: learner_of("text").read(tmp_path) for name in ("a", "b")}
+    report = simulate(config, sites, tmp_path / "out")
+    assert report["adapter_parameters"] == 3 * 20 + 5
+    ticket = report["rounds"][-1]["tickets"][0]
+    assert ticket["examples"] == 40 and ticket["metrics"]["images_per_second"] > 0
+    assert report["rounds"][1]["metrics"]["train_loss"] < report["rounds"][0]["metrics"]["train_loss"]
+
+
+def test_options_are_a_kind_s_own_and_it_says_what_is_wrong_with_them(package: types.ModuleType) -> None:
+    package.Text = Next
+    with pytest.raises(ModelInvalid, match=r"model\.options\.layers: 'many' is no whole number") as caught:
+        models.build(next_run(options={"layers": "many"}).model, 0)
+    assert caught.value.fields[0][0] == "model.options.layers"
+    with pytest.raises(ConfigInvalid, match=r"model: options are of KIND:NAME; 'vit_tiny_patch16_224' is timm's"):
+        next_run(name="vit_tiny_patch16_224", classes=["a", "b"], options={"layers": 3})
+    with pytest.raises(ConfigInvalid, match=r"model\.classes"):
+        next_run(name="vit_tiny_patch16_224")
+    with pytest.raises(ConfigInvalid, match="1 classes; at least 2"):
+        next_run(name="vit_tiny_patch16_224", classes=["a"])
+
+
+def test_data_without_labels_does_not_suit_a_run_with_classes(package: types.ModuleType, tmp_path: Path) -> None:
+    package.Text = Next
+    learner, backbone = learner_of("text"), models.build(next_run(classes=["a", "b"]).model, 0)
+    with pytest.raises(DataInvalid, match=r"class 'examples' \(40 rows\) is none of the run's"):
+        learner.dataset(learner.read(tmp_path), backbone, {})

@@ -105,7 +105,7 @@ def test_a_text_classifier_learns_in_a_federation(world: World, monkeypatch: pyt
     last = run.rounds[-1].metrics
     assert last["accuracy"] > 0.8 > 0.5 > run.initial_metrics["accuracy"], run.rounds
     assert last["accuracy/python"] > 0.5
-    assert run.to_dict()["rounds"][-1]["tickets"][0]["metrics"]["examples_per_second"] > 0
+    assert run.to_dict()["rounds"][-1]["tickets"][0]["metrics"]["images_per_second"] > 0
 
     config = fedpeft.load_run_file(world.folder / "run.toml")
     sites, _ = clients_of(Path(f"text:{world.folder / 'texts'}"), config)

@@ -194,6 +194,7 @@ class ModelConfig(_message.Message):
     CLASSES_FIELD_NUMBER: _builtins.int
     DEPTH_FIELD_NUMBER: _builtins.int
     POOLING_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """timm's name, for example `vit_base_patch16_224`; or `kind:name` of a kind of model that clients have installed."""
     weights: _builtins.str
@@ -206,7 +207,13 @@ class ModelConfig(_message.Message):
     """timm's global pooling (`token`, `avg`, ...); absent: the model's own."""
     @_builtins.property
     def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Class names; a site maps its own labels to these. Their order is the order of the logits."""
+        """Class names; a site maps its own labels to these. Their order is the order of the logits. A kind of model without
+        classes has the one class `examples`.
+        """
+
+    @_builtins.property
+    def options(self) -> _struct_pb2.Struct:
+        """Options of a kind of model that clients have installed, which alone knows them; absent: none, and always for timm."""
 
     def __init__(
         self,
@@ -217,10 +224,11 @@ class ModelConfig(_message.Message):
         classes: _abc.Iterable[_builtins.str] | None = ...,
         depth: _builtins.int | None = ...,
         pooling: _builtins.str | None = ...,
+        options: _struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_image_size", b"_image_size", "_name", b"_name", "_pooling", b"_pooling", "_weights", b"_weights", "depth", b"depth", "image_size", b"image_size", "name", b"name", "pooling", b"pooling", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_image_size", b"_image_size", "_name", b"_name", "_pooling", b"_pooling", "_weights", b"_weights", "depth", b"depth", "image_size", b"image_size", "name", b"name", "options", b"options", "pooling", b"pooling", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_image_size", b"_image_size", "_name", b"_name", "_pooling", b"_pooling", "_weights", b"_weights", "classes", b"classes", "depth", b"depth", "image_size", b"image_size", "name", b"name", "pooling", b"pooling", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_image_size", b"_image_size", "_name", b"_name", "_pooling", b"_pooling", "_weights", b"_weights", "classes", b"classes", "depth", b"depth", "image_size", b"image_size", "name", b"name", "options", b"options", "pooling", b"pooling", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__depth: _TypeAlias = _typing.Literal["depth"]  # noqa: Y015
     _WhichOneofArgType__depth: _TypeAlias = _typing.Literal["_depth", b"_depth"]  # noqa: Y015
