@@ -31,7 +31,7 @@ from importlib.metadata import version as installed_version
 
 from fedpeft import PROTOCOL, tracing
 from fedpeft.codecs import codecs
-from fedpeft.errors import FedpeftError, NotFound, NotRegistered, RefusedByPolicy, StateInvalid
+from fedpeft.errors import FedpeftError, LocalError, NotFound, NotRegistered, RefusedByPolicy, StateInvalid
 from fedpeft.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
@@ -287,7 +287,7 @@ class Agent:
         try:
             with self._ledger.booked(departures.withdrawal(task.ticket, reason, task.run, task.round)):
                 await self._patience.keep(lambda: self._channel.withdraw(task.ticket, reason))
-        except NOT_ABOUT_THE_TASK:
+        except (LocalError, *NOT_ABOUT_THE_TASK):  # the ledger cannot be written, which only a person can mend
             raise
         except FedpeftError as error:
             self._log.info("the ticket is gone already", ticket=task.ticket, cause=str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
 import urllib.request
 from collections.abc import Callable
@@ -106,6 +107,26 @@ async def test_a_server_that_offers_little_and_asks_for_much_is_refused_in_words
     assert "its owner allows 5" in words and "/srv/secret-place" not in words
     told = sum(int(str(each["wire_bytes"])) for each in booked)
     assert told >= federation.arrivals.wire_bytes >= wire, "the ledger never tells less than what left"
+
+
+async def test_a_ticket_that_cannot_be_booked_as_given_back_ends_the_client_with_the_reason(
+    federation: Federation, start_client: StartClient, tmp_path: Path
+) -> None:
+    state = tmp_path / "site-a"
+    state.mkdir()
+    (state / "policy.toml").write_text(POLICY)
+    federation.run = tiny_run(rounds={"clients": 2})
+    federation.ask_for = TrainingConfig(steps=50, batch_size=4)
+    client = await start_client()
+    await until(lambda: len(federation.awaited) >= 2, client.text)
+    size = (state / "ledger.jsonl").stat().st_size
+    resource.prlimit(client.process.pid, resource.RLIMIT_FSIZE, (size, size))  # as a full disk: it takes no byte more
+    enough = federation.run.config.rounds.model_copy(update={"clients": 1})
+    federation.run.config = federation.run.config.model_copy(update={"rounds": enough})
+    assert await client.ended() == 1
+    assert "cannot write the ledger" in client.text[-1] and "nothing leaves this device without it" in client.text[-1]
+    assert client.events("ticket is given up") and not client.events("the ticket is gone already")
+    assert not federation.withdrawn
 
 
 @pytest.mark.timeout(240)
