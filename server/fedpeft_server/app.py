@@ -30,11 +30,11 @@ from fedpeft.v1 import (
     operator_service_pb2,
     operator_service_pb2_grpc,
 )
-from fedpeft.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.access.admission import Admission
 from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.runs import Runs
+from fedpeft_server.rpc import connections
 from fedpeft_server.rpc.access import Access, Addresses
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.federation import Federation
@@ -54,23 +54,6 @@ BOOK_S = 5.0
 
 LOOK_S = 60.0
 """How often the server's certificate is looked at."""
-
-_OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
-    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
-    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
-_OPTIONS_FOR_STRANGERS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 16 * 1024),
-    ("grpc.max_concurrent_streams", 16),
-    ("grpc.max_connection_idle_ms", 60_000),
-)
-"""Where devices enroll, anybody may call: a request is small, and there are few of them on a connection."""
 
 SERVICES = (
     access_service_pb2.DESCRIPTOR.services_by_name["AccessService"].full_name,
@@ -138,7 +121,7 @@ class Server:
         """Opens no round, lets transfers under way finish for a stated time, and writes what is left to write."""
         log.info("draining", seconds=self.settings.drain_s)
         await self.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        self.runs.lobby.close()
+        self._send_away()
         await asyncio.gather(*(server.stop(self.settings.drain_s) for server in (self.rpc, self.enrolling)))
         await self.uploads.close()
         await self.access.steps.ended()
@@ -152,20 +135,28 @@ class Server:
             self.exporter.server_close()
         log.info("stopped")
 
+    def _send_away(self) -> None:
+        """Ends what only waits, for a round, a turn or news: it would hold the end up though nobody is at work."""
+        self.runs.lobby.close()
+        self.admission.drain()
+        self.uploads.drain()
+        self.downloads.close()
+
     def _grpc_servers(self) -> tuple[grpc.aio.Server, grpc.aio.Server]:
         """Returns the server for --listen and that for --enroll: the same services behind the same gate."""
         limit = self.settings.max_transfers
         self.uploads = Uploads(self.store, self.ledger, self.settings.max_update_bytes, limit)
+        self.downloads = Turns(limit)
         federation = Federation(
-            self.runs, self.store, self.callers, self.uploads, Turns(limit), self.ledger, self.metrics
+            self.runs, self.store, self.callers, self.uploads, self.downloads, self.ledger, self.metrics
         )
         operator = Operator(self.runs, self.store, self.callers, self.uploads, self.ledger)
         life = timedelta(seconds=self.settings.certificate_life_s)
         self.access = Access(self.store, self.admission, self.runs, self.certificates, self._addresses, life)
         self.health = health.aio.HealthServicer()
         gate = Gate(self.admission, self.metrics, self.ledger)
-        listening = grpc.aio.server(interceptors=[gate], options=_OPTIONS)
-        enrolling = grpc.aio.server(interceptors=[gate], options=_OPTIONS_FOR_STRANGERS)
+        listening = grpc.aio.server(interceptors=[gate], options=connections.options())
+        enrolling = grpc.aio.server(interceptors=[gate], options=connections.FOR_STRANGERS)
         for server in (listening, enrolling):
             federation_service_pb2_grpc.add_FederationServiceServicer_to_server(federation, server)
             operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)

@@ -162,7 +162,7 @@ async def test_a_client_that_leaves_leaves_no_open_file(
 async def test_a_client_with_a_crowd_of_calls_is_told_so_and_others_are_served(daemon: Daemon) -> None:
     run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
     greedy, modest = await daemon.clients("greedy", "modest")
-    streams = [greedy.stub.PushUpdate(metadata=greedy.metadata) for _ in range(1000)]
+    streams = [greedy.stub.PushUpdate(metadata=greedy.metadata) for _ in range(100)]
     codes = asyncio.gather(*(stream.code() for stream in streams))
     async with asyncio.timeout(20):
         while sum(stream.done() for stream in streams) < len(streams) - MAX_CALLS:

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
 from fedpeft.audit import Detail
-from fedpeft.errors import CertificateMissing, CertificateRevoked, FedpeftError, RoleMayNot
+from fedpeft.errors import CertificateMissing, CertificateRevoked, Draining, FedpeftError, RoleMayNot
 from fedpeft.identity.subject import Role, Subject
 from fedpeft_server.access.rights import RIGHTS
 from fedpeft_server.call import LOCAL, Call, Properties, caller_of
@@ -26,6 +26,15 @@ QUIET_S = 60.0
 """The same refusal of the same caller is in the audit log once in so long: it must not be a way to fill the disk."""
 MOST_REFUSALS = 1000
 """Kinds of refusals that are remembered for that."""
+
+WITHOUT_END = frozenset(
+    {
+        "/fedpeft.v1.OperatorService/WatchRun",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    }
+)
+"""Calls that wait for news as long as their caller likes; a server that shuts down ends them."""
 
 
 class Admission:
@@ -46,7 +55,8 @@ class Admission:
         self._refused_until: dict[Subject, float] = {}
         for row in known:
             self.know(row)
-        self._open: dict[Subject, dict[asyncio.Task[object], Call]] = defaultdict(dict)
+        self._open: dict[Subject | None, dict[asyncio.Task[object], Call]] = defaultdict(dict)
+        self._draining = False
         self._refusals: dict[tuple[str, str, str], tuple[float, int]] = {}
 
     @asynccontextmanager
@@ -60,19 +70,19 @@ class Admission:
             CertificateRevoked: If its name was revoked, before the block or in it, and this certificate is refused.
             RoleMayNot: If its role has no right to it.
             NameInUse: If it makes its first call and its name is the id of another.
+            Draining: If the server shuts down, before the block or in it, and the call has no end of its own.
             DiskFull: If it makes its first call and cannot be written down; likewise StateInvalid.
         """
         call.caller = caller_of(connection) if self._secured else LOCAL
         self.check(call)
-        subject = call.caller.subject
-        if subject is None:
-            yield
-            return
-        task = asyncio.current_task()
+        if self._draining and call.method in WITHOUT_END:
+            raise _draining()
+        subject, task = call.caller.subject, asyncio.current_task()
         assert task is not None
         self._open[subject][task] = call
         try:
-            await self._write_down(subject)
+            if subject:
+                await self._write_down(subject)
             yield
         except asyncio.CancelledError:
             if call.ended:
@@ -113,8 +123,15 @@ class Admission:
         """
         self._refused_until[subject] = math.inf
         for task, call in self._open.get(subject, {}).items():
-            call.ended = self._revocation(subject)
-            task.cancel()
+            _end(task, call, self._revocation(subject))
+
+    def drain(self) -> None:
+        """Ends the calls that have no end of their own, and takes no more of them: the server shuts down."""
+        self._draining = True
+        for calls in self._open.values():
+            for task, call in calls.items():
+                if call.method in WITHOUT_END:
+                    _end(task, call, _draining())
 
     def know(self, row: IdentityRow) -> None:
         """Takes up what the database has of somebody."""
@@ -158,3 +175,12 @@ class Admission:
         who = "the operator" if subject.role in (Role.CLIENT, Role.EVALUATOR) else "another operator"
         how = "for a new enrolment token" if self._enrolls else "to restore the name, then get another certificate"
         return CertificateRevoked(f"{whose} were revoked; ask {who} {how}")
+
+
+def _end(task: asyncio.Task[object], call: Call, error: FedpeftError) -> None:
+    call.ended = error
+    task.cancel()
+
+
+def _draining() -> Draining:
+    return Draining("the server is shutting down; try again after a pause")

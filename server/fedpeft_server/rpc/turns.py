@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fedpeft.errors import TransfersBusy, TurnOver
+from fedpeft.errors import Draining, TransfersBusy, TurnOver
 from fedpeft.waits import HOLD_S
 from fedpeft_server.settings import TURN_S
 
@@ -64,6 +64,7 @@ class Turns:
         self._limit = limit
         self._line: dict[str, Turn] = {}
         self._held: dict[str, Turn] = {}
+        self._closed = False
 
     @asynccontextmanager
     async def take(self, client: str) -> AsyncIterator[Turn]:
@@ -72,7 +73,9 @@ class Turns:
         Raises:
             TransfersBusy: If none comes within `HOLD_S`; the place in the line is kept for `LINGER_S`.
             TurnOver: If another call of the client took the place.
+            Draining: If the server shuts down before the turn came.
         """
+        self._refuse_if_closed()
         turn = Turn(self, client)
         self._line_up(turn)
         try:
@@ -80,6 +83,13 @@ class Turns:
             yield turn
         finally:
             self._leave(turn)
+
+    def close(self) -> None:
+        """Sends those in the line away and takes no more; who has a turn keeps it."""
+        self._closed = True
+        line, self._line = self._line, {}
+        for turn in line.values():
+            turn.came.set()
 
     def has(self, client: str) -> bool:
         """Says whether a client's transfer is under way."""
@@ -114,6 +124,12 @@ class Turns:
                 ) from None
         if turn.replaced:
             raise TurnOver(f"another transfer of client {turn.client} waits in this one's place")
+        if self._held.get(turn.client) is not turn:
+            self._refuse_if_closed()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise Draining("the server is shutting down; try again after a pause")
 
     def _leave(self, turn: Turn) -> None:
         if self._held.get(turn.client) is turn:

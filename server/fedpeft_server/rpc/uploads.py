@@ -81,6 +81,11 @@ class Uploads:
         """Says whether a client's update is arriving."""
         return self._turns.has(client)
 
+    def drain(self) -> None:
+        """Lets uploads under way finish, and no other begin."""
+        self._turns.close()
+        self._creations.close()
+
     async def close(self) -> None:
         """Waits until what was whole is concluded."""
         await self._steps.ended()
