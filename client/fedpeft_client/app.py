@@ -7,12 +7,12 @@ import signal
 from collections.abc import Coroutine
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import NoReturn
 
 from fedpeft import logs
 from fedpeft.addresses import Address
 from fedpeft.identity.folder import Identity
 from fedpeft.logs import Log
+from fedpeft.race import first_of
 from fedpeft.tracing import traced
 from fedpeft_client.agent import Agent
 from fedpeft_client.channel import Channel
@@ -76,22 +76,10 @@ async def _serve(
                 else:
                     work = Agent(settings, policy, directory, channel, worker, ledger, metrics, log).live()
                     if identity is not None:
-                        work = _beside(work, Renewal(identity, channel, log).keep())
+                        work = first_of(work, Renewal(identity, channel, log).keep())
                 await _until_stopped(work, log)
         finally:
             await worker.close()
-
-
-async def _beside(work: Coroutine[None, None, None], keeping: Coroutine[None, None, NoReturn]) -> None:
-    """Does the work for as long as what it needs can be kept."""
-    working, keeper = asyncio.ensure_future(work), asyncio.ensure_future(keeping)
-    try:
-        await asyncio.wait({working, keeper}, return_when=asyncio.FIRST_COMPLETED)
-        await (working if working.done() else keeper)
-    finally:
-        for task in (working, keeper):
-            task.cancel()
-        await asyncio.gather(working, keeper, return_exceptions=True)
 
 
 async def _until_stopped(work: Coroutine[None, None, None], log: Log) -> None:

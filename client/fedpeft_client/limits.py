@@ -15,6 +15,7 @@ import psutil
 
 from fedpeft.errors import RefusedByPolicy
 from fedpeft.logs import Log
+from fedpeft.race import first_of
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.ledger_day import DAY
 from fedpeft_client.metrics import Metrics, State
@@ -146,14 +147,7 @@ class Limits:
         Raises:
             RefusedByPolicy: If it was left.
         """
-        working, watching = asyncio.create_task(work), asyncio.create_task(self._watch())
-        try:
-            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-            return await (working if working.done() else watching)
-        finally:
-            for task in (working, watching):
-                task.cancel()
-            await asyncio.gather(working, watching, return_exceptions=True)
+        return await first_of(work, self._watch())
 
     async def _watch(self) -> NoReturn:
         while True:

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, NoReturn, TypeVar
 
 from fedpeft.errors import FedpeftError, RunFinished, TicketClosed
+from fedpeft.race import first_of
 from fedpeft.v1 import run_pb2
 from fedpeft.waits import HOLD_S
 from fedpeft_client.channel import Channel
@@ -32,15 +33,7 @@ async def while_it_counts(channel: Channel, ticket: str, work: Coroutine[Any, An
         TicketClosed: If the ticket was given back or refused.
         FedpeftError: Whatever else the server answers, or the work raises.
     """
-    working = asyncio.create_task(work)
-    asking = asyncio.create_task(_until_it_cannot_count(channel, ticket))
-    try:
-        await asyncio.wait({working, asking}, return_when=asyncio.FIRST_COMPLETED)
-        return await (working if working.done() else asking)
-    finally:
-        for task in (working, asking):
-            task.cancel()
-        await asyncio.gather(working, asking, return_exceptions=True)
+    return await first_of(work, _until_it_cannot_count(channel, ticket))
 
 
 async def _until_it_cannot_count(channel: Channel, ticket: str) -> NoReturn:

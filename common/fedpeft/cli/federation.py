@@ -11,10 +11,9 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import fedpeft
 from fedpeft import views
@@ -27,8 +26,7 @@ from fedpeft.config import RunConfig, load_run_file
 from fedpeft.errors import ServerUnreachable, SettingsInvalid, TrainingFailed
 from fedpeft.following import Picture
 from fedpeft.operator_client import PATIENCE_S
-
-T = TypeVar("T")
+from fedpeft.race import first_of
 
 EXPERIMENT = Path("experiments/emoji")
 COLUMN = "vendor"
@@ -140,8 +138,8 @@ async def _held(plan: Plan, household: Household, begun: float) -> Picture:
     _start_clients(plan, household, session, names, weights)
     output.say("building the model and creating the run ...")
     config = _sized(plan.config, len(names))
-    run = await _guarded(household, created(session, config, weights))
-    picture = await _guarded(household, watched(session, run.id))
+    run = await first_of(created(session, config, weights), household.keep())
+    picture = await first_of(watched(session, run.id), household.keep())
     if views.state(picture.run) != "completed":
         raise TrainingFailed(f"{run.id} was {views.state(picture.run)}: {picture.run.reason or 'no reason given'}")
     await _leave(plan, session, picture, names, begun)
@@ -234,7 +232,7 @@ async def _serve(plan: Plan, household: Household) -> Session:
     arguments += FOR_PEOPLE
     household.start("server", ["-m", "fedpeft_server", *arguments])
     session = Session(listen, insecure=True)  # this server speaks plain text, whatever identity this person has
-    await _guarded(household, _ready(session))
+    await first_of(_ready(session), household.keep())
     output.say(f"server on {listen}, metrics on http://{metrics}/metrics, logs in {plan.out / 'logs'}")
     return session
 
@@ -271,20 +269,6 @@ def _sized(config: RunConfig, clients: int) -> RunConfig:
     """Returns the run file for so many clients, all of which every round wants."""
     rounds = config.rounds.model_copy(update={"clients": clients, "quorum": None, "min_available": None})
     return config.model_copy(update={"rounds": rounds})
-
-
-async def _guarded(household: Household, work: Coroutine[Any, Any, T]) -> T:
-    """Returns what `work` does, unless a process of the household ends first."""
-    working, keeping = asyncio.ensure_future(work), asyncio.ensure_future(household.keep())
-    try:
-        await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
-        if keeping.done():
-            keeping.result()
-        return working.result()
-    finally:
-        for task in (working, keeping):
-            task.cancel()
-        await asyncio.gather(working, keeping, return_exceptions=True)
 
 
 async def _leave(plan: Plan, session: Session, picture: Picture, names: Mapping[str, int], begun: float) -> None:

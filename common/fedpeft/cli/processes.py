@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from fedpeft.errors import LocalError
 
@@ -137,8 +137,8 @@ class Household:
         self.children.append(child)
         return child
 
-    async def keep(self) -> None:
-        """Returns never; raises when a child ends.
+    async def keep(self) -> NoReturn:
+        """Raises when a child ends.
 
         Raises:
             LocalError: With the last lines of its log.
