@@ -55,6 +55,11 @@ BOOK_S = 5.0
 LOOK_S = 60.0
 """How often the server's certificate is looked at."""
 
+TOKENS_KEPT_S = 30 * 86_400.0
+"""An enrolment token is listed for so long after it expired; the audit log knows of it for ever."""
+PURGE_S = 86_400.0
+"""How often those are looked for."""
+
 SERVICES = (
     access_service_pb2.DESCRIPTOR.services_by_name["AccessService"].full_name,
     federation_service_pb2.DESCRIPTOR.services_by_name["FederationService"].full_name,
@@ -99,7 +104,9 @@ class Server:
             self.exporter, _ = self.metrics.serve(where.host, where.port)
         await self.runs.start()
         await self.store.call(self.store.db.transactions.write, Deed("server", "server.started", __version__))
-        self._keeping = [asyncio.create_task(self._book()), asyncio.create_task(self._keep_certificates())]
+        await self._purge_tokens()
+        tasks = (self._book(), self._keep_certificates(), self._keep_tokens_few())
+        self._keeping = [asyncio.create_task(task) for task in tasks]
 
     async def serve(self) -> None:
         """Answers calls until somebody says stop."""
@@ -215,6 +222,17 @@ class Server:
             self.metrics.certificate_expires("server", own.certificate.not_valid_after_utc.timestamp())
             self.metrics.certificate_expires("authority", own.trusted[0].not_valid_after_utc.timestamp())
             await asyncio.sleep(LOOK_S)
+
+    async def _keep_tokens_few(self) -> None:
+        while True:
+            await asyncio.sleep(PURGE_S)
+            try:
+                await self._purge_tokens()
+            except FedpeftError as error:
+                log.error("old enrolment tokens could not be removed", message=error.message)
+
+    async def _purge_tokens(self) -> None:
+        await self.store.call(self.store.db.identities.purge_tokens, time.time() - TOKENS_KEPT_S)
 
     async def _book(self) -> None:
         while True:

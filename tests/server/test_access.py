@@ -32,11 +32,13 @@ from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server import init
 from fedpeft_server.access.rights import RIGHTS
+from fedpeft_server.app import TOKENS_KEPT_S
 from fedpeft_server.files import Files
 from fedpeft_server.settings import Settings
+from fedpeft_server.store.rows import TokenRow
 
 from .conftest import RawClient, StartDaemon, config, filled, refused
-from .secured import HOUR, METHODS, Federation, held, outcome
+from .secured import HOUR, METHODS, Federation, federation, held, outcome
 
 DENIALS = {"ROLE_MAY_NOT", "CERTIFICATE_MISSING", "CERTIFICATE_INVALID", "CERTIFICATE_EXPIRED", "CERTIFICATE_REVOKED"}
 
@@ -169,6 +171,23 @@ async def test_what_is_wrong_with_a_token_is_said(secured: Federation, monkeypat
     now = datetime.now().timestamp()
     monkeypatch.setattr("fedpeft_server.rpc.access.time.time", lambda: now + 61)
     assert await refused(secured.enroll(late)) == "TOKEN_EXPIRED"
+
+
+async def test_tokens_that_expired_long_ago_are_forgotten_and_the_audit_log_is_not(tmp_path: Path) -> None:
+    async with federation(tmp_path) as before:
+        long_ago = datetime.now().timestamp() - TOKENS_KEPT_S
+        for name, expires_at in (
+            ("old", long_ago - 60),
+            ("late", long_ago + 60),
+            ("good", long_ago + TOKENS_KEPT_S + 60),
+        ):
+            row = TokenRow(name.ljust(64, "0"), Subject(Role.CLIENT, name), long_ago, "operator ada", expires_at)
+            await before.server.store.call(before.server.store.db.identities.add_token, row)
+    async with federation(tmp_path) as after:
+        shown = (await after.access().ListTokens(access.ListTokensRequest())).tokens
+        assert [token.name for token in shown] == ["good", "late"]
+        told = [entry.object for entry in await after.audit() if entry.action == "token.created"]
+        assert told == ["client old", "client late", "client good"]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from fedpeft.identity.requests import PublicKey
 from fedpeft.identity.roles import OF_PROTO
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
+from fedpeft.plain_text import plain
 from fedpeft.v1 import access_service_pb2 as pb
 from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
 from fedpeft_server.access.admission import Admission
@@ -117,7 +118,7 @@ class Access(pb_grpc.AccessServiceServicer):
 
         secret, public = token.digest(request.secret).hex(), _digest(key)
         used = await self._enroll(secret, public, issue)
-        software = sayings.plain(request.software[: sayings.MAX_TEXT])
+        software = plain(request.software[: sayings.MAX_TEXT])
         # Who was let in again just now has a certificate that begins in the next second: the device must not be early.
         await asyncio.sleep(made[0].not_valid_before_utc.timestamp() - time.time())
         log.info("enrolled", subject=str(used.subject), token=used.id, software=software)
@@ -171,7 +172,7 @@ class Access(pb_grpc.AccessServiceServicer):
         subject = _subject(request.role, request.name)
         if subject == CALL.get().caller.subject:
             raise SelfRevocation(f"you are {subject}; have another operator revoke you")
-        reason = sayings.plain(request.reason[:MAX_REASON])
+        reason = plain(request.reason[:MAX_REASON])
         row = await self._revoke(subject, reason, actor(), unseen=request.unseen)
         return pb.RevokeIdentityResponse(identity=identity_message(row))
 

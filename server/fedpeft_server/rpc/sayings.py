@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from fedpeft.errors import CapabilitiesInvalid
+from fedpeft.plain_text import plain
 from fedpeft.v1 import federation_service_pb2 as pb
 
 MAX_TEXT = 256
@@ -47,11 +48,6 @@ def decline(said: Iterable[str]) -> tuple[str, ...]:
 def withdrawal(said: str) -> str:
     """Returns what is kept of the reason of a withdrawal."""
     return plain(said[:MAX_WITHDRAW_CHARACTERS])
-
-
-def plain(text: str) -> str:
-    """Returns a text without what a terminal obeys."""
-    return "".join(each if each.isprintable() else " " for each in text)
 
 
 def _faults(said: pb.Capabilities) -> Iterator[tuple[str, str]]:

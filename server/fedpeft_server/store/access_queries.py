@@ -63,6 +63,11 @@ def delete_tokens_of(connection: Connection, subject: Subject) -> None:
     connection.execute(delete(tables.tokens).where(_is(tables.tokens, subject)))
 
 
+def delete_tokens_until(connection: Connection, time: float) -> None:
+    """Deletes the tokens that expired before a time."""
+    connection.execute(delete(tables.tokens).where(tables.tokens.c.expires_at < time))
+
+
 def put_certificate(
     connection: Connection, subject: Subject, issued_at: float, expires_at: float, fingerprint: str
 ) -> None:

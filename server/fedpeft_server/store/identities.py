@@ -73,6 +73,11 @@ class Identities:
             if not access_queries.delete_token(connection, token_id):
                 raise TokenNotFound(f"there is no enrolment token {token_id!r}")
 
+    def purge_tokens(self, before: float) -> None:
+        """Deletes the tokens that expired before a time; they have been worthless since."""
+        with self._transactions.begin() as connection:
+            access_queries.delete_tokens_until(connection, before)
+
     def enroll(self, secret_sha256: str, key_sha256: str, now: float, issue: Issue) -> tuple[TokenRow, IdentityRow]:
         """Uses a token; with the key that used it first as often as asked for. Who was revoked is let in again.
 
