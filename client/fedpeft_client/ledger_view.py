@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from fedpeft.plain_text import plain
 from fedpeft.units import size
 from fedpeft_client.ledger_entries import Booked, Departure, Kind, Outcome
 
@@ -69,7 +69,7 @@ class Row:
             size(self.wire_bytes),
             f"{self.outcome}: {self.attempts[-1].words}" if self.attempts[-1].words else str(self.outcome),
         ]
-        return [_plain(cell) for cell in cells]
+        return [plain(cell) for cell in cells]
 
 
 def rows(booked: Iterable[Booked]) -> list[Row]:
@@ -143,7 +143,3 @@ _WORDS = {
     Kind.WITHDRAWAL: _withdrawal,
     Kind.QUESTIONS: _questions,
 }
-
-
-def _plain(text: str) -> str:
-    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c for c in text)

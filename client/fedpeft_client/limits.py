@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn, TypeVar
 
-import psutil
-
 from fedpeft.errors import RefusedByPolicy
 from fedpeft.logs import Log
 from fedpeft.race import first_of
@@ -20,6 +18,7 @@ from fedpeft_client.ledger import Ledger
 from fedpeft_client.ledger_day import DAY
 from fedpeft_client.metrics import Metrics, State
 from fedpeft_client.policy import Policy, TimeRules, opens_at
+from fedpeft_client.sensors import battery, temperatures
 
 LOOK_S = 5.0
 """How often it is looked whether work is allowed, while waiting and while working."""
@@ -68,19 +67,9 @@ def forbidden(policy: Policy, here: Conditions) -> Forbidden | None:
 
 def conditions() -> Conditions:
     """Looks at this machine."""
-    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
-    percent = None if battery is None or battery.power_plugged else float(battery.percent)
+    charge = battery()
+    percent = None if charge is None or charge.plugged else charge.percent
     return Conditions(datetime.now(), percent, max(temperatures().values(), default=None))
-
-
-def temperatures() -> dict[str, float]:
-    """Returns the sensors of this machine by name, in degrees Celsius; none where the system shows none."""
-    sensors = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
-    return {
-        f"{chip}/{sensor.label or number}": float(sensor.current)
-        for chip, several in sensors.items()
-        for number, sensor in enumerate(several)
-    }
 
 
 class Limits:

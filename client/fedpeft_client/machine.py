@@ -14,7 +14,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from fedpeft_client.limits import temperatures
+from fedpeft_client.sensors import battery, temperatures
 
 _TEXTS: Mapping[str, tuple[str, str]] = {
     "cpu_seconds": ("process", "CPU time of agent and worker."),
@@ -93,11 +93,9 @@ def _usages(processes: Iterable[psutil.Process]) -> Iterator[tuple[float, int]]:
 
 
 def _battery() -> dict[str, Values]:
-    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
-    if battery is None:
+    if (charge := battery()) is None:
         return {}
-    plugged = float(bool(battery.power_plugged))
-    return {"battery_percent": {"": float(battery.percent)}, "power_plugged": {"": plugged}}
+    return {"battery_percent": {"": charge.percent}, "power_plugged": {"": float(charge.plugged)}}
 
 
 def _gpu(identity: str) -> dict[str, Values]:
