@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
         serve(settings)
         return Exit.DONE
     except KeyboardInterrupt:
-        return Exit.FAILED
+        return Exit.INTERRUPTED
     except (FedpeftError, OSError) as error:
         if verbose:
             traceback.print_exc()

@@ -6,19 +6,23 @@ import argparse
 import asyncio
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 from fedpeft import enrolment, token_argument
-from fedpeft.errors import SettingsInvalid
+from fedpeft.errors import CertificateExpired, IdentityInvalid, SettingsInvalid
+from fedpeft.identity import folder
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
 from fedpeft.v1 import access_service_pb2
 from fedpeft_client import departures
 from fedpeft_client.exits import Exit
 from fedpeft_client.ledger import Ledger
+from fedpeft_client.renewal import check_valid
 from fedpeft_client.state import VARIABLE, StateDirectory, identity_folder
 
 _A = {Role.OPERATOR: "an operator", Role.VIEWER: "a viewer"}
@@ -31,16 +35,60 @@ def main(arguments: list[str]) -> int:
         FedpeftError: What kept it from it.
     """
     given = _parser().parse_args(arguments)
-    token = token_argument.take(given.token)
-    if given.state_dir is None:
+    try:
+        _enroll(given.token, given.state_dir, keep=given.keep, replace=given.replace)
+    except KeyboardInterrupt:
+        print(f"fedpeft-client: {token_argument.LEFT}", file=sys.stderr)
+        return Exit.INTERRUPTED
+    return Exit.DONE
+
+
+def _enroll(argument: str, state_dir: Path | None, *, keep: bool, replace: bool) -> None:
+    if keep and state_dir and folder.exists(identity_folder(state_dir)):
+        if (kept := _usable(identity_folder(state_dir))) is not None:
+            _check_same(kept, argument)
+            print(f"enrolled already, {enrolment.described(kept.folder)}")
+            return
+        replace = True
+    token = token_argument.take(argument)
+    if state_dir is None:
         raise SettingsInvalid(f"--state-dir is missing (or {VARIABLE})")
-    with StateDirectory(given.state_dir) as directory:  # a client that runs there must not lose its certificate
+    with StateDirectory(state_dir) as directory:  # a client that runs there must not lose its certificate
         into = identity_folder(directory.path)
         with Ledger(directory.path, token.enrollment) as ledger:
             around = partial(_booked, ledger)
-            identity = asyncio.run(enrolment.enroll(token, into, replace=given.replace, around=around))
-        _say(identity, given.state_dir)
-    return Exit.DONE
+            identity = asyncio.run(enrolment.enroll(token, into, replace=replace, around=around))
+        _say(identity, state_dir)
+
+
+def _usable(where: Path) -> Identity | None:
+    """Returns who is enrolled in a folder; None, and says why, if only another enrolment helps."""
+    try:
+        identity = Identity.load(where)
+        begin = identity.certificate.not_valid_before_utc  # a clock that is behind is for the client to find out
+        check_valid(identity, max(datetime.now(UTC), begin))
+    except (CertificateExpired, IdentityInvalid) as error:
+        print(f"fedpeft-client: who is enrolled cannot be kept: {error.message}", file=sys.stderr)
+        return None
+    return identity
+
+
+def _check_same(kept: Identity, argument: str) -> None:
+    """Checks that a token is for the server that somebody is enrolled at, which may have another address by now.
+
+    The token's file may have been removed once it was used.
+
+    Raises:
+        IdentityInvalid: If it is for another.
+    """
+    if argument.startswith("@") and not Path(argument[1:]).exists():
+        return
+    token = token_argument.take(argument)
+    if token.authority not in kept.authority:
+        raise IdentityInvalid(
+            f"{kept.folder} is enrolled already, {enrolment.described(kept.folder)} at {kept.server}, and the token is "
+            f"of another authority, for {token.server}; --replace in place of --keep enrolls it there"
+        )
 
 
 @contextmanager
@@ -65,7 +113,16 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get(VARIABLE) or None,
         help=f"the client's state directory ({VARIABLE}); its identity is in DIR/identity",
     )
-    parser.add_argument("--replace", action="store_true", help="enroll anew where somebody is enrolled, with a new key")
+    where_enrolled = parser.add_mutually_exclusive_group()
+    where_enrolled.add_argument(
+        "--keep",
+        action="store_true",
+        help="do nothing where somebody is enrolled at the token's server and the certificate is good; the token may "
+        "be gone by then",
+    )
+    where_enrolled.add_argument(
+        "--replace", action="store_true", help="enroll anew where somebody is enrolled, with a new key"
+    )
     return parser
 
 

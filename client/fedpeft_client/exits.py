@@ -58,6 +58,7 @@ class Exit(IntEnum):
     UNREACHABLE = 3
     UNFIT = 4
     NOT_LET_IN = 5
+    INTERRUPTED = 130
 
 
 _CODES: tuple[tuple[tuple[type[FedpeftError], ...], Exit], ...] = (

@@ -58,6 +58,8 @@ async def enroll(
     if folder.exists(into) and not replace:
         raise IdentityInvalid(f"{into} is enrolled already, {described(into)}; --replace enrolls it anew")
     aside = into.with_name(f"{into.name}.next") if folder.exists(into) else into
+    if aside != into:
+        _set_aside(aside, token)
     key = folder.take_key(aside)
     answer = await _ask(token, key, around)
     chain = _checked(answer.certificate, key)
@@ -113,6 +115,20 @@ def described(where: Path) -> str:
         return f"as {certificates.subject(certificate)} until {end:%Y-%m-%d %H:%M} UTC"
     except IdentityInvalid as error:
         return f"though not in a way that can be used ({error.message})"
+
+
+def _set_aside(aside: Path, token: EnrollmentToken) -> None:
+    """Makes a folder for the next key, or leaves that of an attempt with the same token: the server may know its key.
+
+    Raises:
+        StateInvalid: If it cannot be written.
+    """
+    noted, wanted = aside / "token.sha256", f"{token.digest.hex()}\n".encode()
+    with durable.refusals(f"writing {aside}"):
+        if aside.exists() and not (noted.exists() and noted.read_bytes() == wanted):
+            rmtree(aside)
+        aside.mkdir(mode=0o700, exist_ok=True)
+        durable.write(noted, wanted)
 
 
 async def _ask(token: EnrollmentToken, key: PrivateKey, around: Around) -> pb.EnrollResponse:

@@ -15,6 +15,8 @@ from pathlib import Path
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity.token import MAX_LENGTH, EnrollmentToken
 
+LEFT = "interrupted; say it again at any time: the same token still works from here"
+"""What is said to somebody who interrupts an enrolment."""
 HELP = "the line that `fedpeft token create` printed; - reads it from standard input, @FILE from a file"
 
 
@@ -38,7 +40,10 @@ def take(argument: str) -> EnrollmentToken:
 
 def _typed() -> str:
     if sys.stdin.isatty():
-        return getpass.getpass("token (it is not shown): ")
+        try:
+            return getpass.getpass("token (it is not shown): ")
+        except EOFError:  # Ctrl-D
+            return ""
     return sys.stdin.read(MAX_LENGTH + 1)
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from fedpeft import token_argument
 from fedpeft.errors import Draining, Internal
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
@@ -119,6 +123,122 @@ async def test_a_terminal_is_asked_and_shows_nothing(double: Double, tmp_path: P
     assert line not in out.decode() + err.decode()
     os.close(ours)
     os.close(theirs)
+
+
+@pytest.mark.parametrize("key", ["Ctrl-C", "Ctrl-D"])
+async def test_a_prompt_that_is_left(tmp_path: Path, key: str) -> None:
+    ours, theirs = pty.openpty()
+    process = await begun("-", "--state-dir", str(tmp_path / "state"), stdin=theirs)
+    assert process.stderr is not None
+    await process.stderr.readuntil(b"shown): ")
+    if key == "Ctrl-C":
+        process.send_signal(signal.SIGINT)
+    else:
+        os.write(ours, b"\x04")
+    async with asyncio.timeout(60):
+        _, err = await process.communicate()
+    said = {
+        "Ctrl-C": (130, f"fedpeft-client: {token_argument.LEFT}"),
+        "Ctrl-D": (
+            2,
+            "fedpeft-client: there is no enrolment token, only an empty line or file; make one and copy it whole",
+        ),
+    }
+    assert (process.returncode, err.decode().strip()) == said[key]
+    os.close(ours)
+    os.close(theirs)
+
+
+async def test_an_interrupted_enrolment_says_how_to_go_on(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        token = EnrollmentToken.make(address, address, Authority.make("a federation").certificate)
+        (tmp_path / "token").write_text(token.encode())
+        process = await begun(f"@{tmp_path / 'token'}", "--state-dir", str(tmp_path / "state"))
+        silent.settimeout(30)
+        caller, _ = await asyncio.to_thread(silent.accept)
+        with caller:
+            process.send_signal(signal.SIGINT)
+            out, err = await process.communicate()
+    assert (process.returncode, out.decode()) == (130, "")
+    assert err.decode() == f"fedpeft-client: {token_argument.LEFT}\n"
+
+
+# --keep
+
+
+@dataclass
+class Kept:
+    """A site that is enrolled, and what `enroll --keep` says there."""
+
+    double: Double
+    state: Path
+
+    async def again(self, token: str) -> tuple[int | None, str, str]:
+        return await ended(token, "--state-dir", str(self.state), "--keep")
+
+    def file(self, name: str = "hospital-a") -> str:
+        path = self.state.parent / "token"
+        path.write_text(self.double.token(name).encode())
+        return f"@{path}"
+
+
+@pytest.fixture
+async def kept(double: Double, tmp_path: Path) -> Kept:
+    double.enrolled(tmp_path / "state" / "identity", "hospital-a")
+    return Kept(double, tmp_path / "state")
+
+
+async def test_who_is_enrolled_is_kept(kept: Kept) -> None:
+    before = Identity.load(kept.state / "identity")
+    for token in (kept.file(), "@/run/token/that-was-deleted"):
+        code, out, err = await kept.again(token)
+        assert (code, err, out.count("\n")) == (0, "", 1)
+        assert out.startswith("enrolled already, as client hospital-a until ")
+    assert Identity.load(kept.state / "identity").chain == before.chain
+    assert kept.double.asked == []
+
+
+async def test_who_is_enrolled_is_kept_while_the_client_runs(kept: Kept) -> None:
+    with StateDirectory(kept.state):
+        code, _, err = await kept.again(kept.file())
+    assert (code, err) == (0, "")
+
+
+async def test_keep_enrolls_where_nobody_is_enrolled(double: Double, tmp_path: Path) -> None:
+    site = Kept(double, tmp_path / "state")
+    code, out, _ = await site.again(site.file())
+    assert code == 0 and out.startswith("enrolled as client hospital-a at ")
+    code, _, err = await Kept(double, tmp_path / "other").again("@/nowhere")
+    assert code == 2 and "the token cannot be read from /nowhere" in err
+
+
+async def test_keep_replaces_what_has_ended(kept: Kept) -> None:
+    kept.double.life = timedelta(minutes=-5)
+    old = kept.double.enrolled(kept.state / "identity", "hospital-a")
+    kept.double.life = timedelta(hours=1)
+    code, out, err = await kept.again(kept.file())
+    assert code == 0 and out.startswith("enrolled as client hospital-a at ")
+    assert (
+        err.startswith("fedpeft-client: who is enrolled cannot be kept: the certificate of ") and err.count("\n") == 1
+    )
+    new = Identity.load(kept.state / "identity")
+    assert new.certificate.not_valid_after_utc > datetime.now(UTC) and new.chain != old.chain
+
+
+async def test_keep_does_not_keep_what_is_for_another_server(kept: Kept, tmp_path: Path) -> None:
+    before = Identity.load(kept.state / "identity")
+    elsewhere = EnrollmentToken.make("fed.invalid:7070", "fed.invalid:7071", Authority.make("another").certificate)
+    (tmp_path / "token").write_text(elsewhere.encode())
+    code, out, err = await kept.again(f"@{tmp_path / 'token'}")
+    assert (code, out) == (2, "")
+    assert f" at {kept.double.server}" in err and "the token is of another authority, for fed.invalid:7070" in err
+    assert Identity.load(kept.state / "identity").chain == before.chain
+
+
+async def test_keep_and_replace_are_two_things(kept: Kept) -> None:
+    code, _, err = await ended("-", "--state-dir", str(kept.state), "--keep", "--replace")
+    assert code == 2 and "not allowed with argument" in err
 
 
 async def test_wrong_tokens(double: Double, tmp_path: Path) -> None:

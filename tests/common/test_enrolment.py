@@ -106,6 +106,21 @@ async def test_a_replaced_identity_has_a_new_key(double: Double, tmp_path: Path)
     assert os.listdir(tmp_path) == ["identity"]
 
 
+async def test_the_key_of_an_earlier_attempt_is_for_its_own_token(double: Double, tmp_path: Path) -> None:
+    into, aside = tmp_path / "identity", tmp_path / "identity.next"
+    await enrolment.enroll(double.token("first"), into)
+    double.lose_answers = 1
+    with pytest.raises(Internal):
+        await enrolment.enroll(double.token("second"), into, replace=True)
+    left = folder.take_key(aside)
+    after = await enrolment.enroll(double.token("third"), into, replace=True)
+    assert after.key.public_key() != left.public_key()
+    folder.take_key(aside)  # of nobody knows which attempt
+    folder.key_path(aside).chmod(0o644)
+    assert (await enrolment.enroll(double.token("fourth"), into, replace=True)).subject.name == "fourth"
+    assert os.listdir(tmp_path) == ["identity"]
+
+
 async def test_what_cannot_be_read_can_be_replaced(double: Double, tmp_path: Path) -> None:
     into = tmp_path / "identity"
     await enrolment.enroll(double.token("first"), into)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft import token_argument
 from fedpeft.audit import of_line, verify
 from fedpeft.errors import CertificateRevoked, RoleMayNot, ServerUnreachable
 from fedpeft.identity import folder, keys
+from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
@@ -120,6 +124,27 @@ async def test_a_time_that_is_too_short_or_too_long(text: str, tmp_path: Path) -
     done = await ended(tmp_path, "token", "create", "--name", "x", "--expires", text)
     assert (done.code, done.out) == (2, "")
     assert done.err == f"fedpeft: --expires: {text} is not between 1m and 30d, the lives a token can have\n"
+
+
+async def test_an_interrupted_enrolment_says_how_to_go_on(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        token = EnrollmentToken.make(address, address, Authority.make("a federation").certificate).encode()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "fedpeft.cli.app", "--identity", str(tmp_path / "ada"), "enroll", "-"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert process.stdin is not None
+        process.stdin.write(token.encode())
+        process.stdin.close()
+        silent.settimeout(30)
+        caller, _ = await asyncio.to_thread(silent.accept)
+        with caller:
+            process.send_signal(signal.SIGINT)
+            out, err = await process.communicate()
+    assert (process.returncode, out.decode(), err.decode()) == (130, "", f"fedpeft: {token_argument.LEFT}\n")
 
 
 async def test_a_revoked_one_is_refused_at_its_next_message(

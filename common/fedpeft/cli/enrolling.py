@@ -9,6 +9,7 @@ import typer
 
 from fedpeft.cli import output
 from fedpeft.cli.epilogs import OF_SERVER, epilog
+from fedpeft.cli.exits import Exit
 from fedpeft.cli.session import run_async, session_of
 
 EPILOG = epilog(
@@ -39,9 +40,12 @@ def enroll(
     from fedpeft.identity import folder
     from fedpeft.identity.subject import Role
 
-    taken = token_argument.take(token)
     into = session_of(context).identity or folder.personal()
-    identity = run_async(enrolment.enroll(taken, into, replace=replace))
+    try:
+        identity = run_async(enrolment.enroll(token_argument.take(token), into, replace=replace))
+    except KeyboardInterrupt:
+        output.note(f"fedpeft: {token_argument.LEFT}")
+        raise typer.Exit(Exit.INTERRUPTED) from None
     subject, end = identity.subject, identity.certificate.not_valid_after_utc
     output.say(f"enrolled as {subject} at {identity.server} until {end:%Y-%m-%d %H:%M} UTC, in {into}")
     if subject.role in (Role.CLIENT, Role.EVALUATOR):
