@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from fedpeft.embedding import Server as Server
     from fedpeft.embedding import connect as connect
     from fedpeft.errors import FedpeftError as FedpeftError
+    from fedpeft.simulated import SimulatedRound as SimulatedRound
+    from fedpeft.simulated import Simulation as Simulation
+    from fedpeft.simulated import simulate as simulate
 
 __version__ = version("fedpeft")
 PROTOCOL = 1
@@ -36,8 +39,11 @@ _HOMES = {
     "Run": "fedpeft.embedding",
     "RunConfig": "fedpeft.config",
     "Server": "fedpeft.embedding",
+    "SimulatedRound": "fedpeft.simulated",
+    "Simulation": "fedpeft.simulated",
     "connect": "fedpeft.embedding",
     "load_run_file": "fedpeft.config",
+    "simulate": "fedpeft.simulated",
 }
 """Where each name of the package lives; it is imported when it is first asked for."""
 
@@ -49,9 +55,12 @@ __all__ = [
     "Run",
     "RunConfig",
     "Server",
+    "SimulatedRound",
+    "Simulation",
     "__version__",
     "connect",
     "load_run_file",
+    "simulate",
 ]
 
 

@@ -318,11 +318,13 @@ class Run:
             BackboneMismatch: If the weights here are not those that the run was made with.
         """
         from fedpeft.restored import restored
+        from fedpeft.wire import config_from_proto
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "adapter.safetensors")
             self.save(path, version)
-            return restored(self._picture.run, path, None if weights is None else Path(weights))
+            run, given = self._picture.run, None if weights is None else Path(weights)
+            return restored(config_from_proto(run.config), run.backbone_fingerprint, path, given)
 
     def load_timm(self, version: int | None = None, weights: str | Path | None = None) -> nn.Module:
         """Returns the tuned model as a plain model of timm; arguments and errors as `load`.

@@ -58,14 +58,19 @@ def test_a_notebook_runs_and_shows_what_it_showed(path: Path, execute: ModuleTyp
 
 def test_the_page_names_what_there_is() -> None:
     from fedpeft.embedding import Change, Round, Run, Server
+    from fedpeft.simulated import SimulatedRound, Simulation
 
     names = set(re.findall(r"`([a-z_]+)(?:\([^)`]*\))?`", "".join(re.findall(r"^\|[^|]+\|", PAGE, re.M))))
     public = {name for name in dir(Run) if not name.startswith("_")}
-    assert names >= public, public - names
-    everywhere = {name for each in (Run, Server, Round, Change) for name in (*dir(each), *each.__annotations__)}
+    simulated = {name for name in (*dir(Simulation), *Simulation.__annotations__) if not name.startswith("_")}
+    assert names >= public | simulated, (public | simulated) - names
+    classes = (Run, Server, Round, Change, Simulation, SimulatedRound)
+    everywhere = {name for each in classes for name in (*dir(each), *each.__annotations__)}
     assert names <= everywhere, names - everywhere
-    code = "".join(re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S))
-    assert len(code.strip().splitlines()) <= 10
+    examples = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+    assert max(len(example.splitlines()) for example in examples) <= 10
+    code = "".join(examples)
+    assert set(re.findall(r"\bdone\.(\w+)", code)) <= simulated
     assert set(re.findall(r"\brun\.(\w+)", code)) <= public
     assert set(re.findall(r"\bserver\.(\w+)", code)) <= set(dir(Server))
     assert set(re.findall(r"\bfedpeft\.(\w+)", code)) <= set(dir(fedpeft))

@@ -118,8 +118,9 @@ def _tuned(run: run_pb2.Run, adapter: Path, weights: Path | None) -> TunedModel:
     from fedpeft.restored import restored
     from fedpeft.wire import config_from_proto
 
-    check_needed(config_from_proto(run.config).model, weights)
-    return restored(run, adapter, weights)
+    config = config_from_proto(run.config)
+    check_needed(config.model, weights)
+    return restored(config, run.backbone_fingerprint, adapter, weights)
 
 
 def _provenance(run: run_pb2.Run, version: int, rounds: Iterable[run_pb2.Round]) -> Provenance:
