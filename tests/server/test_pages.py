@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fedpeft.errors import PageInvalid
 from fedpeft.operator_client import OperatorClient
+from fedpeft.v1 import access_service_pb2 as access_pb
+from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.rpc import pages
 
-from .conftest import Daemon, StartDaemon, refused
+from .conftest import Daemon, StartDaemon, config, refused
 from .long_history import PAYLOAD_UP, WIRE_UP, write_run
 
 SHORT, WIDE, LONG = "run-short0000000", "run-wide", "run-long00"
@@ -121,3 +131,73 @@ async def test_a_wrong_size_or_token_is_refused_with_its_field(filled: Daemon) -
         assert await refused(filled.operator.ListRounds(request)) == "PAGE_INVALID"
     assert await refused(filled.operator.ListRuns(op.ListRunsRequest(page_token=token))) == "PAGE_INVALID"
     assert await refused(filled.operator.ListClients(op.ListClientsRequest(page_token="é"))) == "PAGE_INVALID"
+
+
+FORGED: tuple[object, ...] = (
+    *([], [0, 0], ["a", 0.5], [None], [[0], {}], [0, "", 0], ["", 0], [True, ""], {"a": 1}, 7, None, "x" * 9),
+    *([2**63, ""], [-1, ""], [2**70], [-(2**63) - 1], ["\ud800"], [0.0, "\ud800"], ["\0", "\0"], ["a", "\ud800"]),
+    *([float("nan"), ""], [float("inf"), ""], [10**400, ""]),
+)
+"""Positions that no list gives, though anybody can make the token for them: its digest has no key."""
+
+
+def forged_token(position: object, of: pages.Position) -> str:
+    """Makes a token as anybody can who has read the code."""
+    body = json.dumps(position).encode()
+    digest = hashlib.sha256(json.dumps(list(of)).encode() + b"\0" + body).digest()[:6]
+    return base64.urlsafe_b64encode(digest + body).decode().rstrip("=")
+
+
+async def test_a_forged_token_is_refused_as_one_by_every_list(daemon: Daemon) -> None:
+    run = await daemon.create(config())
+    access = access_grpc.AccessServiceStub(daemon.channel)
+    lists: list[tuple[Callable[[Any], Awaitable[object]], Any, pages.Position]] = [
+        (daemon.operator.ListRuns, op.ListRunsRequest(), ("runs",)),
+        (daemon.operator.ListRounds, op.ListRoundsRequest(run=run.id), ("rounds", run.id, 0)),
+        (daemon.operator.ListClients, op.ListClientsRequest(), ("clients",)),
+        (access.ListTokens, access_pb.ListTokensRequest(), ("tokens",)),
+        (access.ListIdentities, access_pb.ListIdentitiesRequest(), ("identities",)),
+        (access.ListAuditEntries, access_pb.ListAuditEntriesRequest(), ("audit", 0)),
+    ]
+    for call, request, of in lists:
+        for forged in FORGED:
+            request.page_token = forged_token(forged, of)
+            assert await refused(call(request)) == "PAGE_INVALID", (of, forged)
+
+
+ATOMS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+JSON = st.recursive(ATOMS, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=3), each))
+OF: pages.Position = ("rounds", "run-1", 3)
+
+
+@given(
+    given=st.text()
+    | st.binary().map(lambda data: base64.urlsafe_b64encode(data).decode())
+    | JSON.map(lambda found: forged_token(found, OF)),
+    first=st.sampled_from([(0, ""), (0.0, ""), ("",), ("", ""), (0,)]),
+)
+def test_whatever_the_token_it_is_refused_or_stands_for_a_place_of_such_a_list(
+    given: str, first: tuple[str | int | float, ...]
+) -> None:
+    try:
+        found = pages.position(given, of=OF, first=first)
+    except PageInvalid as error:
+        assert [field for field, _ in error.fields] == ["page_token"]
+        return
+    assert [type(each) for each in found] == [type(each) for each in first]
+    if given:
+        assert pages.token(found, of=OF) == given
+        assert all(each.isascii() for each in found if isinstance(each, str))
+        assert all(0 <= each < 2**63 for each in found if not isinstance(each, str))
+
+
+@given(
+    place=st.tuples(st.integers(0, 2**63 - 1), st.text("abc-._019", max_size=64)),
+    of=st.lists(st.text(max_size=5) | st.integers(), max_size=3),
+)
+def test_a_token_of_a_list_stands_for_its_place_in_this_list_only(place: tuple[int, str], of: list[str | int]) -> None:
+    token = pages.token(place, of=of)
+    assert pages.position(token, of=of, first=(0, "")) == place
+    for other in ([*of, "more"], of[1:] if of else ["one"]):
+        with pytest.raises(PageInvalid):
+            pages.position(token, of=other, first=(0, ""))

@@ -151,8 +151,8 @@ class Access(pb_grpc.AccessServiceServicer):
     async def ListTokens(self, request: pb.ListTokensRequest, context: Context) -> pb.ListTokensResponse:
         """Shows enrolment tokens, a page at a time."""
         most = pages.size(request.page_size)
-        time_, digest = pages.position(request.page_token, of=("tokens",)) or (0.0, "")
-        rows = await self._store.call(self._identities.tokens_after, (float(time_), str(digest)), most + 1)
+        place = pages.position(request.page_token, of=("tokens",), first=(0.0, ""))
+        rows = await self._store.call(self._identities.tokens_after, place, most + 1)
         tokens = pages.fitting(map(token_message, rows[:most]))
         last = rows[len(tokens) - 1] if len(tokens) < len(rows) else None
         return pb.ListTokensResponse(
@@ -184,8 +184,8 @@ class Access(pb_grpc.AccessServiceServicer):
     async def ListIdentities(self, request: pb.ListIdentitiesRequest, context: Context) -> pb.ListIdentitiesResponse:
         """Shows whoever was enrolled or revoked, a page at a time."""
         most = pages.size(request.page_size)
-        role, name = pages.position(request.page_token, of=("identities",)) or ("", "")
-        rows = await self._store.call(self._identities.after, (str(role), str(name)), most + 1)
+        place = pages.position(request.page_token, of=("identities",), first=("", ""))
+        rows = await self._store.call(self._identities.after, place, most + 1)
         identities = pages.fitting(map(identity_message, rows[:most]))
         last = rows[len(identities) - 1].subject if len(identities) < len(rows) else None
         return pb.ListIdentitiesResponse(
@@ -198,8 +198,8 @@ class Access(pb_grpc.AccessServiceServicer):
     ) -> pb.ListAuditEntriesResponse:
         """Shows the audit log, a page at a time."""
         most, of = pages.size(request.page_size), ("audit", request.after)
-        (after,) = pages.position(request.page_token, of=of) or (min(request.after, 2**63 - 1),)
-        rows = await self._store.call(self._store.db.transactions.entries_after, int(after), most + 1)
+        (after,) = pages.position(request.page_token, of=of, first=(min(request.after, pages.NUMBERS - 1),))
+        rows = await self._store.call(self._store.db.transactions.entries_after, after, most + 1)
         entries = pages.fitting(map(audit_message, rows[:most]))
         more = len(entries) < len(rows)
         return pb.ListAuditEntriesResponse(

@@ -101,9 +101,9 @@ class Operator(pb_grpc.OperatorServiceServicer):
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         """Shows runs, a page at a time."""
-        most, place = pages.size(request.page_size), pages.position(request.page_token, of=("runs",))
+        most, place = pages.size(request.page_size), pages.position(request.page_token, of=("runs",), first=(0.0, ""))
         engines = sorted(self._runs.all(), key=_age)
-        left = [engine for engine in engines if place is None or _age(engine) > tuple(place)]
+        left = [engine for engine in engines if _age(engine) > place]
         runs = pages.fitting([await self._run(engine) for engine in left[:most]])
         more = len(runs) < len(left)
         return pb.ListRunsResponse(
@@ -114,8 +114,8 @@ class Operator(pb_grpc.OperatorServiceServicer):
         """Shows the rounds of a run, a page at a time."""
         most, of = pages.size(request.page_size), ("rounds", request.run, request.after)
         engine = self._runs.get(request.run)
-        place = pages.position(request.page_token, of=of) or (min(request.after, engine.round.number), "")
-        rounds, then = await self._history.part(engine, Place(int(place[0]), str(place[1])), most)
+        place = pages.position(request.page_token, of=of, first=(min(request.after, engine.round.number), ""))
+        rounds, then = await self._history.part(engine, Place(*place), most)
         token = pages.token((then.after, then.client), of=of) if then else ""
         return pb.ListRoundsResponse(rounds=rounds, next_page_token=token)
 
@@ -195,9 +195,9 @@ class Operator(pb_grpc.OperatorServiceServicer):
 
     async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
         """Shows every client that ever registered, a page at a time."""
-        most, place = pages.size(request.page_size), pages.position(request.page_token, of=("clients",))
+        most, (after,) = pages.size(request.page_size), pages.position(request.page_token, of=("clients",), first=("",))
         await self._store.call(self._store.db.touch_clients, self._callers.touched())
-        rows = await self._store.call(self._store.db.clients_from, str(place[0]) if place else "", most + 1)
+        rows = await self._store.call(self._store.db.clients_from, after, most + 1)
         training = {client for engine in self._runs.all() for client in engine.training()}
         runs, of = [engine.run.id for engine in self._runs.all() if engine.active], self._runs.answers.of
         clients = pages.fitting(

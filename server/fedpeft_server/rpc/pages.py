@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from google.protobuf.message import Message
 
@@ -19,8 +18,12 @@ PAGE_BYTES = 1024 * 1024
 """A page ends before it is larger, unless it would be empty; a quarter of the largest message leaves room for a run."""
 _DIGEST_BYTES = 6
 
+NUMBERS = 2**63
+"""Numbers of positions are below it: more would not fit the database's."""
+
 M = TypeVar("M", bound=Message)
 Position = Sequence[str | int | float]
+P = TypeVar("P", bound=tuple[str | int | float, ...])
 
 
 def size(asked: int) -> int:
@@ -42,23 +45,43 @@ def token(position: Position, *, of: Position) -> str:
     return base64.urlsafe_b64encode(digest + body).decode().rstrip("=")
 
 
-def position(given: str, *, of: Position) -> Position | None:
-    """Returns the position that a token stands for; None for the empty one, the list's beginning.
+def position(given: str, *, of: Position, first: P) -> P:
+    """Returns the position that a token stands for, of the same form as the list's beginning.
+
+    The digest in a token tells it from one of another list; it has no key, so anybody can make one. What is in it is
+    therefore checked like all that comes from outside: a forged one is refused, or a place that its caller may ask for.
+
+    Args:
+        given: The token; empty for the beginning.
+        of: What the list was asked for.
+        first: The beginning: whole numbers, numbers and texts, as in every position of this list.
 
     Raises:
         PageInvalid: If it is not a token of this list.
     """
     if not given:
-        return None
+        return first
     try:
-        body = base64.urlsafe_b64decode(given + "=" * (-len(given) % 4))[_DIGEST_BYTES:]
-        found: Position = json.loads(body)
-        if token(found, of=of) == given:
-            return found
-    except (ValueError, TypeError, RecursionError, binascii.Error):
-        pass
-    fault = "is not a token that this list gave when it was asked for the same"
-    raise PageInvalid(f"page_token {fault}; begin again without one", (("page_token", fault),))
+        found = json.loads(base64.urlsafe_b64decode(given + "=" * (-len(given) % 4))[_DIGEST_BYTES:])
+        ours = _has_the_form(found, first) and token(found, of=of) == given
+    except (ValueError, RecursionError):  # no base64, no JSON, or JSON without end: no list gave that
+        ours = False
+    if not ours:
+        fault = "is not a token that this list gave when it was asked for the same"
+        raise PageInvalid(f"page_token {fault}; begin again without one", (("page_token", fault),))
+    return cast(P, tuple(found))
+
+
+def _has_the_form(found: object, first: Position) -> bool:
+    return (
+        isinstance(found, list)
+        and [type(each) for each in found] == [type(each) for each in first]
+        and all(_is_plain(each) if isinstance(each, str) else 0 <= each < NUMBERS for each in found)
+    )
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable()
 
 
 def fitting(messages: Iterable[M], room: int | None = None) -> list[M]:
