@@ -292,13 +292,18 @@ def postgres() -> Iterator[Path]:
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'server.db'}"
-    folder = request.getfixturevalue("postgres")
+    return str(request.getfixturevalue("postgresql_url"))
+
+
+@pytest.fixture
+def postgresql_url(postgres: Path) -> str:
+    """A new database in PostgreSQL."""
     name = f"test_{time.monotonic_ns()}"
-    admin = create_engine(f"postgresql+psycopg://postgres@/postgres?host={folder}", isolation_level="AUTOCOMMIT")
+    admin = create_engine(f"postgresql+psycopg://postgres@/postgres?host={postgres}", isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
     admin.dispose()
-    return f"postgresql://postgres@/{name}?host={folder}"
+    return f"postgresql://postgres@/{name}?host={postgres}"
 
 
 @pytest.fixture

@@ -100,15 +100,24 @@ class Runs:
             version = await self._store.compute(first)
             deed = Deed(by, "run.created", run.id, {"name": run.config.name, "adapter_sha256": version.sha256})
             await self._store.call(self._store.db.create_run, run, version, (deed,))
-        except StateInvalid:  # whether the transaction was made is not known, and the run would need its version
-            raise
+        except StateInvalid:
+            # The transaction may have been made and its answer lost. Where it was not, or not yet, the version stays:
+            # the run would need it.
+            if not await self._is_written(run.id):
+                raise
         except FedpeftError:
             await self._store.compute(self._store.forget_run, run.id, ())
             raise
-        engine = self._engines[run.id] = self._engine(run, Round(run.id, 1))
-        log.info("run created", run=run.id, name=run.config.name, method=run.spec.method)
-        self.lobby.call_all()
-        return engine
+        return self._begin(run)
+
+    @unbroken
+    async def adopt(self, run_id: str) -> RunEngine:
+        """Returns the engine of a run that is in the database; makes it if the answer to the run's making was lost.
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        return self._begin(await self._store.call(self._store.db.run, run_id))
 
     @unbroken
     async def delete(self, run_id: str, by: str) -> None:
@@ -200,6 +209,21 @@ class Runs:
         """Tells the watchers of a run that it changed; `scored` is the version that has new figures, if one has."""
         for news in self._watchers.get(run_id, ()):
             news.tell(scored)
+
+    async def _is_written(self, run_id: str) -> bool:
+        try:
+            await self._store.call(self._store.db.run, run_id)
+        except RunNotFound:
+            return False
+        return True
+
+    def _begin(self, run: RunRow) -> RunEngine:
+        """Returns the engine of a new run, made unless a repetition of its request was there first."""
+        if run.id not in self._engines:
+            self._engines[run.id] = self._engine(run, Round(run.id, 1))
+            log.info("run created", run=run.id, name=run.config.name, method=run.spec.method)
+            self.lobby.call_all()
+        return self._engines[run.id]
 
     def _engine(self, run: RunRow, current: Round) -> RunEngine:
         return RunEngine(run, current, self._store, self.lobby, self._ledger, self._metrics, self._changed)

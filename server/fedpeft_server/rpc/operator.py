@@ -223,7 +223,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def _repeated(self, known: RunRow, asked: RunRow) -> pb.CreateRunResponse:
         if known.request_digest != asked.request_digest:
             raise RequestIdReused(f"request {asked.request_id} already made {known.id}, which differs")
-        return pb.CreateRunResponse(run=await self._run(self._runs.get(known.id)))
+        return pb.CreateRunResponse(run=await self._run(await self._runs.adopt(known.id)))
 
     def _first_version(self, key: str, run: RunRow, manifest: Manifest) -> VersionRow:
         """Stores the uploaded payload as the adapter file of version 0."""
