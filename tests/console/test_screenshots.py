@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from PIL import Image
 from playwright.async_api import Browser, expect
 
 from fedpeft import wire
@@ -110,8 +111,16 @@ async def test_pictures_for_the_docs(browser: Browser, folder: Path, emoji: tupl
         ("console-audit", "/audit", False, "dark"),
     ):
         await picture(looked, path, folder / f"{name}.png", phone=phone, scheme=scheme, awaited=scored)
+        assert size(folder / f"{name}.png")[0] == (PHONE if phone else DESK)["width"]
     await faults(looked, folder / "console-new-run.png")
+    assert size(folder / "console-new-run.png")[0] == DESK["width"]
     looked.check()
+
+
+def size(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as image:
+        image.verify()
+        return image.size
 
 
 async def picture(looked: Looked, path: str, file: Path, *, phone: bool, scheme: str, awaited: str) -> None:

@@ -210,9 +210,10 @@ async def test_a_server_that_was_away_is_found_again(start: StartDaemon, tmp_pat
         again = await start(tmp_path / "kept")
         where = again.server.settings.listen
         await again.clients("late-comer")
-        await shows(pilot, "UTC", "clients: 1 ", without="AWAY")
+        text = await shows(pilot, "UTC", "clients: 1 ", without="AWAY")
+        assert re.search(rf"^ *> +{run.id} ", text, re.M), "what was there before is there again"
         await pilot.press("3")
-        await shows(pilot, "late-comer")
+        assert re.search(r"^ *late-comer +trainer", await shows(pilot, "late-comer"), re.M)
 
 
 async def test_nothing_yet_and_the_keys(daemon: Daemon) -> None:
@@ -220,10 +221,13 @@ async def test_nothing_yet_and_the_keys(daemon: Daemon) -> None:
         await shows(pilot, "There is no run yet", "none yet")
         await pilot.press("s", "p", "question_mark")
         await shows(pilot, "pause the run, or resume", "escape  back")
+        assert len(pilot.app.screen_stack) == 2, "no dialog asks whether to pause a run that is not there"
         await pilot.press("escape")
         await shows(pilot, without="escape  back")
+        assert len(pilot.app.screen_stack) == 1
         await pilot.press("q")
         await _until(lambda: not pilot.app.is_running)
+        assert pilot.app.return_code == 0
 
 
 async def _until(reached: Callable[[], bool]) -> None:

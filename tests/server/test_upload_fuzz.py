@@ -104,10 +104,11 @@ class World:
         self._numbers = itertools.count()
         self._spool = daemon.server.settings.data_dir / "spool"
 
-    def play(self, scripts: list[Script], together: bool) -> None:
-        self._runner.run(self._play(scripts, together))
+    def play(self, scripts: list[Script], together: bool) -> run_pb2.Run:
+        """Lets the others upload by their scripts, and the good one as it should; returns the run as it ended."""
+        return self._runner.run(self._play(scripts, together))
 
-    async def _play(self, scripts: list[Script], together: bool) -> None:
+    async def _play(self, scripts: list[Script], together: bool) -> run_pb2.Run:
         daemon = self._daemon
         rounds = {"count": 1, "clients": 1 + len(NAMES), "quorum": 1}
         run = await daemon.create(config(rounds=rounds), request_id=f"r{next(self._numbers)}")
@@ -128,8 +129,8 @@ class World:
             await self._behave(client, ticket)
         assert (await good.push(tickets[0], filled(1.0))).sha256 == MANIFEST.sha256
         done = await daemon.until(run.id, lambda r: r.version == 1)
-        assert done.state == run_pb2.RUN_STATE_COMPLETED
         await self._nothing_is_left(files=True)
+        return done
 
     async def _call(self, client: RawClient, steps: list[Step], tickets: dict[str, str]) -> None:
         call: grpc.aio.StreamUnaryCall[fed.PushUpdateRequest, fed.PushUpdateResponse]
@@ -228,7 +229,7 @@ quietly = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 @anything
 @settings(max_examples=20, suppress_health_check=quietly)
 def test_whatever_is_uploaded_the_server_stands(world: World, scripts: list[Script], together: bool) -> None:
-    world.play(scripts, together)
+    assert world.play(scripts, together).state == run_pb2.RUN_STATE_COMPLETED
 
 
 @pytest.mark.slow
@@ -236,4 +237,4 @@ def test_whatever_is_uploaded_the_server_stands(world: World, scripts: list[Scri
 @anything
 @settings(max_examples=1000, suppress_health_check=quietly)  # 14 minutes on two cores that did other work as well
 def test_whatever_is_uploaded_the_server_stands_for_long(world: World, scripts: list[Script], together: bool) -> None:
-    world.play(scripts, together)
+    assert world.play(scripts, together).state == run_pb2.RUN_STATE_COMPLETED
