@@ -38,6 +38,7 @@ from fedpeft_server.rpc import connections
 from fedpeft_server.rpc.access import Access, Addresses
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.federation import Federation
+from fedpeft_server.rpc.health import Health
 from fedpeft_server.rpc.interceptors import Gate
 from fedpeft_server.rpc.operator import Operator
 from fedpeft_server.rpc.turns import Turns
@@ -160,7 +161,7 @@ class Server:
         operator = Operator(self.runs, self.store, self.callers, self.uploads, self.ledger)
         life = timedelta(seconds=self.settings.certificate_life_s)
         self.access = Access(self.store, self.admission, self.runs, self.certificates, self._addresses, life)
-        self.health = health.aio.HealthServicer()
+        self.health = Health()
         gate = Gate(self.admission, self.metrics, self.ledger)
         listening = grpc.aio.server(interceptors=[gate], options=connections.options())
         enrolling = grpc.aio.server(interceptors=[gate], options=connections.FOR_STRANGERS)

@@ -113,6 +113,14 @@ async def test_a_token_that_is_deleted_is_worthless(fedpeft: Command, tmp_path: 
     assert not folder.exists(tmp_path / "noto")
 
 
+@pytest.mark.parametrize("command", [("token", "create", "--name"), ("client", "revoke"), ("identity", "restore")])
+async def test_a_name_that_cannot_be_one(fedpeft: Command, command: tuple[str, ...]) -> None:
+    for name in ("a b", "..", "x" * 65):
+        done = await fedpeft(*command, name)
+        assert (done.code, done.out) == (2, ""), done.err
+        assert f"the name {name!r} must be 1 to 64 letters" in done.err and done.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("text", ["", "24", "h", "-1h", "0m", "1w", "1.5h", "24h ", "9999999999h"])
 async def test_times_that_are_none(text: str, tmp_path: Path) -> None:
     done = await ended(tmp_path, "token", "create", "--name", "x", "--expires", text)

@@ -8,12 +8,14 @@ import resource
 import socket
 import sqlite3
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from fedpeft.doctor import client_side, disk, findings, server_side, versions
+from fedpeft import PROTOCOL
+from fedpeft.doctor import client_side, disk, findings, network, server_side, versions
 from fedpeft.doctor.checks import examine
 from fedpeft.doctor.findings import Finding, Level, Setup
 from fedpeft.identity import authority as authority_module
@@ -89,6 +91,61 @@ async def test_plain_text_on_this_machine_is_well(start: StartDaemon) -> None:
 
 
 # Identity and network
+
+
+def test_an_identity_that_cannot_be_used_is_one_fault(tmp_path: Path) -> None:
+    where = enrolled(Authority.make("x"), tmp_path / "state" / "identity", "127.0.0.1:1")
+    folder.key_path(where).chmod(0o644)
+    assert [finding.check for finding in bad(Setup(state_dir=tmp_path / "state"))] == ["identity"]
+    folder.key_path(where).chmod(0o600)
+    (where / "identity.toml").write_text("")
+    assert [finding.check for finding in bad(Setup(state_dir=tmp_path / "state"))] == ["identity"]
+
+
+async def test_an_ended_certificate_is_one_fault(secured: Federation, tmp_path: Path) -> None:
+    life = timedelta(minutes=-5)
+    state = enrolled(secured.authority, tmp_path / "state" / "identity", secured.address, life).parent
+    found = await asyncio.to_thread(bad, Setup(state_dir=state))
+    assert [finding.check for finding in found] == ["certificate"]
+
+
+async def test_a_clients_identity_is_none_for_commands(secured: Federation, tmp_path: Path) -> None:
+    where = enrolled(secured.authority, tmp_path / "state" / "identity", secured.address)
+    found = await asyncio.to_thread(only, Setup(identity=where), "identity")
+    assert found.level is Level.FAULT and "is the identity of client noto, who may call nothing that" in found.said
+    assert found.cure.startswith("fedpeft-client --identity") and "fedpeft enroll" in found.cure
+    for client in (Setup(identity=where, data=tmp_path), Setup(state_dir=tmp_path / "state")):
+        found_there = await asyncio.to_thread(bad, client)
+        assert [finding for finding in found_there if finding.check == "identity"] == []
+
+
+async def test_an_operators_identity_is_none_for_a_client(secured: Federation, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    secured.operator.folder.rename(tmp_path / "state" / "identity")
+    found = await asyncio.to_thread(only, Setup(state_dir=tmp_path / "state"), "identity")
+    assert found.level is Level.FAULT and "operator ada, who takes part in no run" in found.said
+    assert "fedpeft-client enroll" in found.cure and "--role client" in found.cure
+
+
+async def test_the_servers_clock_and_protocol_are_asked(
+    secured: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(server=secured.address, identity=secured.operator.folder)
+    said = {finding.said for finding in await asyncio.to_thread(lambda: list(examine(setup)))}
+    assert f"it speaks protocol {PROTOCOL}, and its clock agrees with the one here" in said
+    for seconds, how in ((-600, "10 minutes behind"), (600, "10 minutes ahead of")):
+        secured.server.health.clock = lambda seconds=seconds: time.time() + seconds  # type: ignore[misc]
+        found = await asyncio.to_thread(only, setup, "clock")
+        assert found.level is Level.WARNING and f"the server's clock is {how} the one here" in found.said
+    secured.server.health.clock = time.time
+    monkeypatch.setattr(network, "PROTOCOL", PROTOCOL + 1)
+    found = await asyncio.to_thread(only, setup, "protocol")
+    assert found.level is Level.FAULT
+    assert f"the server speaks protocol {PROTOCOL}, fedpeft here {PROTOCOL + 1}" in found.said
+    monkeypatch.setattr(network, "PROTOCOL", PROTOCOL)
+    monkeypatch.setattr(network, "told", lambda metadata: None)
+    found = await asyncio.to_thread(only, setup, "protocol")
+    assert found.level is Level.WARNING and "does not say which protocol it speaks" in found.said
 
 
 async def test_a_revoked_client(secured: Federation, tmp_path: Path) -> None:

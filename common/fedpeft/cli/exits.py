@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from fedpeft.errors import ConfigInvalid, FedpeftError, IdentityInvalid, NotFound, SettingsInvalid, Unavailable
+from fedpeft.errors import (
+    ConfigInvalid,
+    FedpeftError,
+    IdentityInvalid,
+    NotFound,
+    SettingsInvalid,
+    SubjectInvalid,
+    Unavailable,
+)
 
 IN_HELP = (
     "Exit codes: 0 done; 1 failed; 2 wrong usage or run file; 3 server unreachable; 4 no such run or version; "
@@ -28,6 +36,7 @@ _CODES: tuple[tuple[type[FedpeftError], Exit], ...] = (
     (ConfigInvalid, Exit.USAGE),
     (IdentityInvalid, Exit.USAGE),
     (SettingsInvalid, Exit.USAGE),
+    (SubjectInvalid, Exit.USAGE),
     (Unavailable, Exit.UNREACHABLE),
     (NotFound, Exit.NOT_FOUND),
 )

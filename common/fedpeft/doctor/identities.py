@@ -10,6 +10,7 @@ from cryptography import x509
 from fedpeft.doctor.findings import Finding, Setup, fault, ok, warning
 from fedpeft.identity import certificates, keys
 from fedpeft.identity.folder import Identity
+from fedpeft.identity.subject import Role
 
 SOON = timedelta(days=30)
 """An authority that ends so soon needs a successor."""
@@ -27,7 +28,7 @@ def check_identity(setup: Setup) -> Iterator[Finding]:
     if where.stat().st_mode & 0o022:
         yield warning("identity", f"{where} can be written by others", f"chmod 700 {where}")
     now, one = datetime.now(UTC), identity.certificate
-    yield ok("identity", f"{identity.subject} for {identity.server}, in {where}")
+    yield _suits(setup, identity)
     if (found := _times("certificate", one, now)) is not None:
         yield found
     elif now > certificates.renewal(one) + (one.not_valid_after_utc - certificates.renewal(one)) / 2:
@@ -39,6 +40,27 @@ def check_identity(setup: Setup) -> Iterator[Finding]:
     else:
         yield ok("certificate", f"until {one.not_valid_after_utc:{_DAY}}")
     yield from _authorities(identity.authority, now)
+
+
+def _suits(setup: Setup, identity: Identity) -> Finding:
+    """Says whether the role is one for the side that is examined: a site's, or that of the commands."""
+    subject, where = identity.subject, identity.folder
+    takes_part = subject.role in (Role.CLIENT, Role.EVALUATOR)
+    at_a_site = setup.state_dir is not None or setup.data is not None
+    if takes_part and not at_a_site:
+        return fault(
+            "identity",
+            f"{where} is the identity of {subject}, who may call nothing that fedpeft's commands call",
+            f"fedpeft-client --identity {where} takes part with it; for the commands enroll as an operator or a viewer "
+            "(fedpeft enroll)",
+        )
+    if at_a_site and not takes_part:
+        return fault(
+            "identity",
+            f"{where} is the identity of {subject}, who takes part in no run",
+            "fedpeft-client enroll --replace, with a token of --role client or evaluator",
+        )
+    return ok("identity", f"{subject} for {identity.server}, in {where}")
 
 
 def check_server_certificates(setup: Setup) -> Iterator[Finding]:

@@ -1,0 +1,35 @@
+"""What a server says of itself beside every answer to a health check: its protocol and its clock, as metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PROTOCOL_KEY = "fedpeft-protocol"
+CLOCK_KEY = "fedpeft-clock"
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What a server says of itself.
+
+    Attributes:
+        protocol: Which it speaks.
+        clock: What time it is there, in seconds since 1970.
+    """
+
+    protocol: int
+    clock: float
+
+    def to_metadata(self) -> tuple[tuple[str, str], ...]:
+        """Returns the entries."""
+        return (PROTOCOL_KEY, str(self.protocol)), (CLOCK_KEY, f"{self.clock:.3f}")
+
+
+def told(metadata: Iterable[tuple[str, str | bytes]]) -> Greeting | None:
+    """Returns what a server said, None if it said nothing that can be understood."""
+    entries = dict(metadata)
+    try:
+        return Greeting(int(entries[PROTOCOL_KEY]), float(entries[CLOCK_KEY]))
+    except (KeyError, ValueError):
+        return None
