@@ -14,6 +14,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.pool import StaticPool
 
 from fedpeft.errors import DiskFull, FedpeftError, StateInvalid
+from fedpeft_server.store import postgresql
 
 BUSY_TIMEOUT_S = 10
 """How long a statement waits for another process (a backup, a person's shell) that holds SQLite's lock."""
@@ -31,7 +32,7 @@ def connect(url: str) -> Engine:
     try:
         parsed = _with_driver(make_url(url))
         where = parsed.render_as_string(hide_password=True)
-        engine = _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else create_engine(parsed, pool_pre_ping=True)
+        engine = _engine(parsed)
     except (ArgumentError, NoSuchModuleError) as error:
         raise StateInvalid(
             f"database URL {url!r} is not one of sqlite:///PATH and postgresql://HOST/NAME: {error}"
@@ -46,6 +47,16 @@ def connect(url: str) -> Engine:
 def _with_driver(url: URL) -> URL:
     """Names psycopg 3 for PostgreSQL, so that the meaning of a URL does not change with SQLAlchemy's defaults."""
     return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgres", "postgresql") else url
+
+
+def _engine(url: URL) -> Engine:
+    match url.get_backend_name():
+        case "sqlite":
+            return _sqlite(url)
+        case "postgresql":
+            return postgresql.engine(url)
+        case other:
+            raise ArgumentError(f"{other} is not supported")
 
 
 def _sqlite(url: URL) -> Engine:
@@ -108,8 +119,10 @@ def translated(where: str) -> Iterator[None]:
 def _fault(error: DBAPIError | sqlite3.Error, where: str) -> FedpeftError:
     cause: BaseException | None = error.orig if isinstance(error, DBAPIError) else error
     name = getattr(cause, "sqlite_errorname", "") or ""
-    words = " ".join(str(cause).split())
-    if name.startswith("SQLITE_FULL") or getattr(cause, "sqlstate", "") == "53100":
+    words, sqlstate = " ".join(str(cause).split()), getattr(cause, "sqlstate", "") or ""
+    if waited := postgresql.fault(sqlstate):
+        return StateInvalid(f"database {where} {waited}")
+    if name.startswith("SQLITE_FULL") or sqlstate == "53100":
         return DiskFull(f"database {where} has no room to grow ({errno.errorcode[errno.ENOSPC]}); free some disk space")
     if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT") or name.startswith("SQLITE_CORRUPT_"):
         return StateInvalid(f"database {where} is corrupt ({words}); restore it from a backup")

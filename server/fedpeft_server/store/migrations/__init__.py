@@ -13,6 +13,7 @@ from alembic.util import CommandError
 from sqlalchemy import Engine
 
 from fedpeft.errors import StateInvalid
+from fedpeft_server.store.postgresql import unlimited
 
 
 def migrate(engine: Engine) -> None:
@@ -34,6 +35,8 @@ def migrate(engine: Engine) -> None:
                 f"the database has schema {current}, which this server (schema {scripts.get_current_head()}) "
                 "does not know; upgrade the server to the version that wrote it"
             )
+        if connection.dialect.name == "postgresql":
+            unlimited(connection)
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 

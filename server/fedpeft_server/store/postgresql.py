@@ -1,0 +1,61 @@
+"""Connections to PostgreSQL, none of which waits without end: the server has one thread for its transactions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.engine import URL
+
+BUSY_S = 10
+"""How long is waited for a connection, and by a statement for a lock of another session: as with SQLite."""
+LOST_S = 60
+"""Longer than any statement of the server takes. After so long one is cancelled, a peer that does not answer is given
+up, and PostgreSQL ends a transaction in which nothing happens, so that a server that hangs holds no lock."""
+_PROBES = 3
+
+
+def engine(url: URL) -> Engine:
+    """Returns an engine for a URL of PostgreSQL; what the URL says itself about waits counts."""
+    pause_s = max(1, LOST_S // (2 * _PROBES))
+    defaults = {
+        "connect_timeout": BUSY_S,
+        "keepalives_idle": LOST_S // 2,
+        "keepalives_interval": pause_s,
+        "keepalives_count": _PROBES,
+        "tcp_user_timeout": LOST_S * 1000,
+    }
+    arguments = {name: value for name, value in defaults.items() if name not in url.query}
+    made = create_engine(url, pool_pre_ping=True, connect_args=arguments)
+    limits = {
+        "lock_timeout": BUSY_S * 1000,
+        "statement_timeout": LOST_S * 1000,
+        "idle_in_transaction_session_timeout": LOST_S * 1000,
+    }
+
+    @event.listens_for(made, "connect")
+    def _limit(connection: Any, _record: Any) -> None:
+        # Not among the options of the connection, which a pooler between may refuse.
+        for name, limit_ms in limits.items():
+            if name not in str(url.query.get("options", "")):
+                connection.execute(f"SET {name} = {limit_ms}")
+        connection.commit()
+
+    return made
+
+
+def unlimited(connection: Connection) -> None:
+    """Lets the statements of a transaction take their time: a migration may rewrite large tables."""
+    connection.execute(text("SET LOCAL statement_timeout = 0"))
+
+
+def fault(sqlstate: str) -> str:
+    """Returns what was waited for in vain, by the state that the server gave; empty if it is another fault."""
+    match sqlstate:
+        case "55P03":
+            return f"was locked by another session for {BUSY_S} s; end that one"
+        case "57014":
+            return f"did not answer within {LOST_S} s; see what it is busy with (pg_stat_activity)"
+        case "25P03":
+            return f"ended a transaction in which nothing happened for {LOST_S} s: the server stood still"
+    return ""
