@@ -1,4 +1,4 @@
-"""Bytes and shares in words for people, the same in every command, page and report."""
+"""Bytes, shares and numbers of things in words for people, the same in every command, page and report."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def size(count: int) -> str:
     if count < KIB * MIB:
         return f"{count / MIB:.2f} MiB"
     return f"{count / (KIB * MIB):.2f} GiB"
+
+
+def counted(number: float, thing: str, things: str = "") -> str:
+    """Returns how many of something there are: `1 client`, `8,000 clients`; `things` where a plain s is not enough."""
+    return f"{number:,.0f} {thing if number == 1 else things or thing + 's'}"
 
 
 def mib(count: int) -> str:

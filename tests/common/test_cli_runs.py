@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -233,6 +234,19 @@ def test_watch_in_lines(served: Serving, fedpeft: Command) -> None:
     served.double.runs = {RUN: a_run()}
     served.double.script = watch_script()
     assert fedpeft("run", "watch", RUN) == Ended(0, WATCHED, "")
+
+
+def test_ctrl_c_ends_the_watch_with_a_sentence_and_not_the_run(served: Serving) -> None:
+    served.double.runs = {RUN: a_run()}
+    served.double.script = [pb.WatchRunResponse(run=a_run(), rounds=[a_round(1, committed=False)]), 60.0]
+    command = [sys.executable, "-m", "fedpeft.cli.app", "--server", served.address, "run", "watch", RUN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watch:
+        assert watch.stdout is not None
+        assert any(line == "round 1 open: noto, twemoji\n" for line in watch.stdout)
+        watch.send_signal(signal.SIGINT)
+        _, err = watch.communicate(timeout=30)
+    assert (watch.returncode, err) == (130, f"fedpeft: the watch ends; what {RUN} does goes on without it\n")
+    assert served.double.runs[RUN].state == run_pb2.RUN_STATE_RUNNING
 
 
 def test_watch_as_json_lines(served: Serving, fedpeft: Command) -> None:

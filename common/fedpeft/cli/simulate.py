@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,13 @@ from fedpeft.cli.exits import Exit
 from fedpeft.cli.session import require
 from fedpeft.cli.weights import Weights, check_needed
 
+EVERY_S = 10.0
+"""A round that takes longer says so often how far it is."""
 COLUMNS = ("ROUND", "CLIENTS", "ACCURACY", "TRAIN LOSS", "UP", "DOWN", "FULL FINE-TUNING", "SECONDS")
 
 EPILOG = epilog(
-    "fedpeft simulate emoji.toml --data sites --eval test.parquet --out simulated", ends=(Exit.NOT_COMPLETED,)
+    "fedpeft simulate emoji.toml --data sites --eval test.parquet --out simulated",
+    ends=(Exit.NOT_COMPLETED, Exit.INTERRUPTED),
 )
 
 
@@ -69,18 +73,24 @@ def simulate(
     if threads is not None:
         torch.set_num_threads(threads)
     clients, partition = simulation.clients_of(data, config)
-    with faults_in(file):
-        report = simulation.simulate(
-            config,
-            clients,
-            out,
-            evaluate,
-            weights,
-            label_map=label_map,
-            device=device,
-            partition=partition,
-            committed=None if as_json else lambda row: output.note(_line(row, config.rounds.count)),
-        )
+    said = _Progress(config.rounds.count, quiet=as_json)
+    try:
+        with faults_in(file):
+            report = simulation.simulate(
+                config,
+                clients,
+                out,
+                evaluate,
+                weights,
+                label_map=label_map,
+                device=device,
+                partition=partition,
+                committed=said.committed,
+                worked=said.worked,
+            )
+    except KeyboardInterrupt:
+        output.note(f"fedpeft: interrupted: {out} has what {said.rounds} left; said again, it begins at round 1")
+        raise typer.Exit(Exit.INTERRUPTED) from None
     if as_json:
         output.say_json(report)
     else:
@@ -90,10 +100,40 @@ def simulate(
         raise typer.Exit(Exit.NOT_COMPLETED)
 
 
+class _Progress:
+    """Says every round that is committed, and how far a long one is."""
+
+    def __init__(self, count: int, *, quiet: bool) -> None:
+        self._count = count
+        self._quiet = quiet
+        self._done = 0
+        self._said = time.monotonic()
+
+    @property
+    def rounds(self) -> str:
+        """How many rounds are committed, in words."""
+        return units.counted(self._done, "round")
+
+    def committed(self, row: views.Json) -> None:
+        """Takes a committed round, as the report has it."""
+        self._done += 1
+        self._note(_line(row, self._count))
+
+    def worked(self, number: int, had: int, sampled: int) -> None:
+        """Takes a client's turn in a round, in which so many of those who were sampled had theirs."""
+        if time.monotonic() - self._said >= EVERY_S:
+            self._note(f"round {number} of {self._count}: {had} of {units.counted(sampled, 'client')} had their turn")
+
+    def _note(self, line: str) -> None:
+        self._said = time.monotonic()
+        if not self._quiet:
+            output.note(line)
+
+
 def _line(row: views.Json, count: int) -> str:
     """Returns what is said of a round as soon as it is committed."""
     metrics = row["metrics"]
-    said = [f"round {row['version']} of {count}", f"{len(row['clients'])} updates"]
+    said = [f"round {row['version']} of {count}", units.counted(len(row["clients"]), "update")]
     if "accuracy" in metrics:
         said.append(f"accuracy {units.percent(metrics['accuracy'])}")
     if "train_loss" in metrics:
@@ -110,8 +150,8 @@ def _say(report: views.Json, out: Path) -> None:
     if report["partition"]:
         skew = report["partition"]["skew"]
         output.say(
-            f"  {skew['clients']} clients ({report['partition']['variant']}): {skew['smallest']:,} to "
-            f"{skew['largest']:,} rows, label skew {skew['total_variation']:.3f}"
+            f"  {units.counted(skew['clients'], 'client')} ({report['partition']['variant']}): {skew['smallest']:,} to "
+            f"{units.counted(skew['largest'], 'row')}, label skew {skew['total_variation']:.3f}"
         )
     if "accuracy" in report["initial_metrics"]:
         output.say(f"  accuracy of version 0: {units.percent(report['initial_metrics']['accuracy'])}")

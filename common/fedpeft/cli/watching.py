@@ -33,7 +33,11 @@ def watch(
 
     Ends with 0 when the run is completed and with 5 when it was stopped.
     """
-    picture = run_async(watched(session_of(context), run, as_json=as_json))
+    try:
+        picture = run_async(watched(session_of(context), run, as_json=as_json))
+    except KeyboardInterrupt:
+        output.note(f"fedpeft: the watch ends; what {run} does goes on without it")
+        raise typer.Exit(Exit.INTERRUPTED) from None
     if views.state(picture.run) != "completed":
         raise typer.Exit(Exit.NOT_COMPLETED)
 

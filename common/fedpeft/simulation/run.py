@@ -59,6 +59,7 @@ def simulate(
     run: str = RUN,
     partition: Mapping[str, Any] | None = None,
     committed: Callable[[Json], None] | None = None,
+    worked: Callable[[int, int, int], None] | None = None,
 ) -> Json:
     """Holds a whole run.
 
@@ -76,6 +77,7 @@ def simulate(
         run: Id of the run, which stands in the adapter file and the records.
         partition: How the data was divided, for the report.
         committed: Told of every committed round, as the report has it.
+        worked: Told, after every client's turn, of the round's number, how many had theirs, and how many were sampled.
 
     Returns:
         The report, as in report.json: what `fedpeft run show --json` says of a run, `wire_bytes_up` and
@@ -101,7 +103,7 @@ def simulate(
             bench = Workbench(config, clients, memory, evaluate, weights, label_map, device)
             versions = Versions(Identity(run, config, bench.spec, bench.fingerprint), out, Path(scratch))
             simulation = _Simulation(config, sorted(clients), bench, versions, run)
-            report = {**simulation.hold(committed), "partition": None if partition is None else dict(partition)}
+            report = {**simulation.hold(committed, worked), "partition": None if partition is None else dict(partition)}
         (out / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise StateInvalid(f"cannot use {error.filename or out}: {error.strerror or error}") from None
@@ -140,8 +142,9 @@ class _Simulation:
         self._facts: dict[str, str] = {}
         self._began = time.time()
 
-    def hold(self, committed: Callable[[Json], None] | None) -> Json:
+    def hold(self, committed: Callable[[Json], None] | None, worked: Callable[[int, int, int], None] | None) -> Json:
         """Holds all rounds; returns the report."""
+        self._worked = worked
         self._versions.begin(self._bench.initial)
         version = self._newest()
         initial = self._bench.score(version)
@@ -171,6 +174,7 @@ class _Simulation:
             ticket = self._next(book.round)
             if ticket is not None:
                 book.round = self._work(book, ticket, version)
+                self._say_worked(book.round)
                 continue
             here, now = book.round, book.round.deadline or time.time()
             after, effects = rounds.advance(here, rounds.Waiting(self._everybody), settings, now)
@@ -182,6 +186,11 @@ class _Simulation:
                     return book, effect.reason
         self._late(book, version)
         return book, ""
+
+    def _say_worked(self, current: Round) -> None:
+        if self._worked is not None:
+            left = len(current.in_state(TicketState.ISSUED))
+            self._worked(current.number, len(current.tickets) - left, len(current.tickets))
 
     def _next(self, current: Round) -> Ticket | None:
         """Returns whose turn it is: an order of arrival that the seed draws anew for each round."""
