@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Self
 
+LAST_PORT = 65_535
+
 _FORM = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^:/\s\[\]]+)):([0-9]{1,5})")
 
 
@@ -37,7 +39,7 @@ class Address:
             ValueError: If it is not of that form.
         """
         match = _FORM.fullmatch(text)
-        if not match or not (0 if free else 1) <= int(match[3]) <= 65_535:
+        if not match or not (0 if free else 1) <= int(match[3]) <= LAST_PORT:
             raise ValueError(f"{text!r} is not HOST:PORT, for example 127.0.0.1:7070")
         return cls(match[1] or match[2], int(match[3]))
 

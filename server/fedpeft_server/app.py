@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -182,6 +182,8 @@ class Server:
     def _bind(self) -> None:
         """Takes the ports: one, and with an authority a second one where devices enroll."""
         settings, own = self.settings, self.certificates
+        for fault in own.faults(datetime.now(UTC)) if own else ():
+            log.error("devices cannot connect with these certificates", cause=fault)
         if own is None and not Address.parse(settings.listen, free=True).is_loopback:
             log.warning("serving plain text beyond this machine, as --insecure says", listen=settings.listen)
         self.port = self._take(self.rpc, settings.listen, "--listen", own.credentials(ask=True) if own else None)

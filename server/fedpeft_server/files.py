@@ -41,3 +41,7 @@ class Files:
     def exist(self) -> bool:
         """Says whether the folder was made ready."""
         return self.server.exists()
+
+    def enrols(self) -> bool:
+        """Says whether devices can enroll with it: the authority's key is here."""
+        return self.exist() and self.authority_key.exists()

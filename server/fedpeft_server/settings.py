@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from fedpeft.addresses import Address, check_endpoint
+from fedpeft.addresses import LAST_PORT, Address, check_endpoint
 from fedpeft.logs import Level, LogFormat
 from fedpeft.settings import ProcessSettings
 from fedpeft_server.files import Files
@@ -130,5 +130,10 @@ class Settings(ProcessSettings):
             raise ValueError(
                 f"--listen {self.listen} is not a loopback address and would serve plain text to the network; "
                 "`fedpeft-server init` makes certificates, or listen on 127.0.0.1, or say --insecure"
+            )
+        listen = Address.parse(self.listen, free=True)
+        if Files(self.certificates).enrols() and not self.enroll and listen.port == LAST_PORT:
+            raise ValueError(
+                f"--listen {listen} leaves no port after it, where devices would enroll; name one with --enroll"
             )
         return self

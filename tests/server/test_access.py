@@ -386,3 +386,14 @@ def test_certificates_and_insecure_contradict(made: Path) -> None:
     with pytest.raises(SettingsInvalid, match=r"has no server\.pem"):
         Settings.read(["--data-dir", str(made), "--identity", str(made / "me")])
     assert Settings.read(["--data-dir", str(made), "--listen", "0.0.0.0:7070"]).enroll_address == "0.0.0.0:7071"
+
+
+def test_the_last_port_has_none_after_it(made: Path) -> None:
+    last = ["--data-dir", str(made), "--listen", "127.0.0.1:65535"]
+    with pytest.raises(
+        SettingsInvalid, match="leaves no port after it, where devices would enroll; name one with --enroll"
+    ):
+        Settings.read(last)
+    assert Settings.read([*last, "--enroll", "127.0.0.1:7071"]).enroll_address == "127.0.0.1:7071"
+    (made / "identity" / "authority.key").unlink()
+    assert Settings.read(last).listen == "127.0.0.1:65535", "where nobody enrolls no second port is taken"

@@ -278,6 +278,13 @@ def test_ports_that_others_have(tmp_path: Path) -> None:
         assert f"--metrics {address}: Address already in use" in found.said
 
 
+def test_the_last_port_has_none_after_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    init.main(["--data-dir", str(data), "--operator", "ada", "--operator-identity", str(tmp_path / "ada")])
+    found = only(Setup(data_dir=data, listen="127.0.0.1:65535", metrics=""), "ports")
+    assert found.level is Level.WARNING and "leaves no port after it" in found.said
+
+
 # Client
 
 

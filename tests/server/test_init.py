@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from fedpeft import durable
 from fedpeft.errors import SettingsInvalid
@@ -14,7 +17,11 @@ from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft_server import init
 from fedpeft_server.access.certificates import ServerCertificates, read_authority
+from fedpeft_server.app import Server
 from fedpeft_server.files import Files
+from fedpeft_server.settings import Settings
+
+from .secured import federation
 
 DAYS = timedelta(days=90)
 
@@ -51,6 +58,30 @@ def test_what_was_made_while_the_clock_was_ahead_is_made_anew(tmp_path: Path) ->
     folder.write_certificate(tmp_path / "me", [authority.issue(person.subject, person.key.public_key(), DAYS, ahead)])
     init.main(arguments)
     assert has_begun(files.server) and has_begun(folder.certificate_path(tmp_path / "me"))
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [
+        (-3, "the server's certificate begins at .*, and the clock here says .*: it is behind"),
+        (90 * 24 + 1, "the server's certificate ended at .*, and the clock here says .*: make another"),
+    ],
+)
+async def test_a_server_whose_clock_is_wrong_says_so(tmp_path: Path, hours: int, said: str) -> None:
+    async with federation(tmp_path) as made:
+        authority = made.authority
+    as_of(authority, Files(tmp_path / "data" / "identity"), datetime.now(UTC) - timedelta(hours=hours))
+    (tmp_path / "data" / "identity" / "authority.key").unlink()  # which would make another one at once
+    with capture_logs() as lines:
+        server = Server(Settings(data_dir=tmp_path / "data", listen="127.0.0.1:0", metrics=""))
+        living = asyncio.create_task(server.run())
+        async with asyncio.timeout(10):
+            while not any(line["event"] == "serving" for line in lines):
+                await asyncio.sleep(0.01)
+        server.stopping.set()
+        await living
+    (warned,) = [line for line in lines if line["event"].startswith("devices cannot connect")]
+    assert warned["log_level"] == "error" and re.search(said, warned["cause"])
 
 
 def as_of(authority: Authority, files: Files, at: datetime) -> None:

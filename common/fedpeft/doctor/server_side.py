@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedpeft.addresses import Address
+from fedpeft.addresses import LAST_PORT, Address
 from fedpeft.doctor.findings import Finding, Setup, fault, ok, warning
 
 FILES = 4096
@@ -97,7 +97,12 @@ def check_ports(setup: Setup) -> Iterator[Finding]:
     listen = Address.parse(setup.listen)
     wanted = [("--listen", listen)]
     if holder is None and (setup.data_dir / "identity" / "server.pem").exists():
-        wanted.append(("--enroll", Address(listen.host, listen.port + 1)))
+        if listen.port == LAST_PORT:
+            yield warning(
+                "ports", f"--listen {listen} leaves no port after it, where devices enroll", "give --enroll one"
+            )
+        else:
+            wanted.append(("--enroll", Address(listen.host, listen.port + 1)))
     if setup.metrics:
         wanted.append(("--metrics", Address.parse(setup.metrics)))
     for flag, address in wanted:

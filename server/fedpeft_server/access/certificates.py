@@ -6,7 +6,7 @@ it has the authority's key, or by whoever writes a new file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
@@ -22,6 +22,8 @@ from fedpeft.identity.keys import PrivateKey
 from fedpeft_server.files import Files
 
 SERVER_LIFE = timedelta(days=90)
+
+_MOMENT = "%Y-%m-%d %H:%M UTC"
 
 
 class ServerCertificates:
@@ -85,6 +87,22 @@ class ServerCertificates:
             issue_server(self.files, self.authority, self.hosts, self._key)
         self._read()
         return self.certificate != before
+
+    def faults(self, now: datetime) -> Iterator[str]:
+        """Yields why nobody takes these certificates at a time, a sentence each: they have ended or not begun."""
+        for whose, one in (("the server's certificate", self.certificate), ("its authority", self.trusted[0])):
+            begin, end = one.not_valid_before_utc, one.not_valid_after_utc
+            here = f"and the clock here says {now:{_MOMENT}}"
+            if now < begin:
+                yield (
+                    f"{whose} begins at {begin:{_MOMENT}}, {here}: it is behind, or was ahead when that was made; set "
+                    "it (timedatectl)"
+                )
+            elif now > end:
+                yield (
+                    f"{whose} ended at {end:{_MOMENT}}, {here}: make another (fedpeft-server init), or set the clock "
+                    "if it is that"
+                )
 
     def _read(self) -> None:
         key, chain = keys.load(self.files.server_key), certificates.load(self.files.server)
