@@ -64,6 +64,8 @@ async def test_the_command_of_a_viewer_offers_nothing_to_steer(secured: Federati
     assert "No run yet." in page.text
     assert 'href="/new"' not in page.text
     assert (await asyncio.to_thread(browser.send, "GET", "/audit")).status == 200
+    joining = (await asyncio.to_thread(browser.send, "GET", "/clients")).text
+    assert "fedpeft-client enroll @FILE" in joining and "fedpeft-client --server" not in joining
     process.terminate()
     assert await asyncio.wait_for(process.wait(), 10) == 143
 

@@ -51,6 +51,7 @@ def console(
         certificate=certificate,
         key=key,
         insecure=insecure,
+        secured=session.secured,
     )
     if not settings.listen.is_loopback and settings.certificate is None:
         output.note("INSECURE: login links and cookies cross the network in plain text, for whoever listens in")

@@ -70,6 +70,16 @@ class Session:
         return OperatorClient(caller.server, caller.identity)
 
     @property
+    def secured(self) -> bool:
+        """Whether the server is called with a certificate.
+
+        Raises:
+            SettingsInvalid: As `client`.
+            IdentityInvalid: As `client`.
+        """
+        return self._caller().identity is not None
+
+    @property
     def may_write(self) -> bool:
         """Whether the server lets this identity change anything; plain text is let.
 

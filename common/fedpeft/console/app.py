@@ -68,7 +68,7 @@ def console(settings: Settings, connect: Connect, door: Doorkeeper) -> Starlette
     desk = Desk(
         settings=settings,
         door=door,
-        paper=Paper(settings.server),
+        paper=Paper(settings.server, settings.secured),
         bell=bell,
         line=line,
         feeds=feeds,

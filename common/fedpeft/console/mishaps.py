@@ -57,7 +57,9 @@ async def unexpected(request: Request, error: Exception) -> Response:
 
 def said(request: Request, refusal: Refused) -> Response:
     """Returns the page that says a refusal."""
-    title = {401: "Not logged in", 404: "Not found", 503: "Not available"}.get(refusal.status, "Refused")
+    title = {401: "Not logged in", 404: "Not found", 500: "A fault", 503: "Not available"}.get(
+        refusal.status, "Refused"
+    )
     return desk_of(request).paper.page(
         request, "mishap.html", title, status=refusal.status, message=refusal.message, code=refusal.status
     )

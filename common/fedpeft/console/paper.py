@@ -24,9 +24,10 @@ class Paper:
 
     Args:
         server: HOST:PORT of the federation's server, named on every page.
+        secured: Whether it wants certificates, so that a device enrolls before it starts.
     """
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, secured: bool) -> None:
         self._templates = Environment(
             loader=PackageLoader("fedpeft.console"),
             autoescape=True,
@@ -34,7 +35,7 @@ class Paper:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.globals.update(server=server, version=__version__)
+        self._templates.globals.update(server=server, secured=secured, version=__version__)
         self._templates.filters.update(
             {
                 "size": units.size,

@@ -27,6 +27,7 @@ class Settings:
         names: Host names, beside its addresses, under which browsers may ask for it; links name the first.
         certificate: PEM chain for TLS; None: plain text.
         key: Its private key.
+        secured: Whether the federation's server wants certificates.
     """
 
     server: str
@@ -35,6 +36,7 @@ class Settings:
     names: tuple[str, ...] = ()
     certificate: Path | None = None
     key: Path | None = None
+    secured: bool = False
 
     @classmethod
     def checked(
@@ -47,6 +49,7 @@ class Settings:
         certificate: Path | None = None,
         key: Path | None = None,
         insecure: bool = False,
+        secured: bool = False,
     ) -> Settings:
         """Reads what the flags said.
 
@@ -68,7 +71,7 @@ class Settings:
                 "text; give --tls-certificate and --tls-key, or --insecure if you mean it"
             )
         lower = tuple(name.lower() for name in names)
-        return cls(server, address, not read_only, lower, certificate, key)
+        return cls(server, address, not read_only, lower, certificate, key, secured)
 
     @property
     def scheme(self) -> str:

@@ -87,13 +87,16 @@ def draw(desk: Desk, name: str, page: int) -> Fragments:
         return connection
     followed = [_followed(desk, run) for run in _runs(desk)]
     entries, drawn = history(name, followed), chart(name, followed)
+    judges = not entries and views.role(known) == "evaluator"
     return {
         **connection,
         "about": paper.fragment("client/about.html", client=views.client_json(known), remarks=remarks(name, followed)),
-        "tiles": paper.fragment("tiles.html", tiles=tiles(entries)),
+        "tiles": "" if judges else paper.fragment("tiles.html", tiles=tiles(entries)),
         "series": paper.fragment("series.html", series={"norms": drawn[1]} if drawn else {}),
-        "said-norms": paper.fragment("client/norms.html", client=name, followed=drawn[0] if drawn else None),
-        "history": paper.fragment("client/history.html", leaf=leaf(entries, page, ENTRIES_A_PAGE), client=name),
+        "said-norms": paper.fragment("client/norms.html", followed=drawn[0] if drawn else None, judges=judges),
+        "history": paper.fragment(
+            "client/history.html", leaf=leaf(entries, page, ENTRIES_A_PAGE), client=name, judges=judges
+        ),
     }
 
 

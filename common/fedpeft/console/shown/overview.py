@@ -92,7 +92,11 @@ def tiles(runs: Iterable[run_pb2.Run], clients: Mapping[str, pb.Client]) -> list
     return [
         Tile("Runs", f"{states['running']} running", f"{states['paused']} paused, {sum(states.values())} in all"),
         Tile("Devices here", f"{len(clients) - away}", f"of {len(clients)} that ever registered"),
-        Tile("At work", f"{here['training'] + here['uploading'] + here['scoring']}", busy or "all are waiting"),
+        Tile(
+            "At work",
+            f"{here['training'] + here['uploading'] + here['scoring']}",
+            busy or ("all are waiting" if len(clients) > away else "nobody is here"),
+        ),
         Tile("Evaluators", f"{roles['evaluator']}", "score versions on held-out data"),
     ]
 
@@ -101,5 +105,5 @@ def _sent(committed: Sequence[RoundFacts]) -> str:
     up, full = sum(facts.up for facts in committed), sum(facts.full for facts in committed)
     if not up:
         return ""
-    beside = f"; full fine-tuning {units.size(full)}, {full / up:,.0f} times as much" if full else ""
+    beside = f"; full fine-tuning {units.size(full)}, {units.as_much(full / up)}" if full else ""
     return f"{units.size(up)} up{beside}"

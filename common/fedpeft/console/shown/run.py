@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from fedpeft import units, views
 from fedpeft.console.facts import RoundFacts, TicketFacts
+from fedpeft.console.sentences import sentence
 from fedpeft.following import Picture
 from fedpeft.narration import names
 from fedpeft.operator_client import FINISHED
 from fedpeft.v1 import run_pb2
 
 PHASES = (("waiting", "Waiting"), ("open", "Training"), ("aggregating", "Folding"), ("committed", "Committed"))
-MOST_TICKETS = 100
+MOST_TICKETS = 20
 """Tickets of the round in progress that are listed; those that want a look come first."""
 MOST_DECLINES = 20
 _URGENCY = {"refused": 0, "late": 1, "issued": 2, "withdrawn": 3, "received": 4}
@@ -186,7 +187,8 @@ def _sentence(facts: RoundFacts, run: run_pb2.Run) -> str:
     if run.state == run_pb2.RUN_STATE_PAUSED:
         return f"Paused: {run.reason}" if run.reason else "Paused; no new round opens until it is resumed."
     if facts.phase == "waiting":
-        return run.reason or "Waiting for enough clients."
+        words = run.reason.removeprefix(f"round {facts.number} of {run.id} ")  # the page has said both
+        return sentence(words) if words else "Waiting for enough clients."
     if facts.phase == "aggregating":
         return "The updates are being folded; nothing more is taken."
     awaited = [ticket.client for ticket in facts.of("issued")]
@@ -220,4 +222,4 @@ def _bytes(committed: Sequence[RoundFacts]) -> list[Tile]:
     sent = Tile("Sent up", units.size(up), f"down {units.size(down)}")
     if not full or not up:
         return [sent, Tile("Full fine-tuning", "-", "nothing to compare with yet")]
-    return [sent, Tile("Full fine-tuning", units.size(full), f"each way: {full / up:,.0f} times as much up")]
+    return [sent, Tile("Full fine-tuning", units.size(full), f"each way: {units.as_much(full / up)} up")]

@@ -1,0 +1,43 @@
+"""One connection for all that the console asks: a question that fails takes nobody else's answer away."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from fedpeft.console.line import Line
+from fedpeft.errors import ServerUnreachable
+from fedpeft.operator_client import OperatorClient
+
+from .federation import Federation
+
+pytestmark = pytest.mark.xdist_group("console")
+
+
+async def test_a_question_that_fails_leaves_those_under_way_their_connection(federation: Federation) -> None:
+    opened: list[OperatorClient] = []
+
+    def connect() -> OperatorClient:
+        opened.append(OperatorClient(federation.address))
+        return opened[-1]
+
+    line, asked, failed = Line(connect), asyncio.Event(), asyncio.Event()
+
+    async def slow(server: OperatorClient) -> int:
+        asked.set()
+        await failed.wait()
+        return len(await server.runs())
+
+    async def away(_: OperatorClient) -> int:
+        await asked.wait()
+        raise ServerUnreachable("the server is away")
+
+    answer = asyncio.create_task(line.ask(slow))
+    with pytest.raises(ServerUnreachable):
+        await line.ask(away)
+    failed.set()
+    assert await answer >= 0
+    assert await line.ask(lambda server: server.clients()) is not None
+    assert len(opened) == 2, "the next question takes a new connection"
+    await line.close()
