@@ -7,16 +7,19 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedpeft import payload
 from fedpeft.errors import DiskFull, StateInvalid
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server.store.rows import Place
+from fedpeft_server.store.store import Store, creation_key, version_key
 
-from .conftest import Daemon, StartDaemon, config, filled
+from .conftest import SPEC, Daemon, StartDaemon, config, filled, refused
 
 
 def failing(method: Callable[..., Any], times: int = 1) -> Callable[..., Any]:
@@ -234,3 +237,34 @@ async def test_bytes_that_could_not_be_written_are_written_later(daemon: Daemon)
     (row,), _ = await server.store.call(db.rounds_from, run.id, Place(), 9, 9, {})
     assert [ticket.traffic for ticket in row.tickets] == [before[1, "a"]]
     assert task.round == 1
+
+
+async def test_what_a_killed_creation_left_is_gone_after_the_start(start: StartDaemon, tmp_path: Path) -> None:
+    """The upload whole and the first version stored, but no run in the database: killed between the two."""
+    folder = tmp_path / "data"
+    daemon = await start(folder)
+    run = await daemon.create()
+    await daemon.end()
+    store = Store(folder, "", "", keep_updates=True)
+    manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
+    for name in ("run-killed", run.id):
+        with store.spool.writer(creation_key(name), manifest) as writer:
+            writer.write(0, data)
+            writer.finish()
+    store.blobs.put(version_key("run-killed", 0), data)
+    store.close()
+    await (await start(folder, keep_updates=True)).end()
+    assert [path.name for path in (folder / "blobs" / "runs").iterdir()] == [run.id]
+    assert list((folder / "spool").iterdir()) == []
+
+
+async def test_a_deletion_that_could_not_be_written_is_repeated(daemon: Daemon, tmp_path: Path) -> None:
+    """So nothing of a deleted run can stay: its files go first, and while it is listed it can be deleted."""
+    run = await daemon.create()
+    await daemon.operator.StopRun(op.StopRunRequest(run=run.id))
+    db = daemon.server.store.db
+    db.delete_run = failing(db.delete_run)  # type: ignore[method-assign]
+    assert await refused(daemon.operator.DeleteRun(op.DeleteRunRequest(run=run.id))) == "DISK_FULL"
+    assert list((tmp_path / "data" / "blobs" / "runs").iterdir()) == []
+    await daemon.operator.DeleteRun(op.DeleteRunRequest(run=run.id))
+    assert await refused(daemon.run(run.id)) == "RUN_NOT_FOUND"

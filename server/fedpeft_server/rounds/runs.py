@@ -52,12 +52,21 @@ class News:
 
 
 class Runs:
-    """The runs, in the order of their creation."""
+    """The runs, in the order of their creation.
+
+    Attributes:
+        lobby: Who waits to be sampled.
+        answers: What clients said to the offer of a run.
+        steps: Transitions under way.
+        in_doubt: Runs of which nobody knows whether they are in the database; their uploads stay, for the next start
+            to find out and remove what there is of one that was never written.
+    """
 
     def __init__(self, store: Store, ledger: Ledger, metrics: Metrics) -> None:
         self.lobby = Lobby(self.look)
         self.answers = Answers()
         self.steps = Steps()
+        self.in_doubt: set[str] = set()
         self._store = store
         self._ledger = ledger
         self._metrics = metrics
@@ -74,8 +83,7 @@ class Runs:
             self._engines[run.id] = self._engine(run, _in_progress(run, row))
             await self._show_again(self._engines[run.id])
         held = {t.id for e in self._engines.values() if e.active for t in e.round.tickets}
-        if not self._store.keep_updates:
-            await self._store.compute(self._store.spool.sweep, held)
+        await self._store.compute(self._store.sweep, self._engines, held)
         for engine in self._engines.values():
             await engine.start()
         self._matching = asyncio.create_task(self._match())
@@ -100,14 +108,10 @@ class Runs:
             version = await self._store.compute(first)
             deed = Deed(by, "run.created", run.id, {"name": run.config.name, "adapter_sha256": version.sha256})
             await self._store.call(self._store.db.create_run, run, version, (deed,))
-        except StateInvalid:
-            # The transaction may have been made and its answer lost. Where it was not, or not yet, the version stays:
-            # the run would need it.
-            if not await self._is_written(run.id):
+        except FedpeftError as error:
+            if not (isinstance(error, StateInvalid) and await self._is_written(run.id)):
+                await self._store.compute(self._store.forget_run, run.id, ())
                 raise
-        except FedpeftError:
-            await self._store.compute(self._store.forget_run, run.id, ())
-            raise
         return self._begin(run)
 
     @unbroken
@@ -128,10 +132,11 @@ class Runs:
         await engine.close()
         tickets = await self._store.call(self._store.db.ticket_ids, run_id)
         deed = Deed(by, "run.deleted", run_id, {"name": engine.run.config.name})
+        # The files first: while the run is listed its deletion can be repeated, and afterwards nothing finds them.
+        await self._store.compute(self._store.forget_run, run_id, tickets)
         await self._store.call(self._store.db.delete_run, run_id, (deed,))
         del self._engines[run_id]
         self.answers.forget(run_id)
-        await self._store.compute(self._store.forget_run, run_id, tickets)
         self._metrics.forget(run_id)
         self._changed(engine)
         log.info("run deleted", run=run_id)
@@ -211,9 +216,17 @@ class Runs:
             news.tell(scored)
 
     async def _is_written(self, run_id: str) -> bool:
+        """Says whether a run is in the database, because its transaction may have been made and the answer lost.
+
+        Raises:
+            StateInvalid: If that cannot be found out; then the run is in doubt, and its version must stay.
+        """
+        self.in_doubt.add(run_id)
         try:
             await self._store.call(self._store.db.run, run_id)
+            self.in_doubt.remove(run_id)
         except RunNotFound:
+            self.in_doubt.remove(run_id)
             return False
         return True
 

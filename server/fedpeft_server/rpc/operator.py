@@ -45,7 +45,7 @@ from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import client_message, run_message
 from fedpeft_server.rpc.uploads import Uploads
 from fedpeft_server.store.rows import Place, RunRow, RunState, VersionRow
-from fedpeft_server.store.store import Store, version_key
+from fedpeft_server.store.store import Store, creation_key, version_key
 from fedpeft_server.traffic import Ledger
 
 WATCH_S = 0.1
@@ -78,7 +78,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         known = await self._store.call(self._store.db.run_by_request, header.request_id)
         if known:
             return await self._repeated(known, run)
-        key = "create-" + run.id  # of its own: another call may bring the same request at the same time
+        key = creation_key(run.id)  # of its own: another call may bring the same request at the same time
         try:
             await self._uploads.create(key, manifest, context)
             engine = await self._runs.create(run, partial(self._first_version, key, run, manifest), actor())
@@ -88,7 +88,8 @@ class Operator(pb_grpc.OperatorServiceServicer):
                 raise
             return await self._repeated(known, run)
         finally:
-            await self._store.compute(self._store.spool.remove, key)  # a failed one must not keep a disk full
+            if run.id not in self._runs.in_doubt:
+                await self._store.compute(self._store.spool.remove, key)  # a failed one must not keep a disk full
         return pb.CreateRunResponse(run=await self._run(engine))
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:

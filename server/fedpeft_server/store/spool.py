@@ -90,6 +90,10 @@ class Spool:
                 known.path.unlink()
                 self._held[name["ticket"]] = _Held(path, name["digest"], name["kind"] == "update")
 
+    def tickets(self) -> list[str]:
+        """Returns the tickets of which anything is held."""
+        return list(self._held)
+
     def position(self, ticket: str, sha256: bytes) -> int:
         """Returns how many bytes are held of the payload with a digest; those of another payload do not count."""
         held = self._held.get(ticket)

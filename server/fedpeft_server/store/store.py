@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -17,6 +17,8 @@ from fedpeft_server.store.spool import Spool
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_CREATION = "create-"
 
 COMPUTE_THREADS = 4
 """Threads that hash, check, sync and fold; all of it releases the interpreter's lock."""
@@ -66,11 +68,35 @@ class Store:
         self.outbound.forget(run_id)
         self.blobs.delete_prefix(f"runs/{run_id}/")
 
+    def sweep(self, runs: Collection[str], tickets: Collection[str]) -> None:
+        """Removes what a process that was killed left behind; for the start of the server.
+
+        A run that is not in the database is removed only where its creation had begun here: another database may have
+        been named by mistake, and others may keep blobs at the same place.
+
+        Args:
+            runs: Those in the database.
+            tickets: Those whose uploads may still be wanted.
+        """
+        for key in self.spool.tickets():
+            if key.startswith(_CREATION):
+                run = key.removeprefix(_CREATION)
+                if run not in runs:
+                    self.forget_run(run, ())
+                self.spool.remove(key)
+        if not self.keep_updates:
+            self.spool.sweep(set(tickets))
+
     def close(self) -> None:
         """Ends the threads, then the database."""
         self._pool.shutdown()
         self._transactions.shutdown()
         self.db.close()
+
+
+def creation_key(run_id: str) -> str:
+    """Returns what the upload of a new run's first version is called in the spool."""
+    return _CREATION + run_id
 
 
 def version_key(run_id: str, version: int) -> str:
