@@ -8,6 +8,7 @@ from typing import Any
 from fedpeft.data.interface import UNREADABLE_SHARE
 from fedpeft.errors import DataInvalid
 from fedpeft.logs import Log
+from fedpeft.units import counted
 from fedpeft_client import departures
 from fedpeft_client.agent import registration
 from fedpeft_client.channel import Channel
@@ -35,9 +36,9 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
     with ledger.booked(departures.registration(request)):
         response = await Patience(log, CALL_S).keep(lambda: channel.register(request))
     _line("server", settings.server)
-    threads = "1 thread" if hello["threads"] == 1 else f"{hello['threads']} threads"
-    _line("device", f"{hello['device']}, {threads}, torch {hello['torch']}")
-    _line("data", f"{settings.data}: {hello['rows']:,} {hello['rows_are']} of {len(hello['labels'])} classes")
+    _line("device", f"{hello['device']}, {counted(hello['threads'], 'thread')}, torch {hello['torch']}")
+    classes = counted(len(hello["labels"]), "class", "classes")
+    _line("data", f"{settings.data}: {hello['rows']:,} {hello['rows_are']} of {classes}")
     surveyed = await worker.ask({"op": "survey"}, _Progress(log))
     _say_readable(surveyed, hello["rows_are"])
     fitness = Fitness(worker, log)
@@ -89,7 +90,7 @@ def _say_fit(run: KnownRun, report: Report) -> None:
     _line("method", f"{run.spec.method}: {tuned:,} of {whole:,} parameters")
     _line("examples", f"{report['examples']:,}: " + _counts(report["classes"]))
     if report["dropped"]:
-        _line("dropped", f"{report['dropped']:,} images that the label map leaves out")
+        _line("dropped", f"{counted(report['dropped'], 'image')} that the label map leaves out")
 
 
 def _counts(classes: dict[str, int]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedpeft.cli.output import note, say, say_json, say_table
 from fedpeft.errors import SettingsInvalid
-from fedpeft.units import size
+from fedpeft.units import counted, size
 from fedpeft_client.exits import Exit
 from fedpeft_client.ledger_entries import FILE, read
 from fedpeft_client.ledger_view import Row, rows, totals
@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> int:
     else:
         _show(found, sums, complete=not contents.unreadable)
     if contents.unreadable:
-        note(f"{contents.unreadable} lines of the ledger cannot be read: cut off by a crash, or changed by hand")
+        lines = counted(contents.unreadable, "line")
+        note(f"{lines} of the ledger cannot be read: cut off by a crash, or changed by hand")
     return Exit.DONE
 
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from fedpeft.plain_text import plain
-from fedpeft.units import size
+from fedpeft.units import counted, size
 from fedpeft_client.ledger_entries import Booked, Departure, Kind, Outcome
 
 
@@ -106,24 +106,25 @@ def _enrolment(said: Mapping[str, Any]) -> str:
 
 def _registration(said: Mapping[str, Any]) -> str:
     dry = ", dry run" if said.get("dry_run") else ""
-    return f"{said.get('role')}, {said.get('examples', 0):,} examples, {said.get('device')}{dry}"
+    return f"{said.get('role')}, {counted(said.get('examples', 0), 'example')}, {said.get('device')}{dry}"
 
 
 def _answer(said: Mapping[str, Any]) -> str:
     if said.get("reasons"):
         return f"{said.get('answer')}: {'; '.join(said['reasons'])}"
-    return f"{said.get('answer')}, {said.get('examples', 0):,} examples"
+    return f"{said.get('answer')}, {counted(said.get('examples', 0), 'example')}"
 
 
 def _update(said: Mapping[str, Any]) -> str:
-    what = f"{said.get('tensors'):,} tensors, {said.get('parameters'):,} parameters, {said.get('encoding')}"
-    return f"{what}, of {said.get('examples', 0):,} examples, sha256 {str(said.get('sha256'))[:12]}"
+    tensors, parameters = counted(said["tensors"], "tensor"), counted(said["parameters"], "parameter")
+    what = f"{tensors}, {parameters}, {said.get('encoding')}"
+    return f"{what}, of {counted(said.get('examples', 0), 'example')}, sha256 {str(said.get('sha256'))[:12]}"
 
 
 def _evaluation(said: Mapping[str, Any]) -> str:
     figures = said.get("metrics", {})
     accuracy = f", accuracy {figures['accuracy']:.3f}" if "accuracy" in figures else ""
-    return f"version {said.get('version')}: {len(figures)} figures{accuracy}"
+    return f"version {said.get('version')}: {counted(len(figures), 'figure')}{accuracy}"
 
 
 def _questions(said: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from fedpeft.config import TrainingConfig
 from fedpeft.spec import AdapterSpec
+from fedpeft.units import counted
 from fedpeft_client.policy import Policy, matches
 from fedpeft_client.runs import KnownRun
 
@@ -83,15 +84,16 @@ def _runs(policy: Policy, asked: Asked) -> Iterator[Broken]:
 def _rounds(policy: Policy, asked: Asked) -> Iterator[Broken]:
     most, count = policy.runs.max_rounds, asked.run.config.rounds.count
     if asked.number is not None and not 1 <= asked.number <= count:
-        text = f"the server asks for round {asked.number} of a run that it offered with {count} rounds"
+        text = f"the server asks for round {asked.number} of a run that it offered with {counted(count, 'round')}"
         yield Broken("runs.max_rounds", text, text)
     elif most is not None and count > most:
         yield _over("runs.max_rounds", "rounds", count, most)
     elif most is not None and asked.taken >= most:
         yield Broken(
             "runs.max_rounds",
-            f"its owner allows {most:,} updates of a run, and so many were sent",
-            f"{asked.taken:,} updates of run {asked.run.id} were sent; the policy's runs.max_rounds is {most:,}",
+            f"its owner allows {counted(most, 'update')} of a run, and so many were sent",
+            f"of run {asked.run.id} {counted(asked.taken, 'update was', 'updates were')} sent; "
+            f"the policy's runs.max_rounds is {most:,}",
         )
 
 
@@ -149,13 +151,16 @@ def _training(policy: Policy, asked: Asked) -> Iterator[Broken]:
             yield _over("training.max_epochs", "epochs", epochs, rules.max_epochs)
         elif training.steps and a_pass and training.steps > rules.max_epochs * a_pass:
             yield _longer(
-                "training.max_epochs", f"{training.steps:,} steps are", rules.max_epochs, "passes over the data"
+                "training.max_epochs",
+                counted(training.steps, "step is", "steps are"),
+                rules.max_epochs,
+                "passes over the data",
             )
     if rules.max_steps is not None:
         if training.steps and training.steps > rules.max_steps:
             yield _over("training.max_steps", "steps", training.steps, rules.max_steps)
         elif epochs is not None and a_pass and epochs * a_pass > rules.max_steps:
-            text = "1 epoch is" if epochs == 1 else f"{epochs:,} epochs are"
+            text = counted(epochs, "epoch is", "epochs are")
             yield _longer("training.max_steps", text, rules.max_steps, "steps")
     if rules.max_batch_size is not None and training.batch_size > rules.max_batch_size:
         yield _over("training.max_batch_size", "images in a batch", training.batch_size, rules.max_batch_size)
@@ -164,7 +169,8 @@ def _training(policy: Policy, asked: Asked) -> Iterator[Broken]:
 def _data(policy: Policy, asked: Asked) -> Iterator[Broken]:
     least = policy.data.min_examples
     if least is not None and asked.examples is not None and asked.examples < least:
-        here = f"there are {asked.examples:,} images of the run's classes; the policy's data.min_examples is {least:,}"
+        images = counted(asked.examples, "image is", "images are")
+        here = f"{images} of the run's classes; the policy's data.min_examples is {least:,}"
         yield Broken("data.min_examples", "it has fewer images of the run's classes than its owner wants", here)
 
 

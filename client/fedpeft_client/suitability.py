@@ -32,6 +32,7 @@ from fedpeft.errors import (
 )
 from fedpeft.faults import faults_of
 from fedpeft.spec import AdapterSpec
+from fedpeft.units import counted
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.policy import NO_LIMITS, Policy
 from fedpeft_client.policy_rules import Asked, Weights, broken
@@ -191,7 +192,8 @@ def _told_of_labels(run: KnownRun, site: Site) -> str:
     own = [name for name, count in site.classes.items() if count]
     unknown = [name for name in own if site.label_map.get(name, name) not in (None, *known)]
     if unknown:
-        return f"{len(unknown)} of its {len(own)} classes are none of the run's; a label map can rename or drop them"
+        some = f"{len(unknown)} of its {counted(len(own), 'class', 'classes')} {'is' if len(unknown) == 1 else 'are'}"
+        return f"{some} none of the run's; a label map can rename or drop them"
     return "it has no image of the run's classes"
 
 
@@ -201,7 +203,7 @@ def _images(run: KnownRun, site: Site) -> Iterable[Reason]:
     kept = [name for name in site.classes if site.label_map.get(name, name) in run.config.model.classes]
     bad, total = (sum(counts.get(name, 0) for name in kept) for counts in (site.unreadable, site.classes))
     if bad > UNREADABLE_SHARE * total:
-        text = f"{bad} of {total} images cannot be read, more than {UNREADABLE_SHARE:.0%}"
+        text = f"{bad} of {counted(total, 'image')} cannot be read, more than {UNREADABLE_SHARE:.0%}"
         yield Reason.of(DataInvalid(text), text)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fedpeft.units import counted
+
 if TYPE_CHECKING:
     from fedpeft.models import Backbone
     from fedpeft.peft.tuned import TunedModel
@@ -95,10 +97,11 @@ def _rows(tuned: TunedModel, fingerprint: str, provenance: Provenance | None) ->
         ("classes", f"{len(backbone.config.classes)}: `{named}`" + (f" and {more:,} more" if more > 0 else "")),
     ]
     if provenance is not None:
+        updates = counted(provenance.updates, "update was", "updates were")
         up, down = provenance.wire_bytes_up / MIB, provenance.wire_bytes_down / MIB
         rows += [
-            ("run", f"`{provenance.run}`, version {provenance.version} of {provenance.rounds} rounds"),
-            ("clients", f"{provenance.clients:,}, of whom {provenance.updates:,} updates were counted"),
+            ("run", f"`{provenance.run}`, version {provenance.version} of {counted(provenance.rounds, 'round')}"),
+            ("clients", f"{provenance.clients:,}, of whom {updates} counted"),
             ("sent", f"{up:.2f} MiB up, {down:.2f} MiB down, whole messages of all clients"),
             ("held-out data", _figures(provenance.metrics)),
         ]
@@ -116,7 +119,7 @@ def _input(backbone: Backbone) -> list[tuple[str, str]]:
 def _figures(metrics: Mapping[str, float]) -> str:
     if "accuracy" not in metrics:
         return "not scored"
-    examples = f" on {metrics['examples']:,.0f} images" if "examples" in metrics else ""
+    examples = f" on {counted(metrics['examples'], 'image')}" if "examples" in metrics else ""
     loss = f", loss {metrics['loss']:.3f}" if "loss" in metrics else ""
     return f"accuracy {100 * metrics['accuracy']:.1f} %{loss}{examples}"
 

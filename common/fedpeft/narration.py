@@ -73,7 +73,7 @@ def headline(run: run_pb2.Run) -> str:
     rounds = run.config.rounds
     return (
         f"{run.id} {run.config.name!r}: {run.spec.method} on {run.config.model.name}, {tuned:,}{share} parameters, "
-        f"{rounds.count} rounds of {rounds.clients} clients"
+        f"{units.counted(rounds.count, 'round')} of {units.counted(rounds.clients, 'client')}"
     )
 
 
@@ -82,7 +82,7 @@ def phase_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:
     phase = views.phase(round_)
     start = f"round {round_.number} {phase}"
     if round_.extensions:
-        start += f", extended {round_.extensions} times"
+        start += f", extended {units.counted(round_.extensions, 'time')}"
     if phase == "waiting":
         return run.reason or f"{start} for enough clients"
     if phase == "open":
@@ -102,8 +102,8 @@ def committed_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:
     took = "" if seconds is None else f" in {seconds:.1f} s"
     beside = f" (full fine-tuning: {units.size(full)} each way)" if full else ""
     return (
-        f"round {round_.number} committed{took}: {len(clients)} clients, up {units.size(round_.wire_bytes_up)}, "
-        f"down {units.size(round_.wire_bytes_down)}{beside}"
+        f"round {round_.number} committed{took}: {units.counted(len(clients), 'client')}, "
+        f"up {units.size(round_.wire_bytes_up)}, down {units.size(round_.wire_bytes_down)}{beside}"
     )
 
 
@@ -122,5 +122,5 @@ def summary(picture: Picture) -> list[str]:
     full = sum(views.full_bytes(run, len(views.counted(r))) for r in final)
     lines = [f"{run.id} is {views.state(run)} at version {run.version}: up {units.size(up)}, down {units.size(down)}"]
     if full and up:
-        lines.append(f"full fine-tuning would have sent {units.size(full)} each way, {full / up:,.0f} times as much up")
+        lines.append(f"full fine-tuning would have sent {units.size(full)} each way, {units.as_much(full / up)} up")
     return lines

@@ -20,6 +20,7 @@ from enum import StrEnum
 from fedpeft import seeds
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
+from fedpeft.units import counted
 
 
 class Phase(StrEnum):
@@ -269,7 +270,7 @@ def _time_passed(state: Round, config: RoundsConfig, now: float) -> Step:
         awaited = ", ".join(t.client for t in state.in_state(TicketState.ISSUED)) or "nobody"
         reason = (
             f"round {state.number} has {received} of the {config.needed} updates it needs after "
-            f"{state.extensions} extensions; still awaited: {awaited}"
+            f"{counted(state.extensions, 'extension')}; still awaited: {awaited}"
         )
         return replace(state, deadline=None), (Pause(reason),)
     return replace(state, extensions=state.extensions + 1, deadline=now + config.deadline_s), ()

@@ -22,6 +22,11 @@ def counted(number: float, thing: str, things: str = "") -> str:
     return f"{number:,.0f} {thing if number == 1 else things or thing + 's'}"
 
 
+def as_much(ratio: float) -> str:
+    """Returns how many times as much as something else it is: `as much`, `13,333 times as much`."""
+    return "as much" if round(ratio) == 1 else f"{ratio:,.0f} times as much"
+
+
 def mib(count: int) -> str:
     """Returns a number of bytes in MiB with three digits that say something."""
     value = count / MIB

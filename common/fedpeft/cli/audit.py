@@ -14,6 +14,7 @@ from fedpeft.cli import output
 from fedpeft.cli.epilogs import OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.errors import SettingsInvalid, StateInvalid
+from fedpeft.units import counted
 
 if TYPE_CHECKING:
     from fedpeft.audit import AuditEntry
@@ -55,7 +56,8 @@ def export(
 ) -> None:
     """Write the whole audit log as lines of JSON, checked while it is written."""
     last = run_async(_exported(session_of(context), out))
-    output.note(f"{last.number if last else 0} entries" + (f", the last one is {_head(last)}" if last else ""))
+    entries = counted(last.number if last else 0, "entry", "entries")
+    output.note(entries + (f", the last one is {_head(last)}" if last else ""))
 
 
 @app.command(
@@ -85,7 +87,8 @@ def verify(
     if last is None:
         output.say("the audit log is empty: there is nothing to verify")
         return
-    output.say(f"{last.number} entries, each follows the one before it" + (", and the one noted" if noted else ""))
+    entries = counted(last.number, "entry", "entries")
+    output.say(f"{entries}, each follows the one before it" + (", and the one noted" if noted else ""))
     output.say(f"head {_head(last)}")
 
 

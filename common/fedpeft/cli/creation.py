@@ -12,6 +12,7 @@ from fedpeft.cli import output
 from fedpeft.cli.epilogs import OF_SERVER, epilog
 from fedpeft.cli.session import Session, require, run_async, session_of
 from fedpeft.cli.weights import Weights, check_needed
+from fedpeft.units import counted
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -95,5 +96,6 @@ def _check(file: Path, config: RunConfig, weights: Path | None, as_json: bool) -
         return
     output.say(
         f"{file} is valid: {spec.method} on {config.model.name}, {spec.parameters:,} parameters, "
-        f"{config.rounds.count} rounds of {config.rounds.clients} clients; weights: {about}"
+        f"{counted(config.rounds.count, 'round')} of {counted(config.rounds.clients, 'client')}; "
+        f"weights: {about}"
     )

@@ -27,6 +27,7 @@ from fedpeft.errors import ServerUnreachable, SettingsInvalid, TrainingFailed
 from fedpeft.following import Picture
 from fedpeft.operator_client import PATIENCE_S
 from fedpeft.race import first_of
+from fedpeft.units import counted
 
 EXPERIMENT = Path("experiments/emoji")
 COLUMN = "vendor"
@@ -219,7 +220,8 @@ def _partition(plan: Plan) -> dict[str, int]:
     chosen = replace(whole, parts=tuple(whole.parts[k] for k in kept), names=tuple(whole.names[k] for k in kept))
     record = write_parts(plan.train, chosen, plan.out / "clients")
     names = {client["name"]: client["examples"] for client in record["clients"]}
-    output.say(f"clients: {', '.join(f'{name} ({count} images)' for name, count in names.items())}")
+    listed = ", ".join(f"{name} ({counted(count, 'image')})" for name, count in names.items())
+    output.say(f"clients: {listed}")
     return names
 
 

@@ -13,6 +13,7 @@ from fedpeft.cli import output
 from fedpeft.cli.epilogs import epilog
 from fedpeft.cli.session import require
 from fedpeft.errors import SettingsInvalid
+from fedpeft.units import counted
 
 if TYPE_CHECKING:
     from fedpeft.data.interface import Source
@@ -110,7 +111,8 @@ def _cut(source: Source, law: Law, clients: int, alpha: float, column: str, seed
 def _lines(record: views.Json, out: Path) -> list[str]:
     """Returns what is said of a partition: who has what, and its realised skew."""
     skew = record["skew"]
-    lines = [f"{record['rows']:,} rows for {len(record['clients'])} clients ({record['variant']}) are in {out}"]
+    clients = counted(len(record["clients"]), "client")
+    lines = [f"{record['rows']:,} rows for {clients} ({record['variant']}) are in {out}"]
     lines += [f"  {client['name']}: {client['examples']:,}" for client in record["clients"][:SHOWN]]
     if len(record["clients"]) > SHOWN:
         lines.append(f"  and {len(record['clients']) - SHOWN:,} more, in partition.json")

@@ -134,15 +134,16 @@ def write_png(report: views.Json, path: Path) -> None:
     axes.set_ylim(0, 100)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
+    rounds = units.counted(len(report["rounds"]), "round")
     axes.set_title(
-        f"{report['method']} tuning of {report['model']}, {clients} clients, {len(report['rounds'])} rounds\n"
+        f"{report['method']} tuning of {report['model']}, {units.counted(clients, 'client')}, {rounds}\n"
         f"{report['adapter_parameters']:,} of {report['model_parameters']:,} parameters"
     )
     both = totals["wire_bytes_up"] + totals["wire_bytes_down"]
     full = 2 * totals["full_bytes_each_way"]
     figure.supxlabel(
         f"Full fine-tuning would have sent {units.size(full)} in these rounds, "
-        f"{full / max(1, both):,.0f} times as much: far beyond the right edge.",
+        f"{units.as_much(full / max(1, both))}: far beyond the right edge.",
         fontsize=9,
     )
     try:
@@ -156,8 +157,9 @@ def summary(report: views.Json) -> list[str]:
     totals = report["totals"]
     start, end = report["initial"].get("accuracy"), report["accuracy"]
     begun = f"from {units.percent(start)} " if start is not None else ""
+    rounds = units.counted(len(report["rounds"]), "round")
     lines = [
-        f"accuracy on held-out images: {begun}to {units.percent(end)} in {len(report['rounds'])} rounds "
+        f"accuracy on held-out images: {begun}to {units.percent(end)} in {rounds} "
         f"(chance is {units.percent(report['chance'])})",
         f"sent up: {units.size(totals['wire_bytes_up'])} on the wire, of it {units.size(totals['payload_bytes_up'])} "
         f"tensors; 4 bytes a parameter would be {units.size(totals['four_bytes_a_parameter'])}",
@@ -166,6 +168,6 @@ def summary(report: views.Json) -> list[str]:
     ]
     up, full = totals["wire_bytes_up"], totals["full_bytes_each_way"]
     if up and full:  # the quotient itself: the report's is rounded, and rounding it again may say 376 for 376.52
-        lines.append(f"full fine-tuning would have sent {units.size(full)} each way, {full / up:,.0f} times as much")
+        lines.append(f"full fine-tuning would have sent {units.size(full)} each way, {units.as_much(full / up)}")
     lines.append(f"rounds took {totals['round_seconds']:.0f} s, all of it {report['seconds']:.0f} s")
     return lines

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedpeft.data.interface import Indices
 from fedpeft.errors import DataInvalid
+from fedpeft.units import counted
 
 _SHOWN = 20
 
@@ -86,7 +87,8 @@ def map_labels(
         table[k] = position.get(name, -1)
         if table[k] < 0 and present[k]:
             raise DataInvalid(
-                f"class {own!r} ({present[k]} rows) is none of the run's; {_known(classes)}; a label map can rename it"
+                f"class {own!r} ({counted(present[k], 'row')}) is none of the run's; {_known(classes)}; "
+                "a label map can rename it"
             )
     mapped = table[labels]
     rows = np.flatnonzero(mapped >= 0)

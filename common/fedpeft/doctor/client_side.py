@@ -13,7 +13,7 @@ from fedpeft import ids
 from fedpeft.doctor.findings import Finding, Setup, fault, ok, warning
 from fedpeft.doctor.server_side import lock_holder
 from fedpeft.errors import SettingsInvalid
-from fedpeft.units import size
+from fedpeft.units import counted, size
 
 LOOKED_AT = 16
 """Images that are opened; `fedpeft-client --dry-run` opens all of them."""
@@ -54,7 +54,8 @@ def check_data(setup: Setup) -> Iterator[Finding]:
     source = open_source(setup.data)
     classes = source.class_names
     shown = ", ".join(classes[:5]) + (f" and {len(classes) - 5} more" if len(classes) > 5 else "")
-    yield ok("data", f"{setup.data}: {len(source):,} images of {len(classes)} classes ({shown})")
+    images, of_classes = counted(len(source), "image"), counted(len(classes), "class", "classes")
+    yield ok("data", f"{setup.data}: {images} of {of_classes} ({shown})")
     rows = sorted({index * len(source) // LOOKED_AT for index in range(LOOKED_AT)})
     bad = [reason for row in rows if (reason := _unreadable(source, row))]
     if bad:
@@ -98,7 +99,7 @@ def check_device(setup: Setup) -> Iterator[Finding]:
         name = torch.cuda.get_device_name(device)
         yield ok("device", f"{name}, {size(free)} of {size(total)} free, torch {torch.__version__}")
         return
-    yield ok("device", f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    yield ok("device", f"CPU, {counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}")
     if Path("/proc/driver/nvidia/version").exists():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         yield warning(

@@ -13,7 +13,7 @@ from enum import StrEnum
 from fedpeft import views
 from fedpeft.following import Picture
 from fedpeft.narration import names
-from fedpeft.units import percent, size
+from fedpeft.units import counted, percent, size
 from fedpeft.v1 import operator_service_pb2, run_pb2
 
 MOST_ROWS = 500
@@ -108,7 +108,7 @@ def waiting_line(picture: Picture, now: datetime) -> str:
     done = f"{len(views.counted(current))} of {len(current.tickets)} received"
     left = views.remaining_s(current, now)
     until = "" if left is None else f", {max(0, round(left))} s left"
-    again = f", extended {current.extensions} times" if current.extensions else ""
+    again = f", extended {counted(current.extensions, 'time')}" if current.extensions else ""
     return f"{done}{until}{again}; waits for {names(awaited)}" if awaited else f"{done}{until}{again}"
 
 

@@ -63,7 +63,8 @@ def _norms(rounds: Sequence[RoundFacts]) -> str:
     for norm in found:
         if norm.is_odd and norm.ratio is not None:
             odd.setdefault(norm.client, []).append(norm.ratio)
+    updates = units.counted(len(found), "update")
     if not odd:
-        return f"{len(found):,} updates; none has {FACTOR:.0f} times the median norm of its round, or a third of it."
+        return f"{updates}; none has {FACTOR:.0f} times the median norm of its round, or a third of it."
     said = [f"{client} ({len(ratios)}, {times(max(ratios))} the median)" for client, ratios in odd.items()]
-    return f"{len(found):,} updates; these stand out: {names(sorted(said)[:MOST_ODD])}."
+    return f"{updates}; these stand out: {names(sorted(said)[:MOST_ODD])}."

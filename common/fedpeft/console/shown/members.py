@@ -8,6 +8,7 @@ from statistics import median
 
 from fedpeft.console.facts import RoundFacts, TicketFacts
 from fedpeft.console.shown.outliers import LEAST, WINDOW, Norm, norms, times
+from fedpeft.units import counted
 
 UNEVEN = 10.0
 """Factor from which another number of examples than the median is remarked."""
@@ -134,7 +135,7 @@ def _about_tickets(tickets: Sequence[tuple[int, TicketFacts]]) -> list[str]:
 def _about_data(last: TicketFacts, usual: _Usual) -> list[str]:
     said = []
     if last.examples and usual.examples and not 1 / UNEVEN < last.examples / usual.examples < UNEVEN:
-        said.append(f"trains on {last.examples:,} examples, the median is {usual.examples:,.0f}")
+        said.append(f"trains on {counted(last.examples, 'example')}, the median is {usual.examples:,.0f}")
     if last.loss is not None and usual.loss is not None and last.loss > HIGH_LOSS * usual.loss > 0:
         said.append(f"training loss {last.loss:.3f}, the median is {usual.loss:.3f}")
     return said
