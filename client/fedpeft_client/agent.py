@@ -135,6 +135,8 @@ class Agent:
             self._log.info("the server does not know this client any more; registering again")
             await self._register()
             return True
+        except OSError as error:
+            raise self._named(error) from error
 
     async def _take_part(self) -> bool:
         """Pushes what is pending, awaits one task and does it; returns False once there is nothing left to do."""
@@ -295,7 +297,7 @@ class Agent:
     def _named(self, error: FedpeftError | OSError) -> FedpeftError:
         if isinstance(error, FedpeftError):
             return error
-        return StateInvalid(f"cannot use state directory {self._directory.path}: {error.strerror}")
+        return StateInvalid(f"cannot use state directory {self._directory.path}: {error.strerror or error}")
 
 
 def registration(settings: Settings, hello: Answer) -> pb.RegisterRequest:

@@ -129,6 +129,17 @@ async def test_a_ticket_that_cannot_be_booked_as_given_back_ends_the_client_with
     assert not federation.withdrawn
 
 
+async def test_what_the_file_system_refuses_ends_the_client_with_a_sentence(
+    federation: Federation, start_client: StartClient, tmp_path: Path
+) -> None:
+    state = tmp_path / "site-a"
+    (state / "settled-counted@run-1").mkdir(parents=True)  # as a kill while it was settled leaves it
+    (state / "runs").touch()
+    client = await start_client()
+    assert await client.ended() == 1
+    assert client.text[-1] == f"fedpeft-client: cannot use state directory {state}: Not a directory\n"
+
+
 @pytest.mark.timeout(240)
 async def test_what_was_trained_under_another_policy_is_not_sent(
     federation: Federation, start_client: StartClient, tmp_path: Path
