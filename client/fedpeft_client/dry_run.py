@@ -9,6 +9,7 @@ from fedpeft.data.interface import UNREADABLE_SHARE
 from fedpeft.errors import DataInvalid
 from fedpeft.logs import Log
 from fedpeft.units import counted
+from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client import departures
 from fedpeft_client.agent import registration
 from fedpeft_client.channel import Channel
@@ -22,6 +23,8 @@ from fedpeft_client.worker_process import Answer, WorkerProcess
 
 _NAMED = 20
 """Unreadable images that are named; there may be a million."""
+_NOT_LOADED: Answer = {"torch": "not loaded", "methods": (), "device": "", "rows": 0}
+"""What is known of this side before torch and the data are loaded."""
 
 
 async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, ledger: Ledger, log: Log) -> None:
@@ -31,10 +34,15 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
         DataInvalid: If there is no run and too many images cannot be read.
         FedpeftError: If no run suits, after everything was checked and printed; the reasons are in it.
     """
+
+    async def asked(hello: Answer) -> pb.RegisterResponse:
+        request = registration(settings, hello)
+        with ledger.booked(departures.registration(request)):
+            return await Patience(log, CALL_S).keep(lambda: channel.register(request))
+
+    await asked(_NOT_LOADED)  # one that is not let in need not wait for torch to hear it
     hello = await worker.start()
-    request = registration(settings, hello)
-    with ledger.booked(departures.registration(request)):
-        response = await Patience(log, CALL_S).keep(lambda: channel.register(request))
+    response = await asked(hello)
     _line("server", settings.server)
     _line("device", f"{hello['device']}, {counted(hello['threads'], 'thread')}, torch {hello['torch']}")
     classes = counted(len(hello["labels"]), "class", "classes")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from fedpeft.errors import RoundClosed
+from fedpeft.errors import CertificateRevoked, RoundClosed
 from fedpeft.v1 import run_pb2
 from fedpeft_client.__main__ import run
 from fedpeft_client.ledger_entries import Kind, Outcome, read
@@ -215,6 +215,15 @@ async def test_dry_run_where_no_run_is_to_be_worked_for(federation: Federation, 
     lines = client.out.decode().splitlines()
     assert "      runs  none to work for; the client would wait for one" in lines
     assert any(line.startswith("    device  cpu, 1 thread, torch ") for line in lines)
+
+
+async def test_dry_run_of_a_client_that_is_not_let_in_loads_nothing(
+    federation: Federation, start_client: StartClient
+) -> None:
+    federation.refuse_register = [CertificateRevoked("the certificates of client site-a were revoked")]
+    client = await start_client("--dry-run")
+    assert await client.ended() == 5
+    assert client.text == ["fedpeft-client: the certificates of client site-a were revoked\n"]
 
 
 async def test_first_line_says_what_is_being_done_before_anything_slow(
