@@ -40,6 +40,7 @@ class Paper:
             {
                 "size": units.size,
                 "percent": units.percent,
+                "counted": units.counted,
                 "number": _number,
                 "figure": _figure,
                 "when": _when,
