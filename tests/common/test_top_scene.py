@@ -34,12 +34,26 @@ def picture(*rounds: run_pb2.Round, **changes: object) -> Picture:
 def test_a_run_in_words() -> None:
     lines = scene.headline(picture(a_round(1, accuracy=0.5), a_round(2, committed=False), version=1), NOW)
     assert lines == [
-        "emoji: bias on vit_tiny, 60 of 1,000,000 (0.01 %) parameters",
+        "emoji: bias on vit_tiny, 60 of 1,000,000 parameters (0.01 %)",
         "round 2 of 3: waiting > OPEN > aggregating > committed",
-        "1 of 2 received, 520 s left; waits for twemoji",
+        "1 of 2 received, 8 min 40 s left; waits for twemoji",
         "accuracy 50.0 % ▁ 50.0 %   loss 1.500   training loss 2.500",
         "sent up 600 B, down 620 B; full fine-tuning 7.63 MiB each way (13,333x)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(-3, "0 s"), (59.4, "59 s"), (60, "1 min 0 s"), (39_998, "11 h 6 min"), (30 * 86_400.0, "30 d 0 h")],
+)
+def test_time_left_is_said_in_its_two_largest_units(seconds: float, said: str) -> None:
+    assert scene.span(seconds) == said
+
+
+def test_updates_are_counted_towards_those_wanted_and_not_those_sampled() -> None:
+    known = picture(a_round(1, committed=False))
+    known.run.config.rounds.clients, known.run.config.rounds.quorum = 30, 20
+    assert scene.waiting_line(known, NOW).startswith("1 of 30 received, quorum 20, ")
 
 
 def test_a_run_that_is_paused_over_or_waits_for_figures() -> None:

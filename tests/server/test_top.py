@@ -112,7 +112,7 @@ async def test_a_run_at_a_glance(daemon: Daemon, size: tuple[int, int]) -> None:
         text = await shows(pilot, "1 of 3 received", "fxemoji", "value 0 is not finite")
         assert re.search(rf"^ *> +{run.id} +emoji +running +2/10", text, re.M)
         assert "round 3 of 10: waiting > OPEN > aggregating > committed" in text
-        assert re.search(r"1 of 3 received, (5\d\d|600) s left; waits for fxemoji", text)
+        assert re.search(r"1 of 3 received(, quorum \d)?, (9 min \d+ s|10 min 0 s) left; waits for fxemoji", text)
         assert re.search(r"accuracy 11\.1 % ▁.*█ 46\.3 %", text)
         assert "full fine-tuning" in text
         rows = [line.split() for line in text.splitlines()]
@@ -134,6 +134,13 @@ async def test_a_run_at_a_glance(daemon: Daemon, size: tuple[int, int]) -> None:
             IMAGE.parent.mkdir(exist_ok=True)
             image = re.sub(r"@font-face \{.*?\}\s*", "", pilot.app.export_screenshot(title="fedpeft top"), flags=re.S)
             IMAGE.write_text(image, encoding="utf-8")  # without fonts of somebody's server
+
+
+async def test_a_long_name_takes_no_line_from_the_bytes_on_a_small_terminal(daemon: Daemon) -> None:
+    run = await daemon.create(config().model_copy(update={"name": "n" * 64}))
+    async with top(daemon, (80, 24)) as pilot:
+        text = await shows(pilot, "sent up 0 B", "no version is scored yet")
+        assert f"{run.config.name}: " in text
 
 
 async def test_the_lower_table_is_sorted_by_what_the_key_says(daemon: Daemon) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
+from rich.cells import cell_len
 from rich.text import Text
 from textual import work
 from textual.app import App, ComposeResult
@@ -33,11 +34,11 @@ STYLES = """
 Screen { background: $background; }
 #title { height: 1; text-style: reverse; }
 #runs { height: auto; max-height: 5; }
-#head { height: 5; padding: 0 1; margin-top: 0; }
+#head { height: 5; padding: 0 1; text-wrap: nowrap; text-overflow: ellipsis; }
 #views { height: 1; text-style: bold; padding: 0 1; }
 #lower { height: 1fr; }
 #side { width: 50%; display: none; border-left: solid $foreground 30%; }
-#past { display: none; height: 2fr; }
+#past { display: none; height: 1fr; }
 .wide #side, .wide #past { display: block; }
 .wide #runs { max-height: 12; }
 #side-title { height: 1; text-style: bold; padding: 0 1; }
@@ -233,16 +234,16 @@ class TopApp(App[None]):
 
     def _fill(self, name: str, table: scene.Table, key: int = 0) -> None:
         """Shows a table; the cursor stays in its row."""
-        before = self._shown.get(name)
-        if before == table:
+        if self._shown.get(name) == table:
             return
         self._shown[name] = table
         shown: DataTable[Any] = self.query_one(f"#{name}", DataTable)
         place = shown.cursor_row
         with self.prevent(DataTable.RowHighlighted):
-            shown.clear(columns=before is None or before.heads != table.heads)
-            if not shown.columns:
-                shown.add_columns(*(_cell(head, head) for head in table.heads))
+            # Widths are given, so that nothing depends on when the widget finds time to measure its cells.
+            shown.clear(columns=True)
+            for head, *cells in zip(table.heads, *table.rows, strict=True):
+                shown.add_column(_cell(head, head), width=max(map(cell_len, (head, *cells))))
             for number, row in enumerate(table.rows):
                 shown.add_row(*map(_cell, table.heads, row), key=row[key] if key else str(number))
             if table.rows:

@@ -76,9 +76,10 @@ def headline(picture: Picture, now: datetime) -> list[str]:
     """Returns what is to be known of a run at a glance: what it is, where it is, how good, how many bytes."""
     run = picture.run
     tuned = views.adapter_parameters(run.spec)
-    share = f" of {run.model_parameters:,} ({100 * tuned / run.model_parameters:.2f} %)" if run.model_parameters else ""
+    whole = run.model_parameters
+    share = f" of {whole:,} parameters ({100 * tuned / whole:.2f} %)" if whole else " parameters"
     return [
-        f"{run.config.name}: {run.spec.method} on {run.config.model.name}, {tuned:,}{share} parameters",
+        f"{run.config.name}: {run.spec.method} on {run.config.model.name}, {tuned:,}{share}",
         progress_line(picture),
         waiting_line(picture, now),
         scores_line(picture),
@@ -104,10 +105,11 @@ def waiting_line(picture: Picture, now: datetime) -> str:
         return picture.waiting
     if current is None or views.phase(current) != "open":
         return run.reason.replace(f" of {run.id}", "")
-    awaited = views.awaited(current)
-    done = f"{len(views.counted(current))} of {len(current.tickets)} received"
+    awaited, rounds = views.awaited(current), run.config.rounds
+    enough = f", quorum {rounds.quorum}" if rounds.HasField("quorum") and rounds.quorum < rounds.clients else ""
+    done = f"{len(views.counted(current))} of {rounds.clients} received{enough}"
     left = views.remaining_s(current, now)
-    until = "" if left is None else f", {max(0, round(left))} s left"
+    until = "" if left is None else f", {span(left)} left"
     again = f", extended {counted(current.extensions, 'time')}" if current.extensions else ""
     return f"{done}{until}{again}; waits for {names(awaited)}" if awaited else f"{done}{until}{again}"
 
@@ -246,6 +248,15 @@ def note(table: Table, row: int) -> str:
     rows = [table.rows[row]] if row < len(table.rows) and table.rows[row][-1] else table.rows
     found = next((cells for cells in rows if cells[-1]), None)
     return f"{found[0]}: {found[-1]}" if found and table.heads[-1].startswith("why") else ""
+
+
+def span(seconds: float) -> str:
+    """Returns a time to come in its two largest units."""
+    left = max(0, round(seconds))
+    for unit, length, smaller, of_it in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
+        if left >= length:
+            return f"{left // length} {unit} {left % length // of_it} {smaller}"
+    return f"{left} s"
 
 
 def ago(seconds: float) -> str:
