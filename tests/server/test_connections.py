@@ -13,9 +13,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft_server.rpc import connections
 from fedpeft_server.rpc.connections import MOST_CALLS
 
 from .conftest import StartDaemon, config, free_port
@@ -38,6 +40,22 @@ async def test_calls_beyond_the_limit_wait_on_their_connection_and_no_other(star
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     watches[0].cancel()
     assert (await asyncio.wait_for(late, 5)).id == run.id
+
+
+async def test_a_connection_that_nobody_uses_is_closed_and_the_next_call_opens_another(
+    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "IDLE_MS", 300)
+    daemon = await start()
+    run = await daemon.create(config())
+    watch = daemon.operator.WatchRun(op.WatchRunRequest(run=run.id))
+    assert await watch.read() is not grpc.aio.EOF
+    await asyncio.sleep(1)
+    assert daemon.channel.get_state() is grpc.ChannelConnectivity.READY, "somebody waits for news on it"
+    watch.cancel()
+    async with asyncio.timeout(5):
+        await daemon.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+    assert (await daemon.run(run.id)).id == run.id
 
 
 @contextmanager
