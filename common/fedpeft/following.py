@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedpeft import views
-from fedpeft.errors import FedpeftError, Unavailable
+from fedpeft.errors import CertificateExpired, FedpeftError, Unavailable
 from fedpeft.operator_client import FINISHED, PATIENCE_S, OperatorClient
 from fedpeft.round_parts import folded
 from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2
@@ -61,7 +61,7 @@ class Picture:
         """Returns the number up to which every round is known and committed, and has figures if they are to come."""
         number = 0
         while (known := self.rounds.get(number + 1)) is not None and known.phase == run_pb2.ROUND_PHASE_COMMITTED:
-            if scored and "accuracy" not in known.metrics:
+            if scored and not views.is_scored(known.metrics):
                 break
             number += 1
         return number
@@ -69,7 +69,7 @@ class Picture:
     @property
     def is_scored(self) -> bool:
         """Whether an evaluator has been at work."""
-        return "accuracy" in self.run.initial_metrics or bool(_scored_versions(self.rounds))
+        return views.is_scored(self.run.initial_metrics) or bool(_scored_versions(self.rounds))
 
     @property
     def committed(self) -> list[run_pb2.Round]:
@@ -99,13 +99,18 @@ async def follow(connect: Connect, run: str) -> AsyncIterator[Picture]:
     picture = Picture(found)
     pause_s = FIRST_PAUSE_S
     while not picture.finished or not picture.rounds:
+        let_in = False
         try:
             async with connect() as server:
                 async for change in server.watch(run, picture.settled(scored=picture.is_scored)):
-                    pause_s = FIRST_PAUSE_S
+                    let_in, pause_s = True, FIRST_PAUSE_S
                     picture = picture.fold(change)
                     yield picture
             break
+        except CertificateExpired:
+            if not let_in:
+                raise
+            continue  # it ended under way: the identity may have the next one by now
         except Unavailable as error:
             picture = replace(picture, changed=frozenset(), lost=_first_sentence(error))
             yield picture
@@ -141,7 +146,7 @@ async def _scored(connect: Connect, picture: Picture) -> AsyncIterator[Picture]:
 
 
 def _scored_versions(rounds: Mapping[int, run_pb2.Round]) -> frozenset[int]:
-    return frozenset(number for number, round_ in rounds.items() if "accuracy" in round_.metrics)
+    return frozenset(number for number, round_ in rounds.items() if views.is_scored(round_.metrics))
 
 
 async def _evaluator_seen(server: OperatorClient, run: run_pb2.Run) -> bool:

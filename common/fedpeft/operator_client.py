@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -49,6 +50,9 @@ PATIENCE_S = 60.0
 """Longest silence of the server that is waited out, in any call."""
 ATTEMPTS = 4
 """Times a call is made before an unavailable server is given up."""
+KEEP_S = 900.0
+"""How long one client is well kept: an identity is renewed, and one that was put in its place is read, when the next
+is opened."""
 RENEW_S = 10.0
 """Longest that a command waits for the next certificate, which it can do without for now."""
 PAUSE_S = 0.25
@@ -81,6 +85,7 @@ class OperatorClient(AccessCalls):
     def __init__(self, server: str, identity: Identity | None = None, *, attempts: int = ATTEMPTS) -> None:
         self._server = server
         self._attempts = attempts
+        self._stale_at = time.monotonic() + KEEP_S
         self._open(identity)
 
     def _open(self, identity: Identity | None) -> None:
@@ -98,6 +103,11 @@ class OperatorClient(AccessCalls):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._channel.close()
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether who asks again and again should open another by now."""
+        return time.monotonic() >= self._stale_at
 
     async def _renew(self, identity: Identity) -> None:
         """Gets the next certificate; one that cannot be had now is had the next time, as there is half a life left."""

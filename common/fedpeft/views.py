@@ -6,7 +6,7 @@ are bytes; a version's figures stand with the round that made it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -78,6 +78,11 @@ def seconds(round_: run_pb2.Round) -> float | None:
         return None
     taken = round_.committed_at.ToDatetime(UTC) - round_.opened_at.ToDatetime(UTC)
     return round(taken.total_seconds(), 3)
+
+
+def is_scored(metrics: Mapping[str, float]) -> bool:
+    """Whether an evaluator's figures are among those of a version; where there are no classes it is a loss alone."""
+    return "accuracy" in metrics or "loss" in metrics
 
 
 def remaining_s(round_: run_pb2.Round, now: datetime) -> float | None:

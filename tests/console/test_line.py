@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from fedpeft import operator_client
 from fedpeft.console.line import Line
 from fedpeft.errors import ServerUnreachable
 from fedpeft.operator_client import OperatorClient
@@ -40,4 +41,22 @@ async def test_a_question_that_fails_leaves_those_under_way_their_connection(fed
     assert await answer >= 0
     assert await line.ask(lambda server: server.clients()) is not None
     assert len(opened) == 2, "the next question takes a new connection"
+    await line.close()
+
+
+async def test_a_connection_is_not_kept_for_ever(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator_client, "KEEP_S", 0.5)
+    opened: list[OperatorClient] = []
+
+    def connect() -> OperatorClient:
+        opened.append(OperatorClient(federation.address))
+        return opened[-1]
+
+    line = Line(connect)
+    for _ in range(2):
+        assert await line.ask(lambda server: server.runs()) is not None
+    assert len(opened) == 1
+    await asyncio.sleep(0.6)
+    assert await line.ask(lambda server: server.runs()) is not None
+    assert len(opened) == 2, "an identity is renewed when a connection is opened"
     await line.close()

@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -18,15 +18,17 @@ import pytest
 from fedpeft import token_argument
 from fedpeft.audit import of_line, verify
 from fedpeft.errors import CertificateRevoked, RoleMayNot, ServerUnreachable
-from fedpeft.identity import folder, keys
+from fedpeft.following import follow
+from fedpeft.identity import certificates, folder, keys
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
 from fedpeft.operator_client import OperatorClient
 from fedpeft.v1 import access_service_pb2 as access
+from fedpeft.v1 import run_pb2
 
-from .conftest import StartDaemon
+from .conftest import StartDaemon, config
 from .secured import HOUR, Federation, federation
 
 
@@ -268,6 +270,27 @@ async def test_a_renewal_that_fails_is_no_matter_yet(secured: Federation, tmp_pa
         with pytest.raises(RoleMayNot):
             await client.runs()
     assert Identity.load(tmp_path / "away").chain == old.chain
+
+
+async def test_a_watch_outlives_the_certificate_it_began_with(secured: Federation, tmp_path: Path) -> None:
+    run = await secured.daemon(secured.operators()).create(config())
+    where, now = tmp_path / "olga", datetime.now(UTC)
+    subject, key = Subject(Role.OPERATOR, "olga"), folder.take_key(where)
+    brief = secured.authority.issue(subject, key.public_key(), timedelta(seconds=4), after=now - timedelta(seconds=3))
+    folder.write(where, secured.address, [secured.authority.certificate], [brief])
+
+    def connect() -> OperatorClient:
+        return OperatorClient(secured.address, Identity.load(where))
+
+    pictures = follow(connect, run.id)
+    assert (await anext(pictures)).run.state == run_pb2.RUN_STATE_RUNNING
+    await asyncio.sleep((certificates.renewal(brief) - datetime.now(UTC)).total_seconds())
+    async with connect():  # as the next command does, or the console's other connection
+        assert Identity.load(where).certificate.not_valid_after_utc > brief.not_valid_after_utc
+    await asyncio.sleep((brief.not_valid_after_utc - datetime.now(UTC)).total_seconds() + 1)
+    async with connect() as client:
+        await client.stop(run.id, "enough")
+    assert [picture.run.state async for picture in pictures][-1] == run_pb2.RUN_STATE_STOPPED
 
 
 async def test_an_ended_identity_says_so(fedpeft: Command, secured: Federation, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ Connect = Callable[[], OperatorClient]
 class Line:
     """Keeps a client of the server while it answers, and takes a new one when it did not: an old channel waits long.
 
+    It takes a new one now and then too, for the sake of the identity's renewal.
+
     A client that was given up is closed by whoever asks over it last, so no question is cut off by another's failure.
 
     Args:
@@ -36,6 +38,8 @@ class Line:
             FedpeftError: What the server says, or that it is not there.
         """
         async with self._opening:
+            if self._client is not None and self._client.is_stale:
+                await self.close()
             client = self._client = self._client or await self.connect().__aenter__()
             self._asking[client] += 1
         try:

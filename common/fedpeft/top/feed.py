@@ -43,7 +43,7 @@ class Feed:
         while True:
             try:
                 async with self._connect() as server:
-                    while True:
+                    while not server.is_stale:
                         self.runs, self.clients = await server.runs(), await server.clients()
                         self._found()
                         pause_s = FIRST_PAUSE_S
