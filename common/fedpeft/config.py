@@ -30,6 +30,7 @@ from fedpeft.aggregation import strategies, strategy
 from fedpeft.codecs import codecs
 from fedpeft.errors import ConfigInvalid, FedpeftError, ModelInvalid
 from fedpeft.faults import faults_of, in_file, nested
+from fedpeft.units import counted
 
 
 def _plain(text: str) -> str:
@@ -105,7 +106,9 @@ class ModelConfig(_Section):
     def _distinct(cls, classes: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         least = 1 if split_kind(info.data.get("name", ""))[0] else 2
         if not least <= len(classes) <= 100_000:
-            raise ValueError(f"{len(classes)} classes; at least {least} (and at most 100,000) are needed")
+            raise ValueError(
+                f"{counted(len(classes), 'class', 'classes')}; at least {least} (and at most 100,000) are needed"
+            )
         if twice := sorted(name for name, times in Counter(classes).items() if times > 1):
             raise ValueError(f"class {twice[0]!r} is named twice")
         return classes
@@ -160,7 +163,8 @@ class RoundsConfig(_Section):
         if self.quorum is not None and self.quorum > self.clients:
             raise ValueError(f"quorum {self.quorum} is more than clients {self.clients}")
         if self.min_available is not None and self.min_available < self.needed:
-            raise ValueError(f"min_available {self.min_available} is less than the {self.needed} updates a round needs")
+            wanted = counted(self.needed, "update")
+            raise ValueError(f"min_available {self.min_available} is less than the {wanted} that a round needs")
         return self
 
     @property

@@ -30,6 +30,7 @@ from fedpeft.models import Backbone
 from fedpeft.peft import TunedModel
 from fedpeft.training import PROGRESS_S, Losses, Orders, Progress, TrainingResult, facts_of, optimizer_of, result_of
 from fedpeft.training import train as train_on_images
+from fedpeft.units import counted
 
 IMAGES = ""
 """The name of the kind that needs none."""
@@ -243,7 +244,9 @@ class _Loop:
     def step(self, loss: torch.Tensor) -> None:
         """Takes the mean loss of the batch drawn last; see `Task.step`."""
         if self._stop is not None and self._stop():
-            raise TrainingFailed(f"training was stopped as asked, after {self._done} of {self._orders.steps} steps")
+            raise TrainingFailed(
+                f"training was stopped as asked, after {self._done} of {counted(self._orders.steps, 'step')}"
+            )
         self._done += 1
         self._examples += self._batch
         self._losses.add(loss.detach(), self._batch, self._drawn > self._orders.steps - self._orders.a_pass)
@@ -261,7 +264,7 @@ class _Loop:
         """
         if self._done != self._orders.steps:
             raise TrainingFailed(
-                f"the training loop reported {self._done} of {self._orders.steps} steps; it must go "
+                f"the training loop reported {self._done} of {counted(self._orders.steps, 'step')}; it must go "
                 "through all of task.batches once and call task.step after each"
             )
         seconds = time.perf_counter() - self._began

@@ -30,6 +30,7 @@ from fedpeft.data.transforms import augment
 from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.peft import TunedModel
 from fedpeft.spec import Role
+from fedpeft.units import counted
 
 PROGRESS_S = 1.0
 """Seconds between two reports of progress, at least."""
@@ -184,7 +185,7 @@ class _Training:
             if not len(batch):
                 continue
             if stop is not None and stop():
-                raise TrainingFailed(f"training was stopped as asked, after {done} of {steps} steps")
+                raise TrainingFailed(f"training was stopped as asked, after {done} of {counted(steps, 'step')}")
             done += 1
             images += len(batch)
             self._losses.add(
@@ -288,7 +289,7 @@ def result_of(
         role = tensor.role(number)
         if role is not Role.FROZEN and not np.isfinite(trained[tensor.name]).all():
             raise TrainingFailed(
-                f"tensor {tensor.name} is not finite after {metrics['steps']:.0f} steps; lower the learning rate"
+                f"tensor {tensor.name} is not finite after {counted(metrics['steps'], 'step')}; lower the learning rate"
             )
         if role is Role.SENT:
             delta[tensor.name] = trained[tensor.name] - start[tensor.name]

@@ -179,7 +179,7 @@ def test_a_model_without_blocks_and_a_loop_that_stops_short(package: types.Modul
         with pytest.raises(ConfigInvalid, match=f"{method} attaches to a model's {part}"):
             tune(backbone, method, {}, 0)
     data = Examples(np.zeros((8, 4), np.float32), np.arange(8) % 2, CLASSES)
-    with pytest.raises(TrainingFailed, match="reported 0 of 1 steps"):
+    with pytest.raises(TrainingFailed, match="reported 0 of 1 step"):
         learner_of("text").train(tune(backbone, "head", {}, 0), data, settings(), 0, 1, CPU)
 
 
@@ -246,7 +246,7 @@ def test_options_are_a_kind_s_own_and_it_says_what_is_wrong_with_them(package: t
         next_run(name="vit_tiny_patch16_224", classes=["a", "b"], options={"layers": 3})
     with pytest.raises(ConfigInvalid, match=r"model\.classes"):
         next_run(name="vit_tiny_patch16_224")
-    with pytest.raises(ConfigInvalid, match="1 classes; at least 2"):
+    with pytest.raises(ConfigInvalid, match="1 class; at least 2"):
         next_run(name="vit_tiny_patch16_224", classes=["a"])
 
 

@@ -122,7 +122,7 @@ def test_unknown_names() -> None:
         count("resnet18", "bias", {}, 2)
     with pytest.raises(ModelInvalid, match="Invalid pretrained tag"):
         count("vit_small_patch16_224.no_such_tag", "bias", {}, 2)
-    with pytest.raises(ConfigInvalid, match="1 classes; at least 2"):
+    with pytest.raises(ConfigInvalid, match="1 class; at least 2"):
         count(SMALL, "bias", {}, 1)
     with pytest.raises(ConfigInvalid, match=r"'\.\./vit' with 2 classes"):
         count("../vit", "bias", {}, 2)

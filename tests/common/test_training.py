@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
 def test_a_tensor_that_is_not_finite_is_no_update(tmp_path):
     model = StandIn()
     model.module[2].bias.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(TrainingFailed, match=r"tensor 2\.bias is not finite after 1 steps"):
+    with pytest.raises(TrainingFailed, match=r"tensor 2\.bias is not finite after 1 step;"):
         train(model, data(tmp_path), settings(steps=1), seed=1, number=1)
 
 
