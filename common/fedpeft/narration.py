@@ -109,10 +109,9 @@ def committed_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:
 
 def scored_line(version: int, metrics: Mapping[str, float]) -> str:
     """Returns a version's figures on held-out data, or nothing while there are none."""
-    if "accuracy" not in metrics:
-        return ""
-    loss = f", loss {metrics['loss']:.3f}" if "loss" in metrics else ""
-    return f"version {version} scored: accuracy {units.percent(metrics['accuracy'])}{loss}"
+    figures = [f"accuracy {units.percent(metrics['accuracy'])}"] if "accuracy" in metrics else []
+    figures += [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
+    return f"version {version} scored: {', '.join(figures)}" if figures else ""
 
 
 def summary(picture: Picture) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from safetensors.numpy import save
 
 import fedpeft
 from fedpeft.errors import BackboneMismatch, ConfigInvalid, Draining, RunNotFound, ServerUnreachable, SettingsInvalid
+from fedpeft.v1 import federation_service_pb2, run_pb2
 from fedpeft.v1 import operator_service_pb2 as pb
-from fedpeft.v1 import run_pb2
 
-from .operator_double import Double, Serving, a_round, a_run, a_ticket, serving
+from .operator_double import Double, Serving, a_client, a_round, a_run, a_ticket, serving
 
 CONFIG = {
     "name": "tiny <b>",
@@ -171,3 +172,19 @@ def test_a_lora_is_a_peft_model(served: Serving) -> None:
     assert torch.allclose(model(pixels), run.load().module(pixels), atol=1e-5)
     assert torch.allclose(run.load_timm()(pixels), model(pixels), atol=1e-5)
     assert any("lora_B" in name for name in changed)
+
+
+def test_figures_without_an_accuracy_are_figures_and_nobody_waits_for_more(served: Serving) -> None:
+    rounds = [a_round(1), a_round(2)]
+    for each in rounds:
+        each.metrics["loss"] = 1.0 / each.number
+    done = a_run(RUN, state=run_pb2.RUN_STATE_COMPLETED, version=2, initial_metrics={"loss": 1.5})
+    served.double.runs[RUN], served.double.rounds[RUN] = done, rounds
+    served.double.script = [pb.WatchRunResponse(run=done, rounds=rounds)]
+    served.double.clients = [a_client("eve", federation_service_pb2.CLIENT_ROLE_EVALUATOR)]
+    began = time.monotonic()
+    run = fedpeft.connect(served.address).run(RUN)
+    said = "\n".join(map(str, run.watch()))
+    assert time.monotonic() - began < 20, "the evaluator is waited for as long as a silent server"
+    assert "version 2 scored: loss 0.500" in said and "waiting for the evaluator" not in said
+    assert (run.loss, run.accuracy) == (0.5, None)

@@ -65,6 +65,9 @@ def test_a_run_that_is_paused_over_or_waits_for_figures() -> None:
         scene.waiting_line(Picture(done.run, waiting="waiting for the evaluator"), NOW) == "waiting for the evaluator"
     )
     assert scene.scores_line(picture()) == "accuracy: no version is scored yet"
+    by_loss = picture(a_round(1), initial_metrics={"loss": 2.0})
+    by_loss.rounds[1].metrics["loss"] = 1.0
+    assert scene.scores_line(by_loss).startswith("loss 2.000 █▁ 1.000")
     assert scene.bytes_line(picture()) == "sent up 0 B, down 0 B"
 
 

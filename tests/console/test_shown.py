@@ -14,9 +14,15 @@ from fedpeft.console.shown.captions import captions
 from fedpeft.console.shown.client import Followed, chart, history, remarks, tiles
 from fedpeft.console.shown.members import members
 from fedpeft.console.shown.outliers import norms, times
+from fedpeft.console.shown.overview import card
 from fedpeft.console.shown.pages import leaf
+from fedpeft.console.shown.run import Tile
+from fedpeft.console.shown.run import tiles as run_tiles
 from fedpeft.console.shown.series import MOST_NORMS, MOST_POINTS, series, thinned
 from fedpeft.console.shown.sparkline import sparkline
+from fedpeft.following import Picture
+
+from ..common.operator_double import a_run
 
 GOOD = '[model]\nname = "vit"\nclasses = ["a", "b"]\n[peft]\nmethod = "bias"\n'
 
@@ -187,3 +193,15 @@ def test_the_lines_around_a_fault() -> None:
 
 def test_a_run_file_that_is_right() -> None:
     assert read(GOOD).peft.method == "bias"
+
+
+def test_a_run_without_classes_is_scored_by_its_loss() -> None:
+    rounds = [round_(number, [ticket("a")], metrics={"train_loss": 2.0, "loss": 1.0 / number}) for number in (1, 2)]
+    run = a_run(version=2, initial_metrics={"loss": 1.5})
+    shown = card(run, None, rounds)
+    assert (shown.score, shown.scored_by) == ("0.500", "loss")
+    assert shown.line is not None
+    assert run_tiles(Picture(run), rounds)[1] == Tile("Loss", "0.500", "on held-out data, version 2")
+    assert captions(rounds, {"loss": 1.5})["accuracy"] == "Versions are scored by their loss alone."
+    unscored = card(a_run(), None, [])
+    assert (unscored.score, unscored.scored_by) == ("", "")

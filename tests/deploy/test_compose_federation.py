@@ -163,6 +163,15 @@ def test_nobody_is_root_has_a_capability_or_writes_on_its_file_system(stack: Sta
             assert stack.execute(service, "touch", f"{place}/written").returncode, f"{service} wrote in {place}"
 
 
+def test_the_console_s_log_has_a_link_that_can_be_opened_outside(stack: Stack) -> None:
+    said = re.search(r"http://localhost:8080(/login\?key=\S+)", stack.logs("console"))
+    assert said is not None
+    (published,) = stack.inspect("console")["NetworkSettings"]["Ports"]["8080/tcp"]
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    with browser.open(f"http://localhost:{published['HostPort']}{said[1]}", timeout=10) as answer:
+        assert "FedPEFT console" in answer.read().decode()
+
+
 def test_every_health_check_passes(stack: Stack) -> None:
     well = set()
     for service in stack.running():

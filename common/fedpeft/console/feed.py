@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar, cast
 
+from fedpeft import views
 from fedpeft.console.bell import Bell
 from fedpeft.console.facts import Reader, RoundFacts
 from fedpeft.console.line import Connect
@@ -89,7 +90,7 @@ class RunFeed:
     @property
     def _is_scored(self) -> bool:
         """Whether every version has its figures; where none has, nobody scores."""
-        scored = ["accuracy" in facts.metrics for facts in self.rounds if facts.is_committed]
+        scored = [views.is_scored(facts.metrics) for facts in self.rounds if facts.is_committed]
         return all(scored) or not any(scored)
 
     async def _follow(self) -> None:

@@ -117,6 +117,7 @@ def waiting_line(picture: Picture, now: datetime) -> str:
 def scores_line(picture: Picture) -> str:
     """Returns accuracy and loss from the first version to the newest, and the accuracy's curve."""
     scored = [dict(picture.run.initial_metrics), *(dict(each.metrics) for each in picture.committed)]
+    losses = [metrics["loss"] for metrics in scored if "loss" in metrics]
     scored = [metrics for metrics in scored if "accuracy" in metrics]
     trained = [each.metrics["train_loss"] for each in picture.committed if "train_loss" in each.metrics]
     parts = []
@@ -126,6 +127,8 @@ def scores_line(picture: Picture) -> str:
         parts.append(f"accuracy {percent(first['accuracy'])} {curve} {percent(last['accuracy'])}")
         if "loss" in last:
             parts.append(f"loss {last['loss']:.3f}")
+    elif losses:
+        parts.append(f"loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}")
     else:
         parts.append("accuracy: no version is scored yet")
     if trained:

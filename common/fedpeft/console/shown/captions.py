@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedpeft import units
+from fedpeft import units, views
 from fedpeft.console.facts import RoundFacts
 from fedpeft.console.shown.outliers import FACTOR, norms, times
 from fedpeft.narration import names
@@ -16,16 +16,18 @@ def captions(rounds: Sequence[RoundFacts], initial: Mapping[str, float]) -> dict
     """Returns a sentence for each chart of a run."""
     committed = [facts for facts in rounds if facts.is_committed]
     return {
-        "accuracy": _accuracy(committed, initial.get("accuracy")),
+        "accuracy": _accuracy(committed, initial),
         "loss": _loss(committed),
         "bytes": _bytes(committed),
         "norms": _norms(rounds),
     }
 
 
-def _accuracy(committed: Sequence[RoundFacts], initial: float | None) -> str:
-    scores = [] if initial is None else [(0, initial)]
+def _accuracy(committed: Sequence[RoundFacts], initial: Mapping[str, float]) -> str:
+    scores = [(0, initial["accuracy"])] if "accuracy" in initial else []
     scores += [(facts.number, facts.metrics["accuracy"]) for facts in committed if "accuracy" in facts.metrics]
+    if not scores and any(views.is_scored(metrics) for metrics in (initial, *(facts.metrics for facts in committed))):
+        return "Versions are scored by their loss alone."
     if not scores:
         return "No version has been scored. An evaluator is a fedpeft-client with --evaluate and held-out data."
     (first, begun), (last, now) = scores[0], scores[-1]

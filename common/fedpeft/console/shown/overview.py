@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedpeft import units, views
@@ -17,6 +17,8 @@ from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 
 SPARKLINE_POINTS = 60
+_FIGURES: dict[str, Callable[[float], str]] = {"accuracy": units.percent, "loss": "{:.3f}".format}
+"""What a version is scored by, the first that there is, and how it is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,8 @@ class Card:
         rounds: Rounds of the run.
         sentence: What is going on, or why it is not.
         deadline: Of the round in progress, ISO 8601.
-        accuracy: Of the newest scored version; empty if there is none.
+        score: Accuracy of the newest scored version, or its loss; empty if there is none.
+        scored_by: Which of the two; likewise.
         line: Its course.
         sent: Bytes, beside full fine-tuning.
         odd: Clients that are not like the others.
@@ -46,7 +49,8 @@ class Card:
     rounds: int
     sentence: str
     deadline: str | None
-    accuracy: str
+    score: str
+    scored_by: str
     line: Sparkline | None
     sent: str
     odd: tuple[str, ...]
@@ -62,8 +66,7 @@ def card(run: run_pb2.Run, picture: Picture | None, rounds: Sequence[RoundFacts]
     """
     top = head(picture.run if picture is not None else run)
     now = stage(picture, rounds) if picture is not None else None
-    scores = [(0, run.initial_metrics["accuracy"])] if "accuracy" in run.initial_metrics else []
-    scores += [(facts.number, facts.metrics["accuracy"]) for facts in rounds if "accuracy" in facts.metrics]
+    by, scores = next(((by, found) for by in _FIGURES if (found := _scores(by, run, rounds))), ("", []))
     return Card(
         id=top.id,
         name=top.name,
@@ -73,7 +76,8 @@ def card(run: run_pb2.Run, picture: Picture | None, rounds: Sequence[RoundFacts]
         rounds=top.rounds,
         sentence=f"Round {now.number}: {now.sentence}" if now and top.state == "running" else top.reason,
         deadline=now.deadline if now and now.phase == "open" else None,
-        accuracy=units.percent(scores[-1][1]) if scores else "",
+        score=_FIGURES[by](scores[-1][1]) if by else "",
+        scored_by=by,
         line=sparkline(thinned(scores, SPARKLINE_POINTS)),
         sent=_sent([facts for facts in rounds if facts.is_committed]),
         odd=tuple(member.client for member in members(rounds) if member.remarks),
@@ -99,6 +103,12 @@ def tiles(runs: Iterable[run_pb2.Run], clients: Mapping[str, pb.Client]) -> list
         ),
         Tile("Evaluators", f"{roles['evaluator']}", "score versions on held-out data"),
     ]
+
+
+def _scores(by: str, run: run_pb2.Run, rounds: Sequence[RoundFacts]) -> list[tuple[int, float]]:
+    """Returns a figure of every version that has it, version 0 first."""
+    first = [(0, run.initial_metrics[by])] if by in run.initial_metrics else []
+    return first + [(facts.number, facts.metrics[by]) for facts in rounds if by in facts.metrics]
 
 
 def _sent(committed: Sequence[RoundFacts]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedpeft import units, views
@@ -168,7 +168,7 @@ def tiles(picture: Picture, rounds: Sequence[RoundFacts]) -> list[Tile]:
             f"{run.version} of {run.config.rounds.count}",
             _lasted(committed),
         ),
-        _accuracy(committed, run.initial_metrics.get("accuracy")),
+        _score(committed, run.initial_metrics),
         *_bytes(committed),
     ]
 
@@ -200,7 +200,8 @@ def _lasted(committed: Sequence[RoundFacts]) -> str:
     return f"{sum(taken) / len(taken):.1f} s a round lately" if taken else "none committed yet"
 
 
-def _accuracy(committed: Sequence[RoundFacts], initial: float | None) -> Tile:
+def _score(committed: Sequence[RoundFacts], first: Mapping[str, float]) -> Tile:
+    initial = first.get("accuracy")
     scored = [facts for facts in committed if "accuracy" in facts.metrics]
     if scored:
         begun = "" if initial is None else f"from {units.percent(initial)}"
@@ -210,6 +211,10 @@ def _accuracy(committed: Sequence[RoundFacts], initial: float | None) -> Tile:
         return Tile("Accuracy", units.percent(last.metrics["accuracy"]), ", ".join(filter(None, (begun, where))))
     if initial is not None:
         return Tile("Accuracy", units.percent(initial), "version 0")
+    losses = [(facts.number, facts.metrics["loss"]) for facts in committed if "loss" in facts.metrics]
+    losses = [(0, first["loss"]), *losses] if "loss" in first else losses
+    if losses:
+        return Tile("Loss", f"{losses[-1][1]:.3f}", f"on held-out data, version {losses[-1][0]}")
     trained = [facts.metrics["train_loss"] for facts in committed if "train_loss" in facts.metrics]
     if trained:
         return Tile("Training loss", f"{trained[-1]:.3f}", "no evaluator has scored a version")
