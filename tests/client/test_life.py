@@ -151,7 +151,7 @@ async def test_sigterm_stops_at_once_and_keeps_the_ticket(federation: Federation
 
 
 async def test_server_that_restarts_is_waited_for_without_a_busy_loop(
-    federation: Federation, start_client: StartClient
+    federation: Federation, start_client: StartClient, tmp_path: Path
 ) -> None:
     federation.run = tiny_run(rounds={"clients": 2})
     client = await start_client()
@@ -168,6 +168,9 @@ async def test_server_that_restarts_is_waited_for_without_a_busy_loop(
     assert await second.ended() == 0, "".join(second.text)
     assert len(client.events("server is away")) == 1
     assert await client.kill(signal.SIGTERM) == 0
+    booked = [read(tmp_path / name / "ledger.jsonl").booked.values() for name in ("site-a", "site-b")]
+    told = sum(each.departure.wire_bytes for both in booked for each in both)
+    assert told >= federation.arrivals.wire_bytes, "the ledgers never tell less than what left"
 
 
 async def test_late_update_grows_the_residual_and_the_next_update(
