@@ -115,6 +115,15 @@ async def test_pause_keeps_the_open_round_and_opens_no_other(daemon: Daemon) -> 
     assert {t.round for t in await asyncio.gather(*waiting)} == {2}
 
 
+async def test_the_reason_of_a_pause_and_of_a_stop_is_bounded_and_harmless_to_a_terminal(daemon: Daemon) -> None:
+    run = await daemon.create()
+    said, kept = "lunch\x1b[2J" + "x" * 5000, "lunch [2J" + "x" * 1015
+    paused = await daemon.operator.PauseRun(op.PauseRunRequest(run=run.id, reason=said))
+    assert paused.run.reason == kept
+    stopped = await daemon.operator.StopRun(op.StopRunRequest(run=run.id, reason=said))
+    assert stopped.run.reason == kept
+
+
 async def test_stop_ends_a_run_and_only_then_it_can_be_deleted(daemon: Daemon) -> None:
     run = await daemon.create()
     a, b = await daemon.clients("a", "b")

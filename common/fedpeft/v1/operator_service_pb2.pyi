@@ -365,7 +365,7 @@ class PauseRunRequest(_message.Message):
     run: _builtins.str
     """Id of the run."""
     reason: _builtins.str
-    """Why, for whoever looks later; may be empty."""
+    """Why, for whoever looks later; may be empty; what is beyond 1,024 characters is not kept."""
     def __init__(
         self,
         *,
@@ -461,7 +461,7 @@ class StopRunRequest(_message.Message):
     run: _builtins.str
     """Id of the run."""
     reason: _builtins.str
-    """Why, for whoever looks later; may be empty."""
+    """Why, for whoever looks later; may be empty; what is beyond 1,024 characters is not kept."""
     def __init__(
         self,
         *,

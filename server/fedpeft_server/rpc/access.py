@@ -33,7 +33,6 @@ from fedpeft.identity.requests import PublicKey
 from fedpeft.identity.roles import OF_PROTO
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
-from fedpeft.plain_text import plain
 from fedpeft.v1 import access_service_pb2 as pb
 from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
 from fedpeft_server.access.admission import Admission
@@ -55,7 +54,6 @@ PERSON_LIFE = timedelta(days=90)
 TOKEN_LIFE_S = 86_400
 MIN_TOKEN_LIFE_S = 60
 MAX_TOKEN_LIFE_S = 30 * 86_400
-MAX_REASON = 1024
 MOST_CERTIFICATES = 8
 """A name is given so many within half the life of one, and needs one: each is a line in the audit log for ever."""
 
@@ -118,7 +116,7 @@ class Access(pb_grpc.AccessServiceServicer):
 
         secret, public = token.digest(request.secret).hex(), _digest(key)
         used = await self._enroll(secret, public, issue)
-        software = plain(request.software[: sayings.MAX_TEXT])
+        software = sayings.software(request.software)
         # Who was let in again just now has a certificate that begins in the next second: the device must not be early.
         await asyncio.sleep(made[0].not_valid_before_utc.timestamp() - time.time())
         log.info("enrolled", subject=str(used.subject), token=used.id, software=software)
@@ -172,8 +170,7 @@ class Access(pb_grpc.AccessServiceServicer):
         subject = _subject(request.role, request.name)
         if subject == CALL.get().caller.subject:
             raise SelfRevocation(f"you are {subject}; have another operator revoke you")
-        reason = plain(request.reason[:MAX_REASON])
-        row = await self._revoke(subject, reason, actor(), unseen=request.unseen)
+        row = await self._revoke(subject, sayings.reason(request.reason), actor(), unseen=request.unseen)
         return pb.RevokeIdentityResponse(identity=identity_message(row))
 
     async def RestoreIdentity(self, request: pb.RestoreIdentityRequest, context: Context) -> pb.RestoreIdentityResponse:

@@ -190,7 +190,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = self._callers.identify(context)
         engine, ticket = await self._ticket(request.ticket, client)
         try:
-            state = await engine.withdraw(ticket, sayings.withdrawal(request.reason), actor())
+            state = await engine.withdraw(ticket, sayings.reason(request.reason), actor())
         except TicketNotFound:  # its round is over
             state = (await self._runs.ticket(ticket.id))[1].state
         return pb.WithdrawResponse(state=TICKET_STATES[state])

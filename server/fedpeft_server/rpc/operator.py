@@ -37,7 +37,7 @@ from fedpeft_server.call import actor
 from fedpeft_server.rounds.aggregation import identity
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
-from fedpeft_server.rpc import pages
+from fedpeft_server.rpc import pages, sayings
 from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.history import History
@@ -148,7 +148,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def PauseRun(self, request: pb.PauseRunRequest, context: Context) -> pb.PauseRunResponse:
         """Lets no new round open."""
         engine = self._runs.get(request.run)
-        await engine.pause(request.reason, actor())
+        await engine.pause(sayings.reason(request.reason), actor())
         return pb.PauseRunResponse(run=await self._run(engine))
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
@@ -160,7 +160,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
         """Ends a run for good."""
         engine = self._runs.get(request.run)
-        await engine.stop(request.reason, actor())
+        await engine.stop(sayings.reason(request.reason), actor())
         return pb.StopRunResponse(run=await self._run(engine))
 
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:

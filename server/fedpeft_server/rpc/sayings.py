@@ -1,4 +1,4 @@
-"""What a client says in words of its own: bounded, and without what a terminal obeys, because operators read it."""
+"""What a caller says in words of its own: bounded, and without what a terminal obeys, because operators read it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ MAX_EXAMPLES = 2**63 - 1
 """More would not fit the database's numbers."""
 MAX_DECLINE_REASONS = 8
 MAX_DECLINE_CHARACTERS = 512
-MAX_WITHDRAW_CHARACTERS = 1024
+MAX_REASON_CHARACTERS = 1024
+"""Most characters of why a ticket is given back, a run paused or stopped, an identity revoked."""
 
 
 def capabilities(said: pb.Capabilities) -> pb.Capabilities:
@@ -45,9 +46,14 @@ def decline(said: Iterable[str]) -> tuple[str, ...]:
     return tuple(plain(reason[:MAX_DECLINE_CHARACTERS]) for reason in said if reason.strip())[:MAX_DECLINE_REASONS]
 
 
-def withdrawal(said: str) -> str:
-    """Returns what is kept of the reason of a withdrawal."""
-    return plain(said[:MAX_WITHDRAW_CHARACTERS])
+def software(said: str) -> str:
+    """Returns what is kept of the name of a device's software."""
+    return plain(said[:MAX_TEXT])
+
+
+def reason(said: str) -> str:
+    """Returns what is kept of why something is done."""
+    return plain(said[:MAX_REASON_CHARACTERS])
 
 
 def _faults(said: pb.Capabilities) -> Iterator[tuple[str, str]]:
