@@ -158,7 +158,7 @@ class OperatorClient(AccessCalls):
 
     async def run(self, run: str) -> tuple[run_pb2.Run, run_pb2.Round | None]:
         """Returns a run and its round in progress, that one without its tickets."""
-        answer = await self._repeat(lambda: self._stub.GetRun(pb.GetRunRequest(run=run), timeout=PATIENCE_S))
+        answer = await self._ask(self._stub.GetRun, pb.GetRunRequest(run=run))
         return answer.run, answer.round if answer.HasField("round") else None
 
     async def runs(self) -> list[run_pb2.Run]:
@@ -166,7 +166,7 @@ class OperatorClient(AccessCalls):
         request = pb.ListRunsRequest()
         found: list[run_pb2.Run] = []
         while True:
-            answer = await self._repeat(lambda: self._stub.ListRuns(request, timeout=PATIENCE_S))
+            answer = await self._ask(self._stub.ListRuns, request)
             found += answer.runs
             if not answer.next_page_token:
                 return found
@@ -177,7 +177,7 @@ class OperatorClient(AccessCalls):
         request = pb.ListRoundsRequest(run=run, after=after)
         parts: list[run_pb2.Round] = []
         while True:
-            answer = await self._repeat(lambda: self._stub.ListRounds(request, timeout=PATIENCE_S))
+            answer = await self._ask(self._stub.ListRounds, request)
             parts += answer.rounds
             if not answer.next_page_token:
                 return list(folded({}, parts).values())
@@ -212,29 +212,29 @@ class OperatorClient(AccessCalls):
     async def pause(self, run: str, reason: str = "") -> run_pb2.Run:
         """Lets no new round open; returns the run."""
         request = pb.PauseRunRequest(run=run, reason=reason)
-        return (await self._repeat(lambda: self._stub.PauseRun(request, timeout=PATIENCE_S))).run
+        return (await self._ask(self._stub.PauseRun, request)).run
 
     async def resume(self, run: str) -> run_pb2.Run:
         """Lets rounds open again; returns the run."""
         request = pb.ResumeRunRequest(run=run)
-        return (await self._repeat(lambda: self._stub.ResumeRun(request, timeout=PATIENCE_S))).run
+        return (await self._ask(self._stub.ResumeRun, request)).run
 
     async def stop(self, run: str, reason: str = "") -> run_pb2.Run:
         """Ends a run for good; returns it."""
         request = pb.StopRunRequest(run=run, reason=reason)
-        return (await self._repeat(lambda: self._stub.StopRun(request, timeout=PATIENCE_S))).run
+        return (await self._ask(self._stub.StopRun, request)).run
 
     async def delete(self, run: str) -> None:
         """Removes a completed or stopped run with all its versions and records."""
         request = pb.DeleteRunRequest(run=run)
-        await self._repeat(lambda: self._stub.DeleteRun(request, timeout=PATIENCE_S))
+        await self._ask(self._stub.DeleteRun, request)
 
     async def clients(self) -> list[pb.Client]:
         """Returns every client that ever registered, by id."""
         request = pb.ListClientsRequest()
         found: list[pb.Client] = []
         while True:
-            answer = await self._repeat(lambda: self._stub.ListClients(request, timeout=PATIENCE_S))
+            answer = await self._ask(self._stub.ListClients, request)
             found += answer.clients
             if not answer.next_page_token:
                 return found
