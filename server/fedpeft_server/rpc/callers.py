@@ -19,17 +19,14 @@ from fedpeft_server.store.rows import ClientRow
 
 ALIVE_S = 30.0
 """An instance holds its client id for so long after its last call."""
-
-_CERTIFIED = {"trainer": Role.CLIENT, "evaluator": Role.EVALUATOR}
-
 MAX_CALLS = 32
 """Calls that one client may have under way: it needs two, and each connection that broke may leave one for a minute."""
-
-
 SILENT_S = 120.0
 """A client that waits or trains calls every 20 seconds; one that has not for so long has a trouble."""
 GONE_S = 86_400.0
 """A client that has not called for a day was switched off, and is nobody's alarm any more."""
+
+_CERTIFIED = {"trainer": Role.CLIENT, "evaluator": Role.EVALUATOR}
 
 
 class Silence(StrEnum):
@@ -74,6 +71,7 @@ class Callers:
     def __init__(self, known: list[ClientRow], limit: int) -> None:
         self._limit = limit
         self._presence = {row.id: Presence(row.instance, role=row.role, heard=row.last_seen) for row in known}
+        self._registered = sum(1 for row in known if row.role)
         self._touched: dict[str, float] = {}
 
     def identify(self, context: Context, *, registers: bool = False) -> str:
@@ -119,6 +117,7 @@ class Callers:
         _refuse_other_role(client, role)
         self._refuse_one_too_many(client)
         presence = self._presence[client]
+        self._registered += not presence.role
         presence.role = role
         presence.scoring = None
 
@@ -180,9 +179,10 @@ class Callers:
 
     def _refuse_one_too_many(self, client: str) -> None:
         known = self._presence.get(client)
-        registered = sum(1 for p in self._presence.values() if p.role)
-        if not (known and known.role) and registered >= self._limit:
-            raise TooManyClients(f"{registered} clients are registered, the most this server takes (--max-clients)")
+        if not (known and known.role) and self._registered >= self._limit:
+            raise TooManyClients(
+                f"{self._registered} clients are registered, the most this server takes (--max-clients)"
+            )
 
     def _refuse_other_instance(self, client: str, presence: Presence, instance: str) -> None:
         if presence.instance == instance:
