@@ -24,7 +24,7 @@ from fedpeft.identity import folder as identity_folder
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft_server.access.certificates import read_authority
-from fedpeft_server.files import Files
+from fedpeft_server.access.files import Files
 
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 1024 * 1024

@@ -23,7 +23,7 @@ from fedpeft.identity.authority import Authority, check_host
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft_server.access.certificates import hosts_of, issue_server, read_authority
-from fedpeft_server.files import Files
+from fedpeft_server.access.files import Files
 
 OPERATOR_LIFE = timedelta(days=90)
 LOCAL = ("localhost", "127.0.0.1", "::1")

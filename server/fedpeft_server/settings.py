@@ -1,8 +1,4 @@
-"""The daemon's settings: one frozen model, flags over environment over a TOML file, whole at construction.
-
-What is waited for, and how long, is named here, in `fedpeft.waits`, in `fedpeft_client.patience` and in the run file
-(`deadline_s`).
-"""
+"""The daemon's settings: one frozen model, flags over environment over a TOML file, whole at construction."""
 
 from __future__ import annotations
 
@@ -15,10 +11,7 @@ from pydantic_settings import SettingsConfigDict
 from fedpeft.addresses import LAST_PORT, Address, check_endpoint
 from fedpeft.logs import Level, LogFormat
 from fedpeft.settings import ProcessSettings
-from fedpeft_server.files import Files
-
-TURN_S = 10.0
-"""How long a transfer is served before it gives way to others that wait."""
+from fedpeft_server.access.files import Files
 
 GIB = 1024**3
 

@@ -29,8 +29,8 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import init
 from fedpeft_server.access.certificates import read_authority
+from fedpeft_server.access.files import Files
 from fedpeft_server.app import Server
-from fedpeft_server.files import Files
 from fedpeft_server.settings import Settings
 
 from .conftest import Daemon, RawClient, config

@@ -31,9 +31,9 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server import init
+from fedpeft_server.access.files import Files
 from fedpeft_server.access.rights import RIGHTS
 from fedpeft_server.app import TOKENS_KEPT_S
-from fedpeft_server.files import Files
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.rows import TokenRow
 

@@ -17,8 +17,8 @@ from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft_server import init
 from fedpeft_server.access.certificates import ServerCertificates, read_authority
+from fedpeft_server.access.files import Files
 from fedpeft_server.app import Server
-from fedpeft_server.files import Files
 from fedpeft_server.settings import Settings
 
 from .secured import federation

@@ -21,7 +21,7 @@ from fedpeft.rounds import Phase, Round, Ticket, TicketState
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import metrics as metrics_module
-from fedpeft_server.files import Files
+from fedpeft_server.access.files import Files
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds import gauges
 from fedpeft_server.rpc.callers import Callers, Silence

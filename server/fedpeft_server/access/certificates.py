@@ -19,7 +19,7 @@ from fedpeft.errors import IdentityInvalid
 from fedpeft.identity import certificates, keys
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.keys import PrivateKey
-from fedpeft_server.files import Files
+from fedpeft_server.access.files import Files
 
 SERVER_LIFE = timedelta(days=90)
 

@@ -15,8 +15,9 @@ from contextlib import asynccontextmanager
 
 from fedpeft.errors import Draining, TransfersBusy, TurnOver
 from fedpeft.waits import HOLD_S
-from fedpeft_server.settings import TURN_S
 
+TURN_S = 10.0
+"""How long a transfer is served before it gives way to others that wait."""
 LINGER_S = 5.0
 """Who was told to ask again keeps its place for so long."""
 
