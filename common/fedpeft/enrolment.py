@@ -18,7 +18,7 @@ from fedpeft import durable
 from fedpeft.addresses import Address
 from fedpeft.connection import NO_RETRIES, open_unnamed
 from fedpeft.errors import IdentityInvalid, Internal, ServerUnreachable, Unavailable
-from fedpeft.identity import certificates, diagnosis, folder, keys, requests, turn
+from fedpeft.identity import certificates, diagnosis, folder, keys, lock, requests
 from fedpeft.identity.diagnosis import Trust
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.keys import PrivateKey
@@ -64,7 +64,7 @@ async def enroll(
     answer = await _ask(token, key, around)
     chain = _checked(answer.certificate, key)
     server = _address(answer.server or token.server)
-    async with turn.taken(into, ANSWER_S):
+    async with lock.held(into, ANSWER_S):
         if aside != into:
             with durable.refusals(f"writing {into}"):
                 durable.write(folder.key_path(into), keys.to_pem(key))
@@ -85,7 +85,7 @@ async def renewed(identity: Identity, renew: Callable[[pb.RenewRequest], Awaitab
         FedpeftError: What the call raises; StateInvalid if another process holds the folder, or the certificate cannot
             be written; IdentityInvalid if the folder has another key by now.
     """
-    async with turn.taken(identity.folder, ANSWER_S):
+    async with lock.held(identity.folder, ANSWER_S):
         if (found := folder.successor(identity, datetime.now(UTC))) is not None:
             return found
         _check_key(identity)

@@ -25,7 +25,7 @@ from fedpeft.errors import (
     TokenUsed,
 )
 from fedpeft.identity import authority as authority_module
-from fedpeft.identity import folder, keys, turn
+from fedpeft.identity import folder, keys, lock
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
@@ -206,7 +206,7 @@ async def test_one_who_renews_for_too_long_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(enrolment, "ANSWER_S", 0.1)
     identity = double.enrolled(tmp_path / "identity")
-    async with turn.taken(identity.folder, 1), open_channel(double.server, identity) as channel:
+    async with lock.held(identity.folder, 1), open_channel(double.server, identity) as channel:
         with pytest.raises(StateInvalid, match=r"another process has held .*identity for 0\.1 s"):
             await enrolment.renewed(identity, pb_grpc.AccessServiceStub(channel).Renew)
     assert double.asked == []

@@ -6,7 +6,7 @@
     identity.toml     server = "HOST:PORT"
 
 The key is written first and the certificate last, so a folder with a certificate is whole. A renewal replaces the
-certificate alone. Whoever replaces anything in it holds it meanwhile (`turn`).
+certificate alone. Who enrolls into it or renews holds it meanwhile (`lock`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ LOOK_S = 0.05
 
 
 @asynccontextmanager
-async def taken(folder: Path, wait_s: float) -> AsyncIterator[None]:
+async def held(folder: Path, wait_s: float) -> AsyncIterator[None]:
     """Holds an identity folder; the end of the process lets it go too.
 
     Args:
@@ -32,7 +32,7 @@ async def taken(folder: Path, wait_s: float) -> AsyncIterator[None]:
     with durable.refusals(f"opening {folder}"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        while not _held(descriptor):
+        while not _locked(descriptor):
             if time.monotonic() > deadline:
                 raise StateInvalid(f"another process has held {folder} for {wait_s:g} s; end it if it hangs")
             await asyncio.sleep(LOOK_S)
@@ -41,7 +41,7 @@ async def taken(folder: Path, wait_s: float) -> AsyncIterator[None]:
         os.close(descriptor)
 
 
-def _held(descriptor: int) -> bool:
+def _locked(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
