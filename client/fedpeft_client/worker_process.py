@@ -143,12 +143,16 @@ class WorkerProcess:
         raise WorkerDied(_cause(code) + why)
 
     async def _line(self, process: asyncio.subprocess.Process, stream: asyncio.StreamReader) -> bytes:
-        """Returns the next line; says so when none comes, and ends a worker that moved and then stood still."""
+        """Returns the next line, empty at the end, where death may have cut one off.
+
+        Says so when none comes, and ends a worker that moved and then stood still.
+        """
         silent_s = 0.0
         while True:
             try:
                 async with asyncio.timeout(STALL_S):
-                    return await stream.readline()
+                    line = await stream.readline()
+                    return line if line.endswith(b"\n") else b""
             except TimeoutError:
                 silent_s += STALL_S
                 self._log.warning("worker is silent", seconds=silent_s)
