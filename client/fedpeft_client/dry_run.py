@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 from fedpeft.data.interface import UNREADABLE_SHARE
 from fedpeft.errors import DataInvalid
 from fedpeft.logs import Log
@@ -16,7 +13,7 @@ from fedpeft_client.channel import Channel
 from fedpeft_client.fitness import Fitness, Report, Verdict
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.patience import CALL_S, Patience
-from fedpeft_client.reporter import EVERY_S
+from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.settings import Settings
 from fedpeft_client.worker_process import Answer, WorkerProcess
@@ -47,7 +44,7 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
     _line("device", f"{hello['device']}, {counted(hello['threads'], 'thread')}, torch {hello['torch']}")
     classes = counted(len(hello["labels"]), "class", "classes")
     _line("data", f"{settings.data}: {hello['rows']:,} {hello['rows_are']} of {classes}")
-    surveyed = await worker.ask({"op": "survey"}, _Progress(log))
+    surveyed = await worker.ask({"op": "survey"}, Reporter(log, "opening images"))
     _say_readable(surveyed, hello["rows_are"])
     fitness = Fitness(worker, log)
     for run in response.runs:
@@ -109,17 +106,3 @@ def _counts(classes: dict[str, int]) -> str:
 
 def _line(key: str, text: str) -> None:
     print(f"{key:>10}  {text}")
-
-
-class _Progress:
-    """Says now and then how many images were opened; a small set is done before the first time."""
-
-    def __init__(self, log: Log) -> None:
-        self._log = log
-        self._said = time.monotonic()
-
-    def __call__(self, progress: dict[str, Any]) -> None:
-        """Takes one progress event of the worker."""
-        if time.monotonic() - self._said >= EVERY_S:
-            self._said = time.monotonic()
-            self._log.info("opening images", **progress)

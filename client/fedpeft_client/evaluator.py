@@ -11,7 +11,6 @@ from fedpeft_client.channel import Channel
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.patience import Patience
-from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.trainer import adapter_json
 from fedpeft_client.worker_process import WorkerProcess
@@ -40,7 +39,7 @@ class Evaluator:
         """
         log.info("evaluation begins", version=held.version)
         request = {"op": "evaluate", "run": run.as_json(), "adapter": adapter_json(held)}
-        answer = await self._worker.ask(request, Reporter(log))
+        answer = await self._worker.ask(request)
         metrics = figures.sendable(answer["metrics"], figures.MAX_EVALUATION)
         message = pb.PushEvaluationRequest(run=run.id, version=held.version, metrics=metrics)
         with self._ledger.booked(departures.evaluation(message)):

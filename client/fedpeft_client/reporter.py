@@ -1,4 +1,4 @@
-"""Progress of training as occasional log lines."""
+"""Progress of the worker as occasional log lines."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ EVERY_S = 10.0
 
 
 class Reporter:
-    """Says how far training is, at most every EVERY_S seconds."""
+    """Says how far something is every EVERY_S seconds, so nothing of what is done sooner.
 
-    def __init__(self, log: Log) -> None:
+    Args:
+        log: Where it is said.
+        what: What is being done.
+    """
+
+    def __init__(self, log: Log, what: str) -> None:
         self._log = log
+        self._what = what
         self._said = time.monotonic()
 
     def __call__(self, progress: dict[str, Any]) -> None:
@@ -23,6 +29,6 @@ class Reporter:
         now = time.monotonic()
         if now - self._said >= EVERY_S:
             self._said = now
-            self._log.info("training", **progress)
+            self._log.info(self._what, **progress)
         else:
-            self._log.debug("training", **progress)
+            self._log.debug(self._what, **progress)

@@ -55,7 +55,7 @@ class Trainer:
             "local": str(state.local(folder)),
             "out": str(draft),
         }
-        answer = await self._worker.ask(request, self._watch(run.id, Reporter(log)))
+        answer = await self._worker.ask(request, self._watch(run.id, Reporter(log, "training")))
         manifest = json_format.ParseDict(answer["manifest"], tensor_pb2.Manifest())
         sent, encoding = run.spec.sent(task.round), run.config.codec.encoding
         check_manifest(wire.manifest_from_proto(manifest), sent, [encoding])  # nothing else ever leaves
