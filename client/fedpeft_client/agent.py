@@ -31,7 +31,7 @@ from importlib.metadata import version as installed_version
 
 from fedpeft import PROTOCOL, tracing
 from fedpeft.codecs import codecs
-from fedpeft.errors import FedpeftError, LocalError, NotFound, NotRegistered, RefusedByPolicy, StateInvalid
+from fedpeft.errors import FedpeftError, NotFound, NotRegistered, RefusedByPolicy, StateInvalid
 from fedpeft.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
@@ -55,6 +55,7 @@ from fedpeft_client.standing import while_it_counts
 from fedpeft_client.state import StateDirectory
 from fedpeft_client.suitability import Reason, reasons_against_ticket
 from fedpeft_client.trainer import Trainer
+from fedpeft_client.withdrawals import Withdrawals
 from fedpeft_client.worker_process import Answer, WorkerProcess
 
 
@@ -94,6 +95,7 @@ class Agent:
         self._box = PendingBox(directory, policy.digest)
         self._patience = Patience(log, CALL_S if settings.once else None)
         self._limits = Limits(policy, ledger, metrics, log)
+        self._withdrawals = Withdrawals(channel, self._patience, ledger)
         self._pusher = Pusher(channel, self._patience, ledger)
         self._trainer = Trainer(directory, self._box, worker, metrics)
         self._evaluator = Evaluator(channel, self._patience, worker, ledger, metrics)
@@ -179,7 +181,7 @@ class Agent:
             else:
                 log.warning("an update that was trained under another policy is not sent", ticket=pending.ticket)
                 changed = RefusedByPolicy("its owner changed what is allowed after the update was trained")
-                outcome = await self._pusher.give_up(pending, changed)
+                outcome = await self._pusher.give_up(pending, changed, log)
             self._metrics.updates.labels(pending.run, outcome).inc()
             await asyncio.to_thread(self._box.settle, pending, outcome)
 
@@ -226,7 +228,7 @@ class Agent:
         if failure := self._excess(task) or await self._tried(task.run, train):
             log.error("ticket is given up", cause=failure.here)
             self._metrics.tickets_given_up.labels(task.run, failure.kind).inc()
-            await self._withdraw(task, failure)
+            await self._withdrawals.withdraw(task.ticket, f"{failure.kind}: {failure.told}", task.run, task.round, log)
             await self._setback.pause()
 
     def _excess(self, task: pb.TrainingTask) -> Reason | None:
@@ -283,16 +285,6 @@ class Agent:
         with self._metrics.during(State.PULLING), tracing.span("pull", run_id, number):
             held = await Puller(self._channel, self._patience, verdict.run, cache).pull(version)
         return verdict.run, held
-
-    async def _withdraw(self, task: pb.TrainingTask, failure: Reason) -> None:
-        reason = f"{failure.kind}: {failure.told}"
-        try:
-            with self._ledger.booked(departures.withdrawal(task.ticket, reason, task.run, task.round)):
-                await self._patience.keep(lambda: self._channel.withdraw(task.ticket, reason))
-        except (LocalError, *NOT_ABOUT_THE_TASK):  # the ledger cannot be written, which only a person can mend
-            raise
-        except FedpeftError as error:
-            self._log.info("the ticket is gone already", ticket=task.ticket, cause=str(error))
 
     def _named(self, error: FedpeftError | OSError) -> FedpeftError:
         if isinstance(error, FedpeftError):

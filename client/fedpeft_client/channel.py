@@ -2,7 +2,7 @@
 
 Notable: with another certificate comes another connection. Calls that are under way end on the old one, which is closed
 after the last of them; a certificate is renewed on a connection of its own, past what holds the other up; and why
-there is no connection is found out once an absence, not at every attempt.
+there is no connection is looked for once a minute, not at every attempt.
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ class Channel:
         """Asks where an upload stands."""
         return await self._call(self._line.federation.GetUpload, pb.GetUploadRequest(ticket=ticket, sha256=sha256))
 
-    async def withdraw(self, ticket: str, reason: str) -> pb.WithdrawResponse:
-        """Gives a ticket up; the reason is cut to the 1,024 characters that the protocol takes."""
-        return await self._call(self._line.federation.Withdraw, pb.WithdrawRequest(ticket=ticket, reason=reason[:1024]))
+    async def withdraw(self, request: pb.WithdrawRequest) -> pb.WithdrawResponse:
+        """Gives a ticket up."""
+        return await self._call(self._line.federation.Withdraw, request)
 
     async def push_evaluation(self, request: pb.PushEvaluationRequest) -> None:
         """Reports figures of a version."""
@@ -220,7 +220,7 @@ class Channel:
             task.add_done_callback(self._leaving.discard)
 
     async def _explained(self, fault: ServerUnreachable) -> ServerUnreachable:
-        """Returns the fault with its cause, which is looked for now and then only."""
+        """Returns the fault with its cause, as it was found the last time that it was looked for."""
         now = time.monotonic()
         if self._explained_at is None or now - self._explained_at > EXPLAIN_EVERY_S:
             self._explained_at = now

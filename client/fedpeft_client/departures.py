@@ -69,10 +69,10 @@ def update(pending: Pending, offset: int) -> Departure:
     )
 
 
-def withdrawal(ticket: str, reason: str, run: str, number: int) -> Departure:
-    """A ticket that is given back."""
-    request = pb.WithdrawRequest(ticket=ticket, reason=reason[:1024])
-    return Departure(Kind.WITHDRAWAL, request.ByteSize(), {"reason": request.reason}, run, round=number, ticket=ticket)
+def withdrawal(request: pb.WithdrawRequest, run: str, number: int) -> Departure:
+    """A ticket of round `number` of a run that is given back."""
+    said = {"reason": request.reason}
+    return Departure(Kind.WITHDRAWAL, request.ByteSize(), said, run, round=number, ticket=request.ticket)
 
 
 def evaluation(request: pb.PushEvaluationRequest) -> Departure:

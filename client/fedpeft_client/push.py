@@ -32,6 +32,7 @@ from fedpeft_client.exits import NOT_ABOUT_THE_TASK
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.patience import Backoff, Patience
 from fedpeft_client.pending import Outcome, Pending
+from fedpeft_client.withdrawals import Withdrawals
 
 STARTS = 3
 """How often an upload whose bytes arrive damaged is begun at its first byte before it is given up."""
@@ -52,6 +53,7 @@ class Pusher:
         self._channel = channel
         self._patience = patience
         self._ledger = ledger
+        self._withdrawals = Withdrawals(channel, patience, ledger)
         self._committed = 0
         """Bytes that the server held when it was last asked."""
 
@@ -81,26 +83,19 @@ class Pusher:
                 cause=str(error),
             )
             if not isinstance(error, RoundClosed | TicketClosed):
-                return await self.give_up(pending, error)
+                return await self.give_up(pending, error, log)
             return Outcome.NOT_COUNTED
         log.info("update received", sha256=receipt.sha256.hex())
         return Outcome.COUNTED
 
-    async def give_up(self, pending: Pending, cause: FedpeftError) -> Outcome:
-        """Tells the round not to wait; the ticket may well be unknown by now, which is just as good.
+    async def give_up(self, pending: Pending, cause: FedpeftError, log: Log) -> Outcome:
+        """Tells the round not to wait.
 
         Returns:
             Whether the update counted after all: an upload that this side gave up may have come to its end.
         """
-        ticket = pending.ticket
-        try:
-            with self._ledger.booked(departures.withdrawal(ticket, str(cause), pending.run, pending.round)):
-                answer = await self._patience.keep(lambda: self._channel.withdraw(ticket, str(cause)))
-        except (LocalError, *NOT_ABOUT_THE_TASK):
-            raise
-        except FedpeftError:
-            return Outcome.NOT_COUNTED
-        return Outcome.COUNTED if answer.state == run_pb2.TICKET_STATE_RECEIVED else Outcome.NOT_COUNTED
+        state = await self._withdrawals.withdraw(pending.ticket, str(cause), pending.run, pending.round, log)
+        return Outcome.COUNTED if state == run_pb2.TICKET_STATE_RECEIVED else Outcome.NOT_COUNTED
 
     async def _insist(self, pending: Pending, log: Log) -> pb.PushUpdateResponse:
         """Repeats the upload while a repetition can help."""
