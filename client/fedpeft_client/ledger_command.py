@@ -13,7 +13,7 @@ from fedpeft.cli.output import note, say, say_json, say_table
 from fedpeft.errors import SettingsInvalid
 from fedpeft.units import counted, size
 from fedpeft_client.exits import Exit
-from fedpeft_client.ledger_entries import FILE, read
+from fedpeft_client.ledger_entries import FILE, Contents, read
 from fedpeft_client.ledger_view import Row, rows, totals
 from fedpeft_client.state import VARIABLE
 
@@ -42,16 +42,23 @@ def main(arguments: list[str]) -> int:
         transfers = [row.as_json() for row in found]
         say_json({"transfers": transfers, "totals": sums, "unreadable_lines": contents.unreadable})
     else:
-        _show(found, sums, complete=not contents.unreadable)
+        _show(found, sums, _nothing(contents))
     if contents.unreadable:
         lines = counted(contents.unreadable, "line")
         note(f"{lines} of the ledger cannot be read: cut off by a crash, or changed by hand")
     return Exit.DONE
 
 
-def _show(found: Sequence[Row], sums: Mapping[str, Mapping[str, int]], *, complete: bool) -> None:
+def _nothing(contents: Contents) -> str:
+    """Returns what is said where there is no row: no more than what the ledger proves."""
+    if contents.unreadable:
+        return "no entry to show"
+    return "nothing of that has left this device" if contents.booked else "nothing has left this device"
+
+
+def _show(found: Sequence[Row], sums: Mapping[str, Mapping[str, int]], nothing: str) -> None:
     if not found:
-        say("nothing has left this device" if complete else "no entry to show")
+        say(nothing)
         return
     say_table(_COLUMNS, [row.cells() for row in found], right=("ROUND", "PAYLOAD", "WIRE"))
     say("")

@@ -119,7 +119,7 @@ class Contents:
         """Takes one line."""
         try:
             data = json.loads(line)
-            at, before = datetime.fromisoformat(data["at"]), self.booked.get(data["id"])
+            at, before = _moment(data["at"]), self.booked.get(data["id"])
             if "kind" in data:
                 departure = _departure(data)
                 self.booked[data["id"]] = Booked(departure, before.at if before else at, at, str(data["server"]))
@@ -165,6 +165,13 @@ def _is_whole(line: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _moment(text: str) -> datetime:
+    at = datetime.fromisoformat(text)
+    if at.tzinfo is None:
+        raise ValueError("a time without its zone")
+    return at
 
 
 def _text(at: datetime) -> str:

@@ -96,8 +96,11 @@ def totals(found: Iterable[Row]) -> dict[str, dict[str, int]]:
 
 
 def describe(departure: Departure) -> str:
-    """Returns what left, in words."""
-    return _WORDS[departure.kind](departure.said)
+    """Returns what left, in words; where its line was changed by hand, that there are none."""
+    try:
+        return _WORDS[departure.kind](departure.said)
+    except (KeyError, TypeError, ValueError):
+        return "what was in it cannot be read"
 
 
 def _enrolment(said: Mapping[str, Any]) -> str:

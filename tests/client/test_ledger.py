@@ -224,6 +224,12 @@ def test_the_command_shows_a_table_or_json_and_what_is_asked_for(
     assert [(t["kind"], t["outcome"]) for t in shown["transfers"]] == [("answer", "received"), ("update", "refused")]
     assert shown["totals"]["all"]["wire_bytes"] == 2068 and shown["unreadable_lines"] == 0
     assert run(["ledger", "--since", "2999-01-01"]) == 0
+    assert capsys.readouterr().out == "nothing of that has left this device\n"
+
+
+def test_an_empty_ledger_says_that_nothing_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Ledger(tmp_path, "s:1").close()
+    assert run(["ledger", "--state-dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "nothing has left this device\n"
 
 
@@ -235,6 +241,26 @@ def test_a_ledger_that_cannot_be_read_does_not_say_that_nothing_left(
     said = capsys.readouterr()
     assert said.out == "no entry to show\n"
     assert said.err == "2 lines of the ledger cannot be read: cut off by a crash, or changed by hand\n"
+
+
+def test_lines_that_were_changed_by_hand_are_counted_and_said_and_stop_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Ledger(tmp_path, "s:1") as ledger, ledger.booked(update(200)):
+        ledger.leaving(200)
+    opened, closed = map(json.loads, (tmp_path / FILE).read_text().splitlines())
+    changed = [
+        {**opened, "said": {}},
+        closed,
+        {**opened, "id": "without-a-zone", "at": "2026-11-21T20:00:00"},
+        {**opened, "id": "other-types", "ticket": "ticket-2", "said": {"tensors": "two", "parameters": None}},
+    ]
+    (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in changed))
+    assert run(["ledger", "--state-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("what was in it cannot be read") == 2 and "1 line of the ledger cannot be read" in said.err
+    with Ledger(tmp_path, "s:1") as ledger:
+        assert ledger.day.left_since(datetime.now(UTC) - timedelta(days=1)) == 400
 
 
 @pytest.mark.parametrize(
