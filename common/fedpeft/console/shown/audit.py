@@ -56,9 +56,7 @@ def _details(text: str) -> tuple[tuple[str, str], ...]:
         found = text
     if not isinstance(found, dict):
         return (("", str(found)),)
-    return tuple(
-        (name, _short(value if isinstance(value, str) else json.dumps(value))) for name, value in found.items()
-    )
+    return tuple((name, _short(value)) for name, value in found.items())
 
 
 def _short(value: object) -> str:
