@@ -109,6 +109,11 @@ class FedpeftError(Exception):
         self.message = message
         self.fields = fields
 
+    @property
+    def in_short(self) -> str:
+        """What is wrong, without what would be right, which stands behind a semicolon; for a line with little room."""
+        return self.message.partition(";")[0]
+
     def __init_subclass__(cls) -> None:
         cls.reason = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).upper()
 

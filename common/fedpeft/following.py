@@ -7,17 +7,14 @@ figures are waited for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedpeft import views
 from fedpeft.errors import CertificateExpired, FedpeftError, Unavailable
-from fedpeft.operator_client import FINISHED, PATIENCE_S, OperatorClient
+from fedpeft.operator_client import FINISHED, PATIENCE_S, Connect, OperatorClient
 from fedpeft.round_parts import folded
 from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2
-
-Connect = Callable[[], OperatorClient]
-"""Makes a client of the server, a new one for every attempt."""
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 15.0
@@ -112,7 +109,7 @@ async def follow(connect: Connect, run: str) -> AsyncIterator[Picture]:
                 raise
             continue  # it ended under way: the identity may have the next one by now
         except Unavailable as error:
-            picture = replace(picture, changed=frozenset(), lost=_first_sentence(error))
+            picture = replace(picture, changed=frozenset(), lost=error.in_short)
             yield picture
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -156,7 +153,3 @@ async def _evaluator_seen(server: OperatorClient, run: run_pb2.Run) -> bool:
         and client.last_seen.ToNanoseconds() >= run.created_at.ToNanoseconds()
         for client in await server.clients()
     )
-
-
-def _first_sentence(error: FedpeftError) -> str:
-    return error.message.partition(";")[0]

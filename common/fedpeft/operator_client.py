@@ -387,6 +387,10 @@ class OperatorClient(AccessCalls):
         return message if isinstance(message, pb.WatchRunResponse) else None  # grpc.aio.EOF
 
 
+Connect = Callable[[], OperatorClient]
+"""Makes a client of the server, a new one for every connection."""
+
+
 def _messages(header: pb.CreateRunHeader, data: bytes, chunk_bytes: int) -> Iterator[tuple[pb.CreateRunRequest, int]]:
     """Yields the messages of an upload, each with the payload bytes sent once it is."""
     yield pb.CreateRunRequest(header=header), 0

@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 from textual.pilot import Pilot
 
-from fedpeft.following import Connect
-from fedpeft.operator_client import OperatorClient
+from fedpeft.operator_client import Connect, OperatorClient
 from fedpeft.spec import AdapterSpec, TensorSpec
 from fedpeft.top import feed
 from fedpeft.top.app import TopApp

@@ -13,7 +13,7 @@ from fedpeft.cli.session import require, run_async, session_of
 from fedpeft.errors import SettingsInvalid
 
 if TYPE_CHECKING:
-    from fedpeft.following import Connect
+    from fedpeft.operator_client import Connect
 
 EPILOG = epilog(
     "fedpeft --server 127.0.0.1:7070 top",

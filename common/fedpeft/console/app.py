@@ -23,11 +23,12 @@ from fedpeft.console.desk import Desk
 from fedpeft.console.directory import Directory
 from fedpeft.console.feeds import Feeds
 from fedpeft.console.guard import Guard, Refused
-from fedpeft.console.line import Connect, Line
+from fedpeft.console.line import Line
 from fedpeft.console.pages import audit, client, creation, downloads, login, overview, run, steering
 from fedpeft.console.paper import Paper
 from fedpeft.console.settings import Settings
 from fedpeft.errors import FedpeftError
+from fedpeft.operator_client import Connect
 
 Page = Callable[[Request], Awaitable[Response]]
 

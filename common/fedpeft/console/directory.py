@@ -98,7 +98,7 @@ class Directory:
             self.runs, self.clients = _by_id(runs), _by_id(clients)
             self.lost, self.looked_at = "", True
         except FedpeftError as error:
-            self.lost = error.message.partition(";")[0]
+            self.lost = error.in_short
         finally:
             self._looking = None
         now = time.monotonic()

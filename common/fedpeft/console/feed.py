@@ -14,9 +14,9 @@ from typing import TypeVar, cast
 from fedpeft import views
 from fedpeft.console.bell import Bell
 from fedpeft.console.facts import Reader, RoundFacts
-from fedpeft.console.line import Connect
 from fedpeft.errors import FedpeftError, Internal, Unavailable
 from fedpeft.following import Picture, follow
+from fedpeft.operator_client import Connect
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ class RunFeed:
                     self._changed()
                 return
             except Unavailable as error:
-                self.lost = error.message.partition(";")[0]
+                self.lost = error.in_short
             except FedpeftError as error:
                 self.error = error
             except Exception as error:  # a fault of ours: said on the page like any other, and not lost with the task

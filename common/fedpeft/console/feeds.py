@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from fedpeft.console.bell import Bell
 from fedpeft.console.feed import RunFeed
-from fedpeft.console.line import Connect
+from fedpeft.operator_client import Connect
 
 MOST_FEEDS = 64
 """Runs that are followed though nobody looks at them."""

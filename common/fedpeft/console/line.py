@@ -8,10 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from fedpeft.errors import Unavailable
-from fedpeft.operator_client import OperatorClient
+from fedpeft.operator_client import Connect, OperatorClient
 
 T = TypeVar("T")
-Connect = Callable[[], OperatorClient]
 
 
 class Line:

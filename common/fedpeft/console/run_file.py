@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedpeft.config import RunConfig, parse_config
-from fedpeft.console.line import Connect
 from fedpeft.errors import ConfigInvalid, FedpeftError
 from fedpeft.faults import line_of
 from fedpeft.first_version import first_version
+from fedpeft.operator_client import Connect
 from fedpeft.v1 import run_pb2
 
 _LINE = re.compile(r"\(at line ([0-9]+), column [0-9]+\)")

@@ -12,9 +12,9 @@ import uvicorn
 from fedpeft.addresses import Address
 from fedpeft.console.access import Doorkeeper
 from fedpeft.console.app import console
-from fedpeft.console.line import Connect
 from fedpeft.console.settings import Settings
 from fedpeft.errors import SettingsInvalid
+from fedpeft.operator_client import Connect
 
 BACKLOG = 128
 LAST_WORDS_S = 1

@@ -17,7 +17,7 @@ from textual.widgets import DataTable, Footer, Static
 
 from fedpeft import views
 from fedpeft.errors import FedpeftError
-from fedpeft.following import Connect
+from fedpeft.operator_client import Connect
 from fedpeft.top import scene
 from fedpeft.top.dialogs import Keys, Question
 from fedpeft.top.feed import Feed

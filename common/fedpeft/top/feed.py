@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable
 
 from fedpeft.errors import FedpeftError
-from fedpeft.following import Connect, Picture, follow
+from fedpeft.following import Picture, follow
+from fedpeft.operator_client import Connect
 from fedpeft.v1 import operator_service_pb2, run_pb2
 
 EVERY_S = 2.0
@@ -90,5 +91,5 @@ class Feed:
         self._changed()
 
     def _lose(self, error: FedpeftError) -> None:
-        self.lost = error.message.partition(";")[0]
+        self.lost = error.in_short
         self._changed()
