@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 
 from grafana_foundation_sdk.builders import common as common_builders
 from grafana_foundation_sdk.builders import (
@@ -235,7 +236,7 @@ def _targets(
     queries: Sequence[Query], *, instant: bool = False, form: PromQueryFormat = PromQueryFormat.TIME_SERIES
 ) -> list[Builder[Dataquery]]:
     made: list[Builder[Dataquery]] = []
-    for letter, query in zip("ABCDEFGH", queries, strict=False):
+    for letter, query in zip(ascii_uppercase[: len(queries)], queries, strict=True):
         target = prometheus.Dataquery().expr(query.expr).legend_format(query.legend).ref_id(letter).format(form)
         made.append(target.instant() if instant else target.range())
     return made
