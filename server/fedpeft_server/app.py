@@ -47,6 +47,7 @@ from fedpeft_server.settings import Settings
 from fedpeft_server.store.rows import Deed
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
+from fedpeft_server.upkeep import again
 
 log = structlog.get_logger()
 
@@ -105,9 +106,12 @@ class Server:
             self.exporter, _ = self.metrics.serve(where.host, where.port)
         await self.runs.start()
         await self.store.call(self.store.db.transactions.write, Deed("server", "server.started", __version__))
-        await self._purge_tokens()
-        tasks = (self._book(), self._keep_certificates(), self._keep_tokens_few())
-        self._keeping = [asyncio.create_task(task) for task in tasks]
+        upkeep = (
+            again(BOOK_S, self._book, "traffic could not be written"),
+            again(LOOK_S, self._renew_certificate, "the server's certificate could not be replaced"),
+            again(PURGE_S, self._purge_tokens, "old enrolment tokens could not be removed"),
+        )
+        self._keeping = [asyncio.create_task(each) for each in upkeep]
 
     async def serve(self) -> None:
         """Answers calls until somebody says stop."""
@@ -136,7 +140,10 @@ class Server:
         await self.runs.close()
         for keeping in self._keeping:
             keeping.cancel()
-        await self._write_books()
+        try:
+            await self._write_books()
+        except FedpeftError as error:
+            log.error("traffic could not be written", message=error.message)
         self.store.close()
         if self.settings.metrics:
             self.exporter.shutdown()
@@ -213,42 +220,27 @@ class Server:
         )
         return Addresses(str(server), enroll)
 
-    async def _keep_certificates(self) -> None:
+    async def _renew_certificate(self) -> None:
         """Renews the server's certificate in time, or takes up what others wrote, and shows when it ends."""
-        own = self.certificates
-        while own:
-            try:
-                if await self.store.compute(own.refresh):
-                    log.info("the server's certificate was replaced", ends=str(own.certificate.not_valid_after_utc))
-            except Exception as error:  # a file that somebody is writing must not end the looking
-                log.error("the server's certificate could not be replaced", message=str(error))
+        if (own := self.certificates) is None:
+            return
+        try:
+            if await self.store.compute(own.refresh):
+                log.info("the server's certificate was replaced", ends=str(own.certificate.not_valid_after_utc))
+        finally:
             self.metrics.certificate_expires("server", own.certificate.not_valid_after_utc.timestamp())
             self.metrics.certificate_expires("authority", own.trusted[0].not_valid_after_utc.timestamp())
-            await asyncio.sleep(LOOK_S)
-
-    async def _keep_tokens_few(self) -> None:
-        while True:
-            await asyncio.sleep(PURGE_S)
-            try:
-                await self._purge_tokens()
-            except FedpeftError as error:
-                log.error("old enrolment tokens could not be removed", message=error.message)
 
     async def _purge_tokens(self) -> None:
         await self.store.call(self.store.db.identities.purge_tokens, time.time() - TOKENS_KEPT_S)
 
     async def _book(self) -> None:
-        while True:
-            self.metrics.registered(self.callers.silences(time.time()))
-            await asyncio.sleep(BOOK_S)
-            await self._write_books()
+        self.metrics.registered(self.callers.silences(time.time()))
+        await self._write_books()
 
     async def _write_books(self) -> None:
-        try:
-            await self.ledger.write(self.store)
-            await self.store.call(self.store.db.touch_clients, self.callers.touched())
-        except FedpeftError as error:
-            log.error("traffic could not be written", message=error.message)
+        await self.ledger.write(self.store)
+        await self.store.call(self.store.db.touch_clients, self.callers.touched())
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
