@@ -8,6 +8,9 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator
 from functools import cache
 from typing import Any, Final, TypeVar
 
+LEAVE_S = 5.0
+"""Longest that work which was interrupted is waited for."""
+
 T = TypeVar("T")
 _END: Final = object()
 
@@ -21,12 +24,21 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 def do(work: Coroutine[Any, Any, T]) -> T:
-    """Does asynchronous work and returns what comes of it; Ctrl-C ends the work too."""
-    future = asyncio.run_coroutine_threadsafe(work, _loop())
+    """Does asynchronous work and returns what comes of it; Ctrl-C ends the work first, which may have to clean up."""
+    ended = threading.Event()
+
+    async def worked() -> T:
+        try:
+            return await work
+        finally:
+            ended.set()
+
+    future = asyncio.run_coroutine_threadsafe(worked(), _loop())
     try:
         return future.result()
     except BaseException:
-        future.cancel()
+        if future.cancel():  # else it is the work's own error
+            ended.wait(LEAVE_S)
         raise
 
 
