@@ -26,7 +26,7 @@ from fedpeft.caller import choose
 from fedpeft.following import Picture, follow
 from fedpeft.logs import silence_grpc
 from fedpeft.narration import Narrator
-from fedpeft.operator_client import FINISHED, OperatorClient
+from fedpeft.operator_client import OperatorClient
 from fedpeft.tables import rounds_html, runs_html
 from fedpeft.v1 import operator_service_pb2, run_pb2
 
@@ -176,6 +176,11 @@ class Run:
     def state(self) -> str:
         """running, paused, completed or stopped."""
         return views.state(self._picture.run)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is completed or stopped."""
+        return self._picture.finished
 
     @property
     def reason(self) -> str:
@@ -360,11 +365,6 @@ class Run:
             if figure in each.metrics:
                 return each.metrics[figure]
         return self._picture.run.initial_metrics.get(figure)
-
-    @property
-    def finished(self) -> bool:
-        """Whether it is completed or stopped."""
-        return self._picture.run.state in FINISHED
 
     def __repr__(self) -> str:
         scored = "" if self.accuracy is None else f", accuracy {100 * self.accuracy:.1f} %"
