@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,27 +78,50 @@ def read_checkpoint(path: Path) -> State:
     Raises:
         ModelInvalid: If the file cannot be read, or holds anything but named tensors.
     """
-    try:
-        if path.suffix == ".safetensors":
-            data: Any = safetensors.torch.load_file(path)
-        else:
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, KeyError, ValueError) as error:
-        raise ModelInvalid(f"cannot read weights file {path}: {error}") from error
-    except (pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        raise ModelInvalid(
-            f"{path} is not a safetensors file or a PyTorch file of plain tensors: {str(error).splitlines()[0]}"
-        ) from error
+    data = _loaded(path)
     for key in ("state_dict", "model"):
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
     if not isinstance(data, Mapping) or not data:
         raise ModelInvalid(f"{path} holds no state dict")
-    odd = [str(name) for name, value in data.items() if not isinstance(value, torch.Tensor)]
+    odd = [str(name) for name, value in data.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
     if odd:
-        raise ModelInvalid(f"{path} is not a state dict: {_some(odd)} is not a tensor")
+        raise ModelInvalid(f"{path} is not a state dict: {_some(odd)} is not a tensor under a name")
     state: State = clean_state_dict(dict(data))
     return state
+
+
+def _loaded(path: Path) -> Any:
+    """Returns whatever a weights file holds; its libraries' own words are for programmers, and some are bad advice."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's unpickler says on the way what the error says
+            if path.suffix == ".safetensors":
+                return safetensors.torch.load_file(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler raises anything at all on bytes that were not made for it
+        if isinstance(error, OSError) and error.strerror:
+            raise ModelInvalid(f"cannot read weights file {path}: {error.strerror}") from error
+        raise ModelInvalid(
+            f"{path} is not a safetensors file or a PyTorch file of plain tensors: {_wrong(path, error)}"
+        ) from error
+
+
+def _wrong(path: Path, error: Exception) -> str:
+    """Returns what is wrong with a weights file that could not be read."""
+    with path.open("rb") as file:
+        first = file.read(4)
+    if not first:
+        return "it is empty"
+    if path.suffix == ".safetensors":
+        return "its header is not that of a safetensors file, or its end is missing"
+    if first == b"PK\x03\x04" and not isinstance(error, pickle.UnpicklingError):
+        return "it is a zip archive that PyTorch did not write, or its end is missing"
+    if first == b"PK\x03\x04" or first[:1] == b"\x80":
+        return "it is damaged, or holds more than tensors, which is never loaded because it could run code here"
+    return "it begins as neither does (a safetensors file is told by its name, .safetensors)"
 
 
 def fit(fitting: Fitting, checkpoint: State, module: nn.Module, head: str, source: str) -> State:

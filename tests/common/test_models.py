@@ -168,15 +168,32 @@ def test_pickled_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("name", ["junk.safetensors", "junk.pth", "empty.pth", "empty.safetensors"])
-def test_junk_is_refused(tmp_path: Path, name: str) -> None:
+JUNK = {
+    "empty.pth": (b"", "it is empty"),
+    "empty.safetensors": (b"", "it is empty"),
+    "junk.safetensors": (b"no weights at all", "its header is not that of a safetensors file"),
+    "passwd": (b"root:x:0:0:root:/root:/bin/bash\n", "it begins as neither does"),
+    "noise.pth": (bytes(range(255, 0, -1)), "it begins as neither does"),
+    "cut.zip": (b"PK\x03\x04" + bytes(64), "it is a zip archive that PyTorch did not write"),
+    "stack.pth": (b"\x80\x04.", "it is damaged, or holds more than tensors"),
+    "call.pth": (b"\x80\x04cos\nsystem\n.", "it is damaged, or holds more than tensors"),
+}
+
+
+@pytest.mark.parametrize("name", JUNK)
+def test_junk_is_refused_in_words_of_our_own(tmp_path: Path, name: str) -> None:
+    data, wrong = JUNK[name]
     path = tmp_path / name
-    path.write_bytes(b"" if name.startswith("empty") else b"no weights at all")
-    with pytest.raises(ModelInvalid, match=name):
+    path.write_bytes(data)
+    with pytest.raises(ModelInvalid) as caught:
         build(config(weights=str(path)), 0)
+    start = f"{path} is not a safetensors file or a PyTorch file of plain tensors: {wrong}"
+    assert caught.value.message.startswith(start)
+    assert "weights_only" not in caught.value.message
+    assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("data", [{}, [1, 2], {"norm.weight": "text"}])
+@pytest.mark.parametrize("data", [{}, [1, 2], {"norm.weight": "text"}, {1: torch.zeros(1)}])
 def test_files_of_something_else_are_refused(tmp_path: Path, data: object) -> None:
     path = tmp_path / "else.pth"
     torch.save(data, path)
