@@ -31,7 +31,7 @@ import grpc
 from fedpeft import enrolment
 from fedpeft.access_calls import AccessCalls, RequestT, ResponseT, Unary
 from fedpeft.connection import open_channel
-from fedpeft.errors import ChecksumMismatch, FedpeftError, ServerUnreachable, StateInvalid, Unavailable
+from fedpeft.errors import ChecksumMismatch, FedpeftError, ServerUnreachable, StateInvalid, Unavailable, VersionNotFound
 from fedpeft.identity import certificates, diagnosis
 from fedpeft.identity.diagnosis import Trust
 from fedpeft.identity.way import Closed
@@ -55,6 +55,8 @@ KEEP_S = 900.0
 is opened."""
 RENEW_S = 10.0
 """Longest that a command waits for the next certificate, which it can do without for now."""
+MAX_VERSION = 2**32 - 1
+"""Highest version that a message can name."""
 PAUSE_S = 0.25
 """Pause before the second attempt; doubled before each one after it."""
 
@@ -250,7 +252,10 @@ class OperatorClient(AccessCalls):
         Raises:
             ChecksumMismatch: If what came does not have the digest that the server recorded.
             StateInvalid: If the file cannot be written.
+            VersionNotFound: If there is no such version.
         """
+        if version is not None and version > MAX_VERSION:
+            raise VersionNotFound(f"{run} has no version {version}")
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with partial.open("w+b") as file:

@@ -349,7 +349,9 @@ def test_export_of_the_stored_file(served: Serving, fedpeft: Command, tmp_path: 
     ended = fedpeft("run", "export", RUN, "--out", str(out), "--version", "1", "--json")
     assert json.loads(ended.out) == {"run": RUN, "version": 1, "format": "safetensors", "out": str(out)}
     assert out.read_bytes() == b"older"
-    assert fedpeft("run", "export", RUN, "--out", str(out), "--version", "7").code == 4
+    for version in ("7", str(2**32), str(2**63 - 1)):
+        ended = fedpeft("run", "export", RUN, "--out", str(out), "--version", version)
+        assert ended == Ended(4, "", f"fedpeft: {RUN} has no version {version}")
 
 
 @pytest.mark.parametrize(
