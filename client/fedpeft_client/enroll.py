@@ -25,6 +25,10 @@ from fedpeft_client.ledger import Ledger
 from fedpeft_client.renewal import check_valid
 from fedpeft_client.state import VARIABLE, StateDirectory, identity_folder
 
+_UNUSED = (
+    "; the token was not used; if it is to take the place of what is here, as after a revocation, say --replace "
+    "instead of --keep"
+)
 _A = {Role.OPERATOR: "an operator", Role.VIEWER: "a viewer"}
 
 
@@ -46,8 +50,8 @@ def main(arguments: list[str]) -> int:
 def _enroll(argument: str, state_dir: Path | None, *, keep: bool, replace: bool) -> None:
     if keep and state_dir and folder.exists(identity_folder(state_dir)):
         if (kept := _usable(identity_folder(state_dir))) is not None:
-            _check_same(kept, argument)
-            print(f"enrolled already, {enrolment.described(kept.folder)}")
+            unused = _UNUSED if _checked_same(kept, argument) else ""
+            print(f"enrolled already, {enrolment.described(kept.folder)}{unused}")
             return
         replace = True
     token = token_argument.take(argument)
@@ -73,22 +77,24 @@ def _usable(where: Path) -> Identity | None:
     return identity
 
 
-def _check_same(kept: Identity, argument: str) -> None:
+def _checked_same(kept: Identity, argument: str) -> bool:
     """Checks that a token is for the server that somebody is enrolled at, which may have another address by now.
 
-    The token's file may have been removed once it was used.
+    Returns:
+        Whether there is one: its file may have been removed once it was used.
 
     Raises:
         IdentityInvalid: If it is for another.
     """
     if argument.startswith("@") and not Path(argument[1:]).exists():
-        return
+        return False
     token = token_argument.take(argument)
     if token.authority not in kept.authority:
         raise IdentityInvalid(
             f"{kept.folder} is enrolled already, {enrolment.described(kept.folder)} at {kept.server}, and the token is "
             f"of another authority, for {token.server}; --replace in place of --keep enrolls it there"
         )
+    return True
 
 
 @contextmanager

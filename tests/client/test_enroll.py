@@ -191,10 +191,12 @@ async def kept(double: Double, tmp_path: Path) -> Kept:
 
 async def test_who_is_enrolled_is_kept(kept: Kept) -> None:
     before = Identity.load(kept.state / "identity")
-    for token in (kept.file(), "@/run/token/that-was-deleted"):
+    unused = "the token was not used; if it is to take the place of what is here, as after a revocation, say --replace"
+    for token, said in ((kept.file(), f"; {unused} instead of --keep\n"), ("@/run/token/that-was-deleted", " UTC\n")):
         code, out, err = await kept.again(token)
         assert (code, err, out.count("\n")) == (0, "", 1)
         assert out.startswith("enrolled already, as client hospital-a until ")
+        assert out.endswith(said)
     assert Identity.load(kept.state / "identity").chain == before.chain
     assert kept.double.asked == []
 

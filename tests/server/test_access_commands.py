@@ -170,7 +170,10 @@ async def test_a_revoked_one_is_refused_at_its_next_message(
     listed = await fedpeft("identity", "list")
     assert "operator eve was revoked: left" in listed.out
     refused = await fedpeft("run", "list", identity=tmp_path / "eve")
-    assert refused.code == 1 and "revoked" in refused.err
+    assert (
+        refused.code == 1
+        and "were revoked; ask another operator for a new enrolment token, and enroll with --replace" in refused.err
+    )
     nobody = await fedpeft("client", "revoke", "nobody")
     assert nobody.code == 4
     itself = await fedpeft("client", "revoke", "ada", "--role", "operator")

@@ -173,7 +173,11 @@ class Admission:
                 f"{whose} that begin before {moment:%Y-%m-%d %H:%M:%S} UTC were revoked; get another"
             )
         who = "the operator" if subject.role in (Role.CLIENT, Role.EVALUATOR) else "another operator"
-        how = "for a new enrolment token" if self._enrolls else "to restore the name, then get another certificate"
+        how = (
+            "for a new enrolment token, and enroll with --replace"
+            if self._enrolls
+            else "to restore the name, then get another certificate"
+        )
         return CertificateRevoked(f"{whose} were revoked; ask {who} {how}")
 
 
