@@ -32,6 +32,7 @@ from fedpeft.v1 import (
 )
 from fedpeft_server.access.admission import Admission
 from fedpeft_server.access.certificates import ServerCertificates
+from fedpeft_server.losses import refuse_lost_certificates
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rpc import connections
@@ -98,6 +99,8 @@ class Server:
         self.callers = Callers(await self.store.call(self.store.db.clients), settings.max_clients)
         self.runs = Runs(self.store, self.ledger, self.metrics)
         self.certificates = ServerCertificates.of(settings.certificates)
+        if self.certificates is None and not settings.insecure:
+            await self.store.call(refuse_lost_certificates, self.store.db, settings.certificates)
         self.admission = await self._admission()
         self.rpc, self.enrolling = self._grpc_servers()
         self._bind()

@@ -62,7 +62,9 @@ class Settings(ProcessSettings):
         description="Seconds that the certificates of clients and evaluators are valid; they renew half-way.",
     )
     insecure: bool = Field(
-        False, description="Serve plain text beyond the loopback interface. Say it only behind a wall."
+        False,
+        description="Serve plain text beyond the loopback interface, or where certificates were in use. Say it only "
+        "behind a wall.",
     )
     max_update_bytes: Annotated[int, Field(ge=1024)] = Field(2 * GIB, description="Largest payload taken, in bytes.")
     max_transfers: Annotated[int, Field(ge=1, le=1024)] = Field(
@@ -109,6 +111,11 @@ class Settings(ProcessSettings):
     @model_validator(mode="after")
     def _certificates_or_plain(self) -> Self:
         secured = Files(self.certificates).exist()
+        if left := Files(self.certificates).leftovers():
+            raise ValueError(
+                f"{self.certificates} has no server.pem beside {' and '.join(left)}; restore the folder from the backup, "
+                "make what is missing with `fedpeft-server init`, or move it away for a server of plain text"
+            )
         if self.identity and not secured:
             raise ValueError(
                 f"--identity {self.identity} has no server.pem; `fedpeft-server init` makes such a folder, and "

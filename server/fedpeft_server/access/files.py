@@ -42,6 +42,11 @@ class Files:
         """Says whether the folder was made ready."""
         return self.server.exists()
 
+    def leftovers(self) -> list[str]:
+        """Returns the names of the files that are there without the server's certificate."""
+        others = (self.server_key, self.authority_key, self.authority)
+        return [] if self.exist() else [file.name for file in others if file.exists()]
+
     def enrols(self) -> bool:
         """Says whether devices can enroll with it: the authority's key is here."""
         return self.exist() and self.authority_key.exists()

@@ -1,0 +1,75 @@
+"""What a server says at its start of what it has lost since it lived last."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fedpeft.errors import SettingsInvalid
+from fedpeft.identity.roles import TO_PROTO
+from fedpeft.identity.subject import Role, Subject
+from fedpeft.v1 import access_service_pb2 as access
+from fedpeft.v1 import access_service_pb2_grpc as access_grpc
+from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft_server import init
+from fedpeft_server.app import Server
+from fedpeft_server.settings import Settings
+from fedpeft_server.store.database import Database
+from fedpeft_server.store.rows import TokenRow
+
+from .conftest import StartDaemon
+from .secured import federation
+
+
+@pytest.mark.parametrize("left", ["server.key", "authority.key", "authority.pem"])
+def test_what_is_left_of_certificates_is_no_reason_for_plain_text(tmp_path: Path, left: str) -> None:
+    init.main(["--data-dir", str(tmp_path), "--operator-identity", str(tmp_path / "me"), "--operator", "ada"])
+    folder = tmp_path / "identity"
+    for path in folder.iterdir():
+        if path.name != left:
+            path.unlink()
+    for flags in ([], ["--insecure"], ["--identity", str(folder)]):
+        with pytest.raises(SettingsInvalid, match=rf"{folder} has no server\.pem beside {re.escape(left)}; restore"):
+            Settings.read(["--data-dir", str(tmp_path), *flags])
+
+
+async def test_a_server_that_lost_its_certificates_does_not_serve_plain_text(
+    tmp_path: Path, start: StartDaemon
+) -> None:
+    data = tmp_path / "data"
+    async with federation(tmp_path) as running:
+        await running.daemon(running.operators()).operator.ListRuns(op.ListRunsRequest())
+    shutil.rmtree(data / "identity")
+    with pytest.raises(
+        SettingsInvalid, match=r"knows operator ada.*no server\.pem in .*restore.*--identity.*--insecure"
+    ):
+        await run_on(data)
+    daemon = await start(data, insecure=True)
+    assert not (await daemon.operator.ListRuns(op.ListRunsRequest())).runs
+
+
+async def test_a_server_that_made_tokens_and_lost_its_certificates_does_not_either(tmp_path: Path) -> None:
+    database = Database.open(f"sqlite:///{tmp_path / 'fedpeft.db'}")
+    database.identities.add_token(TokenRow("0" * 64, Subject(Role.CLIENT, "a"), 1.0, "operator ada", 2.0))
+    database.close()
+    with pytest.raises(SettingsInvalid, match=r"knows an enrolment token for client a.*restore"):
+        await run_on(tmp_path)
+
+
+async def test_a_name_that_was_refused_in_plain_text_had_no_certificate(start: StartDaemon) -> None:
+    daemon = await start()
+    request = access.RevokeIdentityRequest(role=TO_PROTO[Role.CLIENT], name="a", reason="gone", unseen=True)
+    await access_grpc.AccessServiceStub(daemon.channel).RevokeIdentity(request)
+    await daemon.end()
+    again = await start()
+    assert not (await again.operator.ListRuns(op.ListRunsRequest())).runs
+
+
+async def run_on(folder: Path) -> None:
+    """Lives on a data folder for as long as a server does; tests expect that to be short."""
+    async with asyncio.timeout(10):
+        await Server(Settings(data_dir=folder, listen="127.0.0.1:0", metrics="", drain_s=0.0)).run()
