@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 60.0
 """Longest silence of the server that is waited out, in any call."""
+LOOK_S = 5.0
+"""Longest that a question takes where somebody looks at a screen; a list asks one question a page."""
 ATTEMPTS = 4
 """Times a call is made before an unavailable server is given up."""
 KEEP_S = 900.0
@@ -82,7 +84,13 @@ class OperatorClient(AccessCalls):
         server: HOST:PORT.
         identity: Who calls; None for plain text.
         attempts: Times a call is made before an unavailable server is given up.
+
+    Attributes:
+        patience_s: Longest that a question may take, its repetitions included; None where each may take `PATIENCE_S`.
+            Transfers and watches have the usual patience.
     """
+
+    patience_s: float | None = None
 
     def __init__(self, server: str, identity: Identity | None = None, *, attempts: int = ATTEMPTS) -> None:
         self._server = server
@@ -114,7 +122,7 @@ class OperatorClient(AccessCalls):
     async def _renew(self, identity: Identity) -> None:
         """Gets the next certificate; one that cannot be had now is had the next time, as there is half a life left."""
         with suppress(FedpeftError, grpc.aio.AioRpcError, TimeoutError):
-            async with asyncio.timeout(RENEW_S):
+            async with asyncio.timeout(min(RENEW_S, self.patience_s or RENEW_S)):
                 renewed = await enrolment.renewed(identity, self._access.Renew)
             await self._channel.close()
             self._open(renewed)
@@ -334,7 +342,11 @@ class OperatorClient(AccessCalls):
             pause_s *= 2
 
     async def _ask(self, method: Unary[RequestT, ResponseT], request: RequestT) -> ResponseT:
-        return await self._repeat(lambda: method(request, timeout=PATIENCE_S))
+        try:
+            async with asyncio.timeout(self.patience_s):
+                return await self._repeat(lambda: method(request, timeout=PATIENCE_S))
+        except TimeoutError:
+            raise self._unreachable() from None
 
     async def _explained(self, cause: FedpeftError) -> FedpeftError:
         """Returns why there is no connection, if that is what is wrong."""
@@ -394,6 +406,17 @@ class OperatorClient(AccessCalls):
 
 Connect = Callable[[], OperatorClient]
 """Makes a client of the server, a new one for every connection."""
+
+
+def for_looking(connect: Connect) -> Connect:
+    """Returns what makes clients that wait no longer than `LOOK_S` for an answer."""
+
+    def made() -> OperatorClient:
+        client = connect()
+        client.patience_s = LOOK_S
+        return client
+
+    return made
 
 
 def _messages(header: pb.CreateRunHeader, data: bytes, chunk_bytes: int) -> Iterator[tuple[pb.CreateRunRequest, int]]:

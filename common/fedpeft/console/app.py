@@ -28,7 +28,7 @@ from fedpeft.console.pages import audit, client, creation, downloads, login, ove
 from fedpeft.console.paper import Paper
 from fedpeft.console.settings import Settings
 from fedpeft.errors import FedpeftError
-from fedpeft.operator_client import Connect
+from fedpeft.operator_client import Connect, for_looking
 
 Page = Callable[[Request], Awaitable[Response]]
 
@@ -64,7 +64,7 @@ def console(settings: Settings, connect: Connect, door: Doorkeeper) -> Starlette
         connect: Makes a client of the server, with the identity of whoever started the console.
         door: Lets browsers in.
     """
-    bell = Bell()
+    bell, connect = Bell(), for_looking(connect)
     line, feeds = Line(connect), Feeds(connect, bell)
     desk = Desk(
         settings=settings,

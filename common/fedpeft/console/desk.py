@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -29,6 +31,11 @@ class Desk:
     feeds: Feeds
     directory: Directory
     audit: AuditLog
+
+    async def looked(self, runs: Iterable[str]) -> None:
+        """Waits for the first picture of some runs; not of a server that is known to be away."""
+        if not self.directory.lost:
+            await asyncio.gather(*(self.feeds.of(run).looked() for run in runs))
 
 
 def desk_of(request: Request) -> Desk:

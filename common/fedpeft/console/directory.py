@@ -17,6 +17,8 @@ from fedpeft.v1 import run_pb2
 PAUSE_S = 1.0
 """Pause between two looks, at least `SHARE` times what a look takes: a large federation is not asked all the time."""
 SHARE = 10.0
+LONGEST_PAUSE_S = 4.0
+"""However large it is: with `LOOK_S` of the next look, after so long it is known that the server is away."""
 
 T = TypeVar("T", run_pb2.Run, pb.Client)
 
@@ -103,7 +105,8 @@ class Directory:
             self._looking = None
         now = time.monotonic()
         # What a look at a server that is away takes says nothing about the federation's size.
-        self._fresh_until = now + (PAUSE_S if self.lost else max(PAUSE_S, SHARE * (now - began)))
+        pause_s = PAUSE_S if self.lost else min(max(PAUSE_S, SHARE * (now - began)), LONGEST_PAUSE_S)
+        self._fresh_until = now + pause_s
         if before[2] and not self.lost:
             self._back()
         if before != (self.runs, self.clients, self.lost):

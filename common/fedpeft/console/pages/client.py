@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from urllib.parse import quote
 
 from starlette.requests import Request
@@ -47,7 +46,7 @@ async def client(request: Request) -> Response:
     desk, name, page = desk_of(request), path_id(request, "client"), page_number(request)
     if not await desk.directory.knows_client(name):
         raise Refused(404, f"No client {name} ever registered; the list of clients has those that did.")
-    await asyncio.gather(*(desk.feeds.of(run).looked() for run in _runs(desk)))
+    await desk.looked(_runs(desk))
     return desk.paper.page(
         request,
         "client.html",

@@ -20,6 +20,7 @@ async def adapter(request: Request) -> Response:
     folder = Path(tempfile.mkdtemp(prefix="fedpeft-console-"))
     try:
         async with desk.line.connect() as server:
+            await server.run(run)  # a transfer may be silent for long; a server that is away is found now
             await server.download(run, folder / "adapter", version=version)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

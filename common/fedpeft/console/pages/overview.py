@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,7 +21,7 @@ async def overview(request: Request) -> Response:
     """Shows the runs, newest first."""
     desk, page = desk_of(request), page_number(request)
     await desk.directory.look()
-    await asyncio.gather(*(desk.feeds.of(run).looked() for run in _runs(desk, page)))
+    await desk.looked(_runs(desk, page))
     fragments = draw(desk, page, session_of(request).may_write)
     return desk.paper.page(request, "overview.html", "Overview", fragments=fragments, events=f"/events?page={page}")
 

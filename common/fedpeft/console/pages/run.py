@@ -49,7 +49,8 @@ async def events(request: Request) -> Response:
 
 def draw(desk: Desk, feed: RunFeed, page: int, may_write: bool) -> Fragments:
     """Returns the fragments of a run's page."""
-    lost = feed.lost if feed.error is None else feed.error.message
+    # A watch may be silent for long; whether the server is there, the directory asks.
+    lost = (feed.lost or desk.directory.lost) if feed.error is None else feed.error.message
     connection = {"connection": desk.paper.fragment("connection.html", lost=lost)}
     if feed.picture is None:
         return connection
@@ -127,7 +128,7 @@ async def _feed(request: Request) -> RunFeed:
     if not await desk.directory.knows_run(run):
         raise Refused(404, f"There is no run {run}; the overview lists those there are.")
     feed = desk.feeds.of(run, again=True)
-    await feed.looked()
+    await desk.looked([run])
     if feed.error is not None:
         raise feed.error
     return feed
