@@ -388,7 +388,7 @@ def connect(server: str | None = None, *, identity: str | Path | None = None, in
         ServerUnreachable: If no server answers there.
     """
     silence_grpc()
-    caller = choose(server, None if identity is None else Path(identity), insecure=insecure)
+    caller = choose(server, Path(identity) if identity else None, insecure=insecure)
     client = partial(OperatorClient, caller.server, caller.identity)
     background.do(_asked(client, lambda c: c.runs()))
     return Server(caller.server, client)

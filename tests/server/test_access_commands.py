@@ -345,7 +345,12 @@ async def test_a_named_identity_is_used_for_every_server(
     done = await ended(
         tmp_path, "--server", plain.server.settings.listen, "--identity", str(tmp_path / "ada"), "run", "list"
     )
-    assert done.code == 3 and "serves plain text, and this side has a certificate" in done.err
+    assert done.code == 3 and f"and this side has a certificate for TLS, in {tmp_path / 'ada'}: " in done.err
+    assert "say fedpeft --insecure" in done.err
+    where, named = plain.server.settings.listen, str(tmp_path / "ada")
+    for nobody in (("--identity", ""), ("--insecure", "--identity", "")):  # as an empty variable: none is named
+        done = await ended(tmp_path, "--server", where, *nobody, "run", "list", FEDPEFT_IDENTITY=named)
+        assert (done.code, done.err) == (0, "")
     done = await ended(tmp_path, "--insecure", "--identity", str(tmp_path / "ada"), "run", "list")
     assert done.code == 2 and "leave out one" in done.err
 

@@ -71,16 +71,17 @@ def globals_(
         ),
     ] = None,
     identity: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--identity",
             envvar="FEDPEFT_IDENTITY",
             metavar="DIR",
-            help="Folder with key and certificate; by default ~/.config/fedpeft/identity, for its own server only.",
+            help="Folder with key and certificate; none or empty: ~/.config/fedpeft/identity, for its own server only.",
         ),
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow plain text to a server that is not on this machine.")
+        bool,
+        typer.Option("--insecure", help="Plain text and no identity, to a server that is not on this machine too."),
     ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
     version: Annotated[
@@ -89,7 +90,8 @@ def globals_(
 ) -> None:
     """Federated parameter-efficient fine-tuning: create runs, watch them, take the result away."""
     session = session_of(context)
-    session.asked, session.identity, session.insecure, session.verbose = server, identity, insecure, verbose
+    session.asked, session.insecure, session.verbose = server, insecure, verbose
+    session.identity = Path(identity) if identity else None
 
 
 app.add_typer(runs.app, name="run")

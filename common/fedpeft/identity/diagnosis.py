@@ -127,7 +127,7 @@ def _tls(way: Way, trust: Trust) -> None:
         except TimeoutError:
             raise way.silent("does not answer the beginning of TLS") from None
         except (ssl.SSLError, ConnectionError) as error:
-            raise _no_handshake(way, getattr(error, "reason", None) or "") from None
+            raise _no_handshake(way, getattr(error, "reason", None) or "", trust) from None
     with closing(secure):
         _first_word(way, secure, trust)
 
@@ -144,7 +144,7 @@ def _show(context: ssl.SSLContext, identity: Path) -> None:
         ) from None
 
 
-def _no_handshake(way: Way, reason: str) -> Fault:
+def _no_handshake(way: Way, reason: str, trust: Trust) -> Fault:
     """Returns why TLS did not come about for a reason other than the server's certificate."""
     if "PROTOCOL_VERSION" in reason or "UNSUPPORTED_PROTOCOL" in reason:
         return Lasting(
@@ -157,9 +157,11 @@ def _no_handshake(way: Way, reason: str) -> Fault:
         way.judge(way.first_bytes())
     except Fault as fault:
         return fault
+    where = f", in {trust.folder}" if trust.folder else ""
     return Lasting(
-        f"the server at {way.server} serves plain text, and this side has a certificate for TLS: name the port with "
-        "TLS, or have the server set up with `fedpeft-server init`"
+        f"the server at {way.server} serves plain text, and this side has a certificate for TLS{where}: name the port "
+        "with TLS, or have the server set up with `fedpeft-server init`; to go without the certificate, say "
+        "fedpeft --insecure, or give a client another --state-dir"
     )
 
 
