@@ -67,12 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        type=Path,
+        type=_folder,
         default=os.environ.get("FEDPEFT_SERVER_DATA_DIR") or None,
         help="the server's data folder (FEDPEFT_SERVER_DATA_DIR)",
     )
     parser.add_argument(
-        "--identity", metavar="DIR", type=Path, help="where certificates go, if not into identity in the data folder"
+        "--identity", metavar="DIR", type=_folder, help="where certificates go, if not into identity in the data folder"
     )
     parser.add_argument(
         "--host",
@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--authority", metavar="FILE", type=Path, help="certificate of an authority of your own")
     parser.add_argument("--authority-key", metavar="FILE", type=Path, help="its key, with which this server then signs")
     return parser
+
+
+def _folder(text: str) -> Path | None:
+    """Returns a folder that was named; an empty name is none, and not the current folder."""
+    return Path(text) if text else None
 
 
 def _person() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -14,6 +14,7 @@ from fedpeft.settings import ProcessSettings
 from fedpeft_server.access.files import Files
 
 GIB = 1024**3
+_FOLDERS = ("data_dir", "identity")
 
 
 class Settings(ProcessSettings):
@@ -108,13 +109,19 @@ class Settings(ProcessSettings):
     def _advertised(cls, value: str) -> str:
         return str(Address.parse(value)) if value else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """Leaves out folders without a name, which would be the current one."""
+        return {key: value for key, value in given.items() if not (key in _FOLDERS and value == "")}
+
     @model_validator(mode="after")
     def _certificates_or_plain(self) -> Self:
         secured = Files(self.certificates).exist()
         if left := Files(self.certificates).leftovers():
             raise ValueError(
-                f"{self.certificates} has no server.pem beside {' and '.join(left)}; restore the folder from the backup, "
-                "make what is missing with `fedpeft-server init`, or move it away for a server of plain text"
+                f"{self.certificates} has no server.pem beside {' and '.join(left)}; restore the folder from the "
+                "backup, make what is missing with `fedpeft-server init`, or move it away for a server of plain text"
             )
         if self.identity and not secured:
             raise ValueError(

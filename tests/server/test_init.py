@@ -41,6 +41,16 @@ def test_what_is_wrong_is_said_before_anything_is_made(tmp_path: Path, given: li
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("given", [["--data-dir", ""], ["--data-dir", "", "--identity", ""]])
+def test_an_empty_folder_is_none_and_not_the_current_one(
+    tmp_path: Path, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsInvalid, match="--data-dir is missing"):
+        init.main([*given, "--operator-identity", str(tmp_path / "me")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_was_made_while_the_clock_was_ahead_is_made_anew(tmp_path: Path) -> None:
     arguments = ["--data-dir", str(tmp_path), "--operator", "ada", "--operator-identity", str(tmp_path / "me")]
     init.main(arguments)

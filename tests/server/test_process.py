@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedpeft import payload
+from fedpeft.errors import SettingsInvalid
 
 from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port, header
 
@@ -80,6 +81,18 @@ def test_flags_come_before_the_environment_and_both_before_the_file(
     monkeypatch.setenv("FEDPEFT_SERVER_MAX_CLIENTS", "2")
     settings = Settings.read(["--config", str(file), "--max-transfers", "1"])
     assert (settings.max_transfers, settings.max_clients, settings.drain_s) == (1, 2, 3)
+
+
+def test_an_empty_folder_is_none_and_not_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedpeft_server.settings import Settings
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsInvalid, match="^--data-dir is missing"):
+        Settings.read(["--data-dir", ""])
+    assert Settings.read(["--data-dir", "d", "--identity", ""]).certificates == Path("d/identity")
+    monkeypatch.setenv("FEDPEFT_SERVER_DATA_DIR", "")
+    with pytest.raises(SettingsInvalid, match="^--data-dir is missing"):
+        Settings.read([])
 
 
 def test_ports_and_the_data_folder_belong_to_one_daemon(tmp_path: Path) -> None:
