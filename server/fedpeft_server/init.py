@@ -45,8 +45,7 @@ def main(arguments: list[str]) -> int:
     if not 1 <= given.port <= 65_535:
         raise SettingsInvalid(f"--port {given.port} is not 1 to 65535")
     subject = _subject(given.operator)
-    for host in given.host:
-        _check(host)
+    _check_hosts(given.host)
     files = Files(given.identity or given.data_dir / "identity")
     with durable.refusals(f"making {files.folder}"):
         files.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the data folder: updates are private
@@ -79,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOST",
         action="append",
         default=[],
-        help="a name or address under which clients reach the server; the first goes into tokens; may be repeated; "
-        "localhost is added",
+        help="a name or address under which clients reach the server; the first goes into tokens; may be repeated, "
+        "then also *.DOMAIN; localhost is added",
     )
     parser.add_argument("--port", metavar="PORT", type=int, default=7070, help="the port of --listen (7070)")
     parser.add_argument("--operator", metavar="NAME", default=_person(), help="the operator's name (%(default)s)")
@@ -117,8 +116,18 @@ def _subject(name: str) -> Subject:
         raise SettingsInvalid(f"--operator: {error.message}") from None
 
 
-def _check(host: str) -> None:
+def _check_hosts(hosts: Sequence[str]) -> None:
     """Refuses what nobody can call the server, before anything is written."""
+    for host in hosts:
+        _check(host)
+    if hosts and hosts[0].startswith("*."):
+        raise SettingsInvalid(
+            f"--host {hosts[0]} is first, so it would go into tokens, and a pattern is no address: name the server "
+            "itself before it, with another --host"
+        )
+
+
+def _check(host: str) -> None:
     try:
         check_host(host)
     except IdentityInvalid as error:

@@ -32,6 +32,10 @@ DAYS = timedelta(days=90)
         (["--host", "fed.example.org:7070"], "--host: 'fed.example.org:7070' is neither a host name nor an address"),
         (["--host", "fed.example.org", "--host", "0.0.0.0"], "--host 0.0.0.0 is every address of this machine"),
         (["--host", "::"], "--host :: is every address of this machine"),
+        (
+            ["--host", "*.example.org", "--host", "a.org"],
+            r"--host \*\.example\.org is first, .*: name the server itself",
+        ),
         (["--operator", "a b"], "--operator: the name 'a b' must be"),
     ],
 )
@@ -49,6 +53,13 @@ def test_an_empty_folder_is_none_and_not_the_current_one(
     with pytest.raises(SettingsInvalid, match="--data-dir is missing"):
         init.main([*given, "--operator-identity", str(tmp_path / "me")])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pattern_of_names_may_follow_the_name(tmp_path: Path) -> None:
+    hosts = ["--host", "fed.example.org", "--host", "*.example.org"]
+    init.main(["--data-dir", str(tmp_path), "--operator-identity", str(tmp_path / "me"), "--operator", "ada", *hosts])
+    assert ServerCertificates(tmp_path / "identity").hosts[:2] == ["fed.example.org", "*.example.org"]
+    assert Identity.load(tmp_path / "me").server == "fed.example.org:7070"
 
 
 def test_what_was_made_while_the_clock_was_ahead_is_made_anew(tmp_path: Path) -> None:
