@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedpeft.errors import IdentityInvalid
 from fedpeft.identity import folder
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
 from fedpeft_client.state import identity_folder
+
+FILES = ("key.pem", "authority.pem", "identity.toml", "certificate.pem")
+"""What a whole identity has, in the order that they are written in."""
 
 
 def find(named: Any, state_dir: Any) -> Path | None:
@@ -24,6 +28,21 @@ def find(named: Any, state_dir: Any) -> Path | None:
         return None
     where = identity_folder(Path(state_dir))
     return where if folder.exists(where) else None
+
+
+def no_identity(state_dir: Path) -> IdentityInvalid:
+    """Returns what is wrong where neither an identity nor a server is found."""
+    where = identity_folder(state_dir)
+    lacks = [name for name in FILES if not (where / name).exists()]
+    if len(lacks) == len(FILES):
+        return IdentityInvalid(
+            f"there is no identity in {where}: check --state-dir, or enroll first (fedpeft-client enroll); plain text, "
+            "without one, needs --server and --name"
+        )
+    return IdentityInvalid(
+        f"the identity in {where} is incomplete, without {' and '.join(lacks)}: enroll again (fedpeft-client enroll), "
+        "with the same token if that broke off"
+    )
 
 
 def check(identity: Identity, *, server: str, name: str, evaluate: bool, insecure: bool) -> None:

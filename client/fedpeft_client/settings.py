@@ -127,9 +127,16 @@ class Settings(ProcessSettings):
     @model_validator(mode="before")
     @classmethod
     def _enrolled(cls, given: Any) -> Any:
-        """Takes server and name from the identity where there is one."""
+        """Takes server and name from the identity where there is one.
+
+        Raises:
+            IdentityInvalid: If there is none and neither is named, or it cannot be used.
+        """
         where = enrolled.find(given.get("identity"), given.get("state_dir"))
         if where is None:
+            state_dir = given.get("state_dir")
+            if isinstance(state_dir, str | Path) and not given.keys() & {"server", "name"}:
+                raise enrolled.no_identity(Path(state_dir))
             return given
         identity = Identity.load(where)
         return {"server": identity.server, "name": identity.subject.name, **given, "identity": where}

@@ -66,9 +66,21 @@ def test_a_state_directory_may_come_from_the_environment(
     assert Settings.read(["--data", "d"]).name == "noto"
 
 
-def test_a_key_alone_is_no_identity(tmp_path: Path) -> None:
-    folder.take_key(tmp_path / "state" / "identity")
-    with pytest.raises(SettingsInvalid, match="--server is missing"):
+def test_no_identity_and_no_server_is_one_fault(tmp_path: Path) -> None:
+    with pytest.raises(IdentityInvalid, match=rf"there is no identity in {tmp_path}/stat/identity: .* enroll"):
+        read(tmp_path / "stat")
+    with pytest.raises(SettingsInvalid, match=r"^--name is missing"):
+        read(tmp_path / "stat", "--server", "127.0.0.1:7070")
+
+
+@pytest.mark.parametrize("lacks", [("certificate.pem",), ("identity.toml", "certificate.pem")])
+def test_an_incomplete_identity_names_what_is_missing(
+    authority: Authority, tmp_path: Path, lacks: tuple[str, ...]
+) -> None:
+    where = enrolled(authority, tmp_path / "state" / "identity")
+    for name in lacks:
+        (where / name).unlink()
+    with pytest.raises(IdentityInvalid, match=f"{where} is incomplete, without {' and '.join(lacks)}: "):
         read(tmp_path / "state")
 
 
