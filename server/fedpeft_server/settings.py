@@ -67,7 +67,9 @@ class Settings(ProcessSettings):
         description="Serve plain text beyond the loopback interface, or where certificates were in use. Say it only "
         "behind a wall.",
     )
-    max_update_bytes: Annotated[int, Field(ge=1024)] = Field(2 * GIB, description="Largest payload taken, in bytes.")
+    max_update_bytes: Annotated[int, Field(ge=1024, le=1024 * GIB)] = Field(
+        2 * GIB, description="Largest payload taken, in bytes."
+    )
     max_transfers: Annotated[int, Field(ge=1, le=1024)] = Field(
         8, description="Uploads, and as many downloads, served at once; others wait for their turn."
     )

@@ -58,6 +58,10 @@ def running(folder: Path, *flags: str, port: int = 0) -> Iterator[subprocess.Pop
         (["--data-dir", "d", "--listen", "nowhere"], "--listen: 'nowhere' is not HOST:PORT"),
         (["--data-dir", "d", "--listen", "0.0.0.0:7070"], "is not a loopback address"),
         (["--data-dir", "d", "--max-transfers", "0"], "--max-transfers: Input should be greater than or equal to 1"),
+        (
+            ["--data-dir", "d", "--max-update-bytes", "9" * 20],
+            "--max-update-bytes: Input should be less than or equal to",
+        ),
         (["--data-dir", "d", "--unknown"], "--unknown"),
         (["--data-dir", "/proc/nowhere"], "name a folder this user can write"),
         (["--config", "none.toml"], "--config: cannot read none.toml: No such file"),
@@ -87,11 +91,11 @@ def test_an_empty_folder_is_none_and_not_the_current_one(tmp_path: Path, monkeyp
     from fedpeft_server.settings import Settings
 
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingsInvalid, match="^--data-dir is missing"):
+    with pytest.raises(SettingsInvalid, match=r"^--data-dir is missing"):
         Settings.read(["--data-dir", ""])
     assert Settings.read(["--data-dir", "d", "--identity", ""]).certificates == Path("d/identity")
     monkeypatch.setenv("FEDPEFT_SERVER_DATA_DIR", "")
-    with pytest.raises(SettingsInvalid, match="^--data-dir is missing"):
+    with pytest.raises(SettingsInvalid, match=r"^--data-dir is missing"):
         Settings.read([])
 
 
