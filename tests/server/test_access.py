@@ -26,6 +26,7 @@ from fedpeft.identity import certificates, keys, requests
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.roles import TO_PROTO
 from fedpeft.identity.subject import Role, Subject
+from fedpeft.status import from_rpc_error
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
@@ -144,6 +145,18 @@ async def test_a_token_enrolls_once_and_the_same_key_as_often_as_its_answer_is_l
     actions = [entry.action for entry in await secured.audit()]
     assert actions.count("identity.enrolled") == 2
     assert actions.count("call.refused") == 1, "the same refusal again is not worth another line"
+
+
+async def test_who_runs_on_a_copied_state_directory_is_told_what_fits_a_certificate(secured: Federation) -> None:
+    token, key = await secured.token("site-a"), keys.make()
+    one, other = [RawClient(await secured.enroll(token, key), "site-a") for _ in range(2)]
+    for client, process in ((one, "1"), (other, "2")):
+        client.metadata = (*client.metadata, (wire.PROCESS_KEY, process * 32))
+        await client.register()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await one.look()
+    said = from_rpc_error(caught.value).message
+    assert "give each device a token and a --state-dir of its own" in said and "--name" not in said
 
 
 async def test_a_secret_is_kept_nowhere(secured: Federation, tmp_path: Path) -> None:

@@ -95,9 +95,10 @@ class Callers:
         if registers or not presence.process or presence.instance != instance:
             presence.process = process
         elif process and process != presence.process:
+            theirs = "device a token" if CALL.get().caller.subject else "client a --name"
             raise ClientIdInUse(
                 f"a process with a copy of this state directory has registered as client {client} since; give each "
-                "client a --name and a --state-dir of its own, and do not copy a state directory"
+                f"{theirs} and a --state-dir of its own, and do not copy a state directory"
             )
         presence.instance = instance
         presence.calls += 1
