@@ -32,7 +32,7 @@ from fedpeft.v1 import (
 )
 from fedpeft_server.access.admission import Admission
 from fedpeft_server.access.certificates import ServerCertificates
-from fedpeft_server.losses import refuse_lost_certificates
+from fedpeft_server.losses import refuse_lost_certificates, tell_lost_versions
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rpc import connections
@@ -107,6 +107,7 @@ class Server:
         if settings.metrics:
             where = Address.parse(settings.metrics, free=True)
             self.exporter, _ = self.metrics.serve(where.host, where.port)
+        await tell_lost_versions(self.store)
         await self.runs.start()
         await self.store.call(self.store.db.transactions.write, Deed("server", "server.started", __version__))
         upkeep = (

@@ -6,10 +6,22 @@ certificates, for example.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
-from fedpeft.errors import SettingsInvalid
+import structlog
+
+from fedpeft.errors import FedpeftError, SettingsInvalid
+from fedpeft_server.rounds.engine import ACTIVE
+from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import Database
+from fedpeft_server.store.rows import VersionRow
+from fedpeft_server.store.store import Store, state_key, version_key
+
+log = structlog.get_logger()
+
+LOOK_S = 10.0
+"""How long a server that starts waits for an object store to say what it has."""
 
 
 def refuse_lost_certificates(database: Database, folder: Path) -> None:
@@ -29,6 +41,44 @@ def refuse_lost_certificates(database: Database, folder: Path) -> None:
             "backup, name it with --identity, or make another with `fedpeft-server init`, with which everybody "
             "enrolls anew; --insecure says that plain text is meant"
         )
+
+
+async def tell_lost_versions(store: Store) -> None:
+    """Logs what runs need and the blobs have not, and versions of runs that a new database cannot know.
+
+    Before any run is taken up, for runs make versions; it keeps no server from its other runs.
+    """
+    new, needed = await store.call(_expected, store.db)
+    try:
+        async with asyncio.timeout(LOOK_S):
+            for version in needed:
+                if missing := await store.compute(_missing, store.blobs, version):
+                    said = "what the next round of a run needs is lost; restore the blobs from the backup"
+                    log.error(said, run=version.run, missing=missing)
+            if new and await store.compute(store.blobs.has_any, "runs"):
+                log.warning(
+                    "the database is new, and there are adapter versions of runs that it does not know; if they are "
+                    "this server's, restore the database from the backup or name it with --database"
+                )
+    except TimeoutError:
+        log.error("whether adapter versions are lost is not known", message=f"no answer in {LOOK_S:g} seconds")
+    except FedpeftError as error:
+        log.error("whether adapter versions are lost is not known", message=error.message)
+
+
+def _expected(database: Database) -> tuple[bool, list[VersionRow]]:
+    """Returns whether no server has lived with a database, and the versions that rounds go on from."""
+    runs = database.runs()
+    new = not runs and not database.transactions.entries_after(0, 1)
+    return new, [database.version(run.id, run.version) for run in runs if run.state in ACTIVE]
+
+
+def _missing(blobs: Blobs, version: VersionRow) -> list[str]:
+    """Returns the keys of a version that nothing is under."""
+    keys = [version_key(version.run, version.version)]
+    if version.state_sha256:
+        keys.append(state_key(version.run, version.version))
+    return [key for key in keys if not blobs.has(key)]
 
 
 def _holder(database: Database) -> str:

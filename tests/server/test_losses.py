@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity.roles import TO_PROTO
@@ -67,6 +68,44 @@ async def test_a_name_that_was_refused_in_plain_text_had_no_certificate(start: S
     await daemon.end()
     again = await start()
     assert not (await again.operator.ListRuns(op.ListRunsRequest())).runs
+
+
+async def test_a_server_without_its_adapter_versions_says_which(start: StartDaemon, tmp_path: Path) -> None:
+    daemon = await start()
+    gone, kept = await daemon.create(), await daemon.create(request_id="another")
+    over = await daemon.create(request_id="over")
+    await daemon.operator.StopRun(op.StopRunRequest(run=over.id))
+    await daemon.end()
+    with capture_logs() as lines:
+        await (await start()).end()
+    assert not [line for line in lines if line["log_level"] in ("error", "warning")]
+    for run in (gone, over):
+        shutil.rmtree(tmp_path / "data" / "blobs" / "runs" / run.id)
+    with capture_logs() as lines:
+        again = await start()
+    (said,) = [line for line in lines if line["log_level"] == "error"]
+    assert said["event"] == "what the next round of a run needs is lost; restore the blobs from the backup"
+    assert (said["run"], said["missing"]) == (gone.id, [f"runs/{gone.id}/versions/000000.safetensors"])
+    assert kept.id in {run.id for run in (await again.operator.ListRuns(op.ListRunsRequest())).runs}
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+async def test_a_new_database_beside_versions_of_runs_is_noticed(
+    start: StartDaemon, tmp_path: Path, emptied: bool
+) -> None:
+    with capture_logs() as lines:
+        daemon = await start()
+    assert not [line for line in lines if line["log_level"] == "warning"]
+    await daemon.create()
+    await daemon.end()
+    for path in (tmp_path / "data").glob("fedpeft.db*"):
+        path.unlink()
+    if emptied:
+        (tmp_path / "data" / "fedpeft.db").touch()
+    with capture_logs() as lines:
+        await start()
+    (said,) = [line for line in lines if line["log_level"] == "warning"]
+    assert "the database is new" in said["event"] and "adapter versions of runs" in said["event"]
 
 
 async def run_on(folder: Path) -> None:

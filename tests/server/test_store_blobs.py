@@ -41,6 +41,15 @@ def test_what_is_missing_is_said(blobs: Blobs) -> None:
         blobs.local_path(KEY)
 
 
+def test_what_is_there_is_known_without_reading_it(blobs: Blobs) -> None:
+    assert not blobs.has(KEY) and not blobs.has_any("runs")
+    blobs.put(KEY, DATA)
+    assert blobs.has(KEY) and not blobs.has(KEY + "x") and not blobs.has("runs/run-1/versions")
+    assert blobs.has_any("runs") and not blobs.has_any("other")
+    blobs.delete_prefix("runs/run-1/")
+    assert not blobs.has(KEY) and not blobs.has_any("runs")
+
+
 def test_deleting_a_folder_leaves_its_neighbours(blobs: Blobs) -> None:
     for key in (KEY, "runs/run-1/records/000001.json", "runs/run-10/records/000001.json"):
         blobs.put(key, b"x")

@@ -120,6 +120,22 @@ class Blobs:
                 Path(partial).unlink(missing_ok=True)
         return copy
 
+    def has(self, key: str) -> bool:
+        """Says whether a blob is under a key, without reading it."""
+        if self._root is not None:
+            return (self._root / key).is_file()
+        with self._translated("looking for", key):
+            try:
+                obstore.head(self._store, key)
+            except FileNotFoundError:
+                return False
+        return True
+
+    def has_any(self, folder: str) -> bool:
+        """Says whether a blob is in a folder, such as `runs`."""
+        with self._translated("looking for", folder):
+            return any(len(batch) > 0 for batch in obstore.list(self._store, folder, chunk_size=1))
+
     def _cached(self, key: str) -> Path:
         if self._cache is None:
             self._cache = Path(tempfile.mkdtemp(prefix="fedpeft-blobs-"))
