@@ -346,7 +346,10 @@ class OperatorClient(AccessCalls):
             async with asyncio.timeout(self.patience_s):
                 return await self._repeat(lambda: method(request, timeout=PATIENCE_S))
         except TimeoutError:
-            raise self._unreachable() from None
+            raise ServerUnreachable(
+                f"no FedPEFT server answers at {self._server} within {self.patience_s:g} s; it is not there, it "
+                "hangs, or something on the way swallows what is sent"
+            ) from None
 
     async def _explained(self, cause: FedpeftError) -> FedpeftError:
         """Returns why there is no connection, if that is what is wrong."""

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
 import re
+import signal
+import socket
+import sys
+import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from html import unescape
@@ -19,6 +24,8 @@ import numpy as np
 import pytest
 from textual.pilot import Pilot
 
+from fedpeft import operator_client
+from fedpeft.cli.app import main
 from fedpeft.operator_client import Connect, OperatorClient
 from fedpeft.spec import AdapterSpec, TensorSpec
 from fedpeft.top import feed
@@ -26,6 +33,7 @@ from fedpeft.top.app import TopApp
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2
 
+from ..console.federation import Federation
 from .conftest import Daemon, StartDaemon, config, filled, zeros
 
 IMAGE = Path(__file__).resolve().parents[2] / "docs" / "images" / "top.svg"
@@ -220,6 +228,61 @@ async def test_a_server_that_was_away_is_found_again(start: StartDaemon, tmp_pat
         assert re.search(rf"^ *> +{run.id} ", text, re.M), "what was there before is there again"
         await pilot.press("3")
         assert re.search(r"^ *late-comer +trainer", await shows(pilot, "late-comer"), re.M)
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of something that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+async def test_before_the_server_has_answered_nothing_is_said_of_it(
+    silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operator_client, "LOOK_S", 1.0)
+    app = TopApp(partial(OperatorClient, silent), silent)
+    async with app.run_test(size=(160, 50)) as pilot:
+        first = screen(app)
+        assert first.splitlines()[0].split() == ["asking", silent, "..."]
+        later = await shows(pilot, f"AWAY: no FedPEFT server answers at {silent}", f"asking {silent} ...")
+    for text in (first, later):
+        assert "none yet" not in text
+        assert "There is no run yet" not in text
+
+
+async def test_a_server_that_freezes_is_away_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator_client, "LOOK_S", 1.0)
+    federation = await asyncio.to_thread(Federation, tmp_path)
+    try:
+        run = await asyncio.to_thread(federation.create, "kept", 2, 2)
+        app = TopApp(partial(OperatorClient, federation.address), federation.address)
+        async with app.run_test(size=(80, 24)) as pilot:
+            await shows(pilot, run, "UTC")
+            os.kill(federation.daemon.process.pid, signal.SIGSTOP)
+            began = time.monotonic()
+            await shows(pilot, f"AWAY: no FedPEFT server answers at {federation.address}", run)
+            assert time.monotonic() - began < 5
+            os.kill(federation.daemon.process.pid, signal.SIGCONT)
+            await shows(pilot, run, "UTC", without="AWAY")
+    finally:
+        await asyncio.to_thread(federation.close)
+
+
+def test_it_does_not_start_where_nothing_answers(
+    silent: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(operator_client, "LOOK_S", 1.0)
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours), os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        began = time.monotonic()
+        with pytest.raises(SystemExit) as ended:
+            main(["--server", silent, "top"])
+        assert time.monotonic() - began < 5
+    assert f"no FedPEFT server answers at {silent}" in capsys.readouterr().err
+    assert ended.value.code == 3
 
 
 async def test_nothing_yet_and_the_keys(daemon: Daemon) -> None:

@@ -41,7 +41,9 @@ def top(
 
 async def _looked(connect: Connect, run: str) -> None:
     """Finds a wrong address or run before the screen is taken."""
-    async with connect() as server:
+    from fedpeft.operator_client import for_looking
+
+    async with for_looking(connect)() as server:
         if run:
             await server.run(run)
         else:

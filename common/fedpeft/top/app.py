@@ -91,7 +91,7 @@ class TopApp(App[None]):
         """Lays the screen out."""
         yield Static(id="title", markup=False)
         yield DataTable[str](id="runs", cursor_type="row", zebra_stripes=False)
-        yield Static("asking the server ...", id="head", markup=False)
+        yield Static(id="head", markup=False)
         with Horizontal(id="lower"):
             with Vertical():
                 yield Static(id="views", markup=False)
@@ -193,6 +193,8 @@ class TopApp(App[None]):
         self._fill("runs", scene.runs_table(feed.runs, self._chosen), key=1)
         if feed.picture is not None:
             self._text("head", "\n".join(scene.headline(feed.picture, now)))
+        elif not feed.answered:
+            self._text("head", self._asking)
         elif not feed.lost and not feed.runs:
             self._text("head", "There is no run yet; create one with: fedpeft run create FILE")
         self._text("views", self._tabs())
@@ -201,15 +203,22 @@ class TopApp(App[None]):
         self._text("note", scene.note(lower, self.query_one("#detail", DataTable).cursor_row))
         if feed.picture is not None:
             self._fill("past", scene.rounds_table(feed.picture))
-        self._text("side-title", f"clients: {scene.clients_line(feed.clients)}")
+        self._text("side-title", f"clients: {scene.clients_line(feed.clients)}" if feed.answered else "clients")
         self._fill("people", scene.clients_table(feed.clients, self._run, now, self._orders[View.CLIENTS]))
 
     def _standing(self, now: datetime) -> str:
         if self._feed.lost:
             return f"AWAY: {self._feed.lost}; asking again"
+        if not self._feed.answered:
+            return self._asking
         rights = "" if self._may_write else "  looking only"
         clients = scene.clients_line(self._feed.clients)
         return f"fedpeft top  {self._address}  {now:%H:%M:%S} UTC{rights}  clients: {clients}"
+
+    @property
+    def _asking(self) -> str:
+        """What is said until there was an answer."""
+        return f"asking {self._address} ..."
 
     def _tabs(self) -> str:
         tabs = "  ".join(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from fedpeft.errors import FedpeftError
 from fedpeft.following import Picture, follow
-from fedpeft.operator_client import Connect
+from fedpeft.operator_client import Connect, for_looking
 from fedpeft.v1 import operator_service_pb2, run_pb2
 
 EVERY_S = 2.0
@@ -23,6 +23,7 @@ class Feed:
         runs: All runs, oldest first.
         clients: All clients, by id.
         picture: The run that is watched; None until it is known.
+        answered: Whether the server has said which runs and clients there are.
         lost: Why there is no connection, in a sentence; empty while there is one.
 
     Args:
@@ -31,11 +32,12 @@ class Feed:
     """
 
     def __init__(self, connect: Connect, changed: Callable[[], None]) -> None:
-        self._connect = connect
+        self._connect = for_looking(connect)
         self._changed = changed
         self.runs: list[run_pb2.Run] = []
         self.clients: list[operator_service_pb2.Client] = []
         self.picture: Picture | None = None
+        self.answered = False
         self.lost = ""
 
     async def survey(self) -> None:
@@ -87,7 +89,7 @@ class Feed:
             await server.stop(run, "stopped in fedpeft top")
 
     def _found(self) -> None:
-        self.lost = ""
+        self.answered, self.lost = True, ""
         self._changed()
 
     def _lose(self, error: FedpeftError) -> None:
