@@ -27,6 +27,8 @@ NOT_NOW = (DiskFull, Internal, Unavailable)
 """What a server answers, or its absence, while it cannot do its work; whatever was asked may succeed later."""
 
 AWAY = "server is away; trying again until it is back"
+FULL = "the server's disk is full; trying again until there is room"
+LASTS = "server cannot be used as it is; trying again until somebody mends that"
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
@@ -61,6 +63,11 @@ class Backoff:
 async def _rest(hint_s: float) -> None:
     """Sleeps as the server asks, within the bounds of a pause: a hint of 0 must not become a busy loop."""
     await asyncio.sleep(random.uniform(0.5, 1.0) * min(max(hint_s, FIRST_PAUSE_S), LONGEST_PAUSE_S))
+
+
+def _event(error: FedpeftError) -> str:
+    """Returns what is said of an absence."""
+    return LASTS if getattr(error, "lasting", False) else FULL if isinstance(error, DiskFull) else AWAY
 
 
 class Patience:
@@ -122,9 +129,8 @@ class Patience:
 
     def _say_away(self, error: FedpeftError, before: FedpeftError | None) -> None:
         """Says once that the server is away, and at each change what it is that waiting does not mend."""
-        lasts = getattr(error, "lasting", False)
-        if before is None or (str(error) != str(before) and (lasts or getattr(before, "lasting", False))):
-            event = "server cannot be used as it is; trying again until somebody mends that" if lasts else AWAY
+        event = _event(error)
+        if before is None or event != _event(before) or (event == LASTS and str(error) != str(before)):
             self._log.warning(event, cause=str(error))
 
     def _say_back(self, away: FedpeftError | None, since: float) -> None:

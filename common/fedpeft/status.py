@@ -54,7 +54,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> FedpeftError:
         hinted |= detail.Unpack(retry)
     fields = tuple((v.field, v.description) for v in bad.field_violations)
     cls = errors.of_reason(info.reason, Internal) if info.domain == DOMAIN else Internal
-    found = cls(status.message, fields)
+    where = "the server's disk is full: " if cls is errors.DiskFull else ""  # it must not be sought on this side
+    found = cls(where + status.message, fields)
     found.retry_s = max(0.0, retry.retry_delay.ToNanoseconds() / 1e9) if hinted else None
     return found
 

@@ -401,8 +401,9 @@ async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) 
             await site.patience.keep(lambda: site.channel.register(pb.RegisterRequest()))
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
     assert site.federation.registrations == 1 and len(site.federation.pushes) == 2
-    away = [line["cause"] for line in lines if line["event"].startswith("server is away")]
-    assert away == ["no room", "no room"]
+    full = [line["cause"] for line in lines if line["event"].startswith("the server's disk is full; trying again")]
+    assert full == ["the server's disk is full: no room"] * 2
+    assert not any(line["event"].startswith("server is away") for line in lines)
 
 
 async def test_checksum_mismatch_starts_over_and_is_then_given_up(site: Site) -> None:

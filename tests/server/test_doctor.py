@@ -223,6 +223,15 @@ def test_a_folder_that_cannot_be_written() -> None:
     assert found.level is Level.FAULT and "cannot be written" in found.said
 
 
+def test_a_disk_that_is_full_is_not_given_to_another_user(small_disk: Path) -> None:
+    with (small_disk / "ballast").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(4096))
+    found = only(Setup(data_dir=small_disk, **free_ports()), "data folder")
+    assert found.level is Level.FAULT and "No space left" in found.said
+    assert found.cure == "free some space, or take a larger disk"
+
+
 def test_a_slow_disk_and_a_remote_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "SLOW_S", 0.0)
     assert any("every update waits for one" in f.cure for f in bad(Setup(state_dir=tmp_path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import statistics
@@ -33,7 +34,9 @@ def _check(name: str, folder: Path, least: int) -> Iterator[Finding]:
     try:
         took_s = sync_s(there)
     except OSError as error:
-        yield fault(name, f"{there} cannot be written: {error.strerror}", "give it to the user that runs FedPEFT")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = "free some space, or take a larger disk" if full else "give it to the user that runs FedPEFT"
+        yield fault(name, f"{there} cannot be written: {error.strerror}", cure)
         return
     free = shutil.disk_usage(there).free
     left = os.statvfs(there)
