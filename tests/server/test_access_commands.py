@@ -102,6 +102,16 @@ async def test_a_token_in_a_file_is_for_its_owner_only(fedpeft: Command, tmp_pat
     assert token.encode() not in made.out + made.err
 
 
+async def test_a_token_that_could_not_be_written_is_not_made(fedpeft: Command, tmp_path: Path) -> None:
+    for out, said in (
+        (tmp_path / "nodir" / "t", f"there is no folder {tmp_path / 'nodir'}"),
+        (tmp_path, "is a folder"),
+    ):
+        done = await fedpeft("token", "create", "--name", "site-a", "--out", str(out))
+        assert (done.code, done.out) == (2, "") and said in done.err
+    assert "site-a" not in (await fedpeft("token", "list")).out
+
+
 async def test_a_token_that_is_deleted_is_worthless(fedpeft: Command, tmp_path: Path) -> None:
     made = json.loads((await fedpeft("token", "create", "--name", "noto", "--json")).out)
     assert made["role"] == "client" and made["line"].startswith("fedpeft1.")

@@ -13,6 +13,7 @@ import typer
 from fedpeft import views
 from fedpeft.cli import output
 from fedpeft.cli.epilogs import OF_RUN, epilog
+from fedpeft.cli.places import check_file, check_folder
 from fedpeft.cli.session import Session, require, run_async, session_of
 from fedpeft.cli.weights import Weights, check_needed
 from fedpeft.errors import ConfigInvalid, SettingsInvalid, StateInvalid
@@ -91,11 +92,11 @@ async def exported(
 
 def _check_place(out: Path, form: Format) -> None:
     """Finds a place that cannot be written before anything is fetched or built."""
-    if not out.absolute().parent.is_dir():
-        raise SettingsInvalid(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
-    if form is not Format.PEFT and out.is_dir():
-        raise SettingsInvalid(f"--out {out} is a folder; {form} is written as a file")
-    if form is Format.PEFT and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if form is not Format.PEFT:
+        check_file(out, form)
+        return
+    check_folder(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsInvalid(f"--out {out} exists already; peft is written as a folder that is new or empty")
 
 

@@ -11,6 +11,7 @@ import typer
 from fedpeft import durable, views
 from fedpeft.cli import output
 from fedpeft.cli.epilogs import OF_SERVER, epilog
+from fedpeft.cli.places import check_file
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity.subject import Role
@@ -45,7 +46,10 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Make an enrolment token and print its line, which is all of the standard output."""
-    made = run_async(_created(session_of(context), name, role, seconds(expires)))
+    life_s = seconds(expires)
+    if out:
+        check_file(out, "a token")
+    made = run_async(_created(session_of(context), name, role, life_s))
     if out:
         line = made.pop("line")
         with durable.refusals(f"writing {out}"):

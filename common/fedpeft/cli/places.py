@@ -1,0 +1,36 @@
+"""Where a command is to write: found wrong before anything is asked of a server that would have to be undone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fedpeft.errors import SettingsInvalid
+
+
+def check_folder(out: Path) -> None:
+    """Checks that the folder of `--out` is there and may be written.
+
+    Raises:
+        SettingsInvalid: If it is not.
+    """
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise SettingsInvalid(f"--out {out}: there is no folder {folder}; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SettingsInvalid(f"--out {out}: you may not write in {folder}; name another place")
+
+
+def check_file(out: Path, what: str) -> None:
+    """Checks that `--out` can become a file.
+
+    Args:
+        out: The path.
+        what: What is to be written there.
+
+    Raises:
+        SettingsInvalid: If it cannot.
+    """
+    check_folder(out)
+    if out.is_dir():
+        raise SettingsInvalid(f"--out {out} is a folder; {what} is written as a file")
