@@ -123,8 +123,8 @@ def check_valid(identity: Identity, now: datetime) -> None:
     end = identity.certificate.not_valid_after_utc
     if now > end:
         raise CertificateExpired(
-            f"the certificate of {identity.subject} ended at {end:%Y-%m-%d %H:%M} UTC; ask the operator for a new "
-            f"token (fedpeft token create --name {identity.subject.name} --role {identity.subject.role}) and enroll "
-            "again with --replace"
+            f"the certificate of {identity.subject} ended at {end:%Y-%m-%d %H:%M} UTC, and this machine's clock says "
+            f"{now:%Y-%m-%d %H:%M}; set the clock if it is ahead, or ask the operator for a new token (fedpeft token "
+            f"create --name {identity.subject.name} --role {identity.subject.role}) and enroll again with --replace"
         )
     certificates.check_time(identity.certificate, now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -128,4 +128,5 @@ def test_an_ended_certificate_ends_the_client_at_once(
     assert run(["--data", "d", "--state-dir", str(tmp_path / "state"), "--log-format", "json"]) == 5
     said = capsys.readouterr().err
     assert "the certificate of client noto ended at" in said
+    assert f"and this machine's clock says {datetime.now(UTC):%Y-%m-%d}" in said
     assert "(fedpeft token create --name noto --role client) and enroll again with --replace" in said

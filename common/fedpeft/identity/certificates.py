@@ -88,8 +88,9 @@ def check_time(certificate: x509.Certificate, now: datetime) -> None:
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > end:
         raise IdentityInvalid(
-            f"the certificate ended at {end:%Y-%m-%d %H:%M} UTC; enroll again with a new token, or, as an operator on "
-            "the server's machine, say fedpeft-server init again"
+            f"the certificate ended at {end:%Y-%m-%d %H:%M} UTC, and this machine's clock says {now:%Y-%m-%d %H:%M}; "
+            "enroll again with a new token, or, as an operator on the server's machine, say fedpeft-server init again; "
+            "if the clock is ahead, set the clock"
         )
     if now < begin:
         raise IdentityInvalid(
