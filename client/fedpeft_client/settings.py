@@ -132,6 +132,8 @@ class Settings(ProcessSettings):
         Raises:
             IdentityInvalid: If there is none and neither is named, or it cannot be used.
         """
+        if given.get("identity") == "":  # without a name it would be the current folder
+            given = {key: value for key, value in given.items() if key != "identity"}
         where = enrolled.find(given.get("identity"), given.get("state_dir"))
         if where is None:
             state_dir = given.get("state_dir")

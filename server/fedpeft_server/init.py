@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--operator-identity",
         metavar="DIR",
-        type=Path,
+        type=lambda text: _folder(text) or folder.personal(),
         default=folder.personal(),
         help="where the operator's identity goes (%(default)s)",
     )

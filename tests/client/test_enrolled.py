@@ -58,6 +58,12 @@ def test_an_identity_may_be_elsewhere(authority: Authority, tmp_path: Path, monk
     assert read(tmp_path / "state", "--config", str(tmp_path / "client.toml")).identity == where
 
 
+def test_an_empty_identity_is_none_and_not_the_current_folder(authority: Authority, tmp_path: Path) -> None:
+    where = enrolled(authority, tmp_path / "state" / "identity")
+    assert read(tmp_path / "state", "--identity", "").identity == where
+    assert read(tmp_path / "new", "--identity", "", "--server", SERVER, "--name", "noto", "--insecure").identity is None
+
+
 def test_a_state_directory_may_come_from_the_environment(
     authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

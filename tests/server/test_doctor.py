@@ -207,6 +207,9 @@ def test_a_server_certificate_of_another_key(tmp_path: Path, capsys: pytest.Capt
     key = data / "identity" / "server.key"
     key.write_bytes(keys.to_pem(keys.make()))
     assert only(Setup(data_dir=data, **free_ports()), "certificates").cure == "fedpeft-server init"
+    (data / "identity" / "server.pem").unlink()
+    lost = only(Setup(data_dir=data, **free_ports()), "certificates")
+    assert lost.level is Level.FAULT and "has server.key, authority.key, authority.pem but no server.pem" in lost.said
 
 
 # Disk and server

@@ -55,6 +55,13 @@ def test_an_empty_folder_is_none_and_not_the_current_one(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_empty_folder_for_the_operator_is_the_usual_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("FEDPEFT_IDENTITY", raising=False)
+    init.main(["--data-dir", str(tmp_path / "data"), "--operator", "ada", "--operator-identity", ""])
+    assert Identity.load(tmp_path / "config" / "fedpeft" / "identity").subject.name == "ada"
+
+
 def test_a_pattern_of_names_may_follow_the_name(tmp_path: Path) -> None:
     hosts = ["--host", "fed.example.org", "--host", "*.example.org"]
     init.main(["--data-dir", str(tmp_path), "--operator-identity", str(tmp_path / "me"), "--operator", "ada", *hosts])

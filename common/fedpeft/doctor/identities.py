@@ -69,6 +69,14 @@ def check_server_certificates(setup: Setup) -> Iterator[Finding]:
         return
     where = setup.data_dir / "identity"
     if not (where / "server.pem").exists():
+        # The server itself would not start: a folder that lost its certificate must not turn it to plain text.
+        if left := [name for name in ("server.key", "authority.key", "authority.pem") if (where / name).exists()]:
+            yield fault(
+                "certificates",
+                f"{where} has {', '.join(left)} but no server.pem",
+                "restore the folder from the backup, or run fedpeft-server init again",
+            )
+            return
         yield ok("certificates", f"none in {where}; plain text is served, on a loopback address only")
         return
     now, one = datetime.now(UTC), certificates.load(where / "server.pem")[0]
