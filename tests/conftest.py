@@ -1,6 +1,7 @@
-"""One thread a process, so that parallel workers do not fight for cores, and Hypothesis without a clock."""
+"""One thread a process, so that parallel workers do not fight for cores; Ctrl-C as at a terminal; no clock in Hypothesis."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,10 @@ from hypothesis import settings
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # read by torch and NumPy when they are first imported
+
+# A shell ignores Ctrl-C for what it runs behind, and every process that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
 settings.register_profile("here", deadline=None)

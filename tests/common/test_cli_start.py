@@ -97,8 +97,7 @@ def test_nobody_reads_what_is_printed() -> None:
 
 
 SLEEPS = (
-    "import signal, sys, tempfile, time\n"
-    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell ignores it for what it runs behind
+    "import sys, tempfile, time\n"
     "from fedpeft.cli import app, versions\n"
     "def sleep(**_):\n"
     "    with tempfile.TemporaryDirectory(dir=sys.argv[1]):\n"
