@@ -1,4 +1,4 @@
-"""One thread a process, so that parallel workers do not fight for cores; Ctrl-C as at a terminal; no clock in Hypothesis."""
+"""One thread a process, so that parallel workers do not fight for cores; Hypothesis without a clock; Ctrl-C as usual."""
 
 import os
 import signal
