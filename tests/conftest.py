@@ -1,4 +1,4 @@
-"""One thread a process, so that parallel workers do not fight for cores; Hypothesis without a clock; Ctrl-C as usual."""
+"""One thread a process, since parallel workers share the cores; Hypothesis without a clock; Ctrl-C as at a terminal."""
 
 import os
 import signal
