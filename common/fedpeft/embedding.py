@@ -43,8 +43,33 @@ T = TypeVar("T")
 RunFile: TypeAlias = "str | Path | Mapping[str, Any] | RunConfig"
 
 
+class Scored:
+    """A round's figures by name, for `Round` and `fedpeft.simulated.SimulatedRound`.
+
+    Attributes:
+        metrics: All that there are.
+    """
+
+    metrics: Mapping[str, float]
+
+    @property
+    def accuracy(self) -> float | None:
+        """On held-out data, 0 to 1; None while, or if, it is not scored."""
+        return self.metrics.get("accuracy")
+
+    @property
+    def loss(self) -> float | None:
+        """On held-out data; None while, or if, it is not scored."""
+        return self.metrics.get("loss")
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean over the clients' data; None before the commit."""
+        return self.metrics.get("train_loss")
+
+
 @dataclass(frozen=True)
-class Round:
+class Round(Scored):
     """A round as it is known: committed, or in progress.
 
     Attributes:
@@ -70,21 +95,6 @@ class Round:
     bytes_up: int
     bytes_down: int
     full_bytes: int
-
-    @property
-    def accuracy(self) -> float | None:
-        """On held-out data, 0 to 1; None while it is not scored."""
-        return self.metrics.get("accuracy")
-
-    @property
-    def loss(self) -> float | None:
-        """On held-out data; None while it is not scored."""
-        return self.metrics.get("loss")
-
-    @property
-    def train_loss(self) -> float | None:
-        """Mean over the clients' data; None before the commit."""
-        return self.metrics.get("train_loss")
 
 
 @dataclass(frozen=True)

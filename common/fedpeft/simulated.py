@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.embedding import RunFile, configured
+from fedpeft.embedding import RunFile, Scored, configured
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SimulatedRound:
+class SimulatedRound(Scored):
     """A committed round of a simulation.
 
     Attributes:
@@ -47,21 +47,6 @@ class SimulatedRound:
     payload_bytes_up: int
     payload_bytes_down: int
     full_bytes: int
-
-    @property
-    def accuracy(self) -> float | None:
-        """On held-out data, 0 to 1; None without it."""
-        return self.metrics.get("accuracy")
-
-    @property
-    def loss(self) -> float | None:
-        """On held-out data; None without it."""
-        return self.metrics.get("loss")
-
-    @property
-    def train_loss(self) -> float | None:
-        """Mean over the clients' data."""
-        return self.metrics.get("train_loss")
 
 
 @dataclass(frozen=True)

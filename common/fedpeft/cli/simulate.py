@@ -63,15 +63,9 @@ def simulate(
     config = load_run_file(file)
     check_needed(config.model, weights)
     require("train", "torch", "timm", "pyarrow")
-    import structlog
-    import torch
-
     from fedpeft import simulation
 
-    # Standard output carries the result alone; looked up anew, because who captures standard error replaces it.
-    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _set_up(threads)
     clients, partition = simulation.clients_of(data, config)
     said = _Progress(config.rounds.count, quiet=as_json)
     try:
@@ -98,6 +92,17 @@ def simulate(
     if report["state"] != "completed":
         output.note(f"fedpeft: the run is paused: {report['reason']}")
         raise typer.Exit(Exit.NOT_COMPLETED)
+
+
+def _set_up(threads: int | None) -> None:
+    """Sets what holds for the whole process: where logs go, and how many threads torch has."""
+    import structlog
+    import torch
+
+    # Standard output carries the result alone; looked up anew, because who captures standard error replaces it.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 class _Progress:
