@@ -54,7 +54,7 @@ class Loaded:
     Attributes:
         model: The tuned model; its tensors are whatever the last request left.
         dataset: This site's data with the run's labels.
-        local: Initial values of the tensors that are local in every round.
+        local: Initial values of the tensors that stay at the client: those that are local in some round.
     """
 
     model: TunedModel

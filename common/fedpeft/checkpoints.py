@@ -17,6 +17,7 @@ from torch import nn
 
 from fedpeft.errors import ModelInvalid
 from fedpeft.families import State
+from fedpeft.tied import spread
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 """The element types a checkpoint may have, as safetensors names them."""
@@ -127,7 +128,7 @@ def _wrong(path: Path, error: Exception) -> str:
 def fit(fitting: Fitting, checkpoint: State, module: nn.Module, head: str, source: str) -> State:
     """Returns a checkpoint's tensors as `module` takes them, without the head; nothing else may differ."""
     try:
-        state = fitting.convert(checkpoint, module)
+        state = spread(fitting.convert(checkpoint, module), module)
     except (RuntimeError, KeyError, ValueError, AttributeError) as error:
         raise ModelInvalid(f"{source} does not fit the model: {error}") from error
     state = {

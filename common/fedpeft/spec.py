@@ -33,7 +33,7 @@ class Role(StrEnum):
     """Trained by the client and part of its update."""
 
     LOCAL = "local"
-    """Trained by the client and kept there."""
+    """Trained by the client and kept there. Such a tensor is sent in no round: its values would be lost, or leave."""
 
     FROZEN = "frozen"
     """Part of the adapter, not trained in this round."""
@@ -84,8 +84,8 @@ class AdapterSpec:
 
     @cached_property
     def shared(self) -> tuple[TensorSpec, ...]:
-        """The tensors of an adapter version: all that are not local in every round."""
-        return tuple(t for t in self.tensors if any(r is not Role.LOCAL for r in t.roles))
+        """The tensors of an adapter version: all that are local in no round."""
+        return tuple(t for t in self.tensors if Role.LOCAL not in t.roles)
 
     def sent(self, number: int) -> tuple[TensorSpec, ...]:
         """Returns the tensors of an update of round `number` (1, 2, ...)."""
@@ -125,3 +125,8 @@ def _check_tensor(tensor: TensorSpec) -> None:
         raise SpecInvalid(f"tensor {name} has {tensor.size} elements; at most {MAX_ELEMENTS} are allowed")
     if not tensor.roles:
         raise SpecInvalid(f"tensor {name} has no role")
+    if {Role.LOCAL, Role.SENT} <= set(tensor.roles):
+        raise SpecInvalid(
+            f"tensor {name} is local in one round and sent in another, so each client's own values would be lost; "
+            "let it be local or frozen in every round, or sent or frozen"
+        )

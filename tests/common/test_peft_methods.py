@@ -10,10 +10,10 @@ from torch import nn
 
 from fedpeft import models
 from fedpeft.config import ModelConfig
-from fedpeft.errors import ModelInvalid
+from fedpeft.errors import ModelInvalid, SpecInvalid
 from fedpeft.models import Backbone
 from fedpeft.peft import Method, MethodOptions, TunedModel, methods, tune
-from fedpeft.spec import Role
+from fedpeft.spec import AdapterSpec, Role, TensorSpec
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -266,3 +266,10 @@ def test_roles_choose_what_trains_in_a_round(backbone: Backbone, images: torch.T
     head = model.state()["head.weight"]
     model.load({n: np.zeros(192, np.float32) for n in ("norm.bias", "norm.weight")})  # what a version holds
     assert np.array_equal(model.state()["head.weight"], head)
+
+
+def test_a_tensor_may_not_be_local_in_one_round_and_sent_in_another() -> None:
+    with pytest.raises(SpecInvalid, match=r"x is local in one round and sent in another"):
+        AdapterSpec.of("own", [TensorSpec("x", (2,), (Role.SENT, Role.LOCAL))])
+    spec = AdapterSpec.of("own", [TensorSpec("x", (2,), (Role.LOCAL, Role.FROZEN)), TensorSpec("y", (2,))])
+    assert [tensor.name for tensor in spec.shared] == ["y"]  # what stays at the client is in no version

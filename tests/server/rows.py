@@ -21,9 +21,7 @@ CONFIG: RunConfig = parse_config(
         "simulation": {"clients": 9},
     }
 )
-SPEC = AdapterSpec.of(
-    "lora", [TensorSpec("head.bias", (2,)), TensorSpec("lora.A", (8, 4), (Role.SENT, Role.FROZEN, Role.LOCAL))]
-)
+SPEC = AdapterSpec.of("lora", [TensorSpec("head.bias", (2,)), TensorSpec("lora.A", (8, 4), (Role.SENT, Role.FROZEN))])
 MANIFEST = Manifest(
     (Entry("head.bias", (2,), "float32", 0, 8), Entry("lora.A", (8, 4), "float32", 8, 128)), 136, b"d" * 32
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedpeft import seeds
+from fedpeft.checkpoints import inside
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ConfigInvalid, ModelInvalid
 from fedpeft.families import Anatomy
@@ -20,6 +21,7 @@ from fedpeft.models import Backbone, skeleton
 from fedpeft.payload import Tensors
 from fedpeft.peft.method import Method, make
 from fedpeft.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.tied import names_of, put
 
 
 class TunedModel:
@@ -59,7 +61,7 @@ class TunedModel:
         }
 
     def load(self, tensors: Tensors) -> None:
-        """Sets tuned tensors. Those that are local in every round may be absent and stay as they are.
+        """Sets tuned tensors. Those that are local in some round may be absent and stay as they are.
 
         Raises:
             ModelInvalid: If a tensor is missing, unknown or of another shape; nothing was set then.
@@ -128,11 +130,10 @@ def tune(backbone: Backbone, method: str, options: Mapping[str, object], seed: i
     module.to(backbone.device)
     spec = _spec(method, chosen, module, anatomy)
     tuned = {tensor.name for tensor in spec.tensors}
+    names = names_of(module)
     for own, parameter in list(module.named_parameters()):
         if id(parameter) in shared and chosen.canonical(own) in tuned:
-            place, _, leaf = own.rpartition(".")
-            copied = nn.Parameter(parameter.detach().clone())
-            setattr(module.get_submodule(place), leaf, copied)
+            put(module, names[own], nn.Parameter(parameter.detach().clone()))
         elif id(parameter) not in shared and chosen.canonical(own) not in tuned:
             parameter.requires_grad_(False)
     model = TunedModel(backbone, chosen, module, injected, spec)
@@ -179,7 +180,11 @@ def _inject(name: str, chosen: Method[Any], module: nn.Module, anatomy: Anatomy,
 
 
 def _spec(name: str, chosen: Method[Any], module: nn.Module, anatomy: Anatomy) -> AdapterSpec:
-    head = f"{anatomy.head}."
-    found = [(chosen.canonical(n), tuple(p.shape)) for n, p in module.named_parameters()]
-    tensors = [TensorSpec(n, shape, chosen.roles(n)) for n, shape in found if n.startswith(head) or chosen.tunes(n)]
-    return AdapterSpec.of(name, tensors)
+    """Returns the tuned tensors: a tied parameter is one, and is tuned if it is under any of its names."""
+
+    def tuned(names: Iterable[str]) -> bool:
+        return any(inside(n, anatomy.head) or chosen.tunes(n) for n in map(chosen.canonical, names))
+
+    names, parameters = names_of(module), dict(module.named_parameters())
+    found = [(chosen.canonical(first), tuple(parameters[first].shape)) for first in names if tuned(names[first])]
+    return AdapterSpec.of(name, [TensorSpec(n, shape, chosen.roles(n)) for n, shape in found])

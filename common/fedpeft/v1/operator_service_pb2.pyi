@@ -82,7 +82,7 @@ class CreateRunHeader(_message.Message):
 
     @_builtins.property
     def manifest(self) -> _tensor_pb2.Manifest:
-        """All tensors whose role is not local in every round, dense float32."""
+        """All tensors that are local in no round, dense float32."""
 
     def __init__(
         self,
