@@ -24,6 +24,7 @@ import torch
 from bytes_by_method import METHODS
 from workload import machine, peak_memory_bytes
 
+from fedpeft import durable
 from fedpeft.config import ModelConfig, TrainingConfig
 from fedpeft.data.dataset import open_dataset
 from fedpeft.data.transforms import Preprocessing
@@ -117,7 +118,7 @@ def main() -> None:
     rows = cases(chosen.model or models)
     found = {"machine": machine(), "load": [load, os.getloadavg()[0]], "steps": STEPS, "cases": rows}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(found, indent=2) + "\n")
+    durable.write_text(chosen.out, json.dumps(found, indent=2) + "\n")
     print(table(rows))
 
 

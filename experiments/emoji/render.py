@@ -37,6 +37,8 @@ import pyarrow.parquet as pq
 import resvg_py
 from PIL import Image
 
+from fedpeft import durable
+
 ICONIFY = "@iconify/json@2.2.535"
 UNICODE = "unicode-emoji-json@0.9.0"
 VENDORS = ("emojione", "fluent-emoji-flat", "fxemoji", "noto", "twemoji")
@@ -181,7 +183,8 @@ def write(rows: list[Drawing], path: Path) -> None:
         "emoji": [row.emoji for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns, schema=schema), path, compression="zstd", row_group_size=512)
+    with durable.writing(path) as file:
+        pq.write_table(pa.table(columns, schema=schema), file, compression="zstd", row_group_size=512)
 
 
 def report(rows: list[Drawing], title: str) -> None:

@@ -114,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit code."""
     session = Session()
     for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _end)
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(ending, _end)
     try:
         app(args=None if arguments is None else list(arguments), obj=session, prog_name="fedpeft")
     except FedpeftError as error:

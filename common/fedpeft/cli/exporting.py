@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpeft import views
+from fedpeft import durable, views
 from fedpeft.cli import output
 from fedpeft.cli.epilogs import OF_RUN, epilog
 from fedpeft.cli.places import check_file, check_folder
 from fedpeft.cli.session import Session, require, run_async, session_of
 from fedpeft.cli.weights import Weights, check_needed
-from fedpeft.errors import ConfigInvalid, SettingsInvalid, StateInvalid
+from fedpeft.errors import ConfigInvalid, SettingsInvalid
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -77,8 +76,10 @@ async def exported(
             with output.progress("downloading") as progress:
                 return (await server.download(run, out, version=version, progress=progress)).version
     require("train", "torch", "timm", "peft")
-    with _scratch(out) as scratch:
-        adapter = Path(scratch) / "adapter.safetensors"
+    with ExitStack() as stack:
+        with durable.refusals(f"writing {out}"):  # beside it, so that what is finished there can be renamed into place
+            scratch = stack.enter_context(durable.scratch(out))
+        adapter = scratch / "adapter.safetensors"
         async with session.client() as server:
             found, _ = await server.run(run)
             _check_form(found.spec.method, form)
@@ -86,7 +87,7 @@ async def exported(
             with output.progress("downloading") as progress:
                 header = await server.download(run, adapter, version=version, progress=progress)
         provenance = _provenance(found, header.version, rounds)
-        _write(_tuned(found, adapter, weights), form, provenance, Path(scratch) / "whole", out)
+        _write(_tuned(found, adapter, weights), form, provenance, scratch / "whole", out)
         return header.version
 
 
@@ -104,14 +105,6 @@ def _check_form(method: str, form: Format) -> None:
     """Finds a form that a method does not have before anything is downloaded."""
     if form is Format.PEFT and method != "lora":
         raise ConfigInvalid(f"--format peft is for lora, and this run tunes {method}; take safetensors or timm")
-
-
-def _scratch(out: Path) -> tempfile.TemporaryDirectory[str]:
-    """Returns a folder beside `out`, so that what is finished there can be renamed into place."""
-    try:
-        return tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent)
-    except OSError as error:
-        raise StateInvalid(f"cannot write {out}: {error.strerror}") from None
 
 
 def _tuned(run: run_pb2.Run, adapter: Path, weights: Path | None) -> TunedModel:
@@ -146,13 +139,9 @@ def _write(tuned: TunedModel, form: Format, provenance: Provenance, partial: Pat
     """Writes a model in full before it appears under its name."""
     from fedpeft.export import as_peft, as_timm
 
-    try:
+    with durable.refusals(f"writing {out}"):
         if form is Format.TIMM:
             as_timm(tuned, partial)
         else:
             as_peft(tuned, partial, provenance)
-            if out.is_dir():
-                out.rmdir()
-        shutil.move(partial, out)
-    except OSError as error:
-        raise StateInvalid(f"cannot write {out}: {error.strerror}") from None
+        durable.settle(partial, out)

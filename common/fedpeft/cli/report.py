@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedpeft import units, views
+from fedpeft import durable, units, views
 from fedpeft.errors import StateInvalid
 from fedpeft.following import Picture
 
@@ -89,7 +89,7 @@ def write_json(report: views.Json, path: Path) -> None:
         StateInvalid: If the file cannot be written.
     """
     try:
-        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        durable.write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise StateInvalid(f"cannot write {path}: {error.strerror}") from None
 
@@ -147,7 +147,8 @@ def write_png(report: views.Json, path: Path) -> None:
         fontsize=9,
     )
     try:
-        figure.savefig(path)
+        with durable.writing(path) as file:
+            figure.savefig(file, format="png")
     except OSError as error:
         raise StateInvalid(f"cannot write {path}: {error.strerror}") from None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from fedpeft import durable
 from fedpeft.data.interface import Source
 from fedpeft.data.partitions import Indices, Partition, skew
 from fedpeft.data.sources import INDEX_SUFFIX, labels_digest, open_source
@@ -45,25 +46,33 @@ def write_parts(
 
     Raises:
         DataInvalid: If the partition does not fit the data, a name is no file name, a client has no rows, or `out`
-            cannot be written or holds a partition already.
+            cannot be written or is not empty.
     """
     source = open_source(path, image, label)
     _check(source, partition, path)
+    record = _record(source, partition)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / RECORD).exists():
-            raise DataInvalid(f"{out} holds a partition already; name another folder")
-        for name, rows in zip(partition.names, partition.parts, strict=True):
-            if index:
-                _write_index(source, path, rows, out / f"{file_name(name)}{INDEX_SUFFIX}", image, label)
-            else:
-                _write_rows(source, rows, out / file_name(name))
-        record = _record(source, partition)
-        # Last, so that a folder with a record is a whole one.
-        (out / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _check_place(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with durable.folder(out) as folder:
+            for name, rows in zip(partition.names, partition.parts, strict=True):
+                if index:
+                    data = _index(source, path, rows, out, image, label)
+                    (folder / f"{file_name(name)}{INDEX_SUFFIX}").write_text(data, encoding="utf-8")
+                else:
+                    _write_rows(source, rows, folder / file_name(name))
+            (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataInvalid(f"cannot write the partition to {out}: {error.strerror or error}") from None
     return record
+
+
+def _check_place(out: Path) -> None:
+    """Refuses a folder that holds anything: a partition is one folder that is whole or not there."""
+    if (out / RECORD).exists():
+        raise DataInvalid(f"{out} holds a partition already; name another folder")
+    if out.exists() and any(out.iterdir()):
+        raise DataInvalid(f"{out} is not empty; a partition is written to a folder that is new or empty")
 
 
 def _check(source: Source, partition: Partition, path: Path) -> None:
@@ -97,15 +106,15 @@ def _write_rows(source: Source, rows: Indices, folder: Path) -> None:
             writer.write_table(table)
 
 
-def _write_index(source: Source, path: Path, rows: Indices, file: Path, image: str | None, label: str | None) -> None:
+def _index(source: Source, path: Path, rows: Indices, out: Path, image: str | None, label: str | None) -> str:
     data = {
-        "source": os.path.relpath(path.resolve(), file.parent.resolve()),
+        "source": os.path.relpath(path.resolve(), out.resolve()),
         "image": image,
         "label": label,
         "labels_sha256": labels_digest(source),
         "rows": rows.tolist(),
     }
-    file.write_text(json.dumps(data) + "\n", encoding="utf-8")
+    return json.dumps(data) + "\n"
 
 
 def _record(source: Source, partition: Partition) -> dict[str, Any]:

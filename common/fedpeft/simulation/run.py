@@ -16,13 +16,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import structlog
 from google.protobuf import json_format
 
-from fedpeft import ids, payload, rounds, seeds, wire
+from fedpeft import durable, ids, payload, rounds, seeds, wire
 from fedpeft.config import RunConfig
 from fedpeft.errors import (
     ConfigInvalid,
@@ -97,14 +96,14 @@ def simulate(
     config = wire.config_from_proto(wire.config_to_proto(config))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=out, prefix=".simulation-") as scratch:
-            memory = Path(scratch, "memory")
+        with durable.scratch(out / "simulation") as scratch:
+            memory = scratch / "memory"
             memory.mkdir()
             bench = Workbench(config, clients, memory, evaluate, weights, label_map, device)
-            versions = Versions(Identity(run, config, bench.spec, bench.fingerprint), out, Path(scratch))
+            versions = Versions(Identity(run, config, bench.spec, bench.fingerprint), out, scratch)
             simulation = _Simulation(config, sorted(clients), bench, versions, run)
             report = {**simulation.hold(committed, worked), "partition": None if partition is None else dict(partition)}
-        (out / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        durable.write_text(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise StateInvalid(f"cannot use {error.filename or out}: {error.strerror or error}") from None
     return report
