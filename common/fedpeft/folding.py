@@ -44,8 +44,8 @@ class Contribution:
         examples: Examples it trained on, at least 1.
         manifest: What the payload holds.
         payload: The payload's bytes, best a mapped file.
-        release: Called now and then to give back pages that were read; for a mapped file
-            ``partial(mapping.madvise, mmap.MADV_DONTNEED)``, so that resident memory stays flat.
+        release: Called now and then to give back pages that were read, so that resident memory stays flat; for a
+            mapped file `fedpeft.mapped.releaser(payload)`.
     """
 
     client: str

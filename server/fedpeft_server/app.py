@@ -265,7 +265,7 @@ class Server:
 
 
 def _allow_open_files() -> None:
-    """Raises the limit on open files as far as it goes: folding maps one file an update."""
+    """Raises the limit on open files as far as it goes: every connection takes one, and every transfer another."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
