@@ -1,7 +1,7 @@
 """Files mapped into memory, read-only, and their pages given back once they were read.
 
-A mapping made here holds no descriptor, unlike one of Python's `mmap`: a fold maps every update of its round at once, and
-would otherwise end at the limit on open files (often 1,024). Linux allows 65,530 mappings a process by default.
+A mapping made here holds no descriptor, unlike one of Python's `mmap`: a fold maps every update of its round at once,
+and would otherwise end at the limit on open files (often 1,024). Linux allows 65,530 mappings a process by default.
 """
 
 from __future__ import annotations
