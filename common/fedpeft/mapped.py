@@ -66,7 +66,7 @@ def mapped(path: Path) -> memoryview:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             return memoryview(b"")
-        return memoryview(np.asarray(_Mapping(file.fileno(), size)))
+        return np.asarray(_Mapping(file.fileno(), size)).data
 
 
 def releaser(view: memoryview) -> Callable[[], object] | None:
