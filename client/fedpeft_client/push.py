@@ -70,7 +70,11 @@ class Pusher:
             receipt = await self._insist(pending, log)
         except (LocalError, *NOT_ABOUT_THE_TASK):
             raise
-        except (ManifestInvalid, PayloadInvalid) as error:
+        except ManifestInvalid as error:
+            log.error("update was refused as wrong; it and the residual are dropped", cause=str(error))
+            await self.give_up(pending, error, log)  # its ticket is still good, and nothing right will come for it
+            return Outcome.DROPPED
+        except PayloadInvalid as error:
             log.error("update was refused as wrong; it and the residual are dropped", cause=str(error))
             return Outcome.DROPPED
         except UpdateDiffers as error:
@@ -121,7 +125,7 @@ class Pusher:
         if standing.state == run_pb2.TICKET_STATE_LATE:
             raise RoundClosed("the round closed before the update came")
         if standing.state == run_pb2.TICKET_STATE_REFUSED:  # by an attempt whose answer was lost
-            raise PayloadInvalid("the server refused this update as wrong; its log has the reason")
+            raise PayloadInvalid(standing.reason or "the server refused this update as wrong; its log has the reason")
         if standing.state != run_pb2.TICKET_STATE_ISSUED:
             raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; it takes no update")
         if standing.committed_bytes > self._committed:

@@ -183,6 +183,10 @@ class RoundsConfig(_Section):
         return self.min_available or self.sampled
 
 
+DEFAULT_EPOCHS = 1
+"""Passes over the local data where neither epochs nor steps is given."""
+
+
 class TrainingConfig(_Section):
     """`[training]`: what a client does with its data in a round."""
 

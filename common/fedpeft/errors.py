@@ -5,7 +5,10 @@
     │   ├── ConfigInvalid         a run file or flag
     │   ├── SpecInvalid           an adapter spec
     │   ├── ManifestInvalid       the description of a payload
+    │   ├── ExamplesInvalid       the number of examples of an update
     │   ├── ChunkInvalid          a piece of a payload
+    │   ├── UploadIncomplete      the stream of an upload ended before its payload
+    │   ├── DigestInvalid         a digest that has not 32 bytes
     │   ├── PayloadInvalid        the bytes of a payload
     │   ├── MetricsInvalid        evaluation or training figures
     │   ├── AnswerInvalid         an answer to the offer of a run
@@ -84,7 +87,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class FedpeftError(Exception):
@@ -108,6 +111,11 @@ class FedpeftError(Exception):
         super().__init__(message)
         self.message = message
         self.fields = fields
+
+    def within(self, path: str) -> Self:
+        """Returns this error with its fields moved below `path`: a part of a request need not know where it lies."""
+        self.fields = tuple((f"{path}.{field}", text) for field, text in self.fields)
+        return self
 
     @property
     def in_short(self) -> str:
@@ -148,8 +156,20 @@ class ManifestInvalid(InvalidArgument):
     """A manifest does not fit the adapter spec."""
 
 
+class ExamplesInvalid(InvalidArgument):
+    """An update claims no example, or more than one may claim."""
+
+
 class ChunkInvalid(InvalidArgument):
     """A chunk is empty, over 1 MiB, beyond the payload's end, or where the header belongs."""
+
+
+class UploadIncomplete(InvalidArgument):
+    """The caller ended the stream of an upload before the whole payload was sent."""
+
+
+class DigestInvalid(InvalidArgument):
+    """A SHA-256 digest in a request is neither absent nor 32 bytes long."""
 
 
 class PayloadInvalid(InvalidArgument):

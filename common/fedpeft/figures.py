@@ -24,15 +24,20 @@ def check(figures: Mapping[str, float], most: int) -> None:
     """Checks figures from outside.
 
     Raises:
-        MetricsInvalid: If there are more than `most`, a name is empty or too long, or a value is not finite.
+        MetricsInvalid: If there are more than `most`, a name is empty or too long, or a value is not finite; its field
+            is `metrics`, or `metrics[NAME]`.
     """
     if len(figures) > most:
-        raise MetricsInvalid(f"{len(figures)} figures; at most {most} are taken")
+        raise _fault("metrics", f"has {len(figures)} figures; at most {most} are taken")
     for name, value in figures.items():
         if not _named(name):
-            raise MetricsInvalid(f"a figure's name has {len(name.encode())} bytes; 1 to {MAX_NAME_BYTES} are taken")
+            raise _fault("metrics", f"has a name of {len(name.encode())} bytes; 1 to {MAX_NAME_BYTES} are taken")
         if not math.isfinite(value):
-            raise MetricsInvalid(f"the figure {name} is {value}")
+            raise _fault(f"metrics[{name}]", f"is {value}, not a finite number")
+
+
+def _fault(field: str, text: str) -> MetricsInvalid:
+    return MetricsInvalid(f"{field} {text}", ((field, text),))
 
 
 def _named(name: str) -> bool:

@@ -106,34 +106,40 @@ def check_manifest(manifest: Manifest, specs: Sequence[TensorSpec], encodings: S
     """
     given, wanted = [e.name for e in manifest.entries], [s.name for s in specs]
     if given != wanted:
-        raise ManifestInvalid(_name_fault(given, wanted))
+        raise _name_fault(given, wanted)
     offset = 0
-    for entry, spec in zip(manifest.entries, specs, strict=True):
+    for i, (entry, spec) in enumerate(zip(manifest.entries, specs, strict=True)):
         if entry.shape != spec.shape:
-            raise ManifestInvalid(f"tensor {spec.name} has shape {entry.shape}; the spec says {spec.shape}")
+            raise entry_fault(i, "shape", spec.name, f"has shape {entry.shape}; the spec says {spec.shape}")
         if entry.encoding not in encodings:
-            raise ManifestInvalid(
-                f"tensor {spec.name} is encoded as {entry.encoding[:32]!r}; this run takes {', '.join(encodings)}"
-            )
+            text = f"is encoded as {entry.encoding[:32]!r}; this run takes {', '.join(encodings)}"
+            raise entry_fault(i, "encoding", spec.name, text)
         if entry.offset != offset:
-            raise ManifestInvalid(f"tensor {spec.name} begins at byte {entry.offset}, not at {offset}")
+            raise entry_fault(i, "offset", spec.name, f"begins at byte {entry.offset}, not at {offset}")
         low, high = codecs.get(entry.encoding).length_bounds(spec.size)
         if not low <= entry.length <= high:
             wants = f"{low}" if low == high else f"{low} to {high}"
-            raise ManifestInvalid(f"tensor {spec.name} has {entry.length} bytes; {entry.encoding} has {wants}")
+            raise entry_fault(i, "length", spec.name, f"has {entry.length} bytes; {entry.encoding} has {wants}")
         offset += entry.length
     if manifest.payload_bytes != offset:
-        raise ManifestInvalid(f"payload_bytes is {manifest.payload_bytes}, the entries have {offset}")
+        text = f"is {manifest.payload_bytes}, the entries have {offset}"
+        raise ManifestInvalid(f"payload_bytes {text}", (("payload_bytes", text),))
 
 
-def _name_fault(given: Sequence[str], wanted: Sequence[str]) -> str:
-    """Returns the sentence for the first difference between two lists of names."""
+def entry_fault(i: int, field: str, name: str, text: str) -> ManifestInvalid:
+    """Returns the error for a field of the entry at index `i` of a manifest, with that field's path."""
+    return ManifestInvalid(f"tensor {name[:80]} {text}", ((f"tensors[{i}].{field}", text),))
+
+
+def _name_fault(given: Sequence[str], wanted: Sequence[str]) -> ManifestInvalid:
+    """Returns the error for the first difference between two lists of names."""
     unknown, missing = sorted(set(given) - set(wanted)), sorted(set(wanted) - set(given))
     if unknown:
-        return f"tensor {unknown[0][:80]} is not one that is sent in this round"
+        return entry_fault(given.index(unknown[0]), "name", unknown[0], "is not one that is sent here")
     if missing:
-        return f"tensor {missing[0]} is missing"
-    return "the tensors are not in the spec's order, each once"
+        return ManifestInvalid(f"tensor {missing[0]} is missing", (("tensors", f"has no tensor {missing[0]}"),))
+    text = "are not in the spec's order, each once"
+    return ManifestInvalid(f"the tensors {text}", (("tensors", text),))
 
 
 def check_payload(manifest: Manifest, payload: memoryview, release: Callable[[], object] | None = None) -> None:
@@ -146,16 +152,17 @@ def check_payload(manifest: Manifest, payload: memoryview, release: Callable[[],
 
     Raises:
         PayloadInvalid: If the payload is longer or shorter than its manifest says, or a tensor's
-            bytes are malformed or hold a value that is not finite; the message names the tensor.
+            bytes are malformed or hold a value that is not finite; message and field name the tensor.
     """
     if len(payload) != manifest.payload_bytes:
         raise PayloadInvalid(f"the payload has {len(payload)} bytes; its manifest says {manifest.payload_bytes}")
     resident = 0
-    for entry, data in parts(manifest, payload):
+    for i, (entry, data) in enumerate(parts(manifest, payload)):
         try:
             codecs.get(entry.encoding).check(data, math.prod(entry.shape))
         except PayloadInvalid as error:
-            raise PayloadInvalid(f"tensor {entry.name}: {error.message}") from None
+            fields = ((f"tensors[{i}]", error.message),)
+            raise PayloadInvalid(f"tensor {entry.name}: {error.message}", fields) from None
         resident += entry.length
         if release and resident > RESIDENT_BYTES:
             release()

@@ -105,28 +105,37 @@ class AdapterSpec:
 
 def _check(spec: AdapterSpec) -> None:
     if not spec.method:
-        raise SpecInvalid("the adapter spec names no method")
+        raise SpecInvalid("the adapter spec names no method", (("method", "is empty"),))
     if not 1 <= len(spec.tensors) <= MAX_TENSORS:
-        raise SpecInvalid(f"the adapter spec has {len(spec.tensors)} tensors; 1 to {MAX_TENSORS} are allowed")
-    names = [t.name for t in spec.tensors]
-    if any(a >= b for a, b in pairwise(names)):
-        raise SpecInvalid("the tensors of the adapter spec are not sorted by name, or a name occurs twice")
-    for tensor in spec.tensors:
-        _check_tensor(tensor)
+        text = f"has {len(spec.tensors)} tensors; 1 to {MAX_TENSORS} are allowed"
+        raise SpecInvalid(f"the adapter spec {text}", (("tensors", text),))
+    for i, (one, other) in enumerate(pairwise(spec.tensors), 1):
+        if one.name >= other.name:
+            raise spec_fault(i, "name", other.name, "is not sorted behind the one before it, or occurs twice")
+    for i, tensor in enumerate(spec.tensors):
+        _check_tensor(i, tensor)
 
 
-def _check_tensor(tensor: TensorSpec) -> None:
+def _check_tensor(i: int, tensor: TensorSpec) -> None:
     name = tensor.name
     if not name or len(name.encode()) > MAX_NAME_BYTES or not (name.isascii() and name.isprintable()):
-        raise SpecInvalid(f"tensor name {name[:80]!r} is not 1 to {MAX_NAME_BYTES} printable ASCII bytes")
+        raise spec_fault(i, "name", repr(name[:80]), f"is not named by 1 to {MAX_NAME_BYTES} printable ASCII bytes")
     if len(tensor.shape) > MAX_DIMENSIONS or any(n < 1 for n in tensor.shape):
-        raise SpecInvalid(f"tensor {name} has shape {tensor.shape}; at most {MAX_DIMENSIONS} extents, each at least 1")
+        raise spec_fault(
+            i, "shape", name, f"has shape {tensor.shape}; at most {MAX_DIMENSIONS} extents, each at least 1"
+        )
     if tensor.size > MAX_ELEMENTS:
-        raise SpecInvalid(f"tensor {name} has {tensor.size} elements; at most {MAX_ELEMENTS} are allowed")
+        raise spec_fault(i, "shape", name, f"has {tensor.size} elements; at most {MAX_ELEMENTS} are allowed")
     if not tensor.roles:
-        raise SpecInvalid(f"tensor {name} has no role")
+        raise spec_fault(i, "roles", name, "has no role")
     if {Role.LOCAL, Role.SENT} <= set(tensor.roles):
-        raise SpecInvalid(
-            f"tensor {name} is local in one round and sent in another, so each client's own values would be lost; "
+        text = (
+            "is local in one round and sent in another, so each client's own values would be lost; "
             "let it be local or frozen in every round, or sent or frozen"
         )
+        raise spec_fault(i, "roles", name, text)
+
+
+def spec_fault(i: int, field: str, name: str, text: str) -> SpecInvalid:
+    """Returns the error for a field of the tensor at index `i` of an adapter spec, with that field's path."""
+    return SpecInvalid(f"tensor {name[:80]} {text}", ((f"tensors[{i}].{field}", text),))

@@ -6,10 +6,10 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from fedpeft.config import RunConfig, TrainingConfig, parse_config
-from fedpeft.errors import ManifestInvalid, SpecInvalid
-from fedpeft.payload import Entry, Manifest
-from fedpeft.spec import DTYPE, AdapterSpec, Role, TensorSpec
+from fedpeft.config import DEFAULT_EPOCHS, RunConfig, TrainingConfig, parse_config
+from fedpeft.errors import ManifestInvalid
+from fedpeft.payload import Entry, Manifest, entry_fault
+from fedpeft.spec import DTYPE, AdapterSpec, Role, TensorSpec, spec_fault
 from fedpeft.v1 import run_pb2, tensor_pb2
 
 MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024
@@ -59,8 +59,11 @@ def _whole(value: Any) -> Any:
 
 
 def training_to_proto(config: TrainingConfig) -> run_pb2.TrainingConfig:
-    """Returns the message of local-training settings."""
-    return json_format.ParseDict(config.model_dump(mode="json", exclude_none=True), run_pb2.TrainingConfig())
+    """Returns the message of local-training settings, whole: one epoch where neither epochs nor steps is said."""
+    message = json_format.ParseDict(config.model_dump(mode="json", exclude_none=True), run_pb2.TrainingConfig())
+    if config.epochs is None and config.steps is None:
+        message.epochs = DEFAULT_EPOCHS
+    return message
 
 
 def spec_to_proto(spec: AdapterSpec) -> tensor_pb2.AdapterSpec:
@@ -78,11 +81,11 @@ def spec_from_proto(message: tensor_pb2.AdapterSpec) -> AdapterSpec:
     Raises:
         SpecInvalid: If a dtype or role is not one of this protocol's, or the spec breaks a limit.
     """
-    for t in message.tensors:
+    for i, t in enumerate(message.tensors):
         if t.dtype != DTYPE:
-            raise SpecInvalid(f"tensor {t.name[:80]} has dtype {t.dtype[:16]!r}; only {DTYPE} is allowed")
+            raise spec_fault(i, "dtype", t.name, f"has dtype {t.dtype[:16]!r}; only {DTYPE} is allowed")
         if any(r not in _ROLES_BACK for r in t.roles):
-            raise SpecInvalid(f"tensor {t.name[:80]} has a role that is not sent, local or frozen")
+            raise spec_fault(i, "roles", t.name, "has a role that is not sent, local or frozen")
     tensors = tuple(TensorSpec(t.name, tuple(t.shape), tuple(_ROLES_BACK[r] for r in t.roles)) for t in message.tensors)
     return AdapterSpec(message.method, tensors)
 
@@ -109,10 +112,11 @@ def manifest_from_proto(message: tensor_pb2.Manifest) -> Manifest:
     Raises:
         ManifestInvalid: If a dtype is not this protocol's, or the digest has not 32 bytes.
     """
-    for e in message.tensors:
+    for i, e in enumerate(message.tensors):
         if e.dtype != DTYPE:
-            raise ManifestInvalid(f"tensor {e.name[:80]} has dtype {e.dtype[:16]!r}; only {DTYPE} is allowed")
+            raise entry_fault(i, "dtype", e.name, f"has dtype {e.dtype[:16]!r}; only {DTYPE} is allowed")
     if len(message.sha256) != 32:
-        raise ManifestInvalid(f"the payload's sha256 has {len(message.sha256)} bytes, not 32")
+        text = f"has {len(message.sha256)} bytes; a SHA-256 digest has 32"
+        raise ManifestInvalid(f"the manifest's sha256 {text}", (("sha256", text),))
     entries = tuple(Entry(e.name, tuple(e.shape), e.encoding, e.offset, e.length) for e in message.tensors)
     return Manifest(entries, message.payload_bytes, message.sha256)

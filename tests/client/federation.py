@@ -416,5 +416,4 @@ class Federation(pb_grpc.FederationServiceServicer):
 _CLOSES = {
     "RoundClosed": run_pb2.TICKET_STATE_LATE,
     "PayloadInvalid": run_pb2.TICKET_STATE_REFUSED,
-    "ManifestInvalid": run_pb2.TICKET_STATE_REFUSED,
 }

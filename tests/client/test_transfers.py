@@ -278,7 +278,7 @@ async def test_pull_that_stalls_is_broken_off(site: Site, monkeypatch: pytest.Mo
         (TicketNotFound("gone"), Outcome.NOT_COUNTED, True),
         (UpdateTooLarge("over 1 GB"), Outcome.NOT_COUNTED, True),
         (PayloadInvalid("NaN"), Outcome.DROPPED, False),
-        (ManifestInvalid("a is missing"), Outcome.DROPPED, False),
+        (ManifestInvalid("a is missing"), Outcome.DROPPED, True),
     ],
 )
 async def test_refusals(site: Site, error: Exception, outcome: Outcome, withdraws: bool) -> None:

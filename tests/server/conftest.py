@@ -22,6 +22,7 @@ from sqlalchemy import create_engine, text
 
 from fedpeft import payload, wire
 from fedpeft.config import RunConfig, parse_config
+from fedpeft.errors import FedpeftError
 from fedpeft.payload import CHUNK_BYTES, Manifest
 from fedpeft.spec import AdapterSpec, TensorSpec
 from fedpeft.status import from_rpc_error
@@ -251,11 +252,16 @@ async def daemon(start: StartDaemon) -> Daemon:
     return await start()
 
 
-async def refused(call: Awaitable[object]) -> str:
-    """Returns the reason with which a call is refused."""
+async def fault(call: Awaitable[object]) -> FedpeftError:
+    """Returns the error with which a call is refused."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    return from_rpc_error(caught.value).reason
+    return from_rpc_error(caught.value)
+
+
+async def refused(call: Awaitable[object]) -> str:
+    """Returns the reason with which a call is refused."""
+    return (await fault(call)).reason
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,7 @@ async def test_who_runs_on_a_copied_state_directory_is_told_what_fits_a_certific
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await one.look()
     said = from_rpc_error(caught.value).message
-    assert "give each device a token and a --state-dir of its own" in said and "--name" not in said
+    assert "give each device a token and a state directory of its own" in said and "--name" not in said
 
 
 async def test_a_secret_is_kept_nowhere(secured: Federation, tmp_path: Path) -> None:

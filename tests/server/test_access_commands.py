@@ -182,7 +182,7 @@ async def test_a_revoked_one_is_refused_at_its_next_message(
     refused = await fedpeft("run", "list", identity=tmp_path / "eve")
     assert (
         refused.code == 1
-        and "were revoked; ask another operator for a new enrolment token, and enroll with --replace" in refused.err
+        and "were revoked; ask another operator for a new enrolment token, and enroll anew with it" in refused.err
     )
     nobody = await fedpeft("client", "revoke", "nobody")
     assert nobody.code == 4

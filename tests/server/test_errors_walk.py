@@ -30,7 +30,7 @@ from fedpeft_server.store import tables
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, zeros
 from .secured import Federation, federation
 from .test_access import signed_without_an_id
-from .test_refusals import CALLERS, REFUSED_FOR_GOOD, TRY_AGAIN, bad_and_good
+from .test_refusals import CALLERS, REFUSED_FOR_GOOD, TRY_AGAIN, WRONG_HEADERS, bad_and_good
 from .test_turns import Trickle
 from .test_uploads import SlowDisk
 
@@ -79,7 +79,7 @@ async def unsorted_spec(world: World) -> object:
 
 def update(case: str) -> Callable[[World], Awaitable[object]]:
     """One of the wrong updates of test_refusals."""
-    send, _ = {**REFUSED_FOR_GOOD, **TRY_AGAIN}[case]
+    send, _ = {**REFUSED_FOR_GOOD, **WRONG_HEADERS, **TRY_AGAIN}[case]
 
     async def provoke(world: World) -> object:
         bad, *_ = await bad_and_good(await world.start())
@@ -319,6 +319,11 @@ async def decline_without_a_reason(world: World) -> object:
     return await client.stub.AnswerOffer(answer, metadata=client.metadata)
 
 
+async def short_digest(world: World) -> object:
+    _, run, (client,) = await world.run()
+    return await client.pull(run, 0, have=b"short")
+
+
 Provocation = Callable[[Federation], Awaitable[object]]
 
 
@@ -398,7 +403,10 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "CONFIG_INVALID": wrong_config,
     "SPEC_INVALID": unsorted_spec,
     "MANIFEST_INVALID": update("wrong shape"),
+    "EXAMPLES_INVALID": update("no examples"),
     "CHUNK_INVALID": update("empty chunk"),
+    "UPLOAD_INCOMPLETE": update("stream that ends early"),
+    "DIGEST_INVALID": short_digest,
     "PAYLOAD_INVALID": update("not a number"),
     "METRICS_INVALID": update("a loss that is not finite"),
     "ANSWER_INVALID": decline_without_a_reason,
@@ -467,6 +475,9 @@ async def test_what_the_page_lists_really_happens(
     assert error.status == ON_THE_WIRE[reason]
     assert len(error.message.split()) > 4, "a sentence says what, where, and what would be right"
     assert "Traceback" not in error.message
+    assert not re.search(r"(?<![\w-])--[a-z]", error.message), "a client in another language has no such flag"
+    if error.status == "INVALID_ARGUMENT":
+        assert error.fields and all(field and text for field, text in error.fields), "the faulty field is named"
 
 
 async def test_the_operators_client_raises_the_class_of_the_reason() -> None:

@@ -17,7 +17,7 @@ from fedpeft.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2, tensor_pb2
 
-from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, header, refused
+from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, fault, filled, header, refused
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Bad:
         return self.client.push_raw(header(self.ticket, self.manifest, examples, **metrics), [(0, self.data)])
 
 
-REFUSED_FOR_GOOD: dict[str, tuple[Callable[[Bad], Awaitable[object]], str]] = {
+WRONG_HEADERS: dict[str, tuple[Callable[[Bad], Awaitable[object]], str]] = {
     "unknown tensor": (lambda b: b.entry(name="blocks.9.bias"), "MANIFEST_INVALID"),
     "missing tensor": (lambda b: b.send(entries=b.manifest.entries[1:]), "MANIFEST_INVALID"),
     "tensor twice": (lambda b: b.send(entries=b.manifest.entries[:1] * 2), "MANIFEST_INVALID"),
@@ -58,13 +58,15 @@ REFUSED_FOR_GOOD: dict[str, tuple[Callable[[Bad], Awaitable[object]], str]] = {
     "length of another shape": (lambda b: b.entry(length=24), "MANIFEST_INVALID"),
     "payload_bytes that lies": (lambda b: b.send(payload_bytes=2**40), "MANIFEST_INVALID"),
     "short digest": (lambda b: b.send(sha256=b"short"), "MANIFEST_INVALID"),
-    "not a number": (lambda b: b.values(np.nan), "PAYLOAD_INVALID"),
-    "infinity": (lambda b: b.values(np.inf), "PAYLOAD_INVALID"),
-    "no examples": (lambda b: b.head(examples=0), "PAYLOAD_INVALID"),
-    "too many examples": (lambda b: b.head(examples=10**9 + 1), "PAYLOAD_INVALID"),
+    "no examples": (lambda b: b.head(examples=0), "EXAMPLES_INVALID"),
+    "too many examples": (lambda b: b.head(examples=10**9 + 1), "EXAMPLES_INVALID"),
     "a loss that is not finite": (lambda b: b.head(loss=float("nan")), "METRICS_INVALID"),
     "too many figures": (lambda b: b.head(**{f"m{i}": 1.0 for i in range(65)}), "METRICS_INVALID"),
     "a figure with a long name": (lambda b: b.head(**{"m" * 129: 1.0}), "METRICS_INVALID"),
+}
+REFUSED_FOR_GOOD: dict[str, tuple[Callable[[Bad], Awaitable[object]], str]] = {
+    "not a number": (lambda b: b.values(np.nan), "PAYLOAD_INVALID"),
+    "infinity": (lambda b: b.values(np.inf), "PAYLOAD_INVALID"),
 }
 
 
@@ -89,6 +91,58 @@ async def test_a_wrong_update_closes_its_ticket_and_the_round_goes_on(daemon: Da
     states = {t.client: (t.state, t.reason.partition(":")[0]) for t in done.tickets}
     assert states["bad"] == (run_pb2.TICKET_STATE_REFUSED, reason)
     assert all((x == 3.0).all() for x in (await daemon.adapter(run.id, 1)).values())
+    held = await bad.client.upload(bad.ticket)
+    assert held.state == run_pb2.TICKET_STATE_REFUSED
+    assert held.reason.startswith(f"{reason}: update of {bad.ticket}: tensor blocks.0.bias: value 0 is not finite")
+
+
+@pytest.mark.parametrize("case", WRONG_HEADERS)
+async def test_a_wrong_header_costs_no_ticket(daemon: Daemon, case: str) -> None:
+    send, reason = WRONG_HEADERS[case]
+    bad, good, ticket, run = await bad_and_good(daemon)
+    error = await fault(send(bad))
+    assert error.reason == reason
+    assert error.fields and all(field.startswith("header.") for field, _ in error.fields)
+    held = await bad.client.upload(bad.ticket, bad.manifest.sha256)
+    assert (held.state, held.committed_bytes) == (run_pb2.TICKET_STATE_ISSUED, 0)
+    await bad.values(1.0)
+    await good.push(ticket, filled(3.0))
+    await daemon.until(run.id, lambda r: r.version == 1)
+    assert all((x == 2.0).all() for x in (await daemon.adapter(run.id, 1)).values())
+
+
+async def test_an_update_over_the_limit_costs_no_ticket(start: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = await start()
+    bad, *_ = await bad_and_good(daemon)
+    monkeypatch.setattr(daemon.server.uploads._arrivals, "_max_bytes", 8)
+    error = await fault(bad.values(1.0))
+    assert (error.reason, error.fields[0][0]) == ("UPDATE_TOO_LARGE", "header.manifest.payload_bytes")
+    assert (await bad.client.upload(bad.ticket)).state == run_pb2.TICKET_STATE_ISSUED
+
+
+@pytest.mark.parametrize("length", [1, 31, 33, 64])
+async def test_a_digest_of_another_length_is_refused(daemon: Daemon, length: int) -> None:
+    bad, _, _, run = await bad_and_good(daemon)
+    for call, field in (
+        (bad.client.upload(bad.ticket, bytes(length)), "sha256"),
+        (bad.client.pull(run.id, 0, have=bytes(length)), "have_sha256"),
+    ):
+        error = await fault(call)
+        assert (error.reason, error.fields[0][0]) == ("DIGEST_INVALID", field)
+    assert len((await bad.client.upload(bad.ticket, bytes(32))).receipt.sha256) == 0
+
+
+async def test_why_a_ticket_was_closed_can_be_read(daemon: Daemon) -> None:
+    run = await daemon.create(config(rounds={"count": 2, "clients": 2, "quorum": 1, "over_selection": 0.5}))
+    clients = await daemon.clients("a", "b", "c")
+    tickets = [task.ticket for task in await asyncio.gather(*(c.task() for c in clients))]
+    await clients[0].withdraw(tickets[0], "no power")
+    held = await clients[0].upload(tickets[0])
+    assert (held.state, held.reason) == (run_pb2.TICKET_STATE_WITHDRAWN, "no power")
+    await clients[1].answer(run.id, "the data went")
+    held = await clients[1].upload(tickets[1])
+    assert (held.state, held.reason) == (run_pb2.TICKET_STATE_WITHDRAWN, "the data went")
+    assert (await clients[2].upload(tickets[2])).reason == ""
 
 
 def chunks(bad: Bad, offset: int, data: bytes) -> Awaitable[object]:
@@ -105,8 +159,9 @@ async def headless(bad: Bad) -> object:
 TRY_AGAIN: dict[str, tuple[Callable[[Bad], Awaitable[object]], str]] = {
     "stream that ends early": (
         lambda b: chunks(b, 0, b.data[:9]),
-        "CHUNK_INVALID",
+        "UPLOAD_INCOMPLETE",
     ),
+    "stream without a chunk": (lambda b: b.client.push_raw(header(b.ticket, b.manifest), []), "UPLOAD_INCOMPLETE"),
     "empty chunk": (lambda b: chunks(b, 0, b""), "CHUNK_INVALID"),
     "chunk beyond the end": (
         lambda b: chunks(b, 0, b.data + b"x"),

@@ -92,7 +92,7 @@ async def test_what_is_kept_of_a_round_is_what_was_counted(start: StartDaemon) -
     a, b = await daemon.clients("a", "b")
     counted, late = await asyncio.gather(a.task(), b.task())
     manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
-    assert await refused(b.push_raw(header(late.ticket, manifest), [(0, data[:9])])) == "CHUNK_INVALID"
+    assert await refused(b.push_raw(header(late.ticket, manifest), [(0, data[:9])])) == "UPLOAD_INCOMPLETE"
     spool = daemon.server.settings.data_dir / "spool"
     assert [path.suffix for path in spool.glob(f"{late.ticket}.*")] == [".part"]
     await a.push(counted.ticket, filled(1.0))

@@ -27,6 +27,7 @@ from fedpeft.errors import (
     PayloadInvalid,
     StateInvalid,
     TicketNotFound,
+    TurnOver,
     UpdateDiffers,
 )
 from fedpeft.payload import CHUNK_BYTES, Manifest, encode
@@ -204,9 +205,9 @@ class TestResuming:
         older.write(0, data[:1000])
         newer = spool.writer(TICKET, manifest)
         assert newer.position == 1000
-        with pytest.raises(OffsetOutOfRange, match="took over"):
+        with pytest.raises(TurnOver, match="took over"):
             older.write(1000, data[1000:2000])
-        with pytest.raises(OffsetOutOfRange, match="took over"):
+        with pytest.raises(TurnOver, match="took over"):
             older.finish()
         older.abandon()
         newer.write(1000, data[1000:])
@@ -223,7 +224,7 @@ class TestResuming:
             check()
 
         older._check = taken_over_meanwhile  # type: ignore[method-assign]
-        with pytest.raises(OffsetOutOfRange, match="took over"):
+        with pytest.raises(TurnOver, match="took over"):
             older.finish()
         assert spool.position(TICKET, manifest.sha256) == len(data)
 

@@ -691,12 +691,17 @@ class GetUploadResponse(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
     RUN_FINISHED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     committed_bytes: _builtins.int
     """Bytes held; the next chunk begins here."""
     state: _run_pb2.TicketState.ValueType
     """State of the ticket."""
     run_finished: _builtins.bool
     """Whether the run is stopped or completed: nothing that is still trained for it can count, in no later round either."""
+    reason: _builtins.str
+    """Why the ticket is in its state, a sentence, where one was given: for REFUSED the reason of the error and its sentence,
+    `PAYLOAD_INVALID: ...`; for WITHDRAWN what the caller of Withdraw or AnswerOffer said. Empty for the other states.
+    """
     @_builtins.property
     def receipt(self) -> Global___PushUpdateResponse:
         """The receipt, once state is RECEIVED."""
@@ -708,10 +713,11 @@ class GetUploadResponse(_message.Message):
         state: _run_pb2.TicketState.ValueType = ...,
         receipt: Global___PushUpdateResponse | None = ...,
         run_finished: _builtins.bool = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_bytes", b"committed_bytes", "receipt", b"receipt", "run_finished", b"run_finished", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_bytes", b"committed_bytes", "reason", b"reason", "receipt", b"receipt", "run_finished", b"run_finished", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

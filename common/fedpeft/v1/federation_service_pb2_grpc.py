@@ -39,7 +39,7 @@ class FederationServiceStub:
     did not accept, or declined since.
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
-    at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
+    at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
     UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
     RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
@@ -111,7 +111,7 @@ class FederationServiceServicer:
     did not accept, or declined since.
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
-    at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
+    at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
     UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
     RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
@@ -168,6 +168,7 @@ class FederationServiceServicer:
         local are not in it. If `have_sha256` equals the payload's, only the header is sent.
         An interrupted pull is continued by calling again with `offset` at the first byte missing. While others wait, the
         server ends a pull that has had 10 seconds with TURN_OVER, after at least one chunk.
+        INVALID_ARGUMENT     DIGEST_INVALID       `have_sha256` is neither empty nor 32 bytes
         NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
         OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  beyond the end of the payload
         RESOURCE_EXHAUSTED   TRANSFERS_BUSY       no turn came within 20 seconds; who asks again within 5 keeps its place
@@ -195,17 +196,20 @@ class FederationServiceServicer:
         ALREADY_EXISTS       UPDATE_DIFFERS       another update was already received for this ticket
         FAILED_PRECONDITION  TICKET_CLOSED        the ticket was withdrawn, or its update refused
         INVALID_ARGUMENT     MANIFEST_INVALID     a tensor is missing, unknown, or has a wrong dtype, shape, encoding, or length
+        INVALID_ARGUMENT     EXAMPLES_INVALID     not 1 to 10^9
         INVALID_ARGUMENT     METRICS_INVALID      not finite, more than 64 of them, or a name over 128 bytes
         INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, beyond the end, or where the header belongs
-        INVALID_ARGUMENT     PAYLOAD_INVALID      not finite, malformed sparse data, or the wrong example count
+        INVALID_ARGUMENT     UPLOAD_INCOMPLETE    the stream was half-closed before the last byte; continue where GetUpload says
+        INVALID_ARGUMENT     PAYLOAD_INVALID      a value is not finite, or sparse data is malformed; the ticket is closed
         OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  not at the byte where the upload stands; ask GetUpload
         DATA_LOSS            CHECKSUM_MISMATCH    the bytes do not have the manifest's digest; the upload starts over
         RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, TRANSFERS_BUSY, DISK_FULL
-        ABORTED              TURN_OVER            others wait; continue where GetUpload says
+        ABORTED              TURN_OVER            others wait, or a newer upload of the client took its turn; continue where GetUpload says
         ABORTED              BEING_CHECKED        the whole update is here and not yet durable; ask again for the receipt
         UNAVAILABLE          TRANSFER_STALLED     nothing arrived for 60 seconds; continue where GetUpload says
-        MANIFEST_INVALID, PAYLOAD_INVALID, METRICS_INVALID and UPDATE_TOO_LARGE close the ticket (state REFUSED); the round
-        goes on with the others.
+        Only PAYLOAD_INVALID closes the ticket (state REFUSED), and the round goes on with the others. What a header says wrong
+        is refused before the first chunk and leaves the ticket good: the client sends another header, or calls Withdraw, so
+        that nobody waits for an update that will not come. With CHECKSUM_MISMATCH all bytes of the upload are discarded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -214,6 +218,7 @@ class FederationServiceServicer:
     def GetUpload(self, request, context):
         """GetUpload says where an upload stands. A client that trains asks now and then, with no digest, whether its ticket's
         run goes on, and ends a training that cannot count any more.
+        INVALID_ARGUMENT     DIGEST_INVALID       neither empty nor 32 bytes
         NOT_FOUND            TICKET_NOT_FOUND
         PERMISSION_DENIED    TICKET_OF_ANOTHER
         """
@@ -307,7 +312,7 @@ class FederationService:
     did not accept, or declined since.
 
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
-    at each call; field-level faults add `google.rpc.BadRequest`. docs/errors.md has them all. Any call may answer
+    at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
     UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
     RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause

@@ -119,7 +119,7 @@ class OperatorServiceServicer:
     def CreateRun(self, request_iterator, context):
         """CreateRun uploads adapter version 0 with the run's configuration: a header, then the payload in chunks.
         With the same `request_id` it may be repeated: the second answer is the run that the first one made.
-        INVALID_ARGUMENT     CONFIG_INVALID, SPEC_INVALID, MANIFEST_INVALID, CHUNK_INVALID, PAYLOAD_INVALID
+        INVALID_ARGUMENT     CONFIG_INVALID, SPEC_INVALID, MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
         ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run
         DATA_LOSS            CHECKSUM_MISMATCH
         OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended

@@ -174,7 +174,7 @@ class Admission:
             )
         who = "the operator" if subject.role in (Role.CLIENT, Role.EVALUATOR) else "another operator"
         how = (
-            "for a new enrolment token, and enroll with --replace"
+            "for a new enrolment token, and enroll anew with it"
             if self._enrolls
             else "to restore the name, then get another certificate"
         )

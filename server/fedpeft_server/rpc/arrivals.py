@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from fedpeft.errors import ChunkInvalid, TransferStalled, UpdateTooLarge
+from fedpeft.errors import ChunkInvalid, TransferStalled, UpdateTooLarge, UploadIncomplete
 from fedpeft.payload import Manifest
 from fedpeft.waits import STALL_S
 from fedpeft.wire import TURN_KEY
@@ -37,7 +37,8 @@ class Arrivals:
             UpdateTooLarge: If it is.
         """
         if manifest.payload_bytes > self._max_bytes:
-            raise UpdateTooLarge(f"the payload has {manifest.payload_bytes} bytes; at most {self._max_bytes} are taken")
+            text = f"has {manifest.payload_bytes} bytes; at most {self._max_bytes} are taken"
+            raise UpdateTooLarge(f"the payload {text}", (("header.manifest.payload_bytes", text),))
 
     async def take(
         self,
@@ -62,7 +63,7 @@ class Arrivals:
             The writer, to be finished.
 
         Raises:
-            TurnOver: If others wait for the turn.
+            TurnOver: If others wait for the turn, or a newer upload of the client took it.
             TransferStalled: If nothing comes for `STALL_S`.
             FedpeftError: If a chunk is refused.
         """
@@ -70,7 +71,7 @@ class Arrivals:
         writer = await self._opened(key, manifest)
         try:
             while writer.position < manifest.payload_bytes:
-                size = await self._write(writer, context)
+                size = await self._write(writer, context, turn)
                 if booked:
                     booked(size)
                 if turn and writer.position < manifest.payload_bytes:
@@ -89,12 +90,17 @@ class Arrivals:
             opening.add_done_callback(_abandon)  # the thread opens it all the same
             raise
 
-    async def _write(self, writer: SpoolWriter, context: Context) -> int:
-        message = await next_message(context)
+    async def _write(self, writer: SpoolWriter, context: Context, turn: Turn | None) -> int:
+        message = await next_message(context, turn)
         if message is None:
-            raise ChunkInvalid(f"the stream ended at byte {writer.position}; ask GetUpload and continue from there")
+            text = f"ended at byte {writer.position} of {writer.manifest.payload_bytes}"
+            raise UploadIncomplete(
+                f"the stream {text}; what arrived of an update is kept, GetUpload says where to continue",
+                (("chunk", text),),
+            )
         if not message.HasField("chunk"):
-            raise ChunkInvalid("only the first message of the stream may be a header")
+            text = "is missing: only the first message of the stream may be a header"
+            raise ChunkInvalid(f"a chunk {text}", (("chunk", text),))
         writer.write(message.chunk.offset, message.chunk.data)
         return len(message.chunk.data)
 
@@ -105,7 +111,7 @@ def _abandon(opening: asyncio.Future[SpoolWriter]) -> None:
         opening.result().abandon()
 
 
-async def next_message(context: Context) -> Any:
+async def next_message(context: Context, turn: Turn | None = None) -> Any:
     """Returns the next message of the call's stream, None at its end.
 
     It is read from the call, not from gRPC's iterator over it: that one stands in a reference cycle with its last
@@ -113,9 +119,10 @@ async def next_message(context: Context) -> Any:
 
     Raises:
         TransferStalled: If none comes for too long.
+        TurnOver: As soon as another transfer of the client takes the `turn`.
     """
     try:
-        async with asyncio.timeout(STALL_S):
+        async with turn.bounded(STALL_S) if turn else asyncio.timeout(STALL_S):
             message = await context.read()
     except TimeoutError:
         raise TransferStalled(f"nothing arrived for {STALL_S:.0f} s; continue where GetUpload says") from None

@@ -95,10 +95,10 @@ class Callers:
         if registers or not presence.process or presence.instance != instance:
             presence.process = process
         elif process and process != presence.process:
-            theirs = "device a token" if CALL.get().caller.subject else "client a --name"
+            theirs = "device a token" if CALL.get().caller.subject else "client an id"
             raise ClientIdInUse(
-                f"a process with a copy of this state directory has registered as client {client} since; give each "
-                f"{theirs} and a --state-dir of its own, and do not copy a state directory"
+                f"another process has registered as client {client} since with the same {INSTANCE_KEY}, as happens on "
+                f"a copy of a state directory; give each {theirs} and a state directory of its own, and copy none"
             )
         presence.instance = instance
         presence.calls += 1
@@ -182,7 +182,7 @@ class Callers:
         known = self._presence.get(client)
         if not (known and known.role) and self._registered >= self._limit:
             raise TooManyClients(
-                f"{self._registered} clients are registered, the most this server takes (--max-clients)"
+                f"{self._registered} clients are registered, the most this server takes; its operator can raise that"
             )
 
     def _refuse_other_instance(self, client: str, presence: Presence, instance: str) -> None:
@@ -190,10 +190,10 @@ class Callers:
             return
         since = time.monotonic() - presence.seen
         if presence.calls or (presence.seen and since < ALIVE_S):
-            another = "a token of its own" if CALL.get().caller.subject else "another --name"
+            another = "a token of its own" if CALL.get().caller.subject else "another id"
             raise ClientIdInUse(
-                f"another instance of client {client} is connected; give this one {another}, or stop the other "
-                f"and wait {ALIVE_S:.0f} s"
+                f"another instance of client {client} is connected, by its {INSTANCE_KEY}; give this one {another}, or "
+                f"stop the other and wait {ALIVE_S:.0f} s"
             )
 
     def _ended(self, client: str, presence: Presence, _: object) -> None:

@@ -14,6 +14,7 @@ from fedpeft.errors import (
     AnswerInvalid,
     CapabilitiesInvalid,
     ChunkInvalid,
+    DigestInvalid,
     MetricsInvalid,
     NotAnEvaluator,
     OffsetOutOfRange,
@@ -132,6 +133,7 @@ class Federation(pb_grpc.FederationServiceServicer):
     ) -> AsyncIterator[pb.PullAdapterResponse]:
         """Sends an adapter version."""
         client = self._callers.identify(context)
+        _check_digest("have_sha256", request.have_sha256)
         engine = self._runs.get(request.run)
         if request.version > engine.run.version:
             raise VersionNotFound(f"{request.run} has no version {request.version}; the newest is {engine.run.version}")
@@ -143,7 +145,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         encoded = await self._store.compute(self._store.outbound.get, engine.run, row, key)
         size = encoded.manifest.payload_bytes
         if request.offset > size:
-            raise OffsetOutOfRange(f"the payload has {size} bytes; byte {request.offset} was asked for")
+            text = f"is {request.offset}; the payload has {size} bytes"
+            raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
         held = request.have_sha256 == encoded.manifest.sha256
         manifest = manifest_to_proto(encoded.manifest)
         yield pb.PullAdapterResponse(header=pb.PullHeader(version=request.version, manifest=manifest, up_to_date=held))
@@ -165,7 +168,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = self._callers.identify(context)
         first = await next_message(context)
         if first is None or not first.HasField("header"):
-            raise ChunkInvalid("the first message of the stream must be a header")
+            raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
         engine, ticket = await self._ticket(first.header.ticket, client)
         with tracing.span("receive", engine.run.id, engine.round.number, client=client):
             update = await self._uploads.push(engine, ticket, first.header, context)
@@ -174,9 +177,12 @@ class Federation(pb_grpc.FederationServiceServicer):
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
         """Says where an upload stands."""
         client = self._callers.identify(context)
+        _check_digest("sha256", request.sha256)
         engine, ticket = await self._ticket(request.ticket, client)
         received = await self._uploads.received(ticket)
-        answer = pb.GetUploadResponse(state=TICKET_STATES[ticket.state], run_finished=not engine.active)
+        answer = pb.GetUploadResponse(
+            state=TICKET_STATES[ticket.state], run_finished=not engine.active, reason=ticket.reason
+        )
         if received:
             answer.committed_bytes = received.manifest.payload_bytes
             answer.receipt.CopyFrom(_receipt(received))
@@ -199,7 +205,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         """Takes figures of a version."""
         client = self._callers.identify(context)
         if self._callers.role(client) != "evaluator":
-            raise NotAnEvaluator(f"client {client} registered to train; figures come from evaluators (--evaluate)")
+            raise NotAnEvaluator(f"client {client} registered as a trainer; figures come from evaluators")
         engine = self._runs.get(request.run)
         if request.version > engine.run.version:
             raise VersionNotFound(f"{request.run} has no version {request.version}; the newest is {engine.run.version}")
@@ -207,7 +213,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._ledger.assign(engine.run.id, request.version, client, training=False)
         split = request.split or "test"
         if not _SPLIT.fullmatch(split):
-            raise MetricsInvalid(f"split {split[:80]!r} is not 1 to 64 of lower-case letters, digits, '_' and '-'")
+            text = f"{split[:80]!r} is not 1 to 64 of lower-case letters, digits, '_' and '-'"
+            raise MetricsInvalid(f"split {text}", (("split", text),))
         metrics = dict(request.metrics)
         put = self._store.db.put_evaluation
         await self._store.call(put, engine.run.id, request.version, client, split, metrics, time.time())
@@ -299,6 +306,17 @@ def _task(engine: RunEngine, ticket: Ticket) -> pb.TrainingTask:
         seed=seeds.training(config.rounds.seed, current.number, ticket.client),
         settings=training_to_proto(config.training),
     )
+
+
+def _check_digest(field: str, sha256: bytes) -> None:
+    """Refuses a digest that names no payload, which else would be one that is not held.
+
+    Raises:
+        DigestInvalid: If it is neither absent nor 32 bytes long.
+    """
+    if len(sha256) not in (0, 32):
+        text = f"has {len(sha256)} bytes; a SHA-256 digest has 32"
+        raise DigestInvalid(f"{field} {text}", ((field, text),))
 
 
 def _receipt(update: UpdateRow) -> pb.PushUpdateResponse:

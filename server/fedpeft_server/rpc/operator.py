@@ -20,6 +20,7 @@ from fedpeft.errors import (
     BlobCorrupt,
     ChunkInvalid,
     ConfigInvalid,
+    ManifestInvalid,
     OffsetOutOfRange,
     RequestIdReused,
     SpecInvalid,
@@ -72,7 +73,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         """Takes adapter version 0 and begins a run with it."""
         first = await next_message(context)
         if first is None or not first.HasField("header"):
-            raise ChunkInvalid("the first message of the stream must be a header")
+            raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
         header = first.header
         run, manifest = _new_run(header)
         known = await self._store.call(self._store.db.run_by_request, header.request_id)
@@ -187,7 +188,8 @@ class Operator(pb_grpc.OperatorServiceServicer):
                     f"restore blob {key} from a backup"
                 )
             if request.offset > row.size_bytes:
-                raise OffsetOutOfRange(f"the file has {row.size_bytes} bytes; byte {request.offset} was asked for")
+                text = f"is {request.offset}; the file has {row.size_bytes} bytes"
+                raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
             header = pb.DownloadHeader(version=number, size_bytes=row.size_bytes, sha256=digest.digest())
             yield pb.DownloadAdapterResponse(header=header)
             for offset in range(request.offset, row.size_bytes, CHUNK_BYTES):
@@ -247,13 +249,22 @@ def _new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
     if not 1 <= len(header.request_id) <= 64:
         raise ConfigInvalid("request_id must have 1 to 64 characters", (("request_id", "has the wrong length"),))
     if not _FINGERPRINT.fullmatch(header.backbone_fingerprint):
-        raise ConfigInvalid("backbone_fingerprint must be 64 hexadecimal digits")
-    config, spec = config_from_proto(header.config), spec_from_proto(header.spec)
-    if spec.method != config.peft.method:
-        raise SpecInvalid(f"the spec is of method {spec.method!r}, the run file says {config.peft.method!r}")
-    _check_roles(spec)
-    manifest = manifest_from_proto(header.manifest)
-    payload.check_manifest(manifest, spec.shared, ("float32",))
+        text = "must be 64 lower-case hexadecimal digits"
+        raise ConfigInvalid(f"backbone_fingerprint {text}", (("backbone_fingerprint", text),))
+    config = config_from_proto(header.config)
+    try:
+        spec = spec_from_proto(header.spec)
+        if spec.method != config.peft.method:
+            text = f"is {spec.method[:80]!r}, the run file says {config.peft.method!r}"
+            raise SpecInvalid(f"the spec's method {text}", (("method", text),))
+        _check_roles(spec)
+    except SpecInvalid as error:
+        raise error.within("header.spec") from None
+    try:
+        manifest = manifest_from_proto(header.manifest)
+        payload.check_manifest(manifest, spec.shared, ("float32",))
+    except ManifestInvalid as error:
+        raise error.within("header.manifest") from None
     digest = hashlib.sha256(header.SerializeToString(deterministic=True)).hexdigest()
     run_id = "run-" + "".join(secrets.choice(_ALPHABET) for _ in range(12))
     run = RunRow(
@@ -276,4 +287,5 @@ def _check_roles(spec: AdapterSpec) -> None:
     rounds = max(len(t.roles) for t in spec.tensors)
     for number in range(1, rounds + 1):
         if not spec.sent(number):
-            raise SpecInvalid(f"no tensor of the adapter spec is sent in round {number}")
+            text = f"are such that no tensor is sent in round {number}"
+            raise SpecInvalid(f"the roles of the adapter spec {text}", (("tensors", text),))

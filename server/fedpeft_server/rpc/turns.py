@@ -36,11 +36,37 @@ class Turn:
         self.replaced = False
         """Whether another transfer of the client took its place or turn."""
         self._turns = turns
+        self._waiting: asyncio.Timeout | None = None
 
     @property
     def here(self) -> bool:
         """Whether its call is still there."""
         return self.until == math.inf
+
+    def replace(self) -> None:
+        """Gives the place or turn to another transfer of the client; a wait under `bounded` ends at once."""
+        self.replaced = True
+        self.came.set()
+        if self._waiting is not None:
+            self._waiting.reschedule(0)
+
+    @asynccontextmanager
+    async def bounded(self, seconds: float) -> AsyncIterator[None]:
+        """Bounds a wait for the other side.
+
+        Raises:
+            TurnOver: As soon as another transfer of the client takes the turn.
+            TimeoutError: After `seconds`.
+        """
+        self._check_place()
+        try:
+            async with asyncio.timeout(seconds) as self._waiting:
+                yield
+        except TimeoutError:
+            self._check_place()
+            raise
+        finally:
+            self._waiting = None
 
     def check(self) -> None:
         """Says after a chunk whether there may be another.
@@ -48,10 +74,13 @@ class Turn:
         Raises:
             TurnOver: If there may not.
         """
-        if self.replaced:
-            raise TurnOver(f"another transfer of client {self.client} took this one's turn; continue where it stands")
+        self._check_place()
         if time.monotonic() - self.since >= TURN_S and self._turns.awaited():
             raise TurnOver(f"this transfer had its turn of {TURN_S:g} s and others wait; continue where it stands")
+
+    def _check_place(self) -> None:
+        if self.replaced:
+            raise TurnOver(f"another transfer of client {self.client} took this one's turn; continue where it stands")
 
 
 class Turns:
@@ -105,8 +134,7 @@ class Turns:
         held, waiting = self._held.pop(turn.client, None), self._line.get(turn.client)
         for older in (held, waiting):
             if older is not None:
-                older.replaced = True
-                older.came.set()
+                older.replace()
         if waiting is not None and waiting.until <= time.monotonic():
             del self._line[turn.client]
         self._line[turn.client] = turn  # in the older one's place, if there was one

@@ -19,6 +19,7 @@ import structlog
 from fedpeft import figures, folding, payload
 from fedpeft.errors import (
     BeingChecked,
+    ExamplesInvalid,
     FedpeftError,
     ManifestInvalid,
     MetricsInvalid,
@@ -26,7 +27,6 @@ from fedpeft.errors import (
     RoundClosed,
     TicketClosed,
     UpdateDiffers,
-    UpdateTooLarge,
 )
 from fedpeft.mapped import releaser
 from fedpeft.payload import Manifest
@@ -114,9 +114,7 @@ class Uploads:
                 raise _differs(ticket)
             return received
         self._admit(engine, ticket)
-        async with _refusing(engine, ticket):
-            manifest = self._checked(engine, header)
-            self._arrivals.check_size(manifest)
+        manifest = self._checked(engine, header)
         booked = partial(self._ledger.payload, "up", engine.run.config.codec.encoding)
         async with self._turns.take(ticket.client) as turn:
             counted = await self._joined(ticket, header)  # this call may have waited for it
@@ -225,13 +223,24 @@ class Uploads:
             raise RoundClosed(f"the round of ticket {ticket.id} has closed; keep the update for the next round")
 
     def _checked(self, engine: RunEngine, header: pb.UpdateHeader) -> Manifest:
-        """Returns the manifest of a header that fits the round, before anything of the payload is taken."""
+        """Returns the manifest of a header that fits the round, before anything of the payload is taken.
+
+        A wrong header leaves the ticket good: nothing was trained or sent in vain, and the next one may be right.
+        """
         config, number = engine.run.config, engine.round.number
-        manifest = manifest_from_proto(header.manifest)
-        payload.check_manifest(manifest, engine.run.spec.sent(number), (config.codec.encoding,))
+        try:
+            manifest = manifest_from_proto(header.manifest)
+            payload.check_manifest(manifest, engine.run.spec.sent(number), (config.codec.encoding,))
+        except ManifestInvalid as error:
+            raise error.within("header.manifest") from None
+        self._arrivals.check_size(manifest)
         if not 1 <= header.examples <= MAX_EXAMPLES:
-            raise PayloadInvalid(f"the update claims {header.examples} examples; 1 to {MAX_EXAMPLES} are allowed")
-        figures.check(header.metrics, figures.MAX_TRAINING)
+            text = f"is {header.examples}; 1 to {MAX_EXAMPLES} are allowed"
+            raise ExamplesInvalid(f"the update's number of examples {text}", (("header.examples", text),))
+        try:
+            figures.check(header.metrics, figures.MAX_TRAINING)
+        except MetricsInvalid as error:
+            raise error.within("header") from None
         return manifest
 
     def _describe(self, header: pb.UpdateHeader, manifest: Manifest) -> UpdateRow:
@@ -246,9 +255,10 @@ def _differs(ticket: Ticket) -> UpdateDiffers:
 
 @asynccontextmanager
 async def _refusing(engine: RunEngine, ticket: Ticket) -> AsyncIterator[None]:
-    """Closes the ticket of an update that is wrong for good."""
+    """Closes the ticket of an update whose payload arrived whole and is wrong."""
     try:
         yield
-    except (ManifestInvalid, PayloadInvalid, MetricsInvalid, UpdateTooLarge) as error:
+    except PayloadInvalid as error:
+        error.within("header.manifest")
         await engine.refuse(ticket, error, actor())
         raise

@@ -152,7 +152,7 @@ class Identities:
             if not unseen and access_queries.select_identity(connection, subject) is None:
                 raise IdentityNotFound(
                     f"nobody was enrolled as {subject}, and nobody of that role and name has called; check both, or "
-                    "say --unseen to refuse it before it does"
+                    "set `unseen` to refuse it before it does"
                 )
             access_queries.delete_tokens_of(connection, subject)
             access_queries.put_revoked(connection, subject, at, reason)

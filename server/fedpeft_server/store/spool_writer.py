@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fedpeft.durable import WRITEBACK_BYTES, refusals, start_writeback
-from fedpeft.errors import ChecksumMismatch, ChunkInvalid, FedpeftError, OffsetOutOfRange, PayloadInvalid
+from fedpeft.errors import ChecksumMismatch, ChunkInvalid, FedpeftError, OffsetOutOfRange, PayloadInvalid, TurnOver
 from fedpeft.mapped import mapped, releaser
 from fedpeft.payload import CHUNK_BYTES, Manifest, check_payload
 
@@ -80,22 +80,21 @@ class SpoolWriter:
 
         Raises:
             ChunkInvalid: If it is empty, too large, or ends beyond the payload.
-            OffsetOutOfRange: If it does not begin at `position`, or another upload of the ticket took over.
+            OffsetOutOfRange: If it does not begin at `position`.
+            TurnOver: If a newer upload of the ticket took over, or its files were removed with its round.
             DiskFull: If there is no room; what fitted is kept.
         """
         view = memoryview(data).cast("B")
         if not 1 <= len(view) <= CHUNK_BYTES:
-            raise ChunkInvalid(f"a chunk of ticket {self.ticket} has {len(view)} bytes; 1 to {CHUNK_BYTES} are allowed")
+            text = f"has {len(view)} bytes; 1 to {CHUNK_BYTES} are allowed"
+            raise ChunkInvalid(f"a chunk of ticket {self.ticket} {text}", (("chunk.data", text),))
         self._check_current()
         if offset != self._position:
-            raise OffsetOutOfRange(
-                f"a chunk of ticket {self.ticket} begins at byte {offset}; the upload stands at {self._position}"
-            )
+            text = f"begins at byte {offset}; the upload stands at {self._position}"
+            raise OffsetOutOfRange(f"a chunk of ticket {self.ticket} {text}", (("chunk.offset", text),))
         if offset + len(view) > self.manifest.payload_bytes:
-            raise ChunkInvalid(
-                f"a chunk of ticket {self.ticket} ends at byte {offset + len(view)}; "
-                f"the payload has {self.manifest.payload_bytes}"
-            )
+            text = f"ends at byte {offset + len(view)}; the payload has {self.manifest.payload_bytes}"
+            raise ChunkInvalid(f"a chunk of ticket {self.ticket} {text}", (("chunk.data", text),))
         with refusals(f"writing the upload of {self.ticket}"):
             self._append(view)
 
@@ -119,7 +118,8 @@ class SpoolWriter:
             The file that holds it.
 
         Raises:
-            OffsetOutOfRange: If bytes are missing, or another upload of the ticket took over; what arrived is kept.
+            OffsetOutOfRange: If bytes are missing; what arrived is kept.
+            TurnOver: If a newer upload of the ticket took over; what arrived is kept.
             ChecksumMismatch: If the bytes do not have the manifest's digest; they are removed.
             PayloadInvalid: If a value is not finite or an encoding malformed; the bytes are removed.
             DiskFull: If the disk has no room for what it had taken; the bytes are removed.
@@ -191,8 +191,8 @@ class SpoolWriter:
         if not self._owner.is_current(self):
             raise self._taken_over()
 
-    def _taken_over(self) -> OffsetOutOfRange:
-        return OffsetOutOfRange(f"another upload of ticket {self.ticket} took over; ask GetUpload where it stands")
+    def _taken_over(self) -> TurnOver:
+        return TurnOver(f"a newer upload of ticket {self.ticket} took over; ask GetUpload where it stands")
 
     def _close(self) -> None:
         if self._descriptor is not None:
