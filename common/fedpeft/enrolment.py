@@ -30,6 +30,8 @@ from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
 ANSWER_S = 15.0
 """Longest wait for an answer."""
 ATTEMPTS = 3
+MOST_AUTHORITIES = 8
+"""Authorities that a server may want trusted."""
 PAUSE_S = 0.5
 """Pause before the second attempt; doubled before the third."""
 
@@ -63,12 +65,13 @@ async def enroll(
     key = folder.take_key(aside)
     answer = await _ask(token, key, around)
     chain = _checked(answer.certificate, key)
+    trusted = _trusted(answer.authority) or [token.authority]
     server = _address(answer.server or token.server)
     async with lock.held(into, ANSWER_S):
         if aside != into:
             with durable.refusals(f"writing {into}"):
                 durable.write(folder.key_path(into), keys.to_pem(key))
-        folder.write(into, server, [token.authority], chain)
+        folder.write(into, server, trusted, chain)
     if aside != into:
         rmtree(aside)
     return Identity.load(into)
@@ -93,8 +96,28 @@ async def renewed(identity: Identity, renew: Callable[[pb.RenewRequest], Awaitab
         chain = _checked(answer.certificate, identity.key)
         if certificates.subject(chain[0]) != identity.subject:
             raise Internal(f"the server renewed the certificate of {identity.subject} for another; nothing was written")
-        folder.write_certificate(identity.folder, chain)
+        folder.renew(identity.folder, _trusted(answer.authority), chain)
         return Identity.load(identity.folder)
+
+
+def _trusted(pem: bytes) -> list[x509.Certificate]:
+    """Returns the authorities that the server wants trusted from now on; none from one that does not say.
+
+    Raises:
+        Internal: If they cannot be used; the server is at fault.
+    """
+    if not pem:
+        return []
+    try:
+        found = certificates.parse(pem)
+    except IdentityInvalid as error:
+        raise Internal(f"the server sent authorities that cannot be used: {error.message}") from None
+    if len(found) > MOST_AUTHORITIES or not all(map(certificates.may_sign, found)):
+        raise Internal(
+            f"the server sent {len(found)} certificates to trust; 1 to {MOST_AUTHORITIES} authorities are taken, and "
+            "each must be allowed to sign others"
+        )
+    return found
 
 
 def _check_key(identity: Identity) -> None:

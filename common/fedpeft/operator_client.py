@@ -30,7 +30,15 @@ import grpc
 from fedpeft import durable, enrolment
 from fedpeft.access_calls import AccessCalls, RequestT, ResponseT, Unary
 from fedpeft.connection import open_channel
-from fedpeft.errors import ChecksumMismatch, FedpeftError, ServerUnreachable, StateInvalid, Unavailable, VersionNotFound
+from fedpeft.errors import (
+    ChecksumMismatch,
+    FedpeftError,
+    IdentityInvalid,
+    ServerUnreachable,
+    StateInvalid,
+    Unavailable,
+    VersionNotFound,
+)
 from fedpeft.identity import certificates, diagnosis
 from fedpeft.identity.diagnosis import Trust
 from fedpeft.identity.way import Closed
@@ -117,6 +125,19 @@ class OperatorClient(AccessCalls):
     def is_stale(self) -> bool:
         """Whether who asks again and again should open another by now."""
         return time.monotonic() >= self._stale_at
+
+    async def renew(self) -> Identity:
+        """Renews the own certificate now, and takes up the authorities that the server wants trusted.
+
+        Raises:
+            IdentityInvalid: If the server is called in plain text.
+        """
+        if self._identity is None:
+            raise IdentityInvalid("the server is called in plain text; there is no certificate to renew")
+        renewed = await enrolment.renewed(self._identity, lambda request: self._ask(self._access.Renew, request))
+        await self._channel.close()
+        self._open(renewed)
+        return renewed
 
     async def _renew(self, identity: Identity) -> None:
         """Gets the next certificate; one that cannot be had now is had the next time, as there is half a life left."""

@@ -227,6 +227,7 @@ def identity_json(identity: access_service_pb2.Identity) -> Json:
         "fingerprint": identity.fingerprint,
         "revoked_at": moment(identity.revoked_at),
         "reason": identity.reason,
+        "issuer": identity.issuer,
         "restored_at": moment(identity.restored_at),
     }
 

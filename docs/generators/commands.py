@@ -11,11 +11,11 @@ from typer.main import get_command
 
 from fedpeft.cli.app import app
 from fedpeft_client import enroll, ledger_command
-from fedpeft_server import init
+from fedpeft_server import authority_command, certificate_command, init
 from generators.tables import table
 
 PAGE = "commands.md"
-PARSERS = (init._parser, enroll._parser, ledger_command._parser)
+PARSERS = (init._parser, certificate_command._parser, authority_command._parser, enroll._parser, ledger_command._parser)
 """What makes the parsers of the commands that daemon and agent have beside serving and taking part."""
 SHELLS = {"--install-completion", "--show-completion", "--help"}
 """Options that every command has, or that the written part explains."""
@@ -41,13 +41,16 @@ def _parsers() -> list[argparse.ArgumentParser]:
         os.environ.update(before)
 
 
-def _of_parser(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Yields the section of a command of daemon or agent."""
+def _of_parser(parser: argparse.ArgumentParser, level: str = "##") -> Iterator[str]:
+    """Yields the section of a command of daemon or agent, those of its own commands below it."""
     usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
-    yield from (f"## `{parser.prog}`", "", _text(parser.description or ""), "", "```text", usage, "```", "")
-    rows = []
+    yield from (f"{level} `{parser.prog}`", "", _text(parser.description or ""), "", "```text", usage, "```", "")
+    rows, inner = [], dict[str, argparse.ArgumentParser]()
     for action in parser._actions:
-        if not isinstance(action, argparse._HelpAction):
+        if isinstance(action, argparse._SubParsersAction):
+            rows += [(f"`{each.dest}`", _text(each.help or "")) for each in action._choices_actions]
+            inner.update(action.choices)
+        elif not isinstance(action, argparse._HelpAction):
             value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
             name = ", ".join(action.option_strings) + value if action.option_strings else value.strip()
             rows.append((f"`{name}`", _text(_help(action))))
@@ -55,6 +58,8 @@ def _of_parser(parser: argparse.ArgumentParser) -> Iterator[str]:
     title, _, example = (parser.epilog or "").partition(": ")
     if example:
         yield from (f"{title}:", "", "```sh", example, "```", "")
+    for child in inner.values():
+        yield from _of_parser(child, "###")
 
 
 def _section(command: Any, context: typer.Context, path: str, level: int) -> Iterator[str]:

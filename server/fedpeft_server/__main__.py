@@ -1,4 +1,4 @@
-"""`fedpeft-server`: the daemon, and `fedpeft-server init`, which makes its certificates.
+"""`fedpeft-server`: the daemon, and the commands beside it, which make and replace its certificates.
 
 Exit codes: 0 done, or stopped by a signal; 1 failed; 2 wrong settings.
 """
@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from importlib import import_module
 
 from fedpeft import grpc_core
 from fedpeft.errors import FedpeftError, IdentityInvalid, SettingsInvalid, StateInvalid
 from fedpeft.logs import configure
 from fedpeft_server.settings import Settings
 
+COMMANDS = {
+    "init": ("fedpeft_server.init", "make the certificates of server and operator"),
+    "certificate": ("fedpeft_server.certificate_command", "show the server's certificate, or make another one"),
+    "authority": (
+        "fedpeft_server.authority_command",
+        "show the authority, or replace it while clients stay connected",
+    ),
+}
+"""By the word that stands first on the command line: the module, imported only then, and a line for `--help`."""
+
 
 def main() -> None:
     """Runs the daemon until SIGTERM or SIGINT."""
     arguments = sys.argv[1:]
     try:
-        if arguments[:1] == ["init"]:
-            from fedpeft_server import init
-
-            sys.exit(init.main(arguments[1:]))
+        if arguments and arguments[0] in COMMANDS:
+            module, _ = COMMANDS[arguments[0]]
+            sys.exit(import_module(module).main(arguments[1:]))
         settings = _settings(arguments)
         configure(settings.log_format, settings.log_level)
         grpc_core.configure()
@@ -39,7 +49,9 @@ def _settings(arguments: list[str]) -> Settings:
         return Settings.read(arguments)
     except SystemExit:
         if "-h" in arguments or "--help" in arguments:
-            print("\ncommand, with a --help of its own:\n  init    make the certificates of server and operator")
+            print("\ncommands, each with a --help of its own (fedpeft-server COMMAND ...):")
+            for word, (_, purpose) in COMMANDS.items():
+                print(f"  {word:<12} {purpose}")
         raise
 
 

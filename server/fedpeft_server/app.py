@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from fedpeft import __version__
 from fedpeft.addresses import Address
 from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid
+from fedpeft.identity import certificates
 from fedpeft.tracing import traced
 from fedpeft.v1 import (
     access_service_pb2,
@@ -171,7 +172,9 @@ class Server:
         )
         operator = Operator(self.runs, self.store, self.callers, self.uploads, self.ledger)
         life = timedelta(seconds=self.settings.certificate_life_s)
-        self.access = Access(self.store, self.admission, self.runs, self.certificates, self._addresses, life)
+        self.access = Access(
+            self.store, self.admission, self.runs, self.callers, self.certificates, self._addresses, life
+        )
         self.health = Health()
         gate = Gate(self.admission, self.metrics, self.ledger)
         listening = grpc.aio.server(interceptors=[gate], options=connections.options())
@@ -187,8 +190,11 @@ class Server:
     async def _admission(self) -> Admission:
         """Returns what decides over calls, with what the database knows."""
         known = await self.store.call(self.store.db.identities.after, ("", ""))
+        for row in known:
+            if row.is_revoked:
+                self.callers.dismiss(row.subject)
         own = self.certificates
-        return Admission(self.store, known, secured=own is not None, enrolls=bool(own and own.authority))
+        return Admission(self.store, known, secured=own is not None, enrolls=bool(own and own.issuing))
 
     def _bind(self) -> None:
         """Takes the ports: one, and with an authority a second one where devices enroll."""
@@ -199,7 +205,7 @@ class Server:
             log.warning("serving plain text beyond this machine, as --insecure says", listen=settings.listen)
         self.port = self._take(self.rpc, settings.listen, "--listen", own.credentials(ask=True) if own else None)
         self.enrollment = ""
-        if own and own.authority:
+        if own and own.issuing:
             port = self._take(self.enrolling, settings.enroll_address, "--enroll", own.credentials(ask=False))
             self.enrollment = str(Address(Address.parse(settings.enroll_address, free=True).host, port))
 
@@ -230,10 +236,14 @@ class Server:
             return
         try:
             if await self.store.compute(own.refresh):
-                log.info("the server's certificate was replaced", ends=str(own.certificate.not_valid_after_utc))
+                log.info(
+                    "the server's certificates were replaced",
+                    ends=str(own.certificate.not_valid_after_utc),
+                    authorities=[certificates.fingerprint(one)[:16] for one in own.authorities.trusted],
+                )
         finally:
             self.metrics.certificate_expires("server", own.certificate.not_valid_after_utc.timestamp())
-            self.metrics.certificate_expires("authority", own.trusted[0].not_valid_after_utc.timestamp())
+            self.metrics.certificate_expires("authority", own.root.not_valid_after_utc.timestamp())
 
     async def _purge_tokens(self) -> None:
         await self.store.call(self.store.db.identities.purge_tokens, time.time() - TOKENS_KEPT_S)

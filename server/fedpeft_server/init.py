@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +21,8 @@ from fedpeft.identity import certificates, folder, keys
 from fedpeft.identity.authority import Authority, check_host
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
+from fedpeft_server import folder_arguments
+from fedpeft_server.access.authorities import Authorities, issued
 from fedpeft_server.access.certificates import hosts_of, issue_server, read_authority
 from fedpeft_server.access.files import Files
 
@@ -38,21 +39,19 @@ def main(arguments: list[str]) -> int:
         FedpeftError: What kept it from it.
     """
     given = _parser().parse_args(arguments)
-    if not (given.identity or given.data_dir):
-        raise SettingsInvalid("--data-dir is missing (or FEDPEFT_SERVER_DATA_DIR)")
+    files = folder_arguments.files(given)
     if (given.authority is None) != (given.authority_key is None):
         raise SettingsInvalid("--authority and --authority-key belong together: a certificate and the key to it")
     if not 1 <= given.port <= 65_535:
         raise SettingsInvalid(f"--port {given.port} is not 1 to 65535")
     subject = _subject(given.operator)
-    _check_hosts(given.host)
-    files = Files(given.identity or given.data_dir / "identity")
+    check_hosts(given.host)
     with durable.refusals(f"making {files.folder}"):
         files.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the data folder: updates are private
         files.folder.mkdir(mode=0o700, exist_ok=True)
     authority = _authority(files, given.authority, given.authority_key)
     hosts = _server(files, authority, given.host)
-    _operator(authority, subject, given.operator_identity, str(Address(hosts[0], given.port)))
+    _operator(Authorities.read(files), subject, given.operator_identity, str(Address(hosts[0], given.port)))
     return 0
 
 
@@ -63,16 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "operator. Said again it keeps what there is, and adds hosts or an operator.",
         epilog="Example: fedpeft-server init --data-dir /var/lib/fedpeft --host fed.example.org",
     )
-    parser.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        type=_folder,
-        default=os.environ.get("FEDPEFT_SERVER_DATA_DIR") or None,
-        help="the server's data folder (FEDPEFT_SERVER_DATA_DIR)",
-    )
-    parser.add_argument(
-        "--identity", metavar="DIR", type=_folder, help="where certificates go, if not into identity in the data folder"
-    )
+    folder_arguments.add(parser)
     parser.add_argument(
         "--host",
         metavar="HOST",
@@ -86,18 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--operator-identity",
         metavar="DIR",
-        type=lambda text: _folder(text) or folder.personal(),
+        type=lambda text: folder_arguments.folder(text) or folder.personal(),
         default=folder.personal(),
         help="where the operator's identity goes (%(default)s)",
     )
     parser.add_argument("--authority", metavar="FILE", type=Path, help="certificate of an authority of your own")
     parser.add_argument("--authority-key", metavar="FILE", type=Path, help="its key, with which this server then signs")
     return parser
-
-
-def _folder(text: str) -> Path | None:
-    """Returns a folder that was named; an empty name is none, and not the current folder."""
-    return Path(text) if text else None
 
 
 def _person() -> str:
@@ -116,8 +101,12 @@ def _subject(name: str) -> Subject:
         raise SettingsInvalid(f"--operator: {error.message}") from None
 
 
-def _check_hosts(hosts: Sequence[str]) -> None:
-    """Refuses what nobody can call the server, before anything is written."""
+def check_hosts(hosts: Sequence[str]) -> None:
+    """Checks the hosts of a server's certificate, before anything is written.
+
+    Raises:
+        SettingsInvalid: If nobody can call the server by one, or the first is a pattern.
+    """
     for host in hosts:
         _check(host)
     if hosts and hosts[0].startswith("*."):
@@ -180,21 +169,24 @@ def _server(files: Files, authority: Authority, hosts: Sequence[str]) -> list[st
     return wanted
 
 
-def _operator(authority: Authority, subject: Subject, into: Path, server: str) -> None:
-    """Makes an operator's identity, unless there is one of that name that lasts."""
+def _operator(authorities: Authorities, subject: Subject, into: Path, server: str) -> None:
+    """Makes an operator's identity, unless there is one of that name and the newest authority that lasts."""
+    authority, trusted = authorities.issuing, authorities.trusted
+    assert authority is not None, "init has just read or made it"
     if folder.exists(into):
         there = Identity.load(into)
-        if there.authority[0] != authority.certificate or there.subject != subject:
+        if not set(there.authority) & set(trusted) or there.subject != subject:
             raise SettingsInvalid(
                 f"{into} is the identity of {there.subject} at {there.server}; the rest is made, and for {subject} "
                 "another folder is needed: --operator-identity"
             )
-        if there.server == server and not certificates.is_due(there.certificate, datetime.now(UTC)):
+        newest = set(there.authority) == set(trusted) and issued(authority.certificate, there.certificate)
+        if there.server == server and newest and not certificates.is_due(there.certificate, datetime.now(UTC)):
             _say(str(subject), "kept", there.certificate, into)
             return
     key = folder.take_key(into)
     certificate = authority.issue(subject, key.public_key(), OPERATOR_LIFE)
-    folder.write(into, server, [authority.certificate], [certificate])
+    folder.write(into, server, trusted, [certificate])
     _say(str(subject), "made", certificate, into)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -252,3 +253,39 @@ async def test_a_connection_does_not_outlive_its_certificate(secured: Federation
     assert not (await viewer.operator.ListRuns(op.ListRunsRequest())).runs
     await asyncio.sleep(2.1)
     assert await outcome(short, "/fedpeft.v1.OperatorService/ListRuns") == "CERTIFICATE_EXPIRED"
+
+
+async def test_who_leaves_is_answered_given_back_and_awaited_no_more(secured: Federation) -> None:
+    run, clients, tasks = await held(secured, "a", "b")
+    leaver = secured.access(secured.certificate(Role.CLIENT, "a"))  # by a connection beside that of its agent
+    answer = await leaver.Leave(access.LeaveRequest(reason="the study is over"))
+    assert answer.tickets == 1
+    assert await refused(clients["a"].look()) == "CERTIFICATE_REVOKED"
+    (identity,) = [i for i in await identities(secured) if i.name == "a"]
+    assert identity.HasField("revoked_at") and identity.reason == "the study is over"
+    operator = secured.daemon(secured.operators())
+    (round_,) = await operator.rounds(run)
+    assert {t.client: t.reason for t in round_.tickets}["a"] == "it left"
+    told = [(e.actor, e.action) for e in await secured.audit() if e.object == "client a"]
+    assert told[-1] == ("client a", "identity.left")
+    registered = secured.server.callers.silences(time.time())
+    assert sum(count for (role, _), count in registered.items() if role == "trainer") == 1, "b alone"
+    await clients["b"].push(tasks["b"].ticket, filled(1.0))
+
+
+async def test_an_evaluator_leaves_and_a_person_does_not(secured: Federation) -> None:
+    evaluator = secured.certificate(Role.EVALUATOR, "judge")
+    assert (await secured.access(evaluator).Leave(access.LeaveRequest())).tickets == 0
+    assert await outcome(evaluator, "/grpc.health.v1.Health/Check") == "CERTIFICATE_REVOKED"
+    assert await refused(secured.access().Leave(access.LeaveRequest())) == "ROLE_MAY_NOT"
+
+
+async def test_who_left_is_not_counted_as_silent_after_a_restart_and_comes_back_with_a_token(tmp_path: Path) -> None:
+    async with federation(tmp_path) as before:
+        channel = await before.enroll(await before.token("a"))
+        await RawClient(channel, "a").register()
+        await before.access(channel).Leave(access.LeaveRequest())
+    async with federation(tmp_path) as after:
+        assert not after.server.callers.silences(time.time())
+        await RawClient(await after.enroll(await after.token("a")), "a").register()
+        assert sum(after.server.callers.silences(time.time()).values()) == 1

@@ -1,4 +1,4 @@
-"""`fedpeft identity`: list, restore."""
+"""`fedpeft identity`: list, restore, renew."""
 
 from __future__ import annotations
 
@@ -72,6 +72,28 @@ def restore(
         output.say(f"{who} is let in again, with a certificate that begins after {since}")
     else:
         output.say(f"{who} is not revoked")
+
+
+@app.command(
+    "renew",
+    epilog=epilog(
+        "fedpeft identity renew",
+        hint="Commands renew it by themselves once half its life is over; this is for when the server's authority is "
+        "being replaced.",
+        ends=OF_SERVER,
+    ),
+)
+def renew(context: typer.Context) -> None:
+    """Renew your own certificate now."""
+    session = session_of(context)
+    subject, end = run_async(_renewed(session))
+    output.say(f"{subject}: renewed until {end}")
+
+
+async def _renewed(session: Session) -> tuple[str, str]:
+    async with session.client() as server:
+        identity = await server.renew()
+    return str(identity.subject), f"{identity.certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
 
 
 async def _restored(session: Session, name: str, role: Role) -> views.Json:

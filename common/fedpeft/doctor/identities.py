@@ -108,7 +108,7 @@ def _authorities(chain: tuple[x509.Certificate, ...] | list[x509.Certificate], n
             yield warning(
                 "authority",
                 f"ends at {one.not_valid_after_utc:{_DAY}}",
-                "make another in time and enroll everybody with it; docs/security.md says how",
+                "replace it in time, while clients stay connected: fedpeft-server authority rotate (docs/security.md)",
             )
 
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedpeft.errors import IdentityInvalid
-from fedpeft.identity import keys
+from fedpeft.identity import certificates, keys
 from fedpeft.identity.keys import PrivateKey
 from fedpeft.identity.requests import PublicKey
 from fedpeft.identity.subject import Subject
@@ -38,11 +38,7 @@ class Authority:
     def __post_init__(self) -> None:
         if self.certificate.public_key() != self.key.public_key():
             raise IdentityInvalid("the authority's key does not belong to its certificate")
-        try:
-            basic = self.certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
-        except x509.ExtensionNotFound:
-            basic = None
-        if basic is None or not basic.ca:
+        if not certificates.may_sign(self.certificate):
             raise IdentityInvalid("the authority's certificate may not sign others (basic constraints: CA)")
 
     @classmethod

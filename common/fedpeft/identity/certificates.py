@@ -79,6 +79,14 @@ def is_due(certificate: x509.Certificate, now: datetime) -> bool:
     return not certificate.not_valid_before_utc <= now < renewal(certificate)
 
 
+def may_sign(certificate: x509.Certificate) -> bool:
+    """Says whether a certificate is an authority's, which may sign others."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, ValueError):
+        return False
+
+
 def check_time(certificate: x509.Certificate, now: datetime) -> None:
     """Checks that a certificate is valid at `now`.
 

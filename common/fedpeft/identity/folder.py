@@ -2,11 +2,12 @@
 
     key.pem           its private key, readable by its owner only
     certificate.pem   its certificate, then any between it and the authority
-    authority.pem     the authority whose word it takes about the server
+    authority.pem     the authorities whose word it takes about the server
     identity.toml     server = "HOST:PORT"
 
 The key is written first and the certificate last, so a folder with a certificate is whole. A renewal replaces the
-certificate alone. Who enrolls into it or renews holds it meanwhile (`lock`).
+certificate, and before it the authorities, which are two while the server's is being replaced.
+Who enrolls into it or renews holds it meanwhile (`lock`).
 """
 
 from __future__ import annotations
@@ -138,6 +139,18 @@ def take_key(folder: Path) -> PrivateKey:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         durable.write(path, keys.to_pem(key))
     return key
+
+
+def renew(folder: Path, authority: Sequence[x509.Certificate], chain: Sequence[x509.Certificate]) -> None:
+    """Replaces the certificate, and before it the authorities that are trusted; none leaves those as they are.
+
+    Raises:
+        StateInvalid: If the folder cannot be written.
+    """
+    with durable.refusals(f"writing {folder}"):
+        if authority:
+            durable.write(folder / "authority.pem", certificates.to_pem(*authority))
+    write_certificate(folder, chain)
 
 
 def write(folder: Path, server: str, authority: Sequence[x509.Certificate], chain: Sequence[x509.Certificate]) -> None:

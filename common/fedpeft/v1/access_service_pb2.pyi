@@ -90,19 +90,25 @@ class EnrollResponse(_message.Message):
 
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     SERVER_FIELD_NUMBER: _builtins.int
+    AUTHORITY_FIELD_NUMBER: _builtins.int
     certificate: _builtins.bytes
     """PEM: the device's own, then any between it and the authority."""
     server: _builtins.str
     """HOST:PORT for every other call, as the server knows it now."""
+    authority: _builtins.bytes
+    """PEM: the authorities to trust from now on, in place of the token's; more than one while the server's authority is being
+    replaced. Empty from servers that do not know this field: then the token's is the one.
+    """
     def __init__(
         self,
         *,
         certificate: _builtins.bytes = ...,
         server: _builtins.str = ...,
+        authority: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "server", b"server"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "certificate", b"certificate", "server", b"server"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -137,20 +143,70 @@ class RenewResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CERTIFICATE_FIELD_NUMBER: _builtins.int
+    AUTHORITY_FIELD_NUMBER: _builtins.int
     certificate: _builtins.bytes
     """As in EnrollResponse."""
+    authority: _builtins.bytes
+    """PEM: the authorities to trust from now on, in place of those trusted before, 8 at most. A caller that keeps them stays
+    connected when the server's authority is replaced. Empty from servers that do not know this field: nothing changes.
+    """
     def __init__(
         self,
         *,
         certificate: _builtins.bytes = ...,
+        authority: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "certificate", b"certificate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RenewResponse: _TypeAlias = RenewResponse  # noqa: Y015
+
+@_typing.final
+class LeaveRequest(_message.Message):
+    """LeaveRequest says that the caller leaves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, for the audit log and the list of identities; at most 1,024 characters."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveRequest: _TypeAlias = LeaveRequest  # noqa: Y015
+
+@_typing.final
+class LeaveResponse(_message.Message):
+    """LeaveResponse says that the caller is refused from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKETS_FIELD_NUMBER: _builtins.int
+    tickets: _builtins.int
+    """Tickets that were open and are given back."""
+    def __init__(
+        self,
+        *,
+        tickets: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tickets", b"tickets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveResponse: _TypeAlias = LeaveResponse  # noqa: Y015
 
 @_typing.final
 class CreateTokenRequest(_message.Message):
@@ -479,6 +535,7 @@ class Identity(_message.Message):
     REVOKED_AT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     RESTORED_AT_FIELD_NUMBER: _builtins.int
+    ISSUER_FIELD_NUMBER: _builtins.int
     role: Global___IdentityRole.ValueType
     """What it may do."""
     name: _builtins.str
@@ -487,6 +544,10 @@ class Identity(_message.Message):
     """SHA-256 of that one, 64 hexadecimal digits."""
     reason: _builtins.str
     """Why it was revoked."""
+    issuer: _builtins.str
+    """SHA-256 of the certificate of the authority that issued its newest certificate, 64 hexadecimal digits; empty if this
+    server issued none, or issued it before it wrote this down.
+    """
     @_builtins.property
     def issued_at(self) -> _timestamp_pb2.Timestamp:
         """When its newest certificate was issued; absent if this server issued none."""
@@ -516,10 +577,11 @@ class Identity(_message.Message):
         revoked_at: _timestamp_pb2.Timestamp | None = ...,
         reason: _builtins.str = ...,
         restored_at: _timestamp_pb2.Timestamp | None = ...,
+        issuer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "issued_at", b"issued_at", "restored_at", b"restored_at", "revoked_at", b"revoked_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "fingerprint", b"fingerprint", "issued_at", b"issued_at", "name", b"name", "reason", b"reason", "restored_at", b"restored_at", "revoked_at", b"revoked_at", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "fingerprint", b"fingerprint", "issued_at", b"issued_at", "issuer", b"issuer", "name", b"name", "reason", b"reason", "restored_at", b"restored_at", "revoked_at", b"revoked_at", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,6 +60,11 @@ class AccessServiceStub:
                 request_serializer=fedpeft_dot_v1_dot_access__service__pb2.RenewRequest.SerializeToString,
                 response_deserializer=fedpeft_dot_v1_dot_access__service__pb2.RenewResponse.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/fedpeft.v1.AccessService/Leave',
+                request_serializer=fedpeft_dot_v1_dot_access__service__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_access__service__pb2.LeaveResponse.FromString,
+                _registered_method=True)
         self.CreateToken = channel.unary_unary(
                 '/fedpeft.v1.AccessService/CreateToken',
                 request_serializer=fedpeft_dot_v1_dot_access__service__pb2.CreateTokenRequest.SerializeToString,
@@ -140,6 +145,17 @@ class AccessServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leave(self, request, context):
+        """Leave takes the caller out for good, at its own wish: its open tickets are given back, so that no round waits for it, and
+        its name in its role is revoked as by RevokeIdentity, this call's own connection included. The answer still arrives. What
+        it contributed stays counted. Coming back takes a new token, or RestoreIdentity. For clients and evaluators; a person is
+        revoked by another operator.
+        UNAUTHENTICATED      CERTIFICATE_MISSING     the connection is plain text: there is no identity to revoke
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateToken(self, request, context):
         """CreateToken makes an enrolment token. Its secret is in the answer and nowhere else: the server keeps a digest.
         INVALID_ARGUMENT     SUBJECT_INVALID         the name, the role, or the life
@@ -215,6 +231,11 @@ def add_AccessServiceServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=fedpeft_dot_v1_dot_access__service__pb2.RenewRequest.FromString,
                     response_serializer=fedpeft_dot_v1_dot_access__service__pb2.RenewResponse.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=fedpeft_dot_v1_dot_access__service__pb2.LeaveRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_access__service__pb2.LeaveResponse.SerializeToString,
             ),
             'CreateToken': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateToken,
@@ -322,6 +343,33 @@ class AccessService:
             '/fedpeft.v1.AccessService/Renew',
             fedpeft_dot_v1_dot_access__service__pb2.RenewRequest.SerializeToString,
             fedpeft_dot_v1_dot_access__service__pb2.RenewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpeft.v1.AccessService/Leave',
+            fedpeft_dot_v1_dot_access__service__pb2.LeaveRequest.SerializeToString,
+            fedpeft_dot_v1_dot_access__service__pb2.LeaveResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,13 @@ class AccessServiceStub:
       RESOURCE_EXHAUSTED   TOO_MANY_CERTIFICATES
       FAILED_PRECONDITION  NO_AUTHORITY
     """
+    Leave: _aio.UnaryUnaryMultiCallable[_access_service_pb2.LeaveRequest, _access_service_pb2.LeaveResponse]
+    """Leave takes the caller out for good, at its own wish: its open tickets are given back, so that no round waits for it, and
+    its name in its role is revoked as by RevokeIdentity, this call's own connection included. The answer still arrives. What
+    it contributed stays counted. Coming back takes a new token, or RestoreIdentity. For clients and evaluators; a person is
+    revoked by another operator.
+      UNAUTHENTICATED      CERTIFICATE_MISSING     the connection is plain text: there is no identity to revoke
+    """
     CreateToken: _aio.UnaryUnaryMultiCallable[_access_service_pb2.CreateTokenRequest, _access_service_pb2.CreateTokenResponse]
     """CreateToken makes an enrolment token. Its secret is in the answer and nowhere else: the server keeps a digest.
       INVALID_ARGUMENT     SUBJECT_INVALID         the name, the role, or the life
@@ -126,6 +133,19 @@ class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT     SIGNING_REQUEST_INVALID
           RESOURCE_EXHAUSTED   TOO_MANY_CERTIFICATES
           FAILED_PRECONDITION  NO_AUTHORITY
+        """
+
+    @_abc_1.abstractmethod
+    def Leave(
+        self,
+        request: _access_service_pb2.LeaveRequest,
+        context: _aio.ServicerContext[_access_service_pb2.LeaveRequest, _abc.Awaitable[_access_service_pb2.LeaveResponse]],
+    ) -> _abc.Awaitable[_access_service_pb2.LeaveResponse]:
+        """Leave takes the caller out for good, at its own wish: its open tickets are given back, so that no round waits for it, and
+        its name in its role is revoked as by RevokeIdentity, this call's own connection included. The answer still arrives. What
+        it contributed stays counted. Coming back takes a new token, or RestoreIdentity. For clients and evaluators; a person is
+        revoked by another operator.
+          UNAUTHENTICATED      CERTIFICATE_MISSING     the connection is plain text: there is no identity to revoke
         """
 
     @_abc_1.abstractmethod

@@ -116,14 +116,19 @@ class Admission:
         may = " or ".join(sorted(each for each in allowed if each))
         raise RoleMayNot(f"{name} may be called by {may or 'nobody'}, not by {caller}")
 
-    def revoke(self, subject: Subject) -> None:
+    def revoke(self, subject: Subject, sparing: asyncio.Task[object] | None = None) -> None:
         """Refuses a subject whatever it brings, and ends its calls, before and after that is written.
 
         Before, for nothing may slip in meanwhile; after, for a restoration may have come between.
+
+        Args:
+            subject: Whom.
+            sparing: The call that asked for it, which is still answered.
         """
         self._refused_until[subject] = math.inf
         for task, call in self._open.get(subject, {}).items():
-            _end(task, call, self._revocation(subject))
+            if task is not sparing:
+                _end(task, call, self._revocation(subject))
 
     def drain(self) -> None:
         """Ends the calls that have no end of their own, and takes no more of them: the server shuts down."""

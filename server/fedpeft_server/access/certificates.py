@@ -19,6 +19,7 @@ from fedpeft.errors import IdentityInvalid
 from fedpeft.identity import certificates, keys
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.keys import PrivateKey
+from fedpeft_server.access.authorities import Authorities
 from fedpeft_server.access.files import Files
 
 SERVER_LIFE = timedelta(days=90)
@@ -35,14 +36,22 @@ class ServerCertificates:
 
     def __init__(self, folder: Path) -> None:
         self.files = Files(folder)
-        self.authority = read_authority(self.files)
-        self.trusted = certificates.load(self.files.authority)
         self._read()
 
     @classmethod
     def of(cls, folder: Path) -> Self | None:
         """Returns the certificates of a folder, None if it was never made ready."""
         return cls(folder) if Files(folder).exist() else None
+
+    @property
+    def issuing(self) -> Authority | None:
+        """The authority that signs the certificates of everybody else; None if its key is elsewhere."""
+        return self.authorities.issuing
+
+    @property
+    def root(self) -> x509.Certificate:
+        """The authority by which the server's certificate is trusted now."""
+        return self.authorities.issuer(self._chain[-1])
 
     @property
     def certificate(self) -> x509.Certificate:
@@ -76,21 +85,21 @@ class ServerCertificates:
         """Renews the certificate if it is time and the authority is here, else takes up what the files have by now.
 
         Returns:
-            Whether there is another one.
+            Whether there is another one, or other authorities.
 
         Raises:
             IdentityInvalid: If what the files have cannot be used; what was served goes on being served.
             StateInvalid: If a new one cannot be written.
         """
-        before = self.certificate
-        if self.authority and certificates.is_due(before, datetime.now(UTC)):
-            issue_server(self.files, self.authority, self.hosts, self._key)
+        before, serving = self._version, self.authorities.serving
+        if serving and certificates.is_due(self.certificate, datetime.now(UTC)):
+            issue_server(self.files, serving, self.hosts, self._key)
         self._read()
-        return self.certificate != before
+        return self._version != before
 
     def faults(self, now: datetime) -> Iterator[str]:
         """Yields why nobody takes these certificates at a time, a sentence each: they have ended or not begun."""
-        for whose, one in (("the server's certificate", self.certificate), ("its authority", self.trusted[0])):
+        for whose, one in (("the server's certificate", self.certificate), ("its authority", self.root)):
             begin, end = one.not_valid_before_utc, one.not_valid_after_utc
             here = f"and the clock here says {now:{_MOMENT}}"
             if now < begin:
@@ -110,25 +119,30 @@ class ServerCertificates:
             raise IdentityInvalid(f"{self.files.server} is not the certificate of {self.files.server_key}")
         if not hosts_of(chain[0]):
             raise IdentityInvalid(f"{self.files.server} names no host among its subject alternative names")
-        changed = getattr(self, "_chain", None) != chain
+        authorities = Authorities.read(self.files)
+        trusted = authorities.trusted
+        changed = getattr(self, "_served", None) != (chain, trusted)
+        self._served = chain, trusted
+        self.authorities = authorities
         self._key: PrivateKey = key
         self._chain: list[x509.Certificate] = chain
         self._version = getattr(self, "_version", 0) + changed
 
     def _configuration(self, *, ask: bool) -> grpc.ServerCertificateConfiguration:
+        trusted = certificates.to_pem(*self.authorities.trusted)
         pair = (keys.to_pem(self._key), certificates.to_pem(*self._chain))
-        return grpc.ssl_server_certificate_configuration([pair], certificates.to_pem(*self.trusted) if ask else None)
+        return grpc.ssl_server_certificate_configuration([pair], trusted if ask else None)
 
 
 def read_authority(files: Files) -> Authority | None:
-    """Returns the authority whose key is in a folder, None if none is.
+    """Returns the authority that signs the server's certificate, None if its key is not in the folder.
 
     Raises:
         IdentityInvalid: If it cannot be used.
     """
     if not (files.authority_key.exists() and files.authority.exists()):
         return None
-    return Authority(certificates.load(files.authority)[0], keys.load(files.authority_key))
+    return Authorities.read(files).serving
 
 
 def hosts_of(certificate: x509.Certificate) -> list[str]:

@@ -1,9 +1,10 @@
 """Where the server's certificates are.
 
-authority.pem   whose certificates are taken
-authority.key   the authority's key; absent where certificates come from an authority elsewhere
-server.pem      the server's certificate, then any between it and the authority
-server.key      its key
+authority.pem       whose certificates are taken; two while the authority is being replaced
+authority.key       the authority's key; absent where certificates come from an authority elsewhere
+authority-next.key  the new authority's key, while the authority is being replaced
+server.pem          the server's certificate, then any between it and the authority
+server.key          its key
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class Files:
     def authority_key(self) -> Path:
         """The authority's key, where it is here."""
         return self.folder / "authority.key"
+
+    @property
+    def next_key(self) -> Path:
+        """The key of the authority that takes over, while that is under way."""
+        return self.folder / "authority-next.key"
 
     @property
     def server(self) -> Path:

@@ -20,6 +20,7 @@ _EVERYBODY: frozenset[Right] = _ENROLLED | {None}
 RIGHTS: Mapping[str, frozenset[Right]] = {
     "/fedpeft.v1.AccessService/Enroll": _EVERYBODY,
     "/fedpeft.v1.AccessService/Renew": _ENROLLED,
+    "/fedpeft.v1.AccessService/Leave": _TAKES_PART,
     "/fedpeft.v1.AccessService/CreateToken": _WRITES,
     "/fedpeft.v1.AccessService/ListTokens": _WRITES,
     "/fedpeft.v1.AccessService/DeleteToken": _WRITES,

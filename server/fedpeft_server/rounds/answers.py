@@ -42,6 +42,11 @@ class Answers:
         """Notes that a client was offered a run, so that it is named among those whose answer is awaited."""
         self._asked[run].add(client)
 
+    def dismiss(self, client: str) -> None:
+        """Awaits no answer of a client any more: it left or was revoked."""
+        for asked in self._asked.values():
+            asked.discard(client)
+
     def is_due(self, run: str, client: str) -> bool:
         """Whether a client has yet to answer for a run."""
         return client not in self._given.get(run, {}) or client in self._due.get(run, ())

@@ -41,6 +41,7 @@ from fedpeft_server.call import CALL, actor
 from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.rpc import pages, sayings
+from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import audit_message, identity_message, token_message
 from fedpeft_server.store.identities import Issue, Issued
@@ -78,6 +79,7 @@ class Access(pb_grpc.AccessServiceServicer):
         store: Where tokens and identities are.
         admission: Told of revocations.
         runs: Told of clients that will not come back.
+        callers: Likewise.
         own: The server's certificates; None if it has none.
         addresses: Where the server is reached; asked when a token is made, for only then its ports are bound.
         life: How long the certificates of clients and evaluators are valid.
@@ -91,6 +93,7 @@ class Access(pb_grpc.AccessServiceServicer):
         store: Store,
         admission: Admission,
         runs: Runs,
+        callers: Callers,
         own: ServerCertificates | None,
         addresses: Callable[[], Addresses],
         life: timedelta,
@@ -99,6 +102,7 @@ class Access(pb_grpc.AccessServiceServicer):
         self._identities = store.db.identities
         self._admission = admission
         self._runs = runs
+        self._callers = callers
         self._own = own
         self._addresses = addresses
         self._life = life
@@ -112,7 +116,7 @@ class Access(pb_grpc.AccessServiceServicer):
 
         def issue(subject: Subject, after: float) -> Issued:
             made.append(self._issue(authority, subject, key, after))
-            return _issued(made[0])
+            return _issued(made[0], authority)
 
         secret, public = token.digest(request.secret).hex(), _digest(key)
         used = await self._enroll(secret, public, issue)
@@ -120,7 +124,9 @@ class Access(pb_grpc.AccessServiceServicer):
         # Who was let in again just now has a certificate that begins in the next second: the device must not be early.
         await asyncio.sleep(made[0].not_valid_before_utc.timestamp() - time.time())
         log.info("enrolled", subject=str(used.subject), token=used.id, software=software)
-        return pb.EnrollResponse(certificate=certificates.to_pem(*made), server=self._addresses().server)
+        return pb.EnrollResponse(
+            certificate=certificates.to_pem(*made), server=self._addresses().server, authority=self._trusted()
+        )
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
         """Gives the caller its next certificate."""
@@ -129,9 +135,20 @@ class Access(pb_grpc.AccessServiceServicer):
         if subject is None:
             raise CertificateMissing("a certificate is renewed over a connection that was made with it")
         certificate = self._issue(authority, subject, key, self._admission.refused_until(subject))
-        await self._store.call(self._identities.renewed, subject, _issued(certificate))
+        await self._store.call(self._identities.renewed, subject, _issued(certificate, authority))
         log.info("renewed", subject=str(subject))
-        return pb.RenewResponse(certificate=certificates.to_pem(certificate))
+        return pb.RenewResponse(certificate=certificates.to_pem(certificate), authority=self._trusted())
+
+    async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
+        """Takes the caller out for good, as it wishes."""
+        subject = CALL.get().caller.subject
+        if subject is None:
+            raise CertificateMissing(
+                "this connection is plain text, so there is no identity to revoke; stop the client, and it has left"
+            )
+        reason = sayings.reason(request.reason) or "it left"
+        tickets = await self._leave(subject, reason, asyncio.current_task())
+        return pb.LeaveResponse(tickets=tickets)
 
     async def CreateToken(self, request: pb.CreateTokenRequest, context: Context) -> pb.CreateTokenResponse:
         """Makes an enrolment token."""
@@ -140,7 +157,7 @@ class Access(pb_grpc.AccessServiceServicer):
             fault = f"must be {MIN_TOKEN_LIFE_S} to {MAX_TOKEN_LIFE_S}"
             raise SubjectInvalid(f"life_s is {life_s}; it {fault}", (("life_s", fault),))
         where, now = self._addresses(), time.time()
-        made = EnrollmentToken.make(where.server, where.enrollment, self._authority().certificate)
+        made = EnrollmentToken.make(where.server, where.enrollment, self._root())
         row = TokenRow(made.digest.hex(), subject, now, actor(), now + life_s)
         await self._store.call(self._identities.add_token, row)
         log.info("token made", subject=str(subject), token=row.id, by=row.created_by)
@@ -228,30 +245,61 @@ class Access(pb_grpc.AccessServiceServicer):
             raise
         self._admission.revoke(subject)
         log.warning("revoked", subject=str(subject), by=by, reason=reason)
-        if subject.role is Role.CLIENT:
-            await self._withdraw(subject.name, by)
+        await self._dismiss(subject, by, "its certificate was revoked")
         return row
 
-    async def _withdraw(self, client: str, by: str) -> None:
-        """Takes seat and tickets from a client that was revoked, so that no round waits for it."""
+    @unbroken
+    async def _leave(self, subject: Subject, reason: str, spared: asyncio.Task[object] | None) -> int:
+        """Revokes a subject at its own wish; `spared` is the task of its call. Returns how many tickets were open."""
+        row = await self._store.call(self._identities.revoke, subject, time.time(), reason, str(subject), left=True)
+        self._admission.know(row)
+        self._admission.revoke(subject, sparing=spared)
+        log.warning("left", subject=str(subject), reason=reason)
+        return await self._dismiss(subject, str(subject), "it left")
+
+    async def _dismiss(self, subject: Subject, by: str, reason: str) -> int:
+        """Takes seat and tickets from somebody who is refused from now on, so that nothing waits for it.
+
+        Returns:
+            How many tickets were open.
+        """
+        if subject.role not in (Role.CLIENT, Role.EVALUATOR):
+            return 0
+        self._callers.dismiss(subject)
+        client = subject.name
         self._runs.lobby.call(client)
+        self._runs.answers.dismiss(client)
+        withdrawn = 0
         for engine in self._runs.all():
             ticket = engine.open_ticket(client)
             if ticket:
                 try:
-                    await engine.withdraw(ticket, "its certificate was revoked", by)
+                    await engine.withdraw(ticket, reason, by)
                 except TicketNotFound:  # its round has ended meanwhile
                     continue
+                withdrawn += 1
+        return withdrawn
+
+    def _root(self) -> x509.Certificate:
+        """Returns the authority by which a new device trusts the server."""
+        self._authority()
+        assert self._own is not None
+        return self._own.root
+
+    def _trusted(self) -> bytes:
+        """Returns what devices are to trust from now on."""
+        assert self._own is not None
+        return certificates.to_pem(*self._own.authorities.trusted)
 
     def _authority(self) -> Authority:
         if self._own is None:
             raise NoAuthority("this server serves plain text and enrolls nobody; `fedpeft-server init` changes that")
-        if self._own.authority is None:
+        if self._own.issuing is None:
             raise NoAuthority(
                 "this server has not the authority's key: ask whoever has it for a certificate, with "
                 "spiffe://DOMAIN/fedpeft/ROLE/NAME among its subject alternative names"
             )
-        return self._own.authority
+        return self._own.issuing
 
     def _issue(self, authority: Authority, subject: Subject, key: PublicKey, refused_until: float) -> x509.Certificate:
         life = self._life if subject.role in (Role.CLIENT, Role.EVALUATOR) else PERSON_LIFE
@@ -291,9 +339,10 @@ def _digest(key: PublicKey) -> str:
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def _issued(certificate: x509.Certificate) -> Issued:
+def _issued(certificate: x509.Certificate, authority: Authority) -> Issued:
     return Issued(
         time.time(),
         certificate.not_valid_after_utc.timestamp(),
         certificates.fingerprint(certificate),
+        certificates.fingerprint(authority.certificate),
     )

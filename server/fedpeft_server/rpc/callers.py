@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from fedpeft import ids
 from fedpeft.errors import ClientIdInUse, ClientIdInvalid, NotRegistered, RoleMayNot, TooManyCalls, TooManyClients
-from fedpeft.identity.subject import Role
+from fedpeft.identity.subject import Role, Subject
 from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, PROCESS_KEY
 from fedpeft_server.call import CALL
 from fedpeft_server.rpc.interceptors import Context
@@ -121,6 +121,14 @@ class Callers:
         self._registered += not presence.role
         presence.role = role
         presence.scoring = None
+
+    def dismiss(self, subject: Subject) -> None:
+        """Counts a client that left or was revoked as registered no more; coming back, it registers again."""
+        presence = self._presence.get(subject.name)
+        if presence and presence.role and _CERTIFIED[presence.role] is subject.role:
+            presence.role = ""
+            presence.scoring = None
+            self._registered -= 1
 
     def rehearse(self, context: Context, role: str) -> str:
         """Returns the id of the client that calls, raises what `identify` and `register` would, remembers nothing."""

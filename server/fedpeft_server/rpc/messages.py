@@ -172,6 +172,7 @@ def identity_message(row: IdentityRow) -> access_service_pb2.Identity:
         revoked_at=timestamp(row.revoked_at if row.is_revoked else None),
         reason=row.reason if row.is_revoked else "",
         restored_at=timestamp(row.restored_at),
+        issuer=row.issuer,
     )
 
 

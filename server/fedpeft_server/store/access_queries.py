@@ -69,7 +69,7 @@ def delete_tokens_until(connection: Connection, time: float) -> None:
 
 
 def put_certificate(
-    connection: Connection, subject: Subject, issued_at: float, expires_at: float, fingerprint: str
+    connection: Connection, subject: Subject, issued_at: float, expires_at: float, fingerprint: str, issuer: str
 ) -> None:
     """Writes the newest certificate of a subject."""
     row = {
@@ -78,8 +78,9 @@ def put_certificate(
         "issued_at": issued_at,
         "expires_at": expires_at,
         "fingerprint": fingerprint,
+        "issuer": issuer,
     }
-    upsert(connection, tables.identities, [row], replace=("issued_at", "expires_at", "fingerprint"))
+    upsert(connection, tables.identities, [row], replace=("issued_at", "expires_at", "fingerprint", "issuer"))
 
 
 def insert_identity(connection: Connection, subject: Subject) -> None:
@@ -135,5 +136,12 @@ def _token(row: Row[Any]) -> TokenRow:
 
 def _identity(row: Row[Any]) -> IdentityRow:
     return IdentityRow(
-        _subject(row), row.issued_at, row.expires_at, row.fingerprint, row.revoked_at, row.reason, row.restored_at
+        _subject(row),
+        row.issued_at,
+        row.expires_at,
+        row.fingerprint,
+        row.revoked_at,
+        row.reason,
+        row.restored_at,
+        row.issuer,
     )

@@ -29,11 +29,13 @@ class Issued:
         at: When.
         expires_at: When it ends.
         fingerprint: SHA-256, hexadecimal.
+        issuer: Fingerprint of the authority that issued it.
     """
 
     at: float
     expires_at: float
     fingerprint: str
+    issuer: str
 
     @property
     def details(self) -> dict[str, Detail]:
@@ -109,7 +111,7 @@ class Identities:
                 known = replace(known, restored_at=now)
             issued = issue(token.subject, known.refused_until)
             access_queries.use_token(connection, secret_sha256, key_sha256, token.used_at or now)
-            access_queries.put_certificate(connection, token.subject, issued.at, issued.expires_at, issued.fingerprint)
+            _put_certificate(connection, token.subject, issued)
             who = str(token.subject)
             self._transactions.append(
                 connection, Deed(who, "identity.enrolled", who, {"token": token.id, **issued.details})
@@ -120,7 +122,7 @@ class Identities:
         """Writes that a subject has another certificate."""
         deed = Deed(str(subject), "identity.renewed", str(subject), issued.details)
         with self._transactions.begin(deed) as connection:
-            access_queries.put_certificate(connection, subject, issued.at, issued.expires_at, issued.fingerprint)
+            _put_certificate(connection, subject, issued)
 
     def seen(self, subject: Subject) -> None:
         """Writes that somebody called, unless it is in the database: then this server did not enroll it.
@@ -134,7 +136,9 @@ class Identities:
                 access_queries.insert_identity(connection, subject)
                 self._transactions.append(connection, Deed("server", "identity.seen", str(subject)))
 
-    def revoke(self, subject: Subject, at: float, reason: str, actor: str, *, unseen: bool = False) -> IdentityRow:
+    def revoke(
+        self, subject: Subject, at: float, reason: str, actor: str, *, unseen: bool = False, left: bool = False
+    ) -> IdentityRow:
         """Refuses a subject, and makes its tokens worthless.
 
         Args:
@@ -143,11 +147,13 @@ class Identities:
             reason: Why.
             actor: Who wants it.
             unseen: Whether also if nobody of that role and name called or was enrolled.
+            left: Whether the subject itself wants it.
 
         Raises:
             IdentityNotFound: If nobody did or was, and that is not meant.
         """
-        deed = Deed(actor, "identity.revoked", str(subject), {"reason": reason})
+        action = "identity.left" if left else "identity.revoked"
+        deed = Deed(actor, action, str(subject), {"reason": reason})
         with self._transactions.begin(deed) as connection:
             if not unseen and access_queries.select_identity(connection, subject) is None:
                 raise IdentityNotFound(
@@ -182,6 +188,10 @@ class Identities:
         """Returns the first so many identities after a (role, name), or all, in that order."""
         with self._transactions.begin() as connection:
             return access_queries.select_identities(connection, after, most)
+
+
+def _put_certificate(connection: Connection, subject: Subject, issued: Issued) -> None:
+    access_queries.put_certificate(connection, subject, issued.at, issued.expires_at, issued.fingerprint, issued.issuer)
 
 
 def _check(token: TokenRow, key_sha256: str, now: float) -> None:

@@ -269,6 +269,7 @@ class IdentityRow:
         revoked_at: When it was revoked last; None: never.
         reason: Why; may be empty.
         restored_at: When it was let in again after that; None while it is refused.
+        issuer: Fingerprint of the authority that issued its newest certificate; may be empty.
     """
 
     subject: Subject
@@ -278,6 +279,7 @@ class IdentityRow:
     revoked_at: float | None = None
     reason: str = ""
     restored_at: float | None = None
+    issuer: str = ""
 
     @property
     def is_revoked(self) -> bool:

@@ -185,6 +185,7 @@ identities = Table(
     Column("revoked_at", Double, nullable=True),
     Column("restored_at", Double, nullable=True),
     Column("reason", Text, nullable=False, server_default=""),
+    Column("issuer", String(64), nullable=False, server_default=""),
 )
 
 # Rows are added, never changed; `fedpeft.audit` says what each digest is of.

@@ -1,0 +1,56 @@
+"""The flags by which the commands beside the daemon are told its folders: those of the daemon itself."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from fedpeft.errors import SettingsInvalid
+from fedpeft_server.access.files import Files
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds --data-dir and --identity to a command."""
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        type=folder,
+        default=os.environ.get("FEDPEFT_SERVER_DATA_DIR") or None,
+        help="the server's data folder (FEDPEFT_SERVER_DATA_DIR)",
+    )
+    parser.add_argument(
+        "--identity",
+        metavar="DIR",
+        type=folder,
+        default=os.environ.get("FEDPEFT_SERVER_IDENTITY") or None,
+        help="the folder of the certificates, if it is not identity in the data folder (FEDPEFT_SERVER_IDENTITY)",
+    )
+
+
+def folder(text: str) -> Path | None:
+    """Returns a folder that was named; an empty name is none, and not the current folder."""
+    return Path(text) if text else None
+
+
+def files(given: argparse.Namespace) -> Files:
+    """Returns the files of the certificates.
+
+    Raises:
+        SettingsInvalid: If neither folder was named.
+    """
+    if not (given.identity or given.data_dir):
+        raise SettingsInvalid("--data-dir is missing (or FEDPEFT_SERVER_DATA_DIR)")
+    return Files(given.identity or given.data_dir / "identity")
+
+
+def existing(given: argparse.Namespace) -> Files:
+    """Returns the files of the certificates of a server that has some.
+
+    Raises:
+        SettingsInvalid: If neither folder was named, or no certificates are there.
+    """
+    found = files(given)
+    if not found.exist():
+        raise SettingsInvalid(f"{found.folder} has no server.pem; fedpeft-server init makes the first certificates")
+    return found
