@@ -32,8 +32,9 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
         FedpeftError: If no run suits, after everything was checked and printed; the reasons are in it.
     """
 
-    async def asked(hello: Answer) -> pb.RegisterResponse:
+    async def asked(hello: Answer, page_token: str = "") -> pb.RegisterResponse:
         request = registration(settings, hello)
+        request.page_token = page_token
         with ledger.booked(departures.registration(request)):
             return await Patience(log, CALL_S).keep(lambda: channel.register(request))
 
@@ -47,12 +48,17 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
     surveyed = await worker.ask({"op": "survey"}, Reporter(log, "opening images"))
     _say_readable(surveyed, hello["rows_are"])
     fitness = Fitness(worker, log)
-    for run in response.runs:
-        print(f"\n{run.id} ({run.config.name})")
-        _describe(await fitness.judge(run), settings.evaluate)
+    there_are_runs = bool(response.runs)
+    while True:
+        for run in response.runs:
+            print(f"\n{run.id} ({run.config.name})")
+            _describe(await fitness.judge(run), settings.evaluate)
+        if not response.next_page_token:
+            break
+        response = await asked(hello, response.next_page_token)
     if misfit := fitness.nothing_suits():
         raise misfit
-    if not response.runs:
+    if not there_are_runs:
         _line("runs", "none to work for; the client would wait for one")
         _refuse_unreadable(surveyed)
 

@@ -57,6 +57,7 @@
     │   ├── TooManyClients
     │   ├── TooManyCalls          one client has too many calls under way
     │   ├── TooManyCertificates   one name was given too many in too short a time
+    │   ├── AnswerTooLarge        what was asked for does not fit into one message
     │   └── DiskFull
     ├── Aborted               nothing is wrong; ask where it stands and go on
     │   ├── TurnOver              others wait for a transfer's turn
@@ -380,6 +381,10 @@ class TooManyCalls(ResourceExhausted):
 
 class TooManyCertificates(ResourceExhausted):
     """One name was given as many certificates as it may have within half the life of one."""
+
+
+class AnswerTooLarge(ResourceExhausted):
+    """What was asked for does not fit into one message; ask for less at once."""
 
 
 class DiskFull(ResourceExhausted):

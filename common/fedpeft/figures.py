@@ -1,4 +1,7 @@
-"""Figures: what training and evaluation report, a number by name; how many there may be, and what they are called."""
+"""Figures: what training and evaluation report, a number by name; how many, what they are called, what they range over.
+
+Names that this version knows have a range (`RANGES`); a kind of model may report others, which are finite and no more.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,42 @@ import math
 from collections.abc import Mapping
 
 from fedpeft.errors import MetricsInvalid
+from fedpeft.plain_text import plain
 
 MAX_TRAINING = 64
 """Most figures of an update."""
 MAX_EVALUATION = 2048
 """Most figures of an evaluation."""
 MAX_NAME_BYTES = 128
+FAULTS_NAMED = 16
+"""Most figures that a refusal names: there may be thousands."""
+
+SHARE = (0.0, 1.0)
+NOT_NEGATIVE = (0.0, math.inf)
+RANGES: Mapping[str, tuple[float, float]] = {
+    "accuracy": SHARE,
+    "loss": NOT_NEGATIVE,
+    "loss_first": NOT_NEGATIVE,
+    "loss_last": NOT_NEGATIVE,
+    "examples": NOT_NEGATIVE,
+    "seconds": NOT_NEGATIVE,
+    "images_per_second": NOT_NEGATIVE,
+    "steps": NOT_NEGATIVE,
+    "skipped_images": NOT_NEGATIVE,
+    "micro_batch": NOT_NEGATIVE,
+    "threads": NOT_NEGATIVE,
+    "gpu_memory_bytes": NOT_NEGATIVE,
+}
+"""Lowest and highest value of the figures that this version knows, both included."""
+ACCURACY_OF_CLASS = "accuracy/"
+"""Begins the name of a class's accuracy, which is a share as well."""
+COUNT = "examples"
+"""How many examples the others are about: no result by itself."""
 
 
 def sendable(figures: Mapping[str, float], most: int) -> dict[str, float]:
     """Returns the first `most` figures that pass `check`; a class name may be longer than a figure's name may be."""
-    kept = [(n, float(value)) for n, value in figures.items() if _named(n) and math.isfinite(value)]
+    kept = [(name, float(value)) for name, value in figures.items() if not _fault(name, value)]
     return dict(kept[:most])
 
 
@@ -24,21 +52,45 @@ def check(figures: Mapping[str, float], most: int) -> None:
     """Checks figures from outside.
 
     Raises:
-        MetricsInvalid: If there are more than `most`, a name is empty or too long, or a value is not finite; its field
-            is `metrics`, or `metrics[NAME]`.
+        MetricsInvalid: If there are more than `most`, a name is empty or too long, or a value is not finite or outside
+            the range of its name; with each such figure as a field.
     """
     if len(figures) > most:
-        raise _fault("metrics", f"has {len(figures)} figures; at most {most} are taken")
-    for name, value in figures.items():
-        if not _named(name):
-            raise _fault("metrics", f"has a name of {len(name.encode())} bytes; 1 to {MAX_NAME_BYTES} are taken")
-        if not math.isfinite(value):
-            raise _fault(f"metrics[{name}]", f"is {value}, not a finite number")
+        fault = f"{len(figures)} figures; at most {most} are taken"
+        raise MetricsInvalid(fault, (("metrics", fault),))
+    faults = [(_field(name), fault) for name, value in figures.items() if (fault := _fault(name, value))]
+    if faults:
+        more = f"; {len(faults) - 1} more figures are wrong" if len(faults) > 1 else ""
+        raise MetricsInvalid(faults[0][1] + more, tuple(faults[:FAULTS_NAMED]))
 
 
-def _fault(field: str, text: str) -> MetricsInvalid:
-    return MetricsInvalid(f"{field} {text}", ((field, text),))
+def check_evaluation(figures: Mapping[str, float]) -> None:
+    """Checks the figures of an evaluation, which is worth nothing without a result.
+
+    Raises:
+        MetricsInvalid: As `check`; and if there is no figure besides the count of examples.
+    """
+    check(figures, MAX_EVALUATION)
+    if not figures.keys() - {COUNT}:
+        fault = "no result; give at least one figure besides examples, for example accuracy or loss"
+        raise MetricsInvalid(fault, (("metrics", fault),))
 
 
-def _named(name: str) -> bool:
-    return 1 <= len(name.encode()) <= MAX_NAME_BYTES
+def _fault(name: str, value: float) -> str:
+    """Returns what is wrong with a figure; empty if nothing is."""
+    size = len(name.encode())
+    if not 1 <= size <= MAX_NAME_BYTES:
+        return f"a figure's name has {size} bytes; 1 to {MAX_NAME_BYTES} are taken"
+    shown = plain(name)
+    if not math.isfinite(value):
+        return f"the figure {shown} is {value}; it must be finite"
+    low, high = SHARE if name.startswith(ACCURACY_OF_CLASS) else RANGES.get(name, (-math.inf, math.inf))
+    if not low <= value <= high:
+        right = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
+        return f"the figure {shown} is {value:g}; {right} is taken"
+    return ""
+
+
+def _field(name: str) -> str:
+    """Returns the path of a figure, as AIP-193 has it for an entry of a map."""
+    return f"metrics[{plain(name[:MAX_NAME_BYTES])}]"

@@ -198,7 +198,11 @@ class Federation(pb_grpc.FederationServiceServicer):
             self.registered[client] = request
             self.answers = {key: given for key, given in self.answers.items() if key[0] != client}
         shown = [run.message() for run in self.runs if request.run in ("", run.id) and not run.finished]
-        return pb.RegisterResponse(protocol=1, runs=shown)
+        if not request.dry_run:
+            return pb.RegisterResponse(protocol=1, runs=shown)
+        at = int(request.page_token or 0)  # a page is one run
+        more = str(at + 1) if at + 1 < len(shown) else ""
+        return pb.RegisterResponse(protocol=1, runs=shown[at : at + 1], next_page_token=more)
 
     async def AwaitRound(self, request: pb.AwaitRoundRequest, context: Context) -> pb.AwaitRoundResponse:
         client = await self._caller(context, registered=True)

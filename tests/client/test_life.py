@@ -211,6 +211,16 @@ async def test_dry_run_says_what_would_happen(federation: Federation, start_clie
     assert not federation.run.tickets and not federation.registered and not federation.answers
 
 
+async def test_dry_run_judges_the_runs_of_every_page(federation: Federation, start_client: StartClient) -> None:
+    other, federation.run = tiny_run(), tiny_run()
+    other.id, other.fingerprint = "run-000000000002", "ab" * 32
+    federation.others = [other]
+    client = await start_client("--dry-run")
+    assert await client.ended() == 0, "".join(client.text)
+    text = client.out.decode()
+    assert text.index(other.id) < text.index("decline it") < text.index(federation.run.id) < text.index("train in each")
+
+
 async def test_dry_run_where_no_run_is_to_be_worked_for(federation: Federation, start_client: StartClient) -> None:
     """A completed run may be there: the server names those that want work."""
     client = await start_client("--dry-run")

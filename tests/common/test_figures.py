@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from fedpeft import figures
 from fedpeft.errors import MetricsInvalid
 
+COUNTS = figures.RANGES.keys() - {"accuracy"}
+
 
 @given(st.dictionaries(st.text(max_size=200), st.floats(), max_size=70))
 def test_what_is_sendable_passes_the_check(given_: dict[str, float]) -> None:
     kept = figures.sendable(given_, figures.MAX_TRAINING)
     figures.check(kept, figures.MAX_TRAINING)
     assert kept.items() <= given_.items()
-    if all(map(math.isfinite, given_.values())) and all(0 < len(n.encode()) <= 128 for n in given_):
+    known = any(name in figures.RANGES or name.startswith("accuracy/") for name in given_)
+    if all(map(math.isfinite, given_.values())) and all(0 < len(n.encode()) <= 128 for n in given_) and not known:
         assert len(kept) == min(len(given_), figures.MAX_TRAINING)
 
 
@@ -33,8 +36,31 @@ def test_a_long_class_name_costs_its_own_figure_only() -> None:
         ({"é" * 65: 1.0}, "a figure's name has 130 bytes; 1 to 128 are taken"),
         ({"loss": math.nan}, "the figure loss is nan"),
         ({"loss": -math.inf}, "the figure loss is -inf"),
+        ({"loss": -0.5}, "the figure loss is -0.5; 0 or more is taken"),
+        ({"accuracy": 7.0}, "the figure accuracy is 7; 0 to 1 is taken"),
+        ({"accuracy/cat": -0.1}, "the figure accuracy/cat is -0.1; 0 to 1 is taken"),
+        *[({name: -1.0}, f"the figure {name} is -1; 0 or more is taken") for name in sorted(COUNTS)],
     ],
 )
 def test_what_is_refused(wrong: dict[str, float], says: str) -> None:
     with pytest.raises(MetricsInvalid, match=says):
         figures.check(wrong, figures.MAX_TRAINING)
+    assert len(figures.sendable(wrong, figures.MAX_TRAINING)) in (0, 64), "a client does not send what is refused"
+
+
+def test_each_wrong_figure_is_named_as_a_field_and_nothing_of_it_reaches_a_terminal() -> None:
+    with pytest.raises(MetricsInvalid) as caught:
+        figures.check({"accuracy": 2.0, "lo\x1b[31mss": math.inf, "loss": 1.0}, figures.MAX_TRAINING)
+    assert [path for path, _ in caught.value.fields] == ["metrics[accuracy]", "metrics[lo [31mss]"]
+    assert "1 more" in caught.value.message
+    with pytest.raises(MetricsInvalid) as caught:
+        figures.check({f"accuracy/{i}": 2.0 for i in range(2000)}, figures.MAX_EVALUATION)
+    assert len(caught.value.fields) == figures.FAULTS_NAMED
+
+
+@pytest.mark.parametrize("nothing", [{}, {"examples": 10.0}])
+def test_an_evaluation_has_a_result(nothing: dict[str, float]) -> None:
+    with pytest.raises(MetricsInvalid, match="no result"):
+        figures.check_evaluation(nothing)
+    figures.check_evaluation({**nothing, "perplexity": -3.5})  # a kind of model may report what it likes
+    figures.check({}, figures.MAX_TRAINING)  # an update may come without figures

@@ -23,7 +23,7 @@ from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import tensor_pb2
-from fedpeft_server.rpc import arrivals, callers, turns, uploads
+from fedpeft_server.rpc import arrivals, callers, interceptors, turns, uploads
 from fedpeft_server.rpc.access import MOST_CERTIFICATES
 from fedpeft_server.store import tables
 
@@ -246,6 +246,12 @@ async def too_many(world: World) -> object:
     return await daemon.clients("a", "b")
 
 
+async def long_answer(world: World) -> object:
+    daemon, run, _ = await world.run()
+    world.monkeypatch.setattr(interceptors, "MESSAGE_LIMIT_BYTES", 100)
+    return await daemon.run(run)
+
+
 async def full_disk(world: World) -> object:
     disk: Path = world.request.getfixturevalue("small_disk")
     _, _, (client,) = await world.run(folder=disk)
@@ -434,6 +440,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "TOO_MANY_CALLS": crowd,
     "TURN_OVER": slow_upload,
     "BEING_CHECKED": slow_disk,
+    "ANSWER_TOO_LARGE": long_answer,
     "DISK_FULL": full_disk,
     "CHECKSUM_MISMATCH": update("wrong digest"),
     "BLOB_CORRUPT": damaged_blob,

@@ -16,6 +16,7 @@ from fedpeft.payload import CHUNK_BYTES, Manifest
 from fedpeft.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft_server.store.run_queries import MAX_SPLITS
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, fault, filled, header, refused
 
@@ -306,9 +307,35 @@ async def test_figures_of_an_evaluation_are_checked(daemon: Daemon) -> None:
     assert await refused(push(accuracy=float("inf"))) == "METRICS_INVALID"
     assert await refused(push(version=3, accuracy=0.5)) == "VERSION_NOT_FOUND"
     assert await refused(push(split="Not A Name", accuracy=0.5)) == "METRICS_INVALID"
+    assert await refused(push(split="x" * 65, accuracy=0.5)) == "METRICS_INVALID"
+    assert await refused(push()) == "METRICS_INVALID"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await push(accuracy=7.0)
+    error = from_rpc_error(caught.value)
+    assert (error.reason, error.fields[0][0]) == ("METRICS_INVALID", "metrics[accuracy]")
     assert (await client.wait()).evaluation.version == 0
     await push(accuracy=0.25)
     assert dict((await daemon.run(run.id)).initial_metrics) == {"accuracy": 0.25}
+
+
+async def test_an_evaluator_cannot_invent_splits_without_end(daemon: Daemon) -> None:
+    run = await daemon.create()
+    judge, other = daemon.client("judge"), daemon.client("other")
+    for each in (judge, other):
+        await each.register(fed.CLIENT_ROLE_EVALUATOR)
+
+    def push(client: RawClient, split: str) -> Awaitable[object]:
+        request = fed.PushEvaluationRequest(run=run.id, version=0, metrics={"accuracy": 0.5}, split=split)
+        return client.stub.PushEvaluation(request, metadata=client.metadata)
+
+    for number in range(MAX_SPLITS):
+        await push(judge, f"split-{number:02}")
+    for client in (judge, other):
+        assert await refused(push(client, "one-more")) == "METRICS_INVALID"
+        await push(client, "split-03")  # those that there are stay open to everybody
+    series = daemon.server.metrics.registry.get_sample_value
+    assert series("fedpeft_accuracy", {"run": run.id, "split": "split-15"}) == 0.5
+    assert series("fedpeft_accuracy", {"run": run.id, "split": "one-more"}) is None
 
 
 async def test_ids_that_never_register_cost_no_memory(daemon: Daemon) -> None:

@@ -124,6 +124,7 @@ class RegisterRequest(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     min_protocol: _builtins.int
     """Oldest and newest protocol the client speaks. This file is protocol 1."""
     max_protocol: _builtins.int
@@ -134,6 +135,8 @@ class RegisterRequest(_message.Message):
     """Work only for this run; empty: for any."""
     dry_run: _builtins.bool
     """Only say what the answer would be; keep nothing."""
+    page_token: _builtins.str
+    """Where to go on in the list of runs, with `dry_run` only; empty: at its beginning."""
     @_builtins.property
     def capabilities(self) -> Global___Capabilities:
         """What it can do."""
@@ -147,10 +150,11 @@ class RegisterRequest(_message.Message):
         capabilities: Global___Capabilities | None = ...,
         run: _builtins.str = ...,
         dry_run: _builtins.bool = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "dry_run", b"dry_run", "max_protocol", b"max_protocol", "min_protocol", b"min_protocol", "role", b"role", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "dry_run", b"dry_run", "max_protocol", b"max_protocol", "min_protocol", b"min_protocol", "page_token", b"page_token", "role", b"role", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -164,21 +168,27 @@ class RegisterResponse(_message.Message):
 
     PROTOCOL_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """The protocol both sides speak from here on."""
+    next_page_token: _builtins.str
+    """With `dry_run`: the `page_token` for the runs that follow; empty after the last one."""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.Run]:
-        """The runs in state RUNNING or PAUSED that the client may be sampled for (only the named one, in whatever state, if one was named)."""
+        """The runs in state RUNNING or PAUSED that the client may be sampled for, oldest first (only the named one, in whatever
+        state, if one was named). At most 16 and about 256 KiB unless `dry_run`; then a page. No client needs them to take part.
+        """
 
     def __init__(
         self,
         *,
         protocol: _builtins.int = ...,
         runs: _abc.Iterable[_run_pb2.Run] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "protocol", b"protocol", "runs", b"runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -605,7 +615,9 @@ class UpdateHeader(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Training figures, finite; at most 64, names at most 128 bytes."""
+        """Training figures, finite; at most 64, names at most 128 bytes. Each of `loss`, `loss_first`, `loss_last` (nats),
+        `seconds`, `images_per_second`, `steps`, `skipped_images`, `micro_batch`, `threads`, `gpu_memory_bytes` is at least 0.
+        """
 
     def __init__(
         self,
@@ -806,10 +818,12 @@ class PushEvaluationRequest(_message.Message):
     version: _builtins.int
     """Adapter version scored."""
     split: _builtins.str
-    """Which data: `test` if empty. 1 to 64 of lower-case letters, digits, `_` and `-`."""
+    """Which data: `test` if empty. 1 to 64 of lower-case letters, digits, `_` and `-`; at most 16 in a run, of all evaluators."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """`accuracy` (0 to 1), `loss` (nats), `examples`, `accuracy/CLASS` (0 to 1)..."""
+        """`accuracy` (0 to 1), `loss` (nats, at least 0), `examples` (at least 0), `accuracy/CLASS` (0 to 1)...; at least one
+        besides `examples`.
+        """
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class FederationServiceStub:
     at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
     UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
     RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
+    RESOURCE_EXHAUSTED  ANSWER_TOO_LARGE    the answer does not fit into a message of 4 MiB; what can grow comes in pages
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
     INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
@@ -114,6 +115,7 @@ class FederationServiceServicer:
     at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
     UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
     RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
+    RESOURCE_EXHAUSTED  ANSWER_TOO_LARGE    the answer does not fit into a message of 4 MiB; what can grow comes in pages
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
     INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
@@ -126,12 +128,14 @@ class FederationServiceServicer:
 
         Must be called once after each start of the client and may be called again at any time. Every run is offered anew
         afterwards, because the site may have changed; until it is answered, an earlier answer is still shown to operators.
-        With `dry_run` the answer, a refusal too, is what Register would say, and the server keeps nothing of the call.
+        With `dry_run` the answer, a refusal too, is what Register would say, and the server keeps nothing of the call. It then
+        lists every run, in pages as in OperatorService; otherwise the list is cut, and AwaitRound offers the runs one by one.
         FAILED_PRECONDITION  PROTOCOL_MISMATCH    the message says which side to upgrade
         RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
         ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
         NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
         INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many; or the role is unspecified
+        INVALID_ARGUMENT     PAGE_INVALID         page_token is not of this list, or came without `dry_run`
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,7 +201,7 @@ class FederationServiceServicer:
         FAILED_PRECONDITION  TICKET_CLOSED        the ticket was withdrawn, or its update refused
         INVALID_ARGUMENT     MANIFEST_INVALID     a tensor is missing, unknown, or has a wrong dtype, shape, encoding, or length
         INVALID_ARGUMENT     EXAMPLES_INVALID     not 1 to 10^9
-        INVALID_ARGUMENT     METRICS_INVALID      not finite, more than 64 of them, or a name over 128 bytes
+        INVALID_ARGUMENT     METRICS_INVALID      not finite, outside the range of its name, more than 64, or a name over 128 bytes
         INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, beyond the end, or where the header belongs
         INVALID_ARGUMENT     UPLOAD_INCOMPLETE    the stream was half-closed before the last byte; continue where GetUpload says
         INVALID_ARGUMENT     PAYLOAD_INVALID      a value is not finite, or sparse data is malformed; the ticket is closed
@@ -241,7 +245,8 @@ class FederationServiceServicer:
         NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
         FAILED_PRECONDITION  NOT_REGISTERED       Register first
         PERMISSION_DENIED    NOT_AN_EVALUATOR     the client did not register as an evaluator
-        INVALID_ARGUMENT     METRICS_INVALID      not finite, more than 2,048 of them, or a name over 128 bytes
+        INVALID_ARGUMENT     METRICS_INVALID      as in PushUpdate, but at most 2,048; no result among them; or a split that
+        is badly named, or new in a run that has 16
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -315,6 +320,7 @@ class FederationService:
     at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
     UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
     RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
+    RESOURCE_EXHAUSTED  ANSWER_TOO_LARGE    the answer does not fit into a message of 4 MiB; what can grow comes in pages
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
     INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is

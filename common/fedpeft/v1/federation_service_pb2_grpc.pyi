@@ -29,6 +29,7 @@ class FederationServiceStub:
     at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
       UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
       RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
+      RESOURCE_EXHAUSTED  ANSWER_TOO_LARGE    the answer does not fit into a message of 4 MiB; what can grow comes in pages
       UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
       INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
@@ -42,12 +43,14 @@ class FederationServiceStub:
 
     Must be called once after each start of the client and may be called again at any time. Every run is offered anew
     afterwards, because the site may have changed; until it is answered, an earlier answer is still shown to operators.
-    With `dry_run` the answer, a refusal too, is what Register would say, and the server keeps nothing of the call.
+    With `dry_run` the answer, a refusal too, is what Register would say, and the server keeps nothing of the call. It then
+    lists every run, in pages as in OperatorService; otherwise the list is cut, and AwaitRound offers the runs one by one.
       FAILED_PRECONDITION  PROTOCOL_MISMATCH    the message says which side to upgrade
       RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
       ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
       NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
       INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many; or the role is unspecified
+      INVALID_ARGUMENT     PAGE_INVALID         page_token is not of this list, or came without `dry_run`
     """
     AwaitRound: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.AwaitRoundRequest, _federation_service_pb2.AwaitRoundResponse]
     """AwaitRound puts the client among those that can be sampled for the runs it accepted, and answers when there is
@@ -97,7 +100,7 @@ class FederationServiceStub:
       FAILED_PRECONDITION  TICKET_CLOSED        the ticket was withdrawn, or its update refused
       INVALID_ARGUMENT     MANIFEST_INVALID     a tensor is missing, unknown, or has a wrong dtype, shape, encoding, or length
       INVALID_ARGUMENT     EXAMPLES_INVALID     not 1 to 10^9
-      INVALID_ARGUMENT     METRICS_INVALID      not finite, more than 64 of them, or a name over 128 bytes
+      INVALID_ARGUMENT     METRICS_INVALID      not finite, outside the range of its name, more than 64, or a name over 128 bytes
       INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, beyond the end, or where the header belongs
       INVALID_ARGUMENT     UPLOAD_INCOMPLETE    the stream was half-closed before the last byte; continue where GetUpload says
       INVALID_ARGUMENT     PAYLOAD_INVALID      a value is not finite, or sparse data is malformed; the ticket is closed
@@ -129,7 +132,8 @@ class FederationServiceStub:
       NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
       FAILED_PRECONDITION  NOT_REGISTERED       Register first
       PERMISSION_DENIED    NOT_AN_EVALUATOR     the client did not register as an evaluator
-      INVALID_ARGUMENT     METRICS_INVALID      not finite, more than 2,048 of them, or a name over 128 bytes
+      INVALID_ARGUMENT     METRICS_INVALID      as in PushUpdate, but at most 2,048; no result among them; or a split that
+                                                is badly named, or new in a run that has 16
     """
 
 class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -149,6 +153,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
       UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
       RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
+      RESOURCE_EXHAUSTED  ANSWER_TOO_LARGE    the answer does not fit into a message of 4 MiB; what can grow comes in pages
       UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
       INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
@@ -166,12 +171,14 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Must be called once after each start of the client and may be called again at any time. Every run is offered anew
         afterwards, because the site may have changed; until it is answered, an earlier answer is still shown to operators.
-        With `dry_run` the answer, a refusal too, is what Register would say, and the server keeps nothing of the call.
+        With `dry_run` the answer, a refusal too, is what Register would say, and the server keeps nothing of the call. It then
+        lists every run, in pages as in OperatorService; otherwise the list is cut, and AwaitRound offers the runs one by one.
           FAILED_PRECONDITION  PROTOCOL_MISMATCH    the message says which side to upgrade
           RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
           ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
           NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
           INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many; or the role is unspecified
+          INVALID_ARGUMENT     PAGE_INVALID         page_token is not of this list, or came without `dry_run`
         """
 
     @_abc_1.abstractmethod
@@ -245,7 +252,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
           FAILED_PRECONDITION  TICKET_CLOSED        the ticket was withdrawn, or its update refused
           INVALID_ARGUMENT     MANIFEST_INVALID     a tensor is missing, unknown, or has a wrong dtype, shape, encoding, or length
           INVALID_ARGUMENT     EXAMPLES_INVALID     not 1 to 10^9
-          INVALID_ARGUMENT     METRICS_INVALID      not finite, more than 64 of them, or a name over 128 bytes
+          INVALID_ARGUMENT     METRICS_INVALID      not finite, outside the range of its name, more than 64, or a name over 128 bytes
           INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, beyond the end, or where the header belongs
           INVALID_ARGUMENT     UPLOAD_INCOMPLETE    the stream was half-closed before the last byte; continue where GetUpload says
           INVALID_ARGUMENT     PAYLOAD_INVALID      a value is not finite, or sparse data is malformed; the ticket is closed
@@ -295,7 +302,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
           NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
           FAILED_PRECONDITION  NOT_REGISTERED       Register first
           PERMISSION_DENIED    NOT_AN_EVALUATOR     the client did not register as an evaluator
-          INVALID_ARGUMENT     METRICS_INVALID      not finite, more than 2,048 of them, or a name over 128 bytes
+          INVALID_ARGUMENT     METRICS_INVALID      as in PushUpdate, but at most 2,048; no result among them; or a split that
+                                                    is badly named, or new in a run that has 16
         """
 
 def add_FederationServiceServicer_to_server(servicer: FederationServiceServicer, server: _aio.Server) -> None: ...

@@ -737,7 +737,7 @@ class Client(_message.Message):
 
     @_builtins.property
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunAnswer]:
-        """Its answers for the runs that are not finished, oldest run first."""
+        """Its answers for the runs that are not finished, oldest run first; where they are very many, only the first."""
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class OperatorServiceStub:
     """CreateRun uploads adapter version 0 with the run's configuration: a header, then the payload in chunks.
     With the same `request_id` it may be repeated: the second answer is the run that the first one made.
       INVALID_ARGUMENT     CONFIG_INVALID, SPEC_INVALID, MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
+                                                CONFIG_INVALID too where configuration and spec together have over 3 MiB
       ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run
       DATA_LOSS            CHECKSUM_MISMATCH
       OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
@@ -115,6 +116,7 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         """CreateRun uploads adapter version 0 with the run's configuration: a header, then the payload in chunks.
         With the same `request_id` it may be repeated: the second answer is the run that the first one made.
           INVALID_ARGUMENT     CONFIG_INVALID, SPEC_INVALID, MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
+                                                    CONFIG_INVALID too where configuration and spec together have over 3 MiB
           ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run
           DATA_LOSS            CHECKSUM_MISMATCH
           OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended

@@ -23,20 +23,22 @@ class Answers:
         self._given: dict[str, dict[str, AnswerRow]] = defaultdict(dict)
         self._due: dict[str, set[str]] = defaultdict(set)
         self._asked: dict[str, set[str]] = defaultdict(set)
+        self._runs_of: dict[str, set[str]] = defaultdict(set)  # by client, those that it answered for
         for answer in known:
             self._given[answer.run][answer.client] = answer
+            self._runs_of[answer.client].add(answer.run)
 
     def put(self, answer: AnswerRow) -> None:
         """Takes an answer that is durable."""
         self._given[answer.run][answer.client] = answer
+        self._runs_of[answer.client].add(answer.run)
         self._due[answer.run].discard(answer.client)
         self._asked[answer.run].discard(answer.client)
 
     def ask_again(self, client: str) -> None:
         """Makes every answer of a client, which began anew, one that is due again."""
-        for run, given in self._given.items():
-            if client in given:
-                self._due[run].add(client)
+        for run in self._runs_of.get(client, ()):
+            self._due[run].add(client)
 
     def asked(self, run: str, client: str) -> None:
         """Notes that a client was offered a run, so that it is named among those whose answer is awaited."""
@@ -74,6 +76,9 @@ class Answers:
 
     def forget(self, run: str) -> None:
         """Forgets a run that was deleted."""
-        self._given.pop(run, None)
+        for client in self._given.pop(run, {}):
+            self._runs_of[client].discard(run)
+            if not self._runs_of[client]:
+                del self._runs_of[client]
         self._due.pop(run, None)
         self._asked.pop(run, None)

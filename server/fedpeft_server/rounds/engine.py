@@ -80,6 +80,11 @@ class RunEngine:
         gauges.show(metrics, run, current)
 
     @property
+    def age(self) -> tuple[float, str]:
+        """When the run was created, and its id: runs are listed in this order."""
+        return self.run.created_at, self.run.id
+
+    @property
     def active(self) -> bool:
         """Whether rounds are left to be held."""
         return self.run.state in ACTIVE

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import structlog
@@ -22,6 +23,9 @@ from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
 
 log = structlog.get_logger()
+
+Age = tuple[float, str]
+"""When a run was created, and its id: the order of runs."""
 
 GLANCE_S = 1.0
 """How often the lobby is looked at without a reason: clients that lingered may have gone."""
@@ -71,6 +75,8 @@ class Runs:
         self._ledger = ledger
         self._metrics = metrics
         self._engines: dict[str, RunEngine] = {}
+        self._active: dict[str, RunEngine] = {}  # those with rounds left, oldest first: finished ones stay for months
+        self._ages: list[Age] = []
         self._watchers: dict[str, set[News]] = defaultdict(set)
         self._news = asyncio.Event()
         self._matching: asyncio.Task[None] | None = None
@@ -80,7 +86,7 @@ class Runs:
         self.answers = Answers(await self._store.call(self._store.db.answers))
         for run in await self._store.call(self._store.db.runs):
             row = await self._store.call(self._store.db.current_round, run.id)
-            self._engines[run.id] = self._engine(run, _in_progress(run, row))
+            self._add(self._engine(run, _in_progress(run, row)))
             await self._show_again(self._engines[run.id])
         held = {t.id for e in self._engines.values() if e.active for t in e.round.tickets}
         await self._store.compute(self._store.sweep, self._engines, held)
@@ -136,6 +142,7 @@ class Runs:
         await self._store.compute(self._store.forget_run, run_id, tickets)
         await self._store.call(self._store.db.delete_run, run_id, (deed,))
         del self._engines[run_id]
+        self._ages.remove(engine.age)
         self.answers.forget(run_id)
         self._metrics.forget(run_id)
         self._changed(engine)
@@ -156,13 +163,24 @@ class Runs:
         """Returns the engines a client that names `run_id` (or nothing) could work for, oldest first."""
         return [self.get(run_id)] if run_id else list(self._engines.values())
 
+    def active(self, run_id: str = "") -> list[RunEngine]:
+        """Returns, of the engines that `all` returns, those with rounds left to be held."""
+        if run_id:
+            return [engine] if (engine := self.get(run_id)).active else []
+        return list(self._active.values())
+
+    def after(self, age: Age) -> Iterator[RunEngine]:
+        """Yields the engines of the runs that are younger than an age, oldest first."""
+        for _, run_id in self._ages[bisect.bisect_right(self._ages, age) :]:
+            yield self._engines[run_id]
+
     async def ticket(self, ticket_id: str) -> tuple[RunEngine, Ticket]:
         """Returns a ticket of any round, with the engine of its run.
 
         Raises:
             TicketNotFound: If there is no such ticket.
         """
-        for engine in self._engines.values():
+        for engine in self._active.values():
             for ticket in engine.round.tickets:
                 if ticket.id == ticket_id:
                     return engine, ticket
@@ -233,10 +251,24 @@ class Runs:
     def _begin(self, run: RunRow) -> RunEngine:
         """Returns the engine of a new run, made unless a repetition of its request was there first."""
         if run.id not in self._engines:
-            self._engines[run.id] = self._engine(run, Round(run.id, 1))
+            self._add(self._engine(run, Round(run.id, 1)))
             log.info("run created", run=run.id, name=run.config.name, method=run.spec.method)
             self.lobby.call_all()
         return self._engines[run.id]
+
+    def _add(self, engine: RunEngine) -> None:
+        self._engines[engine.run.id] = engine
+        bisect.insort(self._ages, engine.age)
+        self._sort(engine)
+
+    def _sort(self, engine: RunEngine) -> None:
+        """Puts a run among the active ones, or takes it out, once its state is another."""
+        if engine.active is (engine.run.id in self._active):
+            return
+        if engine.active:
+            self._active = {e.run.id: e for e in sorted((*self._active.values(), engine), key=lambda e: e.age)}
+        else:
+            del self._active[engine.run.id]
 
     def _engine(self, run: RunRow, current: Round) -> RunEngine:
         return RunEngine(run, current, self._store, self.lobby, self._ledger, self._metrics, self._changed)
@@ -251,6 +283,8 @@ class Runs:
         self._ledger.resume(run, standing.current, standing.last)
 
     def _changed(self, engine: RunEngine) -> None:
+        if engine.run.id in self._engines:
+            self._sort(engine)
         self.announce(engine.run.id)
         self.look()
 
@@ -258,8 +292,7 @@ class Runs:
         """Offers the lobby to the runs, the one that sampled longest ago first."""
         while True:
             self._news.clear()
-            # Only those with rounds left: finished runs stay for months, and this is done anew as clients come and go.
-            for engine in sorted((e for e in self._engines.values() if e.active), key=lambda e: e.opened):
+            for engine in sorted(self._active.values(), key=lambda e: e.opened):
                 await self._offer(engine)
             self._count_clients()
             try:

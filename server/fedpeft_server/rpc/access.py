@@ -270,7 +270,7 @@ class Access(pb_grpc.AccessServiceServicer):
         self._runs.lobby.call(client)
         self._runs.answers.dismiss(client)
         withdrawn = 0
-        for engine in self._runs.all():
+        for engine in self._runs.active():
             ticket = engine.open_ticket(client)
             if ticket:
                 try:

@@ -18,6 +18,7 @@ from fedpeft.errors import (
     MetricsInvalid,
     NotAnEvaluator,
     OffsetOutOfRange,
+    PageInvalid,
     ProtocolMismatch,
     TicketNotFound,
     TicketOfAnother,
@@ -33,7 +34,7 @@ from fedpeft_server.call import actor
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
-from fedpeft_server.rpc import sayings
+from fedpeft_server.rpc import pages, sayings
 from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.interceptors import Context
@@ -45,6 +46,12 @@ from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import Ledger
 
 log = structlog.get_logger()
+
+_LISTED = 16
+"""Most runs that Register lists; AwaitRound offers all of them, so this is for callers that only want to show some."""
+_LISTED_BYTES = 256 * 1024
+_EXPLAINED = 8
+"""Runs whose wait is explained to a client that waits; more are counted."""
 
 _NOTHING_LEFT = "there is no unfinished run to work for"
 _SPLIT = re.compile(r"[a-z0-9_-]{1,64}")
@@ -81,10 +88,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = callers.rehearse(context, role) if request.dry_run else callers.identify(context, registers=True)
         _check_protocol(request)
         capabilities = sayings.capabilities(request.capabilities)
-        shown = [e for e in self._runs.all(request.run) if e.active or request.run]
-        response = pb.RegisterResponse(
-            protocol=PROTOCOL, runs=[run_message(e.run, self._runs.why(e), {}) for e in shown]
-        )
+        response = self._welcome(request)
         if request.dry_run:
             return response
         self._callers.register(client, role)
@@ -209,12 +213,12 @@ class Federation(pb_grpc.FederationServiceServicer):
         engine = self._runs.get(request.run)
         if request.version > engine.run.version:
             raise VersionNotFound(f"{request.run} has no version {request.version}; the newest is {engine.run.version}")
-        figures.check(request.metrics, figures.MAX_EVALUATION)
+        figures.check_evaluation(request.metrics)
         self._ledger.assign(engine.run.id, request.version, client, training=False)
         split = request.split or "test"
         if not _SPLIT.fullmatch(split):
-            text = f"{split[:80]!r} is not 1 to 64 of lower-case letters, digits, '_' and '-'"
-            raise MetricsInvalid(f"split {text}", (("split", text),))
+            fault = "must be 1 to 64 of lower-case letters, digits, '_' and '-'"
+            raise MetricsInvalid(f"split {split[:80]!r} {fault}", (("split", fault),))
         metrics = dict(request.metrics)
         put = self._store.db.put_evaluation
         await self._store.call(put, engine.run.id, request.version, client, split, metrics, time.time())
@@ -224,17 +228,32 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._runs.announce(engine.run.id, request.version)
         return pb.PushEvaluationResponse()
 
+    def _welcome(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
+        """Returns the answer to Register, with a page of the runs where they were asked for, and else the first few."""
+        if request.page_token and not request.dry_run:
+            fault = "is for a call with dry_run; AwaitRound offers the runs one by one"
+            raise PageInvalid(f"page_token {fault}", (("page_token", fault),))
+        of = ("registration", request.run)
+        place = pages.position(request.page_token, of=of, first=(0.0, ""))
+        engines = self._runs.all(request.run) if request.run else self._runs.active()
+        left = [engine for engine in engines if engine.age > place]
+        most, room = (pages.MOST, pages.PAGE_BYTES) if request.dry_run else (_LISTED, _LISTED_BYTES)
+        runs = pages.fitting((run_message(e.run, self._runs.why(e), {}) for e in left[:most]), room)
+        more = request.dry_run and len(runs) < len(left)
+        token = pages.token(left[len(runs) - 1].age, of=of) if more else ""
+        return pb.RegisterResponse(protocol=PROTOCOL, runs=runs, next_page_token=token)
+
     async def _training(self, client: str, run: str) -> pb.AwaitRoundResponse | None:
         """Returns the ticket that the client can use now, in the oldest run that gave it one, or else an offer."""
         answers = self._runs.answers
         due: RunEngine | None = None
-        for engine in self._runs.all(run):
+        for engine in self._runs.active(run):
             ticket = engine.open_ticket(client)
             if ticket and answers.accepted(engine.run.id, client):
                 self._ledger.assign(engine.run.id, engine.round.number, client)
                 return pb.AwaitRoundResponse(training=_task(engine, ticket))
             # The run whose ticket a restarted client holds comes first: its round waits.
-            if engine.active and answers.is_due(engine.run.id, client) and (due is None or ticket):
+            if answers.is_due(engine.run.id, client) and (due is None or ticket):
                 due = engine
         if due is None:
             return None
@@ -258,7 +277,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         return None
 
     def _idle(self, client: str, run: str) -> pb.AwaitRoundResponse:
-        reason = "; ".join(self._runs.why(e) for e in self._left(client, run))
+        left = self._left(client, run)
+        more = f"; and {len(left) - _EXPLAINED} more runs" if len(left) > _EXPLAINED else ""
+        reason = "; ".join(self._runs.why(e) for e in left[:_EXPLAINED]) + more
         finished = self._finished(client, run)
         return pb.AwaitRoundResponse(idle=pb.Idle(reason=reason or _NOTHING_LEFT, finished=finished))
 
@@ -267,8 +288,7 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     def _left(self, client: str, run: str) -> list[RunEngine]:
         """Returns the unfinished runs that a client did not decline."""
-        engines = self._runs.all(run)
-        return [e for e in engines if e.active and not self._runs.answers.declined(e.run.id, client)]
+        return [e for e in self._runs.active(run) if not self._runs.answers.declined(e.run.id, client)]
 
     async def _ticket(self, ticket_id: str, client: str) -> tuple[RunEngine, Ticket]:
         engine, ticket = await self._runs.ticket(ticket_id)

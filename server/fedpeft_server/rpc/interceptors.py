@@ -1,4 +1,8 @@
-"""What happens around every call: it is admitted, its bytes are counted, its errors become statuses, it is timed."""
+"""What happens around every call: it is admitted, its bytes are counted, its errors become statuses, it is timed.
+
+Notable: an answer is serialized here and not by gRPC, so that one which does not fit into a message becomes a status of
+the error tree while there is still a call to end with it. Handlers send lists in pages; this is the net below them.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,18 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
-from fedpeft.errors import FedpeftError, Internal, LocalError, PermissionDenied, TransferStalled, Unauthenticated
+from fedpeft.errors import (
+    AnswerTooLarge,
+    FedpeftError,
+    Internal,
+    LocalError,
+    PermissionDenied,
+    TransferStalled,
+    Unauthenticated,
+)
 from fedpeft.status import abort
 from fedpeft.waits import STALL_S
+from fedpeft.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.access.admission import Admission
 from fedpeft_server.call import CALL, Call
 from fedpeft_server.metrics import Metrics
@@ -51,20 +64,39 @@ class Gate(grpc.aio.ServerInterceptor):
 
     def _metered(self, handler: Handler, call: Call) -> Handler:
         """Counts messages where they are (de)serialized, the one place where their size is known for nothing."""
-        deserialize, serialize, ledger = handler.request_deserializer, handler.response_serializer, self._ledger
+        deserialize, ledger = handler.request_deserializer, self._ledger
 
         def receive(data: bytes) -> Any:
             ledger.wire(call, "up", len(data))
             return deserialize(data) if deserialize else data
 
-        def send(message: Any) -> bytes:
-            data = serialize(message) if serialize else message
+        return handler._replace(request_deserializer=receive)  # type: ignore[attr-defined, no-any-return]
+
+    def _encoded(self, handler: Handler, call: Call) -> Callable[[Any], bytes]:
+        """Returns what makes bytes of an answer, counts them, and refuses those that no caller could receive.
+
+        What is bytes already passes, so that it can stand both in front of gRPC and as its serializer.
+        """
+        serialize, ledger = handler.response_serializer, self._ledger
+
+        def encode(message: Any) -> bytes:
+            if isinstance(message, bytes):
+                return message
+            data: bytes = serialize(message) if serialize else bytes(message)
+            if len(data) > MESSAGE_LIMIT_BYTES:
+                name = call.method.rpartition("/")[2]
+                raise AnswerTooLarge(
+                    f"the answer of {name} has {len(data):,} bytes; {MESSAGE_LIMIT_BYTES:,} is the most that a message "
+                    "may have. Ask for less at once (a smaller page, one run), or tell the server's operator"
+                )
             ledger.wire(call, "down", len(data))
             return data
 
-        return handler._replace(request_deserializer=receive, response_serializer=send)  # type: ignore[attr-defined, no-any-return]
+        return encode
 
     def _guarded(self, handler: Handler, call: Call) -> Handler:
+        encode = self._encoded(handler, call)
+        handler = handler._replace(response_serializer=encode)  # type: ignore[attr-defined]
         if handler.response_streaming:
             kind = "stream_stream" if handler.request_streaming else "unary_stream"
             inner_stream = getattr(handler, kind)
@@ -75,7 +107,7 @@ class Gate(grpc.aio.ServerInterceptor):
                     if inspect.isawaitable(answer):  # gRPC's own health service writes by itself
                         await answer
                     else:
-                        await self._send(answer, call, context)
+                        await self._send(answer, call, context, encode)
 
             return handler._replace(**{kind: stream})  # type: ignore[attr-defined, no-any-return]
         kind = "stream_unary" if handler.request_streaming else "unary_unary"
@@ -83,23 +115,27 @@ class Gate(grpc.aio.ServerInterceptor):
 
         async def unary(request: Any, context: Context) -> Any:
             async with _Boundary(self, call, context), self.admission.admitted(call, context.auth_context()):
-                return await inner(request, context)
+                return encode(await inner(request, context))
 
         return handler._replace(**{kind: unary})  # type: ignore[attr-defined, no-any-return]
 
-    async def _send(self, messages: AsyncGenerator[Any, None], call: Call, context: Context) -> None:
+    async def _send(
+        self, messages: AsyncGenerator[Any, None], call: Call, context: Context, encode: Callable[[Any], bytes]
+    ) -> None:
         """Sends what a handler yields; the handler is closed, and gives back what it holds, before an error is sent.
 
         Raises:
+            AnswerTooLarge: If one of them is larger than a message may be.
             CertificateExpired: If the caller's certificate has ended meanwhile.
             TransferStalled: If the client reads nothing for too long.
         """
         async with aclosing(messages):
             async for message in messages:
                 self.admission.check(call)
+                data = encode(message)
                 try:
                     async with asyncio.timeout(STALL_S):
-                        await context.write(message)
+                        await context.write(data)
                 except TimeoutError:
                     raise TransferStalled(
                         f"nothing was read for {STALL_S:.0f} s; continue at the first byte missing"
@@ -142,6 +178,9 @@ class _Boundary:
 
 def _domain_error(error: BaseException, method: str) -> FedpeftError | None:
     """Returns the error to answer with; None for a call that its caller has left."""
+    if isinstance(error, AnswerTooLarge):
+        log.error("an answer was too large to be sent", method=method, message=error.message)
+        return error
     if isinstance(error, FedpeftError) and not isinstance(error, LocalError):
         log.info("refused", method=method, reason=error.reason, message=error.message)
         return error

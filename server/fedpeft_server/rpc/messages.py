@@ -11,7 +11,7 @@ from fedpeft.audit import AuditEntry
 from fedpeft.identity import roles
 from fedpeft.rounds import Phase, TicketState
 from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2
-from fedpeft.wire import config_to_proto, spec_to_proto
+from fedpeft.wire import MESSAGE_LIMIT_BYTES, config_to_proto, spec_to_proto
 from fedpeft_server.rpc.pages import fitting
 from fedpeft_server.store.rows import (
     AnswerRow,
@@ -26,6 +26,11 @@ from fedpeft_server.store.rows import (
 
 DECLINES_BYTES = 256 * 1024
 """A run goes beside a page of rounds in one message, so it names no more declines than this."""
+
+ANSWERS_BYTES = 256 * 1024
+"""A client shows no more of its answers than this: there is one for each run that is not finished."""
+RUN_BYTES = MESSAGE_LIMIT_BYTES - 1024 * 1024
+"""Configuration and spec of a run take no more than this, so that a message has room for what goes beside them."""
 
 RUN_STATES = {
     RunState.RUNNING: run_pb2.RUN_STATE_RUNNING,
@@ -133,7 +138,7 @@ def client_message(row: ClientRow, activity: str, answers: Iterable[AnswerRow]) 
         last_seen=timestamp(row.last_seen),
         activity=activity,
         updates=row.updates,
-        answers=[_answer(answer) for answer in answers],
+        answers=fitting((_answer(answer) for answer in answers), ANSWERS_BYTES),
     )
 
 

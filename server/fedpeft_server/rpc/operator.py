@@ -43,7 +43,7 @@ from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.history import History
 from fedpeft_server.rpc.interceptors import Context
-from fedpeft_server.rpc.messages import client_message, run_message
+from fedpeft_server.rpc.messages import RUN_BYTES, client_message, run_message
 from fedpeft_server.rpc.uploads import Uploads
 from fedpeft_server.store.rows import Place, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key, version_key
@@ -104,13 +104,14 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         """Shows runs, a page at a time."""
         most, place = pages.size(request.page_size), pages.position(request.page_token, of=("runs",), first=(0.0, ""))
-        engines = sorted(self._runs.all(), key=_age)
-        left = [engine for engine in engines if _age(engine) > place]
-        runs = pages.fitting([await self._run(engine) for engine in left[:most]])
-        more = len(runs) < len(left)
-        return pb.ListRunsResponse(
-            runs=runs, next_page_token=pages.token(_age(left[len(runs) - 1]), of=("runs",)) if more else ""
-        )
+        shown = pages.Filling[run_pb2.Run]()
+        last, more = place, False
+        for engine in self._runs.after(place):  # one by one: each costs a query, and few of a page of large ones fit
+            if len(shown.taken) == most or not shown.takes(await self._run(engine)):
+                more = True
+                break
+            last = engine.age
+        return pb.ListRunsResponse(runs=shown.taken, next_page_token=pages.token(last, of=("runs",)) if more else "")
 
     async def ListRounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
         """Shows the rounds of a run, a page at a time."""
@@ -201,8 +202,8 @@ class Operator(pb_grpc.OperatorServiceServicer):
         most, (after,) = pages.size(request.page_size), pages.position(request.page_token, of=("clients",), first=("",))
         await self._store.call(self._store.db.touch_clients, self._callers.touched())
         rows = await self._store.call(self._store.db.clients_from, after, most + 1)
-        training = {client for engine in self._runs.all() for client in engine.training()}
-        runs, of = [engine.run.id for engine in self._runs.all() if engine.active], self._runs.answers.of
+        training = {client for engine in self._runs.active() for client in engine.training()}
+        runs, of = [engine.run.id for engine in self._runs.active()], self._runs.answers.of
         clients = pages.fitting(
             client_message(row, self._activity(row.id, training), of(row.id, runs)) for row in rows[:most]
         )
@@ -237,11 +238,6 @@ class Operator(pb_grpc.OperatorServiceServicer):
             written = write_first(identity(run), tensors, path)
             self._store.blobs.put(version_key(run.id, 0), path)
         return VersionRow(run.id, 0, written.sha256, written.size_bytes, "", run.created_at)
-
-
-def _age(engine: RunEngine) -> tuple[float, str]:
-    """The order of a list of runs."""
-    return engine.run.created_at, engine.run.id
 
 
 def _new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
@@ -280,6 +276,10 @@ def _new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
         request_id=header.request_id,
         request_digest=digest,
     )
+    size = run_message(run, "", {}).ByteSize()
+    if size > RUN_BYTES:
+        fault = f"has {size:,} bytes with the spec; at most {RUN_BYTES:,} are taken, so that every answer about it fits"
+        raise ConfigInvalid(f"the run's configuration {fault}", (("config", fault),))
     return run, manifest
 
 

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from google.protobuf.message import Message
 
@@ -84,13 +84,30 @@ def _is_plain(text: str) -> bool:
     return text.isascii() and text.isprintable()
 
 
+class Filling(Generic[M]):
+    """A page that is being filled: so many bytes, and at least one message.
+
+    Attributes:
+        taken: The messages in it.
+    """
+
+    def __init__(self, room: int = PAGE_BYTES) -> None:
+        self.taken: list[M] = []
+        self._room = room
+
+    def takes(self, message: M) -> bool:
+        """Takes a message if it fits; says whether it did."""
+        self._room -= message.ByteSize()
+        if self.taken and self._room < 0:
+            return False
+        self.taken.append(message)
+        return True
+
+
 def fitting(messages: Iterable[M], room: int | None = None) -> list[M]:
     """Returns as many messages, from the first on, as fit into a page, or `room` bytes; at least one."""
-    taken: list[M] = []
-    room = PAGE_BYTES if room is None else room
+    page = Filling[M](PAGE_BYTES if room is None else room)
     for message in messages:
-        room -= message.ByteSize()
-        if taken and room < 0:
+        if not page.takes(message):
             break
-        taken.append(message)
-    return taken
+    return page.taken

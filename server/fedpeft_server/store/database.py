@@ -294,6 +294,7 @@ class Database:
         Raises:
             RunNotFound: If there is no such run.
             VersionNotFound: If the run has no such version.
+            MetricsInvalid: If the run has as many other splits as one may have.
         """
         with self._transaction() as connection:
             run_queries.select_version(connection, run, version)

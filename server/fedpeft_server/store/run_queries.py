@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
-from fedpeft.errors import RunNotFound, VersionNotFound
+from fedpeft.errors import MetricsInvalid, RunNotFound, VersionNotFound
 from fedpeft_server.store import stored, tables
 from fedpeft_server.store.rows import RunRow, RunState, VersionRow
 from fedpeft_server.store.upsert import upsert
+
+MAX_SPLITS = 16
+"""Most splits of a run, over all its evaluators: each has its own series in Prometheus and figures of every version."""
 
 
 def insert_run(connection: Connection, run: RunRow) -> None:
@@ -116,9 +119,30 @@ def select_version(connection: Connection, run: str, version: int) -> VersionRow
 def put_evaluation(
     connection: Connection, run: str, version: int, evaluator: str, split: str, metrics: Mapping[str, float], at: float
 ) -> None:
-    """Writes what an evaluator found on a split, in place of what it found before."""
+    """Writes what an evaluator found on a split, in place of what it found before.
+
+    Raises:
+        MetricsInvalid: If the run has `MAX_SPLITS` others: each is a time series of its own, for ever.
+    """
+    table = tables.evaluations
+    known = select(table.c.split).where(table.c.run == run, table.c.split == split).limit(1)
+    if connection.execute(known).first() is None:
+        others = list(_splits(connection, run))
+        if len(others) >= MAX_SPLITS:
+            fault = f"is new, and {run} has {len(others)} splits, the most a run may have: {', '.join(others)}"
+            raise MetricsInvalid(f"split {split} {fault}", (("split", fault),))
     row = {"run": run, "version": version, "evaluator": evaluator, "split": split, "metrics": dict(metrics), "at": at}
-    upsert(connection, tables.evaluations, [row], replace=("metrics", "at"))
+    upsert(connection, table, [row], replace=("metrics", "at"))
+
+
+def _splits(connection: Connection, run: str) -> Iterator[str]:
+    """Yields the splits of a run, one look into the index each, however many evaluations there are."""
+    table = tables.evaluations
+    query = select(func.min(table.c.split)).where(table.c.run == run)
+    split = connection.execute(query).scalar()
+    while split is not None:
+        yield split
+        split = connection.execute(query.where(table.c.split > split)).scalar()
 
 
 def select_evaluations(connection: Connection, run: str, first: int, last: int) -> dict[int, list[dict[str, float]]]:
@@ -136,9 +160,11 @@ def select_evaluations(connection: Connection, run: str, first: int, last: int) 
 def select_last_scored(connection: Connection, run: str) -> dict[str, dict[str, float]]:
     """Returns, for each split, the figures that came last."""
     t = tables.evaluations
-    last = select(t.c.split, func.max(t.c.at).label("at")).where(t.c.run == run).group_by(t.c.split).subquery()
-    query = select(t.c.split, t.c.metrics).join(last, (t.c.split == last.c.split) & (t.c.at == last.c.at))
-    return {row.split: row.metrics for row in connection.execute(query.where(t.c.run == run).order_by(t.c.version))}
+    newest = select(t.c.metrics).order_by(t.c.at.desc(), t.c.version.desc()).limit(1)
+    return {
+        split: connection.execute(newest.where(t.c.run == run, t.c.split == split)).scalar_one()
+        for split in _splits(connection, run)
+    }
 
 
 def select_evaluated(connection: Connection, run: str, evaluator: str) -> set[int]:

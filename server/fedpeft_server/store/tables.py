@@ -131,6 +131,7 @@ evaluations = Table(
     Column("metrics", JSON, nullable=False),
     Column("at", Double, nullable=False),
     ForeignKeyConstraint(["run", "version"], ["versions.run", "versions.version"], ondelete="CASCADE"),
+    Index("ix_evaluations_run_split_at", "run", "split", "at"),
 )
 
 # A client need not have a row of its own: what it answered is worth keeping for as long as the run.
