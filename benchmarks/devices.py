@@ -44,12 +44,14 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure(model: str, batch: int, method: str) -> dict[str, Any]:
+def measure(model: str, batch: int, method: str, checkpointing: bool) -> dict[str, Any]:
     """Trains one case in this process."""
     libraries = resident_bytes()
     backbone = build(ModelConfig(name=model, weights="none", classes=CLASSES), seed=0)
     name, options = METHODS[method]
     tuned = tune(backbone, name, options, seed=0)
+    if checkpointing:
+        assert tuned.checkpoint()
     dataset = open_dataset(DATA, CLASSES, Preprocessing.of(backbone), workers=0)
     before_training = resident_bytes()
 
@@ -64,6 +66,7 @@ def measure(model: str, batch: int, method: str) -> dict[str, Any]:
         "model": model,
         "batch": batch,
         "method": method,
+        "checkpointing": checkpointing,
         "parameters": tuned.spec.parameters,
         "step_cpu_s": cpu_s(STEPS, batch) / STEPS,
         "peak_bytes": peak_memory_bytes(os.getpid()),
@@ -77,13 +80,13 @@ def _child(answer: Connection, *case: Any) -> None:
     answer.send(measure(*case))
 
 
-def cases(models: list[str]) -> list[dict[str, Any]]:
+def cases(models: list[str], checkpointing: bool) -> list[dict[str, Any]]:
     """Measures every case, each in a process of its own, which begins with the libraries loaded."""
     found, context = [], multiprocessing.get_context("fork")
     for model, batch in CASES:
         for method in METHODS if model in models else ():
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(there, model, batch, method))
+            process = context.Process(target=_child, args=(there, model, batch, method, checkpointing))
             process.start()
             there.close()
             found.append(here.recv())
@@ -113,9 +116,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and time of a training step for each PEFT method.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/devices.json"))
     parser.add_argument("--model", action="append", choices=models)
+    parser.add_argument("--checkpointing", action="store_true", help="as with fedpeft-client --checkpointing")
     chosen = parser.parse_args()
     load = os.getloadavg()[0]
-    rows = cases(chosen.model or models)
+    rows = cases(chosen.model or models, chosen.checkpointing)
     found = {"machine": machine(), "load": [load, os.getloadavg()[0]], "steps": STEPS, "cases": rows}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     durable.write_text(chosen.out, json.dumps(found, indent=2) + "\n")

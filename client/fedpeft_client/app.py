@@ -111,6 +111,7 @@ def _worker_options(settings: Settings, policy: Policy) -> Answer:
         "weights": _path(settings.weights),
         "device": settings.device,
         "threads": settings.threads,
+        "checkpointing": settings.checkpointing,
         "log_format": settings.log_format,
         "verbose": settings.verbose,
         "client": settings.name,

@@ -82,6 +82,8 @@ class Settings(ProcessSettings):
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Threads that torch computes with; torch's own choice if absent. Recorded with every update."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time, the same bits."""
     log_format: LogFormat = "auto"
     """console for people, json for machines; auto is console on a terminal, else json."""
     insecure: bool = False

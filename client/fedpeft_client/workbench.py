@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import structlog
 import torch
 from google.protobuf import json_format
 from numpy.typing import NDArray
@@ -43,6 +44,8 @@ LOADED_RUNS = 2
 NAMED_UNREADABLE = 100
 """Unreadable images that a survey names."""
 
+_log = structlog.get_logger(__name__)
+
 Arrays = dict[str, NDArray[np.float32]]
 Message = dict[str, Any]
 
@@ -66,7 +69,8 @@ class Workbench:
     """Data and models of one site.
 
     Args:
-        options: The `open` request: data, label_map, weights, device, threads, policy, evaluate.
+        options: The `open` request: data, label_map, weights, device, threads, checkpointing, policy,
+            evaluate.
 
     Raises:
         DataInvalid: If the data or the label map cannot be read.
@@ -82,6 +86,7 @@ class Workbench:
         self._source = self._learner.read(path)
         label_map, weights = options["label_map"], options["weights"]
         self._weights = None if weights is None else Path(weights)
+        self._checkpointing = bool(options["checkpointing"])
         counts = np.bincount(self._source.labels, minlength=len(self._source.class_names)).tolist()
         self._site = Site(
             frozenset(methods.names()),
@@ -184,9 +189,11 @@ class Workbench:
 
     def evaluate(self, request: Message) -> Message:
         """Scores an adapter version on all of the data."""
-        loaded = self._load(KnownRun.from_json(request["run"]))
+        run = KnownRun.from_json(request["run"])
+        loaded = self._load(run)
         _set(loaded, request["adapter"], {})
-        return {"metrics": self._learner.evaluate(loaded.model, loaded.dataset, self._device)}
+        wanted = run.config.training.precision
+        return {"metrics": self._learner.evaluate(loaded.model, loaded.dataset, self._device, wanted)}
 
     def _load(self, run: KnownRun) -> Loaded:
         """Returns a run's model and data, proved to fit; loads them if they are not loaded."""
@@ -217,6 +224,8 @@ class Workbench:
         built = Built(model.spec, models.fingerprint(backbone, model.spec), size)
         reasons = reasons_against(run, replace(self._site, built=built))
         if not reasons:
+            if self._checkpointing and not model.checkpoint():
+                _log.warning("no_checkpointing", model=config.model.name, cause="it has no set_grad_checkpointing")
             dataset = self._learner.dataset(self._source, backbone, self._site.label_map)
             shared = {tensor.name for tensor in run.spec.shared}
             local = {name: values for name, values in model.state().items() if name not in shared}

@@ -12,6 +12,8 @@ from torch.nn import functional
 from fedpeft.data.dataset import ImageDataset
 from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.peft import TunedModel
+from fedpeft.precision import autocast, lowered, multiplying, precision
+from fedpeft.training import placed
 
 MAX_CLASS_FIGURES = 2000
 """Classes of which figures are returned, the first ones: a message holds 2,048 figures."""
@@ -21,15 +23,20 @@ MAX_NAME_BYTES = 128
 
 
 def evaluate(
-    model: TunedModel, dataset: ImageDataset, batch_size: int = 256, device: torch.device | str = "cpu"
+    model: TunedModel,
+    dataset: ImageDataset,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    wanted: str = "float32",
 ) -> dict[str, float]:
-    """Scores a model in float32, without augmentation, in the data set's order.
+    """Scores a model without augmentation, in the data set's order.
 
     Args:
         model: The model; it ends in evaluation mode on `device`.
         dataset: Held-out images.
         batch_size: Images at a time; halved where GPU memory does not hold them.
         device: Where to compute.
+        wanted: The precision that a run wants, see `fedpeft.precision.precision`: what it trains in, it is scored in.
 
     Returns:
         accuracy (0..1), loss (mean cross-entropy), examples, skipped_images (unreadable ones), and accuracy/CLASS for
@@ -40,14 +47,15 @@ def evaluate(
         TrainingFailed: If not even one image fits into the GPU's memory.
     """
     device = torch.device(device)
-    model.module.to(device)
+    placed(model.module, device)
     model.eval()
+    dtype = precision(wanted, device)
     tally = _Tally(dataset.classes)
     order = np.arange(len(dataset))
-    for batch in dataset.batches([order[at : at + batch_size] for at in range(0, len(order), batch_size)]):
-        if not len(batch):
-            continue
-        tally.add(_logits(model, dataset, torch.from_numpy(batch.pixels), device), batch.labels)
+    with multiplying(wanted, device), lowered(model.module, dtype):
+        for batch in dataset.batches([order[at : at + batch_size] for at in range(0, len(order), batch_size)]):
+            if len(batch):
+                tally.add(_logits(model, dataset, torch.from_numpy(batch.pixels), device, dtype), batch.labels)
     if not tally.examples:
         raise DataInvalid(f"none of the {len(dataset)} images can be read")
     return tally.figures() | {"skipped_images": float(len(dataset) - tally.examples)}
@@ -101,16 +109,20 @@ class _Tally:
 
 
 @torch.inference_mode()
-def _logits(model: TunedModel, dataset: ImageDataset, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _logits(
+    model: TunedModel, dataset: ImageDataset, pixels: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
     """Returns logits on the CPU, float64[n, classes]; halves the batch until it fits."""
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     size = len(pixels)
     while True:
         try:
-            parts = [
-                model.module(dataset.preprocessing.normalise(some.to(device))).double().cpu()
-                for some in torch.split(pixels, size)
-            ]
-            return torch.cat(parts)
+            parts = []
+            for some in torch.split(pixels, size):
+                inputs = dataset.preprocessing.normalise(some.to(device)).contiguous(memory_format=layout)
+                with autocast(dtype, device):
+                    parts.append(model.module(inputs).double())
+            return torch.cat(parts).cpu()
         except torch.OutOfMemoryError:
             if size == 1:
                 raise TrainingFailed(f"not even one image fits into the memory of {device}") from None

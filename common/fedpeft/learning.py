@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedpeft.batches import Orders
 from fedpeft.config import TrainingConfig, split_kind
 from fedpeft.data.dataset import ImageDataset, dataset_of
 from fedpeft.data.interface import Selection, Source
@@ -28,7 +29,9 @@ from fedpeft.evaluation import evaluate
 from fedpeft.kind import Examples, Kind, Task, kind_of
 from fedpeft.models import Backbone
 from fedpeft.peft import TunedModel
-from fedpeft.training import PROGRESS_S, Losses, Orders, Progress, TrainingResult, facts_of, optimizer_of, result_of
+from fedpeft.precision import multiplying
+from fedpeft.randomness import seeded
+from fedpeft.training import PROGRESS_S, Losses, Progress, TrainingResult, facts_of, optimizer_of, result_of
 from fedpeft.training import train as train_on_images
 from fedpeft.units import counted
 
@@ -105,8 +108,10 @@ class Learner(ABC, Generic[SourceT, DataT]):
         """Trains the tuned tensors of round `number`; see `fedpeft.training.train`."""
 
     @abstractmethod
-    def evaluate(self, model: TunedModel, data: DataT, device: torch.device) -> dict[str, float]:
-        """Scores a model; see `fedpeft.evaluation.evaluate`."""
+    def evaluate(
+        self, model: TunedModel, data: DataT, device: torch.device, precision: str = "float32"
+    ) -> dict[str, float]:
+        """Scores a model in a precision of `[training]`; see `fedpeft.evaluation.evaluate`."""
 
 
 def learner_of(kind: str) -> Learner[Any, Any]:
@@ -149,9 +154,11 @@ class Images(Learner[Source, ImageDataset]):
         """See `Learner.train`."""
         return train_on_images(model, data, *arguments, **options)
 
-    def evaluate(self, model: TunedModel, data: ImageDataset, device: torch.device) -> dict[str, float]:
+    def evaluate(
+        self, model: TunedModel, data: ImageDataset, device: torch.device, precision: str = "float32"
+    ) -> dict[str, float]:
         """See `Learner.evaluate`."""
-        return evaluate(model, data, device=device)
+        return evaluate(model, data, device=device, wanted=precision)
 
 
 class OfKind(Learner[Examples, Examples]):
@@ -196,8 +203,7 @@ class OfKind(Learner[Examples, Examples]):
         parameters = list(model.trainable(number).values())
         if not parameters:
             raise TrainingFailed(f"adapter {model.spec.method} trains no tensor in round {number}")
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with seeded(seed, device), multiplying(settings.precision, device):
             model.module.to(device)
             start = model.state()
             model.train()
@@ -209,11 +215,13 @@ class OfKind(Learner[Examples, Examples]):
                 model.eval()
         return result_of(model, start, number, len(data), loop.metrics(), facts_of(device, torch.float32))
 
-    def evaluate(self, model: TunedModel, data: Examples, device: torch.device) -> dict[str, float]:
-        """See `Learner.evaluate`."""
+    def evaluate(
+        self, model: TunedModel, data: Examples, device: torch.device, precision: str = "float32"
+    ) -> dict[str, float]:
+        """See `Learner.evaluate`; the kind's own code is not put under autocast."""
         model.module.to(device)
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), multiplying(precision, device):
             return self._kind.evaluate(model.module, data, device)
 
 

@@ -3,7 +3,10 @@
 Notable:
 - The optimizer is new in every call: no momentum passes from one client or round to another.
 - The last, smaller batch is trained too, and an update weighs by the true number of images.
-- A batch that does not fit into GPU memory is cut in halves whose gradients add up to the same step.
+- A batch that does not fit into GPU memory is cut in halves whose gradients add up to the batch's. Dropout draws other
+  masks for halves, so only a model without it makes the same step.
+- A step whose float16 gradients overflow is repeated with a smaller scale: none is lost.
+- On a GPU, batches are augmented and pinned by a thread, ahead of the steps.
 - On the CPU a repeat with the same seed and number of threads is bit-identical.
 """
 
@@ -11,10 +14,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import structlog
@@ -23,12 +25,14 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from fedpeft import seeds
+from fedpeft.batches import Orders, ahead
 from fedpeft.config import TrainingConfig
 from fedpeft.data.dataset import Batch, ImageDataset
 from fedpeft.data.transforms import augment
 from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.peft import TunedModel
+from fedpeft.precision import Steps, autocast, lowered, multiplying, precision
+from fedpeft.randomness import Generators, seeded
 from fedpeft.spec import Role
 from fedpeft.units import counted
 
@@ -90,7 +94,6 @@ def train(
     *,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
-    compiled: bool = False,
 ) -> TrainingResult:
     """Trains the tuned tensors of round `number` from the values they have.
 
@@ -103,8 +106,6 @@ def train(
         device: Where to train.
         progress: Called about once a second and at the end.
         stop: Asked between steps; once true, training ends without a result.
-        compiled: Run the model through torch.compile; on a GPU only. Compiling takes about a minute, so it pays for
-            long rounds.
 
     Raises:
         DataInvalid: If no image can be read, or more than 1 % cannot.
@@ -112,29 +113,39 @@ def train(
             into the GPU's memory.
     """
     device = torch.device(device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        training = _Training(model, dataset, settings, seed, number, device, compiled)
+    training = _Training(model, dataset, settings, seed, number, device)
+    with seeded(seed, device), multiplying(settings.precision, device):
         try:
             return training.run(progress, stop)
         finally:
             model.eval()
 
 
-def precision(wanted: str, device: torch.device) -> torch.dtype:
-    """Returns the type in which a device computes when a run wants a precision.
+def placed(module: nn.Module, device: torch.device) -> None:
+    """Moves a model of images to a device; on a GPU channels last, with which the patch embedding is faster."""
+    module.to(device)
+    if device.type == "cuda":
+        module.to(memory_format=torch.channels_last)
 
-    auto is bfloat16 on a GPU that has it in hardware and float32 elsewhere. A device that lacks the wanted type
-    computes in float32, which is more exact.
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A batch on its way to the device.
+
+    Attributes:
+        images: uint8[n, 3, side, side], augmented; pinned for a GPU.
+        labels: int64[n], likewise.
+        last_pass: Whether it is of the last pass over the data.
+        at: Its position among all batches.
     """
-    cuda = device.type == "cuda"
-    bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    if wanted == "float16":
-        return torch.float16 if cuda else torch.float32
-    if wanted == "bfloat16":
-        return torch.bfloat16 if bfloat16 or device.type == "cpu" else torch.float32
-    return torch.bfloat16 if wanted == "auto" and bfloat16 else torch.float32
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    last_pass: bool
+    at: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 class _Training:
@@ -148,7 +159,6 @@ class _Training:
         seed: int,
         number: int,
         device: torch.device,
-        compiled: bool,
     ) -> None:
         self._model = model
         self._dataset = dataset
@@ -156,45 +166,38 @@ class _Training:
         self._seed = seed
         self._number = number
         self._device = device
-        on_gpu = device.type == "cuda"
-        model.module.to(device)
-        if on_gpu:
-            # The patch embedding's convolution is faster so; the values are the same.
-            model.module.to(memory_format=torch.channels_last)
-        self._forward: Callable[..., torch.Tensor] = model.module
-        if compiled and on_gpu:
-            self._forward = torch.compile(model.module)
+        self._on_gpu = device.type == "cuda"
+        placed(model.module, device)
         self._dtype = precision(settings.precision, device)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self._dtype is torch.float16)
         parameters = list(model.trainable(number).values())
         if not parameters:
             raise TrainingFailed(f"adapter {model.spec.method} trains no tensor in round {number}")
-        self._optimizer = optimizer_of(settings, parameters)
+        self._steps = Steps(optimizer_of(settings, parameters), self._dtype, device)
         self._micro = settings.batch_size
-        self._losses = Losses(LOSS_STEPS if on_gpu else 1)
+        self._losses = Losses(LOSS_STEPS if self._on_gpu else 1)
+        self._orders = Orders(settings, len(dataset), seed)
 
     def run(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool] | None) -> TrainingResult:
         """Trains and returns what came of it."""
-        orders = Orders(self._settings, len(self._dataset), self._seed)
-        steps = orders.steps
+        steps = self._orders.steps
         start = self._model.state()
         self._model.train()
         began = reported = time.perf_counter()
         done = images = 0
-        for position, batch in enumerate(self._dataset.batches(orders)):
-            if not len(batch):
-                continue
-            if stop is not None and stop():
-                raise TrainingFailed(f"training was stopped as asked, after {done} of {counted(steps, 'step')}")
-            done += 1
-            images += len(batch)
-            self._losses.add(
-                self._step(batch, position // orders.a_pass), len(batch), position >= steps - orders.a_pass
-            )
-            now = time.perf_counter()
-            if progress is not None and (now - reported >= PROGRESS_S or position == steps - 1):
-                reported = now
-                progress(Progress(done, steps, self._losses.look(), images / (now - began)))
+        with ExitStack() as until_the_end:
+            until_the_end.enter_context(lowered(self._model.module, self._dtype))
+            for batch in until_the_end.enter_context(closing(self._batches())):
+                if not len(batch):
+                    continue
+                if stop is not None and stop():
+                    raise TrainingFailed(f"training was stopped as asked, after {done} of {counted(steps, 'step')}")
+                done += 1
+                images += len(batch)
+                self._losses.add(self._step(batch), len(batch), batch.last_pass)
+                now = time.perf_counter()
+                if progress is not None and (now - reported >= PROGRESS_S or batch.at == steps - 1):
+                    reported = now
+                    progress(Progress(done, steps, self._losses.look(), images / (now - began)))
         self._losses.look()
         seconds = time.perf_counter() - began
         if not done:
@@ -211,59 +214,74 @@ class _Training:
         facts = facts_of(self._device, self._dtype)
         return result_of(self._model, start, self._number, self._dataset.examples, metrics, facts)
 
-    def _step(self, batch: Batch, epoch: int) -> torch.Tensor:
-        """Makes one optimizer step and returns its loss; halves the micro-batch until it fits."""
+    def _batches(self) -> Generator[_Ready]:
+        """Yields every batch augmented; on a GPU by a thread, so that the GPU does not wait for it."""
+        drawn = enumerate(self._dataset.batches(self._orders))
+        if self._on_gpu:
+            yield from ahead(drawn, lambda each: self._ready(*each))
+        else:
+            for position, batch in drawn:
+                yield self._ready(position, batch)
+
+    def _ready(self, position: int, batch: Batch) -> _Ready:
+        epoch, last_pass = position // self._orders.a_pass, position >= self._orders.steps - self._orders.a_pass
         pixels = augment(batch.pixels, batch.rows, self._settings.augmentation, self._seed, epoch)
         images, labels = torch.from_numpy(pixels), batch.labels
-        if self._device.type == "cuda":
+        if self._on_gpu:
             images, labels = images.pin_memory(), labels.pin_memory()
-        images = images.to(self._device, non_blocking=True)
-        labels = labels.to(self._device, non_blocking=True)
-        random = _random_state(self._device)
+        return _Ready(images, labels, last_pass, position)
+
+    def _step(self, batch: _Ready) -> torch.Tensor:
+        """Makes one optimizer step and returns its loss; halves the micro-batch until it fits."""
+        images = batch.images.to(self._device, non_blocking=True)
+        labels = batch.labels.to(self._device, non_blocking=True)
+        generators = Generators.of(self._device)
         while True:
-            try:
-                loss = self._gradients(images, labels)
-                break
-            except torch.OutOfMemoryError:
-                self._optimizer.zero_grad(set_to_none=True)
-            # Outside the handler: while it runs, the exception holds the tensors that filled the memory.
-            self._smaller_micro_batch(len(batch))
-            _set_random_state(self._device, random)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        return loss
+            if (loss := self._gradients(images, labels)) is None:
+                self._smaller_micro_batch(len(batch))
+            elif self._steps.take():
+                return loss
+            generators.restore()
 
-    def _gradients(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Adds up the gradients of the batch's mean loss over micro-batches, and returns that loss."""
+    def _gradients(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+        """Adds up the gradients of the batch's mean loss over micro-batches.
+
+        Returns:
+            That loss; None if a micro-batch does not fit into memory, with no gradient left.
+        """
         total = torch.zeros((), device=self._device)
-        for some, theirs in zip(torch.split(images, self._micro), torch.split(labels, self._micro), strict=True):
-            inputs = self._dataset.preprocessing.normalise(some)
-            if self._device.type == "cuda":
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-            with self._autocast():
-                logits = self._forward(inputs)
-            loss = functional.cross_entropy(logits.float(), theirs) * (len(some) / len(images))
-            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return total
-
-    def _autocast(self) -> Any:
-        if self._dtype is torch.float32:
-            return nullcontext()
-        return torch.autocast(self._device.type, self._dtype)
+        try:
+            for some, theirs in zip(torch.split(images, self._micro), torch.split(labels, self._micro), strict=True):
+                inputs = self._dataset.preprocessing.normalise(some)
+                if self._on_gpu:
+                    inputs = inputs.contiguous(memory_format=torch.channels_last)
+                with autocast(self._dtype, self._device):
+                    logits = self._model.module(inputs)
+                loss = functional.cross_entropy(logits.float(), theirs) * (len(some) / len(images))
+                self._steps.backward(loss)
+                total += loss.detach()
+            return total
+        except torch.OutOfMemoryError:
+            self._steps.clear()
+        return None  # outside the handler: while it runs, the exception holds the tensors that filled the memory
 
     def _smaller_micro_batch(self, batch: int) -> None:
         held = min(self._micro, batch)
-        if held <= 1:
+        if held > 1:
+            self._micro = -(-held // 2)
+        elif not self._model.checkpoint():
             raise TrainingFailed(
                 f"not even one image fits into the memory of {self._device}; take a smaller model or input"
             )
-        self._micro = -(-held // 2)
-        if self._device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.empty_cache()
+        drops = any(isinstance(part, nn.Dropout) and part.p and part.training for part in self._model.module.modules())
         _log.warning(
-            "out_of_gpu_memory", images=held, micro_batch=self._micro, effect="gradients add up to the same step"
+            "out_of_gpu_memory",
+            images=held,
+            micro_batch=self._micro,
+            checkpointing=self._model.checkpointing,
+            effect="gradients add up to the batch's" + (", with other draws of dropout" if drops else ""),
         )
 
 
@@ -349,29 +367,6 @@ class Losses:
         return {"loss": self._sum / self._images, "loss_first": self._first, "loss_last": self._last}
 
 
-class Orders:
-    """The positions of every batch, a new order in each pass; made as they are asked for, as often as wanted.
-
-    Attributes:
-        steps: Batches in all.
-        a_pass: Batches in one pass over the data.
-    """
-
-    def __init__(self, settings: TrainingConfig, images: int, seed: int) -> None:
-        self._images, self._size, self._seed = images, settings.batch_size, seed
-        self.a_pass = math.ceil(images / settings.batch_size)
-        self.steps = settings.steps or (settings.epochs or 1) * self.a_pass
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        order = np.empty(0, np.int64)
-        for step in range(self.steps):
-            epoch, at = step // self.a_pass, step % self.a_pass * self._size
-            if at == 0:
-                generator = np.random.Generator(np.random.PCG64(seeds.derive(self._seed, "shuffle", epoch)))
-                order = generator.permutation(self._images)
-            yield order[at : at + self._size]
-
-
 def optimizer_of(settings: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Returns a new optimizer as `[training]` says."""
     if settings.optimizer == "adamw":
@@ -383,16 +378,3 @@ def optimizer_of(settings: TrainingConfig, parameters: list[nn.Parameter]) -> to
         weight_decay=settings.weight_decay,
         nesterov=settings.momentum > 0,
     )
-
-
-def _random_state(device: torch.device) -> Mapping[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(device: torch.device, state: Mapping[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,6 +1,7 @@
 """Local training with real tuned models on real images, and a stand-in where roles or faults are wanted."""
 
 import io
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image
 from structlog.testing import capture_logs
 from torch import nn
 
+from fedpeft import precision as precision_module
 from fedpeft import training
+from fedpeft.batches import Orders
 from fedpeft.config import ModelConfig, TrainingConfig
 from fedpeft.data import store
 from fedpeft.data.dataset import dataset_of, open_dataset
@@ -20,8 +23,9 @@ from fedpeft.data.transforms import ImageUnreadable, Preprocessing
 from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.models import build
 from fedpeft.peft import tune
+from fedpeft.precision import precision
 from fedpeft.spec import AdapterSpec, Role, TensorSpec
-from fedpeft.training import precision, train
+from fedpeft.training import train
 
 CLASSES = ("dark", "light")
 INPUT = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -51,6 +55,11 @@ class StandIn:
         torch.manual_seed(0)
         self.module = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(192, 2))
         self.spec = AdapterSpec.of("test", [TensorSpec("2.weight", (2, 192), weight), TensorSpec("2.bias", (2,), bias)])
+
+    checkpointing = False
+
+    def checkpoint(self):
+        return False
 
     def state(self):
         return {n: p.detach().numpy().copy() for n, p in sorted(self.module.named_parameters())}
@@ -162,12 +171,12 @@ def test_the_last_smaller_batch_is_trained_and_counted(tmp_path):
 
 def test_every_pass_has_every_image_once_in_another_order(tmp_path):
     dataset = data(tmp_path, 30)
-    orders = training.Orders(settings(epochs=3), 30, 7)
+    orders = Orders(settings(epochs=3), 30, 7)
     passes = [np.concatenate(list(orders)[k * 4 : k * 4 + 4]).tolist() for k in range(3)]
     assert all(sorted(p) == list(range(30)) for p in passes)
     assert len({tuple(p) for p in passes}) == 3
-    assert training.Orders(settings(steps=3), 30, 7).steps == 3
-    assert len(list(training.Orders(settings(steps=9), 30, 7))) == 9
+    assert Orders(settings(steps=3), 30, 7).steps == 3
+    assert len(list(Orders(settings(steps=9), 30, 7))) == 9
     assert train(StandIn(), dataset, settings(steps=9), seed=7, number=1).metrics["steps"] == 9
 
 
@@ -183,6 +192,17 @@ def test_seeds_matter_and_shuffling_and_dropout_repeat(tmp_path):
     results = [train(StandIn(dropout=0.5), dataset, settings(), seed, 1) for seed in (1, 1, 2)]
     assert same(results[0].delta, results[1].delta)
     assert not same(results[0].delta, results[2].delta)
+
+
+def test_generators_of_other_devices_are_not_seeded(tmp_path, monkeypatch):
+    def everywhere(seed):
+        raise AssertionError("torch.manual_seed seeds every GPU, and only one is put back")
+
+    model = StandIn(dropout=0.5)
+    plain = train(model, data(tmp_path), settings(), 1, 1)
+    again = StandIn(dropout=0.5)
+    monkeypatch.setattr(torch, "manual_seed", everywhere)
+    assert same(train(again, data(tmp_path), settings(), 1, 1).delta, plain.delta)
 
 
 def test_global_generator_is_left_alone(tmp_path):
@@ -232,6 +252,35 @@ def test_running_out_of_memory_in_the_backward_pass_leaves_no_gradient(tmp_path)
     model.module.register_forward_hook(lambda _, inputs, logits: Full.apply(logits))
     halved = train(model, dataset, settings(), seed=1, number=1)
     assert all(np.allclose(halved.delta[n], d, atol=1e-6) for n, d in plain.delta.items())
+
+
+def test_where_one_image_does_not_fit_its_activations_are_computed_again(tmp_path):
+    model = vit()
+    dataset = open_dataset(write_images(tmp_path / "x", 6), CLASSES, Preprocessing.of(model.backbone))
+
+    def full(_, inputs):
+        if not model.checkpointing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.module.register_forward_pre_hook(full)
+    with capture_logs() as logs:
+        result = train(model, dataset, settings(batch_size=2), seed=1, number=1)
+    assert result.metrics["micro_batch"] == 1 and result.metrics["steps"] == 3
+    assert [log["checkpointing"] for log in logs] == [False, True]
+
+
+@pytest.mark.parametrize(("dropout", "said"), [(0.0, False), (0.5, True)])
+def test_halves_with_dropout_are_said_to_draw_otherwise(tmp_path, dropout, said):
+    model = StandIn(dropout=dropout)
+
+    def full(_, inputs):
+        if len(inputs[0]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.module.register_forward_pre_hook(full)
+    with capture_logs() as logs:
+        train(model, data(tmp_path), settings(), seed=1, number=1)
+    assert ["other draws of dropout" in log["effect"] for log in logs] == [said]
 
 
 def test_not_even_one_image_fits(tmp_path):
@@ -315,6 +364,66 @@ def test_bfloat16_on_a_cpu_when_asked_for(tmp_path):
     result = train(StandIn(), data(tmp_path), settings(epochs=5, precision="bfloat16"), seed=1, number=1)
     assert result.facts["precision"] == "bfloat16"
     assert result.metrics["loss"] < result.metrics["loss_first"]
+
+
+METHODS = ["full", "head", "bias", "adapter", "prompt", "lora"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_keeps_the_bits_and_less_memory(tmp_path, method):
+    deltas, kept = [], []
+    for checkpointed in (False, True):
+        model = vit(method, **({"dropout": 0.2} if method in ("prompt", "lora") else {}))
+        if checkpointed:
+            assert model.checkpoint() and not model.checkpoint()
+        dataset = open_dataset(write_images(tmp_path / "x", 12), CLASSES, Preprocessing.of(model.backbone))
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.nbytes), x)[1], lambda x: x
+        ):
+            deltas.append(train(model, dataset, settings(), seed=1, number=1).delta)
+        kept.append(sum(sizes))
+    assert same(*deltas)
+    assert kept[1] < kept[0] or method == "head"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_weights_held_in_bfloat16_train_the_bits_that_autocast_does(tmp_path, method, monkeypatch):
+    deltas = []
+    for held in (True, False):
+        model = vit(method)
+        before = {n: p.clone() for n, p in model.backbone.module.named_parameters()}
+        dataset = open_dataset(write_images(tmp_path / "x", 12), CLASSES, Preprocessing.of(model.backbone))
+        seen = []
+        model.module.blocks[0].mlp.fc1.register_forward_pre_hook(lambda m, _, seen=seen: seen.append(m.weight.dtype))
+        if not held:
+            monkeypatch.setattr(training, "lowered", lambda module, dtype: nullcontext())
+        deltas.append(train(model, dataset, settings(precision="bfloat16"), seed=1, number=1).delta)
+        assert set(seen) == {torch.bfloat16 if held and method != "full" else torch.float32}
+        assert all(torch.equal(p, before[n]) for n, p in model.backbone.module.named_parameters())
+    assert same(*deltas)
+
+
+def test_a_step_that_overflows_float16_is_repeated_and_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "precision", lambda wanted, device: torch.float16)
+    results = []
+    for scale in (2.0**4, 2.0**30):
+        monkeypatch.setattr(precision_module, "INITIAL_SCALE", scale)
+        with capture_logs() as logs:
+            results.append(train(StandIn(dropout=0.3), data(tmp_path), settings(), seed=1, number=1))
+    modest, repeated = results
+    assert [log["event"] for log in logs].count("float16_overflow") > 0
+    assert repeated.metrics["steps"] == modest.metrics["steps"] == 4
+    assert all(np.allclose(repeated.delta[n], d, atol=1e-3) for n, d in modest.delta.items())
+    assert all(d.any() for d in repeated.delta.values())
+
+
+def test_gradients_that_overflow_float16_at_any_scale_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "precision", lambda wanted, device: torch.float16)
+    model = StandIn()
+    model.module[2].bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingFailed, match="overflow float16 unscaled; take precision bfloat16"):
+        train(model, data(tmp_path), settings(), seed=1, number=1)
 
 
 def test_kept_pixels_decoding_again_and_workers_train_the_same_bits(tmp_path):

@@ -24,6 +24,7 @@ from fedpeft.cli import (
     demo,
     doctor,
     enrolling,
+    exporting_file,
     identities,
     output,
     params,
@@ -105,6 +106,7 @@ app.command("top", epilog=top.EPILOG)(top.top)
 app.command("params", epilog=params.EPILOG)(params.params)
 app.command("partition", epilog=partition.EPILOG)(partition.partition)
 app.command("simulate", epilog=simulate.EPILOG)(simulate.simulate)
+app.command("export", epilog=exporting_file.EPILOG)(exporting_file.export)
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 app.command("version", epilog=versions.EPILOG)(versions.version)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +18,7 @@ from fedpeft.cli.weights import Weights, check_needed
 from fedpeft.errors import ConfigInvalid, SettingsInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from fedpeft.model_card import Provenance
     from fedpeft.peft import TunedModel
@@ -53,7 +53,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write an adapter version as safetensors, a timm state dict, or a `peft` folder."""
-    _check_place(out, form)
+    check_place(out, form)
     written = run_async(exported(session_of(context), run, out, form, version, weights))
     if as_json:
         output.say_json({"run": run, "version": written, "format": str(form), "out": str(out)})
@@ -76,22 +76,20 @@ async def exported(
             with output.progress("downloading") as progress:
                 return (await server.download(run, out, version=version, progress=progress)).version
     require("train", "torch", "timm", "peft")
-    with ExitStack() as stack:
-        with durable.refusals(f"writing {out}"):  # beside it, so that what is finished there can be renamed into place
-            scratch = stack.enter_context(durable.scratch(out))
+    with beside(out) as scratch:
         adapter = scratch / "adapter.safetensors"
         async with session.client() as server:
             found, _ = await server.run(run)
-            _check_form(found.spec.method, form)
+            check_form(found.spec.method, form)
             rounds = await server.rounds(run)
             with output.progress("downloading") as progress:
                 header = await server.download(run, adapter, version=version, progress=progress)
         provenance = _provenance(found, header.version, rounds)
-        _write(_tuned(found, adapter, weights), form, provenance, scratch / "whole", out)
+        write(_tuned(found, adapter, weights), form, provenance, scratch / "whole", out)
         return header.version
 
 
-def _check_place(out: Path, form: Format) -> None:
+def check_place(out: Path, form: Format) -> None:
     """Finds a place that cannot be written before anything is fetched or built."""
     if form is not Format.PEFT:
         check_file(out, form)
@@ -101,10 +99,19 @@ def _check_place(out: Path, form: Format) -> None:
         raise SettingsInvalid(f"--out {out} exists already; peft is written as a folder that is new or empty")
 
 
-def _check_form(method: str, form: Format) -> None:
+def check_form(method: str, form: Format) -> None:
     """Finds a form that a method does not have before anything is downloaded."""
     if form is Format.PEFT and method != "lora":
-        raise ConfigInvalid(f"--format peft is for lora, and this run tunes {method}; take safetensors or timm")
+        raise ConfigInvalid(f"--format peft is for lora, and this adapter is of {method}; take safetensors or timm")
+
+
+@contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """Gives a folder beside a place to be written, so that what is finished there can be renamed into place."""
+    with ExitStack() as stack:
+        with durable.refusals(f"writing {out}"):
+            scratch = stack.enter_context(durable.scratch(out))
+        yield scratch
 
 
 def _tuned(run: run_pb2.Run, adapter: Path, weights: Path | None) -> TunedModel:
@@ -135,7 +142,7 @@ def _provenance(run: run_pb2.Run, version: int, rounds: Iterable[run_pb2.Round])
     )
 
 
-def _write(tuned: TunedModel, form: Format, provenance: Provenance, partial: Path, out: Path) -> None:
+def write(tuned: TunedModel, form: Format, provenance: Provenance | None, partial: Path, out: Path) -> None:
     """Writes a model in full before it appears under its name."""
     from fedpeft.export import as_peft, as_timm
 

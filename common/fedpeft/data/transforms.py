@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
@@ -98,11 +99,19 @@ class Preprocessing:
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Returns uint8[n, 3, side, side] as float32, (x / 255 - mean) / std in each channel, on the same device."""
-        scale = torch.tensor([1 / (255 * s) for s in self.std], device=pixels.device).view(1, 3, 1, 1)
-        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=pixels.device).view(
-            1, 3, 1, 1
-        )
+        scale, shift = _scale_and_shift(self.mean, self.std, pixels.device)
         return torch.addcmul(shift, pixels.float(), scale)
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns factor and summand, float32[1, 3, 1, 1] each; kept, because a copy to a GPU waits for its work to end."""
+    with torch.inference_mode(mode=False):  # scoring may ask first, and training cannot use what inference mode makes
+        scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+        return scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -141,14 +150,15 @@ def augment(pixels: Pixels, rows: Indices, kind: Augmentation, seed: int, epoch:
     side = pixels.shape[-1]
     padding = round(side / _PADDING_SHARE)
     out = np.zeros_like(pixels)
+    # One copy an image: a gather over the whole batch is up to three times slower (benchmarks/augmentation.py).
     for i, (down, right) in enumerate(_shifts(seed, epoch, rows, padding)):
         height, width = side - abs(down), side - abs(right)
         top, left = max(-down, 0), max(-right, 0)
         kept = pixels[i, :, top : top + height, left : left + width]
-        place = out[i, :, max(down, 0) : max(down, 0) + height, max(right, 0) : max(right, 0) + width]
-        place[:] = kept
+        below, beside = max(down, 0), max(right, 0)
         if mirrored[i]:
-            out[i] = out[i, :, :, ::-1].copy()
+            kept, beside = kept[..., ::-1], side - beside - width
+        out[i, :, below : below + height, beside : beside + width] = kept
     return out
 
 

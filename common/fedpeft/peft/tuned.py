@@ -35,6 +35,7 @@ class TunedModel:
         method: How it is tuned.
         module: Takes and returns what the backbone's does.
         spec: The tuned tensors.
+        checkpointing: Whether blocks forget their activations and compute them again in the backward pass.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TunedModel:
         self.method = method
         self.module = module
         self.spec = spec
+        self.checkpointing = False
         self._injected = injected
         found = {method.canonical(name): p for name, p in module.named_parameters()}
         self._tuned = {tensor.name: found[tensor.name] for tensor in spec.tensors}
@@ -102,6 +104,19 @@ class TunedModel:
         self.module.train(self.method.whole_model_trains)
         for module in self._injected:
             module.train()
+
+    def checkpoint(self) -> bool:
+        """Turns gradient checkpointing on (arXiv 1604.06174): less memory in training, more time, the same bits.
+
+        Returns:
+            True if that changed something: not if it was on, or the model has no `set_grad_checkpointing` as timm's do.
+        """
+        turn_on = getattr(self.module, "set_grad_checkpointing", None)
+        if self.checkpointing or turn_on is None:
+            return False
+        turn_on(True)
+        self.checkpointing = True
+        return True
 
     def eval(self) -> None:
         """Goes into evaluation mode."""

@@ -124,4 +124,5 @@ class Workbench:
         if self._test is None:
             return {}
         self._model.load({**version.tensors, **self._own})
-        return figures.sendable(self._learner.evaluate(self._model, self._test, self._device), figures.MAX_EVALUATION)
+        scored = self._learner.evaluate(self._model, self._test, self._device, self._config.training.precision)
+        return figures.sendable(scored, figures.MAX_EVALUATION)

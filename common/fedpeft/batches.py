@@ -1,0 +1,90 @@
+"""Batches of a training: their order, and preparing them ahead of the device that computes."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft import seeds
+from fedpeft.config import TrainingConfig
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+AHEAD = 2
+"""Batches that are ready while one is computed."""
+
+
+class Orders:
+    """The positions of every batch, a new order in each pass; made as they are asked for, as often as wanted.
+
+    Attributes:
+        steps: Batches in all.
+        a_pass: Batches in one pass over the data.
+    """
+
+    def __init__(self, settings: TrainingConfig, images: int, seed: int) -> None:
+        self._images, self._size, self._seed = images, settings.batch_size, seed
+        self.a_pass = math.ceil(images / settings.batch_size)
+        self.steps = settings.steps or (settings.epochs or 1) * self.a_pass
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        order = np.empty(0, np.int64)
+        for step in range(self.steps):
+            epoch, at = step // self.a_pass, step % self.a_pass * self._size
+            if at == 0:
+                generator = np.random.Generator(np.random.PCG64(seeds.derive(self._seed, "shuffle", epoch)))
+                order = generator.permutation(self._images)
+            yield order[at : at + self._size]
+
+
+def ahead(items: Iterable[T], prepare: Callable[[T], R], depth: int = AHEAD) -> Iterator[R]:
+    """Yields `prepare` of each item, in order, made in a thread of its own up to `depth` items ahead.
+
+    An error of the items or of `prepare` is raised where its item would come. Whoever stops early closes the iterator,
+    which ends the thread.
+
+    Args:
+        items: Iterated in the thread.
+        prepare: Called in the thread.
+        depth: At least 1.
+    """
+    done = threading.Event()
+    ready: queue.Queue[tuple[R | None, BaseException | None, bool]] = queue.Queue(depth)
+
+    def offer(value: R | None, error: BaseException | None, last: bool) -> None:
+        while not done.is_set():
+            try:
+                return ready.put((value, error, last), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                offer(prepare(item), None, False)
+                if done.is_set():
+                    return
+            offer(None, None, True)
+        except BaseException as error:  # it crosses to the thread that iterates, whatever it is
+            offer(None, error, True)
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            value, error, last = ready.get()
+            if error is not None:
+                raise error
+            if last:
+                return
+            yield value  # type: ignore[misc]  # an item's own
+    finally:
+        done.set()
+        thread.join()
