@@ -221,6 +221,15 @@ class AggregationConfig(_Optioned):
 
     strategy: str = "fedavg"
     """fedavg, fedavgm, fedadam, fedyogi, fedadagrad..."""
+    norm_factor: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """An update is folded up to so many times the median norm of its round and those before; 30 if absent, 0: any."""
+
+    @field_validator("norm_factor")
+    @classmethod
+    def _above_the_median(cls, factor: float | None) -> float | None:
+        if factor is not None and 0 < factor < 1:
+            raise ValueError("must be at least 1, or 0 for no limit")
+        return factor
 
     @field_validator("strategy")
     @classmethod

@@ -34,6 +34,7 @@
     │   ├── NotRegistered
     │   ├── RoundClosed           the update came too late; it goes into the residual
     │   ├── TicketClosed          the ticket was withdrawn or refused
+    │   ├── UpdateExcluded        the update was received and not folded; it goes into the residual
     │   ├── RunFinished
     │   ├── RunNotFinished
     │   ├── NoAuthority           the server cannot issue certificates
@@ -279,6 +280,10 @@ class RoundClosed(FailedPrecondition):
 
 class TicketClosed(FailedPrecondition):
     """The ticket was withdrawn, or its update was refused."""
+
+
+class UpdateExcluded(FailedPrecondition):
+    """The update was received, and was not folded when its round closed."""
 
 
 class RunFinished(FailedPrecondition):

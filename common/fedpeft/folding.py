@@ -35,6 +35,18 @@ State = Mapping[str, Mapping[str, Doubles]]
 """Server state: by slot, then by tensor."""
 
 
+class Overflow(Exception):
+    """A value of the result would be beyond float32.
+
+    Attributes:
+        client: The one whose update is the largest part of it.
+    """
+
+    def __init__(self, client: str, tensor: str, value: float) -> None:
+        super().__init__(f"with its value {value:.3g} tensor {tensor} would leave the range of float32")
+        self.client = client
+
+
 @dataclass(frozen=True, slots=True)
 class Contribution:
     """One client's update, checked.
@@ -100,11 +112,13 @@ def fold_tensors(
     base: Tensors,
     state: State,
     block: int = BLOCK_ELEMENTS,
+    *,
+    clips: bool = False,
 ) -> Iterator[FoldedTensor]:
     """Yields the tensors of the next version in the order of `specs`.
 
     A tensor that the updates do not hold (its role in this round is frozen) is carried over with its
-    state, unchanged. A value beyond float32 becomes its largest.
+    state, unchanged.
 
     Args:
         contributions: The updates that count, checked, all with the same tensors, in any order.
@@ -113,8 +127,10 @@ def fold_tensors(
         base: The version that the updates started from.
         state: The server state of that version; what is missing is the strategy's initial one.
         block: Elements folded at once; the result does not depend on it.
+        clips: Whether a value beyond float32 becomes its largest, as rounds were folded before they were refused.
 
     Raises:
+        Overflow: If a value would be beyond float32; names the client whose update is the largest part of it.
         Internal: If there is no contribution, a client contributes twice, or the strategy's weights
             or results are not finite.
     """
@@ -128,8 +144,12 @@ def fold_tensors(
     for spec in specs:
         before = {slot: _slot(strategy, slot, spec, state) for slot in strategy.slots}
         if spec.name in sent:
-            means = mean.blocks(sent.index(spec.name), spec.size)
-            yield _step(means, spec, strategy, base[spec.name], before)
+            index = sent.index(spec.name)
+            try:
+                yield _step(mean.blocks(index, spec.size), spec, strategy, base[spec.name], before, clips)
+            except _Beyond as beyond:
+                client, value = mean.largest(index, beyond.position)
+                raise Overflow(client, spec.name, value) from None
         else:
             yield FoldedTensor(spec, base[spec.name], before)
 
@@ -183,6 +203,7 @@ def _step(
     strategy: Strategy,
     base: NDArray[np.float32],
     before: Mapping[str, Doubles],
+    clips: bool,
 ) -> FoldedTensor:
     x = base.reshape(-1)
     values = np.empty(spec.size, np.float32)
@@ -193,10 +214,23 @@ def _step(
         stepped, state = strategy.step(x[here].astype(np.float64), delta, old)
         if not all(np.isfinite(a).all() for a in (stepped, *state.values())):
             raise Internal(f"the aggregation strategy made tensor {spec.name} not finite")
-        values[here] = np.clip(stepped, -LARGEST, LARGEST)
+        beyond = np.abs(stepped) > LARGEST
+        if beyond.any():
+            if not clips:
+                raise _Beyond(start + int(beyond.argmax()))
+            stepped = np.clip(stepped, -LARGEST, LARGEST)
+        values[here] = stepped
         for slot, kept in after.items():
             _piece(kept, spec.size, here)[:] = state[slot]
     return FoldedTensor(spec, values.reshape(spec.shape), after)
+
+
+class _Beyond(Exception):
+    """The value of a tensor at a position would be beyond float32."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(position)
+        self.position = position
 
 
 def _piece(kept: Doubles, size: int, here: slice) -> Doubles:
@@ -242,6 +276,17 @@ class _Mean:
                 self._release(place, values.nbytes)
             mean /= total
             yield start, mean
+
+    def largest(self, index: int, position: int) -> tuple[str, float]:
+        """Returns the client whose weighted value at a place of a tensor is the largest, and the value."""
+        found = ("", 0.0, -1.0)
+        for contribution, factor in zip(self._ordered, self._factors, strict=True):
+            for start, values in _values(contribution, index, self._block):
+                if start <= position < start + values.size:
+                    value = float(values[position - start])
+                    found = max(found, (contribution.client, value, abs(value) * factor), key=lambda each: each[2])
+                    break
+        return found[0], found[1]
 
     def _release(self, place: int, size_bytes: int) -> None:
         self._read[place] += size_bytes

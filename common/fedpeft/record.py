@@ -17,8 +17,12 @@ from typing import Any
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from fedpeft.errors import BlobCorrupt
+from fedpeft.screening import NormBound
 
-FORMAT = 1
+PLAIN, FORMAT = 1, 2
+"""Format 1 has no keys but those of a round of which everything was folded; 2 is for the others."""
+_OPTIONAL = ("excluded", "bound", "rolled_back_to")
+"""Keys that a record has only where there is something to say."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -43,6 +47,27 @@ class Contributed:
 
 
 @dataclass(frozen=True, slots=True)
+class Excluded:
+    """One update that was received and not folded.
+
+    Attributes:
+        client: The client's id.
+        ticket: The ticket it was sent for.
+        examples: Examples it was trained on.
+        norm: Euclidean norm of the decoded update.
+        sha256: Digest of the payload, hexadecimal.
+        reason: `norm` (above the round's limit) or `overflow` (the result would leave the range of float32).
+    """
+
+    client: str
+    ticket: str
+    examples: int
+    norm: float
+    sha256: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One committed round.
 
@@ -56,6 +81,9 @@ class Record:
         adapter_sha256: Digest of the resulting adapter file.
         state_sha256: Digest of the resulting server-state file; empty if the strategy has none.
         previous_sha256: Digest of the record before; empty for round 1.
+        excluded: What was received and not folded, sorted by client.
+        bound: The limit of the norms; only where something was excluded, and the run has one.
+        rolled_back_to: The version whose tensors and state this one has, where nothing was folded; else None.
     """
 
     run: str
@@ -67,11 +95,17 @@ class Record:
     adapter_sha256: str
     state_sha256: str
     previous_sha256: str
+    excluded: tuple[Excluded, ...] = ()
+    bound: NormBound | None = None
+    rolled_back_to: int | None = None
 
     def to_json(self) -> str:
         """Returns the canonical JSON."""
+        data = asdict(self)
+        unsaid = [key for key in _OPTIONAL if data[key] in (None, ())]
+        form = PLAIN if len(unsaid) == len(_OPTIONAL) else FORMAT
         return json.dumps(
-            {"format": FORMAT, **asdict(self)},
+            {"format": form, **{key: value for key, value in data.items() if key not in unsaid}},
             sort_keys=True,
             separators=(",", ":"),
             allow_nan=False,
@@ -99,8 +133,8 @@ def parse(record_json: str) -> Record:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise BlobCorrupt(f"this is not the record of a round: {fault}") from None
-    if form != FORMAT:
-        raise BlobCorrupt(f"the record has format {form!r}; this version reads {FORMAT}")
+    if form not in (PLAIN, FORMAT):
+        raise BlobCorrupt(f"the record has format {form!r}; this version reads {PLAIN} and {FORMAT}")
     if record.to_json() != record_json:
         raise BlobCorrupt(f"the record of round {record.round} is not in canonical form")
     return record
@@ -129,14 +163,22 @@ def verify_chain(records: Sequence[str]) -> None:
 
 def _fault(record: Record, number: int, previous: str, before: Record | None) -> str:
     """Returns what is wrong with a record at its place in the chain, or nothing."""
-    clients = [counted.client for counted in record.contributions]
-    digests = [record.base_sha256, record.adapter_sha256, *(c.sha256 for c in record.contributions)]
+    clients = [contributed.client for contributed in record.contributions]
+    left_out = [excluded.client for excluded in record.excluded]
+    received = [c.sha256 for c in record.contributions] + [e.sha256 for e in record.excluded]
+    digests = [record.base_sha256, record.adapter_sha256, *received]
     digests += [d for d in (record.state_sha256, record.previous_sha256) if d]
     faults = {
         f"it is of round {record.round}": record.round != number,
         f"its previous_sha256 is not {previous or 'empty'}": record.previous_sha256 != previous,
-        "no update was folded": not clients,
-        "its clients are not sorted, each once": clients != sorted(set(clients)),
+        "no update was folded": not clients and record.rolled_back_to is None,
+        "it folds updates and goes back to a version": bool(received) and record.rolled_back_to is not None,
+        f"it goes back to version {record.rolled_back_to}": not 0 <= (record.rolled_back_to or 0) < number,
+        "its clients are not sorted, each once": clients != sorted(set(clients)) or left_out != sorted(set(left_out)),
+        "a client's update is both folded and excluded": not set(clients).isdisjoint(left_out),
+        "an update is excluded for a norm within the limit": any(
+            e.reason == "norm" and (record.bound is None or e.norm <= record.bound.limit) for e in record.excluded
+        ),
         "a digest has not 64 hexadecimal digits": not all(map(_DIGEST.fullmatch, digests)),
         "a weight or an example count is not positive": any(
             c.weight <= 0 or c.examples < 1 for c in record.contributions

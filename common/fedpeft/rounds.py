@@ -6,14 +6,15 @@ WAITING opens once enough clients wait: a seeded sample of them gets tickets. OP
 as the round wants (the goal); until no ticket is left to wait for, nobody is there to replace the missing, and the
 quorum is met; or until the deadline with a quorum. A deadline without a quorum extends the round: what was received
 stays, replacements are sampled beside the stragglers, whose tickets stay good. After the last extension the run is
-paused. AGGREGATING takes nothing more. A round that was stopped stays as it is, whatever comes after. Whoever drives
+paused. AGGREGATING takes nothing more; an update that turns out not to be one that can be folded is excluded, and where
+none is left the round is OPEN again. A round that was stopped stays as it is, whatever comes after. Whoever drives
 the machine writes each new state in one transaction.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -136,6 +137,13 @@ class Resumed:
 
 
 @dataclass(frozen=True, slots=True)
+class Excluded:
+    """Received updates that are not folded: the reasons by ticket."""
+
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Aggregated:
     """The result is durable."""
 
@@ -145,7 +153,7 @@ class Stopped:
     """The run was stopped: nothing more is taken and nothing will be folded, whatever comes after."""
 
 
-Event = Waiting | Received | Withdrawn | Refused | TimePassed | Resumed | Aggregated | Stopped
+Event = Waiting | Received | Withdrawn | Refused | TimePassed | Resumed | Excluded | Aggregated | Stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +201,7 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
         TicketClosed: If an update comes for a ticket that was withdrawn or refused.
     """
     match event:
-        case Waiting() | TimePassed() | Resumed() | Aggregated() if state.stopped:
+        case Waiting() | TimePassed() | Resumed() | Excluded() | Aggregated() if state.stopped:
             return state, ()
         case Waiting(clients):
             return _waiting(state, clients, config, now)
@@ -207,6 +215,8 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
             return _time_passed(state, config, now)
         case Resumed():
             return _resumed(state, config, now)
+        case Excluded(reasons):
+            return _excluded(state, reasons, config, now)
         case Aggregated():
             return (replace(state, phase=Phase.COMMITTED), ()) if state.phase is Phase.AGGREGATING else (state, ())
         case Stopped():
@@ -270,10 +280,15 @@ def _time_passed(state: Round, config: RoundsConfig, now: float) -> Step:
         awaited = ", ".join(t.client for t in state.in_state(TicketState.ISSUED)) or "nobody"
         reason = (
             f"round {state.number} has {received} of the {config.needed} updates it needs after "
-            f"{counted(state.extensions, 'extension')}; still awaited: {awaited}"
+            f"{counted(state.extensions, 'extension')}; still awaited: {awaited}{_refusals(state)}"
         )
         return replace(state, deadline=None), (Pause(reason),)
     return replace(state, extensions=state.extensions + 1, deadline=now + config.deadline_s), ()
+
+
+def _refusals(state: Round) -> str:
+    refused = ", ".join(t.client for t in state.in_state(TicketState.REFUSED))
+    return f"; refused: {refused}" if refused else ""
 
 
 def _resumed(state: Round, config: RoundsConfig, now: float) -> Step:
@@ -281,6 +296,21 @@ def _resumed(state: Round, config: RoundsConfig, now: float) -> Step:
         return state, ()
     tickets = tuple(replace(t, generation=0) for t in state.tickets)
     return replace(state, tickets=tickets, extensions=0, deadline=now + config.deadline_s), ()
+
+
+def _excluded(state: Round, reasons: Mapping[str, str], config: RoundsConfig, now: float) -> Step:
+    if state.phase is not Phase.AGGREGATING or not reasons:
+        return state, ()
+    tickets = tuple(
+        replace(t, state=TicketState.REFUSED, reason=reasons[t.id])
+        if t.id in reasons and t.state is TicketState.RECEIVED
+        else t
+        for t in state.tickets
+    )
+    left = replace(state, tickets=tickets)
+    if not left.in_state(TicketState.RECEIVED):
+        left = replace(left, phase=Phase.OPEN, deadline=now + config.deadline_s)
+    return left, ()
 
 
 def _stopped(state: Round) -> Step:

@@ -18,9 +18,10 @@ from google.protobuf.message import DecodeError
 from fedpeft.errors import BlobCorrupt, InvalidArgument, StateInvalid
 from fedpeft.mapped import mapped, releaser
 from fedpeft.payload import Manifest, check_manifest, check_payload
-from fedpeft.record import Contributed, Record, digest, parse, verify_chain
+from fedpeft.record import Contributed, Excluded, Record, digest, parse, verify_chain
+from fedpeft.screening import comparable, median
 from fedpeft.v1 import tensor_pb2
-from fedpeft.versions import Identity, Stored, Update, fold_round
+from fedpeft.versions import Identity, RoundEmptied, Stored, Update, fold_round
 from fedpeft.wire import manifest_from_proto
 
 
@@ -64,6 +65,7 @@ class Replay:
         self._spool = spool
         self._scratch = scratch
         self._state: Stored | None = None
+        self._norms: dict[int, float] = {}
 
     def fold(self, record: Record, base: Path) -> None:
         """Folds the next round and compares what comes out with its record, to the bit.
@@ -78,17 +80,31 @@ class Replay:
         """
         folder = self._scratch / f"round-{record.round}"
         folder.mkdir()
-        updates = [self._update(record.round, counted) for counted in record.contributions]
+        folded = [self._update(record.round, counted) for counted in record.contributions]
+        left_out = [self._update(record.round, excluded) for excluded in record.excluded]
+        self._norms[record.round] = median(update.norm for update in folded)
         start = Stored(base, record.base_sha256)
-        found = fold_round(
-            self._identity, record.round, updates, start, self._state, record.previous_sha256, folder
-        ).record
+        past = [self._norms.get(number, 0.0) for number in comparable(self._identity.spec, record.round)]
+        try:
+            found = fold_round(
+                self._identity,
+                record.round,
+                folded + left_out,
+                start,
+                self._state,
+                record.previous_sha256,
+                folder,
+                past=past,
+                screened=bool(left_out),
+            ).record
+        except RoundEmptied as emptied:
+            raise BlobCorrupt(f"round {record.round}: nothing of it can be folded: {emptied}") from None
         if found != record.to_json():
             raise BlobCorrupt(f"round {record.round}: {_difference(parse(found), record)}")
         self._state = Stored(folder / "state", record.state_sha256) if record.state_sha256 else None
         shutil.rmtree(self._scratch / f"round-{record.round - 1}", ignore_errors=True)
 
-    def _update(self, number: int, counted: Contributed) -> Update:
+    def _update(self, number: int, counted: Contributed | Excluded) -> Update:
         """Returns a kept update, checked as it was when it came."""
         path = self._spool / f"{counted.ticket}.{counted.sha256}.update"
         who = f"round {number}: the update of {counted.client}"
@@ -112,7 +128,7 @@ class Replay:
             raise BlobCorrupt(f"{who} is not what {path.with_suffix('.manifest')} describes: {error}") from None
         return Update(counted.ticket, counted.client, counted.examples, {}, manifest, payload)
 
-    def _manifest(self, described: bytes, number: int, counted: Contributed) -> Manifest:
+    def _manifest(self, described: bytes, number: int, counted: Contributed | Excluded) -> Manifest:
         config, spec = self._identity.config, self._identity.spec
         manifest = manifest_from_proto(tensor_pb2.Manifest.FromString(described))
         check_manifest(manifest, spec.sent(number), (config.codec.encoding,))
@@ -124,7 +140,8 @@ class Replay:
 def _difference(found: Record, recorded: Record) -> str:
     """Returns the sentence for the first thing in which a folded round differs from its record."""
     mine, theirs = asdict(found), asdict(recorded)
-    key = next(key for key in ("contributions", "strategy", "options", *mine) if mine[key] != theirs[key])
+    order = ("excluded", "bound", "contributions", "strategy", "options", *mine)
+    key = next(key for key in order if mine[key] != theirs[key])
     if key == "contributions":
         pairs = zip(found.contributions, recorded.contributions, strict=True)
         ours, other = next(pair for pair in pairs if pair[0] != pair[1])

@@ -6,9 +6,11 @@ The daemon and the simulation both call this, which is why they give the same by
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,11 +18,12 @@ from fedpeft import adapter_file
 from fedpeft.adapter_file import AdapterInfo, Written
 from fedpeft.aggregation import Strategy, strategy
 from fedpeft.config import RunConfig
-from fedpeft.errors import Internal
-from fedpeft.folding import Contribution, State, fold_tensors, weigh
+from fedpeft.errors import Internal, UpdateExcluded
+from fedpeft.folding import Contribution, Overflow, State, fold_tensors, squared_norm, weigh
 from fedpeft.mapped import releaser
 from fedpeft.payload import Manifest, Tensors
-from fedpeft.record import Contributed, Record, digest
+from fedpeft.record import Contributed, Excluded, Record, digest
+from fedpeft.screening import FACTOR, NormBound, bound, median
 from fedpeft.spec import AdapterSpec
 
 
@@ -57,9 +60,9 @@ class Stored:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Update:
-    """A counted update: `payload` holds the bytes that `manifest` describes; `metrics` are the client's figures."""
+    """A received update: `payload` holds the bytes that `manifest` describes; `metrics` are the client's figures."""
 
     ticket: str
     client: str
@@ -67,6 +70,11 @@ class Update:
     metrics: Mapping[str, float]
     manifest: Manifest
     payload: memoryview
+
+    @cached_property
+    def norm(self) -> float:
+        """The Euclidean norm of the decoded update."""
+        return math.sqrt(squared_norm(self.manifest, self.payload, releaser(self.payload)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,8 @@ class Outcome:
         record: Canonical JSON of the round's record.
         record_sha256: Its digest.
         metrics: `train_examples`, and `train_loss` in nats, a mean by examples.
+        excluded: By ticket, why an update was not folded, as its ticket says it.
+        norm: Median of the norms that were folded; see `fedpeft.screening`.
     """
 
     adapter: Written
@@ -88,6 +98,20 @@ class Outcome:
     record: str
     record_sha256: str
     metrics: dict[str, float]
+    excluded: dict[str, str]
+    norm: float
+
+
+class RoundEmptied(Exception):
+    """None of a round's updates can be folded.
+
+    Attributes:
+        excluded: By ticket, why it was not, as its ticket says it.
+    """
+
+    def __init__(self, excluded: Mapping[str, str]) -> None:
+        super().__init__("; ".join(excluded.values()))
+        self.excluded = dict(excluded)
 
 
 def _create(path: Path) -> BinaryIO:
@@ -109,6 +133,9 @@ def fold_round(
     previous: str,
     folder: Path,
     create: Callable[[Path], BinaryIO] = _create,
+    past: Sequence[float] = (),
+    *,
+    screened: bool = True,
 ) -> Outcome:
     """Folds round `number` into the files `adapter` and `state` of `folder`, tensor by tensor.
 
@@ -117,15 +144,18 @@ def fold_round(
     Args:
         identity: The run.
         number: Number of the round, and of the version it makes.
-        updates: What counts, checked.
+        updates: What was received, checked.
         base: The version that the updates started from.
         state: The strategy's state of that version, if it keeps any.
         previous: Digest of the record before; empty for round 1.
         folder: Where to write; both files are made, the state's empty of tensors if the strategy keeps none.
         create: Opens a new file for writing.
+        past: Medians of the norms of the comparable rounds before; see `fedpeft.screening`.
+        screened: Whether updates are judged; not where a record says what was folded.
 
     Raises:
         BlobCorrupt: If `base` or `state` does not have its digest.
+        RoundEmptied: If all updates are excluded.
         Internal: If there is no update.
     """
     if not updates:
@@ -133,25 +163,57 @@ def fold_round(
     updates = sorted(updates, key=lambda update: update.client)
     aggregation = identity.config.aggregation
     rule = strategy(aggregation.strategy, aggregation.options)
-    contributions = [Contribution(u.client, u.examples, u.manifest, u.payload, releaser(u.payload)) for u in updates]
-    adapter, state_sha256 = _write(identity, number, contributions, base, state, rule, folder, create)
+    limit = _bound(identity, number, updates, past) if screened else None
+    reasons = {u.client: "norm" for u in updates if limit and u.norm > limit.limit}
+    words = {u.ticket: _said(limit.against(u.norm)) for u in updates if limit and u.client in reasons}
+    while True:
+        kept = [u for u in updates if u.client not in reasons]
+        if not kept:
+            raise RoundEmptied(words)
+        contributions = [Contribution(u.client, u.examples, u.manifest, u.payload, releaser(u.payload)) for u in kept]
+        try:
+            adapter, state_sha256 = _write(
+                identity, number, contributions, base, state, rule, folder, create, clips=not screened
+            )
+            break
+        except Overflow as error:
+            reasons[error.client] = "overflow"
+            words[next(u.ticket for u in kept if u.client == error.client)] = _said(str(error))
     raw = weigh(contributions, rule)
     record = Record(
         run=identity.run,
         round=number,
         base_sha256=base.sha256,
         contributions=tuple(
-            Contributed(u.client, u.ticket, u.examples, raw[u.client], u.manifest.sha256.hex()) for u in updates
+            Contributed(u.client, u.ticket, u.examples, raw[u.client], u.manifest.sha256.hex()) for u in kept
         ),
         strategy=aggregation.strategy,
         options=rule.options.model_dump(mode="json"),
         adapter_sha256=adapter.sha256,
         state_sha256=state_sha256,
         previous_sha256=previous,
+        excluded=tuple(_excluded(u, reasons[u.client]) for u in updates if u.client in reasons),
+        bound=limit if reasons else None,
     ).to_json()
     total = sum(raw.values())
-    weights = {u.ticket: raw[u.client] / total for u in updates}
-    return Outcome(adapter, state_sha256, weights, record, digest(record), _figures(updates))
+    weights = {u.ticket: raw[u.client] / total for u in kept}
+    norm = median(u.norm for u in kept) if screened else 0.0
+    return Outcome(adapter, state_sha256, weights, record, digest(record), _figures(kept), words, norm)
+
+
+def _bound(identity: Identity, number: int, updates: Sequence[Update], past: Sequence[float]) -> NormBound | None:
+    given = identity.config.aggregation.norm_factor
+    values = sum(tensor.size for tensor in identity.spec.sent(number))
+    return bound((u.norm for u in updates), past, values, FACTOR if given is None else given)
+
+
+def _said(why: str) -> str:
+    return f"{UpdateExcluded.reason}: {why}"
+
+
+def _excluded(update: Update, reason: str) -> Excluded:
+    sha256 = update.manifest.sha256.hex()
+    return Excluded(update.client, update.ticket, update.examples, update.norm, sha256, reason)
 
 
 def _write(
@@ -163,6 +225,8 @@ def _write(
     rule: Strategy,
     folder: Path,
     create: Callable[[Path], BinaryIO],
+    *,
+    clips: bool,
 ) -> tuple[Written, str]:
     info, specs = identity.info(number), identity.spec.shared
     with ExitStack() as stack:
@@ -174,7 +238,7 @@ def _write(
         to_state = stack.enter_context(create(folder / "state"))
         adapter_out = adapter_file.adapter_writer(to_adapter, info, specs)
         state_out = adapter_file.state_writer(to_state, info, specs, rule)
-        for tensor in fold_tensors(contributions, specs, rule, old, kept):
+        for tensor in fold_tensors(contributions, specs, rule, old, kept, clips=clips):
             adapter_out.add(tensor.values)
             for slot in rule.slots:
                 state_out.add(tensor.state[slot])

@@ -165,7 +165,9 @@ class Server:
     def _grpc_servers(self) -> tuple[grpc.aio.Server, grpc.aio.Server]:
         """Returns the server for --listen and that for --enroll: the same services behind the same gate."""
         limit = self.settings.max_transfers
-        self.uploads = Uploads(self.store, self.ledger, self.settings.max_update_bytes, limit)
+        self.uploads = Uploads(
+            self.store, self.ledger, self.settings.max_update_bytes, limit, self.runs.declared_examples
+        )
         self.downloads = Turns(limit)
         federation = Federation(
             self.runs, self.store, self.callers, self.uploads, self.downloads, self.ledger, self.metrics

@@ -172,7 +172,7 @@ class Metrics:
         r, run = self.registry, ("run",)
         self.updates = Counter(
             "fedpeft_updates",
-            "Updates by what became of them: `received`, `refused`, `late`.",
+            "Updates by what became of them: `received` (of these `excluded` at the fold), `refused`, `late`.",
             ("run", "outcome"),
             registry=r,
         )

@@ -50,6 +50,7 @@ class RoundBook:
         metrics: Figures of the result.
         committed_at: Seconds since the epoch.
         record_sha256: Digest of its record.
+        excluded: Why updates were not folded, by ticket.
     """
 
     round: Round
@@ -60,6 +61,7 @@ class RoundBook:
     metrics: Mapping[str, float] = field(default_factory=dict)
     committed_at: float | None = None
     record_sha256: str = ""
+    excluded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def counted(self) -> list[tuple[Ticket, Arrival]]:

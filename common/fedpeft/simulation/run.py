@@ -32,12 +32,13 @@ from fedpeft.errors import (
     TrainingFailed,
 )
 from fedpeft.folding import squared_norm
+from fedpeft.mapped import mapped
 from fedpeft.rounds import Phase, Round, Ticket, TicketState
 from fedpeft.simulation.bench import Trained, Version, Workbench
 from fedpeft.simulation.clients import Clients
 from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
 from fedpeft.simulation.versions import Versions
-from fedpeft.versions import Identity
+from fedpeft.versions import Identity, RoundEmptied
 
 REPORT = "report.json"
 RUN = "simulation"
@@ -139,6 +140,7 @@ class _Simulation:
         self._run = run
         self._holds: dict[str, bytes] = {}
         self._facts: dict[str, str] = {}
+        self._excluded: set[str] = set()
         self._began = time.time()
 
     def hold(self, committed: Callable[[Json], None] | None, worked: Callable[[int, int, int], None] | None) -> Json:
@@ -149,10 +151,9 @@ class _Simulation:
         initial = self._bench.score(version)
         done: list[Json] = []
         for number in range(1, self._config.rounds.count + 1):
-            book, reason = self._round(number, version)
+            book, reason = self._folded(number, version)
             if reason:
                 return self._report(initial, done, book, reason)
-            self._versions.fold(book)
             book.round = self._advance(book.round, rounds.Aggregated())
             book.committed_at = time.time()
             version = self._newest()
@@ -166,9 +167,46 @@ class _Simulation:
         with self._versions.newest() as adapter:
             return self._bench.version(adapter)
 
-    def _round(self, number: int, version: Version) -> tuple[RoundBook, str]:
+    def _folded(self, number: int, version: Version) -> tuple[RoundBook, str]:
+        """Holds a round up to its commit; or returns why it cannot get there."""
+        book = RoundBook(Round(self._run, number))
+        while not (reason := self._close(book, version)):
+            try:
+                self._versions.fold(book)
+            except RoundEmptied as emptied:
+                self._exclude(book, emptied.excluded)
+                continue
+            self._exclude(book, book.excluded)
+            break
+        self._versions.forget(book)
+        return book, reason
+
+    def _exclude(self, book: RoundBook, excluded: Mapping[str, str]) -> None:
+        """Takes updates out of a round; each goes into its client's residual, as it would at a site."""
+        for ticket in book.round.tickets:
+            if ticket.id in excluded:
+                log.warning("update excluded", round=book.round.number, client=ticket.client, cause=excluded[ticket.id])
+                self._take_back(book, ticket)
+            elif ticket.state is TicketState.RECEIVED:
+                self._excluded.discard(ticket.client)
+        book.round = self._advance(book.round, rounds.Excluded(excluded))
+
+    def _take_back(self, book: RoundBook, ticket: Ticket) -> None:
+        memory, client = self._bench.memory, ticket.client
+        if client in self._excluded:  # what it was made from was excluded before: it would be so for ever
+            self._excluded.discard(client)
+            memory.forget_residual(client)
+            return
+        self._excluded.add(client)
+        if self._bench.remembers:
+            manifest, left = book.arrivals[ticket.id].manifest, memory.residual(client)
+            sent = payload.decode(manifest, mapped(self._versions.spool(ticket.id)))
+            whole = {name: values + left[name] if name in left else values for name, values in sent.items()}
+            memory.keep(client, residual={**left, **whole}, local=memory.local(client))
+
+    def _close(self, book: RoundBook, version: Version) -> str:
         """Brings a round to its fold; or returns why it cannot get there."""
-        book, settings = RoundBook(Round(self._run, number)), self._config.rounds
+        settings = self._config.rounds
         while book.round.phase is not Phase.AGGREGATING:
             ticket = self._next(book.round)
             if ticket is not None:
@@ -182,9 +220,9 @@ class _Simulation:
             book.round = after
             for effect in effects:
                 if isinstance(effect, rounds.Pause):
-                    return book, effect.reason
+                    return effect.reason
         self._late(book, version)
-        return book, ""
+        return ""
 
     def _say_worked(self, current: Round) -> None:
         if self._worked is not None:

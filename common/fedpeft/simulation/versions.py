@@ -9,6 +9,7 @@ from fedpeft import adapter_file
 from fedpeft.adapter_file import TensorFile, Written
 from fedpeft.mapped import mapped
 from fedpeft.payload import Tensors
+from fedpeft.screening import comparable
 from fedpeft.simulation.report import RoundBook
 from fedpeft.versions import Identity, Stored, Update, fold_round, write_first
 
@@ -31,6 +32,7 @@ class Versions:
         self._newest = Written("", 0)
         self._state_sha256 = ""
         self._record_sha256 = ""
+        self._norms: dict[int, float] = {}
 
     def begin(self, tensors: Tensors) -> None:
         """Writes version 0."""
@@ -48,21 +50,31 @@ class Versions:
         return self._scratch / ticket
 
     def fold(self, book: RoundBook) -> None:
-        """Folds the updates of a round into the next version, and leaves its record; notes what came of it."""
+        """Folds the updates of a round into the next version, and leaves its record; notes what came of it.
+
+        Raises:
+            RoundEmptied: If none of them can be folded.
+        """
         updates = [
             Update(t.id, t.client, a.examples, a.metrics, a.manifest, mapped(self.spool(t.id))) for t, a in book.counted
         ]
         state = Stored(self._state, self._state_sha256) if self._state_sha256 else None
         base = Stored(self._adapter, self._newest.sha256)
+        number = book.round.number
+        past = [self._norms.get(earlier, 0.0) for earlier in comparable(self._identity.spec, number)]
         outcome = fold_round(
-            self._identity, book.round.number, updates, base, state, self._record_sha256, self._scratch
+            self._identity, number, updates, base, state, self._record_sha256, self._scratch, past=past
         )
+        self._norms[number] = outcome.norm
         os.replace(self._scratch / "state", self._state)
         os.replace(self._scratch / "adapter", self._adapter)
         with self._log.open("a", encoding="ascii") as stream:
             stream.write(outcome.record + "\n")
         self._newest, self._state_sha256 = outcome.adapter, outcome.state_sha256
         self._record_sha256 = book.record_sha256 = outcome.record_sha256
-        book.weights, book.metrics = outcome.weights, outcome.metrics
-        for ticket, _ in book.counted:
-            self.spool(ticket.id).unlink()
+        book.weights, book.metrics, book.excluded = outcome.weights, outcome.metrics, outcome.excluded
+
+    def forget(self, book: RoundBook) -> None:
+        """Removes the payloads of a round."""
+        for ticket in book.arrivals:
+            self.spool(ticket).unlink(missing_ok=True)

@@ -608,7 +608,9 @@ class UpdateHeader(_message.Message):
     ticket: _builtins.str
     """Id of the ticket."""
     examples: _builtins.int
-    """Examples trained on, at least 1 and at most 10^9. FedAvg weighs by it."""
+    """Examples trained on: at least 1, and at most what the client declared with its answer to the offer, or if it said none
+    there, as it registered; a client that declared none may claim 100,000, and nobody more than 10^9. FedAvg weighs by it.
+    """
     @_builtins.property
     def manifest(self) -> _tensor_pb2.Manifest:
         """The tensors whose role is sent in this round, all of them."""

@@ -200,7 +200,7 @@ class FederationServiceServicer:
         ALREADY_EXISTS       UPDATE_DIFFERS       another update was already received for this ticket
         FAILED_PRECONDITION  TICKET_CLOSED        the ticket was withdrawn, or its update refused
         INVALID_ARGUMENT     MANIFEST_INVALID     a tensor is missing, unknown, or has a wrong dtype, shape, encoding, or length
-        INVALID_ARGUMENT     EXAMPLES_INVALID     not 1 to 10^9
+        INVALID_ARGUMENT     EXAMPLES_INVALID     none, or more than the client declared
         INVALID_ARGUMENT     METRICS_INVALID      not finite, outside the range of its name, more than 64, or a name over 128 bytes
         INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, beyond the end, or where the header belongs
         INVALID_ARGUMENT     UPLOAD_INCOMPLETE    the stream was half-closed before the last byte; continue where GetUpload says
@@ -214,6 +214,11 @@ class FederationServiceServicer:
         Only PAYLOAD_INVALID closes the ticket (state REFUSED), and the round goes on with the others. What a header says wrong
         is refused before the first chunk and leaves the ticket good: the client sends another header, or calls Withdraw, so
         that nobody waits for an update that will not come. With CHECKSUM_MISMATCH all bytes of the upload are discarded.
+
+        When the round closes, an update may still be excluded, because its norm is far above that of the others
+        (AggregationConfig.norm_factor): its ticket, RECEIVED so far, becomes REFUSED with a reason that begins with
+        UPDATE_EXCLUDED. It is then treated as one that came too late: it goes into the residual. A client finds out with
+        GetUpload before it trains for its next ticket of the run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -99,7 +99,7 @@ class FederationServiceStub:
       ALREADY_EXISTS       UPDATE_DIFFERS       another update was already received for this ticket
       FAILED_PRECONDITION  TICKET_CLOSED        the ticket was withdrawn, or its update refused
       INVALID_ARGUMENT     MANIFEST_INVALID     a tensor is missing, unknown, or has a wrong dtype, shape, encoding, or length
-      INVALID_ARGUMENT     EXAMPLES_INVALID     not 1 to 10^9
+      INVALID_ARGUMENT     EXAMPLES_INVALID     none, or more than the client declared
       INVALID_ARGUMENT     METRICS_INVALID      not finite, outside the range of its name, more than 64, or a name over 128 bytes
       INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, beyond the end, or where the header belongs
       INVALID_ARGUMENT     UPLOAD_INCOMPLETE    the stream was half-closed before the last byte; continue where GetUpload says
@@ -113,6 +113,11 @@ class FederationServiceStub:
     Only PAYLOAD_INVALID closes the ticket (state REFUSED), and the round goes on with the others. What a header says wrong
     is refused before the first chunk and leaves the ticket good: the client sends another header, or calls Withdraw, so
     that nobody waits for an update that will not come. With CHECKSUM_MISMATCH all bytes of the upload are discarded.
+
+    When the round closes, an update may still be excluded, because its norm is far above that of the others
+    (AggregationConfig.norm_factor): its ticket, RECEIVED so far, becomes REFUSED with a reason that begins with
+    UPDATE_EXCLUDED. It is then treated as one that came too late: it goes into the residual. A client finds out with
+    GetUpload before it trains for its next ticket of the run.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.GetUploadRequest, _federation_service_pb2.GetUploadResponse]
     """GetUpload says where an upload stands. A client that trains asks now and then, with no digest, whether its ticket's
@@ -251,7 +256,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
           ALREADY_EXISTS       UPDATE_DIFFERS       another update was already received for this ticket
           FAILED_PRECONDITION  TICKET_CLOSED        the ticket was withdrawn, or its update refused
           INVALID_ARGUMENT     MANIFEST_INVALID     a tensor is missing, unknown, or has a wrong dtype, shape, encoding, or length
-          INVALID_ARGUMENT     EXAMPLES_INVALID     not 1 to 10^9
+          INVALID_ARGUMENT     EXAMPLES_INVALID     none, or more than the client declared
           INVALID_ARGUMENT     METRICS_INVALID      not finite, outside the range of its name, more than 64, or a name over 128 bytes
           INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, beyond the end, or where the header belongs
           INVALID_ARGUMENT     UPLOAD_INCOMPLETE    the stream was half-closed before the last byte; continue where GetUpload says
@@ -265,6 +270,11 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         Only PAYLOAD_INVALID closes the ticket (state REFUSED), and the round goes on with the others. What a header says wrong
         is refused before the first chunk and leaves the ticket good: the client sends another header, or calls Withdraw, so
         that nobody waits for an update that will not come. With CHECKSUM_MISMATCH all bytes of the upload are discarded.
+
+        When the round closes, an update may still be excluded, because its norm is far above that of the others
+        (AggregationConfig.norm_factor): its ticket, RECEIVED so far, becomes REFUSED with a reason that begins with
+        UPDATE_EXCLUDED. It is then treated as one that came too late: it goes into the residual. A client finds out with
+        GetUpload before it trains for its next ticket of the run.
         """
 
     @_abc_1.abstractmethod

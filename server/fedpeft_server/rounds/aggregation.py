@@ -7,7 +7,7 @@ daemon that died in the middle just does it again.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,13 @@ def identity(run: RunRow) -> Identity:
 
 
 def aggregate(
-    run: RunRow, current: Round, received: Mapping[str, UpdateRow], base: VersionRow, previous: str, store: Store
+    run: RunRow,
+    current: Round,
+    received: Mapping[str, UpdateRow],
+    base: VersionRow,
+    previous: str,
+    past: Sequence[float],
+    store: Store,
 ) -> Result:
     """Folds what a round received and stores the result durably.
 
@@ -44,10 +50,12 @@ def aggregate(
         received: What was received, by ticket.
         base: The row of the version the clients started from.
         previous: Digest of the record before, empty for the first round.
+        past: Medians of the norms of the comparable rounds before.
         store: Blobs and spool.
 
     Raises:
         BlobCorrupt: If the base version is not what was stored.
+        RoundEmptied: If no update can be folded.
         DiskFull: If there is no room for the result.
     """
     number = current.number
@@ -61,7 +69,7 @@ def aggregate(
         state = None
         if base.state_sha256:
             state = Stored(store.blobs.local_path(state_key(run.id, base.version)), base.state_sha256)
-        outcome = fold_round(identity(run), number, updates, old, state, previous, Path(scratch), create_eagerly)
+        outcome = fold_round(identity(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past)
         if outcome.state_sha256:
             store.blobs.put(state_key(run.id, number), Path(scratch, "state"))
         store.blobs.put(version_key(run.id, number), Path(scratch, "adapter"))

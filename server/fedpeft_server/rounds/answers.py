@@ -74,6 +74,11 @@ class Answers:
         found = (self._given.get(run, {}).get(client) for run in runs)
         return [answer for answer in found if answer is not None]
 
+    def examples(self, run: str, client: str) -> int:
+        """Returns how many examples a client said it has of a run's classes; 0 if it did not say."""
+        answer = self._given.get(run, {}).get(client)
+        return answer.examples if answer else 0
+
     def forget(self, run: str) -> None:
         """Forgets a run that was deleted."""
         for client in self._given.pop(run, {}):

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 import structlog
 
-from fedpeft import rounds, tracing
+from fedpeft import rounds, screening, tracing
 from fedpeft.audit import Detail
 from fedpeft.errors import DiskFull, FedpeftError, RoundClosed, RunFinished, TicketNotFound
 from fedpeft.rounds import Phase, Round, TicketState
+from fedpeft.versions import RoundEmptied
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds import gauges
 from fedpeft_server.rounds.aggregation import Result, aggregate
@@ -139,7 +140,7 @@ class RunEngine:
                 return counted
             new, effects = rounds.advance(self.round, rounds.Received(ticket), self.run.config.rounds, time.time())
             client = self.round.ticket(ticket).client
-            await self._write(self._store.db.receive, new, update, deed=self._received(client, update, by))
+            await self._write(self._store.db.receive, new, update, deeds=(self._received(client, update, by),))
             self._metrics.received(self.run.id, update.norm, update.metrics)
             self._log.info("update received", round=new.number, client=client, examples=update.examples)
             self._enter(new, effects)
@@ -200,7 +201,7 @@ class RunEngine:
 
     async def _set_run(self, state: RunState, reason: str, new: Round | None = None, by: str = SERVER) -> None:
         deed = Deed(by, f"run.{_NOW[state]}", self.run.id, {"reason": reason, "round": self.round.number})
-        await self._write(self._store.db.save_round_and_run, new or self.round, state, reason, deed=deed)
+        await self._write(self._store.db.save_round_and_run, new or self.round, state, reason, deeds=(deed,))
         self.run = replace(self.run, state=state, reason=reason)
         self._log.info("run " + state, reason=reason)
         self._enter(new or self.round, ())
@@ -215,13 +216,13 @@ class RunEngine:
                 await self._set_run(RunState.PAUSED, pauses[0], new)
                 self._metrics.rounds.labels(self.run.id, "paused").inc()
                 return
-            await self._write(self._store.db.save_round, new, deed=deed)
+            await self._write(self._store.db.save_round, new, deeds=(deed,) if deed else ())
             self._enter(new, effects)
 
-    async def _write(self, method: Callable[..., None], *facts: object, deed: Deed | None = None) -> None:
+    async def _write(self, method: Callable[..., None], *facts: object, deeds: Sequence[Deed] = ()) -> None:
         """Makes a transition's transaction, with the bytes that were counted for the run so far."""
         with self._ledger.handed_out(self.run.id) as traffic:
-            await self._store.call(method, *facts, traffic, (deed,) if deed else ())
+            await self._store.call(method, *facts, traffic, tuple(deeds))
 
     def _received(self, client: str, update: UpdateRow, by: str) -> Deed:
         details: dict[str, Detail] = {
@@ -284,6 +285,9 @@ class RunEngine:
                     if self.run.state is RunState.STOPPED:
                         return
                     await self._commit(result, time.perf_counter() - began)
+        except RoundEmptied as emptied:
+            await self._reopen(emptied.excluded)
+            return
         except Exception as error:
             await self._aggregation_failed(error)
             return
@@ -303,14 +307,46 @@ class RunEngine:
         # That of the round before, not the newest: this round's may be there, if its commit was made and not answered.
         previous = await self._store.call(db.record_sha256, self.run.id, folding.number - 1)
         received = row.updates if row else {}
-        return await self._store.compute(aggregate, self.run, folding, received, base, previous, self._store)
+        earlier = screening.comparable(self.run.spec, folding.number)
+        norms = await self._store.call(db.norms, self.run.id, earlier)
+        past = [screening.median(norms.get(number, ())) for number in earlier]
+        return await self._store.compute(aggregate, self.run, folding, received, base, previous, past, self._store)
+
+    async def _reopen(self, excluded: Mapping[str, str]) -> None:
+        """Goes on with a round of which no update can be folded: others are sampled, as for any that was refused."""
+        async with self._lock:
+            config = self.run.config.rounds
+            new, _ = rounds.advance(self.round, rounds.Excluded(excluded), config, time.time())
+            if new is self.round:
+                return
+            try:
+                await self._write(self._store.db.save_round, new, deeds=self._excluding(excluded))
+            except FedpeftError as error:
+                self._log.error("a round could not be opened again", round=new.number, message=error.message)
+                return
+            self._say_excluded(excluded)
+            self._enter(new, ())
+
+    def _excluding(self, excluded: Mapping[str, str]) -> list[Deed]:
+        """Returns what the audit log says of updates that are not folded."""
+        tickets = (ticket for ticket in self.round.tickets if ticket.id in excluded)
+        return [self._of(ticket, "update.excluded", excluded[ticket.id], SERVER) for ticket in tickets]
+
+    def _say_excluded(self, excluded: Mapping[str, str]) -> None:
+        self._metrics.updates.labels(self.run.id, "excluded").inc(len(excluded))
+        for ticket in self.round.tickets:
+            if ticket.id in excluded:
+                self._log.warning(
+                    "update excluded", round=self.round.number, client=ticket.client, cause=excluded[ticket.id]
+                )
 
     async def _commit(self, result: Result, seconds: float) -> None:
         config, now = self.run.config.rounds, time.time()
-        done, _ = rounds.advance(self.round, rounds.Aggregated(), config, now)
+        outcome = result.outcome
+        screened, _ = rounds.advance(self.round, rounds.Excluded(outcome.excluded), config, now)
+        done, _ = rounds.advance(screened, rounds.Aggregated(), config, now)
         last = done.number >= config.count
         state, reason = (RunState.COMPLETED, "") if last else (self.run.state, self.run.reason)
-        outcome = result.outcome
         committed: dict[str, Detail] = {
             "round": done.number,
             "updates": len(outcome.weights),
@@ -327,8 +363,9 @@ class RunEngine:
             outcome.metrics,
             state,
             reason,
-            deed=Deed(SERVER, "round.committed", self.run.id, committed),
+            deeds=(*self._excluding(outcome.excluded), Deed(SERVER, "round.committed", self.run.id, committed)),
         )
+        self._say_excluded(outcome.excluded)
         self.run = replace(self.run, version=done.number, state=state, reason=reason)
         self._ledger.round_committed(self.run.id)
         self._metrics.rounds.labels(self.run.id, "committed").inc()

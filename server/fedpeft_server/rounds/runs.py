@@ -203,6 +203,10 @@ class Runs:
                 await engine.withdraw(ticket, "; ".join(answer.reasons), by)
         self._changed(engine)
 
+    def declared_examples(self, run_id: str, client: str) -> int:
+        """Returns how many examples of a run's classes a client said it has; 0 if it did not say."""
+        return self.answers.examples(run_id, client)
+
     def ready(self, run_id: str) -> frozenset[str]:
         """Returns the clients that a run may sample now: they wait, and they take part in it."""
         return frozenset(c for c in self.lobby.waiting(run_id) if self.answers.accepted(run_id, c))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +48,11 @@ from fedpeft_server.traffic import Ledger
 log = structlog.get_logger()
 
 MAX_EXAMPLES = 10**9
+UNDECLARED_EXAMPLES = 100_000
+"""Most examples of an update whose client declared none, neither with its answer to the offer nor as it registered."""
+
+Declared = Callable[[str, str], int]
+"""Returns the examples that a client (second) declared for a run (first); 0 if it did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +71,11 @@ class Uploads:
         ledger: Where their bytes are booked.
         max_bytes: Largest payload taken.
         limit: How many updates, and beside them how many first versions of runs, are received at once.
+        declared: What clients answered to the offers of runs.
     """
 
-    def __init__(self, store: Store, ledger: Ledger, max_bytes: int, limit: int) -> None:
+    def __init__(self, store: Store, ledger: Ledger, max_bytes: int, limit: int, declared: Declared) -> None:
+        self._declared = declared
         self._store = store
         self._ledger = ledger
         self._arrivals = Arrivals(store.spool, max_bytes)
@@ -114,7 +121,7 @@ class Uploads:
                 raise _differs(ticket)
             return received
         self._admit(engine, ticket)
-        manifest = self._checked(engine, header)
+        manifest = self._checked(engine, header, await self._declared_by(ticket.client, engine.run.id))
         booked = partial(self._ledger.payload, "up", engine.run.config.codec.encoding)
         async with self._turns.take(ticket.client) as turn:
             counted = await self._joined(ticket, header)  # this call may have waited for it
@@ -222,7 +229,16 @@ class Uploads:
         if not open_now:
             raise RoundClosed(f"the round of ticket {ticket.id} has closed; keep the update for the next round")
 
-    def _checked(self, engine: RunEngine, header: pb.UpdateHeader) -> Manifest:
+    async def _declared_by(self, client: str, run: str) -> int:
+        """Returns the most examples that a client may claim for an update."""
+        answered = self._declared(run, client)
+        if answered:
+            return min(answered, MAX_EXAMPLES)
+        row = await self._store.call(self._store.db.client, client)
+        has = pb.Capabilities.FromString(row.capabilities).examples if row else 0
+        return min(has or UNDECLARED_EXAMPLES, MAX_EXAMPLES)
+
+    def _checked(self, engine: RunEngine, header: pb.UpdateHeader, declared: int) -> Manifest:
         """Returns the manifest of a header that fits the round, before anything of the payload is taken.
 
         A wrong header leaves the ticket good: nothing was trained or sent in vain, and the next one may be right.
@@ -234,8 +250,8 @@ class Uploads:
         except ManifestInvalid as error:
             raise error.within("header.manifest") from None
         self._arrivals.check_size(manifest)
-        if not 1 <= header.examples <= MAX_EXAMPLES:
-            text = f"is {header.examples}; 1 to {MAX_EXAMPLES} are allowed"
+        if not 1 <= header.examples <= declared:
+            text = f"is {header.examples}; 1 to {declared} are allowed, by what the client declared"
             raise ExamplesInvalid(f"the update's number of examples {text}", (("header.examples", text),))
         try:
             figures.check(header.metrics, figures.MAX_TRAINING)

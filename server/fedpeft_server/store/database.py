@@ -259,6 +259,11 @@ class Database:
         with self._transaction() as connection:
             return round_queries.select_update(connection, ticket_id)
 
+    def norms(self, run_id: str, numbers: Sequence[int]) -> dict[int, list[float]]:
+        """Returns the norms of the updates that count in some rounds, by round number."""
+        with self._transaction() as connection:
+            return round_queries.select_norms(connection, run_id, numbers)
+
     def record_sha256(self, run_id: str, number: int) -> str:
         """Returns the digest of the record of a round, hexadecimal, or "" if there is none."""
         with self._transaction() as connection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, insert, select, update
@@ -36,6 +36,8 @@ def put_round(connection: Connection, state: Round, before: Round | None) -> Non
     others = {t.id: t for t in before.tickets} if before is not None else {}
     changed = [_ticket_row(state, t) for t in state.tickets if id(t) not in known and others.get(t.id) != t]
     upsert(connection, tables.tickets, changed, replace=_TICKET_COLUMNS)
+    received = {t for t, kept in others.items() if kept.state is TicketState.RECEIVED}
+    _uncount(connection, [row["client"] for row in changed if row["id"] in received])
 
 
 def put_update(connection: Connection, received: UpdateRow) -> None:
@@ -55,6 +57,25 @@ def put_update(connection: Connection, received: UpdateRow) -> None:
     client = select(tables.tickets.c.client).where(tables.tickets.c.id == received.ticket).scalar_subquery()
     counted = {"updates": tables.clients.c.updates + 1}
     connection.execute(update(tables.clients).where(tables.clients.c.id == client).values(counted))
+
+
+def _uncount(connection: Connection, clients: Sequence[str]) -> None:
+    """Takes one update back from what was counted for some clients."""
+    if clients:
+        one_less = update(tables.clients).where(tables.clients.c.id == bindparam("client"))
+        statement = one_less.values(updates=tables.clients.c.updates - 1)
+        connection.execute(statement, [{"client": client} for client in clients])
+
+
+def select_norms(connection: Connection, run: str, numbers: Sequence[int]) -> dict[int, list[float]]:
+    """Returns the norms of the updates that count in some rounds of a run, by round number."""
+    t, u = tables.tickets, tables.updates
+    query = select(t.c.number, u.c.norm).join(u, u.c.ticket == t.c.id)
+    query = query.where(t.c.run == run, t.c.number.in_(numbers), t.c.state == str(TicketState.RECEIVED))
+    found: dict[int, list[float]] = {}
+    for number, norm in connection.execute(query):
+        found.setdefault(number, []).append(norm)
+    return found
 
 
 def put_result(
