@@ -16,7 +16,7 @@ from fedpeft import payload
 from fedpeft.aggregation import Doubles, Options, Strategy, strategy
 from fedpeft.codecs import BLOCK_ELEMENTS
 from fedpeft.errors import Internal
-from fedpeft.folding import Contribution, Folded, fold, fold_tensors, squared_norm, weigh
+from fedpeft.folding import Contribution, Folded, Overflow, fold, fold_tensors, squared_norm, weigh
 from fedpeft.spec import TensorSpec
 
 SPECS = (TensorSpec("a", (7, 3)), TensorSpec("b", ()), TensorSpec("c", (50,)))
@@ -153,12 +153,18 @@ def test_what_was_never_sent_has_the_initial_state() -> None:
     assert folded.state["steps"]["a"].tolist() == [1.0]
 
 
-def test_values_beyond_float32_saturate() -> None:
+def test_a_value_beyond_float32_is_refused_and_names_the_client_with_the_largest_part() -> None:
     most = np.float32(np.finfo(np.float32).max)
-    spec = TensorSpec("a", (2,))
-    base = {"a": np.array([most, -most])}
-    folded = fold([contribution("c", 1, base)], [spec], strategy("fedavg", {}), base, {})
-    assert folded.adapter["a"].tolist() == base["a"].tolist()
+    spec = TensorSpec("a", (3,))
+    base = {"a": np.array([0, most, -most], np.float32)}
+    small, large = np.array([most, 1, 1], np.float32), np.array([0, most, 0], np.float32)
+    cohort = [contribution("b", 1, {"a": small}), contribution("c", 10**9, {"a": large})]
+    for block in (1, 2, 1024):
+        with pytest.raises(Overflow, match="tensor a would leave the range of float32") as caught:
+            list(fold_tensors(cohort, [spec], strategy("fedavg", {}), base, {}, block))
+        assert caught.value.client == "c"
+    clipped = list(fold_tensors(cohort, [spec], strategy("fedavg", {}), base, {}, clips=True))
+    assert clipped[0].values.tolist()[1:] == base["a"].tolist()[1:]
 
 
 class Broken(Strategy):

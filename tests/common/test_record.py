@@ -10,7 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedpeft.errors import BlobCorrupt
-from fedpeft.record import Contributed, Record, digest, parse, verify_chain
+from fedpeft.record import Contributed, Excluded, Record, digest, parse, verify_chain
+from fedpeft.screening import NormBound
 
 
 def hexadecimal(number: int) -> str:
@@ -127,5 +128,36 @@ def test_a_record_in_another_order_is_not_canonical() -> None:
     record = chain(1)[0]
     with pytest.raises(BlobCorrupt, match="not in canonical form"):
         parse(json.dumps(json.loads(record.to_json()), separators=(",", ":"), indent=1))
-    with pytest.raises(BlobCorrupt, match="format 2"):
+    with pytest.raises(BlobCorrupt, match="format 3"):
+        parse(record.to_json().replace('"format":1', '"format":3'))
+    with pytest.raises(BlobCorrupt, match="not in canonical form"):
         parse(record.to_json().replace('"format":1', '"format":2'))
+
+
+def screened(record: Record) -> Record:
+    left_out = Excluded("mallory", "ticket-9", 5, 1e30, hexadecimal(5), "norm")
+    return replace(record, excluded=(left_out,), bound=NormBound(30.0, 2.0, 60.0))
+
+
+def test_what_was_excluded_is_in_the_record_of_its_round_and_in_no_other() -> None:
+    plain = chain(1)[0]
+    assert not {"excluded", "bound", "rolled_back_to"} & json.loads(plain.to_json()).keys()
+    record = screened(plain)
+    assert '"bound":{"factor":30.0,"limit":60.0,"reference":2.0}' in record.to_json()
+    assert '"format":2' in record.to_json()
+    assert parse(record.to_json()) == record
+    assert passes([record])
+
+
+def test_what_cannot_have_been_excluded() -> None:
+    record = screened(chain(1)[0])
+    (left_out,) = record.excluded
+    faults = {
+        "both folded and excluded": replace(record, excluded=(replace(left_out, client="client-0"),)),
+        "for a norm within the limit": replace(record, excluded=(replace(left_out, norm=59.0),)),
+        "its clients are not sorted": replace(record, excluded=(left_out, left_out)),
+        "a digest has not 64": replace(record, excluded=(replace(left_out, sha256="0"),)),
+    }
+    for message, wrong in faults.items():
+        with pytest.raises(BlobCorrupt, match=message):
+            verify_chain(texts([wrong]))
