@@ -1,10 +1,11 @@
 """docs/record.md lists the fields that there are, and its example is a record with the digest shown."""
 
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
-from fedpeft.record import FORMAT, Record, digest, parse
+from fedpeft.record import FORMAT, PLAIN, Excluded, Record, digest, parse
+from fedpeft.screening import NormBound
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "record.md").read_text(encoding="utf-8")
 EXAMPLE = re.findall(r"^```json\n(.*?)^```$", PAGE, re.M | re.S)[0].replace("\n", "")
@@ -18,7 +19,12 @@ def test_the_example_is_a_record_with_its_digest() -> None:
 
 
 def test_every_field_is_listed() -> None:
-    first, second = (re.findall(r"^\| `(\w+)` \|", part, re.M) for part in PAGE.split("| key of a contribution"))
-    assert first == ["format", *(f.name for f in fields(Record))]
-    assert f"`format` | {FORMAT}" in PAGE
+    first, second, third = (
+        re.findall(r"^\| `(\w+)` \|", part, re.M)
+        for part in re.split(r"\| key of a contribution|## Updates that were not folded", PAGE)
+    )
+    assert first == ["format", *(f.name for f in fields(Record) if f.default is MISSING)]
+    assert f"`format` | {PLAIN}; {FORMAT} for" in PAGE
     assert second == [f.name for f in fields(parse(EXAMPLE).contributions[0])]
+    assert third == [f.name for f in fields(Record) if f.default is not MISSING]
+    assert all(f"`{f.name}`" in PAGE for cls in (Excluded, NormBound) for f in fields(cls))
