@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check proto bench docs notebooks dist test-dist test-compose test-network screenshots
+.PHONY: help install demo test test-slow check proto bench docs notebooks dist test-dist test-compose test-network interop screenshots
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -52,6 +52,10 @@ docs: $(STAMP) ## build the documentation's site in build/site, a broken link be
 
 screenshots: $(STAMP) ## take the console's pictures again, over a federation that trains (docs/images, minutes)
 	FEDPEFT_SCREENSHOTS=docs/images $(BIN)/pytest -q tests/console/test_screenshots.py
+
+interop: $(STAMP) ## fetch the npm packages of the client in JavaScript, and hold runs with it (node, npm)
+	cd tests/interop && npm install --loglevel error
+	$(BIN)/pytest -n $(WORKERS) tests/interop
 
 notebooks: $(STAMP) ## execute docs/notebooks with servers and clients of their own, and write what they show
 	$(BIN)/python docs/notebooks/execute.py
