@@ -5,17 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
 
 import numpy as np
 import structlog
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
+from fedpeft.data.decoding import Decoded, Decoders, decode_rows
 from fedpeft.data.interface import Indices, Source
-from fedpeft.data.transforms import ImageUnreadable, Pixels, Preprocessing
-from fedpeft.errors import DataInvalid, FedpeftError
+from fedpeft.data.transforms import Pixels, Preprocessing
 
 CACHE_BYTES = 512 * 1024 * 1024
 """Decoded pixels up to this size are kept."""
@@ -28,8 +25,6 @@ MAX_WORKERS = 8
 _TOLD = 20
 _WORKER_ROWS = 256
 _UNKNOWN, _GOOD, _BAD = 0, 1, 2
-
-_Decoded: TypeAlias = tuple[Pixels, dict[int, str]] | FedpeftError
 
 _log = structlog.get_logger(__name__)
 
@@ -59,6 +54,7 @@ class PixelStore:
         self._kept: Pixels | None = np.empty((len(source), 3, side, side), np.uint8) if size <= cache_bytes else None
         self._state: NDArray[np.uint8] = np.zeros(len(source), np.uint8)
         self._workers = workers
+        self._decoders: Decoders | None = None
 
     @property
     def workers(self) -> int:
@@ -79,6 +75,8 @@ class PixelStore:
         batches = [missing[at : at + _WORKER_ROWS] for at in range(0, len(missing), _WORKER_ROWS)]
         for some, (pixels, good) in zip(batches, self._decoded(batches), strict=True):
             self._keep(some, pixels, good)
+        if self._decoders is not None:
+            self._decoders.end()  # what was decoded is kept
 
     def batches(self, batches: Iterable[Indices]) -> Iterator[tuple[Pixels, NDArray[np.bool_]]]:
         """Yields the pixels of batches of rows.
@@ -107,30 +105,15 @@ class PixelStore:
 
     def _decoded(self, batches: Iterable[Indices]) -> Iterator[tuple[Pixels, NDArray[np.bool_]]]:
         """Decodes batches in order, in worker processes if there are any."""
-        decoder = _Decoder(self.source, self.preprocessing)
-        results = self._in_workers(decoder, batches) if self.workers else map(decoder.__getitem__, batches)
-        for rows, result in zip(batches, results, strict=True):
-            if isinstance(result, FedpeftError):
-                raise result
-            pixels, bad = result
+        for rows, (pixels, bad) in zip(batches, self._results(batches), strict=True):
             yield pixels, self._good(rows, bad)
 
-    def _in_workers(self, decoder: _Decoder, batches: Iterable[Indices]) -> Iterator[_Decoded]:
-        loader = DataLoader(
-            decoder,
-            batch_size=None,
-            sampler=batches,
-            num_workers=self.workers,
-            prefetch_factor=2,
-            collate_fn=_as_it_is,
-            multiprocessing_context=_context(),
-            # Its own, or the number of workers would move the random numbers of training.
-            generator=torch.Generator(),
-        )
-        try:
-            yield from loader
-        except (RuntimeError, OSError) as error:
-            raise DataInvalid(f"a process that decodes images ended ({error}); use fewer worker processes") from None
+    def _results(self, batches: Iterable[Indices]) -> Iterator[Decoded]:
+        if not self.workers:
+            return (decode_rows(self.source, self.preprocessing, rows) for rows in batches)
+        if self._decoders is None:
+            self._decoders = Decoders(self.source, self.preprocessing, self.workers)
+        return self._decoders.decoded(batches)
 
     def _good(self, rows: Indices, bad: dict[int, str]) -> NDArray[np.bool_]:
         """Notes unreadable rows, the first of them told once, and returns which of `rows` are readable."""
@@ -140,49 +123,3 @@ class PixelStore:
                 if len(self.unreadable) <= _TOLD:
                     _log.warning("image_unreadable", image=self.source.name(row), why=why)
         return np.array([int(row) not in bad for row in rows], np.bool_)
-
-
-class _Decoder(Dataset[_Decoded]):
-    """What a worker process holds."""
-
-    def __init__(self, source: Source, preprocessing: Preprocessing) -> None:
-        self._source = source
-        self._preprocessing = preprocessing
-
-    def __getitem__(self, rows: Indices) -> _Decoded:
-        """Decodes rows; a fault of the source comes back as a value, so that it crosses the process as it is."""
-        try:
-            return decode_rows(self._source, self._preprocessing, rows)
-        except FedpeftError as error:
-            return error
-
-
-def decode_rows(source: Source, preprocessing: Preprocessing, rows: Indices) -> tuple[Pixels, dict[int, str]]:
-    """Decodes rows of a source.
-
-    Returns:
-        uint8[m, 3, side, side] of the readable rows in order, and why each other row is not, by row.
-    """
-    side = preprocessing.image_size
-    pixels = np.empty((len(rows), 3, side, side), np.uint8)
-    bad: dict[int, str] = {}
-    done = 0
-    for row in map(int, rows):
-        try:
-            pixels[done] = preprocessing.decode(source.image_bytes(row))
-            done += 1
-        except ImageUnreadable as error:
-            bad[row] = str(error)
-    return pixels[:done], bad
-
-
-def _as_it_is(decoded: Any) -> Any:
-    """Keeps arrays arrays: torch would send tensors through shared memory, of which containers have 64 MiB."""
-    return decoded
-
-
-def _context() -> Any:
-    """Returns how workers start: from a clean process, because forking one with threads (gRPC, CUDA) may hang."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
