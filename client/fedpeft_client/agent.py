@@ -49,6 +49,7 @@ from fedpeft_client.pending import PendingBox
 from fedpeft_client.policy import Policy
 from fedpeft_client.pull import Puller
 from fedpeft_client.push import Pusher
+from fedpeft_client.recall import Recall
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.settings import Settings
 from fedpeft_client.standing import while_it_counts
@@ -96,6 +97,7 @@ class Agent:
         self._patience = Patience(log, CALL_S if settings.once else None)
         self._limits = Limits(policy, ledger, metrics, log)
         self._withdrawals = Withdrawals(channel, self._patience, ledger)
+        self._recall = Recall(channel, self._patience, self._box)
         self._pusher = Pusher(channel, self._patience, ledger)
         self._trainer = Trainer(directory, self._box, worker, metrics)
         self._evaluator = Evaluator(channel, self._patience, worker, ledger, metrics)
@@ -221,6 +223,7 @@ class Agent:
 
         async def train() -> None:
             run, held = await self._pull(task.run, task.version, task.round)
+            await self._recall.settle(run.id, log)
             training = self._trainer.train(run, task, held, log)  # what is pending is pushed next, as after a kill
             with self._metrics.during(State.TRAINING), tracing.span("train", task.run, task.round):
                 await while_it_counts(self._channel, task.ticket, self._limits.while_permitted(training))

@@ -4,6 +4,10 @@ The worker writes the files into a draft folder; one rename to `pending` commits
 rename to `settled-OUTCOME` commits the decision, the right residual and the local tensors are renamed into the run's
 folder, and the rest is removed. A crash between any two steps is finished by `finish` at the next start: a file that
 is no longer in the settled folder has already been moved, so nothing is lost and nothing is counted twice.
+
+A counted update may still be excluded when its round closes. So its ticket, and the residual for that case, stay in the
+run's folder (`counted.json`, `counted.safetensors`) until the next ticket of the run; `excluded` there names the ticket
+of an excluded update that was the last one.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ IF_COUNTED = "residual_if_counted.safetensors"
 IF_NOT = "residual_if_not.safetensors"
 LOCAL = "local.safetensors"
 _RECORD = "ticket.json"
+_COUNTED, _IF_EXCLUDED, _EXCLUDED = "counted.json", "counted.safetensors", "excluded"
 
 
 class Outcome(StrEnum):
@@ -129,6 +134,52 @@ class PendingBox:
             for settled in self._directory.path.glob(f"settled-{outcome}@*"):
                 self._apply(settled, outcome, self._directory.run(settled.name.split("@", 1)[1]))
 
+    def counted(self, run: str) -> str | None:
+        """Returns the ticket of the last update of a run that counted, until that is settled for good."""
+        try:
+            record = json.loads((self._directory.run(run) / _COUNTED).read_bytes())
+            return str(record["header"]["ticket"])
+        except FileNotFoundError:
+            return None
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # damaged: as if it had counted, as it would without the file
+            self.confirm(run)
+            return None
+
+    def confirm(self, run: str) -> None:
+        """Settles that the last update of a run was folded."""
+        folder = self._directory.run(run)
+        for name in (_EXCLUDED, _IF_EXCLUDED, _COUNTED):
+            (folder / name).unlink(missing_ok=True)
+        durable.sync(folder)
+
+    def take_back(self, run: str) -> bool:
+        """Settles that the last update of a run was excluded; a crash in the middle is mended by calling it again.
+
+        Returns:
+            Whether it is in the residual now; False if residual and update were dropped, because the one before it was
+            excluded too.
+        """
+        folder, ticket = self._directory.run(run), self.counted(run) or ""
+        before = folder / _EXCLUDED
+        last = before.read_text("ascii") if before.exists() else ""
+        second = last not in ("", ticket)
+        if second:
+            state.residual(folder).unlink(missing_ok=True)
+        else:
+            durable.write(before, ticket.encode())
+            if (folder / _IF_EXCLUDED).exists():
+                durable.move(folder / _IF_EXCLUDED, state.residual(folder))
+        left = (_IF_EXCLUDED, _COUNTED, _EXCLUDED) if second else (_IF_EXCLUDED, _COUNTED)
+        for name in left:
+            (folder / name).unlink(missing_ok=True)
+        durable.sync(folder)
+        return not second
+
     def _settled(self, outcome: Outcome, run: str) -> Path:
         return self._directory.path / f"settled-{outcome}@{run}"
 
@@ -136,6 +187,8 @@ class PendingBox:
         moves = {LOCAL: state.local(folder)}
         if outcome is Outcome.COUNTED:
             moves[IF_COUNTED] = state.residual(folder)
+            moves[IF_NOT] = folder / _IF_EXCLUDED
+            moves[_RECORD] = folder / _COUNTED  # last: it says that there is the other
         elif outcome is Outcome.NOT_COUNTED:
             moves[IF_NOT] = state.residual(folder)
         else:

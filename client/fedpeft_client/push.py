@@ -19,6 +19,7 @@ from fedpeft.errors import (
     ServerUnreachable,
     TicketClosed,
     UpdateDiffers,
+    UpdateExcluded,
 )
 from fedpeft.logs import Log
 from fedpeft.payload import chunks
@@ -86,7 +87,7 @@ class Pusher:
                 reason=error.reason,
                 cause=str(error),
             )
-            if not isinstance(error, RoundClosed | TicketClosed):
+            if not isinstance(error, RoundClosed | TicketClosed | UpdateExcluded):
                 return await self.give_up(pending, error, log)
             return Outcome.NOT_COUNTED
         log.info("update received", sha256=receipt.sha256.hex())
@@ -124,6 +125,8 @@ class Pusher:
             return standing.receipt
         if standing.state == run_pb2.TICKET_STATE_LATE:
             raise RoundClosed("the round closed before the update came")
+        if standing.state == run_pb2.TICKET_STATE_REFUSED and standing.reason.startswith(UpdateExcluded.reason):
+            raise UpdateExcluded(standing.reason)  # received by an attempt whose answer was lost
         if standing.state == run_pb2.TICKET_STATE_REFUSED:  # by an attempt whose answer was lost
             raise PayloadInvalid(standing.reason or "the server refused this update as wrong; its log has the reason")
         if standing.state != run_pb2.TICKET_STATE_ISSUED:

@@ -306,7 +306,9 @@ class Federation(pb_grpc.FederationServiceServicer):
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
         ticket = await self._ticket(request.ticket, context)
         held = len(ticket.held) if ticket.held_sha256 == request.sha256 else 0
-        return pb.GetUploadResponse(committed_bytes=held, state=ticket.state, receipt=ticket.receipt)
+        return pb.GetUploadResponse(
+            committed_bytes=held, state=ticket.state, receipt=ticket.receipt, reason=ticket.reason
+        )
 
     async def PushUpdate(
         self, requests: AsyncIterator[pb.PushUpdateRequest], context: Context

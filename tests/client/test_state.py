@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import resource
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,61 @@ def test_parts_of_other_versions_go(tmp_path: Path) -> None:
     cache.part(3).write_bytes(b"x")
     cache.part(4).write_bytes(b"x")
     assert [p.name for p in tmp_path.iterdir()] == ["adapter-4.part"]
+
+
+class TestExcludedAfterTheReceipt:
+    """A round may exclude an update when it closes; its client finds out before the next ticket."""
+
+    def settled(self, path: Path, ticket: str) -> PendingBox:
+        box = PendingBox(StateDirectory(path), "")
+        header = write_draft(box)
+        header.ticket = ticket
+        box.settle(box.commit(RUN, 1, header), Outcome.COUNTED)
+        assert box.counted(RUN) == ticket
+        return box
+
+    def residual(self, path: Path) -> bytes | None:
+        file = state.residual(path / "runs" / RUN)
+        return file.read_bytes() if file.exists() else None
+
+    def test_one_that_was_folded_leaves_nothing(self, tmp_path: Path) -> None:
+        box = self.settled(tmp_path, "ticket-1")
+        box.confirm(RUN)
+        assert box.counted(RUN) is None
+        assert self.residual(tmp_path) == b"counted"
+        assert sorted(p.name for p in (tmp_path / "runs" / RUN).iterdir()) == [
+            "local.safetensors",
+            "residual.safetensors",
+        ]
+
+    def test_the_first_goes_into_the_residual_and_the_second_in_a_row_is_dropped_with_it(self, tmp_path: Path) -> None:
+        for ticket, kept in (("ticket-1", True), ("ticket-2", False), ("ticket-3", True)):
+            box = self.settled(tmp_path / "state", ticket)
+            assert box.take_back(RUN) is kept
+            assert box.counted(RUN) is None
+            assert self.residual(tmp_path / "state") == (b"not" if kept else None)
+            box._directory.close()
+
+    def test_one_that_was_folded_in_between_makes_the_next_the_first(self, tmp_path: Path) -> None:
+        for ticket, excluded in (("ticket-1", True), ("ticket-2", False), ("ticket-3", True)):
+            box = self.settled(tmp_path, ticket)
+            assert box.take_back(RUN) if excluded else not box.confirm(RUN)
+            box._directory.close()
+        assert self.residual(tmp_path) == b"not"
+
+    @pytest.mark.parametrize("step", range(1, 12))
+    def test_a_crash_on_the_way_is_mended(self, tmp_path: Path, step: int) -> None:
+        box = self.settled(tmp_path, "ticket-1")
+        with pytest.MonkeyPatch.context() as patch:
+            crash_at(patch, step)
+            with suppress(Crash):
+                box.take_back(RUN)
+        if box.counted(RUN):
+            assert box.take_back(RUN)
+        assert self.residual(tmp_path) == b"not"
+
+    def test_a_damaged_note_is_as_if_it_had_counted(self, tmp_path: Path) -> None:
+        box = self.settled(tmp_path, "ticket-1")
+        (tmp_path / "runs" / RUN / "counted.json").write_bytes(b"{")
+        assert box.counted(RUN) is None
+        assert self.residual(tmp_path) == b"counted"

@@ -39,7 +39,7 @@ from fedpeft.payload import CHUNK_BYTES
 from fedpeft.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client import departures, patience, pull, push
+from fedpeft_client import departures, patience, pull, push, state
 from fedpeft_client.adapters import AdapterCache
 from fedpeft_client.channel import Channel
 from fedpeft_client.ledger import Ledger
@@ -49,6 +49,7 @@ from fedpeft_client.patience import Backoff, Patience
 from fedpeft_client.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Outcome, Pending, PendingBox
 from fedpeft_client.pull import Puller
 from fedpeft_client.push import Pusher
+from fedpeft_client.recall import Recall
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.state import StateDirectory
 from fedpeft_client.traffic import Traffic
@@ -427,3 +428,41 @@ def test_pauses_grow_to_a_cap_and_are_never_none() -> None:
     assert pauses[0] <= patience.FIRST_PAUSE_S and pauses[-1] >= patience.LONGEST_PAUSE_S / 2
     backoff.reset()
     assert backoff.draw() <= patience.FIRST_PAUSE_S
+
+
+EXCLUDED = "UPDATE_EXCLUDED: its norm 3e+38 is more than 30 times 1"
+
+
+class TestExcludedAfterTheReceipt:
+    async def counted(self, site: Site) -> Recall:
+        pending = site.pending()
+        outcome = await site.pusher.push(pending, site.log)
+        assert outcome is Outcome.COUNTED
+        site.box.settle(pending, outcome)
+        return Recall(site.channel, site.patience, site.box)
+
+    def residual(self, site: Site) -> str:
+        return state.residual(site.directory.run(site.run.id)).read_text()
+
+    async def test_it_goes_into_the_residual_before_the_next_training(self, site: Site) -> None:
+        recall = await self.counted(site)
+        site.ticket.state, site.ticket.reason = run_pb2.TICKET_STATE_REFUSED, EXCLUDED
+        assert self.residual(site) == IF_COUNTED
+        await recall.settle(site.run.id, site.log)
+        assert self.residual(site) == IF_NOT
+        await recall.settle(site.run.id, site.log)
+        assert self.residual(site) == IF_NOT, "it is asked once"
+
+    @pytest.mark.parametrize("gone", [False, True])
+    async def test_what_was_folded_or_is_unknown_by_now_stays_as_it_is(self, site: Site, gone: bool) -> None:
+        recall = await self.counted(site)
+        if gone:
+            del site.federation.run.tickets["ticket-1"]
+        await recall.settle(site.run.id, site.log)
+        assert self.residual(site) == IF_COUNTED
+        assert site.box.counted(site.run.id) is None
+
+    async def test_an_upload_whose_receipt_was_lost_finds_it_out_as_well(self, site: Site) -> None:
+        pending = site.pending()
+        site.ticket.state, site.ticket.reason = run_pb2.TICKET_STATE_REFUSED, EXCLUDED
+        assert await site.pusher.push(pending, site.log) is Outcome.NOT_COUNTED
