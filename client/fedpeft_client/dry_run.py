@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedpeft.data.interface import UNREADABLE_SHARE
+from fedpeft.data.interface import DEEP_BITS, UNREADABLE_SHARE
 from fedpeft.errors import DataInvalid
 from fedpeft.logs import Log
 from fedpeft.units import counted
@@ -64,6 +64,8 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
 
 
 def _say_readable(surveyed: Answer, rows_are: str) -> None:
+    if (surveyed["bits"] or DEEP_BITS) < DEEP_BITS:
+        _line("bits", f"{surveyed['bits']} of the {DEEP_BITS} bits of a channel are used; images are scaled by these")
     bad, named = surveyed["unreadable"], surveyed["named"][:_NAMED]
     if not bad:
         _line(rows_are, f"all {surveyed['images']:,} can be read")

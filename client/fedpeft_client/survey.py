@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from fedpeft.data.images import MAX_PIXELS
 from fedpeft.data.interface import Source
 from fedpeft.data.store import PixelStore
 from fedpeft.data.transforms import Preprocessing
@@ -27,23 +28,26 @@ class Found:
     Attributes:
         unreadable: Name of each image that cannot be read, and why.
         by_class: How many those are, by the site's own class names.
+        bits: How many of 16 bits a channel the images use that have so many; None if none has.
     """
 
     unreadable: list[tuple[str, str]]
     by_class: Mapping[str, int]
+    bits: int | None = None
 
 
-def survey(source: Source, progress: Callable[[dict[str, Any]], None]) -> Found:
+def survey(source: Source, progress: Callable[[dict[str, Any]], None], max_pixels: int = MAX_PIXELS) -> Found:
     """Opens every image.
 
     Args:
         source: The images.
         progress: Called after every batch with `images` opened so far `of` how many, and how many `unreadable`.
+        max_pixels: Pixels of the largest image that is opened.
 
     Raises:
         DataInvalid: If the data as a whole went away or changed its form.
     """
-    store = PixelStore(source, _SMALL, cache_bytes=0)
+    store = PixelStore(source, replace(_SMALL, max_pixels=max_pixels), cache_bytes=0)
     rows = np.arange(len(source), dtype=np.int64)
     batches = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
     done = 0
@@ -52,4 +56,5 @@ def survey(source: Source, progress: Callable[[dict[str, Any]], None]) -> Found:
         progress({"images": done, "of": len(rows), "unreadable": len(store.unreadable)})
     names = source.class_names
     by_class = Counter(names[source.labels[row]] for row in store.unreadable)
-    return Found([(source.name(row), why) for row, why in sorted(store.unreadable.items())], by_class)
+    unreadable = [(source.name(row), why) for row, why in sorted(store.unreadable.items())]
+    return Found(unreadable, by_class, store.preprocessing.bits)

@@ -131,16 +131,23 @@ class Workbench:
         }
 
     def survey(self, progress: Callable[[Message], None]) -> Message:
-        """Opens every image; returns how many there are, how many cannot be read, and [name, why] of the first.
+        """Opens every image; returns how many there are, how many cannot be read, [name, why] of the first, and `bits`.
+
+        Those are how many of 16 bits a channel the images use that have so many; None if none has.
 
         What is no image was read when it was opened.
         """
         if self._site.kind != IMAGES:
-            return {"images": len(self._source), "unreadable": 0, "named": []}
+            return {"images": len(self._source), "unreadable": 0, "named": [], "bits": None}
         found = survey(self._source, progress)
         self._site = replace(self._site, unreadable=found.by_class)
         bad = found.unreadable
-        return {"images": len(self._source), "unreadable": len(bad), "named": bad[:NAMED_UNREADABLE]}
+        return {
+            "images": len(self._source),
+            "unreadable": len(bad),
+            "named": bad[:NAMED_UNREADABLE],
+            "bits": found.bits,
+        }
 
     def _report(self, run: KnownRun, loaded: Loaded) -> Message:
         examples, labels = self._learner.usable(loaded.dataset)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from typing import Literal
 
 import structlog
+
+_WARNING = re.compile(r"^.*?:\d+: (?=\w*: )")
+"""File and line before a warning's class and text."""
 
 Log = structlog.typing.FilteringBoundLogger
 LogFormat = Literal["auto", "console", "json"]
@@ -40,6 +44,19 @@ def configure(form: LogFormat, level: Level) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    logging.captureWarnings(True)
+    logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)
+
+
+class _Forward(logging.Handler):
+    """Makes lines of this process's log of what libraries say by `logging` and `warnings`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        text = record.getMessage()
+        if record.name == "py.warnings":
+            text = _WARNING.sub("", text).split("\n", 1)[0]  # where in which library is of no use here
+        structlog.get_logger().log(record.levelno, text, library=record.name, exc_info=record.exc_info)
 
 
 def silence_grpc() -> None:

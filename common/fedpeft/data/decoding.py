@@ -6,17 +6,20 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import connection
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from fedpeft.data.interface import Indices, Source
-from fedpeft.data.transforms import ImageUnreadable, Pixels, Preprocessing
+from fedpeft.data.images import peak
+from fedpeft.data.interface import ImageUnreadable, Indices, Source
+from fedpeft.data.transforms import Pixels, Preprocessing
 from fedpeft.errors import DataInvalid
 
 AHEAD = 2
@@ -28,6 +31,8 @@ POOLS = 2
 Decoded: TypeAlias = tuple[Pixels, dict[int, str]]
 """uint8[m, 3, side, side] of the readable rows in order, and why each other row is not, by row."""
 
+T = TypeVar("T")
+
 _pools: OrderedDict[int, ProcessPoolExecutor] = OrderedDict()
 _held: tuple[Source, Preprocessing] | None = None
 
@@ -36,6 +41,7 @@ def decode_rows(source: Source, preprocessing: Preprocessing, rows: Indices) -> 
     """Decodes rows of a source in this process.
 
     Raises:
+        BitsUnknown: As `Preprocessing.decode`.
         DataInvalid: If the source cannot be read any more.
     """
     side = preprocessing.image_size
@@ -49,6 +55,19 @@ def decode_rows(source: Source, preprocessing: Preprocessing, rows: Indices) -> 
         except ImageUnreadable as error:
             bad[row] = str(error)
     return pixels[:done], bad
+
+
+def highest_value(source: Source, preprocessing: Preprocessing, rows: Indices) -> int:
+    """Returns the highest value in images of 16 bits a channel among some rows; 0 if there are none that can be read.
+
+    Raises:
+        DataInvalid: If the source cannot be read any more.
+    """
+    highest = 0
+    for row in map(int, rows):
+        with suppress(ImageUnreadable):
+            highest = max(highest, peak(source.image_bytes(row), preprocessing.max_pixels))
+    return highest
 
 
 class Decoders:
@@ -68,12 +87,20 @@ class Decoders:
         """Decodes batches of rows, in order, some ahead of what is asked for.
 
         Raises:
+            BitsUnknown: As `decode_rows`.
             DataInvalid: If the source cannot be read any more, or a process ended.
         """
-        pool, under_way = self._pool(), deque[Future[Decoded]]()
+        return self._mapped(_decode, batches)
+
+    def highest_values(self, batches: Iterable[Indices]) -> Iterator[int]:
+        """Returns `highest_value` of batches of rows; raises as `decoded`."""
+        return self._mapped(_highest_value, batches)
+
+    def _mapped(self, function: Callable[[Indices], T], batches: Iterable[Indices]) -> Iterator[T]:
+        pool, under_way = self._pool(), deque[Future[T]]()
         try:
             for rows in batches:
-                under_way.append(pool.submit(_decode, rows))
+                under_way.append(pool.submit(function, rows))
                 if len(under_way) > AHEAD * self._workers:
                     yield under_way.popleft().result()
             while under_way:
@@ -106,6 +133,7 @@ def _hold(source: Source, preprocessing: Preprocessing) -> None:
     """Keeps in a process what it decodes, and ties the process's life to that of the one that started it."""
     global _held
     _held = source, preprocessing
+    warnings.simplefilter("ignore")  # no raw line of a library's between those of the log
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of the group; who started this one ends it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -121,6 +149,11 @@ def _end_with_parent() -> None:
 def _decode(rows: Indices) -> Decoded:
     assert _held is not None
     return decode_rows(*_held, rows)
+
+
+def _highest_value(rows: Indices) -> int:
+    assert _held is not None
+    return highest_value(*_held, rows)
 
 
 def _context() -> Any:

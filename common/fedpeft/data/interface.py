@@ -11,8 +11,15 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 """Row numbers, counted from 0."""
 
+DEEP_BITS = 16
+"""Bits of a channel of an image that has more than the usual 8."""
+
 UNREADABLE_SHARE = 0.01
 """Share of images that may be unreadable before a data set is refused."""
+
+
+class ImageUnreadable(ValueError):
+    """One image cannot be read or decoded; the data set counts it and goes on."""
 
 
 class Source(Protocol):
@@ -36,7 +43,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def image_bytes(self, row: int) -> bytes | memoryview:
-        """Returns the encoded image of a row, a view where possible; empty if the row holds none."""
+        """Returns the encoded image of a row, a view where possible; empty if the row holds none.
+
+        Raises:
+            ImageUnreadable: If this image alone cannot be read.
+        """
 
     def name(self, row: int) -> str:
         """Returns what a person would look for: the file and the row, or the path."""

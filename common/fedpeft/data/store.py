@@ -5,13 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from fedpeft.data.decoding import Decoded, Decoders, decode_rows
-from fedpeft.data.interface import Indices, Source
+from fedpeft.data.decoding import Decoded, Decoders, decode_rows, highest_value
+from fedpeft.data.images import BitsUnknown
+from fedpeft.data.interface import DEEP_BITS, Indices, Source
 from fedpeft.data.transforms import Pixels, Preprocessing
 
 CACHE_BYTES = 512 * 1024 * 1024
@@ -34,6 +37,8 @@ class PixelStore:
 
     Attributes:
         unreadable: Why a row could not be decoded, by row, as far as rows were asked for.
+        preprocessing: How they are decoded. Its `bits` are None until an image of 16 bits a channel is met; then all
+            of the source is looked through for the bits in use, so that they are the same for all its images.
 
     Args:
         source: The images.
@@ -46,7 +51,7 @@ class PixelStore:
         self, source: Source, preprocessing: Preprocessing, cache_bytes: int = CACHE_BYTES, workers: int | None = None
     ) -> None:
         self.source = source
-        self.preprocessing = preprocessing
+        self.preprocessing = replace(preprocessing, bits=None)
         self.unreadable: dict[int, str] = {}
         side = preprocessing.image_size
         size = len(source) * 3 * side * side
@@ -93,8 +98,7 @@ class PixelStore:
         for rows in batches:
             missing = rows[self._state[rows] == _UNKNOWN]
             if len(missing):
-                pixels, bad = decode_rows(self.source, self.preprocessing, missing)
-                self._keep(missing, pixels, self._good(missing, bad))
+                self._keep(missing, *self._decoded_here(missing))
             good = self._state[rows] == _GOOD
             yield self._kept[rows[good]], good
 
@@ -105,15 +109,49 @@ class PixelStore:
 
     def _decoded(self, batches: Iterable[Indices]) -> Iterator[tuple[Pixels, NDArray[np.bool_]]]:
         """Decodes batches in order, in worker processes if there are any."""
-        for rows, (pixels, bad) in zip(batches, self._results(batches), strict=True):
-            yield pixels, self._good(rows, bad)
+        done = 0
+        while True:
+            rest, again = (islice(iter(batches), done, None) for _ in range(2))
+            try:
+                for rows, (pixels, bad) in zip(rest, self._results(again), strict=True):
+                    done += 1
+                    yield pixels, self._good(rows, bad)
+                return
+            except BitsUnknown:
+                self._look_for_bits()  # once: with them, decoding goes on where it stopped
+
+    def _decoded_here(self, rows: Indices) -> tuple[Pixels, NDArray[np.bool_]]:
+        try:
+            pixels, bad = decode_rows(self.source, self.preprocessing, rows)
+        except BitsUnknown:
+            self._look_for_bits()
+            pixels, bad = decode_rows(self.source, self.preprocessing, rows)
+        return pixels, self._good(rows, bad)
 
     def _results(self, batches: Iterable[Indices]) -> Iterator[Decoded]:
         if not self.workers:
             return (decode_rows(self.source, self.preprocessing, rows) for rows in batches)
+        return self._processes().decoded(batches)
+
+    def _processes(self) -> Decoders:
         if self._decoders is None:
             self._decoders = Decoders(self.source, self.preprocessing, self.workers)
-        return self._decoders.decoded(batches)
+        return self._decoders
+
+    def _look_for_bits(self) -> None:
+        """Finds how many bits the source's images of 16 bits a channel use, and says so if these are not all."""
+        rows = np.arange(len(self.source), dtype=np.int64)
+        batches = [rows[at : at + _WORKER_ROWS] for at in range(0, len(rows), _WORKER_ROWS)]
+        if self.workers:
+            highest = max(self._processes().highest_values(batches))
+            self._processes().end()
+            self._decoders = None  # the next ones know
+        else:
+            highest = max(highest_value(self.source, self.preprocessing, rows) for rows in batches)
+        bits = max(highest.bit_length(), 1)
+        self.preprocessing = replace(self.preprocessing, bits=bits)
+        if bits < DEEP_BITS:
+            _log.warning("images of 16 bits use fewer; all are scaled by the bits in use", bits=bits, highest=highest)
 
     def _good(self, rows: Indices, bad: dict[int, str]) -> NDArray[np.bool_]:
         """Notes unreadable rows, the first of them told once, and returns which of `rows` are readable."""

@@ -7,8 +7,6 @@ evaluation normalise with the same figures, the model's own.
 
 from __future__ import annotations
 
-import io
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Self
@@ -18,11 +16,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedpeft.data.interface import Indices
+from fedpeft.data.images import MAX_PIXELS, ImageUnreadable, read_rgb
+from fedpeft.data.interface import DEEP_BITS, Indices
 from fedpeft.errors import DataInvalid
 
 if TYPE_CHECKING:  # a worker process decodes images and needs no models
     from fedpeft.models import Backbone
+
+__all__ = ["Augmentation", "ImageUnreadable", "Pixels", "Preprocessing", "augment"]
 
 Augmentation = Literal["none", "flip", "crop"]
 Pixels = NDArray[np.uint8]
@@ -38,14 +39,6 @@ _PADDING_SHARE = 8
 """Random crop pads by an eighth of the side: 4 pixels at 32, as the paper does on CIFAR-100."""
 
 
-_OF_A_STREAM = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
-"""What Pillow says in place of a file's name, which is no help: the caller names the image."""
-
-
-class ImageUnreadable(ValueError):
-    """One image cannot be decoded; the data set counts it and goes on."""
-
-
 @dataclass(frozen=True)
 class Preprocessing:
     """The input that a model wants.
@@ -55,20 +48,24 @@ class Preprocessing:
         mean: Of each channel, for pixels scaled to 0..1.
         std: Likewise.
         interpolation: nearest, bilinear, bicubic or lanczos.
+        max_pixels: Pixels of the largest image that is opened.
+        bits: How many of the 16 bits of a channel the data set uses, for images that have so many; None if not known.
     """
 
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str = "bicubic"
+    max_pixels: int = MAX_PIXELS
+    bits: int | None = DEEP_BITS
 
     def __post_init__(self) -> None:
         if self.interpolation not in _RESAMPLING:
             raise DataInvalid(f"there is no interpolation {self.interpolation!r}; there are: {', '.join(_RESAMPLING)}")
 
     @classmethod
-    def of(cls, backbone: Backbone) -> Self:
-        """Returns what a backbone wants.
+    def of(cls, backbone: Backbone, max_pixels: int = MAX_PIXELS) -> Self:
+        """Returns what a backbone wants, of images that have at most so many pixels.
 
         Raises:
             DataInvalid: If it does not take images.
@@ -76,7 +73,7 @@ class Preprocessing:
         images = backbone.images
         if images is None:
             raise DataInvalid(f"{backbone.config.name} does not take images")
-        return cls(images.image_size, images.mean, images.std, images.interpolation)
+        return cls(images.image_size, images.mean, images.std, images.interpolation, max_pixels)
 
     def decode(self, data: bytes | memoryview) -> Pixels:
         """Decodes one image and resizes it to the square, without keeping its proportions, as the paper does.
@@ -85,14 +82,10 @@ class Preprocessing:
             uint8[3, image_size, image_size].
 
         Raises:
-            ImageUnreadable: If `data` is not an image that Pillow reads whole.
+            ImageUnreadable: If `data` is not an image that is read whole; see `fedpeft.data.images`.
+            BitsUnknown: If it has 16 bits a channel and `bits` is None.
         """
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                rgb = _rgb(image)
-        except Exception as error:  # Pillow's plugins raise whatever a malformed file makes them raise
-            fault = str(error) or type(error).__name__
-            raise ImageUnreadable(_OF_A_STREAM.sub("", fault)) from None
+        rgb = read_rgb(data, self.bits, self.max_pixels)
         if rgb.size != (self.image_size, self.image_size):
             rgb = rgb.resize((self.image_size, self.image_size), _RESAMPLING[self.interpolation])
         return np.ascontiguousarray(np.asarray(rgb, np.uint8).transpose(2, 0, 1))
@@ -112,19 +105,6 @@ def _scale_and_shift(
         scale = torch.tensor([1 / (255 * s) for s in std], device=device)
         shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
         return scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Returns three channels of 8 bits: transparent pixels on white, 16-bit grey scaled, not clipped."""
-    if image.mode.startswith("I;16"):
-        wide = np.asarray(image).astype(np.uint16)
-        return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ImageUnreadable(f"pixels of mode {image.mode} have no known range; 8 or 16 bits a channel are read")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def augment(pixels: Pixels, rows: Indices, kind: Augmentation, seed: int, epoch: int) -> Pixels:
