@@ -31,7 +31,7 @@ from importlib.metadata import version as installed_version
 
 from fedpeft import PROTOCOL, tracing
 from fedpeft.codecs import codecs
-from fedpeft.errors import FedpeftError, NotFound, NotRegistered, RefusedByPolicy, StateInvalid
+from fedpeft.errors import ClientMoved, FedpeftError, NotFound, NotRegistered, RefusedByPolicy, StateInvalid
 from fedpeft.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
@@ -47,6 +47,7 @@ from fedpeft_client.metrics import Metrics, State
 from fedpeft_client.patience import AWAY_S, CALL_S, Backoff, Patience
 from fedpeft_client.pending import PendingBox
 from fedpeft_client.policy import Policy
+from fedpeft_client.processes import Processes
 from fedpeft_client.pull import Puller
 from fedpeft_client.push import Pusher
 from fedpeft_client.recall import Recall
@@ -94,6 +95,7 @@ class Agent:
         self._metrics = metrics
         self._log = log
         self._box = PendingBox(directory, policy.digest)
+        self._processes = Processes(directory.path, channel.process)
         self._patience = Patience(log, CALL_S if settings.once else None)
         self._limits = Limits(policy, ledger, metrics, log)
         self._withdrawals = Withdrawals(channel, self._patience, ledger)
@@ -124,8 +126,14 @@ class Agent:
         hello = await self._worker.start()
         request = registration(self._settings, hello)
         self._metrics.data_rows.set(hello["rows"])
-        with self._ledger.booked(departures.registration(request)):
-            await self._patience.keep(lambda: self._channel.register(request))
+        request.earlier_processes.extend(await asyncio.to_thread(self._processes.earlier))
+        await asyncio.to_thread(self._processes.registers)
+        try:
+            with self._ledger.booked(departures.registration(request)):
+                await self._patience.keep(lambda: self._channel.register(request))
+        except ClientMoved as error:
+            raise self._processes.moved(error) from None
+        await asyncio.to_thread(self._processes.registered)
         self._metrics.enter(State.WAITING)
         facts = {name: hello[name] for name in ("device", "threads")}
         limits = len(self._policy.rules) or "none, for want of a policy"

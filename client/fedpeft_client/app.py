@@ -16,11 +16,13 @@ from fedpeft.race import first_of
 from fedpeft.tracing import traced
 from fedpeft_client.agent import Agent
 from fedpeft_client.channel import Channel
+from fedpeft_client.contact import Contact
 from fedpeft_client.dry_run import dry_run
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.machine import MachineCollector
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.policy import Policy, find
+from fedpeft_client.processes import Processes
 from fedpeft_client.renewal import Renewal, check_valid, until
 from fedpeft_client.settings import Settings
 from fedpeft_client.state import StateDirectory
@@ -70,9 +72,9 @@ async def _serve(
     ):
         try:
             async with Channel(settings.server, settings.name, directory.instance, identity) as channel:
-                Traffic(channel, ledger, metrics)
+                Traffic(channel, ledger, metrics, Contact(directory.path))
                 if settings.dry_run:
-                    work = dry_run(settings, channel, worker, ledger, log)
+                    work = dry_run(settings, channel, worker, ledger, Processes(directory.path, channel.process), log)
                 else:
                     work = Agent(settings, policy, directory, channel, worker, ledger, metrics, log).live()
                     if identity is not None:

@@ -91,6 +91,7 @@ class Channel:
     Attributes:
         sent: Called with every message before it is sent; whoever uses a stream calls it too.
         received: Called with every message that came, likewise.
+        process: Names this process to the server, 32 hexadecimal digits.
     """
 
     def __init__(self, server: str, name: str, instance: str, identity: Identity | None = None) -> None:
@@ -103,7 +104,7 @@ class Channel:
         self._explained_at: float | None = None
         self.sent: Seen = _unseen
         self.received: Seen = _unseen
-        process = secrets.token_hex(16)
+        self.process = process = secrets.token_hex(16)
         self._metadata = grpc.aio.Metadata((CLIENT_KEY, name), (INSTANCE_KEY, instance), (PROCESS_KEY, process))
 
     async def __aenter__(self) -> Self:
@@ -125,6 +126,10 @@ class Channel:
         old, self._line = self._line, _Line(open_channel(self._server, identity, _OPTIONS))
         self._old.append(old)
         self._tidy(old)
+
+    async def leave(self, request: access_pb.LeaveRequest) -> access_pb.LeaveResponse:
+        """Takes this client out for good."""
+        return await self._call(access_pb_grpc.AccessServiceStub(self._line.channel).Leave, request)
 
     async def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         """Announces the client."""

@@ -69,6 +69,11 @@ def update(pending: Pending, offset: int) -> Departure:
     )
 
 
+def leave(request: access_pb.LeaveRequest) -> Departure:
+    """That this client leaves for good."""
+    return Departure(Kind.LEAVE, request.ByteSize(), {"reason": request.reason})
+
+
 def withdrawal(request: pb.WithdrawRequest, run: str, number: int) -> Departure:
     """A ticket of round `number` of a run that is given back."""
     said = {"reason": request.reason}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpeft.data.interface import DEEP_BITS, UNREADABLE_SHARE
-from fedpeft.errors import DataInvalid
+from fedpeft.errors import ClientMoved, DataInvalid
 from fedpeft.logs import Log
 from fedpeft.units import counted
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -13,6 +13,7 @@ from fedpeft_client.channel import Channel
 from fedpeft_client.fitness import Fitness, Report, Verdict
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.patience import CALL_S, Patience
+from fedpeft_client.processes import Processes
 from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.settings import Settings
@@ -24,7 +25,9 @@ _NOT_LOADED: Answer = {"torch": "not loaded", "methods": (), "device": "", "rows
 """What is known of this side before torch and the data are loaded."""
 
 
-async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, ledger: Ledger, log: Log) -> None:
+async def dry_run(
+    settings: Settings, channel: Channel, worker: WorkerProcess, ledger: Ledger, processes: Processes, log: Log
+) -> None:
     """Opens every image, judges every run, prints what was found on stdout; trains nothing, registers nothing.
 
     Raises:
@@ -35,8 +38,12 @@ async def dry_run(settings: Settings, channel: Channel, worker: WorkerProcess, l
     async def asked(hello: Answer, page_token: str = "") -> pb.RegisterResponse:
         request = registration(settings, hello)
         request.page_token = page_token
-        with ledger.booked(departures.registration(request)):
-            return await Patience(log, CALL_S).keep(lambda: channel.register(request))
+        request.earlier_processes.extend(processes.earlier())
+        try:
+            with ledger.booked(departures.registration(request)):
+                return await Patience(log, CALL_S).keep(lambda: channel.register(request))
+        except ClientMoved as error:
+            raise processes.moved(error) from None
 
     await asked(_NOT_LOADED)  # one that is not let in need not wait for torch to hear it
     hello = await worker.start()

@@ -12,6 +12,7 @@ from fedpeft.errors import (
     CertificateRevoked,
     ClientIdInUse,
     ClientIdInvalid,
+    ClientMoved,
     ConfigInvalid,
     DataInvalid,
     FedpeftError,
@@ -45,7 +46,15 @@ NOT_LET_IN = (
 )
 """Errors that say that the server does not know this client, or not any more; its operator can change that."""
 
-NOT_ABOUT_THE_TASK = (ClientIdInUse, ClientIdInvalid, NotRegistered, ProtocolMismatch, *NOT_LET_IN, *NOT_NOW)
+NOT_ABOUT_THE_TASK = (
+    ClientIdInUse,
+    ClientIdInvalid,
+    ClientMoved,
+    NotRegistered,
+    ProtocolMismatch,
+    *NOT_LET_IN,
+    *NOT_NOW,
+)
 """Errors that concern this client as a whole, whatever it was about to do."""
 
 

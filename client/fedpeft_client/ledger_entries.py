@@ -40,6 +40,8 @@ class Kind(StrEnum):
     """Figures of a version, measured here."""
     WITHDRAWAL = "withdrawal"
     """A ticket given back, with the words that were told."""
+    LEAVE = "leave"
+    """That this client leaves for good, with the words that were told."""
     QUESTIONS = "questions"
     """Many small calls that tell nothing: for work, an adapter version, where an upload stands, a certificate."""
 

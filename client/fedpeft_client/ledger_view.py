@@ -138,6 +138,10 @@ def _withdrawal(said: Mapping[str, Any]) -> str:
     return str(said.get("reason"))
 
 
+def _leave(said: Mapping[str, Any]) -> str:
+    return f"for good: {said['reason']}" if said.get("reason") else "for good"
+
+
 _WORDS = {
     Kind.ENROLMENT: _enrolment,
     Kind.REGISTRATION: _registration,
@@ -145,5 +149,6 @@ _WORDS = {
     Kind.UPDATE: _update,
     Kind.EVALUATION: _evaluation,
     Kind.WITHDRAWAL: _withdrawal,
+    Kind.LEAVE: _leave,
     Kind.QUESTIONS: _questions,
 }

@@ -2,6 +2,9 @@
 
 lock                          held by the one process that uses the directory
 instance                      32 hexadecimal digits drawn once: which client this is
+processes                     the processes that may have registered last from here, one a line (processes.py)
+contact                       when the server answered last is when this file was touched (contact.py)
+left                          when this client left for good, if it did (departing.py)
 identity/                     key and certificate of this client (fedpeft.identity.folder)
 ledger.jsonl                  all that left this device (ledger.py)
 policy.toml                   what its owner allows, if it lies here (policy.py)
@@ -16,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,6 +29,10 @@ from fedpeft.errors import StateInvalid
 
 VARIABLE = "FEDPEFT_CLIENT_STATE_DIR"
 """The environment variable that names it."""
+
+
+GLANCE_S = 0.2
+"""For so long a directory that is held is tried again: `holder` holds it for an instant."""
 
 
 class StateDirectory:
@@ -82,14 +90,16 @@ class StateDirectory:
         return folder
 
     def _take(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + GLANCE_S
+        while not _locked(self._lock):
+            if time.monotonic() < deadline:
+                time.sleep(GLANCE_S / 10)
+                continue
             holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
             raise StateInvalid(
                 f"state directory {self.path} is in use by another fedpeft-client "
                 f"(process {holder or 'unknown'}); stop it first, or give each client a directory of its own"
-            ) from None
+            )
         with durable.refusals(f"writing {self.path}"):
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, str(os.getpid()).encode(), 0)
@@ -108,6 +118,31 @@ class StateDirectory:
                 f"{path} does not hold 32 hexadecimal digits; remove it and the server will see a new client"
             )
         return instance
+
+
+def holder(path: Path) -> tuple[bool, str]:
+    """Returns whether a process holds a state directory, and which one; empty if that is not known.
+
+    It is held itself for an instant, which is why `StateDirectory` looks more than once.
+    """
+    try:
+        descriptor = os.open(path / "lock", os.O_RDONLY)
+    except OSError:
+        return False, ""
+    try:
+        if _locked(descriptor):
+            return False, ""
+        return True, os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def identity_folder(path: Path) -> Path:

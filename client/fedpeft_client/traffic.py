@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from google.protobuf.message import Message
 
+from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.channel import Channel
+from fedpeft_client.contact import Contact
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.metrics import Metrics
 
@@ -15,6 +17,7 @@ BOOKED = (
     pb.PushUpdateRequest,
     pb.WithdrawRequest,
     pb.PushEvaluationRequest,
+    access_pb.LeaveRequest,
 )
 """What is booked, with what is in it, by whoever sends it; anything else is a question."""
 
@@ -26,11 +29,13 @@ class Traffic:
         channel: The channel.
         ledger: Where what leaves is counted, before it leaves.
         metrics: Where all is counted.
+        contact: Told that the server answered.
     """
 
-    def __init__(self, channel: Channel, ledger: Ledger, metrics: Metrics) -> None:
+    def __init__(self, channel: Channel, ledger: Ledger, metrics: Metrics, contact: Contact | None = None) -> None:
         self._ledger = ledger
         self._metrics = metrics
+        self._contact = contact
         channel.sent, channel.received = self._sent, self._received
 
     def _sent(self, message: Message) -> None:
@@ -41,6 +46,8 @@ class Traffic:
             self._metrics.payload_bytes.labels("up").inc(len(message.chunk.data))
 
     def _received(self, message: Message) -> None:
+        if self._contact:
+            self._contact.note()
         self._metrics.wire_bytes.labels("down").inc(message.ByteSize())
         if isinstance(message, pb.PullAdapterResponse) and message.HasField("chunk"):
             self._metrics.payload_bytes.labels("down").inc(len(message.chunk.data))

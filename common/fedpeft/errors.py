@@ -32,6 +32,7 @@
     ├── FailedPrecondition    the state does not allow it now
     │   ├── ProtocolMismatch
     │   ├── NotRegistered
+    │   ├── ClientMoved           a copy of the client's state has gone on elsewhere
     │   ├── RoundClosed           the update came too late; it goes into the residual
     │   ├── TicketClosed          the ticket was withdrawn or refused
     │   ├── UpdateExcluded        the update was received and not folded; it goes into the residual
@@ -272,6 +273,10 @@ class ProtocolMismatch(FailedPrecondition):
 
 class NotRegistered(FailedPrecondition):
     """The client did not call Register."""
+
+
+class ClientMoved(FailedPrecondition):
+    """A copy of the client's state has gone on elsewhere, and this one was left behind."""
 
 
 class RoundClosed(FailedPrecondition):

@@ -10,12 +10,20 @@ import typer
 from typer.main import get_command
 
 from fedpeft.cli.app import app
-from fedpeft_client import enroll, ledger_command
+from fedpeft_client import enroll, leave_command, ledger_command, status_command
 from fedpeft_server import authority_command, certificate_command, init
 from generators.tables import table
 
 PAGE = "commands.md"
-PARSERS = (init._parser, certificate_command._parser, authority_command._parser, enroll._parser, ledger_command._parser)
+PARSERS = (
+    init._parser,
+    certificate_command._parser,
+    authority_command._parser,
+    enroll._parser,
+    status_command._parser,
+    ledger_command._parser,
+    leave_command._parser,
+)
 """What makes the parsers of the commands that daemon and agent have beside serving and taking part."""
 SHELLS = {"--install-completion", "--show-completion", "--help"}
 """Options that every command has, or that the written part explains."""

@@ -97,6 +97,22 @@ async def no_version(world: World) -> object:
     return await client.pull(run, 1)
 
 
+async def copy_left_behind(world: World) -> None:
+    daemon = await world.start()
+    client = daemon.client("a")
+
+    async def begin(process: str, *earlier: str) -> None:
+        request = fed.RegisterRequest(
+            min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER, earlier_processes=earlier
+        )
+        await client.stub.Register(request, metadata=(*client.metadata, (wire.PROCESS_KEY, process)))
+
+    first, moved, back = (digit * 32 for digit in "123")
+    await begin(first)
+    await begin(moved, first)
+    await begin(back, first)
+
+
 async def second_instance(world: World) -> object:
     daemon, _, _ = await world.run()
     return await daemon.client("a", instance="f" * 32).register()
@@ -422,6 +438,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "RUN_NOT_FOUND": no_run,
     "VERSION_NOT_FOUND": no_version,
     "TICKET_NOT_FOUND": update("ticket there is not"),
+    "CLIENT_MOVED": copy_left_behind,
     "CLIENT_ID_IN_USE": second_instance,
     "UPDATE_DIFFERS": another_update,
     "REQUEST_ID_REUSED": request_id_again,

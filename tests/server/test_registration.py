@@ -60,3 +60,16 @@ async def test_what_this_server_does_not_know_is_not_kept(daemon: Daemon) -> Non
     (client,) = (await daemon.operator.ListClients(op.ListClientsRequest())).clients
     assert client.capabilities == known
     assert client.capabilities.ByteSize() == known.ByteSize()
+
+
+@pytest.mark.parametrize(
+    ("earlier", "said"), [(["1" * 32] * 65, "are 65; at most 64"), (["x"], "32 hexadecimal digits")]
+)
+async def test_earlier_processes_are_bounded(daemon: Daemon, earlier: list[str], said: str) -> None:
+    client = daemon.client("a")
+    request = fed.RegisterRequest(
+        min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER, earlier_processes=earlier
+    )
+    with pytest.raises(grpc.aio.AioRpcError, match=said) as caught:
+        await client.stub.Register(request, metadata=client.metadata)
+    assert [name for name, _ in from_rpc_error(caught.value).fields] == ["earlier_processes"]

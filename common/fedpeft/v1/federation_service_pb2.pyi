@@ -125,6 +125,7 @@ class RegisterRequest(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    EARLIER_PROCESSES_FIELD_NUMBER: _builtins.int
     min_protocol: _builtins.int
     """Oldest and newest protocol the client speaks. This file is protocol 1."""
     max_protocol: _builtins.int
@@ -141,6 +142,15 @@ class RegisterRequest(_message.Message):
     def capabilities(self) -> Global___Capabilities:
         """What it can do."""
 
+    @_builtins.property
+    def earlier_processes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the client's state knows of the processes (`fedpeft-process`) that registered from it before: the one whose
+        registration was answered last, then those that asked after it and had no answer. Kept with the state and written before
+        the call. If the server knows that another process of the same instance registered last, a copy of the state has gone on
+        elsewhere and this one was left behind: CLIENT_MOVED. At most 64; a client that keeps none leaves it empty and is never
+        refused for it.
+        """
+
     def __init__(
         self,
         *,
@@ -151,10 +161,11 @@ class RegisterRequest(_message.Message):
         run: _builtins.str = ...,
         dry_run: _builtins.bool = ...,
         page_token: _builtins.str = ...,
+        earlier_processes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "dry_run", b"dry_run", "max_protocol", b"max_protocol", "min_protocol", b"min_protocol", "page_token", b"page_token", "role", b"role", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "dry_run", b"dry_run", "earlier_processes", b"earlier_processes", "max_protocol", b"max_protocol", "min_protocol", b"min_protocol", "page_token", b"page_token", "role", b"role", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

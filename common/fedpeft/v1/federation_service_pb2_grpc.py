@@ -133,6 +133,7 @@ class FederationServiceServicer:
         FAILED_PRECONDITION  PROTOCOL_MISMATCH    the message says which side to upgrade
         RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
         ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
+        FAILED_PRECONDITION  CLIENT_MOVED         this state was left behind: see `earlier_processes`
         NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
         INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many; or the role is unspecified
         INVALID_ARGUMENT     PAGE_INVALID         page_token is not of this list, or came without `dry_run`

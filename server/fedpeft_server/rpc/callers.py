@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
 from typing import Any, cast
 
 from fedpeft import ids
-from fedpeft.errors import ClientIdInUse, ClientIdInvalid, NotRegistered, RoleMayNot, TooManyCalls, TooManyClients
+from fedpeft.errors import (
+    ClientIdInUse,
+    ClientIdInvalid,
+    ClientMoved,
+    NotRegistered,
+    RoleMayNot,
+    TooManyCalls,
+    TooManyClients,
+)
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, PROCESS_KEY
 from fedpeft_server.call import CALL
@@ -70,26 +80,30 @@ class Callers:
 
     def __init__(self, known: list[ClientRow], limit: int) -> None:
         self._limit = limit
-        self._presence = {row.id: Presence(row.instance, role=row.role, heard=row.last_seen) for row in known}
+        self._presence = {row.id: Presence(row.instance, row.process, row.role, heard=row.last_seen) for row in known}
         self._registered = sum(1 for row in known if row.role)
         self._touched: dict[str, float] = {}
 
-    def identify(self, context: Context, *, registers: bool = False) -> str:
+    def identify(self, context: Context, *, registers: bool = False, earlier: Collection[str] = ()) -> str:
         """Returns the id of the client that calls, and holds it for the call's instance until the call ends.
 
         Args:
             context: The call.
             registers: Whether the call is one that a process begins its life with, and so takes the id over from an
                 older process on the same state, which is gone as a rule.
+            earlier: For such a call, the processes that its state knows of.
 
         Raises:
             ClientIdInvalid: If the metadata is missing or malformed.
             ClientIdInUse: If another live instance, or a younger process of this one, holds the id.
+            ClientMoved: If the state was left behind.
             TooManyCalls: If the client has as many calls under way as one may have.
         """
         client, instance, process = _caller(context)
         presence = self._presence.setdefault(client, Presence(instance))
         self._refuse_other_instance(client, presence, instance)
+        if registers:
+            _refuse_left_behind(client, presence, instance, process, earlier)
         if presence.calls >= MAX_CALLS:
             raise TooManyCalls(f"client {client} has {presence.calls} calls under way, the most one may have; end some")
         if registers or not presence.process or presence.instance != instance:
@@ -130,11 +144,12 @@ class Callers:
             presence.scoring = None
             self._registered -= 1
 
-    def rehearse(self, context: Context, role: str) -> str:
+    def rehearse(self, context: Context, role: str, earlier: Collection[str] = ()) -> str:
         """Returns the id of the client that calls, raises what `identify` and `register` would, remembers nothing."""
-        client, instance, _ = _caller(context)
+        client, instance, process = _caller(context)
         if client in self._presence:
             self._refuse_other_instance(client, self._presence[client], instance)
+            _refuse_left_behind(client, self._presence[client], instance, process, earlier)
         _refuse_other_role(client, role)
         self._refuse_one_too_many(client)
         return client
@@ -164,9 +179,10 @@ class Callers:
         presence = self._presence.get(client)
         return presence is not None and presence.scoring is not None
 
-    def instance(self, client: str) -> str:
-        """Returns the instance that holds the id of a client."""
-        return self._presence[client].instance
+    def holder(self, client: str) -> tuple[str, str]:
+        """Returns the instance that holds the id of a client, and its process; that is empty if it did not say."""
+        presence = self._presence[client]
+        return presence.instance, presence.process
 
     def silences(self, now: float) -> Counter[tuple[str, str]]:
         """Returns how many clients registered in each role, by how long they have not called at time `now`."""
@@ -211,6 +227,18 @@ class Callers:
         # Who never registered is forgotten, so that made-up ids cost no memory.
         if not presence.role and not presence.calls and self._presence.get(client) is presence:
             del self._presence[client]
+
+
+def _refuse_left_behind(client: str, presence: Presence, instance: str, process: str, earlier: Collection[str]) -> None:
+    """Refuses a state that does not know of the process that registered last: a copy of it has gone on elsewhere."""
+    last = presence.process
+    if not earlier or not last or presence.instance != instance or last in (process, *earlier):
+        return
+    heard = datetime.fromtimestamp(presence.heard, UTC)
+    raise ClientMoved(
+        f"client {client} has gone on with a copy of this state, which called last at {heard:%Y-%m-%d %H:%M} UTC; this "
+        "copy was left behind, so run the client where it went on"
+    )
 
 
 def _refuse_other_role(client: str, role: str) -> None:

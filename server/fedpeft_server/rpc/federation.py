@@ -85,7 +85,11 @@ class Federation(pb_grpc.FederationServiceServicer):
         role = _ROLE_NAMES.get(request.role)
         if role is None:
             raise CapabilitiesInvalid("the role must be trainer or evaluator", (("role", "is unspecified"),))
-        client = callers.rehearse(context, role) if request.dry_run else callers.identify(context, registers=True)
+        earlier = sayings.processes(request.earlier_processes)
+        if request.dry_run:
+            client = callers.rehearse(context, role, earlier)
+        else:
+            client = callers.identify(context, registers=True, earlier=earlier)
         _check_protocol(request)
         capabilities = sayings.capabilities(request.capabilities)
         response = self._welcome(request)
@@ -93,8 +97,8 @@ class Federation(pb_grpc.FederationServiceServicer):
             return response
         self._callers.register(client, role)
         self._runs.answers.ask_again(client)
-        instance, said = self._callers.instance(client), capabilities.SerializeToString()
-        await self._store.call(self._store.db.see_client, client, instance, role, said, time.time())
+        (instance, process), said = self._callers.holder(client), capabilities.SerializeToString()
+        await self._store.call(self._store.db.see_client, client, instance, role, said, time.time(), process)
         log.info("client registered", client=client, role=role, device=capabilities.device)
         return response
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from fedpeft import ids
 from fedpeft.errors import CapabilitiesInvalid
 from fedpeft.plain_text import plain
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -14,6 +15,8 @@ MAX_NAMES = 64
 """Most `methods`, and most `encodings`."""
 MAX_NAME = 64
 """Most characters of one of them."""
+MAX_PROCESSES = 64
+"""Most `earlier_processes`."""
 MAX_EXAMPLES = 2**63 - 1
 """More would not fit the database's numbers."""
 MAX_DECLINE_REASONS = 8
@@ -49,6 +52,21 @@ def decline(said: Iterable[str]) -> tuple[str, ...]:
 def software(said: str) -> str:
     """Returns what is kept of the name of a device's software."""
     return plain(said[:MAX_TEXT])
+
+
+def processes(said: Sequence[str]) -> frozenset[str]:
+    """Returns the processes that a client's state knows of.
+
+    Raises:
+        CapabilitiesInvalid: If there are too many, or one is malformed.
+    """
+    field, digits = "earlier_processes", "32 hexadecimal digits"
+    if len(said) > MAX_PROCESSES:
+        fault = f"are {len(said)}; at most {MAX_PROCESSES} are taken"
+        raise CapabilitiesInvalid(f"{field} {fault}", ((field, fault),))
+    if not all(map(ids.INSTANCE.fullmatch, said)):
+        raise CapabilitiesInvalid(f"each of {field} must be {digits}", ((field, f"are not all {digits}"),))
+    return frozenset(said)
 
 
 def reason(said: str) -> str:

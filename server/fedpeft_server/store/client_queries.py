@@ -13,7 +13,9 @@ from fedpeft_server.store.rows import ClientRow
 from fedpeft_server.store.upsert import upsert
 
 
-def put_client(connection: Connection, client: str, instance: str, role: str, capabilities: bytes, at: float) -> None:
+def put_client(
+    connection: Connection, client: str, instance: str, role: str, capabilities: bytes, at: float, process: str
+) -> None:
     """Writes who a client is; when it was first seen and what it contributed stay."""
     row = {
         "id": client,
@@ -22,8 +24,9 @@ def put_client(connection: Connection, client: str, instance: str, role: str, ca
         "capabilities": capabilities,
         "first_seen": at,
         "last_seen": at,
+        "process": process,
     }
-    upsert(connection, tables.clients, [row], replace=("instance", "role", "capabilities", "last_seen"))
+    upsert(connection, tables.clients, [row], replace=("instance", "role", "capabilities", "last_seen", "process"))
 
 
 def touch(connection: Connection, seen: Mapping[str, float]) -> None:
@@ -49,5 +52,12 @@ def select_clients(connection: Connection, after: str = "", most: int | None = N
 
 def _client(row: Row[Any]) -> ClientRow:
     return ClientRow(
-        row.id, row.instance, row.role, bytes(row.capabilities), row.first_seen, row.last_seen, row.updates
+        row.id,
+        row.instance,
+        row.role,
+        bytes(row.capabilities),
+        row.first_seen,
+        row.last_seen,
+        row.updates,
+        row.process,
     )

@@ -333,10 +333,12 @@ class Database:
         with self._transaction() as connection:
             return answer_queries.select_answers(connection)
 
-    def see_client(self, client: str, instance: str, role: str, capabilities: bytes, at: float) -> None:
+    def see_client(
+        self, client: str, instance: str, role: str, capabilities: bytes, at: float, process: str = ""
+    ) -> None:
         """Writes who a client is, as it registers."""
         with self._transaction() as connection:
-            client_queries.put_client(connection, client, instance, role, capabilities, at)
+            client_queries.put_client(connection, client, instance, role, capabilities, at, process)
 
     def touch_clients(self, seen: Mapping[str, float]) -> None:
         """Writes when clients were last seen."""

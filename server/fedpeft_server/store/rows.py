@@ -179,7 +179,18 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class ClientRow:
-    """A client that registered; `capabilities` is the serialised message, `updates` how many came from it."""
+    """A client that registered.
+
+    Attributes:
+        id: Its id.
+        instance: Which state directory holds the id.
+        role: trainer or evaluator.
+        capabilities: The serialised message.
+        first_seen: When it registered first.
+        last_seen: When it called last.
+        updates: How many came from it.
+        process: The process that registered last; empty if it did not say.
+    """
 
     id: str
     instance: str
@@ -188,6 +199,7 @@ class ClientRow:
     first_seen: float
     last_seen: float
     updates: int = 0
+    process: str = ""
 
 
 @dataclass(frozen=True, slots=True)

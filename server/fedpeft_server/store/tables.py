@@ -156,6 +156,8 @@ clients = Table(
     Column("first_seen", Double, nullable=False),
     Column("last_seen", Double, nullable=False),
     Column("updates", Integer, nullable=False, server_default="0"),
+    # The process that registered last; empty if it did not say.
+    Column("process", String(32), nullable=False, server_default=""),
 )
 
 # The secret itself is nowhere: it has 32 random bytes, so its digest cannot be turned back.

@@ -1,0 +1,157 @@
+"""`fedpeft-client leave`: takes this site out for good, and says what is gone and what stays."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedpeft import logs
+from fedpeft.cli.output import note, say
+from fedpeft.errors import (
+    CertificateExpired,
+    CertificateRevoked,
+    IdentityInvalid,
+    SettingsInvalid,
+    StateInvalid,
+    Unavailable,
+)
+from fedpeft.identity.folder import Identity
+from fedpeft.identity.subject import Role
+from fedpeft.units import counted, size
+from fedpeft.v1 import access_service_pb2 as pb
+from fedpeft_client import departing, departures, enrolled
+from fedpeft_client.channel import Channel
+from fedpeft_client.contact import Contact
+from fedpeft_client.exits import Exit
+from fedpeft_client.ledger import Ledger
+from fedpeft_client.metrics import Metrics
+from fedpeft_client.patience import CALL_S, Patience
+from fedpeft_client.renewal import check_valid
+from fedpeft_client.state import VARIABLE, StateDirectory
+from fedpeft_client.traffic import Traffic
+
+MAX_REASON = 1024
+"""Most characters of a reason that the protocol takes."""
+
+
+def main(arguments: list[str]) -> int:
+    """Takes this site out.
+
+    Raises:
+        FedpeftError: What kept it from it; then nothing was removed.
+    """
+    given = _parser().parse_args(arguments)
+    if given.state_dir is None:
+        raise SettingsInvalid(f"--state-dir is missing (or {VARIABLE})")
+    if not given.state_dir.is_dir():
+        raise StateInvalid(f"there is no state directory {given.state_dir}")
+    where = enrolled.find(given.identity, given.state_dir)
+    with StateDirectory(given.state_dir) as directory:  # a client that runs there must be stopped first
+        if where is None:
+            note("this client has no identity, so no server knows it by one: there is nothing to revoke")
+        elif given.offline:
+            note(f"the server was not told: ask its operator for fedpeft client revoke {_name(where)}")
+        else:
+            _tell(Identity.load(where), directory, given.reason)
+        departing.drop_unsent(directory.path)
+        if given.remove:
+            for path, what, size_bytes in departing.remove(directory.path, given.identity):
+                say(f"removed  {path}: {what}" + (f", {size(size_bytes)}" if size_bytes else ""))
+        for path, what in departing.kept(directory.path, given.identity):
+            say(f"kept     {path}: {what}")
+    _say_rest(given.state_dir, removed=given.remove)
+    return Exit.DONE
+
+
+def _tell(identity: Identity, directory: StateDirectory, reason: str) -> None:
+    """Tells the server, which gives open tickets back and revokes the identity.
+
+    Raises:
+        FedpeftError: If it does not hear it.
+    """
+    subject = identity.subject
+    if subject.role not in (Role.CLIENT, Role.EVALUATOR):
+        raise IdentityInvalid(
+            f"{identity.folder} is the identity of {subject}, who takes part in no run; another operator revokes it"
+        )
+    try:
+        check_valid(identity, datetime.now(UTC))
+        tickets = asyncio.run(_left(identity, directory, reason))
+    except CertificateRevoked:
+        say(f"{identity.server} had revoked {subject} already")
+    except Unavailable as error:
+        raise type(error)(
+            f"{error.message}. Nothing was changed: repeat this when the server is back, or leave without telling it "
+            "(--offline) and ask its operator to revoke this client"
+        ) from None
+    except CertificateExpired:
+        end = identity.certificate.not_valid_after_utc
+        raise CertificateExpired(
+            f"the certificate of {subject} ended at {end:%Y-%m-%d %H:%M} UTC, so the server takes no word from here: "
+            "leave without telling it (--offline) and ask its operator to revoke this client"
+        ) from None
+    else:
+        say(f"left {identity.server} as {subject}: the server refuses this identity from now on")
+        if tickets:
+            say(f"{counted(tickets, 'open ticket')} given back, so no round waits for this client")
+    departing.note_left(directory.path)
+
+
+async def _left(identity: Identity, directory: StateDirectory, reason: str) -> int:
+    request = pb.LeaveRequest(reason=reason[:MAX_REASON])
+    log = logs.logger(client=identity.subject.name)
+    with Ledger(directory.path, identity.server) as ledger:
+        async with Channel(identity.server, identity.subject.name, directory.instance, identity) as channel:
+            Traffic(channel, ledger, Metrics(), Contact(directory.path))
+            with ledger.booked(departures.leave(request)):
+                return (await Patience(log, CALL_S).keep(lambda: channel.leave(request))).tickets
+
+
+def _name(where: Path) -> str:
+    try:
+        return Identity.load(where).subject.name
+    except IdentityInvalid:
+        return "NAME"
+
+
+def _say_rest(state_dir: Path, *, removed: bool) -> None:
+    note("what the server counted before stays in its versions, records and audit log; your data was not touched")
+    if not removed:
+        note("--remove removes keys, adapters, residuals and local tensors from here; say the command again with it")
+    else:
+        note(f"the rest goes with: rm -r {state_dir}; the software with: pip uninstall fedpeft")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedpeft-client leave",
+        description="Takes this site out for good: the server gives its open tickets back, and refuses its identity "
+        "from then on. An update that was trained and not received is dropped. Stop the client first. Coming back "
+        "takes a new token.",
+        epilog="Example: fedpeft-client leave --state-dir /var/lib/fedpeft --remove",
+    )
+    parser.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        type=Path,
+        default=os.environ.get(VARIABLE) or None,
+        help=f"the client's state directory ({VARIABLE})",
+    )
+    parser.add_argument(
+        "--identity",
+        metavar="DIR",
+        type=Path,
+        default=os.environ.get("FEDPEFT_CLIENT_IDENTITY") or None,
+        help="its identity folder, if that is not in the state directory (FEDPEFT_CLIENT_IDENTITY)",
+    )
+    parser.add_argument("--reason", metavar="TEXT", default="", help="why, for the operator; at most 1,024 characters")
+    parser.add_argument(
+        "--remove",
+        action="store_true",
+        help="then remove keys, adapters, residuals and local tensors; the ledger and the policy stay",
+    )
+    parser.add_argument("--offline", action="store_true", help="do not tell the server, which its operator must revoke")
+    return parser

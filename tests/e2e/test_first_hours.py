@@ -1,0 +1,277 @@
+"""The life of a site beside a real daemon over TLS: enrolled, looked at, moved to another machine, gone for good."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sys
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft.errors import CertificateExpired, ClientMoved, IdentityInvalid, ServerUnreachable, StateInvalid
+from fedpeft.identity import certificates, folder
+from fedpeft.identity.folder import Identity
+from fedpeft.identity.roles import TO_PROTO
+from fedpeft.identity.subject import Role
+from fedpeft.v1 import access_service_pb2 as access
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft_client import enroll, leave_command, processes, status_command
+from fedpeft_client.channel import Channel
+from fedpeft_client.contact import Contact
+from fedpeft_client.departing import left_at
+from fedpeft_client.ledger import Ledger
+from fedpeft_client.ledger_entries import Departure, Kind, read
+from fedpeft_client.metrics import Metrics
+from fedpeft_client.processes import Processes
+from fedpeft_client.state import StateDirectory, identity_folder
+from fedpeft_client.traffic import Traffic
+
+from ..server.conftest import RawClient
+from ..server.secured import Federation, federation, held
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+async def secured(tmp_path: Path) -> AsyncIterator[Federation]:
+    async with federation(tmp_path) as made:
+        yield made
+
+
+async def run(command: Callable[[list[str]], int], *arguments: str | Path) -> int:
+    """Runs a command as its process would, beside the daemon in this one."""
+    return await asyncio.to_thread(command, [str(each) for each in arguments])
+
+
+async def enrolled(secured: Federation, state: Path, name: str = "a", role: Role = Role.CLIENT) -> Path:
+    token = await secured.token(name, role)
+    await run(enroll.main, token.encode(), "--state-dir", state)
+    return state
+
+
+async def registered(secured: Federation, state: Path) -> None:
+    """Starts a client as far as its registration, and stops it: what the agent does, without a model."""
+    with StateDirectory(state) as directory, Ledger(state, secured.address) as ledger:
+        identity = at(secured, state)
+        async with Channel(secured.address, identity.subject.name, directory.instance, identity) as channel:
+            Traffic(channel, ledger, Metrics(), Contact(state))
+            own = Processes(state, channel.process)
+            request = fed.RegisterRequest(
+                min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER, earlier_processes=own.earlier()
+            )
+            own.registers()
+            with ledger.booked(Departure(Kind.REGISTRATION, request.ByteSize(), {})):
+                await channel.register(request)
+            own.registered()
+
+
+def at(secured: Federation, state: Path) -> Identity:
+    """Returns an identity that calls the daemon of this test, whatever port it has by now."""
+    where = identity_folder(state)
+    (where / "identity.toml").write_text(f'server = "{secured.address}"\n')
+    return Identity.load(where)
+
+
+async def shown(state: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert await run(status_command.main, "--state-dir", state, "--json", *flags) == 0
+    return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+
+async def test_a_client_that_was_moved_says_so_where_the_old_copy_starts(secured: Federation, tmp_path: Path) -> None:
+    old = await enrolled(secured, tmp_path / "old")
+    await registered(secured, old)
+    new = tmp_path / "new"
+    shutil.copytree(old, new)
+    await registered(secured, new)
+    for _ in range(2):
+        with pytest.raises(ClientMoved, match="client a has gone on with a copy of this state, which called last at"):
+            await registered(secured, old)
+    await registered(secured, new)  # which the old one did not put out
+
+    command = [sys.executable, "-m", "fedpeft_client", "--state-dir", str(old), "--data", str(tmp_path), "--dry-run"]
+    found = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    said = (await found.communicate())[1].decode()
+    assert found.returncode == 1
+    assert f"stop the other and remove {old / processes.FILE}" in said.splitlines()[-1]
+
+    (old / processes.FILE).unlink()  # as after a restore: this one is to go on
+    await registered(secured, old)
+    with pytest.raises(ClientMoved):
+        await registered(secured, new)
+
+
+async def test_that_it_moved_is_known_after_a_restart_of_the_server(tmp_path: Path) -> None:
+    async with federation(tmp_path) as before:
+        old = await enrolled(before, tmp_path / "old")
+        await registered(before, old)
+        shutil.copytree(old, tmp_path / "new")
+        await registered(before, tmp_path / "new")
+    async with federation(tmp_path) as after:
+        with pytest.raises(ClientMoved):
+            await registered(after, old)
+        await registered(after, tmp_path / "new")
+
+
+async def test_a_kill_at_any_instant_of_a_start_is_no_move(secured: Federation, tmp_path: Path) -> None:
+    state = await enrolled(secured, tmp_path / "state")
+    await registered(secured, state)
+    own = Processes(state, "1" * 32)
+    own.registers()  # killed before the call
+    await registered(secured, state)
+    identity = at(secured, state)
+    with StateDirectory(state) as directory:
+        async with Channel(secured.address, "a", directory.instance, identity) as channel:
+            own = Processes(state, channel.process)
+            own.registers()
+            await channel.register(
+                fed.RegisterRequest(
+                    min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER, earlier_processes=own.earlier()
+                )
+            )  # killed before the answer was noted
+    await registered(secured, state)
+    assert len((state / processes.FILE).read_text().split()) == 1
+
+
+def test_processes_without_an_answer_are_kept_within_a_bound(tmp_path: Path) -> None:
+    first = Processes(tmp_path, "a" * 32)
+    first.registers()
+    first.registered()
+    for number in range(100):
+        Processes(tmp_path, f"{number:032x}").registers()
+    kept = Processes(tmp_path, "f" * 32).earlier()
+    assert len(kept) == processes.MOST
+    assert kept[0] == "a" * 32 and kept[-1] == f"{99:032x}"
+    (tmp_path / processes.FILE).write_text("damaged\n" + "b" * 32)
+    assert Processes(tmp_path, "f" * 32).earlier() == ["b" * 32]
+
+
+async def test_status_of_a_site_from_enrolment_to_a_day_of_work(
+    secured: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = await enrolled(secured, tmp_path / "state")
+    found = await shown(state, capsys)
+    assert (found["identity"]["role"], found["identity"]["name"]) == ("client", "a")
+    assert (found["running"], found["last_contact"], found["pending"], found["runs"]) == (False, None, None, [])
+    (state / "policy.toml").write_text("[transfer]\nmax_bytes_a_day = 5_000\n")
+    await registered(secured, state)
+    with Ledger(state, secured.address) as ledger:
+        answer = {"answer": "declined", "examples": 0, "reasons": ["50 epochs; its owner allows 5"]}
+        with ledger.booked(Departure(Kind.ANSWER, 40, answer, "run-aaaaaaaaaaaa", "long")):
+            ledger.leaving(40)
+        with ledger.booked(Departure(Kind.ANSWER, 20, {"answer": "accepted"}, "run-bbbbbbbbbbbb", "emoji")):
+            ledger.leaving(20)
+        with ledger.booked(Departure(Kind.UPDATE, 900, {}, "run-bbbbbbbbbbbb", round=1, ticket="t")):
+            ledger.leaving(900)
+    booked = sum(each.departure.wire_bytes for each in read(state / "ledger.jsonl").booked.values())
+    with StateDirectory(state):
+        found = await shown(state, capsys, "--ask")
+    assert found["running"] and int(found["process"]) > 0
+    assert found["reached"] and found["last_contact"]
+    assert (found["bytes_today"], found["bytes_a_day"]) == (booked, 5000)
+    assert {one["name"]: (one["answer"], one["reasons"], one["updates"]) for one in found["runs"]} == {
+        "long": ("declined", ["50 epochs; its owner allows 5"], 0),
+        "emoji": ("accepted", [], 1),
+    }
+    capsys.readouterr()
+    assert await run(status_command.main, "--state-dir", state, "--ask") == 0
+    said = capsys.readouterr().out
+    assert "identity      client a\n" in said
+    assert f"server        {secured.address}\n" in said
+    assert "agent         does not run\n" in said
+    assert "run           long (run-aaaaaaaaaaaa): declined: 50 epochs; its owner allows 5\n" in said
+    assert "run           emoji (run-bbbbbbbbbbbb): accepted, 1 update received\n" in said
+    assert f"last 24 h     {booked / 1024:.1f} KiB left of 4.9 KiB that the policy allows\n" in said
+    assert "asked now     it answers, and takes the certificate\n" in said
+
+
+async def test_status_names_what_cannot_be_read_and_asks_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with federation(tmp_path) as gone:
+        state = await enrolled(gone, tmp_path / "state")
+    (state / "policy.toml").write_text("[training]\nmax_epoch = 1\n")
+    (state / "pending").mkdir()
+    (state / "pending" / "ticket.json").write_text("{")
+    found = await shown(state, capsys)
+    assert len(found["problems"]) == 2 and "max_epoch" in str(found["problems"])
+    assert await run(status_command.main, "--state-dir", state, "--ask") == 3
+    assert "nothing listens on port" in capsys.readouterr().out
+    folder.key_path(identity_folder(state)).chmod(0o644)
+    assert "is open to others" in (await shown(state, capsys))["identity"]["problem"]
+    with pytest.raises(StateInvalid, match="there is no state directory"):
+        status_command.main(["--state-dir", str(tmp_path / "nowhere")])
+
+
+async def test_a_site_leaves_for_good(secured: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = await enrolled(secured, tmp_path / "state")
+    await held(secured, "a", "b")  # client a has an open ticket
+    (state / "pending").mkdir()
+    (state / "runs" / "run-x").mkdir(parents=True)
+    (state / "runs" / "run-x" / "residual.safetensors").write_bytes(bytes(2048))
+    (state / "policy.toml").write_text("")
+    at(secured, state)
+    with StateDirectory(state), pytest.raises(StateInvalid, match="is in use by another fedpeft-client"):
+        await run(leave_command.main, "--state-dir", state)
+    capsys.readouterr()
+    assert await run(leave_command.main, "--state-dir", state, "--reason", "the study is over") == 0
+    said = capsys.readouterr()
+    assert f"left {secured.address} as client a: the server refuses this identity from now on" in said.out
+    assert "1 open ticket given back, so no round waits for this client" in said.out
+    assert f"kept     {state / 'identity'}: key and certificate, which the server refuses now" in said.out
+    assert "your data was not touched" in said.err
+    assert left_at(state) is not None and not (state / "pending").exists()
+    (entry,) = [e for e in read(state / "ledger.jsonl").booked.values() if e.departure.kind is Kind.LEAVE]
+    assert entry.departure.said == {"reason": "the study is over"} and entry.outcome == "received"
+    (identity,) = [
+        one
+        for one in (await secured.access().ListIdentities(access.ListIdentitiesRequest())).identities
+        if (one.role, one.name) == (TO_PROTO[Role.CLIENT], "a")
+    ]
+    assert identity.reason == "the study is over" and identity.HasField("revoked_at")
+    assert (await shown(state, capsys))["left_at"]
+
+    assert await run(leave_command.main, "--state-dir", state, "--remove") == 0
+    said = capsys.readouterr()
+    assert f"{secured.address} had revoked client a already" in said.out
+    assert f"removed  {state / 'identity'}: key and certificate" in said.out
+    assert f"removed  {state / 'runs'}: adapters, residuals and local tensors, 2.0 KiB" in said.out
+    assert f"kept     {state / 'ledger.jsonl'}: the ledger: what left this device" in said.out
+    assert sorted(path.name for path in state.iterdir()) == ["ledger.jsonl", "left", "lock", "policy.toml"]
+    assert f"rm -r {state}" in said.err
+
+    await enrolled(secured, state)  # and comes back with a token
+    assert left_at(state) is None
+    await RawClient(secured.with_certificate(at(secured, state).key, at(secured, state).certificate), "a").register()
+
+
+async def test_who_cannot_tell_the_server_keeps_everything_unless_told_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with federation(tmp_path) as gone:
+        state = await enrolled(gone, tmp_path / "state")
+        authority, key = gone.authority, Identity.load(identity_folder(state)).key
+    monkeypatch.setattr(leave_command, "CALL_S", 0.5)
+    with pytest.raises(ServerUnreachable, match="Nothing was changed: repeat this when the server is back"):
+        await run(leave_command.main, "--state-dir", state, "--remove")
+    assert folder.exists(identity_folder(state)) and left_at(state) is None
+    subject, long_ago = Identity.load(identity_folder(state)).subject, datetime.now(UTC) - timedelta(days=9)
+    ended = authority.issue(subject, key.public_key(), timedelta(days=7), long_ago)
+    folder.write_certificate(identity_folder(state), [ended])
+    with pytest.raises(CertificateExpired, match="leave without telling it"):
+        await run(leave_command.main, "--state-dir", state)
+    assert await run(leave_command.main, "--state-dir", state, "--remove", "--offline") == 0
+    assert "ask its operator for fedpeft client revoke a" in capsys.readouterr().err
+    assert not folder.exists(identity_folder(state))
+
+
+async def test_an_operators_identity_does_not_leave(secured: Federation, tmp_path: Path) -> None:
+    state = await enrolled(secured, tmp_path / "state", "vera", Role.VIEWER)
+    with pytest.raises(IdentityInvalid, match="is the identity of viewer vera, who takes part in no run"):
+        await run(leave_command.main, "--state-dir", state)
+    assert certificates.load(folder.certificate_path(identity_folder(state)))
