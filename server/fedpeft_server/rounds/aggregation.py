@@ -65,10 +65,11 @@ def aggregate(
             row = received[ticket.id]
             data = stack.enter_context(store.spool.open(ticket.id))
             updates.append(Update(ticket.id, ticket.client, row.examples, row.metrics, row.manifest, data))
-        old = Stored(store.blobs.local_path(version_key(run.id, base.version)), base.sha256)
+        old = Stored(stack.enter_context(store.blobs.local(version_key(run.id, base.version))), base.sha256)
         state = None
         if base.state_sha256:
-            state = Stored(store.blobs.local_path(state_key(run.id, base.version)), base.state_sha256)
+            path = stack.enter_context(store.blobs.local(state_key(run.id, base.version)))
+            state = Stored(path, base.state_sha256)
         outcome = fold_round(identity(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past)
         if outcome.state_sha256:
             store.blobs.put(state_key(run.id, number), Path(scratch, "state"))

@@ -14,20 +14,20 @@ from fedpeft.waits import STALL_S
 from fedpeft.wire import TURN_KEY
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.turns import Turn
-from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.spool_writer import SpoolWriter
+from fedpeft_server.store.store import Store
 
 
 class Arrivals:
     """Takes payloads into the spool.
 
     Args:
-        spool: Where they go.
+        store: Where they go.
         max_bytes: Largest payload taken.
     """
 
-    def __init__(self, spool: Spool, max_bytes: int) -> None:
-        self._spool = spool
+    def __init__(self, store: Store, max_bytes: int) -> None:
+        self._store = store
         self._max_bytes = max_bytes
 
     def check_size(self, manifest: Manifest) -> None:
@@ -46,7 +46,8 @@ class Arrivals:
         manifest: Manifest,
         context: Context,
         turn: Turn | None = None,
-        booked: Callable[[int], None] | None = None,
+        booked: Callable[[int], None] = lambda size: None,
+        wanted: Callable[[], None] = lambda: None,
     ) -> SpoolWriter:
         """Writes chunks as they arrive until the payload is whole. A broken stream keeps what arrived.
 
@@ -58,6 +59,7 @@ class Arrivals:
             context: The call.
             turn: Asked after each chunk whether there may be another; absent if the upload need not give way.
             booked: Told the bytes of each chunk that was taken.
+            wanted: Asked once the spool holds a place for it; raises if the payload is not wanted any more.
 
         Returns:
             The writer, to be finished.
@@ -70,27 +72,32 @@ class Arrivals:
         await context.send_initial_metadata(((TURN_KEY, "1"),))
         writer = await self._opened(key, manifest)
         try:
+            wanted()
             while writer.position < manifest.payload_bytes:
-                size = await self._write(writer, context, turn)
-                if booked:
-                    booked(size)
+                await self._write(writer, context, turn, booked)
                 if turn and writer.position < manifest.payload_bytes:
                     turn.check()
         except BaseException:
-            writer.abandon()
+            self._store.soon(writer.abandon)
             raise
         return writer
 
     async def _opened(self, key: str, manifest: Manifest) -> SpoolWriter:
-        """Opens a writer, on a thread that need not wait for the checks of other uploads."""
-        opening = asyncio.ensure_future(asyncio.to_thread(self._spool.writer, key, manifest))
+        opening = asyncio.ensure_future(self._store.file(self._store.spool.writer, key, manifest))
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(_abandon)  # the thread opens it all the same
+            opening.add_done_callback(self._abandon)  # the thread opens it all the same
             raise
 
-    async def _write(self, writer: SpoolWriter, context: Context, turn: Turn | None) -> int:
+    def _abandon(self, opening: asyncio.Future[SpoolWriter]) -> None:
+        """Closes a writer that was opened for a call that had left by then."""
+        if not opening.cancelled() and opening.exception() is None:
+            self._store.soon(opening.result().abandon)
+
+    async def _write(
+        self, writer: SpoolWriter, context: Context, turn: Turn | None, booked: Callable[[int], None]
+    ) -> None:
         message = await next_message(context, turn)
         if message is None:
             text = f"ended at byte {writer.position} of {writer.manifest.payload_bytes}"
@@ -101,14 +108,15 @@ class Arrivals:
         if not message.HasField("chunk"):
             text = "is missing: only the first message of the stream may be a header"
             raise ChunkInvalid(f"a chunk {text}", (("chunk", text),))
-        writer.write(message.chunk.offset, message.chunk.data)
-        return len(message.chunk.data)
+        offset, data = message.chunk.offset, message.chunk.data
 
+        def taken(writing: asyncio.Future[None]) -> None:
+            if not writing.cancelled() and writing.exception() is None:
+                booked(len(data))
 
-def _abandon(opening: asyncio.Future[SpoolWriter]) -> None:
-    """Closes a writer that was opened for a call that had left by then."""
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().abandon()
+        writing = asyncio.ensure_future(self._store.file(writer.write, offset, data))
+        writing.add_done_callback(taken)  # also where the call is gone by then: the bytes are there
+        await asyncio.shield(writing)
 
 
 async def next_message(context: Context, turn: Turn | None = None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
@@ -37,6 +36,7 @@ from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rpc import pages, sayings
 from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.callers import Callers
+from fedpeft_server.rpc.chunk_cache import ChunkCache
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import ROLES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.turns import Turns
@@ -76,6 +76,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._callers = callers
         self._uploads = uploads
         self._downloads = downloads
+        self._chunks = ChunkCache(store)
         self._ledger = ledger
         self._metrics = metrics
 
@@ -149,25 +150,24 @@ class Federation(pb_grpc.FederationServiceServicer):
         number = request.version + 1 if training else request.version
         self._ledger.assign(engine.run.id, number, client, training=training)
         row = await self._store.call(self._store.db.version, engine.run.id, request.version)
-        key = version_key(engine.run.id, request.version)
-        encoded = await self._store.compute(self._store.outbound.get, engine.run, row, key)
-        size = encoded.manifest.payload_bytes
+        outbound, stored = self._store.outbound, (engine.run, row, version_key(engine.run.id, request.version))
+        manifest = await self._store.compute(outbound.manifest, *stored)
+        size = manifest.payload_bytes
         if request.offset > size:
             text = f"is {request.offset}; the payload has {size} bytes"
             raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
-        held = request.have_sha256 == encoded.manifest.sha256
-        manifest = manifest_to_proto(encoded.manifest)
-        yield pb.PullAdapterResponse(header=pb.PullHeader(version=request.version, manifest=manifest, up_to_date=held))
+        held = request.have_sha256 == manifest.sha256
+        described = manifest_to_proto(manifest)
+        yield pb.PullAdapterResponse(header=pb.PullHeader(version=request.version, manifest=described, up_to_date=held))
         if held:
             return
-        async with self._downloads.take(client) as turn:
-            with encoded.path.open("rb", buffering=0) as file:
-                for offset, length in chunks(request.offset, size):
-                    if offset > request.offset:
-                        turn.check()
-                    message = self._store.outbound.chunk(encoded, file.fileno(), offset, length)
-                    self._ledger.payload("down", engine.run.config.codec.down, len(message.chunk.data))
-                    yield message
+        async with self._downloads.take(client) as turn, self._store.opened(outbound.open, *stored) as file:
+            for offset, length in chunks(request.offset, size):
+                if offset > request.offset:
+                    turn.check()
+                yield await self._chunks.get(manifest.sha256, file, offset, length)
+                # Only now: were it booked before, a payload could be in the database whose message was never sent.
+                self._ledger.payload("down", engine.run.config.codec.down, length)
 
     async def PushUpdate(
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest], context: Context
@@ -195,8 +195,7 @@ class Federation(pb_grpc.FederationServiceServicer):
             answer.committed_bytes = received.manifest.payload_bytes
             answer.receipt.CopyFrom(_receipt(received))
             return answer
-        # Not on the threads that check uploads: who asks must not wait for them.
-        answer.committed_bytes = await asyncio.to_thread(self._store.spool.position, ticket.id, request.sha256)
+        answer.committed_bytes = await self._store.file(self._store.spool.position, ticket.id, request.sha256)
         return answer
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import re
 import secrets
 import string
@@ -45,6 +44,7 @@ from fedpeft_server.rpc.history import History
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import RUN_BYTES, client_message, run_message
 from fedpeft_server.rpc.uploads import Uploads
+from fedpeft_server.store.open_file import OpenFile
 from fedpeft_server.store.rows import Place, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key, version_key
 from fedpeft_server.traffic import Ledger
@@ -75,7 +75,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         if first is None or not first.HasField("header"):
             raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
         header = first.header
-        run, manifest = _new_run(header)
+        run, manifest = await self._store.compute(_new_run, header)
         known = await self._store.call(self._store.db.run_by_request, header.request_id)
         if known:
             return await self._repeated(known, run)
@@ -180,22 +180,32 @@ class Operator(pb_grpc.OperatorServiceServicer):
             raise VersionNotFound(f"{request.run} has no version {number}; the newest is {engine.run.version}")
         row = await self._store.call(self._store.db.version, engine.run.id, number)
         key = version_key(engine.run.id, number)
-        path = await self._store.compute(self._store.blobs.local_path, key)
-        with path.open("rb", buffering=0) as file:
-            digest = await self._store.compute(hashlib.file_digest, file, "sha256")
-            if digest.hexdigest() != row.sha256:
-                raise BlobCorrupt(
-                    f"the stored version {number} of {engine.run.id} does not have its recorded digest; "
-                    f"restore blob {key} from a backup"
-                )
+        async with self._store.opened(self._checked, key, row) as file:
             if request.offset > row.size_bytes:
                 text = f"is {request.offset}; the file has {row.size_bytes} bytes"
                 raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
-            header = pb.DownloadHeader(version=number, size_bytes=row.size_bytes, sha256=digest.digest())
+            digest = bytes.fromhex(row.sha256)
+            header = pb.DownloadHeader(version=number, size_bytes=row.size_bytes, sha256=digest)
             yield pb.DownloadAdapterResponse(header=header)
             for offset in range(request.offset, row.size_bytes, CHUNK_BYTES):
-                data = os.pread(file.fileno(), CHUNK_BYTES, offset)
+                data = await self._store.file(file.read, offset, CHUNK_BYTES)
                 yield pb.DownloadAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
+
+    def _checked(self, key: str, row: VersionRow) -> OpenFile:
+        """Opens a stored version.
+
+        Raises:
+            BlobCorrupt: If it does not have its digest.
+        """
+        with self._store.blobs.local(key) as path:
+            file = OpenFile(path)
+        if file.sha256() == row.sha256:
+            return file
+        file.close()
+        raise BlobCorrupt(
+            f"the stored version {row.version} of {row.run} does not have its recorded digest; "
+            f"restore blob {key} from a backup"
+        )
 
     async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
         """Shows every client that ever registered, a page at a time."""

@@ -78,7 +78,7 @@ class Uploads:
         self._declared = declared
         self._store = store
         self._ledger = ledger
-        self._arrivals = Arrivals(store.spool, max_bytes)
+        self._arrivals = Arrivals(store, max_bytes)
         self._turns = Turns(limit)
         self._creations = Turns(limit)
         self._steps = Steps()
@@ -106,29 +106,47 @@ class Uploads:
     ) -> UpdateRow:
         """Receives one update and counts it; the answer to a repetition is the first one's.
 
+        What arrived of an update that no round will take any more is removed.
+
         Raises:
             TransfersBusy: If no turn came for `HOLD_S`.
             TurnOver: If others wait for the turn; what arrived is kept.
             BeingChecked: If the upload is whole and has not been concluded for `HOLD_S`.
             FedpeftError: If the update is refused.
         """
-        counted = await self._joined(ticket, header)
+        counted = await self._repeated(ticket, header)
         if counted:
             return counted
-        received = await self.received(ticket)
-        if received:
-            if received.manifest.sha256 != header.manifest.sha256:
-                raise _differs(ticket)
-            return received
         self._admit(engine, ticket)
-        manifest = self._checked(engine, header, await self._declared_by(ticket.client, engine.run.id))
+        declared = await self._declared_by(ticket.client, engine.run.id)
+        manifest = await self._store.file(self._checked, engine, header, declared)
         booked = partial(self._ledger.payload, "up", engine.run.config.codec.encoding)
-        async with self._turns.take(ticket.client) as turn:
-            counted = await self._joined(ticket, header)  # this call may have waited for it
-            if counted:
-                return counted
-            writer = await self._arrivals.take(ticket.id, manifest, context, turn, booked)
-            return await self._concluded(self._begin(engine, ticket, header, writer))
+        try:
+            async with self._turns.take(ticket.client) as turn:
+                counted = await self._repeated(_now(engine, ticket), header)  # it may have waited for that one
+                if counted:
+                    return counted
+                writer = await self._arrivals.take(
+                    ticket.id, manifest, context, turn, booked, lambda: self._admit(engine, _now(engine, ticket))
+                )
+                return await self._concluded(self._begin(engine, ticket, header, writer))
+        except BaseException:
+            if not _is_open(engine, ticket) and ticket.id not in self._concluding:
+                self._store.soon(self._store.spool.remove_partial, ticket.id)
+            raise
+
+    async def _repeated(self, ticket: Ticket, header: pb.UpdateHeader) -> UpdateRow | None:
+        """Returns what an earlier upload for the ticket came to; None if there was none.
+
+        Raises:
+            UpdateDiffers: If it was of other bytes, and counted.
+            FedpeftError: As `_joined`.
+        """
+        counted = await self._joined(ticket, header)
+        received = counted or await self.received(ticket)
+        if received and received.manifest.sha256 != header.manifest.sha256:
+            raise _differs(ticket)
+        return received
 
     async def received(self, ticket: Ticket) -> UpdateRow | None:
         """Returns what was received for a ticket of any round."""
@@ -219,14 +237,12 @@ class Uploads:
             log.error("an update could not be concluded", ticket=ticket, exc_info=error)
 
     async def _finish(self, writer: SpoolWriter) -> None:
-        with writer:
-            await self._store.compute(writer.finish)
+        await self._store.compute(_finished, writer)
 
     def _admit(self, engine: RunEngine, ticket: Ticket) -> None:
         if ticket.state in (TicketState.WITHDRAWN, TicketState.REFUSED):
             raise TicketClosed(f"ticket {ticket.id} was {ticket.state}: {ticket.reason or 'no reason given'}")
-        open_now = engine.active and engine.round.phase is Phase.OPEN and ticket in engine.round.tickets
-        if not open_now:
+        if not _is_open(engine, ticket):
             raise RoundClosed(f"the round of ticket {ticket.id} has closed; keep the update for the next round")
 
     async def _declared_by(self, client: str, run: str) -> int:
@@ -267,6 +283,24 @@ class Uploads:
 
 def _differs(ticket: Ticket) -> UpdateDiffers:
     return UpdateDiffers(f"another update was already received for {ticket.id}; that one counts")
+
+
+def _finished(writer: SpoolWriter) -> None:
+    with writer:
+        writer.finish()
+
+
+def _now(engine: RunEngine, ticket: Ticket) -> Ticket:
+    """Returns a ticket as it is now; as it was if its round is over."""
+    return next((t for t in engine.round.tickets if t.id == ticket.id), ticket)
+
+
+def _is_open(engine: RunEngine, ticket: Ticket) -> bool:
+    """Says whether the round of a ticket takes an update for it now, or has taken it and may take others."""
+    if not engine.active or engine.round.phase is not Phase.OPEN:
+        return False
+    held = (TicketState.ISSUED, TicketState.RECEIVED)
+    return any(t.id == ticket.id and t.state in held for t in engine.round.tickets)
 
 
 @asynccontextmanager

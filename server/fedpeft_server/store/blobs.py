@@ -6,12 +6,10 @@ Keys are paths such as `runs/RUN/versions/000012.safetensors`; what is under a k
 from __future__ import annotations
 
 import errno
-import os
 import shutil
-import tempfile
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -22,6 +20,7 @@ from obstore.store import LocalStore, from_url
 
 from fedpeft.durable import refusals, sync
 from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid
+from fedpeft_server.store.blob_cache import BlobCache
 
 CHUNK_BYTES = 1024 * 1024
 """Bytes that are copied from an object store at once."""
@@ -35,7 +34,7 @@ class Blobs:
 
     Args:
         url: A folder, which is made if it does not exist, or a URL: file://, s3://, gs:// or az://.
-        cache: Where `local_path` keeps what an object store holds; a temporary folder if not given.
+        cache: Where `local_path` keeps what an object store holds, emptied at first; a temporary folder if not given.
 
     Raises:
         StateInvalid: If the URL is none of these, or the folder cannot be used.
@@ -44,7 +43,7 @@ class Blobs:
     def __init__(self, url: str, cache: Path | None = None) -> None:
         self._url = url
         self._root: Path | None = None
-        self._cache = cache
+        self._cache = BlobCache(cache)
         self._durable: set[Path] = set()
         """Folders whose name is known to be durable."""
         if "://" not in url or url.startswith("file://"):
@@ -76,7 +75,7 @@ class Blobs:
             if self._root is not None:
                 self._sync(self._root, self._root / key)
         if self._root is None:
-            self._cached(key).unlink(missing_ok=True)
+            self._cache.forget(key)
 
     def _moved(self, source: Path, path: Path) -> bool:
         """Moves a file into the folder; False if it lies on another file system."""
@@ -101,24 +100,24 @@ class Blobs:
             self._durable.add(folder)
 
     def local_path(self, key: str) -> Path:
-        """Returns a file that holds the blob: its own in a folder, else a copy in the cache."""
+        """Returns a file that holds the blob: its own in a folder, else a copy that may go once others are read."""
+        return self._own(key) if self._root is not None else self._cache.path(key, partial(self._pieces, key))
+
+    @contextmanager
+    def local(self, key: str) -> Iterator[Path]:
+        """Gives a file that holds the blob, which stays for as long as the block lasts."""
         if self._root is not None:
-            path = self._root / key
-            if not path.is_file():
-                raise self._missing(key)
-            return path
-        copy = self._cached(key)
-        if not copy.is_file():
-            with refusals(f"caching blob {key}"):
-                copy.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(dir=copy.parent)
-            try:
-                with refusals(f"caching blob {key}"), os.fdopen(descriptor, "wb") as file:
-                    file.writelines(self._pieces(key))
-                Path(partial).replace(copy)
-            finally:
-                Path(partial).unlink(missing_ok=True)
-        return copy
+            yield self._own(key)
+            return
+        with self._cache.held(key, partial(self._pieces, key)) as path:
+            yield path
+
+    def _own(self, key: str) -> Path:
+        assert self._root is not None
+        path = self._root / key
+        if not path.is_file():
+            raise self._missing(key)
+        return path
 
     def has(self, key: str) -> bool:
         """Says whether a blob is under a key, without reading it."""
@@ -136,12 +135,6 @@ class Blobs:
         with self._translated("looking for", folder):
             return any(len(batch) > 0 for batch in obstore.list(self._store, folder, chunk_size=1))
 
-    def _cached(self, key: str) -> Path:
-        if self._cache is None:
-            self._cache = Path(tempfile.mkdtemp(prefix="fedpeft-blobs-"))
-            weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
-        return self._cache / key
-
     def _pieces(self, key: str) -> Iterator[bytes]:
         with self._translated("reading", key):
             yield from map(bytes, obstore.get(self._store, key).stream(CHUNK_BYTES))
@@ -156,7 +149,7 @@ class Blobs:
             if keys:
                 obstore.delete(self._store, keys)
         for key in keys:
-            self._cached(key).unlink(missing_ok=True)
+            self._cache.forget(key)
 
     def _delete_folder(self, folder: Path) -> None:
         # The whole folder, because a process that dies while writing leaves a file that the store does not list.

@@ -1,4 +1,4 @@
-"""Adapter versions as they go to the clients: encoded once a version, and their chunks made once for all clients.
+"""Adapter versions as they go to the clients, encoded once a version.
 
 A float32 version is not encoded at all: the data of its file, in the spec's order, are that payload.
 """
@@ -6,7 +6,6 @@ A float32 version is not encoded at all: the data of its file, in the spec's ord
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -16,26 +15,24 @@ from pathlib import Path
 from fedpeft import adapter_file, payload
 from fedpeft.payload import Entry, Manifest
 from fedpeft.spec import AdapterSpec
-from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft.v1 import tensor_pb2
 from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.open_file import OpenFile
 from fedpeft_server.store.rows import RunRow, VersionRow
 
 KEPT = 256
 """Encoded versions kept over all runs."""
 
-CHUNKS = 16
-"""Chunks kept in memory: clients of a round pull side by side, so one read serves them all."""
+OWN_BYTES = 2 * 1024**3
+"""Most bytes of files that were made for them; the newest one may be larger."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An encoded version: its payload lies in `path` from byte `start` on; `own` if the file is made for it."""
+    """An encoded version: its payload is the file `path`; where that is None, the blob itself from byte `start` on."""
 
     manifest: Manifest
-    path: Path
+    path: Path | None = None
     start: int = 0
-    own: bool = True
 
 
 class Outbound:
@@ -46,37 +43,36 @@ class Outbound:
         self._blobs = blobs
         self._lock = threading.Lock()
         self._encoded: OrderedDict[tuple[str, int], Encoded] = OrderedDict()
-        self._chunks: OrderedDict[tuple[bytes, int, int], pb.PullAdapterResponse] = OrderedDict()
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.iterdir():
             leftover.unlink()
 
-    def get(self, run: RunRow, version: VersionRow, key: str) -> Encoded:
-        """Returns a version in the run's `codec.down`; encodes it on first use.
+    def manifest(self, run: RunRow, version: VersionRow, key: str) -> Manifest:
+        """Returns what a version in the run's `codec.down` holds; encodes it on first use.
 
         Raises:
             BlobCorrupt: If the stored version is missing or does not have its digest.
         """
         with self._lock:
-            encoded = self._encoded.get((run.id, version.version))
-            if encoded is None:
-                encoded = self._encode(run, version, key)
-                self._encoded[run.id, version.version] = encoded
-                while len(self._encoded) > KEPT:
-                    _remove(self._encoded.popitem(last=False)[1])
-            return encoded
+            return self._get(run, version, key).manifest
 
-    def chunk(self, encoded: Encoded, descriptor: int, offset: int, length: int) -> pb.PullAdapterResponse:
-        """Returns the chunk of `length` bytes at `offset` of a payload whose file is open; call it from one thread."""
-        key = (encoded.manifest.sha256, offset, length)
-        message = self._chunks.get(key)
-        if message is None:
-            data = os.pread(descriptor, length, encoded.start + offset)
-            message = pb.PullAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
-            self._chunks[key] = message
-            if len(self._chunks) > CHUNKS:
-                self._chunks.popitem(last=False)
-        return message
+    def open(self, run: RunRow, version: VersionRow, key: str) -> OpenFile:
+        """Opens the payload that `manifest` describes; else as that."""
+        with self._lock:
+            encoded = self._get(run, version, key)
+            if encoded.path is not None:
+                return OpenFile(encoded.path)
+            with self._blobs.local(key) as path:
+                return OpenFile(path, encoded.start)
+
+    def _get(self, run: RunRow, version: VersionRow, key: str) -> Encoded:
+        encoded = self._encoded.get((run.id, version.version))
+        if encoded is None:
+            encoded = self._encode(run, version, key)
+            self._encoded[run.id, version.version] = encoded
+            self._evict()
+        self._encoded.move_to_end((run.id, version.version))
+        return encoded
 
     def keep_from(self, run_id: str, version: int) -> None:
         """Forgets the versions of a run before `version`."""
@@ -88,15 +84,29 @@ class Outbound:
         """Forgets all versions of a run."""
         self.keep_from(run_id, 2**62)
 
+    def _evict(self) -> None:
+        """Forgets the versions that were asked for longest ago, until what is left is within bounds."""
+        own = sum(encoded.manifest.payload_bytes for encoded in self._encoded.values() if encoded.path is not None)
+        while len(self._encoded) > KEPT or (own > OWN_BYTES and len(self._encoded) > 1):
+            _, oldest = self._encoded.popitem(last=False)
+            own -= oldest.manifest.payload_bytes if oldest.path is not None else 0
+            _remove(oldest)
+
     def _encode(self, run: RunRow, version: VersionRow, key: str) -> Encoded:
-        stored_at = self._blobs.local_path(key)
         encoding = run.config.codec.down
-        with adapter_file.open_adapter(stored_at, version.sha256) as stored:
+        with (
+            self._blobs.local(key) as stored_at,
+            adapter_file.open_adapter(stored_at, version.sha256) as stored,
+        ):
             if encoding == "float32":
                 return _in_place(stored_at, run.spec)
             path = self._folder / f"{run.id}-{version.version:06}.{encoding}"
-            with path.open("wb") as file:
-                return Encoded(payload.write(file, stored, run.spec.shared, encoding), path)
+            try:
+                with path.open("wb") as file:
+                    return Encoded(payload.write(file, stored, run.spec.shared, encoding), path)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
 
 
 def _in_place(path: Path, spec: AdapterSpec) -> Encoded:
@@ -111,9 +121,9 @@ def _in_place(path: Path, spec: AdapterSpec) -> Encoded:
         Entry(tensor.name, tensor.shape, "float32", offset, size)
         for tensor, offset, size in zip(spec.shared, offsets, sizes, strict=False)
     )
-    return Encoded(Manifest(entries, offsets[-1], digest), path, start, own=False)
+    return Encoded(Manifest(entries, offsets[-1], digest), None, start)
 
 
 def _remove(encoded: Encoded) -> None:
-    if encoded.own:
+    if encoded.path is not None:
         encoded.path.unlink(missing_ok=True)

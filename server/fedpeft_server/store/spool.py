@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +51,16 @@ class _Held:
     settled: bool = False
 
 
+LOCKS = 64
+"""Locks that the tickets share, so that there is none to be made and removed with each ticket."""
+
+
 class Spool:
     """The folder of updates.
 
-    Its methods may be called from any thread; the methods of a writer from one thread at a time.
+    Its methods, and those of its writers, may be called from any thread; all but `is_current` wait for the disk, so
+    none of them belongs on an event loop. What is done to the files of one ticket happens one after the other; a disk
+    that is slow with one ticket keeps few others waiting.
 
     Args:
         folder: Made if it does not exist. One process uses it at a time.
@@ -67,7 +73,7 @@ class Spool:
     def __init__(self, folder: Path, *, keep_manifests: bool = False) -> None:
         self._folder = folder
         self._keep_manifests = keep_manifests
-        self._lock = threading.Lock()
+        self._locks = [threading.RLock() for _ in range(LOCKS)]
         self._held: dict[str, _Held] = {}
         self._writers: dict[str, SpoolWriter] = {}
         # Digests of what this process wrote of partial uploads, so that resuming one need not read it again.
@@ -80,6 +86,7 @@ class Spool:
         for path in sorted(self._folder.iterdir()):
             name = _FILE.fullmatch(path.name)
             if name is None:
+                self._remove_leftover(path)
                 continue
             known = self._held.get(name["ticket"])
             if known is None:
@@ -90,9 +97,28 @@ class Spool:
                 known.path.unlink()
                 self._held[name["ticket"]] = _Held(path, name["digest"], name["kind"] == "update")
 
+    @staticmethod
+    def _remove_leftover(path: Path) -> None:
+        """Removes what describes an update that is not there any more."""
+        if path.suffix == ".manifest-part" or (
+            path.suffix == ".manifest" and not path.with_suffix(".update").exists()
+        ):
+            path.unlink()
+
     def tickets(self) -> list[str]:
         """Returns the tickets of which anything is held."""
         return list(self._held)
+
+    def sizes(self, tickets: Collection[str]) -> dict[str, int]:
+        """Returns how many bytes are held of tickets, whatever their payload: of those named and of every partial one.
+
+        For the start of the server, when nothing else uses the spool.
+        """
+        found = {}
+        for ticket, held in list(self._held.items()):
+            if not held.whole or ticket in tickets:
+                found[ticket] = held.path.stat().st_size
+        return found
 
     def position(self, ticket: str, sha256: bytes) -> int:
         """Returns how many bytes are held of the payload with a digest; those of another payload do not count."""
@@ -116,7 +142,7 @@ class Spool:
         """
         if not ids.TICKET.fullmatch(ticket):
             raise TicketNotFound(f"there is no ticket {ticket[:80]!r}")
-        with self._lock, refusals(f"opening the upload of {ticket}"):
+        with self._lock_of(ticket), refusals(f"opening the upload of {ticket}"):
             held = self._held.get(ticket)
             if held is not None and held.digest != manifest.sha256.hex():
                 self._discard(ticket, held)
@@ -128,6 +154,9 @@ class Spool:
             self._held[ticket], self._writers[ticket] = held, writer
             return writer
 
+    def _lock_of(self, ticket: str) -> threading.RLock:
+        return self._locks[hash(ticket) % LOCKS]
+
     def _discard(self, ticket: str, held: _Held) -> None:
         if held.settled:
             raise UpdateDiffers(f"another update of ticket {ticket}, with digest {held.digest}, is already complete")
@@ -136,8 +165,9 @@ class Spool:
         del self._held[ticket]
 
     def _open(self, ticket: str, manifest: Manifest, held: _Held) -> SpoolWriter:
+        lock = self._lock_of(ticket)
         if held.whole:
-            return SpoolWriter(self, ticket, manifest, held.path, None, manifest.payload_bytes, None)
+            return SpoolWriter(self, lock, ticket, manifest, held.path, None, manifest.payload_bytes, None)
         descriptor = os.open(held.path, os.O_RDWR | os.O_CREAT, 0o600)
         position = os.fstat(descriptor).st_size
         if position > manifest.payload_bytes:
@@ -149,7 +179,7 @@ class Spool:
         digest = hashlib.sha256() if position == 0 else None
         if known is not None and known[0] == position:
             digest = known[1].copy()
-        return SpoolWriter(self, ticket, manifest, held.path, descriptor, position, digest)
+        return SpoolWriter(self, lock, ticket, manifest, held.path, descriptor, position, digest)
 
     def is_current(self, writer: SpoolWriter) -> bool:
         """Returns whether a writer is the newest of its ticket, so that it may write."""
@@ -157,7 +187,7 @@ class Spool:
 
     def leave(self, writer: SpoolWriter) -> None:
         """Ends a writer, which keeps what arrived. For `SpoolWriter.abandon`."""
-        with self._lock:
+        with self._lock_of(writer.ticket):
             if not self.is_current(writer):
                 return
             del self._writers[writer.ticket]
@@ -167,7 +197,7 @@ class Spool:
 
     def publish(self, writer: SpoolWriter) -> Path | None:
         """Gives a checked and durable payload its final name; None if the writer is not the newest any more."""
-        with self._lock:
+        with self._lock_of(writer.ticket):
             held = self._held.get(writer.ticket)
             if not self.is_current(writer) or held is None:
                 return None
@@ -185,7 +215,7 @@ class Spool:
 
     def reject(self, writer: SpoolWriter) -> bool:
         """Removes what a writer wrote, because it is wrong; False if the writer is not the newest any more."""
-        with self._lock:
+        with self._lock_of(writer.ticket):
             if not self.is_current(writer):
                 return False
             self._remove(writer.ticket)
@@ -211,13 +241,27 @@ class Spool:
 
     def remove_all(self, tickets: Iterable[str]) -> None:
         """Removes what is held of some tickets; their writers may write no more."""
-        with self._lock, refusals(f"cleaning the spool {self._folder}"):
+        with refusals(f"cleaning the spool {self._folder}"):
             for ticket in tickets:
+                with self._lock_of(ticket):
+                    self._remove(ticket)
+
+    def remove_partial(self, ticket: str) -> None:
+        """Removes what is held of a ticket unless it is whole; its writer may write no more."""
+        with self._lock_of(ticket), refusals(f"cleaning the spool {self._folder}"):
+            held = self._held.get(ticket)
+            if held is not None and not held.whole:
                 self._remove(ticket)
 
-    def sweep(self, keep: set[str]) -> None:
-        """Removes what is held of all tickets but those in `keep`; for the start of the server."""
-        self.remove_all([ticket for ticket in list(self._held) if ticket not in keep])
+    def sweep(self, keep: Collection[str], *, whole: bool = True) -> None:
+        """Removes what is held of all tickets but those in `keep`; for the start of the server.
+
+        Args:
+            keep: Tickets whose uploads may still be wanted.
+            whole: Whether whole updates go too; else only partial ones do.
+        """
+        unwanted = [(ticket, held) for ticket, held in self._held.items() if ticket not in keep]
+        self.remove_all([ticket for ticket, held in unwanted if whole or not held.whole])
 
     def _remove(self, ticket: str) -> None:
         self._writers.pop(ticket, None)

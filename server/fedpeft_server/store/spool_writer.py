@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,13 +36,23 @@ class Owner(Protocol):
 class SpoolWriter:
     """An upload under way. Made by `Spool.writer`; use it as a context manager, which abandons what is not finished.
 
-    `write` is quick: a copy into the page cache and its digest. `finish` takes a disk's time and belongs in a thread;
-    what is heavy in it runs without the interpreter's lock.
+    Every method may wait for the disk and belongs in a thread; what is heavy runs without the interpreter's lock.
+
+    Args:
+        owner: The spool.
+        lock: Held by whoever touches the files of this ticket.
+        ticket: Whose upload it is.
+        manifest: What arrives.
+        path: Where it is written.
+        descriptor: Of that file; None if the payload is whole already.
+        position: How many bytes are there.
+        digest: Of these bytes, if it is known.
     """
 
     def __init__(
         self,
         owner: Owner,
+        lock: threading.RLock,
         ticket: str,
         manifest: Manifest,
         path: Path,
@@ -52,6 +63,7 @@ class SpoolWriter:
         self.ticket = ticket
         self.manifest = manifest
         self._owner = owner
+        self._lock = lock
         self._path = path
         self._descriptor = descriptor
         """None if the payload was whole already, or the writer is closed."""
@@ -88,15 +100,18 @@ class SpoolWriter:
         if not 1 <= len(view) <= CHUNK_BYTES:
             text = f"has {len(view)} bytes; 1 to {CHUNK_BYTES} are allowed"
             raise ChunkInvalid(f"a chunk of ticket {self.ticket} {text}", (("chunk.data", text),))
+        with self._lock, refusals(f"writing the upload of {self.ticket}"):
+            self._check_place(offset, len(view))
+            self._append(view)
+
+    def _check_place(self, offset: int, length: int) -> None:
         self._check_current()
         if offset != self._position:
             text = f"begins at byte {offset}; the upload stands at {self._position}"
             raise OffsetOutOfRange(f"a chunk of ticket {self.ticket} {text}", (("chunk.offset", text),))
-        if offset + len(view) > self.manifest.payload_bytes:
-            text = f"ends at byte {offset + len(view)}; the payload has {self.manifest.payload_bytes}"
+        if offset + length > self.manifest.payload_bytes:
+            text = f"ends at byte {offset + length}; the payload has {self.manifest.payload_bytes}"
             raise ChunkInvalid(f"a chunk of ticket {self.ticket} {text}", (("chunk.data", text),))
-        with refusals(f"writing the upload of {self.ticket}"):
-            self._append(view)
 
     def _append(self, view: memoryview) -> None:
         assert self._descriptor is not None, "a whole payload has no room for another chunk"
@@ -142,8 +157,9 @@ class SpoolWriter:
 
     def abandon(self) -> None:
         """Ends the upload and keeps what arrived; does nothing after `finish`."""
-        self._owner.leave(self)
-        self._close()
+        with self._lock:  # a write that a thread is in the middle of is let go first
+            self._owner.leave(self)
+            self._close()
 
     def __enter__(self) -> SpoolWriter:
         return self

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
+
+import structlog
 
 from fedpeft.rounds import Round, TicketState
 from fedpeft_server.store.blobs import Blobs
@@ -15,13 +18,27 @@ from fedpeft_server.store.database import Database
 from fedpeft_server.store.outbound import Outbound
 from fedpeft_server.store.spool import Spool
 
+log = structlog.get_logger()
+
+
+class Closable(Protocol):
+    """Something open."""
+
+    def close(self) -> None:
+        """Closes it."""
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C", bound=Closable)
 
 _CREATION = "create-"
 
 COMPUTE_THREADS = 4
 """Threads that hash, check, sync and fold; all of it releases the interpreter's lock."""
+FILE_THREADS = 8
+"""Threads for what takes a moment as a rule: a chunk of a transfer written or read, a file opened or removed. They are
+apart from the others, so that no chunk waits for the check of another upload."""
 
 
 class Store:
@@ -37,7 +54,7 @@ class Store:
     def __init__(self, folder: Path, database: str, blobs: str, *, keep_updates: bool) -> None:
         self.keep_updates = keep_updates
         self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}")
-        self.blobs = Blobs(blobs or str(folder / "blobs"))
+        self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache")
         self.spool = Spool(folder / "spool", keep_manifests=keep_updates)
         self.outbound = Outbound(folder / "outbound", self.blobs)
         self.scratch = folder / "scratch"
@@ -45,6 +62,7 @@ class Store:
         self.scratch.mkdir()
         self._transactions = ThreadPoolExecutor(1, "database")
         self._pool = ThreadPoolExecutor(COMPUTE_THREADS, "compute")
+        self._files = ThreadPoolExecutor(FILE_THREADS, "files")
 
     async def call(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs one transaction on the database's thread, in the order of the calls; also when its caller leaves."""
@@ -55,6 +73,28 @@ class Store:
         """Runs work that takes long on one of the other threads."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
+
+    async def file(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs a short piece of work on files on a thread of its own kind."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._files, lambda: function(*args, **kwargs))
+
+    def soon(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Has a short piece of work on files done that nobody waits for; its failure is logged."""
+        self._files.submit(function, *args, **kwargs).add_done_callback(_tell_failure)
+
+    @asynccontextmanager
+    async def opened(self, function: Callable[P, C], *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[C]:
+        """Gives what a function opens; it is closed on a thread too, also where the caller leaves meanwhile."""
+        opening = asyncio.ensure_future(self.compute(function, *args, **kwargs))
+        try:
+            yield await asyncio.shield(opening)
+        finally:
+            opening.add_done_callback(self._close)
+
+    def _close(self, opening: asyncio.Future[C]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self.soon(opening.result().close)
 
     async def forget_round(self, done: Round, run_id: str) -> None:
         """Removes what a committed round no longer needs; what arrived and was not counted is never needed."""
@@ -84,14 +124,20 @@ class Store:
                 if run not in runs:
                     self.forget_run(run, ())
                 self.spool.remove(key)
-        if not self.keep_updates:
-            self.spool.sweep(set(tickets))
+        self.spool.sweep(set(tickets), whole=not self.keep_updates)
 
     def close(self) -> None:
         """Ends the threads, then the database."""
         self._pool.shutdown()
+        self._files.shutdown()
         self._transactions.shutdown()
         self.db.close()
+
+
+def _tell_failure(done: Future[object]) -> None:
+    error = None if done.cancelled() else done.exception()
+    if error is not None:
+        log.error("a file could not be closed or removed", exc_info=error)
 
 
 def creation_key(run_id: str) -> str:

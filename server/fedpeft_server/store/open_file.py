@@ -1,0 +1,46 @@
+"""A file that is open for reading from any thread, so that it can be read though its name is removed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from io import FileIO
+from pathlib import Path
+
+
+class OpenFile:
+    """An open file, or the part of it from a byte on. Each method may wait for the disk and belongs in a thread.
+
+    Args:
+        path: The file.
+        start: Where the part begins.
+
+    Raises:
+        OSError: If it cannot be opened.
+    """
+
+    def __init__(self, path: Path, start: int = 0) -> None:
+        self._file = FileIO(path)
+        self._start = start
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Returns so many bytes, less at the end of the file.
+
+        Raises:
+            ValueError: If it was closed.
+        """
+        with self._lock:
+            return os.pread(self._file.fileno(), length, self._start + offset)
+
+    def sha256(self) -> str:
+        """Returns the digest of the whole file, hexadecimal."""
+        with self._lock:
+            self._file.seek(0)
+            return hashlib.file_digest(self._file, "sha256").hexdigest()
+
+    def close(self) -> None:
+        """Closes it, once nobody is in the middle of a read."""
+        with self._lock:
+            self._file.close()
