@@ -4,15 +4,20 @@ Wire bytes are whole serialized messages, counted in the (de)serializers, so tha
 measured. Payload bytes are the encoded tensors inside them.
 
 Every transition of a run (a receipt, a withdrawal, a refusal, a commit...) writes what was counted for the run so far,
-in its own transaction; what passes between two transitions is written every few seconds.
+in its own transaction; what passes between two transitions is written every few seconds, and soon after a payload
+moved. A process that is killed in between loses none of an upload all the same, because the spool's files say how much
+arrived: a restart counts what the database lacks of them (`Database.count_spooled`), a receipt its payload at least,
+and a download that is resumed what must have come before.
+
+Bytes belong to the round of the ticket or version that they are about, whichever round is in progress by then.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from types import MappingProxyType
 
 from fedpeft_server.call import CALL, Call, Direction, Key
 from fedpeft_server.metrics import Metrics
@@ -26,7 +31,9 @@ class Ledger:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._pending: dict[Key, Traffic] = {}
-        self._round: dict[tuple[str, Direction], int] = defaultdict(int)
+        self._rounds: dict[str, _Rounds] = {}
+        self.moved = asyncio.Event()
+        """Set once a payload passed that is not in the database yet."""
 
     def wire(self, call: Call, direction: Direction, size_bytes: int) -> None:
         """Books one serialized message, or keeps it until the call says where it belongs."""
@@ -53,6 +60,20 @@ class Ledger:
         if call.training:
             up, down = (size_bytes, 0) if direction == "up" else (0, size_bytes)
             self._add(call.key, Traffic(0, 0, up, down))
+            self.moved.set()
+
+    async def resumed(self, store: Store, position: int) -> None:
+        """Books what a download that goes on at byte `position` must have brought before, if the database lacks it.
+
+        A process that was killed took the last part of what it had sent with it.
+
+        Raises:
+            FedpeftError: If it cannot be written.
+        """
+        call = CALL.get()
+        if call.key is not None and call.training:
+            with self.handed_out(call.key[0]) as traffic:
+                await store.call(store.db.count_at_least, {call.key: Traffic(payload_down=position)}, traffic)
 
     async def write(self, store: Store) -> None:
         """Writes what is not in the database yet; what could not be written waits for the next time.
@@ -61,6 +82,7 @@ class Ledger:
             DiskFull: If there is no room.
             StateInvalid: If the database is out of reach.
         """
+        self.moved.clear()
         if self._pending:
             with self.handed_out() as traffic:
                 await store.call(store.db.add_traffic, traffic)
@@ -88,19 +110,28 @@ class Ledger:
         """
         return {(key[1], key[2]): traffic for key, traffic in self._pending.items() if key[0] == run}
 
-    def resume(self, run: str, current: Traffic, last: Traffic) -> None:
-        """Sets the gauges of the round in progress and of the last committed one to what the database has."""
-        self._round[run, "up"], self._round[run, "down"] = current.wire_up, current.wire_down
-        for direction, before in (("up", last.wire_up), ("down", last.wire_down)):
-            self._metrics.round_bytes.labels(run, direction).set(self._round[run, cast(Direction, direction)])
-            self._metrics.last_round_bytes.labels(run, direction).set(before)
+    def resume(self, run: str, number: int, current: Traffic, last: Traffic) -> None:
+        """Sets the gauges of the round in progress, `number`, and of the one before to what the database has."""
+        self._rounds[run] = _Rounds(number, {number: _both(current), number - 1: _both(last)})
+        self._show(run)
 
-    def round_committed(self, run: str) -> None:
-        """Moves the gauges of the round in progress to those of the last round."""
-        for direction in ("up", "down"):
-            total = self._round.pop((run, direction), 0)
-            self._metrics.last_round_bytes.labels(run, direction).set(total)
-            self._metrics.round_bytes.labels(run, direction).set(0)
+    def round_committed(self, run: str, number: int) -> None:
+        """Makes a round the last one, and the one after it the one in progress."""
+        self._rounds.setdefault(run, _Rounds(number)).go_on(number + 1)
+        self._show(run)
+
+    def forget(self, run: str) -> None:
+        """Forgets a run that was deleted."""
+        self._rounds.pop(run, None)
+
+    def _show(self, run: str) -> None:
+        rounds = self._rounds[run]
+        for gauge, number in (
+            (self._metrics.round_bytes, rounds.number),
+            (self._metrics.last_round_bytes, rounds.number - 1),
+        ):
+            for direction, size_bytes in rounds.of(number).items():
+                gauge.labels(run, direction).set(size_bytes)
 
     def _settle(self, call: Call, key: Key, *, training: bool) -> None:
         call.key, call.training = key, training
@@ -113,10 +144,44 @@ class Ledger:
         run = key[0]
         self._metrics.wire_bytes.labels(run, direction).inc(size_bytes)
         if training:
-            self._round[run, direction] += size_bytes
-            self._metrics.round_bytes.labels(run, direction).set(self._round[run, direction])
+            rounds = self._rounds.setdefault(run, _Rounds(1))
+            if rounds.add(key[1], direction, size_bytes):
+                self._show(run)
             up, down = (size_bytes, 0) if direction == "up" else (0, size_bytes)
             self._add(key, Traffic(up, down, 0, 0))
 
     def _add(self, key: Key, traffic: Traffic) -> None:
         self._pending[key] = self._pending[key] + traffic if key in self._pending else traffic
+
+
+class _Rounds:
+    """Wire bytes of a run's round in progress and of the one before, which may still get what comes too late.
+
+    Args:
+        number: The round in progress.
+        known: What is known of both, by number and direction.
+    """
+
+    def __init__(self, number: int, known: Mapping[int, dict[Direction, int]] = MappingProxyType({})) -> None:
+        self.number = number
+        self._sums = dict(known)
+
+    def of(self, number: int) -> dict[Direction, int]:
+        """Returns the bytes of one of both rounds."""
+        return self._sums.setdefault(number, {"up": 0, "down": 0})
+
+    def add(self, number: int, direction: Direction, size_bytes: int) -> bool:
+        """Adds bytes to a round; False if it is another one, which no gauge shows."""
+        shown = number in (self.number, self.number - 1)
+        if shown:
+            self.of(number)[direction] += size_bytes
+        return shown
+
+    def go_on(self, number: int) -> None:
+        """Makes another round the one in progress."""
+        self.number = number
+        self._sums = {n: sums for n, sums in self._sums.items() if n in (number, number - 1)}
+
+
+def _both(traffic: Traffic) -> dict[Direction, int]:
+    return {"up": traffic.wire_up, "down": traffic.wire_down}

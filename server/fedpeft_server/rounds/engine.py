@@ -151,6 +151,7 @@ class RunEngine:
         """Closes a ticket for which `by` sent what is wrong for good; the round goes on with the others."""
         self._metrics.updates.labels(self.run.id, "refused").inc()
         self._log.warning("update refused", client=ticket.client, reason=error.reason, message=error.message)
+        self._store.soon(self._store.spool.remove_partial, ticket.id)
         with suppress(TicketNotFound):  # its round is over, and with it the ticket
             words = f"{error.reason}: {error.message}"
             await self._advance(rounds.Refused(ticket.id, words), self._of(ticket, "update.refused", words, by))
@@ -164,6 +165,7 @@ class RunEngine:
         """
         await self._advance(rounds.Withdrawn(ticket.id, reason), self._of(ticket, "ticket.withdrawn", reason, by))
         self._log.info("ticket withdrawn", client=ticket.client, reason=reason)
+        self._store.soon(self._store.spool.remove_partial, ticket.id)
         return self.round.ticket(ticket.id).state
 
     @unbroken
@@ -194,6 +196,7 @@ class RunEngine:
             await self._set_run(RunState.STOPPED, reason or "stopped by the operator", new, by=by)
             self._metrics.rounds.labels(self.run.id, "stopped").inc()
             self._lobby.call_all()
+            self.steps.begin(self._forget_stopped(new))
 
     def _refuse_if_finished(self) -> None:
         if not self.active:
@@ -300,6 +303,15 @@ class RunEngine:
         except FedpeftError as error:
             self._log.error("a committed round's files could not be removed", message=error.message)
 
+    async def _forget_stopped(self, stopped: Round) -> None:
+        """Removes what arrived for a round that will never be folded, once nothing reads it any more."""
+        if self._folding:
+            await asyncio.wait({self._folding})
+        try:
+            await self._store.forget_stopped(stopped)
+        except FedpeftError as error:
+            self._log.error("a stopped run's uploads could not be removed", message=error.message)
+
     async def _fold_round(self, folding: Round) -> Result:
         db = self._store.db
         row = await self._store.call(db.current_round, self.run.id)
@@ -367,7 +379,7 @@ class RunEngine:
         )
         self._say_excluded(outcome.excluded)
         self.run = replace(self.run, version=done.number, state=state, reason=reason)
-        self._ledger.round_committed(self.run.id)
+        self._ledger.round_committed(self.run.id, done.number)
         self._metrics.rounds.labels(self.run.id, "committed").inc()
         self._metrics.round_seconds.labels(self.run.id, "aggregating").observe(seconds)
         self._metrics.committed(self.run.id, outcome.metrics)

@@ -87,8 +87,11 @@ class Runs:
         for run in await self._store.call(self._store.db.runs):
             row = await self._store.call(self._store.db.current_round, run.id)
             self._add(self._engine(run, _in_progress(run, row)))
-            await self._show_again(self._engines[run.id])
         held = {t.id for e in self._engines.values() if e.active for t in e.round.tickets}
+        sizes = await self._store.compute(self._store.spool.sizes, held)
+        await self._store.call(self._store.db.count_spooled, sizes)
+        for engine in self._engines.values():
+            await self._show_again(engine)
         await self._store.compute(self._store.sweep, self._engines, held)
         for engine in self._engines.values():
             await engine.start()
@@ -144,6 +147,7 @@ class Runs:
         del self._engines[run_id]
         self._ages.remove(engine.age)
         self.answers.forget(run_id)
+        self._ledger.forget(run_id)
         self._metrics.forget(run_id)
         self._changed(engine)
         log.info("run deleted", run=run_id)
@@ -174,8 +178,8 @@ class Runs:
         for _, run_id in self._ages[bisect.bisect_right(self._ages, age) :]:
             yield self._engines[run_id]
 
-    async def ticket(self, ticket_id: str) -> tuple[RunEngine, Ticket]:
-        """Returns a ticket of any round, with the engine of its run.
+    async def ticket(self, ticket_id: str) -> tuple[RunEngine, Ticket, int]:
+        """Returns a ticket of any round, with the engine of its run and the number of its round.
 
         Raises:
             TicketNotFound: If there is no such ticket.
@@ -183,9 +187,9 @@ class Runs:
         for engine in self._active.values():
             for ticket in engine.round.tickets:
                 if ticket.id == ticket_id:
-                    return engine, ticket
+                    return engine, ticket, engine.round.number
         row = await self._store.call(self._store.db.ticket, ticket_id)
-        return self.get(row.run), row.ticket
+        return self.get(row.run), row.ticket, row.number
 
     @unbroken
     async def answer(self, answer: AnswerRow, by: str) -> None:
@@ -284,7 +288,8 @@ class Runs:
         for split, figures in standing.scored.items():
             self._metrics.scored(run, split, figures)
         self._metrics.committed(run, standing.metrics)
-        self._ledger.resume(run, standing.current, standing.last)
+        over = engine.round.phase is Phase.COMMITTED
+        self._ledger.resume(run, engine.round.number + over, standing.current, standing.last)
 
     def _changed(self, engine: RunEngine) -> None:
         if engine.run.id in self._engines:

@@ -161,6 +161,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         yield pb.PullAdapterResponse(header=pb.PullHeader(version=request.version, manifest=described, up_to_date=held))
         if held:
             return
+        if request.offset:
+            await self._ledger.resumed(self._store, request.offset)
         async with self._downloads.take(client) as turn, self._store.opened(outbound.open, *stored) as file:
             for offset, length in chunks(request.offset, size):
                 if offset > request.offset:
@@ -177,8 +179,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         first = await next_message(context)
         if first is None or not first.HasField("header"):
             raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
-        engine, ticket = await self._ticket(first.header.ticket, client)
-        with tracing.span("receive", engine.run.id, engine.round.number, client=client):
+        engine, ticket, number = await self._ticket(first.header.ticket, client)
+        with tracing.span("receive", engine.run.id, number, client=client):
             update = await self._uploads.push(engine, ticket, first.header, context)
         return _receipt(update)
 
@@ -186,7 +188,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         """Says where an upload stands."""
         client = self._callers.identify(context)
         _check_digest("sha256", request.sha256)
-        engine, ticket = await self._ticket(request.ticket, client)
+        engine, ticket, _ = await self._ticket(request.ticket, client)
         received = await self._uploads.received(ticket)
         answer = pb.GetUploadResponse(
             state=TICKET_STATES[ticket.state], run_finished=not engine.active, reason=ticket.reason
@@ -201,7 +203,7 @@ class Federation(pb_grpc.FederationServiceServicer):
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:
         """Gives a ticket up."""
         client = self._callers.identify(context)
-        engine, ticket = await self._ticket(request.ticket, client)
+        engine, ticket, _ = await self._ticket(request.ticket, client)
         try:
             state = await engine.withdraw(ticket, sayings.reason(request.reason), actor())
         except TicketNotFound:  # its round is over
@@ -293,12 +295,12 @@ class Federation(pb_grpc.FederationServiceServicer):
         """Returns the unfinished runs that a client did not decline."""
         return [e for e in self._runs.active(run) if not self._runs.answers.declined(e.run.id, client)]
 
-    async def _ticket(self, ticket_id: str, client: str) -> tuple[RunEngine, Ticket]:
-        engine, ticket = await self._runs.ticket(ticket_id)
+    async def _ticket(self, ticket_id: str, client: str) -> tuple[RunEngine, Ticket, int]:
+        engine, ticket, number = await self._runs.ticket(ticket_id)
         if ticket.client != client:
             raise TicketOfAnother(f"{ticket_id} was given to another client")
-        self._ledger.assign(engine.run.id, engine.round.number, client)
-        return engine, ticket
+        self._ledger.assign(engine.run.id, number, client)
+        return engine, ticket, number
 
 
 def _check_protocol(request: pb.RegisterRequest) -> None:

@@ -164,11 +164,15 @@ class Database:
     def receive(self, state: Round, update: UpdateRow, traffic: Bytes = NONE, deeds: Deeds = ()) -> None:
         """Writes a round, its tickets, and what was received for one of them; a second update of a ticket is ignored.
 
+        Its client is counted the bytes of the payload at least.
+
         Raises:
             RunNotFound: If its run does not exist.
         """
         with self._writing(state, traffic, deeds) as connection:
             round_queries.put_update(connection, update)
+            key = (state.run, state.number, state.ticket(update.ticket).client)
+            round_queries.count_at_least(connection, {key: Traffic(payload_up=update.manifest.payload_bytes)})
 
     def commit_round(
         self,
@@ -290,6 +294,19 @@ class Database:
         """Adds bytes to what was counted; those of runs that do not exist are dropped."""
         with self._transaction() as connection:
             round_queries.add_traffic(connection, traffic)
+
+    def count_at_least(self, least: Bytes, traffic: Bytes = NONE) -> None:
+        """Adds `traffic` to what was counted, then raises payloads that are below `least`, and the wire by as much."""
+        with self._transaction() as connection:
+            round_queries.add_traffic(connection, traffic)
+            round_queries.count_at_least(connection, least)
+
+    def count_spooled(self, sizes: Mapping[str, int]) -> None:
+        """Counts of uploads, by ticket, at least what the spool holds: a process that was killed may not have."""
+        with self._transaction() as connection:
+            places = round_queries.select_places(connection, sizes)
+            least = {place: Traffic(payload_up=sizes[ticket]) for ticket, place in places.items()}
+            round_queries.count_at_least(connection, least)
 
     def put_evaluation(
         self, run: str, version: int, evaluator: str, split: str, metrics: Mapping[str, float], at: float

@@ -16,6 +16,8 @@ from fedpeft_server.store.upsert import upsert
 
 _ROUND_COLUMNS = ("phase", "opened_at", "deadline", "extensions", "stopped")
 _TICKET_COLUMNS = ("state", "reason", "generation")
+_IDS = 500
+"""Most values of one IN (...)."""
 
 
 def put_round(connection: Connection, state: Round, before: Round | None) -> None:
@@ -149,6 +151,34 @@ def add_traffic(connection: Connection, deltas: Mapping[tuple[str, int, str], Tr
         if run in known
     ]
     upsert(connection, tables.traffic, rows, add=("wire_up", "wire_down", "payload_up", "payload_down"))
+
+
+def count_at_least(connection: Connection, least: Mapping[tuple[str, int, str], Traffic]) -> None:
+    """Raises the payload bytes that were counted to a least, and the wire bytes by as much; lowers nothing."""
+    t = tables.traffic
+    known = existing(connection, (run for run, _, _ in least)) if least else set()
+    rows = []
+    for (run, number, client), wanted in least.items():
+        found = connection.execute(
+            select(t.c.wire_up, t.c.wire_down, t.c.payload_up, t.c.payload_down).where(
+                t.c.run == run, t.c.number == number, t.c.client == client
+            )
+        ).one_or_none()
+        counted = Traffic(*found) if found else Traffic()
+        raised = counted.at_least(wanted.payload_up, wanted.payload_down)
+        if raised != counted and run in known:
+            rows.append({"run": run, "number": number, "client": client, **_traffic_row(raised)})
+    upsert(connection, t, rows, replace=("wire_up", "wire_down", "payload_up", "payload_down"))
+
+
+def select_places(connection: Connection, tickets: Iterable[str]) -> dict[str, tuple[str, int, str]]:
+    """Returns run, round and client of those of some tickets that exist."""
+    t, wanted, found = tables.tickets, list(tickets), {}
+    for start in range(0, len(wanted), _IDS):
+        some = t.c.id.in_(wanted[start : start + _IDS])
+        for row in connection.execute(select(t.c.id, t.c.run, t.c.number, t.c.client).where(some)):
+            found[row.id] = (row.run, row.number, row.client)
+    return found
 
 
 def stored_round(row: Row[Any], tickets: Iterable[Ticket]) -> Round:

@@ -97,6 +97,11 @@ class Traffic:
             self.payload_down + other.payload_down,
         )
 
+    def at_least(self, payload_up: int = 0, payload_down: int = 0) -> Traffic:
+        """Returns these bytes with the payloads raised where they are less, and the wire by as much."""
+        up, down = max(0, payload_up - self.payload_up), max(0, payload_down - self.payload_down)
+        return self + Traffic(up, down, up, down)
+
 
 @dataclass(frozen=True, slots=True)
 class RoundRow:

@@ -100,9 +100,7 @@ class Spool:
     @staticmethod
     def _remove_leftover(path: Path) -> None:
         """Removes what describes an update that is not there any more."""
-        if path.suffix == ".manifest-part" or (
-            path.suffix == ".manifest" and not path.with_suffix(".update").exists()
-        ):
+        if path.suffix == ".manifest-part" or (path.suffix == ".manifest" and not path.with_suffix(".update").exists()):
             path.unlink()
 
     def tickets(self) -> list[str]:

@@ -102,6 +102,10 @@ class Store:
         await self.compute(self.spool.remove_all, [t.id for t in done.tickets if t.state not in kept])
         await self.compute(self.outbound.keep_from, run_id, done.number)
 
+    async def forget_stopped(self, stopped: Round) -> None:
+        """Removes what arrived for a round that was stopped: nothing of it counted, so nothing is kept."""
+        await self.compute(self.spool.remove_all, [ticket.id for ticket in stopped.tickets])
+
     def forget_run(self, run_id: str, tickets: Iterable[str]) -> None:
         """Removes everything of a deleted run, whose tickets these were, but its database rows."""
         self.spool.remove_all(tickets)
