@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
 import pytest
 
+from fedpeft import payload
+from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import tensor_pb2
 from fedpeft_server import app
 
-from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port, refused
+from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, refused
 from .test_process import running
 
 SIZE = 4 * SPEC.parameters
@@ -67,3 +72,122 @@ async def test_a_withdrawal_a_refusal_and_a_commit_write_what_was_counted_too(
     assert {t.client: t.wire_bytes_up for t in done.tickets} == {
         client: bytes_[0] for (_, client), bytes_ in stored(folder).items()
     }
+
+
+LARGE = AdapterSpec.of("bias", [TensorSpec("head.weight", (1024, 1024))])
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not await asyncio.to_thread(reached):
+            await asyncio.sleep(0.01)
+
+
+def arrived(folder: Path) -> int:
+    return sum(path.stat().st_size for path in (folder / "spool").glob("ticket-*.part"))
+
+
+class Half:
+    """An upload that stands still once a part of it was sent."""
+
+    def __init__(self, client: RawClient, ticket: str, offset: int = 0, pieces: int = 2) -> None:
+        self.manifest, self.data = payload.encode(filled(1.0, LARGE), LARGE.sent(1), "float32")
+        self._first = header(ticket, self.manifest)
+        self._places = [offset + number * 256 * 1024 for number in range(pieces)]
+        self.sent_to = self._places[-1] + 256 * 1024
+        self.wire_bytes = 0
+        self.call = client.stub.PushUpdate(self._requests(), metadata=client.metadata)
+
+    async def _requests(self) -> AsyncIterator[fed.PushUpdateRequest]:
+        for message in (
+            fed.PushUpdateRequest(header=self._first),
+            *(
+                fed.PushUpdateRequest(chunk=tensor_pb2.Chunk(offset=at, data=self.data[at : at + 256 * 1024]))
+                for at in self._places
+            ),
+        ):
+            self.wire_bytes += message.ByteSize()
+            yield message
+        await asyncio.Event().wait()
+
+
+async def test_no_byte_of_an_upload_is_lost_or_counted_twice_over_kills(tmp_path: Path) -> None:
+    """The process is killed twice in mid-upload, at once after the bytes came."""
+    run, position, sent = "", 0, 0
+    for _ in range(2):
+        port = free_port()
+        with running(tmp_path, "--metrics", "", port=port) as process:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                daemon = Daemon(None, channel, None)  # type: ignore[arg-type]
+                if not run:
+                    run = (await daemon.create(config(rounds={"count": 1, "clients": 1}), LARGE)).id
+                else:
+                    (now,) = await daemon.rounds(run)
+                    assert (now.payload_bytes_up, now.wire_bytes_up >= sent) == (position, True)
+                (a,) = await daemon.clients("a")
+                task = await a.task()
+                half = Half(a, task.ticket, position)
+                await until(lambda sent_to=half.sent_to: arrived(tmp_path) == sent_to)  # type: ignore[misc]
+                position, sent = half.sent_to, sent + half.wire_bytes - 1000
+                process.kill()
+                process.wait()
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await half.call
+    port = free_port()
+    with running(tmp_path, "--metrics", "", port=port):
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            daemon = Daemon(None, channel, None)  # type: ignore[arg-type]
+            (a,) = await daemon.clients("a")
+            task = await a.task()
+            pieces = [(at, half.data[at : at + 256 * 1024]) for at in range(position, len(half.data), 256 * 1024)]
+            await a.push_raw(header(task.ticket, half.manifest), pieces)
+            await daemon.until(run, lambda r: r.version == 1)
+            (done,) = await daemon.rounds(run)
+    assert done.payload_bytes_up == len(half.data)
+    assert len(half.data) < done.wire_bytes_up < 1.01 * len(half.data) + 20_000
+
+
+async def test_a_download_that_is_resumed_counts_what_came_before(tmp_path: Path) -> None:
+    port = free_port()
+    size = 4 * LARGE.parameters
+    with running(tmp_path, "--metrics", "", port=port) as process:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            daemon = Daemon(None, channel, None)  # type: ignore[arg-type]
+            run = await daemon.create(config(rounds={"count": 1, "clients": 1}), LARGE)
+            (a,) = await daemon.clients("a")
+            await a.task()
+            await a.pull(run.id, 0)
+            process.kill()
+            process.wait()
+    port, position = free_port(), 3 * 1024 * 1024
+    with running(tmp_path, "--metrics", "", port=port):
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            daemon = Daemon(None, channel, None)  # type: ignore[arg-type]
+            (a,) = await daemon.clients("a")
+            await a.pull(run.id, 0, offset=position)
+            await a.pull(run.id, 0, offset=position)
+            (now,) = await daemon.rounds(run.id)
+    assert now.payload_bytes_down in (2 * size - position, 3 * size - 2 * position), (
+        "as the first pull was written or not"
+    )
+    assert now.wire_bytes_down > now.payload_bytes_down
+
+
+async def test_bytes_belong_to_the_round_of_their_ticket(start: StartDaemon) -> None:
+    daemon = await start()
+    run = await daemon.create(config(rounds={"count": 3, "clients": 1, "over_selection": 1.0}))
+    a, b = await daemon.clients("a", "b")
+    tasks = await asyncio.gather(a.task(), b.task())
+    await a.push(tasks[0].ticket, filled(1.0))
+    await daemon.until(run.id, lambda r: r.version == 1)
+    await asyncio.gather(a.task(), b.task())
+    before = {r.number: r.wire_bytes_up for r in await daemon.rounds(run.id)}
+    for _ in range(20):
+        assert await refused(b.push(tasks[1].ticket, filled(1.0))) == "ROUND_CLOSED"
+        assert (await b.upload(tasks[1].ticket)).committed_bytes == 0
+    after = {r.number: r.wire_bytes_up for r in await daemon.rounds(run.id)}
+    assert after[1] - before[1] > 20 * 100, "too late, and still of round 1"
+    assert after[2] == before[2]
+    metrics = daemon.server.metrics
+    assert metrics.last_round_bytes.labels(run.id, "up")._value.get() == after[1]
+    assert metrics.round_bytes.labels(run.id, "up")._value.get() == after[2]
