@@ -77,10 +77,11 @@ def machine() -> dict[str, str | int]:
 
 
 @contextmanager
-def process(arguments: list[str], address: str, log: Path) -> Iterator[int]:
+def process(arguments: list[str], address: str, log: Path, open_files: int | None = None) -> Iterator[int]:
     """Runs a Python process that listens on `address`; yields its pid once it does, and ends it afterwards."""
+    limited = ["bash", "-c", f'ulimit -n {open_files}; exec "$@"', "bash"] if open_files else []
     with log.open("wb") as out:
-        child = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=subprocess.STDOUT)
+        child = subprocess.Popen([*limited, sys.executable, *arguments], stdout=out, stderr=subprocess.STDOUT)
     try:
         host, _, port = address.rpartition(":")
         give_up = time.monotonic() + START_S
@@ -121,6 +122,7 @@ class Daemon:
     pid: int
     address: str
     metrics: str
+    enrolling: str = ""
     identity: Identity | None = None
     """The operator's, over TLS; None for plain text."""
 
@@ -151,8 +153,8 @@ class Daemon:
 
 
 @contextmanager
-def daemon(folder: Path, *, tls: bool = False) -> Iterator[Daemon]:
-    """Runs a `fedpeft-server` on a data folder of its own, in plain text or over TLS."""
+def daemon(folder: Path, *, tls: bool = False, open_files: int | None = None) -> Iterator[Daemon]:
+    """Runs a `fedpeft-server` on a data folder of its own, in plain text or over TLS, with a limit of open files."""
     address, metrics, enroll = free_address(), free_address(), free_address()
     data = ["--data-dir", str(folder / "data")]
     person = folder / "operator"
@@ -160,5 +162,5 @@ def daemon(folder: Path, *, tls: bool = False) -> Iterator[Daemon]:
         command = [sys.executable, "-m", "fedpeft_server", "init", *data, "--operator-identity", str(person)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     arguments = ["-m", "fedpeft_server", *data, "--listen", address, "--enroll", enroll, "--metrics", metrics]
-    with process(arguments, address, folder / "server.log") as pid:
-        yield Daemon(pid, address, metrics, Identity.load(person) if tls else None)
+    with process(arguments, address, folder / "server.log", open_files) as pid:
+        yield Daemon(pid, address, metrics, enroll, Identity.load(person) if tls else None)

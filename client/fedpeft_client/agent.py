@@ -57,8 +57,11 @@ from fedpeft_client.standing import while_it_counts
 from fedpeft_client.state import StateDirectory
 from fedpeft_client.suitability import Reason, reasons_against_ticket
 from fedpeft_client.trainer import Trainer
-from fedpeft_client.withdrawals import Withdrawals
+from fedpeft_client.withdrawals import MAX_REASON, Withdrawals
 from fedpeft_client.worker_process import Answer, WorkerProcess
+
+MAX_REASONS = 8
+"""Most reasons that the server keeps of one answer."""
 
 
 class Agent:
@@ -209,7 +212,7 @@ class Agent:
         request = pb.AnswerOfferRequest(
             run=run,
             answer=pb.ANSWER_ACCEPTED if verdict.suits else pb.ANSWER_DECLINED,
-            reasons=[reason.told for reason in verdict.reasons],
+            reasons=[reason.told[:MAX_REASON] for reason in verdict.reasons[:MAX_REASONS]],
             examples=verdict.examples,
         )
         name = verdict.run.config.name if verdict.run else ""

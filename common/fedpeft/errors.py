@@ -14,6 +14,7 @@
     │   ├── AnswerInvalid         an answer to the offer of a run
     │   ├── CapabilitiesInvalid   what a client says of itself
     │   ├── PageInvalid           the page of a list
+    │   ├── MessageInvalid        bytes that are no message of the call
     │   ├── SubjectInvalid        whom a token enrols, or who is revoked
     │   └── SigningRequestInvalid what a device sends for a certificate
     ├── OutOfRange
@@ -55,9 +56,10 @@
     │   └── TokenUsed             by another key
     ├── ResourceExhausted
     │   ├── UpdateTooLarge
+    │   ├── MessageTooLarge       a message has more bytes or fields than its call takes
     │   ├── TransfersBusy
     │   ├── TooManyClients
-    │   ├── TooManyCalls          one client has too many calls under way
+    │   ├── TooManyCalls          one caller makes too many, at once or in time
     │   ├── TooManyCertificates   one name was given too many in too short a time
     │   ├── AnswerTooLarge        what was asked for does not fit into one message
     │   └── DiskFull
@@ -193,6 +195,10 @@ class CapabilitiesInvalid(InvalidArgument):
 
 class PageInvalid(InvalidArgument):
     """The size of a page is negative, or its token is not one of this list."""
+
+
+class MessageInvalid(InvalidArgument):
+    """The bytes of a request are not the message that the call takes, or there is none."""
 
 
 class SubjectInvalid(InvalidArgument):
@@ -373,6 +379,10 @@ class UpdateTooLarge(ResourceExhausted):
     """A payload is larger than the server takes."""
 
 
+class MessageTooLarge(ResourceExhausted):
+    """A message has more bytes or more fields than its call takes, or a stream has too many small ones."""
+
+
 class TransfersBusy(ResourceExhausted):
     """As many transfers as the server serves at once are under way; who asks again at once keeps its place."""
 
@@ -384,7 +394,7 @@ class TooManyClients(ResourceExhausted):
 
 
 class TooManyCalls(ResourceExhausted):
-    """As many calls as a client may make at once are under way."""
+    """A caller makes more calls, at once or in time, than one may."""
 
     retry_s = 5.0
 

@@ -31,6 +31,7 @@ from fedpeft.v1 import (
     operator_service_pb2,
     operator_service_pb2_grpc,
 )
+from fedpeft_server.access import bounds
 from fedpeft_server.access.admission import Admission
 from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.losses import refuse_lost_certificates, tell_lost_versions
@@ -38,6 +39,7 @@ from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rpc import connections
 from fedpeft_server.rpc.access import Access, Addresses
+from fedpeft_server.rpc.caller_log import CallerLog
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.federation import Federation
 from fedpeft_server.rpc.health import Health
@@ -114,6 +116,7 @@ class Server:
         upkeep = (
             again(BOOK_S, self._book, "traffic could not be written"),
             again(LOOK_S, self._renew_certificate, "the server's certificate could not be replaced"),
+            again(bounds.QUIET_S, self._tell_left_out, "lines that were left out could not be counted"),
             again(PURGE_S, self._purge_tokens, "old enrolment tokens could not be removed"),
         )
         self._keeping = [asyncio.create_task(each) for each in upkeep]
@@ -169,8 +172,16 @@ class Server:
             self.store, self.ledger, self.settings.max_update_bytes, limit, self.runs.declared_examples
         )
         self.downloads = Turns(limit)
+        self.caller_log = CallerLog(self.metrics)
         federation = Federation(
-            self.runs, self.store, self.callers, self.uploads, self.downloads, self.ledger, self.metrics
+            self.runs,
+            self.store,
+            self.callers,
+            self.uploads,
+            self.downloads,
+            self.ledger,
+            self.metrics,
+            self.caller_log,
         )
         operator = Operator(self.runs, self.store, self.callers, self.uploads, self.ledger)
         life = timedelta(seconds=self.settings.certificate_life_s)
@@ -178,9 +189,9 @@ class Server:
             self.store, self.admission, self.runs, self.callers, self.certificates, self._addresses, life
         )
         self.health = Health()
-        gate = Gate(self.admission, self.metrics, self.ledger)
-        listening = grpc.aio.server(interceptors=[gate], options=connections.options())
-        enrolling = grpc.aio.server(interceptors=[gate], options=connections.FOR_STRANGERS)
+        gate = Gate(self.admission, self.metrics, self.ledger, self.caller_log)
+        listening = grpc.aio.server(interceptors=[gate], options=connections.options(bounds.MAIN))
+        enrolling = grpc.aio.server(interceptors=[gate], options=connections.options(bounds.ENROLMENT, 16 * bounds.KIB))
         for server in (listening, enrolling):
             federation_service_pb2_grpc.add_FederationServiceServicer_to_server(federation, server)
             operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
@@ -249,6 +260,9 @@ class Server:
 
     async def _purge_tokens(self) -> None:
         await self.store.call(self.store.db.identities.purge_tokens, time.time() - TOKENS_KEPT_S)
+
+    async def _tell_left_out(self) -> None:
+        self.caller_log.tell()
 
     async def _book(self) -> None:
         self.metrics.registered(self.callers.silences(time.time()))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from fedpeft.errors import CertificateExpired, CertificateInvalid, FedpeftError, IdentityInvalid
 from fedpeft.identity import certificates
-from fedpeft.identity.subject import Subject
+from fedpeft.identity.subject import Role, Subject
 
 Direction = Literal["up", "down"]
 Key = tuple[str, int, str]
@@ -54,9 +54,27 @@ class Caller:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Party:
+    """Whom a bound counts calls for.
+
+    Attributes:
+        right: Its role; None for a stranger.
+        name: Its name within the role; the address of a stranger.
+    """
+
+    right: Role | None
+    name: str
+
+    def __str__(self) -> str:
+        """Names it in a message to itself."""
+        return f"{self.right} {self.name}" if self.right else f"a device at {self.name}"
+
+
 NOBODY = Caller()
 """A connection without a certificate, to the port where devices enroll."""
 LOCAL = Caller(plain=True)
+STRANGER = Party(None, "")
 
 
 def caller_of(connection: Properties) -> Caller:
@@ -91,6 +109,7 @@ class Call:
     Attributes:
         method: Its full name.
         caller: Who makes it, as the connection proves it.
+        party: Whom the bounds on calls count it for.
         client: Its client id, once that is known.
         key: Where its bytes belong, once that is known.
         training: Whether they are a trainer's.
@@ -100,6 +119,7 @@ class Call:
 
     method: str
     caller: Caller = NOBODY
+    party: Party = STRANGER
     client: str = ""
     key: Key | None = None
     training: bool = True

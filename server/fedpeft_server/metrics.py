@@ -81,6 +81,12 @@ class Metrics:
             "fedpeft_grpc_request_seconds", "Duration of calls.", ("method",), buckets=_SECONDS, registry=r
         )
 
+        self.lines_left_out = Counter(
+            "fedpeft_log_lines_left_out",
+            "Log lines about calls that were not written, because there were too many about one caller's.",
+            registry=r,
+        )
+
     def _declare_bytes(self) -> None:
         r, run, direction = self.registry, ("run",), ("run", "direction")
         self.wire_bytes = Counter(

@@ -232,7 +232,7 @@ async def test_where_anybody_may_call_a_large_message_is_not_taken_into_memory(s
     with pytest.raises(grpc.aio.AioRpcError, match="larger than max") as caught:
         await secured.access(secured.nobody()).Enroll(request)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert await refused(secured.access().Enroll(request)) == "TOKEN_UNKNOWN", "on the other port, from the enrolled"
+    assert await refused(secured.access().Enroll(request)) == "MESSAGE_TOO_LARGE", "on the other port likewise"
 
 
 async def test_tokens_and_identities_come_in_pages(secured: Federation) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -17,8 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server.rpc import connections
-from fedpeft_server.rpc.connections import MOST_CALLS
+from fedpeft_server.access import bounds
 
 from .conftest import StartDaemon, config, free_port
 
@@ -28,7 +28,7 @@ OPEN_FILES = 256
 async def test_calls_beyond_the_limit_wait_on_their_connection_and_no_other(start: StartDaemon) -> None:
     daemon = await start()
     run = await daemon.create(config())
-    watches = [daemon.operator.WatchRun(op.WatchRunRequest(run=run.id)) for _ in range(MOST_CALLS)]
+    watches = [daemon.operator.WatchRun(op.WatchRunRequest(run=run.id)) for _ in range(bounds.MAIN.streams or 0)]
     for watch in watches:
         assert await watch.read() is not grpc.aio.EOF
     late = asyncio.ensure_future(daemon.run(run.id))
@@ -45,7 +45,7 @@ async def test_calls_beyond_the_limit_wait_on_their_connection_and_no_other(star
 async def test_a_connection_that_nobody_uses_is_closed_and_the_next_call_opens_another(
     start: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "IDLE_MS", 300)
+    monkeypatch.setattr(bounds, "MAIN", replace(bounds.MAIN, idle_s=0.3))
     daemon = await start()
     run = await daemon.create(config())
     watch = daemon.operator.WatchRun(op.WatchRunRequest(run=run.id))

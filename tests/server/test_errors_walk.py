@@ -23,7 +23,8 @@ from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import tensor_pb2
-from fedpeft_server.rpc import arrivals, callers, interceptors, turns, uploads
+from fedpeft_server.access import bounds
+from fedpeft_server.rpc import arrivals, interceptors, turns, uploads
 from fedpeft_server.rpc.access import MOST_CERTIFICATES
 from fedpeft_server.store import tables
 
@@ -240,7 +241,8 @@ async def slow_disk(world: World) -> object:
 
 async def crowd(world: World) -> object:
     _, _, (client,) = await world.run()
-    streams = [client.stub.PushUpdate(metadata=client.metadata) for _ in range(callers.MAX_CALLS + 1)]
+    most = bounds.CALLERS[Role.CLIENT].under_way
+    streams = [client.stub.PushUpdate(metadata=client.metadata) for _ in range(most + 1)]
     async with asyncio.timeout(10):
         while not any(stream.done() for stream in streams):
             await asyncio.sleep(0.01)
@@ -249,6 +251,17 @@ async def crowd(world: World) -> object:
     finally:
         for stream in streams:
             stream.cancel()
+
+
+async def malformed_message(world: World) -> object:
+    daemon = await world.start()
+    return await daemon.channel.unary_unary("/fedpeft.v1.OperatorService/GetRun")(b"\x0a\xff")
+
+
+async def long_withdrawal(world: World) -> object:
+    _, _, (client,) = await world.run()
+    most = bounds.CALLS["/fedpeft.v1.FederationService/Withdraw"].message_bytes
+    return await client.withdraw("ticket-none", "x" * most)
 
 
 async def silent_client(world: World) -> object:
@@ -434,6 +447,8 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "ANSWER_INVALID": decline_without_a_reason,
     "CAPABILITIES_INVALID": too_much_said,
     "PAGE_INVALID": token_of_another_list,
+    "MESSAGE_INVALID": malformed_message,
+    "MESSAGE_TOO_LARGE": long_withdrawal,
     "OFFSET_OUT_OF_RANGE": update("wrong offset"),
     "RUN_NOT_FOUND": no_run,
     "VERSION_NOT_FOUND": no_version,

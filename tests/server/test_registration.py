@@ -24,7 +24,7 @@ async def say(daemon: Daemon, capabilities: fed.Capabilities) -> fed.RegisterRes
     ("field", "capabilities"),
     [
         ("software", fed.Capabilities(software="x" * 257)),
-        ("device", fed.Capabilities(device="x" * 3_000_000)),
+        ("device", fed.Capabilities(device="x" * 60_000)),
         ("methods", fed.Capabilities(methods=["bias"] * 65)),
         ("methods", fed.Capabilities(methods=["x" * 65])),
         ("encodings", fed.Capabilities(encodings=[""])),

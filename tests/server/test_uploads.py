@@ -12,11 +12,12 @@ import grpc
 import pytest
 
 from fedpeft import payload
+from fedpeft.identity.subject import Role
 from fedpeft.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft_server.access.bounds import CALLERS
 from fedpeft_server.rpc import uploads
-from fedpeft_server.rpc.callers import MAX_CALLS
 from fedpeft_server.store.spool_writer import SpoolWriter
 
 from .conftest import SPEC, Daemon, RawClient, config, filled, header, refused
@@ -165,7 +166,7 @@ async def test_a_client_with_a_crowd_of_calls_is_told_so_and_others_are_served(d
     streams = [greedy.stub.PushUpdate(metadata=greedy.metadata) for _ in range(100)]
     codes = asyncio.gather(*(stream.code() for stream in streams))
     async with asyncio.timeout(20):
-        while sum(stream.done() for stream in streams) < len(streams) - MAX_CALLS:
+        while sum(stream.done() for stream in streams) < len(streams) - CALLERS[Role.CLIENT].under_way:
             await asyncio.sleep(0.05)
         assert await refused(greedy.upload("ticket-none")) == "TOO_MANY_CALLS"
         _, data = await modest.pull(run.id, 0)
@@ -173,7 +174,7 @@ async def test_a_client_with_a_crowd_of_calls_is_told_so_and_others_are_served(d
     for stream in streams:
         stream.cancel()
     ended = await codes
-    assert ended.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == len(streams) - MAX_CALLS
+    assert ended.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == len(streams) - CALLERS[Role.CLIENT].under_way
 
 
 def chunks_in_memory(data: bytes) -> int:

@@ -41,7 +41,9 @@ class FederationServiceStub:
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
     UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
-    RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
+    INVALID_ARGUMENT    MESSAGE_INVALID     the bytes are not the message of the call, or there is none
+    RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, or calls too fast (docs/security.md)
+    RESOURCE_EXHAUSTED  MESSAGE_TOO_LARGE   a message has more bytes or fields than its call takes (likewise)
     RESOURCE_EXHAUSTED  ANSWER_TOO_LARGE    the answer does not fit into a message of 4 MiB; what can grow comes in pages
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
     INTERNAL            INTERNAL            a fault of the server; the log has it
@@ -114,7 +116,9 @@ class FederationServiceServicer:
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
     UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
-    RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
+    INVALID_ARGUMENT    MESSAGE_INVALID     the bytes are not the message of the call, or there is none
+    RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, or calls too fast (docs/security.md)
+    RESOURCE_EXHAUSTED  MESSAGE_TOO_LARGE   a message has more bytes or fields than its call takes (likewise)
     RESOURCE_EXHAUSTED  ANSWER_TOO_LARGE    the answer does not fit into a message of 4 MiB; what can grow comes in pages
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
     INTERNAL            INTERNAL            a fault of the server; the log has it
@@ -325,7 +329,9 @@ class FederationService:
     Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
     UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
-    RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, the most one may have
+    INVALID_ARGUMENT    MESSAGE_INVALID     the bytes are not the message of the call, or there is none
+    RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, or calls too fast (docs/security.md)
+    RESOURCE_EXHAUSTED  MESSAGE_TOO_LARGE   a message has more bytes or fields than its call takes (likewise)
     RESOURCE_EXHAUSTED  ANSWER_TOO_LARGE    the answer does not fit into a message of 4 MiB; what can grow comes in pages
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
     INTERNAL            INTERNAL            a fault of the server; the log has it

@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from typing import Any
 
 from fedpeft.audit import Detail
-from fedpeft.errors import CertificateMissing, CertificateRevoked, Draining, FedpeftError, RoleMayNot
+from fedpeft.errors import (
+    CertificateInvalid,
+    CertificateMissing,
+    CertificateRevoked,
+    Draining,
+    FedpeftError,
+    RoleMayNot,
+)
 from fedpeft.identity.subject import Role, Subject
+from fedpeft.wire import CLIENT_KEY
+from fedpeft_server.access.pacing import Pacing
+from fedpeft_server.access.peers import FORWARDED_KEY, address_of
 from fedpeft_server.access.rights import RIGHTS
-from fedpeft_server.call import LOCAL, Call, Properties, caller_of
+from fedpeft_server.access.throttle import Throttle
+from fedpeft_server.call import LOCAL, Call, Caller, Party, caller_of
 from fedpeft_server.store.rows import Deed, IdentityRow
 from fedpeft_server.store.store import Store
 
-QUIET_S = 60.0
-"""The same refusal of the same caller is in the audit log once in so long: it must not be a way to fill the disk."""
-MOST_REFUSALS = 1000
-"""Kinds of refusals that are remembered for that."""
+Context = Any
+"""gRPC's context of a call, of which the connection and the metadata are looked at."""
+
+MOST_NAME = 64
+"""Characters of a client's id."""
 
 WITHOUT_END = frozenset(
     {
@@ -57,13 +69,33 @@ class Admission:
             self.know(row)
         self._open: dict[Subject | None, dict[asyncio.Task[object], Call]] = defaultdict(dict)
         self._draining = False
-        self._refusals: dict[tuple[str, str, str], tuple[float, int]] = {}
+        self._refusals: Throttle[tuple[str, str, str]] = Throttle()
+        self._pacing = Pacing()
 
     @asynccontextmanager
-    async def admitted(self, call: Call, connection: Properties) -> AsyncIterator[None]:
-        """Admits a call for as long as the block lasts, and says in it who makes it.
+    async def paced(self, call: Call, context: Context) -> AsyncIterator[None]:
+        """Counts a call for its caller as long as the block lasts, and says in it who makes it.
 
         Raises:
+            CertificateInvalid: If its certificate names nobody.
+            TooManyCalls: If its caller makes too many.
+        """
+        call.party = Party(None, _address(context))  # until more is known
+        try:
+            call.caller = caller_of(context.auth_context()) if self._secured else LOCAL
+        except CertificateInvalid:
+            async with self._pacing.paced(call.party, call.method):
+                raise
+        call.party = _party(call.caller, context)
+        async with self._pacing.paced(call.party, call.method):
+            yield
+
+    @asynccontextmanager
+    async def admitted(self, call: Call, context: Context) -> AsyncIterator[None]:
+        """Admits a call for as long as the block lasts.
+
+        Raises:
+            TooManyCalls: If its caller makes too many.
             CertificateMissing: If it needs a certificate and has none.
             CertificateInvalid: If its certificate names nobody.
             CertificateExpired: If its certificate has ended.
@@ -73,16 +105,26 @@ class Admission:
             Draining: If the server shuts down, before the block or in it, and the call has no end of its own.
             DiskFull: If it makes its first call and cannot be written down; likewise StateInvalid.
         """
-        call.caller = caller_of(connection) if self._secured else LOCAL
-        self.check(call)
-        if self._draining and call.method in WITHOUT_END:
-            raise _draining()
+        async with self.paced(call, context):
+            self.check(call)
+            if self._draining and call.method in WITHOUT_END:
+                raise _draining()
+            with self._opened(call):
+                if call.caller.subject:
+                    await self._write_down(call.caller.subject)
+                yield
+
+    @contextmanager
+    def _opened(self, call: Call) -> Iterator[None]:
+        """Makes a call one that can be ended, for as long as the block lasts.
+
+        Raises:
+            FedpeftError: What it was ended with.
+        """
         subject, task = call.caller.subject, asyncio.current_task()
         assert task is not None
         self._open[subject][task] = call
         try:
-            if subject:
-                await self._write_down(subject)
             yield
         except asyncio.CancelledError:
             if call.ended:
@@ -93,6 +135,10 @@ class Admission:
             del self._open[subject][task]
             if not self._open[subject]:
                 del self._open[subject]
+
+    async def hold(self) -> None:
+        """Holds a refusal back, so that who repeats at once what cost the server something does so seldom."""
+        await self._pacing.hold()
 
     def check(self, call: Call) -> None:
         """Checks whether a call may be made, or go on.
@@ -153,15 +199,10 @@ class Admission:
 
     async def refused(self, call: Call, error: FedpeftError, peer: str) -> None:
         """Writes a refusal into the audit log, unless the same one was written a moment ago."""
-        key, now = (str(call.caller), error.reason, call.method), time.monotonic()
-        last, unsaid = self._refusals.pop(key, (-math.inf, 0))
-        quiet = now - last < QUIET_S
-        self._refusals[key] = (last, unsaid + 1) if quiet else (now, 0)
-        if len(self._refusals) > MOST_REFUSALS:
-            del self._refusals[next(iter(self._refusals))]
-        if not quiet:
+        unsaid = self._refusals.unsaid((str(call.caller), error.reason, call.method))
+        if unsaid is not None:
             words: dict[str, Detail] = {"reason": error.reason, "message": error.message}
-            deed = Deed(key[0], "call.refused", call.method, {**words, "peer": peer, "unsaid_before": unsaid})
+            deed = Deed(str(call.caller), "call.refused", call.method, {**words, "peer": peer, "unsaid_before": unsaid})
             await self._store.call(self._store.db.transactions.write, deed)
 
     async def _write_down(self, subject: Subject) -> None:
@@ -184,6 +225,28 @@ class Admission:
             else "to restore the name, then get another certificate"
         )
         return CertificateRevoked(f"{whose} were revoked; ask {who} {how}")
+
+
+def _party(caller: Caller, context: Context) -> Party:
+    """Returns whom the calls of a caller are counted for."""
+    if caller.subject:
+        return Party(caller.subject.role, caller.subject.name)
+    if not caller.plain:
+        return Party(None, _address(context))
+    claimed = str(dict(context.invocation_metadata() or ()).get(CLIENT_KEY, ""))[:MOST_NAME]
+    return Party(Role.CLIENT, claimed) if claimed else Party(Role.OPERATOR, str(caller))
+
+
+def _address(context: Context) -> str:
+    return address_of(peer_of(context))
+
+
+def peer_of(context: Context) -> str:
+    """Returns where a call comes from; one to the port for enrolment was forwarded, with a note of that."""
+    peer = str(context.peer())
+    if not peer.startswith("unix:"):
+        return peer
+    return str(dict(context.invocation_metadata() or ()).get(FORWARDED_KEY, peer))
 
 
 def _end(task: asyncio.Task[object], call: Call, error: FedpeftError) -> None:

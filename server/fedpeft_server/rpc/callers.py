@@ -18,7 +18,6 @@ from fedpeft.errors import (
     ClientMoved,
     NotRegistered,
     RoleMayNot,
-    TooManyCalls,
     TooManyClients,
 )
 from fedpeft.identity.subject import Role, Subject
@@ -29,8 +28,6 @@ from fedpeft_server.store.rows import ClientRow
 
 ALIVE_S = 30.0
 """An instance holds its client id for so long after its last call."""
-MAX_CALLS = 32
-"""Calls that one client may have under way: it needs two, and each connection that broke may leave one for a minute."""
 SILENT_S = 120.0
 """A client that waits or trains calls every 20 seconds; one that has not for so long has a trouble."""
 GONE_S = 86_400.0
@@ -97,15 +94,12 @@ class Callers:
             ClientIdInvalid: If the metadata is missing or malformed.
             ClientIdInUse: If another live instance, or a younger process of this one, holds the id.
             ClientMoved: If the state was left behind.
-            TooManyCalls: If the client has as many calls under way as one may have.
         """
         client, instance, process = _caller(context)
         presence = self._presence.setdefault(client, Presence(instance))
         self._refuse_other_instance(client, presence, instance)
         if registers:
             _refuse_left_behind(client, presence, instance, process, earlier)
-        if presence.calls >= MAX_CALLS:
-            raise TooManyCalls(f"client {client} has {presence.calls} calls under way, the most one may have; end some")
         if registers or not presence.process or presence.instance != instance:
             presence.process = process
         elif process and process != presence.process:

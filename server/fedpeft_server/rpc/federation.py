@@ -6,8 +6,6 @@ import re
 import time
 from collections.abc import AsyncIterator
 
-import structlog
-
 from fedpeft import PROTOCOL, __version__, figures, seeds, tracing
 from fedpeft.errors import (
     AnswerInvalid,
@@ -35,6 +33,7 @@ from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rpc import pages, sayings
 from fedpeft_server.rpc.arrivals import next_message
+from fedpeft_server.rpc.caller_log import CallerLog
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.chunk_cache import ChunkCache
 from fedpeft_server.rpc.interceptors import Context
@@ -44,8 +43,6 @@ from fedpeft_server.rpc.uploads import Uploads
 from fedpeft_server.store.rows import AnswerRow, UpdateRow
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import Ledger
-
-log = structlog.get_logger()
 
 _LISTED = 16
 """Most runs that Register lists; AwaitRound offers all of them, so this is for callers that only want to show some."""
@@ -70,6 +67,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         downloads: Turns,
         ledger: Ledger,
         metrics: Metrics,
+        caller_log: CallerLog,
     ) -> None:
         self._runs = runs
         self._store = store
@@ -79,6 +77,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._chunks = ChunkCache(store)
         self._ledger = ledger
         self._metrics = metrics
+        self._log = caller_log
 
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         """Announces a client; a dry run is only told what it would hear."""
@@ -100,7 +99,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._runs.answers.ask_again(client)
         (instance, process), said = self._callers.holder(client), capabilities.SerializeToString()
         await self._store.call(self._store.db.see_client, client, instance, role, said, time.time(), process)
-        log.info("client registered", client=client, role=role, device=capabilities.device)
+        self._log.info("client registered", client=client, role=role, device=capabilities.device)
         return response
 
     async def AwaitRound(self, request: pb.AwaitRoundRequest, context: Context) -> pb.AwaitRoundResponse:
@@ -134,7 +133,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         examples = min(request.examples, sayings.MAX_EXAMPLES)
         answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, examples, time.time())
         await self._runs.answer(answer, actor())
-        log.info("run accepted" if accepted else "run declined", client=client, run=request.run, reasons=answer.reasons)
+        self._log.info(
+            "run accepted" if accepted else "run declined", client=client, run=request.run, reasons=answer.reasons
+        )
         return pb.AnswerOfferResponse()
 
     async def PullAdapter(
@@ -229,7 +230,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         await self._store.call(put, engine.run.id, request.version, client, split, metrics, time.time())
         self._callers.scored(client, (engine.run.id, request.version))
         self._metrics.scored(engine.run.id, split, metrics)
-        log.info("version evaluated", run=engine.run.id, version=request.version, accuracy=metrics.get("accuracy"))
+        self._log.info(
+            "version evaluated", run=engine.run.id, version=request.version, accuracy=metrics.get("accuracy")
+        )
         self._runs.announce(engine.run.id, request.version)
         return pb.PushEvaluationResponse()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from grpc_health.v1 import health
+from grpc_health.v1 import health, health_pb2
 
 from fedpeft import PROTOCOL
 from fedpeft.greeting import Greeting
@@ -20,3 +20,9 @@ class Health(health.aio.HealthServicer):
         """Says whether the server is well."""
         context.set_trailing_metadata(Greeting(PROTOCOL, self.clock()).to_metadata())
         return await super().Check(request, context)
+
+    async def List(self, request: Any, context: Any) -> Any:
+        """Says of every service whether it is well: there is one answer, for all."""
+        status = self._server_status[health.OVERALL_HEALTH]
+        answer = health_pb2.HealthCheckResponse(status=status)
+        return health_pb2.HealthListResponse(statuses={health.OVERALL_HEALTH: answer})

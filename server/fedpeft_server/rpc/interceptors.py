@@ -1,7 +1,9 @@
-"""What happens around every call: it is admitted, its bytes are counted, its errors become statuses, it is timed.
+"""The gate before every handler: a call is paced and admitted, then read and measured, answered, counted and timed.
 
-Notable: an answer is serialized here and not by gRPC, so that one which does not fit into a message becomes a status of
-the error tree while there is still a call to end with it. Handlers send lists in pages; this is the net below them.
+Notable: every handler is given to gRPC as one of streams, a unary one included. gRPC reads the message of a unary call
+before it asks anybody; of a stream it reads what is asked for, and that is done here, once the caller is admitted. Its
+answer is serialized inside the call, so that one which does not fit into a message becomes a status of the error tree
+while there is still a call to end with it. Handlers send lists in pages; this is the net below them.
 """
 
 from __future__ import annotations
@@ -9,18 +11,21 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
 import structlog
+from google.protobuf.message import Message
 
 from fedpeft.errors import (
     AnswerTooLarge,
     FedpeftError,
     Internal,
     LocalError,
+    MessageInvalid,
+    MessageTooLarge,
     PermissionDenied,
     TransferStalled,
     Unauthenticated,
@@ -28,9 +33,12 @@ from fedpeft.errors import (
 from fedpeft.status import abort
 from fedpeft.waits import STALL_S
 from fedpeft.wire import MESSAGE_LIMIT_BYTES
-from fedpeft_server.access.admission import Admission
+from fedpeft_server.access import bounds
+from fedpeft_server.access.admission import Admission, peer_of
 from fedpeft_server.call import CALL, Call
 from fedpeft_server.metrics import Metrics
+from fedpeft_server.rpc.caller_log import CallerLog
+from fedpeft_server.rpc.requests import Requests
 from fedpeft_server.traffic import Ledger
 
 log = structlog.get_logger()
@@ -43,85 +51,72 @@ Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler
 class Gate(grpc.aio.ServerInterceptor):
     """Stands in front of every handler.
 
-    It admits the call or refuses it, meters the serialized messages, turns errors of the tree into statuses (and
-    everything else, a fault of the data folder included, into INTERNAL with a line in the log), and counts calls by
-    method and code. gRPC's own services (health, reflection) pass through it too.
+    It admits the call or refuses it, then reads, measures and parses its messages, turns errors of the tree into
+    statuses (and everything else, a fault of the data folder included, into INTERNAL with a line in the log), and
+    counts calls by method and code. gRPC's own services (health, reflection) pass through it too.
     """
 
-    def __init__(self, admission: Admission, metrics: Metrics, ledger: Ledger) -> None:
+    def __init__(self, admission: Admission, metrics: Metrics, ledger: Ledger, caller_log: CallerLog) -> None:
         self.admission = admission
+        self.log = caller_log
         self._metrics = metrics
         self._ledger = ledger
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler | None:
         """Returns the handler of one call with everything around it."""
         handler = await continuation(details)
-        if handler is None:
-            return handler
         call = Call(details.method)
         CALL.set(call)
-        return self._metered(self._guarded(handler, call), call)
+        if handler is None:
+            return grpc.stream_stream_rpc_method_handler(self._unknown(call))
+        return self._guarded(handler, call)
 
-    def _metered(self, handler: Handler, call: Call) -> Handler:
-        """Counts messages where they are (de)serialized, the one place where their size is known for nothing."""
-        deserialize, ledger = handler.request_deserializer, self._ledger
+    def _guarded(self, handler: Handler, call: Call) -> Handler:
+        """Returns the handler behind the gate; messages are counted where they are (de)serialized."""
+        requests = _requests(handler, call.method)
 
         def receive(data: bytes) -> Any:
-            ledger.wire(call, "up", len(data))
-            return deserialize(data) if deserialize else data
+            self._ledger.wire(call, "up", len(data))
+            return requests.take(data)
 
-        return handler._replace(request_deserializer=receive)  # type: ignore[attr-defined, no-any-return]
+        async def serve(stream: AsyncIterator[Any], context: Context) -> None:
+            async with _Boundary(self, call, context), self.admission.admitted(call, context):
+                request = stream if handler.request_streaming else await _only_message(call.method, context)
+                answer = _behaviour(handler)(request, context)
+                if handler.response_streaming and not inspect.isawaitable(answer):
+                    await self._send(answer, call, context)
+                elif (message := await answer) is not None:  # gRPC's own health service writes by itself
+                    await context.write(message)
 
-    def _encoded(self, handler: Handler, call: Call) -> Callable[[Any], bytes]:
-        """Returns what makes bytes of an answer, counts them, and refuses those that no caller could receive.
+        return grpc.stream_stream_rpc_method_handler(serve, receive, self._encoder(handler, call))
 
-        What is bytes already passes, so that it can stand both in front of gRPC and as its serializer.
-        """
-        serialize, ledger = handler.response_serializer, self._ledger
+    def _encoder(self, handler: Handler, call: Call) -> Callable[[Any], bytes]:
+        """Returns what makes bytes of an answer, counts them, and refuses those that no caller could receive."""
+        serialize = handler.response_serializer or bytes
 
         def encode(message: Any) -> bytes:
-            if isinstance(message, bytes):
-                return message
-            data: bytes = serialize(message) if serialize else bytes(message)
+            data: bytes = serialize(message)
             if len(data) > MESSAGE_LIMIT_BYTES:
                 name = call.method.rpartition("/")[2]
                 raise AnswerTooLarge(
                     f"the answer of {name} has {len(data):,} bytes; {MESSAGE_LIMIT_BYTES:,} is the most that a message "
                     "may have. Ask for less at once (a smaller page, one run), or tell the server's operator"
                 )
-            ledger.wire(call, "down", len(data))
+            self._ledger.wire(call, "down", len(data))
             return data
 
         return encode
 
-    def _guarded(self, handler: Handler, call: Call) -> Handler:
-        encode = self._encoded(handler, call)
-        handler = handler._replace(response_serializer=encode)  # type: ignore[attr-defined]
-        if handler.response_streaming:
-            kind = "stream_stream" if handler.request_streaming else "unary_stream"
-            inner_stream = getattr(handler, kind)
+    def _unknown(self, call: Call) -> Callable[[AsyncIterator[bytes], Context], Awaitable[None]]:
+        """Returns the handler of calls to methods that there are not: they are paced as others are."""
 
-            async def stream(request: Any, context: Context) -> None:
-                async with _Boundary(self, call, context), self.admission.admitted(call, context.auth_context()):
-                    answer = inner_stream(request, context)
-                    if inspect.isawaitable(answer):  # gRPC's own health service writes by itself
-                        await answer
-                    else:
-                        await self._send(answer, call, context, encode)
+        async def refuse(_: AsyncIterator[bytes], context: Context) -> None:
+            async with _Boundary(self, call, context), self.admission.paced(call, context):
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:128]}")
 
-            return handler._replace(**{kind: stream})  # type: ignore[attr-defined, no-any-return]
-        kind = "stream_unary" if handler.request_streaming else "unary_unary"
-        inner = getattr(handler, kind)
+        return refuse
 
-        async def unary(request: Any, context: Context) -> Any:
-            async with _Boundary(self, call, context), self.admission.admitted(call, context.auth_context()):
-                return encode(await inner(request, context))
-
-        return handler._replace(**{kind: unary})  # type: ignore[attr-defined, no-any-return]
-
-    async def _send(
-        self, messages: AsyncGenerator[Any, None], call: Call, context: Context, encode: Callable[[Any], bytes]
-    ) -> None:
+    async def _send(self, messages: AsyncGenerator[Any, None], call: Call, context: Context) -> None:
         """Sends what a handler yields; the handler is closed, and gives back what it holds, before an error is sent.
 
         Raises:
@@ -132,10 +127,9 @@ class Gate(grpc.aio.ServerInterceptor):
         async with aclosing(messages):
             async for message in messages:
                 self.admission.check(call)
-                data = encode(message)
                 try:
                     async with asyncio.timeout(STALL_S):
-                        await context.write(data)
+                        await context.write(message)
                 except TimeoutError:
                     raise TransferStalled(
                         f"nothing was read for {STALL_S:.0f} s; continue at the first byte missing"
@@ -144,8 +138,9 @@ class Gate(grpc.aio.ServerInterceptor):
     def finished(self, call: Call, code: str, seconds: float) -> None:
         """Books a call that has ended."""
         self._ledger.close(call)
-        self._metrics.requests.labels(call.method, code).inc()
-        self._metrics.request_seconds.labels(call.method).observe(seconds)
+        method = call.method if call.method in bounds.CALLS else "unknown"
+        self._metrics.requests.labels(method, code).inc()
+        self._metrics.request_seconds.labels(method).observe(seconds)
 
     async def audited(self, call: Call, error: FedpeftError, peer: str) -> None:
         """Has a refusal written into the audit log; the caller is refused whether that succeeds or not."""
@@ -167,26 +162,62 @@ class _Boundary:
         self._began = time.perf_counter()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        status = _domain_error(error, self._call.method) if error else None
+        status = _domain_error(error, self._call, self._gate.log) if error else None
         code = status.status if status else "OK" if error is None else "CANCELLED"
         self._gate.finished(self._call, code, time.perf_counter() - self._began)
+        if isinstance(status, MessageTooLarge) and error:
+            error.__traceback__ = None  # its frames hold the message
+            await self._gate.admission.hold()
         if isinstance(status, Unauthenticated | PermissionDenied):
-            await self._gate.audited(self._call, status, self._context.peer())
+            await self._gate.audited(self._call, status, peer_of(self._context))
         if status:
             await abort(self._context, status)
 
 
-def _domain_error(error: BaseException, method: str) -> FedpeftError | None:
+def _domain_error(error: BaseException, call: Call, caller_log: CallerLog) -> FedpeftError | None:
     """Returns the error to answer with; None for a call that its caller has left."""
     if isinstance(error, AnswerTooLarge):
-        log.error("an answer was too large to be sent", method=method, message=error.message)
+        caller_log.failed(error)
         return error
     if isinstance(error, FedpeftError) and not isinstance(error, LocalError):
-        log.info("refused", method=method, reason=error.reason, message=error.message)
+        caller_log.refused(error)
         return error
     if isinstance(error, asyncio.CancelledError | GeneratorExit | grpc.aio.AbortError):
         return None
-    log.error("a call failed through a fault of the server", method=method, exc_info=error)
+    caller_log.failed(error)
     return Internal(
-        f"the server failed in {method.rpartition('/')[2]}: {type(error).__name__}; its log has the details"
+        f"the server failed in {call.method.rpartition('/')[2]}: {type(error).__name__}; its log has the details"
     )
+
+
+def _behaviour(handler: Handler) -> Callable[[Any, Context], Any]:
+    """Returns what a handler does, of its four kinds."""
+    kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
+    behaviour: Callable[[Any, Context], Any] = getattr(handler, kind)
+    return behaviour
+
+
+def _requests(handler: Handler, method: str) -> Requests:
+    """Returns what takes a call's messages; generated parsers are methods of the message's class."""
+    parse = handler.request_deserializer or bytes
+    kind = getattr(parse, "__self__", None)
+    of_protobuf = isinstance(kind, type) and issubclass(kind, Message)
+    return Requests(method.rpartition("/")[2], bounds.CALLS[method], kind if of_protobuf else None, parse)
+
+
+async def _only_message(method: str, context: Context) -> Any:
+    """Returns the message of a unary call.
+
+    Raises:
+        MessageInvalid: If there is none.
+        TransferStalled: If it does not come.
+    """
+    name = method.rpartition("/")[2]
+    try:
+        async with asyncio.timeout(STALL_S):
+            message = await context.read()
+    except TimeoutError:
+        raise TransferStalled(f"the message to {name} did not come within {STALL_S:.0f} s; call again") from None
+    if message is grpc.aio.EOF:
+        raise MessageInvalid(f"a call of {name} has one message, and this one had none", ((name, "is missing"),))
+    return message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from fedpeft import ids
 from fedpeft.errors import CapabilitiesInvalid
@@ -46,7 +47,8 @@ def capabilities(said: pb.Capabilities) -> pb.Capabilities:
 
 def decline(said: Iterable[str]) -> tuple[str, ...]:
     """Returns what is kept of the reasons of a decline."""
-    return tuple(plain(reason[:MAX_DECLINE_CHARACTERS]) for reason in said if reason.strip())[:MAX_DECLINE_REASONS]
+    worded = (plain(reason[:MAX_DECLINE_CHARACTERS]) for reason in said if reason.strip())
+    return tuple(islice(worded, MAX_DECLINE_REASONS))
 
 
 def software(said: str) -> str:
