@@ -14,7 +14,8 @@
        |  |                            |                              |
        |  +-------- evaluation -> pull, score, report                 |
        |                               | failed otherwise: withdraw,  |
-       |                               | pause, and go on             |
+       |                               | pause, and go on; a run that |
+       |                               | fails is left out for a while|
        |                               +------------------------------+
        +-- idle: again; `--once` and nothing is left: END
 
@@ -31,7 +32,20 @@ from importlib.metadata import version as installed_version
 
 from fedpeft import PROTOCOL, tracing
 from fedpeft.codecs import codecs
-from fedpeft.errors import ClientMoved, FedpeftError, NotFound, NotRegistered, RefusedByPolicy, StateInvalid
+from fedpeft.errors import (
+    ClientMoved,
+    FedpeftError,
+    NotFound,
+    NotRegistered,
+    RefusedByPolicy,
+    RunFinished,
+    RunNotFound,
+    StateInvalid,
+    TicketClosed,
+    TicketNotFound,
+    TrainingFailed,
+    VersionNotFound,
+)
 from fedpeft.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
@@ -41,11 +55,12 @@ from fedpeft_client.channel import Channel
 from fedpeft_client.evaluator import Evaluator
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK, UNFIT
 from fedpeft_client.fitness import Fitness, Verdict
+from fedpeft_client.holds import Holds
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.limits import Limits
 from fedpeft_client.metrics import Metrics, State
-from fedpeft_client.patience import AWAY_S, CALL_S, Backoff, Patience
-from fedpeft_client.pending import PendingBox
+from fedpeft_client.patience import AWAY_S, CALL_S, FAULT, Backoff, Patience
+from fedpeft_client.pending import Outcome, PendingBox
 from fedpeft_client.policy import Policy
 from fedpeft_client.processes import Processes
 from fedpeft_client.pull import Puller
@@ -62,6 +77,11 @@ from fedpeft_client.worker_process import Answer, WorkerProcess
 
 MAX_REASONS = 8
 """Most reasons that the server keeps of one answer."""
+
+_NOBODYS_FAULT = frozenset(
+    error.reason for error in (RefusedByPolicy, RunFinished, RunNotFound, TicketClosed, TicketNotFound, VersionNotFound)
+)
+"""Why a task ends that says nothing against its run: the hour, or that it is over."""
 
 
 class Agent:
@@ -107,6 +127,7 @@ class Agent:
         self._trainer = Trainer(directory, self._box, worker, metrics)
         self._evaluator = Evaluator(channel, self._patience, worker, ledger, metrics)
         self._fitness = Fitness(worker, log)
+        self._holds = Holds()
         self._setback = Backoff()
         self._said_idle = False
 
@@ -133,7 +154,7 @@ class Agent:
         await asyncio.to_thread(self._processes.registers)
         try:
             with self._ledger.booked(departures.registration(request)):
-                await self._patience.keep(lambda: self._channel.register(request))
+                await self._patience.keep(lambda: self._channel.register(request), faults=None)
         except ClientMoved as error:
             raise self._processes.moved(error) from None
         await asyncio.to_thread(self._processes.registered)
@@ -159,7 +180,10 @@ class Agent:
         await self._limits.permit(0 if self._settings.evaluate else self._fitness.least_upload_bytes())
         wanted, once = self._settings.run or "", self._settings.once
         with self._metrics.during(State.WAITING):
-            response = await self._patience.keep(lambda: self._channel.await_round(wanted, until_finished=once))
+            held = self._holds.held()
+            response = await self._patience.keep(
+                lambda: self._channel.await_round(wanted, until_finished=once, left_out=held), faults=None
+            )
         outcome = response.WhichOneof("outcome")
         self._said_idle = self._said_idle and outcome == "idle"
         match outcome:
@@ -197,6 +221,11 @@ class Agent:
                 outcome = await self._pusher.give_up(pending, changed, log)
             self._metrics.updates.labels(pending.run, outcome).inc()
             await asyncio.to_thread(self._box.settle, pending, outcome)
+            if outcome is Outcome.SET_ASIDE:
+                log.error("the update is kept for a person to look at", folder=str(self._box.aside))
+                self._leave_out(pending.run, surely=True)
+            else:
+                self._holds.succeeded(pending.run)
 
     async def _answer(self, run: run_pb2.Run) -> None:
         with self._metrics.during(State.JUDGING):
@@ -221,6 +250,10 @@ class Agent:
                 await self._patience.keep(lambda: self._channel.answer_offer(request))
         except NotFound as error:
             self._log.info("the run is gone already", run=run, cause=str(error))
+        except FAULT as error:
+            self._log.error("the answer to the offer could not be given", run=run, cause=str(error))
+            self._leave_out(run, surely=True)
+            return
         if verdict.suits:
             self._metrics.examples.labels(run).set(verdict.examples)
         for reason in verdict.reasons:
@@ -239,14 +272,18 @@ class Agent:
             with self._metrics.during(State.TRAINING), tracing.span("train", task.run, task.round):
                 await while_it_counts(self._channel, task.ticket, self._limits.while_permitted(training))
 
-        if failure := self._excess(task) or await self._tried(task.run, train):
+        if failure := self._against(task) or await self._tried(task.run, train):
             log.error("ticket is given up", cause=failure.here)
             self._metrics.tickets_given_up.labels(task.run, failure.kind).inc()
+            if failure.kind not in _NOBODYS_FAULT:
+                self._leave_out(task.run, surely=failure.kind == FAULT.reason)
             await self._withdrawals.withdraw(task.ticket, f"{failure.kind}: {failure.told}", task.run, task.round, log)
             await self._setback.pause()
 
-    def _excess(self, task: pb.TrainingTask) -> Reason | None:
+    def _against(self, task: pb.TrainingTask) -> Reason | None:
         """Returns why a ticket is refused as it stands: it asks for more than the policy allows, or at a wrong time."""
+        if task.run in self._holds.held():  # a server that does not know what it is to leave a run out
+            return Reason.of(TrainingFailed("this site leaves the run out for a while, because work for it fails"))
         verdict = self._fitness.verdicts.get(task.run)
         if verdict is None or verdict.run is None:
             return None  # it was not accepted, which is said where the adapter is pulled
@@ -266,7 +303,17 @@ class Agent:
 
         if failure := await self._tried(task.run, evaluate):
             log.error("version is not scored", version=task.version, cause=failure.here)
+            if failure.kind not in _NOBODYS_FAULT:
+                self._leave_out(task.run, surely=failure.kind == FAULT.reason)
             await self._setback.pause()
+        else:
+            self._holds.succeeded(task.run)
+
+    def _leave_out(self, run: str, *, surely: bool) -> None:
+        """Counts a failure of a run, so that this site works for others if it fails again and again."""
+        if seconds := self._holds.failed(run, surely=surely):
+            self._log.warning("run is left out for a while, because work for it fails", run=run, seconds=seconds)
+            self._metrics.left_out.labels(run).inc()
 
     async def _tried(self, run: str, work: Callable[[], Awaitable[None]]) -> Reason | None:
         """Does the work of a task; declines the run, and with it the task, if it shows that the run does not suit.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -135,9 +135,11 @@ class Channel:
         """Announces the client."""
         return await self._call(self._line.federation.Register, request)
 
-    async def await_round(self, run: str, *, until_finished: bool) -> pb.AwaitRoundResponse:
-        """Asks for work; the server holds the answer back for a while if there is none."""
-        request = pb.AwaitRoundRequest(run=run, until_finished=until_finished)
+    async def await_round(
+        self, run: str, *, until_finished: bool, left_out: Iterable[str] = ()
+    ) -> pb.AwaitRoundResponse:
+        """Asks for work, not for that of some runs; the server holds the answer back for a while if there is none."""
+        request = pb.AwaitRoundRequest(run=run, until_finished=until_finished, left_out=left_out)
         return await self._call(self._line.federation.AwaitRound, request, AWAIT_S)
 
     async def answer_offer(self, request: pb.AnswerOfferRequest) -> None:

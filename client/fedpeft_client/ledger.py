@@ -22,7 +22,7 @@ from fedpeft.errors import FedpeftError, LocalError
 from fedpeft_client.ledger_day import LastDay
 from fedpeft_client.ledger_entries import FILE, Departure, Kind, Outcome, closing, opening, read
 from fedpeft_client.ledger_file import LedgerFile
-from fedpeft_client.patience import NOT_NOW
+from fedpeft_client.patience import FAULT, NOT_NOW
 
 QUESTIONS_BYTES = 4 * 1024
 """Questions are booked together, so many bytes of them ahead: a line for each would be thousands a day."""
@@ -94,7 +94,7 @@ class Ledger:
             yield
             outcome = Outcome.RECEIVED
         except FedpeftError as error:
-            again = isinstance(error, (LocalError, *NOT_NOW)) or error.retry_s is not None
+            again = isinstance(error, (LocalError, FAULT, *NOT_NOW)) or error.retry_s is not None
             outcome = Outcome.UNFINISHED if again else Outcome.REFUSED
             words = f"{error.reason}: {error.message}"
             raise

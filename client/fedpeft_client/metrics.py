@@ -46,6 +46,12 @@ class Metrics:
         self.tickets_given_up = Counter(
             "fedpeft_client_tickets_given_up", "Tickets given back, by reason.", ("run", "reason"), registry=r
         )
+        self.left_out = Counter(
+            "fedpeft_client_runs_left_out",
+            "Times that a run was left out for a while, because work for it failed.",
+            run,
+            registry=r,
+        )
         self.wire_bytes = Counter(
             "fedpeft_client_wire_bytes", "Whole serialized messages, bytes.", direction, registry=r
         )

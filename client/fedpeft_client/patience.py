@@ -23,11 +23,18 @@ AWAIT_S = CALL_S + HOLD_S
 AWAY_S = 10 * STALL_S
 """With `--once`: the client gives up when the server has been away for this time."""
 
-NOT_NOW = (DiskFull, Internal, Unavailable)
+NOT_NOW = (DiskFull, Unavailable)
 """What a server answers, or its absence, while it cannot do its work; whatever was asked may succeed later."""
+FAULT = Internal
+"""A server that is there and fails in a call, or answers what nobody understands: repeating it may help, or never."""
+FAULT_ATTEMPTS = 6
+"""How often a call that a server fails in is made before the fault is taken for one of what was asked."""
+FIRST_FAULT_PAUSE_S = 0.5
+"""The first pause between two such calls, some ten seconds in all: a proxy before a restarted server says the same."""
 
 AWAY = "server is away; trying again until it is back"
 FULL = "the server's disk is full; trying again until there is room"
+FAILS = "server fails in a call; trying again a few times"
 LASTS = "server cannot be used as it is; trying again until somebody mends that"
 
 FIRST_PAUSE_S = 0.2
@@ -37,13 +44,14 @@ T = TypeVar("T")
 
 
 class Backoff:
-    """Pauses that double from FIRST_PAUSE_S to LONGEST_PAUSE_S, each drawn from its upper half.
+    """Pauses that double from `first_s` to LONGEST_PAUSE_S, each drawn from its upper half.
 
     The jitter keeps a thousand clients from returning to a restarted server in the same instant.
     """
 
-    def __init__(self) -> None:
-        self._next_s = FIRST_PAUSE_S
+    def __init__(self, first_s: float = FIRST_PAUSE_S) -> None:
+        self._first_s = first_s
+        self._next_s = first_s
 
     def draw(self) -> float:
         """Returns the next pause in seconds."""
@@ -57,7 +65,7 @@ class Backoff:
 
     def reset(self) -> None:
         """Starts again with the shortest pause."""
-        self._next_s = FIRST_PAUSE_S
+        self._next_s = self._first_s
 
 
 async def _rest(hint_s: float) -> None:
@@ -67,6 +75,8 @@ async def _rest(hint_s: float) -> None:
 
 def _event(error: FedpeftError) -> str:
     """Returns what is said of an absence."""
+    if isinstance(error, FAULT):
+        return FAILS
     return LASTS if getattr(error, "lasting", False) else FULL if isinstance(error, DiskFull) else AWAY
 
 
@@ -87,33 +97,41 @@ class Patience:
         """Notes that a transfer moved: no absence is older than that, however often the line breaks."""
         self._heard = time.monotonic()
 
-    async def keep(self, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def keep(self, attempt: Callable[[], Awaitable[T]], *, faults: int | None = FAULT_ATTEMPTS) -> T:
         """Returns what `attempt` returns, repeating it after a pause while the server is away, fails or has no room.
 
         A status with a retry hint is no failure: the server is there, and the attempt goes on as the hint says.
 
+        Args:
+            attempt: Makes the call.
+            faults: How often the server may fail in it; None: as often as it likes, where nothing else can be done
+                meanwhile. A transfer that moved between two failures begins to count anew.
+
         Raises:
             Unavailable: If the server was away for `give_up_s`.
-            Internal: Likewise, if it answered with a fault of its own.
             DiskFull: Likewise, if it had no room.
+            Internal: Likewise, if it answered with a fault of its own; or if it did so `faults` times.
             FedpeftError: Anything else that `attempt` raises without a retry hint, at once.
         """
-        backoff, since = Backoff(), 0.0
+        backoff, slower, failed, since = Backoff(), Backoff(FIRST_FAULT_PAUSE_S), 0, 0.0
         away: FedpeftError | None = None
         while True:
             try:
                 result = await attempt()
-            except NOT_NOW as error:
+            except (*NOT_NOW, FAULT) as error:
                 now = time.monotonic()
                 since = now if away is None else since
                 if self._heard > since:
-                    since = self._heard
+                    since, failed = self._heard, 0
                     backoff.reset()
-                if self.give_up_s is not None and now - since >= self.give_up_s:
+                    slower.reset()
+                failed += isinstance(error, FAULT)
+                given_up = self.give_up_s is not None and now - since >= self.give_up_s
+                if given_up or (isinstance(error, FAULT) and failed == faults):
                     raise
                 self._say_away(error, away)
                 away = error
-                await backoff.pause()
+                await (slower if isinstance(error, FAULT) else backoff).pause()
                 continue
             except FedpeftError as error:
                 self._say_back(away, since)  # a refusal is an answer too

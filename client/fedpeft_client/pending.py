@@ -8,6 +8,8 @@ is no longer in the settled folder has already been moved, so nothing is lost an
 A counted update may still be excluded when its round closes. So its ticket, and the residual for that case, stay in the
 run's folder (`counted.json`, `counted.safetensors`) until the next ticket of the run; `excluded` there names the ticket
 of an excluded update that was the last one.
+
+set-aside/RUN-ROUND-TICKET/   updates that the server could not take; the oldest go where there are more than KEPT_ASIDE
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from fedpeft import durable, wire
+from fedpeft import durable, ids, wire
 from fedpeft.errors import FedpeftError, StateInvalid
 from fedpeft.payload import Manifest
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -32,6 +34,9 @@ IF_NOT = "residual_if_not.safetensors"
 LOCAL = "local.safetensors"
 _RECORD = "ticket.json"
 _COUNTED, _IF_EXCLUDED, _EXCLUDED = "counted.json", "counted.safetensors", "excluded"
+ASIDE = "set-aside"
+KEPT_ASIDE = 8
+"""Updates that are kept aside: each is as large as any other, and nobody may be there to look at them."""
 
 
 class Outcome(StrEnum):
@@ -41,6 +46,9 @@ class Outcome(StrEnum):
     """The server has it: the residual is what the encoding left out."""
     NOT_COUNTED = "not-counted"
     """It came too late or was not wanted: all of it goes into the residual."""
+    SET_ASIDE = "set-aside"
+    """The server could not take it, or found a fault in its form: all of it goes into the residual, and the update is
+    kept in `set-aside/`, for a person to look at."""
     DROPPED = "dropped"
     """It was wrong: it is forgotten, and with it the residual that it was made from."""
 
@@ -73,13 +81,18 @@ class Pending:
 
 
 class PendingBox:
-    """The one place for a pending update in a state directory, used under a policy of some digest."""
+    """The one place for a pending update in a state directory, used under a policy of some digest.
+
+    Attributes:
+        aside: The folder of the updates that the server could not take.
+    """
 
     def __init__(self, directory: state.StateDirectory, policy: str) -> None:
         self._directory = directory
         self._policy = policy
         self._box = directory.path / "pending"
         self._draft = directory.path / "pending.new"
+        self.aside = directory.path / ASIDE
 
     def draft(self) -> Path:
         """Returns an empty folder for the worker to write an update into."""
@@ -189,7 +202,7 @@ class PendingBox:
             moves[IF_COUNTED] = state.residual(folder)
             moves[IF_NOT] = folder / _IF_EXCLUDED
             moves[_RECORD] = folder / _COUNTED  # last: it says that there is the other
-        elif outcome is Outcome.NOT_COUNTED:
+        elif outcome in (Outcome.NOT_COUNTED, Outcome.SET_ASIDE):
             moves[IF_NOT] = state.residual(folder)
         else:
             moves = {}
@@ -198,5 +211,21 @@ class PendingBox:
         for name, target in moves.items():
             if (settled / name).exists():
                 durable.move(settled / name, target)
-        shutil.rmtree(settled)
-        durable.sync(settled.parent)
+        if outcome is Outcome.SET_ASIDE:
+            self._keep(settled, folder.name)
+        else:
+            shutil.rmtree(settled)
+            durable.sync(settled.parent)
+
+    def _keep(self, settled: Path, run: str) -> None:
+        """Moves what is left of a settled update to those that are kept aside."""
+        self.aside.mkdir(mode=0o700, exist_ok=True)
+        (settled / IF_COUNTED).unlink(missing_ok=True)
+        record = json.loads((settled / _RECORD).read_bytes())
+        ticket = str(record["header"]["ticket"])
+        named = ticket if ids.TICKET.fullmatch(ticket) else "ticket"  # the server chose it
+        place = self.aside / f"{run}-{int(record['round']):06}-{named}"
+        shutil.rmtree(place, ignore_errors=True)  # the same ticket, trained and set aside once more
+        durable.move(settled, place)
+        for old in sorted(self.aside.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-KEPT_ASIDE]:
+            shutil.rmtree(old)

@@ -11,6 +11,8 @@ import grpc
 from fedpeft.errors import (
     ChecksumMismatch,
     FedpeftError,
+    Internal,
+    InvalidArgument,
     LocalError,
     ManifestInvalid,
     OffsetOutOfRange,
@@ -31,7 +33,7 @@ from fedpeft_client import departures
 from fedpeft_client.channel import Channel
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK
 from fedpeft_client.ledger import Ledger
-from fedpeft_client.patience import Backoff, Patience
+from fedpeft_client.patience import FAULT, Backoff, Patience
 from fedpeft_client.pending import Outcome, Pending
 from fedpeft_client.withdrawals import Withdrawals
 
@@ -62,8 +64,7 @@ class Pusher:
         """Uploads until the server has answered for good, and returns what that means for the residual.
 
         Raises:
-            Unavailable: If patience with an absent server is at its end, and likewise Internal and DiskFull; the update
-                stays pending.
+            Unavailable: If patience with an absent server is at its end, likewise DiskFull; the update stays pending.
             LocalError: Likewise, if something fails on this side: what the server has is not known then.
             FedpeftError: If the server refuses this client rather than the update.
         """
@@ -78,6 +79,14 @@ class Pusher:
         except PayloadInvalid as error:
             log.error("update was refused as wrong; it and the residual are dropped", cause=str(error))
             return Outcome.DROPPED
+        except (FAULT, InvalidArgument) as error:
+            log.error(
+                "the server cannot take this update; it is set aside, and what is in it goes into the residual",
+                reason=error.reason,
+                cause=str(error),
+            )
+            counted = await self.give_up(pending, error, log, "set aside: ") is Outcome.COUNTED
+            return Outcome.COUNTED if counted else Outcome.SET_ASIDE
         except UpdateDiffers as error:
             log.warning("another update was counted for the ticket", cause=str(error))
             return Outcome.COUNTED  # that one was made from the same residual
@@ -93,13 +102,14 @@ class Pusher:
         log.info("update received", sha256=receipt.sha256.hex())
         return Outcome.COUNTED
 
-    async def give_up(self, pending: Pending, cause: FedpeftError, log: Log) -> Outcome:
-        """Tells the round not to wait.
+    async def give_up(self, pending: Pending, cause: FedpeftError, log: Log, prefix: str = "") -> Outcome:
+        """Tells the round not to wait, and why.
 
         Returns:
             Whether the update counted after all: an upload that this side gave up may have come to its end.
         """
-        state = await self._withdrawals.withdraw(pending.ticket, str(cause), pending.run, pending.round, log)
+        words = f"{prefix}{cause}"
+        state = await self._withdrawals.withdraw(pending.ticket, words, pending.run, pending.round, log)
         return Outcome.COUNTED if state == run_pb2.TICKET_STATE_RECEIVED else Outcome.NOT_COUNTED
 
     async def _insist(self, pending: Pending, log: Log) -> pb.PushUpdateResponse:
@@ -156,6 +166,8 @@ class Pusher:
             async with asyncio.timeout(STALL_S):
                 receipt = await call
             self._channel.received(receipt)
+            if receipt.sha256 != pending.header.manifest.sha256:
+                raise Internal("the server's receipt is for another payload than the one that was sent")
             return receipt
         except TimeoutError:
             raise ServerUnreachable(f"the upload stalled: no progress for {STALL_S:.0f} seconds") from None

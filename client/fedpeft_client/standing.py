@@ -11,7 +11,7 @@ from fedpeft.race import first_of
 from fedpeft.v1 import run_pb2
 from fedpeft.waits import HOLD_S
 from fedpeft_client.channel import Channel
-from fedpeft_client.patience import NOT_NOW
+from fedpeft_client.patience import FAULT, NOT_NOW
 
 ASK_S = HOLD_S
 """How often the server is asked: as often as a client that waits asks for work."""
@@ -42,7 +42,7 @@ async def _until_it_cannot_count(channel: Channel, ticket: str) -> NoReturn:
         try:
             standing = await channel.get_upload(ticket, b"")
         except FedpeftError as error:
-            if isinstance(error, NOT_NOW) or error.retry_s is not None:  # no word on the ticket
+            if isinstance(error, (FAULT, *NOT_NOW)) or error.retry_s is not None:  # no word on the ticket
                 continue
             raise
         if standing.run_finished:

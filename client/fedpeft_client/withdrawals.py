@@ -10,7 +10,7 @@ from fedpeft_client import departures
 from fedpeft_client.channel import Channel
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK
 from fedpeft_client.ledger import Ledger
-from fedpeft_client.patience import Patience
+from fedpeft_client.patience import FAULT, Patience
 
 MAX_REASON = 1024
 """Most characters of a reason that the protocol takes."""
@@ -30,7 +30,8 @@ class Withdrawals:
         """Gives a ticket of round `number` of a run back.
 
         Returns:
-            What became of it: its update may have counted after all. None if it is unknown by now, which is as good.
+            What became of it: its update may have counted after all. None if it is unknown by now, which is as good, or
+            if the server failed in the call again and again: then the round waits for the ticket until its deadline.
 
         Raises:
             FedpeftError: If the server refuses this client rather than the ticket, or the ledger cannot be written.
@@ -41,6 +42,11 @@ class Withdrawals:
                 return (await self._patience.keep(lambda: self._channel.withdraw(request))).state
         except (LocalError, *NOT_ABOUT_THE_TASK):
             raise
+        except FAULT as error:
+            log.error(
+                "ticket could not be given back; its round waits until its deadline", ticket=ticket, cause=str(error)
+            )
+            return None
         except FedpeftError as error:
             log.info("the ticket is gone already", ticket=ticket, cause=str(error))
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from dataclasses import dataclass, field
 
 import grpc
@@ -161,6 +161,10 @@ class Federation(pb_grpc.FederationServiceServicer):
         self.close_round_after = 0
         self.refuse_register: list[FedpeftError] = []
         self.refuse_push: list[FedpeftError] = []
+        self.fail: dict[str, list[FedpeftError]] = {}
+        """By method, what its calls are answered with before they are looked at."""
+        self.left_out: list[list[str]] = []
+        """The runs that were left out of each call for work."""
         self.receive_but_do_not_answer = 0
         self.hang_before_turn = 0
         self.chunk_pause_s = 0.0
@@ -208,7 +212,10 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = await self._caller(context, registered=True)
         if request.run and request.run not in [run.id for run in self.runs]:
             await status.abort(context, RunNotFound(f"there is no run {request.run}"))
+        self.left_out.append(list(request.left_out))
         for run in self.runs:
+            if run.id in request.left_out:
+                continue
             if (client, run.id) not in self.answers and request.run in ("", run.id) and self._open(client, run):
                 return pb.AwaitRoundResponse(offer=pb.RunOffer(run=run.message()))
         loop = asyncio.get_running_loop()
@@ -217,7 +224,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         end = loop.time() + HOLD_S
         try:
             while loop.time() < end:
-                if (answer := self._task(client)) is not None:
+                if (answer := self._task(client, request.left_out)) is not None:
                     return answer
                 await asyncio.sleep(0.01)
         finally:
@@ -240,6 +247,7 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def AnswerOffer(self, request: pb.AnswerOfferRequest, context: Context) -> pb.AnswerOfferResponse:
         client = await self._caller(context, registered=True)
+        await self._fail("AnswerOffer", context)
         if request.run not in [run.id for run in self.runs]:
             await status.abort(context, RunNotFound(f"there is no run {request.run}"))
         self.answers[client, request.run] = request
@@ -250,9 +258,9 @@ class Federation(pb_grpc.FederationServiceServicer):
                     ticket.state, ticket.reason = run_pb2.TICKET_STATE_WITHDRAWN, "; ".join(request.reasons)
         return pb.AnswerOfferResponse()
 
-    def _task(self, client: str) -> pb.AwaitRoundResponse | None:
+    def _task(self, client: str, left_out: Container[str]) -> pb.AwaitRoundResponse | None:
         run = self.run
-        if run is None or not self._accepted(client, run):
+        if run is None or run.id in left_out or not self._accepted(client, run):
             return None
         if self.registered[client].role == pb.CLIENT_ROLE_EVALUATOR:
             missing = [v for v in range(len(run.versions)) if v not in run.evaluations]
@@ -284,6 +292,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         self, request: pb.PullAdapterRequest, context: Context
     ) -> AsyncIterator[pb.PullAdapterResponse]:
         await self._caller(context)
+        await self._fail("PullAdapter", context)
         assert self.run is not None
         try:
             manifest, data = self.run.encoded(request.version)
@@ -383,6 +392,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         await asyncio.sleep(self.chunk_pause_s)
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:
+        await self._fail("Withdraw", context)
         ticket = await self._ticket(request.ticket, context)
         if ticket.state == run_pb2.TICKET_STATE_ISSUED:
             ticket.state, ticket.reason = run_pb2.TICKET_STATE_WITHDRAWN, request.reason
@@ -391,9 +401,14 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def PushEvaluation(self, request: pb.PushEvaluationRequest, context: Context) -> pb.PushEvaluationResponse:
         await self._caller(context)
+        await self._fail("PushEvaluation", context)
         assert self.run is not None
         self.run.evaluations[request.version] = dict(request.metrics)
         return pb.PushEvaluationResponse()
+
+    async def _fail(self, method: str, context: Context) -> None:
+        if self.fail.get(method):
+            await status.abort(context, self.fail[method].pop(0))
 
     async def _caller(self, context: Context, registered: bool = False) -> str:
         if self.unavailable:

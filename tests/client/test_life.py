@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from fedpeft.errors import CertificateRevoked, RoundClosed
+from fedpeft.errors import CertificateRevoked, Internal, RoundClosed
 from fedpeft.v1 import run_pb2
 from fedpeft_client.__main__ import run
 from fedpeft_client.ledger_entries import Kind, Outcome, read
 from fedpeft_client.ledger_view import rows
+from fedpeft_client.patience import FAULT_ATTEMPTS
 
 from .conftest import StartClient, alive, tiny_run, until, write_images
 from .federation import Federation
@@ -171,6 +172,21 @@ async def test_server_that_restarts_is_waited_for_without_a_busy_loop(
     booked = [read(tmp_path / name / "ledger.jsonl").booked.values() for name in ("site-a", "site-b")]
     told = sum(each.departure.wire_bytes for both in booked for each in both)
     assert told >= federation.arrivals.wire_bytes, "the ledgers never tell less than what left"
+
+
+async def test_a_run_that_the_server_fails_on_is_left_out_and_another_one_goes_on(
+    federation: Federation, start_client: StartClient, tmp_path: Path
+) -> None:
+    broken, federation.run = tiny_run(), tiny_run()
+    broken.id = "run-broken"
+    federation.others = [broken]
+    federation.fail = {"AnswerOffer": [Internal("StateInvalid") for _ in range(FAULT_ATTEMPTS)]}
+    client = await start_client()
+    await client.said("the answer to the offer could not be given")
+    await client.said("run is left out for a while, because work for it fails")
+    await client.said("update received")
+    assert broken.id in federation.left_out[-1]
+    assert await client.kill(signal.SIGTERM) == 0
 
 
 async def test_late_update_grows_the_residual_and_the_next_update(

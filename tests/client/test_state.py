@@ -14,7 +14,7 @@ from fedpeft.errors import ChecksumMismatch, StateInvalid
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client import state
 from fedpeft_client.adapters import AdapterCache
-from fedpeft_client.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Outcome, PendingBox
+from fedpeft_client.pending import IF_COUNTED, IF_NOT, KEPT_ASIDE, LOCAL, PAYLOAD, Outcome, PendingBox
 from fedpeft_client.state import StateDirectory
 
 RUN = "run-000000000001"
@@ -115,7 +115,7 @@ def test_crash_while_committing_leaves_all_or_nothing(
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
-@pytest.mark.parametrize("step", range(1, 14))
+@pytest.mark.parametrize("step", range(1, 18))
 def test_crash_while_settling_is_finished_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, outcome: Outcome
 ) -> None:
@@ -136,7 +136,13 @@ def test_crash_while_settling_is_finished_at_the_next_start(
                     assert state.residual(folder).read_bytes() == b"old"
                     again.settle(left, outcome)
         assert PendingBox(directory, "").load() is None
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["instance", "lock", "runs"]
+        kept = ["set-aside"] if outcome is Outcome.SET_ASIDE else []
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["instance", "lock", "runs", *kept]
+        if kept:
+            (aside,) = (tmp_path / "set-aside").iterdir()
+            assert aside.name == f"{RUN}-000005-{pending.ticket}"
+            assert sorted(p.name for p in aside.iterdir()) == ["ticket.json", PAYLOAD]
+            assert (aside / PAYLOAD).read_bytes() == b"abcd"
         if outcome is Outcome.DROPPED:
             assert not state.residual(folder).exists()
             assert state.local(folder).read_bytes() == b"old local"
@@ -144,6 +150,15 @@ def test_crash_while_settling_is_finished_at_the_next_start(
             expected = b"counted" if outcome is Outcome.COUNTED else b"not"
             assert state.residual(folder).read_bytes() == expected
             assert state.local(folder).read_bytes() == b"new local"
+
+
+def test_updates_that_are_set_aside_do_not_fill_the_disk(tmp_path: Path) -> None:
+    with StateDirectory(tmp_path) as directory:
+        box = PendingBox(directory, "")
+        for number in range(1, KEPT_ASIDE + 4):
+            box.settle(box.commit(RUN, number, write_draft(box)), Outcome.SET_ASIDE)
+        kept = sorted(path.name.split("-")[-3] for path in box.aside.iterdir())
+        assert len(kept) == KEPT_ASIDE and kept[0] == "000004", "the oldest went"
 
 
 @pytest.mark.parametrize("damage", ["payload", "record", "missing"])

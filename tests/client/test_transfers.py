@@ -21,7 +21,9 @@ from fedpeft.errors import (
     ClientIdInUse,
     DiskFull,
     FedpeftError,
+    Internal,
     ManifestInvalid,
+    MetricsInvalid,
     NotRegistered,
     PayloadInvalid,
     RoundClosed,
@@ -43,7 +45,7 @@ from fedpeft_client import departures, patience, pull, push, state
 from fedpeft_client.adapters import AdapterCache
 from fedpeft_client.channel import Channel
 from fedpeft_client.ledger import Ledger
-from fedpeft_client.ledger_entries import read
+from fedpeft_client.ledger_entries import Kind, read
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.patience import Backoff, Patience
 from fedpeft_client.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Outcome, Pending, PendingBox
@@ -405,6 +407,77 @@ async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) 
     full = [line["cause"] for line in lines if line["event"].startswith("the server's disk is full; trying again")]
     assert full == ["the server's disk is full: no room"] * 2
     assert not any(line["event"].startswith("server is away") for line in lines)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "FIRST_FAULT_PAUSE_S", 0.001)
+
+
+@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.parametrize("withdraws", [True, False])
+async def test_an_update_that_the_server_fails_on_is_set_aside_after_a_few_attempts(
+    site: Site, withdraws: bool
+) -> None:
+    site.federation.refuse_push = [Internal("StateInvalid") for _ in range(20)]
+    site.federation.fail = {} if withdraws else {"Withdraw": [Internal("StateInvalid") for _ in range(20)]}
+    pending = site.pending()
+    with capture_logs() as lines:
+        assert await site.pusher.push(pending, site.log) is Outcome.SET_ASIDE
+    assert len(site.federation.pushes) == patience.FAULT_ATTEMPTS
+    assert bool(site.federation.withdrawn) is withdraws
+    events = [line["event"] for line in lines if line["log_level"] in ("error", "warning")]
+    assert events[:2] == [
+        patience.FAILS,
+        "the server cannot take this update; it is set aside, and what is in it goes into the residual",
+    ]
+    assert ("ticket could not be given back; its round waits until its deadline" in events) is not withdraws
+    site.box.settle(pending, Outcome.SET_ASIDE)
+    residual = site.directory.path / "runs" / site.run.id / "residual.safetensors"
+    assert residual.read_bytes() == IF_NOT.encode()
+    (kept,) = site.box.aside.iterdir()
+    assert hashlib.sha256((kept / PAYLOAD).read_bytes()).digest() == pending.manifest.sha256
+    booked = list(read(site.directory.path / "ledger.jsonl").booked.values())
+    uploads = [each for each in booked if each.departure.kind is Kind.UPDATE]
+    assert uploads and all("INTERNAL" in each.words for each in uploads)
+    assert booked[-1].departure.said["reason"].startswith("set aside: ")
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_a_server_that_failed_a_few_times_and_then_works_gets_the_update(site: Site) -> None:
+    site.federation.refuse_push = [Internal("StateInvalid") for _ in range(patience.FAULT_ATTEMPTS - 1)]
+    assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
+
+
+async def test_an_update_with_a_fault_of_form_is_set_aside_at_once(site: Site) -> None:
+    site.federation.refuse_push = [MetricsInvalid("the figure loss is -1")]
+    assert await site.pusher.push(site.pending(), site.log) is Outcome.SET_ASIDE
+    assert len(site.federation.pushes) == 1 and site.federation.withdrawn
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_a_receipt_for_other_bytes_is_no_receipt(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lie(*_: object) -> pb.PushUpdateResponse:
+        return pb.PushUpdateResponse(ticket="ticket-1", sha256=bytes(32))
+
+    monkeypatch.setattr(site.federation, "_receive", lie)
+    assert await site.pusher.push(site.pending(), site.log) is Outcome.SET_ASIDE
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_a_pull_that_the_server_fails_in_ends_after_a_few_attempts(site: Site) -> None:
+    site.federation.fail = {"PullAdapter": [Internal("BlobCorrupt") for _ in range(20)]}
+    with pytest.raises(Internal):
+        await site.puller.pull(0)
+    assert len(site.federation.fail["PullAdapter"]) == 20 - patience.FAULT_ATTEMPTS
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_calls_beside_which_nothing_else_can_be_done_are_repeated_as_long_as_it_takes(site: Site) -> None:
+    site.federation.refuse_register = [Internal("StateInvalid") for _ in range(12)]
+    with site.ledger.booked(departures.registration(pb.RegisterRequest())):
+        await site.patience.keep(lambda: site.channel.register(pb.RegisterRequest()), faults=None)
+    assert site.federation.registrations == 1
 
 
 async def test_checksum_mismatch_starts_over_and_is_then_given_up(site: Site) -> None:

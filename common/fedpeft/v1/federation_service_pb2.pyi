@@ -213,19 +213,27 @@ class AwaitRoundRequest(_message.Message):
 
     RUN_FIELD_NUMBER: _builtins.int
     UNTIL_FINISHED_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Work only for this run; empty: for any."""
     until_finished: _builtins.bool
     """The client ends once no run is left for it (`--once`): then it is answered without delay."""
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Runs that the client leaves out of this call, because work for them fails: it gets no ticket, version or offer of them,
+        and is not sampled for them. Of more than 64 the first are looked at.
+        """
+
     def __init__(
         self,
         *,
         run: _builtins.str = ...,
         until_finished: _builtins.bool = ...,
+        left_out: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "until_finished", b"until_finished"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out", b"left_out", "run", b"run", "until_finished", b"until_finished"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,12 +15,13 @@ LINGER_S = 2.0
 
 @dataclass
 class Seat:
-    """One waiting client; `run` is empty when any run will do. Only trainers are sampled."""
+    """One waiting client; `run` is empty when any run will do but those left out. Only trainers are sampled."""
 
     client: str
     run: str
     trainer: bool
     called: asyncio.Event
+    left_out: frozenset[str] = frozenset()
     until: float = float("inf")
     replaced: bool = False
 
@@ -37,7 +38,9 @@ class Lobby:
         self._seats: dict[str, Seat] = {}
         self._closed = False
 
-    async def wait(self, client: str, run: str, *, trainer: bool, hold_s: float) -> bool:
+    async def wait(
+        self, client: str, run: str, *, trainer: bool, hold_s: float, left_out: frozenset[str] = frozenset()
+    ) -> bool:
         """Waits until the client is called, for at most `hold_s` seconds. A second wait of a client ends its first.
 
         Returns:
@@ -52,7 +55,7 @@ class Lobby:
         if client in self._seats:
             self._seats[client].replaced = True
             self.call(client)
-        seat = Seat(client, run, trainer, asyncio.Event())
+        seat = Seat(client, run, trainer, asyncio.Event(), left_out)
         self._seats[client] = seat
         self._changed()
         try:
@@ -74,7 +77,8 @@ class Lobby:
         now = time.monotonic()
         for seat in [s for s in self._seats.values() if s.until < now]:
             del self._seats[seat.client]
-        return frozenset(s.client for s in self._seats.values() if s.trainer and s.run in ("", run))
+        seats = (seat for seat in self._seats.values() if seat.trainer and seat.run in ("", run))
+        return frozenset(seat.client for seat in seats if run not in seat.left_out)
 
     def is_waiting(self, client: str) -> bool:
         """Says whether a client waits now."""

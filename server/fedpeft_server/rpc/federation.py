@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 
 from fedpeft import PROTOCOL, __version__, figures, seeds, tracing
 from fedpeft.errors import (
@@ -47,6 +47,8 @@ from fedpeft_server.traffic import Ledger
 _LISTED = 16
 """Most runs that Register lists; AwaitRound offers all of them, so this is for callers that only want to show some."""
 _LISTED_BYTES = 256 * 1024
+MAX_LEFT_OUT = 64
+"""Most runs that a client leaves out of a call for work."""
 _EXPLAINED = 8
 """Runs whose wait is explained to a client that waits; more are counted."""
 
@@ -107,15 +109,18 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = self._callers.identify(context)
         role = self._callers.role(client)
         look = self._evaluation if role == "evaluator" else self._training
+        left_out = frozenset(request.left_out[:MAX_LEFT_OUT])
         until = time.monotonic() + HOLD_S
         while True:
-            found = await look(client, request.run)
+            found = await look(client, request.run, left_out)
             if found:
                 return found
             left = until - time.monotonic()
             if left <= 0 or (request.until_finished and self._finished(client, request.run)):
                 return self._idle(client, request.run)
-            if not await self._runs.lobby.wait(client, request.run, trainer=role == "trainer", hold_s=left):
+            if not await self._runs.lobby.wait(
+                client, request.run, trainer=role == "trainer", hold_s=left, left_out=left_out
+            ):
                 return self._idle(client, request.run)
             if self._finished(client, request.run) and role == "trainer":
                 return self._idle(client, request.run)
@@ -251,11 +256,13 @@ class Federation(pb_grpc.FederationServiceServicer):
         token = pages.token(left[len(runs) - 1].age, of=of) if more else ""
         return pb.RegisterResponse(protocol=PROTOCOL, runs=runs, next_page_token=token)
 
-    async def _training(self, client: str, run: str) -> pb.AwaitRoundResponse | None:
+    async def _training(self, client: str, run: str, left_out: Collection[str]) -> pb.AwaitRoundResponse | None:
         """Returns the ticket that the client can use now, in the oldest run that gave it one, or else an offer."""
         answers = self._runs.answers
         due: RunEngine | None = None
         for engine in self._runs.active(run):
+            if engine.run.id in left_out:
+                continue
             ticket = engine.open_ticket(client)
             if ticket and answers.accepted(engine.run.id, client):
                 self._ledger.assign(engine.run.id, engine.round.number, client)
@@ -268,10 +275,10 @@ class Federation(pb_grpc.FederationServiceServicer):
         answers.asked(due.run.id, client)
         return _offer(due)
 
-    async def _evaluation(self, client: str, run: str) -> pb.AwaitRoundResponse | None:
+    async def _evaluation(self, client: str, run: str, left_out: Collection[str]) -> pb.AwaitRoundResponse | None:
         """Returns the oldest version that the evaluator has not scored, or the offer of its run."""
         for engine in self._runs.all(run):
-            if self._runs.answers.declined(engine.run.id, client):
+            if engine.run.id in left_out or self._runs.answers.declined(engine.run.id, client):
                 continue
             scored = await self._store.call(self._store.db.evaluated_by, engine.run.id, client)
             missing = sorted(set(range(engine.run.version + 1)) - scored)

@@ -1,0 +1,42 @@
+"""Runs that fail are left out for a while, and tried again."""
+
+from __future__ import annotations
+
+from fedpeft_client.holds import FAILURES, FIRST_HOLD_S, LONGEST_HOLD_S, MAX_HELD, Holds
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_run_is_left_out_after_some_failures_in_a_row_and_longer_each_time() -> None:
+    clock = Clock()
+    holds = Holds(clock)
+    assert [holds.failed("run-a") for _ in range(FAILURES)] == [0.0] * (FAILURES - 1) + [FIRST_HOLD_S]
+    assert holds.held() == ["run-a"]
+    clock.now += FIRST_HOLD_S
+    assert holds.held() == [], "it is tried again"
+    assert holds.failed("run-a") == 2 * FIRST_HOLD_S, "once is enough now"
+    for _ in range(10):
+        assert holds.failed("run-a") <= LONGEST_HOLD_S
+    clock.now += LONGEST_HOLD_S
+    holds.succeeded("run-a")
+    assert holds.failed("run-a") == 0.0
+
+
+def test_a_failure_that_is_sure_to_repeat_leaves_its_run_out_at_once_and_no_other() -> None:
+    holds = Holds(Clock())
+    assert holds.failed("run-a", surely=True) == FIRST_HOLD_S
+    assert holds.failed("run-b") == 0.0
+    assert holds.held() == ["run-a"]
+
+
+def test_no_more_runs_are_left_out_than_a_call_takes() -> None:
+    holds = Holds(Clock())
+    for number in range(MAX_HELD + 5):
+        holds.failed(f"run-{number}", surely=True)
+    assert len(holds.held()) == MAX_HELD
