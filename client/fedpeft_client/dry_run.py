@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedpeft.data.interface import DEEP_BITS, UNREADABLE_SHARE
+from fedpeft.data.interface import DEEP_BITS, too_many_unreadable
+from fedpeft.data.inventory import Inventory
 from fedpeft.errors import ClientMoved, DataInvalid
 from fedpeft.logs import Log
 from fedpeft.units import counted
@@ -52,6 +53,8 @@ async def dry_run(
     _line("device", f"{hello['device']}, {counted(hello['threads'], 'thread')}, torch {hello['torch']}")
     classes = counted(len(hello["labels"]), "class", "classes")
     _line("data", f"{settings.data}: {hello['rows']:,} {hello['rows_are']} of {classes}")
+    for line in Inventory.of_dict(hello["inventory"]).lines():
+        _line("", line)
     surveyed = await worker.ask({"op": "survey"}, Reporter(log, "opening images"))
     _say_readable(surveyed, hello["rows_are"])
     fitness = Fitness(worker, log)
@@ -85,9 +88,8 @@ def _say_readable(surveyed: Answer, rows_are: str) -> None:
 
 
 def _refuse_unreadable(surveyed: Answer) -> None:
-    bad, total = surveyed["unreadable"], surveyed["images"]
-    if bad > UNREADABLE_SHARE * total:
-        raise DataInvalid(f"{bad} of {total} images cannot be read, more than {UNREADABLE_SHARE:.0%}")
+    if fault := too_many_unreadable(surveyed["unreadable"], surveyed["images"]):
+        raise DataInvalid(fault)
 
 
 def _describe(verdict: Verdict, evaluates: bool) -> None:

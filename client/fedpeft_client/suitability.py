@@ -16,8 +16,8 @@ from google.protobuf import json_format
 from pydantic import ValidationError
 
 from fedpeft.config import TrainingConfig
-from fedpeft.data.interface import UNREADABLE_SHARE
-from fedpeft.data.labels import MappedLabels, map_labels
+from fedpeft.data.interface import too_many_unreadable
+from fedpeft.data.labels import ClassMap, MappedLabels, map_labels
 from fedpeft.errors import (
     BackboneMismatch,
     ConfigInvalid,
@@ -186,11 +186,12 @@ def _labels(run: KnownRun, site: Site) -> Iterable[Reason]:
 
 def _told_of_labels(run: KnownRun, site: Site) -> str:
     """Returns what the server may know of labels that do not fit: numbers, and no name."""
-    known = set(run.config.model.classes)
-    if not known.issuperset(name for name in site.label_map.values() if name is not None):
+    try:
+        known = ClassMap(run.config.model.classes, site.label_map)
+    except DataInvalid:
         return "its label map names a class that the run does not have"
     own = [name for name, count in site.classes.items() if count]
-    unknown = [name for name in own if site.label_map.get(name, name) not in (None, *known)]
+    unknown = [name for name in own if known.of(name) == -1]
     if unknown:
         some = f"{len(unknown)} of its {counted(len(own), 'class', 'classes')} {'is' if len(unknown) == 1 else 'are'}"
         return f"{some} none of the run's; a label map can rename or drop them"
@@ -200,10 +201,13 @@ def _told_of_labels(run: KnownRun, site: Site) -> str:
 def _images(run: KnownRun, site: Site) -> Iterable[Reason]:
     if site.unreadable is None:
         return
-    kept = [name for name in site.classes if site.label_map.get(name, name) in run.config.model.classes]
+    try:
+        known = ClassMap(run.config.model.classes, site.label_map)
+    except DataInvalid:
+        return  # that is a reason of its own
+    kept = [name for name in site.classes if known.of(name) not in (None, -1)]
     bad, total = (sum(counts.get(name, 0) for name in kept) for counts in (site.unreadable, site.classes))
-    if bad > UNREADABLE_SHARE * total:
-        text = f"{bad} of {counted(total, 'image')} cannot be read, more than {UNREADABLE_SHARE:.0%}"
+    if text := too_many_unreadable(bad, total):
         yield Reason.of(DataInvalid(text), text)
 
 

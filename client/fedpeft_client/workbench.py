@@ -5,7 +5,7 @@ The only module of the client that imports torch.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from fedpeft import models, wire
 from fedpeft.config import TrainingConfig
+from fedpeft.data.inventory import EMPTY
 from fedpeft.data.labels import read_label_map
 from fedpeft.devices import device_of
 from fedpeft.errors import StateInvalid
@@ -84,6 +85,7 @@ class Workbench:
         kind, path = where(options["data"])
         self._learner = learner_of(kind)
         self._source = self._learner.read(path)
+        self._inventory = getattr(self._source, "inventory", EMPTY)  # another kind of model has data of its own form
         label_map, weights = options["label_map"], options["weights"]
         self._weights = None if weights is None else Path(weights)
         self._checkpointing = bool(options["checkpointing"])
@@ -92,6 +94,7 @@ class Workbench:
             frozenset(methods.names()),
             dict(zip(self._source.class_names, counts, strict=True)),
             {} if label_map is None else read_label_map(Path(label_map)),
+            unreadable=_by_class(self._source),
             kind=kind,
             policy=Policy.model_validate(options["policy"]),
             weights=_weights(self._weights),
@@ -100,7 +103,11 @@ class Workbench:
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
 
     def hello(self) -> Message:
-        """Returns what this worker is: torch, device, gpu (NVIDIA's name of it), threads, methods, rows, labels."""
+        """Returns what this worker is and has.
+
+        That is torch, device, gpu (NVIDIA's name of it), threads, methods, rows, rows_are, labels, and inventory (what
+        of the data folder is not read).
+        """
         device = str(self._device)
         if self._device.type == "cuda":
             device = f"{device}: {torch.cuda.get_device_name(self._device)}"
@@ -113,6 +120,7 @@ class Workbench:
             "rows": len(self._source),
             "rows_are": "examples" if self._site.kind else "images",
             "labels": list(self._source.class_names),
+            "inventory": self._inventory.as_dict(),
         }
 
     def _gpu(self) -> str:
@@ -238,6 +246,12 @@ class Workbench:
             local = {name: values for name, values in model.state().items() if name not in shared}
             self._loaded[run.id] = Loaded(model, dataset, local)
         return reasons
+
+
+def _by_class(source: Any) -> dict[str, int] | None:
+    """Returns how many rows of each class hold no image, as far as the folder shows; None if it shows none."""
+    known = getattr(source, "unreadable", None)
+    return dict(Counter(source.class_names[source.labels[row]] for row in known)) if known else None
 
 
 def _weights(given: Path | None) -> Weights:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 
@@ -37,6 +38,8 @@ from fedpeft.units import counted
 
 IMAGES = ""
 """The name of the kind that needs none."""
+
+_log = structlog.get_logger(__name__)
 
 LabelMap = Mapping[str, str | None]
 
@@ -132,8 +135,11 @@ class Images(Learner[Source, ImageDataset]):
     """Images, for timm's classifiers."""
 
     def read(self, path: Path | str) -> Source:
-        """See `Learner.read`."""
-        return open_source(path)
+        """See `Learner.read`. What of a folder is not read goes to the log."""
+        source = open_source(path)
+        for line in source.inventory.lines():
+            _log.warning(line, data=str(path))
+        return source
 
     def select(self, source: Source, rows: NDArray[np.int64]) -> Source:
         """See `Learner.select`."""

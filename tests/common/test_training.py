@@ -18,6 +18,8 @@ from fedpeft.config import ModelConfig, TrainingConfig
 from fedpeft.data import store
 from fedpeft.data.dataset import dataset_of, open_dataset
 from fedpeft.data.interface import Selection
+from fedpeft.data.partitions import iid
+from fedpeft.data.parts import write_parts
 from fedpeft.data.sources import open_source
 from fedpeft.data.transforms import ImageUnreadable, Preprocessing
 from fedpeft.errors import DataInvalid, TrainingFailed
@@ -442,10 +444,11 @@ def test_kept_pixels_decoding_again_and_workers_train_the_same_bits(tmp_path):
 
 
 def test_a_fault_of_the_source_comes_through_a_worker_as_itself(tmp_path):
-    root = write_images(tmp_path / "x", 10)
-    dataset = open_dataset(root, CLASSES, INPUT, workers=1)
-    (root / "light" / "0003.png").unlink()
-    with pytest.raises(DataInvalid, match=r"^cannot read .*0003\.png: No such file"):
+    write_parts(write_images(tmp_path / "x", 10), iid(10, 1, 0), tmp_path / "parts")
+    file = tmp_path / "parts" / "client-0" / "data.parquet"
+    dataset = open_dataset(file, CLASSES, INPUT, workers=1)
+    file.unlink()
+    with pytest.raises(DataInvalid, match=r"^cannot read .*data\.parquet: .*No such file"):
         train(StandIn(), dataset, settings(), seed=1, number=1)
 
 

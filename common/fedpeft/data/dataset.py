@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from fedpeft.data.interface import UNREADABLE_SHARE, Indices, Source
+from fedpeft.data.interface import Indices, Source, too_many_unreadable
 from fedpeft.data.labels import map_labels, read_label_map
 from fedpeft.data.sources import open_source
 from fedpeft.data.store import CACHE_BYTES, PixelStore
@@ -126,12 +126,8 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
         return np.isin(self.rows, np.fromiter(self._store.unreadable, np.int64))
 
     def _check_unreadable(self) -> None:
-        bad = len(self) - self.examples
-        if bad > UNREADABLE_SHARE * len(self):
-            first = "; ".join(f"{name}: {why}" for name, why in list(self.unreadable.items())[:_NAMED])
-            raise DataInvalid(
-                f"{bad} of {len(self)} images cannot be read, more than {UNREADABLE_SHARE:.0%}, the first: {first}"
-            )
+        if fault := too_many_unreadable(len(self) - self.examples, len(self)):
+            raise _unreadable(fault, list(self.unreadable.items()))
 
 
 @dataclass(frozen=True)
@@ -187,4 +183,11 @@ def dataset_of(
     """Returns a source as a run's data set; arguments and errors as `open_dataset`."""
     renamed = read_label_map(label_map) if isinstance(label_map, Path) else label_map
     mapped = map_labels(source.class_names, source.labels, classes, renamed)
+    bad = [row for row in map(int, mapped.rows) if row in source.unreadable] if source.unreadable else []
+    if fault := too_many_unreadable(len(bad), mapped.examples):
+        raise _unreadable(fault, [(source.name(row), source.unreadable[row]) for row in bad[:_NAMED]])
     return ImageDataset(PixelStore(source, preprocessing, cache_bytes, workers), mapped.rows, mapped.labels, classes)
+
+
+def _unreadable(fault: str, named: Sequence[tuple[str, str]]) -> DataInvalid:
+    return DataInvalid(f"{fault}, the first: {'; '.join(f'{name}: {why}' for name, why in named[:_NAMED])}")

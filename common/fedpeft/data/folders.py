@@ -2,45 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from fedpeft.data.interface import Indices
+from fedpeft.data.file_names import PARQUET_SUFFIXES, shown
+from fedpeft.data.interface import ImageUnreadable, Indices
+from fedpeft.data.inventory import Fate, Group, Inventory, Tally
 from fedpeft.data.parquet_labels import metadata
+from fedpeft.data.splits import splits_among
+from fedpeft.data.walk import UNTOLD, walk
 from fedpeft.errors import DataInvalid
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""File names that count as images, in any case."""
+SIZED = 1000
+"""Files whose sizes are asked for; those of all are reckoned from these."""
 
 _BATCH = 256
+_NAMED = 5
+_OF_THIS_IMAGE = frozenset(
+    {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR}
+)
+"""Errors that say that one image cannot be read; any other is of the machine."""
 
 
 class FolderSource:
     """The images below the subfolders of a folder, ordered by class name and then by path.
 
+    A class's name is its folder's in Unicode's form NFC, so that macOS and Linux mean the same. What is an image is
+    told by its suffix, or by its content where it has none; see `fedpeft.data.walk`.
+
+    Attributes:
+        inventory: What of the folder is not read, and why.
+        unreadable: Links to nothing and folders that cannot be listed: each is a row, so that it counts.
+
     Args:
-        root: The folder. Hidden files and folders, and files that are no images by their suffix, are passed over.
+        root: The folder.
 
     Raises:
-        DataInvalid: If there is no subfolder with an image.
+        OSError: If it cannot be listed.
+        DataInvalid: If there is no subfolder with an image, a class of whose files all are skipped or cannot be read,
+            or the subfolders are splits.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        images = [(folder.name, path) for folder in folders for path in _images(folder)]
-        if not images:
-            raise DataInvalid(f"{root} has no image in a subfolder; one subfolder a class, named as the class, is read")
-        self.class_names = tuple(folder.name for folder in folders)
-        number = {name: k for k, name in enumerate(self.class_names)}
-        self._paths = [path for _, path in images]
-        self.labels: Indices = np.array([number[name] for name, _ in images], np.int64)
+        self._paths: list[str] = []
+        groups: list[int] = []
+        tallies: dict[str, Tally] = {}
+        unreadable: dict[int, str] = {}
+        number: dict[str, int] = {}
+        direct: set[str] = set()
+        for entry in walk(root):
+            tallies.setdefault(entry.group, Tally()).add(entry)
+            if entry.group:
+                number.setdefault(entry.group, len(number))
+            if entry.fate is Fate.SKIPPED:
+                continue
+            if entry.fate is Fate.UNREADABLE:
+                unreadable[len(groups)] = entry.reason
+            elif entry.path.count(os.sep) == 1:
+                direct.add(entry.group)
+            self._paths.append(entry.path)
+            groups.append(number[entry.group])
+        self.class_names = tuple(number)
+        self.inventory = Inventory.sum(tally.inventory() for tally in tallies.values())
+        self.unreadable: Mapping[int, str] = unreadable
+        _check_splits(root, self.class_names, direct)
+        _check(root, {name: tallies[name].inventory() for name in number}, self.inventory)
+        self.labels: Indices = np.array(groups, np.int64)
         self.labels.flags.writeable = False
-        self.image_bytes_total = sum(path.stat().st_size for path in self._paths)
+        self.image_bytes_total = self._reckoned_bytes()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -49,16 +85,22 @@ class FolderSource:
         """Returns the bytes of an image file.
 
         Raises:
-            DataInvalid: If the file went away or may not be read.
+            ImageUnreadable: If the file went away, or may not be read.
+            DataInvalid: If the machine cannot read it now.
         """
+        if row in self.unreadable:
+            raise ImageUnreadable(self.unreadable[row])
         try:
-            return self._paths[row].read_bytes()
+            with open(os.path.join(self._root, self._paths[row]), "rb", buffering=0) as file:
+                return file.read()
         except OSError as error:
-            raise DataInvalid(f"cannot read {self._paths[row]}: {error.strerror}") from None
+            if error.errno in _OF_THIS_IMAGE:
+                raise ImageUnreadable(f"it cannot be read: {error.strerror}") from None
+            raise DataInvalid(f"cannot read {shown(str(self._root / self._paths[row]))}: {error.strerror}") from None
 
     def name(self, row: int) -> str:
-        """Returns the path below the folder."""
-        return self._paths[row].relative_to(self._root).as_posix()
+        """Returns the path below the folder, printable."""
+        return shown(self._paths[row])
 
     def column(self, name: str) -> list[Any]:
         """Returns `label` (class names) or `path` (relative paths)."""
@@ -79,19 +121,78 @@ class FolderSource:
         return pa.schema([("image", image), ("label", pa.int64())], metadata(features))
 
     def tables(self, rows: Indices) -> Iterator[pa.Table]:
-        """Yields whole rows, ascending, a few hundred at a time."""
+        """Yields whole rows, ascending, a few hundred at a time; an image that cannot be read has no bytes."""
         rows = np.sort(rows)
         for start in range(0, len(rows), _BATCH):
             some = [int(row) for row in rows[start : start + _BATCH]]
-            images = [{"bytes": self.image_bytes(row), "path": self.name(row)} for row in some]
+            images = [{"bytes": self._bytes_or_none(row), "path": self.name(row)} for row in some]
             yield pa.Table.from_pydict({"image": images, "label": self.labels[some]}, self.schema)
 
+    def _bytes_or_none(self, row: int) -> bytes | memoryview | None:
+        try:
+            return self.image_bytes(row)
+        except ImageUnreadable:
+            return None
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    def _reckoned_bytes(self) -> int:
+        """Returns the size of all files by that of `SIZED` of them, evenly spaced: a million cost minutes to ask."""
+        rows = np.unique(np.linspace(0, len(self) - 1, min(len(self), SIZED)).astype(int))
+        sizes = [_size(os.path.join(self._root, self._paths[row])) for row in rows]
+        return sum(sizes) * len(self) // len(rows)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _check(root: Path, classes: Mapping[str, Inventory], whole: Inventory) -> None:
+    """Refuses a folder that is none of classes, and one of which a class would be lost."""
+    lost = [text for name, inventory in classes.items() if (text := _lost(name, inventory))]
+    if not whole.taken:
+        raise DataInvalid(
+            f"{root} has no image in a subfolder; one subfolder a class, named as the class, is read"
+            + _instead(root, classes, whole)
+        )
+    if lost:
+        more = f"; and {len(lost) - _NAMED:,} more classes" if len(lost) > _NAMED else ""
+        raise DataInvalid(
+            f"{root}: {'; '.join(lost[:_NAMED])}{more}; mend this, or move the folder elsewhere if it is no class"
+        )
+
+
+def _check_splits(root: Path, classes: Sequence[str], direct: Collection[str]) -> None:
+    """Refuses folders of splits; a class may be called train, but then its images lie in its folder itself.
+
+    Args:
+        root: The folder.
+        classes: Its subfolders.
+        direct: Those that have images in themselves, and not in folders of their own only.
+    """
+    splits = splits_among(classes)
+    if splits and (len(set(splits.values())) > 1 or splits.keys() == set(classes) - set(direct)):
+        raise DataInvalid(
+            f"{root} holds splits ({', '.join(splits)}), which are no classes; name one of them, for example "
+            f"{root / next(iter(splits))}, or rename the folders if they are classes"
+        )
+
+
+def _lost(name: str, inventory: Inventory) -> str:
+    """Returns a clause about a class whose files all are skipped or cannot be read; empty if it is none."""
+    why: list[Group] = [*inventory.unreadable, *(g for g in inventory.skipped if g.reason not in UNTOLD)]
+    if inventory.taken or not why:
+        return ""
+    return f"class {name!r} has no image that can be read: {', '.join(map(str, why[:_NAMED]))}"
+
+
+def _instead(root: Path, classes: Mapping[str, Inventory], whole: Inventory) -> str:
+    """Returns what there is in place of images, as the end of a sentence."""
+    parquet = [
+        name for name, found in classes.items() if any(g.reason.split()[-1] in PARQUET_SUFFIXES for g in found.skipped)
+    ]
+    if parquet:
+        some = ", ".join(parquet[:_NAMED])
+        return f"; there is parquet in its subfolders {some}: name one of them, for example {root / parquet[0]}"
+    return "".join(f"; {line}" for line in whole.lines()[:_NAMED])

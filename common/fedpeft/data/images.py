@@ -20,12 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from fedpeft.data.file_kinds import HEAD_BYTES, kind_of
+from fedpeft.data.file_names import FORMATS
 from fedpeft.data.interface import DEEP_BITS, ImageUnreadable
 
 __all__ = ["FORMATS", "MAX_PIXELS", "BitsUnknown", "ImageUnreadable", "peak", "read_rgb"]
-
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of the formats that are read."""
 
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that is opened where nothing else is set: Pillow's own limit."""

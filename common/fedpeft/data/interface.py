@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedpeft.data.inventory import Inventory
+from fedpeft.units import counted
 
 Indices = NDArray[np.int64]
 """Row numbers, counted from 0."""
@@ -40,6 +43,14 @@ class Source(Protocol):
     def image_bytes_total(self) -> int:
         """Size of all encoded images in bytes, approximately."""
 
+    @property
+    def unreadable(self) -> Mapping[int, str]:
+        """Why a row holds no image, by row, as far as that shows before it is read."""
+
+    @property
+    def inventory(self) -> Inventory:
+        """What was found where the data lie, and what of it is not read."""
+
     def __len__(self) -> int: ...
 
     def image_bytes(self, row: int) -> bytes | memoryview:
@@ -67,6 +78,13 @@ class Source(Protocol):
         """The Arrow schema of `tables`, class names in its `huggingface` metadata where the source has them."""
 
 
+def too_many_unreadable(unreadable: int, images: int) -> str:
+    """Returns a sentence if more images are unreadable than a data set may have; else an empty text."""
+    if unreadable <= UNREADABLE_SHARE * images:
+        return ""
+    return f"{unreadable:,} of {counted(images, 'image')} cannot be read, more than {UNREADABLE_SHARE:.0%}"
+
+
 class Selection:
     """Some rows of a source, in a stated order.
 
@@ -80,6 +98,14 @@ class Selection:
         self._rows = np.ascontiguousarray(rows, np.int64)
         self.labels: Indices = source.labels[self._rows]
         self.labels.flags.writeable = False
+        known = source.unreadable
+        at = np.flatnonzero(np.isin(self._rows, np.fromiter(known, np.int64)))
+        self.unreadable: Mapping[int, str] = {int(k): known[int(self._rows[k])] for k in at}
+
+    @property
+    def inventory(self) -> Inventory:
+        """Of the whole source."""
+        return self._source.inventory
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fedpeft import text_files
 from fedpeft.data.interface import Indices
 from fedpeft.errors import DataInvalid
 from fedpeft.units import counted
@@ -37,31 +40,102 @@ class MappedLabels:
         return len(self.rows)
 
 
+def nfc(name: str) -> str:
+    """Returns a name in Unicode's form NFC, in which names are compared: macOS writes an accent by itself."""
+    return unicodedata.normalize("NFC", name)
+
+
 def read_label_map(path: Path) -> dict[str, str | None]:
     """Reads a TOML or JSON file of ``own name = run class``; an empty string or null drops the class.
 
     Raises:
-        DataInvalid: If the file cannot be read, or is not a flat table of strings.
+        DataInvalid: If the file cannot be read, is not a flat table of strings, or names a class twice.
     """
+    toml = path.suffix.lower() == ".toml"
     try:
-        text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        text = text_files.read(path)
+        data = tomllib.loads(text) if toml else json.loads(text, object_pairs_hook=_once)
     except OSError as error:
         raise DataInvalid(f"cannot read label map {path}: {error.strerror}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataInvalid(f"label map {path} is not {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from None
+    except _Twice as error:
+        raise DataInvalid(f"label map {path} names {error.args[0]!r} twice; one line for each class") from None
+    except (ValueError, RecursionError) as error:
+        raise DataInvalid(f"label map {path} is not {'TOML' if toml else 'JSON'}: {error}") from None
     if not isinstance(data, dict):
         raise DataInvalid(f"label map {path} is not a table of own name = run class")
     for own, name in data.items():
         if name is not None and not isinstance(name, str):
             raise DataInvalid(f'label map {path}: {own!r} is {name!r}; a class of the run, or "" to drop, is expected')
+    if twice := _twice(map(nfc, data)):
+        raise DataInvalid(f"label map {path} names {twice!r} twice, in two forms of Unicode; one line for each class")
     return {own: name or None for own, name in data.items()}
+
+
+class _Twice(Exception):
+    """A key that an object of JSON has twice: Python takes the second without a word."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if twice := _twice(key for key, _ in pairs):
+        raise _Twice(twice)
+    return dict(pairs)
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+class ClassMap:
+    """A site's class names to the run's classes; all names are compared in NFC.
+
+    Args:
+        classes: The run's classes in the order of the logits.
+        label_map: Own name to run class, None to drop the class. A name that is not in it stands for itself.
+
+    Raises:
+        DataInvalid: If the map names a class that the run does not have.
+    """
+
+    def __init__(self, classes: Sequence[str], label_map: Mapping[str, str | None] | None = None) -> None:
+        self._classes = classes
+        self._position = {nfc(name): k for k, name in enumerate(classes)}
+        self._map = {nfc(own): name if name is None else nfc(name) for own, name in (label_map or {}).items()}
+        for own, name in self._map.items():
+            if name is not None and name not in self._position:
+                raise DataInvalid(f"the label map sends {own!r} to {name!r}{self._alike(name)}; {_known(classes)}")
+
+    def of(self, own: str) -> int | None:
+        """Returns the position of a site's class in the run's classes; -1 if it is none of them, None if dropped."""
+        name = self._map.get(nfc(own), nfc(own))
+        return None if name is None else self._position.get(name, -1)
+
+    def unknown(self, own: str, rows: int) -> DataInvalid:
+        """Returns the error about a class that is none of the run's."""
+        return DataInvalid(
+            f"class {own!r} ({counted(rows, 'row')}) is none of the run's{self._alike(own)}; {_known(self._classes)}; "
+            "a label map can rename it"
+        )
+
+    def _alike(self, name: str) -> str:
+        """Returns what a name differs in from a class that it is probably meant to be, as a clause."""
+        same = (known for known in self._classes if _plain(known) == _plain(name))
+        found = next(same, None)
+        return "" if found is None else f" (it differs from {found!r} in case or white space only)"
+
+
+def _plain(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def map_labels(
     names: Sequence[str], labels: Indices, classes: Sequence[str], label_map: Mapping[str, str | None] | None = None
 ) -> MappedLabels:
-    """Maps a site's labels to the run's classes by name.
+    """Maps a site's labels to the run's classes by name, names compared in NFC.
 
     Args:
         names: The site's class names.
@@ -73,23 +147,16 @@ def map_labels(
         DataInvalid: If a class that has rows is none of the run's, the map names a class that the run does not have, or
             no row is left.
     """
-    position = {name: k for k, name in enumerate(classes)}
-    label_map = label_map or {}
-    for own, name in label_map.items():
-        if name is not None and name not in position:
-            raise DataInvalid(f"the label map sends {own!r} to {name!r}; {_known(classes)}")
+    known = ClassMap(classes, label_map)
     table = np.full(len(names), -1, np.int64)
     present = np.bincount(labels, minlength=len(names))
     for k, own in enumerate(names):
-        name = label_map.get(own, own)
-        if name is None:
+        position = known.of(own)
+        if position is None:
             continue
-        table[k] = position.get(name, -1)
-        if table[k] < 0 and present[k]:
-            raise DataInvalid(
-                f"class {own!r} ({counted(present[k], 'row')}) is none of the run's; {_known(classes)}; "
-                "a label map can rename it"
-            )
+        table[k] = position
+        if position < 0 and present[k]:
+            raise known.unknown(own, int(present[k]))
     mapped = table[labels]
     rows = np.flatnonzero(mapped >= 0)
     if not len(rows):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedpeft.data.interface import Indices
+from fedpeft.data.inventory import EMPTY, Inventory
 from fedpeft.data.parquet_labels import read_labels
 from fedpeft.errors import DataInvalid
 
@@ -41,6 +43,11 @@ class ParquetSource:
     Raises:
         DataInvalid: If a file cannot be read, has no rows, no such columns, or labels that have no class.
     """
+
+    unreadable: Mapping[int, str] = MappingProxyType({})
+    """See `Source.unreadable`."""
+    inventory: Inventory = EMPTY
+    """See `Source.inventory`; of the folder, if the files are all of one."""
 
     def __init__(self, files: Sequence[Path], image: str | None = None, label: str | None = None) -> None:
         self._files = tuple(files)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
+import os
+from collections.abc import Sequence
 from glob import glob
 from hashlib import sha256
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from fedpeft import text_files
+from fedpeft.data.file_names import PARQUET_SUFFIXES, suffix_of
 from fedpeft.data.folders import FolderSource
 from fedpeft.data.interface import Indices, Selection, Source
+from fedpeft.data.inventory import Entry, Fate, inventory_of
 from fedpeft.data.parquet import ParquetSource
+from fedpeft.data.splits import splits_among
 from fedpeft.errors import DataInvalid
 
 __all__ = ["INDEX_SUFFIX", "Selection", "Source", "labels_digest", "open_source"]
@@ -21,7 +26,7 @@ __all__ = ["INDEX_SUFFIX", "Selection", "Source", "labels_digest", "open_source"
 INDEX_SUFFIX = ".index.json"
 """An index file: rows of a source that lies elsewhere, as JSON."""
 
-_SPLITS = {"train": "train", "test": "test", "eval": "test", "valid": "valid", "validation": "valid", "val": "valid"}
+BESIDE_PARQUET = "beside parquet files, which alone are read"
 
 
 def open_source(path: Path | str, image: str | None = None, label: str | None = None) -> Source:
@@ -40,34 +45,50 @@ def open_source(path: Path | str, image: str | None = None, label: str | None = 
         matches = sorted(Path(p) for p in glob(str(path))) if any(c in path.name for c in "*?[") else []
         if not matches:
             raise DataInvalid(f"there is no data at {path}")
+        _check_splits(path, matches)
         return ParquetSource(matches, image, label)
     try:
         if path.is_dir():
             return _open_folder(path, image, label)
-        if path.name.endswith(INDEX_SUFFIX):
+        if path.name.lower().endswith(INDEX_SUFFIX):
             return _open_index(path, image, label)
     except OSError as error:
         raise DataInvalid(f"cannot read {path}: {error.strerror}") from None
     return ParquetSource([path], image, label)
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """Returns the parquet files of a folder, by name."""
+    with os.scandir(folder) as entries:
+        return sorted(Path(e.path) for e in entries if not e.name.startswith(".") and _is_parquet(e))
+
+
+def _is_parquet(entry: os.DirEntry[str]) -> bool:
+    return suffix_of(entry.name) in PARQUET_SUFFIXES and not entry.is_dir()
+
+
 def _open_folder(path: Path, image: str | None, label: str | None) -> Source:
-    files = sorted(path.glob("*.parquet"))
+    files = parquet_files(path)
     if not files:
         return FolderSource(path)
-    splits = {_split(file) for file in files} - {None}
-    if len(splits) > 1:
-        # Concatenating them would train on the test set without a word.
+    _check_splits(path, files)
+    source = ParquetSource(files, image, label)
+    taken = {file.name for file in files}
+    found = [(name, Fate.TAKEN if name in taken else Fate.SKIPPED) for name in sorted(os.listdir(path))]
+    source.inventory = inventory_of(
+        Entry(name, "", fate, "" if fate is Fate.TAKEN else BESIDE_PARQUET) for name, fate in found
+    )
+    return source
+
+
+def _check_splits(path: Path, files: Sequence[Path]) -> None:
+    """Refuses files of several splits, and a held-out one among others: read together, it would be trained on."""
+    splits = splits_among(file.stem for file in files)
+    if len(set(splits.values())) > 1 or (set(splits.values()) - {"train"} and len(splits) < len(files)):
         raise DataInvalid(
             f"{path} holds several splits ({', '.join(file.name for file in files[:4])}); name the files of one, "
-            f"for example {files[0]} or '{path}/train*.parquet'"
+            f"for example {files[0]} or '{files[0].parent}/train*.parquet'"
         )
-    return ParquetSource(files, image, label)
-
-
-def _split(file: Path) -> str | None:
-    """Returns the split that a file's name begins with, if any."""
-    return _SPLITS.get(re.split(r"[-_.0-9]", file.name.lower(), maxsplit=1)[0])
 
 
 def labels_digest(source: Source) -> str:
@@ -97,8 +118,8 @@ def _open_index(path: Path, image: str | None, label: str | None) -> Source:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        data = json.loads(text_files.read(path))
+    except (ValueError, RecursionError) as error:
         raise DataInvalid(f"{path} is not JSON: {error}") from None
     wanted = {"source": str, "rows": list, "labels_sha256": str}
     for key, kind in wanted.items():

@@ -1,0 +1,52 @@
+"""Text files as editors leave them: UTF-8 with or without a byte order mark, or UTF-16 and UTF-32 with one.
+
+Every text file that a person may have written is read here, so that none is refused for a mark that nobody sees.
+"""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+class NotText(ValueError):
+    """The bytes are no text in an encoding that is read; the message says where, as a clause."""
+
+
+def read(path: Path, limit_bytes: int = -1) -> str:
+    r"""Returns the text of a file, line ends as `\n`.
+
+    Args:
+        path: The file.
+        limit_bytes: Bytes that are read at most; all if negative.
+
+    Raises:
+        OSError: If it cannot be read.
+        NotText: If it is no text.
+    """
+    with path.open("rb") as file:
+        return decode(file.read(limit_bytes))
+
+
+def decode(data: bytes) -> str:
+    r"""Returns bytes as text, without a byte order mark and with line ends as `\n`.
+
+    Raises:
+        NotText: If they are no text.
+    """
+    mark, encoding = next((each for each in _MARKS if data.startswith(each[0])), (b"", "utf-8"))
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, len(mark) + error.start) + 1
+        wrong = data[len(mark) + error.start]
+        raise NotText(f"byte 0x{wrong:02x} in line {line} is not {encoding.upper()}; save it as UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
