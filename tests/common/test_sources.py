@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -11,8 +12,13 @@ from PIL import Image
 
 from fedpeft.data import parquet
 from fedpeft.data.interface import ImageUnreadable
+from fedpeft.data.labels import map_labels
 from fedpeft.data.parquet_labels import metadata
+from fedpeft.data.partitions import iid
+from fedpeft.data.parts import write_parts
 from fedpeft.data.sources import labels_digest, open_source
+from fedpeft.data.store import PixelStore
+from fedpeft.data.transforms import Preprocessing
 from fedpeft.errors import DataInvalid
 
 NAMES = ("cat", "dog", "emu")
@@ -73,10 +79,11 @@ def test_a_pickled_source_reads_the_same_and_the_temporary_file_goes_with_its_ow
     assert bytes(other.image_bytes(13)) == bytes(source.image_bytes(13))
     assert other.name(13) == source.name(13)
     spool = source._spool
-    del other
-    assert spool is None or spool.exists()
+    mine = None if spool is None else spool._path
+    del other, spool
+    assert mine is None or mine.exists()
     del source
-    assert spool is None or not spool.exists()
+    assert mine is None or not mine.exists()
 
 
 def test_several_files_are_one_source_in_name_order(tmp_path):
@@ -120,10 +127,160 @@ def test_integers_without_names_are_named_by_their_figures(tmp_path):
     assert source.labels.tolist() == [1, 0, 1, 2]
 
 
-def test_a_null_image_reads_as_empty(tmp_path):
-    images = pa.array([{"bytes": None, "path": "lost.png"}, None, {"bytes": png(1), "path": None}], IMAGE)
-    source = open_source(write(tmp_path / "d.parquet", table(3).set_column(0, "image", images)))
-    assert [bytes(source.image_bytes(row)) for row in range(3)] == [b"", b"", png(1)]
+def test_a_row_without_bytes_is_read_from_beside_the_file_or_says_why_not(tmp_path):
+    (tmp_path / "deep" / "images").mkdir(parents=True)
+    (tmp_path / "deep" / "images" / "here.png").write_bytes(png(7))
+    os.mkfifo(tmp_path / "deep" / "pipe")
+    paths = ["images/here.png", str(tmp_path / "deep/images/here.png"), "lost.png", "pipe", "images", "a\0b", None]
+    rows = [{"bytes": None, "path": path} for path in paths]
+    images = pa.array([*rows, None, {"bytes": png(1), "path": "lost.png"}], IMAGE)
+    source = open_source(write(tmp_path / "deep" / "d.parquet", table(9).set_column(0, "image", images)))
+    assert [bytes(source.image_bytes(row)) for row in (0, 1, 8)] == [png(7), png(7), png(1)]
+    for row, says in [
+        (2, "no bytes, and the file lost.png beside d.parquet: No such file"),
+        (3, "the path pipe is no file"),
+        (4, "the path images is no file"),
+        (5, "null byte"),
+        (6, "neither the bytes of an image nor a path"),
+        (7, "neither the bytes of an image nor a path"),
+    ]:
+        with pytest.raises(ImageUnreadable, match=says):
+            source.image_bytes(row)
+    store = PixelStore(source, Preprocessing(4, (0.5,) * 3, (0.5,) * 3))
+    pixels, good = next(store.batches([np.arange(9)]))
+    assert (len(pixels), good.tolist(), len(store.unreadable)) == (3, [True, True, *[False] * 6, True], 6)
+    write_parts(tmp_path / "deep" / "d.parquet", iid(9, 1, 0), tmp_path / "sites")
+    copy = open_source(tmp_path / "sites" / "client-0")
+    assert [bytes(copy.image_bytes(row)) for row in (0, 1, 8)] == [png(7), png(7), png(1)]
+    assert copy.name(2) == "data.parquet row 2 (lost.png)"
+
+
+@pytest.mark.parametrize("column", [[["a"], ["b"], ["c"]], [{"x": 1}, {"x": 2}, {"x": 3}]])
+def test_a_nested_column_is_refused_by_name(tmp_path, column):
+    source = open_source(write(tmp_path / "d.parquet", table(3).set_column(2, "site", pa.array(column))))
+    with pytest.raises(DataInvalid, match=r"column 'site' holds (list|struct)<.*>; one plain value a row"):
+        source.column("site")
+
+
+@pytest.mark.parametrize(("image", "label"), [(None, None), ("img", "fine_label")])
+def test_two_usual_names_need_a_word(tmp_path, image, label):
+    built = table(3).append_column("img", table(3)["image"]).append_column("labels", pa.array([0, 1, 0]))
+    file = write(tmp_path / "d.parquet", built)
+    with pytest.raises(DataInvalid, match="columns 'image' and 'img'; say with --image-column"):
+        open_source(file)
+    with pytest.raises(DataInvalid, match="columns 'label' and 'labels'; say with --label-column"):
+        open_source(file, image="img")
+    assert open_source(file, image="img", label="labels").labels.tolist() == [0, 1, 0]
+
+
+def shard(path: Path, change: str) -> Path:
+    """Writes a shard as another program, or another part of one, would have."""
+    built = table(4)
+    if change == "pandas":
+        built = built.replace_schema_metadata({**built.schema.metadata, b"pandas": b'{"index_columns": [1]}'})
+    elif change == "datasets":
+        about = json.loads(built.schema.metadata[b"huggingface"])
+        built = built.replace_schema_metadata({b"huggingface": json.dumps({**about, "fingerprint": "ab"}).encode()})
+    elif change == "order":
+        built = built.select(["vendor", "label", "image"])
+    elif change == "index":
+        built = built.append_column("__index_level_0__", pa.array([5, 6, 7, 8]))
+    elif change in ("large", "views", "categories"):
+        kind = {
+            "large": pa.large_string(),
+            "views": pa.string_view(),
+            "categories": pa.dictionary(pa.int8(), pa.string()),
+        }
+        built = built.set_column(2, "vendor", built["vendor"].cast(kind[change]))
+    elif change == "narrow":
+        built = built.set_column(1, "label", built["label"].cast(pa.int8()))
+    elif change == "nothing there":
+        built = built.set_column(2, "vendor", pa.nulls(4))
+    elif change == "no paths":
+        images = [{"bytes": image["bytes"], "path": None} for image in built["image"].to_pylist()]
+        built = built.set_column(
+            0, "image", pa.array(images, pa.struct([("bytes", pa.large_binary()), ("path", pa.null())]))
+        )
+    elif change == "not null":
+        fields = [field.with_nullable(field.name == "image") for field in built.schema]
+        built = built.cast(pa.schema(fields, built.schema.metadata))
+    return write(path, built)
+
+
+CHANGES = (
+    "pandas",
+    "datasets",
+    "order",
+    "index",
+    "large",
+    "views",
+    "categories",
+    "narrow",
+    "nothing there",
+    "no paths",
+)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "not null"])
+@pytest.mark.parametrize("first", [True, False])
+def test_shards_that_differ_in_what_means_nothing_are_one(tmp_path, change, first):
+    shard(tmp_path / "part-0.parquet", change if first else "")
+    shard(tmp_path / "part-1.parquet", "" if first else change)
+    source = open_source(tmp_path)
+    assert source.class_names == NAMES
+    assert source.labels.tolist() == [0, 1, 2, 0] * 2
+    assert [bytes(source.image_bytes(row)) for row in range(8)] == [png(i) for i in range(4)] * 2
+    vendors = [None] * 4 if change == "nothing there" else ["v0", "v1"] * 2
+    assert sorted(map(str, source.column("vendor"))) == sorted(map(str, ["v0", "v1", "v0", "v1", *vendors]))
+    write_parts(tmp_path, iid(8, 1, 0), tmp_path / "sites")
+    assert open_source(tmp_path / "sites" / "client-0").labels.tolist() == [0, 1, 2, 0] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"label": pa.array(["cat"] * 4)}, r"column 'label' is string in .*b\.parquet and int64 in .*a\.parquet"),
+        ({"vendor": pa.array([[1]] * 4)}, r"column 'vendor' is list<.*> in .*b\.parquet and string"),
+        ({"more": pa.array([1] * 4)}, r"b\.parquet has column 'more', and .*a\.parquet has not"),
+        ({"vendor": None}, r"b\.parquet has no column 'vendor', and .*a\.parquet has"),
+    ],
+)
+def test_shards_that_differ_are_refused_by_column(tmp_path, change, says):
+    write(tmp_path / "a.parquet", table(4))
+    built = table(4)
+    for name, values in change.items():
+        built = built.drop_columns(name) if name in built.column_names else built
+        built = built if values is None else built.append_column(name, values)
+    write(tmp_path / "b.parquet", built)
+    with pytest.raises(DataInvalid, match=says):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "label_map", "refused"),
+    [
+        (pa.array([0, -1, 1, 2]), ("cat", "dog", "emu"), {"-1": None}, r"class '-1' \(1 row\)"),
+        (pa.array([0, 255, 1, 2], pa.uint8()), ("cat", "dog", "emu"), {"255": None}, r"class '255' \(1 row\)"),
+        (pa.array([0, None, 1, 2]), ("cat", "dog", "emu"), {"(no label)": None}, r"class '\(no label\)' \(1 row\)"),
+        (pa.array([0.0, None, 1.0, 2.0]), ("cat", "dog", "emu"), {"(no label)": None}, r"class '\(no label\)'"),
+        (pa.array([0.0, float("nan"), 1.0, 2.0]), ("cat", "dog", "emu"), {"(no label)": None}, r"class '\(no label\)'"),
+        (pa.array(["cat", None, "dog", "emu"]), None, {"(no label)": None}, r"class '\(no label\)' \(1 row\)"),
+        (pa.array(["cat", "", "dog", "emu"], pa.string_view()), None, {"": None}, r"class '' \(1 row\)"),
+        (
+            pa.DictionaryArray.from_arrays(pa.array([0, None, 1, 2], pa.int8()), ["cat", "dog", "emu", "fox"]),
+            None,
+            {"(no label)": None},
+            r"class '\(no label\)' \(1 row\)",
+        ),
+    ],
+)
+def test_rows_without_a_class_are_refused_until_the_site_leaves_them_out(tmp_path, labels, names, label_map, refused):
+    source = open_source(write(tmp_path / "d.parquet", table(4, names=names).set_column(1, "label", labels)))
+    with pytest.raises(DataInvalid, match=refused + ".*a label map can rename it or leave its rows out"):
+        map_labels(source.class_names, source.labels, NAMES)
+    mapped = map_labels(source.class_names, source.labels, NAMES, label_map)
+    assert (mapped.rows.tolist(), mapped.labels.tolist(), mapped.dropped) == ([0, 2, 3], [0, 1, 2], 1)
+    assert map_labels(source.class_names, source.labels, NAMES, dict.fromkeys(label_map, "cat")).labels[1] == 0
 
 
 def faulty(kind: str, path: Path) -> Path:
@@ -143,10 +300,10 @@ def faulty(kind: str, path: Path) -> Path:
         data = bytearray(path.read_bytes())
         data[4:3000] = bytes(2996)
         path.write_bytes(data)
-    elif kind == "label beyond":
-        write(path, table(3, names=("cat", "dog")))
-    elif kind == "null label":
-        write(path, table(3).set_column(1, "label", pa.array([0, None, 1], pa.int64())))
+    elif kind == "bool label":
+        write(path, table(3).set_column(1, "label", pa.array([True, False, None])))
+    elif kind == "list label":
+        write(path, table(3).set_column(1, "label", pa.array([["cat"], ["dog"], []])))
     elif kind == "float label":
         write(path, table(3).set_column(1, "label", pa.array([0.5, 1, 2])))
     elif kind == "image text":
@@ -168,9 +325,9 @@ def faulty(kind: str, path: Path) -> Path:
         ("not parquet", "is not a readable parquet file"),
         ("cut", "is not a readable parquet file"),
         ("damaged", "cannot read .*x.parquet"),
-        ("label beyond", "row 2 has label 2; the file names classes 0 to 1"),
-        ("null label", "row 1 has no value in label column 'label'"),
-        ("float label", "label column 'label' is double; integers or strings are read"),
+        ("float label", "row 0 has label 0.5; whole numbers or strings are read"),
+        ("bool label", "label column 'label' is bool; whole numbers or strings are read"),
+        ("list label", r"label column 'label' is list<.*>; whole numbers or strings are read"),
         ("image text", "image column 'image' is string"),
         ("metadata", "huggingface"),
         ("twice", "names class 'cat' of column 'label' twice"),
@@ -187,7 +344,7 @@ def test_files_that_disagree_and_an_unknown_column(tmp_path):
     with pytest.raises(DataInvalid, match="no column 'site'; columns found: image, label, vendor"):
         source.column("site")
     write(tmp_path / "b.parquet", table(3, names=("dog", "cat", "emu")))
-    with pytest.raises(DataInvalid, match=r"b\.parquet has other columns or class names than .*a\.parquet"):
+    with pytest.raises(DataInvalid, match=r"b\.parquet has other class names in column 'label' than .*a\.parquet"):
         open_source(tmp_path)
 
 

@@ -118,7 +118,7 @@ class ClassMap:
         """Returns the error about a class that is none of the run's."""
         return DataInvalid(
             f"class {own!r} ({counted(rows, 'row')}) is none of the run's{self._alike(own)}; {_known(self._classes)}; "
-            "a label map can rename it"
+            f'a label map can rename it or leave its rows out ({json.dumps(own, ensure_ascii=False)} = "")'
         )
 
     def _alike(self, name: str) -> str:

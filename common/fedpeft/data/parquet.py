@@ -2,14 +2,16 @@
 
 Parquet is compressed in row groups of thousands of images, so a single image cannot be read from it at random. The rows
 are unpacked once: small data into memory, larger into a temporary Arrow file that is memory-mapped, so that memory
-does not grow with the data and images are views, not copies.
+does not grow with the data and images are views, not copies. What is unpacked at a time is bounded in bytes, see
+`fedpeft.data.parquet_files`.
+
+An image is the bytes of a row; where a row has none, those of the file that its path names, as seen from the parquet
+file's folder.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-import weakref
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -17,17 +19,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from fedpeft.data.interface import Indices
+from fedpeft.data.interface import ImageUnreadable, Indices
 from fedpeft.data.inventory import EMPTY, Inventory
+from fedpeft.data.parquet_files import ParquetFiles
 from fedpeft.data.parquet_labels import read_labels
+from fedpeft.data.spool import Spool
 from fedpeft.errors import DataInvalid
 
 IN_MEMORY_BYTES = 256 * 1024 * 1024
 """Uncompressed data up to this size is held in memory; more goes to a temporary file."""
 
-BATCH_ROWS = 1024
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels")
 
@@ -41,7 +43,8 @@ class ParquetSource:
         label: Name of the label column: integers or strings. `label` or `labels` if absent.
 
     Raises:
-        DataInvalid: If a file cannot be read, has no rows, no such columns, or labels that have no class.
+        DataInvalid: If a file cannot be read, has no rows, no such columns, or labels that are no classes.
+        DiskFull: If the temporary folder has no room for the unpacked rows.
     """
 
     unreadable: Mapping[int, str] = MappingProxyType({})
@@ -50,57 +53,67 @@ class ParquetSource:
     """See `Source.inventory`; of the folder, if the files are all of one."""
 
     def __init__(self, files: Sequence[Path], image: str | None = None, label: str | None = None) -> None:
-        self._files = tuple(files)
-        self.schema = _schema(self._files)
-        self._image = _column(self.schema, files[0], image, IMAGE_COLUMNS, "image")
-        label = _column(self.schema, files[0], label, LABEL_COLUMNS, "label")
+        self._files = ParquetFiles(files)
+        self.schema = self._files.schema
+        self._image = self._column(image, IMAGE_COLUMNS, "image")
+        label = self._column(label, LABEL_COLUMNS, "label")
         _check_image(self.schema.field(self._image), files[0])
-        self._spool: Path | None = None
+        self._spool: Spool | None = None
         self._load()
         if not len(self):
-            raise DataInvalid(f"{_names(self._files)} has no rows")
+            raise DataInvalid(f"{self._files} has no rows")
         column = [batch.column(label) for batch in self._batches]
-        self.class_names, self.labels = read_labels(self.schema, label, column, _names(self._files))
+        self.class_names, self.labels = read_labels(self.schema, label, column, str(self._files))
         self.image_bytes_total = sum(images.nbytes for images in self._images)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def image_bytes(self, row: int) -> bytes | memoryview:
-        """Returns a view of the encoded image of a row; empty if it is null."""
+        """Returns a view of the encoded image of a row, or the bytes of the file that the row names."""
         images, at = self._locate(row)
         value = images[at]
-        return memoryview(value.as_buffer()) if value.is_valid else b""
+        if value.is_valid:
+            return memoryview(value.as_buffer())
+        path = self._path(row)
+        if path is None:
+            raise ImageUnreadable("its row has neither the bytes of an image nor a path")
+        return _beside(self._file(row)[0], path)
 
     def name(self, row: int) -> str:
         """Returns the file, the row within it, and the image's own path if there is one."""
-        number = int(np.searchsorted(self._file_starts, row, "right")) - 1
-        within = row - int(self._file_starts[number])
-        batch = int(np.searchsorted(self._starts, row, "right")) - 1
-        images = self._batches[batch].column(self._image)
-        path = None
-        if pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
-            path = images.field("path")[row - int(self._starts[batch])].as_py()
-        return f"{self._files[number].name} row {within}" + (f" ({path})" if path else "")
+        file, within = self._file(row)
+        path = self._path(row)
+        return f"{file.name} row {within}" + (f" ({path})" if path else "")
 
     def column(self, name: str) -> list[Any]:
         """Returns a column's values as Python objects."""
         if name not in self.schema.names:
-            raise DataInvalid(f"{_names(self._files)} has no column {name!r}; {_found(self.schema)}")
+            raise DataInvalid(f"{self._files} has no column {name!r}; {_found(self.schema)}")
+        if pa.types.is_nested(self.schema.field(name).type):
+            raise DataInvalid(
+                f"{self._files}: column {name!r} holds {self.schema.field(name).type}; one plain value a row is needed"
+            )
         return [value for batch in self._batches for value in batch.column(name).to_pylist()]
 
     def tables(self, rows: Indices) -> Iterator[pa.Table]:
-        """Yields whole rows, ascending, at most `BATCH_ROWS` at a time."""
+        """Yields whole rows, ascending, at most `BATCH_ROWS` at a time; images that lie beside the files are in them.
+
+        An image that cannot be read stays as it is: a path without bytes.
+        """
         rows = np.sort(rows)
         cuts = np.searchsorted(rows, self._starts)
         for number, batch in enumerate(self._batches):
-            local = rows[cuts[number] : cuts[number + 1]] - self._starts[number]
-            if len(local):
-                yield pa.Table.from_batches([batch.take(pa.array(local))], self.schema)
+            mine = rows[cuts[number] : cuts[number + 1]]
+            if len(mine):
+                taken = batch.take(pa.array(mine - self._starts[number]))
+                if _binary(taken.column(self._image)).null_count:
+                    taken = self._filled(taken, mine)
+                yield pa.Table.from_batches([taken], self.schema)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_batches", "_images", "_finalizer"):
+        for name in ("_batches", "_images"):
             state.pop(name, None)
         return state
 
@@ -114,63 +127,66 @@ class ParquetSource:
             return self.__dict__[name]
         raise AttributeError(name)
 
+    def _column(self, given: str | None, known: Sequence[str], kind: str) -> str:
+        """Returns the name of a column, as given or one of the usual names."""
+        cure = f"--{kind}-column names another"
+        found = [name for name in ((given,) if given else known) if name in self.schema.names]
+        if len(found) > 1:
+            raise DataInvalid(
+                f"{self._files.paths[0]} has the columns {' and '.join(map(repr, found))}; "
+                f"say with --{kind}-column which one is meant"
+            )
+        if not found:
+            wanted = repr(given) if given else " or ".join(map(repr, known))
+            raise DataInvalid(f"{self._files.paths[0]} has no {kind} column {wanted}; {_found(self.schema)}; {cure}")
+        return str(found[0])
+
     def _locate(self, row: int) -> tuple[Any, int]:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         batch = int(np.searchsorted(self._starts, row, "right")) - 1
         return self._images[batch], row - int(self._starts[batch])
 
+    def _file(self, row: int) -> tuple[Path, int]:
+        """Returns the file that a row is of, and its number there."""
+        number = int(np.searchsorted(self._file_starts, row, "right")) - 1
+        return self._files.paths[number], row - int(self._file_starts[number])
+
+    def _path(self, row: int) -> str | None:
+        """Returns the image's own path, if the row has one."""
+        batch = int(np.searchsorted(self._starts, row, "right")) - 1
+        images = self._batches[batch].column(self._image)
+        if not (pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0):
+            return None
+        value = images[row - int(self._starts[batch])].as_py()
+        return None if value is None else value["path"]
+
+    def _filled(self, batch: pa.RecordBatch, rows: Indices) -> pa.RecordBatch:
+        """Returns a batch with the bytes of the images beside its file: where it goes, their paths are void."""
+        at = batch.schema.get_field_index(self._image)
+        column = batch.column(at)
+        if not pa.types.is_struct(column.type):
+            return batch
+        values = column.to_pylist()
+        for value, row in zip(values, rows, strict=True):
+            if value is not None and value["bytes"] is None:
+                try:
+                    value["bytes"] = bytes(self.image_bytes(int(row)))
+                except ImageUnreadable:
+                    continue  # who reads the copy is told
+        return batch.set_column(at, batch.schema.field(at), pa.array(values, column.type))
+
     def _load(self) -> None:
         """Unpacks the files, or maps the temporary file that another process made."""
         try:
-            if self._spool is None and self._unpacked_bytes() > IN_MEMORY_BYTES:
-                self._spool = _spool(self._read(), self.schema)
-                self._finalizer = weakref.finalize(self, _remove, self._spool, os.getpid())
-            if self._spool is not None:
-                mapped = pa.ipc.open_file(pa.memory_map(str(self._spool)))
-                self._batches = [mapped.get_batch(i) for i in range(mapped.num_record_batches)]
-            else:
-                self._batches = list(self._read())
+            if self._spool is None and self._files.unpacked_bytes > IN_MEMORY_BYTES:
+                self._spool = Spool(self._files.batches(), self.schema)
+            self._batches = list(self._files.batches()) if self._spool is None else self._spool.batches()
         except (pa.ArrowException, OSError) as error:
-            raise DataInvalid(f"cannot read {_names(self._files)}: {error}") from None
+            raise DataInvalid(f"cannot read {self._files}: {error}") from None
         self._images = [_binary(batch.column(self._image)) for batch in self._batches]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self._file_starts = np.cumsum([0, *(pq.read_metadata(file).num_rows for file in self._files)])
-
-    def _unpacked_bytes(self) -> int:
-        metadata = [pq.read_metadata(file) for file in self._files]
-        return sum(m.row_group(i).total_byte_size for m in metadata for i in range(m.num_row_groups))
-
-    def _read(self) -> Iterator[pa.RecordBatch]:
-        for path in self._files:
-            with pq.ParquetFile(path, memory_map=True) as file:
-                yield from file.iter_batches(batch_size=BATCH_ROWS)
-
-
-def _schema(files: Sequence[Path]) -> pa.Schema:
-    """Returns the one schema of all files."""
-    first: pa.Schema | None = None
-    for path in files:
-        try:
-            schema = pq.read_schema(path, memory_map=True)
-        except (pa.ArrowException, OSError) as error:
-            raise DataInvalid(f"{path} is not a readable parquet file: {error}") from None
-        first = schema if first is None else first
-        if not schema.equals(first, check_metadata=True):
-            raise DataInvalid(
-                f"{path} has other columns or class names than {files[0]}; files of one folder must agree"
-            )
-    assert first is not None
-    return first
-
-
-def _column(schema: pa.Schema, file: Path, given: str | None, known: Sequence[str], kind: str) -> str:
-    """Returns the name of a column, as given or one of the usual names."""
-    for name in (given,) if given else known:
-        if name in schema.names:
-            return str(name)
-    wanted = repr(given) if given else " or ".join(map(repr, known))
-    raise DataInvalid(f"{file} has no {kind} column {wanted}; {_found(schema)}")
+        self._file_starts = np.cumsum([0, *self._files.rows])
 
 
 def _check_image(field: pa.Field, file: Path) -> None:
@@ -178,10 +194,22 @@ def _check_image(field: pa.Field, file: Path) -> None:
     kind = field.type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)):
         raise DataInvalid(
             f"{file}: image column {field.name!r} is {field.type}; struct{{bytes, path}} or binary is read"
         )
+
+
+def _beside(file: Path, path: str) -> bytes:
+    """Returns the bytes of an image file that a row of `file` names, from that file's folder on or absolutely."""
+    place = file.parent / path
+    try:
+        if not stat.S_ISREG(place.stat().st_mode):  # a pipe would be waited for
+            raise ImageUnreadable(f"its row has no bytes, and the path {path} is no file")
+        return place.read_bytes()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ImageUnreadable(f"its row has no bytes, and the file {path} beside {file.name}: {why}") from None
 
 
 def _binary(images: pa.Array) -> pa.Array:
@@ -190,26 +218,3 @@ def _binary(images: pa.Array) -> pa.Array:
 
 def _found(schema: pa.Schema) -> str:
     return f"columns found: {', '.join(schema.names)}"
-
-
-def _names(files: Sequence[Path]) -> str:
-    return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-
-
-def _spool(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Path:
-    """Writes batches to a temporary Arrow file and returns its path."""
-    handle, name = tempfile.mkstemp(prefix="fedpeft-", suffix=".arrow")
-    try:
-        with os.fdopen(handle, "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-    except BaseException:
-        Path(name).unlink()
-        raise
-    return Path(name)
-
-
-def _remove(path: Path, owner: int) -> None:
-    """Removes the temporary file, from the process that made it only."""
-    if os.getpid() == owner:
-        path.unlink(missing_ok=True)

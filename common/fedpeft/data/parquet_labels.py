@@ -11,43 +11,64 @@ import pyarrow as pa
 from fedpeft.data.interface import Indices
 from fedpeft.errors import DataInvalid
 
+NO_LABEL = "(no label)"
+"""The class of rows that have none, so that a label map can name it."""
+
 
 def read_labels(
     schema: pa.Schema, name: str, column: Sequence[pa.Array], where: str
 ) -> tuple[tuple[str, ...], Indices]:
     """Returns class names and labels of a column that came in batches.
 
-    Integers without class names get their decimal figures as names, so that a label map can name them.
+    What has no name in the schema is a class of its own, which no run has and a label map can name: an integer by its
+    decimal figures (-1, 255), a missing value as `NO_LABEL`.
 
     Raises:
-        DataInvalid: If a label is missing, negative, or beyond the class names, or the column holds something else.
+        DataInvalid: If a label is not whole, or the column holds something else.
     """
-    kind = schema.field(name).type
-    values = pa.chunked_array(column, kind)
-    if values.null_count:
-        row = next(i for i, value in enumerate(values) if not value.is_valid)
-        raise DataInvalid(f"{where}: row {row} has no value in label column {name!r}")
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-        values = values.cast(kind)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        names, labels = np.unique(np.asarray(values.to_pylist(), dtype=object).astype(str), return_inverse=True)
-        return tuple(map(str, names)), _frozen(labels)
-    if not pa.types.is_integer(kind):
-        raise DataInvalid(f"{where}: label column {name!r} is {kind}; integers or strings are read")
-    return _integers(schema, name, values.to_numpy().astype(np.int64), where)
+    values = pa.chunked_array(column, schema.field(name).type)
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        known = np.asarray(values.drop_null().to_pylist(), dtype=object).astype(str)
+        names, labels = np.unique(known, return_inverse=True)
+        return _with_missing(tuple(map(str, names)), labels, values)
+    if pa.types.is_floating(kind):  # what pandas makes of integers where one is missing
+        values = _whole(values, where)
+    elif not pa.types.is_integer(kind):
+        raise DataInvalid(f"{where}: label column {name!r} is {kind}; whole numbers or strings are read")
+    numbers = values.drop_null().to_numpy().astype(np.int64)
+    return _with_missing(*_integers(class_names(schema, name) or (), numbers), values)
 
 
-def _integers(schema: pa.Schema, name: str, labels: Indices, where: str) -> tuple[tuple[str, ...], Indices]:
-    names = class_names(schema, name)
-    if names is None:
-        known, labels = np.unique(labels, return_inverse=True)
-        return tuple(str(value) for value in known), _frozen(labels)
-    outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
-    if len(outside):
-        row = int(outside[0])
-        raise DataInvalid(f"{where}: row {row} has label {labels[row]}; the file names classes 0 to {len(names) - 1}")
-    return names, _frozen(labels)
+def _whole(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Returns floating-point labels as integers; what is not a number is missing."""
+    numbers = values.to_numpy()
+    missing = np.isnan(numbers)
+    odd = np.flatnonzero(~missing & ~((numbers == np.rint(numbers)) & (np.abs(numbers) < 2**53)))
+    if len(odd):
+        raise DataInvalid(f"{where}: row {odd[0]} has label {numbers[odd[0]]:g}; whole numbers or strings are read")
+    return pa.chunked_array([pa.array(np.where(missing, 0, numbers).astype(np.int64), mask=missing)])
+
+
+def _integers(names: tuple[str, ...], numbers: Indices) -> tuple[tuple[str, ...], Indices]:
+    """Returns names with those of the numbers that have none, ascending, behind them; and positions among all."""
+    unnamed = np.unique(numbers[(numbers < 0) | (numbers >= len(names))])
+    labels = numbers.copy()
+    outside = np.isin(numbers, unnamed)
+    labels[outside] = len(names) + np.searchsorted(unnamed, numbers[outside])
+    return (*names, *(str(number) for number in unnamed)), labels
+
+
+def _with_missing(names: tuple[str, ...], known: Indices, values: pa.ChunkedArray) -> tuple[tuple[str, ...], Indices]:
+    """Gives missing values, for which `known` has no label, a class of their own if there are any."""
+    if not values.null_count:
+        return names, _frozen(known)
+    missing = np.asarray(values.is_null().to_numpy(), np.bool_)
+    labels = np.full(len(values), len(names), np.int64)
+    labels[~missing] = known
+    return (*names, NO_LABEL), _frozen(labels)
 
 
 def _frozen(labels: Indices) -> Indices:
