@@ -59,6 +59,7 @@ from fedpeft_client.holds import Holds
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.limits import Limits
 from fedpeft_client.metrics import Metrics, State
+from fedpeft_client.pace import Pace
 from fedpeft_client.patience import AWAY_S, CALL_S, FAULT, Backoff, Patience
 from fedpeft_client.pending import Outcome, PendingBox
 from fedpeft_client.policy import Policy
@@ -72,6 +73,7 @@ from fedpeft_client.standing import while_it_counts
 from fedpeft_client.state import StateDirectory
 from fedpeft_client.suitability import Reason, reasons_against_ticket
 from fedpeft_client.trainer import Trainer
+from fedpeft_client.wire_checks import said
 from fedpeft_client.withdrawals import MAX_REASON, Withdrawals
 from fedpeft_client.worker_process import Answer, WorkerProcess
 
@@ -129,6 +131,7 @@ class Agent:
         self._fitness = Fitness(worker, log)
         self._holds = Holds()
         self._setback = Backoff()
+        self._pace = Pace()
         self._said_idle = False
 
     async def live(self) -> None:
@@ -169,6 +172,7 @@ class Agent:
             return await step()
         except NotRegistered:
             self._log.info("the server does not know this client any more; registering again")
+            await self._pace.nothing()
             await self._register()
             return True
         except OSError as error:
@@ -179,6 +183,7 @@ class Agent:
         await self._push_pending()
         await self._limits.permit(0 if self._settings.evaluate else self._fitness.least_upload_bytes())
         wanted, once = self._settings.run or "", self._settings.once
+        self._pace.begin()
         with self._metrics.during(State.WAITING):
             held = self._holds.held()
             response = await self._patience.keep(
@@ -195,9 +200,11 @@ class Agent:
                 await self._evaluate(response.evaluation)
             case _:
                 say = self._log.debug if self._said_idle else self._log.info  # once a wait; its reason changes often
-                say("waiting", reason=response.idle.reason)
+                say("waiting", reason=said(response.idle.reason))
                 self._said_idle = True
-                return not (response.idle.finished and once)
+                if response.idle.finished and once:
+                    return False
+                await self._pace.nothing()
         return True
 
     async def _push_pending(self) -> None:
@@ -229,8 +236,10 @@ class Agent:
 
     async def _answer(self, run: run_pb2.Run) -> None:
         with self._metrics.during(State.JUDGING):
+            new = not self._fitness.knows(run)
             verdict = await self._fitness.judge(run)
         await self._say(run.id, verdict)
+        await self._pace.offered(new=new)
 
     async def _say(self, run: str, verdict: Verdict) -> None:
         """Tells the server whether this site takes part in a run.
@@ -244,9 +253,8 @@ class Agent:
             reasons=[reason.told[:MAX_REASON] for reason in verdict.reasons[:MAX_REASONS]],
             examples=verdict.examples,
         )
-        name = verdict.run.config.name if verdict.run else ""
         try:
-            with self._ledger.booked(departures.answer(request, name)):
+            with self._ledger.booked(departures.answer(request, verdict.name)):
                 await self._patience.keep(lambda: self._channel.answer_offer(request))
         except NotFound as error:
             self._log.info("the run is gone already", run=run, cause=str(error))
@@ -331,6 +339,7 @@ class Agent:
             return Reason.of(self._named(error))
         else:
             self._setback.reset()
+            self._pace.worked()
         return None
 
     async def _pull(self, run_id: str, version: int, number: int) -> tuple[KnownRun, Held]:

@@ -32,6 +32,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, MESSAGE_LIMIT_BYTES, PROCESS_KEY
 from fedpeft_client.patience import AWAIT_S, CALL_S
+from fedpeft_client.wire_checks import check_answer
 
 _OPTIONS: list[tuple[str, str | int]] = [
     NO_RETRIES,
@@ -140,7 +141,9 @@ class Channel:
     ) -> pb.AwaitRoundResponse:
         """Asks for work, not for that of some runs; the server holds the answer back for a while if there is none."""
         request = pb.AwaitRoundRequest(run=run, until_finished=until_finished, left_out=left_out)
-        return await self._call(self._line.federation.AwaitRound, request, AWAIT_S)
+        answer = await self._call(self._line.federation.AwaitRound, request, AWAIT_S)
+        check_answer(answer, run)
+        return answer
 
     async def answer_offer(self, request: pb.AnswerOfferRequest) -> None:
         """Says whether this client takes part in a run."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from fedpeft.data.interface import DEEP_BITS, too_many_unreadable
 from fedpeft.data.inventory import Inventory
-from fedpeft.errors import ClientMoved, DataInvalid
+from fedpeft.errors import ClientMoved, DataInvalid, Internal
 from fedpeft.logs import Log
 from fedpeft.units import counted
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -18,12 +20,16 @@ from fedpeft_client.processes import Processes
 from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.settings import Settings
+from fedpeft_client.wire_checks import check_run, said
 from fedpeft_client.worker_process import Answer, WorkerProcess
 
 _NAMED = 20
 """Unreadable images that are named; there may be a million."""
 _NOT_LOADED: Answer = {"torch": "not loaded", "methods": (), "device": "", "rows": 0}
 """What is known of this side before torch and the data are loaded."""
+
+MOST_PAGES = 1000
+"""Pages of runs that are read; a page holds hundreds."""
 
 
 async def dry_run(
@@ -59,12 +65,15 @@ async def dry_run(
     _say_readable(surveyed, hello["rows_are"])
     fitness = Fitness(worker, log)
     there_are_runs = bool(response.runs)
-    while True:
+    for page in count(1):
         for run in response.runs:
-            print(f"\n{run.id} ({run.config.name})")
+            check_run(run)
+            print(f"\n{run.id} ({said(run.config.name)})")
             _describe(await fitness.judge(run), settings.evaluate)
         if not response.next_page_token:
             break
+        if page == MOST_PAGES:
+            raise Internal(f"the server's list of runs does not end within {MOST_PAGES} pages")
         response = await asked(hello, response.next_page_token)
     if misfit := fitness.nothing_suits():
         raise misfit

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedpeft.errors import FedpeftError
+from fedpeft.errors import ConfigInvalid, FedpeftError
 from fedpeft.logs import Log
 from fedpeft.v1 import run_pb2
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.suitability import Reason
+from fedpeft_client.wire_checks import check_run, terms_of
 from fedpeft_client.worker_process import WorkerProcess
 
 Report = dict[str, Any]
+
+MOST = 256
+"""Verdicts that are kept: a server may offer as many runs as it likes. One that was let go is reached again."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +28,16 @@ class Verdict:
 
     Attributes:
         reasons: Why it does not suit; empty if it does.
-        run: The run; None if its description cannot be read here.
+        run: The run, if it suits.
         report: What the worker found: `examples`, `classes` (examples by class), `dropped`, `model_parameters`; empty
             if the run does not suit.
+        name: The run's name; empty if its description cannot be read here.
     """
 
     reasons: tuple[Reason, ...]
     run: KnownRun | None = None
     report: Report = field(default_factory=dict)
+    name: str = ""
 
     @property
     def suits(self) -> bool:
@@ -44,27 +51,52 @@ class Verdict:
 
 
 class Fitness:
-    """Reaches verdicts on runs, and keeps them.
+    """Reaches verdicts on runs, and keeps the newest `MOST` of them.
 
     Attributes:
-        verdicts: By run id.
+        verdicts: By run id, the one that was asked for longest ago first.
     """
 
     def __init__(self, worker: WorkerProcess, log: Log) -> None:
         self._worker = worker
         self._log = log
-        self.verdicts: dict[str, Verdict] = {}
+        self.verdicts: OrderedDict[str, Verdict] = OrderedDict()
+        self._terms: dict[str, str] = {}
 
     async def judge(self, message: run_pb2.Run) -> Verdict:
-        """Returns the verdict on a run, reaching it if it was not reached before."""
+        """Returns the verdict on a run, reaching it if it was not reached before.
+
+        A run that is offered again with another configuration, spec or backbone does not suit, whatever they are: what
+        this site keeps of the run, and what it told its owner, is of the one that it knows.
+
+        Raises:
+            Internal: If the id is none that a run may have.
+        """
+        check_run(message)
+        terms = terms_of(message)
         if message.id not in self.verdicts:
-            self.verdicts[message.id] = await self._reach(message)
+            self._put(message.id, await self._reach(message))
+            self._terms[message.id] = terms
+        elif self._terms.get(message.id, terms) != terms:
+            text = f"run {message.id} is offered again with another configuration, spec or backbone, which never change"
+            self.condemn(message.id, Reason.of(ConfigInvalid(text)))
+        self.verdicts.move_to_end(message.id)
         return self.verdicts[message.id]
+
+    def knows(self, message: run_pb2.Run) -> bool:
+        """Whether there is a verdict on a run as it is offered."""
+        return message.id in self.verdicts and self._terms.get(message.id) == terms_of(message)
 
     def condemn(self, run: str, reason: Reason) -> Verdict:
         """Replaces a verdict, because what once suited does no longer."""
-        self.verdicts[run] = Verdict((reason,))
+        self._put(run, Verdict((reason,)))
         return self.verdicts[run]
+
+    def _put(self, run: str, verdict: Verdict) -> None:
+        self.verdicts[run] = verdict
+        while len(self.verdicts) > MOST:
+            gone, _ = self.verdicts.popitem(last=False)
+            self._terms.pop(gone, None)
 
     def least_upload_bytes(self) -> int:
         """Returns how many bytes the smallest update of an accepted run has at most; 0 if none was accepted."""
@@ -90,7 +122,9 @@ class Fitness:
         except FedpeftError as error:  # it cannot be read here, or the worker died of it
             return Verdict((Reason.of(error),))
         reasons = tuple(Reason(**reason) for reason in answer["reasons"])
-        verdict = Verdict(reasons, run, answer["report"])
+        if reasons:
+            return Verdict(reasons, name=run.config.name)  # nothing of it is needed again, and it may be large
+        verdict = Verdict((), run, answer["report"], run.config.name)
         if verdict.suits:
             self._log.info(
                 "run fits this site",

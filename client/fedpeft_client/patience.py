@@ -37,6 +37,8 @@ FULL = "the server's disk is full; trying again until there is room"
 FAILS = "server fails in a call; trying again a few times"
 LASTS = "server cannot be used as it is; trying again until somebody mends that"
 
+QUICK_S = 1.0
+"""An answer that took less came at once."""
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 
@@ -114,8 +116,10 @@ class Patience:
             FedpeftError: Anything else that `attempt` raises without a retry hint, at once.
         """
         backoff, slower, failed, since = Backoff(), Backoff(FIRST_FAULT_PAUSE_S), 0, 0.0
+        asked = Backoff()
         away: FedpeftError | None = None
         while True:
+            began = time.monotonic()
             try:
                 result = await attempt()
             except (*NOT_NOW, FAULT) as error:
@@ -140,7 +144,9 @@ class Patience:
                     raise
                 self._log.info("going on as the server asks", reason=error.reason, cause=str(error))
                 backoff.reset()
-                await _rest(error.retry_s)
+                if self._heard > began or time.monotonic() - began >= QUICK_S:
+                    asked.reset()
+                await _rest(max(error.retry_s, asked.draw()))  # it may say so at once, for ever
                 continue
             self._say_back(away, since)
             return result

@@ -109,7 +109,7 @@ class TrainingRules(_Section):
     max_epochs: _Count | None = None
     """Most passes over the data in a round; steps are counted as the passes that they are."""
     max_steps: _Count | None = None
-    """Most optimizer steps in a round; epochs are counted as the steps that they are."""
+    """Most optimizer steps in a round; epochs are counted as such; 1,000,000 without this and max_epochs."""
     max_batch_size: _Count | None = None
     """Most images in a step."""
 

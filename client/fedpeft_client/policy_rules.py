@@ -21,6 +21,9 @@ from fedpeft_client.runs import KnownRun
 CYCLE = 64
 """Rounds whose updates are looked at when a run is offered; the roles of tensors repeat after one or two."""
 
+MOST_STEPS = 1_000_000
+"""Optimizer steps in a round that are allowed where the owner bounds neither epochs nor steps."""
+
 Weights = Literal["", "file", "folder"]
 """What the owner gave as --weights: nothing, a file that stands for any weights, or a folder to look names up in."""
 
@@ -146,6 +149,8 @@ def _training(policy: Policy, asked: Asked) -> Iterator[Broken]:
     if training is None:
         return
     epochs = training.epochs or (None if training.steps else 1)
+    if rules.max_epochs is None and rules.max_steps is None:
+        yield from _for_ever(training.steps or (epochs * a_pass if epochs and a_pass else 0))
     if rules.max_epochs is not None:
         if epochs is not None and epochs > rules.max_epochs:
             yield _over("training.max_epochs", "epochs", epochs, rules.max_epochs)
@@ -164,6 +169,15 @@ def _training(policy: Policy, asked: Asked) -> Iterator[Broken]:
             yield _longer("training.max_steps", text, rules.max_steps, "steps")
     if rules.max_batch_size is not None and training.batch_size > rules.max_batch_size:
         yield _over("training.max_batch_size", "images in a batch", training.batch_size, rules.max_batch_size)
+
+
+def _for_ever(steps: int) -> Iterator[Broken]:
+    if steps > MOST_STEPS:
+        told = (
+            f"the training is longer than the {MOST_STEPS:,} steps that are allowed where an owner sets no other bound"
+        )
+        here = f"{told}; the policy's training.max_steps or training.max_epochs sets one"
+        yield Broken("training.max_steps", told, here)
 
 
 def _data(policy: Policy, asked: Asked) -> Iterator[Broken]:

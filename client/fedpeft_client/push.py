@@ -11,7 +11,6 @@ import grpc
 from fedpeft.errors import (
     ChecksumMismatch,
     FedpeftError,
-    Internal,
     InvalidArgument,
     LocalError,
     ManifestInvalid,
@@ -35,6 +34,7 @@ from fedpeft_client.exits import NOT_ABOUT_THE_TASK
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.patience import FAULT, Backoff, Patience
 from fedpeft_client.pending import Outcome, Pending
+from fedpeft_client.wire_checks import check_receipt, check_standing
 from fedpeft_client.withdrawals import Withdrawals
 
 STARTS = 3
@@ -129,6 +129,7 @@ class Pusher:
         """Makes one upload call, which begins at the first byte that the server does not hold."""
         manifest = pending.header.manifest
         standing = await self._channel.get_upload(pending.ticket, manifest.sha256)
+        check_standing(standing, manifest.payload_bytes, pending.ticket)
         if standing.state == run_pb2.TICKET_STATE_RECEIVED:
             if standing.receipt.sha256 != manifest.sha256:
                 raise UpdateDiffers("the server holds another update for this ticket")
@@ -166,8 +167,7 @@ class Pusher:
             async with asyncio.timeout(STALL_S):
                 receipt = await call
             self._channel.received(receipt)
-            if receipt.sha256 != pending.header.manifest.sha256:
-                raise Internal("the server's receipt is for another payload than the one that was sent")
+            check_receipt(receipt, pending.ticket, pending.header.manifest.sha256)
             return receipt
         except TimeoutError:
             raise ServerUnreachable(f"the upload stalled: no progress for {STALL_S:.0f} seconds") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC
 
 from google.protobuf import json_format
 
@@ -19,6 +18,7 @@ from fedpeft_client.pending import Pending, PendingBox
 from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.state import StateDirectory
+from fedpeft_client.wire_checks import deadline
 from fedpeft_client.worker_process import Answer, OnProgress, WorkerProcess
 
 
@@ -40,8 +40,7 @@ class Trainer:
             StateInvalid: If the state directory cannot be written.
             ManifestInvalid: If the update holds anything but the tensors that the run was accepted with.
         """
-        deadline = task.deadline.ToDatetime(tzinfo=UTC).isoformat(timespec="seconds")
-        log.info("training begins", version=task.version, ticket=task.ticket, deadline=deadline)
+        log.info("training begins", version=task.version, ticket=task.ticket, deadline=deadline(task))
         draft = await asyncio.to_thread(self._box.draft)
         folder = self._directory.run(run.id)
         request: Answer = {

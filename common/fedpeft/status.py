@@ -9,14 +9,17 @@ from typing import NoReturn, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from fedpeft import errors
-from fedpeft.errors import FedpeftError, Internal, ServerUnreachable
+from fedpeft.errors import FedpeftError, Internal, LocalError, ServerUnreachable
+from fedpeft.plain_text import plain
 
 DOMAIN = "fedpeft"
+MAX_MESSAGE = 4096
+"""Most characters of a server's sentence."""
 
 
 def to_status(error: FedpeftError) -> status_pb2.Status:
@@ -38,9 +41,18 @@ def to_status(error: FedpeftError) -> status_pb2.Status:
 def from_rpc_error(error: grpc.aio.AioRpcError) -> FedpeftError:
     """Returns the error that the server raised, as an instance of the same class.
 
-    A status without ErrorInfo comes from gRPC itself: UNAVAILABLE is `ServerUnreachable`, anything else `Internal`.
+    A status without ErrorInfo comes from gRPC itself: UNAVAILABLE is `ServerUnreachable`, anything else `Internal`. So
+    is one that cannot be read, or that claims to be an error which never crosses the network. What a server says is
+    cut to `MAX_MESSAGE` characters that a terminal shows.
     """
-    message = error.details() or ""
+    message = _said(error.details() or "")
+    try:
+        return _found(error, message)
+    except (ValueError, DecodeError):  # the details are no Status, or not that of this call
+        return Internal(f"the call failed with {error.code().name} and details that cannot be read: {message}")
+
+
+def _found(error: grpc.aio.AioRpcError, message: str) -> FedpeftError:
     status = rpc_status.from_call(cast(grpc.Call, error))
     if status is None:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
@@ -52,12 +64,18 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> FedpeftError:
         detail.Unpack(info)
         detail.Unpack(bad)
         hinted |= detail.Unpack(retry)
-    fields = tuple((v.field, v.description) for v in bad.field_violations)
+    fields = tuple((_said(v.field), _said(v.description)) for v in bad.field_violations)
     cls = errors.of_reason(info.reason, Internal) if info.domain == DOMAIN else Internal
+    if issubclass(cls, LocalError):
+        cls = Internal
     where = "the server's disk is full: " if cls is errors.DiskFull else ""  # it must not be sought on this side
-    found = cls(where + status.message, fields)
+    found = cls(where + _said(status.message), fields)
     found.retry_s = max(0.0, retry.retry_delay.ToNanoseconds() / 1e9) if hinted else None
     return found
+
+
+def _said(text: str) -> str:
+    return plain(text[:MAX_MESSAGE])
 
 
 def _any(message: Message) -> any_pb2.Any:
