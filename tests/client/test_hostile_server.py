@@ -12,6 +12,7 @@ import grpc
 import pytest
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
+from structlog.testing import capture_logs
 
 from fedpeft import logs
 from fedpeft.config import TrainingConfig
@@ -24,6 +25,7 @@ from fedpeft_client.channel import Channel
 from fedpeft_client.fitness import Fitness
 from fedpeft_client.pace import FREE_OFFERS, Pace
 from fedpeft_client.patience import Patience
+from fedpeft_client.pending import Outcome
 from fedpeft_client.policy import NO_LIMITS, Policy
 from fedpeft_client.policy_rules import MOST_STEPS, Asked, broken
 from fedpeft_client.push import Pusher
@@ -306,9 +308,9 @@ class TestUpload:
         hostile.standing = pb.GetUploadResponse(**standing)
         hostile.receipt = pb.PushUpdateResponse(**receipt)
         pending = pusher.pending()
-        with pytest.raises(Internal, match=field):
-            await pusher.pusher.push(pending, pusher.log)
-        assert pusher.box.load() is not None, "the update stays"
+        with capture_logs() as lines:
+            assert await pusher.pusher.push(pending, pusher.log) is Outcome.SET_ASIDE, "it is kept for a person"
+        assert any(f"{field} is" in str(line.get("cause")) for line in lines)
 
 
 class TestAgent:

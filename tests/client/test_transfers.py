@@ -352,7 +352,7 @@ async def test_full_server_is_asked_again(site: Site) -> None:
 async def test_a_status_with_a_retry_hint_is_no_failure(
     site: Site, monkeypatch: pytest.MonkeyPatch, error: FedpeftError
 ) -> None:
-    """However often it comes: no attempt is counted, no absence noted, no pause grows, patience does not end."""
+    """However often it comes: no attempt is counted, no absence noted, patience does not end."""
     pauses: list[float] = []
 
     async def rest(hint_s: float) -> None:
@@ -363,7 +363,10 @@ async def test_a_status_with_a_retry_hint_is_no_failure(
     site.federation.refuse_push = [error] * 20
     with capture_logs() as lines:
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
-    assert pauses == [error.retry_s] * 20 and len(site.federation.pushes) == 21
+    assert len(pauses) == 20 and len(site.federation.pushes) == 21
+    assert error.retry_s <= pauses[0] <= max(error.retry_s, patience.FIRST_PAUSE_S)
+    assert all(error.retry_s <= pause <= patience.LONGEST_PAUSE_S for pause in pauses)
+    assert pauses[-1] >= patience.LONGEST_PAUSE_S / 2, "it said so at once"
     said = [line["reason"] for line in lines if line["event"] == "going on as the server asks"]
     assert said == [error.reason] * 20
     assert not [line for line in lines if line["log_level"] == "warning"]
