@@ -37,7 +37,7 @@ class Client {
       if (answer.outcome === "training" || answer.idle?.finished) return answer;
       if (answer.outcome !== "offer") continue;
       this.runs[answer.offer.run.id] = answer.offer.run;
-      await this.connection.unary("AnswerOffer", { run: answer.offer.run.id, answer: "ANSWER_ACCEPTED", examples: 10 });
+      await this.connection.unary("AnswerOffer", { run: answer.offer.run.id, answer: "ANSWER_ACCEPTED", examples: 1000 });
     }
   }
 

@@ -167,7 +167,8 @@ async def test_wrong_headers_cost_nothing_and_a_wrong_payload_the_ticket(daemon:
             "header.manifest.tensors",
         ),
         "no examples": ({"examples": 0}, "EXAMPLES_INVALID", "header.examples"),
-        "a nameless figure": ({"metrics": {"": 1.0}}, "METRICS_INVALID", "header.metrics"),
+        "more than declared": ({"examples": 1001}, "EXAMPLES_INVALID", "header.examples"),
+        "a nameless figure": ({"metrics": {"": 1.0}}, "METRICS_INVALID", "header.metrics[]"),
     }
     for header, reason, field in wrong_headers.values():
         with pytest.raises(Refused) as refused:
