@@ -14,6 +14,7 @@ from generators.tables import table
 PAGE = "protocol.md"
 PROTOS = Path(__file__).resolve().parents[2] / "protos"
 FIELD = pb.FieldDescriptorProto
+ERROR, EXAMPLE = " " * 3, " " * 5
 
 Comments = dict[tuple[int, ...], str]
 """Comments of one file by the path of what they are written above, as descriptor.proto defines paths."""
@@ -55,14 +56,23 @@ def comments(file: pb.FileDescriptorProto) -> Comments:
 
 
 def prose(comment: str) -> Iterator[str]:
-    """Yields a comment as Markdown; its indented lines are the errors of a call: status, reason, when."""
-    for indented, group in itertools.groupby(comment.splitlines(), lambda line: line.startswith("   ")):
-        if indented:
+    """Yields a comment as Markdown: lines indented by three are a call's errors, by five a layout or an example."""
+    for indented, group in itertools.groupby(comment.splitlines(), _indentation):
+        if indented == EXAMPLE:
+            yield from ("```text", *(line.removeprefix(EXAMPLE) for line in group), "```")
+        elif indented == ERROR:
             cells = [(*(f"`{c}`" for c in line[:2]), *line[2:], "")[:3] for line in map(_columns, group)]
             yield from ("", *table(("status", "reason", "when"), cells), "")
         else:
             yield from (line.removeprefix(" ").replace("<", "&lt;") for line in group)
     yield ""
+
+
+def _indentation(line: str) -> str:
+    """Returns the indentation that gives a line of a comment its kind; that of an error's second line is longer."""
+    if re.match(EXAMPLE + r"\S", line):
+        return EXAMPLE
+    return ERROR if line.startswith(ERROR) else ""
 
 
 def _columns(line: str) -> list[str]:

@@ -45,5 +45,6 @@ export async function enrol(line) {
   );
   access.close();
   const key = Buffer.from(pair.privateKey.export({ type: "pkcs8", format: "pem" }));
-  return { server: answer.server || token.server, credentials: mutual(authority, key, answer.certificate) };
+  const trusted = answer.authority.length ? answer.authority : authority;
+  return { server: answer.server || token.server, credentials: mutual(trusted, key, answer.certificate) };
 }

@@ -64,7 +64,9 @@ class EnrollRequest(_message.Message):
     secret: _builtins.bytes
     """The secret of the token, 32 bytes."""
     signing_request: _builtins.bytes
-    """PKCS #10 in DER, at most 4,096 bytes: the key, on P-256, and proof of holding it. The name in it is not looked at."""
+    """PKCS #10 (RFC 2986) in DER, at most 4,096 bytes: the key, on P-256, and proof of holding it, a signature by ECDSA with
+    SHA-256. The name in it may be empty and is not looked at, nor are attributes.
+    """
     software: _builtins.str
     """Name and version of the caller's software, at most 256 characters."""
     def __init__(
@@ -240,14 +242,35 @@ Global___CreateTokenRequest: _TypeAlias = CreateTokenRequest  # noqa: Y015
 
 @_typing.final
 class CreateTokenResponse(_message.Message):
-    """CreateTokenResponse is a token."""
+    """CreateTokenResponse is a token.
+
+    `line` is ASCII, at most 8,192 characters, six parts with dots between them. The first is `fedpeft1`; the others are in
+    base64url (RFC 4648) without padding: HOST:PORT of the server, HOST:PORT of the port where devices enroll, the
+    certificate of the authority in DER, the secret of 32 bytes, and the first 4 bytes of the SHA-256 of the line up to and
+    without its last dot. White space around the line means nothing. The lines here are one:
+
+        line: fedpeft1.ZmVkLmV4YW1wbGUub3JnOjcwNzA.ZmVkLmV4YW1wbGUub3JnOjcwNzE.MIGrMF-gAwIBAgIBATAFBgMrZXAwADAeFw0yNjA
+        ...   xMDEwMDAwMDBaFw0zNjAxMDEwMDAwMDBaMAAwKjAFBgMrZXADIQA7aie8zrakLWKjqNAqbw1zZTIVdx3iQ6Y6wEihi1naKTAFBgMrZXA
+        ...   DQQDy7SDt-c89ixZI1meC_9Bdu_fbEAJMfe-gn846-GGio3XD4_T7_UgpE3RaXIgtyxYYjIZqRKSY6I5lyYoZBPcN.AAECAwQFBgcICQ
+        ...   oLDA0ODxAREhMUFRYXGBkaGxwdHh8.g0yOBQ
+        server: fed.example.org:7070
+        enrolment: fed.example.org:7071
+        authority: 174 bytes, SHA-256 c2db358f5eee03dc56433d12b65db4aab1f9bc28a77a586082751e45e920c580
+        secret: 000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f
+
+    A device makes a key on P-256 and connects to the enrolment port with TLS 1.3 and no certificate of its own. It trusts the
+    certificate in the line, as the only root and nothing that its machine trusts beside, and checks the name or address in
+    HOST:PORT against the subject alternative names of the server's certificate, as for any TLS server. Only then it calls
+    Enroll with the secret. From there on it calls the server's port with the certificate that it got, all certificates of
+    the answer as the chain, and trusts the authorities of the answer. It renews half-way through the certificate's life.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_FIELD_NUMBER: _builtins.int
     LINE_FIELD_NUMBER: _builtins.int
     line: _builtins.str
-    """The line to be carried to the device; secret."""
+    """The line to be carried to the device, as above; secret."""
     @_builtins.property
     def token(self) -> Global___Token:
         """As it is listed."""
@@ -645,6 +668,15 @@ Global___ListIdentitiesResponse: _TypeAlias = ListIdentitiesResponse  # noqa: Y0
 class AuditEntry(_message.Message):
     """AuditEntry is one line of the audit log. `sha256` is that of the canonical JSON of the others, with `previous_sha256`
     among them, so no entry can be changed, removed or put between two others without changing every later digest.
+
+    Canonical JSON has its keys sorted, no white space, and everything but ASCII written as \\uXXXX with lower-case digits.
+    `at` always has a fraction or an exponent and is the shortest number that reads back as the same float64. Here the lines
+    of the text are one:
+
+        text: {"action":"token.created","actor":"operator ada","at":1700000000.5,"details":"{\\"token\\":\\"630dcd296
+        ...   6c4\\"}","number":1,"object":"client site-a","previous_sha256":"0000000000000000000000000000000000000
+        ...   000000000000000000000000000"}
+        sha256: 8cd48868cb911348ecd96bbe58a235d7ba5d97954c8be5a1bb123655a89e5cd8
     """
 
     DESCRIPTOR: _descriptor.Descriptor

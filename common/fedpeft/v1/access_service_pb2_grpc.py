@@ -31,6 +31,7 @@ class AccessServiceStub:
     Every connection is TLS 1.3. The server listens on two ports: on one it demands a client's certificate, on the other,
     where devices enroll, it asks for none and answers Enroll and health checks only. Whoever calls is whom the URI among the
     subject alternative names of its certificate says, `spiffe://DOMAIN/fedpeft/ROLE/NAME`; nothing in a message changes that.
+    ROLE is `operator`, `viewer`, `client` or `evaluator`. FederationService is for clients and evaluators, each in its role.
     A server on loopback without certificates serves plain text, and everybody may do everything there but enroll.
 
     Any call of any service can fail in these ways before its handler sees it:
@@ -108,6 +109,7 @@ class AccessServiceServicer:
     Every connection is TLS 1.3. The server listens on two ports: on one it demands a client's certificate, on the other,
     where devices enroll, it asks for none and answers Enroll and health checks only. Whoever calls is whom the URI among the
     subject alternative names of its certificate says, `spiffe://DOMAIN/fedpeft/ROLE/NAME`; nothing in a message changes that.
+    ROLE is `operator`, `viewer`, `client` or `evaluator`. FederationService is for clients and evaluators, each in its role.
     A server on loopback without certificates serves plain text, and everybody may do everything there but enroll.
 
     Any call of any service can fail in these ways before its handler sees it:
@@ -286,6 +288,7 @@ class AccessService:
     Every connection is TLS 1.3. The server listens on two ports: on one it demands a client's certificate, on the other,
     where devices enroll, it asks for none and answers Enroll and health checks only. Whoever calls is whom the URI among the
     subject alternative names of its certificate says, `spiffe://DOMAIN/fedpeft/ROLE/NAME`; nothing in a message changes that.
+    ROLE is `operator`, `viewer`, `client` or `evaluator`. FederationService is for clients and evaluators, each in its role.
     A server on loopback without certificates serves plain text, and everybody may do everything there but enroll.
 
     Any call of any service can fail in these ways before its handler sees it:

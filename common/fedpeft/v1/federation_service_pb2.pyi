@@ -259,7 +259,7 @@ class AwaitRoundResponse(_message.Message):
 
     @_builtins.property
     def idle(self) -> Global___Idle:
-        """Nothing yet; ask again at once."""
+        """Nothing yet; ask again, after a second if this was answered at once."""
 
     @_builtins.property
     def offer(self) -> Global___RunOffer:
@@ -329,14 +329,14 @@ class TrainingTask(_message.Message):
     version: _builtins.int
     """Adapter version to start from."""
     seed: _builtins.int
-    """Seed of local training, derived from run seed, round and client."""
+    """Seed of local training, derived from run seed, round and client; below 2^63. A client that has no use for it ignores it."""
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp:
         """After this the update may be refused; the round may be extended beyond it."""
 
     @_builtins.property
     def settings(self) -> _run_pb2.TrainingConfig:
-        """Local-training settings of this round."""
+        """Local-training settings of this round; either `epochs` or `steps` is present, defaults filled in."""
 
     def __init__(
         self,
@@ -632,12 +632,15 @@ class UpdateHeader(_message.Message):
     """
     @_builtins.property
     def manifest(self) -> _tensor_pb2.Manifest:
-        """The tensors whose role is sent in this round, all of them."""
+        """The tensors whose role is sent in this round, all of them, in the order of the spec; each in the run's encoding
+        (CodecConfig).
+        """
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Training figures, finite; at most 64, names at most 128 bytes. Each of `loss`, `loss_first`, `loss_last` (nats),
-        `seconds`, `images_per_second`, `steps`, `skipped_images`, `micro_batch`, `threads`, `gpu_memory_bytes` is at least 0.
+        """Training figures, finite; at most 64, names at most 128 bytes. The server computes with `loss` alone, the mean over the
+        last pass over the data: it is what Round.metrics' `train_loss` is made of. The others are kept and shown.
+        Each of `loss`, `loss_first`, `loss_last` (nats), `seconds`, `images_per_second`, `steps`, `skipped_images`, `micro_batch`, `threads`, `gpu_memory_bytes` is at least 0.
         """
 
     def __init__(

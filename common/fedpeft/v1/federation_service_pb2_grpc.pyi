@@ -15,19 +15,34 @@ GRPC_VERSION: str
 class FederationServiceStub:
     """FederationService is the side of the server that devices talk to.
 
-    Who calls: every call carries two metadata entries, `fedpeft-client` (the client's id: 1 to 64 of letters, digits, `.`, `_`, `-`) and
-    `fedpeft-instance` (32 hexadecimal digits drawn once and kept beside the client's state). Together they say that a
-    restarted client is the same one, and that a second client of the same id is another. A third, `fedpeft-process` (32
-    hexadecimal digits drawn at each start, optional), tells two processes on copies of one state from a restart: the
-    process that registered last holds the id, and any other call of an older one is refused with CLIENT_ID_IN_USE.
+    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`.
+    With a certificate (AccessService) the id is the name in it, and the entry may be left out. `fedpeft-instance` is 32
+    lower-case hexadecimal digits, drawn once and kept beside the client's state. Together they say that a restarted client
+    is the same one, and that a second client of the same id is another. `fedpeft-process`, 32 lower-case hexadecimal digits
+    drawn at each start, is optional: it tells two processes on copies of one state from a restart.
 
-    Taking part is the client's decision. AwaitRound offers it each run once after each Register; the client looks whether
-    the run suits it and calls AnswerOffer. AwaitRound gives no ticket and no version to score of a run that the client
-    did not accept, or declined since.
+    The id is held by an instance while it has a call under way and for 30 seconds after its last one; other instances are
+    refused with CLIENT_ID_IN_USE. Within an instance the process that called Register last holds it: a call of another
+    `fedpeft-process`, other than Register, is refused with the same reason, and that process should end.
 
-    Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
-    at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
-      UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
+    Taking part is the client's decision. After each Register, AwaitRound offers it every run, at each call until it has
+    answered with AnswerOffer. AwaitRound gives no ticket and no version to score of a run that the client did not accept,
+    or declined since.
+
+    A client's life is: Register; then again and again AwaitRound, and what it answers: an offer (AnswerOffer), a training
+    task (PullAdapter of `version`, training, GetUpload, PushUpdate) or a version to score (PullAdapter, PushEvaluation).
+    A client makes one call to AwaitRound at a time. Unary calls are answered within 20 seconds and the time of the network.
+    No message is larger than 4 MiB. The trailing metadata of `grpc.health.v1.Health/Check` have the server's protocol
+    (`fedpeft-protocol`) and its clock, in seconds since 1970 (`fedpeft-clock`).
+
+    An error is a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
+    at each call; docs/errors.md has them all. INVALID_ARGUMENT, but for MESSAGE_INVALID, always adds a
+    `google.rpc.BadRequest` that names each field at fault by its path from the request, or from the message of the stream:
+    `header.manifest.tensors[3].encoding`, `sha256`,
+    `header.metrics[loss]`; only the paths of CONFIG_INVALID begin in the run file. OFFSET_OUT_OF_RANGE and UPDATE_TOO_LARGE
+    have one too. Any call may answer
+      UNAUTHENTICATED     CLIENT_ID_INVALID   an entry above is missing or malformed, or not the name in the certificate
+      ALREADY_EXISTS      CLIENT_ID_IN_USE    another instance, or a process that registered later, holds the id
       INVALID_ARGUMENT    MESSAGE_INVALID     the bytes are not the message of the call, or there is none
       RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, or calls too fast (docs/security.md)
       RESOURCE_EXHAUSTED  MESSAGE_TOO_LARGE   a message has more bytes or fields than its call takes (likewise)
@@ -37,6 +52,32 @@ class FederationServiceStub:
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others
     only UNAVAILABLE is worth retrying as it is. Every call may be repeated at any time: the second answer equals the first.
+
+    These details travel in the trailing metadata, as the entry `grpc-status-details-bin`: a serialized `google.rpc.Status`
+    (on the wire in base64, as gRPC writes every entry whose name ends in -bin). Its fields, and those of what it holds:
+
+        google.rpc.Status: int32 code = 1, string message = 2, repeated google.protobuf.Any details = 3
+        google.protobuf.Any: string type_url = 1 (type.googleapis.com/ and the name of the message), bytes value = 2
+        google.rpc.ErrorInfo: string reason = 1, string domain = 2
+        google.rpc.RetryInfo: google.protobuf.Duration retry_delay = 1
+        google.rpc.BadRequest: repeated FieldViolation field_violations = 1
+        FieldViolation: string field = 1, string description = 2
+
+    Two examples:
+
+        INVALID_ARGUMENT DIGEST_INVALID: sha256 has 5 bytes; a SHA-256 digest has 32
+        violation: sha256: has 5 bytes; a SHA-256 digest has 32
+        details: 0803122b 7368613235362068617320352062797465733b2061205348412d32353620646967657374206861732033321a450a28
+        ...      747970652e676f6f676c65617069732e636f6d2f676f6f676c652e7270632e4572726f72496e666f12190a0e444947455354
+        ...      5f494e56414c49441207666564706566741a5d0a29747970652e676f6f676c65617069732e636f6d2f676f6f676c652e727063
+        ...      2e4261645265717565737412300a2e0a06736861323536122468617320352062797465733b2061205348412d32353620646967
+        ...      65737420686173203332
+
+        ABORTED TURN_OVER: others wait
+        retry delay: 0
+        details: 080a120b6f746865727320776169741a400a28747970652e676f6f676c65617069732e636f6d2f676f6f676c652e7270632e45
+        ...      72726f72496e666f12140a095455524e5f4f5645521207666564706566741a2e0a28747970652e676f6f676c65617069732e63
+        ...      6f6d2f676f6f676c652e7270632e5265747279496e666f12020a00
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -49,7 +90,6 @@ class FederationServiceStub:
     lists every run, in pages as in OperatorService; otherwise the list is cut, and AwaitRound offers the runs one by one.
       FAILED_PRECONDITION  PROTOCOL_MISMATCH    the message says which side to upgrade
       RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
-      ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
       FAILED_PRECONDITION  CLIENT_MOVED         this state was left behind: see `earlier_processes`
       NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
       INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many; or the role is unspecified
@@ -59,9 +99,11 @@ class FederationServiceStub:
     """AwaitRound puts the client among those that can be sampled for the runs it accepted, and answers when there is
     something to do, or after at most 20 seconds with `idle`, which says in words what is being waited for. A client that
     already holds an open ticket gets that ticket again. A run that the client has not answered for since it registered
-    is offered at once: to a trainer while the run is unfinished, to an evaluator while it has versions left to score.
+    is offered at once, and again at every call until it is answered: to a trainer while the run is unfinished, to an
+    evaluator while it has versions left to score.
+    A newer call of a client takes the place of its older one, which is answered with `idle` at once: a client whose
+    connection broke calls again and need not wait for the end of the broken call.
       FAILED_PRECONDITION  NOT_REGISTERED       Register first
-      ALREADY_EXISTS       CLIENT_ID_IN_USE     as in Register
       NOT_FOUND            RUN_NOT_FOUND        as in Register
     """
     AnswerOffer: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.AnswerOfferRequest, _federation_service_pb2.AnswerOfferResponse]
@@ -79,6 +121,7 @@ class FederationServiceStub:
     An interrupted pull is continued by calling again with `offset` at the first byte missing. While others wait, the
     server ends a pull that has had 10 seconds with TURN_OVER, after at least one chunk.
       INVALID_ARGUMENT     DIGEST_INVALID       `have_sha256` is neither empty nor 32 bytes
+      FAILED_PRECONDITION  NOT_REGISTERED       Register first
       NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
       OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  beyond the end of the payload
       RESOURCE_EXHAUSTED   TRANSFERS_BUSY       no turn came within 20 seconds; who asks again within 5 keeps its place
@@ -89,10 +132,13 @@ class FederationServiceStub:
     """PushUpdate uploads the update of one ticket: a header, then chunks in order, the first at the byte that GetUpload
     names. It answers only when the whole update is checked and durable: once answered, no crash of the server or of its
     machine loses it. Repeating it gives the same receipt and counts once.
-    The server sends its initial metadata, with the entry `fedpeft-turn`, when it is this upload's turn; a client waits
-    for them before the first chunk, so that an upload that waits costs neither side memory. Without the entry the call
-    has ended already. Too long a wait ends with TRANSFERS_BUSY. While others wait, an upload that has had 10 seconds
-    ends with TURN_OVER, after at least one chunk. A client has one turn: its newer upload ends its older one.
+    The server sends its initial metadata, with the entry `fedpeft-turn` of value `1`, when it is this upload's turn; a
+    client waits for them before the first chunk, so that an upload that waits costs neither side memory. That the entry is
+    there is what counts, whatever its value. Without it the call has ended already, with an error or with the receipt.
+    A chunk has at most 1 MiB; begin with 64 KiB and double it, for a chunk is no progress before its last byte is there.
+    Too long a wait ends with TRANSFERS_BUSY. While others wait, an upload that has had 10 seconds
+    ends with TURN_OVER, after at least one chunk. A client has one turn: its newer upload, of whatever ticket, ends its
+    older one with TURN_OVER at once. Once the client half-closes, the upload ends: before the last byte, with UPLOAD_INCOMPLETE.
     A broken stream keeps what arrived; GetUpload says how much.
     Once the whole payload is there, it is checked and made durable though the call may be gone. A call that has waited
     for that for 20 seconds ends with BEING_CHECKED; the next one with the same digest joins in and needs no chunk.
@@ -147,19 +193,34 @@ class FederationServiceStub:
 class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     """FederationService is the side of the server that devices talk to.
 
-    Who calls: every call carries two metadata entries, `fedpeft-client` (the client's id: 1 to 64 of letters, digits, `.`, `_`, `-`) and
-    `fedpeft-instance` (32 hexadecimal digits drawn once and kept beside the client's state). Together they say that a
-    restarted client is the same one, and that a second client of the same id is another. A third, `fedpeft-process` (32
-    hexadecimal digits drawn at each start, optional), tells two processes on copies of one state from a restart: the
-    process that registered last holds the id, and any other call of an older one is refused with CLIENT_ID_IN_USE.
+    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`.
+    With a certificate (AccessService) the id is the name in it, and the entry may be left out. `fedpeft-instance` is 32
+    lower-case hexadecimal digits, drawn once and kept beside the client's state. Together they say that a restarted client
+    is the same one, and that a second client of the same id is another. `fedpeft-process`, 32 lower-case hexadecimal digits
+    drawn at each start, is optional: it tells two processes on copies of one state from a restart.
 
-    Taking part is the client's decision. AwaitRound offers it each run once after each Register; the client looks whether
-    the run suits it and calls AnswerOffer. AwaitRound gives no ticket and no version to score of a run that the client
-    did not accept, or declined since.
+    The id is held by an instance while it has a call under way and for 30 seconds after its last one; other instances are
+    refused with CLIENT_ID_IN_USE. Within an instance the process that called Register last holds it: a call of another
+    `fedpeft-process`, other than Register, is refused with the same reason, and that process should end.
 
-    Errors: a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
-    at each call; INVALID_ARGUMENT always adds a `google.rpc.BadRequest` that names the fields. docs/errors.md has them all. Any call may answer
-      UNAUTHENTICATED     CLIENT_ID_INVALID   the metadata is missing or malformed
+    Taking part is the client's decision. After each Register, AwaitRound offers it every run, at each call until it has
+    answered with AnswerOffer. AwaitRound gives no ticket and no version to score of a run that the client did not accept,
+    or declined since.
+
+    A client's life is: Register; then again and again AwaitRound, and what it answers: an offer (AnswerOffer), a training
+    task (PullAdapter of `version`, training, GetUpload, PushUpdate) or a version to score (PullAdapter, PushEvaluation).
+    A client makes one call to AwaitRound at a time. Unary calls are answered within 20 seconds and the time of the network.
+    No message is larger than 4 MiB. The trailing metadata of `grpc.health.v1.Health/Check` have the server's protocol
+    (`fedpeft-protocol`) and its clock, in seconds since 1970 (`fedpeft-clock`).
+
+    An error is a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
+    at each call; docs/errors.md has them all. INVALID_ARGUMENT, but for MESSAGE_INVALID, always adds a
+    `google.rpc.BadRequest` that names each field at fault by its path from the request, or from the message of the stream:
+    `header.manifest.tensors[3].encoding`, `sha256`,
+    `header.metrics[loss]`; only the paths of CONFIG_INVALID begin in the run file. OFFSET_OUT_OF_RANGE and UPDATE_TOO_LARGE
+    have one too. Any call may answer
+      UNAUTHENTICATED     CLIENT_ID_INVALID   an entry above is missing or malformed, or not the name in the certificate
+      ALREADY_EXISTS      CLIENT_ID_IN_USE    another instance, or a process that registered later, holds the id
       INVALID_ARGUMENT    MESSAGE_INVALID     the bytes are not the message of the call, or there is none
       RESOURCE_EXHAUSTED  TOO_MANY_CALLS      the client has 32 calls under way, or calls too fast (docs/security.md)
       RESOURCE_EXHAUSTED  MESSAGE_TOO_LARGE   a message has more bytes or fields than its call takes (likewise)
@@ -169,6 +230,32 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others
     only UNAVAILABLE is worth retrying as it is. Every call may be repeated at any time: the second answer equals the first.
+
+    These details travel in the trailing metadata, as the entry `grpc-status-details-bin`: a serialized `google.rpc.Status`
+    (on the wire in base64, as gRPC writes every entry whose name ends in -bin). Its fields, and those of what it holds:
+
+        google.rpc.Status: int32 code = 1, string message = 2, repeated google.protobuf.Any details = 3
+        google.protobuf.Any: string type_url = 1 (type.googleapis.com/ and the name of the message), bytes value = 2
+        google.rpc.ErrorInfo: string reason = 1, string domain = 2
+        google.rpc.RetryInfo: google.protobuf.Duration retry_delay = 1
+        google.rpc.BadRequest: repeated FieldViolation field_violations = 1
+        FieldViolation: string field = 1, string description = 2
+
+    Two examples:
+
+        INVALID_ARGUMENT DIGEST_INVALID: sha256 has 5 bytes; a SHA-256 digest has 32
+        violation: sha256: has 5 bytes; a SHA-256 digest has 32
+        details: 0803122b 7368613235362068617320352062797465733b2061205348412d32353620646967657374206861732033321a450a28
+        ...      747970652e676f6f676c65617069732e636f6d2f676f6f676c652e7270632e4572726f72496e666f12190a0e444947455354
+        ...      5f494e56414c49441207666564706566741a5d0a29747970652e676f6f676c65617069732e636f6d2f676f6f676c652e727063
+        ...      2e4261645265717565737412300a2e0a06736861323536122468617320352062797465733b2061205348412d32353620646967
+        ...      65737420686173203332
+
+        ABORTED TURN_OVER: others wait
+        retry delay: 0
+        details: 080a120b6f746865727320776169741a400a28747970652e676f6f676c65617069732e636f6d2f676f6f676c652e7270632e45
+        ...      72726f72496e666f12140a095455524e5f4f5645521207666564706566741a2e0a28747970652e676f6f676c65617069732e63
+        ...      6f6d2f676f6f676c652e7270632e5265747279496e666f12020a00
     """
 
     @_abc_1.abstractmethod
@@ -185,7 +272,6 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         lists every run, in pages as in OperatorService; otherwise the list is cut, and AwaitRound offers the runs one by one.
           FAILED_PRECONDITION  PROTOCOL_MISMATCH    the message says which side to upgrade
           RESOURCE_EXHAUSTED   TOO_MANY_CLIENTS     the server takes no more
-          ALREADY_EXISTS       CLIENT_ID_IN_USE     another live instance holds this id
           FAILED_PRECONDITION  CLIENT_MOVED         this state was left behind: see `earlier_processes`
           NOT_FOUND            RUN_NOT_FOUND        the named run does not exist
           INVALID_ARGUMENT     CAPABILITIES_INVALID too long, or too many; or the role is unspecified
@@ -201,9 +287,11 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         """AwaitRound puts the client among those that can be sampled for the runs it accepted, and answers when there is
         something to do, or after at most 20 seconds with `idle`, which says in words what is being waited for. A client that
         already holds an open ticket gets that ticket again. A run that the client has not answered for since it registered
-        is offered at once: to a trainer while the run is unfinished, to an evaluator while it has versions left to score.
+        is offered at once, and again at every call until it is answered: to a trainer while the run is unfinished, to an
+        evaluator while it has versions left to score.
+        A newer call of a client takes the place of its older one, which is answered with `idle` at once: a client whose
+        connection broke calls again and need not wait for the end of the broken call.
           FAILED_PRECONDITION  NOT_REGISTERED       Register first
-          ALREADY_EXISTS       CLIENT_ID_IN_USE     as in Register
           NOT_FOUND            RUN_NOT_FOUND        as in Register
         """
 
@@ -233,6 +321,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         An interrupted pull is continued by calling again with `offset` at the first byte missing. While others wait, the
         server ends a pull that has had 10 seconds with TURN_OVER, after at least one chunk.
           INVALID_ARGUMENT     DIGEST_INVALID       `have_sha256` is neither empty nor 32 bytes
+          FAILED_PRECONDITION  NOT_REGISTERED       Register first
           NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
           OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  beyond the end of the payload
           RESOURCE_EXHAUSTED   TRANSFERS_BUSY       no turn came within 20 seconds; who asks again within 5 keeps its place
@@ -249,10 +338,13 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         """PushUpdate uploads the update of one ticket: a header, then chunks in order, the first at the byte that GetUpload
         names. It answers only when the whole update is checked and durable: once answered, no crash of the server or of its
         machine loses it. Repeating it gives the same receipt and counts once.
-        The server sends its initial metadata, with the entry `fedpeft-turn`, when it is this upload's turn; a client waits
-        for them before the first chunk, so that an upload that waits costs neither side memory. Without the entry the call
-        has ended already. Too long a wait ends with TRANSFERS_BUSY. While others wait, an upload that has had 10 seconds
-        ends with TURN_OVER, after at least one chunk. A client has one turn: its newer upload ends its older one.
+        The server sends its initial metadata, with the entry `fedpeft-turn` of value `1`, when it is this upload's turn; a
+        client waits for them before the first chunk, so that an upload that waits costs neither side memory. That the entry is
+        there is what counts, whatever its value. Without it the call has ended already, with an error or with the receipt.
+        A chunk has at most 1 MiB; begin with 64 KiB and double it, for a chunk is no progress before its last byte is there.
+        Too long a wait ends with TRANSFERS_BUSY. While others wait, an upload that has had 10 seconds
+        ends with TURN_OVER, after at least one chunk. A client has one turn: its newer upload, of whatever ticket, ends its
+        older one with TURN_OVER at once. Once the client half-closes, the upload ends: before the last byte, with UPLOAD_INCOMPLETE.
         A broken stream keeps what arrived; GetUpload says how much.
         Once the whole payload is there, it is checked and made durable though the call may be gone. A call that has waited
         for that for 20 seconds ends with BEING_CHECKED; the next one with the same digest joins in and needs no chunk.

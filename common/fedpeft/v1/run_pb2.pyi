@@ -366,7 +366,9 @@ Global___RoundsConfig: _TypeAlias = RoundsConfig  # noqa: Y015
 
 @_typing.final
 class TrainingConfig(_message.Message):
-    """TrainingConfig is what a client does in a round."""
+    """TrainingConfig is what a client does in a round. Exactly one of `epochs` and `steps` is present in TrainingTask.settings;
+    in a run's configuration both may be absent, which means one epoch.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -380,9 +382,9 @@ class TrainingConfig(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     AUGMENTATION_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
-    """Passes over the local data; absent when `steps` is given."""
+    """Passes over the local data, at least 1."""
     steps: _builtins.int
-    """Optimizer steps instead of epochs."""
+    """Optimizer steps instead of epochs, at least 1."""
     batch_size: _builtins.int
     """Images in an optimizer step."""
     optimizer: _builtins.str
@@ -497,7 +499,48 @@ Global___AggregationConfig: _TypeAlias = AggregationConfig  # noqa: Y015
 
 @_typing.final
 class CodecConfig(_message.Message):
-    """CodecConfig says how tensors travel."""
+    """CodecConfig says how tensors travel, and what a client sends of its change.
+
+    The encoding that a manifest of an update names is `up`, but for `sparse`: there it is `sparse+` and `values`. With `up`
+    "sparse" and `values` "float16" every entry says "sparse+float16". That of an adapter version is `down`; a client may rely
+    on its being dense and reads which one it is from the manifest.
+
+    An update is made of the change, trained minus received, in float32, of the tensors that are sent in the round, and of
+    the residual, a tensor of the same shape for each, zero at first. Every operation below is on float32 and rounds to
+    nearest. Order, and so every tie, is that of the manifest: tensor by tensor, value by value.
+
+    (1) target = change + residual, or the change alone where `error_feedback` is false. If a value of it is not finite,
+    nothing is sent: the ticket is withdrawn, and the residual stays as it was.
+
+    (2) If `up` is `sparse`, all but k values of the target become zero. k is `density` times the number of values in all
+    tensors of the update, a product in float64 rounded to nearest, ties to even, and at least 1. The k values of the
+    largest magnitude over the whole update stay; of equal magnitudes those that come first.
+
+    (3) sent = what a reader of the encoded payload gets: rounding to the encoding is part of it.
+
+    (4) The next residual depends on what becomes of the update. Counted (a receipt, or UPDATE_DIFFERS, for that other update
+    was made of the same residual): target - sent. Not counted (ROUND_CLOSED, TICKET_CLOSED, withdrawn, LATE, or REFUSED with
+    a reason that begins with UPDATE_EXCLUDED, which comes after the receipt): target. Wrong (PAYLOAD_INVALID), or
+    UPDATE_EXCLUDED a second time in a row: zero, for what made it wrong may be in the residual.
+
+    A residual belongs to one run. It outlives the client's process and changes in one step with the answer. That of a
+    tensor that the round does not send stays as it is. With `error_feedback` false there is none.
+
+        density: 0.4
+        encoding: sparse+float16
+        change of a: 0.5, -0.25, 0.1
+        change of b: 3, -0.5
+        residual of a: 0, 0, 0.7
+        residual of b: 0.3, 0
+        payload of a: 00 01 02 663a
+        payload of b: 00 01 00 9a42
+        sent of a: 0, 0, 0.7998046875
+        sent of b: 3.30078125, 0
+        counted, residual of a: 0000003f 000080be 00d04c39
+        counted, residual of b: 00d04cba 000000bf
+        not counted, residual of a: 0000003f 000080be cdcc4c3f
+        not counted, residual of b: 33335340 000000bf
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -588,7 +631,31 @@ Global___Decline: _TypeAlias = Decline  # noqa: Y015
 
 @_typing.final
 class Run(_message.Message):
-    """Run is a federated fine-tuning job as the server sees it."""
+    """Run is a federated fine-tuning job as the server sees it.
+
+    `backbone_fingerprint` proves that client and server mean the same frozen tensors: those of the plain model, before any
+    PEFT method added modules, that the adapter spec does not name. They are taken as the checkpoint has them, under the
+    model's names, in the checkpoint's element type and shape, before any resampling for another image size; buffers that
+    the model's state dict holds are among them. The fingerprint is the SHA-256 of this text, in UTF-8, as 64 lower-case
+    hexadecimal digits:
+
+        [MODEL, SIZE, [[NAME, DTYPE, SHAPE, SHA256], ...]]
+
+    It is JSON in one form: a comma and one blank between items, no other white space; in strings all but ASCII written as
+    \\uXXXX with lower-case digits, in pairs of surrogates beyond U+FFFF. MODEL is `config.model.name`. SIZE is the side of
+    the input in pixels, or null for a kind of model without images. The tensors are sorted by NAME, in the order of code
+    points. DTYPE is F32, F16, BF16 or F64, SHAPE the list of extents, SHA256 that of the little-endian bytes, as hexadecimal
+    digits. For two tensors, beside a head that is tuned, the text being one line:
+
+        model: tiny
+        image size: 32
+        tensor patch.weight: F32 [1, 2] 0000803f 000000c0
+        tensor norm.bias: F16 [1] 003c
+        text: ["tiny", 32, [["norm.bias", "F16", [1], "505114fe537172ea35e17ca1a7516edac516a89b31f983f7c6387d5d2bb
+        ...   462aa"], ["patch.weight", "F32", [1, 2], "ee4ac73c2bd27756ab82780f27c73a7bc4d3f0bb6acb37e008bc27eccd
+        ...   7e588b"]]]
+        fingerprint: f5cf3d99d7b16a5473e3711c537dbd859748b584fdb2f94e24f2772d06b62b12
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -626,7 +693,7 @@ class Run(_message.Message):
     id: _builtins.str
     """The server's id of the run: `run-` and 12 lower-case letters and digits."""
     backbone_fingerprint: _builtins.str
-    """SHA-256 of the frozen tensors, 64 hexadecimal digits."""
+    """SHA-256 of the frozen tensors, 64 lower-case hexadecimal digits, as above."""
     state: Global___RunState.ValueType
     """Where the run is in its life."""
     reason: _builtins.str
@@ -637,7 +704,7 @@ class Run(_message.Message):
     """Parameters of the whole model, what full fine-tuning would send each way; 0 if the creator did not say."""
     @_builtins.property
     def config(self) -> Global___RunConfig:
-        """As created, defaults filled in."""
+        """As created, defaults filled in, but for those that say what their absence means."""
 
     @_builtins.property
     def spec(self) -> _tensor_pb2.AdapterSpec:
@@ -851,7 +918,8 @@ class Round(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Figures of version `number`: `train_loss` (nats, mean by examples) and `train_examples` of the clients, and what the
+        """Figures of version `number`: `train_loss` (nats, the mean of the `loss` of those updates that have one, weighted by
+        examples) and `train_examples` (the sum of the examples of all folded updates), and what the
         evaluator pushed (`accuracy`, `loss`, `examples`, `accuracy/CLASS`).
         """
 

@@ -1,0 +1,132 @@
+"""The worked examples in the protos' comments are what this code writes and reads, byte by byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+from google.rpc import code_pb2, status_pb2
+
+from fedpeft import audit, errors, payload, updates
+from fedpeft.codecs import codecs
+from fedpeft.config import CodecConfig
+from fedpeft.errors import PayloadInvalid
+from fedpeft.identity.token import EnrollmentToken
+from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft.status import to_status
+
+from . import protocol_examples as examples
+
+
+def test_every_encoding_has_examples() -> None:
+    assert {encoding for encoding, *_ in examples.encodings()} == set(codecs.names())
+    assert len(examples.encodings()) >= 12 and len(examples.refusals()) >= 11
+
+
+@pytest.mark.parametrize(("encoding", "values", "digits"), examples.encodings())
+def test_an_encoding(encoding: str, values: list[float], digits: str) -> None:
+    codec, data = codecs.get(encoding), bytes.fromhex(digits)
+    assert codec.encode(np.array(values, np.float32)).hex() == digits
+    codec.check(memoryview(data), len(values))
+    decoded = codec.decode(memoryview(data), len(values))
+    assert codec.encode(decoded) == data
+
+
+@pytest.mark.parametrize(("encoding", "n", "digits", "why"), examples.refusals())
+def test_a_refusal(encoding: str, n: int, digits: str, why: str) -> None:
+    with pytest.raises(PayloadInvalid):
+        codecs.get(encoding).check(memoryview(bytes.fromhex(digits)), n)
+
+
+def test_a_payload() -> None:
+    said = examples.payload()
+    arrays = {
+        "a.bias": np.array([1, -1], np.float32),
+        "b.weight": np.array([[0, 0.5, 0], [0, 0, -2]], np.float32),
+    }
+    specs = [TensorSpec(name, values.shape) for name, values in arrays.items()]
+    manifest, data = payload.encode(arrays, specs, said["encoding"])
+    assert data.hex() == said["payload"].replace(" ", "")
+    assert [entry.offset for entry in manifest.entries] == examples.numbers(said["offsets"])
+    assert [entry.length for entry in manifest.entries] == examples.numbers(said["lengths"])
+    assert manifest.sha256.hex() == said["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_error_feedback() -> None:
+    said = examples.feedback()
+    up, values = said["encoding"].split("+")
+    codec = CodecConfig.model_validate({"up": up, "values": values, "density": float(said["density"])})
+    assert codec.encoding == said["encoding"]
+    delta, residual = (
+        {name: examples.floats(said[f"{what} of {name}"]) for name in "ab"} for what in ("change", "residual")
+    )
+    specs = [TensorSpec(name, delta[name].shape) for name in "ab"]
+    update = updates.prepare(delta, residual, specs, codec)
+    sent = payload.decode(update.manifest, memoryview(update.payload))
+    parts = dict(zip("ab", payload.parts(update.manifest, memoryview(update.payload)), strict=True))
+    for name, (_, part) in parts.items():
+        assert bytes(part).hex() == said[f"payload of {name}"].replace(" ", "")
+        assert sent[name].tolist() == examples.floats(said[f"sent of {name}"]).tolist()
+        for what, left in (("counted", update.residual_if_counted), ("not counted", update.residual_if_not)):
+            assert left[name].tobytes() == examples.floats(said[f"{what}, residual of {name}"]).tobytes()
+
+
+def test_a_fingerprint() -> None:
+    from fedpeft import models
+
+    said = examples.fingerprint()
+    assert hashlib.sha256(said["text"].encode()).hexdigest() == said["fingerprint"]
+    tensors = {
+        str(t["name"]): models.StoredTensor(
+            str(t["dtype"]),
+            tuple(t["shape"]),
+            hashlib.sha256(bytes.fromhex(str(t["data"]))).hexdigest(),  # type: ignore[arg-type]
+        )
+        for t in examples.stored(said)
+    }
+    tensors["head.bias"] = models.StoredTensor("F32", (2,), "0" * 64)
+
+    class Images:
+        image_size = int(said["image size"])
+
+    class Model:
+        name = said["model"]
+
+    backbone = models.Backbone(Model(), None, None, {}, Images(), tensors)  # type: ignore[arg-type]
+    tuned = AdapterSpec.of("head", [TensorSpec("head.bias", (2,))])
+    assert models.fingerprint(backbone, tuned) == said["fingerprint"]
+
+
+def test_an_enrolment_token() -> None:
+    said = examples.token()
+    token = EnrollmentToken.decode(said["line"])
+    assert token.encode() == said["line"]
+    assert (token.server, token.enrollment, token.secret.hex()) == (said["server"], said["enrolment"], said["secret"])
+    authority = token.authority.public_bytes(Encoding.DER)
+    assert said["authority"] == f"{len(authority)} bytes, SHA-256 {hashlib.sha256(authority).hexdigest()}"
+
+
+def test_an_entry_of_the_audit_log() -> None:
+    said = examples.audit()
+    assert hashlib.sha256(said["text"].encode()).hexdigest() == said["sha256"]
+    entry = audit.AuditEntry(**json.loads(said["text"]), sha256=said["sha256"])
+    assert audit.verify([entry]) == entry
+
+
+@pytest.mark.parametrize("block", examples.statuses())
+def test_a_status(block: list[str]) -> None:
+    first, added, details = block
+    (code, reason), message = first.partition(": ")[0].split(), first.partition(": ")[2]
+    cls = errors.of_reason(reason, errors.Internal)
+    error = cls(message)
+    if added.startswith("violation: "):
+        field, _, text = added.removeprefix("violation: ").partition(": ")
+        error = cls(message, ((field, text),))
+    else:
+        assert error.retry_s == float(added.removeprefix("retry delay: "))
+    data = bytes.fromhex(details.removeprefix("details: "))
+    assert status_pb2.Status.FromString(data) == to_status(error)
+    assert code_pb2.Code.Name(status_pb2.Status.FromString(data).code) == code == cls.status
