@@ -32,14 +32,15 @@ class FederationServiceStub:
     A client's life is: Register; then again and again AwaitRound, and what it answers: an offer (AnswerOffer), a training
     task (PullAdapter of `version`, training, GetUpload, PushUpdate) or a version to score (PullAdapter, PushEvaluation).
     A client makes one call to AwaitRound at a time. Unary calls are answered within 20 seconds and the time of the network.
-    No message is larger than 4 MiB. The trailing metadata of `grpc.health.v1.Health/Check` have the server's protocol
+    No answer is larger than 4 MiB; a message to the server has at most 64 KiB, in PushUpdate 2 MiB, in PushEvaluation
+    512 KiB, in AwaitRound, PullAdapter and GetUpload 4 KiB. A client makes 50 calls a second at most. The trailing metadata of `grpc.health.v1.Health/Check` have the server's protocol
     (`fedpeft-protocol`) and its clock, in seconds since 1970 (`fedpeft-clock`).
 
     An error is a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; docs/errors.md has them all. INVALID_ARGUMENT, but for MESSAGE_INVALID, always adds a
     `google.rpc.BadRequest` that names each field at fault by its path from the request, or from the message of the stream:
-    `header.manifest.tensors[3].encoding`, `sha256`,
-    `header.metrics[loss]`; only the paths of CONFIG_INVALID begin in the run file. OFFSET_OUT_OF_RANGE and UPDATE_TOO_LARGE
+    `header.manifest.tensors[3].encoding`, `sha256`, `header.metrics[loss]`; only the paths of CONFIG_INVALID begin in the run
+    file. OFFSET_OUT_OF_RANGE and UPDATE_TOO_LARGE
     have one too. Any call may answer
       UNAUTHENTICATED     CLIENT_ID_INVALID   an entry above is missing or malformed, or not the name in the certificate
       ALREADY_EXISTS      CLIENT_ID_IN_USE    another instance, or a process that registered later, holds the id
@@ -210,14 +211,15 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     A client's life is: Register; then again and again AwaitRound, and what it answers: an offer (AnswerOffer), a training
     task (PullAdapter of `version`, training, GetUpload, PushUpdate) or a version to score (PullAdapter, PushEvaluation).
     A client makes one call to AwaitRound at a time. Unary calls are answered within 20 seconds and the time of the network.
-    No message is larger than 4 MiB. The trailing metadata of `grpc.health.v1.Health/Check` have the server's protocol
+    No answer is larger than 4 MiB; a message to the server has at most 64 KiB, in PushUpdate 2 MiB, in PushEvaluation
+    512 KiB, in AwaitRound, PullAdapter and GetUpload 4 KiB. A client makes 50 calls a second at most. The trailing metadata of `grpc.health.v1.Health/Check` have the server's protocol
     (`fedpeft-protocol`) and its clock, in seconds since 1970 (`fedpeft-clock`).
 
     An error is a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
     at each call; docs/errors.md has them all. INVALID_ARGUMENT, but for MESSAGE_INVALID, always adds a
     `google.rpc.BadRequest` that names each field at fault by its path from the request, or from the message of the stream:
-    `header.manifest.tensors[3].encoding`, `sha256`,
-    `header.metrics[loss]`; only the paths of CONFIG_INVALID begin in the run file. OFFSET_OUT_OF_RANGE and UPDATE_TOO_LARGE
+    `header.manifest.tensors[3].encoding`, `sha256`, `header.metrics[loss]`; only the paths of CONFIG_INVALID begin in the run
+    file. OFFSET_OUT_OF_RANGE and UPDATE_TOO_LARGE
     have one too. Any call may answer
       UNAUTHENTICATED     CLIENT_ID_INVALID   an entry above is missing or malformed, or not the name in the certificate
       ALREADY_EXISTS      CLIENT_ID_IN_USE    another instance, or a process that registered later, holds the id
