@@ -156,9 +156,12 @@ def images(tmp_path: Path) -> Path:
     return path
 
 
-def test_natural_partition(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("law", [("--partition", "natural"), ()])
+def test_natural_partition(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], law: tuple[str, ...]
+) -> None:
     out = tmp_path / "parts"
-    arguments = ("partition", str(images), "--partition", "natural", "--column", "maker", "--out", str(out))
+    arguments = ("partition", str(images), *law, "--column", "maker", "--out", str(out))
     assert fedpeft(*arguments) == 0
     assert capfd.readouterr().out == (
         f"60 rows for 3 clients (natural/maker) are in {out}\n"

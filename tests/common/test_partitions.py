@@ -181,6 +181,31 @@ def test_an_image_folder_is_partitioned_into_parquet(tmp_path):
     assert found == sorted(png(k) for k in range(6))
 
 
+def test_images_that_cannot_be_read_keep_their_rows_and_count(tmp_path):
+    from .test_sources import png
+
+    for k in range(200):
+        folder = tmp_path / "in" / ("cat" if k % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{k}.png").write_bytes(png(k))
+    (tmp_path / "in" / "cat" / "a.png").symlink_to("../../.git/annex/objects/a")
+    (tmp_path / "in" / "cat" / "notes.txt").write_text("x")
+    record = write_parts(tmp_path / "in", iid(201, 1, 0), tmp_path / "out")
+    assert record["source"]["taken"] == 200
+    assert record["source"]["unreadable"] == [{"reason": "link to nothing", "count": 1, "examples": ["cat/a.png"]}]
+    assert record["source"]["skipped"] == [{"reason": "with suffix .txt", "count": 1, "examples": ["cat/notes.txt"]}]
+    source = open_source(tmp_path / "out" / "client-0")
+    row = next(row for row in range(201) if "cat/a.png" in source.name(row))
+    assert pq.read_table(tmp_path / "out" / "client-0" / "data.parquet")["image"][row].as_py()["bytes"] is None
+    for k in range(2):
+        (tmp_path / "in" / "cat" / f"b{k}.png").symlink_to("nothing")
+    with pytest.raises(
+        DataInvalid, match=r"3 of 203 images cannot be read, more than 1%, the first: cat/a.png: link to"
+    ):
+        write_parts(tmp_path / "in", iid(203, 1, 0), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_partitions_that_cannot_be_written(tmp_path):
     path = write(tmp_path / "all.parquet", table(6))
     rows = np.arange(3)

@@ -24,7 +24,7 @@ SHOWN = 20
 
 EPILOG = epilog(
     "fedpeft partition train.parquet --partition dirichlet --clients 10 --alpha 0.5 --out sites",
-    "fedpeft partition train.parquet --partition natural --column vendor --out sites",
+    "fedpeft partition train.parquet --column vendor --out sites",
 )
 
 
@@ -42,13 +42,15 @@ def partition(
         Path, typer.Argument(metavar="SOURCE", help="Parquet file, folder of parquet files, or image folder.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; a folder or file a client.")],
-    law: Annotated[
-        Law,
+    given: Annotated[
+        Law | None,
         typer.Option(
             "--partition",
-            help="iid; dirichlet: label skew; quantity: size skew; natural: a client a value of --column.",
+            help="iid; dirichlet: label skew; quantity: size skew; natural: a client a value of --column. If absent: "
+            "natural with --column, else iid.",
+            show_default=False,
         ),
-    ] = Law.IID,
+    ] = None,
     clients: Annotated[
         int | None, typer.Option("--clients", metavar="N", min=1, help="How many clients; for all but natural.")
     ] = None,
@@ -66,17 +68,20 @@ def partition(
     as_json: Annotated[bool, typer.Option("--json", help="Print partition.json.")] = False,
 ) -> None:
     """Divide a data set among clients."""
+    law = given or (Law.IID if column is None else Law.NATURAL)
     _check(law, clients, alpha, column)
     require("train", "pyarrow")
+    from fedpeft.data.inventory import Inventory
     from fedpeft.data.parts import write_parts
     from fedpeft.data.sources import open_source
 
-    cut = _cut(open_source(source), law, clients or 1, 0.0 if alpha is None else alpha, column or "", seed)
+    whole = open_source(source)
+    cut = _cut(whole, law, clients or 1, 0.0 if alpha is None else alpha, column or "", seed)
     record = write_parts(source, cut, out, index=index)
     if as_json:
         output.say_json(record)
         return
-    for line in _lines(record, out):
+    for line in [*_lines(record, out), *Inventory.of_dict(record["source"]).lines()]:
         output.say(line)
 
 

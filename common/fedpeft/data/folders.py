@@ -38,7 +38,8 @@ class FolderSource:
 
     Attributes:
         inventory: What of the folder is not read, and why.
-        unreadable: Links to nothing and folders that cannot be listed: each is a row, so that it counts.
+        unreadable: Links to nothing and folders that cannot be listed: each is a row, so that it counts. Files that
+            cannot be opened come to it once `tables` has met them.
 
     Args:
         root: The folder.
@@ -71,7 +72,7 @@ class FolderSource:
             groups.append(number[entry.group])
         self.class_names = tuple(number)
         self.inventory = Inventory.sum(tally.inventory() for tally in tallies.values())
-        self.unreadable: Mapping[int, str] = unreadable
+        self.unreadable = unreadable
         _check_splits(root, self.class_names, direct)
         _check(root, {name: tallies[name].inventory() for name in number}, self.inventory)
         self.labels: Indices = np.array(groups, np.int64)
@@ -131,7 +132,8 @@ class FolderSource:
     def _bytes_or_none(self, row: int) -> bytes | memoryview | None:
         try:
             return self.image_bytes(row)
-        except ImageUnreadable:
+        except ImageUnreadable as error:
+            self.unreadable.setdefault(row, str(error))
             return None
 
     def _reckoned_bytes(self) -> int:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.data.labels import nfc
+from fedpeft.data.splits import splits_among
 from fedpeft.errors import DataInvalid
 
 Indices = NDArray[np.int64]
@@ -161,20 +163,25 @@ def quantity(
 
 
 def natural(values: Sequence[object], column: str) -> Partition:
-    """Makes each distinct value of a column a client, in the order of their names.
+    """Makes each distinct value of a column a client, in the order of their names; texts are compared in NFC.
 
     Raises:
-        DataInvalid: If a value is missing, or two values have one name.
+        DataInvalid: If a value is missing, two values have one name, or all are names of splits.
     """
     groups: dict[object, list[int]] = {}
     for row, value in enumerate(values):
         if value is None:
             raise DataInvalid(f"column {column!r} has no value in row {row}; every row must belong to a client")
-        groups.setdefault(value, []).append(row)
+        groups.setdefault(nfc(value) if isinstance(value, str) else value, []).append(row)
     named = sorted((str(value), rows) for value, rows in groups.items())
     names = tuple(name for name, _ in named)
     if len(set(names)) < len(names):
         raise DataInvalid(f"two values of column {column!r} are written the same")
+    if len(splits := splits_among(names)) == len(names):
+        raise DataInvalid(
+            f"column {column!r} holds splits ({', '.join(list(splits)[:5])}), which are no clients; name the column "
+            "that says whose a row is"
+        )
     return Partition(tuple(np.array(rows, np.int64) for _, rows in named), names, f"natural/{column}")
 
 

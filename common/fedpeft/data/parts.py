@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from fedpeft import durable
-from fedpeft.data.interface import Source
+from fedpeft.data.interface import Source, too_many_unreadable
 from fedpeft.data.partitions import Indices, Partition, skew
 from fedpeft.data.sources import INDEX_SUFFIX, labels_digest, open_source
 from fedpeft.errors import DataInvalid
 
 RECORD = "partition.json"
+_NAMED = 5
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 
 
@@ -41,15 +43,16 @@ def write_parts(
         label: Name of the label column.
 
     Returns:
-        The record, as written to ``out/partition.json``: variant, alpha, seed, draws, digest, skew, and each client's
-        name and examples.
+        The record, as written to ``out/partition.json``: variant, alpha, seed, draws, digest, skew, each client's name
+        and examples, and source (what was found there and not taken, see `Inventory.as_dict`).
 
     Raises:
-        DataInvalid: If the partition does not fit the data, a name is no file name, a client has no rows, or `out`
-            cannot be written or is not empty.
+        DataInvalid: If the partition does not fit the data, a name is no file name, a client has no rows, `out`
+            cannot be written or is not empty, or more images cannot be read than a data set may have.
     """
     source = open_source(path, image, label)
     _check(source, partition, path)
+    _check_readable(source, path)
     record = _record(source, partition)
     try:
         _check_place(out)
@@ -61,10 +64,18 @@ def write_parts(
                     (folder / f"{file_name(name)}{INDEX_SUFFIX}").write_text(data, encoding="utf-8")
                 else:
                     _write_rows(source, rows, folder / file_name(name))
+            _check_readable(source, path)  # again: some show only when they are read
             (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataInvalid(f"cannot write the partition to {out}: {error.strerror or error}") from None
     return record
+
+
+def _check_readable(source: Source, path: Path) -> None:
+    """Refuses to divide data of which more images cannot be read than training would take."""
+    if fault := too_many_unreadable(len(source.unreadable), len(source)):
+        first = "; ".join(f"{source.name(row)}: {why}" for row, why in islice(source.unreadable.items(), _NAMED))
+        raise DataInvalid(f"{path}: {fault}, the first: {first}")
 
 
 def _check_place(out: Path) -> None:
@@ -124,6 +135,7 @@ def _record(source: Source, partition: Partition) -> dict[str, Any]:
         "seed": partition.seed,
         "draws": partition.draws,
         "digest": partition.digest,
+        "source": source.inventory.as_dict(),
         "rows": int(sum(map(len, partition.parts))),
         "skew": skew(source.labels, partition.parts, len(source.class_names)).as_dict(),
         "clients": [

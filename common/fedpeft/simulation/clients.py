@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data import partitions
+from fedpeft.data.client_folders import clients_in, refuse_splits, subfolders
 from fedpeft.data.interface import Source
 from fedpeft.data.parts import RECORD, file_name
-from fedpeft.data.sources import INDEX_SUFFIX
 from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.kind import Examples
 from fedpeft.learning import learner_of, where
@@ -50,11 +50,14 @@ def clients_of(path: Path, config: RunConfig) -> tuple[dict[str, Path | Data], d
         Data by client, and how it was divided (variant, alpha, seed, draws, digest, skew), None where it was before.
 
     Raises:
-        DataInvalid: If the data cannot be read, or not be divided so.
+        DataInvalid: If the data cannot be read, or not be divided so, or its members are splits and no clients.
         ConfigInvalid: If there is one data set and no `[simulation]`.
     """
     path = _place(path, config)
-    folders = _folders(path, config) if config.model.kind else _written(path)
+    try:
+        folders = _folders(path, config) if config.model.kind else _written(path)
+    except OSError as error:
+        raise DataInvalid(f"cannot read {error.filename or path}: {error.strerror}") from None
     if folders:
         return dict(folders), None
     learner = learner_of(config.model.kind)
@@ -91,19 +94,15 @@ def _folders(path: Path, config: RunConfig) -> dict[str, Path]:
     """Returns the clients of another kind of model: the folders in `path`, unless `[simulation]` divides it."""
     if config.simulation is not None or not path.is_dir():
         return {}
-    return {sub.name: sub for sub in sorted(path.iterdir()) if sub.is_dir()}
+    found = {sub.name: sub for sub in subfolders(path)}
+    if not (path / RECORD).exists():
+        refuse_splits(path, found)
+    return found
 
 
 def _written(path: Path) -> dict[str, Path]:
     """Returns the clients of a folder of clients; none if it is none."""
-    if not path.is_dir():
-        return {}
-    folders = {sub.name: sub for sub in sorted(path.iterdir()) if sub.is_dir() and any(sub.glob("*.parquet"))}
-    indexed = {file.name.removesuffix(INDEX_SUFFIX): file for file in sorted(path.glob(f"*{INDEX_SUFFIX}"))}
-    found = folders | indexed
-    if (path / RECORD).exists() and not found:
-        raise DataInvalid(f"{path} has a {RECORD} and no client: neither NAME/*.parquet nor NAME{INDEX_SUFFIX}")
-    return dict(sorted(found.items()))
+    return clients_in(path) if path.is_dir() else {}
 
 
 def _cut(source: Data, simulation: SimulationConfig, seed: int) -> partitions.Partition:

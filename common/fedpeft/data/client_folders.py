@@ -1,0 +1,101 @@
+"""Folders of clients: which members are clients, and that none of them is a split of one data set."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedpeft import text_files
+from fedpeft.data.file_names import is_system, shown
+from fedpeft.data.parts import RECORD, file_name
+from fedpeft.data.sources import INDEX_SUFFIX, parquet_files
+from fedpeft.data.splits import splits_among
+from fedpeft.errors import DataInvalid
+
+_NAMED = 5
+
+
+def clients_in(path: Path) -> dict[str, Path]:
+    """Returns the clients of a folder of clients, as `fedpeft partition` writes it, by name; none if it is none.
+
+    A client is a subfolder with parquet files, or an index file.
+
+    Raises:
+        DataInvalid: If a client of `partition.json` is missing; without one, if a member is named like a split; or if
+            what is meant cannot be told: parquet files beside the clients, a folder and an index file of one name.
+        OSError: If the folder cannot be read.
+    """
+    folders = {sub.name: sub for sub in subfolders(path) if parquet_files(sub)}
+    indexed = {file.name[: -len(INDEX_SUFFIX)]: file for file in _files(path) if _is_index(file)}
+    if twice := folders.keys() & indexed.keys():
+        name = min(twice)
+        raise DataInvalid(f"{path}: client {name} has a folder and {name}{INDEX_SUFFIX}; remove one of them")
+    found = dict(sorted((folders | indexed).items()))
+    if os.path.lexists(path / RECORD):
+        _check_record(path, found)
+    elif found:
+        refuse_splits(path, found)
+        _refuse_beside(path, found)
+    return found
+
+
+def subfolders(path: Path) -> list[Path]:
+    """Returns the subfolders that are no system's own, by name; links to folders are some."""
+    with os.scandir(path) as entries:
+        return sorted(
+            Path(e.path)
+            for e in entries
+            if e.is_dir() and not e.name.startswith(".") and not is_system(e.name, folder=True)
+        )
+
+
+def refuse_splits(path: Path, names: Iterable[str]) -> None:
+    """Refuses clients that are named like splits: what is held out would be trained on.
+
+    Raises:
+        DataInvalid: If one is.
+    """
+    splits = list(splits_among(names))
+    if splits:
+        more = f" and {len(splits) - _NAMED:,} more" if len(splits) > _NAMED else ""
+        raise DataInvalid(
+            f"{path}: {', '.join(map(shown, splits[:_NAMED]))}{more} {'is' if len(splits) == 1 else 'are'} named like "
+            f"the splits of one data set, not like clients; name the one to train on ({path / splits[0]}), or rename "
+            f"what is a client; a folder that fedpeft partition wrote, with {RECORD}, is taken as it is"
+        )
+
+
+def _refuse_beside(path: Path, found: Iterable[str]) -> None:
+    if files := parquet_files(path):
+        raise DataInvalid(
+            f"{path} holds parquet files ({files[0].name}) and folders of them ({', '.join(list(found)[:_NAMED])}); "
+            "give the files a folder of their own, so that what is meant can be told"
+        )
+
+
+def _check_record(path: Path, found: Iterable[str]) -> None:
+    """Refuses a partition of which a client is missing: the others would be trained on as if they were all."""
+    try:
+        record = json.loads(text_files.read(path / RECORD))
+        names = [file_name(client["name"]) for client in record["clients"]]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+        raise DataInvalid(f"{path / RECORD} cannot be read: {error}; partition the data again") from None
+    if not found:
+        raise DataInvalid(f"{path} has a {RECORD} and no client: neither NAME/*.parquet nor NAME{INDEX_SUFFIX}")
+    if missing := sorted(set(names) - set(found)):
+        more = f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else ""
+        raise DataInvalid(
+            f"{path} lacks clients that its {RECORD} names: {', '.join(missing[:_NAMED])}{more}; partition the data "
+            f"again, or remove {RECORD} to take the folders that are there"
+        )
+
+
+def _files(path: Path) -> list[Path]:
+    with os.scandir(path) as entries:
+        return sorted(Path(e.path) for e in entries if e.is_file() and not e.name.startswith("."))
+
+
+def _is_index(file: Path) -> bool:
+    return file.name.lower().endswith(INDEX_SUFFIX)
