@@ -174,6 +174,14 @@ def test_natural_partition(
     assert "holds a partition already" in capfd.readouterr().err
 
 
+def test_clients_of_a_column_of_classes_have_their_names(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fedpeft("partition", str(images), "--column", "label", "--out", str(tmp_path / "parts"), "--json") == 0
+    record = json.loads(capfd.readouterr().out)
+    assert [client["name"] for client in record["clients"]] == ["cat", "dog"]
+
+
 def test_dirichlet_partition_as_index_files(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "parts"
     law = ("--partition", "dirichlet", "--clients", "4", "--alpha", "0.5", "--seed", "3")

@@ -348,6 +348,20 @@ def test_files_that_disagree_and_an_unknown_column(tmp_path):
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.int8(), pa.float64(), pa.dictionary(pa.int8(), pa.int64())])
+def test_a_column_of_classes_has_their_names(tmp_path, kind):
+    labels = pa.array([0, 2, -1, None, 1], pa.int64()).cast(kind if not pa.types.is_dictionary(kind) else pa.int64())
+    built = table(5)
+    built = built.set_column(2, "kind", labels.dictionary_encode() if pa.types.is_dictionary(kind) else labels)
+    features = {
+        "label": {"names": list(NAMES), "_type": "ClassLabel"},
+        "kind": {"names": ["wild", "tame", "toy"], "_type": "ClassLabel"},
+    }
+    source = open_source(write(tmp_path / "a.parquet", built.replace_schema_metadata(metadata(features))))
+    assert source.column("label") == ["cat", "dog", "emu", "cat", "dog"]
+    assert source.column("kind") == ["wild", "toy", None, None, "tame"]
+
+
 def test_image_folder(tmp_path):
     for name, value in [("dog/2.png", 2), ("dog/deep/1.PNG", 1), ("cat/3.png", 3), (".hidden/4.png", 4)]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ import pyarrow as pa
 from fedpeft.data.interface import ImageUnreadable, Indices
 from fedpeft.data.inventory import EMPTY, Inventory
 from fedpeft.data.parquet_files import ParquetFiles
-from fedpeft.data.parquet_labels import read_labels
+from fedpeft.data.parquet_labels import class_names, named, read_labels
 from fedpeft.data.spool import Spool
 from fedpeft.errors import DataInvalid
 
@@ -87,14 +87,16 @@ class ParquetSource:
         return f"{file.name} row {within}" + (f" ({path})" if path else "")
 
     def column(self, name: str) -> list[Any]:
-        """Returns a column's values as Python objects."""
+        """Returns a column's values as Python objects: of a ClassLabel column the names, None where there is none."""
         if name not in self.schema.names:
             raise DataInvalid(f"{self._files} has no column {name!r}; {_found(self.schema)}")
         if pa.types.is_nested(self.schema.field(name).type):
             raise DataInvalid(
                 f"{self._files}: column {name!r} holds {self.schema.field(name).type}; one plain value a row is needed"
             )
-        return [value for batch in self._batches for value in batch.column(name).to_pylist()]
+        values = [value for batch in self._batches for value in batch.column(name).to_pylist()]
+        names = class_names(self.schema, name)
+        return values if names is None else [named(value, names) for value in values]
 
     def tables(self, rows: Indices) -> Iterator[pa.Table]:
         """Yields whole rows, ascending, at most `BATCH_ROWS` at a time; images that lie beside the files are in them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -99,6 +100,18 @@ def class_names(schema: pa.Schema, name: str) -> tuple[str, ...] | None:
     if twice:
         raise DataInvalid(f"the schema's metadata names class {twice[0]!r} of column {name!r} twice")
     return tuple(names)
+
+
+def named(value: Any, names: Sequence[str]) -> Any:
+    """Returns the name of a ClassLabel's number; -1 and a missing value are None, a text is its own name.
+
+    A number beyond the names is its decimal figures, as among the labels.
+    """
+    if value is None or value == -1 or value != value:
+        return None
+    if isinstance(value, str):
+        return value
+    return names[int(value)] if 0 <= value < len(names) else str(int(value))
 
 
 def metadata(features: dict[str, dict[str, object]]) -> dict[bytes, bytes]:
