@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 from fedpeft.errors import CertificateExpired, CertificateInvalid, FedpeftError, IdentityInvalid
 from fedpeft.identity import certificates
@@ -102,6 +103,13 @@ def _read(pem: bytes) -> Caller:
         raise CertificateInvalid(error.message) from None
 
 
+class Bounding(Protocol):
+    """Bounds a wait for the other side of a call."""
+
+    def bounded(self, seconds: float) -> AbstractAsyncContextManager[None]:
+        """Returns a block that ends with an error after so many seconds, or as soon as others come first."""
+
+
 @dataclass
 class Call:
     """One RPC in progress.
@@ -115,6 +123,7 @@ class Call:
         training: Whether they are a trainer's.
         unbooked: Bytes before that was known.
         ended: Why the server ended it; None while it did not.
+        turn: What bounds the wait for its client to read, where others may wait for its place.
     """
 
     method: str
@@ -125,6 +134,7 @@ class Call:
     training: bool = True
     unbooked: dict[Direction, int] = field(default_factory=lambda: {"up": 0, "down": 0})
     ended: FedpeftError | None = None
+    turn: Bounding | None = None
 
 
 CALL: ContextVar[Call] = ContextVar("call")

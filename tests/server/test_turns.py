@@ -83,6 +83,59 @@ async def test_slow_uploads_give_way_and_go_on_where_they_stood(
     assert done.state == run_pb2.RUN_STATE_COMPLETED
 
 
+@pytest.mark.parametrize("after", [0, 3])
+async def test_uploads_that_send_nothing_give_way_when_their_turn_is_over(
+    start: StartDaemon, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Eight of them kept an honest client waiting for 58 seconds: until each had stalled."""
+    monkeypatch.setattr(turns, "TURN_S", 0.5)
+    daemon = await start(max_transfers=2)
+    await daemon.create(config(rounds={"count": 1, "clients": 3}))
+    clients = await daemon.clients("a", "b", "c")
+    tickets = [t.ticket for t in await asyncio.gather(*(c.task() for c in clients))]
+    silent = [Trickle(c, t, pause_s=0.01, stops_at=after) for c, t in zip(clients[:2], tickets[:2], strict=True)]
+    pushes = [asyncio.create_task(s.push()) for s in silent]
+    async with asyncio.timeout(10):
+        while not all(daemon.server.uploads.has(c.name) for c in clients[:2]):
+            await asyncio.sleep(0.02)
+        await clients[2].push(tickets[2], filled(1.0))
+        ended, _ = await asyncio.wait(pushes, return_when=asyncio.FIRST_COMPLETED)
+        assert await refused(ended.pop()) == "TURN_OVER"
+    for push in pushes:
+        push.cancel()
+    await asyncio.gather(*pushes, return_exceptions=True)
+
+
+async def test_a_silent_upload_that_nobody_waits_for_keeps_its_turn(
+    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "TURN_S", 0.1)
+    daemon = await start(max_transfers=1)
+    await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    ticket = (await a.task()).ticket
+    push = asyncio.create_task(Trickle(a, ticket, stops_at=2, pause_s=0.01).push())
+    await asyncio.wait({push}, timeout=1.0)
+    assert not push.done()
+    push.cancel()
+    await asyncio.gather(push, return_exceptions=True)
+
+
+async def test_pulls_that_read_nothing_give_way_when_their_turn_is_over(
+    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "TURN_S", 0.5)
+    daemon = await start(max_transfers=1)
+    run = await daemon.create(spec=LARGE, arrays={"head.weight": np.zeros(6_000_000, np.float32)})
+    silent, quick = await daemon.clients("silent", "quick")
+    call = silent.stub.PullAdapter(fed.PullAdapterRequest(run=run.id), metadata=silent.metadata)
+    await call.read()
+    async with asyncio.timeout(10):
+        _, data = await quick.pull(run.id, 0)
+    assert len(data) == 24_000_000
+    call.cancel()
+
+
 async def test_a_slow_upload_that_nobody_waits_for_is_left_alone(
     start: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

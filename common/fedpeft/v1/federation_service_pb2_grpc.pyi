@@ -120,7 +120,7 @@ class FederationServiceStub:
     """PullAdapter sends an adapter version: a header, then the payload from `offset` on in chunks. Tensors whose role is
     local are not in it. If `have_sha256` equals the payload's, only the header is sent.
     An interrupted pull is continued by calling again with `offset` at the first byte missing. While others wait, the
-    server ends a pull that has had 10 seconds with TURN_OVER, after at least one chunk.
+    server ends a pull that has had 10 seconds with TURN_OVER, also in the middle of a chunk that is not read.
       INVALID_ARGUMENT     DIGEST_INVALID       `have_sha256` is neither empty nor 32 bytes
       FAILED_PRECONDITION  NOT_REGISTERED       Register first
       NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
@@ -138,7 +138,7 @@ class FederationServiceStub:
     there is what counts, whatever its value. Without it the call has ended already, with an error or with the receipt.
     A chunk has at most 1 MiB; begin with 64 KiB and double it, for a chunk is no progress before its last byte is there.
     Too long a wait ends with TRANSFERS_BUSY. While others wait, an upload that has had 10 seconds
-    ends with TURN_OVER, after at least one chunk. A client has one turn: its newer upload, of whatever ticket, ends its
+    ends with TURN_OVER, also while nothing comes. A client has one turn: its newer upload, of whatever ticket, ends its
     older one with TURN_OVER at once. Once the client half-closes, the upload ends: before the last byte, with UPLOAD_INCOMPLETE.
     A broken stream keeps what arrived; GetUpload says how much.
     Once the whole payload is there, it is checked and made durable though the call may be gone. A call that has waited
@@ -321,7 +321,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         """PullAdapter sends an adapter version: a header, then the payload from `offset` on in chunks. Tensors whose role is
         local are not in it. If `have_sha256` equals the payload's, only the header is sent.
         An interrupted pull is continued by calling again with `offset` at the first byte missing. While others wait, the
-        server ends a pull that has had 10 seconds with TURN_OVER, after at least one chunk.
+        server ends a pull that has had 10 seconds with TURN_OVER, also in the middle of a chunk that is not read.
           INVALID_ARGUMENT     DIGEST_INVALID       `have_sha256` is neither empty nor 32 bytes
           FAILED_PRECONDITION  NOT_REGISTERED       Register first
           NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
@@ -345,7 +345,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         there is what counts, whatever its value. Without it the call has ended already, with an error or with the receipt.
         A chunk has at most 1 MiB; begin with 64 KiB and double it, for a chunk is no progress before its last byte is there.
         Too long a wait ends with TRANSFERS_BUSY. While others wait, an upload that has had 10 seconds
-        ends with TURN_OVER, after at least one chunk. A client has one turn: its newer upload, of whatever ticket, ends its
+        ends with TURN_OVER, also while nothing comes. A client has one turn: its newer upload, of whatever ticket, ends its
         older one with TURN_OVER at once. Once the client half-closes, the upload ends: before the last byte, with UPLOAD_INCOMPLETE.
         A broken stream keeps what arrived; GetUpload says how much.
         Once the whole payload is there, it is checked and made durable though the call may be gone. A call that has waited

@@ -27,7 +27,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.waits import HOLD_S
 from fedpeft.wire import manifest_to_proto, training_to_proto
-from fedpeft_server.call import actor
+from fedpeft_server.call import CALL, actor
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
@@ -170,6 +170,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         if request.offset:
             await self._ledger.resumed(self._store, request.offset)
         async with self._downloads.take(client) as turn, self._store.opened(outbound.open, *stored) as file:
+            CALL.get().turn = turn
             for offset, length in chunks(request.offset, size):
                 if offset > request.offset:
                     turn.check()

@@ -123,12 +123,13 @@ class Gate(grpc.aio.ServerInterceptor):
             AnswerTooLarge: If one of them is larger than a message may be.
             CertificateExpired: If the caller's certificate has ended meanwhile.
             TransferStalled: If the client reads nothing for too long.
+            TurnOver: Likewise, once its turn has had its time and others wait.
         """
         async with aclosing(messages):
             async for message in messages:
                 self.admission.check(call)
                 try:
-                    async with asyncio.timeout(STALL_S):
+                    async with call.turn.bounded(STALL_S) if call.turn else asyncio.timeout(STALL_S):
                         await context.write(message)
                 except TimeoutError:
                     raise TransferStalled(

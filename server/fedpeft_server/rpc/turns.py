@@ -1,8 +1,8 @@
 """Turns: a limited number of transfers at once, so that the server's memory does not grow with its clients.
 
 First come, first served. A transfer may take as long as it likes while nobody waits; once somebody does, it has TURN_S,
-then gives way after the chunk under way, lines up again and goes on at the byte where it stands. So each turn moves
-one chunk or more, none outlasts TURN_S and a stall, and a few slow clients cannot keep the others waiting for ever.
+then gives way after the chunk under way, or at once if nothing comes or is read, lines up again and goes on at the byte
+where it stands. So neither a few slow clients nor silent ones keep the others waiting.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Turn:
         """Whether another transfer of the client took its place or turn."""
         self._turns = turns
         self._waiting: asyncio.Timeout | None = None
+        self._hurried = False
 
     @property
     def here(self) -> bool:
@@ -55,18 +56,32 @@ class Turn:
         """Bounds a wait for the other side.
 
         Raises:
-            TurnOver: As soon as another transfer of the client takes the turn.
+            TurnOver: As soon as another transfer of the client takes the turn, or once it had its time and others wait.
             TimeoutError: After `seconds`.
         """
         self._check_place()
         try:
             async with asyncio.timeout(seconds) as self._waiting:
+                if self._turns.awaited():
+                    self.hurry()
                 yield
         except TimeoutError:
             self._check_place()
+            if self._hurried:
+                raise self._over() from None
             raise
         finally:
-            self._waiting = None
+            self._waiting, self._hurried = None, False
+
+    def hurry(self) -> None:
+        """Ends a wait under `bounded` when the turn has had its time: others wait for it now."""
+        if self._waiting is None or self.since == 0:
+            return
+        left = self.since + TURN_S - time.monotonic()
+        ends, loop = self._waiting.when(), asyncio.get_running_loop()
+        if ends is None or ends > loop.time() + left:
+            self._waiting.reschedule(loop.time() + max(left, 0))
+            self._hurried = True
 
     def check(self) -> None:
         """Says after a chunk whether there may be another.
@@ -76,7 +91,10 @@ class Turn:
         """
         self._check_place()
         if time.monotonic() - self.since >= TURN_S and self._turns.awaited():
-            raise TurnOver(f"this transfer had its turn of {TURN_S:g} s and others wait; continue where it stands")
+            raise self._over()
+
+    def _over(self) -> TurnOver:
+        return TurnOver(f"this transfer had its turn of {TURN_S:g} s and others wait; continue where it stands")
 
     def _check_place(self) -> None:
         if self.replaced:
@@ -139,6 +157,9 @@ class Turns:
             del self._line[turn.client]
         self._line[turn.client] = turn  # in the older one's place, if there was one
         self._serve()
+        if self._line.get(turn.client) is turn:
+            for other in self._held.values():
+                other.hurry()
 
     async def _come(self, turn: Turn) -> None:
         try:
