@@ -77,8 +77,8 @@ def test_a_stream_sends_what_changes_and_nothing_else(federation: Federation) ->
         found = json.loads(line.removeprefix("data: "))
         return found["id"], found["html"]
 
-    first = {fragment()[0] for _ in range(11)}
-    assert first >= {"head", "stage", "series", "members", "rounds", "said-norms"}
+    first = {fragment()[0] for _ in range(14)}
+    assert first >= {"head", "stage", "series", "members", "rounds", "configuration", "end", "said-norms", "said-spent"}
     federation.play(("streamed-1", "streamed-2"), 1)
     changed = {}
     while "rounds" not in changed or "version 1" not in changed["rounds"]:

@@ -63,12 +63,78 @@ async def test_a_run_shows_its_round_its_curves_and_who_is_wrong(operator: Looke
     await expect(stage).to_contain_text("3 of 5 updates, quorum 3")
     await expect(stage.get_by_role("listitem").filter(has_text="Training")).to_have_attribute("aria-current", "step")
     await expect(stage.get_by_role("row")).to_have_count(6)
-    await expect(page.locator("figure canvas")).to_have_count(4)
+    await expect(page.locator("figure canvas")).to_have_count(5)
     await expect(page.locator("#said-accuracy")).to_contain_text("From 11.0 % (version 0) to 47.9 % (version 6)")
     await expect(page.locator("#said-norms")).to_contain_text(f"these stand out: {WRONG}")
     await expect(page.locator(f"#member-{WRONG}")).to_contain_text("update norm 7.7 times the median, in rounds 3, 6")
     await expect(page.locator("#member-openmoji")).to_contain_text("refused in round 5: PAYLOAD_INVALID")
     await expect(page.locator("#round-5")).to_contain_text("1 refused")
+
+
+async def test_a_legend_shows_the_newest_values_before_anybody_points_at_the_chart(
+    operator: Looked, story: Story
+) -> None:
+    page = await operator.page(f"/runs/{story.live}")
+    legends = {
+        name: page.locator(f'[data-chart="{name}"] .u-legend') for name in ("accuracy", "spent", "bytes", "loss")
+    }
+    await expect(legends["accuracy"]).to_contain_text(re.compile(r"Round:?\s*6\s*Accuracy:?\s*47\.9 %"))
+    await expect(legends["spent"]).to_contain_text(re.compile(r"Sent:?\s*1\.\d+ MiB\s*Accuracy:?\s*47\.9 %"))
+    await expect(legends["bytes"]).to_contain_text(re.compile(r"Up:?\s*103 KiB\s*Down:?\s*103 KiB"))
+    await expect(legends["loss"]).to_contain_text(re.compile(r"Training:?\s*1\.14\s*Held out:?\s*1\.821"))
+    over = page.locator('[data-chart="accuracy"] .u-over')
+    await over.hover(position={"x": 2, "y": 40})
+    await expect(legends["accuracy"]).to_contain_text(re.compile(r"Round:?\s*0\s*Accuracy:?\s*11\.0 %"))
+    await page.mouse.move(0, 0)
+    await expect(legends["accuracy"]).to_contain_text("47.9 %")
+
+
+async def test_the_configuration_of_a_run_stands_on_its_page_and_may_be_begun_with(
+    operator: Looked, story: Story
+) -> None:
+    page = await operator.page(f"/runs/{story.live}")
+    await page.get_by_text("The run file, with every default").click()
+    text = page.get_by_label("The run file of emoji")
+    await expect(text).to_contain_text('name = "vit_tiny_patch16_224"')
+    await expect(text).to_contain_text("quorum = 3")
+    shown = await text.inner_text()
+    await page.get_by_role("link", name="New run from this configuration").click()
+    field = page.get_by_label("Run file (TOML)")
+    assert (await field.input_value()).strip() == shown.strip()
+    await page.get_by_role("button", name="Check").click()
+    await expect(page.get_by_text("Valid: bias on vit_tiny_patch16_224, 12 rounds of 5 clients")).to_be_visible()
+
+
+async def test_a_new_run_begins_empty_or_with_an_example(operator: Looked) -> None:
+    page = await operator.page("/new")
+    field = page.get_by_label("Run file (TOML)")
+    assert await field.input_value() == ""
+    await page.get_by_role("link", name="LoRA on ViT-B/16").click()
+    await expect(field).to_have_value(re.compile(r'method = "lora"'))
+    await expect(page.get_by_role("link", name="LoRA on ViT-B/16")).to_have_attribute("aria-current", "page")
+    await page.get_by_role("button", name="Check").click()
+    await expect(page.get_by_text("Valid: lora on vit_base_patch16_224")).to_be_visible()
+    for wrong in ("example=nothing", "run=run-000000000000", "run=../x"):
+        answer = await page.request.get(f"{operator.base}/new?{wrong}")
+        assert answer.status == 404, wrong
+
+
+async def test_stop_is_not_beside_pause(operator: Looked, story: Story) -> None:
+    page = await operator.page(f"/runs/{story.live}")
+    await page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    boxes = [await page.get_by_role("button", name=name, exact=True).bounding_box() for name in ("Pause", "Stop")]
+    assert boxes[0] and boxes[1] and abs(boxes[0]["y"] - boxes[1]["y"]) > PHONE["height"]
+
+
+async def test_rounds_are_a_compact_list_on_a_phone(operator: Looked, story: Story) -> None:
+    page = await operator.page(f"/runs/{story.live}")
+    await page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    heights = [(await row.bounding_box() or {})["height"] for row in await page.locator("#rounds tbody tr").all()]
+    assert len(heights) == 7 and max(heights) < 80
+    await expect(page.locator("#round-5")).to_contain_text("1 refused")
+    await expect(page.locator("#round-5 td[data-label=Seconds]")).to_be_hidden()
+    await page.locator("#round-5 th a").click()  # what the line leaves out stands there
+    await expect(page.get_by_role("link", name="Download version 5")).to_be_visible()
 
 
 async def test_a_run_lives_without_a_reload(operator: Looked, story: Story) -> None:

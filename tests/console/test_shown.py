@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from fedpeft import wire
+from fedpeft.console.examples import EXAMPLES
 from fedpeft.console.facts import RoundFacts, TicketFacts
 from fedpeft.console.pages.creation import excerpts
 from fedpeft.console.run_file import Faulty, read
 from fedpeft.console.shown.captions import captions
 from fedpeft.console.shown.client import Followed, chart, history, remarks, tiles
+from fedpeft.console.shown.configuration import MOST_LINES, configuration, whole
 from fedpeft.console.shown.members import members
 from fedpeft.console.shown.outliers import norms, times
 from fedpeft.console.shown.overview import card
@@ -125,11 +128,47 @@ def test_a_round_that_was_not_scored_has_no_point() -> None:
     assert drawn["loss"]["loss"] == [None, None, None]
 
 
+def test_accuracy_is_drawn_against_all_that_was_sent_until_then() -> None:
+    unscored = round_(2, usual(2).tickets, metrics={"train_loss": 1.0})
+    drawn = series([usual(1), unscored, usual(3)], {"accuracy": 0.05})
+    assert drawn["spent"] == {"x": [0, 12_000, 36_000], "accuracy": [0.05, 0.1, 0.25]}
+    assert series([unscored], {})["spent"] == {"x": [], "accuracy": []}
+    long = series([usual(number) for number in range(1, 1001)], {})["spent"]
+    assert len(long["x"]) <= MOST_POINTS + 2 and long["x"][-1] == 12_000_000
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_a_run_file(name: str) -> None:
+    config = read(EXAMPLES[name].text)
+    assert (config.peft.method == name) == (name != "trial")
+
+
+def test_the_configuration_of_a_run_is_a_run_file_again() -> None:
+    run = a_run()
+    found = configuration(run)
+    assert read(found.text) == wire.config_from_proto(run.config)
+    assert (found.hidden, found.problem) == (0, "")
+    run.config.codec.up = "of a later version"
+    assert configuration(run).problem.startswith("it cannot be shown by this version: ")
+
+
+def test_a_configuration_of_many_classes_is_cut_on_the_page_and_whole_for_a_new_run() -> None:
+    run = a_run()
+    run.config.model.classes[:] = [f"class {number}" for number in range(5000)]
+    found = configuration(run)
+    assert len(found.text.splitlines()) == MOST_LINES and found.hidden > 4000
+    assert read(whole(run)).model.classes[-1] == "class 4999"
+
+
 def test_charts_are_said_in_words() -> None:
     said = captions([usual(1), usual(2, d=9.0)], {"accuracy": 0.05})
     assert said["accuracy"] == "From 5.0 % (version 0) to 18.2 % (version 2)."
     assert said["loss"] == "Training loss from 2.000 to 1.000, in nats."
-    assert said["bytes"].startswith("Round 2: 3.9 KiB up, 7.8 KiB down; full fine-tuning would have sent 3.81 MiB")
+    assert said["bytes"].startswith("Round 2: 3.9 KiB up (above the line), 7.8 KiB down (below it); full fine-tuning")
+    assert said["spent"] == "18.2 % after 23.4 KiB up and down. Full fine-tuning would have sent 15.26 MiB."
+    worse = [usual(1), round_(2, usual(2).tickets, metrics={"accuracy": 0.05})]
+    assert captions(worse, {})["spent"].startswith("5.0 % after 23.4 KiB up and down; the best, 10.0 %, after 11.7 KiB")
+    assert captions([], {"accuracy": 0.1})["spent"] == "No version has been scored since a round was committed."
     assert said["norms"] == "8 updates; these stand out: d (1, 9.0 times the median)."
     assert captions([], {})["norms"] == "No update has been received yet."
 

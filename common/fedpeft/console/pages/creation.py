@@ -9,34 +9,43 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from fedpeft import ids
 from fedpeft.config import RunConfig
 from fedpeft.console import run_file
 from fedpeft.console.desk import desk_of
-from fedpeft.console.guard import check_writer, session_of
+from fedpeft.console.examples import EXAMPLES
+from fedpeft.console.guard import Refused, check_writer, session_of
 from fedpeft.console.pages.forms import form_of
 from fedpeft.console.run_file import Fault, Faulty
+from fedpeft.console.shown.configuration import whole
 
 AROUND = 2
 """Lines shown before and after a faulty one."""
-EXAMPLE = """\
-name = "emoji"
-[model]
-name = "vit_small_patch14_dinov2"
-weights = "hub"
-image_size = 56
-classes = ["smileys", "people"]
-[peft]
-method = "bias"
-[rounds]
-count = 10
-clients = 5
-"""
 
 
 async def blank(request: Request) -> Response:
-    """Shows the form."""
+    """Shows the form: empty, or with an example or the configuration of a run, by name in the query."""
     check_writer(session_of(request))
-    return _form(request, EXAMPLE)
+    example, run = request.query_params.get("example", ""), request.query_params.get("run", "")
+    if run:
+        return _form(request, await _of_run(request, run), start=run)
+    if example and example not in EXAMPLES:
+        raise Refused(404, f"There is no example {example[:40]!r}; there are {', '.join(EXAMPLES)}.")
+    return _form(request, EXAMPLES[example].text if example else "", start=example)
+
+
+async def _of_run(request: Request, run: str) -> str:
+    """Returns the run file of a run.
+
+    Raises:
+        Refused: If there is no such run.
+        FedpeftError: If it cannot be read.
+    """
+    desk = desk_of(request)
+    if not ids.RUN.fullmatch(run) or not await desk.directory.knows_run(run):
+        raise Refused(404, f"There is no run {run[:80]}; the overview lists those there are.")
+    async with desk.line.connect() as server:
+        return whole((await server.run(run))[0])
 
 
 async def create(request: Request) -> Response:
@@ -69,13 +78,22 @@ def excerpts(text: str, wrong: Set[int]) -> list[list[tuple[int, str]]]:
     return pieces
 
 
-def _form(request: Request, text: str, *, faults: Sequence[Fault] = (), valid: RunConfig | None = None) -> Response:
+def _form(
+    request: Request,
+    text: str,
+    *,
+    start: str | None = None,
+    faults: Sequence[Fault] = (),
+    valid: RunConfig | None = None,
+) -> Response:
     return desk_of(request).paper.page(
         request,
         "new.html",
         "New run",
         status=422 if faults else 200,
         text=text,
+        start=start,
+        examples=EXAMPLES,
         excerpts=excerpts(text, {fault.line for fault in faults}),
         wrong={fault.line for fault in faults},
         faults=faults,

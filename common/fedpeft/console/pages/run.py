@@ -12,6 +12,7 @@ from fedpeft.console.live import stream
 from fedpeft.console.pages.asked import page_number, path_id, path_number
 from fedpeft.console.paper import Fragments
 from fedpeft.console.shown.captions import captions
+from fedpeft.console.shown.configuration import configuration
 from fedpeft.console.shown.members import members
 from fedpeft.console.shown.outliers import WINDOW, norms
 from fedpeft.console.shown.pages import leaf
@@ -89,6 +90,13 @@ def _about_run(desk: Desk, feed: RunFeed, may_write: bool) -> dict[str, str]:
     assert picture is not None
     return {
         "head": paper.fragment("run/head.html", head=head(picture.run), may_write=may_write),
+        "end": paper.fragment("run/end.html", head=head(picture.run), may_write=may_write),
+        "configuration": paper.fragment(
+            "run/configuration.html",
+            configuration=configuration(picture.run),
+            head=head(picture.run),
+            may_write=may_write,
+        ),
         "stage": paper.fragment(
             "run/stage.html", stage=stage(picture, feed.rounds), head=head(picture.run), declines=declines(picture.run)
         ),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from fedpeft import units, views
 from fedpeft.console.facts import RoundFacts
 from fedpeft.console.shown.outliers import FACTOR, norms, times
+from fedpeft.console.shown.series import spent
 from fedpeft.narration import names
 
 MOST_ODD = 6
@@ -18,6 +19,7 @@ def captions(rounds: Sequence[RoundFacts], initial: Mapping[str, float]) -> dict
     return {
         "accuracy": _accuracy(committed, initial),
         "loss": _loss(committed),
+        "spent": _spent(committed, initial),
         "bytes": _bytes(committed),
         "norms": _norms(rounds),
     }
@@ -51,10 +53,22 @@ def _bytes(committed: Sequence[RoundFacts]) -> str:
     if not committed:
         return "No round has been committed yet."
     last = committed[-1]
-    said = f"Round {last.number}: {units.size(last.up)} up, {units.size(last.down)} down"
+    said = f"Round {last.number}: {units.size(last.up)} up (above the line), {units.size(last.down)} down (below it)"
     if not last.full:
         return said + "."
-    return f"{said}; full fine-tuning would have sent {units.size(last.full)} each way. The scale is logarithmic."
+    return f"{said}; full fine-tuning would have sent {units.size(last.full)} each way."
+
+
+def _spent(committed: Sequence[RoundFacts], initial: Mapping[str, float]) -> str:
+    points = spent(committed, initial)
+    if not points or not points[-1][0]:
+        return "No version has been scored since a round was committed."
+    best = max(points, key=lambda point: point[1])
+    sent, accuracy = points[-1]
+    beside = "" if best[1] == accuracy else f"; the best, {units.percent(best[1])}, after {units.size(best[0])}"
+    full = sum(facts.full for facts in committed)
+    against = f". Full fine-tuning would have sent {units.size(2 * full)}" if full else ""
+    return f"{units.percent(accuracy)} after {units.size(sent)} up and down{beside}{against}."
 
 
 def _norms(rounds: Sequence[RoundFacts]) -> str:

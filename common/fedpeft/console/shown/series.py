@@ -22,10 +22,8 @@ def series(rounds: Sequence[RoundFacts], initial: Mapping[str, float]) -> Json:
     return {
         "accuracy": _curve(committed, {"accuracy": _metric("accuracy")}, initial),
         "loss": _curve(committed, {"loss": _metric("loss"), "train_loss": _metric("train_loss")}, initial),
-        "bytes": _curve(
-            committed,
-            {"up": lambda r: r.up or None, "down": lambda r: r.down or None, "full": lambda r: r.full or None},
-        ),
+        "spent": _spent(committed, initial),
+        "bytes": _curve(committed, {"up": lambda r: r.up or None, "down": lambda r: r.down or None}),
         "norms": scatter(list(norms(rounds))),
     }
 
@@ -51,12 +49,23 @@ def thinned(points: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> lis
     return sorted(kept)
 
 
+def spent(rounds: Sequence[RoundFacts], initial: Mapping[str, float]) -> list[tuple[int, float]]:
+    """Returns the accuracy of each version that was scored, as (bytes sent up and down until then, accuracy)."""
+    points, sent = [(0, initial["accuracy"])] if "accuracy" in initial else [], 0
+    for facts in rounds:
+        sent += facts.up + facts.down
+        if "accuracy" in facts.metrics:
+            points.append((sent, facts.metrics["accuracy"]))
+    return points
+
+
+def _spent(committed: Sequence[RoundFacts], initial: Mapping[str, float]) -> Json:
+    points = thinned(spent(committed, initial))
+    return {"x": [sent for sent, _ in points], "accuracy": [_rounded(accuracy) for _, accuracy in points]}
+
+
 def _metric(name: str) -> Callable[[RoundFacts], float | None]:
     return lambda facts: facts.metrics.get(name)
-
-
-def _sum(name: str) -> Callable[[RoundFacts], float | None]:
-    return lambda facts: getattr(facts, name) or None
 
 
 def _curve(

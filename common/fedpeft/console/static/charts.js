@@ -26,6 +26,9 @@
     return `${at === 0 ? bytes : Number(bytes.toPrecision(3))} ${units[at]}`;
   }
 
+  const binary = Array.from({ length: 52 }, (_, power) => 2 ** power);
+  const faint = (name) => css(name).replace(/^rgb\((.*)\)$/, "rgba($1, 0.12)");
+
   function axis(extra) {
     const ink = css("--muted"), line = css("--line");
     return {
@@ -60,7 +63,7 @@
     }
     return { scale: { distr: 3, range: (_, min, max) => (min == null ? [1, base] : [below(min), above(max)]) }, splits };
   }
-  const binary = logarithmic(1024, [1, 32]), decimal = logarithmic(10, [1, 2, 5]);
+  const decimal = logarithmic(10, [1, 2, 5]);
 
   // Points [round, norm, client, ratio, series] beside each other within their round, so that they do not hide each other.
   function beside(points) {
@@ -82,14 +85,22 @@
       scale: { range: roomy(0, Infinity) },
       axis: { size: 48 },
     }),
+    spent: (data) => ({
+      data: [data.x, data.accuracy],
+      series: [line("Accuracy", "--series-1", percent)],
+      scale: { range: roomy(0, 1) },
+      axis: { values: (_, ticks) => ticks.map((v) => `${Number((100 * v).toFixed(1))} %`), size: 56 },
+      x: { label: "Sent", value: size, axis: { incrs: binary, values: (_, ticks) => ticks.map(size), space: 90, size: 32 } },
+    }),
+    // Up above the line and down below it: the two are almost alike, so beside each other one would hide the other.
     bytes: (data) => ({
-      data: [data.x, data.up, data.down, data.full],
+      data: [data.x, data.up, data.down.map((v) => (v == null ? null : -v))],
       series: [
-        line("Up", "--series-1", size), line("Down", "--series-2", size, { dash: [6, 3] }),
-        line("Full fine-tuning, each way", "--series-3", size, { dash: [2, 3] }),
+        line("Up", "--series-1", size, { fill: faint("--series-1"), fillTo: 0 }),
+        line("Down", "--series-2", (v) => size(v == null ? v : -v), { dash: [6, 3], fill: faint("--series-2"), fillTo: 0 }),
       ],
-      scale: binary.scale,
-      axis: { splits: binary.splits, filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map(size), size: 68 },
+      scale: { range: (_, min, max) => [Math.min(0, (min ?? -1) * 1.08), Math.max(0, (max ?? 1) * 1.08)] },
+      axis: { incrs: binary, values: (_, ticks) => ticks.map((v) => size(Math.abs(v))), size: 76 },
     }),
     norms: (data) => {
       const all = beside([...data.usual.map((p) => [...p, 1]), ...data.apart.map((p) => [...p, 2])]);
@@ -111,16 +122,29 @@
     },
   };
 
+  // The legend shows the newest values while nobody points at the chart, and on a screen that cannot be pointed at.
+  function rest(u) {
+    const last = u.data.map((values) => {
+      let at = values.length - 1;
+      while (at > 0 && values[at] == null) at -= 1;
+      return at;
+    });
+    last[0] = Math.max(...last.slice(1));
+    u.setLegend({ idxs: last });
+  }
+
   function options(box, kind, chart) {
-    const series = [{ label: "Round", value: (u, v, _, at) => {
+    const series = [{ label: kind.x?.label ?? "Round", value: (u, v, _, at) => {
       if (v == null) return "–";
+      if (kind.x) return kind.x.value(v);
       return chart.names && at != null ? `${Math.round(v)}, ${chart.names[at]}` : String(v);
     } }, ...kind.series];
     return {
-      width: box.clientWidth, height: box.dataset.tall ? 300 : 240,
+      width: box.clientWidth, height: box.dataset.tall ? 300 : box.clientWidth < 420 ? 190 : 240,
       scales: { x: { time: false }, y: kind.scale },
-      axes: [rounds(), axis(kind.axis)], series,
+      axes: [kind.x ? axis(kind.x.axis) : rounds(), axis(kind.axis)], series,
       cursor: { y: false, points: { size: 8 } }, legend: { live: true },
+      hooks: { ready: [rest], setData: [rest], setCursor: [(u) => { if (u.cursor.idx == null) rest(u); }] },
     };
   }
 
