@@ -109,6 +109,11 @@ def _worker_options(settings: Settings, policy: Policy) -> Answer:
     return {
         "op": "open",
         "data": str(settings.data),
+        "reading": {
+            "image_column": settings.image_column,
+            "label_column": settings.label_column,
+            "max_image_pixels": settings.max_image_pixels,
+        },
         "label_map": _path(settings.label_map),
         "weights": _path(settings.weights),
         "device": settings.device,

@@ -11,6 +11,7 @@ from pydantic_settings import SettingsConfigDict
 
 from fedpeft import ids
 from fedpeft.addresses import Address, check_endpoint
+from fedpeft.data.reading import MAX_PIXELS
 from fedpeft.identity.folder import Identity
 from fedpeft.logs import LogFormat
 from fedpeft.settings import ProcessSettings
@@ -71,6 +72,12 @@ class Settings(ProcessSettings):
     """File with the backbone's weights, in place of what the run names; the fingerprint proves it right."""
     label_map: Path | None = None
     """File that maps labels of the data to classes of the run."""
+    image_column: str | None = None
+    """Column of parquet that holds the images; image or img if absent."""
+    label_column: str | None = None
+    """Column of parquet that holds the labels; label or labels if absent."""
+    max_image_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
+    """Pixels of the largest image that is opened; a larger one may be meant to fill memory and counts as unreadable."""
     policy: Path | None = None
     """TOML file with what a server may ask for (docs/site-owner.md); if absent, policy.toml in the state directory, if
     that is there, else nothing is limited."""

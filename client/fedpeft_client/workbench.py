@@ -23,6 +23,7 @@ from fedpeft import models, wire
 from fedpeft.config import TrainingConfig
 from fedpeft.data.inventory import EMPTY
 from fedpeft.data.labels import read_label_map
+from fedpeft.data.reading import Reading
 from fedpeft.devices import device_of
 from fedpeft.errors import StateInvalid
 from fedpeft.learning import IMAGES, learner_of, where
@@ -70,7 +71,7 @@ class Workbench:
     """Data and models of one site.
 
     Args:
-        options: The `open` request: data, label_map, weights, device, threads, checkpointing, policy,
+        options: The `open` request: data, reading, label_map, weights, device, threads, checkpointing, policy,
             evaluate.
 
     Raises:
@@ -83,7 +84,8 @@ class Workbench:
             torch.set_num_threads(options["threads"])
         self._device = device_of(options["device"])
         kind, path = where(options["data"])
-        self._learner = learner_of(kind)
+        self._reading = Reading(**options["reading"])
+        self._learner = learner_of(kind, self._reading)
         self._source = self._learner.read(path)
         self._inventory = getattr(self._source, "inventory", EMPTY)  # another kind of model has data of its own form
         label_map, weights = options["label_map"], options["weights"]
@@ -147,7 +149,7 @@ class Workbench:
         """
         if self._site.kind != IMAGES:
             return {"images": len(self._source), "unreadable": 0, "named": [], "bits": None}
-        found = survey(self._source, progress)
+        found = survey(self._source, progress, self._reading.max_image_pixels)
         self._site = replace(self._site, unreadable=found.by_class)
         bad = found.unreadable
         return {

@@ -289,6 +289,12 @@ class SimulationConfig(_Section):
     """Concentration for dirichlet and quantity: smaller is more skewed."""
     column: str | None = None
     """The column whose values are the clients, for natural."""
+    image_column: str | None = None
+    """Column of parquet that holds the images; image or img if absent."""
+    label_column: str | None = None
+    """Column of parquet that holds the labels; label or labels if absent."""
+    max_image_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Pixels of the largest image that is opened; Pillow's limit, 178,956,970, if absent."""
     engine: Literal["inprocess"] = "inprocess"
     """Where simulated clients run: one after the other in the process itself."""
 

@@ -22,10 +22,11 @@ from fedpeft.config import TrainingConfig, split_kind
 from fedpeft.data.dataset import ImageDataset, dataset_of
 from fedpeft.data.interface import Selection, Source
 from fedpeft.data.labels import map_labels
+from fedpeft.data.reading import USUAL, Reading
 from fedpeft.data.sources import open_source
 from fedpeft.data.store import CACHE_BYTES
 from fedpeft.data.transforms import Preprocessing
-from fedpeft.errors import TrainingFailed
+from fedpeft.errors import SettingsInvalid, TrainingFailed
 from fedpeft.evaluation import evaluate
 from fedpeft.kind import Examples, Kind, Task, kind_of
 from fedpeft.models import Backbone
@@ -117,13 +118,22 @@ class Learner(ABC, Generic[SourceT, DataT]):
         """Scores a model in a precision of `[training]`; see `fedpeft.evaluation.evaluate`."""
 
 
-def learner_of(kind: str) -> Learner[Any, Any]:
+def learner_of(kind: str, reading: Reading = USUAL) -> Learner[Any, Any]:
     """Returns the learner of a kind, `IMAGES` or one that is installed here.
 
+    Args:
+        kind: Its name.
+        reading: How images are read.
+
     Raises:
-        ModelInvalid: If it is not.
+        ModelInvalid: If there is no such kind.
+        SettingsInvalid: If something is said of the reading of images, and the kind is another.
     """
-    return Images() if kind == IMAGES else OfKind(kind_of(kind))
+    if kind == IMAGES:
+        return Images(reading)
+    if reading != USUAL:
+        raise SettingsInvalid(f"columns and pixels are of images; data of kind {kind!r} have none to name")
+    return OfKind(kind_of(kind))
 
 
 def where(data: str) -> tuple[str, str]:
@@ -132,11 +142,18 @@ def where(data: str) -> tuple[str, str]:
 
 
 class Images(Learner[Source, ImageDataset]):
-    """Images, for timm's classifiers."""
+    """Images, for timm's classifiers.
+
+    Args:
+        reading: How they are read.
+    """
+
+    def __init__(self, reading: Reading = USUAL) -> None:
+        self._reading = reading
 
     def read(self, path: Path | str) -> Source:
         """See `Learner.read`. What of a folder is not read goes to the log."""
-        source = open_source(path)
+        source = open_source(path, self._reading.image_column, self._reading.label_column)
         for line in source.inventory.lines():
             _log.warning(line, data=str(path))
         return source
@@ -149,7 +166,7 @@ class Images(Learner[Source, ImageDataset]):
         self, source: Source, backbone: Backbone, label_map: LabelMap, cache_bytes: int = CACHE_BYTES
     ) -> ImageDataset:
         """See `Learner.dataset`."""
-        classes, wanted = backbone.config.classes, Preprocessing.of(backbone)
+        classes, wanted = backbone.config.classes, Preprocessing.of(backbone, self._reading.max_image_pixels)
         return dataset_of(source, classes, wanted, label_map=label_map, cache_bytes=cache_bytes)
 
     def usable(self, data: ImageDataset) -> tuple[int, NDArray[np.int64]]:

@@ -166,6 +166,9 @@ def simulate(
     weights: str | Path | None = None,
     label_map: str | Path | None = None,
     device: str = "auto",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_image_pixels: int | None = None,
     committed: Callable[[SimulatedRound], None] | None = None,
 ) -> Simulation:
     """Holds a run's federation in this process, client after client, to the bits that a server and agents give.
@@ -178,6 +181,9 @@ def simulate(
         weights: A weights file, or a folder of them, that stands here for the one the run names.
         label_map: A file of own class names to the run's, for all of the data.
         device: auto, cpu, cuda or cuda:N.
+        image_column: Column of parquet that holds the images; as `[simulation]` says if absent.
+        label_column: Column of parquet that holds the labels; likewise.
+        max_image_pixels: Pixels of the largest image that is opened; likewise.
         committed: Told of every round as soon as it is committed.
 
     Raises:
@@ -188,7 +194,8 @@ def simulate(
     from fedpeft import simulation
 
     config = configured(run)
-    clients, partition = simulation.clients_of(Path(data), config)
+    reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
+    clients, partition = simulation.clients_of(Path(data), config, reading)
     report = simulation.simulate(
         config,
         clients,
@@ -196,6 +203,7 @@ def simulate(
         *(None if path is None else Path(path) for path in (evaluate, weights)),
         label_map=None if label_map is None else Path(label_map),
         device=device,
+        reading=reading,
         partition=partition,
         committed=None if committed is None else lambda row: committed(_round(row)),
     )

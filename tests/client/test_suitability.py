@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from fedpeft.data.sources import open_source
 from fedpeft.errors import BackboneMismatch, ModelInvalid
@@ -97,3 +99,14 @@ def test_a_survey_opens_every_image_and_names_those_that_cannot_be_read(tmp_path
     assert [name.rpartition(" ")[2] for name, _ in found.unreadable] == ["(3.png)", "(500.png)"]
     assert found.by_class == {"cat": 1, "emu": 1}
     assert [t["images"] for t in told] == [256, 512, 600] and told[-1] == {"images": 600, "of": 600, "unreadable": 2}
+
+
+def test_a_survey_finds_the_bits_in_use_and_follows_the_limit_of_pixels(tmp_path: Path) -> None:
+    for k in range(3):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), 4095 >> k, np.uint16)).save(tmp_path / "cat" / f"{k}.png")
+    source = open_source(tmp_path)
+    assert survey(source, lambda _: None).bits == 12
+    found = survey(source, lambda _: None, max_pixels=63)
+    assert len(found.unreadable) == 3
+    assert "8 x 8 pixels, more than 63 pixels; --max-image-pixels raises the limit" in found.unreadable[0][1]

@@ -182,6 +182,22 @@ def test_clients_of_a_column_of_classes_have_their_names(
     assert [client["name"] for client in record["clients"]] == ["cat", "dog"]
 
 
+def test_partition_of_other_columns(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    table = pq.read_table(images)
+    pq.write_table(table.rename_columns(["photo", "fine_label", "maker"]), images)
+    out = ("--clients", "2", "--out", str(tmp_path / "parts"))
+    assert fedpeft("partition", str(images), *out) == 1
+    assert "columns found: photo, fine_label, maker; --image-column names another" in capfd.readouterr().err
+    assert fedpeft("partition", str(images), "--image-column", "photo", *out) == 1
+    assert "no label column 'label' or 'labels'" in capfd.readouterr().err
+    columns = ("--image-column", "photo", "--label-column", "fine_label")
+    assert fedpeft("partition", str(images), *columns, "--index", *out) == 0
+    assert fedpeft("doctor", "--data", str(tmp_path / "parts" / "client-0.index.json"), "--json") in (0, 1)
+    assert fedpeft("doctor", "--data", str(images), *columns, "--json") in (0, 1)
+    said = capfd.readouterr().out
+    assert '"check": "data"' in said and "30 images of 2 classes" in said and "60 images of 2 classes" in said
+
+
 def test_dirichlet_partition_as_index_files(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "parts"
     law = ("--partition", "dirichlet", "--clients", "4", "--alpha", "0.5", "--seed", "3")

@@ -27,7 +27,7 @@ from fedpeft.evaluation import evaluate
 from fedpeft.models import build
 from fedpeft.peft import tune
 from fedpeft.simulation import bench, clients_of, simulate
-from fedpeft.simulation.clients import ClientData
+from fedpeft.simulation.clients import ClientData, reading_of
 from fedpeft.training import train
 from fedpeft.v1 import run_pb2
 
@@ -485,3 +485,29 @@ def test_the_command_ends_with_5_where_the_run_is_paused(tmp_path, capfd, monkey
     assert "'tiny' is paused" in said.out
     assert "ticket is given up" in said.err
     assert "ticket is given up" not in said.out
+
+
+@pytest.mark.parametrize("said", ["in the run file", "by the caller"])
+def test_columns_are_named_for_all_data_of_a_simulation(tmp_path, said):
+    usual = write(tmp_path / "usual.parquet", table(60))
+    odd = write(tmp_path / "odd.parquet", table(60, label="fine_label", image="photo"))
+    plain = config(simulation={"clients": 3})
+    simulate(plain, clients_of(usual, plain)[0], tmp_path / "plain", usual)
+    with pytest.raises(DataInvalid, match=r"no image column 'image' or 'img'.*photo, fine_label.*--image-column"):
+        clients_of(odd, plain)
+    columns = {"image_column": "photo", "label_column": "fine_label"}
+    settings = config(simulation={"clients": 3, **(columns if said == "in the run file" else {})})
+    reading = None if said == "in the run file" else reading_of(settings, **columns)
+    simulate(settings, clients_of(odd, settings, reading)[0], tmp_path / "odd", odd, reading=reading)
+    assert same(tensors(tmp_path / "plain")[1], tensors(tmp_path / "odd")[1])
+    cut = partitions.iid(60, 3, 7)
+    write_parts(odd, cut, tmp_path / "parts", image="photo", label="fine_label")
+    simulate(settings, clients_of(tmp_path / "parts", settings)[0], tmp_path / "written", odd, reading=reading)
+    assert same(tensors(tmp_path / "plain")[1], tensors(tmp_path / "written")[1])
+
+
+def test_a_limit_of_pixels_is_followed(tmp_path):
+    whole = write(tmp_path / "whole.parquet", table(60))
+    settings = config(simulation={"clients": 3, "max_image_pixels": 15})
+    with pytest.raises(DataInvalid, match="4 x 4 pixels, more than 15 pixels; --max-image-pixels"):
+        simulate(settings, clients_of(whole, settings)[0], tmp_path / "out")

@@ -10,6 +10,7 @@ import typer
 
 from fedpeft.caller import parsed
 from fedpeft.cli import output
+from fedpeft.cli.columns import ImageColumn, LabelColumn
 from fedpeft.cli.epilogs import epilog
 from fedpeft.cli.exits import Exit
 from fedpeft.cli.session import session_of
@@ -50,6 +51,8 @@ def doctor(
         Path | None, typer.Option("--state-dir", metavar="DIR", help="A client's state directory: checks that side.")
     ] = None,
     data: Annotated[Path | None, typer.Option("--data", metavar="PATH", help="That client's images.")] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -61,7 +64,19 @@ def doctor(
     for given in (session.asked, listen, metrics):
         if given:
             parsed(given)
-    setup = Setup(session.asked, session.identity, data_dir, listen, metrics, database, state_dir, data, device)
+    setup = Setup(
+        session.asked,
+        session.identity,
+        data_dir,
+        listen,
+        metrics,
+        database,
+        state_dir,
+        data,
+        device,
+        image_column,
+        label_column,
+    )
     findings = list(examine(setup)) if as_json else [_said(finding) for finding in examine(setup)]
     if as_json:
         output.say_json([asdict(finding) for finding in findings])

@@ -10,6 +10,7 @@ import typer
 
 from fedpeft import views
 from fedpeft.cli import output
+from fedpeft.cli.columns import ImageColumn, LabelColumn
 from fedpeft.cli.epilogs import epilog
 from fedpeft.cli.session import require
 from fedpeft.errors import SettingsInvalid
@@ -61,6 +62,8 @@ def partition(
     column: Annotated[
         str | None, typer.Option("--column", metavar="NAME", help="Column whose values are the clients, for natural.")
     ] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the draws.")] = 0,
     index: Annotated[
         bool, typer.Option("--index", help="Write index files that name rows of SOURCE in place of copies.")
@@ -75,9 +78,9 @@ def partition(
     from fedpeft.data.parts import write_parts
     from fedpeft.data.sources import open_source
 
-    whole = open_source(source)
+    whole = open_source(source, image_column, label_column)
     cut = _cut(whole, law, clients or 1, 0.0 if alpha is None else alpha, column or "", seed)
-    record = write_parts(source, cut, out, index=index)
+    record = write_parts(source, cut, out, index=index, image=image_column, label=label_column)
     if as_json:
         output.say_json(record)
         return

@@ -11,6 +11,7 @@ import typer
 
 from fedpeft import units, views
 from fedpeft.cli import output
+from fedpeft.cli.columns import ImageColumn, LabelColumn, MaxImagePixels
 from fedpeft.cli.epilogs import epilog
 from fedpeft.cli.exits import Exit
 from fedpeft.cli.session import require
@@ -47,6 +48,9 @@ def simulate(
         Path | None,
         typer.Option("--label-map", metavar="FILE", help="TOML or JSON of own class name = run class, for all data."),
     ] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    max_image_pixels: MaxImagePixels = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[
         int | None,
@@ -66,7 +70,8 @@ def simulate(
     from fedpeft import simulation
 
     _set_up(threads)
-    clients, partition = simulation.clients_of(data, config)
+    reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
+    clients, partition = simulation.clients_of(data, config, reading)
     said = _Progress(config.rounds.count, quiet=as_json)
     try:
         with faults_in(file):
@@ -78,6 +83,7 @@ def simulate(
                 weights,
                 label_map=label_map,
                 device=device,
+                reading=reading,
                 partition=partition,
                 committed=said.committed,
                 worked=said.worked,

@@ -22,11 +22,9 @@ from PIL import Image, UnidentifiedImageError
 from fedpeft.data.file_kinds import HEAD_BYTES, kind_of
 from fedpeft.data.file_names import FORMATS
 from fedpeft.data.interface import DEEP_BITS, ImageUnreadable
+from fedpeft.data.reading import MAX_PIXELS
 
 __all__ = ["FORMATS", "MAX_PIXELS", "BitsUnknown", "ImageUnreadable", "peak", "read_rgb"]
-
-MAX_PIXELS = 178_956_970
-"""Pixels of the largest image that is opened where nothing else is set: Pillow's own limit."""
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSED = {

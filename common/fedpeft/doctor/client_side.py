@@ -51,7 +51,7 @@ def check_data(setup: Setup) -> Iterator[Finding]:
         return
     from fedpeft.data.sources import open_source
 
-    source = open_source(setup.data)
+    source = open_source(setup.data, setup.image_column, setup.label_column)
     classes = source.class_names
     shown = ", ".join(classes[:5]) + (f" and {len(classes) - 5} more" if len(classes) > 5 else "")
     images, of_classes = counted(len(source), "image"), counted(len(classes), "class", "classes")

@@ -61,6 +61,8 @@ class Setup:
         state_dir: A client's state directory.
         data: A client's images.
         device: What a client computes on.
+        image_column: The column of its images, where that has not the usual name.
+        label_column: The column of their labels, likewise.
     """
 
     server: str | None = None
@@ -72,6 +74,8 @@ class Setup:
     state_dir: Path | None = None
     data: Path | None = None
     device: str = "auto"
+    image_column: str | None = None
+    label_column: str | None = None
 
     @property
     def identity_folder(self) -> Path | None:

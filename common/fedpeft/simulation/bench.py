@@ -10,6 +10,7 @@ import torch
 from fedpeft import figures, models, payload, seeds
 from fedpeft.config import RunConfig
 from fedpeft.data.labels import read_label_map
+from fedpeft.data.reading import USUAL, Reading
 from fedpeft.devices import device_of
 from fedpeft.errors import DataInvalid
 from fedpeft.learning import learner_of
@@ -71,10 +72,11 @@ class Workbench:
         weights: Path | None,
         label_map: Path | None,
         device: str,
+        reading: Reading = USUAL,
     ) -> None:
         self._config = config
         self._device = device_of(device)
-        self._learner = learner_of(config.model.kind)
+        self._learner = learner_of(config.model.kind, reading)
         backbone = models.build(config.model, config.rounds.seed, weights, str(self._device))
         self._model = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
         self.spec = self._model.spec
@@ -84,7 +86,7 @@ class Workbench:
         shared = {tensor.name for tensor in self.spec.shared}
         self._own = {name: values for name, values in self.initial.items() if name not in shared}
         renamed = None if label_map is None else read_label_map(label_map)
-        self._data = ClientData(clients, config, backbone, renamed)
+        self._data = ClientData(clients, config, backbone, renamed, reading)
         self._test = None if evaluation is None else self._data.open(evaluation, f"evaluation data {evaluation}")[0]
         self.memory = ClientMemory(memory)
 

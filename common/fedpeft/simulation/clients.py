@@ -21,6 +21,7 @@ from fedpeft.data import partitions
 from fedpeft.data.client_folders import clients_in, refuse_splits, subfolders
 from fedpeft.data.interface import Source
 from fedpeft.data.parts import RECORD, file_name
+from fedpeft.data.reading import MAX_PIXELS, USUAL, Reading
 from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.kind import Examples
 from fedpeft.learning import learner_of, where
@@ -37,7 +38,24 @@ Data = Source | Examples
 Clients = Mapping[str, Path | Data]
 
 
-def clients_of(path: Path, config: RunConfig) -> tuple[dict[str, Path | Data], dict[str, Any] | None]:
+def reading_of(
+    config: RunConfig,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_image_pixels: int | None = None,
+) -> Reading:
+    """Returns how the images of a simulation are read: as given, else as `[simulation]` says."""
+    said = config.simulation or SimulationConfig()
+    return Reading(
+        image_column or said.image_column,
+        label_column or said.label_column,
+        max_image_pixels or said.max_image_pixels or MAX_PIXELS,
+    )
+
+
+def clients_of(
+    path: Path, config: RunConfig, reading: Reading | None = None
+) -> tuple[dict[str, Path | Data], dict[str, Any] | None]:
     """Finds the clients in the data of a simulation.
 
     Args:
@@ -45,6 +63,7 @@ def clients_of(path: Path, config: RunConfig) -> tuple[dict[str, Path | Data], d
             `open_source` takes is one data set, which `[simulation]` divides. For another kind of model (`KIND:PATH`,
             or just the path) each folder in it is a client, or with `[simulation]` all of it is one data set.
         config: The run file.
+        reading: How images are read; as `[simulation]` says if absent.
 
     Returns:
         Data by client, and how it was divided (variant, alpha, seed, draws, digest, skew), None where it was before.
@@ -60,7 +79,7 @@ def clients_of(path: Path, config: RunConfig) -> tuple[dict[str, Path | Data], d
         raise DataInvalid(f"cannot read {error.filename or path}: {error.strerror}") from None
     if folders:
         return dict(folders), None
-    learner = learner_of(config.model.kind)
+    learner = learner_of(config.model.kind, reading or reading_of(config))
     source = learner.read(path)
     if config.simulation is None:
         raise ConfigInvalid(
@@ -128,6 +147,7 @@ class ClientData:
         config: The run file.
         backbone: Whose model the data are for.
         label_map: Own class names to the run's, for all clients.
+        reading: How images are read.
         cache_bytes: Images kept, decoded and encoded; examples of another kind.
     """
 
@@ -137,11 +157,12 @@ class ClientData:
         config: RunConfig,
         backbone: Backbone,
         label_map: Mapping[str, str | None] | None,
+        reading: Reading = USUAL,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._clients = clients
         self._config = config
-        self._learner = learner_of(config.model.kind)
+        self._learner = learner_of(config.model.kind, reading)
         self._backbone = backbone
         self._label_map = label_map or {}
         self._cache_bytes = cache_bytes

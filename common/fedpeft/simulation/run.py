@@ -23,6 +23,7 @@ from google.protobuf import json_format
 
 from fedpeft import durable, ids, payload, rounds, seeds, wire
 from fedpeft.config import RunConfig
+from fedpeft.data.reading import Reading
 from fedpeft.errors import (
     ConfigInvalid,
     DataInvalid,
@@ -35,7 +36,7 @@ from fedpeft.folding import squared_norm
 from fedpeft.mapped import mapped
 from fedpeft.rounds import Phase, Round, Ticket, TicketState
 from fedpeft.simulation.bench import Trained, Version, Workbench
-from fedpeft.simulation.clients import Clients
+from fedpeft.simulation.clients import Clients, reading_of
 from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
 from fedpeft.simulation.versions import Versions
 from fedpeft.versions import Identity, RoundEmptied
@@ -56,6 +57,7 @@ def simulate(
     *,
     label_map: Path | None = None,
     device: str = "auto",
+    reading: Reading | None = None,
     run: str = RUN,
     partition: Mapping[str, Any] | None = None,
     committed: Callable[[Json], None] | None = None,
@@ -74,6 +76,7 @@ def simulate(
         weights: A file, or a folder of files, that stands for the weights that the run names.
         label_map: A file of own class names to the run's, for all of the data.
         device: auto, cpu, cuda or cuda:N.
+        reading: How images are read; as `[simulation]` says if absent.
         run: Id of the run, which stands in the adapter file and the records.
         partition: How the data was divided, for the report.
         committed: Told of every committed round, as the report has it.
@@ -93,6 +96,7 @@ def simulate(
         StateInvalid: If `out` cannot be written.
     """
     _check(config, clients)
+    reading = reading or reading_of(config)
     # As a server gets it: without [simulation], and numbers of options as the message has them.
     config = wire.config_from_proto(wire.config_to_proto(config))
     try:
@@ -100,7 +104,7 @@ def simulate(
         with durable.scratch(out / "simulation") as scratch:
             memory = scratch / "memory"
             memory.mkdir()
-            bench = Workbench(config, clients, memory, evaluate, weights, label_map, device)
+            bench = Workbench(config, clients, memory, evaluate, weights, label_map, device, reading)
             versions = Versions(Identity(run, config, bench.spec, bench.fingerprint), out, scratch)
             simulation = _Simulation(config, sorted(clients), bench, versions, run)
             report = {**simulation.hold(committed, worked), "partition": None if partition is None else dict(partition)}

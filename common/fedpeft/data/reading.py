@@ -1,0 +1,27 @@
+"""How a site's images are read where the usual names and limits do not fit; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_PIXELS = 178_956_970
+"""Pixels of the largest image that is opened where nothing else is set: Pillow's own limit."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the owner of the data says about reading it.
+
+    Attributes:
+        image_column: Column of parquet that holds the images; None: `image` or `img`.
+        label_column: Column of parquet that holds the labels; None: `label` or `labels`.
+        max_image_pixels: Pixels of the largest image that is opened.
+    """
+
+    image_column: str | None = None
+    label_column: str | None = None
+    max_image_pixels: int = MAX_PIXELS
+
+
+USUAL = Reading()
+"""Nothing said."""
