@@ -27,6 +27,7 @@ An end that is none of these is an error that only a person can mend.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version as installed_version
 
@@ -35,6 +36,8 @@ from fedpeft.codecs import codecs
 from fedpeft.errors import (
     ClientMoved,
     FedpeftError,
+    InvalidArgument,
+    LocalError,
     NotFound,
     NotRegistered,
     RefusedByPolicy,
@@ -80,6 +83,8 @@ from fedpeft_client.worker_process import Answer, WorkerProcess
 MAX_REASONS = 8
 """Most reasons that the server keeps of one answer."""
 
+EVALUATIONS = 3
+"""How often an evaluator tries to score a version."""
 _NOBODYS_FAULT = frozenset(
     error.reason for error in (RefusedByPolicy, RunFinished, RunNotFound, TicketClosed, TicketNotFound, VersionNotFound)
 )
@@ -130,6 +135,7 @@ class Agent:
         self._evaluator = Evaluator(channel, self._patience, worker, ledger, metrics)
         self._fitness = Fitness(worker, log)
         self._holds = Holds()
+        self._attempts: Counter[tuple[str, int]] = Counter()
         self._setback = Backoff()
         self._pace = Pace()
         self._said_idle = False
@@ -309,13 +315,33 @@ class Agent:
             with self._metrics.during(State.EVALUATING), tracing.span("evaluate", task.run, task.version):
                 await self._limits.while_permitted(self._evaluator.evaluate(run, held, log))
 
-        if failure := await self._tried(task.run, evaluate):
-            log.error("version is not scored", version=task.version, cause=failure.here)
-            if failure.kind not in _NOBODYS_FAULT:
-                self._leave_out(task.run, surely=failure.kind == FAULT.reason)
-            await self._setback.pause()
-        else:
+        failure = await self._tried(task.run, evaluate)
+        if failure is None:
+            self._attempts.pop((task.run, task.version), None)
             self._holds.succeeded(task.run)
+            return
+        log.error("version is not scored", version=task.version, cause=failure.here)
+        if failure.kind not in _NOBODYS_FAULT:
+            await self._cannot_score(task, failure, log)
+        await self._setback.pause()
+
+    async def _cannot_score(self, task: pb.EvaluationTask, failure: Reason, log: Log) -> None:
+        """Counts a failed attempt at a version; after the last one it is given up, and the other versions go on."""
+        key = task.run, task.version
+        self._attempts[key] += 1
+        if failure.kind == FAULT.reason:
+            self._leave_out(task.run, surely=True)
+        if self._attempts[key] < EVALUATIONS and not isinstance(failure.error, InvalidArgument):
+            return
+        log.error("version is given up; the others go on", version=task.version, attempts=self._attempts.pop(key))
+        self._metrics.evaluations_given_up.labels(task.run).inc()
+        try:
+            await self._evaluator.give_up(task.run, task.version, f"{failure.kind}: {failure.told}")
+        except (LocalError, *NOT_ABOUT_THE_TASK):
+            raise
+        except FedpeftError as error:
+            log.error("the server could not be told", version=task.version, cause=str(error))
+            self._leave_out(task.run, surely=True)
 
     def _leave_out(self, run: str, *, surely: bool) -> None:
         """Counts a failure of a run, so that this site works for others if it fails again and again."""

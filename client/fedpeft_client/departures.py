@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from fedpeft.payload import chunks
 from fedpeft.v1 import access_service_pb2 as access_pb
@@ -82,5 +83,7 @@ def withdrawal(request: pb.WithdrawRequest, run: str, number: int) -> Departure:
 
 def evaluation(request: pb.PushEvaluationRequest) -> Departure:
     """Figures of a version."""
-    said = {"version": request.version, "metrics": dict(sorted(request.metrics.items()))}
+    said: dict[str, Any] = {"version": request.version, "metrics": dict(sorted(request.metrics.items()))}
+    if request.failure:
+        said["failure"] = request.failure
     return Departure(Kind.EVALUATION, request.ByteSize(), said, request.run)

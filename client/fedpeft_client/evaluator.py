@@ -13,6 +13,7 @@ from fedpeft_client.metrics import Metrics
 from fedpeft_client.patience import Patience
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.trainer import adapter_json
+from fedpeft_client.withdrawals import MAX_REASON
 from fedpeft_client.worker_process import WorkerProcess
 
 
@@ -27,6 +28,16 @@ class Evaluator:
         self._worker = worker
         self._ledger = ledger
         self._metrics = metrics
+
+    async def give_up(self, run: str, version: int, reason: str) -> None:
+        """Tells the server that a version cannot be scored here, so that it gives the others.
+
+        Raises:
+            FedpeftError: If the server does not take that.
+        """
+        message = pb.PushEvaluationRequest(run=run, version=version, failure=reason[:MAX_REASON])
+        with self._ledger.booked(departures.evaluation(message)):
+            await self._patience.keep(lambda: self._channel.push_evaluation(message))
 
     async def evaluate(self, run: KnownRun, held: Held, log: Log) -> None:
         """Scores a version on this site's data and pushes the figures.

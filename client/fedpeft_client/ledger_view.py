@@ -125,6 +125,8 @@ def _update(said: Mapping[str, Any]) -> str:
 
 
 def _evaluation(said: Mapping[str, Any]) -> str:
+    if said.get("failure"):
+        return f"version {said.get('version')} cannot be scored: {said['failure']}"
     figures = said.get("metrics", {})
     accuracy = f", accuracy {figures['accuracy']:.3f}" if "accuracy" in figures else ""
     return f"version {said.get('version')}: {counted(len(figures), 'figure')}{accuracy}"

@@ -46,6 +46,9 @@ class Metrics:
         self.tickets_given_up = Counter(
             "fedpeft_client_tickets_given_up", "Tickets given back, by reason.", ("run", "reason"), registry=r
         )
+        self.evaluations_given_up = Counter(
+            "fedpeft_client_evaluations_given_up", "Versions that could not be scored.", run, registry=r
+        )
         self.left_out = Counter(
             "fedpeft_client_runs_left_out",
             "Times that a run was left out for a while, because work for it failed.",

@@ -129,8 +129,9 @@ async def _scored(connect: Connect, picture: Picture) -> AsyncIterator[Picture]:
                 return
             give_up = now() + PATIENCE_S
             while last not in _scored_versions(picture.rounds) and now() < give_up:
-                waiting = f"waiting for the evaluator's figures of version {last}"
-                yield (picture := replace(picture, changed=frozenset(), waiting=waiting))
+                if _given_up(picture.run, last):
+                    return
+                yield (picture := replace(picture, changed=frozenset(), waiting=waiting_line(picture.run)))
                 await asyncio.sleep(SCORE_PAUSE_S)
                 rounds = await server.rounds(picture.run.id, picture.settled(scored=True))
                 # The run too: figures of version 0 stand there. It is asked for last, so it has what was scored before.
@@ -138,8 +139,21 @@ async def _scored(connect: Connect, picture: Picture) -> AsyncIterator[Picture]:
                 if seen.changed:
                     give_up = now() + PATIENCE_S
                     yield (picture := seen)
+                else:
+                    picture = replace(picture, run=seen.run)
     except FedpeftError:
         return
+
+
+def waiting_line(run: run_pb2.Run) -> str:
+    """Returns what a watch of a finished run still waits for."""
+    how_far = "; ".join(views.evaluator_line(row) for row in views.evaluators(run) if row["backlog"])
+    return f"waiting for the evaluator's figures of version {run.version}" + (f" ({how_far})" if how_far else "")
+
+
+def _given_up(run: run_pb2.Run, version: int) -> bool:
+    """Whether no evaluator is left that could still score a version: each has, or said that it cannot."""
+    return bool(run.evaluators) and not any(each.backlog and each.next_version >= version for each in run.evaluators)
 
 
 def _scored_versions(rounds: Mapping[int, run_pb2.Round]) -> frozenset[int]:
@@ -147,7 +161,12 @@ def _scored_versions(rounds: Mapping[int, run_pb2.Round]) -> frozenset[int]:
 
 
 async def _evaluator_seen(server: OperatorClient, run: run_pb2.Run) -> bool:
-    """Whether an evaluator has called since the run was created; one that computes right now looks as if away."""
+    """Whether an evaluator has called since the run was created; one that computes right now looks as if away.
+
+    A server that is older than `Run.evaluators` is asked for its clients.
+    """
+    if run.evaluators:
+        return True
     return any(
         client.role == federation_service_pb2.CLIENT_ROLE_EVALUATOR
         and client.last_seen.ToNanoseconds() >= run.created_at.ToNanoseconds()

@@ -42,6 +42,9 @@ class Narrator:
             lines += self._once(phase_line(current, picture.run), key)
         for decline in picture.run.declines:
             lines += self._once(decline_line(decline))
+        for row in views.evaluators(picture.run):
+            for line in views.failed_lines(row):
+                lines += self._once(line)
         lines += self._state_lines(picture.run)
         return lines + self._once(picture.waiting)
 

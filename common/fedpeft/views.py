@@ -13,6 +13,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from fedpeft.units import counted as counted_noun
 from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2, tensor_pb2
 
 BYTES_PER_PARAMETER = 4
@@ -141,6 +142,7 @@ def run_json(run: run_pb2.Run, rounds: Iterable[run_pb2.Round], current: run_pb2
         "backbone_fingerprint": run.backbone_fingerprint,
         "initial_metrics": dict(sorted(run.initial_metrics.items())),
         "declines": [{"client": d.client, "reasons": list(d.reasons), "at": moment(d.at)} for d in run.declines],
+        "evaluators": evaluators(run),
         "config": json_format.MessageToDict(run.config, preserving_proto_field_name=True),
         "rounds": [round_json(r, run) for r in final],
         "in_progress": progress_json(current) if current else None,
@@ -194,6 +196,7 @@ def client_json(client: operator_service_pb2.Client) -> Json:
         "client": client.id,
         "role": role(client),
         "activity": client.activity,
+        "scoring": _task(client.scoring) if client.HasField("scoring") else None,
         "updates": client.updates,
         "examples": client.capabilities.examples,
         "device": client.capabilities.device,
@@ -230,6 +233,44 @@ def identity_json(identity: access_service_pb2.Identity) -> Json:
         "issuer": identity.issuer,
         "restored_at": moment(identity.restored_at),
     }
+
+
+def evaluators(run: run_pb2.Run) -> list[Json]:
+    """Returns how far each evaluator is with a run."""
+    return [
+        {
+            "evaluator": each.evaluator,
+            "scored": each.scored,
+            "backlog": each.backlog,
+            "next_version": each.next_version if each.HasField("next_version") else None,
+            "scoring_version": each.scoring_version if each.HasField("scoring_version") else None,
+            "failed": [{"version": bad.version, "reason": bad.reason} for bad in each.failed],
+        }
+        for each in run.evaluators
+    ]
+
+
+def evaluator_line(row: Json) -> str:
+    """Returns how far an evaluator is, of a row of `evaluators`."""
+    now, backlog = row["scoring_version"], row["backlog"]
+    parts = [] if now is None else [f"scores version {now}"]
+    if backlog:
+        newest = f", the newest is {row['next_version']}" if now is None else ""
+        parts.append(f"{counted_noun(backlog, 'version')} to score{newest}")
+    elif now is None:
+        parts.append("nothing left to score")
+    if row["failed"]:
+        parts.append(f"{counted_noun(len(row['failed']), 'version')} could not be scored")
+    return f"{row['evaluator']}: " + ", ".join(parts)
+
+
+def failed_lines(row: Json) -> list[str]:
+    """Returns a line for each version that an evaluator could not score, of a row of `evaluators`."""
+    return [f"{row['evaluator']} could not score version {bad['version']}: {bad['reason']}" for bad in row["failed"]]
+
+
+def _task(task: federation_service_pb2.EvaluationTask) -> Json:
+    return {"run": task.run, "version": task.version}
 
 
 def _answer(answer: operator_service_pb2.RunAnswer) -> Json:

@@ -112,6 +112,9 @@ class Server:
             self.exporter, _ = self.metrics.serve(where.host, where.port)
         await tell_lost_versions(self.store)
         await self.runs.start()
+        for evaluator in self.callers.evaluators():
+            for run in self.runs.answers.accepted_by(evaluator):
+                self.runs.scoring.takes_part(run, evaluator)
         await self.store.call(self.store.db.transactions.write, Deed("server", "server.started", __version__))
         upkeep = (
             again(BOOK_S, self._book, "traffic could not be written"),

@@ -33,6 +33,8 @@ _BEGINNINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "round_seconds": (("open",), ("aggregating",)),
     "updates": (("received",), ("refused",), ("late",)),
     "update_norm": ((),),
+    "evaluation_backlog": ((),),
+    "evaluations_failed": ((),),
     "client_images_per_second": ((),),
     "client_gpu_memory_bytes": ((),),
 }
@@ -163,6 +165,15 @@ class Metrics:
             ("run", "phase"),
             buckets=_SECONDS,
             registry=r,
+        )
+        self.evaluation_backlog = Gauge(
+            "fedpeft_evaluation_backlog",
+            "Versions still to be scored, by the evaluator that has most left.",
+            run,
+            registry=r,
+        )
+        self.evaluations_failed = Counter(
+            "fedpeft_evaluations_failed", "Versions that an evaluator could not score.", run, registry=r
         )
         self.accuracy = Gauge(
             "fedpeft_accuracy", "Accuracy of the version scored last, 0 to 1.", ("run", "split"), registry=r

@@ -98,6 +98,7 @@ class FakeRun:
         self.tickets: dict[str, FakeTicket] = {}
         self.number = 0
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.failures: dict[int, str] = {}
 
     @property
     def finished(self) -> bool:
@@ -404,6 +405,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         await self._fail("PushEvaluation", context)
         assert self.run is not None
         self.run.evaluations[request.version] = dict(request.metrics)
+        if request.failure:
+            self.run.failures[request.version] = request.failure
         return pb.PushEvaluationResponse()
 
     async def _fail(self, method: str, context: Context) -> None:

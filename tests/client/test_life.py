@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from fedpeft.errors import CertificateRevoked, Internal, RoundClosed
+from fedpeft.errors import CertificateRevoked, Internal, MetricsInvalid, RoundClosed
 from fedpeft.v1 import run_pb2
 from fedpeft_client.__main__ import run
 from fedpeft_client.ledger_entries import Kind, Outcome, read
@@ -187,6 +187,22 @@ async def test_a_run_that_the_server_fails_on_is_left_out_and_another_one_goes_o
     await client.said("update received")
     assert broken.id in federation.left_out[-1]
     assert await client.kill(signal.SIGTERM) == 0
+
+
+async def test_a_version_that_cannot_be_scored_is_given_up_and_later_ones_go_on(
+    federation: Federation, start_client: StartClient, tmp_path: Path
+) -> None:
+    federation.run = tiny_run()
+    federation.run.versions.append(federation.run.versions[0])
+    federation.fail = {"PushEvaluation": [MetricsInvalid("the figure loss is -1")]}
+    client = await start_client("--evaluate", "--once")
+    await client.said("version is given up; the others go on")
+    assert await client.ended() == 0, "".join(client.text)
+    assert federation.run.failures == {0: "METRICS_INVALID: the figure loss is -1"}
+    assert "accuracy" in federation.run.evaluations[1]
+    booked = read(tmp_path / "site-a" / "ledger.jsonl").booked.values()
+    words = [row.cells()[4] for row in rows(booked) if row.departure.kind is Kind.EVALUATION]
+    assert words[1] == "version 0 cannot be scored: METRICS_INVALID: the figure loss is -1"
 
 
 async def test_late_update_grows_the_residual_and_the_next_update(

@@ -144,6 +144,8 @@ def _headline(whole: views.Json) -> list[str]:
         f"  {whole['method']} on {config['model']['name']}, {tuned:,} parameters{share}",
         f"  version {whole['version']} of {config['rounds']['count']}, created {whole['created_at'] or '-'}",
         *(f"  {d['client']} declined: {'; '.join(d['reasons'])}" for d in whole["declines"]),
+        *(f"  evaluator {views.evaluator_line(row)}" for row in whole["evaluators"]),
+        *(f"  {line}" for row in whole["evaluators"] for line in views.failed_lines(row)),
     ]
 
 

@@ -227,7 +227,7 @@ def clients_table(
         (
             client.id,
             views.role(client),
-            client.activity,
+            client.activity + (f" v{client.scoring.version}" if client.HasField("scoring") else ""),
             f"{client.updates:,}",
             ago((now - client.last_seen.ToDatetime(UTC)).total_seconds()),
             f"declined: {declined[client.id]}" if client.id in declined else "",

@@ -837,12 +837,17 @@ class PushEvaluationRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     SPLIT_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Id of the run."""
     version: _builtins.int
     """Adapter version scored."""
     split: _builtins.str
     """Which data: `test` if empty. 1 to 64 of lower-case letters, digits, `_` and `-`; at most 16 in a run, of all evaluators."""
+    failure: _builtins.str
+    """Why the version cannot be scored, however often that was tried; then there are no metrics. At most 1,024 characters.
+    The evaluator gets the other versions, and this one again after its next Register.
+    """
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """`accuracy` (0 to 1), `loss` (nats, at least 0), `examples` (at least 0), `accuracy/CLASS` (0 to 1)...; at least one
@@ -856,10 +861,11 @@ class PushEvaluationRequest(_message.Message):
         version: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         split: _builtins.str = ...,
+        failure: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics", "run", b"run", "split", b"split", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "metrics", b"metrics", "run", b"run", "split", b"split", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -339,8 +339,9 @@ class FederationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PushEvaluation(self, request, context):
-        """PushEvaluation reports figures of one adapter version on held-out data. One answer a version and evaluator counts;
-        a repetition replaces it.
+        """PushEvaluation reports figures of one adapter version on held-out data, or that they cannot be had. One answer a version
+        and evaluator counts; a repetition replaces it. AwaitRound gives the newest version that the evaluator has not answered
+        for, so a new version comes before those that were missed.
         NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
         FAILED_PRECONDITION  NOT_REGISTERED       Register first
         PERMISSION_DENIED    NOT_AN_EVALUATOR     the client did not register as an evaluator

@@ -182,8 +182,9 @@ class FederationServiceStub:
       PERMISSION_DENIED    TICKET_OF_ANOTHER
     """
     PushEvaluation: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.PushEvaluationRequest, _federation_service_pb2.PushEvaluationResponse]
-    """PushEvaluation reports figures of one adapter version on held-out data. One answer a version and evaluator counts;
-    a repetition replaces it.
+    """PushEvaluation reports figures of one adapter version on held-out data, or that they cannot be had. One answer a version
+    and evaluator counts; a repetition replaces it. AwaitRound gives the newest version that the evaluator has not answered
+    for, so a new version comes before those that were missed.
       NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
       FAILED_PRECONDITION  NOT_REGISTERED       Register first
       PERMISSION_DENIED    NOT_AN_EVALUATOR     the client did not register as an evaluator
@@ -407,8 +408,9 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_service_pb2.PushEvaluationRequest,
         context: _aio.ServicerContext[_federation_service_pb2.PushEvaluationRequest, _abc.Awaitable[_federation_service_pb2.PushEvaluationResponse]],
     ) -> _abc.Awaitable[_federation_service_pb2.PushEvaluationResponse]:
-        """PushEvaluation reports figures of one adapter version on held-out data. One answer a version and evaluator counts;
-        a repetition replaces it.
+        """PushEvaluation reports figures of one adapter version on held-out data, or that they cannot be had. One answer a version
+        and evaluator counts; a repetition replaces it. AwaitRound gives the newest version that the evaluator has not answered
+        for, so a new version comes before those that were missed.
           NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
           FAILED_PRECONDITION  NOT_REGISTERED       Register first
           PERMISSION_DENIED    NOT_AN_EVALUATOR     the client did not register as an evaluator

@@ -715,6 +715,7 @@ class Client(_message.Message):
     ACTIVITY_FIELD_NUMBER: _builtins.int
     UPDATES_FIELD_NUMBER: _builtins.int
     ANSWERS_FIELD_NUMBER: _builtins.int
+    SCORING_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its id."""
     role: _federation_service_pb2.ClientRole.ValueType
@@ -739,6 +740,10 @@ class Client(_message.Message):
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunAnswer]:
         """Its answers for the runs that are not finished, oldest run first; where they are very many, only the first."""
 
+    @_builtins.property
+    def scoring(self) -> _federation_service_pb2.EvaluationTask:
+        """The version that an evaluator was given last and has not answered for; absent if there is none."""
+
     def __init__(
         self,
         *,
@@ -750,10 +755,11 @@ class Client(_message.Message):
         activity: _builtins.str = ...,
         updates: _builtins.int = ...,
         answers: _abc.Iterable[Global___RunAnswer] | None = ...,
+        scoring: _federation_service_pb2.EvaluationTask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "first_seen", b"first_seen", "last_seen", b"last_seen"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "first_seen", b"first_seen", "last_seen", b"last_seen", "scoring", b"scoring"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "answers", b"answers", "capabilities", b"capabilities", "first_seen", b"first_seen", "id", b"id", "last_seen", b"last_seen", "role", b"role", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "answers", b"answers", "capabilities", b"capabilities", "first_seen", b"first_seen", "id", b"id", "last_seen", b"last_seen", "role", b"role", "scoring", b"scoring", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -690,6 +690,7 @@ class Run(_message.Message):
     MODEL_PARAMETERS_FIELD_NUMBER: _builtins.int
     INITIAL_METRICS_FIELD_NUMBER: _builtins.int
     DECLINES_FIELD_NUMBER: _builtins.int
+    EVALUATORS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The server's id of the run: `run-` and 12 lower-case letters and digits."""
     backbone_fingerprint: _builtins.str
@@ -724,6 +725,10 @@ class Run(_message.Message):
         Where they are very many, only the first; ListClients has the answers of all.
         """
 
+    @_builtins.property
+    def evaluators(self) -> _containers.RepeatedCompositeFieldContainer[Global___Scoring]:
+        """The evaluators that take part, by id, and how far they are; for operators only. At most 32."""
+
     def __init__(
         self,
         *,
@@ -738,14 +743,94 @@ class Run(_message.Message):
         model_parameters: _builtins.int = ...,
         initial_metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         declines: _abc.Iterable[Global___Decline] | None = ...,
+        evaluators: _abc.Iterable[Global___Scoring] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone_fingerprint", b"backbone_fingerprint", "config", b"config", "created_at", b"created_at", "declines", b"declines", "id", b"id", "initial_metrics", b"initial_metrics", "model_parameters", b"model_parameters", "reason", b"reason", "spec", b"spec", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone_fingerprint", b"backbone_fingerprint", "config", b"config", "created_at", b"created_at", "declines", b"declines", "evaluators", b"evaluators", "id", b"id", "initial_metrics", b"initial_metrics", "model_parameters", b"model_parameters", "reason", b"reason", "spec", b"spec", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class Scoring(_message.Message):
+    """Scoring is how far an evaluator is with the versions of a run. It gets the newest version that it has not scored, then
+    the one before that.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVALUATOR_FIELD_NUMBER: _builtins.int
+    SCORED_FIELD_NUMBER: _builtins.int
+    BACKLOG_FIELD_NUMBER: _builtins.int
+    NEXT_VERSION_FIELD_NUMBER: _builtins.int
+    SCORING_VERSION_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    evaluator: _builtins.str
+    """The evaluator."""
+    scored: _builtins.int
+    """Versions that it scored."""
+    backlog: _builtins.int
+    """Versions that it has still to score; not those that it could not."""
+    next_version: _builtins.int
+    """The newest of those; absent if there is none."""
+    scoring_version: _builtins.int
+    """The version that it was given last and has not answered for; absent if there is none."""
+    @_builtins.property
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___FailedVersion]:
+        """Versions that it could not score, the newest first; at most 8."""
+
+    def __init__(
+        self,
+        *,
+        evaluator: _builtins.str = ...,
+        scored: _builtins.int = ...,
+        backlog: _builtins.int = ...,
+        next_version: _builtins.int | None = ...,
+        scoring_version: _builtins.int | None = ...,
+        failed: _abc.Iterable[Global___FailedVersion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_next_version", b"_next_version", "_scoring_version", b"_scoring_version", "next_version", b"next_version", "scoring_version", b"scoring_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_version", b"_next_version", "_scoring_version", b"_scoring_version", "backlog", b"backlog", "evaluator", b"evaluator", "failed", b"failed", "next_version", b"next_version", "scored", b"scored", "scoring_version", b"scoring_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__next_version: _TypeAlias = _typing.Literal["next_version"]  # noqa: Y015
+    _WhichOneofArgType__next_version: _TypeAlias = _typing.Literal["_next_version", b"_next_version"]  # noqa: Y015
+    _WhichOneofReturnType__scoring_version: _TypeAlias = _typing.Literal["scoring_version"]  # noqa: Y015
+    _WhichOneofArgType__scoring_version: _TypeAlias = _typing.Literal["_scoring_version", b"_scoring_version"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__next_version) -> _WhichOneofReturnType__next_version | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scoring_version) -> _WhichOneofReturnType__scoring_version | None: ...
+
+Global___Scoring: _TypeAlias = Scoring  # noqa: Y015
+
+@_typing.final
+class FailedVersion(_message.Message):
+    """FailedVersion is a version that an evaluator could not score, however often it tried; it tries again once it registers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version."""
+    reason: _builtins.str
+    """Why, in a sentence."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailedVersion: _TypeAlias = FailedVersion  # noqa: Y015
 
 @_typing.final
 class Ticket(_message.Message):

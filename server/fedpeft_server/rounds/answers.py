@@ -79,6 +79,10 @@ class Answers:
         answer = self._given.get(run, {}).get(client)
         return answer.examples if answer else 0
 
+    def accepted_by(self, client: str) -> list[str]:
+        """Returns the runs that a client accepted the last time that it was asked."""
+        return [run for run in self._runs_of.get(client, ()) if self._given[run][client].accepted]
+
     def forget(self, run: str) -> None:
         """Forgets a run that was deleted."""
         for client in self._given.pop(run, {}):

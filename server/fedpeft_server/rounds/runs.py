@@ -16,6 +16,7 @@ from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.answers import Answers
 from fedpeft_server.rounds.engine import ACTIVE, RunEngine
 from fedpeft_server.rounds.lobby import Lobby
+from fedpeft_server.rounds.scoring import Scoring
 from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.rounds.waiting import awaited
 from fedpeft_server.store.rows import AnswerRow, Deed, RoundRow, RunRow, VersionRow
@@ -62,6 +63,7 @@ class Runs:
         lobby: Who waits to be sampled.
         answers: What clients said to the offer of a run.
         steps: Transitions under way.
+        scoring: Which versions evaluators have scored.
         in_doubt: Runs of which nobody knows whether they are in the database; their uploads stay, for the next start
             to find out and remove what there is of one that was never written.
     """
@@ -69,6 +71,7 @@ class Runs:
     def __init__(self, store: Store, ledger: Ledger, metrics: Metrics) -> None:
         self.lobby = Lobby(self.look)
         self.answers = Answers()
+        self.scoring = Scoring(store)
         self.steps = Steps()
         self.in_doubt: set[str] = set()
         self._store = store
@@ -147,6 +150,7 @@ class Runs:
         del self._engines[run_id]
         self._ages.remove(engine.age)
         self.answers.forget(run_id)
+        self.scoring.forget(run_id)
         self._ledger.forget(run_id)
         self._metrics.forget(run_id)
         self._changed(engine)
@@ -219,6 +223,11 @@ class Runs:
         """Says in words what a run waits for."""
         run, answers = engine.run.id, self.answers
         return awaited(engine, len(self.ready(run)), len(answers.declines(run)), answers.awaited(run))
+
+    def show_backlog(self, engine: RunEngine) -> None:
+        """Shows how many versions of a run are still to be scored, if anybody scores them."""
+        if (backlog := self.scoring.backlog(engine.run)) is not None:
+            self._metrics.evaluation_backlog.labels(engine.run.id).set(backlog)
 
     def look(self) -> None:
         """Has the lobby looked at soon."""
@@ -294,6 +303,7 @@ class Runs:
     def _changed(self, engine: RunEngine) -> None:
         if engine.run.id in self._engines:
             self._sort(engine)
+            self.show_backlog(engine)
         self.announce(engine.run.id)
         self.look()
 

@@ -168,10 +168,14 @@ class Callers:
         if self._presence[client].scoring == task:
             self._presence[client].scoring = None
 
-    def is_scoring(self, client: str) -> bool:
-        """Says whether an evaluator has a version to score."""
+    def scoring(self, client: str) -> tuple[str, int] | None:
+        """Returns the run and the version that an evaluator was given and has not answered for, if there is one."""
         presence = self._presence.get(client)
-        return presence is not None and presence.scoring is not None
+        return None if presence is None else presence.scoring
+
+    def evaluators(self) -> list[str]:
+        """Returns the clients that registered as evaluators; looks at every client, so it is for the start."""
+        return [client for client, presence in self._presence.items() if presence.role == "evaluator"]
 
     def holder(self, client: str) -> tuple[str, str]:
         """Returns the instance that holds the id of a client, and its process; that is empty if it did not say."""

@@ -40,7 +40,7 @@ from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import ROLES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.rpc.uploads import Uploads
-from fedpeft_server.store.rows import AnswerRow, UpdateRow
+from fedpeft_server.store.rows import AnswerRow, FailedEvaluation, UpdateRow
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import Ledger
 
@@ -99,6 +99,8 @@ class Federation(pb_grpc.FederationServiceServicer):
             return response
         self._callers.register(client, role)
         self._runs.answers.ask_again(client)
+        if role == "evaluator":
+            await self._runs.scoring.try_again(client)
         (instance, process), said = self._callers.holder(client), capabilities.SerializeToString()
         await self._store.call(self._store.db.see_client, client, instance, role, said, time.time(), process)
         self._log.info("client registered", client=client, role=role, device=capabilities.device)
@@ -138,6 +140,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         examples = min(request.examples, sayings.MAX_EXAMPLES)
         answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, examples, time.time())
         await self._runs.answer(answer, actor())
+        if self._callers.role(client) == "evaluator":
+            note = self._runs.scoring.takes_part if accepted else self._runs.scoring.leaves
+            note(answer.run, client)
         self._log.info(
             "run accepted" if accepted else "run declined", client=client, run=request.run, reasons=answer.reasons
         )
@@ -225,8 +230,10 @@ class Federation(pb_grpc.FederationServiceServicer):
         engine = self._runs.get(request.run)
         if request.version > engine.run.version:
             raise VersionNotFound(f"{request.run} has no version {request.version}; the newest is {engine.run.version}")
-        figures.check_evaluation(request.metrics)
         self._ledger.assign(engine.run.id, request.version, client, training=False)
+        if request.failure:
+            return await self._cannot_score(request, engine, client)
+        figures.check_evaluation(request.metrics)
         split = request.split or "test"
         if not _SPLIT.fullmatch(split):
             fault = "must be 1 to 64 of lower-case letters, digits, '_' and '-'"
@@ -235,11 +242,30 @@ class Federation(pb_grpc.FederationServiceServicer):
         put = self._store.db.put_evaluation
         await self._store.call(put, engine.run.id, request.version, client, split, metrics, time.time())
         self._callers.scored(client, (engine.run.id, request.version))
+        await self._runs.scoring.scored(engine.run.id, client, request.version)
+        self._runs.show_backlog(engine)
         self._metrics.scored(engine.run.id, split, metrics)
         self._log.info(
             "version evaluated", run=engine.run.id, version=request.version, accuracy=metrics.get("accuracy")
         )
         self._runs.announce(engine.run.id, request.version)
+        return pb.PushEvaluationResponse()
+
+    async def _cannot_score(
+        self, request: pb.PushEvaluationRequest, engine: RunEngine, client: str
+    ) -> pb.PushEvaluationResponse:
+        """Takes word that an evaluator cannot score a version, so that it gets the others."""
+        run, version = engine.run.id, request.version
+        if request.metrics:
+            fault = "come with a failure, which says that there are none"
+            raise MetricsInvalid(f"metrics {fault}", (("metrics", fault),))
+        failure = FailedEvaluation(run, version, client, sayings.reason(request.failure), time.time())
+        await self._runs.scoring.failed(failure)
+        self._callers.scored(client, (run, version))
+        self._runs.show_backlog(engine)
+        self._metrics.evaluations_failed.labels(run).inc()
+        self._log.info("version cannot be scored", run=run, version=version, client=client, reason=failure.reason)
+        self._runs.announce(run)
         return pb.PushEvaluationResponse()
 
     def _welcome(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
@@ -277,20 +303,28 @@ class Federation(pb_grpc.FederationServiceServicer):
         return _offer(due)
 
     async def _evaluation(self, client: str, run: str, left_out: Collection[str]) -> pb.AwaitRoundResponse | None:
-        """Returns the oldest version that the evaluator has not scored, or the offer of its run."""
+        """Returns the version that the evaluator scores next, or the offer of a run that has some.
+
+        The newest version of a run comes first, of all runs; then, when those are scored, what was missed: of runs that
+        go on before finished ones, of older runs before younger ones.
+        """
+        answers, best = self._runs.answers, None
         for engine in self._runs.all(run):
-            if engine.run.id in left_out or self._runs.answers.declined(engine.run.id, client):
+            if engine.run.id in left_out or answers.declined(engine.run.id, client):
                 continue
-            scored = await self._store.call(self._store.db.evaluated_by, engine.run.id, client)
-            missing = sorted(set(range(engine.run.version + 1)) - scored)
-            if missing and self._runs.answers.is_due(engine.run.id, client):
+            standing = await self._runs.scoring.standing(engine.run, client)
+            if standing.newest is None:
+                continue
+            if answers.is_due(engine.run.id, client):
                 return _offer(engine)
-            if missing:
-                self._ledger.assign(engine.run.id, missing[0], client, training=False)
-                self._callers.scores(client, (engine.run.id, missing[0]))
-                return pb.AwaitRoundResponse(evaluation=pb.EvaluationTask(run=engine.run.id, version=missing[0]))
-        self._callers.scores(client, None)
-        return None
+            order = (standing.newest == engine.run.version, engine.active)
+            if best is None or order > best[0]:
+                best = order, engine.run.id, standing.newest
+        self._callers.scores(client, best[1:] if best else None)
+        if best is None:
+            return None
+        self._ledger.assign(best[1], best[2], client, training=False)
+        return pb.AwaitRoundResponse(evaluation=pb.EvaluationTask(run=best[1], version=best[2]))
 
     def _idle(self, client: str, run: str) -> pb.AwaitRoundResponse:
         left = self._left(client, run)

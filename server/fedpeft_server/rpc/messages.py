@@ -12,6 +12,7 @@ from fedpeft.identity import roles
 from fedpeft.rounds import Phase, TicketState
 from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2
 from fedpeft.wire import MESSAGE_LIMIT_BYTES, config_to_proto, spec_to_proto
+from fedpeft_server.rounds.scoring import Standing
 from fedpeft_server.rpc.pages import fitting
 from fedpeft_server.store.rows import (
     AnswerRow,
@@ -29,6 +30,8 @@ DECLINES_BYTES = 256 * 1024
 
 ANSWERS_BYTES = 256 * 1024
 """A client shows no more of its answers than this: there is one for each run that is not finished."""
+EVALUATORS = 32
+"""Most evaluators that a run shows."""
 RUN_BYTES = MESSAGE_LIMIT_BYTES - 1024 * 1024
 """Configuration and spec of a run take no more than this, so that a message has room for what goes beside them."""
 
@@ -128,9 +131,24 @@ def ticket_message(row: TicketFigures) -> run_pb2.Ticket:
     )
 
 
-def client_message(row: ClientRow, activity: str, answers: Iterable[AnswerRow]) -> operator_service_pb2.Client:
-    """Returns a client with what it answered to the offers of runs."""
+def scoring_message(standing: Standing, given: int | None) -> run_pb2.Scoring:
+    """Returns how far an evaluator is; `given` is the version that it was given last and has not answered for."""
+    return run_pb2.Scoring(
+        evaluator=standing.evaluator,
+        scored=standing.scored,
+        backlog=standing.missing,
+        next_version=standing.newest,
+        scoring_version=given,
+        failed=[run_pb2.FailedVersion(version=number, reason=reason) for number, reason in standing.failed],
+    )
+
+
+def client_message(
+    row: ClientRow, activity: str, answers: Iterable[AnswerRow], scoring: tuple[str, int] | None = None
+) -> operator_service_pb2.Client:
+    """Returns a client with what it answered to the offers of runs, and the version that it has to score."""
     return operator_service_pb2.Client(
+        scoring=None if scoring is None else federation_service_pb2.EvaluationTask(run=scoring[0], version=scoring[1]),
         id=row.id,
         role=ROLES.get(row.role, federation_service_pb2.CLIENT_ROLE_UNSPECIFIED),
         capabilities=federation_service_pb2.Capabilities.FromString(row.capabilities),

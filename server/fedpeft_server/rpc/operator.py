@@ -42,7 +42,7 @@ from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.history import History
 from fedpeft_server.rpc.interceptors import Context
-from fedpeft_server.rpc.messages import RUN_BYTES, client_message, run_message
+from fedpeft_server.rpc.messages import EVALUATORS, RUN_BYTES, client_message, run_message, scoring_message
 from fedpeft_server.rpc.uploads import Uploads
 from fedpeft_server.store.open_file import OpenFile
 from fedpeft_server.store.rows import Place, RunRow, RunState, VersionRow
@@ -215,7 +215,8 @@ class Operator(pb_grpc.OperatorServiceServicer):
         training = {client for engine in self._runs.active() for client in engine.training()}
         runs, of = [engine.run.id for engine in self._runs.active()], self._runs.answers.of
         clients = pages.fitting(
-            client_message(row, self._activity(row.id, training), of(row.id, runs)) for row in rows[:most]
+            client_message(row, self._activity(row.id, training), of(row.id, runs), self._callers.scoring(row.id))
+            for row in rows[:most]
         )
         token = pages.token((clients[-1].id,), of=("clients",)) if len(clients) < len(rows) else ""
         return pb.ListClientsResponse(clients=clients, next_page_token=token)
@@ -227,12 +228,17 @@ class Operator(pb_grpc.OperatorServiceServicer):
             return "waiting"
         if client in training:
             return "training"
-        return "scoring" if self._callers.is_scoring(client) else "away"
+        return "scoring" if self._callers.scoring(client) else "away"
 
     async def _run(self, engine: RunEngine) -> run_pb2.Run:
         figures = await self._store.call(self._store.db.evaluation, engine.run.id, 0)
         reason = self._runs.why(engine) if engine.active else ""
-        return run_message(engine.run, reason, figures, self._runs.answers.declines(engine.run.id))
+        message = run_message(engine.run, reason, figures, self._runs.answers.declines(engine.run.id))
+        for standing in (await self._runs.scoring.standings(engine.run))[:EVALUATORS]:
+            given = self._callers.scoring(standing.evaluator)
+            now = given[1] if given and given[0] == engine.run.id else None
+            message.evaluators.append(scoring_message(standing, now))
+        return message
 
     async def _repeated(self, known: RunRow, asked: RunRow) -> pb.CreateRunResponse:
         if known.request_digest != asked.request_digest:

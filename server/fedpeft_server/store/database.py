@@ -13,7 +13,14 @@ from sqlalchemy import Connection, Engine
 
 from fedpeft.errors import RequestIdReused
 from fedpeft.rounds import Round
-from fedpeft_server.store import answer_queries, client_queries, figure_queries, round_queries, run_queries
+from fedpeft_server.store import (
+    answer_queries,
+    client_queries,
+    evaluation_queries,
+    figure_queries,
+    round_queries,
+    run_queries,
+)
 from fedpeft_server.store.connection import closing_on_failure, connect, translated
 from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.figure_queries import Pending
@@ -23,6 +30,7 @@ from fedpeft_server.store.rows import (
     AnswerRow,
     ClientRow,
     Deed,
+    FailedEvaluation,
     Place,
     RoundFigures,
     RoundRow,
@@ -332,6 +340,27 @@ class Database:
         """Returns the versions that an evaluator scored."""
         with self._transaction() as connection:
             return run_queries.select_evaluated(connection, run_id, evaluator)
+
+    def put_failed_evaluation(self, failure: FailedEvaluation) -> None:
+        """Writes that an evaluator could not score a version, in place of what it said before.
+
+        Raises:
+            RunNotFound: If there is no such run.
+            VersionNotFound: If the run has no such version.
+        """
+        with self._transaction() as connection:
+            run_queries.select_version(connection, failure.run, failure.version)
+            evaluation_queries.put_failed(connection, failure)
+
+    def failed_evaluations(self, run_id: str, evaluator: str) -> dict[int, str]:
+        """Returns why an evaluator could not score versions of a run, by version."""
+        with self._transaction() as connection:
+            return evaluation_queries.select_failed(connection, run_id, evaluator)
+
+    def forget_failed_evaluations(self, evaluator: str, run_id: str = "", version: int = 0) -> None:
+        """Deletes what an evaluator could not score: everything, or one version of a run."""
+        with self._transaction() as connection:
+            evaluation_queries.delete_failed(connection, evaluator, run_id, version)
 
     # Clients and their answers
 

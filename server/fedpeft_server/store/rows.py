@@ -229,6 +229,17 @@ class AnswerRow:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedEvaluation:
+    """A version of a run that an evaluator could not score; `reason` is what it said of it, `at` when."""
+
+    run: str
+    version: int
+    evaluator: str
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class TicketRow:
     """A ticket with the run and the round that it is for."""
 

@@ -134,6 +134,17 @@ evaluations = Table(
     Index("ix_evaluations_run_split_at", "run", "split", "at"),
 )
 
+failed_evaluations = Table(
+    "failed_evaluations",
+    metadata,
+    Column("evaluator", String(64), primary_key=True),
+    Column("run", String(64), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("at", Double, nullable=False),
+    ForeignKeyConstraint(["run", "version"], ["versions.run", "versions.version"], ondelete="CASCADE"),
+)
+
 # A client need not have a row of its own: what it answered is worth keeping for as long as the run.
 answers = Table(
     "answers",
