@@ -17,6 +17,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from fedpeft import text_files
 from fedpeft.codecs import codecs
 from fedpeft.errors import SettingsInvalid
 from fedpeft.faults import faults_of, in_file
@@ -173,12 +174,12 @@ class Policy(_Section):
             SettingsInvalid: If it cannot be read, is not TOML, or breaks a rule; with file, line and field.
         """
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = text_files.read(path)
         except OSError as error:
             raise SettingsInvalid(
                 f"--policy: cannot read {path}: {error.strerror}; nothing is done without it"
             ) from None
-        except UnicodeDecodeError as error:
+        except text_files.NotText as error:
             raise SettingsInvalid(f"--policy {path} is not a TOML file: {error}") from None
         try:
             data = tomllib.loads(text)

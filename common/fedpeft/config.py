@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedpeft import text_files
 from fedpeft.aggregation import strategies, strategy
 from fedpeft.codecs import codecs
 from fedpeft.errors import ConfigInvalid, FedpeftError, ModelInvalid
@@ -109,6 +110,7 @@ class ModelConfig(_Section):
             raise ValueError(
                 f"{counted(len(classes), 'class', 'classes')}; at least {least} (and at most 100,000) are needed"
             )
+        classes = tuple(unicodedata.normalize("NFC", name) for name in classes)  # as sites compare them
         if twice := sorted(name for name, times in Counter(classes).items() if times > 1):
             raise ValueError(f"class {twice[0]!r} is named twice")
         return classes
@@ -371,8 +373,8 @@ def faults_in(path: Path) -> Iterator[None]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        return text_files.read(path)
     except OSError as error:
         raise ConfigInvalid(f"cannot read run file {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
+    except text_files.NotText as error:
         raise ConfigInvalid(f"{path} is not a TOML file: {error}") from None

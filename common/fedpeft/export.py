@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedpeft import text_files
 from fedpeft.checkpoints import read_checkpoint
 from fedpeft.errors import BackboneMismatch, ConfigInvalid, ModelInvalid
 from fedpeft.model_card import Provenance, card
@@ -165,7 +166,7 @@ def from_peft(folder: Path, backbone: Backbone) -> tuple[dict[str, object], Arra
         ModelInvalid: If the directory cannot be read, or is not a plain LoRA with a head for this model.
     """
     try:
-        data = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        data = json.loads(text_files.read(folder / "adapter_config.json"))
     except (OSError, ValueError) as error:
         raise ModelInvalid(f"{folder} is not a directory of the peft library: {error}") from error
     _check_plain_lora(data, folder)

@@ -17,7 +17,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from fedpeft import __version__, completion
+from fedpeft import __version__, completion, text_files
 from fedpeft.errors import SettingsInvalid
 
 
@@ -99,7 +99,7 @@ class ProcessSettings(BaseSettings):
     def _load(cls, path: Path) -> dict[str, Any]:
         """Returns the keys of a TOML settings file."""
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = tomllib.loads(text_files.read(path))
         except OSError as error:
             raise SettingsInvalid(f"--config: cannot read {path}: {error.strerror}") from None
         except ValueError as error:  # of the encoding, of TOML, of a number with thousands of digits

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 from pathlib import Path
+from typing import TextIO
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -15,6 +16,9 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+
+_OF_MARK = {mark: "utf-8-sig" if name == "utf-8" else name[:6] for mark, name in _MARKS}
+"""Python's encodings that take the mark away: utf-16 and utf-32 tell the order of bytes by it."""
 
 
 class NotText(ValueError):
@@ -34,6 +38,18 @@ def read(path: Path, limit_bytes: int = -1) -> str:
     """
     with path.open("rb") as file:
         return decode(file.read(limit_bytes))
+
+
+def opened(path: Path) -> TextIO:
+    """Opens a file of any size for reading line by line; what is no text becomes replacement characters.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(4)
+    mark = next((mark for mark, _ in _MARKS if head.startswith(mark)), b"")
+    return path.open(encoding=_OF_MARK.get(mark, "utf-8"), errors="replace")
 
 
 def decode(data: bytes) -> str:

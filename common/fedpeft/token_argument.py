@@ -12,8 +12,12 @@ import os
 import sys
 from pathlib import Path
 
+from fedpeft import text_files
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity.token import MAX_LENGTH, EnrollmentToken
+
+_MOST_BYTES = 4 * (MAX_LENGTH + 1)
+"""Of a token in the widest encoding."""
 
 LEFT = "interrupted; say it again at any time: the same token still works from here"
 """What is said to somebody who interrupts an enrolment."""
@@ -44,15 +48,23 @@ def _typed() -> str:
             return getpass.getpass("token (it is not shown): ")
         except EOFError:  # Ctrl-D
             return ""
-    return sys.stdin.read(MAX_LENGTH + 1)
+    return _text(sys.stdin.buffer.read(_MOST_BYTES))
 
 
 def _filed(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return file.read(MAX_LENGTH + 1)
+        with path.open("rb") as file:
+            return _text(file.read(_MOST_BYTES))
     except OSError as error:
         raise SettingsInvalid(f"the token cannot be read from {path}: {error.strerror}") from None
+
+
+def _text(data: bytes) -> str:
+    """Returns a token as it was written: PowerShell's `>` writes UTF-16, and some editors a byte order mark."""
+    try:
+        return text_files.decode(data)
+    except text_files.NotText:
+        return data.decode("ascii", "replace")  # it is no token, which is said better there
 
 
 def _replace_process(token: str) -> None:

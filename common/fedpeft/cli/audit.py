@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedpeft import text_files
 from fedpeft.cli import output
 from fedpeft.cli.epilogs import OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
@@ -132,7 +133,7 @@ def _of_file(file: Path) -> list[AuditEntry]:
     from fedpeft.audit import of_line
 
     try:
-        with file.open(encoding="utf-8", errors="replace") as lines:
+        with text_files.opened(file) as lines:
             return [of_line(line, f"{file}:{number}") for number, line in enumerate(lines, 1)]
     except OSError as error:
         raise SettingsInvalid(f"--file: {file} cannot be read: {error.strerror}") from None

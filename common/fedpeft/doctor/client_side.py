@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedpeft import ids
+from fedpeft import ids, text_files
 from fedpeft.doctor.findings import Finding, Setup, fault, ok, warning
 from fedpeft.doctor.server_side import lock_holder
 from fedpeft.errors import SettingsInvalid
@@ -39,7 +39,7 @@ def check_state(setup: Setup) -> Iterator[Finding]:
 
 def _policy(path: Path) -> Finding:
     try:
-        rules = tomllib.loads(path.read_text(encoding="utf-8"))
+        rules = tomllib.loads(text_files.read(path))
     except (OSError, ValueError) as error:
         return fault("policy", f"{path} cannot be read: {error}", "correct it: a client does not start without")
     return ok("policy", f"{path} limits {', '.join(sorted(rules)) or 'nothing'}")

@@ -23,7 +23,7 @@ from typing import Self
 
 from cryptography import x509
 
-from fedpeft import durable
+from fedpeft import durable, text_files
 from fedpeft.addresses import Address
 from fedpeft.errors import IdentityInvalid
 from fedpeft.identity import certificates, keys
@@ -183,7 +183,7 @@ def server_of(folder: Path) -> str:
     """
     path = folder / "identity.toml"
     try:
-        server = tomllib.loads(path.read_text(encoding="utf-8")).get("server")
+        server = tomllib.loads(text_files.read(path)).get("server")
         return str(Address.parse(server if isinstance(server, str) else ""))
     except OSError as error:
         raise IdentityInvalid(f"{path} cannot be read: {error.strerror}; enroll first") from None

@@ -9,7 +9,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from fedpeft import ids
+from fedpeft import ids, text_files
 from fedpeft.config import RunConfig
 from fedpeft.console import run_file
 from fedpeft.console.desk import desk_of
@@ -54,8 +54,8 @@ async def create(request: Request) -> Response:
     text, upload = str(form.get("text", "")), form.get("file")
     if isinstance(upload, UploadFile) and upload.filename:
         try:
-            text = (await upload.read()).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
+            text = text_files.decode(await upload.read())
+        except text_files.NotText as error:
             return _form(request, text, faults=[Fault(0, "", f"{upload.filename} is not a text file: {error}")])
     text = text.replace("\r\n", "\n")
     try:
