@@ -64,6 +64,7 @@ dist: $(STAMP) ## build sdist and wheel in dist/ and check what PyPI would say o
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
+	cd dist && sha256sum *.whl *.tar.gz > SHA256SUMS
 
 test-network: $(STAMP) ## hold a run over TLS between two network namespaces, tshark on the wire (root, iproute2, tshark)
 	$(BIN)/pytest -n 0 -m slow tests/e2e/test_two_machines.py

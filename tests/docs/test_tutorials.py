@@ -8,7 +8,7 @@ import pytest
 from .walkthrough import Walkthrough, blocks, missing, steps
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = {"first-federation", "own-data"}
+SLOW = {"first-federation", "one-site", "own-data"}
 """Tutorials that start so many processes that `make docs` walks them and `make test` does not."""
 ELSEWHERE = {"two-machines"}
 """Tutorials that need more than one machine; tests/e2e/test_two_machines.py goes that way, between namespaces."""

@@ -159,7 +159,8 @@ class Walkthrough:
 
     def _here(self, text: str) -> str:
         """Puts the addresses and run ids of this walk in place of those of the page."""
-        for of_page, of_walk in {**self._addresses, **self._runs}.items():
+        port = self._addresses[ADDRESSES[0]].rpartition(":")[2]
+        for of_page, of_walk in {**self._addresses, "--port 7070": f"--port {port}", **self._runs}.items():
             text = text.replace(of_page, of_walk)
         return text
 
