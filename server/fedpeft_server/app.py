@@ -34,6 +34,8 @@ from fedpeft.v1 import (
 from fedpeft_server.access import bounds
 from fedpeft_server.access.admission import Admission
 from fedpeft_server.access.certificates import ServerCertificates
+from fedpeft_server.enrolment import supervisor as enrolment
+from fedpeft_server.enrolment.supervisor import Enrolment
 from fedpeft_server.losses import refuse_lost_certificates, tell_lost_versions
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.runs import Runs
@@ -122,7 +124,9 @@ class Server:
             again(bounds.QUIET_S, self._tell_left_out, "lines that were left out could not be counted"),
             again(PURGE_S, self._purge_tokens, "old enrolment tokens could not be removed"),
         )
-        self._keeping = [asyncio.create_task(each) for each in upkeep]
+        self._keeping: list[asyncio.Task[None]] = [asyncio.create_task(each) for each in upkeep]
+        if self.enrolment:
+            self._keeping.append(asyncio.create_task(self.enrolment.run()))
 
     async def serve(self) -> None:
         """Answers calls until somebody says stop."""
@@ -151,6 +155,8 @@ class Server:
         await self.runs.close()
         for keeping in self._keeping:
             keeping.cancel()
+        if self.enrolment:
+            await self.enrolment.close()
         try:
             await self._write_books()
         except FedpeftError as error:
@@ -169,7 +175,7 @@ class Server:
         self.downloads.close()
 
     def _grpc_servers(self) -> tuple[grpc.aio.Server, grpc.aio.Server]:
-        """Returns the server for --listen and that for --enroll: the same services behind the same gate."""
+        """Returns the server for --listen, and that for what the process at --enroll hands on: the same services."""
         limit = self.settings.max_transfers
         self.uploads = Uploads(
             self.store, self.ledger, self.settings.max_update_bytes, limit, self.runs.declared_examples
@@ -194,7 +200,7 @@ class Server:
         self.health = Health()
         gate = Gate(self.admission, self.metrics, self.ledger, self.caller_log)
         listening = grpc.aio.server(interceptors=[gate], options=connections.options(bounds.MAIN))
-        enrolling = grpc.aio.server(interceptors=[gate], options=connections.options(bounds.ENROLMENT, 16 * bounds.KIB))
+        enrolling = grpc.aio.server(interceptors=[gate], options=connections.options(bounds.FORWARDED))
         for server in (listening, enrolling):
             federation_service_pb2_grpc.add_FederationServiceServicer_to_server(federation, server)
             operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
@@ -220,10 +226,17 @@ class Server:
         if own is None and not Address.parse(settings.listen, free=True).is_loopback:
             log.warning("serving plain text beyond this machine, as --insecure says", listen=settings.listen)
         self.port = self._take(self.rpc, settings.listen, "--listen", own.credentials(ask=True) if own else None)
+        self.enrolment: Enrolment | None = None
         self.enrollment = ""
         if own and own.issuing:
-            port = self._take(self.enrolling, settings.enroll_address, "--enroll", own.credentials(ask=False))
-            self.enrollment = str(Address(Address.parse(settings.enroll_address, free=True).host, port))
+            where = Address.parse(settings.enroll_address, free=True)
+            try:
+                listening = enrolment.bind(settings.enroll_address)
+            except OSError:
+                raise _cannot_bind("--enroll", settings.enroll_address) from None
+            self.enrolment = Enrolment(listening, own, self.health, self.metrics)
+            self.enrolling.add_insecure_port(f"unix:{self.enrolment.socket}")
+            self.enrollment = str(Address(where.host, listening.getsockname()[1]))
 
     def _take(
         self, server: grpc.aio.Server, address: str, flag: str, credentials: grpc.ServerCredentials | None
@@ -234,7 +247,7 @@ class Server:
         except RuntimeError:
             bound = 0
         if not bound:
-            raise SettingsInvalid(f"{flag} {address}: the port is in use or the address is not this machine's")
+            raise _cannot_bind(flag, address)
         return bound
 
     def _addresses(self) -> Addresses:
@@ -252,6 +265,8 @@ class Server:
             return
         try:
             if await self.store.compute(own.refresh):
+                if self.enrolment:
+                    self.enrolment.renewed()
                 log.info(
                     "the server's certificates were replaced",
                     ends=str(own.certificate.not_valid_after_utc),
@@ -291,6 +306,10 @@ class Server:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+
+
+def _cannot_bind(flag: str, address: str) -> SettingsInvalid:
+    return SettingsInvalid(f"{flag} {address}: the port is in use or the address is not this machine's")
 
 
 def _allow_open_files() -> None:

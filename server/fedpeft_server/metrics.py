@@ -83,6 +83,16 @@ class Metrics:
             "fedpeft_grpc_request_seconds", "Duration of calls.", ("method",), buckets=_SECONDS, registry=r
         )
 
+        self.enrolment_ends = Counter(
+            "fedpeft_enrolment_ends", "Times that the process for enrolment ended and was started again.", registry=r
+        )
+        self.enrolment_refused = Counter(
+            "fedpeft_enrolment_refused",
+            "Connections to the port for enrolment that were not served to their end, by why: `opened too fast`, "
+            "`too many of one address`, `too many connections`, `said nothing`, `said too much`, `lived too long`.",
+            ("why",),
+            registry=r,
+        )
         self.lines_left_out = Counter(
             "fedpeft_log_lines_left_out",
             "Log lines about calls that were not written, because there were too many about one caller's.",

@@ -162,6 +162,8 @@ ENROLMENT = PortBound(
     128, per_address=16, opened=Rate(5, 50), life_s=60, silence_s=10, received_bytes=64 * KIB, streams=4
 )
 """`--enroll`, in a process of its own; an enrolment takes two seconds and 4 KiB."""
+FORWARDED = PortBound(8, silence_s=10, streams=1024)
+"""The daemon's own socket, on which that process hands calls on."""
 METRICS = PortBound(16, life_s=30, silence_s=5, received_bytes=8 * KIB)
 """`--metrics`; beyond the limit the connection that has waited longest gives way to the new one."""
 ENROLMENT_MEMORY = 128 * KIB * KIB

@@ -81,6 +81,10 @@ class ServerCertificates:
         # None, for no change, is allowed by gRPC's documentation and not by its stubs.
         return grpc.dynamic_ssl_server_credentials(self._configuration(ask=ask), newer, ask)  # type: ignore[arg-type]
 
+    def pair(self) -> tuple[bytes, bytes]:
+        """Returns the certificate, with those above it, and its key, as PEM."""
+        return certificates.to_pem(*self._chain), keys.to_pem(self._key)
+
     def refresh(self) -> bool:
         """Renews the certificate if it is time and the authority is here, else takes up what the files have by now.
 

@@ -21,11 +21,14 @@ def options(bound: PortBound, message_bytes: int = MESSAGE_LIMIT_BYTES) -> Optio
         bound: The bounds on its connections.
         message_bytes: Largest message taken.
     """
+    bounded = (
+        ("grpc.server_handshake_timeout_ms", bound.silence_s and _ms(bound.silence_s)),
+        ("grpc.max_connection_idle_ms", bound.idle_s and _ms(bound.idle_s)),
+        ("grpc.max_concurrent_streams", bound.streams),
+    )
     return (
+        *((name, value) for name, value in bounded if value),
         ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
-        ("grpc.server_handshake_timeout_ms", _ms(bound.silence_s or 0)),
-        ("grpc.max_connection_idle_ms", _ms(bound.idle_s or bound.life_s or 0)),
-        ("grpc.max_concurrent_streams", bound.streams or 0),
         ("grpc.max_allowed_incoming_connections", bound.connections or _half_of_the_files()),
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),

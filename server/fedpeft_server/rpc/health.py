@@ -22,7 +22,6 @@ class Health(health.aio.HealthServicer):
         return await super().Check(request, context)
 
     async def List(self, request: Any, context: Any) -> Any:
-        """Says of every service whether it is well: there is one answer, for all."""
-        status = self._server_status[health.OVERALL_HEALTH]
-        answer = health_pb2.HealthCheckResponse(status=status)
-        return health_pb2.HealthListResponse(statuses={health.OVERALL_HEALTH: answer})
+        """Says whether the server, and each of its parts that has a name here, is well."""
+        known = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._server_status.items()}
+        return health_pb2.HealthListResponse(statuses=known)

@@ -1,0 +1,170 @@
+"""Supervisor: starts the process for enrolment when somebody comes, and another one when that ended.
+
+Notable: the daemon binds the port and never takes a connection from it, so the address is known at once, a fault of the
+process loses nobody who waits in line, and a server where nobody enrolls has no such process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+from grpc_health.v1 import health_pb2
+
+from fedpeft.addresses import Address
+from fedpeft_server.access.certificates import ServerCertificates
+from fedpeft_server.metrics import Metrics
+from fedpeft_server.rpc.health import Health
+
+log = structlog.get_logger()
+
+SERVICE = "enrolment"
+"""Its name in health checks."""
+BACKLOG = 128
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+"""Pause before the process is started again; doubled each time, and short again after a life of `WELL_S`."""
+WELL_S = 60.0
+END_S = 5.0
+LINES_KEPT = 20
+LINE_BYTES = 64 * 1024
+
+
+def bind(address: str) -> socket.socket:
+    """Returns a listening socket.
+
+    Raises:
+        OSError: If the address cannot be had.
+    """
+    where = Address.parse(address, free=True)
+    family, _, _, _, place = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)[0]
+    both = family == socket.AF_INET6 and where.host == "::"
+    return socket.create_server(place[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
+
+
+class Enrolment:
+    """The process for enrolment.
+
+    Args:
+        listening: The bound port.
+        own: What it proves itself with.
+        health: Says whether it serves.
+        metrics: Count how often it ended, and the connections that it refused.
+
+    Attributes:
+        socket: Path of the socket on which the daemon takes the calls that the process hands on.
+        process: The process; None while there is none.
+    """
+
+    def __init__(self, listening: socket.socket, own: ServerCertificates, health: Health, metrics: Metrics) -> None:
+        self._listening = listening
+        self._own = own
+        self._health = health
+        self._metrics = metrics
+        self._folder = Path(tempfile.mkdtemp(prefix="fedpeft-"))  # of mode 0700: only the daemon's user connects
+        self.socket = str(self._folder / "daemon")
+        self.process: asyncio.subprocess.Process | None = None
+        self._last: deque[str] = deque(maxlen=LINES_KEPT)
+
+    async def run(self) -> None:
+        """Keeps a process there while it is needed, until cancelled."""
+        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        pause_s = FIRST_PAUSE_S
+        while True:
+            await self._somebody()
+            begun = time.monotonic()
+            code = await self._one_life()
+            if code == 0:  # nobody came for long
+                continue
+            if time.monotonic() - begun > WELL_S:
+                pause_s = FIRST_PAUSE_S
+            self._metrics.enrolment_ends.inc()
+            log.error("the process for enrolment ended", code=code, again_in_s=pause_s, last="\n".join(self._last))
+            await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def renewed(self) -> None:
+        """Tells the process of the certificate to serve from now on."""
+        if self.process and self.process.stdin:
+            self.process.stdin.write(self._pair())
+
+    async def close(self) -> None:
+        """Ends the process."""
+        if self.process:
+            await self._end(self.process)
+        self._listening.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _somebody(self) -> None:
+        """Waits until a connection waits at the port."""
+        loop, came = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._listening, came.set)
+        try:
+            await came.wait()
+        finally:
+            loop.remove_reader(self._listening)
+
+    async def _one_life(self) -> int:
+        """Starts the process and returns the code with which it ended."""
+        self._last.clear()
+        descriptor = self._listening.fileno()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "fedpeft_server.enrolment", str(descriptor), self.socket),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            pass_fds=(descriptor,),
+            start_new_session=True,  # Ctrl-C is the daemon's, which lets enrolments end first
+            limit=LINE_BYTES,
+        )
+        self.process = process
+        try:
+            self.renewed()
+            assert process.stdout is not None
+            async for line in process.stdout:
+                await self._heard(line.decode(errors="replace").rstrip())
+            return await process.wait()
+        finally:
+            self.process = None
+            if process.returncode is None:
+                await asyncio.shield(self._end(process))
+
+    async def _heard(self, line: str) -> None:
+        """Takes up a line of the process."""
+        try:
+            report = json.loads(line)
+        except ValueError:
+            self._last.append(line)
+            return
+        if "ready" in report:
+            log.info("the process for enrolment serves", pid=report["ready"])
+            await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        refused = report.get("refused", {})
+        for why, count in refused.items():
+            self._metrics.enrolment_refused.labels(why).inc(count)
+        if refused:
+            log.warning("connections to the port for enrolment were not served to their end", why=refused)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Ends a process: by the end of its input, or by force."""
+        if process.stdin:
+            process.stdin.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
+                await process.wait()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+    def _pair(self) -> bytes:
+        certificate, key = self._own.pair()
+        return json.dumps({"certificate": certificate.decode(), "key": key.decode()}).encode() + b"\n"
