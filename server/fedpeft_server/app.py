@@ -53,12 +53,21 @@ from fedpeft_server.settings import Settings
 from fedpeft_server.store.rows import Deed
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
-from fedpeft_server.upkeep import again
+from fedpeft_server.upkeep import Background
 
 log = structlog.get_logger()
 
 BOOK_S = 5.0
 """How often traffic and presence are written to the database between rounds."""
+
+MOVED_S = 0.5
+"""How long after a payload moved traffic is written; within it more may move, and is written with it."""
+
+PAUSE_S = 5.0
+"""How long after a failure to keep a process for enrolment that is tried again."""
+
+MEASURE_S = 60.0
+"""How often it is measured how much is stored."""
 
 LOOK_S = 60.0
 """How often the server's certificate is looked at."""
@@ -83,7 +92,11 @@ class Server:
         self.stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Lives until it is told to stop: starts, serves, drains, closes."""
+        """Lives until it is told to stop: starts, serves, drains, closes.
+
+        Raises:
+            Internal: If background work could not go on, which ended it.
+        """
         traces = traced(self.settings.traces, "fedpeft-server", self.settings.listen)
         with _locked(self.settings.data_dir), traces, self._signals():
             await self.startup()
@@ -91,6 +104,8 @@ class Server:
                 await self.serve()
             finally:
                 await self.shutdown()
+            if self.background.fault:
+                raise self.background.fault
 
     async def startup(self) -> None:
         """Builds the parts, takes up every run, and binds the ports."""
@@ -99,10 +114,12 @@ class Server:
         self.metrics = Metrics()
         self.metrics.build.labels(__version__).set(1)
         self.metrics.watch_disk(settings.data_dir)
+        self.background = Background(self.metrics, self.stopping.set)
+        asyncio.get_running_loop().set_exception_handler(self.background.unhandled)
         self.ledger = Ledger(self.metrics)
         self.store = Store(settings.data_dir, settings.database, settings.blobs, keep_updates=settings.keep_updates)
         self.callers = Callers(await self.store.call(self.store.db.clients), settings.max_clients)
-        self.runs = Runs(self.store, self.ledger, self.metrics)
+        self.runs = Runs(self.store, self.ledger, self.metrics, self.background)
         self.certificates = ServerCertificates.of(settings.certificates)
         if self.certificates is None and not settings.insecure:
             await self.store.call(refuse_lost_certificates, self.store.db, settings.certificates)
@@ -118,20 +135,24 @@ class Server:
             for run in self.runs.answers.accepted_by(evaluator):
                 self.runs.scoring.takes_part(run, evaluator)
         await self.store.call(self.store.db.transactions.write, Deed("server", "server.started", __version__))
-        upkeep = (
-            again(BOOK_S, self._book, "traffic could not be written"),
-            again(LOOK_S, self._renew_certificate, "the server's certificate could not be replaced"),
-            again(bounds.QUIET_S, self._tell_left_out, "lines that were left out could not be counted"),
-            again(PURGE_S, self._purge_tokens, "old enrolment tokens could not be removed"),
-        )
-        self._keeping: list[asyncio.Task[None]] = [asyncio.create_task(each) for each in upkeep]
+        self._begin_upkeep()
+
+    def _begin_upkeep(self) -> None:
+        background = self.background
+        background.every("traffic", BOOK_S, self._book)
+        background.keep("traffic", self._book_payloads())
+        background.every("certificate", LOOK_S, self._renew_certificate)
+        background.every("log", bounds.QUIET_S, self._tell_left_out)
+        background.every("tokens", PURGE_S, self._purge_tokens)
+        background.every("storage", MEASURE_S, self._measure)
+        background.keep("health", self._show_health())
         if self.enrolment:
-            self._keeping.append(asyncio.create_task(self.enrolment.run()))
+            background.every("enrolment", PAUSE_S, self.enrolment.run)
 
     async def serve(self) -> None:
         """Answers calls until somebody says stop."""
         await asyncio.gather(self.rpc.start(), self.enrolling.start())
-        await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self.background.changed.set()
         log.info(
             "serving",
             version=__version__,
@@ -152,9 +173,8 @@ class Server:
         await asyncio.gather(*(server.stop(self.settings.drain_s) for server in (self.rpc, self.enrolling)))
         await self.uploads.close()
         await self.access.steps.ended()
+        await self.background.close()
         await self.runs.close()
-        for keeping in self._keeping:
-            keeping.cancel()
         if self.enrolment:
             await self.enrolment.close()
         try:
@@ -288,12 +308,34 @@ class Server:
 
     async def _write_books(self) -> None:
         await self.ledger.write(self.store)
-        await self.store.call(self.store.db.touch_clients, self.callers.touched())
+        await self.callers.write(self.store)
+
+    async def _book_payloads(self) -> None:
+        """Writes traffic soon after a payload moved: what is not written is lost if the process is killed."""
+        while True:
+            await self.ledger.moved.wait()
+            await asyncio.sleep(MOVED_S)
+            with self.background.attempt("traffic"):
+                await self.ledger.write(self.store)
+
+    async def _measure(self) -> None:
+        """Shows how much is stored."""
+        for place, size_bytes in (await self.store.compute(self.store.sizes)).items():
+            self.metrics.stored_bytes.labels(place).set(size_bytes)
+
+    async def _show_health(self) -> None:
+        """Has health checks say whether the background work goes on."""
+        while True:
+            await self.background.changed.wait()
+            self.background.changed.clear()
+            well = self.background.healthy and not self.stopping.is_set()
+            status = health_pb2.HealthCheckResponse
+            await self.health.set("", status.SERVING if well else status.NOT_SERVING)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGTERM and SIGINT end the main loop once; a second one ends the process."""
-        loop = asyncio.get_running_loop()
+        loop, before = asyncio.get_running_loop(), asyncio.get_running_loop().get_exception_handler()
 
         def stop(number: int) -> None:
             loop.remove_signal_handler(number)
@@ -306,6 +348,7 @@ class Server:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+            loop.set_exception_handler(before)
 
 
 def _cannot_bind(flag: str, address: str) -> SettingsInvalid:

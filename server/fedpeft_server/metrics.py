@@ -40,6 +40,9 @@ _BEGINNINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 """The series that a run begins with: what follows the run in their labels, by metric."""
 
+BACKGROUND = ("matching", "deadline", "fold", "traffic", "files", "certificate", "log", "tokens", "storage", "event loop")
+"""The work that no call waits for."""
+
 _ROLES = ("trainer", "evaluator")
 _SILENCES = ("present", "silent", "gone")
 
@@ -78,6 +81,23 @@ class Metrics:
             ("certificate",),
             registry=r,
         )
+        self.stored_bytes = Gauge(
+            "fedpeft_stored_bytes",
+            "Bytes of files in the data folder: `spool` (updates that arrive or wait to be folded, and those that "
+            "--keep-updates keeps), `outbound` (encoded versions), `cache` (copies of what a bucket holds), `scratch` "
+            "(what is being folded), `database` (SQLite). Measured once a minute.",
+            ("place",),
+            registry=r,
+        )
+        self.background_failures = Counter(
+            "fedpeft_background_failures",
+            "Failures of work that no call waits for, such as `matching` (the opening of rounds), `deadline`, `fold`, "
+            "`traffic` (the writing of byte counts), `files` (their removal), `certificate`, `log`, `tokens`, `storage`.",
+            ("work",),
+            registry=r,
+        )
+        for work in BACKGROUND:  # from 0, so that the first failure is seen as a change
+            self.background_failures.labels(work)
         self.requests = Counter("fedpeft_grpc_requests", "Calls by method and code.", ("method", "code"), registry=r)
         self.request_seconds = Histogram(
             "fedpeft_grpc_request_seconds", "Duration of calls.", ("method",), buckets=_SECONDS, registry=r

@@ -27,6 +27,7 @@ from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.store.rows import Deed, RunRow, RunState, UpdateRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
+from fedpeft_server.upkeep import Background
 
 log = structlog.get_logger()
 
@@ -50,6 +51,7 @@ class RunEngine:
         lobby: Whom to call when tickets are issued.
         ledger: Bytes of the round.
         metrics: Where what happens is counted.
+        background: Watches over what no call waits for.
         changed: Called after every transition, so that other runs and watchers look again.
     """
 
@@ -61,6 +63,7 @@ class RunEngine:
         lobby: Lobby,
         ledger: Ledger,
         metrics: Metrics,
+        background: Background,
         changed: Callable[[RunEngine], None],
     ) -> None:
         self.run = run
@@ -70,6 +73,7 @@ class RunEngine:
         self._lobby = lobby
         self._ledger = ledger
         self._metrics = metrics
+        self._background = background
         self._changed = changed
         self._lock = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
@@ -196,7 +200,7 @@ class RunEngine:
             await self._set_run(RunState.STOPPED, reason or "stopped by the operator", new, by=by)
             self._metrics.rounds.labels(self.run.id, "stopped").inc()
             self._lobby.call_all()
-            self.steps.begin(self._forget_stopped(new))
+            self._background.watch("files", self.steps.begin(self._forget_stopped(new)))
 
     def _refuse_if_finished(self) -> None:
         if not self.active:
@@ -289,28 +293,27 @@ class RunEngine:
                         return
                     await self._commit(result, time.perf_counter() - began)
         except RoundEmptied as emptied:
-            await self._reopen(emptied.excluded)
+            try:
+                await self._reopen(emptied.excluded)
+            except Exception as error:
+                await self._aggregation_failed(error)
             return
         except Exception as error:
             await self._aggregation_failed(error)
             return
         # A step of its own: the next round may be there to fold before all files of this one are gone.
-        self.steps.begin(self._forget(folding))
+        self._background.watch("files", self.steps.begin(self._forget(folding)))
 
     async def _forget(self, done: Round) -> None:
-        try:
+        with self._background.attempt("files", self.run.id):
             await self._store.forget_round(done, self.run.id)
-        except FedpeftError as error:
-            self._log.error("a committed round's files could not be removed", message=error.message)
 
     async def _forget_stopped(self, stopped: Round) -> None:
         """Removes what arrived for a round that will never be folded, once nothing reads it any more."""
         if self._folding:
             await asyncio.wait({self._folding})
-        try:
+        with self._background.attempt("files"):
             await self._store.forget_stopped(stopped)
-        except FedpeftError as error:
-            self._log.error("a stopped run's uploads could not be removed", message=error.message)
 
     async def _fold_round(self, folding: Round) -> Result:
         db = self._store.db
@@ -331,11 +334,7 @@ class RunEngine:
             new, _ = rounds.advance(self.round, rounds.Excluded(excluded), config, time.time())
             if new is self.round:
                 return
-            try:
-                await self._write(self._store.db.save_round, new, deeds=self._excluding(excluded))
-            except FedpeftError as error:
-                self._log.error("a round could not be opened again", round=new.number, message=error.message)
-                return
+            await self._write(self._store.db.save_round, new, deeds=self._excluding(excluded))
             self._say_excluded(excluded)
             self._enter(new, ())
 
@@ -410,24 +409,24 @@ class RunEngine:
 
     def _fold(self) -> None:
         if self._folding is None or self._folding.done():
-            self._folding = asyncio.create_task(self._aggregate())
+            self._folding = self._background.begin("fold", self._aggregate())
 
     async def _deadline(self) -> None:
         """Acts on the deadline; and looks again where that failed, or where the clock was set back meanwhile."""
-        pause_s = 0.0
-        try:
+        pause_s = AGAIN_S
+        with self._background.attempt("deadline", self.run.id):
             await self._advance(rounds.TimePassed())
-        except Exception as error:
-            self._log.error("a deadline could not be acted on; trying again", seconds=AGAIN_S, exc_info=error)
-            pause_s = AGAIN_S
+            pause_s = 0.0
         self._arm_timer(pause_s)
 
     def _arm_timer(self, least_s: float = 0.0) -> None:
         self._disarm_timer()
         if self.active and self.round.deadline is not None:
             delay = max(least_s, self.round.deadline - time.time())
-            begin = self.steps.begin
-            self._timer = asyncio.get_running_loop().call_later(delay, lambda: begin(self._deadline()))
+            self._timer = asyncio.get_running_loop().call_later(delay, self._act_on_deadline)
+
+    def _act_on_deadline(self) -> None:
+        self._background.watch("deadline", self.steps.begin(self._deadline()))
 
     def _disarm_timer(self) -> None:
         if self._timer:

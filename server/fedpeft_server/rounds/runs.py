@@ -22,6 +22,7 @@ from fedpeft_server.rounds.waiting import awaited
 from fedpeft_server.store.rows import AnswerRow, Deed, RoundRow, RunRow, VersionRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
+from fedpeft_server.upkeep import Background
 
 log = structlog.get_logger()
 
@@ -68,7 +69,7 @@ class Runs:
             to find out and remove what there is of one that was never written.
     """
 
-    def __init__(self, store: Store, ledger: Ledger, metrics: Metrics) -> None:
+    def __init__(self, store: Store, ledger: Ledger, metrics: Metrics, background: Background) -> None:
         self.lobby = Lobby(self.look)
         self.answers = Answers()
         self.scoring = Scoring(store)
@@ -77,12 +78,12 @@ class Runs:
         self._store = store
         self._ledger = ledger
         self._metrics = metrics
+        self._background = background
         self._engines: dict[str, RunEngine] = {}
         self._active: dict[str, RunEngine] = {}  # those with rounds left, oldest first: finished ones stay for months
         self._ages: list[Age] = []
         self._watchers: dict[str, set[News]] = defaultdict(set)
         self._news = asyncio.Event()
-        self._matching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Takes up every run where the last process left it."""
@@ -98,12 +99,10 @@ class Runs:
         await self._store.compute(self._store.sweep, self._engines, held)
         for engine in self._engines.values():
             await engine.start()
-        self._matching = asyncio.create_task(self._match())
+        self._background.keep("matching", self._match())
 
     async def close(self) -> None:
-        """Lets aggregations finish; no new round opens."""
-        if self._matching:
-            self._matching.cancel()
+        """Lets aggregations finish; the background's end sees to it that no new round opens."""
         self.lobby.close()
         await self.steps.ended()
         for engine in self._engines.values():
@@ -153,6 +152,7 @@ class Runs:
         self.scoring.forget(run_id)
         self._ledger.forget(run_id)
         self._metrics.forget(run_id)
+        self._background.forget(run_id)
         self._changed(engine)
         log.info("run deleted", run=run_id)
 
@@ -286,9 +286,11 @@ class Runs:
             self._active = {e.run.id: e for e in sorted((*self._active.values(), engine), key=lambda e: e.age)}
         else:
             del self._active[engine.run.id]
+            self._background.forget(engine.run.id)
 
     def _engine(self, run: RunRow, current: Round) -> RunEngine:
-        return RunEngine(run, current, self._store, self.lobby, self._ledger, self._metrics, self._changed)
+        parts = (self._store, self.lobby, self._ledger, self._metrics, self._background)
+        return RunEngine(run, current, *parts, self._changed)
 
     async def _show_again(self, engine: RunEngine) -> None:
         """Sets the gauges that would else be empty until the next round or the next figures."""
@@ -312,21 +314,13 @@ class Runs:
         while True:
             self._news.clear()
             for engine in sorted(self._active.values(), key=lambda e: e.opened):
-                await self._offer(engine)
-            self._count_clients()
-            try:
+                with self._background.attempt("matching", engine.run.id):
+                    await engine.offer(self.ready(engine.run.id))
+            with self._background.attempt("matching"):
+                self._count_clients()
+            with suppress(TimeoutError):
                 async with asyncio.timeout(GLANCE_S):
                     await self._news.wait()
-            except TimeoutError:
-                continue
-
-    async def _offer(self, engine: RunEngine) -> None:
-        try:
-            await engine.offer(self.ready(engine.run.id))
-        except FedpeftError as error:
-            log.error("a run could not open its round", run=engine.run.id, message=error.message)
-        except Exception as error:
-            log.error("a run could not open its round", run=engine.run.id, exc_info=error)
 
     def _count_clients(self) -> None:
         for engine in self._engines.values():

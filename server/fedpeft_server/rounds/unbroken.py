@@ -10,6 +10,12 @@ from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+import structlog
+
+from fedpeft.errors import FedpeftError
+
+log = structlog.get_logger()
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -48,6 +54,19 @@ def unbroken(method: Method[S, P, R]) -> Method[S, P, R]:
 
     @wraps(method)
     async def whole(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.shield(self.steps.begin(method(self, *args, **kwargs)))
+        step = self.steps.begin(method(self, *args, **kwargs))
+        try:
+            return await asyncio.shield(step)
+        except asyncio.CancelledError:
+            step.add_done_callback(_tell_failure)  # which nobody would see: its caller has left
+            raise
 
     return whole
+
+
+def _tell_failure(step: asyncio.Task[Any]) -> None:
+    error = None if step.cancelled() else step.exception()
+    if isinstance(error, FedpeftError):
+        log.warning("a step failed after its caller had left", message=error.message)
+    elif error is not None:
+        log.error("a step failed after its caller had left", exc_info=error)

@@ -25,6 +25,7 @@ from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, PROCESS_KEY
 from fedpeft_server.call import CALL
 from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.store.rows import ClientRow
+from fedpeft_server.store.store import Store
 
 ALIVE_S = 30.0
 """An instance holds its client id for so long after its last call."""
@@ -195,10 +196,18 @@ class Callers:
             counts[role, Silence.SILENT] = number - present[role] - lost[role]
         return counts
 
-    def touched(self) -> dict[str, float]:
-        """Returns when clients called since the last time this was asked."""
+    async def write(self, store: Store) -> None:
+        """Writes when clients called since it was written last; what could not be written waits for the next time.
+
+        Raises:
+            FedpeftError: If it could not.
+        """
         touched, self._touched = self._touched, {}
-        return touched
+        try:
+            await store.call(store.db.touch_clients, touched)
+        except Exception:
+            self._touched = {**touched, **self._touched}
+            raise
 
     def _refuse_one_too_many(self, client: str) -> None:
         known = self._presence.get(client)

@@ -210,7 +210,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
         """Shows every client that ever registered, a page at a time."""
         most, (after,) = pages.size(request.page_size), pages.position(request.page_token, of=("clients",), first=("",))
-        await self._store.call(self._store.db.touch_clients, self._callers.touched())
+        await self._callers.write(self._store)
         rows = await self._store.call(self._store.db.clients_from, after, most + 1)
         training = {client for engine in self._runs.active() for client in engine.training()}
         runs, of = [engine.run.id for engine in self._runs.active()], self._runs.answers.of

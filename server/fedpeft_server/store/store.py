@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +53,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, database: str, blobs: str, *, keep_updates: bool) -> None:
+        self._folder = folder
         self.keep_updates = keep_updates
         self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}")
         self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache")
@@ -130,12 +132,30 @@ class Store:
                 self.spool.remove(key)
         self.spool.sweep(set(tickets), whole=not self.keep_updates)
 
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of the files in the data folder, by place; adapter versions apart, which are for good."""
+        places = {name: _tree_bytes(self._folder / name) for name in ("spool", "outbound", "cache", "scratch")}
+        places["database"] = sum(_file_bytes(path) for path in self._folder.glob("fedpeft.db*"))
+        return places
+
     def close(self) -> None:
         """Ends the threads, then the database."""
         self._pool.shutdown()
         self._files.shutdown()
         self._transactions.shutdown()
         self.db.close()
+
+
+def _tree_bytes(folder: Path) -> int:
+    """Returns the bytes of all files below a folder, as far as they are still there."""
+    return sum(_file_bytes(Path(at, name)) for at, _, names in os.walk(folder) for name in names)
+
+
+def _file_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _tell_failure(done: Future[object]) -> None:
