@@ -77,7 +77,15 @@ def _disk(to: Dashboard) -> None:
             Query(f"fedpeft_disk_free_bytes{{{DAEMONS}}}", "{{instance}} free"),
             Query(f"instance:fedpeft_disk_free_bytes:predicted1d{{{DAEMONS}}}", "{{instance}} in a day"),
             Query(f"fedpeft_disk_size_bytes{{{DAEMONS}}}", "{{instance}} size"),
-            width=24,
+            width=12,
+        )
+    ).with_panel(
+        lines(
+            "Stored",
+            "Files of the data folder: uploads, encoded versions, copies of what a bucket holds, the database.",
+            units.BytesIEC,
+            Query(f"fedpeft_stored_bytes{{{DAEMONS}}}", "{{instance}} {{place}}"),
+            width=12,
         )
     )
 
@@ -103,7 +111,7 @@ def _process(to: Dashboard) -> None:
     ).with_panel(
         lines(
             "Open files",
-            "Connections and spooled updates, against what the system allows.",
+            "Connections and transfers under way, against what the system allows.",
             units.NoUnit,
             Query(f"process_open_fds{{{DAEMONS}}}", "{{instance}} open"),
             Query(f"process_max_fds{{{DAEMONS}}}", "{{instance}} allowed"),
