@@ -40,7 +40,18 @@ _BEGINNINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 """The series that a run begins with: what follows the run in their labels, by metric."""
 
-BACKGROUND = ("matching", "deadline", "fold", "traffic", "files", "certificate", "log", "tokens", "storage", "event loop")
+BACKGROUND = (
+    "matching",
+    "deadline",
+    "fold",
+    "traffic",
+    "files",
+    "certificate",
+    "log",
+    "tokens",
+    "storage",
+    "event loop",
+)
 """The work that no call waits for."""
 
 _ROLES = ("trainer", "evaluator")
@@ -91,8 +102,8 @@ class Metrics:
         )
         self.background_failures = Counter(
             "fedpeft_background_failures",
-            "Failures of work that no call waits for, such as `matching` (the opening of rounds), `deadline`, `fold`, "
-            "`traffic` (the writing of byte counts), `files` (their removal), `certificate`, `log`, `tokens`, `storage`.",
+            "Failures of work that no call waits for: `matching` (opens rounds), `deadline`, `fold`, `traffic` "
+            "(writes byte counts), `files` (removes them), `certificate`, `log`, `tokens`, `storage`...",
             ("work",),
             registry=r,
         )

@@ -48,8 +48,8 @@ def test_no_label_carries_a_round_or_a_client() -> None:
         for label in metric._labelnames
     }
     assert labels == {
-        *("run", "direction", "encoding", "phase", "outcome", "state", "split", "name", "method", "model"),
-        *("code", "role", "version", "certificate"),
+        *("run", "direction", "encoding", "phase", "outcome", "state", "split", "name", "method", "model", "work"),
+        *("code", "role", "version", "certificate", "place"),
     }
 
 
