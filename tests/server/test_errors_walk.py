@@ -148,6 +148,14 @@ async def stopped_run(world: World) -> object:
     return await client.push(task.ticket, filled(1.0))
 
 
+async def excluded_update(world: World) -> object:
+    daemon, run, (client, other) = await world.run(2)
+    tasks = await asyncio.gather(client.task(), other.task())
+    await asyncio.gather(client.push(tasks[0].ticket, filled(3e38)), other.push(tasks[1].ticket, filled(1.0)))
+    await daemon.until(run, lambda r: r.version == 1)
+    return await client.push(tasks[0].ticket, filled(3e38))
+
+
 async def withdrawn_ticket(world: World) -> object:
     _, _, (client,) = await world.run()
     task = await client.task()
@@ -461,6 +469,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "NOT_REGISTERED": unregistered,
     "ROUND_CLOSED": stopped_run,
     "TICKET_CLOSED": withdrawn_ticket,
+    "UPDATE_EXCLUDED": excluded_update,
     "RUN_FINISHED": paused_after_its_end,
     "RUN_NOT_FINISHED": deleted_too_early,
     "TICKET_OF_ANOTHER": ticket_of_another,

@@ -99,3 +99,22 @@ async def test_what_is_kept_of_a_round_is_what_was_counted(start: StartDaemon) -
     await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
     await daemon.end()
     assert {path.name.partition(".")[0] for path in spool.iterdir()} == {counted.ticket}
+
+
+async def test_a_newer_wait_takes_the_place_of_the_older_one(daemon: Daemon) -> None:
+    run = await daemon.create(config(rounds={"count": 1, "clients": 2}))
+    a, b = await daemon.clients("a", "b")
+    for client in (a, b):
+        assert (await client.look()).offer.run.id == run.id
+        assert (await client.look()).offer.run.id == run.id, "an offer comes again until it is answered"
+        await client.answer(run.id)
+    older = asyncio.create_task(a.look())
+    async with asyncio.timeout(10):
+        while not daemon.server.runs.lobby.is_waiting("a"):
+            await asyncio.sleep(0.01)
+    newer = asyncio.create_task(a.look())
+    async with asyncio.timeout(10):
+        assert (await older).HasField("idle")
+        ticket = (await b.look()).training.ticket
+        assert (await newer).HasField("training")
+    assert (await b.look()).training.ticket == ticket, "an open ticket is given again"

@@ -37,7 +37,7 @@ class FederationServiceStub:
     (`fedpeft-protocol`) and its clock, in seconds since 1970 (`fedpeft-clock`).
 
     An error is a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
-    at each call; docs/errors.md has them all. INVALID_ARGUMENT, but for MESSAGE_INVALID, always adds a
+    at each call; docs/errors.md has them all. INVALID_ARGUMENT always adds a
     `google.rpc.BadRequest` that names each field at fault by its path from the request, or from the message of the stream:
     `header.manifest.tensors[3].encoding`, `sha256`, `header.metrics[loss]`; only the paths of CONFIG_INVALID begin in the run
     file. OFFSET_OUT_OF_RANGE and UPDATE_TOO_LARGE
@@ -148,6 +148,7 @@ class FederationServiceStub:
       FAILED_PRECONDITION  ROUND_CLOSED         too late: the round has closed, or the run was stopped; the update goes into the residual
       ALREADY_EXISTS       UPDATE_DIFFERS       another update was already received for this ticket
       FAILED_PRECONDITION  TICKET_CLOSED        the ticket was withdrawn, or its update refused
+      FAILED_PRECONDITION  UPDATE_EXCLUDED      the update was received, and excluded when the round closed; see below
       INVALID_ARGUMENT     MANIFEST_INVALID     a tensor is missing, unknown, or has a wrong dtype, shape, encoding, or length
       INVALID_ARGUMENT     EXAMPLES_INVALID     none, or more than the client declared
       INVALID_ARGUMENT     METRICS_INVALID      not finite, outside the range of its name, more than 64, or a name over 128 bytes
@@ -217,7 +218,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     (`fedpeft-protocol`) and its clock, in seconds since 1970 (`fedpeft-clock`).
 
     An error is a status code, one sentence, and a `google.rpc.ErrorInfo` with domain `fedpeft` and one of the reasons named
-    at each call; docs/errors.md has them all. INVALID_ARGUMENT, but for MESSAGE_INVALID, always adds a
+    at each call; docs/errors.md has them all. INVALID_ARGUMENT always adds a
     `google.rpc.BadRequest` that names each field at fault by its path from the request, or from the message of the stream:
     `header.manifest.tensors[3].encoding`, `sha256`, `header.metrics[loss]`; only the paths of CONFIG_INVALID begin in the run
     file. OFFSET_OUT_OF_RANGE and UPDATE_TOO_LARGE
@@ -356,6 +357,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
           FAILED_PRECONDITION  ROUND_CLOSED         too late: the round has closed, or the run was stopped; the update goes into the residual
           ALREADY_EXISTS       UPDATE_DIFFERS       another update was already received for this ticket
           FAILED_PRECONDITION  TICKET_CLOSED        the ticket was withdrawn, or its update refused
+          FAILED_PRECONDITION  UPDATE_EXCLUDED      the update was received, and excluded when the round closed; see below
           INVALID_ARGUMENT     MANIFEST_INVALID     a tensor is missing, unknown, or has a wrong dtype, shape, encoding, or length
           INVALID_ARGUMENT     EXAMPLES_INVALID     none, or more than the client declared
           INVALID_ARGUMENT     METRICS_INVALID      not finite, outside the range of its name, more than 64, or a name over 128 bytes

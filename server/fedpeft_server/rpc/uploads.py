@@ -27,6 +27,7 @@ from fedpeft.errors import (
     RoundClosed,
     TicketClosed,
     UpdateDiffers,
+    UpdateExcluded,
 )
 from fedpeft.mapped import releaser
 from fedpeft.payload import Manifest
@@ -240,6 +241,8 @@ class Uploads:
         await self._store.compute(_finished, writer)
 
     def _admit(self, engine: RunEngine, ticket: Ticket) -> None:
+        if ticket.state is TicketState.REFUSED and ticket.reason.startswith(UpdateExcluded.reason):
+            raise UpdateExcluded(f"the update of ticket {ticket.id} was not folded: {ticket.reason.partition(': ')[2]}")
         if ticket.state in (TicketState.WITHDRAWN, TicketState.REFUSED):
             raise TicketClosed(f"ticket {ticket.id} was {ticket.state}: {ticket.reason or 'no reason given'}")
         if not _is_open(engine, ticket):
