@@ -207,11 +207,16 @@ def _cache(plan: Plan) -> Path:
 
 def _partition(plan: Plan) -> dict[str, int]:
     """Writes the images of each client, those of the vendors that have most; returns how many each has."""
+    from fedpeft.data.overlap import overlap
     from fedpeft.data.partitions import natural
     from fedpeft.data.parts import write_parts
     from fedpeft.data.sources import open_source
 
-    whole = natural(open_source(plan.train).column(COLUMN), COLUMN)
+    training = open_source(plan.train)
+    shared = overlap([("", training)], 1, open_source(plan.test))
+    if shared.images:
+        output.note(str(shared))
+    whole = natural(training.column(COLUMN), COLUMN)
     wanted = len(whole.names) if plan.clients is None else plan.clients
     if wanted > len(whole.names):
         raise SettingsInvalid(f"--clients {wanted}: {plan.train} has drawings of {len(whole.names)} vendors")

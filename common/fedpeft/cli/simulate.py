@@ -168,6 +168,12 @@ def _say(report: views.Json, out: Path) -> None:
         output.say(f"  accuracy of version 0: {units.percent(report['initial_metrics']['accuracy'])}")
     if report["rounds"]:
         output.say_table(COLUMNS, [_row(row) for row in report["rounds"]], right=COLUMNS)
+    if report["overlap"] and report["overlap"]["images"]:
+        shared = report["overlap"]
+        output.say(
+            f"{shared['images']:,} of {units.counted(shared['held_out'], 'held-out image')} are training images too: "
+            "these accuracies are too high; report.json names some"
+        )
     output.say(f"results: {out / 'adapter.safetensors'}, {out / 'report.json'}, {out / 'records.jsonl'}")
 
 

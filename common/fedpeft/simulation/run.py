@@ -37,6 +37,7 @@ from fedpeft.mapped import mapped
 from fedpeft.rounds import Phase, Round, Ticket, TicketState
 from fedpeft.simulation.bench import Trained, Version, Workbench
 from fedpeft.simulation.clients import Clients, reading_of
+from fedpeft.simulation.leakage import leakage
 from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
 from fedpeft.simulation.versions import Versions
 from fedpeft.versions import Identity, RoundEmptied
@@ -85,7 +86,8 @@ def simulate(
     Returns:
         The report, as in report.json: what `fedpeft run show --json` says of a run, `wire_bytes_up` and
         `wire_bytes_down` None because nothing was sent; besides `facts` (torch's
-        version, device, precision, threads), `partition` and `seconds`. `state` is completed, or paused if a round
+        version, device, precision, threads), `partition`, `overlap` (held-out images that are training images too, see
+        `fedpeft.data.overlap.Overlap`) and `seconds`. `state` is completed, or paused if a round
         could not get its updates.
 
     Raises:
@@ -105,9 +107,14 @@ def simulate(
             memory = scratch / "memory"
             memory.mkdir()
             bench = Workbench(config, clients, memory, evaluate, weights, label_map, device, reading)
+            shared = leakage(clients, evaluate, config, reading)
             versions = Versions(Identity(run, config, bench.spec, bench.fingerprint), out, scratch)
             simulation = _Simulation(config, sorted(clients), bench, versions, run)
-            report = {**simulation.hold(committed, worked), "partition": None if partition is None else dict(partition)}
+            report = {
+                **simulation.hold(committed, worked),
+                "partition": None if partition is None else dict(partition),
+                "overlap": None if shared is None else shared.as_dict(),
+            }
         durable.write_text(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise StateInvalid(f"cannot use {error.filename or out}: {error.strerror or error}") from None

@@ -1,0 +1,88 @@
+"""Images that are trained and scored on at once are found by their bytes, at a bounded cost."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from fedpeft.data.overlap import overlap
+from fedpeft.data.sources import open_source
+from fedpeft.simulation import clients_of, simulate
+
+from .test_simulation import config, table, write
+from .test_sources import png
+
+
+class Images:
+    """A source of the given encoded images."""
+
+    def __init__(self, images: list[bytes]) -> None:
+        self._images = images
+        self.read = 0
+        self.image_bytes_total = sum(map(len, images))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, row: int) -> str:
+        return f"row {row}"
+
+    def image_bytes(self, row: int) -> bytes:
+        self.read += 1
+        return self._images[row]
+
+
+SOME = st.lists(st.binary(max_size=2), max_size=12)
+
+
+@given(SOME, SOME, SOME)
+def test_equal_bytes_are_counted_once_for_each_held_out_image(first, second, held):
+    found = overlap([("a: ", Images(first)), ("b: ", Images(second))], 2, Images(held))
+    trained = {image for image in first + second if image}
+    assert found.images == sum(image in trained for image in held)
+    assert (found.training, found.of, found.held_out) == (len(first + second), len(first + second), len(held))
+    for name, where in found.examples:
+        who, row = name.split(": row ")
+        assert (first if who == "a" else second)[int(row)] == held[int(where.removeprefix("row "))]
+
+
+def test_no_more_than_the_budget_is_read():
+    training, held = Images([bytes([k]) * 10 for k in range(200)]), Images([bytes([k]) * 10 for k in range(100)])
+    found = overlap([("", training)], 1, held, budget_bytes=1000)
+    assert training.read == found.training == 50 and held.read == found.held_out == 50
+    assert found.of == 200 and found.images == 25
+    assert "25 of 50 held-out images are among the training images (50 of 200 were looked at)" in str(found)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_simulation_says_which_held_out_images_it_is_trained_on(tmp_path: Path, divided: bool) -> None:
+    data = write(tmp_path / "train" / "data.parquet", table(12))
+    held = tmp_path / "test"
+    for k, value in enumerate((3, 4, 250)):
+        (held / "cat").mkdir(parents=True, exist_ok=True)
+        (held / "cat" / f"{k}.png").write_bytes(open_source(data).image_bytes(value) if value < 12 else png(value))
+    settings = config(rounds={"count": 1, "clients": 1}, simulation={"clients": 2})
+    clients = clients_of(data, settings)[0] if divided else {"a": data}
+    with capture_logs() as logs:
+        report = simulate(settings, clients, tmp_path / "out", evaluate=held)
+    assert {key: report["overlap"][key] for key in ("images", "held_out", "training", "of")} == {
+        "images": 2,
+        "held_out": 3,
+        "training": 12,
+        "of": 12,
+    }
+    assert report["overlap"]["examples"][0][1] == "cat/0.png"
+    assert any("2 of 3 held-out images are among the training images, with the same bytes" in e["event"] for e in logs)
+
+
+def test_without_a_common_image_nothing_is_said(tmp_path: Path) -> None:
+    data = write(tmp_path / "train" / "data.parquet", table(12))
+    (tmp_path / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "test" / "cat" / "0.png").write_bytes(png(250))
+    settings = config(rounds={"count": 1, "clients": 1})
+    with capture_logs() as logs:
+        report = simulate(settings, {"a": data}, tmp_path / "out", evaluate=tmp_path / "test")
+    assert report["overlap"]["images"] == 0 and report["overlap"]["examples"] == []
+    assert not any("held-out" in entry["event"] for entry in logs)
