@@ -23,6 +23,7 @@
     │   ├── RunNotFound
     │   ├── VersionNotFound
     │   ├── TicketNotFound
+    │   ├── ClientNotFound
     │   ├── TokenNotFound
     │   └── IdentityNotFound
     ├── AlreadyExists
@@ -235,6 +236,10 @@ class VersionNotFound(NotFound):
 
 class TicketNotFound(NotFound):
     """No ticket of that id."""
+
+
+class ClientNotFound(NotFound):
+    """No client of this id ever registered."""
 
 
 class TokenNotFound(NotFound):

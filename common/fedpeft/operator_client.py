@@ -270,6 +270,10 @@ class OperatorClient(AccessCalls):
                 return found
             request.page_token = answer.next_page_token
 
+    async def readmit(self, client: str, run: str = "") -> list[str]:
+        """Lets a client back that was set aside, in one run or in all; returns the runs in which it was."""
+        return list((await self._ask(self._stub.ReadmitClient, pb.ReadmitClientRequest(client=client, run=run))).runs)
+
     async def download(
         self, run: str, path: Path, *, version: int | None = None, progress: Progress = _silent
     ) -> pb.DownloadHeader:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from fedpeft import seeds
@@ -98,9 +98,10 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """These clients can be sampled now."""
+    """These clients can be sampled now, those with a larger demerit (`fedpeft.conduct`) after the others."""
 
     clients: frozenset[str]
+    demerits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +185,18 @@ def ticket_id(run: str, number: int, client: str) -> str:
     return "ticket-" + hashlib.sha256(f"{run}\x1f{number}\x1f{client}".encode()).hexdigest()[:16]
 
 
-def sample(candidates: Iterable[str], count: int, seed: int, number: int) -> list[str]:
-    """Returns up to `count` of the candidates, the same ones for the same candidates, seed and round, sorted."""
-    ranked = sorted(candidates, key=lambda client: (seeds.sampling_rank(seed, number, client), client))
+_NONE: Mapping[str, int] = {}
+
+
+def sample(
+    candidates: Iterable[str], count: int, seed: int, number: int, demerits: Mapping[str, int] = _NONE
+) -> list[str]:
+    """Returns up to `count` of the candidates, the same ones for the same arguments, sorted."""
+
+    def rank(client: str) -> tuple[int, int, str]:
+        return demerits.get(client, 0), seeds.sampling_rank(seed, number, client), client
+
+    ranked = sorted(candidates, key=rank)
     return sorted(ranked[:count])
 
 
@@ -203,8 +213,8 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
     match event:
         case Waiting() | TimePassed() | Resumed() | Excluded() | Aggregated() if state.stopped:
             return state, ()
-        case Waiting(clients):
-            return _waiting(state, clients, config, now)
+        case Waiting():
+            return _waiting(state, event, config, now)
         case Received(ticket):
             return _received(state, ticket, config)
         case Withdrawn(ticket, reason):
@@ -223,27 +233,30 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
             return _stopped(state)
 
 
-def _waiting(state: Round, clients: frozenset[str], config: RoundsConfig, now: float) -> Step:
+def _waiting(state: Round, event: Waiting, config: RoundsConfig, now: float) -> Step:
+    clients, demerits = event.clients, event.demerits
     if state.phase is Phase.WAITING and len(clients) >= config.available:
         opened = replace(state, phase=Phase.OPEN, opened_at=now, deadline=now + config.deadline_s)
-        return _issue(opened, clients, config.sampled, config)
+        return _issue(opened, clients, config.sampled, config, demerits)
     if state.phase is not Phase.OPEN:
         return state, ()
     current = [t for t in state.in_state(TicketState.ISSUED) if t.generation == state.extensions]
     missing = config.sampled - len(state.in_state(TicketState.RECEIVED)) - len(current)
     fresh = clients - {t.client for t in state.tickets}
     if missing > 0 and fresh:
-        return _issue(state, fresh, missing, config)
+        return _issue(state, fresh, missing, config, demerits)
     nobody_left = not state.in_state(TicketState.ISSUED)
     if nobody_left and len(state.in_state(TicketState.RECEIVED)) >= config.needed:
         return _aggregate(state)
     return state, ()
 
 
-def _issue(state: Round, candidates: Iterable[str], count: int, config: RoundsConfig) -> Step:
+def _issue(
+    state: Round, candidates: Iterable[str], count: int, config: RoundsConfig, demerits: Mapping[str, int]
+) -> Step:
     new = tuple(
         Ticket(ticket_id(state.run, state.number, client), client, generation=state.extensions)
-        for client in sample(candidates, count, config.seed, state.number)
+        for client in sample(candidates, count, config.seed, state.number, demerits)
     )
     tickets = tuple(sorted((*state.tickets, *new), key=lambda t: t.client))
     return replace(state, tickets=tickets), (Issue(new),)

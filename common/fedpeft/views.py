@@ -141,6 +141,7 @@ def run_json(run: run_pb2.Run, rounds: Iterable[run_pb2.Round], current: run_pb2
         "model_parameters": run.model_parameters,
         "backbone_fingerprint": run.backbone_fingerprint,
         "initial_metrics": dict(sorted(run.initial_metrics.items())),
+        "set_aside": list(run.set_aside),
         "declines": [{"client": d.client, "reasons": list(d.reasons), "at": moment(d.at)} for d in run.declines],
         "evaluators": evaluators(run),
         "config": json_format.MessageToDict(run.config, preserving_proto_field_name=True),
@@ -279,6 +280,8 @@ def _answer(answer: operator_service_pb2.RunAnswer) -> Json:
         "answer": federation_service_pb2.Answer.Name(answer.answer).removeprefix("ANSWER_").lower(),
         "reasons": list(answer.reasons),
         "examples": answer.examples,
+        "missed": answer.missed,
+        "set_aside": answer.set_aside,
         "at": moment(answer.at),
     }
 

@@ -239,8 +239,9 @@ class Metrics:
         )
         self.clients = Gauge(
             "fedpeft_clients",
-            "Clients by what they are doing: `waiting` to be sampled, or `declined` the run; of the round in progress, "
-            "`issued` a ticket and awaited (stragglers in the end), `received`, `withdrawn`, `refused`, `late`.",
+            "Clients by what they are doing: `waiting` to be sampled, `declined` the run or `set_aside`; of the round "
+            "in progress, `issued` a ticket and awaited (stragglers in the end), `received`, `withdrawn`, `refused`, "
+            "`late`.",
             ("run", "state"),
             registry=r,
         )

@@ -1,4 +1,4 @@
-"""`fedpeft client`: list, revoke."""
+"""`fedpeft client`: list, revoke, readmit."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ def list_(
         for answer in row["answers"]:
             if answer["answer"] == "declined":
                 output.say(f"{row['client']} declined {answer['run']}: {'; '.join(answer['reasons'])}")
+            if answer["set_aside"]:
+                output.say(
+                    f"{row['client']} is set aside in {answer['run']}: its last updates were refused or excluded; "
+                    f"fedpeft client readmit {row['client']} lets it back"
+                )
 
 
 @app.command(
@@ -76,6 +81,36 @@ def revoke(
             f"{row['role']} {row['name']} is refused since {row['revoked_at']}, whatever certificate it brings; a new "
             "token would let it in again"
         )
+
+
+@app.command(
+    "readmit",
+    epilog=epilog(
+        "fedpeft client readmit hospital-a",
+        "fedpeft client readmit hospital-a --run run-0a1b2c3d4e5f",
+        hint="A client whose updates are refused three times in a row is set aside: it is sampled last of all.",
+        ends=OF_SERVER,
+    ),
+)
+def readmit(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The client, as client list shows it.")],
+    run: Annotated[str, typer.Option("--run", metavar="ID", help="Only in this run.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Let a client back that was set aside because its updates were refused again and again."""
+    runs = run_async(_readmitted(session_of(context), name, run))
+    if as_json:
+        output.say_json({"client": name, "runs": runs})
+    elif runs:
+        output.say(f"{name} is sampled again as the others are, in {', '.join(runs)}")
+    else:
+        output.say(f"{name} was not set aside{f' in {run}' if run else ''}; nothing changed")
+
+
+async def _readmitted(session: Session, name: str, run: str) -> list[str]:
+    async with session.client() as server:
+        return await server.readmit(name, run)
 
 
 async def _revoked(session: Session, name: str, role: Role, reason: str, unseen: bool) -> views.Json:

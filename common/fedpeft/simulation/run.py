@@ -317,6 +317,7 @@ class _Simulation:
             "initial_metrics": dict(sorted(initial.items())),
             "config": json_format.MessageToDict(wire.config_to_proto(self._config), preserving_proto_field_name=True),
             "rounds": done,
+            "set_aside": [],
             "declines": [],  # a simulated client takes what it is given
             "in_progress": progress_json(paused) if paused else None,
             "facts": self._facts,

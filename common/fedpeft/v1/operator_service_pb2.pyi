@@ -670,12 +670,20 @@ class RunAnswer(_message.Message):
     REASONS_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     AT_FIELD_NUMBER: _builtins.int
+    MISSED_FIELD_NUMBER: _builtins.int
+    SET_ASIDE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Id of the run."""
     answer: _federation_service_pb2.Answer.ValueType
     """Accepted or declined."""
     examples: _builtins.int
     """Examples the client has of the run's classes; 0: not said."""
+    missed: _builtins.int
+    """Tickets in a row that brought no update that counts: for some rounds the client is sampled after the others."""
+    set_aside: _builtins.bool
+    """Whether it is set aside: three updates in a row were refused or excluded. It is sampled only for a round that could not
+    be held without it, until ReadmitClient or until an update of it counts.
+    """
     @_builtins.property
     def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why it was declined, a sentence each."""
@@ -692,10 +700,12 @@ class RunAnswer(_message.Message):
         reasons: _abc.Iterable[_builtins.str] | None = ...,
         examples: _builtins.int = ...,
         at: _timestamp_pb2.Timestamp | None = ...,
+        missed: _builtins.int = ...,
+        set_aside: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "at", b"at", "examples", b"examples", "reasons", b"reasons", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "at", b"at", "examples", b"examples", "missed", b"missed", "reasons", b"reasons", "run", b"run", "set_aside", b"set_aside"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -764,6 +774,56 @@ class Client(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Client: _TypeAlias = Client  # noqa: Y015
+
+@_typing.final
+class ReadmitClientRequest(_message.Message):
+    """ReadmitClientRequest names a client."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    """Its id."""
+    run: _builtins.str
+    """The run; empty: every run that is not finished."""
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadmitClientRequest: _TypeAlias = ReadmitClientRequest  # noqa: Y015
+
+@_typing.final
+class ReadmitClientResponse(_message.Message):
+    """ReadmitClientResponse says where it was set aside."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The runs in which it was, and is not any more."""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadmitClientResponse: _TypeAlias = ReadmitClientResponse  # noqa: Y015
 
 @_typing.final
 class ListClientsResponse(_message.Message):

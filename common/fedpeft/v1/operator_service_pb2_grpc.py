@@ -100,6 +100,11 @@ class OperatorServiceStub:
                 request_serializer=fedpeft_dot_v1_dot_operator__service__pb2.ListClientsRequest.SerializeToString,
                 response_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.ListClientsResponse.FromString,
                 _registered_method=True)
+        self.ReadmitClient = channel.unary_unary(
+                '/fedpeft.v1.OperatorService/ReadmitClient',
+                request_serializer=fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -227,6 +232,15 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadmitClient(self, request, context):
+        """ReadmitClient lets a client back that was set aside, because three updates of it in a row were refused or excluded: it is sampled
+        again as the others are. A client that is set aside nowhere stays as it is.
+        NOT_FOUND            RUN_NOT_FOUND, CLIENT_NOT_FOUND
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -284,6 +298,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ListClients,
                     request_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.ListClientsRequest.FromString,
                     response_serializer=fedpeft_dot_v1_dot_operator__service__pb2.ListClientsResponse.SerializeToString,
+            ),
+            'ReadmitClient': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadmitClient,
+                    request_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -594,6 +613,33 @@ class OperatorService:
             '/fedpeft.v1.OperatorService/ListClients',
             fedpeft_dot_v1_dot_operator__service__pb2.ListClientsRequest.SerializeToString,
             fedpeft_dot_v1_dot_operator__service__pb2.ListClientsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadmitClient(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpeft.v1.OperatorService/ReadmitClient',
+            fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientRequest.SerializeToString,
+            fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientResponse.FromString,
             options,
             channel_credentials,
             insecure,

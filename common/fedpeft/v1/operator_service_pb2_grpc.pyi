@@ -92,6 +92,11 @@ class OperatorServiceStub:
     """
     ListClients: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListClientsRequest, _operator_service_pb2.ListClientsResponse]
     """ListClients shows every client that ever registered, by id, in pages."""
+    ReadmitClient: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ReadmitClientRequest, _operator_service_pb2.ReadmitClientResponse]
+    """ReadmitClient lets a client back that was set aside, because three updates of it in a row were refused or excluded: it is sampled
+    again as the others are. A client that is set aside nowhere stays as it is.
+      NOT_FOUND            RUN_NOT_FOUND, CLIENT_NOT_FOUND
+    """
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """OperatorService creates runs and watches over them. Errors are as in FederationService.
@@ -237,5 +242,16 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_operator_service_pb2.ListClientsRequest, _abc.Awaitable[_operator_service_pb2.ListClientsResponse]],
     ) -> _abc.Awaitable[_operator_service_pb2.ListClientsResponse]:
         """ListClients shows every client that ever registered, by id, in pages."""
+
+    @_abc_1.abstractmethod
+    def ReadmitClient(
+        self,
+        request: _operator_service_pb2.ReadmitClientRequest,
+        context: _aio.ServicerContext[_operator_service_pb2.ReadmitClientRequest, _abc.Awaitable[_operator_service_pb2.ReadmitClientResponse]],
+    ) -> _abc.Awaitable[_operator_service_pb2.ReadmitClientResponse]:
+        """ReadmitClient lets a client back that was set aside, because three updates of it in a row were refused or excluded: it is sampled
+        again as the others are. A client that is set aside nowhere stays as it is.
+          NOT_FOUND            RUN_NOT_FOUND, CLIENT_NOT_FOUND
+        """
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _aio.Server) -> None: ...

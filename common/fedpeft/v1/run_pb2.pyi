@@ -691,6 +691,7 @@ class Run(_message.Message):
     INITIAL_METRICS_FIELD_NUMBER: _builtins.int
     DECLINES_FIELD_NUMBER: _builtins.int
     EVALUATORS_FIELD_NUMBER: _builtins.int
+    SET_ASIDE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The server's id of the run: `run-` and 12 lower-case letters and digits."""
     backbone_fingerprint: _builtins.str
@@ -729,6 +730,10 @@ class Run(_message.Message):
     def evaluators(self) -> _containers.RepeatedCompositeFieldContainer[Global___Scoring]:
         """The evaluators that take part, by id, and how far they are; for operators only. At most 32."""
 
+    @_builtins.property
+    def set_aside(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Clients that are set aside, by id; for operators only, and where they are very many, only the first."""
+
     def __init__(
         self,
         *,
@@ -744,10 +749,11 @@ class Run(_message.Message):
         initial_metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         declines: _abc.Iterable[Global___Decline] | None = ...,
         evaluators: _abc.Iterable[Global___Scoring] | None = ...,
+        set_aside: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone_fingerprint", b"backbone_fingerprint", "config", b"config", "created_at", b"created_at", "declines", b"declines", "evaluators", b"evaluators", "id", b"id", "initial_metrics", b"initial_metrics", "model_parameters", b"model_parameters", "reason", b"reason", "spec", b"spec", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone_fingerprint", b"backbone_fingerprint", "config", b"config", "created_at", b"created_at", "declines", b"declines", "evaluators", b"evaluators", "id", b"id", "initial_metrics", b"initial_metrics", "model_parameters", b"model_parameters", "reason", b"reason", "set_aside", b"set_aside", "spec", b"spec", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,8 +7,10 @@ sampled, though its earlier answer is still shown.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
+from fedpeft.conduct import GOOD, Conduct
 from fedpeft_server.store.rows import AnswerRow
 
 
@@ -24,12 +26,16 @@ class Answers:
         self._due: dict[str, set[str]] = defaultdict(set)
         self._asked: dict[str, set[str]] = defaultdict(set)
         self._runs_of: dict[str, set[str]] = defaultdict(set)  # by client, those that it answered for
+        self._poor: dict[str, dict[str, Conduct]] = defaultdict(dict)  # by run, those that are not GOOD
         for answer in known:
             self._given[answer.run][answer.client] = answer
             self._runs_of[answer.client].add(answer.run)
+            if answer.conduct != GOOD:
+                self._poor[answer.run][answer.client] = answer.conduct
 
     def put(self, answer: AnswerRow) -> None:
-        """Takes an answer that is durable."""
+        """Takes an answer that is durable; how the client used its tickets before stands."""
+        answer = replace(answer, conduct=self.conduct(answer.run, answer.client))
         self._given[answer.run][answer.client] = answer
         self._runs_of[answer.client].add(answer.run)
         self._due[answer.run].discard(answer.client)
@@ -83,6 +89,29 @@ class Answers:
         """Returns the runs that a client accepted the last time that it was asked."""
         return [run for run in self._runs_of.get(client, ()) if self._given[run][client].accepted]
 
+    def conduct(self, run: str, client: str) -> Conduct:
+        """Returns how a client used its last tickets of a run."""
+        return self._poor.get(run, {}).get(client, GOOD)
+
+    def conducts(self, run: str) -> Mapping[str, Conduct]:
+        """Returns the conduct of the clients that did not use theirs well, by client."""
+        return self._poor.get(run, {})
+
+    def set_aside(self, run: str) -> list[str]:
+        """Returns the clients that are set aside in a run, by id."""
+        return sorted(client for client, conduct in self.conducts(run).items() if conduct.is_aside)
+
+    def put_conducts(self, run: str, conducts: Mapping[str, Conduct]) -> None:
+        """Takes how clients used their tickets, which is durable."""
+        for client, conduct in conducts.items():
+            if client not in self._given.get(run, {}):
+                continue  # so it is not in the database either
+            self._given[run][client] = replace(self._given[run][client], conduct=conduct)
+            if conduct == GOOD:
+                self._poor[run].pop(client, None)
+            else:
+                self._poor[run][client] = conduct
+
     def forget(self, run: str) -> None:
         """Forgets a run that was deleted."""
         for client in self._given.pop(run, {}):
@@ -91,3 +120,4 @@ class Answers:
                 del self._runs_of[client]
         self._due.pop(run, None)
         self._asked.pop(run, None)
+        self._poor.pop(run, None)

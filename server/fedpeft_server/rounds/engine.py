@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
-from fedpeft import rounds, screening, tracing
+from fedpeft import conduct, rounds, screening, tracing
 from fedpeft.audit import Detail
 from fedpeft.errors import DiskFull, FedpeftError, RoundClosed, RunFinished, TicketNotFound
 from fedpeft.rounds import Phase, Round, TicketState
@@ -22,6 +23,7 @@ from fedpeft.versions import RoundEmptied
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds import gauges
 from fedpeft_server.rounds.aggregation import Result, aggregate
+from fedpeft_server.rounds.answers import Answers
 from fedpeft_server.rounds.lobby import Lobby
 from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.store.rows import Deed, RunRow, RunState, UpdateRow
@@ -49,6 +51,7 @@ class RunEngine:
         current: Its round in progress.
         store: Database, blobs and spool.
         lobby: Whom to call when tickets are issued.
+        answers: What clients answered, and how they used their tickets.
         ledger: Bytes of the round.
         metrics: Where what happens is counted.
         background: Watches over what no call waits for.
@@ -61,6 +64,7 @@ class RunEngine:
         current: Round,
         store: Store,
         lobby: Lobby,
+        answers: Answers,
         ledger: Ledger,
         metrics: Metrics,
         background: Background,
@@ -71,6 +75,7 @@ class RunEngine:
         self.opened = 0.0
         self._store = store
         self._lobby = lobby
+        self._answers = answers
         self._ledger = ledger
         self._metrics = metrics
         self._background = background
@@ -125,7 +130,8 @@ class RunEngine:
     async def offer(self, clients: frozenset[str]) -> None:
         """Lets the run sample from the clients that wait."""
         if self.run.state is RunState.RUNNING:
-            await self._advance(rounds.Waiting(clients))
+            poor = conduct.demerits(self._answers.conducts(self.run.id), self.round.number)
+            await self._advance(rounds.Waiting(clients, poor))
 
     @unbroken
     async def receive(self, ticket: str, update: UpdateRow, by: str) -> UpdateRow:
@@ -327,6 +333,11 @@ class RunEngine:
         past = [screening.median(norms.get(number, ())) for number in earlier]
         return await self._store.compute(aggregate, self.run, folding, received, base, previous, past, self._store)
 
+    def _fresh_aside(self, conducts: Mapping[str, conduct.Conduct]) -> list[str]:
+        """Returns those of some clients that are to be set aside and were not before."""
+        before = self._answers.conducts(self.run.id)
+        return [c for c, new in conducts.items() if new.is_aside and not before.get(c, conduct.GOOD).is_aside]
+
     async def _reopen(self, excluded: Mapping[str, str]) -> None:
         """Goes on with a round of which no update can be folded: others are sampled, as for any that was refused."""
         async with self._lock:
@@ -358,6 +369,7 @@ class RunEngine:
         done, _ = rounds.advance(screened, rounds.Aggregated(), config, now)
         last = done.number >= config.count
         state, reason = (RunState.COMPLETED, "") if last else (self.run.state, self.run.reason)
+        conducts = conduct.settled(done, config, partial(self._answers.conduct, self.run.id))
         committed: dict[str, Detail] = {
             "round": done.number,
             "updates": len(outcome.weights),
@@ -374,9 +386,17 @@ class RunEngine:
             outcome.metrics,
             state,
             reason,
-            deeds=(*self._excluding(outcome.excluded), Deed(SERVER, "round.committed", self.run.id, committed)),
+            conducts,
+            deeds=(
+                *self._excluding(outcome.excluded),
+                Deed(SERVER, "round.committed", self.run.id, committed),
+                *(Deed(SERVER, "client.set_aside", self.run.id, {"client": c}) for c in self._fresh_aside(conducts)),
+            ),
         )
         self._say_excluded(outcome.excluded)
+        for client in self._fresh_aside(conducts):
+            self._log.warning("client set aside", client=client, refused=conducts[client].refused)
+        self._answers.put_conducts(self.run.id, conducts)
         self.run = replace(self.run, version=done.number, state=state, reason=reason)
         self._ledger.round_committed(self.run.id, done.number)
         self._metrics.rounds.labels(self.run.id, "committed").inc()

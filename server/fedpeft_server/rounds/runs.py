@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import structlog
 
+from fedpeft.conduct import GOOD
 from fedpeft.errors import FedpeftError, RunNotFinished, RunNotFound, StateInvalid, TicketNotFound
 from fedpeft.rounds import Phase, Round, Ticket, TicketState
 from fedpeft_server.metrics import Metrics
@@ -211,6 +212,23 @@ class Runs:
                 await engine.withdraw(ticket, "; ".join(answer.reasons), by)
         self._changed(engine)
 
+    @unbroken
+    async def readmit(self, client: str, run_id: str, by: str) -> list[str]:
+        """Lets a client back that was set aside, in one run or in all, because `by` asks for it; returns those runs.
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        found = [e for e in self.all(run_id) if self.answers.conduct(e.run.id, client).is_aside]
+        for engine in found:
+            deed = Deed(by, "client.readmitted", engine.run.id, {"client": client})
+            good = {client: GOOD}
+            await self._store.call(self._store.db.put_conducts, engine.run.id, good, (deed,))
+            self.answers.put_conducts(engine.run.id, good)
+            log.info("client readmitted", run=engine.run.id, client=client)
+            self._changed(engine)
+        return [engine.run.id for engine in found]
+
     def declared_examples(self, run_id: str, client: str) -> int:
         """Returns how many examples of a run's classes a client said it has; 0 if it did not say."""
         return self.answers.examples(run_id, client)
@@ -289,7 +307,7 @@ class Runs:
             self._background.forget(engine.run.id)
 
     def _engine(self, run: RunRow, current: Round) -> RunEngine:
-        parts = (self._store, self.lobby, self._ledger, self._metrics, self._background)
+        parts = (self._store, self.lobby, self.answers, self._ledger, self._metrics, self._background)
         return RunEngine(run, current, *parts, self._changed)
 
     async def _show_again(self, engine: RunEngine) -> None:
@@ -326,6 +344,7 @@ class Runs:
         for engine in self._engines.values():
             gauge, run = self._metrics.clients, engine.run.id
             gauge.labels(run, "waiting").set(len(self.ready(run)) if engine.active else 0)
+            gauge.labels(run, "set_aside").set(len(self.answers.set_aside(run)) if engine.active else 0)
             gauge.labels(run, "declined").set(len(self.answers.declines(run)) if engine.active else 0)
             tickets = Counter(ticket.state for ticket in engine.round.tickets)
             for state in TicketState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from google.protobuf import timestamp_pb2
@@ -34,6 +34,9 @@ EVALUATORS = 32
 """Most evaluators that a run shows."""
 RUN_BYTES = MESSAGE_LIMIT_BYTES - 1024 * 1024
 """Configuration and spec of a run take no more than this, so that a message has room for what goes beside them."""
+
+MOST_ASIDE = 1000
+"""Likewise, no more clients that are set aside."""
 
 RUN_STATES = {
     RunState.RUNNING: run_pb2.RUN_STATE_RUNNING,
@@ -69,9 +72,13 @@ def timestamp(seconds: float | None) -> timestamp_pb2.Timestamp | None:
 
 
 def run_message(
-    run: RunRow, reason: str, initial_metrics: Mapping[str, float], declines: Iterable[AnswerRow] = ()
+    run: RunRow,
+    reason: str,
+    initial_metrics: Mapping[str, float],
+    declines: Iterable[AnswerRow] = (),
+    set_aside: Sequence[str] = (),
 ) -> run_pb2.Run:
-    """Returns a run; `reason` says what it waits for, where the row has nothing to say; operators see `declines`."""
+    """Returns a run; `reason` says what it waits for, where the row has nothing to say; operators see the last two."""
     return run_pb2.Run(
         id=run.id,
         config=config_to_proto(run.config),
@@ -84,6 +91,7 @@ def run_message(
         model_parameters=run.model_parameters,
         initial_metrics=initial_metrics,
         declines=fitting((_decline(answer) for answer in declines), DECLINES_BYTES),
+        set_aside=set_aside[:MOST_ASIDE],
     )
 
 
@@ -168,6 +176,8 @@ def _answer(row: AnswerRow) -> operator_service_pb2.RunAnswer:
         reasons=row.reasons,
         examples=row.examples,
         at=timestamp(row.at),
+        missed=row.conduct.missed,
+        set_aside=row.conduct.is_aside,
     )
 
 

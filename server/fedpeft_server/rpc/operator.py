@@ -18,6 +18,7 @@ from fedpeft import payload
 from fedpeft.errors import (
     BlobCorrupt,
     ChunkInvalid,
+    ClientNotFound,
     ConfigInvalid,
     ManifestInvalid,
     OffsetOutOfRange,
@@ -221,6 +222,14 @@ class Operator(pb_grpc.OperatorServiceServicer):
         token = pages.token((clients[-1].id,), of=("clients",)) if len(clients) < len(rows) else ""
         return pb.ListClientsResponse(clients=clients, next_page_token=token)
 
+    async def ReadmitClient(self, request: pb.ReadmitClientRequest, context: Context) -> pb.ReadmitClientResponse:
+        """Lets a client back that was set aside."""
+        if await self._store.call(self._store.db.client, request.client) is None:
+            raise ClientNotFound(
+                f"no client {request.client[:64]!r} ever registered; `fedpeft client list` shows who did"
+            )
+        return pb.ReadmitClientResponse(runs=await self._runs.readmit(request.client, request.run, actor()))
+
     def _activity(self, client: str, training: set[str]) -> str:
         if self._uploads.has(client):
             return "uploading"
@@ -233,7 +242,8 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def _run(self, engine: RunEngine) -> run_pb2.Run:
         figures = await self._store.call(self._store.db.evaluation, engine.run.id, 0)
         reason = self._runs.why(engine) if engine.active else ""
-        message = run_message(engine.run, reason, figures, self._runs.answers.declines(engine.run.id))
+        answers, run = self._runs.answers, engine.run.id
+        message = run_message(engine.run, reason, figures, answers.declines(run), answers.set_aside(run))
         for standing in (await self._runs.scoring.standings(engine.run))[:EVALUATORS]:
             given = self._callers.scoring(standing.evaluator)
             now = given[1] if given and given[0] == engine.run.id else None

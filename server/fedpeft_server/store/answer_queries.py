@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, select
+from collections.abc import Mapping
 
+from sqlalchemy import Connection, bindparam, select, update
+
+from fedpeft.conduct import Conduct
 from fedpeft_server.store import tables
 from fedpeft_server.store.rows import AnswerRow
 from fedpeft_server.store.upsert import upsert
 
 
 def put_answer(connection: Connection, answer: AnswerRow) -> None:
-    """Writes an answer in place of an earlier one."""
+    """Writes an answer in place of an earlier one; the client's conduct stays as it is."""
     row = {
         "run": answer.run,
         "client": answer.client,
@@ -25,6 +28,24 @@ def put_answer(connection: Connection, answer: AnswerRow) -> None:
 def select_answers(connection: Connection) -> list[AnswerRow]:
     """Returns all answers."""
     return [
-        AnswerRow(row.run, row.client, row.accepted, tuple(row.reasons), row.examples, row.at)
+        AnswerRow(
+            row.run,
+            row.client,
+            row.accepted,
+            tuple(row.reasons),
+            row.examples,
+            row.at,
+            Conduct(row.missed, row.missed_in, row.refused),
+        )
         for row in connection.execute(select(tables.answers))
     ]
+
+
+def put_conducts(connection: Connection, run: str, conducts: Mapping[str, Conduct]) -> None:
+    """Writes how clients used their last tickets of a run."""
+    if conducts:
+        t = tables.answers
+        names = ("missed", "missed_in", "refused")
+        statement = update(t).where(t.c.run == run, t.c.client == bindparam("of"))
+        rows = [{"of": client, **{f"new_{n}": getattr(each, n) for n in names}} for client, each in conducts.items()]
+        connection.execute(statement.values({name: bindparam(f"new_{name}") for name in names}), rows)

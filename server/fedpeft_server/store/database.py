@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from sqlalchemy import Connection, Engine
 
+from fedpeft.conduct import Conduct
 from fedpeft.errors import RequestIdReused
 from fedpeft.rounds import Round
 from fedpeft_server.store import (
@@ -193,6 +194,7 @@ class Database:
         metrics: Mapping[str, float],
         run_state: RunState,
         reason: str,
+        conducts: Mapping[str, Conduct],
         traffic: Bytes = NONE,
         deeds: Deeds = (),
     ) -> None:
@@ -208,6 +210,7 @@ class Database:
             metrics: Figures of the round.
             run_state: COMPLETED after the last round.
             reason: Why the run is in that state; may be empty.
+            conducts: How clients used their tickets, where that changed.
             traffic: Bytes to add.
             deeds: What is told of it in the audit log.
 
@@ -218,6 +221,7 @@ class Database:
             round_queries.put_result(connection, state, committed_at, weights, record, record_sha256, metrics)
             run_queries.put_version(connection, version)
             run_queries.update_run(connection, state.run, run_state, reason, version.version)
+            answer_queries.put_conducts(connection, state.run, conducts)
 
     def current_round(self, run_id: str) -> RoundRow | None:
         """Returns the round of the highest number, or None if there is none."""
@@ -373,6 +377,11 @@ class Database:
         with self._transaction() as connection:
             run_queries.select_run(connection, answer.run)
             answer_queries.put_answer(connection, answer)
+
+    def put_conducts(self, run_id: str, conducts: Mapping[str, Conduct], deeds: Deeds = ()) -> None:
+        """Writes how clients used their last tickets of a run."""
+        with self._transaction(*deeds) as connection:
+            answer_queries.put_conducts(connection, run_id, conducts)
 
     def answers(self) -> list[AnswerRow]:
         """Returns what clients answered, of all runs."""

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from fedpeft.audit import Detail
+from fedpeft.conduct import GOOD, Conduct
 from fedpeft.config import RunConfig
 from fedpeft.identity.subject import Subject
 from fedpeft.payload import Manifest
@@ -218,6 +219,7 @@ class AnswerRow:
         reasons: Why not, a sentence each; empty if it does.
         examples: Examples it has of the run's classes; 0 if it did not say.
         at: When it said so.
+        conduct: How it used its last tickets of the run.
     """
 
     run: str
@@ -226,6 +228,7 @@ class AnswerRow:
     reasons: tuple[str, ...] = ()
     examples: int = 0
     at: float = 0.0
+    conduct: Conduct = GOOD
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,6 +155,10 @@ answers = Table(
     Column("reasons", JSON, nullable=False),
     Column("examples", BigInteger, nullable=False),
     Column("at", Double, nullable=False),
+    # How the client used its last tickets of the run: `fedpeft.conduct`.
+    Column("missed", Integer, nullable=False, server_default="0"),
+    Column("missed_in", Integer, nullable=False, server_default="0"),
+    Column("refused", Integer, nullable=False, server_default="0"),
 )
 
 clients = Table(
