@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
-import warnings
-from collections.abc import Iterable, Mapping
+import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
 from timm.models import clean_state_dict
 from torch import nn
 
+from fedpeft.checkpoint_file import read_tensors, some
 from fedpeft.errors import ModelInvalid
 from fedpeft.families import State
 from fedpeft.tied import spread
+from fedpeft.units import counted
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 """The element types a checkpoint may have, as safetensors names them."""
@@ -79,50 +77,25 @@ def read_checkpoint(path: Path) -> State:
     Raises:
         ModelInvalid: If the file cannot be read, or holds anything but named tensors.
     """
-    data = _loaded(path)
-    for key in ("state_dict", "model"):
-        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
-            data = data[key]
-    if not isinstance(data, Mapping) or not data:
-        raise ModelInvalid(f"{path} holds no state dict")
-    odd = [str(name) for name, value in data.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
-    if odd:
-        raise ModelInvalid(f"{path} is not a state dict: {_some(odd)} is not a tensor under a name")
-    state: State = clean_state_dict(dict(data))
+    state: State = clean_state_dict(read_tensors(path))
     return state
 
 
-def _loaded(path: Path) -> Any:
-    """Returns whatever a weights file holds; its libraries' own words are for programmers, and some are bad advice."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's unpickler says on the way what the error says
-            if path.suffix == ".safetensors":
-                return safetensors.torch.load_file(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # the unpickler raises anything at all on bytes that were not made for it
-        if isinstance(error, OSError) and error.strerror:
-            raise ModelInvalid(f"cannot read weights file {path}: {error.strerror}") from error
-        raise ModelInvalid(
-            f"{path} is not a safetensors file or a PyTorch file of plain tensors: {_wrong(path, error)}"
-        ) from error
+def under_own_names(checkpoint: State, module: nn.Module) -> State:
+    """Returns a checkpoint without what wrappers put before every name, such as `model.` or `backbone.`.
 
-
-def _wrong(path: Path, error: Exception) -> str:
-    """Returns what is wrong with a weights file that could not be read."""
-    with path.open("rb") as file:
-        first = file.read(4)
-    if not first:
-        return "it is empty"
-    if path.suffix == ".safetensors":
-        return "its header is not that of a safetensors file, or its end is missing"
-    if first == b"PK\x03\x04" and not isinstance(error, pickle.UnpicklingError):
-        return "it is a zip archive that PyTorch did not write, or its end is missing"
-    if first == b"PK\x03\x04" or first[:1] == b"\x80":
-        return "it is damaged, or holds more than tensors, which is never loaded because it could run code here"
-    return "it begins as neither does (a safetensors file is told by its name, .safetensors)"
+    Of the prefixes that all tensors share, as many go as leave the most names that `module` has.
+    """
+    wanted = module.state_dict().keys()
+    best = inner = checkpoint
+    while inner:
+        prefix = next(iter(inner)).partition(".")[0] + "."
+        if not all(name.startswith(prefix) for name in inner):
+            break
+        inner = {name.removeprefix(prefix): tensor for name, tensor in inner.items()}
+        if len(inner.keys() & wanted) > len(best.keys() & wanted):
+            best = inner
+    return best
 
 
 def fit(fitting: Fitting, checkpoint: State, module: nn.Module, head: str, source: str) -> State:
@@ -136,9 +109,10 @@ def fit(fitting: Fitting, checkpoint: State, module: nn.Module, head: str, sourc
     }
     wanted = {n: t for n, t in module.state_dict().items() if not inside(n, head)}
     if missing := sorted(wanted.keys() - state.keys()):
-        raise ModelInvalid(f"{source} does not fit the model: it lacks {_some(missing)}")
+        raise ModelInvalid(f"{source} does not fit the model: it lacks {some(missing)}{_whose(checkpoint, source)}")
     if unknown := sorted(state.keys() - wanted.keys()):
-        raise ModelInvalid(f"{source} does not fit the model, which has no {_some(unknown)}")
+        whose = _whose(checkpoint, source)
+        raise ModelInvalid(f"{source} does not fit the model, which has no {some(unknown)}{whose}")
     for name, tensor in state.items():
         if tensor.shape != wanted[name].shape:
             raise ModelInvalid(
@@ -146,16 +120,32 @@ def fit(fitting: Fitting, checkpoint: State, module: nn.Module, head: str, sourc
             )
         if tensor.dtype not in DTYPES:
             raise ModelInvalid(f"{source}: {name} is {tensor.dtype}; floating-point tensors are needed")
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise ModelInvalid(
+                f"{source}: {name} has {counted(bad, 'value')} that are NaN or infinite; the file is damaged, or its "
+                "training diverged"
+            )
     return state
+
+
+_FOREIGN = (
+    ("attention.attention.query", "the names are those of Hugging Face transformers; timm's are needed"),
+    ("encoder.layers.encoder_layer_0", "the names are those of torchvision; timm's are needed"),
+    ("lora_", "it has the tensors of a LoRA adapter; the backbone's own weights are needed"),
+)
+_SHARD = re.compile(r"-\d+-of-0*([1-9]\d*)\.")
+
+
+def _whose(checkpoint: State, source: str) -> str:
+    """Returns whose tensors a checkpoint that does not fit has, as a clause, where that shows."""
+    if (shard := _SHARD.search(source)) and shard[1] != "1":
+        return f"; it is one of the {shard[1]} files of a checkpoint, which must be joined into one"
+    for part, whose in _FOREIGN:
+        if any(part in name for name in checkpoint):
+            return f"; {whose}"
+    return ""
 
 
 def inside(name: str, part: str) -> bool:
     """Returns whether a tensor of this name belongs to the module `part`."""
     return name.startswith(f"{part}.")
-
-
-def _some(names: Iterable[str]) -> str:
-    """Returns the first few of some names."""
-    names = list(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

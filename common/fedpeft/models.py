@@ -17,7 +17,7 @@ from torch import nn
 
 from fedpeft import seeds
 from fedpeft.architectures import Architecture, ImageInputs, architecture_of
-from fedpeft.checkpoints import DTYPES, fit, inside, read_checkpoint, resolve_weights
+from fedpeft.checkpoints import DTYPES, fit, inside, read_checkpoint, resolve_weights, under_own_names
 from fedpeft.config import ModelConfig
 from fedpeft.families import Anatomy
 from fedpeft.spec import AdapterSpec
@@ -100,6 +100,7 @@ def build(config: ModelConfig, seed: int, weights: Path | None = None, device: s
     if checkpoint is None:
         stored = fresh
     else:
+        checkpoint = under_own_names(checkpoint, module)
         state = fit(architecture, checkpoint, module, anatomy.head, str(path or "the hub's checkpoint"))
         stored = {name: checkpoint.get(name, tensor) for name, tensor in state.items()}
         head = {name: fresh[name] for name in fresh if inside(name, anatomy.head) and name not in tied}
@@ -135,7 +136,8 @@ def check_weights(config: ModelConfig, weights: Path | None = None) -> Path | No
     path = resolve_weights(config.weights, weights)
     if path is not None:
         module, anatomy = skeleton(config)
-        fit(architecture_of(config), read_checkpoint(path), module, anatomy.head, str(path))
+        checkpoint = under_own_names(read_checkpoint(path), module)
+        fit(architecture_of(config), checkpoint, module, anatomy.head, str(path))
     return path
 
 
