@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from fedpeft import metrics_port
 from fedpeft.addresses import Address
 from fedpeft.errors import SettingsInvalid
 
@@ -138,7 +139,7 @@ class Metrics:
             return
         at = Address.parse(address)
         try:
-            server, thread = start_http_server(at.port, at.host, registry=self.registry)
+            server = metrics_port.serve(self.registry, at.host, at.port)
         except OSError as error:
             raise SettingsInvalid(f"--metrics {address}: {error.strerror}; name another port") from None
         try:
@@ -146,4 +147,3 @@ class Metrics:
         finally:
             server.shutdown()
             server.server_close()
-            thread.join()

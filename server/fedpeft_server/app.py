@@ -128,7 +128,7 @@ class Server:
         self._bind()
         if settings.metrics:
             where = Address.parse(settings.metrics, free=True)
-            self.exporter, _ = self.metrics.serve(where.host, where.port)
+            self.exporter = self.metrics.serve(where.host, where.port)
         await tell_lost_versions(self.store)
         await self.runs.start()
         for evaluator in self.callers.evaluators():

@@ -10,15 +10,16 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from fedpeft import metrics_port
 from fedpeft.errors import SettingsInvalid
+from fedpeft.metrics_port import MetricsServer
+from fedpeft_server.access import bounds
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 _NORMS = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1e3, 1e4)
@@ -318,14 +319,14 @@ class Metrics:
             if isinstance(metric, Counter | Gauge | Histogram) and "run" in metric._labelnames:
                 metric.remove_by_labels({"run": run})
 
-    def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
+    def serve(self, host: str, port: int) -> MetricsServer:
         """Serves /metrics on a thread of its own.
 
         Raises:
             SettingsInvalid: If the port cannot be had.
         """
         try:
-            return start_http_server(port, host, registry=self.registry)
+            return metrics_port.serve(self.registry, host, port, bounds.METRICS)
         except OSError as error:
             raise SettingsInvalid(f"--metrics {host}:{port}: {error.strerror}; name another port") from None
 

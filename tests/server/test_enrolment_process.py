@@ -270,5 +270,5 @@ async def test_strangers_are_counted_by_their_own_address(secured: Federation) -
 
 
 def test_the_port_bounds_are_whole() -> None:
-    for port in (bounds.MAIN, ENROLMENT, bounds.METRICS):
+    for port in (bounds.MAIN, ENROLMENT):
         assert isinstance(port, PortBound) and port.silence_s

@@ -49,7 +49,7 @@ def test_no_label_carries_a_round_or_a_client() -> None:
     }
     assert labels == {
         *("run", "direction", "encoding", "phase", "outcome", "state", "split", "name", "method", "model", "work"),
-        *("code", "role", "version", "certificate", "place"),
+        *("code", "role", "version", "certificate", "place", "why"),
     }
 
 

@@ -106,6 +106,7 @@ async def test_who_could_not_be_written_down_is_not_let_in_and_can_be_revoked_la
 async def test_who_enrolled_is_not_told_to_be_a_stranger(secured: Federation) -> None:
     token, key = await secured.token("a"), keys.make()
     request = access.EnrollRequest(secret=token.secret, signing_request=requests.make(key))
+    assert await outcome(secured.nobody(), "/grpc.health.v1.Health/Check") == "OK"  # the process there has begun
     async with slow_database(secured):
         with pytest.raises(grpc.aio.AioRpcError):
             await secured.access(secured.nobody()).Enroll(request, timeout=0.3)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedpeft.identity.subject import Role
+from fedpeft.metrics_port import Limits
 from fedpeft.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.access.rights import Right
 
@@ -165,7 +166,7 @@ ENROLMENT = PortBound(
 """`--enroll`, in a process of its own; an enrolment takes two seconds and 4 KiB."""
 FORWARDED = PortBound(8, silence_s=10, streams=1024)
 """The daemon's own socket, on which that process hands calls on."""
-METRICS = PortBound(16, life_s=30, silence_s=5, received_bytes=8 * KIB)
+METRICS = Limits(connections=16, silence_s=5, life_s=30, request_bytes=8 * KIB)
 """`--metrics`; beyond the limit the connection that has waited longest gives way to the new one."""
 ENROLMENT_MEMORY = 128 * KIB * KIB
 """Bytes that the process for enrolment may take beyond what it has once it has started."""
