@@ -57,6 +57,7 @@ from fedpeft_client.adapters import AdapterCache, Held
 from fedpeft_client.channel import Channel
 from fedpeft_client.evaluator import Evaluator
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK, UNFIT
+from fedpeft_client.finished import FinishedRuns
 from fedpeft_client.fitness import Fitness, Verdict
 from fedpeft_client.holds import Holds
 from fedpeft_client.ledger import Ledger
@@ -135,6 +136,7 @@ class Agent:
         self._evaluator = Evaluator(channel, self._patience, worker, ledger, metrics)
         self._fitness = Fitness(worker, log)
         self._holds = Holds()
+        self._finished = FinishedRuns(directory, self._box, channel, ledger, log)
         self._attempts: Counter[tuple[str, int]] = Counter()
         self._setback = Backoff()
         self._pace = Pace()
@@ -187,6 +189,7 @@ class Agent:
     async def _take_part(self) -> bool:
         """Pushes what is pending, awaits one task and does it; returns False once there is nothing left to do."""
         await self._push_pending()
+        await self._finished.look()
         await self._limits.permit(0 if self._settings.evaluate else self._fitness.least_upload_bytes())
         wanted, once = self._settings.run or "", self._settings.once
         self._pace.begin()

@@ -149,6 +149,10 @@ class Channel:
         """Says whether this client takes part in a run."""
         await self._call(self._line.federation.AnswerOffer, request)
 
+    async def check_runs(self, request: pb.CheckRunsRequest) -> pb.CheckRunsResponse:
+        """Asks in which state runs are."""
+        return await self._call(self._line.federation.CheckRuns, request)
+
     async def get_upload(self, ticket: str, sha256: bytes) -> pb.GetUploadResponse:
         """Asks where an upload stands."""
         return await self._call(self._line.federation.GetUpload, pb.GetUploadRequest(ticket=ticket, sha256=sha256))

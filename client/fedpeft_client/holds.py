@@ -14,7 +14,7 @@ FAILURES = 3
 """So many failures in a row are taken for more than bad luck."""
 FIRST_HOLD_S = 60.0
 LONGEST_HOLD_S = 3600.0
-MAX_HELD = 64
+MAX_HELD = 32
 """Runs that AwaitRound takes as left out."""
 
 

@@ -19,11 +19,13 @@ from types import TracebackType
 from typing import Self
 
 from fedpeft.errors import FedpeftError, LocalError
-from fedpeft_client.ledger_day import LastDay
-from fedpeft_client.ledger_entries import FILE, Departure, Kind, Outcome, closing, opening, read
+from fedpeft_client.ledger_day import DAY, LastDay
+from fedpeft_client.ledger_entries import FILE, Departure, Kind, Outcome, carried, closing, opening, read
 from fedpeft_client.ledger_file import LedgerFile
 from fedpeft_client.patience import FAULT, NOT_NOW
 
+FILE_BYTES = 4 * 1024 * 1024
+"""A file of so many bytes is set aside: what is read at a start is one, and those of the last 24 hours."""
 QUESTIONS_BYTES = 4 * 1024
 """Questions are booked together, so many bytes of them ahead: a line for each would be thousands a day."""
 
@@ -60,7 +62,11 @@ class Ledger:
         self._tickets: defaultdict[str, set[str]] = defaultdict(set)
         self._under_way: _Booking | None = None
         self._questions: _Booking | None = None
-        for number, each in sorted(read(self.path).booked.items(), key=lambda item: item[1].latest):
+        known = read(self.path, datetime.now(UTC) - DAY)
+        self._names |= known.names
+        for run, tickets in known.tickets.items():
+            self._tickets[run] |= tickets
+        for number, each in sorted(known.booked.items(), key=lambda item: item[1].latest):
             self._count(number, each.departure, each.latest)
 
     def __enter__(self) -> Self:
@@ -132,6 +138,11 @@ class Ledger:
         """Returns the tickets of a run for which tensors have left."""
         return frozenset(self._tickets[run])
 
+    def forget(self, run: str) -> None:
+        """Forgets the tickets of a run that is over; the lines about it stay."""
+        self._tickets.pop(run, None)
+        self._names.pop(run, None)
+
     def _settle_questions(self) -> None:
         if self._questions is not None:
             booking, self._questions = self._questions, None
@@ -144,6 +155,8 @@ class Ledger:
 
     def _open(self, booking: _Booking) -> None:
         now = datetime.now(UTC)
+        if self._file.size_bytes >= FILE_BYTES:
+            self._file.begin_another(carried(now, self._names, self._tickets))
         self._file.add(opening(booking.number, now, self._server, booking.departure))
         self._count(booking.number, booking.departure, now)
 

@@ -4,15 +4,19 @@
      "wire_bytes": BOOKED, "payload_bytes": ..., "said": {...}}
     {"id": ID, "at": TIME, "outcome": "received", "wire_bytes": SENT, "words": ""}
 
-Where more is about to leave than was booked, because a call is repeated, a line of the first kind comes again, with
-more bytes. If no second one follows, because the process was killed, what was booked counts in full: the ledger never
-tells too little.
+    {"at": TIME, "carried": {"names": {RUN: NAME}, "tickets": {RUN: [TICKET, ...]}}}
+
+The last begins a file that goes on where another one was set aside (ledger_file.py): what the client must know of what
+is in that one, so that it need not be read at each start. Where more is about to leave than was booked, because a call
+is repeated, a line of the first kind comes again, with more bytes. If no second one follows, because the process was
+killed, what was booked counts in full: the ledger never tells too little.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import StateInvalid
+from fedpeft_client.ledger_file import archives
 
 FILE = "ledger.jsonl"
 """In the state directory."""
@@ -112,15 +117,29 @@ class Booked:
 
 @dataclass
 class Contents:
-    """What is in a ledger: departures in the order in which they were booked, and how many lines cannot be read."""
+    """What is in a ledger: departures in the order in which they were booked, and how many lines cannot be read.
+
+    Attributes:
+        booked: The departures, by number.
+        unreadable: Lines that cannot be read.
+        names: Names of runs, as they were carried over from files before.
+        tickets: Tickets for which tensors have left, by run, likewise.
+    """
 
     booked: dict[str, Booked] = field(default_factory=dict)
     unreadable: int = 0
+    names: dict[str, str] = field(default_factory=dict)
+    tickets: dict[str, set[str]] = field(default_factory=dict)
 
     def add(self, line: str) -> None:
         """Takes one line."""
         try:
             data = json.loads(line)
+            if "carried" in data:
+                self.names |= {str(run): str(name) for run, name in data["carried"]["names"].items()}
+                for run, tickets in data["carried"]["tickets"].items():
+                    self.tickets.setdefault(str(run), set()).update(map(str, tickets))
+                return
             at, before = _moment(data["at"]), self.booked.get(data["id"])
             if "kind" in data:
                 departure = _departure(data)
@@ -131,24 +150,44 @@ class Contents:
             self.unreadable += 1
 
 
-def read(path: Path) -> Contents:
-    """Reads a ledger, also one that is being written.
+def read(path: Path, since: datetime | None = None) -> Contents:
+    """Reads a ledger, also one that is being written, with the files that were set aside.
+
+    Args:
+        path: The newest file.
+        since: Of those that were set aside, only those that were written to since then are read; None: all.
 
     Raises:
         StateInvalid: If there is none, or it cannot be read.
     """
     contents = Contents()
     try:
-        lines = path.read_text("utf-8", "replace").split("\n")
+        with path.open("rb") as newest:
+            own = os.fstat(newest.fileno())
+            for each in archives(path):
+                stat = each.stat()
+                if stat.st_ino != own.st_ino and (since is None or stat.st_mtime >= since.timestamp()):
+                    _take(contents, each.read_bytes())
+            _take(contents, newest.read())
     except FileNotFoundError:
         raise StateInvalid(f"there is no ledger at {path}; no client has used this state directory") from None
     except OSError as error:
         raise StateInvalid(f"cannot read the ledger {path}: {error.strerror}") from None
+    return contents
+
+
+def _take(contents: Contents, data: bytes) -> None:
+    lines = data.decode("utf-8", "replace").split("\n")
     if not _is_whole(lines[-1]):  # it is being written, or was cut off: it never left
         lines.pop()
     for line in filter(None, lines):
         contents.add(line)
-    return contents
+
+
+def carried(at: datetime, names: Mapping[str, str], tickets: Mapping[str, Iterable[str]]) -> Mapping[str, Any]:
+    """Returns the line that begins a file which goes on where another one was set aside."""
+    known = {run: sorted(each) for run, each in tickets.items() if each}
+    return {"at": _text(at), "carried": {"names": dict(names), "tickets": known}}
 
 
 def opening(number: str, at: datetime, server: str, departure: Departure) -> Mapping[str, Any]:

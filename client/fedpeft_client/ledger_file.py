@@ -1,6 +1,9 @@
 """A file of lines of JSON to which lines are added, each durable before it is returned from; none is ever changed.
 
 A line that was cut off by a crash or a full disk stays as it is, and the next one begins behind it.
+
+A file that has become large is set aside under a number, and another one begins: `ledger.jsonl` is the newest, and
+`ledger-000001.jsonl`, `ledger-000002.jsonl`... are what came before it, whole and never changed.
 """
 
 from __future__ import annotations
@@ -16,8 +19,26 @@ from fedpeft import durable
 from fedpeft.errors import StateInvalid
 
 
+def archives(path: Path) -> list[Path]:
+    """Returns the files of a ledger that were set aside, the oldest first."""
+    found = path.parent.glob(f"{path.stem}-*{path.suffix}")
+    return sorted(each for each in found if each.stem.rpartition("-")[2].isdecimal())
+
+
+def _next(path: Path) -> Path:
+    """Returns where the beginning of the next file is made."""
+    return path.with_name(path.name + ".next")
+
+
+def _bytes(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
 class LedgerFile:
     """The file of a ledger, open for writing.
+
+    Attributes:
+        size_bytes: How large it is.
 
     Args:
         path: Where it is; made if absent, readable by its owner only.
@@ -29,12 +50,32 @@ class LedgerFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._writing():
-            new = not path.exists()
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-            if new:
-                durable.sync(path.parent)
-            size = os.fstat(self._file).st_size
-            self._torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+            if not path.exists() and _next(path).exists():  # the process was killed between two renames
+                durable.move(_next(path), path)
+            self._open()
+
+    def _open(self) -> None:
+        new = not self.path.exists()
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        if new:
+            durable.sync(self.path.parent)
+        self.size_bytes = os.fstat(self._file).st_size
+        self._torn = self.size_bytes > 0 and os.pread(self._file, 1, self.size_bytes - 1) != b"\n"
+
+    def begin_another(self, line: Mapping[str, Any]) -> None:
+        """Sets the file aside under the next number, and goes on in another one that begins with a line.
+
+        Raises:
+            StateInvalid: If it cannot be written; then this one goes on.
+        """
+        with self._writing():
+            durable.write(_next(self.path), _bytes(line))
+            before = archives(self.path)
+            number = int(before[-1].stem.rpartition("-")[2]) + 1 if before else 1
+            durable.move(self.path, self.path.with_name(f"{self.path.stem}-{number:06}{self.path.suffix}"))
+            durable.move(_next(self.path), self.path)
+            os.close(self._file)
+            self._open()
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Adds a line.
@@ -42,7 +83,7 @@ class LedgerFile:
         Raises:
             StateInvalid: If it cannot be written.
         """
-        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        data = _bytes(line)
         if self._torn:
             data = b"\n" + data
         self._torn = True  # until it is whole: a full disk may take half of it
@@ -52,6 +93,7 @@ class LedgerFile:
                 done += os.write(self._file, data[done:])
             self._torn = False
             os.fsync(self._file)
+            self.size_bytes += len(data)
 
     def close(self) -> None:
         """Closes the file; every line is durable already."""

@@ -132,6 +132,17 @@ class PendingBox:
             raise StateInvalid(f"{pending.payload} does not have the digest of its manifest")
         return pending
 
+    def holds(self, run: str) -> bool:
+        """Whether an update of a run waits for an answer, or for its settlement to be finished; if unsure, it does."""
+        if any(self._directory.path.glob(f"settled-*@{run}")):
+            return True
+        try:
+            return bool(json.loads((self._box / _RECORD).read_bytes())["run"] == run)
+        except FileNotFoundError:
+            return self._box.exists()
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
+
     def discard(self) -> None:
         """Removes a damaged pending update; the residual stays as it was before it."""
         shutil.rmtree(self._box, ignore_errors=True)

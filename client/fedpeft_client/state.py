@@ -54,7 +54,8 @@ class StateDirectory:
             raise StateInvalid(f"cannot use state directory {path}: {error.strerror}") from None
         try:
             self._take()
-            durable.sweep(path)
+            for folder in (path, identity_folder(path), *(path / "runs").glob("*")):
+                durable.sweep(folder)
             self.instance = self._instance()
         except BaseException:
             os.close(self._lock)

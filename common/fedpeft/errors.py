@@ -14,6 +14,7 @@
     │   ├── AnswerInvalid         an answer to the offer of a run
     │   ├── CapabilitiesInvalid   what a client says of itself
     │   ├── PageInvalid           the page of a list
+    │   ├── RunsInvalid           the runs that a client asks about
     │   ├── MessageInvalid        bytes that are no message of the call
     │   ├── SubjectInvalid        whom a token enrols, or who is revoked
     │   └── SigningRequestInvalid what a device sends for a certificate
@@ -200,6 +201,10 @@ class PageInvalid(InvalidArgument):
 
 class MessageInvalid(InvalidArgument):
     """The bytes of a request are not the message that the call takes, or there is none."""
+
+
+class RunsInvalid(InvalidArgument):
+    """A client asks about more runs than one call may name."""
 
 
 class SubjectInvalid(InvalidArgument):

@@ -18,7 +18,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fedpeft import __version__
+from fedpeft import __version__, durable
 from fedpeft.addresses import Address
 from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid
 from fedpeft.identity import certificates
@@ -120,6 +120,7 @@ class Server:
         self.store = Store(settings.data_dir, settings.database, settings.blobs, keep_updates=settings.keep_updates)
         self.callers = Callers(await self.store.call(self.store.db.clients), settings.max_clients)
         self.runs = Runs(self.store, self.ledger, self.metrics, self.background)
+        durable.sweep(settings.certificates)
         self.certificates = ServerCertificates.of(settings.certificates)
         if self.certificates is None and not settings.insecure:
             await self.store.call(refuse_lost_certificates, self.store.db, settings.certificates)
@@ -375,6 +376,7 @@ def _locked(folder: Path) -> Iterator[None]:
         raise StateInvalid(f"--data-dir {folder}: {error.strerror}; name a folder this user can write") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        durable.sweep(folder)
         yield
     except BlockingIOError:
         raise StateInvalid(f"--data-dir {folder} is in use by another server; stop it or name another folder") from None

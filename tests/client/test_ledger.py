@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,10 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpeft import durable
 from fedpeft.errors import RoundClosed, ServerUnreachable, StateInvalid, TurnOver
 from fedpeft_client.__main__ import run
 from fedpeft_client.ledger import QUESTIONS_BYTES, Ledger
 from fedpeft_client.ledger_entries import FILE, Departure, Kind, Outcome, read
+from fedpeft_client.ledger_file import archives
 from fedpeft_client.ledger_view import rows, totals
 
 
@@ -289,3 +294,81 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         run(["--help"])
     text = capsys.readouterr().out
     assert "  ledger " in text and "  enroll " in text and "show what left this device" in text
+
+
+def rotated(folder: Path, tickets: int, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Writes a ledger of several files; returns those that were set aside."""
+    monkeypatch.setattr("fedpeft_client.ledger.FILE_BYTES", 1500)
+    with Ledger(folder, "s:1") as ledger:
+        with ledger.booked(answer()):
+            ledger.leaving(20)
+        for number in range(tickets):
+            with ledger.booked(update(200, f"ticket-{number:02}")):
+                ledger.leaving(120)
+    return archives(folder / FILE)
+
+
+def test_a_ledger_of_many_files_reads_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aside = rotated(tmp_path, 20, monkeypatch)
+    assert len(aside) > 4 and aside[0].name == "ledger-000001.jsonl"
+    assert max(each.stat().st_size for each in aside) < 4000
+    contents = read(tmp_path / FILE)
+    assert len(contents.booked) == 21 and not contents.unreadable
+    assert all(each.outcome is Outcome.RECEIVED for each in contents.booked.values())
+    assert run(["ledger", "--state-dir", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["totals"]["all"]["transfers"] == 21
+
+
+def test_a_start_reads_the_newest_file_and_those_of_the_last_day_and_knows_as_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside = rotated(tmp_path, 20, monkeypatch)
+    with Ledger(tmp_path, "s:1") as ledger:
+        assert ledger.day.left_since(datetime.now(UTC) - timedelta(hours=1)) == 20 * 120 + 20
+    old = time.time() - 3 * 86_400
+    for each in aside:
+        os.utime(each, (old, old))
+        each.chmod(0)  # not even looked into; root may, so that it is damaged too
+        each.write_bytes(b"{")
+    with Ledger(tmp_path, "s:1") as ledger:
+        assert ledger.tickets("run-1") == {f"ticket-{number:02}" for number in range(20)}
+        assert ledger._names == {"run-1": "emoji"}
+        assert ledger.day.left_since(datetime.now(UTC) - timedelta(hours=1)) < 20 * 120
+        ledger.forget("run-1")
+        assert not ledger.tickets("run-1")
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_a_crash_while_a_file_is_set_aside_loses_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    calls = 0
+
+    def crash(real: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*arguments: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        return wrapped
+
+    monkeypatch.setattr("fedpeft_client.ledger.FILE_BYTES", 400)
+    ledger = Ledger(tmp_path, "s:1")
+    with ledger.booked(update(200, "ticket-0")):
+        ledger.leaving(120)
+    with monkeypatch.context() as patched:
+        for name in ("write", "move", "sync"):
+            patched.setattr(durable, name, crash(getattr(durable, name)))
+        with suppress(KeyboardInterrupt), ledger.booked(update(200, "ticket-1")):
+            ledger.leaving(120)
+    with Ledger(tmp_path, "s:1") as again:
+        assert "ticket-0" in again.tickets("run-1")
+        with again.booked(update(200, "ticket-2")):
+            again.leaving(120)
+    contents = read(tmp_path / FILE)
+    assert {"ticket-0", "ticket-2"} <= {each.departure.ticket for each in contents.booked.values()}
+    assert not contents.unreadable

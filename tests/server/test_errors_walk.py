@@ -283,6 +283,11 @@ async def too_many(world: World) -> object:
     return await daemon.clients("a", "b")
 
 
+async def questions(world: World) -> object:
+    _, run, (client,) = await world.run()
+    return await client.stub.CheckRuns(fed.CheckRunsRequest(runs=[run] * 33), metadata=client.metadata)
+
+
 async def long_answer(world: World) -> object:
     daemon, run, _ = await world.run()
     world.monkeypatch.setattr(interceptors, "MESSAGE_LIMIT_BYTES", 100)
@@ -482,6 +487,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "TURN_OVER": slow_upload,
     "BEING_CHECKED": slow_disk,
     "ANSWER_TOO_LARGE": long_answer,
+    "RUNS_INVALID": questions,
     "DISK_FULL": full_disk,
     "CHECKSUM_MISMATCH": update("wrong digest"),
     "BLOB_CORRUPT": damaged_blob,

@@ -221,7 +221,7 @@ class AwaitRoundRequest(_message.Message):
     @_builtins.property
     def left_out(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Runs that the client leaves out of this call, because work for them fails: it gets no ticket, version or offer of them,
-        and is not sampled for them. Of more than 64 the first are looked at.
+        and is not sampled for them. Of more than 32 the first are looked at.
         """
 
     def __init__(
@@ -806,6 +806,80 @@ class WithdrawResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WithdrawResponse: _TypeAlias = WithdrawResponse  # noqa: Y015
+
+@_typing.final
+class CheckRunsRequest(_message.Message):
+    """CheckRunsRequest names runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Their ids, at most 32."""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckRunsRequest: _TypeAlias = CheckRunsRequest  # noqa: Y015
+
+@_typing.final
+class CheckRunsResponse(_message.Message):
+    """CheckRunsResponse has the runs in the order in which they were asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunStanding]:
+        """One for each id."""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[Global___RunStanding] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckRunsResponse: _TypeAlias = CheckRunsResponse  # noqa: Y015
+
+@_typing.final
+class RunStanding(_message.Message):
+    """RunStanding is the state of a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Its id."""
+    state: _run_pb2.RunState.ValueType
+    """Where it is in its life; unspecified if there is no such run, or none any more."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        state: _run_pb2.RunState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunStanding: _TypeAlias = RunStanding  # noqa: Y015
 
 @_typing.final
 class PushEvaluationRequest(_message.Message):

@@ -135,6 +135,11 @@ class FederationServiceStub:
                 request_serializer=fedpeft_dot_v1_dot_federation__service__pb2.WithdrawRequest.SerializeToString,
                 response_deserializer=fedpeft_dot_v1_dot_federation__service__pb2.WithdrawResponse.FromString,
                 _registered_method=True)
+        self.CheckRuns = channel.unary_unary(
+                '/fedpeft.v1.FederationService/CheckRuns',
+                request_serializer=fedpeft_dot_v1_dot_federation__service__pb2.CheckRunsRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_federation__service__pb2.CheckRunsResponse.FromString,
+                _registered_method=True)
         self.PushEvaluation = channel.unary_unary(
                 '/fedpeft.v1.FederationService/PushEvaluation',
                 request_serializer=fedpeft_dot_v1_dot_federation__service__pb2.PushEvaluationRequest.SerializeToString,
@@ -339,6 +344,14 @@ class FederationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckRuns(self, request, context):
+        """CheckRuns says in which state runs are, so that a client can remove what it keeps for those that are over.
+        INVALID_ARGUMENT     RUNS_INVALID         more than 32 of them
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PushEvaluation(self, request, context):
         """PushEvaluation reports figures of one adapter version on held-out data, or that they cannot be had. One answer a version
         and evaluator counts; a repetition replaces it. AwaitRound gives the newest version that the evaluator has not answered
@@ -390,6 +403,11 @@ def add_FederationServiceServicer_to_server(servicer, server):
                     servicer.Withdraw,
                     request_deserializer=fedpeft_dot_v1_dot_federation__service__pb2.WithdrawRequest.FromString,
                     response_serializer=fedpeft_dot_v1_dot_federation__service__pb2.WithdrawResponse.SerializeToString,
+            ),
+            'CheckRuns': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckRuns,
+                    request_deserializer=fedpeft_dot_v1_dot_federation__service__pb2.CheckRunsRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_federation__service__pb2.CheckRunsResponse.SerializeToString,
             ),
             'PushEvaluation': grpc.unary_unary_rpc_method_handler(
                     servicer.PushEvaluation,
@@ -652,6 +670,33 @@ class FederationService:
             '/fedpeft.v1.FederationService/Withdraw',
             fedpeft_dot_v1_dot_federation__service__pb2.WithdrawRequest.SerializeToString,
             fedpeft_dot_v1_dot_federation__service__pb2.WithdrawResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckRuns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpeft.v1.FederationService/CheckRuns',
+            fedpeft_dot_v1_dot_federation__service__pb2.CheckRunsRequest.SerializeToString,
+            fedpeft_dot_v1_dot_federation__service__pb2.CheckRunsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -182,6 +182,10 @@ class FederationServiceStub:
       NOT_FOUND            TICKET_NOT_FOUND
       PERMISSION_DENIED    TICKET_OF_ANOTHER
     """
+    CheckRuns: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.CheckRunsRequest, _federation_service_pb2.CheckRunsResponse]
+    """CheckRuns says in which state runs are, so that a client can remove what it keeps for those that are over.
+      INVALID_ARGUMENT     RUNS_INVALID         more than 32 of them
+    """
     PushEvaluation: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.PushEvaluationRequest, _federation_service_pb2.PushEvaluationResponse]
     """PushEvaluation reports figures of one adapter version on held-out data, or that they cannot be had. One answer a version
     and evaluator counts; a repetition replaces it. AwaitRound gives the newest version that the evaluator has not answered
@@ -402,6 +406,16 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Withdraw gives a ticket up, so that the round need not wait for it. Withdrawing what was received does nothing.
           NOT_FOUND            TICKET_NOT_FOUND
           PERMISSION_DENIED    TICKET_OF_ANOTHER
+        """
+
+    @_abc_1.abstractmethod
+    def CheckRuns(
+        self,
+        request: _federation_service_pb2.CheckRunsRequest,
+        context: _aio.ServicerContext[_federation_service_pb2.CheckRunsRequest, _abc.Awaitable[_federation_service_pb2.CheckRunsResponse]],
+    ) -> _abc.Awaitable[_federation_service_pb2.CheckRunsResponse]:
+        """CheckRuns says in which state runs are, so that a client can remove what it keeps for those that are over.
+          INVALID_ARGUMENT     RUNS_INVALID         more than 32 of them
         """
 
     @_abc_1.abstractmethod

@@ -120,6 +120,7 @@ CALLS: Mapping[str, CallBound] = {
     "/fedpeft.v1.FederationService/PushUpdate": CallBound(2048 * KIB, elements=8192),
     "/fedpeft.v1.FederationService/GetUpload": _SMALL,
     "/fedpeft.v1.FederationService/Withdraw": CallBound(rate=Rate(2, 100)),
+    "/fedpeft.v1.FederationService/CheckRuns": CallBound(4 * KIB, elements=64, rate=Rate(2, 100)),
     # 2,048 figures with names of 128 bytes.
     "/fedpeft.v1.FederationService/PushEvaluation": CallBound(512 * KIB, elements=4096, rate=Rate(10, 200)),
     "/grpc.health.v1.Health/Check": _SMALL,

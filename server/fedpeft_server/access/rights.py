@@ -47,6 +47,7 @@ RIGHTS: Mapping[str, frozenset[Right]] = {
     "/fedpeft.v1.FederationService/PushUpdate": _TRAINS,
     "/fedpeft.v1.FederationService/GetUpload": _TRAINS,
     "/fedpeft.v1.FederationService/Withdraw": _TRAINS,
+    "/fedpeft.v1.FederationService/CheckRuns": _TAKES_PART,
     "/fedpeft.v1.FederationService/PushEvaluation": _SCORES,
     "/grpc.health.v1.Health/Check": _EVERYBODY,
     "/grpc.health.v1.Health/List": _ENROLLED,

@@ -20,7 +20,7 @@ from fedpeft_server.rounds.lobby import Lobby
 from fedpeft_server.rounds.scoring import Scoring
 from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.rounds.waiting import awaited
-from fedpeft_server.store.rows import AnswerRow, Deed, RoundRow, RunRow, VersionRow
+from fedpeft_server.store.rows import AnswerRow, Deed, RoundRow, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
 from fedpeft_server.upkeep import Background
@@ -171,6 +171,11 @@ class Runs:
     def all(self, run_id: str = "") -> list[RunEngine]:
         """Returns the engines a client that names `run_id` (or nothing) could work for, oldest first."""
         return [self.get(run_id)] if run_id else list(self._engines.values())
+
+    def state(self, run_id: str) -> RunState | None:
+        """Returns the state of a run; None if there is none of that id."""
+        engine = self._engines.get(run_id)
+        return None if engine is None else engine.run.state
 
     def active(self, run_id: str = "") -> list[RunEngine]:
         """Returns, of the engines that `all` returns, those with rounds left to be held."""

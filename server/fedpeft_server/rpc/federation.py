@@ -17,6 +17,7 @@ from fedpeft.errors import (
     OffsetOutOfRange,
     PageInvalid,
     ProtocolMismatch,
+    RunsInvalid,
     TicketNotFound,
     TicketOfAnother,
     VersionNotFound,
@@ -25,6 +26,7 @@ from fedpeft.payload import chunks
 from fedpeft.rounds import Ticket
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
+from fedpeft.v1 import run_pb2
 from fedpeft.waits import HOLD_S
 from fedpeft.wire import manifest_to_proto, training_to_proto
 from fedpeft_server.call import CALL, actor
@@ -37,7 +39,7 @@ from fedpeft_server.rpc.caller_log import CallerLog
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.chunk_cache import ChunkCache
 from fedpeft_server.rpc.interceptors import Context
-from fedpeft_server.rpc.messages import ROLES, TICKET_STATES, run_message, timestamp
+from fedpeft_server.rpc.messages import ROLES, RUN_STATES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.rpc.uploads import Uploads
 from fedpeft_server.store.rows import AnswerRow, FailedEvaluation, UpdateRow
@@ -47,8 +49,10 @@ from fedpeft_server.traffic import Ledger
 _LISTED = 16
 """Most runs that Register lists; AwaitRound offers all of them, so this is for callers that only want to show some."""
 _LISTED_BYTES = 256 * 1024
-MAX_LEFT_OUT = 64
+MAX_LEFT_OUT = 32
 """Most runs that a client leaves out of a call for work."""
+MAX_CHECKED = 32
+"""Most runs of one CheckRuns."""
 _EXPLAINED = 8
 """Runs whose wait is explained to a client that waits; more are counted."""
 
@@ -221,6 +225,17 @@ class Federation(pb_grpc.FederationServiceServicer):
         except TicketNotFound:  # its round is over
             state = (await self._runs.ticket(ticket.id))[1].state
         return pb.WithdrawResponse(state=TICKET_STATES[state])
+
+    async def CheckRuns(self, request: pb.CheckRunsRequest, context: Context) -> pb.CheckRunsResponse:
+        """Says of some runs in which state they are."""
+        self._callers.identify(context)
+        if len(request.runs) > MAX_CHECKED:
+            fault = f"has {len(request.runs)} ids; at most {MAX_CHECKED} are taken"
+            raise RunsInvalid(f"runs {fault}", (("runs", fault),))
+        unknown = run_pb2.RUN_STATE_UNSPECIFIED
+        states = ((run, self._runs.state(run)) for run in request.runs)
+        standings = [pb.RunStanding(run=run, state=RUN_STATES[state] if state else unknown) for run, state in states]
+        return pb.CheckRunsResponse(runs=standings)
 
     async def PushEvaluation(self, request: pb.PushEvaluationRequest, context: Context) -> pb.PushEvaluationResponse:
         """Takes figures of a version."""

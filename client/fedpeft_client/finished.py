@@ -1,0 +1,134 @@
+"""Folders of runs that are over, removed once the server says so; nothing that was trained here and never left is lost.
+
+The adapter version goes at once: the server has it. Tensors that stay on this client (a personal head) are kept, for
+they are its owner's. What updates left unsent cannot be sent any more; it is kept for KEPT, because an operator may
+have a run go on from an earlier version. A run with an update that the server has not answered for is left as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from fedpeft import durable, ids
+from fedpeft.errors import FedpeftError, LocalError
+from fedpeft.logs import Log
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import run_pb2
+from fedpeft_client import state
+from fedpeft_client.channel import Channel
+from fedpeft_client.ledger import Ledger
+from fedpeft_client.pending import PendingBox
+from fedpeft_client.state import StateDirectory
+
+LOOK_S = 3600.0
+"""How often it is looked for finished runs; at the start too."""
+ASKED = 32
+"""Most runs of one question."""
+KEPT = timedelta(days=30)
+"""How long the residual of a finished run is kept."""
+MARK = "finished.json"
+"""Says in a run's folder that the run is over, and when that was found out."""
+
+_OVER = {
+    run_pb2.RUN_STATE_UNSPECIFIED: "deleted",
+    run_pb2.RUN_STATE_COMPLETED: "completed",
+    run_pb2.RUN_STATE_STOPPED: "stopped",
+}
+
+
+class FinishedRuns:
+    """Looks now and then which runs of the state directory are over, and removes what nobody needs of them."""
+
+    def __init__(self, directory: StateDirectory, box: PendingBox, channel: Channel, ledger: Ledger, log: Log) -> None:
+        self._directory = directory
+        self._box = box
+        self._channel = channel
+        self._ledger = ledger
+        self._log = log
+        self._next = 0.0
+
+    async def look(self) -> None:
+        """Looks, if it is time to; whatever stands against it, the next time will do.
+
+        Raises:
+            LocalError: If the ledger or the state directory cannot be written.
+        """
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + LOOK_S
+        runs = await asyncio.to_thread(self._there)
+        for start in range(0, len(runs), ASKED):
+            some = runs[start : start + ASKED]
+            try:
+                answer = await self._channel.check_runs(pb.CheckRunsRequest(runs=some))
+            except LocalError:
+                raise
+            except FedpeftError as error:  # a server that does not know the question, or is away
+                self._log.debug("finished runs are looked for later", cause=str(error))
+                return
+            over = {each.run: _OVER[each.state] for each in answer.runs if each.state in _OVER}
+            for run in some:
+                if run in over:
+                    await asyncio.to_thread(self._clean, run, over[run])
+                else:  # it may have been over, and go on
+                    (self._directory.run(run) / MARK).unlink(missing_ok=True)
+
+    def _there(self) -> list[str]:
+        """Returns the runs that have a folder with something to remove."""
+        runs = self._directory.path / "runs"
+        names = sorted(each.name for each in runs.iterdir() if each.is_dir()) if runs.is_dir() else []
+        return [name for name in names if ids.RUN.fullmatch(name) and not _is_clean(runs / name)]
+
+    def _clean(self, run: str, how: str) -> None:
+        if self._box.holds(run):
+            return
+        folder = self._directory.run(run)
+        self._box.confirm(run)  # its last update was folded, or never will be
+        mark = folder / MARK
+        if not mark.exists():
+            durable.write(mark, json.dumps({"state": how, "at": datetime.now(UTC).isoformat()}).encode())
+        kept = [file for file in (state.local(folder), state.residual(folder)) if _holds_values(file)]
+        if state.residual(folder) in kept and _since(mark) > KEPT:
+            kept.remove(state.residual(folder))
+        if not kept:
+            shutil.rmtree(folder)
+            durable.sync(folder.parent)
+        else:
+            for file in folder.iterdir():
+                if file not in (mark, *kept):
+                    file.unlink()
+        self._ledger.forget(run)
+        self._log.info("run is over; its files are removed", run=run, state=how, kept=[file.name for file in kept])
+
+
+def _is_clean(folder: Path) -> bool:
+    """Whether a folder has nothing but what stays for good, or for now."""
+    names = {file.name for file in folder.iterdir()}
+    residual = state.residual(folder).name
+    return (
+        MARK in names
+        and names <= {MARK, residual, state.local(folder).name}
+        and not (residual in names and _since(folder / MARK) > KEPT)
+    )
+
+
+def _since(mark: Path) -> timedelta:
+    return datetime.now(UTC) - datetime.fromtimestamp(mark.stat().st_mtime, UTC)
+
+
+def _holds_values(file: Path) -> bool:
+    """Whether a file of tensors has one that is not zero everywhere; one that cannot be read may have."""
+    try:
+        return any(values.any() for values in safetensors.numpy.load_file(file).values())
+    except FileNotFoundError:
+        return False
+    except (SafetensorError, OSError):
+        return True

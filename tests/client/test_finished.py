@@ -1,0 +1,150 @@
+"""Folders of finished runs are removed; nothing that was trained here and did not leave is lost."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fedpeft import logs
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import run_pb2
+from fedpeft_client import state
+from fedpeft_client.channel import Channel
+from fedpeft_client.finished import ASKED, KEPT, MARK, FinishedRuns
+from fedpeft_client.ledger import Ledger
+from fedpeft_client.metrics import Metrics
+from fedpeft_client.pending import PendingBox
+from fedpeft_client.state import StateDirectory
+from fedpeft_client.traffic import Traffic
+
+from .federation import Context, Federation
+from .test_state import write_draft
+
+ZERO, SOME = {"a": np.zeros(3, np.float32)}, {"a": np.ones(3, np.float32)}
+
+
+class Site:
+    """A state directory with runs, and a server that says in which state those are."""
+
+    def __init__(self, directory: StateDirectory, channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory = directory
+        self.box = PendingBox(directory, "")
+        self.ledger = Ledger(directory.path, "s:1")
+        Traffic(channel, self.ledger, Metrics())
+        self.states: dict[str, run_pb2.RunState.ValueType] = {}
+        self.asked: list[list[str]] = []
+        self._channel = channel
+
+        async def check(_: Federation, request: pb.CheckRunsRequest, context: Context) -> pb.CheckRunsResponse:
+            self.asked.append(list(request.runs))
+            standings = [pb.RunStanding(run=run, state=self.states.get(run)) for run in request.runs]
+            return pb.CheckRunsResponse(runs=standings)
+
+        monkeypatch.setattr(Federation, "CheckRuns", check)
+
+    def run(self, name: str, how: run_pb2.RunState.ValueType, **tensors: dict[str, np.ndarray]) -> Path:
+        folder = self.directory.run(name)
+        self.states[name] = how
+        (folder / "adapter.json").write_text("{}")
+        (folder / "adapter-00.payload").write_bytes(b"payload")
+        (folder / f"adapter.json.{secrets.token_hex(8)}.new").write_bytes(b"")
+        for each, values in tensors.items():
+            safetensors.numpy.save_file(values, folder / f"{each}.safetensors")
+        return folder
+
+    async def look(self) -> None:
+        await FinishedRuns(self.directory, self.box, self._channel, self.ledger, logs.logger()).look()
+
+
+@pytest.fixture
+async def site(federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
+    with StateDirectory(tmp_path / "state") as directory:
+        async with Channel(federation.address, "site-a", directory.instance) as channel:
+            made = Site(directory, channel, monkeypatch)
+            await federation.stop()
+            await federation.start()  # with the call that was put in
+            yield made
+            made.ledger.close()
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+async def test_what_is_over_goes_and_what_goes_on_stays(site: Site) -> None:
+    over = [site.run("run-a", run_pb2.RUN_STATE_COMPLETED, residual=ZERO, local={}), site.run("run-b", 4)]
+    over.append(site.run("run-gone", run_pb2.RUN_STATE_UNSPECIFIED))
+    going = [site.run("run-c", run_pb2.RUN_STATE_RUNNING), site.run("run-d", run_pb2.RUN_STATE_PAUSED, residual=SOME)]
+    await site.look()
+    assert not any(folder.exists() for folder in over)
+    assert all((folder / "adapter-00.payload").exists() for folder in going)
+    assert site.asked == [["run-a", "run-b", "run-c", "run-d", "run-gone"]]
+
+
+async def test_what_was_not_sent_stays_a_month_and_what_is_the_owners_for_good(site: Site) -> None:
+    folder = site.run("run-a", run_pb2.RUN_STATE_COMPLETED, residual=SOME, local=SOME)
+    await site.look()
+    assert names(folder) == {MARK, "residual.safetensors", "local.safetensors"}
+    await site.look()
+    assert len(site.asked) == 1, "of what is cleaned nothing more is asked"
+    old = time.time() - KEPT.total_seconds() - 60
+    os.utime(folder / MARK, (old, old))
+    await site.look()
+    assert names(folder) == {MARK, "local.safetensors"}
+
+
+async def test_a_run_that_goes_on_after_all_is_kept_and_marked_no_more(site: Site) -> None:
+    folder = site.run("run-a", run_pb2.RUN_STATE_COMPLETED, residual=SOME)
+    await site.look()
+    site.run("run-a", run_pb2.RUN_STATE_RUNNING)
+    await site.look()
+    assert MARK not in names(folder) and "residual.safetensors" in names(folder)
+
+
+@pytest.mark.parametrize("settling", [False, True])
+async def test_a_run_with_an_update_that_waits_is_left_as_it_is(site: Site, settling: bool) -> None:
+    folder = site.run("run-0123456789ab", run_pb2.RUN_STATE_STOPPED, residual=SOME)
+    before = names(folder)
+    pending = site.box.commit("run-0123456789ab", 5, write_draft(site.box))
+    if settling:
+        pending.folder.rename(site.directory.path / "settled-not-counted@run-0123456789ab")
+    await site.look()
+    assert names(folder) == before
+
+
+async def test_very_many_runs_are_asked_for_in_several_calls(site: Site) -> None:
+    for number in range(ASKED + 3):
+        site.run(f"run-{number:02}", run_pb2.RUN_STATE_RUNNING)
+    await site.look()
+    assert [len(some) for some in site.asked] == [ASKED, 3]
+
+
+async def test_a_server_that_does_not_know_the_question_costs_nothing(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StateDirectory(tmp_path / "state") as directory:
+        async with Channel(federation.address, "site-a", directory.instance) as channel:
+            site = Site(directory, channel, monkeypatch)
+            monkeypatch.undo()
+            folder = site.run("run-a", run_pb2.RUN_STATE_COMPLETED)
+            await site.look()
+            assert folder.exists()
+            site.ledger.close()
+
+
+def test_what_a_killed_process_left_half_written_is_swept_at_the_start(tmp_path: Path) -> None:
+    left = [tmp_path / "runs" / "run-a", tmp_path / "identity", tmp_path]
+    for folder in left:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"name.{secrets.token_hex(8)}.new").write_bytes(b"half")
+        (folder / "name.new").write_bytes(b"the owner's own")
+    with StateDirectory(tmp_path):
+        assert all(not list(folder.glob("name.*.new")) and (folder / "name.new").exists() for folder in left)
+    assert state.identity_folder(tmp_path) == tmp_path / "identity"
