@@ -222,7 +222,7 @@ class Agent:
         try:
             pending = await asyncio.to_thread(self._box.load)
         except StateInvalid as error:
-            self._log.error("pending update is dropped, its ticket trained again", cause=str(error))
+            self._log.error("pending update is damaged and dropped; its ticket is trained again", cause=str(error))
             self._box.discard()
             return
         if pending is not None:
@@ -233,7 +233,7 @@ class Agent:
                     outcome = await self._pusher.push(pending, log)
             else:
                 log.warning("an update that was trained under another policy is not sent", ticket=pending.ticket)
-                changed = RefusedByPolicy("its owner changed what is allowed after the update was trained")
+                changed = RefusedByPolicy("the policy of this site changed after the update was trained")
                 outcome = await self._pusher.give_up(pending, changed, log)
             self._metrics.updates.labels(pending.run, outcome).inc()
             await asyncio.to_thread(self._box.settle, pending, outcome)
@@ -349,7 +349,7 @@ class Agent:
     def _leave_out(self, run: str, *, surely: bool) -> None:
         """Counts a failure of a run, so that this site works for others if it fails again and again."""
         if seconds := self._holds.failed(run, surely=surely):
-            self._log.warning("run is left out for a while, because work for it fails", run=run, seconds=seconds)
+            self._log.warning("run is skipped for a while because its work keeps failing", run=run, seconds=seconds)
             self._metrics.left_out.labels(run).inc()
 
     async def _tried(self, run: str, work: Callable[[], Awaitable[None]]) -> Reason | None:

@@ -53,7 +53,9 @@ def _identity(settings: Settings, log: Log) -> Identity | None:
     """
     if settings.identity is None:
         if not Address.parse(settings.server).is_loopback:
-            log.warning("plain text: everybody on the way reads and can change what is sent", server=settings.server)
+            log.warning(
+                "plain text: anyone on the network path can read and change what is sent", server=settings.server
+            )
         return None
     identity = Identity.load(settings.identity)
     check_valid(identity, datetime.now(UTC))
@@ -92,7 +94,7 @@ async def _until_stopped(work: Coroutine[None, None, None], log: Log) -> None:
     def stop(name: str) -> None:
         nonlocal stopped
         stopped = True
-        log.info("stopping; what was begun is continued at the next start", signal=name)
+        log.info("stopping; unfinished work continues at the next start", signal=name)
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(each)
         task.cancel()

@@ -26,8 +26,8 @@ from fedpeft_client.renewal import check_valid
 from fedpeft_client.state import VARIABLE, StateDirectory, identity_folder
 
 _UNUSED = (
-    "; the token was not used; if it is to take the place of what is here, as after a revocation, say --replace "
-    "instead of --keep"
+    "; the token was not used. To replace this identity, after a revocation for example, use --replace "
+    "in place of --keep"
 )
 _A = {Role.OPERATOR: "an operator", Role.VIEWER: "a viewer"}
 
@@ -73,7 +73,7 @@ def _usable(where: Path) -> Identity | None:
         begin = identity.certificate.not_valid_before_utc  # a clock that is behind is for the client to find out
         check_valid(identity, max(datetime.now(UTC), begin))
     except (CertificateExpired, IdentityInvalid) as error:
-        print(f"fedpeft-client: who is enrolled cannot be kept: {error.message}", file=sys.stderr)
+        print(f"fedpeft-client: the existing identity cannot be kept: {error.message}", file=sys.stderr)
         return None
     return identity
 
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedpeft-client enroll",
         description="Enrolls this site with its server: makes a key that never leaves, and gets a certificate for it. "
-        "If it breaks, say it again: the same token still works from here.",
+        "If it is interrupted, run it again: the same token still works here.",
         epilog="Example: fedpeft-client enroll @token.txt --state-dir /var/lib/fedpeft",
     )
     parser.add_argument("token", metavar="TOKEN", help=token_argument.HELP)
@@ -124,12 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     where_enrolled.add_argument(
         "--keep",
         action="store_true",
-        help="do nothing where somebody is enrolled at the token's server and the certificate is good; the token may "
+        help="do nothing if this site is enrolled at the token's server and its certificate is valid; the token may "
         "be gone by then",
     )
-    where_enrolled.add_argument(
-        "--replace", action="store_true", help="enroll anew where somebody is enrolled, with a new key"
-    )
+    where_enrolled.add_argument("--replace", action="store_true", help="replace an existing identity, with a new key")
     return parser
 
 

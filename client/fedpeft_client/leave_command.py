@@ -120,7 +120,7 @@ def _name(where: Path) -> str:
 def _say_rest(state_dir: Path, *, removed: bool) -> None:
     note("what the server counted before stays in its versions, records and audit log; your data was not touched")
     if not removed:
-        note("--remove removes keys, adapters, residuals and local tensors from here; say the command again with it")
+        note("--remove removes keys, adapters, residuals and local tensors from here; run the command again with it")
     else:
         note(f"the rest goes with: rm -r {state_dir}; the software with: pip uninstall fedpeft")
 

@@ -59,7 +59,7 @@ def forbidden(policy: Policy, here: Conditions) -> Forbidden | None:
     least, hottest = rules.min_battery_percent, rules.max_temperature_c
     later = here.now + SENSORS_AGAIN
     if least is not None and here.battery_percent is not None and here.battery_percent < least:
-        return Forbidden("its battery is below what its owner wants", later)
+        return Forbidden("its battery is below its owner's limit", later)
     if hottest is not None and here.temperature_c is not None and here.temperature_c > hottest:
         return Forbidden("it is hotter than its owner wants", later)
     return None
@@ -124,11 +124,11 @@ class Limits:
         while (stop := against()) is not None:
             if stop.told != said:
                 said = stop.told
-                self._log.info("resting, as the policy wants", reason=said, until=stop.until.isoformat(" ", "minutes"))
+                self._log.info("paused by the policy", reason=said, until=stop.until.isoformat(" ", "minutes"))
             with self._metrics.during(State.RESTING):
                 await asyncio.sleep(LOOK_S)
         if said:
-            self._log.info("working again")
+            self._log.info("resumed")
 
     async def while_permitted(self, work: Coroutine[Any, Any, T]) -> T:
         """Does work; leaves it once the policy no longer allows it.

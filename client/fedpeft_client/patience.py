@@ -32,10 +32,10 @@ FAULT_ATTEMPTS = 6
 FIRST_FAULT_PAUSE_S = 0.5
 """The first pause between two such calls, some ten seconds in all: a proxy before a restarted server says the same."""
 
-AWAY = "server is away; trying again until it is back"
-FULL = "the server's disk is full; trying again until there is room"
+AWAY = "server is unavailable; retrying until it answers"
+FULL = "the server's disk is full; retrying until there is room"
 FAILS = "server fails in a call; trying again a few times"
-LASTS = "server cannot be used as it is; trying again until somebody mends that"
+LASTS = "server cannot be used until this is fixed; retrying"
 
 QUICK_S = 1.0
 """An answer that took less came at once."""

@@ -80,8 +80,8 @@ def _runs(policy: Policy, asked: Asked) -> Iterator[Broken]:
         return
     if run.id not in (rules.ids or ()) and not matches(rules.names or (), run.config.name):
         key = "runs.ids" if rules.names is None else "runs.names"
-        here = f"run {run.id} ({run.config.name!r}) is none of those in the policy's {key}"
-        yield Broken(key, "its owner allows certain runs only, and this is none of them", here)
+        here = f"run {run.id} ({run.config.name!r}) is not among the policy's {key}"
+        yield Broken(key, "its owner allows only certain runs, and this is not one of them", here)
 
 
 def _rounds(policy: Policy, asked: Asked) -> Iterator[Broken]:
@@ -104,10 +104,10 @@ def _model(policy: Policy, asked: Asked) -> Iterator[Broken]:
     rules, run = policy.model, asked.run
     name = run.config.model.name
     if rules.names is not None and not matches(rules.names, name):
-        here = f"model {name} is none of those in the policy's model.names"
+        here = f"model {name} is not among the policy's model.names"
         yield Broken("model.names", f"its owner does not allow the model {name}", here)
     if rules.fingerprints is not None and not any(run.fingerprint.startswith(each) for each in rules.fingerprints):
-        here = f"backbone {run.fingerprint} is none of those in the policy's model.fingerprints"
+        here = f"backbone {run.fingerprint} is not among the policy's model.fingerprints"
         yield Broken("model.fingerprints", "its owner does not allow the run's backbone", here)
     size = run.config.model.image_size or asked.image_size
     if rules.max_image_size is not None and size is not None and size > rules.max_image_size:
@@ -138,7 +138,7 @@ def _peft(policy: Policy, asked: Asked) -> Iterator[Broken]:
     names = {asked.run.config.peft.method, spec.method}
     if rules.methods is not None and not names.issubset(rules.methods):
         method = next(name for name in sorted(names) if name not in rules.methods)
-        here = f"PEFT method {method!r} is none of those in the policy's peft.methods"
+        here = f"PEFT method {method!r} is not among the policy's peft.methods"
         yield Broken("peft.methods", f"its owner does not allow the PEFT method {method!r}", here)
     if rules.max_parameters is not None and spec.parameters > rules.max_parameters:
         yield _over("peft.max_parameters", "parameters tuned", spec.parameters, rules.max_parameters)
@@ -192,7 +192,7 @@ def _transfer(policy: Policy, asked: Asked) -> Iterator[Broken]:
     rules, run = policy.transfer, asked.run
     encoding = run.config.codec.encoding
     if rules.encodings is not None and encoding not in rules.encodings:
-        here = f"encoding {encoding} is none of those in the policy's transfer.encodings"
+        here = f"encoding {encoding} is not among the policy's transfer.encodings"
         yield Broken("transfer.encodings", f"its owner does not allow updates as {encoding}", here)
     limits = {"max_payload_bytes": rules.max_payload_bytes, "max_bytes_a_day": rules.max_bytes_a_day}
     for key, most in limits.items():

@@ -190,7 +190,7 @@ def _address(text: str) -> str:
     try:
         return str(Address.parse(text))
     except ValueError as error:
-        raise IdentityInvalid(f"the enrolment token or the server names an address that is none: {error}") from None
+        raise IdentityInvalid(f"the enrolment token or the server gives an invalid address: {error}") from None
 
 
 def _checked(pem: bytes, key: PrivateKey) -> list[x509.Certificate]:

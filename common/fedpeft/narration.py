@@ -26,7 +26,7 @@ class Narrator:
     def lines(self, picture: Picture) -> list[str]:
         """Returns what is new in a picture."""
         if picture.lost:
-            lines = [] if self._lost else [f"{picture.lost}; trying again until it is back"]
+            lines = [] if self._lost else [f"{picture.lost}; retrying until it answers"]
             self._lost = True
             return lines
         lines = ["the server is back"] if self._lost else []

@@ -365,7 +365,7 @@ class OperatorClient(AccessCalls):
         except TimeoutError:
             raise ServerUnreachable(
                 f"no FedPEFT server answers at {self._server} within {self.patience_s:g} s; it is not there, it "
-                "hangs, or something on the way swallows what is sent"
+                "hangs, or something on the path drops what is sent"
             ) from None
 
     async def _explained(self, cause: FedpeftError) -> FedpeftError:

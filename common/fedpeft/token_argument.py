@@ -19,7 +19,7 @@ from fedpeft.identity.token import MAX_LENGTH, EnrollmentToken
 _MOST_BYTES = 4 * (MAX_LENGTH + 1)
 """Of a token in the widest encoding."""
 
-LEFT = "interrupted; say it again at any time: the same token still works from here"
+LEFT = "interrupted; run the command again at any time: the same token still works here"
 """What is said to somebody who interrupts an enrolment."""
 HELP = "the line that `fedpeft token create` printed; - reads it from standard input, @FILE from a file"
 

@@ -210,7 +210,7 @@ def _lines(progress: Progress) -> Iterator[str]:
     if progress.unknown:
         yield (
             f"certificate not issued by the running server: {_named(progress.unknown)}; for an operator of this "
-            "machine say fedpeft-server init again, elsewhere fedpeft identity renew"
+            "machine run fedpeft-server init again, elsewhere fedpeft identity renew"
         )
     if not progress.waiting:
         yield "next: fedpeft-server authority finish"

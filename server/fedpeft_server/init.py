@@ -1,6 +1,6 @@
 """`fedpeft-server init`: makes an authority, the server's certificate and the first operator's.
 
-Said again it keeps what there is and makes what is missing, so it also adds an operator, or a host to the server's
+Run again, it keeps what exists and makes what is missing, so it also adds an operator, or a host to the server's
 certificate.
 """
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedpeft-server init",
         description="Makes what a server over TLS needs: an authority, the server's certificate, and that of the first "
-        "operator. Said again it keeps what there is, and adds hosts or an operator.",
+        "operator. Run again, it keeps what exists, and adds hosts or an operator.",
         epilog="Example: fedpeft-server init --data-dir /var/lib/fedpeft --host fed.example.org",
     )
     folder_arguments.add(parser)

@@ -141,7 +141,7 @@ async def test_a_prompt_that_is_left(tmp_path: Path, key: str) -> None:
         "Ctrl-C": (130, f"fedpeft-client: {token_argument.LEFT}"),
         "Ctrl-D": (
             2,
-            "fedpeft-client: there is no enrolment token, only an empty line or file; make one and copy it whole",
+            "fedpeft-client: the enrolment token is empty; make one and copy the whole line",
         ),
     }
     assert (process.returncode, err.decode().strip()) == said[key]
@@ -191,7 +191,7 @@ async def kept(double: Double, tmp_path: Path) -> Kept:
 
 async def test_who_is_enrolled_is_kept(kept: Kept) -> None:
     before = Identity.load(kept.state / "identity")
-    unused = "the token was not used; if it is to take the place of what is here, as after a revocation, say --replace"
+    unused = "the token was not used. To replace this identity, after a revocation for example, use --replace"
     for token, said in ((kept.file(), f"; {unused} instead of --keep\n"), ("@/run/token/that-was-deleted", " UTC\n")):
         code, out, err = await kept.again(token)
         assert (code, err, out.count("\n")) == (0, "", 1)
@@ -222,7 +222,8 @@ async def test_keep_replaces_what_has_ended(kept: Kept) -> None:
     code, out, err = await kept.again(kept.file())
     assert code == 0 and out.startswith("enrolled as client hospital-a at ")
     assert (
-        err.startswith("fedpeft-client: who is enrolled cannot be kept: the certificate of ") and err.count("\n") == 1
+        err.startswith("fedpeft-client: the existing identity cannot be kept: the certificate of ")
+        and err.count("\n") == 1
     )
     new = Identity.load(kept.state / "identity")
     assert new.certificate.not_valid_after_utc > datetime.now(UTC) and new.chain != old.chain
@@ -250,7 +251,7 @@ async def test_wrong_tokens(double: Double, tmp_path: Path) -> None:
         (line[:-3], "is damaged, cut short perhaps; copy the whole line again", 2),
         (line[:200], "is damaged, cut short perhaps; copy the whole line again", 2),
         ("x" * 100_000, "this is not an enrolment token of this version", 2),
-        (" \n", "there is no enrolment token, only an empty line or file", 2),
+        (" \n", "the enrolment token is empty; make one", 2),
     ):
         code, out, err = await ended("-", *state, stdin=text)
         assert (code, out) == (status, "")

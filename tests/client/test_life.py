@@ -159,7 +159,7 @@ async def test_server_that_restarts_is_waited_for_without_a_busy_loop(
     await client.said("run fits")
     await until(lambda: len(federation.awaited) >= 2, client.text)
     await federation.stop()
-    await client.said("server is away")
+    await client.said("server is unavailable")
     await asyncio.sleep(3)
     federation.registered.clear()
     await federation.start()
@@ -167,7 +167,7 @@ async def test_server_that_restarts_is_waited_for_without_a_busy_loop(
     await client.said("the server does not know this client any more")
     second = await start_client("--once", name="site-b")
     assert await second.ended() == 0, "".join(second.text)
-    assert len(client.events("server is away")) == 1
+    assert len(client.events("server is unavailable")) == 1
     assert await client.kill(signal.SIGTERM) == 0
     booked = [read(tmp_path / name / "ledger.jsonl").booked.values() for name in ("site-a", "site-b")]
     told = sum(each.departure.wire_bytes for both in booked for each in both)
@@ -183,7 +183,7 @@ async def test_a_run_that_the_server_fails_on_is_left_out_and_another_one_goes_o
     federation.fail = {"AnswerOffer": [Internal("StateInvalid") for _ in range(FAULT_ATTEMPTS)]}
     client = await start_client()
     await client.said("the answer to the offer could not be given")
-    await client.said("run is left out for a while, because work for it fails")
+    await client.said("run is skipped for a while because its work keeps failing")
     await client.said("update received")
     assert broken.id in federation.left_out[-1]
     assert await client.kill(signal.SIGTERM) == 0

@@ -425,7 +425,7 @@ async def test_what_waiting_does_not_mend_is_named_at_each_change(
             await waiting
         await plain.stop(None)
     told = log[0].entries
-    named = [entry for entry in told if entry["event"].startswith("server cannot be used as it is")]
+    named = [entry for entry in told if entry["event"].startswith("server cannot be used until this is fixed")]
     assert [entry["log_level"] for entry in named] == ["warning", "warning"]
     assert "another federation's server" in named[0]["cause"]
     assert "serves plain text" in named[1]["cause"]

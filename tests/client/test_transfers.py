@@ -237,7 +237,7 @@ async def test_push_survives_a_server_that_restarts(site: Site) -> None:
     assert len(site.federation.pushes) > 1, "the first was cut off"
     assert sum(p.received for p in site.federation.pushes) == pending.manifest.payload_bytes, "no byte went twice"
     events = [line["event"] for line in lines]
-    assert sum(event.startswith("server is away") for event in events) == 1
+    assert sum(event.startswith("server is unavailable") for event in events) == 1
     assert events.count("server is back") == 1
 
 
@@ -409,7 +409,7 @@ async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) 
     assert site.federation.registrations == 1 and len(site.federation.pushes) == 2
     full = [line["cause"] for line in lines if line["event"].startswith("the server's disk is full; trying again")]
     assert full == ["the server's disk is full: no room"] * 2
-    assert not any(line["event"].startswith("server is away") for line in lines)
+    assert not any(line["event"].startswith("server is unavailable") for line in lines)
 
 
 @pytest.fixture
@@ -494,7 +494,7 @@ async def test_patience_ends_when_it_was_told_to(site: Site) -> None:
     patient = Patience(site.log, 2.0)
     with capture_logs() as lines, pytest.raises(ServerUnreachable, match="nothing listens on port"):
         await patient.keep(lambda: site.channel.get_upload("t", bytes(32)))
-    assert [line["event"] for line in lines] == ["server is away; trying again until it is back"]
+    assert [line["event"] for line in lines] == ["server is unavailable; retrying until it answers"]
 
 
 def test_pauses_grow_to_a_cap_and_are_never_none() -> None:

@@ -218,7 +218,7 @@ round 1 open: noto, twemoji
 round 1 committed in 4.5 s: 2 clients, up 600 B, down 620 B (full fine-tuning: 7.63 MiB each way)
 round 2 open: noto, twemoji
 the run is paused: lunch
-the server is shutting down; trying again until it is back
+the server is shutting down; retrying until it answers
 the server is back
 version 1 scored: accuracy 50.0 %, loss 1.500
 the run is running
@@ -318,7 +318,7 @@ def test_watch_survives_a_server_that_restarts(served: Serving, fedpeft: Command
     ended = fedpeft("run", "watch", RUN)
     restarting.join()
     assert ended.code == 0
-    assert "trying again until it is back\nthe server is back\n" in ended.out
+    assert "retrying until it answers\nthe server is back\n" in ended.out
 
 
 def test_watch_of_no_run_and_of_no_server(served: Serving, fedpeft: Command) -> None:

@@ -196,7 +196,7 @@ def test_a_connection_that_stays_silent(trust: Trust) -> None:
     with socket.create_server(("127.0.0.1", 0)) as quiet:
         server = f"127.0.0.1:{quiet.getsockname()[1]}"
         assert "does not answer the beginning of TLS: a firewall" in said(server, trust)
-        assert "takes the connection but says nothing: a firewall" in said(server, None)
+        assert "accepts the connection but sends nothing: a firewall" in said(server, None)
 
 
 def test_a_way_that_there_is_not(trust: Trust) -> None:
@@ -228,7 +228,7 @@ def test_a_balancer_without_a_server(trust: Trust, plain: bool) -> None:
 @pytest.mark.parametrize("plain", [True, False])
 def test_something_that_is_neither(trust: Trust, plain: bool) -> None:
     with listening(lambda line: line.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")) as server:
-        assert "is no FedPEFT server: check the address" in said(server, None if plain else trust)
+        assert "is not a FedPEFT server: check the address" in said(server, None if plain else trust)
 
 
 def test_a_server_in_plain_text(trust: Trust) -> None:

@@ -155,7 +155,7 @@ async def test_a_port_that_wants_a_certificate_is_named(double: Double, tmp_path
 
 async def test_a_token_with_an_address_that_is_none(double: Double, tmp_path: Path) -> None:
     token = EnrollmentToken.make(double.server, "nowhere", double.authority.certificate)
-    with pytest.raises(IdentityInvalid, match="names an address that is none: 'nowhere' is not HOST:PORT"):
+    with pytest.raises(IdentityInvalid, match="gives an invalid address: 'nowhere' is not HOST:PORT"):
         await enrolment.enroll(token, tmp_path / "identity")
 
 

@@ -467,7 +467,9 @@ def test_ctrl_c_says_what_is_left(tmp_path):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert re.search(
-        r"^fedpeft: interrupted: .*/out has what [\d,]+ rounds? left; said again, it begins at round 1$", err, re.M
+        r"^fedpeft: interrupted: .*/out holds the results of [\d,]+ rounds?; running the command again starts at round 1$",
+        err,
+        re.M,
     )
     assert "Traceback" not in err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.safetensors", "records.jsonl"}

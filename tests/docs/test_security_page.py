@@ -162,7 +162,7 @@ def test_an_authority_elsewhere(reader: Reader) -> None:
         assert "images" in reader.do(dry_run)
         assert "client  hospital-a" in re.sub(r" +", "  ", reader.do("fedpeft --identity operator identity list"))
         refused = reader.do(token.replace("fedpeft ", "fedpeft --identity operator "), code=1)
-        assert "this server has not the authority's key" in refused
+        assert "this server does not have the authority's key" in refused
         reader.do("fedpeft --identity operator client revoke hospital-a")
         assert "were revoked" in reader.do("fedpeft --identity state/identity run list", code=1)
         issue = next(

@@ -310,7 +310,7 @@ async def test_an_ended_identity_says_so(fedpeft: Command, secured: Federation, 
     enrolled(secured, tmp_path / "gone", Role.OPERATOR, "olga", timedelta(minutes=-5))
     done = await fedpeft("run", "list", identity=tmp_path / "gone")
     assert done.code == 2 and "ended at" in done.err and "enroll again with a new token" in done.err
-    assert "as an operator on the server's machine, say fedpeft-server init again" in done.err
+    assert "as an operator on the server's machine, run fedpeft-server init again" in done.err
 
 
 async def test_a_server_of_another_federation_is_named(secured: Federation, tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ async def test_plain_text_does_not_leave_the_machine_unasked(secured: Federation
     done = await ended(tmp_path, "--server", "fed.invalid:7070", "--insecure", "run", "list")
     assert done.code == 3
     warning, error = done.err.splitlines()
-    assert warning.startswith("fedpeft: plain text: everybody on the way to fed.invalid:7070 can read")
+    assert warning.startswith("fedpeft: plain text: anyone on the path to fed.invalid:7070 can read")
     assert "the name fed.invalid is not known here" in error
 
 

@@ -14,7 +14,7 @@ from fedpeft.cli.session import require, run_async, session_of
 EPILOG = epilog(
     "fedpeft console",
     "fedpeft --server 10.0.0.5:7070 console --listen 127.0.0.1:8080 --read-only",
-    hint="Ctrl-C ends it. A server that is away may come later: the pages say so.",
+    hint="Ctrl-C ends it. The server may be started later: until then the pages say that it is away.",
 )
 
 
@@ -60,7 +60,7 @@ def console(
         output.say(f"console of {session.server}: {link}")
         if settings.is_everywhere:
             output.note(
-                "it listens on every address: from another machine, say this one's name in place of "
+                "it listens on every address: from another machine, use this one's name in place of "
                 f"{settings.link_host}; from outside a container, the port that it is published as"
             )
         output.note("the link works once; its pages give others under Access; Ctrl-C ends the console")

@@ -22,7 +22,7 @@ EPILOG = epilog(
     "fedpeft doctor",
     "fedpeft doctor --data-dir /var/lib/fedpeft",
     "fedpeft doctor --state-dir state --data photos",
-    hint="It ends with 1 if there is a fault; a warning is none. It changes nothing.",
+    hint="Exit code 1 means a fault; warnings do not count. It changes nothing.",
 )
 
 

@@ -28,9 +28,7 @@ def enroll(
             help="The line that `fedpeft token create` printed; - reads it from standard input, @FILE from a file.",
         ),
     ],
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Enroll anew where somebody is enrolled, with a new key.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing identity, with a new key.")] = False,
 ) -> None:
     """Make a key on this machine and get a certificate for it, into the identity folder."""
     from fedpeft import grpc_core

@@ -112,7 +112,7 @@ def _status(picture: Picture, now: datetime) -> Text:
     """Returns the last line: what is going on, and who is awaited."""
     run, current = picture.run, picture.current
     if picture.lost:
-        return Text(f"{picture.lost}; trying again until it is back", style="red")
+        return Text(f"{picture.lost}; retrying until it answers", style="red")
     if picture.waiting:
         return Text(picture.waiting, style="yellow")
     if run.state != run_pb2.RUN_STATE_RUNNING:

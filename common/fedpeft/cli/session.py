@@ -64,9 +64,7 @@ class Session:
         caller = self._caller()
         if caller.identity is None and not self._warned and not address(caller.server).is_loopback:
             self._warned = True
-            output.note(
-                f"fedpeft: plain text: everybody on the way to {caller.server} can read and change what is sent"
-            )
+            output.note(f"fedpeft: plain text: anyone on the path to {caller.server} can read and change what is sent")
         return OperatorClient(caller.server, caller.identity)
 
     @property

@@ -89,7 +89,10 @@ def simulate(
                 worked=said.worked,
             )
     except KeyboardInterrupt:
-        output.note(f"fedpeft: interrupted: {out} has what {said.rounds} left; said again, it begins at round 1")
+        output.note(
+            f"fedpeft: interrupted: {out} holds the results of {said.rounds}; running the command again starts at "
+            "round 1"
+        )
         raise typer.Exit(Exit.INTERRUPTED) from None
     if as_json:
         output.say_json(report)

@@ -62,7 +62,7 @@ def create(
     who = "fedpeft-client" if role in (Role.CLIENT, Role.EVALUATOR) else "fedpeft"
     output.note(
         f"token {made['id']} for {role} {made['name']}, good once, until {made['expires_at']}; carry the line to its "
-        f"machine in a way that nobody else reads, and there: {who} enroll {'@FILE' if out else '-'}"
+        f"machine by a private channel, and run there: {who} enroll {'@FILE' if out else '-'}"
     )
 
 

@@ -45,7 +45,7 @@ def check_network(setup: Setup) -> Iterator[Finding]:
     kind = "TLS 1.3, and it takes this certificate" if identity else "plain text"
     yield ok("server", f"{server} is reached over {kind}")
     if identity is None and not Address.parse(server).is_loopback:
-        yield warning("server", "plain text: everybody on the way can read and change what is sent", "enroll")
+        yield warning("server", "plain text: anyone on the path can read and change what is sent", "enroll")
     grpc_core.configure()
     yield from asyncio.run(_health(server, identity))
 

@@ -97,7 +97,7 @@ def check_time(certificate: x509.Certificate, now: datetime) -> None:
     if now > end:
         raise IdentityInvalid(
             f"the certificate ended at {end:%Y-%m-%d %H:%M} UTC, and this machine's clock says {now:%Y-%m-%d %H:%M}; "
-            "enroll again with a new token, or, as an operator on the server's machine, say fedpeft-server init again; "
+            "enroll again with a new token, or, as an operator on the server's machine, run fedpeft-server init again; "
             "if the clock is ahead, set the clock"
         )
     if now < begin:

@@ -213,7 +213,7 @@ def _first_word(way: Way, secure: ssl.SSLSocket, trust: Trust) -> None:
         secure.settimeout(way.step_s())
         first = secure.recv(16)
     except TimeoutError:
-        raise way.silent("makes the TLS connection but says nothing") from None
+        raise way.silent("completes the TLS handshake but sends nothing") from None
     except (ssl.SSLError, ConnectionError):  # an alert says no more: gRPC's servers close the line without one
         first = b""
     if not first:

@@ -76,7 +76,7 @@ class EnrollmentToken:
         """
         text = text.strip()
         if not text:
-            raise IdentityInvalid("there is no enrolment token, only an empty line or file; make one and copy it whole")
+            raise IdentityInvalid("the enrolment token is empty; make one and copy the whole line")
         form, *parts = text.split(".") if len(text) <= MAX_LENGTH else [""]
         if form != _FORM:
             raise IdentityInvalid(f"this is not an enrolment token of this version: one begins with {_FORM}.")
@@ -86,9 +86,9 @@ class EnrollmentToken:
             server, enrollment, authority, secret = map(_of_text, parts[:-1])
             token = cls(server.decode(), enrollment.decode(), x509.load_der_x509_certificate(authority), secret)
         except (ValueError, binascii.Error):
-            raise IdentityInvalid("the enrolment token does not hold what one should; ask for another") from None
+            raise IdentityInvalid("the enrolment token is malformed; ask for another") from None
         if len(secret) != SECRET_BYTES:
-            raise IdentityInvalid("the enrolment token does not hold what one should; ask for another")
+            raise IdentityInvalid("the enrolment token is malformed; ask for another")
         return token
 
 

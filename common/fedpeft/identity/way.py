@@ -104,7 +104,7 @@ class Way:
                 line.sendall(_PREFACE)
                 return line.recv(64)
             except TimeoutError:
-                raise self.silent("takes the connection but says nothing") from None
+                raise self.silent("accepts the connection but sends nothing") from None
             except ConnectionError:
                 return b""
 
@@ -126,7 +126,7 @@ class Way:
                 "has no server behind it, perhaps"
             )
         if first[3:4] != bytes([_SETTINGS]):
-            raise Lasting(f"what answers at {self.server} is no FedPEFT server: check the address and the port")
+            raise Lasting(f"what answers at {self.server} is not a FedPEFT server: check the address and the port")
 
     def shown(self) -> x509.Certificate | None:
         """Returns the certificate that the server shows, which proves nothing; None if it shows none."""

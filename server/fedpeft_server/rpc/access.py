@@ -296,7 +296,7 @@ class Access(pb_grpc.AccessServiceServicer):
             raise NoAuthority("this server serves plain text and enrolls nobody; `fedpeft-server init` changes that")
         if self._own.issuing is None:
             raise NoAuthority(
-                "this server has not the authority's key: ask whoever has it for a certificate, with "
+                "this server does not have the authority's key: ask whoever has it for a certificate, with "
                 "spiffe://DOMAIN/fedpeft/ROLE/NAME among its subject alternative names"
             )
         return self._own.issuing

@@ -35,7 +35,7 @@ def capabilities(said: pb.Capabilities) -> pb.Capabilities:
     faults = tuple(_faults(said))
     if faults:
         text = "; ".join(f"{field} {fault}" for field, fault in faults)
-        raise CapabilitiesInvalid(f"the client says too much of itself: {text}", faults)
+        raise CapabilitiesInvalid(f"the client's capabilities are too large: {text}", faults)
     return pb.Capabilities(
         software=plain(said.software),
         methods=map(plain, said.methods),
