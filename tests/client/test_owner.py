@@ -154,7 +154,7 @@ async def test_what_was_trained_under_another_policy_is_not_sent(
     again = await start_client("--once", "--policy", str(policy))
     assert await again.ended() == 4, "".join(again.text)
     assert len(federation.pushes) == 1 and not federation.run.finished
-    assert "its owner changed what is allowed" in federation.withdrawn[0].reason
+    assert "the policy of this site changed" in federation.withdrawn[0].reason
     assert federation.declines == [("site-a", federation.run.id, ["its owner does not allow the PEFT method 'full'"])]
 
 

@@ -94,8 +94,8 @@ def test_a_policy_that_is_named_must_be_there_and_one_in_the_state_directory_is_
 @pytest.mark.parametrize(
     ("sections", "key", "told"),
     [
-        ({"runs": {"ids": ["run-other"]}}, "runs.ids", "its owner allows certain runs only"),
-        ({"runs": {"names": ["letters*"]}}, "runs.names", "its owner allows certain runs only"),
+        ({"runs": {"ids": ["run-other"]}}, "runs.ids", "its owner allows only certain runs"),
+        ({"runs": {"names": ["letters*"]}}, "runs.names", "its owner allows only certain runs"),
         ({"runs": {"max_rounds": 3}}, "runs.max_rounds", "the server asks for 4 rounds; its owner allows 3"),
         ({"model": {"names": ["vit_small*"]}}, "model.names", "does not allow the model vit_tiny_patch16_224"),
         ({"model": {"fingerprints": ["ab" * 8]}}, "model.fingerprints", "its owner does not allow the run's backbone"),

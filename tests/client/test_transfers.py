@@ -407,7 +407,7 @@ async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) 
             await site.patience.keep(lambda: site.channel.register(pb.RegisterRequest()))
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
     assert site.federation.registrations == 1 and len(site.federation.pushes) == 2
-    full = [line["cause"] for line in lines if line["event"].startswith("the server's disk is full; trying again")]
+    full = [line["cause"] for line in lines if line["event"].startswith("the server's disk is full; retrying")]
     assert full == ["the server's disk is full: no room"] * 2
     assert not any(line["event"].startswith("server is unavailable") for line in lines)
 

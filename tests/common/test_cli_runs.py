@@ -266,7 +266,7 @@ def test_watch_as_json_lines(served: Serving, fedpeft: Command) -> None:
     assert [[r["version"] for r in line["rounds"]] for line in lines] == [[], [], [1], [], [1], [], [2]]
     assert lines[1]["in_progress"]["awaited"] == ["twemoji"]
     assert lines[-1]["in_progress"] is None
-    assert "trying again" in ended.err
+    assert "retrying" in ended.err
 
 
 def test_watch_of_a_stopped_run_ends_with_5(served: Serving, fedpeft: Command) -> None:

@@ -467,7 +467,8 @@ def test_ctrl_c_says_what_is_left(tmp_path):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert re.search(
-        r"^fedpeft: interrupted: .*/out holds the results of [\d,]+ rounds?; running the command again starts at round 1$",
+        r"^fedpeft: interrupted: .*/out holds the results of [\d,]+ rounds?; running the command again starts at "
+        r"round 1$",
         err,
         re.M,
     )
