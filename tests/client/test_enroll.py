@@ -192,7 +192,7 @@ async def kept(double: Double, tmp_path: Path) -> Kept:
 async def test_who_is_enrolled_is_kept(kept: Kept) -> None:
     before = Identity.load(kept.state / "identity")
     unused = "the token was not used. To replace this identity, after a revocation for example, use --replace"
-    for token, said in ((kept.file(), f"; {unused} instead of --keep\n"), ("@/run/token/that-was-deleted", " UTC\n")):
+    for token, said in ((kept.file(), f"; {unused} in place of --keep\n"), ("@/run/token/that-was-deleted", " UTC\n")):
         code, out, err = await kept.again(token)
         assert (code, err, out.count("\n")) == (0, "", 1)
         assert out.startswith("enrolled already, as client hospital-a until ")
