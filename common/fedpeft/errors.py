@@ -73,6 +73,7 @@
     │   └── BlobCorrupt
     ├── Unavailable           the only family worth retrying as it is
     │   ├── Draining
+    │   ├── DatabaseLocked        another program holds a lock on the server's database
     │   ├── TransferStalled       nothing arrived for too long
     │   └── ServerUnreachable
     ├── Internal              a fault of the server
@@ -458,6 +459,10 @@ class Unavailable(FedpeftError):
 
 class Draining(Unavailable):
     """The server is shutting down."""
+
+
+class DatabaseLocked(Unavailable):
+    """Another program held a lock on the server's database for as long as a transaction waits for one."""
 
 
 class TransferStalled(Unavailable):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -26,7 +27,7 @@ from fedpeft.v1 import tensor_pb2
 from fedpeft_server.access import bounds
 from fedpeft_server.rpc import arrivals, interceptors, turns, uploads
 from fedpeft_server.rpc.access import MOST_CERTIFICATES
-from fedpeft_server.store import tables
+from fedpeft_server.store import store, tables
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, zeros
 from .secured import Federation, federation
@@ -334,6 +335,17 @@ async def ending_server(world: World) -> object:
         await ending
 
 
+async def locked_database(world: World) -> object:
+    daemon = await world.start()
+    world.monkeypatch.setattr(store, "BUSY_TIMEOUT_S", 0.2)
+    other = sqlite3.connect(daemon.server.settings.data_dir / "fedpeft.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        return await daemon.client("a").register()
+    finally:
+        other.close()
+
+
 async def no_server(world: World) -> object:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{free_port()}") as channel:
         return await RawClient(channel, "a").register()
@@ -492,6 +504,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "CHECKSUM_MISMATCH": update("wrong digest"),
     "BLOB_CORRUPT": damaged_blob,
     "DRAINING": ending_server,
+    "DATABASE_LOCKED": locked_database,
     "TRANSFER_STALLED": silent_client,
     "SERVER_UNREACHABLE": no_server,
     "SUBJECT_INVALID": over_tls(lambda f: f.token("..")),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from fedpeft.errors import StateInvalid
+from fedpeft.errors import DatabaseLocked, StateInvalid
 from fedpeft_server.store import postgresql
 from fedpeft_server.store.connection import connect
 from fedpeft_server.store.database import Database
@@ -27,7 +27,7 @@ def test_a_lock_held_elsewhere(postgresql_url: str) -> None:
     database, other = Database.open(postgresql_url), connect(postgresql_url)
     with other.begin() as connection:
         connection.execute(text("LOCK TABLE runs"))
-        with pytest.raises(StateInvalid, match="locked by another session for 1 s"):
+        with pytest.raises(DatabaseLocked, match="locked by another session for 1 s"):
             database.create_run(run_row(), version_row(0))
     database.create_run(run_row(), version_row(0))
     database.close()

@@ -132,7 +132,7 @@ def test_a_receipt_writes_the_tickets_that_changed_and_no_others(sqlite_url: str
     assert isinstance(raw, sqlite3.Connection)
     before = raw.total_changes
     database.receive(after_receipt(state), update_row(state.tickets[0].id))
-    assert raw.total_changes - before == 2
+    assert raw.total_changes - before == 3, "the ticket, the update, and the bytes of its client"
     database.close()
 
 

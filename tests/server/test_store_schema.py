@@ -13,7 +13,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import text
 
-from fedpeft.errors import DiskFull, StateInvalid
+from fedpeft.errors import DatabaseLocked, DiskFull, StateInvalid
 from fedpeft_server.store import tables
 from fedpeft_server.store.connection import connect
 from fedpeft_server.store.database import Database
@@ -123,8 +123,9 @@ class TestFaults:
             connection.rollback()
         other = sqlite3.connect(tmp_path / "server.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StateInvalid, match="locked"):
+        with pytest.raises(DatabaseLocked, match=r"locked by another program for 10 s .*; end its transaction"):
             database.create_run(run_row(), version_row(0))
+        assert database.runs() == [], "reading goes on"
         other.execute("ROLLBACK")
         other.close()
         database.create_run(run_row(), version_row(0))

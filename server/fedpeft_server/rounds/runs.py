@@ -94,7 +94,8 @@ class Runs:
             self._add(self._engine(run, _in_progress(run, row)))
         held = {t.id for e in self._engines.values() if e.active for t in e.round.tickets}
         sizes = await self._store.compute(self._store.spool.sizes, held)
-        await self._store.call(self._store.db.count_spooled, sizes)
+        if sizes:
+            await self._store.call(self._store.db.count_spooled, sizes)
         for engine in self._engines.values():
             await self._show_again(engine)
         await self._store.compute(self._store.sweep, self._engines, held)

@@ -203,6 +203,8 @@ class Callers:
             FedpeftError: If it could not.
         """
         touched, self._touched = self._touched, {}
+        if not touched:
+            return
         try:
             await store.call(store.db.touch_clients, touched)
         except Exception:

@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
-from fedpeft.errors import DiskFull, FedpeftError, StateInvalid
+from fedpeft.errors import DatabaseLocked, DiskFull, FedpeftError, StateInvalid
 from fedpeft_server.store import postgresql
 
 BUSY_TIMEOUT_S = 10
 """How long a statement waits for another process (a backup, a person's shell) that holds SQLite's lock."""
+
+_READS = "fedpeft_reads"
+"""Execution option of a connection whose transaction only reads."""
 
 PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", f"busy_timeout = {BUSY_TIMEOUT_S * 1000}")
 """WAL with FULL: a commit is one append and one fsync of the log, and survives the machine."""
@@ -72,14 +75,22 @@ def _sqlite(url: URL) -> Engine:
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
-    def _begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    def _begin(connection: Connection) -> None:
+        # A transaction that only reads takes no lock that another program's writing could keep from it (WAL).
+        connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get(_READS) else "BEGIN IMMEDIATE")
 
     return engine
 
 
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """Makes a transaction that only reads."""
+    with engine.connect().execution_options(**{_READS: True}) as connection, connection.begin():
+        yield connection
+
+
 def _check(engine: Engine, where: str) -> None:
-    with engine.begin() as connection:
+    with reading(engine) as connection:
         if engine.dialect.name == "sqlite":
             fault = connection.execute(text("PRAGMA quick_check(1)")).scalar()
             if fault != "ok":
@@ -104,7 +115,8 @@ def translated(where: str) -> Iterator[None]:
 
     Raises:
         DiskFull: If the database has no room to grow.
-        StateInvalid: If it is corrupt, locked, read-only or out of reach.
+        DatabaseLocked: If another program holds a lock.
+        StateInvalid: If it is corrupt, read-only or out of reach.
     """
     try:
         yield
@@ -120,14 +132,19 @@ def _fault(error: DBAPIError | sqlite3.Error, where: str) -> FedpeftError:
     cause: BaseException | None = error.orig if isinstance(error, DBAPIError) else error
     name = getattr(cause, "sqlite_errorname", "") or ""
     words, sqlstate = " ".join(str(cause).split()), getattr(cause, "sqlstate", "") or ""
+    if sqlstate == postgresql.LOCKED:
+        return DatabaseLocked(f"database {where} was locked by another session for {postgresql.BUSY_S} s; end that one")
     if waited := postgresql.fault(sqlstate):
         return StateInvalid(f"database {where} {waited}")
     if name.startswith("SQLITE_FULL") or sqlstate == "53100":
         return DiskFull(f"database {where} has no room to grow ({errno.errorcode[errno.ENOSPC]}); free some disk space")
     if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT") or name.startswith("SQLITE_CORRUPT_"):
         return StateInvalid(f"database {where} is corrupt ({words}); restore it from a backup")
-    if name.startswith("SQLITE_BUSY"):
-        return StateInvalid(f"database {where} was locked by another process for {BUSY_TIMEOUT_S} s; close that one")
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return DatabaseLocked(
+            f"database {where} has been locked by another program for {BUSY_TIMEOUT_S} s (a shell, a backup?); end its "
+            "transaction"
+        )
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
         return StateInvalid(
             f"database {where} cannot be opened for writing ({words}); check its folder and permissions"

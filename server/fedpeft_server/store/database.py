@@ -55,8 +55,8 @@ Deeds = Sequence[Deed]
 class Database:
     """Runs, rounds, tickets, updates, versions, clients, traffic and evaluations.
 
-    Any method may raise DiskFull if there is no room, or StateInvalid if the database is corrupt or out of reach; the
-    transaction is then undone.
+    Any method may raise DiskFull if there is no room, DatabaseLocked if another program holds a lock, or StateInvalid
+    if the database is corrupt or out of reach; the transaction is then undone.
 
     Args:
         url_or_engine: A database URL, or an engine whose schema is the newest.
@@ -70,6 +70,7 @@ class Database:
         self.transactions = Transactions(connect(url_or_engine) if isinstance(url_or_engine, str) else url_or_engine)
         self.identities = Identities(self.transactions)
         self._transaction = self.transactions.begin
+        self._reading = self.transactions.read
         # The round last written of each run: what need not be written again, so that a receipt costs one row of a
         # round's tickets and not all.
         self._written: dict[str, Round] = {}
@@ -110,7 +111,7 @@ class Database:
 
     def run_by_request(self, request_id: str) -> RunRow | None:
         """Returns the run that a CreateRun call made, or None."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return run_queries.select_run_by_request(connection, request_id)
 
     def run(self, run_id: str) -> RunRow:
@@ -119,12 +120,12 @@ class Database:
         Raises:
             RunNotFound: If there is none of that id.
         """
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return run_queries.select_run(connection, run_id)
 
     def runs(self) -> list[RunRow]:
         """Returns all runs, oldest first."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return run_queries.select_runs(connection)
 
     def delete_run(self, run_id: str, deeds: Deeds = ()) -> None:
@@ -144,7 +145,7 @@ class Database:
             RunNotFound: If there is no such run.
             VersionNotFound: If the run has no such version.
         """
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return run_queries.select_version(connection, run_id, version)
 
     # Rounds, tickets and updates. `traffic`, where it is taken, is added to what was counted, and `deeds` to the audit
@@ -225,7 +226,7 @@ class Database:
 
     def current_round(self, run_id: str) -> RoundRow | None:
         """Returns the round of the highest number, or None if there is none."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return round_queries.select_current(connection, run_id)
 
     def rounds_from(
@@ -243,22 +244,22 @@ class Database:
         Returns:
             The rounds, and the place after them; None at the end.
         """
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return figure_queries.select_from(connection, run_id, place, most_rounds, most_tickets, pending)
 
     def round_with(self, run_id: str, number: int, tickets: Sequence[str], pending: Pending) -> RoundFigures | None:
         """Returns a round as it is shown, with the named ones of its tickets; None if it was never written."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return figure_queries.select_with(connection, run_id, number, tickets, pending)
 
     def standing(self, run_id: str, number: int) -> Standing:
         """Returns what the gauges of a run show; `number` is its round in progress."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return figure_queries.select_standing(connection, run_id, number)
 
     def ticket_ids(self, run_id: str) -> list[str]:
         """Returns the ids of all tickets of a run."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return round_queries.select_ticket_ids(connection, run_id)
 
     def ticket(self, ticket_id: str) -> TicketRow:
@@ -267,22 +268,22 @@ class Database:
         Raises:
             TicketNotFound: If there is none of that id.
         """
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return round_queries.select_ticket(connection, ticket_id)
 
     def update(self, ticket_id: str) -> UpdateRow | None:
         """Returns what was received for a ticket, or None."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return round_queries.select_update(connection, ticket_id)
 
     def norms(self, run_id: str, numbers: Sequence[int]) -> dict[int, list[float]]:
         """Returns the norms of the updates that count in some rounds, by round number."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return round_queries.select_norms(connection, run_id, numbers)
 
     def record_sha256(self, run_id: str, number: int) -> str:
         """Returns the digest of the record of a round, hexadecimal, or "" if there is none."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return round_queries.select_record_sha256(connection, run_id, number)
 
     @contextmanager
@@ -336,13 +337,13 @@ class Database:
 
     def evaluation(self, run_id: str, version: int) -> dict[str, float]:
         """Returns the figures of a version: the latest of each evaluator, merged; empty if it was not scored."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             found = run_queries.select_evaluations(connection, run_id, version, version)
         return merged(found.get(version, ()))
 
     def evaluated_by(self, run_id: str, evaluator: str) -> set[int]:
         """Returns the versions that an evaluator scored."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return run_queries.select_evaluated(connection, run_id, evaluator)
 
     def put_failed_evaluation(self, failure: FailedEvaluation) -> None:
@@ -358,7 +359,7 @@ class Database:
 
     def failed_evaluations(self, run_id: str, evaluator: str) -> dict[int, str]:
         """Returns why an evaluator could not score versions of a run, by version."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return evaluation_queries.select_failed(connection, run_id, evaluator)
 
     def forget_failed_evaluations(self, evaluator: str, run_id: str = "", version: int = 0) -> None:
@@ -385,7 +386,7 @@ class Database:
 
     def answers(self) -> list[AnswerRow]:
         """Returns what clients answered, of all runs."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return answer_queries.select_answers(connection)
 
     def see_client(
@@ -402,15 +403,15 @@ class Database:
 
     def client(self, client_id: str) -> ClientRow | None:
         """Returns a client, or None if it never registered."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return client_queries.select_client(connection, client_id)
 
     def clients_from(self, after: str, most: int) -> list[ClientRow]:
         """Returns at most so many clients whose id is above `after`, by id."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return client_queries.select_clients(connection, after, most)
 
     def clients(self) -> list[ClientRow]:
         """Returns all clients by id."""
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return client_queries.select_clients(connection)

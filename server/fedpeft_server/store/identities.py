@@ -62,7 +62,7 @@ class Identities:
 
     def tokens_after(self, after: tuple[float, str], most: int) -> list[TokenRow]:
         """Returns the first so many tokens after a (time of creation, digest), oldest first."""
-        with self._transactions.begin() as connection:
+        with self._transactions.read() as connection:
             return access_queries.select_tokens(connection, after, most)
 
     def delete_token(self, token_id: str, actor: str) -> None:
@@ -186,7 +186,7 @@ class Identities:
 
     def after(self, after: tuple[str, str], most: int | None = None) -> list[IdentityRow]:
         """Returns the first so many identities after a (role, name), or all, in that order."""
-        with self._transactions.begin() as connection:
+        with self._transactions.read() as connection:
             return access_queries.select_identities(connection, after, most)
 
 

@@ -14,6 +14,9 @@ LOST_S = 60
 up, and PostgreSQL ends a transaction in which nothing happens, so that a server that hangs holds no lock."""
 _PROBES = 3
 
+LOCKED = "55P03"
+"""The state with which PostgreSQL says that another session held a lock for too long."""
+
 
 def engine(url: URL) -> Engine:
     """Returns an engine for a URL of PostgreSQL; what the URL says itself about waits counts."""
@@ -52,8 +55,6 @@ def unlimited(connection: Connection) -> None:
 def fault(sqlstate: str) -> str:
     """Returns what was waited for in vain, by the state that the server gave; empty if it is another fault."""
     match sqlstate:
-        case "55P03":
-            return f"was locked by another session for {BUSY_S} s; end that one"
         case "57014":
             return f"did not answer within {LOST_S} s; see what it is busy with (pg_stat_activity)"
         case "25P03":

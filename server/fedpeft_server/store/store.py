@@ -13,8 +13,10 @@ from typing import ParamSpec, Protocol, TypeVar
 
 import structlog
 
+from fedpeft.errors import DatabaseLocked
 from fedpeft.rounds import Round, TicketState
 from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.connection import BUSY_TIMEOUT_S
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.outbound import Outbound
 from fedpeft_server.store.spool import Spool
@@ -34,6 +36,9 @@ R = TypeVar("R")
 C = TypeVar("C", bound=Closable)
 
 _CREATION = "create-"
+
+LOCKED_S = 0.05
+"""Pause between two attempts at a transaction while another program holds a lock on the database."""
 
 COMPUTE_THREADS = 4
 """Threads that hash, check, sync and fold; all of it releases the interpreter's lock."""
@@ -56,6 +61,7 @@ class Store:
         self._folder = folder
         self.keep_updates = keep_updates
         self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}")
+        self.db.transactions.wait_at_most(0)  # `call` waits, and keeps the database's thread free meanwhile
         self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache")
         self.spool = Spool(folder / "spool", keep_manifests=keep_updates)
         self.outbound = Outbound(folder / "outbound", self.blobs)
@@ -67,9 +73,25 @@ class Store:
         self._files = ThreadPoolExecutor(FILE_THREADS, "files")
 
     async def call(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Runs one transaction on the database's thread, in the order of the calls; also when its caller leaves."""
+        """Runs one transaction on the database's thread, in the order of the calls; also when its caller leaves.
+
+        While another program holds a lock it is tried again and again, and lets the others pass: reading goes on.
+
+        Raises:
+            DatabaseLocked: If that lasts for `BUSY_TIMEOUT_S`.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._transact(lambda: method(*args, **kwargs))))
+
+    async def _transact(self, transaction: Callable[[], R]) -> R:
         loop = asyncio.get_running_loop()
-        return await asyncio.shield(loop.run_in_executor(self._transactions, lambda: method(*args, **kwargs)))
+        until = loop.time() + BUSY_TIMEOUT_S
+        while True:
+            try:
+                return await loop.run_in_executor(self._transactions, transaction)
+            except DatabaseLocked:
+                if loop.time() > until:
+                    raise
+            await asyncio.sleep(LOCKED_S)
 
     async def compute(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs work that takes long on one of the other threads."""

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine
 from fedpeft import audit
 from fedpeft.audit import AuditEntry
 from fedpeft_server.store import audit_queries
-from fedpeft_server.store.connection import translated
+from fedpeft_server.store.connection import reading, translated
 from fedpeft_server.store.rows import Deed
 
 
@@ -35,6 +35,7 @@ class Transactions:
 
         Raises:
             DiskFull: If there is no room; the transaction is undone.
+            DatabaseLocked: If another program holds a lock; nothing was done.
             StateInvalid: If the database is corrupt or out of reach; the transaction is undone, or its outcome unknown.
         """
         try:
@@ -46,9 +47,26 @@ class Transactions:
             self._head = None
             raise
 
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """Makes a transaction that only reads: it waits for no program that writes.
+
+        Raises:
+            DatabaseLocked: If another program lets nobody read.
+            StateInvalid: If the database is corrupt or out of reach.
+        """
+        with translated(self._where), reading(self.engine) as connection:
+            yield connection
+
+    def wait_at_most(self, seconds: float) -> None:
+        """Has a statement wait no longer for another program's lock, where the database is SQLite."""
+        if self.engine.dialect.name == "sqlite":
+            with self.read() as connection:
+                connection.exec_driver_sql(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
+
     def entries_after(self, number: int, most: int) -> list[AuditEntry]:
         """Returns the first so many entries of the audit log above a number, oldest first."""
-        with self.begin() as connection:
+        with self.read() as connection:
             return audit_queries.select_after(connection, number, most)
 
     def write(self, *deeds: Deed) -> None:

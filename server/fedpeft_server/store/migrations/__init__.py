@@ -13,6 +13,7 @@ from alembic.util import CommandError
 from sqlalchemy import Engine
 
 from fedpeft.errors import StateInvalid
+from fedpeft_server.store.connection import reading
 from fedpeft_server.store.postgresql import unlimited
 
 
@@ -26,10 +27,11 @@ def migrate(engine: Engine) -> None:
     config.set_main_option("script_location", "fedpeft_server.store:migrations")
     config.set_main_option("path_separator", "os")
     scripts = ScriptDirectory.from_config(config)
+    with reading(engine) as connection:  # which a program that holds a lock does not keep from a schema that is right
+        if MigrationContext.configure(connection).get_current_revision() == scripts.get_current_head():
+            return
     with engine.begin() as connection:
         current = MigrationContext.configure(connection).get_current_revision()
-        if current == scripts.get_current_head():
-            return
         if current is not None and not _known(scripts, current):
             raise StateInvalid(
                 f"the database has schema {current}, which this server (schema {scripts.get_current_head()}) "
