@@ -90,6 +90,8 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.stopping = asyncio.Event()
+        self.metrics = Metrics()
+        self.background = Background(self.metrics, self.stopping.set)
 
     async def run(self) -> None:
         """Lives until it is told to stop: starts, serves, drains, closes.
@@ -99,7 +101,11 @@ class Server:
         """
         traces = traced(self.settings.traces, "fedpeft-server", self.settings.listen)
         with _locked(self.settings.data_dir), traces, self._signals():
-            await self.startup()
+            try:
+                await self.startup()
+            except BaseException:
+                await self.background.close()
+                raise
             try:
                 await self.serve()
             finally:
@@ -111,10 +117,8 @@ class Server:
         """Builds the parts, takes up every run, and binds the ports."""
         settings = self.settings
         _allow_open_files()
-        self.metrics = Metrics()
         self.metrics.build.labels(__version__).set(1)
         self.metrics.watch_disk(settings.data_dir)
-        self.background = Background(self.metrics, self.stopping.set)
         asyncio.get_running_loop().set_exception_handler(self.background.unhandled)
         self.ledger = Ledger(self.metrics)
         self.store = Store(settings.data_dir, settings.database, settings.blobs, keep_updates=settings.keep_updates)
