@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid
+from fedpeft_server.store.blob_cache import BlobCache
 from fedpeft_server.store.blobs import Blobs
 
 KEY = "runs/run-1/versions/000001.safetensors"
@@ -167,3 +169,44 @@ def test_killed_between_any_two_instructions_no_blob_is_torn(tmp_path: Path) -> 
             assert blobs.local_path(key).read_bytes() == bytes([number % 256]) * 500_000
     blobs.delete_prefix("runs/run-1/")
     assert not (tmp_path / "runs" / "run-1").exists()
+
+
+class TestCache:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return tmp_path / "cache"
+
+    def read(self, cache: BlobCache, key: str, size: int = 100) -> Path:
+        return cache.path(key, lambda: [key[-1:].encode() * size])
+
+    def test_what_was_read_longest_ago_goes_first(self, folder: Path) -> None:
+        cache = BlobCache(folder, most_bytes=250)
+        a, b = self.read(cache, "runs/a"), self.read(cache, "runs/b")
+        assert self.read(cache, "runs/a") == a
+        c = self.read(cache, "runs/c")
+        assert (a.exists(), b.exists(), c.exists()) == (True, False, True)
+        assert self.read(cache, "runs/b").read_bytes() == b"b" * 100, "it is read again"
+        assert not a.exists()
+
+    def test_what_is_in_use_stays_and_what_is_larger_than_all_is_served(self, folder: Path) -> None:
+        cache = BlobCache(folder, most_bytes=150)
+        with cache.held("runs/a", lambda: [b"a" * 100]) as a:
+            large = self.read(cache, "runs/b", 1000)
+            assert a.exists() and large.stat().st_size == 1000
+        self.read(cache, "runs/c")
+        assert not a.exists() and not large.exists()
+
+    def test_what_a_killed_process_left_is_removed(self, folder: Path) -> None:
+        self.read(BlobCache(folder), "runs/a")
+        (folder / "half").write_bytes(b"x")
+        BlobCache(folder)
+        assert not folder.exists()
+
+    def test_a_reading_that_fails_leaves_nothing(self, folder: Path) -> None:
+        def broken() -> Iterator[bytes]:
+            yield b"x"
+            raise StateInvalid("the connection broke")
+
+        with pytest.raises(StateInvalid, match="the connection broke"):
+            BlobCache(folder).path("runs/a", broken)
+        assert not any(path.is_file() for path in folder.rglob("*"))

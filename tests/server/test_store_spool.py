@@ -144,6 +144,57 @@ class TestUploading:
             assert send(spool, manifest, data).read_bytes() == data
 
 
+class TestSweeping:
+    def test_partial_uploads_go_where_whole_updates_are_kept(self, folder: Path) -> None:
+        manifest, data = update()
+        spool = Spool(folder, keep_manifests=True)
+        send(spool, manifest, data, ticket="whole")
+        for ticket in ("wanted", "unwanted"):
+            with spool.writer(ticket, manifest) as writer:
+                writer.write(0, data[:1000])
+        (folder / f"gone.{manifest.sha256.hex()}.manifest").write_bytes(b"of an update that was removed")
+        (folder / f"gone.{manifest.sha256.hex()}.manifest-part").write_bytes(b"half")
+        again = Spool(folder, keep_manifests=True)
+        assert again.sizes({"whole"}) == {"whole": len(data), "wanted": 1000, "unwanted": 1000}
+        assert again.sizes(()).keys() == {"wanted", "unwanted"}
+        again.sweep({"wanted"}, whole=False)
+        assert sorted(again.tickets()) == ["wanted", "whole"]
+        assert files(folder) == [".manifest", ".part", ".update"]
+
+    def test_only_what_is_partial_is_removed_as_such(self, spool: Spool, folder: Path) -> None:
+        manifest, data = update()
+        with spool.writer(TICKET, manifest) as writer:
+            writer.write(0, data[:1000])
+            spool.remove_partial(TICKET)
+            with pytest.raises(TurnOver):
+                writer.write(1000, data[1000:2000])
+        assert files(folder) == []
+        send(spool, manifest, data)
+        spool.remove_partial(TICKET)
+        spool.remove_partial("nobody")
+        assert files(folder) == [".update"]
+
+    def test_a_slow_removal_holds_up_no_other_ticket(self, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+        manifest, data = update()
+        others = [t for t in (f"other-{i}" for i in range(100)) if spool._lock_of(t) is not spool._lock_of(TICKET)]
+        send(spool, manifest, data)
+        removing, go_on, unlink = threading.Event(), threading.Event(), os.unlink
+
+        def slow(path: Path, **options: int) -> None:
+            removing.set()
+            assert go_on.wait(20)
+            unlink(path, **options)
+
+        monkeypatch.setattr(os, "unlink", slow)
+        thread = threading.Thread(target=spool.remove, args=(TICKET,))
+        thread.start()
+        assert removing.wait(20)
+        send(spool, manifest, data, ticket=others[0])
+        go_on.set()
+        thread.join(20)
+        assert spool.tickets() == [others[0]]
+
+
 class TestResuming:
     def test_the_position_is_that_of_the_same_payload(self, spool: Spool) -> None:
         manifest, data = update()
