@@ -215,6 +215,18 @@ async def test_it_withdraws_and_the_round_goes_on_without_it(daemon: Daemon, nod
         await one("push")
 
 
+async def test_it_scores_a_version(daemon: Daemon, node: Node) -> None:
+    run = await daemon.create(config(peft={"method": "lora"}), SPEC, first_version())
+    client = await node("judge", daemon)
+    await client("register", role="CLIENT_ROLE_EVALUATOR")
+    with pytest.raises(Refused) as refused:
+        await client("score", metrics={"accuracy": 7})
+    assert (refused.value.reason, refused.value.fields) == ("METRICS_INVALID", ["metrics[accuracy]"])
+    assert (await client("score"))["version"] == 0
+    values = sum(tensor.size for tensor in SPEC.shared)
+    assert dict((await daemon.run(run.id)).initial_metrics) == {"accuracy": 0.25, "examples": values}
+
+
 async def test_who_may_not_speak_is_told_why(daemon: Daemon, node: Node) -> None:
     client = await node("a", daemon)
     with pytest.raises(Refused, match="FAILED_PRECONDITION NOT_REGISTERED"):

@@ -17,7 +17,7 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 
-from .conftest import SPEC, Daemon, StartDaemon, config, filled, header, refused, zeros
+from .conftest import SPEC, Daemon, StartDaemon, config, fault, filled, header, refused, zeros
 
 
 async def download(daemon: Daemon, run: str, offset: int = 0, **version: int) -> tuple[op.DownloadHeader, bytes]:
@@ -95,7 +95,8 @@ async def test_a_wrong_run_is_refused_with_the_field(daemon: Daemon) -> None:
     wrong = wire.manifest_to_proto(replace(manifest, sha256=hashlib.sha256(b"x").digest()))
     assert await reason(manifest=wrong) == "CHECKSUM_MISMATCH"
     nan, _ = payload.encode({k: v * np.nan for k, v in zeros().items()}, SPEC.shared, "float32")
-    assert await refused(daemon.create(arrays={k: v * np.nan for k, v in zeros().items()})) == "PAYLOAD_INVALID"
+    wrong = await fault(daemon.create(arrays={k: v * np.nan for k, v in zeros().items()}))
+    assert (wrong.reason, wrong.fields[0][0]) == ("PAYLOAD_INVALID", "header.manifest.tensors[0]")
     assert nan.payload_bytes == manifest.payload_bytes
     assert list((await daemon.operator.ListRuns(op.ListRunsRequest())).runs) == []
 

@@ -172,7 +172,10 @@ class Uploads:
         self._arrivals.check_size(manifest)
         async with self._creations.take(key):
             writer = await self._arrivals.take(key, manifest, context)
-            await asyncio.shield(self._steps.begin(self._finish(writer)))
+            try:
+                await asyncio.shield(self._steps.begin(self._finish(writer)))
+            except PayloadInvalid as error:
+                raise error.within("header.manifest") from None
 
     async def _conclude(
         self, engine: RunEngine, ticket: Ticket, header: pb.UpdateHeader, writer: SpoolWriter
