@@ -308,6 +308,10 @@ class Run:
         """Ends the run for good; what is committed stays."""
         return self._steered(lambda c: c.stop(self.id, reason))
 
+    def roll_back(self, version: int, reason: str = "") -> Run:
+        """Takes the run back to an earlier version, as a new one; the round in progress is over."""
+        return self._steered(lambda c: c.roll_back(self.id, version, reason))
+
     def save(self, path: str | Path, version: int | None = None) -> int:
         """Writes an adapter version as a safetensors file, the newest if none is named; returns its number."""
         header = background.do(_asked(self._client, lambda c: c.download(self.id, Path(path), version=version)))

@@ -254,6 +254,11 @@ class OperatorClient(AccessCalls):
         request = pb.StopRunRequest(run=run, reason=reason)
         return (await self._ask(self._stub.StopRun, request)).run
 
+    async def roll_back(self, run: str, version: int, reason: str = "") -> run_pb2.Run:
+        """Takes a run back to an earlier version, as a new one; returns the run."""
+        request = pb.RollbackRunRequest(run=run, version=version, reason=reason)
+        return (await self._ask(self._stub.RollbackRun, request)).run
+
     async def delete(self, run: str) -> None:
         """Removes a completed or stopped run with all its versions and records."""
         request = pb.DeleteRunRequest(run=run)

@@ -150,11 +150,18 @@ class Aggregated:
 
 
 @dataclass(frozen=True, slots=True)
+class RolledBack:
+    """The run goes back to version `to`: the round is over, and nothing of it is folded."""
+
+    to: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stopped:
     """The run was stopped: nothing more is taken and nothing will be folded, whatever comes after."""
 
 
-Event = Waiting | Received | Withdrawn | Refused | TimePassed | Resumed | Excluded | Aggregated | Stopped
+Event = Waiting | Received | Withdrawn | Refused | TimePassed | Resumed | Excluded | Aggregated | RolledBack | Stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +218,7 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
         TicketClosed: If an update comes for a ticket that was withdrawn or refused.
     """
     match event:
-        case Waiting() | TimePassed() | Resumed() | Excluded() | Aggregated() if state.stopped:
+        case Waiting() | TimePassed() | Resumed() | Excluded() | Aggregated() | RolledBack() if state.stopped:
             return state, ()
         case Waiting():
             return _waiting(state, event, config, now)
@@ -229,6 +236,8 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
             return _excluded(state, reasons, config, now)
         case Aggregated():
             return (replace(state, phase=Phase.COMMITTED), ()) if state.phase is Phase.AGGREGATING else (state, ())
+        case RolledBack(to):
+            return _rolled_back(state, to)
         case Stopped():
             return _stopped(state)
 
@@ -324,6 +333,17 @@ def _excluded(state: Round, reasons: Mapping[str, str], config: RoundsConfig, no
     if not left.in_state(TicketState.RECEIVED):
         left = replace(left, phase=Phase.OPEN, deadline=now + config.deadline_s)
     return left, ()
+
+
+def _rolled_back(state: Round, to: int) -> Step:
+    if state.phase is Phase.COMMITTED:
+        return state, ()
+    reason = f"the run went back to version {to}; an update of what came after is not wanted"
+    open_ = (TicketState.ISSUED, TicketState.RECEIVED)
+    tickets = tuple(
+        replace(t, state=TicketState.REFUSED, reason=reason) if t.state in open_ else t for t in state.tickets
+    )
+    return replace(state, tickets=tickets, phase=Phase.COMMITTED, deadline=None), ()
 
 
 def _stopped(state: Round) -> Step:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from fedpeft.payload import Manifest, check_manifest, check_payload
 from fedpeft.record import Contributed, Excluded, Record, digest, parse, verify_chain
 from fedpeft.screening import comparable, median
 from fedpeft.v1 import tensor_pb2
-from fedpeft.versions import Identity, RoundEmptied, Stored, Update, fold_round
+from fedpeft.versions import Identity, RoundEmptied, Stored, Update, fold_round, roll_back
 from fedpeft.wire import manifest_from_proto
 
 
@@ -46,9 +47,43 @@ def check_records(run: str, version: int, records: Sequence[tuple[str, str]]) ->
     read = [parse(text) for text, _ in records]
     if read and read[0].run != run:
         raise BlobCorrupt(f"round 1: the record is of run {read[0].run}, not {run}")
+    for record in read:
+        to = record.rolled_back_to
+        if to is not None and record.state_sha256 != (read[to - 1].state_sha256 if to else ""):
+            raise BlobCorrupt(
+                f"round {record.round}: it goes back to version {to}, and not to the state of that version"
+            )
     if len(read) != version:
         raise BlobCorrupt(f"{run} has version {version}, and records of {len(read)} rounds")
     return read
+
+
+def check_rollback(identity: Identity, record: Record, source: Stored, scratch: Path) -> None:
+    """Checks that a version which goes back to an earlier one has its tensors.
+
+    Args:
+        identity: The run.
+        record: Of the round that went back.
+        source: The file of the earlier version.
+        scratch: A folder.
+
+    Raises:
+        BlobCorrupt: If it has others.
+    """
+    to = record.rolled_back_to or 0
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        found = roll_back(
+            identity,
+            record.round,
+            to,
+            source,
+            record.base_sha256,
+            record.state_sha256,
+            record.previous_sha256,
+            Path(folder),
+        ).record
+    if found != record.to_json():
+        raise BlobCorrupt(f"round {record.round}: {_difference(parse(found), record)}")
 
 
 class Replay:
@@ -57,10 +92,13 @@ class Replay:
     Args:
         identity: The run.
         spool: The folder of the updates that were kept.
-        scratch: An empty folder; holds one version and one state at a time.
+        scratch: An empty folder; holds one version and one state at a time, and those states that the run goes back to.
+        records: Of all rounds.
     """
 
-    def __init__(self, identity: Identity, spool: Path, scratch: Path) -> None:
+    def __init__(self, identity: Identity, spool: Path, scratch: Path, records: Sequence[Record]) -> None:
+        self._wanted = {record.rolled_back_to for record in records if record.rolled_back_to}
+        self._kept: dict[int, Stored] = {}
         self._identity = identity
         self._spool = spool
         self._scratch = scratch
@@ -78,6 +116,10 @@ class Replay:
             BlobCorrupt: If an update, its manifest or `base` is not what was folded, or something else came out.
             StateInvalid: If an update is missing or cannot be read.
         """
+        if record.rolled_back_to is not None:
+            self._state = self._kept.get(record.rolled_back_to)
+            self._keep(record)
+            return
         folder = self._scratch / f"round-{record.round}"
         folder.mkdir()
         folded = [self._update(record.round, counted) for counted in record.contributions]
@@ -102,7 +144,15 @@ class Replay:
         if found != record.to_json():
             raise BlobCorrupt(f"round {record.round}: {_difference(parse(found), record)}")
         self._state = Stored(folder / "state", record.state_sha256) if record.state_sha256 else None
+        self._keep(record)
         shutil.rmtree(self._scratch / f"round-{record.round - 1}", ignore_errors=True)
+
+    def _keep(self, record: Record) -> None:
+        """Keeps the state of a version that the run goes back to later."""
+        if record.round in self._wanted and self._state is not None:
+            path = self._scratch / f"state-{record.round}"
+            shutil.copyfile(self._state.path, path)
+            self._kept[record.round] = Stored(path, self._state.sha256)
 
     def _update(self, number: int, counted: Contributed | Excluded) -> Update:
         """Returns a kept update, checked as it was when it came."""

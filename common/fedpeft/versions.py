@@ -207,6 +207,54 @@ def _bound(identity: Identity, number: int, updates: Sequence[Update], past: Seq
     return bound((u.norm for u in updates), past, values, FACTOR if given is None else given)
 
 
+def roll_back(
+    identity: Identity,
+    number: int,
+    to: int,
+    source: Stored,
+    base_sha256: str,
+    state_sha256: str,
+    previous: str,
+    folder: Path,
+    create: Callable[[Path], BinaryIO] = _create,
+) -> Outcome:
+    """Makes version `number` of the tensors of an earlier one, in the file `adapter` of `folder`.
+
+    The strategy's state is that of the earlier version, to the byte.
+
+    Args:
+        identity: The run.
+        number: Number of the version, and of the round that it takes.
+        to: The earlier version.
+        source: Its file.
+        base_sha256: Digest of version `number - 1`.
+        state_sha256: Digest of the state that belongs to version `to`; empty if there is none.
+        previous: Digest of the record before.
+        folder: Where to write.
+        create: Opens a new file for writing.
+
+    Raises:
+        BlobCorrupt: If `source` does not have its digest.
+    """
+    aggregation = identity.config.aggregation
+    rule = strategy(aggregation.strategy, aggregation.options)
+    with adapter_file.open_adapter(source.path, source.sha256) as old, create(folder / "adapter") as stream:
+        adapter = adapter_file.write_adapter(stream, identity.info(number), identity.spec.shared, old)
+    record = Record(
+        run=identity.run,
+        round=number,
+        base_sha256=base_sha256,
+        contributions=(),
+        strategy=aggregation.strategy,
+        options=rule.options.model_dump(mode="json"),
+        adapter_sha256=adapter.sha256,
+        state_sha256=state_sha256,
+        previous_sha256=previous,
+        rolled_back_to=to,
+    ).to_json()
+    return Outcome(adapter, state_sha256, {}, record, digest(record), {"rolled_back_to": float(to)}, {}, 0.0)
+
+
 def _said(why: str) -> str:
     return f"{UpdateExcluded.reason}: {why}"
 

@@ -80,6 +80,36 @@ def stop(context: typer.Context, run: Id, reason: Reason = "", as_json: AsJson =
     _steer(session_of(context), "stop", run, reason, as_json)
 
 
+@app.command(
+    "rollback",
+    epilog=epilog(
+        "fedpeft run rollback run-0a1b2c3d4e5f --to 12 --reason 'poisoned in round 13'",
+        hint="Nothing is removed: the earlier version's tensors become a new version, and run verify checks it.",
+        ends=OF_RUN,
+    ),
+)
+def rollback(
+    context: typer.Context,
+    run: Id,
+    to: Annotated[
+        int, typer.Option("--to", metavar="VERSION", min=0, help="The earlier version, as run show lists it.")
+    ],
+    reason: Reason = "",
+    as_json: AsJson = False,
+) -> None:
+    """Take a run back to an earlier adapter version; the round in progress is over."""
+    row = views.run_row(run_async(_rolled_back(session_of(context), run, to, reason)))
+    if as_json:
+        output.say_json(row)
+    else:
+        output.say(f"{run} is {row['state']} at version {row['version']}, which has the tensors of version {to}")
+
+
+async def _rolled_back(session: Session, run: str, to: int, reason: str) -> run_pb2.Run:
+    async with session.client() as server:
+        return await server.roll_back(run, to, reason)
+
+
 @app.command("delete", epilog=epilog("fedpeft run delete run-0a1b2c3d4e5f", ends=OF_RUN))
 def delete(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
     """Remove a completed or stopped run with all its versions and records."""

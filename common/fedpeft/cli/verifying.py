@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedpeft.record import Record
     from fedpeft.v1 import run_pb2
     from fedpeft.verification import Replay
+    from fedpeft.versions import Identity
 
 EPILOG = epilog(
     "fedpeft run verify run-0a1b2c3d4e5f",
@@ -68,11 +69,14 @@ async def verified(session: Session, run: str, spool: Path | None, say: Callable
         rounds = [r for r in await server.rounds(run) if r.record and r.number <= found.version]
         records = check_records(run, found.version, [(r.record, r.record_sha256) for r in rounds])
         with tempfile.TemporaryDirectory(prefix="fedpeft-verify-") as scratch:
-            replay = _replay(found, spool, Path(scratch)) if spool else None
+            identity = _identity(found)
+            replay = _replay(identity, spool, Path(scratch), records) if spool else None
             base = Path(scratch, "version-0")
             if records:
                 await _download(server, run, 0, records[0].base_sha256, base)
             for record in records:
+                if record.rolled_back_to is not None:
+                    await _check_rollback(server, identity, records, record, Path(scratch))
                 base = await _check(server, record, base, replay)
                 say(
                     f"round {record.round}: record, version and replay agree"
@@ -96,6 +100,20 @@ async def _check(server: OperatorClient, record: Record, base: Path, replay: Rep
     return version
 
 
+async def _check_rollback(
+    server: OperatorClient, identity: Identity, records: Sequence[Record], record: Record, scratch: Path
+) -> None:
+    """Checks that a round which went back to an earlier version made a version of its tensors."""
+    from fedpeft.verification import check_rollback
+    from fedpeft.versions import Stored
+
+    to, path = record.rolled_back_to or 0, scratch / "earlier"
+    sha256 = records[to - 1].adapter_sha256 if to else records[0].base_sha256
+    await _download(server, record.run, to, sha256, path)
+    await asyncio.to_thread(check_rollback, identity, record, Stored(path, sha256), scratch)
+    await asyncio.to_thread(path.unlink)
+
+
 async def _download(server: OperatorClient, run: str, version: int, sha256: str, path: Path) -> None:
     found = (await server.download(run, path, version=version)).sha256.hex()
     if found != sha256:
@@ -103,13 +121,17 @@ async def _download(server: OperatorClient, run: str, version: int, sha256: str,
         raise BlobCorrupt(f"round {number}: version {version} of {run} has sha256 {found}; the record says {sha256}")
 
 
-def _replay(run: run_pb2.Run, spool: Path, scratch: Path) -> Replay:
-    from fedpeft.verification import Replay
+def _identity(run: run_pb2.Run) -> Identity:
     from fedpeft.versions import Identity
     from fedpeft.wire import config_from_proto, spec_from_proto
 
-    identity = Identity(run.id, config_from_proto(run.config), spec_from_proto(run.spec), run.backbone_fingerprint)
-    return Replay(identity, spool, scratch)
+    return Identity(run.id, config_from_proto(run.config), spec_from_proto(run.spec), run.backbone_fingerprint)
+
+
+def _replay(identity: Identity, spool: Path, scratch: Path, records: Sequence[Record]) -> Replay:
+    from fedpeft.verification import Replay
+
+    return Replay(identity, spool, scratch, records)
 
 
 def _row(record: Record, sha256: str, replayed: bool) -> views.Json:

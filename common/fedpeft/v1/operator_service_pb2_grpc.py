@@ -85,6 +85,11 @@ class OperatorServiceStub:
                 request_serializer=fedpeft_dot_v1_dot_operator__service__pb2.StopRunRequest.SerializeToString,
                 response_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.StopRunResponse.FromString,
                 _registered_method=True)
+        self.RollbackRun = channel.unary_unary(
+                '/fedpeft.v1.OperatorService/RollbackRun',
+                request_serializer=fedpeft_dot_v1_dot_operator__service__pb2.RollbackRunRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.RollbackRunResponse.FromString,
+                _registered_method=True)
         self.DeleteRun = channel.unary_unary(
                 '/fedpeft.v1.OperatorService/DeleteRun',
                 request_serializer=fedpeft_dot_v1_dot_operator__service__pb2.DeleteRunRequest.SerializeToString,
@@ -205,6 +210,17 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RollbackRun(self, request, context):
+        """RollbackRun takes a run back to an earlier adapter version: its tensors and the strategy's state become those of a new
+        version, the number of the round in progress, with a record that says so. That round is over, and its tickets are REFUSED.
+        Versions and records in between stay as they are. A run that went back to that version last stays as it is.
+        NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND   there is none, or it is the newest
+        FAILED_PRECONDITION  RUN_FINISHED         completed or stopped: an earlier version can be downloaded
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteRun(self, request, context):
         """DeleteRun removes a completed or stopped run with all its versions and records.
         NOT_FOUND            RUN_NOT_FOUND
@@ -283,6 +299,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.StopRun,
                     request_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.StopRunRequest.FromString,
                     response_serializer=fedpeft_dot_v1_dot_operator__service__pb2.StopRunResponse.SerializeToString,
+            ),
+            'RollbackRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackRun,
+                    request_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.RollbackRunRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_operator__service__pb2.RollbackRunResponse.SerializeToString,
             ),
             'DeleteRun': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteRun,
@@ -532,6 +553,33 @@ class OperatorService:
             '/fedpeft.v1.OperatorService/StopRun',
             fedpeft_dot_v1_dot_operator__service__pb2.StopRunRequest.SerializeToString,
             fedpeft_dot_v1_dot_operator__service__pb2.StopRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpeft.v1.OperatorService/RollbackRun',
+            fedpeft_dot_v1_dot_operator__service__pb2.RollbackRunRequest.SerializeToString,
+            fedpeft_dot_v1_dot_operator__service__pb2.RollbackRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -78,6 +78,13 @@ class OperatorServiceStub:
       NOT_FOUND            RUN_NOT_FOUND
       FAILED_PRECONDITION  RUN_FINISHED         already completed
     """
+    RollbackRun: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.RollbackRunRequest, _operator_service_pb2.RollbackRunResponse]
+    """RollbackRun takes a run back to an earlier adapter version: its tensors and the strategy's state become those of a new
+    version, the number of the round in progress, with a record that says so. That round is over, and its tickets are REFUSED.
+    Versions and records in between stay as they are. A run that went back to that version last stays as it is.
+      NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND   there is none, or it is the newest
+      FAILED_PRECONDITION  RUN_FINISHED         completed or stopped: an earlier version can be downloaded
+    """
     DeleteRun: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.DeleteRunRequest, _operator_service_pb2.DeleteRunResponse]
     """DeleteRun removes a completed or stopped run with all its versions and records.
       NOT_FOUND            RUN_NOT_FOUND
@@ -209,6 +216,19 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         """StopRun ends a run for good and closes its open round; what is committed stays. Stopping a stopped run changes nothing.
           NOT_FOUND            RUN_NOT_FOUND
           FAILED_PRECONDITION  RUN_FINISHED         already completed
+        """
+
+    @_abc_1.abstractmethod
+    def RollbackRun(
+        self,
+        request: _operator_service_pb2.RollbackRunRequest,
+        context: _aio.ServicerContext[_operator_service_pb2.RollbackRunRequest, _abc.Awaitable[_operator_service_pb2.RollbackRunResponse]],
+    ) -> _abc.Awaitable[_operator_service_pb2.RollbackRunResponse]:
+        """RollbackRun takes a run back to an earlier adapter version: its tensors and the strategy's state become those of a new
+        version, the number of the round in progress, with a record that says so. That round is over, and its tickets are REFUSED.
+        Versions and records in between stay as they are. A run that went back to that version last stays as it is.
+          NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND   there is none, or it is the newest
+          FAILED_PRECONDITION  RUN_FINISHED         completed or stopped: an earlier version can be downloaded
         """
 
     @_abc_1.abstractmethod

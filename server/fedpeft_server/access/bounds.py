@@ -108,6 +108,7 @@ CALLS: Mapping[str, CallBound] = {
     "/fedpeft.v1.OperatorService/PauseRun": _TEXT,
     "/fedpeft.v1.OperatorService/ResumeRun": _TEXT,
     "/fedpeft.v1.OperatorService/StopRun": _TEXT,
+    "/fedpeft.v1.OperatorService/RollbackRun": _TEXT,
     "/fedpeft.v1.OperatorService/DeleteRun": _SMALL,
     "/fedpeft.v1.OperatorService/DownloadAdapter": _SMALL,
     "/fedpeft.v1.OperatorService/ListClients": _SMALL,

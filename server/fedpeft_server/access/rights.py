@@ -36,6 +36,7 @@ RIGHTS: Mapping[str, frozenset[Right]] = {
     "/fedpeft.v1.OperatorService/PauseRun": _WRITES,
     "/fedpeft.v1.OperatorService/ResumeRun": _WRITES,
     "/fedpeft.v1.OperatorService/StopRun": _WRITES,
+    "/fedpeft.v1.OperatorService/RollbackRun": _WRITES,
     "/fedpeft.v1.OperatorService/DeleteRun": _WRITES,
     "/fedpeft.v1.OperatorService/DownloadAdapter": _READS,
     "/fedpeft.v1.OperatorService/ListClients": _READS,

@@ -6,6 +6,7 @@ daemon that died in the middle just does it again.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fedpeft import adapter_file
 from fedpeft.durable import create_eagerly
 from fedpeft.rounds import Round, TicketState
-from fedpeft.versions import Identity, Outcome, Stored, Update, fold_round
+from fedpeft.versions import Identity, Outcome, Stored, Update, fold_round, roll_back
 from fedpeft_server.store.rows import RunRow, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, state_key, version_key
 
@@ -73,6 +75,35 @@ def aggregate(
         outcome = fold_round(identity(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past)
         if outcome.state_sha256:
             store.blobs.put(state_key(run.id, number), Path(scratch, "state"))
+        store.blobs.put(version_key(run.id, number), Path(scratch, "adapter"))
+    adapter = outcome.adapter
+    version = VersionRow(run.id, number, adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time())
+    return Result(version, outcome)
+
+
+def go_back(run: RunRow, number: int, source: VersionRow, base: VersionRow, previous: str, store: Store) -> Result:
+    """Makes version `number` of the tensors and the state of an earlier one, and stores it durably.
+
+    Args:
+        run: The run.
+        number: Number of the round in progress.
+        source: The row of the earlier version.
+        base: The row of the newest version.
+        previous: Digest of its record.
+        store: Blobs.
+
+    Raises:
+        BlobCorrupt: If the earlier version is not what was stored.
+        DiskFull: If there is no room for the result.
+    """
+    with ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
+        old = Stored(stack.enter_context(store.blobs.local(version_key(run.id, source.version))), source.sha256)
+        parts = (source.version, old, base.sha256, source.state_sha256, previous, Path(scratch), create_eagerly)
+        outcome = roll_back(identity(run), number, *parts)
+        if source.state_sha256:
+            kept = stack.enter_context(store.blobs.local(state_key(run.id, source.version)))
+            stack.enter_context(adapter_file.open_state(kept, source.state_sha256))
+            store.blobs.put(state_key(run.id, number), shutil.copyfile(kept, Path(scratch, "state")))
         store.blobs.put(version_key(run.id, number), Path(scratch, "adapter"))
     adapter = outcome.adapter
     version = VersionRow(run.id, number, adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time())

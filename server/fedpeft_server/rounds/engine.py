@@ -17,12 +17,12 @@ import structlog
 
 from fedpeft import conduct, rounds, screening, tracing
 from fedpeft.audit import Detail
-from fedpeft.errors import DiskFull, FedpeftError, RoundClosed, RunFinished, TicketNotFound
+from fedpeft.errors import DiskFull, FedpeftError, RoundClosed, RunFinished, TicketNotFound, VersionNotFound
 from fedpeft.rounds import Phase, Round, TicketState
 from fedpeft.versions import RoundEmptied
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.rounds import gauges
-from fedpeft_server.rounds.aggregation import Result, aggregate
+from fedpeft_server.rounds import deeds, gauges
+from fedpeft_server.rounds.aggregation import Result, aggregate, go_back
 from fedpeft_server.rounds.answers import Answers
 from fedpeft_server.rounds.lobby import Lobby
 from fedpeft_server.rounds.unbroken import Steps, unbroken
@@ -150,7 +150,7 @@ class RunEngine:
                 return counted
             new, effects = rounds.advance(self.round, rounds.Received(ticket), self.run.config.rounds, time.time())
             client = self.round.ticket(ticket).client
-            await self._write(self._store.db.receive, new, update, deeds=(self._received(client, update, by),))
+            await self._write(self._store.db.receive, new, update, deeds=(deeds.received(new, client, update, by),))
             self._metrics.received(self.run.id, update.norm, update.metrics)
             self._log.info("update received", round=new.number, client=client, examples=update.examples)
             self._enter(new, effects)
@@ -164,7 +164,9 @@ class RunEngine:
         self._store.soon(self._store.spool.remove_partial, ticket.id)
         with suppress(TicketNotFound):  # its round is over, and with it the ticket
             words = f"{error.reason}: {error.message}"
-            await self._advance(rounds.Refused(ticket.id, words), self._of(ticket, "update.refused", words, by))
+            await self._advance(
+                rounds.Refused(ticket.id, words), deeds.of_ticket(self.round, ticket, "update.refused", words, by)
+            )
 
     @unbroken
     async def withdraw(self, ticket: rounds.Ticket, reason: str, by: str) -> TicketState:
@@ -173,7 +175,9 @@ class RunEngine:
         Raises:
             TicketNotFound: If its round is over.
         """
-        await self._advance(rounds.Withdrawn(ticket.id, reason), self._of(ticket, "ticket.withdrawn", reason, by))
+        await self._advance(
+            rounds.Withdrawn(ticket.id, reason), deeds.of_ticket(self.round, ticket, "ticket.withdrawn", reason, by)
+        )
         self._log.info("ticket withdrawn", client=ticket.client, reason=reason)
         self._store.soon(self._store.spool.remove_partial, ticket.id)
         return self.round.ticket(ticket.id).state
@@ -208,6 +212,49 @@ class RunEngine:
             self._lobby.call_all()
             self._background.watch("files", self.steps.begin(self._forget_stopped(new)))
 
+    @unbroken
+    async def roll_back(self, to: int, reason: str, by: str) -> None:
+        """Takes the run back to the tensors and the state of an earlier version, as a new one that `by` asked for.
+
+        The round in progress is over with it: what was trained for it began with what is taken back. A run that
+        went back to this version last stays as it is.
+
+        Raises:
+            RunFinished: If the run is completed or stopped.
+            VersionNotFound: If there is no such version, or it is the newest.
+        """
+        while True:
+            if self._folding:
+                await asyncio.wait({self._folding})  # it writes the version that would be written here
+            async with self._lock:
+                if self._folding is None or self._folding.done():
+                    return await self._roll_back(to, reason, by)
+
+    async def _roll_back(self, to: int, reason: str, by: str) -> None:
+        self._refuse_if_finished()
+        db, run = self._store.db, self.run.id
+        newest = await self._store.call(db.round_with, run, self.run.version, (), {})
+        if newest and newest.metrics.get("rolled_back_to") == to:
+            return
+        if to >= self.run.version:
+            raise VersionNotFound(
+                f"{run} is at version {self.run.version}; it can go back to an earlier one, not to {to}"
+            )
+        source = await self._store.call(db.version, run, to)
+        base = await self._store.call(db.version, run, self.run.version)
+        previous = await self._store.call(db.record_sha256, run, self.run.version)
+        number = self.round.number
+        result = await self._store.compute(go_back, self.run, number, source, base, previous, self._store)
+        ended = self.round
+        details: dict[str, Detail] = {"to": to, "version": number, "reason": reason}
+        details["record_sha256"] = result.outcome.record_sha256
+        deed = Deed(by, "run.rolled_back", run, details)
+        done, _ = rounds.advance(ended, rounds.RolledBack(to), self.run.config.rounds, time.time())
+        await self._enter_version(done, result, {}, (deed,))
+        self._metrics.rounds.labels(run, "rolled_back").inc()
+        self._log.warning("run rolled back", to=to, version=number, reason=reason)
+        self._background.watch("files", self.steps.begin(self._forget(done)))
+
     def _refuse_if_finished(self) -> None:
         if not self.active:
             raise RunFinished(f"{self.run.id} is {self.run.state}; nothing more can be done with it")
@@ -236,26 +283,6 @@ class RunEngine:
         """Makes a transition's transaction, with the bytes that were counted for the run so far."""
         with self._ledger.handed_out(self.run.id) as traffic:
             await self._store.call(method, *facts, traffic, tuple(deeds))
-
-    def _received(self, client: str, update: UpdateRow, by: str) -> Deed:
-        details: dict[str, Detail] = {
-            "client": client,
-            "round": self.round.number,
-            "ticket": update.ticket,
-            "examples": update.examples,
-            "payload_bytes": update.manifest.payload_bytes,
-            "payload_sha256": update.manifest.sha256.hex(),
-        }
-        return Deed(by, "update.received", self.run.id, details)
-
-    def _of(self, ticket: rounds.Ticket, action: str, reason: str, by: str) -> Deed:
-        details: dict[str, Detail] = {
-            "client": ticket.client,
-            "round": self.round.number,
-            "ticket": ticket.id,
-            "reason": reason,
-        }
-        return Deed(by, action, self.run.id, details)
 
     def _enter(self, new: Round, effects: tuple[rounds.Effect, ...]) -> None:
         """Makes a state that is in the database the current one, and does what follows from it."""
@@ -352,7 +379,9 @@ class RunEngine:
     def _excluding(self, excluded: Mapping[str, str]) -> list[Deed]:
         """Returns what the audit log says of updates that are not folded."""
         tickets = (ticket for ticket in self.round.tickets if ticket.id in excluded)
-        return [self._of(ticket, "update.excluded", excluded[ticket.id], SERVER) for ticket in tickets]
+        return [
+            deeds.of_ticket(self.round, ticket, "update.excluded", excluded[ticket.id], SERVER) for ticket in tickets
+        ]
 
     def _say_excluded(self, excluded: Mapping[str, str]) -> None:
         self._metrics.updates.labels(self.run.id, "excluded").inc(len(excluded))
@@ -367,18 +396,39 @@ class RunEngine:
         outcome = result.outcome
         screened, _ = rounds.advance(self.round, rounds.Excluded(outcome.excluded), config, now)
         done, _ = rounds.advance(screened, rounds.Aggregated(), config, now)
-        last = done.number >= config.count
-        state, reason = (RunState.COMPLETED, "") if last else (self.run.state, self.run.reason)
         conducts = conduct.settled(done, config, partial(self._answers.conduct, self.run.id))
+        aside = self._fresh_aside(conducts)
+        excluding = self._excluding(outcome.excluded)
         committed: dict[str, Detail] = {
             "round": done.number,
             "updates": len(outcome.weights),
             "record_sha256": outcome.record_sha256,
         }
+        written = (
+            *excluding,
+            Deed(SERVER, "round.committed", self.run.id, committed),
+            *(Deed(SERVER, "client.set_aside", self.run.id, {"client": client}) for client in aside),
+        )
+        self._say_excluded(outcome.excluded)
+        await self._enter_version(done, result, conducts, written)
+        for client in aside:
+            self._log.warning("client set aside", client=client, refused=conducts[client].refused)
+        self._metrics.rounds.labels(self.run.id, "committed").inc()
+        self._metrics.round_seconds.labels(self.run.id, "aggregating").observe(seconds)
+        self._metrics.committed(self.run.id, outcome.metrics)
+        tracing.round_over(self.run.id, done.number, done.opened_at or now, now, updates=len(outcome.weights))
+        self._log.info("round committed", round=done.number, updates=len(outcome.weights), seconds=round(seconds, 3))
+
+    async def _enter_version(
+        self, done: Round, result: Result, conducts: Mapping[str, conduct.Conduct], deeds: Sequence[Deed]
+    ) -> None:
+        """Writes the version that a round made, and enters the next round, or the end of the run."""
+        outcome, last = result.outcome, done.number >= self.run.config.rounds.count
+        state, reason = (RunState.COMPLETED, "") if last else (self.run.state, self.run.reason)
         await self._write(
             self._store.db.commit_round,
             done,
-            now,
+            result.version.created_at,
             outcome.weights,
             result.version,
             outcome.record,
@@ -387,23 +437,11 @@ class RunEngine:
             state,
             reason,
             conducts,
-            deeds=(
-                *self._excluding(outcome.excluded),
-                Deed(SERVER, "round.committed", self.run.id, committed),
-                *(Deed(SERVER, "client.set_aside", self.run.id, {"client": c}) for c in self._fresh_aside(conducts)),
-            ),
+            deeds=deeds,
         )
-        self._say_excluded(outcome.excluded)
-        for client in self._fresh_aside(conducts):
-            self._log.warning("client set aside", client=client, refused=conducts[client].refused)
         self._answers.put_conducts(self.run.id, conducts)
         self.run = replace(self.run, version=done.number, state=state, reason=reason)
         self._ledger.round_committed(self.run.id, done.number)
-        self._metrics.rounds.labels(self.run.id, "committed").inc()
-        self._metrics.round_seconds.labels(self.run.id, "aggregating").observe(seconds)
-        self._metrics.committed(self.run.id, outcome.metrics)
-        tracing.round_over(self.run.id, done.number, done.opened_at or now, now, updates=len(outcome.weights))
-        self._log.info("round committed", round=done.number, updates=len(outcome.weights), seconds=round(seconds, 3))
         self._enter(done if last else done.following(), ())
         if last:
             self._lobby.call_all()

@@ -166,6 +166,12 @@ class Operator(pb_grpc.OperatorServiceServicer):
         await engine.stop(sayings.reason(request.reason), actor())
         return pb.StopRunResponse(run=await self._run(engine))
 
+    async def RollbackRun(self, request: pb.RollbackRunRequest, context: Context) -> pb.RollbackRunResponse:
+        """Takes a run back to an earlier version."""
+        engine = self._runs.get(request.run)
+        await engine.roll_back(request.version, sayings.reason(request.reason), actor())
+        return pb.RollbackRunResponse(run=await self._run(engine))
+
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:
         """Removes a finished run."""
         await self._runs.delete(request.run, actor())
