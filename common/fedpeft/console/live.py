@@ -17,8 +17,6 @@ from fedpeft.console.desk import desk_of
 from fedpeft.console.guard import Refused, session_of
 from fedpeft.console.paper import Fragments
 
-MOST_STREAMS = 64
-"""Open pages that are kept up to date."""
 BREATH_S = 0.25
 SIGN_OF_LIFE_S = 15.0
 """Longest silence, so that a browser finds a dead console and a console a browser that is gone."""
@@ -37,8 +35,8 @@ def stream(request: Request, draw: Draw, runs: Callable[[], Sequence[str]]) -> S
     Raises:
         Refused: If too many pages are open.
     """
-    if desk_of(request).directory.lookers >= MOST_STREAMS:
-        raise Refused(503, f"{MOST_STREAMS} pages are open already; close one and load this one again.")
+    if not desk_of(request).door.may_open(session_of(request)):
+        raise Refused(503, "Too many pages are open already; close one and load this one again.")
     return StreamingResponse(_events(request, draw, runs), media_type="text/event-stream")
 
 
@@ -46,6 +44,7 @@ async def _events(request: Request, draw: Draw, runs: Callable[[], Sequence[str]
     desk, session = desk_of(request), session_of(request)
     sent: dict[str, str] = {}
     with ExitStack() as held:
+        held.enter_context(desk.door.page_open(session))
         held.enter_context(desk.directory.looking())
         held.enter_context(desk.feeds.holding(runs()))
         while desk.door.session(session.id) is not None:

@@ -43,7 +43,7 @@ async def new_link(request: Request) -> Response:
     may_write = form.get("role") == "operator"
     if may_write:
         check_writer(session_of(request))
-    key = desk.door.new_key(may_write=may_write)
+    key = desk.door.new_key(may_write=may_write, maker=session_of(request))
     link = f"{desk.settings.scheme}://{request.headers['host']}/login?key={key}"
     return desk.paper.page(request, "access.html", "Access", link=link, may_write=may_write)
 
