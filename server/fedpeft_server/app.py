@@ -90,6 +90,7 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.stopping = asyncio.Event()
+        self.started = asyncio.Event()
         self.metrics = Metrics()
         self.background = Background(self.metrics, self.stopping.set)
 
@@ -157,6 +158,7 @@ class Server:
     async def serve(self) -> None:
         """Answers calls until somebody says stop."""
         await asyncio.gather(self.rpc.start(), self.enrolling.start())
+        self.started.set()
         self.background.changed.set()
         log.info(
             "serving",

@@ -148,8 +148,9 @@ async def federation(folder: Path, **settings: object) -> AsyncIterator[Federati
             await living
 
         stack.push_async_callback(end)
-        while not (hasattr(server, "_keeping") or living.done()):
-            await asyncio.sleep(0.01)
+        started = asyncio.create_task(server.started.wait())
+        await asyncio.wait({started, living}, return_when=asyncio.FIRST_COMPLETED)
+        started.cancel()
         if living.done():
             await living
         yield Federation(server, authority, Identity.load(person), stack)
