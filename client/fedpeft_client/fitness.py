@@ -133,5 +133,6 @@ class Fitness:
                 method=run.spec.method,
                 parameters=run.spec.parameters,
                 examples=verdict.examples,
+                dropped=verdict.report["dropped"],
             )
         return verdict

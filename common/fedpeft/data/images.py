@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
@@ -132,6 +131,7 @@ def _deep(image: Image.Image, data: bytes | memoryview) -> NDArray[np.uint16] | 
         grey: NDArray[np.uint16] = np.asarray(image).astype(np.uint16)
         return grey
     if image.format == "PNG" and data[24] == DEEP_BITS and data[25] in _PNG_COLOURS:
+        import torch
         from torchvision.io import ImageReadMode, decode_png  # seconds, and few data sets have such images
 
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -67,14 +67,11 @@ def check_data(setup: Setup) -> Iterator[Finding]:
 
 
 def _unreadable(source: Any, row: int) -> str:
-    import io
-
-    from PIL import Image
+    from fedpeft.data.images import ImageUnreadable, read_rgb
 
     try:
-        with Image.open(io.BytesIO(source.image_bytes(row))) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError) as error:
+        read_rgb(source.image_bytes(row))
+    except ImageUnreadable as error:
         return f"{source.name(row)}: {error}"
     return ""
 
