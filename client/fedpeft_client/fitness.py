@@ -133,6 +133,6 @@ class Fitness:
                 method=run.spec.method,
                 parameters=run.spec.parameters,
                 examples=verdict.examples,
-                dropped=verdict.report["dropped"],
+                dropped=verdict.report.get("dropped", 0),
             )
         return verdict
