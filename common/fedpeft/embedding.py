@@ -423,7 +423,7 @@ async def _asked(client: Callable[[], OperatorClient], call: Callable[[OperatorC
 
 
 async def _looked(server: OperatorClient, run: str) -> tuple[run_pb2.Run, list[run_pb2.Round]]:
-    return (await server.run(run))[0], await server.rounds(run)
+    return (await server.run(run))[0], await server.rounds(run, records=False)
 
 
 def _round(message: run_pb2.Round, run: run_pb2.Run) -> Round:

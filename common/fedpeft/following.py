@@ -133,7 +133,7 @@ async def _scored(connect: Connect, picture: Picture) -> AsyncIterator[Picture]:
                     return
                 yield (picture := replace(picture, changed=frozenset(), waiting=waiting_line(picture.run)))
                 await asyncio.sleep(SCORE_PAUSE_S)
-                rounds = await server.rounds(picture.run.id, picture.settled(scored=True))
+                rounds = await server.rounds(picture.run.id, picture.settled(scored=True), records=False)
                 # The run too: figures of version 0 stand there. It is asked for last, so it has what was scored before.
                 seen = picture.scored((await server.run(picture.run.id))[0], rounds)
                 if seen.changed:

@@ -202,9 +202,12 @@ class OperatorClient(AccessCalls):
                 return found
             request.page_token = answer.next_page_token
 
-    async def rounds(self, run: str, after: int = 0) -> list[run_pb2.Round]:
-        """Returns the rounds of a run whose number is above `after`, by number, the one in progress included."""
-        request = pb.ListRoundsRequest(run=run, after=after)
+    async def rounds(self, run: str, after: int = 0, *, records: bool = True) -> list[run_pb2.Round]:
+        """Returns the rounds of a run whose number is above `after`, by number, the one in progress included.
+
+        Their records are most of the bytes where a round has very many clients; without `records` none is read or sent.
+        """
+        request = pb.ListRoundsRequest(run=run, after=after, without_records=not records)
         parts: list[run_pb2.Round] = []
         while True:
             answer = await self._ask(self._stub.ListRounds, request)

@@ -22,12 +22,21 @@ def folded(known: Mapping[int, run_pb2.Round], parts: Iterable[run_pb2.Round]) -
 
 
 def _whole(pieces: Sequence[run_pb2.Round]) -> run_pb2.Round:
-    if len(pieces) == 1:
+    if len(pieces) == 1 and not pieces[0].record_offset:
         return pieces[0]
     tickets = {ticket.id: ticket for piece in pieces for ticket in piece.tickets}
     new = run_pb2.Round()
     new.CopyFrom(pieces[-1])
-    new.record = next((piece.record for piece in reversed(pieces) if piece.record), "")
+    new.record, new.record_offset = _record(pieces), 0
     del new.tickets[:]
     new.tickets.extend(sorted(tickets.values(), key=lambda ticket: ticket.client))
     return new
+
+
+def _record(pieces: Sequence[run_pb2.Round]) -> str:
+    """Returns the record that some pieces of it make; one that begins anew takes the place of what was known."""
+    record = ""
+    for piece in pieces:
+        if piece.record:
+            record = record[: piece.record_offset] + piece.record
+    return record

@@ -81,7 +81,7 @@ async def exported(
         async with session.client() as server:
             found, _ = await server.run(run)
             check_form(found.spec.method, form)
-            rounds = await server.rounds(run)
+            rounds = await server.rounds(run, records=False)
             with output.progress("downloading") as progress:
                 header = await server.download(run, adapter, version=version, progress=progress)
         provenance = _provenance(found, header.version, rounds)

@@ -242,6 +242,7 @@ class ListRoundsRequest(_message.Message):
     AFTER_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    WITHOUT_RECORDS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Id of the run."""
     after: _builtins.int
@@ -250,6 +251,8 @@ class ListRoundsRequest(_message.Message):
     """Most rounds wanted; see the service."""
     page_token: _builtins.str
     """Where to go on; see the service."""
+    without_records: _builtins.bool
+    """Leave the records out; they are not read then, and may be most of the bytes."""
     def __init__(
         self,
         *,
@@ -257,10 +260,11 @@ class ListRoundsRequest(_message.Message):
         after: _builtins.int = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        without_records: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "page_size", b"page_size", "page_token", b"page_token", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "page_size", b"page_size", "page_token", b"page_token", "run", b"run", "without_records", b"without_records"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

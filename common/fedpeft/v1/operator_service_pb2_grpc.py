@@ -36,7 +36,9 @@ class OperatorServiceStub:
 
     A Round in ListRounds or WatchRun is a part of what is known of it where its tickets are many or have not all changed. The
     reader folds it into what it has of that round: every field takes the new value, but tickets are put beside those it
-    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go.
+    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go. A record that does not
+    fit comes in pieces, before the tickets: the reader keeps the first `record_offset` characters of what it has, and
+    adds the piece.
     """
 
     def __init__(self, channel):
@@ -123,7 +125,9 @@ class OperatorServiceServicer:
 
     A Round in ListRounds or WatchRun is a part of what is known of it where its tickets are many or have not all changed. The
     reader folds it into what it has of that round: every field takes the new value, but tickets are put beside those it
-    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go.
+    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go. A record that does not
+    fit comes in pieces, before the tickets: the reader keeps the first `record_offset` characters of what it has, and
+    adds the piece.
     """
 
     def CreateRun(self, request_iterator, context):
@@ -344,7 +348,9 @@ class OperatorService:
 
     A Round in ListRounds or WatchRun is a part of what is known of it where its tickets are many or have not all changed. The
     reader folds it into what it has of that round: every field takes the new value, but tickets are put beside those it
-    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go.
+    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go. A record that does not
+    fit comes in pieces, before the tickets: the reader keeps the first `record_offset` characters of what it has, and
+    adds the piece.
     """
 
     @staticmethod

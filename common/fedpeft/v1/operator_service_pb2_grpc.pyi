@@ -23,7 +23,9 @@ class OperatorServiceStub:
 
     A Round in ListRounds or WatchRun is a part of what is known of it where its tickets are many or have not all changed. The
     reader folds it into what it has of that round: every field takes the new value, but tickets are put beside those it
-    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go.
+    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go. A record that does not
+    fit comes in pieces, before the tickets: the reader keeps the first `record_offset` characters of what it has, and
+    adds the piece.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -116,7 +118,9 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
 
     A Round in ListRounds or WatchRun is a part of what is known of it where its tickets are many or have not all changed. The
     reader folds it into what it has of that round: every field takes the new value, but tickets are put beside those it
-    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go.
+    has, in place of one with the same id, and an empty `record` changes nothing. Tickets never go. A record that does not
+    fit comes in pieces, before the tickets: the reader keeps the first `record_offset` characters of what it has, and
+    adds the piece.
     """
 
     @_abc_1.abstractmethod

@@ -971,6 +971,7 @@ class Round(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     RECORD_FIELD_NUMBER: _builtins.int
     RECORD_SHA256_FIELD_NUMBER: _builtins.int
+    RECORD_OFFSET_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """1, 2, ...; the result of round r is adapter version r."""
     phase: Global___RoundPhase.ValueType
@@ -988,9 +989,11 @@ class Round(_message.Message):
     payload_bytes_down: _builtins.int
     """Encoded tensors only, towards the clients."""
     record: _builtins.str
-    """The record of the committed round, canonical JSON (docs/record.md)."""
+    """The record of the committed round, canonical JSON (docs/record.md); or a piece of it, see OperatorService."""
     record_sha256: _builtins.str
-    """SHA-256 of `record`, hexadecimal."""
+    """SHA-256 of the whole record, hexadecimal."""
+    record_offset: _builtins.int
+    """How many characters of the record came before this piece of it; 0 for its beginning."""
     @_builtins.property
     def opened_at(self) -> _timestamp_pb2.Timestamp:
         """When tickets were first given out."""
@@ -1032,10 +1035,11 @@ class Round(_message.Message):
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         record: _builtins.str = ...,
         record_sha256: _builtins.str = ...,
+        record_offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["committed_at", b"committed_at", "deadline", b"deadline", "opened_at", b"opened_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "committed_at", b"committed_at", "deadline", b"deadline", "extensions", b"extensions", "metrics", b"metrics", "number", b"number", "opened_at", b"opened_at", "payload_bytes_down", b"payload_bytes_down", "payload_bytes_up", b"payload_bytes_up", "phase", b"phase", "record", b"record", "record_sha256", b"record_sha256", "tickets", b"tickets", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "committed_at", b"committed_at", "deadline", b"deadline", "extensions", b"extensions", "metrics", b"metrics", "number", b"number", "opened_at", b"opened_at", "payload_bytes_down", b"payload_bytes_down", "payload_bytes_up", b"payload_bytes_up", "phase", b"phase", "record", b"record", "record_offset", b"record_offset", "record_sha256", b"record_sha256", "tickets", b"tickets", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ from fedpeft.v1 import run_pb2
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rpc.messages import round_message, ticket_message
 from fedpeft_server.rpc.pages import MOST, PAGE_BYTES
+from fedpeft_server.store.figure_queries import RECORDS
 from fedpeft_server.store.rows import Place, RoundFigures
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
@@ -37,12 +38,13 @@ class History:
             engine: The run.
             place: Where to begin.
             most: Most rounds.
-            records: Whether the rounds have their records.
+            records: Whether the rounds have their records; they are not read otherwise.
         """
         run, current = engine.run.id, engine.round
         pending = self._ledger.pending(run)
-        rows, then = await self._store.call(self._store.db.rounds_from, run, place, most, TICKETS, pending)
-        rounds, cut = _fitting(rows, place, records)
+        characters = RECORDS if records else 0
+        rows, then = await self._store.call(self._store.db.rounds_from, run, place, most, TICKETS, pending, characters)
+        rounds, cut = _fitting(rows)
         then = cut or then
         last = rows[-1].round.number if rows else place.after
         if then is None and engine.active and last < current.number:  # not written yet: nobody was sampled for it
@@ -55,7 +57,7 @@ class History:
         """Returns a round without its record, with those of its tickets that are named."""
         pending = self._ledger.pending(engine.run.id)
         row = await self._store.call(self._store.db.round_with, engine.run.id, current.number, tickets, pending)
-        message = round_message(row or RoundFigures(current), record=False)
+        message = round_message(row or RoundFigures(current))
         message.tickets.extend(ticket_message(figures) for figures in (row.tickets if row else ()))
         return message
 
@@ -95,14 +97,13 @@ def _changed(before: Round | None, now: Round) -> list[str] | None:
     return fresh if len(fresh) <= FEW else None
 
 
-def _fitting(rows: Sequence[RoundFigures], place: Place, records: bool) -> tuple[Part, Place | None]:
+def _fitting(rows: Sequence[RoundFigures]) -> tuple[Part, Place | None]:
     """Returns as much of some rounds, from the first on, as fits into a message, and the place where it was cut."""
     rounds: Part = []
     room = PAGE_BYTES
     for row in rows:
         number = row.round.number
-        continued = place.client and number == place.after + 1
-        message = round_message(row, record=records and not continued)
+        message = round_message(row)
         room -= message.ByteSize()
         if rounds and room < 0:
             return rounds, Place(number - 1)

@@ -99,8 +99,8 @@ def _decline(answer: AnswerRow) -> run_pb2.Decline:
     return run_pb2.Decline(client=answer.client, reasons=answer.reasons, at=timestamp(answer.at))
 
 
-def round_message(row: RoundFigures, *, record: bool = True) -> run_pb2.Round:
-    """Returns a round without its tickets; `record` says whether with its record."""
+def round_message(row: RoundFigures) -> run_pb2.Round:
+    """Returns a round without its tickets."""
     current, traffic = row.round, row.traffic
     return run_pb2.Round(
         number=current.number,
@@ -115,7 +115,8 @@ def round_message(row: RoundFigures, *, record: bool = True) -> run_pb2.Round:
         payload_bytes_up=traffic.payload_up,
         payload_bytes_down=traffic.payload_down,
         metrics=row.metrics,
-        record=row.record if record else "",
+        record=row.record,
+        record_offset=row.record_offset,
         record_sha256=row.record_sha256,
     )
 

@@ -116,11 +116,12 @@ class Operator(pb_grpc.OperatorServiceServicer):
 
     async def ListRounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
         """Shows the rounds of a run, a page at a time."""
-        most, of = pages.size(request.page_size), ("rounds", request.run, request.after)
+        most, of = pages.size(request.page_size), ("rounds", request.run, request.after, request.without_records)
         engine = self._runs.get(request.run)
-        place = pages.position(request.page_token, of=of, first=(min(request.after, engine.round.number), ""))
-        rounds, then = await self._history.part(engine, Place(*place), most)
-        token = pages.token((then.after, then.client), of=of) if then else ""
+        place = pages.position(request.page_token, of=of, first=(min(request.after, engine.round.number), "", 0))
+        records = not request.without_records
+        rounds, then = await self._history.part(engine, Place(*place), most, records=records)
+        token = pages.token((then.after, then.client, then.record), of=of) if then else ""
         return pb.ListRoundsResponse(rounds=rounds, next_page_token=token)
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:

@@ -230,7 +230,13 @@ class Database:
             return round_queries.select_current(connection, run_id)
 
     def rounds_from(
-        self, run_id: str, place: Place, most_rounds: int, most_tickets: int, pending: Pending
+        self,
+        run_id: str,
+        place: Place,
+        most_rounds: int,
+        most_tickets: int,
+        pending: Pending,
+        characters: int = figure_queries.RECORDS,
     ) -> tuple[list[RoundFigures], Place | None]:
         """Returns rounds of a run as they are shown, oldest first, and where to go on.
 
@@ -240,12 +246,14 @@ class Database:
             most_rounds: Most rounds read.
             most_tickets: Most tickets read, over all rounds; the last round may lack some.
             pending: Bytes that are not in the database yet, by (round number, client), added to what is.
+            characters: Most characters of records read, over all rounds; the only round may lack the end of its record
+                and all tickets. 0: none.
 
         Returns:
             The rounds, and the place after them; None at the end.
         """
         with self._reading() as connection:
-            return figure_queries.select_from(connection, run_id, place, most_rounds, most_tickets, pending)
+            return figure_queries.select_from(connection, run_id, place, most_rounds, most_tickets, pending, characters)
 
     def round_with(self, run_id: str, number: int, tickets: Sequence[str], pending: Pending) -> RoundFigures | None:
         """Returns a round as it is shown, with the named ones of its tickets; None if it was never written."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, case, func, or_, select
 
 from fedpeft.rounds import Ticket, TicketState, ticket_id
 from fedpeft_server.store import tables
@@ -22,21 +23,40 @@ from fedpeft_server.store.run_queries import select_evaluations, select_last_sco
 Pending = Mapping[tuple[int, str], Traffic]
 """Bytes that are not in the database yet, by (round number, client)."""
 
+RECORDS = 1024 * 1024
+"""Characters of records that are read at once: ASCII, so as many bytes as a page may have."""
+_HEAD = [column for column in tables.rounds.c if column is not tables.rounds.c.record]
+"""What is read of a round at once; its record may be a megabyte, and is read where it was asked for."""
 IDS = 500
 """Most values of one IN (...)."""
 
 
 def select_from(
-    connection: Connection, run: str, place: Place, most_rounds: int, most_tickets: int, pending: Pending
+    connection: Connection,
+    run: str,
+    place: Place,
+    most_rounds: int,
+    most_tickets: int,
+    pending: Pending,
+    characters: int = RECORDS,
 ) -> tuple[list[RoundFigures], Place | None]:
     """Returns rounds from a place on, in order, and where to go on; None at the end."""
     t = tables.rounds
-    query = select(t).where(t.c.run == run, t.c.number > place.after).order_by(t.c.number).limit(most_rounds + 1)
+    query = select(*_HEAD).where(t.c.run == run, t.c.number > place.after).order_by(t.c.number).limit(most_rounds + 1)
     heads = connection.execute(query).all()
     then = Place(heads[most_rounds - 1].number) if len(heads) > most_rounds else None
     heads = heads[:most_rounds]
     if not heads:
         return [], None
+    records: dict[int, str] = {}
+    if characters:
+        records, ends = _records(connection, run, place, heads[-1].number, characters)
+        if ends is not None:
+            then = ends
+            heads = [row for row in heads if row.number <= (ends.after + 1 if ends.record else ends.after)]
+        if ends is not None and ends.record:
+            offset = place.record if place.after == ends.after else 0
+            return _figures(connection, run, heads, {}, pending, records, offset), then
     tickets = _tickets_from(connection, run, place, heads[-1].number, most_tickets + 1)
     if len(tickets) > most_tickets:
         last = tickets[most_tickets - 1]
@@ -45,7 +65,36 @@ def select_from(
     by_round: dict[int, list[Row[Any]]] = defaultdict(list)
     for row in tickets:
         by_round[row.number].append(row)
-    return _figures(connection, run, heads, by_round, pending), then
+    return _figures(connection, run, heads, by_round, pending, records, place.record), then
+
+
+def _records(
+    connection: Connection, run: str, place: Place, last: int, most: int
+) -> tuple[dict[int, str], Place | None]:
+    """Returns records from a place on, read one by one until there are `most` characters, and where they end.
+
+    None as the end means that there are no more up to round `last`. Of a single record that is longer, a piece.
+    """
+    t, first = tables.rounds, place.after + 1
+    before = min(place.record, 2**30)  # a forged place need not fit what the database takes for a position in a text
+    start = case((t.c.number == first, before + 1), else_=1)
+    query = select(t.c.number, func.substr(t.c.record, start, most + 1).label("piece")).where(
+        t.c.run == run, t.c.number > place.after + bool(place.client), t.c.number <= last
+    )
+    found: dict[int, str] = {}
+    room = most
+    # Row by row: a record may have megabytes, and those that do not fit are not even fetched.
+    one_by_one = query.order_by(t.c.number).execution_options(stream_results=True, max_row_buffer=2)
+    with connection.execute(one_by_one) as rows:
+        while (row := rows.fetchone()) is not None:
+            if len(row.piece) > room:
+                if found or place.client:
+                    return found, Place(row.number - 1)
+                held = before if row.number == first else 0
+                return {row.number: row.piece[:most]}, Place(row.number - 1, "", held + most)
+            found[row.number] = row.piece
+            room -= len(row.piece)
+    return found, None
 
 
 def select_with(
@@ -53,7 +102,7 @@ def select_with(
 ) -> RoundFigures | None:
     """Returns a round with those of its tickets that are named; None if it was never written."""
     t = tables.rounds
-    head = connection.execute(select(t).where(t.c.run == run, t.c.number == number)).one_or_none()
+    head = connection.execute(select(*_HEAD).where(t.c.run == run, t.c.number == number)).one_or_none()
     if head is None:
         return None
     rows: list[Row[Any]] = []
@@ -106,7 +155,10 @@ def _figures(
     heads: Sequence[Row[Any]],
     tickets: Mapping[int, Sequence[Row[Any]]],
     pending: Pending,
+    records: Mapping[int, str] = MappingProxyType({}),
+    offset: int = 0,
 ) -> list[RoundFigures]:
+    """Returns the rounds of some rows; `offset` characters of the first one's record were read before."""
     first, last = heads[0].number, heads[-1].number
     sums = _sums(connection, run, first, last)
     numbers = {row.number for row in heads}
@@ -120,7 +172,8 @@ def _figures(
             RoundFigures(
                 round=stored_round(row, (figures.ticket for figures in shown)),
                 committed_at=row.committed_at,
-                record=row.record,
+                record=records.get(row.number, ""),
+                record_offset=offset if row.number == first else 0,
                 record_sha256=row.record_sha256,
                 metrics={**row.metrics, **merged(scored.get(row.number, ()))},
                 traffic=sums.get(row.number, Traffic()),

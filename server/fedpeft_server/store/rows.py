@@ -114,10 +114,14 @@ class RoundRow:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How far rounds were read: all up to number `after`, and of the one after it the tickets up to `client`."""
+    """How far rounds were read: all up to number `after`, and of the one after it the tickets up to `client`.
+
+    Before its tickets comes its record, of which `record` characters were read; where there is a client, all of them.
+    """
 
     after: int = 0
     client: str = ""
+    record: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +154,8 @@ class RoundFigures:
     Attributes:
         round: Its state; the tickets in it are those that were read.
         committed_at: When version `round.number` was committed.
-        record: The record of the committed round, canonical JSON; empty until committed.
+        record: The record of the committed round, canonical JSON, or what was read of it; empty until committed.
+        record_offset: How many characters of it come before what was read.
         record_sha256: Its digest, hexadecimal; empty until committed.
         metrics: Figures of the round and of the version it made.
         traffic: Sum over all its tickets, whether read or not; evaluators' bytes are in Prometheus' counters only.
@@ -160,6 +165,7 @@ class RoundFigures:
     round: Round
     committed_at: float | None = None
     record: str = ""
+    record_offset: int = 0
     record_sha256: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
