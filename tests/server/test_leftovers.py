@@ -9,10 +9,11 @@ from pathlib import Path
 import grpc
 import pytest
 
+from fedpeft.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server.store import outbound
 
-from .conftest import Daemon, StartDaemon, config, filled, refused
+from .conftest import Daemon, StartDaemon, config, filled
 from .test_event_loop import DATA, LARGE, PIECE, until_held, upload
 
 
@@ -37,13 +38,15 @@ async def test_nothing_stays_of_uploads_whose_round_closed_before_they_were_whol
     await until_held(b, tasks[1].ticket, PIECE)
     first = asyncio.ensure_future(upload(a, tasks[0].ticket, 0, PIECE, stand_still=True))
     await until_held(a, tasks[0].ticket, PIECE)
-    waiting = asyncio.ensure_future(refused(upload(c, tasks[2].ticket, 0, len(DATA))))
+    waiting = asyncio.ensure_future(upload(c, tasks[2].ticket, 0, len(DATA)))
     await asyncio.sleep(0.1)
     first.cancel()
-    await upload(a, tasks[0].ticket, PIECE, len(DATA))
+    going_on = asyncio.ensure_future(upload(a, tasks[0].ticket, PIECE, len(DATA)))
     await daemon.until(run.id, lambda r: r.version == 1)
     middle.cancel()
-    assert await waiting == "ROUND_CLOSED"
+    ends = await asyncio.gather(waiting, going_on, return_exceptions=True)
+    (late,) = (end for end in ends if isinstance(end, grpc.aio.AioRpcError))
+    assert from_rpc_error(late).reason == "ROUND_CLOSED"
     await until(lambda: not spooled(daemon))
 
 

@@ -78,7 +78,7 @@ LARGE = AdapterSpec.of("bias", [TensorSpec("head.weight", (1024, 1024))])
 
 
 async def until(reached: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await asyncio.to_thread(reached):
             await asyncio.sleep(0.01)
 
@@ -127,7 +127,8 @@ async def test_no_byte_of_an_upload_is_lost_or_counted_twice_over_kills(tmp_path
                 (a,) = await daemon.clients("a")
                 task = await a.task()
                 half = Half(a, task.ticket, position)
-                await until(lambda sent_to=half.sent_to: arrived(tmp_path) == sent_to)  # type: ignore[misc]
+                await until(lambda upload=half: upload.call.done() or arrived(tmp_path) == upload.sent_to)  # type: ignore[misc]
+                assert not half.call.done(), await half.call
                 position, sent = half.sent_to, sent + half.wire_bytes - 1000
                 process.kill()
                 process.wait()

@@ -166,7 +166,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._ledger.assign(engine.run.id, number, client, training=training)
         row = await self._store.call(self._store.db.version, engine.run.id, request.version)
         outbound, stored = self._store.outbound, (engine.run, row, version_key(engine.run.id, request.version))
-        manifest = await self._store.compute(outbound.manifest, *stored)
+        manifest = outbound.known(engine.run.id, request.version)
+        if manifest is None:
+            manifest = await self._store.compute(outbound.manifest, *stored)
         size = manifest.payload_bytes
         if request.offset > size:
             text = f"is {request.offset}; the payload has {size} bytes"

@@ -47,6 +47,11 @@ class Outbound:
         for leftover in folder.iterdir():
             leftover.unlink()
 
+    def known(self, run_id: str, version: int) -> Manifest | None:
+        """Returns what a version holds if it is encoded; looks at no file and waits for nothing."""
+        encoded = self._encoded.get((run_id, version))
+        return encoded.manifest if encoded else None
+
     def manifest(self, run: RunRow, version: VersionRow, key: str) -> Manifest:
         """Returns what a version in the run's `codec.down` holds; encodes it on first use.
 
