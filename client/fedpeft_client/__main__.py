@@ -7,6 +7,7 @@ import traceback
 
 from fedpeft import grpc_core
 from fedpeft.errors import FedpeftError
+from fedpeft.plain_text import print_anything
 from fedpeft_client.commands import COMMANDS, listing
 from fedpeft_client.exits import Exit, exit_code
 from fedpeft_client.settings import Settings
@@ -20,6 +21,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Runs the client, or the command that stands first, and returns the exit code."""
     verbose = "-v" in arguments or "--verbose" in arguments
+    print_anything()
     grpc_core.configure()  # before anything imports gRPC, which reads the environment as it is imported
     try:
         if arguments and (command := COMMANDS.get(arguments[0])):

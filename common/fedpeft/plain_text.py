@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
+
+def print_anything() -> None:
+    """Makes standard output take every text: a path that is not UTF-8 is printed escaped, and raises nothing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
 
 def plain(text: str) -> str:
     """Returns a text with a space for each character that is not shown: escape sequences, line ends, overrides."""

@@ -12,6 +12,7 @@ from importlib import import_module
 from fedpeft import grpc_core
 from fedpeft.errors import FedpeftError, IdentityInvalid, SettingsInvalid, StateInvalid
 from fedpeft.logs import configure
+from fedpeft.plain_text import print_anything
 from fedpeft_server.settings import Settings
 
 COMMANDS = {
@@ -28,6 +29,7 @@ COMMANDS = {
 def main() -> None:
     """Runs the daemon until SIGTERM or SIGINT."""
     arguments = sys.argv[1:]
+    print_anything()
     try:
         if arguments and arguments[0] in COMMANDS:
             module, _ = COMMANDS[arguments[0]]

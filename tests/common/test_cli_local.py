@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -237,3 +238,26 @@ def test_partition_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 )
 def test_sizes(count: int, text: str) -> None:
     assert units.size(count) == text
+
+
+def test_paths_that_are_not_utf8_are_printed_escaped(images: Path, tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/m\xe4nner"
+    os.mkdir(folder)
+    os.rename(images, folder + b"/a.parquet")
+    command = [
+        sys.executable,
+        "-m",
+        "fedpeft.cli.app",
+        "partition",
+        folder,
+        "--clients",
+        "2",
+        "--out",
+        folder + b"/out",
+    ]
+    ended = subprocess.run(command, capture_output=True, check=False, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert rb"60 rows for 2 clients (iid) are in" in ended.stdout and rb"/m\udce4nner/out" in ended.stdout
+    again = subprocess.run(command, capture_output=True, check=False, timeout=120)
+    assert again.returncode == 1 and b"holds a partition already" in again.stderr
+    assert b"Traceback" not in ended.stderr + again.stderr and b"unexpected" not in again.stderr

@@ -78,6 +78,45 @@ def test_faulty_files(tmp_path, name, text, message):
         read_label_map(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"cat": "cat", "cat": "dog"}', "names 'cat' twice; one line for each class"),
+        ('{"caf\\u00e9": "cat", "cafe\\u0301": "dog"}', "twice, in two forms of Unicode"),
+        ('{"a": {"b": 1, "b": 2}}', "names 'b' twice"),
+    ],
+)
+def test_a_map_that_names_a_class_twice_is_refused(tmp_path, text, message):
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(DataInvalid, match=message):
+        read_label_map(tmp_path / "m.json")
+
+
+def test_names_are_compared_in_nfc_on_every_side():
+    nfc, nfd = "caf\u00e9", "cafe\u0301"
+    rows = np.array([0, 1])
+    assert map_labels((nfd, "dog"), rows, (nfc, "dog")).labels.tolist() == [0, 1]
+    assert map_labels((nfc, "dog"), rows, (nfd, "dog")).labels.tolist() == [0, 1]
+    assert map_labels((nfd, nfc), rows, ("dog", nfc)).labels.tolist() == [1, 1]
+    assert map_labels((nfd, "Hund"), rows, ("dog", nfc), {nfc: nfd, "Hund": "dog"}).labels.tolist() == [1, 0]
+    assert map_labels((nfd, "Hund"), rows, ("dog", nfc), {nfc: None, "Hund": "dog"}).rows.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("own", "hint"),
+    [
+        ("Cat", "differs from 'cat' in case or white space only"),
+        ("dog ", "differs from 'dog' in case or white space only"),
+        (r"m\xe4nnlich", "its folder's name is not UTF-8; in Latin-1 it is 'm\u00e4nnlich'"),
+    ],
+)
+def test_a_class_that_is_nearly_one_of_the_run_is_pointed_out(own, hint):
+    with pytest.raises(DataInvalid, match=hint):
+        map_labels((own,), np.array([0]), ("cat", "dog", "m\u00e4nnlich"))
+    with pytest.raises(DataInvalid, match=hint):
+        map_labels(("x",), np.array([0]), ("cat", "dog", "m\u00e4nnlich"), {"x": own})
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(DataInvalid, match="cannot read label map"):
         read_label_map(tmp_path / "none.toml")

@@ -1,6 +1,7 @@
 """Splits of a data set are never its clients, its classes or one data set."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -162,8 +163,14 @@ def test_what_lies_beside_parquet_files_is_told(tmp_path):
     write(tmp_path / "data.parquet", table(3))
     (tmp_path / "cat").mkdir()
     (tmp_path / "README.md").write_text("x")
+    os.mkfifo(tmp_path / "pipe.parquet")
     source = open_source(tmp_path)
-    assert source.inventory.lines() == ["skipped, beside parquet files, which alone are read: 2 (README.md, cat)"]
+    assert source.inventory.lines() == [
+        "skipped, beside parquet files, which alone are read: 3 (README.md, cat, pipe.parquet)"
+    ]
+    (tmp_path / "gone.parquet").symlink_to("nothing")
+    with pytest.raises(DataInvalid, match=r"gone\.parquet is not a readable parquet file"):
+        open_source(tmp_path)
 
 
 def test_a_parquet_without_names_of_classes_still_has_its_own(tmp_path):

@@ -38,6 +38,7 @@ from fedpeft.cli import (
 from fedpeft.cli.exits import IN_HELP, code_of
 from fedpeft.cli.session import Session, session_of
 from fedpeft.errors import FedpeftError
+from fedpeft.plain_text import print_anything
 
 EXAMPLES = (
     "Begin with: fedpeft demo --out demo-out, a whole federation on this machine in ten minutes. "
@@ -115,6 +116,7 @@ app.command("version", epilog=versions.EPILOG)(versions.version)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit code."""
     session = Session()
+    print_anything()
     for ending in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
             signal.signal(ending, _end)

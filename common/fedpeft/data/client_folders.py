@@ -11,7 +11,7 @@ from fedpeft import text_files
 from fedpeft.data.file_names import is_system, shown
 from fedpeft.data.parts import RECORD, file_name
 from fedpeft.data.sources import INDEX_SUFFIX, parquet_files
-from fedpeft.data.splits import splits_among
+from fedpeft.data.splits import one_to_train_on, splits_among
 from fedpeft.errors import DataInvalid
 
 _NAMED = 5
@@ -57,12 +57,13 @@ def refuse_splits(path: Path, names: Iterable[str]) -> None:
     Raises:
         DataInvalid: If one is.
     """
-    splits = list(splits_among(names))
-    if splits:
+    found = splits_among(names)
+    if splits := list(found):
         more = f" and {len(splits) - _NAMED:,} more" if len(splits) > _NAMED else ""
+        train = path / one_to_train_on(found)
         raise DataInvalid(
             f"{path}: {', '.join(map(shown, splits[:_NAMED]))}{more} {'is' if len(splits) == 1 else 'are'} named like "
-            f"the splits of one data set, not like clients; name the one to train on ({path / splits[0]}), or rename "
+            f"the splits of one data set, not like clients; name the one to train on ({train}), or rename "
             f"what is a client; a folder that fedpeft partition wrote, with {RECORD}, is taken as it is"
         )
 

@@ -15,7 +15,7 @@ from fedpeft.data.file_names import PARQUET_SUFFIXES, shown
 from fedpeft.data.interface import ImageUnreadable, Indices
 from fedpeft.data.inventory import Fate, Group, Inventory, Tally
 from fedpeft.data.parquet_labels import metadata
-from fedpeft.data.splits import splits_among
+from fedpeft.data.splits import one_to_train_on, splits_among
 from fedpeft.data.walk import UNTOLD, walk
 from fedpeft.errors import DataInvalid
 
@@ -177,7 +177,7 @@ def _check_splits(root: Path, classes: Sequence[str], direct: Collection[str]) -
     if splits and (len(set(splits.values())) > 1 or splits.keys() == set(classes) - set(direct)):
         raise DataInvalid(
             f"{root} holds splits ({', '.join(splits)}), which are no classes; name one of them, for example "
-            f"{root / next(iter(splits))}, or rename the folders if they are classes"
+            f"{root / one_to_train_on(splits)}, or rename the folders if they are classes"
         )
 
 

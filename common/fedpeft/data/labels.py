@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from fedpeft.errors import DataInvalid
 from fedpeft.units import counted
 
 _SHOWN = 20
+_ESCAPED = re.compile(r"\\x([0-9a-f]{2})")
+"""A byte of a folder's name that is not UTF-8; see `fedpeft.data.file_names.class_name`."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,12 @@ class ClassMap:
         """Returns what a name differs in from a class that it is probably meant to be, as a clause."""
         same = (known for known in self._classes if _plain(known) == _plain(name))
         found = next(same, None)
-        return "" if found is None else f" (it differs from {found!r} in case or white space only)"
+        if found is not None:
+            return f" (it differs from {found!r} in case or white space only)"
+        read = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), name)
+        if read != name and nfc(read) in self._position:
+            return f" (its folder's name is not UTF-8; in Latin-1 it is {read!r})"
+        return ""
 
 
 def _plain(name: str) -> str:

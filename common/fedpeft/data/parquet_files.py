@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedpeft.data.arrow_paths import arrow_path
 from fedpeft.data.parquet_labels import class_names
 from fedpeft.errors import DataInvalid
 
@@ -55,7 +56,7 @@ class ParquetFiles:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yields all rows in order; raises `pa.ArrowException` or `OSError` where a file is damaged."""
         for path in self.paths:
-            with pq.ParquetFile(path, memory_map=True) as file:
+            with arrow_path(path) as place, pq.ParquetFile(place, memory_map=True) as file:
                 for batch in _batches(file):
                     yield self._conformed(batch)
 
@@ -68,7 +69,8 @@ class ParquetFiles:
 
 def _metadata(path: Path) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(path, memory_map=True)
+        with arrow_path(path) as place:
+            return pq.read_metadata(place, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         raise DataInvalid(f"{path} is not a readable parquet file: {error}") from None
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from fedpeft import durable
+from fedpeft.data.arrow_paths import arrow_path
 from fedpeft.data.interface import Source, too_many_unreadable
 from fedpeft.data.partitions import Indices, Partition, skew
 from fedpeft.data.sources import INDEX_SUFFIX, labels_digest, open_source
@@ -112,7 +113,10 @@ def file_name(name: str) -> str:
 
 def _write_rows(source: Source, rows: Indices, folder: Path) -> None:
     folder.mkdir()
-    with pq.ParquetWriter(folder / "data.parquet", source.schema, compression="zstd") as writer:
+    with (
+        arrow_path(folder / "data.parquet", "wb") as place,
+        pq.ParquetWriter(place, source.schema, compression="zstd") as writer,
+    ):
         for table in source.tables(rows):
             writer.write_table(table)
 

@@ -64,7 +64,9 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def _is_parquet(entry: os.DirEntry[str]) -> bool:
-    return suffix_of(entry.name) in PARQUET_SUFFIXES and not entry.is_dir()
+    """Says whether an entry is read as parquet; a link to nothing is, so that it is named, and a pipe is not opened."""
+    named = suffix_of(entry.name) in PARQUET_SUFFIXES
+    return named and (entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)))
 
 
 def _open_folder(path: Path, image: str | None, label: str | None) -> Source:

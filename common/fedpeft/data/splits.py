@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 _WORDS = {
     "train": ("train", "training", "trainset", "trainval", "trn"),
@@ -33,6 +33,11 @@ def splits_among(names: Iterable[str]) -> dict[str, str]:
     if len(set(anywhere.values())) > 1:
         return anywhere
     return {name: split for name in given if (split := split_of(name))}
+
+
+def one_to_train_on(splits: Mapping[str, str]) -> str:
+    """Returns the name among those of splits that a person most likely means: that of the training part."""
+    return next((name for name, split in splits.items() if split == "train"), next(iter(splits)))
 
 
 def _anywhere(name: str) -> str | None:

@@ -143,6 +143,8 @@ class _Walk:
 
 
 def _fate(entry: os.DirEntry[str], kind: str) -> tuple[Fate, str]:
+    if kind == "file" and entry.name[0] not in ".~" and os.path.splitext(entry.name)[1].lower() in image_suffixes():
+        return Fate.TAKEN, ""  # nearly all entries, of which there may be millions
     if (hidden := _by_name(entry.name, folder=kind == "folder")) is not None:
         return Fate.SKIPPED, hidden
     if kind == "other":

@@ -319,6 +319,7 @@ class _Simulation:
             "rounds": done,
             "set_aside": [],
             "declines": [],  # a simulated client takes what it is given
+            "evaluators": [],  # versions are scored here
             "in_progress": progress_json(paused) if paused else None,
             "facts": self._facts,
             "seconds": round(time.time() - self._began, 3),
