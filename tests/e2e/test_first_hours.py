@@ -6,7 +6,9 @@ import asyncio
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from fedpeft.identity import certificates, folder
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.roles import TO_PROTO
 from fedpeft.identity.subject import Role
+from fedpeft.logs import logger
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft_client import enroll, leave_command, processes, status_command
@@ -28,8 +31,12 @@ from fedpeft_client.ledger import Ledger
 from fedpeft_client.ledger_entries import Departure, Kind, read
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.processes import Processes
+from fedpeft_client.renewal import Renewal
 from fedpeft_client.state import StateDirectory, identity_folder
 from fedpeft_client.traffic import Traffic
+from fedpeft_server import authority_command
+from fedpeft_server.access.authorities import Authorities
+from fedpeft_server.access.files import Files
 
 from ..server.conftest import RawClient
 from ..server.secured import Federation, federation, held
@@ -275,3 +282,56 @@ async def test_an_operators_identity_does_not_leave(secured: Federation, tmp_pat
     with pytest.raises(IdentityInvalid, match="is the identity of viewer vera, who takes part in no run"):
         await run(leave_command.main, "--state-dir", state)
     assert certificates.load(folder.certificate_path(identity_folder(state)))
+
+
+async def test_clients_that_wait_for_work_follow_a_new_authority(tmp_path: Path) -> None:
+    """Two clients call all the time, with their own renewal, while the authority is replaced: no call fails."""
+    data = ["--data-dir", str(tmp_path / "data")]
+    async with federation(tmp_path) as secured:
+        sites = [await enrolled(secured, tmp_path / name, name) for name in ("a", "b")]
+        identities = [at(secured, site) for site in sites]
+        authority_command.main(["rotate", *data])
+        await secured.server._renew_certificate()
+        calls: Counter[str] = Counter()
+        async with AsyncExitStack() as stack:
+            channels = []
+            for identity in identities:
+                name = identity.subject.name
+                channel = await stack.enter_async_context(Channel(secured.address, name, name.rjust(32, "0"), identity))
+                channels.append(channel)
+            tasks = [asyncio.create_task(calls_on(channel, calls)) for channel in channels]
+            await renewed(channels, identities, stop_at=2)
+            authority_command.main(["finish", *data])
+            await secured.server._renew_certificate()
+            (new,) = Authorities.read(Files(tmp_path / "data" / "identity")).trusted
+            await renewed(channels, [Identity.load(identity.folder) for identity in identities], stop_at=1)
+            before = calls.copy()
+            async with asyncio.timeout(30):
+                while any(calls[name] <= before[name] + 2 for name in "ab"):
+                    await asyncio.sleep(0.01)
+            for task in tasks:
+                assert not task.done() or task.result()
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        assert [Identity.load(identity.folder).authority for identity in identities] == [(new,), (new,)]
+
+
+async def calls_on(channel: Channel, calls: Counter[str]) -> None:
+    while True:
+        await channel.register(fed.RegisterRequest(min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER))
+        calls[channel._metadata["fedpeft-client"]] += 1
+        await asyncio.sleep(0.01)
+
+
+async def renewed(channels: list[Channel], identities: list[Identity], stop_at: int) -> None:
+    """Lets each client renew as it does half-way, until it trusts so many authorities."""
+    for channel, identity in zip(channels, identities, strict=True):
+        half = certificates.renewal(identity.certificate) + timedelta(days=2)  # a clock past the half of its life
+        keeping = asyncio.create_task(Renewal(identity, channel, logger(), lambda half=half: half).keep())  # type: ignore[misc]
+        async with asyncio.timeout(30):
+            while len(Identity.load(identity.folder).authority) != stop_at or keeping.done():
+                assert not keeping.done(), keeping
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)  # the channel is opened anew in the same turn of the loop
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
