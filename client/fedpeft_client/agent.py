@@ -128,7 +128,7 @@ class Agent:
         self._box = PendingBox(directory, policy.digest)
         self._processes = Processes(directory.path, channel.process)
         self._patience = Patience(log, CALL_S if settings.once else None)
-        self._limits = Limits(policy, ledger, metrics, log)
+        self._limits = Limits(policy, ledger, metrics, log, waits=not settings.once)
         self._withdrawals = Withdrawals(channel, self._patience, ledger)
         self._recall = Recall(channel, self._patience, self._box)
         self._pusher = Pusher(channel, self._patience, ledger)

@@ -19,6 +19,7 @@ from fedpeft_client.channel import Channel
 from fedpeft_client.contact import Contact
 from fedpeft_client.dry_run import dry_run
 from fedpeft_client.ledger import Ledger
+from fedpeft_client.limits import Limits
 from fedpeft_client.machine import MachineCollector
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.policy import Policy, find
@@ -76,7 +77,9 @@ async def _serve(
             async with Channel(settings.server, settings.name, directory.instance, identity) as channel:
                 Traffic(channel, ledger, metrics, Contact(directory.path))
                 if settings.dry_run:
-                    work = dry_run(settings, channel, worker, ledger, Processes(directory.path, channel.process), log)
+                    against = Limits(policy, ledger, metrics, log).against()
+                    processes = Processes(directory.path, channel.process)
+                    work = dry_run(settings, channel, worker, ledger, processes, against, log)
                 else:
                     work = Agent(settings, policy, directory, channel, worker, ledger, metrics, log).live()
                     if identity is not None:

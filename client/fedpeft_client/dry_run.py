@@ -15,7 +15,8 @@ from fedpeft_client.agent import registration
 from fedpeft_client.channel import Channel
 from fedpeft_client.fitness import Fitness, Report, Verdict
 from fedpeft_client.ledger import Ledger
-from fedpeft_client.patience import CALL_S, Patience
+from fedpeft_client.limits import Forbidden
+from fedpeft_client.patience import FIRST_ANSWER_S, Patience
 from fedpeft_client.processes import Processes
 from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun
@@ -33,9 +34,24 @@ MOST_PAGES = 1000
 
 
 async def dry_run(
-    settings: Settings, channel: Channel, worker: WorkerProcess, ledger: Ledger, processes: Processes, log: Log
+    settings: Settings,
+    channel: Channel,
+    worker: WorkerProcess,
+    ledger: Ledger,
+    processes: Processes,
+    against: Forbidden | None,
+    log: Log,
 ) -> None:
     """Opens every image, judges every run, prints what was found on stdout; trains nothing, registers nothing.
+
+    Args:
+        settings: What the client was told.
+        channel: The server.
+        worker: The process that computes.
+        ledger: Where what leaves is booked.
+        processes: The client's processes of before.
+        against: Why the policy allows no work now, if it does not.
+        log: Where progress is said.
 
     Raises:
         DataInvalid: If there is no run and too many images cannot be read.
@@ -48,7 +64,7 @@ async def dry_run(
         request.earlier_processes.extend(processes.earlier())
         try:
             with ledger.booked(departures.registration(request)):
-                return await Patience(log, CALL_S).keep(lambda: channel.register(request))
+                return await Patience(log, FIRST_ANSWER_S).keep(lambda: channel.register(request))
         except ClientMoved as error:
             raise processes.moved(error) from None
 
@@ -61,6 +77,8 @@ async def dry_run(
     _line("data", f"{settings.data}: {hello['rows']:,} {hello['rows_are']} of {classes}")
     for line in Inventory.of_dict(hello["inventory"]).lines():
         _line("", line)
+    if against is not None:
+        _line("now", f"no work: {against.told}; again after {against.until:%Y-%m-%d %H:%M}")
     surveyed = await worker.ask({"op": "survey"}, Reporter(log, "opening images"))
     _say_readable(surveyed, hello["rows_are"])
     fitness = Fitness(worker, log)

@@ -81,6 +81,7 @@ class Limits:
         metrics: Where waiting is shown.
         log: Where waiting is said.
         look: What tells what the machine is like.
+        waits: Whether work that is not allowed now is waited for; else that ends it.
     """
 
     def __init__(
@@ -90,12 +91,15 @@ class Limits:
         metrics: Metrics,
         log: Log,
         look: Callable[[], Conditions] = conditions,
+        *,
+        waits: bool = True,
     ) -> None:
         self._policy = policy
         self._ledger = ledger
         self._metrics = metrics
         self._log = log
         self._look = look
+        self._waits = waits
 
     def against(self, more_bytes: int = 0) -> Forbidden | None:
         """Returns why nothing may be done now, or not what would send `more_bytes`."""
@@ -112,16 +116,24 @@ class Limits:
         return Forbidden("the bytes that its owner allows a day are used up", free.astimezone().replace(tzinfo=None))
 
     async def permit(self, more_bytes: int = 0) -> None:
-        """Waits until work is allowed that would send so many bytes, and says so once."""
+        """Waits until work is allowed that would send so many bytes, and says so once.
+
+        Raises:
+            RefusedByPolicy: If it is not allowed now, and not to be waited for.
+        """
         await self._rest(lambda: self.against(more_bytes))
 
     async def permit_upload(self, more_bytes: int) -> None:
-        """Waits until so many bytes may be sent, at whatever hour: the work is done."""
+        """Waits until so many bytes may be sent, at whatever hour: the work is done; raises as `permit`."""
         await self._rest(lambda: self._over_budget(more_bytes))
 
     async def _rest(self, against: Callable[[], Forbidden | None]) -> None:
         said = ""
         while (stop := against()) is not None:
+            if not self._waits:
+                raise RefusedByPolicy(
+                    f"{stop.told}; start it again after {stop.until:%Y-%m-%d %H:%M}, or without --once"
+                )
             if stop.told != said:
                 said = stop.told
                 self._log.info("paused by the policy", reason=said, until=stop.until.isoformat(" ", "minutes"))

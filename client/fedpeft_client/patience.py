@@ -20,6 +20,8 @@ CALL_S = 30.0
 """An ordinary call is answered in this time."""
 AWAIT_S = CALL_S + HOLD_S
 """AwaitRound is answered in this time."""
+FIRST_ANSWER_S = 5.0
+"""With `--dry-run`, whose caller waits for it: a server that is away is given up after this time."""
 AWAY_S = 10 * STALL_S
 """With `--once`: the client gives up when the server has been away for this time."""
 

@@ -41,7 +41,7 @@ class Address:
         match = _FORM.fullmatch(text)
         if not match or not (0 if free else 1) <= int(match[3]) <= LAST_PORT:
             raise ValueError(f"{text!r} is not HOST:PORT, for example 127.0.0.1:7070")
-        return cls(match[1] or match[2], int(match[3]))
+        return cls(match[1] or without_root(match[2]), int(match[3]))
 
     @property
     def is_loopback(self) -> bool:
@@ -50,6 +50,11 @@ class Address:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+def without_root(host: str) -> str:
+    """Returns a host name without the dot of the root at its end, which no certificate has."""
+    return host.removesuffix(".") if len(host) > 1 else host
 
 
 def check_endpoint(text: str) -> str:

@@ -51,14 +51,14 @@ def choose(server: str | None, folder: Path | None, *, insecure: bool) -> Caller
         if insecure:
             raise SettingsInvalid(f"--insecure asks for plain text, and --identity {folder} for TLS; leave out one")
         return _with_identity(folder, server)
-    own = None if insecure else _own_server()
-    if own is not None and (address is None or _same(address, own)):
-        return _with_identity(_personal(), server)
+    personal, own = _own() if not insecure else (None, None)
+    if personal is not None and own is not None and (address is None or _same(address, own)):
+        return _with_identity(personal, server)
     found = address or Address.parse(DEFAULT_SERVER)
     if not (found.is_loopback or insecure):
         raise SettingsInvalid(
             f"server {found} is not on this machine and there is no identity for it"
-            + (f" (the one in {_personal()} is for {own})" if own else "")
+            + (f" (the one in {personal} is for {own})" if own else "")
             + ": enroll with a token (fedpeft enroll), name a folder with --identity, or say --insecure for plain text "
             "if the network between is trusted"
         )
@@ -86,19 +86,21 @@ def _with_identity(folder: Path, server: str | None) -> Caller:
     return Caller(server or identity.server, identity)
 
 
-def _personal() -> Path:
-    from fedpeft.identity.folder import personal
-
-    return personal()
-
-
-def _own_server() -> Address | None:
-    """Returns the server of the person's own identity, if there is one; one that is broken says so when it is used."""
+def _own() -> tuple[Path | None, Address | None]:
+    """Returns folder and server of the person's own identity, if there is one; a broken one says so when it is used."""
     from fedpeft.identity import folder
 
-    return Address.parse(folder.server_of(_personal())) if folder.exists(_personal()) else None
+    own = folder.personal()
+    if own is None or not folder.exists(own):
+        return None, None
+    return own, Address.parse(folder.server_of(own))
 
 
 def _same(one: Address, other: Address) -> bool:
-    """Says whether two addresses are one; this machine has several names for itself."""
-    return one == other or (one.is_loopback and other.is_loopback and one.port == other.port)
+    """Returns whether two addresses are one server's.
+
+    Another host is one server, whichever port leads there; this machine has several names and perhaps servers.
+    """
+    if one.is_loopback and other.is_loopback:
+        return one.port == other.port
+    return one.host == other.host

@@ -6,6 +6,7 @@ The TOML file, the message `fedpeft.v1.RunConfig` and these models have the same
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 import unicodedata
 from collections import Counter
@@ -56,6 +57,11 @@ def split_kind(text: str) -> tuple[str, str]:
     return (kind, rest) if colon else ("", text)
 
 
+_MODEL_NAME = re.compile(r"([a-z][a-z0-9_\-]*:)?[A-Za-z0-9_.\-]+")
+_HUB_NAME = re.compile(r"(?:hf[-_]hub:(?:timm/)?|timm/)([A-Za-z0-9_.\-]+)")
+_WEIGHTS_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -63,7 +69,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """`[model]`: the pre-trained model."""
 
-    name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^([a-z][a-z0-9_\-]*:)?[A-Za-z0-9_.\-]+$")]
+    name: Annotated[str, Field(min_length=1, max_length=128)]
     """timm's name, for example vit_base_patch16_224; or KIND:NAME of a kind that is installed beside fedpeft."""
     weights: Annotated[str, Field(min_length=1, max_length=1024)] = "hub"
     """hub, none (random, seeded), or a file that each client resolves and proves by fingerprint."""
@@ -87,6 +93,17 @@ class ModelConfig(_Section):
     def variant(self) -> str:
         """What stands behind the colon of `name`: `tiny` of `text:tiny`."""
         return split_kind(self.name)[1]
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if hub := _HUB_NAME.fullmatch(name):
+            raise ValueError(f"is the hub's name; timm's is {hub[1]!r}, and weights = \"hub\" fetches it")
+        if "://" in name or name.startswith(("/", ".", "~")) or name.endswith(_WEIGHTS_SUFFIXES):
+            raise ValueError("is a place, not a model; say the model's name in timm here, and its file in weights")
+        if _MODEL_NAME.fullmatch(name):
+            return name
+        raise ValueError("is not a name in timm, such as vit_base_patch16_224, nor KIND:NAME of an installed kind")
 
     @model_validator(mode="before")
     @classmethod

@@ -13,6 +13,7 @@ Nothing here is asynchronous; `fedpeft.operator_client` is. Every call raises th
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from fedpeft import background, views
 from fedpeft.caller import choose
+from fedpeft.errors import SettingsInvalid
 from fedpeft.following import Picture, follow
 from fedpeft.logs import silence_grpc
 from fedpeft.narration import Narrator
@@ -149,7 +151,7 @@ class Server:
         from fedpeft.first_version import first_version
 
         config = configured(run)
-        first = first_version(config, None if weights is None else Path(weights))
+        first = first_version(config, None if weights is None else path_of(weights, "weights"))
         made = self._ask(
             lambda c: c.create_run(config, first.spec, first.fingerprint, first.tensors, first.model_parameters)
         )
@@ -314,7 +316,9 @@ class Run:
 
     def save(self, path: str | Path, version: int | None = None) -> int:
         """Writes an adapter version as a safetensors file, the newest if none is named; returns its number."""
-        header = background.do(_asked(self._client, lambda c: c.download(self.id, Path(path), version=version)))
+        header = background.do(
+            _asked(self._client, lambda c: c.download(self.id, path_of(path, "path"), version=version))
+        )
         return header.version
 
     def adapter(self, version: int | None = None) -> dict[str, NDArray[np.float32]]:
@@ -342,7 +346,7 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "adapter.safetensors")
             self.save(path, version)
-            run, given = self._picture.run, None if weights is None else Path(weights)
+            run, given = self._picture.run, None if weights is None else path_of(weights, "weights")
             return restored(config_from_proto(run.config), run.backbone_fingerprint, path, given)
 
     def load_timm(self, version: int | None = None, weights: str | Path | None = None) -> nn.Module:
@@ -402,10 +406,21 @@ def connect(server: str | None = None, *, identity: str | Path | None = None, in
         ServerUnreachable: If no server answers there.
     """
     silence_grpc()
-    caller = choose(server, Path(identity) if identity else None, insecure=insecure)
+    caller = choose(server, path_of(identity, "identity") if identity else None, insecure=insecure)
     client = partial(OperatorClient, caller.server, caller.identity)
     background.do(_asked(client, lambda c: c.runs()))
     return Server(caller.server, client)
+
+
+def path_of(value: object, argument: str) -> Path:
+    """Returns an argument as a path.
+
+    Raises:
+        SettingsInvalid: If it is none.
+    """
+    if isinstance(value, str | os.PathLike):
+        return Path(value)
+    raise SettingsInvalid(f"{argument} is a path, a str or os.PathLike; a {type(value).__name__} was given")
 
 
 def configured(run: RunFile) -> RunConfig:
@@ -414,7 +429,7 @@ def configured(run: RunFile) -> RunConfig:
 
     if isinstance(run, RunConfig):
         return run
-    return parse_config(run) if isinstance(run, Mapping) else load_run_file(Path(run))
+    return parse_config(run) if isinstance(run, Mapping) else load_run_file(path_of(run, "run"))
 
 
 async def _asked(client: Callable[[], OperatorClient], call: Callable[[OperatorClient], Coroutine[Any, Any, T]]) -> T:

@@ -89,7 +89,11 @@ def phase_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:
     if phase == "waiting":
         return run.reason or f"{start} for enough clients"
     if phase == "open":
-        return f"{start}: {names([t.client for t in round_.tickets])}"
+        awaited, sampled = views.awaited(round_), len(round_.tickets)
+        if len(awaited) == sampled:
+            return f"{start}: {names(awaited)}"
+        received = units.counted(len(views.counted(round_)), "update")
+        return f"{start}: {received} of {sampled} received, awaited: {names(awaited) or 'nobody'}"
     return start
 
 

@@ -133,6 +133,11 @@ class TimePassed:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """The run was paused: an open round takes what comes, and no deadline runs out meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
 class Resumed:
     """The run was resumed: an open round gets a fresh deadline and its extensions back."""
 
@@ -161,7 +166,7 @@ class Stopped:
     """The run was stopped: nothing more is taken and nothing will be folded, whatever comes after."""
 
 
-Event = Waiting | Received | Withdrawn | Refused | TimePassed | Resumed | Excluded | Aggregated | RolledBack | Stopped
+Event = Waiting | Received | Withdrawn | Refused | TimePassed | Paused | Resumed | Excluded | Aggregated | RolledBack | Stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +223,7 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
         TicketClosed: If an update comes for a ticket that was withdrawn or refused.
     """
     match event:
-        case Waiting() | TimePassed() | Resumed() | Excluded() | Aggregated() | RolledBack() if state.stopped:
+        case Waiting() | TimePassed() | Paused() | Resumed() | Excluded() | Aggregated() | RolledBack() if state.stopped:
             return state, ()
         case Waiting():
             return _waiting(state, event, config, now)
@@ -230,6 +235,9 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
             return _close_ticket(state, ticket, TicketState.REFUSED, reason)
         case TimePassed():
             return _time_passed(state, config, now)
+        case Paused():
+            running = state.phase is Phase.OPEN and state.deadline is not None
+            return (replace(state, deadline=None), ()) if running else (state, ())
         case Resumed():
             return _resumed(state, config, now)
         case Excluded(reasons):

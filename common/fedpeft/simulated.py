@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.embedding import RunFile, Scored, configured
+from fedpeft.embedding import RunFile, Scored, configured, path_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,7 +136,7 @@ class Simulation:
         from fedpeft.restored import restored
 
         fingerprint = str(self.report["backbone_fingerprint"])
-        given = None if weights is None else Path(weights)
+        given = None if weights is None else path_of(weights, "weights")
         return restored(self.config, fingerprint, self.folder / "adapter.safetensors", given)
 
     def load_timm(self, weights: str | Path | None = None) -> nn.Module:
@@ -190,18 +190,20 @@ def simulate(
         ConfigInvalid: If the run file is wrong, or wants more clients than there are.
         DataInvalid: If a client's data, or the held-out data, cannot be used.
         ModelInvalid: If the model or its weights cannot be had.
+        SettingsInvalid: If an argument that names a place is no path.
     """
     from fedpeft import simulation
 
     config = configured(run)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
-    clients, partition = simulation.clients_of(Path(data), config, reading)
+    clients, partition = simulation.clients_of(path_of(data, "data"), config, reading)
     report = simulation.simulate(
         config,
         clients,
-        Path(out),
-        *(None if path is None else Path(path) for path in (evaluate, weights)),
-        label_map=None if label_map is None else Path(label_map),
+        path_of(out, "out"),
+        None if evaluate is None else path_of(evaluate, "evaluate"),
+        None if weights is None else path_of(weights, "weights"),
+        label_map=None if label_map is None else path_of(label_map, "label_map"),
         device=device,
         reading=reading,
         partition=partition,

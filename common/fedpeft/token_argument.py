@@ -21,7 +21,7 @@ _MOST_BYTES = 4 * (MAX_LENGTH + 1)
 
 LEFT = "interrupted; run the command again at any time: the same token still works here"
 """What is said to somebody who interrupts an enrolment."""
-HELP = "the line that `fedpeft token create` printed; - reads it from standard input, @FILE from a file"
+HELP = "the line that `fedpeft token create` printed; - reads it from standard input, FILE or @FILE from a file"
 
 
 def take(argument: str) -> EnrollmentToken:
@@ -37,6 +37,8 @@ def take(argument: str) -> EnrollmentToken:
         return EnrollmentToken.decode(_typed())
     if argument.startswith("@"):
         return EnrollmentToken.decode(_filed(Path(argument[1:])))
+    if os.path.isfile(argument):  # which no token is the name of; a token is far longer than names can be
+        return EnrollmentToken.decode(_filed(Path(argument)))
     if argument in sys.orig_argv:
         _replace_process(argument)
     return EnrollmentToken.decode(argument)

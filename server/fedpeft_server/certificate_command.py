@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from datetime import UTC, datetime
 
+from fedpeft.addresses import without_root
 from fedpeft.cli.output import note, say, say_json
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity import certificates, keys
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     renew.add_argument(
         "--host",
         metavar="HOST",
+        type=without_root,
         action="append",
         default=[],
         help="a name or address under which clients reach the server, in place of those in the certificate now; the "

@@ -15,7 +15,7 @@ from pathlib import Path
 from cryptography import x509
 
 from fedpeft import durable, ids
-from fedpeft.addresses import Address
+from fedpeft.addresses import Address, without_root
 from fedpeft.errors import IdentityInvalid, SettingsInvalid
 from fedpeft.identity import certificates, folder, keys
 from fedpeft.identity.authority import Authority, check_host
@@ -45,13 +45,14 @@ def main(arguments: list[str]) -> int:
     if not 1 <= given.port <= 65_535:
         raise SettingsInvalid(f"--port {given.port} is not 1 to 65535")
     subject = _subject(given.operator)
+    into = given.operator_identity or folder.personal_needed("--operator-identity")
     check_hosts(given.host)
     with durable.refusals(f"making {files.folder}"):
         files.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the data folder: updates are private
         files.folder.mkdir(mode=0o700, exist_ok=True)
     authority = _authority(files, given.authority, given.authority_key)
     hosts = _server(files, authority, given.host)
-    _operator(Authorities.read(files), subject, given.operator_identity, str(Address(hosts[0], given.port)))
+    _operator(Authorities.read(files), subject, into, Address(hosts[0], given.port), hosts)
     return 0
 
 
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host",
         metavar="HOST",
+        type=without_root,
         action="append",
         default=[],
         help="a name or address under which clients reach the server; the first goes into tokens; may be repeated, "
@@ -76,9 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--operator-identity",
         metavar="DIR",
-        type=lambda text: folder_arguments.folder(text) or folder.personal(),
-        default=folder.personal(),
-        help="where the operator's identity goes (%(default)s)",
+        type=folder_arguments.folder,
+        help=f"where the operator's identity goes ({folder.personal() or 'to be named, for want of a home folder'})",
     )
     parser.add_argument("--authority", metavar="FILE", type=Path, help="certificate of an authority of your own")
     parser.add_argument("--authority-key", metavar="FILE", type=Path, help="its key, with which this server then signs")
@@ -169,8 +170,12 @@ def _server(files: Files, authority: Authority, hosts: Sequence[str]) -> list[st
     return wanted
 
 
-def _operator(authorities: Authorities, subject: Subject, into: Path, server: str) -> None:
-    """Makes an operator's identity, unless there is one of that name and the newest authority that lasts."""
+def _operator(authorities: Authorities, subject: Subject, into: Path, server: Address, hosts: Sequence[str]) -> None:
+    """Makes an operator's identity, unless there is one of that name and the newest authority that lasts.
+
+    Raises:
+        SettingsInvalid: If the folder holds another identity, or that of another server.
+    """
     authority, trusted = authorities.issuing, authorities.trusted
     assert authority is not None, "init has just read or made it"
     if folder.exists(into):
@@ -180,14 +185,21 @@ def _operator(authorities: Authorities, subject: Subject, into: Path, server: st
                 f"{into} is the identity of {there.subject} at {there.server}; the rest is made, and for {subject} "
                 "another folder is needed: --operator-identity"
             )
+        if Address.parse(there.server).host not in hosts:  # an authority may have several servers
+            raise SettingsInvalid(
+                f"{into} is the identity of {there.subject} at {there.server}, which is another server than "
+                f"{server}; the rest is made, and for this one another folder is needed: --operator-identity"
+            )
         newest = set(there.authority) == set(trusted) and issued(authority.certificate, there.certificate)
-        if there.server == server and newest and not certificates.is_due(there.certificate, datetime.now(UTC)):
+        if there.server == str(server) and newest and not certificates.is_due(there.certificate, datetime.now(UTC)):
             _say(str(subject), "kept", there.certificate, into)
             return
     key = folder.take_key(into)
     certificate = authority.issue(subject, key.public_key(), OPERATOR_LIFE)
-    folder.write(into, server, trusted, [certificate])
+    folder.write(into, str(server), trusted, [certificate])
     _say(str(subject), "made", certificate, into)
+    if into == folder.personal():
+        print(f"the command fedpeft of this user calls {server} from now on, as {subject}")
 
 
 def _say(what: str, how: str, certificate: x509.Certificate, where: Path) -> None:

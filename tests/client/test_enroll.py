@@ -54,11 +54,12 @@ async def ended_as(command: str, *arguments: str, stdin: str = "") -> tuple[int 
     return process.returncode, out.decode(), err.decode()
 
 
-@pytest.mark.parametrize("form", ["line", "-", "@FILE"])
+@pytest.mark.parametrize("form", ["line", "-", "@FILE", "FILE"])
 async def test_a_site_is_enrolled(double: Double, tmp_path: Path, form: str) -> None:
     line, state = double.token("hospital-a").encode(), tmp_path / "state"
     (tmp_path / "token").write_text(f"  {line}\n")
-    argument = {"line": line, "-": "-", "@FILE": f"@{tmp_path / 'token'}"}[form]
+    file = str(tmp_path / "token")
+    argument = {"line": line, "-": "-", "@FILE": f"@{file}", "FILE": file}[form]
     code, out, err = await ended(argument, "--state-dir", str(state), stdin=f"{line}\n" if form == "-" else "")
     assert (code, err) == (0, "")
     assert out.startswith(f"enrolled as client hospital-a at {double.server} until ")

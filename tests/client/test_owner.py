@@ -213,6 +213,17 @@ async def test_the_bytes_of_a_day_are_kept(limits_of: LimitsOf) -> None:
     upload.cancel()
 
 
+async def test_once_does_not_wait_for_what_is_not_allowed_now(tmp_path: Path) -> None:
+    weather = Weather()
+    weather.temperature_c = 81
+    policy = Policy.model_validate({"times": {"max_temperature_c": 80}})
+    here = Limits(policy, Ledger(tmp_path, "s:1"), Metrics(), logs.logger(client="a"), weather.look, waits=False)
+    with pytest.raises(RefusedByPolicy, match=r"hotter than its owner wants; start it again after .* without --once"):
+        await asyncio.wait_for(here.permit(), 5)
+    weather.temperature_c = 20
+    await asyncio.wait_for(here.permit(), 5)
+
+
 def test_states_are_shown_one_at_a_time() -> None:
     metrics = Metrics()
     metrics.enter(State.WAITING)

@@ -84,7 +84,7 @@ def test_what_cannot_be_exported_is_said(
 
     out = ("--out", tmp_path / "out")
     ends_with(2, adapter, "--format", "peft", *out)
-    assert "--format peft is for lora, and this adapter is of bias" in capsys.readouterr().err
+    assert "--format peft is for lora, and this run tunes bias" in capsys.readouterr().err
     ends_with(2, adapter, "--format", "safetensors", *out)
     assert "is safetensors already" in capsys.readouterr().err
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")

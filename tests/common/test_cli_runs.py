@@ -214,9 +214,9 @@ def watch_script() -> list[pb.WatchRunResponse | Exception]:
 WATCHED = f"""\
 {RUN} 'emoji': bias on vit_tiny, 60 of 1,000,000 parameters, 3 rounds of 2 clients
 version 0 scored: accuracy 25.0 %
-round 1 open: noto, twemoji
+round 1 open: 1 update of 2 received, awaited: twemoji
 round 1 committed in 4.5 s: 2 clients, up 600 B, down 620 B (full fine-tuning: 7.63 MiB each way)
-round 2 open: noto, twemoji
+round 2 open: 1 update of 2 received, awaited: twemoji
 the run is paused: lunch
 the server is shutting down; retrying until it answers
 the server is back
@@ -242,7 +242,7 @@ def test_ctrl_c_ends_the_watch_with_a_sentence_and_not_the_run(served: Serving) 
     command = [sys.executable, "-m", "fedpeft.cli.app", "--server", served.address, "run", "watch", RUN]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watch:
         assert watch.stdout is not None
-        assert any(line == "round 1 open: noto, twemoji\n" for line in watch.stdout)
+        assert any(line == "round 1 open: 1 update of 2 received, awaited: twemoji\n" for line in watch.stdout)
         watch.send_signal(signal.SIGINT)
         _, err = watch.communicate(timeout=30)
     assert (watch.returncode, err) == (130, f"fedpeft: the watch ends; what {RUN} does goes on without it\n")

@@ -17,6 +17,7 @@ from fedpeft.rounds import (
     Event,
     Issue,
     Pause,
+    Paused,
     Phase,
     Received,
     Refused,
@@ -228,6 +229,19 @@ class TestDeadlines:
         assert [t.generation for t in state.tickets] == [0, 0, 0, 0]
         assert advance(state, Waiting(names(12)), config, 2001.0)[0] is state
 
+    def test_no_deadline_runs_out_while_a_run_is_paused_and_resuming_gives_a_fresh_one(self) -> None:
+        config = RoundsConfig(clients=2, quorum=1, deadline_s=60, max_extensions=1)
+        state = received(opened(config), config, 1)
+        paused, effects = advance(state, Paused(), config, 1010.0)
+        assert (paused.phase, paused.deadline, effects) == (Phase.OPEN, None, ())
+        assert advance(paused, TimePassed(), config, 1e9) == (paused, ())
+        resumed = after(paused, config, Resumed(), now=5000.0)
+        assert (resumed.deadline, resumed.extensions) == (5060.0, 0)
+        (awaited,) = paused.in_state(TicketState.ISSUED)
+        assert after(paused, config, Received(awaited.id)).phase is Phase.AGGREGATING, "what comes meanwhile counts"
+        for other in (Round(RUN, 1), after(opened(config), config, Stopped())):
+            assert advance(other, Paused(), config, 1.0) == (other, ())
+
 
 class TestEnding:
     def test_only_an_aggregating_round_is_committed(self) -> None:
@@ -249,7 +263,7 @@ class TestEnding:
     def test_after_stopping_nothing_is_issued_folded_or_committed(self, received_before: int) -> None:
         config = RoundsConfig(clients=3, quorum=2)
         stopped = after(received(opened(config), config, received_before), config, Stopped())
-        for event in (Waiting(names(12)), TimePassed(), Resumed(), Aggregated(), Stopped()):
+        for event in (Waiting(names(12)), TimePassed(), Paused(), Resumed(), Aggregated(), Stopped()):
             assert advance(stopped, event, config, 1e9) == (stopped, ())
 
     def test_a_round_that_never_opened_can_be_stopped(self) -> None:
@@ -368,6 +382,11 @@ class AnySequence(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.step(TimePassed())
+
+    @rule()
+    def pause(self) -> None:
+        self.paused |= self.state.phase is Phase.OPEN and not self.state.stopped
+        self.step(Paused())
 
     @rule()
     def resume(self) -> None:

@@ -15,7 +15,7 @@ from fedpeft.cli.app import main
 from fedpeft.data import partitions
 from fedpeft.data.parts import write_parts
 from fedpeft.data.sources import open_source
-from fedpeft.errors import ConfigInvalid
+from fedpeft.errors import ConfigInvalid, SettingsInvalid
 
 from .test_sources import NAMES, table, write
 
@@ -83,3 +83,25 @@ def test_rounds_are_told_as_they_come_and_what_is_wrong_is_said(here: Path) -> N
         done.load_peft()
     with pytest.raises(ConfigInvalid, match=r"peft\.method"):
         fedpeft.simulate({"model": {"name": "x", "classes": ["a", "b"]}, "peft": {}}, "sites", "out")
+
+
+@pytest.mark.parametrize("argument", ["data", "out", "evaluate", "weights", "label_map"])
+def test_an_argument_that_is_no_path_is_named(here: Path, argument: str) -> None:
+    given: dict[str, object] = {"data": "sites", "out": "out", argument: object()}
+    with pytest.raises(SettingsInvalid, match=rf"^{argument} is a path, .*a object was given"):
+        fedpeft.simulate("emoji.toml", **given)  # type: ignore[arg-type]
+
+
+def test_an_interrupted_simulation_leaves_no_report_of_an_earlier_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fedpeft.simulate("emoji.toml", "sites", "out")
+    assert (here / "out" / "report.json").exists()
+
+    def interrupted(row: fedpeft.SimulatedRound) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedpeft.simulate("emoji.toml", "sites", "out", committed=interrupted)
+    assert sorted(path.name for path in (here / "out").iterdir()) == ["adapter.safetensors", "records.jsonl"]
+    assert len((here / "out" / "records.jsonl").read_text().splitlines()) == 1

@@ -106,8 +106,8 @@ class Federation:
         answer = await self.access(self.nobody()).Enroll(request)
         return self.with_certificate(key, certificates.parse(answer.certificate)[0])
 
-    async def revoke(self, role: Role, name: str, *, unseen: bool = False) -> access.Identity:
-        request = access.RevokeIdentityRequest(role=TO_PROTO[role], name=name, reason="lost", unseen=unseen)
+    async def revoke(self, role: Role, name: str, reason: str = "lost", *, unseen: bool = False) -> access.Identity:
+        request = access.RevokeIdentityRequest(role=TO_PROTO[role], name=name, reason=reason, unseen=unseen)
         return (await self.access().RevokeIdentity(request)).identity
 
     async def restore(self, role: Role, name: str) -> access.Identity:

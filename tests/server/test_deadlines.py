@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
@@ -47,6 +48,23 @@ async def test_after_the_last_extension_the_run_is_paused_by_name_and_can_be_res
     paused = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
     assert "still awaited: sleepy" in paused.reason
     await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
+    await a.push(task.ticket, filled(1.0))
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+
+
+async def test_a_pause_by_hand_stops_the_deadline_and_uses_up_no_extension(daemon: Daemon) -> None:
+    rounds = {"count": 1, "clients": 1, "deadline_s": 0.4, "max_extensions": 0}
+    run = await daemon.create(config(rounds=rounds))
+    (a,) = await daemon.clients("a")
+    task = await a.task()
+    await daemon.operator.PauseRun(op.PauseRunRequest(run=run.id, reason="a look at the data"))
+    await asyncio.sleep(0.6)
+    assert (await daemon.run(run.id)).reason == "a look at the data", "no deadline passed meanwhile"
+    (current,) = await daemon.rounds(run.id)
+    assert not current.HasField("deadline") and current.extensions == 0
+    await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
+    (current,) = await daemon.rounds(run.id)
+    assert current.deadline.ToSeconds() >= time.time() - 1
     await a.push(task.ticket, filled(1.0))
     await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft import PROTOCOL
+from fedpeft.cli.app import main
 from fedpeft.doctor import client_side, disk, findings, network, server_side, versions
 from fedpeft.doctor.checks import examine
 from fedpeft.doctor.findings import Finding, Level, Setup
@@ -199,6 +200,28 @@ def test_the_personal_identity_is_looked_at_for_its_own_server_only(tmp_path: Pa
     assert Setup(server="127.0.0.1:2").identity_folder is None
     assert Setup(data_dir=tmp_path).identity_folder is None
     assert Setup(state_dir=tmp_path).identity_folder is None
+
+
+def test_a_site_is_examined_with_its_own_identity_whatever_the_operator_s_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    operator, site = tmp_path / "operator", tmp_path / "state" / "identity"
+    init.main(["--data-dir", str(tmp_path / "data"), "--operator", "ada", "--operator-identity", str(operator)])
+    enrolled(Authority.make("x"), site, "127.0.0.1:1")
+    monkeypatch.setenv("FEDPEFT_IDENTITY", str(operator))
+
+    def looked_at(*arguments: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([*arguments, "--json"])
+        found = json.loads(capsys.readouterr().out)
+        return " ".join(finding["said"] for finding in found if finding["check"] == "identity")
+
+    assert f"client noto for 127.0.0.1:1, in {site}" in looked_at("doctor", "--state-dir", str(tmp_path / "state"))
+    monkeypatch.setenv("FEDPEFT_CLIENT_IDENTITY", str(site))
+    assert f"in {site}" in looked_at("doctor", "--state-dir", str(tmp_path / "elsewhere"))
+    named = looked_at("--identity", str(operator), "doctor", "--state-dir", str(tmp_path / "state"))
+    assert f"{operator} is the identity of operator ada, who takes part in no run" in named
 
 
 def test_a_server_certificate_of_another_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

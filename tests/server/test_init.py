@@ -62,6 +62,26 @@ def test_an_empty_folder_for_the_operator_is_the_usual_one(tmp_path: Path, monke
     assert Identity.load(tmp_path / "config" / "fedpeft" / "identity").subject.name == "ada"
 
 
+def test_an_identity_of_another_server_is_kept_though_the_authority_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    own = tmp_path / "config" / "fedpeft" / "identity"
+    one = ["--data-dir", str(tmp_path / "one"), "--operator", "ada"]
+    init.main([*one, "--host", "one.example.org"])
+    assert "the command fedpeft of this user calls one.example.org:7070 from now on" in capsys.readouterr().out
+    authority = tmp_path / "one" / "identity" / "authority"
+    other = ["--data-dir", str(tmp_path / "other"), "--operator", "ada", "--host", "other.example.org"]
+    other += ["--authority", f"{authority}.pem", "--authority-key", f"{authority}.key"]
+    with pytest.raises(SettingsInvalid, match=r"at one\.example\.org:7070, which is another server"):
+        init.main(other)
+    assert Identity.load(own).server == "one.example.org:7070"
+    init.main([*other, "--operator-identity", str(tmp_path / "me")])
+    assert "from now on" not in capsys.readouterr().out
+    init.main([*one, "--host", "one.example.org", "--port", "7071"])  # the same server, elsewhere
+    assert Identity.load(own).server == "one.example.org:7071"
+
+
 def test_a_pattern_of_names_may_follow_the_name(tmp_path: Path) -> None:
     hosts = ["--host", "fed.example.org", "--host", "*.example.org"]
     init.main(["--data-dir", str(tmp_path), "--operator-identity", str(tmp_path / "me"), "--operator", "ada", *hosts])

@@ -35,6 +35,8 @@ async def test_a_revocation_ends_what_its_owner_waits_for_and_frees_the_round(se
     assert not waiting.done() or waiting.result().HasField("training")
     shown = await secured.revoke(Role.CLIENT, "a")
     assert shown.HasField("revoked_at") and shown.reason == "lost"
+    again = await secured.revoke(Role.CLIENT, "a", "still lost")
+    assert (again.revoked_at, again.reason) == (shown.revoked_at, "lost"), "the first counts"
     assert await refused(clients["a"].look()) == "CERTIFICATE_REVOKED"
     operator = secured.daemon(secured.operators())
     (round_,) = await operator.rounds(run)

@@ -35,9 +35,10 @@ from fedpeft.cli import (
     top,
     versions,
 )
-from fedpeft.cli.exits import IN_HELP, code_of
+from fedpeft.cli.exits import IN_HELP, Exit, code_of
 from fedpeft.cli.session import Session, session_of
 from fedpeft.errors import FedpeftError
+from fedpeft.home import NO_HOME, home_folder
 from fedpeft.plain_text import print_anything
 
 EXAMPLES = (
@@ -94,6 +95,8 @@ def globals_(
     session = session_of(context)
     session.asked, session.insecure, session.verbose = server, insecure, verbose
     session.identity = Path(identity) if identity else None
+    source = context.get_parameter_source("identity")
+    session.identity_named = source is not None and source.name == "COMMANDLINE"
 
 
 app.add_typer(runs.app, name="run")
@@ -127,6 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         output.note(f"fedpeft: {error.message}")
         sys.exit(code_of(error))
+    except RuntimeError as error:
+        if home_folder() is not None or session.verbose:  # a library's search for a home is the one that can fail so
+            raise
+        output.note(f"fedpeft: {NO_HOME}: {error} Set HOME")
+        sys.exit(Exit.USAGE)
     except Exception as error:  # a fault of ours: said in a sentence like any other, traceback on request
         if session.verbose:
             raise

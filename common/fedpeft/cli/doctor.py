@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -64,9 +65,12 @@ def doctor(
     for given in (session.asked, listen, metrics):
         if given:
             parsed(given)
+    identity = session.identity
+    if (state_dir or data) and not session.identity_named:  # the environment's is the operator's; a site's has its own
+        identity = Path(own) if (own := os.environ.get("FEDPEFT_CLIENT_IDENTITY")) else None
     setup = Setup(
         session.asked,
-        session.identity,
+        identity,
         data_dir,
         listen,
         metrics,

@@ -25,7 +25,7 @@ def enroll(
         str,
         typer.Argument(
             metavar="TOKEN",
-            help="The line that `fedpeft token create` printed; - reads it from standard input, @FILE from a file.",
+            help="The line that `fedpeft token create` printed; - reads standard input, FILE or @FILE a file.",
         ),
     ],
     replace: Annotated[bool, typer.Option("--replace", help="Replace an existing identity, with a new key.")] = False,
@@ -38,7 +38,7 @@ def enroll(
     from fedpeft.identity import folder
     from fedpeft.identity.subject import Role
 
-    into = session_of(context).identity or folder.personal()
+    into = session_of(context).identity or folder.personal_needed("--identity")
     try:
         identity = run_async(enrolment.enroll(token_argument.take(token), into, replace=replace))
     except KeyboardInterrupt:

@@ -102,7 +102,7 @@ def check_place(out: Path, form: Format) -> None:
 def check_form(method: str, form: Format) -> None:
     """Finds a form that a method does not have before anything is downloaded."""
     if form is Format.PEFT and method != "lora":
-        raise ConfigInvalid(f"--format peft is for lora, and this adapter is of {method}; take safetensors or timm")
+        raise ConfigInvalid(f"--format peft is for lora, and this run tunes {method}; take safetensors or timm")
 
 
 @contextmanager

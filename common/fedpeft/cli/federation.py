@@ -25,6 +25,7 @@ from fedpeft.cli.watching import watched
 from fedpeft.config import RunConfig, load_run_file
 from fedpeft.errors import ServerUnreachable, SettingsInvalid, TrainingFailed
 from fedpeft.following import Picture
+from fedpeft.home import NO_HOME, home_folder
 from fedpeft.operator_client import PATIENCE_S
 from fedpeft.race import first_of
 from fedpeft.units import counted
@@ -202,7 +203,11 @@ def _cache(plan: Plan) -> Path:
     checkout = plan.experiment.parent.parent
     if os.access(checkout, os.W_OK):
         return checkout / ".demo"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpeft"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "fedpeft"
+    if (home := home_folder()) is None:
+        raise SettingsInvalid(f"{NO_HOME}; set HOME or XDG_CACHE_HOME to where the backbone, 97 MB, may be kept")
+    return home / ".cache" / "fedpeft"
 
 
 def _partition(plan: Plan) -> dict[str, int]:

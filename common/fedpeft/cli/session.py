@@ -31,12 +31,14 @@ class Session:
         identity: The identity folder, if it was named.
         insecure: Whether plain text may leave this machine.
         verbose: Whether an error shows its traceback.
+        identity_named: Whether the identity folder stood on the command line, and not in the environment alone.
     """
 
     asked: str | None = None
     identity: Path | None = None
     insecure: bool = False
     verbose: bool = False
+    identity_named: bool = False
     _warned: bool = False
 
     @property

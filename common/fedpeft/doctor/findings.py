@@ -87,6 +87,6 @@ class Setup:
         if self.state_dir is not None:
             return self.state_dir / "identity" if folder.exists(self.state_dir / "identity") else None
         own = folder.personal()
-        if self.data_dir is not None or not folder.exists(own):
+        if self.data_dir is not None or own is None or not folder.exists(own):
             return None
         return own if self.server in (None, folder.server_of(own)) else None

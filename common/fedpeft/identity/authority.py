@@ -175,9 +175,14 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     labels = host.removeprefix("*.").split(".")
     if len(host) > 253 or not all(_is_label(label) for label in labels):
-        raise IdentityInvalid(f"{host[:300]!r} is neither a host name nor an address")
+        raise IdentityInvalid(
+            f"{host[:300]!r} is neither a host name nor an address; it is one alone, such as fed.example.org or "
+            "192.0.2.7, without scheme, port or path"
+        )
     return x509.DNSName(host)
 
 
 def _is_label(text: str) -> bool:
-    return text.isascii() and text.replace("-", "").isalnum() and len(text) <= 63 and text.strip("-") == text
+    """Returns whether a text is one part of a host name; underscores may be in it, as in the names of containers."""
+    letters = text.replace("-", "").replace("_", "")
+    return text.isascii() and letters.isalnum() and len(text) <= 63 and text.strip("-") == text

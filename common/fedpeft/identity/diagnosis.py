@@ -106,7 +106,7 @@ def _plain(way: Way) -> None:
     if first[:2] == b"\x15\x03" or (not first and way.shown()):
         raise Lasting(
             f"the server at {way.server} speaks TLS and this side has no certificate: ask its operator for a token and "
-            "enroll, or name the folder with its identity by --identity"
+            "enroll, or name the folder of its identity with --identity (none is used for another HOST:PORT unnamed)"
         )
     way.judge(first)
 

@@ -25,7 +25,8 @@ from cryptography import x509
 
 from fedpeft import durable, text_files
 from fedpeft.addresses import Address
-from fedpeft.errors import IdentityInvalid
+from fedpeft.errors import IdentityInvalid, SettingsInvalid
+from fedpeft.home import NO_HOME, home_folder
 from fedpeft.identity import certificates, keys
 from fedpeft.identity.keys import PrivateKey
 from fedpeft.identity.subject import Subject
@@ -191,7 +192,23 @@ def server_of(folder: Path) -> str:
         raise IdentityInvalid(f'{path} must hold server = "HOST:PORT"') from None
 
 
-def personal() -> Path:
-    """Returns where the identity of the person who works here is, unless another folder is named."""
-    home = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(home) if home else Path.home() / ".config") / "fedpeft" / "identity"
+def personal() -> Path | None:
+    """Returns the folder of a person's own identity; None for a user without a home folder, as in some containers."""
+    if configuration := os.environ.get("XDG_CONFIG_HOME"):
+        return Path(configuration) / "fedpeft" / "identity"
+    home = home_folder()
+    return None if home is None else home / ".config" / "fedpeft" / "identity"
+
+
+def personal_needed(flag: str) -> Path:
+    """Returns the folder of a person's own identity.
+
+    Args:
+        flag: The flag that names another folder.
+
+    Raises:
+        SettingsInvalid: If this user has no home folder.
+    """
+    if (own := personal()) is None:
+        raise SettingsInvalid(f"{NO_HOME}; set HOME, or name a folder with {flag}")
+    return own

@@ -109,6 +109,7 @@ def simulate(
             bench = Workbench(config, clients, memory, evaluate, weights, label_map, device, reading)
             shared = leakage(clients, evaluate, config, reading)
             versions = Versions(Identity(run, config, bench.spec, bench.fingerprint), out, scratch)
+            (out / REPORT).unlink(missing_ok=True)  # an earlier simulation's would stand beside what this one leaves
             simulation = _Simulation(config, sorted(clients), bench, versions, run)
             report = {
                 **simulation.hold(committed, worked),

@@ -187,7 +187,8 @@ class RunEngine:
         """Lets no new round open; `by` is who asked for it."""
         async with self._lock:
             self._refuse_if_finished()
-            await self._set_run(RunState.PAUSED, reason or "paused by the operator", by=by)
+            new, _ = rounds.advance(self.round, rounds.Paused(), self.run.config.rounds, time.time())
+            await self._set_run(RunState.PAUSED, reason or "paused by the operator", new, by=by)
 
     @unbroken
     async def resume(self, by: str) -> None:
@@ -263,7 +264,8 @@ class RunEngine:
         deed = Deed(by, f"run.{_NOW[state]}", self.run.id, {"reason": reason, "round": self.round.number})
         await self._write(self._store.db.save_round_and_run, new or self.round, state, reason, deeds=(deed,))
         self.run = replace(self.run, state=state, reason=reason)
-        self._log.info("run " + state, reason=reason)
+        say = self._log.warning if state is RunState.PAUSED and by == SERVER else self._log.info
+        say("run " + state, reason=reason)
         self._enter(new or self.round, ())
 
     async def _advance(self, event: rounds.Event, deed: Deed | None = None) -> None:

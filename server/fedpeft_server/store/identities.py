@@ -155,13 +155,15 @@ class Identities:
         action = "identity.left" if left else "identity.revoked"
         deed = Deed(actor, action, str(subject), {"reason": reason})
         with self._transactions.begin(deed) as connection:
-            if not unseen and access_queries.select_identity(connection, subject) is None:
+            known = access_queries.select_identity(connection, subject)
+            if not unseen and known is None:
                 raise IdentityNotFound(
                     f"nobody was enrolled as {subject}, and nobody of that role and name has called; check both, or "
                     "set `unseen` to refuse it before it does"
                 )
             access_queries.delete_tokens_of(connection, subject)
-            access_queries.put_revoked(connection, subject, at, reason)
+            if known is None or not known.is_revoked:  # the first time and reason count, however often it is repeated
+                access_queries.put_revoked(connection, subject, at, reason)
             found = access_queries.select_identity(connection, subject)
         assert found is not None
         return found
