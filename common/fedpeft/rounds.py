@@ -166,7 +166,19 @@ class Stopped:
     """The run was stopped: nothing more is taken and nothing will be folded, whatever comes after."""
 
 
-Event = Waiting | Received | Withdrawn | Refused | TimePassed | Paused | Resumed | Excluded | Aggregated | RolledBack | Stopped
+Event = (
+    Waiting
+    | Received
+    | Withdrawn
+    | Refused
+    | TimePassed
+    | Paused
+    | Resumed
+    | Excluded
+    | Aggregated
+    | RolledBack
+    | Stopped
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +235,9 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
         TicketClosed: If an update comes for a ticket that was withdrawn or refused.
     """
     match event:
-        case Waiting() | TimePassed() | Paused() | Resumed() | Excluded() | Aggregated() | RolledBack() if state.stopped:
+        case Waiting() | TimePassed() | Paused() | Resumed() | Excluded() | Aggregated() | RolledBack() if (
+            state.stopped
+        ):
             return state, ()
         case Waiting():
             return _waiting(state, event, config, now)
