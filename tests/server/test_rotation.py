@@ -17,6 +17,7 @@ from fedpeft.identity import certificates, keys
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
+from fedpeft.identity.token import EnrollmentToken
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft_server import authority_command, certificate_command, init
@@ -120,6 +121,8 @@ async def test_everybody_moves_to_the_new_authority_without_enrolling_again(
         command(secured, "finish")
 
     await late.renew()
+    again = ["--operator", "ada", "--operator-identity", str(secured.operator.folder)]
+    init.main(["--data-dir", str(secured.server.settings.data_dir), *again])
     command(secured, "finish")
     await secured.server._renew_certificate()
     for device in (early, late, third):
@@ -129,6 +132,13 @@ async def test_everybody_moves_to_the_new_authority_without_enrolling_again(
             "the old one is dropped at the next renewal"
         )
         await device.registers()
+    last = Device(secured, tmp_path / "d", "d")
+    async with open_channel(secured.address, Identity.load(secured.operator.folder)) as operator:
+        request = access.CreateTokenRequest(name="d", role=access.IDENTITY_ROLE_CLIENT)
+        line = (await secured.access(operator).CreateToken(request)).line
+    # The port for enrolment proves itself by the new authority by now, which is the one in the token.
+    await enrolment.enroll(EnrollmentToken.decode(line), tmp_path / "d")
+    assert last.trusts == {certificates.fingerprint(new.certificate)}
     for name, client in clients.items():
         await client.push(tasks[name].ticket, filled(1.0))  # on connections from before all this
     await third.close()
