@@ -66,8 +66,8 @@ dist: $(STAMP) ## build sdist and wheel in dist/ and check what PyPI would say o
 	$(BIN)/twine check --strict dist/*
 	cd dist && sha256sum *.whl *.tar.gz > SHA256SUMS
 
-test-network: $(STAMP) ## hold a run over TLS between two network namespaces, tshark on the wire (root, iproute2, tshark)
-	$(BIN)/pytest -n 0 -m slow tests/e2e/test_two_machines.py
+test-network: $(STAMP) ## hold a run over TLS between two network namespaces, and one through a proxy (root, iproute2, tshark, tinyproxy)
+	$(BIN)/pytest -n 0 -m slow tests/e2e/test_two_machines.py tests/e2e/test_proxy.py
 
 test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment without torch, and ask its commands
 	$(BIN)/pytest -n 0 -m slow tests/docs/test_installed.py

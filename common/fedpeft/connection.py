@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from fedpeft.addresses import Address
 from fedpeft.identity import certificates, keys
+from fedpeft.proxies import proxy_of
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 Options = Sequence[tuple[str, str | int]]
 
 _OPTIONS: Options = [
-    ("grpc.enable_http_proxy", 0),  # a proxy that the environment names is for the web; this is end to end
     ("grpc.use_local_subchannel_pool", 1),  # two channels never share a connection: another certificate is another one
 ]
 
@@ -32,8 +33,11 @@ def open_channel(server: str, identity: Identity | None = None, options: Options
         server: HOST:PORT. With TLS, HOST must be among the names of the server's certificate.
         identity: Who calls, and whose word is taken about the server; None for plain text.
         options: Channel arguments of gRPC.
+
+    Raises:
+        SettingsInvalid: If the environment names something as a proxy that is none.
     """
-    every = [*_OPTIONS, *options]
+    every = [*_OPTIONS, *_proxied(server, secured=identity is not None), *options]
     if identity is None:
         return grpc.aio.insecure_channel(server, options=every)
     credentials = grpc.ssl_channel_credentials(
@@ -47,4 +51,13 @@ def open_channel(server: str, identity: Identity | None = None, options: Options
 def open_unnamed(server: str, authority: Sequence[x509.Certificate], options: Options = ()) -> grpc.aio.Channel:
     """Opens a channel on which the server is known and the caller is not: where devices enroll."""
     credentials = grpc.ssl_channel_credentials(certificates.to_pem(*authority))
-    return grpc.aio.secure_channel(server, credentials, options=[*_OPTIONS, *options])
+    every = [*_OPTIONS, *_proxied(server, secured=True), *options]
+    return grpc.aio.secure_channel(server, credentials, options=every)
+
+
+def _proxied(server: str, *, secured: bool) -> Options:
+    """Returns the options for the proxy on the way; what gRPC reads by itself makes no exception for this machine."""
+    proxy = proxy_of(Address.parse(server), secured=secured)
+    if proxy is None:
+        return [("grpc.enable_http_proxy", 0)]
+    return [("grpc.enable_http_proxy", 1), ("grpc.http_proxy", proxy.url)]

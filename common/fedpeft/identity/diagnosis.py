@@ -86,7 +86,7 @@ def diagnose(server: str, trust: Trust | None) -> Fault | None:
     Returns:
         A fault, whose text is the sentence; None if a connection is made without fault, now at least.
     """
-    way = Way(server, time.monotonic() + BUDGET_S)
+    way = Way(server, time.monotonic() + BUDGET_S, secured=trust is not None)
     try:
         if trust is None:
             _plain(way)

@@ -6,17 +6,19 @@ import socket
 import ssl
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cryptography import x509
 
 from fedpeft.addresses import Address
+from fedpeft.proxies import Proxy, proxy_of
 
 STEP_S = 2.0
 """Longest that one step waits for the other side."""
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """What an HTTP/2 client says first: its preface and empty settings."""
+_LONGEST_HEADER = 16_384
 _SETTINGS = 4
 """The type of the frame that an HTTP/2 server says first."""
 
@@ -40,10 +42,12 @@ class Way:
     Attributes:
         server: HOST:PORT.
         deadline: When the search for a fault must end, on the monotonic clock.
+        secured: Whether the server is called over TLS, which decides which proxy is on the way.
     """
 
     server: str
     deadline: float
+    secured: bool = False
 
     @property
     def address(self) -> Address:
@@ -55,11 +59,34 @@ class Way:
         return max(0.05, min(STEP_S, self.deadline - time.monotonic()))
 
     def connect(self) -> socket.socket:
-        """Returns a connected socket.
+        """Returns a socket that is connected to the server, through the proxy if there is one on the way.
 
         Raises:
             Fault: If the name is not known, the port closed, or nobody answers.
         """
+        proxy = proxy_of(self.address, secured=self.secured)
+        if proxy is None:
+            return self._connect()
+        try:
+            line = replace(self, server=str(proxy.address))._connect()
+        except Fault as fault:
+            raise Fault(f"the proxy on the way to {self.server} is not reached: {fault}") from None
+        try:
+            line.settimeout(self.step_s())
+            line.sendall(proxy.request(self.server))
+            status = _status(line)
+        except (OSError, ValueError):
+            line.close()
+            raise Fault(
+                f"the proxy {proxy.address} does not answer when it is asked for {self.server}: check HTTPS_PROXY, or "
+                "name the server in NO_PROXY if it is reached directly"
+            ) from None
+        if not 200 <= status < 300:
+            line.close()
+            raise _refused_by(proxy, self.server, status)
+        return line
+
+    def _connect(self) -> socket.socket:
         host, port = self.address.host, self.address.port
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -145,3 +172,30 @@ class Way:
             f"{self.server} {what}: a firewall or proxy between may drop the connection, or the server hangs; let port "
             f"{self.address.port} through as plain TCP"
         )
+
+
+def _status(line: socket.socket) -> int:
+    """Reads a proxy's answer to the end of its header, and returns its status.
+
+    Raises:
+        ValueError: If it is not an answer of HTTP.
+    """
+    header = b""
+    while b"\r\n\r\n" not in header:
+        some = line.recv(1)  # not a byte more: the next ones are the server's
+        header += some
+        if not some or len(header) > _LONGEST_HEADER:
+            raise ValueError("no HTTP answer")
+    return int(header.split(b" ", 2)[1])
+
+
+def _refused_by(proxy: Proxy, server: str, status: int) -> Fault:
+    """Returns the fault of a proxy that makes no connection."""
+    if status == 407:
+        return Lasting(
+            f"the proxy {proxy.address} wants a user and password: HTTPS_PROXY=http://USER:PASSWORD@{proxy.address}"
+        )
+    return Fault(
+        f"the proxy {proxy.address} makes no connection to {server} (HTTP {status}): ask who runs it to let CONNECT to "
+        "that port through, or name the server in NO_PROXY if it is reached directly"
+    )
