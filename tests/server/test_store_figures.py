@@ -117,7 +117,7 @@ class TestShownRounds:
     def test_what_the_gauges_show(self, held: Database) -> None:
         assert held.standing(RUN, 3) == Standing({}, {}, Traffic(21), Traffic())
         state = replace(shown(held)[1].round, phase=Phase.COMMITTED)
-        held.commit_round(state, 1.0, {}, version_row(2), "{}", "e" * 64, {"train_loss": 0.5}, RunState.RUNNING, "")
+        held.commit_round(state, 1.0, {}, version_row(2), "{}", "e" * 64, {"train_loss": 0.5}, RunState.RUNNING, "", {})
         held.put_evaluation(RUN, 2, "judge", "test", {"accuracy": 0.5}, 2.0)
         held.put_evaluation(RUN, 0, "judge", "test", {"accuracy": 0.1}, 1.0)
         found = held.standing(RUN, 3)

@@ -85,6 +85,7 @@ class TestRounds:
                 {"train_loss": 0.1},
                 RunState.RUNNING,
                 "going on",
+                {},
             )
         row = with_run.current_round(RUN)
         assert row is not None and row.round == done
@@ -104,7 +105,7 @@ class TestRounds:
         state = opened()
         with_run.save_round(state)
         stray = replace(after_receipt(state), run="run-x")
-        arguments = (7.5, {}, version_row(1), "{}", "e" * 64, {}, RunState.RUNNING, "")
+        arguments = (7.5, {}, version_row(1), "{}", "e" * 64, {}, RunState.RUNNING, "", {})
         with pytest.raises(RunNotFound):
             with_run.commit_round(stray, *arguments)
         row = with_run.current_round(RUN)
