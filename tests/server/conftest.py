@@ -269,7 +269,7 @@ def postgres() -> Iterator[Path]:
     """Starts a PostgreSQL of its own; gives the folder of its socket."""
     for program in ("initdb", "pg_ctl"):
         if shutil.which(program) is None:
-            pytest.skip(f"{program} of PostgreSQL is not installed")
+            pytest.skip(f"{program} of PostgreSQL is not installed: apt-get install postgresql")
     pytest.importorskip("psycopg", reason="psycopg is not installed")
     root = os.geteuid() == 0
     try:

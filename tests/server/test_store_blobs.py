@@ -123,7 +123,7 @@ def test_file_and_folders_are_synced_after_the_rename(tmp_path: Path) -> None:
     """What only the kernel can testify; a power cut cannot be had in a test."""
     strace = shutil.which("strace")
     if strace is None:
-        pytest.skip("strace is not installed")
+        pytest.skip("strace is not installed: apt-get install strace")
     root, log = tmp_path / "blobs", tmp_path / "trace"
     command = [strace, "-f", "-y", "-o", str(log), "-e", "trace=rename,renameat,renameat2,fsync,fdatasync"]
     done = subprocess.run([*command, sys.executable, "-c", TRACED, str(root)], capture_output=True, timeout=60)
