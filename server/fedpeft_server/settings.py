@@ -81,7 +81,7 @@ class Settings(ProcessSettings):
         False, description="Keep every counted update after its round, so that it can be replayed."
     )
     log_format: LogFormat = Field("auto", description="auto: console on a terminal, else JSON.")
-    log_level: Level = Field("info", description="Least severity logged.")
+    log_level: Level = Field("info", description="Least severity logged; debug has a line for every call.")
 
     @property
     def certificates(self) -> Path:

@@ -130,3 +130,14 @@ async def test_a_client_that_flips_its_answer_writes_a_bounded_log(
         await client.answer(run.id, *(["no"] if number % 2 else []))
     told = [line for line in lines if line["event"] in ("run accepted", "run declined", "client registered")]
     assert len(told) == 10
+
+
+async def test_every_call_has_a_line_for_whoever_wants_details(daemon: Daemon) -> None:
+    with capture_logs() as lines:
+        run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+        (client,) = await daemon.clients("site-a")
+        await client.task()
+    said = [(line["method"], line["code"], line["caller"]) for line in lines if line["event"] == "call"]
+    assert ("/fedpeft.v1.OperatorService/CreateRun", "OK", "local") in said and run.id
+    assert ("/fedpeft.v1.FederationService/AwaitRound", "OK", "site-a") in said
+    assert all(line["log_level"] == "debug" for line in lines if line["event"] == "call")

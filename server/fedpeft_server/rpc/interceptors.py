@@ -142,6 +142,8 @@ class Gate(grpc.aio.ServerInterceptor):
         method = call.method if call.method in bounds.CALLS else "unknown"
         self._metrics.requests.labels(method, code).inc()
         self._metrics.request_seconds.labels(method).observe(seconds)
+        who = call.client or str(call.caller)
+        log.debug("call", method=method, code=code, caller=who, seconds=round(seconds, 4))
 
     async def audited(self, call: Call, error: FedpeftError, peer: str) -> None:
         """Has a refusal written into the audit log; the caller is refused whether that succeeds or not."""
