@@ -94,6 +94,10 @@ async def no_run(world: World) -> object:
     return await (await world.start()).run("run-none")
 
 
+async def no_client(world: World) -> object:
+    return await (await world.start()).operator.ReadmitClient(op.ReadmitClientRequest(client="nobody"))
+
+
 async def no_version(world: World) -> object:
     _, run, (client,) = await world.run()
     return await client.pull(run, 1)
@@ -478,6 +482,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "RUN_NOT_FOUND": no_run,
     "VERSION_NOT_FOUND": no_version,
     "TICKET_NOT_FOUND": update("ticket there is not"),
+    "CLIENT_NOT_FOUND": no_client,
     "CLIENT_MOVED": copy_left_behind,
     "CLIENT_ID_IN_USE": second_instance,
     "UPDATE_DIFFERS": another_update,
