@@ -67,6 +67,17 @@ class _Room(NamedTuple):
     free: float
 
 
+ENROLMENT_REFUSALS = (
+    "opened too fast",
+    "too many of one address",
+    "too many connections",
+    "said nothing",
+    "said too much",
+    "lived too long",
+)
+"""Why a connection to the port for enrolment is not served to its end."""
+
+
 class Metrics:
     """The metrics of one daemon, in a registry of their own. `run` is the run's id, empty for none."""
 
@@ -120,11 +131,13 @@ class Metrics:
         )
         self.enrolment_refused = Counter(
             "fedpeft_enrolment_refused",
-            "Connections to the port for enrolment that were not served to their end, by why: `opened too fast`, "
-            "`too many of one address`, `too many connections`, `said nothing`, `said too much`, `lived too long`.",
+            "Connections to the port for enrolment that were not served to their end, by why: "
+            f"{', '.join(f'`{why}`' for why in ENROLMENT_REFUSALS)}.",
             ("why",),
             registry=r,
         )
+        for why in ENROLMENT_REFUSALS:
+            self.enrolment_refused.labels(why)
         self.lines_left_out = Counter(
             "fedpeft_log_lines_left_out",
             "Log lines about calls that were not written, because there were too many about one caller's.",

@@ -14,7 +14,7 @@ def daemon() -> Dashboard:
     """Returns the dashboard."""
     what = "Whether the process is well, its disk, its certificates, its calls"
     made = board("fedpeft-daemon", "FedPEFT: daemon", what, of_runs=False)
-    for part in (_life, _disk, _process, _calls):
+    for part in (_life, _disk, _process, _calls, _bounds, _evaluation):
         part(made)
     return made
 
@@ -153,4 +153,40 @@ def _calls(to: Dashboard) -> None:
             Query(f"instance:fedpeft_grpc_requests:fault_ratio5m{{{DAEMONS}}}", "{{instance}}"),
             limit=0.01,
         )
+    )
+
+
+def _bounds(to: Dashboard) -> None:
+    to.with_row(Row("Bounds"))
+    ends = f"increase(fedpeft_enrolment_ends_total{{{DAEMONS}}}[$__rate_interval])"
+    to.with_panel(
+        lines(
+            "Enrolment refused",
+            "Connections to the port for enrolment that were not served to their end, a second, by why.",
+            units.RequestsPerSecond,
+            Query(f"sum by (why) (rate(fedpeft_enrolment_refused_total{{{DAEMONS}}}[$__rate_interval]))", "{{why}}"),
+        )
+    ).with_panel(
+        lines(
+            "Left out",
+            "Log lines that one caller had too many of, and ends of the process for enrolment.",
+            units.NoUnit,
+            Query(f"rate(fedpeft_log_lines_left_out_total{{{DAEMONS}}}[$__rate_interval])", "{{instance}} lines/s"),
+            Query(ends, "{{instance}} enrolment ended"),
+        )
+    )
+
+
+def _evaluation(to: Dashboard) -> None:
+    to.with_row(Row("Evaluation"))
+    failed = f"increase(fedpeft_evaluations_failed_total{{{DAEMONS}}}[$__rate_interval])"
+    to.with_panel(
+        lines(
+            "Backlog",
+            "Versions still to be scored, of each run, by the evaluator that has most left.",
+            units.NoUnit,
+            Query(f"fedpeft_evaluation_backlog{{{DAEMONS}}}", "{{run}}"),
+        )
+    ).with_panel(
+        lines("Not scored", "Versions that an evaluator could not score.", units.NoUnit, Query(failed, "{{run}}"))
     )
