@@ -13,6 +13,9 @@ import structlog
 _WARNING = re.compile(r"^.*?:\d+: (?=\w*: )")
 """File and line before a warning's class and text."""
 
+_OF_A_CLOSED_LOOP = "PollerCompletionQueue._handle_events"
+"""gRPC's callback in an event loop that is closed, or that another loop's events woke: nothing is left to do there."""
+
 Log = structlog.typing.FilteringBoundLogger
 LogFormat = Literal["auto", "console", "json"]
 Level = Literal["debug", "info", "warning", "error"]
@@ -54,6 +57,8 @@ class _Forward(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
         text = record.getMessage()
+        if record.name == "asyncio" and _OF_A_CLOSED_LOOP in text:
+            return
         if record.name == "py.warnings":
             text = _WARNING.sub("", text).split("\n", 1)[0]  # where in which library is of no use here
         structlog.get_logger().log(record.levelno, text, library=record.name, exc_info=record.exc_info)

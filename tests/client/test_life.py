@@ -224,7 +224,7 @@ async def test_late_update_grows_the_residual_and_the_next_update(
 def test_unreachable_server_ends_a_dry_run_with_code_3(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fedpeft_client.dry_run.CALL_S", 0.5)
+    monkeypatch.setattr("fedpeft_client.dry_run.FIRST_ANSWER_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     flags = ["--server", f"127.0.0.1:{port}", "--name", "site-a", "--data", str(data), "--dry-run"]

@@ -121,6 +121,6 @@ def test_of_two_processes_on_copies_of_one_state_the_older_ends(federation: Fede
     ]
     younger = federation._start("fedpeft_client", "copy", *where, *what)
     assert older.process.wait(150) == 1
-    assert "do not copy a state directory" in older.log.read_text().splitlines()[-1]
+    assert "as happens on a copy of a state directory" in older.log.read_text().splitlines()[-1]
     federation.clients = [younger]
     federation.finish(federation.create())

@@ -326,7 +326,7 @@ async def test_a_server_of_another_federation_is_named(secured: Federation, tmp_
 async def test_plain_text_to_a_server_with_tls_says_what_is_needed(secured: Federation, tmp_path: Path) -> None:
     done = await ended(tmp_path, "--server", secured.address, "run", "list")
     assert done.code == 3 and "speaks TLS and this side has no certificate: ask its operator" in done.err
-    assert "or name the folder with its identity by --identity" in done.err
+    assert "or name the folder of its identity with --identity" in done.err
 
 
 # Which identity is used
