@@ -72,13 +72,15 @@ async def test_slow_uploads_give_way_and_go_on_where_they_stood(
     over = from_rpc_error(caught.value)
     assert (caught.value.code(), over.reason, over.retry_s) == (grpc.StatusCode.ABORTED, "TURN_OVER", 0.0)
     monkeypatch.setattr(turns, "TURN_S", 60.0)
-    given_up = next(s for s, p in zip(slow, pushes, strict=True) if p.done())
-    held = (await given_up.client.upload(given_up.ticket, given_up.manifest.sha256)).committed_bytes
-    assert 0 < held < len(given_up.data)
-    await Trickle(given_up.client, given_up.ticket, held, pause_s=0.0).push()
-    for other in slow:
-        other.pause_s = 0.0
+    for each in slow:
+        each.pause_s = 0.0
     await asyncio.wait(pushes)
+    gave_way = [s for s, p in zip(slow, pushes, strict=True) if p.exception()]  # both, where their turns end at once
+    assert gave_way
+    for each in gave_way:
+        held = (await each.client.upload(each.ticket, each.manifest.sha256)).committed_bytes
+        assert 0 < held < len(each.data)
+        await Trickle(each.client, each.ticket, held, pause_s=0.0).push()
     done = await daemon.until(run.id, lambda r: r.version == 1)
     assert done.state == run_pb2.RUN_STATE_COMPLETED
 
