@@ -62,7 +62,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Update:
-    """A received update: `payload` holds the bytes that `manifest` describes; `metrics` are the client's figures."""
+    """A received update: `payload` holds the bytes that `manifest` describes; `metrics` are the client's figures.
+
+    `measured` is its norm, if that was computed before; a fold then need not read the payload twice.
+    """
 
     ticket: str
     client: str
@@ -70,10 +73,13 @@ class Update:
     metrics: Mapping[str, float]
     manifest: Manifest
     payload: memoryview
+    measured: float | None = None
 
     @cached_property
     def norm(self) -> float:
         """The Euclidean norm of the decoded update."""
+        if self.measured is not None:
+            return self.measured
         return math.sqrt(squared_norm(self.manifest, self.payload, releaser(self.payload)))
 
 

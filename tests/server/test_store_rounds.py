@@ -46,7 +46,7 @@ class TestRounds:
         first.close()
         second = Database.open(url)
         received = after_receipt(state)
-        second.receive(received, update_row(state.tickets[0].id))
+        second.receive(received, [update_row(state.tickets[0].id)])
         row = second.current_round(RUN)
         assert row is not None and row.round == received
         second.close()
@@ -56,8 +56,8 @@ class TestRounds:
         client, ticket = state.tickets[0].client, state.tickets[0].id
         with_run.see_client(client, "0" * 32, "trainer", b"", 1.0)
         state = after_receipt(state)
-        with_run.receive(state, update_row(ticket))
-        with_run.receive(state, update_row(ticket, at=99.0))
+        with_run.receive(state, [update_row(ticket)])
+        with_run.receive(state, [update_row(ticket, at=99.0)])
         row = with_run.current_round(RUN)
         assert row is not None
         assert row.updates == {ticket: update_row(ticket)}
@@ -70,7 +70,7 @@ class TestRounds:
         for position in range(3):
             ticket = state.tickets[position].id
             state = after_receipt(state, position)
-            with_run.receive(state, update_row(ticket))
+            with_run.receive(state, [update_row(ticket)])
         assert state.phase is Phase.AGGREGATING
         weights = {t.id: 1 / 3 for t in state.tickets}
         done = advance(state, Aggregated(), CONFIG.rounds, 1002.0)[0]
@@ -118,8 +118,8 @@ class TestRounds:
         with_run.save_round(state)
         broken = update_row(state.tickets[0].id)
         with pytest.raises((StateInvalid, TypeError)):
-            with_run.receive(received, replace(broken, metrics={"loss": object()}))
-        with_run.receive(received, broken)
+            with_run.receive(received, [replace(broken, metrics={"loss": object()})])
+        with_run.receive(received, [broken])
         row = with_run.current_round(RUN)
         assert row is not None and row.round == received
 
@@ -132,7 +132,7 @@ def test_a_receipt_writes_the_tickets_that_changed_and_no_others(sqlite_url: str
     raw = database.transactions.engine.raw_connection().driver_connection
     assert isinstance(raw, sqlite3.Connection)
     before = raw.total_changes
-    database.receive(after_receipt(state), update_row(state.tickets[0].id))
+    database.receive(after_receipt(state), [update_row(state.tickets[0].id)])
     assert raw.total_changes - before == 3, "the ticket, the update, and the bytes of its client"
     database.close()
 
@@ -149,7 +149,7 @@ state, _ = advance(Round(sys.argv[2], 1), Waiting(frozenset(f"client-{i:03}" for
 database.save_round(state)
 for ticket in state.tickets:
     state, _ = advance(state, Received(ticket.id), config, 2.0)
-    database.receive(state, UpdateRow(ticket.id, 1, 1.0, {}, Manifest((), 0, bytes(32)), 2.0))
+    database.receive(state, [UpdateRow(ticket.id, 1, 1.0, {}, Manifest((), 0, bytes(32)), 2.0)])
     print(ticket.id, flush=True)
 """
 

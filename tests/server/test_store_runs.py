@@ -52,7 +52,7 @@ class TestRuns:
         with_run.create_run(run_row("run-2"), version_row(0, "run-2"))
         for run in (RUN, "run-2"):
             state = opened(run=run)
-            with_run.receive(after_receipt(state), update_row(state.tickets[0].id))
+            with_run.receive(after_receipt(state), [update_row(state.tickets[0].id)])
             with_run.add_traffic({(run, 1, "client-00000"): Traffic(1, 2, 3, 4)})
             with_run.put_evaluation(run, 0, "judge", "test", {"accuracy": 0.5}, 1.0)
         with_run.delete_run(RUN)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fedpeft.audit import Detail
 from fedpeft.rounds import Round, Ticket
 from fedpeft_server.store.rows import Deed, UpdateRow
@@ -22,6 +24,11 @@ def received(current: Round, client: str, update: UpdateRow, by: str) -> Deed:
             "payload_sha256": update.manifest.sha256.hex(),
         },
     )
+
+
+def excluded(current: Round, why: Mapping[str, str], by: str) -> list[Deed]:
+    """Says of updates that they are not folded; `why` is by ticket."""
+    return [of_ticket(current, t, "update.excluded", why[t.id], by) for t in current.tickets if t.id in why]
 
 
 def of_ticket(current: Round, ticket: Ticket, action: str, reason: str, by: str) -> Deed:

@@ -17,14 +17,15 @@ import structlog
 
 from fedpeft import conduct, rounds, screening, tracing
 from fedpeft.audit import Detail
-from fedpeft.errors import DiskFull, FedpeftError, RoundClosed, RunFinished, TicketNotFound, VersionNotFound
+from fedpeft.errors import DiskFull, FedpeftError, RunFinished, TicketNotFound, VersionNotFound
 from fedpeft.rounds import Phase, Round, TicketState
 from fedpeft.versions import RoundEmptied
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.rounds import deeds, gauges
+from fedpeft_server.rounds import deeds, gauges, receipts
 from fedpeft_server.rounds.aggregation import Result, aggregate, go_back
 from fedpeft_server.rounds.answers import Answers
 from fedpeft_server.rounds.lobby import Lobby
+from fedpeft_server.rounds.receipts import Receipt
 from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.store.rows import Deed, RunRow, RunState, UpdateRow
 from fedpeft_server.store.store import Store
@@ -81,6 +82,7 @@ class RunEngine:
         self._background = background
         self._changed = changed
         self._lock = asyncio.Lock()
+        self._waiting: list[Receipt] = []
         self._timer: asyncio.TimerHandle | None = None
         self._folding: asyncio.Task[None] | None = None
         self.steps = Steps()
@@ -134,27 +136,39 @@ class RunEngine:
             await self._advance(rounds.Waiting(clients, poor))
 
     @unbroken
-    async def receive(self, ticket: str, update: UpdateRow, by: str) -> UpdateRow:
+    async def receive(self, update: UpdateRow, by: str) -> UpdateRow:
         """Counts a durable update that `by` sent; one that was counted before is returned as it was then.
 
         Raises:
             RoundClosed: If the round takes nothing more, or the run was stopped.
             TicketClosed: If the ticket was withdrawn or refused.
         """
+        receipt = Receipt(update, by)
+        self._waiting.append(receipt)
         async with self._lock:
-            held = next((t for t in self.round.tickets if t.id == ticket), None)
-            if held is None or held.state is TicketState.RECEIVED:
-                counted = await self._store.call(self._store.db.update, ticket)
-                if counted is None:
-                    raise RoundClosed(f"the round of ticket {ticket} has closed; keep the update for the next round")
-                return counted
-            new, effects = rounds.advance(self.round, rounds.Received(ticket), self.run.config.rounds, time.time())
-            client = self.round.ticket(ticket).client
-            await self._write(self._store.db.receive, new, update, deeds=(deeds.received(new, client, update, by),))
-            self._metrics.received(self.run.id, update.norm, update.metrics)
-            self._log.info("update received", round=new.number, client=client, examples=update.examples)
-            self._enter(new, effects)
-        return update
+            if not receipt.counted.done():
+                waiting, self._waiting = self._waiting, []
+                await self._receive(waiting)
+        return receipt.counted.result()
+
+    async def _receive(self, waiting: Sequence[Receipt]) -> None:
+        """Counts updates in one transaction, and gives each its receipt or its error."""
+        try:
+            batch = receipts.batch(self.round, waiting, self.run.config.rounds, time.time())
+            if batch.new:
+                updates = [receipt.update for receipt in batch.new]
+                await self._write(self._store.db.receive, batch.round, updates, deeds=batch.deeds())
+                for update in updates:
+                    client = batch.round.ticket(update.ticket).client
+                    self._metrics.received(self.run.id, update.norm, update.metrics)
+                    self._log.info("update received", round=batch.round.number, client=client, examples=update.examples)
+                self._enter(batch.round, batch.effects)
+            await batch.settle(self._store)
+        except Exception as error:
+            receipts.fail(waiting, error)
+        except BaseException:
+            receipts.fail(waiting, None)
+            raise
 
     @unbroken
     async def refuse(self, ticket: rounds.Ticket, error: FedpeftError, by: str) -> None:
@@ -352,15 +366,11 @@ class RunEngine:
 
     async def _fold_round(self, folding: Round) -> Result:
         db = self._store.db
-        row = await self._store.call(db.current_round, self.run.id)
-        base = await self._store.call(db.version, self.run.id, folding.base_version)
-        # That of the round before, not the newest: this round's may be there, if its commit was made and not answered.
-        previous = await self._store.call(db.record_sha256, self.run.id, folding.number - 1)
-        received = row.updates if row else {}
         earlier = screening.comparable(self.run.spec, folding.number)
-        norms = await self._store.call(db.norms, self.run.id, earlier)
-        past = [screening.median(norms.get(number, ())) for number in earlier]
-        return await self._store.compute(aggregate, self.run, folding, received, base, previous, past, self._store)
+        found = await self._store.call(db.to_fold, self.run.id, folding.number, folding.base_version, earlier)
+        past = [screening.median(found.norms.get(number, ())) for number in earlier]
+        facts = found.updates, found.base, found.previous_sha256, past
+        return await self._store.compute(aggregate, self.run, folding, *facts, self._store)
 
     def _fresh_aside(self, conducts: Mapping[str, conduct.Conduct]) -> list[str]:
         """Returns those of some clients that are to be set aside and were not before."""
@@ -374,16 +384,9 @@ class RunEngine:
             new, _ = rounds.advance(self.round, rounds.Excluded(excluded), config, time.time())
             if new is self.round:
                 return
-            await self._write(self._store.db.save_round, new, deeds=self._excluding(excluded))
+            await self._write(self._store.db.save_round, new, deeds=deeds.excluded(self.round, excluded, SERVER))
             self._say_excluded(excluded)
             self._enter(new, ())
-
-    def _excluding(self, excluded: Mapping[str, str]) -> list[Deed]:
-        """Returns what the audit log says of updates that are not folded."""
-        tickets = (ticket for ticket in self.round.tickets if ticket.id in excluded)
-        return [
-            deeds.of_ticket(self.round, ticket, "update.excluded", excluded[ticket.id], SERVER) for ticket in tickets
-        ]
 
     def _say_excluded(self, excluded: Mapping[str, str]) -> None:
         self._metrics.updates.labels(self.run.id, "excluded").inc(len(excluded))
@@ -400,14 +403,13 @@ class RunEngine:
         done, _ = rounds.advance(screened, rounds.Aggregated(), config, now)
         conducts = conduct.settled(done, config, partial(self._answers.conduct, self.run.id))
         aside = self._fresh_aside(conducts)
-        excluding = self._excluding(outcome.excluded)
         committed: dict[str, Detail] = {
             "round": done.number,
             "updates": len(outcome.weights),
             "record_sha256": outcome.record_sha256,
         }
         written = (
-            *excluding,
+            *deeds.excluded(self.round, outcome.excluded, SERVER),
             Deed(SERVER, "round.committed", self.run.id, committed),
             *(Deed(SERVER, "client.set_aside", self.run.id, {"client": client}) for client in aside),
         )

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
-from fedpeft_server.store.open_file import OpenFile
+from fedpeft_server.store.open_file import LateFile
 from fedpeft_server.store.store import Store
 
 CHUNKS = 16
@@ -27,7 +27,7 @@ class ChunkCache:
         self._store = store
         self._readings: OrderedDict[tuple[bytes, int, int], _Reading] = OrderedDict()
 
-    async def get(self, sha256: bytes, file: OpenFile, offset: int, length: int) -> pb.PullAdapterResponse:
+    async def get(self, sha256: bytes, file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:
         """Returns the chunk of `length` bytes at `offset` of the payload with a digest, which `file` holds."""
         key = (sha256, offset, length)
         while True:
@@ -48,5 +48,5 @@ class ChunkCache:
                     raise
 
 
-def _read(file: OpenFile, offset: int, length: int) -> pb.PullAdapterResponse:
+def _read(file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:
     return pb.PullAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=file.read(offset, length)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import AsyncIterator, Collection
+from functools import partial
 
 from fedpeft import PROTOCOL, __version__, figures, seeds, tracing
 from fedpeft.errors import (
@@ -28,7 +29,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.v1 import run_pb2
 from fedpeft.waits import HOLD_S
-from fedpeft.wire import manifest_to_proto, training_to_proto
+from fedpeft.wire import training_to_proto
 from fedpeft_server.call import CALL, actor
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.engine import RunEngine
@@ -42,7 +43,8 @@ from fedpeft_server.rpc.interceptors import Context
 from fedpeft_server.rpc.messages import ROLES, RUN_STATES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.rpc.uploads import Uploads
-from fedpeft_server.store.rows import AnswerRow, FailedEvaluation, UpdateRow
+from fedpeft_server.store.outbound import Encoded
+from fedpeft_server.store.rows import AnswerRow, FailedEvaluation, RunRow, UpdateRow
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import Ledger
 
@@ -164,23 +166,22 @@ class Federation(pb_grpc.FederationServiceServicer):
         training = self._callers.role(client) == "trainer"
         number = request.version + 1 if training else request.version
         self._ledger.assign(engine.run.id, number, client, training=training)
-        row = await self._store.call(self._store.db.version, engine.run.id, request.version)
-        outbound, stored = self._store.outbound, (engine.run, row, version_key(engine.run.id, request.version))
-        manifest = outbound.known(engine.run.id, request.version)
-        if manifest is None:
-            manifest = await self._store.compute(outbound.manifest, *stored)
-        size = manifest.payload_bytes
+        encoded = await self._encoded(engine.run, request.version)
+        manifest, size = encoded.manifest, encoded.manifest.payload_bytes
         if request.offset > size:
             text = f"is {request.offset}; the payload has {size} bytes"
             raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
         held = request.have_sha256 == manifest.sha256
-        described = manifest_to_proto(manifest)
-        yield pb.PullAdapterResponse(header=pb.PullHeader(version=request.version, manifest=described, up_to_date=held))
+        header = pb.PullHeader(version=request.version, manifest=encoded.described, up_to_date=held)
+        yield pb.PullAdapterResponse(header=header)
         if held:
             return
         if request.offset:
             await self._ledger.resumed(self._store, request.offset)
-        async with self._downloads.take(client) as turn, self._store.opened(outbound.open, *stored) as file:
+        opening = partial(
+            self._store.outbound.open, engine.run, encoded.row, version_key(engine.run.id, request.version)
+        )
+        async with self._downloads.take(client) as turn, self._store.opened_late(opening) as file:
             CALL.get().turn = turn
             for offset, length in chunks(request.offset, size):
                 if offset > request.offset:
@@ -188,6 +189,14 @@ class Federation(pb_grpc.FederationServiceServicer):
                 yield await self._chunks.get(manifest.sha256, file, offset, length)
                 # Only now: were it booked before, a payload could be in the database whose message was never sent.
                 self._ledger.payload("down", engine.run.config.codec.down, length)
+
+    async def _encoded(self, run: RunRow, version: int) -> Encoded:
+        """Returns a version as it goes to clients; its row never changes, so one that is encoded needs no look."""
+        known = self._store.outbound.known(run.id, version)
+        if known:
+            return known
+        row = await self._store.call(self._store.db.version, run.id, version)
+        return await self._store.compute(self._store.outbound.encoded, run, row, version_key(run.id, version))
 
     async def PushUpdate(
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest], context: Context

@@ -178,7 +178,7 @@ class Uploads:
         async with self._creations.take(key):
             writer = await self._arrivals.take(key, manifest, context)
             try:
-                await asyncio.shield(self._steps.begin(self._finish(writer)))
+                await asyncio.shield(self._steps.begin(self._store.compute(_finish, writer)))
             except PayloadInvalid as error:
                 raise error.within("header.manifest") from None
 
@@ -187,10 +187,9 @@ class Uploads:
     ) -> UpdateRow:
         """Checks a whole upload, makes it durable and counts it."""
         async with _refusing(engine, ticket):
-            await self._finish(writer)
-            update = await self._store.compute(self._describe, header, writer.manifest)
+            update = await self._store.compute(self._taken_in, header, writer)
         try:
-            return await engine.receive(ticket.id, update, actor())
+            return await engine.receive(update, actor())
         except (RoundClosed, TicketClosed):
             await self._store.compute(self._store.spool.remove, ticket.id)  # its round will not do it any more
             raise
@@ -245,9 +244,6 @@ class Uploads:
         if error and not isinstance(error, FedpeftError):
             log.error("an update could not be concluded", ticket=ticket, exc_info=error)
 
-    async def _finish(self, writer: SpoolWriter) -> None:
-        await self._store.compute(_finished, writer)
-
     def _admit(self, engine: RunEngine, ticket: Ticket) -> None:
         if ticket.state is TicketState.REFUSED and ticket.reason.startswith(UpdateExcluded.reason):
             raise UpdateExcluded(f"the update of ticket {ticket.id} was not folded: {ticket.reason.partition(': ')[2]}")
@@ -286,17 +282,19 @@ class Uploads:
             raise error.within("header") from None
         return manifest
 
-    def _describe(self, header: pb.UpdateHeader, manifest: Manifest) -> UpdateRow:
+    def _taken_in(self, header: pb.UpdateHeader, writer: SpoolWriter) -> UpdateRow:
+        """Checks a whole upload and makes it durable; returns what is to be counted."""
+        _finish(writer)
         with self._store.spool.open(header.ticket) as data:
-            norm = math.sqrt(folding.squared_norm(manifest, data, releaser(data)))
-        return UpdateRow(header.ticket, header.examples, norm, dict(header.metrics), manifest, time.time())
+            norm = math.sqrt(folding.squared_norm(writer.manifest, data, releaser(data)))
+        return UpdateRow(header.ticket, header.examples, norm, dict(header.metrics), writer.manifest, time.time())
 
 
 def _differs(ticket: Ticket) -> UpdateDiffers:
     return UpdateDiffers(f"another update was already received for {ticket.id}; that one counts")
 
 
-def _finished(writer: SpoolWriter) -> None:
+def _finish(writer: SpoolWriter) -> None:
     with writer:
         writer.finish()
 

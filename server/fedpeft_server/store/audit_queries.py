@@ -10,10 +10,12 @@ from sqlalchemy import Connection, Row, insert, select
 from fedpeft.audit import AuditEntry
 from fedpeft_server.store import tables
 
+_INSERT = insert(tables.audit)
+
 
 def insert_entry(connection: Connection, entry: AuditEntry) -> None:
     """Adds an entry; the number of one that is there already is refused by the database."""
-    connection.execute(insert(tables.audit).values(asdict(entry)))
+    connection.execute(_INSERT, asdict(entry))
 
 
 def select_last(connection: Connection) -> AuditEntry | None:

@@ -12,6 +12,8 @@ from fedpeft_server.store.collation import bytewise
 from fedpeft_server.store.rows import ClientRow
 from fedpeft_server.store.upsert import upsert
 
+_CLIENT = select(tables.clients).where(tables.clients.c.id == bindparam("of_client"))
+
 
 def put_client(
     connection: Connection, client: str, instance: str, role: str, capabilities: bytes, at: float, process: str
@@ -39,7 +41,7 @@ def touch(connection: Connection, seen: Mapping[str, float]) -> None:
 
 def select_client(connection: Connection, client: str) -> ClientRow | None:
     """Returns a client by id."""
-    row = connection.execute(select(tables.clients).where(tables.clients.c.id == client)).one_or_none()
+    row = connection.execute(_CLIENT, {"of_client": client}).one_or_none()
     return None if row is None else _client(row)
 
 

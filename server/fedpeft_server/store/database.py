@@ -39,6 +39,7 @@ from fedpeft_server.store.rows import (
     RunState,
     Standing,
     TicketRow,
+    ToFold,
     Traffic,
     UpdateRow,
     VersionRow,
@@ -171,18 +172,22 @@ class Database:
         with self._writing(state, traffic, deeds) as connection:
             run_queries.update_run(connection, state.run, run_state, reason)
 
-    def receive(self, state: Round, update: UpdateRow, traffic: Bytes = NONE, deeds: Deeds = ()) -> None:
-        """Writes a round, its tickets, and what was received for one of them; a second update of a ticket is ignored.
+    def receive(self, state: Round, updates: Sequence[UpdateRow], traffic: Bytes = NONE, deeds: Deeds = ()) -> None:
+        """Writes a round, its tickets, and what was received for some; a second update of a ticket is ignored.
 
-        Its client is counted the bytes of the payload at least.
+        Their clients are counted the bytes of the payloads at least.
 
         Raises:
             RunNotFound: If its run does not exist.
         """
+        received = {state.ticket(update.ticket).client: update for update in updates}
+        least = {
+            (state.run, state.number, client): Traffic(payload_up=update.manifest.payload_bytes)
+            for client, update in received.items()
+        }
         with self._writing(state, traffic, deeds) as connection:
-            round_queries.put_update(connection, update)
-            key = (state.run, state.number, state.ticket(update.ticket).client)
-            round_queries.count_at_least(connection, {key: Traffic(payload_up=update.manifest.payload_bytes)})
+            round_queries.put_updates(connection, received)
+            round_queries.count_at_least(connection, least)
 
     def commit_round(
         self,
@@ -284,10 +289,20 @@ class Database:
         with self._reading() as connection:
             return round_queries.select_update(connection, ticket_id)
 
-    def norms(self, run_id: str, numbers: Sequence[int]) -> dict[int, list[float]]:
-        """Returns the norms of the updates that count in some rounds, by round number."""
+    def to_fold(self, run_id: str, number: int, base: int, earlier: Sequence[int]) -> ToFold:
+        """Returns what round `number` is folded from, and the norms of the `earlier` ones.
+
+        Raises:
+            RunNotFound: If there is no such run.
+            VersionNotFound: If the run has no version `base`.
+        """
         with self._reading() as connection:
-            return round_queries.select_norms(connection, run_id, numbers)
+            row = round_queries.select_current(connection, run_id)
+            version = run_queries.select_version(connection, run_id, base)
+            # That of the round before, not the newest: this one's may be there, if its commit was made, not answered.
+            previous = round_queries.select_record_sha256(connection, run_id, number - 1)
+            norms = round_queries.select_norms(connection, run_id, earlier)
+        return ToFold(row.updates if row else {}, version, previous, norms)
 
     def record_sha256(self, run_id: str, number: int) -> str:
         """Returns the digest of the record of a round, hexadecimal, or "" if there is none."""
@@ -302,7 +317,7 @@ class Database:
             with self._transaction(*deeds) as connection:
                 same = before is not None and before.number == state.number
                 round_queries.put_round(connection, state, before if same else None)
-                round_queries.add_traffic(connection, traffic)
+                round_queries.add_traffic(connection, traffic, known=(state.run,))
                 yield connection
         except BaseException:
             self._written.pop(state.run, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
@@ -44,3 +45,43 @@ class OpenFile:
         """Closes it, once nobody is in the middle of a read."""
         with self._lock:
             self._file.close()
+
+
+class LateFile:
+    """A file that is opened with the first read of it, and so never where another reader's bytes serve.
+
+    Args:
+        opening: Opens it.
+    """
+
+    def __init__(self, opening: Callable[[], OpenFile]) -> None:
+        self._opening = opening
+        self._lock = threading.Lock()
+        self._file: OpenFile | None = None
+        self._used = self._left = False
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Returns so many bytes, less at the end of the file; belongs in a thread.
+
+        Raises:
+            ValueError: If it was left or closed.
+        """
+        self._used = True  # before the next line: then either this raises, or `leave` asks for `close`
+        if self._left:
+            raise ValueError("the file was left")
+        with self._lock:
+            if self._file is None:
+                self._file = self._opening()
+            file = self._file
+        return file.read(offset, length)
+
+    def leave(self) -> bool:
+        """Takes no more reads; waits for nothing. Returns whether `close` is to follow."""
+        self._left = True
+        return self._used
+
+    def close(self) -> None:
+        """Closes it, once nobody is in the middle of a read; belongs in a thread."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()

@@ -9,12 +9,15 @@ import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
 from fedpeft import adapter_file, payload
 from fedpeft.payload import Entry, Manifest
 from fedpeft.spec import AdapterSpec
+from fedpeft.v1 import tensor_pb2
+from fedpeft.wire import manifest_to_proto
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.open_file import OpenFile
 from fedpeft_server.store.rows import RunRow, VersionRow
@@ -26,13 +29,22 @@ OWN_BYTES = 2 * 1024**3
 """Most bytes of files that were made for them; the newest one may be larger."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Encoded:
-    """An encoded version: its payload is the file `path`; where that is None, the blob itself from byte `start` on."""
+    """An encoded version: its payload is the file `path`; where that is None, the blob itself from byte `start` on.
 
+    `row` is the version's.
+    """
+
+    row: VersionRow
     manifest: Manifest
     path: Path | None = None
     start: int = 0
+
+    @cached_property
+    def described(self) -> tensor_pb2.Manifest:
+        """The manifest as it is sent; not to be changed."""
+        return manifest_to_proto(self.manifest)
 
 
 class Outbound:
@@ -47,22 +59,21 @@ class Outbound:
         for leftover in folder.iterdir():
             leftover.unlink()
 
-    def known(self, run_id: str, version: int) -> Manifest | None:
-        """Returns what a version holds if it is encoded; looks at no file and waits for nothing."""
-        encoded = self._encoded.get((run_id, version))
-        return encoded.manifest if encoded else None
+    def known(self, run_id: str, version: int) -> Encoded | None:
+        """Returns a version if it is encoded; looks at no file and waits for nothing."""
+        return self._encoded.get((run_id, version))
 
-    def manifest(self, run: RunRow, version: VersionRow, key: str) -> Manifest:
-        """Returns what a version in the run's `codec.down` holds; encodes it on first use.
+    def encoded(self, run: RunRow, version: VersionRow, key: str) -> Encoded:
+        """Returns a version in the run's `codec.down`; encodes it on first use.
 
         Raises:
             BlobCorrupt: If the stored version is missing or does not have its digest.
         """
         with self._lock:
-            return self._get(run, version, key).manifest
+            return self._get(run, version, key)
 
     def open(self, run: RunRow, version: VersionRow, key: str) -> OpenFile:
-        """Opens the payload that `manifest` describes; else as that."""
+        """Opens the payload of what `encoded` returns; raises as that."""
         with self._lock:
             encoded = self._get(run, version, key)
             if encoded.path is not None:
@@ -104,17 +115,17 @@ class Outbound:
             adapter_file.open_adapter(stored_at, version.sha256) as stored,
         ):
             if encoding == "float32":
-                return _in_place(stored_at, run.spec)
+                return _in_place(stored_at, version, run.spec)
             path = self._folder / f"{run.id}-{version.version:06}.{encoding}"
             try:
                 with path.open("wb") as file:
-                    return Encoded(payload.write(file, stored, run.spec.shared, encoding), path)
+                    return Encoded(version, payload.write(file, stored, run.spec.shared, encoding), path)
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise
 
 
-def _in_place(path: Path, spec: AdapterSpec) -> Encoded:
+def _in_place(path: Path, version: VersionRow, spec: AdapterSpec) -> Encoded:
     """Describes the data of an adapter file, which were written tensor after tensor in the spec's order."""
     sizes = [4 * tensor.size for tensor in spec.shared]
     offsets = [0, *accumulate(sizes)]
@@ -126,7 +137,7 @@ def _in_place(path: Path, spec: AdapterSpec) -> Encoded:
         Entry(tensor.name, tensor.shape, "float32", offset, size)
         for tensor, offset, size in zip(spec.shared, offsets, sizes, strict=False)
     )
-    return Encoded(Manifest(entries, offsets[-1], digest), None, start)
+    return Encoded(version, Manifest(entries, offsets[-1], digest), None, start)
 
 
 def _remove(encoded: Encoded) -> None:

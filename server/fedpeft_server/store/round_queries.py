@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, insert, select, update
@@ -18,6 +18,23 @@ _ROUND_COLUMNS = ("phase", "opened_at", "deadline", "extensions", "stopped")
 _TICKET_COLUMNS = ("state", "reason", "generation")
 _IDS = 500
 """Most values of one IN (...)."""
+
+# Statements of every receipt are built once: that takes several times as long as SQLite takes to execute them.
+_HAVE_UPDATES = select(tables.updates.c.ticket).where(tables.updates.c.ticket.in_(bindparam("ids", expanding=True)))
+_INSERT_UPDATE = insert(tables.updates)
+_OF_CLIENT = update(tables.clients).where(tables.clients.c.id == bindparam("client"))
+_COUNT = _OF_CLIENT.values(updates=tables.clients.c.updates + 1)
+_UNCOUNT = _OF_CLIENT.values(updates=tables.clients.c.updates - 1)
+_TRAFFIC_KEY = {name: tables.traffic.c[name] for name in ("run", "number", "client")}
+_TRAFFIC_BYTES = ("wire_up", "wire_down", "payload_up", "payload_down")
+_COUNTED = select(*(tables.traffic.c[name] for name in _TRAFFIC_BYTES)).where(
+    *(column == bindparam(f"of_{name}") for name, column in _TRAFFIC_KEY.items())
+)
+_UPDATE = select(tables.tickets.c.id, tables.updates).join(
+    tables.updates, tables.updates.c.ticket == tables.tickets.c.id
+)
+_UPDATE_OF_TICKET = _UPDATE.where(tables.tickets.c.id == bindparam("of_ticket"))
+_WEIGH = update(tables.tickets).where(tables.tickets.c.id == bindparam("ticket")).values(weight=bindparam("share"))
 
 
 def put_round(connection: Connection, state: Round, before: Round | None) -> None:
@@ -42,31 +59,24 @@ def put_round(connection: Connection, state: Round, before: Round | None) -> Non
     _uncount(connection, [row["client"] for row in changed if row["id"] in received])
 
 
-def put_update(connection: Connection, received: UpdateRow) -> None:
-    """Writes what was received for a ticket, and counts it for its client; a repetition changes nothing."""
-    if select_update(connection, received.ticket) is not None:
-        return
-    row = {
-        "ticket": received.ticket,
-        "examples": received.examples,
-        "norm": received.norm,
-        "metrics": dict(received.metrics),
-        "layout": stored.dump_layout(received.manifest),
-        "payload_sha256": received.manifest.sha256.hex(),
-        "received_at": received.received_at,
+def put_updates(connection: Connection, received: Mapping[str, UpdateRow]) -> None:
+    """Writes what was received of clients, and counts it for them; a repetition changes nothing."""
+    ids = [update.ticket for update in received.values()]
+    there = {
+        ticket
+        for start in range(0, len(ids), _IDS)
+        for ticket in connection.execute(_HAVE_UPDATES, {"ids": ids[start : start + _IDS]}).scalars()
     }
-    connection.execute(insert(tables.updates).values(row))
-    client = select(tables.tickets.c.client).where(tables.tickets.c.id == received.ticket).scalar_subquery()
-    counted = {"updates": tables.clients.c.updates + 1}
-    connection.execute(update(tables.clients).where(tables.clients.c.id == client).values(counted))
+    new = {client: update for client, update in received.items() if update.ticket not in there}
+    if new:
+        connection.execute(_INSERT_UPDATE, [_update_row(update) for update in new.values()])
+        connection.execute(_COUNT, [{"client": client} for client in new])
 
 
 def _uncount(connection: Connection, clients: Sequence[str]) -> None:
     """Takes one update back from what was counted for some clients."""
     if clients:
-        one_less = update(tables.clients).where(tables.clients.c.id == bindparam("client"))
-        statement = one_less.values(updates=tables.clients.c.updates - 1)
-        connection.execute(statement, [{"client": client} for client in clients])
+        connection.execute(_UNCOUNT, [{"client": client} for client in clients])
 
 
 def select_norms(connection: Connection, run: str, numbers: Sequence[int]) -> dict[int, list[float]]:
@@ -94,9 +104,7 @@ def put_result(
     facts = {"committed_at": committed_at, "record": record, "record_sha256": record_sha256, "metrics": dict(metrics)}
     connection.execute(update(table).where(table.c.run == state.run, table.c.number == state.number).values(facts))
     if weights:
-        by_id = update(tables.tickets).where(tables.tickets.c.id == bindparam("ticket"))
-        rows = [{"ticket": ticket, "share": share} for ticket, share in weights.items()]
-        connection.execute(by_id.values(weight=bindparam("share")), rows)
+        connection.execute(_WEIGH, [{"ticket": ticket, "share": share} for ticket, share in weights.items()])
 
 
 def select_current(connection: Connection, run: str) -> RoundRow | None:
@@ -130,8 +138,7 @@ def select_ticket(connection: Connection, ticket: str) -> TicketRow:
 
 def select_update(connection: Connection, ticket: str) -> UpdateRow | None:
     """Returns what was received for a ticket, or None."""
-    t, u = tables.tickets, tables.updates
-    row = connection.execute(select(t.c.id, u).join(u, u.c.ticket == t.c.id).where(t.c.id == ticket)).first()
+    row = connection.execute(_UPDATE_OF_TICKET, {"of_ticket": ticket}).first()
     return _update(row) if row else None
 
 
@@ -142,33 +149,43 @@ def select_record_sha256(connection: Connection, run: str, number: int) -> str:
     return connection.execute(query).scalar() or ""
 
 
-def add_traffic(connection: Connection, deltas: Mapping[tuple[str, int, str], Traffic]) -> None:
-    """Adds bytes to what was counted; those of a run that was deleted meanwhile are dropped."""
-    known = existing(connection, (run for run, _, _ in deltas)) if deltas else set()
+def add_traffic(
+    connection: Connection, deltas: Mapping[tuple[str, int, str], Traffic], known: Collection[str] = ()
+) -> None:
+    """Adds bytes to what was counted; those of a run that was deleted meanwhile are dropped.
+
+    Args:
+        connection: In a transaction.
+        deltas: What to add, by run, round and client.
+        known: Runs that exist, which the transaction has seen to.
+    """
+    others = {run for run, _, _ in deltas}.difference(known)
+    known = existing(connection, others).union(known) if others else known
     rows = [
         {"run": run, "number": number, "client": client, **_traffic_row(bytes_)}
         for (run, number, client), bytes_ in deltas.items()
         if run in known
     ]
-    upsert(connection, tables.traffic, rows, add=("wire_up", "wire_down", "payload_up", "payload_down"))
+    upsert(connection, tables.traffic, rows, add=_TRAFFIC_BYTES)
 
 
 def count_at_least(connection: Connection, least: Mapping[tuple[str, int, str], Traffic]) -> None:
     """Raises the payload bytes that were counted to a least, and the wire bytes by as much; lowers nothing."""
-    t = tables.traffic
-    known = existing(connection, (run for run, _, _ in least)) if least else set()
-    rows = []
+    raised = {}
     for (run, number, client), wanted in least.items():
-        found = connection.execute(
-            select(t.c.wire_up, t.c.wire_down, t.c.payload_up, t.c.payload_down).where(
-                t.c.run == run, t.c.number == number, t.c.client == client
-            )
-        ).one_or_none()
+        key = {"of_run": run, "of_number": number, "of_client": client}
+        found = connection.execute(_COUNTED, key).one_or_none()
         counted = Traffic(*found) if found else Traffic()
-        raised = counted.at_least(wanted.payload_up, wanted.payload_down)
-        if raised != counted and run in known:
-            rows.append({"run": run, "number": number, "client": client, **_traffic_row(raised)})
-    upsert(connection, t, rows, replace=("wire_up", "wire_down", "payload_up", "payload_down"))
+        more = counted.at_least(wanted.payload_up, wanted.payload_down)
+        if more != counted:
+            raised[run, number, client] = more
+    known = existing(connection, (run for run, _, _ in raised)) if raised else set()
+    rows = [
+        {"run": run, "number": number, "client": client, **_traffic_row(bytes_)}
+        for (run, number, client), bytes_ in raised.items()
+        if run in known
+    ]
+    upsert(connection, tables.traffic, rows, replace=_TRAFFIC_BYTES)
 
 
 def select_places(connection: Connection, tickets: Iterable[str]) -> dict[str, tuple[str, int, str]]:
@@ -197,6 +214,18 @@ def _stored_round(connection: Connection, run: str, number: int) -> Round | None
         return None
     query = select(tickets).where(tickets.c.run == run, tickets.c.number == number)
     return stored_round(row, [_ticket(found) for found in connection.execute(query)])
+
+
+def _update_row(received: UpdateRow) -> dict[str, Any]:
+    return {
+        "ticket": received.ticket,
+        "examples": received.examples,
+        "norm": received.norm,
+        "metrics": dict(received.metrics),
+        "layout": stored.dump_layout(received.manifest),
+        "payload_sha256": received.manifest.sha256.hex(),
+        "received_at": received.received_at,
+    }
 
 
 def _traffic_row(traffic: Traffic) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
@@ -110,6 +110,23 @@ class RoundRow:
 
     round: Round
     updates: Mapping[str, UpdateRow]
+
+
+@dataclass(frozen=True, slots=True)
+class ToFold:
+    """What a round is folded from.
+
+    Attributes:
+        updates: What was received, by ticket.
+        base: The version that the clients started from.
+        previous_sha256: Digest of the record before, hexadecimal; empty for the first round.
+        norms: Norms of the updates that count in earlier rounds, by round number.
+    """
+
+    updates: Mapping[str, UpdateRow]
+    base: VersionRow
+    previous_sha256: str
+    norms: Mapping[int, Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)

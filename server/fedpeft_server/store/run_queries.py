@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
 from fedpeft.errors import MetricsInvalid, RunNotFound, VersionNotFound
 from fedpeft_server.store import stored, tables
@@ -14,6 +14,12 @@ from fedpeft_server.store.upsert import upsert
 
 MAX_SPLITS = 16
 """Most splits of a run, over all its evaluators: each has its own series in Prometheus and figures of every version."""
+
+
+_EXISTING = select(tables.runs.c.id).where(tables.runs.c.id.in_(bindparam("ids", expanding=True)))
+_VERSION = select(tables.versions).where(
+    tables.versions.c.run == bindparam("of_run"), tables.versions.c.version == bindparam("of_version")
+)
 
 
 def insert_run(connection: Connection, run: RunRow) -> None:
@@ -84,7 +90,7 @@ def delete_run(connection: Connection, run: str) -> None:
 
 def existing(connection: Connection, runs: Iterable[str]) -> set[str]:
     """Returns those of some run ids that exist."""
-    return set(connection.execute(select(tables.runs.c.id).where(tables.runs.c.id.in_(sorted(set(runs))))).scalars())
+    return set(connection.execute(_EXISTING, {"ids": sorted(set(runs))}).scalars())
 
 
 def put_version(connection: Connection, version: VersionRow) -> None:
@@ -107,8 +113,7 @@ def select_version(connection: Connection, run: str, version: int) -> VersionRow
         RunNotFound: If there is no such run.
         VersionNotFound: If there is none.
     """
-    table = tables.versions
-    row = connection.execute(select(table).where(table.c.run == run, table.c.version == version)).one_or_none()
+    row = connection.execute(_VERSION, {"of_run": run, "of_version": version}).one_or_none()
     if row is None:
         if not existing(connection, [run]):
             raise RunNotFound(f"there is no run {run}")

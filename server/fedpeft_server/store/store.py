@@ -18,6 +18,7 @@ from fedpeft.rounds import Round, TicketState
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.connection import BUSY_TIMEOUT_S
 from fedpeft_server.store.database import Database
+from fedpeft_server.store.open_file import LateFile, OpenFile
 from fedpeft_server.store.outbound import Outbound
 from fedpeft_server.store.spool import Spool
 
@@ -115,6 +116,16 @@ class Store:
             yield await asyncio.shield(opening)
         finally:
             opening.add_done_callback(self._close)
+
+    @asynccontextmanager
+    async def opened_late(self, opening: Callable[[], OpenFile]) -> AsyncIterator[LateFile]:
+        """Gives a file that its first reader opens; one that was is closed on a thread."""
+        file = LateFile(opening)
+        try:
+            yield file
+        finally:
+            if file.leave():
+                self.soon(file.close)
 
     def _close(self, opening: asyncio.Future[C]) -> None:
         if not opening.cancelled() and opening.exception() is None:

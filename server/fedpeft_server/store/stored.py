@@ -5,6 +5,7 @@ What is decoded never changes once written, so decoding is cached by the stored 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from fedpeft import wire
@@ -38,9 +39,12 @@ def load_spec(stored: bytes) -> AdapterSpec:
 
 def dump_layout(manifest: Manifest) -> bytes:
     """Returns a manifest without its digest as a serialised message."""
-    message = wire.manifest_to_proto(manifest)
-    message.ClearField("sha256")
-    return message.SerializeToString(deterministic=True)
+    return _dump_layout(replace(manifest, sha256=b""))
+
+
+@lru_cache(maxsize=16)
+def _dump_layout(layout: Manifest) -> bytes:
+    return wire.manifest_to_proto(layout).SerializeToString(deterministic=True)
 
 
 def load_manifest(layout: bytes, sha256: str) -> Manifest:
