@@ -171,7 +171,7 @@ class Agent:
         await asyncio.to_thread(self._processes.registered)
         self._metrics.enter(State.WAITING)
         facts = {name: hello[name] for name in ("device", "threads")}
-        limits = len(self._policy.rules) or "none, for want of a policy"
+        limits = len(self._policy.rules) or "none; this site has no policy"
         self._log.info("registered", server=self._settings.server, **facts, limits=limits)
 
     async def _on_good_terms(self, step: Callable[[], Awaitable[bool]]) -> bool:

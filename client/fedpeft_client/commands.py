@@ -27,7 +27,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "enroll": Command("fedpeft_client.enroll", "make this site's key and get its certificate, for a token"),
-    "leave": Command("fedpeft_client.leave_command", "take this site out for good, and remove its secrets"),
+    "leave": Command("fedpeft_client.leave_command", "leave the federation for good, and remove this site's secrets"),
     "status": Command("fedpeft_client.status_command", "show who this client is, whether it runs, and what it did"),
     "ledger": Command("fedpeft_client.ledger_command", "show what left this device, when, and how many bytes"),
 }

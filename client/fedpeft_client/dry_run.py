@@ -78,7 +78,7 @@ async def dry_run(
     for line in Inventory.of_dict(hello["inventory"]).lines():
         _line("", line)
     if against is not None:
-        _line("now", f"no work: {against.told}; again after {against.until:%Y-%m-%d %H:%M}")
+        _line("now", f"no work: {against.told}; next possible after {against.until:%Y-%m-%d %H:%M}")
     surveyed = await worker.ask({"op": "survey"}, Reporter(log, "opening images"))
     _say_readable(surveyed, hello["rows_are"])
     fitness = Fitness(worker, log)
@@ -96,7 +96,7 @@ async def dry_run(
     if misfit := fitness.nothing_suits():
         raise misfit
     if not there_are_runs:
-        _line("runs", "none to work for; the client would wait for one")
+        _line("runs", "there is none to work for; the client would wait for one")
         _refuse_unreadable(surveyed)
 
 
@@ -121,7 +121,7 @@ def _refuse_unreadable(surveyed: Answer) -> None:
 
 def _describe(verdict: Verdict, evaluates: bool) -> None:
     if verdict.run is None or verdict.reasons:
-        _line("would", "decline it: " + ", ".join(dict.fromkeys(reason.kind for reason in verdict.reasons)))
+        _line("would", "decline: " + ", ".join(dict.fromkeys(reason.kind for reason in verdict.reasons)))
         return
     run, report = verdict.run, verdict.report
     _say_fit(run, report)

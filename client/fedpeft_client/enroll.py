@@ -93,7 +93,7 @@ def _checked_same(kept: Identity, argument: str) -> bool:
     if token.authority not in kept.authority:
         raise IdentityInvalid(
             f"{kept.folder} is enrolled already, {enrolment.described(kept.folder)} at {kept.server}, and the token is "
-            f"of another authority, for {token.server}; --replace in place of --keep enrolls it there"
+            f"of another authority, for {token.server}; to enroll it there, use --replace in place of --keep"
         )
     return True
 
@@ -139,5 +139,5 @@ def _say(identity: Identity, state_dir: Path) -> None:
         evaluate = " --evaluate" if subject.role is Role.EVALUATOR else ""
         print(f"  fedpeft-client --state-dir {shlex.quote(str(state_dir))} --data PATH{evaluate}")
     else:
-        print(f"this is no client's identity, but for the commands of {_A[subject.role]}; next:")
+        print(f"this identity does not take part in runs; it is for the commands of {_A[subject.role]}; next:")
         print(f"  fedpeft --identity {shlex.quote(str(identity.folder))} run list")

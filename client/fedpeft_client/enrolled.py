@@ -41,7 +41,7 @@ def no_identity(state_dir: Path) -> IdentityInvalid:
         )
     return IdentityInvalid(
         f"the identity in {where} is incomplete, without {' and '.join(lacks)}: enroll again (fedpeft-client enroll), "
-        "with the same token if that broke off"
+        "with the same token if that was interrupted"
     )
 
 
@@ -53,9 +53,8 @@ def check(identity: Identity, *, server: str, name: str, evaluate: bool, insecur
     """
     subject, where = identity.subject, identity.folder
     wrong = {
-        f"the certificate in {where} speaks for {subject}, who takes part in no run; enroll a client or an evaluator": (
-            subject.role not in (Role.CLIENT, Role.EVALUATOR)
-        ),
+        f"the certificate in {where} is that of {subject}, which cannot take part in runs; enroll a client or "
+        "an evaluator": (subject.role not in (Role.CLIENT, Role.EVALUATOR)),
         f"name {name}: the certificate in {where} speaks for {subject.name}; leave --name out": name != subject.name,
         f"server {server}: the identity in {where} is for {identity.server}; leave --server out, or write the new "
         f"address into {where / 'identity.toml'} if that server has moved": server != identity.server,

@@ -72,7 +72,7 @@ class FinishedRuns:
             except LocalError:
                 raise
             except FedpeftError as error:  # a server that does not know the question, or is away
-                self._log.debug("finished runs are looked for later", cause=str(error))
+                self._log.debug("finished runs could not be looked for; trying again later", cause=str(error))
                 return
             over = {each.run: _OVER[each.state] for each in answer.runs if each.state in _OVER}
             for run in some:

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     where = enrolled.find(given.identity, given.state_dir)
     with StateDirectory(given.state_dir) as directory:  # a client that runs there must be stopped first
         if where is None:
-            note("this client has no identity, so no server knows it by one: there is nothing to revoke")
+            note("this client has no identity, so there is nothing for a server to revoke")
         elif given.offline:
             note(f"the server was not told: ask its operator for fedpeft client revoke {_name(where)}")
         else:
@@ -75,7 +75,8 @@ def _tell(identity: Identity, directory: StateDirectory, reason: str) -> None:
     subject = identity.subject
     if subject.role not in (Role.CLIENT, Role.EVALUATOR):
         raise IdentityInvalid(
-            f"{identity.folder} is the identity of {subject}, who takes part in no run; another operator revokes it"
+            f"{identity.folder} is the identity of {subject}, which cannot take part in runs; another "
+            "operator revokes it"
         )
     try:
         check_valid(identity, datetime.now(UTC))
@@ -90,8 +91,8 @@ def _tell(identity: Identity, directory: StateDirectory, reason: str) -> None:
     except CertificateExpired:
         end = identity.certificate.not_valid_after_utc
         raise CertificateExpired(
-            f"the certificate of {subject} ended at {end:%Y-%m-%d %H:%M} UTC, so the server takes no word from here: "
-            "leave without telling it (--offline) and ask its operator to revoke this client"
+            f"the certificate of {subject} ended at {end:%Y-%m-%d %H:%M} UTC, so the server accepts no call from this "
+            "client: leave without telling it (--offline) and ask its operator to revoke this client"
         ) from None
     else:
         say(f"left {identity.server} as {subject}: the server refuses this identity from now on")
@@ -118,19 +119,19 @@ def _name(where: Path) -> str:
 
 
 def _say_rest(state_dir: Path, *, removed: bool) -> None:
-    note("what the server counted before stays in its versions, records and audit log; your data was not touched")
+    note("updates already counted stay in the server's versions, records and audit log; your data was not touched")
     if not removed:
-        note("--remove removes keys, adapters, residuals and local tensors from here; run the command again with it")
+        note("to remove keys, adapters, residuals and local tensors too, run the command again with --remove")
     else:
-        note(f"the rest goes with: rm -r {state_dir}; the software with: pip uninstall fedpeft")
+        note(f"to remove the rest: rm -r {state_dir}; to remove the software: pip uninstall fedpeft")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedpeft-client leave",
-        description="Takes this site out for good: the server gives its open tickets back, and refuses its identity "
-        "from then on. An update that was trained and not received is dropped. Stop the client first. Coming back "
-        "takes a new token.",
+        description="Leaves the federation for good: the server closes this site's open tickets and refuses its "
+        "identity from then on. An update that was trained but not received is dropped. Stop the client first. "
+        "Returning takes a new token.",
         epilog="Example: fedpeft-client leave --state-dir /var/lib/fedpeft --remove",
     )
     parser.add_argument(
@@ -147,11 +148,15 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get("FEDPEFT_CLIENT_IDENTITY") or None,
         help="its identity folder, if that is not in the state directory (FEDPEFT_CLIENT_IDENTITY)",
     )
-    parser.add_argument("--reason", metavar="TEXT", default="", help="why, for the operator; at most 1,024 characters")
+    parser.add_argument(
+        "--reason", metavar="TEXT", default="", help="the reason, shown to the operator; at most 1,024 characters"
+    )
     parser.add_argument(
         "--remove",
         action="store_true",
         help="then remove keys, adapters, residuals and local tensors; the ledger and the policy stay",
     )
-    parser.add_argument("--offline", action="store_true", help="do not tell the server, which its operator must revoke")
+    parser.add_argument(
+        "--offline", action="store_true", help="do not tell the server; its operator must then revoke this client"
+    )
     return parser

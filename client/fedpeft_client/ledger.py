@@ -116,7 +116,7 @@ class Ledger:
         """
         booking = self._under_way
         if booking is None:
-            raise RuntimeError("a message that nobody booked was about to leave")
+            raise RuntimeError("a message was about to leave without an entry in the ledger")
         total, before = booking.sent_bytes + size_bytes, booking.departure.wire_bytes
         if total > before:
             booking.departure = replace(booking.departure, wire_bytes=max(total, 2 * before))

@@ -53,7 +53,7 @@ def _nothing(contents: Contents) -> str:
     """Returns what is said where there is no row: no more than what the ledger proves."""
     if contents.unreadable:
         return "no entry to show"
-    return "nothing of that has left this device" if contents.booked else "nothing has left this device"
+    return "nothing that matches has left this device" if contents.booked else "nothing has left this device"
 
 
 def _show(found: Sequence[Row], sums: Mapping[str, Mapping[str, int]], nothing: str) -> None:

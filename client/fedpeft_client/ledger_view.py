@@ -133,7 +133,7 @@ def _evaluation(said: Mapping[str, Any]) -> str:
 
 
 def _questions(said: Mapping[str, Any]) -> str:
-    return "for work, adapter versions, where uploads stand; booked together, and ahead"
+    return "for work, adapter versions and upload offsets; booked together, in advance"
 
 
 def _withdrawal(said: Mapping[str, Any]) -> str:

@@ -61,7 +61,7 @@ def forbidden(policy: Policy, here: Conditions) -> Forbidden | None:
     if least is not None and here.battery_percent is not None and here.battery_percent < least:
         return Forbidden("its battery is below its owner's limit", later)
     if hottest is not None and here.temperature_c is not None and here.temperature_c > hottest:
-        return Forbidden("it is hotter than its owner wants", later)
+        return Forbidden("it is hotter than its owner allows", later)
     return None
 
 

@@ -36,7 +36,7 @@ FIRST_FAULT_PAUSE_S = 0.5
 
 AWAY = "server is unavailable; retrying until it answers"
 FULL = "the server's disk is full; retrying until there is room"
-FAILS = "server fails in a call; trying again a few times"
+FAILS = "server fails at a call; retrying a few times"
 LASTS = "server cannot be used until this is fixed; retrying"
 
 QUICK_S = 1.0
@@ -144,7 +144,7 @@ class Patience:
                 away = None
                 if error.retry_s is None:
                     raise
-                self._log.info("going on as the server asks", reason=error.reason, cause=str(error))
+                self._log.info("retrying as the server asked", reason=error.reason, cause=str(error))
                 backoff.reset()
                 if self._heard > began or time.monotonic() - began >= QUICK_S:
                     asked.reset()

@@ -94,7 +94,7 @@ def _rounds(policy: Policy, asked: Asked) -> Iterator[Broken]:
     elif most is not None and asked.taken >= most:
         yield Broken(
             "runs.max_rounds",
-            f"its owner allows {counted(most, 'update')} of a run, and so many were sent",
+            f"its owner allows {counted(most, 'update')} of a run, and that many were sent",
             f"of run {asked.run.id} {counted(asked.taken, 'update was', 'updates were')} sent; "
             f"the policy's runs.max_rounds is {most:,}",
         )
@@ -128,9 +128,7 @@ def _weights(policy: Policy, asked: Asked) -> Iterator[Broken]:
         path = Path(wanted).absolute()
         if ".." in path.parts or not any(path.is_relative_to(folder) for folder in folders):
             here = f"the run's weights file {path} is in none of the policy's model.weights_folders"
-            yield Broken(
-                "model.weights_folders", "its owner does not allow the place where the run's weights lie", here
-            )
+            yield Broken("model.weights_folders", "its owner does not allow the folder of the run's weights file", here)
 
 
 def _peft(policy: Policy, asked: Asked) -> Iterator[Broken]:

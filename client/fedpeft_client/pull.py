@@ -73,7 +73,7 @@ class Puller:
             header, manifest = await self._header(call, version)
             if header.up_to_date:
                 if held is None or held.manifest.sha256 != manifest.sha256:
-                    raise Internal(f"the server takes version {version} for held; it is not")
+                    raise Internal(f"the server says that this client holds version {version}; it does not")
                 return await asyncio.to_thread(self._cache.relabel, version, manifest)
             with part.open("ab") as file:
                 await self._receive(call, file, request.offset, manifest)

@@ -73,15 +73,15 @@ class Pusher:
         except (LocalError, *NOT_ABOUT_THE_TASK):
             raise
         except ManifestInvalid as error:
-            log.error("update was refused as wrong; it and the residual are dropped", cause=str(error))
+            log.error("update was refused as invalid; it and the residual are dropped", cause=str(error))
             await self.give_up(pending, error, log)  # its ticket is still good, and nothing right will come for it
             return Outcome.DROPPED
         except PayloadInvalid as error:
-            log.error("update was refused as wrong; it and the residual are dropped", cause=str(error))
+            log.error("update was refused as invalid; it and the residual are dropped", cause=str(error))
             return Outcome.DROPPED
         except (FAULT, InvalidArgument) as error:
             log.error(
-                "the server cannot take this update; it is set aside, and what is in it goes into the residual",
+                "the server cannot take this update; it is set aside, and its content goes into the residual",
                 reason=error.reason,
                 cause=str(error),
             )
@@ -139,7 +139,7 @@ class Pusher:
         if standing.state == run_pb2.TICKET_STATE_REFUSED and standing.reason.startswith(UpdateExcluded.reason):
             raise UpdateExcluded(standing.reason)  # received by an attempt whose answer was lost
         if standing.state == run_pb2.TICKET_STATE_REFUSED:  # by an attempt whose answer was lost
-            raise PayloadInvalid(standing.reason or "the server refused this update as wrong; its log has the reason")
+            raise PayloadInvalid(standing.reason or "the server refused this update as invalid; its log has the reason")
         if standing.state != run_pb2.TICKET_STATE_ISSUED:
             raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; it takes no update")
         if standing.committed_bytes > self._committed:

@@ -44,5 +44,7 @@ class Recall:
             await asyncio.to_thread(self._box.confirm, run)
             return
         kept = await asyncio.to_thread(self._box.take_back, run)
-        what = "it goes into the residual" if kept else "as the one before it: it is dropped with the residual"
+        what = (
+            "it goes into the residual" if kept else "the one before was not either, so it and the residual are dropped"
+        )
         log.warning(f"the last update was not folded; {what}", ticket=ticket, cause=reason[:500])

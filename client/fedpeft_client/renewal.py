@@ -78,7 +78,7 @@ class Renewal:
         except NoAuthority:
             self._by_another = True
             self._log.info(
-                "the server issues no certificates; whoever issued this one must replace its file in time",
+                "the server issues no certificates; the authority that issued this one must replace its file in time",
                 file=str(self._identity.folder / "certificate.pem"),
                 until=until(self._identity),
             )

@@ -128,7 +128,7 @@ class Settings(ProcessSettings):
     def _metrics_private(self) -> Self:
         if self.metrics and not Address.parse(self.metrics).is_loopback and not self.insecure:
             raise ValueError(
-                f"metrics {self.metrics} is not a loopback address, and whoever reaches it reads them; "
+                f"metrics {self.metrics} is not a loopback address, and anyone who can reach it can read them; "
                 "use 127.0.0.1, or say --insecure if the network is trusted"
             )
         return self

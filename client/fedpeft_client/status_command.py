@@ -66,7 +66,7 @@ def _lines(found: SiteStatus) -> Iterator[tuple[str, str]]:
     yield from _who(found.identity)
     if found.left_at:
         yield "left", f"at {found.left_at:{_MOMENT}}: the server refuses this identity"
-    yield "agent", f"runs, process {found.process}" if found.running else "does not run"
+    yield "agent", f"running as process {found.process}" if found.running else "not running"
     last = found.last_contact
     yield "last contact", f"{last:{_MOMENT}}, {_span((now - last).total_seconds())} ago" if last else "never"
     if found.pending:
@@ -79,13 +79,13 @@ def _lines(found: SiteStatus) -> Iterator[tuple[str, str]]:
         yield "pending", "no update waits to be sent"
     limit = f" of {size(found.bytes_a_day)} that the policy allows" if found.bytes_a_day else ", without a limit"
     yield "last 24 h", f"{size(found.bytes_today)} left{limit}"
-    yield "policy", str(found.policy) if found.policy else "none: nothing is limited"
+    yield "policy", str(found.policy) if found.policy else "none; nothing is limited"
     for run in found.runs[:MOST_RUNS]:
         yield "run", _run(run)
     if len(found.runs) > MOST_RUNS:
         yield "", f"and {len(found.runs) - MOST_RUNS} earlier ones"
     if not found.runs:
-        yield "runs", "none was offered yet"
+        yield "runs", "none offered yet"
     for problem in found.problems:
         yield "problem", problem
 

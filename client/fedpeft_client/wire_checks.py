@@ -129,4 +129,4 @@ def _id(field: str, text: str, form: Pattern[str]) -> None:
 
 
 def _fault(field: str, found: str) -> FedpeftError:
-    return Internal(f"the server's answer is none of this protocol: {field} is {plain(found[:MAX_SAID])}")
+    return Internal(f"the server's answer does not follow the protocol: {field} is {plain(found[:MAX_SAID])}")

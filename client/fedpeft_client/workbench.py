@@ -278,7 +278,7 @@ def _read(path: Path, run: KnownRun) -> Arrays:
     try:
         arrays: Arrays = safetensors.numpy.load_file(path)
     except (SafetensorError, OSError) as error:
-        raise StateInvalid(f"{path} cannot be read: {error}; without it the client starts afresh") from None
+        raise StateInvalid(f"{path} cannot be read: {error}; remove it to start with an empty one") from None
     shapes = {tensor.name: tensor.shape for tensor in run.spec.tensors}
     for name, values in arrays.items():
         if shapes.get(name) != values.shape:

@@ -119,7 +119,7 @@ class WorkerProcess:
     async def _exchange(self, request: Answer, on_progress: OnProgress) -> Answer:
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
-            raise WorkerDied("it is not there")
+            raise WorkerDied("it is not running")
         self._moving = False  # loading a model, or its first step, may take as long as it takes
         with suppress(ConnectionError):  # then the end of its answers says what happened
             process.stdin.write(json.dumps(request).encode() + b"\n")

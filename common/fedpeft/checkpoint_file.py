@@ -118,7 +118,7 @@ def _wrong(path: Path, head: bytes, error: Exception) -> str:
     kind = kind_of(head)
     if kind == "JSON":
         kind += ", such as the index of a checkpoint in several files or a model's configuration; name the weights"
-    return f"it is {kind}" if kind else "it begins as neither does"
+    return f"it is {kind}" if kind else "its first bytes are those of neither"
 
 
 def _classes(path: Path, error: Exception) -> list[str]:

@@ -1,4 +1,4 @@
-"""FedPEFT in a program or a notebook: create a run, watch it, take the result away.
+"""FedPEFT in a program or a notebook: create a run, watch it, export its result.
 
     import fedpeft
 

@@ -71,8 +71,8 @@ def _renew(files: Files, hosts: list[str]) -> None:
     issue_server(files, authority, wanted, keys.load(files.server_key))
     if dropped := [host for host in before if host not in wanted]:
         note(
-            f"no longer in it: {', '.join(dropped)}; devices whose identity.toml names one of them cannot connect any "
-            "more"
+            f"hosts no longer in it: {', '.join(dropped)}; devices whose identity.toml names one of them cannot "
+            "connect any more"
         )
 
 

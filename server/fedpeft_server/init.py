@@ -124,8 +124,8 @@ def _check(host: str) -> None:
         raise SettingsInvalid(f"--host: {error.message}") from None
     if host in _EVERY_ADDRESS:
         raise SettingsInvalid(
-            f"--host {host} is every address of this machine, which --listen may say; --host is the name or address by "
-            "which clients call it"
+            f"--host {host} is every address of this machine, which only --listen takes; --host is the name or address "
+            "by which clients call it"
         )
 
 
@@ -182,13 +182,13 @@ def _operator(authorities: Authorities, subject: Subject, into: Path, server: Ad
         there = Identity.load(into)
         if not set(there.authority) & set(trusted) or there.subject != subject:
             raise SettingsInvalid(
-                f"{into} is the identity of {there.subject} at {there.server}; the rest is made, and for {subject} "
+                f"{into} is the identity of {there.subject} at {there.server}; everything else was made; for {subject} "
                 "another folder is needed: --operator-identity"
             )
         if Address.parse(there.server).host not in hosts:  # an authority may have several servers
             raise SettingsInvalid(
                 f"{into} is the identity of {there.subject} at {there.server}, which is another server than "
-                f"{server}; the rest is made, and for this one another folder is needed: --operator-identity"
+                f"{server}; everything else was made; for this one another folder is needed: --operator-identity"
             )
         newest = set(there.authority) == set(trusted) and issued(authority.certificate, there.certificate)
         if there.server == str(server) and newest and not certificates.is_due(there.certificate, datetime.now(UTC)):
@@ -199,7 +199,7 @@ def _operator(authorities: Authorities, subject: Subject, into: Path, server: Ad
     folder.write(into, str(server), trusted, [certificate])
     _say(str(subject), "made", certificate, into)
     if into == folder.personal():
-        print(f"the command fedpeft of this user calls {server} from now on, as {subject}")
+        print(f"this user's fedpeft command calls {server} from now on, as {subject}")
 
 
 def _say(what: str, how: str, certificate: x509.Certificate, where: Path) -> None:

@@ -38,8 +38,8 @@ def refuse_lost_certificates(database: Database, folder: Path) -> None:
     if holder:
         raise SettingsInvalid(
             f"the database knows {holder}, and there is no server.pem in {folder}; restore that folder from the "
-            "backup, name it with --identity, or make another with `fedpeft-server init`, with which everybody "
-            "enrolls anew; --insecure says that plain text is meant"
+            "backup, name it with --identity, or make another with `fedpeft-server init`, after which everybody "
+            "enrolls anew; use --insecure if plain text is meant"
         )
 
 
@@ -53,7 +53,7 @@ async def tell_lost_versions(store: Store) -> None:
         async with asyncio.timeout(LOOK_S):
             for version in needed:
                 if missing := await store.compute(_missing, store.blobs, version):
-                    said = "what the next round of a run needs is lost; restore the blobs from the backup"
+                    said = "adapter versions that the next round needs are lost; restore the blobs from the backup"
                     log.error(said, run=version.run, missing=missing)
             if new and await store.compute(store.blobs.has_any, "runs"):
                 log.warning(
@@ -61,9 +61,9 @@ async def tell_lost_versions(store: Store) -> None:
                     "this server's, restore the database from the backup or name it with --database"
                 )
     except TimeoutError:
-        log.error("whether adapter versions are lost is not known", message=f"no answer in {LOOK_S:g} seconds")
+        log.error("could not check whether adapter versions are lost", message=f"no answer in {LOOK_S:g} seconds")
     except FedpeftError as error:
-        log.error("whether adapter versions are lost is not known", message=error.message)
+        log.error("could not check whether adapter versions are lost", message=error.message)
 
 
 def _expected(database: Database) -> tuple[bool, list[VersionRow]]:

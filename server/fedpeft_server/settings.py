@@ -64,8 +64,8 @@ class Settings(ProcessSettings):
     )
     insecure: bool = Field(
         False,
-        description="Serve plain text beyond the loopback interface, or where certificates were in use. Say it only "
-        "behind a wall.",
+        description="Serve plain text beyond the loopback interface, or where certificates were in use. Use it only "
+        "on a network you trust.",
     )
     max_update_bytes: Annotated[int, Field(ge=1024, le=1024 * GIB)] = Field(
         2 * GIB, description="Largest payload taken, in bytes."

@@ -98,7 +98,7 @@ class Background:
             self.changed.set()
         else:
             if (name, run) in self._failing:
-                log.info("background work goes on again", work=name, run=run)
+                log.info("background work succeeds again", work=name, run=run)
                 self._failing.discard((name, run))
                 self.changed.set()
 

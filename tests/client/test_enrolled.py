@@ -97,8 +97,8 @@ def test_an_incomplete_identity_names_what_is_missing(
         (Role.CLIENT, ["--server", "127.0.0.1:7070"], r"server 127.0.0.1:7070: the identity in .* is for fed\.clinic"),
         (Role.CLIENT, ["--evaluate"], "that of a client that trains; an evaluator needs a token of role evaluator"),
         (Role.EVALUATOR, [], "is an evaluator's; say --evaluate"),
-        (Role.OPERATOR, [], "speaks for operator noto, who takes part in no run"),
-        (Role.VIEWER, ["--evaluate"], "speaks for viewer noto, who takes part in no run"),
+        (Role.OPERATOR, [], "is that of operator noto, which cannot take part in runs"),
+        (Role.VIEWER, ["--evaluate"], "is that of viewer noto, which cannot take part in runs"),
         (Role.CLIENT, ["--insecure"], "--insecure asks for plain text, and there is a certificate in"),
     ],
 )

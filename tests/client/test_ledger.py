@@ -229,7 +229,7 @@ def test_the_command_shows_a_table_or_json_and_what_is_asked_for(
     assert [(t["kind"], t["outcome"]) for t in shown["transfers"]] == [("answer", "received"), ("update", "refused")]
     assert shown["totals"]["all"]["wire_bytes"] == 2068 and shown["unreadable_lines"] == 0
     assert run(["ledger", "--since", "2999-01-01"]) == 0
-    assert capsys.readouterr().out == "nothing of that has left this device\n"
+    assert capsys.readouterr().out == "nothing that matches has left this device\n"
 
 
 def test_an_empty_ledger_says_that_nothing_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,7 +258,7 @@ async def test_dry_run_where_no_run_is_to_be_worked_for(federation: Federation, 
     client = await start_client("--dry-run")
     assert await client.ended() == 0, "".join(client.text)
     lines = client.out.decode().splitlines()
-    assert "      runs  none to work for; the client would wait for one" in lines
+    assert "      runs  there is none to work for; the client would wait for one" in lines
     assert any(line.startswith("    device  cpu, 1 thread, torch ") for line in lines)
 
 

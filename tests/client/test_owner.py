@@ -193,7 +193,7 @@ async def test_training_ends_when_it_gets_too_hot_and_goes_on_when_it_is_cool_ag
     await asyncio.sleep(0.05)
     assert not training.done()
     weather.temperature_c = 81
-    with pytest.raises(RefusedByPolicy, match="hotter than its owner wants"):
+    with pytest.raises(RefusedByPolicy, match="hotter than its owner allows"):
         await training
     resting = asyncio.create_task(here.permit())
     await asyncio.sleep(0.05)
@@ -218,7 +218,7 @@ async def test_once_does_not_wait_for_what_is_not_allowed_now(tmp_path: Path) ->
     weather.temperature_c = 81
     policy = Policy.model_validate({"times": {"max_temperature_c": 80}})
     here = Limits(policy, Ledger(tmp_path, "s:1"), Metrics(), logs.logger(client="a"), weather.look, waits=False)
-    with pytest.raises(RefusedByPolicy, match=r"hotter than its owner wants; start it again after .* without --once"):
+    with pytest.raises(RefusedByPolicy, match=r"hotter than its owner allows; start it again after .* without --once"):
         await asyncio.wait_for(here.permit(), 5)
     weather.temperature_c = 20
     await asyncio.wait_for(here.permit(), 5)

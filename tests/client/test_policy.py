@@ -274,7 +274,7 @@ def test_hours_open_and_close_by_the_clock(minutes: int, begin: int, length: int
     [
         (Conditions(MORNING, 49.0), "its battery is below its owner's limit"),
         (Conditions(MORNING, 50.0, 80.0), None),
-        (Conditions(MORNING, None, 80.1), "it is hotter than its owner wants"),
+        (Conditions(MORNING, None, 80.1), "it is hotter than its owner allows"),
         (Conditions(MORNING), None),
     ],
 )

@@ -367,7 +367,7 @@ async def test_a_status_with_a_retry_hint_is_no_failure(
     assert error.retry_s <= pauses[0] <= max(error.retry_s, patience.FIRST_PAUSE_S)
     assert all(error.retry_s <= pause <= patience.LONGEST_PAUSE_S for pause in pauses)
     assert pauses[-1] >= patience.LONGEST_PAUSE_S / 2, "it said so at once"
-    said = [line["reason"] for line in lines if line["event"] == "going on as the server asks"]
+    said = [line["reason"] for line in lines if line["event"] == "retrying as the server asked"]
     assert said == [error.reason] * 20
     assert not [line for line in lines if line["log_level"] == "warning"]
 
@@ -432,7 +432,7 @@ async def test_an_update_that_the_server_fails_on_is_set_aside_after_a_few_attem
     events = [line["event"] for line in lines if line["log_level"] in ("error", "warning")]
     assert events[:2] == [
         patience.FAILS,
-        "the server cannot take this update; it is set aside, and what is in it goes into the residual",
+        "the server cannot take this update; it is set aside, and its content goes into the residual",
     ]
     assert ("ticket could not be given back; its round waits until its deadline" in events) is not withdraws
     site.box.settle(pending, Outcome.SET_ASIDE)

@@ -245,7 +245,7 @@ def test_ctrl_c_ends_the_watch_with_a_sentence_and_not_the_run(served: Serving) 
         assert any(line == "round 1 open: 1 update of 2 received, awaited: twemoji\n" for line in watch.stdout)
         watch.send_signal(signal.SIGINT)
         _, err = watch.communicate(timeout=30)
-    assert (watch.returncode, err) == (130, f"fedpeft: the watch ends; what {RUN} does goes on without it\n")
+    assert (watch.returncode, err) == (130, f"fedpeft: no longer watching; {RUN} goes on\n")
     assert served.double.runs[RUN].state == run_pb2.RUN_STATE_RUNNING
 
 

@@ -195,7 +195,7 @@ def test_nobody_answers(trust: Trust) -> None:
 def test_a_connection_that_stays_silent(trust: Trust) -> None:
     with socket.create_server(("127.0.0.1", 0)) as quiet:
         server = f"127.0.0.1:{quiet.getsockname()[1]}"
-        assert "does not answer the beginning of TLS: a firewall" in said(server, trust)
+        assert "does not answer the TLS handshake: a firewall" in said(server, trust)
         assert "accepts the connection but sends nothing: a firewall" in said(server, None)
 
 
@@ -258,7 +258,7 @@ def test_another_authority(trust: Trust, tmp_path: Path) -> None:
     with grpc_server(Authority.make("a proxy that opens TLS")) as server:
         found = said(server, trust)
     assert "shows a certificate of 'CN=a proxy that opens TLS', and this side trusts 'CN=a federation'" in found
-    assert "a proxy between that opens TLS, or another federation's server" in found
+    assert "a proxy between them that intercepts TLS, or another federation's server" in found
 
 
 def test_another_authority_of_the_same_name(trust: Trust) -> None:
@@ -415,11 +415,11 @@ async def test_the_loop_goes_on_meanwhile(authority: Authority, trust: Trust) ->
             await asyncio.sleep(0.01)
             beats += 1
     assert beats > 10
-    assert "does not answer the beginning of TLS" in str(await looking)
+    assert "does not answer the TLS handshake" in str(await looking)
 
 
 async def test_it_ends_when_a_step_does_not(trust: Trust, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "BUDGET_S", 0.1)
     monkeypatch.setattr(diagnosis, "diagnose", lambda server, trust: time.sleep(0.3))
-    assert "nothing more was found out" in str(await diagnosis.explain("127.0.0.1:1", trust))
+    assert "the cause was not found in time" in str(await diagnosis.explain("127.0.0.1:1", trust))
     await asyncio.sleep(0.3)  # what comes after the end is dropped

@@ -114,7 +114,7 @@ def test_images_of_8_bits_do_not_depend_on_the_bits() -> None:
     [
         (b"", "it is empty"),
         (b"\0" * 1000, "nothing but zero bytes"),
-        (b"no image at all", "in none of the formats that are read: AVIF, BMP"),
+        (b"no image at all", "in none of the supported formats: AVIF, BMP"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1\n", "git lfs pull"),
         (b"/annex/objects/MD5E-s7--ab.png\n", "git annex get"),
         (b"outs:\n- md5: ab\n  path: a.png\n", "dvc pull"),
@@ -125,7 +125,7 @@ def test_images_of_8_bits_do_not_depend_on_the_bits() -> None:
         (b"<?xml version='1.0'?><svg>", "SVG"),
         (encoded(PICTURE, "ICO"), "ICO"),
         (encoded(PICTURE, "PDF"), "PDF"),
-        (encoded(PICTURE, "TGA"), "in none of the formats"),
+        (encoded(PICTURE, "TGA"), "in none of the supported formats"),
         (encoded(PICTURE)[:-30], "truncated"),
         (encoded(PICTURE, "JPEG")[:-200], "truncated"),
         (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "mode F have no known range"),

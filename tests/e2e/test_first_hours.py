@@ -279,7 +279,7 @@ async def test_who_cannot_tell_the_server_keeps_everything_unless_told_otherwise
 
 async def test_an_operators_identity_does_not_leave(secured: Federation, tmp_path: Path) -> None:
     state = await enrolled(secured, tmp_path / "state", "vera", Role.VIEWER)
-    with pytest.raises(IdentityInvalid, match="is the identity of viewer vera, who takes part in no run"):
+    with pytest.raises(IdentityInvalid, match="is the identity of viewer vera, which cannot take part in runs"):
         await run(leave_command.main, "--state-dir", state)
     assert certificates.load(folder.certificate_path(identity_folder(state)))
 

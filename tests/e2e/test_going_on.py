@@ -81,7 +81,7 @@ async def test_agents_that_share_one_turn_all_come_to_their_receipts(
         pushes = [site.push(run, ticket) for site, ticket in zip(everybody, tickets, strict=True)]
         async with asyncio.timeout(60):
             assert await asyncio.gather(*pushes) == [Outcome.COUNTED] * 3
-    reasons = [line["reason"] for line in lines if line["event"] == "going on as the server asks"]
+    reasons = [line["reason"] for line in lines if line["event"] == "retrying as the server asked"]
     assert reasons.count("TURN_OVER") >= 1
     offsets = [line["offset"] for line in lines if line["event"] == "uploading" and line["client"] == "a"]
     assert offsets == sorted(offsets)

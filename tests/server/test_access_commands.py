@@ -72,7 +72,7 @@ async def test_a_token_takes_another_person_in(fedpeft: Command, secured: Federa
     line = made.out.removesuffix("\n")
     token = EnrollmentToken.decode(line)
     assert "\n" not in line and line not in made.err
-    assert f"token {token.digest.hex()[:12]} for viewer vera, good once, until " in made.err
+    assert f"token {token.digest.hex()[:12]} for viewer vera, usable once, until " in made.err
     assert "fedpeft enroll -" in made.err
 
     enrolled = await fedpeft("enroll", "-", identity=tmp_path / "vera", stdin=made.out)
@@ -143,7 +143,7 @@ async def test_times_that_are_none(text: str, tmp_path: Path) -> None:
 async def test_a_time_that_is_too_short_or_too_long(text: str, tmp_path: Path) -> None:
     done = await ended(tmp_path, "token", "create", "--name", "x", "--expires", text)
     assert (done.code, done.out) == (2, "")
-    assert done.err == f"fedpeft: --expires: {text} is not between 1m and 30d, the lives a token can have\n"
+    assert done.err == f"fedpeft: --expires: {text} is not between 1m and 30d, the lifetimes allowed\n"
 
 
 async def test_an_interrupted_enrolment_says_how_to_go_on(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ async def test_a_revoked_one_is_refused_at_its_next_message(
     assert itself.code == 1
 
     restored = await fedpeft("identity", "restore", "eve", "--role", "operator")
-    assert restored.out.startswith("operator eve is let in again, with a certificate that begins after 20")
+    assert restored.out.startswith("operator eve is admitted again, with a certificate issued after 20")
     early = await fedpeft("run", "list", identity=tmp_path / "eve")
     assert early.code == 1 and "that begin before" in early.err
     assert "not revoked" in (await fedpeft("identity", "restore", "ada", "--role", "operator")).out

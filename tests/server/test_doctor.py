@@ -113,7 +113,10 @@ async def test_an_ended_certificate_is_one_fault(secured: Federation, tmp_path: 
 async def test_a_clients_identity_is_none_for_commands(secured: Federation, tmp_path: Path) -> None:
     where = enrolled(secured.authority, tmp_path / "state" / "identity", secured.address)
     found = await asyncio.to_thread(only, Setup(identity=where), "identity")
-    assert found.level is Level.FAULT and "is the identity of client noto, who may call nothing that" in found.said
+    assert (
+        found.level is Level.FAULT
+        and "is the identity of client noto, which fedpeft's commands cannot use" in found.said
+    )
     assert found.cure.startswith("fedpeft-client --identity") and "fedpeft enroll" in found.cure
     for client in (Setup(identity=where, data=tmp_path), Setup(state_dir=tmp_path / "state")):
         found_there = await asyncio.to_thread(bad, client)
@@ -124,7 +127,7 @@ async def test_an_operators_identity_is_none_for_a_client(secured: Federation, t
     (tmp_path / "state").mkdir()
     secured.operator.folder.rename(tmp_path / "state" / "identity")
     found = await asyncio.to_thread(only, Setup(state_dir=tmp_path / "state"), "identity")
-    assert found.level is Level.FAULT and "operator ada, who takes part in no run" in found.said
+    assert found.level is Level.FAULT and "operator ada, which cannot take part in runs" in found.said
     assert "fedpeft-client enroll" in found.cure and "--role client" in found.cure
 
 
@@ -221,7 +224,7 @@ def test_a_site_is_examined_with_its_own_identity_whatever_the_operator_s_enviro
     monkeypatch.setenv("FEDPEFT_CLIENT_IDENTITY", str(site))
     assert f"in {site}" in looked_at("doctor", "--state-dir", str(tmp_path / "elsewhere"))
     named = looked_at("--identity", str(operator), "doctor", "--state-dir", str(tmp_path / "state"))
-    assert f"{operator} is the identity of operator ada, who takes part in no run" in named
+    assert f"{operator} is the identity of operator ada, which cannot take part in runs" in named
 
 
 def test_a_server_certificate_of_another_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +243,7 @@ def test_a_server_certificate_of_another_key(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_disk_that_is_nearly_full(small_disk: Path) -> None:
     found = only(Setup(data_dir=small_disk, **free_ports()), "data folder")
-    assert found.level is Level.FAULT and "next to nothing" in found.said
+    assert found.level is Level.FAULT and "almost none" in found.said
     assert list(small_disk.iterdir()) == [], "nothing is left behind"
 
 

@@ -69,7 +69,7 @@ def test_an_identity_of_another_server_is_kept_though_the_authority_is_the_same(
     own = tmp_path / "config" / "fedpeft" / "identity"
     one = ["--data-dir", str(tmp_path / "one"), "--operator", "ada"]
     init.main([*one, "--host", "one.example.org"])
-    assert "the command fedpeft of this user calls one.example.org:7070 from now on" in capsys.readouterr().out
+    assert "this user's fedpeft command calls one.example.org:7070 from now on" in capsys.readouterr().out
     authority = tmp_path / "one" / "identity" / "authority"
     other = ["--data-dir", str(tmp_path / "other"), "--operator", "ada", "--host", "other.example.org"]
     other += ["--authority", f"{authority}.pem", "--authority-key", f"{authority}.key"]

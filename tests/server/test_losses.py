@@ -84,7 +84,7 @@ async def test_a_server_without_its_adapter_versions_says_which(start: StartDaem
     with capture_logs() as lines:
         again = await start()
     (said,) = [line for line in lines if line["log_level"] == "error"]
-    assert said["event"] == "what the next round of a run needs is lost; restore the blobs from the backup"
+    assert said["event"] == "adapter versions that the next round needs are lost; restore the blobs from the backup"
     assert (said["run"], said["missing"]) == (gone.id, [f"runs/{gone.id}/versions/000000.safetensors"])
     assert kept.id in {run.id for run in (await again.operator.ListRuns(op.ListRunsRequest())).runs}
 

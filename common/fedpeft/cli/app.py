@@ -91,7 +91,7 @@ def globals_(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Federated parameter-efficient fine-tuning: create runs, watch them, take the result away."""
+    """Federated parameter-efficient fine-tuning: create, watch and export runs."""
     session = session_of(context)
     session.asked, session.insecure, session.verbose = server, insecure, verbose
     session.identity = Path(identity) if identity else None

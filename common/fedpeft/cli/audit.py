@@ -47,7 +47,7 @@ def show(
     "export",
     epilog=epilog(
         "fedpeft audit export --out audit.jsonl",
-        hint="An entry a line, in the form that its sha256 is of; keep exports where the server cannot write.",
+        hint="One entry a line, in the form that was hashed; keep exports where the server cannot write.",
         ends=OF_SERVER,
     ),
 )
@@ -66,7 +66,8 @@ def export(
     epilog=epilog(
         "fedpeft audit verify",
         "fedpeft audit verify --file audit.jsonl",
-        hint="Note the head that it prints on paper: --head then shows that nothing before it was rewritten.",
+        hint="Write down the head that it prints: with --head, a later check shows that nothing up to it was "
+        "rewritten.",
         ends=OF_SERVER,
     ),
 )

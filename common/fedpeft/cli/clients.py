@@ -48,7 +48,7 @@ def list_(
             if answer["set_aside"]:
                 output.say(
                     f"{row['client']} is set aside in {answer['run']}: its last updates were refused or excluded; "
-                    f"fedpeft client readmit {row['client']} lets it back"
+                    f"fedpeft client readmit {row['client']} clears this"
                 )
 
 
@@ -56,30 +56,29 @@ def list_(
     "revoke",
     epilog=epilog(
         "fedpeft client revoke hospital-a --reason 'laptop lost'",
-        hint="A new token lets the name in again, or fedpeft identity restore. Updates that were counted stay counted.",
+        hint="A new token, or fedpeft identity restore, admits the name again. Updates already counted stay counted.",
         ends=OF_SERVER,
     ),
 )
 def revoke(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Whom to refuse.")],
-    role: Annotated[
-        Role, typer.Option("--role", help="In which role; an operator cannot revoke itself.")
-    ] = Role.CLIENT,
-    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for the audit log.")] = "",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name to revoke.")],
+    role: Annotated[Role, typer.Option("--role", help="Its role; an operator cannot revoke itself.")] = Role.CLIENT,
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Reason, for the audit log.")] = "",
     unseen: Annotated[
-        bool, typer.Option("--unseen", help="Also if nobody of that name and role has called or was enrolled so far.")
+        bool,
+        typer.Option("--unseen", help="Revoke even if no identity of that name and role has enrolled or called yet."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Refuse a name, whatever certificate it brings, from its next message on and on open streams too."""
+    """Refuse a name with any certificate, from its next message on; its open streams end."""
     row = run_async(_revoked(session_of(context), name, role, reason, unseen))
     if as_json:
         output.say_json(row)
     else:
         output.say(
-            f"{row['role']} {row['name']} is refused since {row['revoked_at']}, whatever certificate it brings; a new "
-            "token would let it in again"
+            f"{row['role']} {row['name']} is refused with any certificate since {row['revoked_at']}; a new "
+            "token admits it again"
         )
 
 
@@ -88,7 +87,7 @@ def revoke(
     epilog=epilog(
         "fedpeft client readmit hospital-a",
         "fedpeft client readmit hospital-a --run run-0a1b2c3d4e5f",
-        hint="A client whose updates are refused three times in a row is set aside: it is sampled last of all.",
+        hint="A client whose updates are refused three times in a row is set aside: it is sampled after all others.",
         ends=OF_SERVER,
     ),
 )
@@ -98,12 +97,12 @@ def readmit(
     run: Annotated[str, typer.Option("--run", metavar="ID", help="Only in this run.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Let a client back that was set aside because its updates were refused again and again."""
+    """Readmit a client that was set aside because its updates were refused repeatedly."""
     runs = run_async(_readmitted(session_of(context), name, run))
     if as_json:
         output.say_json({"client": name, "runs": runs})
     elif runs:
-        output.say(f"{name} is sampled again as the others are, in {', '.join(runs)}")
+        output.say(f"{name} is sampled like the others again, in {', '.join(runs)}")
     else:
         output.say(f"{name} was not set aside{f' in {run}' if run else ''}; nothing changed")
 

@@ -21,10 +21,10 @@ EPILOG = epilog(
 def console(
     context: typer.Context,
     listen: Annotated[
-        str, typer.Option("--listen", metavar="HOST:PORT", help="Where browsers reach it; port 0 takes a free one.")
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Address to serve on; port 0 takes a free one.")
     ] = "127.0.0.1:7080",
     read_only: Annotated[
-        bool, typer.Option("--read-only", help="Nobody can create, pause or stop a run there.")
+        bool, typer.Option("--read-only", help="Show runs, but let nobody create, pause or stop one.")
     ] = False,
     name: Annotated[
         list[str] | None, typer.Option("--name", metavar="HOST", help="A host name that browsers may use for it.")
@@ -34,10 +34,10 @@ def console(
     ] = None,
     key: Annotated[Path | None, typer.Option("--tls-key", metavar="PEM", help="Its private key.")] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Serve the network in plain text: whoever listens in can take over.")
+        bool, typer.Option("--insecure", help="Serve plain text over the network: an eavesdropper can take over.")
     ] = False,
 ) -> None:
-    """Show the federation in a browser; prints a link that lets one browser in, once."""
+    """Show the federation in a browser; prints a link with which one browser logs in, once."""
     require("console", "starlette", "uvicorn", "jinja2", "python_multipart")
     from fedpeft.console.serving import serve
     from fedpeft.console.settings import Settings
@@ -54,7 +54,7 @@ def console(
         secured=session.secured,
     )
     if not settings.listen.is_loopback and settings.certificate is None:
-        output.note("INSECURE: login links and cookies cross the network in plain text, for whoever listens in")
+        output.note("INSECURE: login links and cookies cross the network in plain text, where others can read them")
 
     def say(link: str) -> None:
         output.say(f"console of {session.server}: {link}")

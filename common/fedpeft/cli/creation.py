@@ -80,7 +80,7 @@ def _check(file: Path, config: RunConfig, weights: Path | None, as_json: bool) -
 
     spec = spec_of(config.model, config.peft.method, config.peft.options)
     path = check_weights(config.model, weights)
-    fits = {"hub": "the hub's, not looked at", "none": "random"}
+    fits = {"hub": "the hub's, not checked", "none": "random"}
     about = f"{path}, which fits" if path else fits[config.model.weights]
     if as_json:
         output.say_json(

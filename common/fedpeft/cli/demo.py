@@ -21,13 +21,13 @@ EPILOG = epilog(
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results and all that leads there.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results, the logs and all state.")],
     rounds: Annotated[
-        int | None, typer.Option("--rounds", metavar="N", min=1, help="How many rounds; as in the run file if absent.")
+        int | None, typer.Option("--rounds", metavar="N", min=1, help="Number of rounds; as in the run file if absent.")
     ] = None,
     clients: Annotated[
         int | None,
-        typer.Option("--clients", metavar="N", min=1, help="How many clients; one for each vendor if absent."),
+        typer.Option("--clients", metavar="N", min=1, help="Number of clients; one for each vendor if absent."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", metavar="DIR", help="Folder of train.parquet and test.parquet.")

@@ -33,10 +33,10 @@ def doctor(
         Path | None, typer.Option("--data-dir", metavar="DIR", help="A server's data folder: checks that side.")
     ] = None,
     listen: Annotated[
-        str, typer.Option("--listen", metavar="HOST:PORT", help="Where that server serves.")
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Address that server serves gRPC on.")
     ] = "127.0.0.1:7070",
     metrics: Annotated[
-        str, typer.Option("--metrics", metavar="HOST:PORT", help="Where its metrics are; empty: none.")
+        str, typer.Option("--metrics", metavar="HOST:PORT", help="Address of its metrics; empty: none.")
     ] = "127.0.0.1:9464",
     database: Annotated[
         str,
@@ -44,7 +44,7 @@ def doctor(
             "--database",
             envvar="FEDPEFT_SERVER_DATABASE",
             metavar="URL",
-            help="Its database, if it is not in the folder.",
+            help="URL of its database, if not in the folder.",
             show_envvar=True,
         ),
     ] = "",

@@ -12,12 +12,12 @@ from fedpeft.cli.epilogs import OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.identity.subject import Role
 
-app = typer.Typer(no_args_is_help=True, help="Whom the server knows by certificate.")
+app = typer.Typer(no_args_is_help=True, help="Identities that the server knows by certificate.")
 
 
 @app.callback()
 def identities_() -> None:
-    """Whom the server knows by certificate."""
+    """Identities that the server knows by certificate."""
 
 
 @app.command("list", epilog=epilog("fedpeft identity list", ends=OF_SERVER))
@@ -25,7 +25,7 @@ def list_(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List whoever was enrolled or revoked, with the end of the newest certificate."""
+    """List every identity that was enrolled or revoked, with the end of its newest certificate."""
     rows = run_async(_listed(session_of(context)))
     if as_json:
         output.say_json(rows)
@@ -59,17 +59,17 @@ def list_(
 )
 def restore(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Whom to let in again.")],
-    role: Annotated[Role, typer.Option("--role", help="In which role.")] = Role.CLIENT,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name to admit again.")],
+    role: Annotated[Role, typer.Option("--role", help="Its role.")] = Role.CLIENT,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Let a revoked name in again, with a certificate that begins from now on; older ones stay refused."""
+    """Admit a revoked name again, with a certificate issued from now on; older ones stay refused."""
     row = run_async(_restored(session_of(context), name, role))
     who, since = f"{row['role']} {row['name']}", row["restored_at"]
     if as_json:
         output.say_json(row)
     elif since:
-        output.say(f"{who} is let in again, with a certificate that begins after {since}")
+        output.say(f"{who} is admitted again, with a certificate issued after {since}")
     else:
         output.say(f"{who} is not revoked")
 

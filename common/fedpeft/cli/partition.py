@@ -42,18 +42,20 @@ def partition(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="Parquet file, folder of parquet files, or image folder.")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; a folder or file a client.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder to write, with a folder or file for each client.")
+    ],
     given: Annotated[
         Law | None,
         typer.Option(
             "--partition",
-            help="iid; dirichlet: label skew; quantity: size skew; natural: a client a value of --column. If absent: "
-            "natural with --column, else iid.",
+            help="iid; dirichlet: label skew; quantity: size skew; natural: one client for each value of "
+            "--column. If absent: natural with --column, else iid.",
             show_default=False,
         ),
     ] = None,
     clients: Annotated[
-        int | None, typer.Option("--clients", metavar="N", min=1, help="How many clients; for all but natural.")
+        int | None, typer.Option("--clients", metavar="N", min=1, help="Number of clients; for all but natural.")
     ] = None,
     alpha: Annotated[
         float | None,

@@ -14,10 +14,10 @@ from fedpeft.cli.session import Session, run_async, session_of
 if TYPE_CHECKING:
     from fedpeft.v1 import run_pb2
 
-app = typer.Typer(no_args_is_help=True, help="Runs: create, watch, steer, take the result away.")
+app = typer.Typer(no_args_is_help=True, help="Runs: create, watch, control and export.")
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The run's id, as `run list` shows it.")]
-Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for whoever looks later.")]
+Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Reason, kept with the run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -97,7 +97,7 @@ def rollback(
     reason: Reason = "",
     as_json: AsJson = False,
 ) -> None:
-    """Take a run back to an earlier adapter version; the round in progress is over."""
+    """Take a run back to an earlier adapter version; the round in progress ends."""
     row = views.run_row(run_async(_rolled_back(session_of(context), run, to, reason)))
     if as_json:
         output.say_json(row)

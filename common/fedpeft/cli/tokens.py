@@ -16,7 +16,7 @@ from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity.subject import Role
 
-app = typer.Typer(no_args_is_help=True, help="Enrolment tokens: how a device or a person is let in.")
+app = typer.Typer(no_args_is_help=True, help="Enrolment tokens, each of which enrolls one device or person.")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -29,19 +29,19 @@ _LIFE = re.compile(r"([0-9]{1,9})([smhd])")
     epilog=epilog(
         "fedpeft token create --name hospital-a --role client --expires 24h",
         "fedpeft token create --name hospital-a --role client --out hospital-a.token",
-        hint="The token is secret until it is used: whoever has it first is let in under this name.",
+        hint="The token is secret until it is used: whoever uses it first is enrolled under this name.",
         ends=OF_SERVER,
     ),
 )
 def create(
     context: typer.Context,
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Whom it lets in; the id of a client.")],
-    role: Annotated[Role, typer.Option("--role", help="What the bearer may do.")] = Role.CLIENT,
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name that it enrolls; the id of a client.")],
+    role: Annotated[Role, typer.Option("--role", help="Role that it enrolls.")] = Role.CLIENT,
     expires: Annotated[
-        str, typer.Option("--expires", metavar="TIME", help="How long it can be used: 30m, 24h or 7d, for example.")
+        str, typer.Option("--expires", metavar="TIME", help="Lifetime: 30m, 24h or 7d, for example.")
     ] = "24h",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write the line there, for nobody else to read.")
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the line to a file that only you can read.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -61,7 +61,7 @@ def create(
         output.say(made["line"])
     who = "fedpeft-client" if role in (Role.CLIENT, Role.EVALUATOR) else "fedpeft"
     output.note(
-        f"token {made['id']} for {role} {made['name']}, good once, until {made['expires_at']}; carry the line to its "
+        f"token {made['id']} for {role} {made['name']}, usable once, until {made['expires_at']}; carry the line to its "
         f"machine by a private channel, and run there: {who} enroll {'@FILE' if out else '-'}"
     )
 
@@ -87,9 +87,9 @@ def delete(
     context: typer.Context,
     token: Annotated[str, typer.Argument(metavar="ID", help="The token's id, as `token list` shows it.")],
 ) -> None:
-    """Make a token worthless; a certificate that it was used for stays."""
+    """Delete a token, so that it cannot be used; a certificate it was used for stays valid."""
     run_async(_deleted(session_of(context), token))
-    output.say(f"token {token} is worthless now")
+    output.say(f"token {token} is deleted and cannot be used")
 
 
 def seconds(text: str) -> int:
@@ -103,7 +103,7 @@ def seconds(text: str) -> int:
         raise SettingsInvalid(f"--expires: {text[:40]!r} is not a time like 30m, 24h or 7d")
     found = int(match[1]) * _UNITS[match[2]]
     if not _UNITS["m"] <= found <= 30 * _UNITS["d"]:
-        raise SettingsInvalid(f"--expires: {text} is not between 1m and 30d, the lives a token can have")
+        raise SettingsInvalid(f"--expires: {text} is not between 1m and 30d, the lifetimes allowed")
     return found
 
 

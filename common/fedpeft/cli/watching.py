@@ -36,7 +36,7 @@ def watch(
     try:
         picture = run_async(watched(session_of(context), run, as_json=as_json))
     except KeyboardInterrupt:
-        output.note(f"fedpeft: the watch ends; what {run} does goes on without it")
+        output.note(f"fedpeft: no longer watching; {run} goes on")
         raise typer.Exit(Exit.INTERRUPTED) from None
     if views.state(picture.run) != "completed":
         raise typer.Exit(Exit.NOT_COMPLETED)

@@ -64,7 +64,7 @@ def refuse_splits(path: Path, names: Iterable[str]) -> None:
         raise DataInvalid(
             f"{path}: {', '.join(map(shown, splits[:_NAMED]))}{more} {'is' if len(splits) == 1 else 'are'} named like "
             f"the splits of one data set, not like clients; name the one to train on ({train}), or rename "
-            f"what is a client; a folder that fedpeft partition wrote, with {RECORD}, is taken as it is"
+            f"the folders if they are clients; a folder that fedpeft partition wrote, with {RECORD}, is taken as it is"
         )
 
 
@@ -72,7 +72,7 @@ def _refuse_beside(path: Path, found: Iterable[str]) -> None:
     if files := parquet_files(path):
         raise DataInvalid(
             f"{path} holds parquet files ({files[0].name}) and folders of them ({', '.join(list(found)[:_NAMED])}); "
-            "give the files a folder of their own, so that what is meant can be told"
+            "give the files a folder of their own, so that it is clear which data are meant"
         )
 
 

@@ -161,7 +161,7 @@ def _check(root: Path, classes: Mapping[str, Inventory], whole: Inventory) -> No
     if lost:
         more = f"; and {len(lost) - _NAMED:,} more classes" if len(lost) > _NAMED else ""
         raise DataInvalid(
-            f"{root}: {'; '.join(lost[:_NAMED])}{more}; mend this, or move the folder elsewhere if it is no class"
+            f"{root}: {'; '.join(lost[:_NAMED])}{more}; fix this, or move the folder elsewhere if it is not a class"
         )
 
 

@@ -106,7 +106,7 @@ def _opened(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Image]:
             raise _too_large("", max_pixels) from None
         except UnidentifiedImageError:
             kind = kind_of(bytes(data[:HEAD_BYTES]))
-            known = f"in none of the formats that are read: {', '.join(FORMATS)}"
+            known = f"in none of the supported formats: {', '.join(FORMATS)}"
             raise ImageUnreadable(f"it is {kind or known}") from None
         except Exception as error:  # Pillow's plugins raise whatever a malformed file makes them raise
             raise ImageUnreadable(_OF_A_STREAM.sub("", str(error)) or type(error).__name__) from None

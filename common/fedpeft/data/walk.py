@@ -81,7 +81,7 @@ class _Walk:
             return None
         if kind == DANGLING and not suffix_of(entry.name):
             raise DataInvalid(
-                f"{shown(entry.path)} is a link to nothing, so its class would be lost; mend the link, or remove it"
+                f"{shown(entry.path)} is a link to nothing, so its class would be lost; fix the link, or remove it"
             )
         return Entry(entry.name, "", Fate.SKIPPED, NOT_REGULAR if kind == "other" else OUTSIDE)
 

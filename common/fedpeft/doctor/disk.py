@@ -42,7 +42,7 @@ def _check(name: str, folder: Path, least: int) -> Iterator[Finding]:
     left = os.statvfs(there)
     said = f"{there}, {size(free)} free, a sync takes {1000 * took_s:.1f} ms"
     if free < GIB // 4 or (left.f_files and left.f_favail < 1000):
-        yield fault(name, f"{said}; that is next to nothing", "free some space, or take a larger disk")
+        yield fault(name, f"{said}; that is almost none", "free some space, or take a larger disk")
     elif free < least:
         yield warning(name, said, f"have at least {size(least)} free: updates and versions are kept there")
     else:

@@ -35,7 +35,7 @@ def check_identity(setup: Setup) -> Iterator[Finding]:
         yield warning(
             "certificate",
             f"ends at {one.not_valid_after_utc:{_DAY}} and was not renewed half-way",
-            "run what it is for while the server is up: it renews the certificate by itself",
+            "run its client or command while the server is up: each renews the certificate by itself",
         )
     else:
         yield ok("certificate", f"until {one.not_valid_after_utc:{_DAY}}")
@@ -50,14 +50,14 @@ def _suits(setup: Setup, identity: Identity) -> Finding:
     if takes_part and not at_a_site:
         return fault(
             "identity",
-            f"{where} is the identity of {subject}, who may call nothing that fedpeft's commands call",
-            f"fedpeft-client --identity {where} takes part with it; for the commands enroll as an operator or a viewer "
+            f"{where} is the identity of {subject}, which fedpeft's commands cannot use",
+            f"fedpeft-client --identity {where} uses it; for the commands enroll as an operator or a viewer "
             "(fedpeft enroll)",
         )
     if at_a_site and not takes_part:
         return fault(
             "identity",
-            f"{where} is the identity of {subject}, who takes part in no run",
+            f"{where} is the identity of {subject}, which cannot take part in runs",
             "fedpeft-client enroll --replace, with a token of --role client or evaluator",
         )
     return ok("identity", f"{subject} for {identity.server}, in {where}")
@@ -90,7 +90,7 @@ def check_server_certificates(setup: Setup) -> Iterator[Finding]:
         keys.check_private(where / "authority.key")
         yield ok("authority", "its key is here: this server enrolls and renews")
     else:
-        yield ok("authority", "its key is elsewhere: certificates come from there, nobody enrolls here")
+        yield ok("authority", "its key is elsewhere: certificates come from there, and nothing enrolls here")
     yield from _authorities(certificates.load(where / "authority.pem"), now)
 
 

@@ -116,12 +116,14 @@ def _port(flag: str, address: Address, *, running: bool) -> Finding:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(family[4])
     except PermissionError:
-        return fault("ports", f"{flag} {address}: this user may not", "take a port above 1023")
+        return fault("ports", f"{flag} {address}: this user may not listen there", "take a port above 1023")
     except OSError as error:
         if running:
             return ok("ports", f"{flag} {address} is in use, as it should be while the server runs")
         reason = error.strerror or str(error)
-        return fault("ports", f"{flag} {address}: {reason}", f"stop what has it (ss -ltnp), or give another {flag}")
+        return fault(
+            "ports", f"{flag} {address}: {reason}", f"stop the process that has it (ss -ltnp), or give another {flag}"
+        )
     if running:
         return warning("ports", f"{flag} {address} is free though a server runs here", f"say which {flag} it was given")
     return ok("ports", f"{flag} {address} is free")

@@ -68,7 +68,9 @@ async def explain(server: str, trust: Trust | None) -> Fault | None:
         async with asyncio.timeout(BUDGET_S):
             return await answer
     except TimeoutError:
-        return Fault(f"{server} cannot be reached, and nothing more was found out: look at this machine's name service")
+        return Fault(
+            f"{server} cannot be reached, and the cause was not found in time: check this machine's name service"
+        )
 
 
 def _settle(answer: asyncio.Future[Fault | None], found: Fault | None) -> None:
@@ -125,7 +127,7 @@ def _tls(way: Way, trust: Trust) -> None:
         except ssl.SSLCertVerificationError as error:
             raise _unproven(way, error, trust) from None
         except TimeoutError:
-            raise way.silent("does not answer the beginning of TLS") from None
+            raise way.silent("does not answer the TLS handshake") from None
         except (ssl.SSLError, ConnectionError) as error:
             raise _no_handshake(way, getattr(error, "reason", None) or "", trust) from None
     with closing(secure):
@@ -148,11 +150,11 @@ def _no_handshake(way: Way, reason: str, trust: Trust) -> Fault:
     """Returns why TLS did not come about for a reason other than the server's certificate."""
     if "PROTOCOL_VERSION" in reason or "UNSUPPORTED_PROTOCOL" in reason:
         return Lasting(
-            f"{way.server} offers only TLS 1.2 or older, and FedPEFT speaks TLS 1.3: a proxy between that opens TLS, "
-            "perhaps; let it pass the port through as plain TCP"
+            f"{way.server} offers only TLS 1.2 or older, and FedPEFT speaks TLS 1.3: a proxy between them "
+            "intercepts TLS, perhaps; let it pass the port through as plain TCP"
         )
     if "ALERT" in reason:
-        return Lasting(f"{way.server} refuses to begin TLS: {reason.lower().replace('_', ' ')}")
+        return Lasting(f"{way.server} refuses the TLS handshake: {reason.lower().replace('_', ' ')}")
     try:
         way.judge(way.first_bytes())
     except Fault as fault:
@@ -180,8 +182,8 @@ def _unproven(way: Way, error: ssl.SSLCertVerificationError, trust: Trust) -> La
         trusted = ", ".join(one.subject.rfc4514_string() for one in trust.authority)
         return Lasting(
             f"{way.server} shows a certificate of {issuer!r}, and this side trusts {trusted!r} (another key, if the "
-            "names are alike): a proxy between that opens TLS, or another federation's server; check the address, or "
-            "enroll again with a token of that server"
+            "names are alike): a proxy between them that intercepts TLS, or another federation's server; check the "
+            "address, or enroll again with a token of that server"
         )
     return Lasting(f"the certificate of {way.server} cannot be trusted: {error.verify_message}")
 
@@ -206,8 +208,8 @@ def _first_word(way: Way, secure: ssl.SSLSocket, trust: Trust) -> None:
     """Waits for the server's first word: in TLS 1.3 it refuses a certificate after this side is through."""
     if secure.selected_alpn_protocol() != "h2":
         raise Lasting(
-            f"what answers at {way.server} speaks TLS but not gRPC: check the port, or let a proxy between pass HTTP/2 "
-            "through"
+            f"what answers at {way.server} speaks TLS but not gRPC: check the port, or let the proxy between pass "
+            "HTTP/2 through"
         )
     try:
         secure.settimeout(way.step_s())

@@ -146,7 +146,7 @@ class Enrolment:
             self._last.append(line)
             return
         if "ready" in report:
-            log.info("the process for enrolment serves", pid=report["ready"])
+            log.info("the process for enrolment is serving", pid=report["ready"])
             await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         refused = report.get("refused", {})
         for why, count in refused.items():

@@ -144,7 +144,7 @@ class Access(pb_grpc.AccessServiceServicer):
         subject = CALL.get().caller.subject
         if subject is None:
             raise CertificateMissing(
-                "this connection is plain text, so there is no identity to revoke; stop the client, and it has left"
+                "this connection is plain text, so there is no identity to revoke; it is enough to stop the client"
             )
         reason = sayings.reason(request.reason) or "it left"
         tickets = await self._leave(subject, reason, asyncio.current_task())
@@ -296,7 +296,7 @@ class Access(pb_grpc.AccessServiceServicer):
             raise NoAuthority("this server serves plain text and enrolls nobody; `fedpeft-server init` changes that")
         if self._own.issuing is None:
             raise NoAuthority(
-                "this server does not have the authority's key: ask whoever has it for a certificate, with "
+                "this server does not have the authority's key: ask its holder for a certificate, with "
                 "spiffe://DOMAIN/fedpeft/ROLE/NAME among its subject alternative names"
             )
         return self._own.issuing

@@ -107,7 +107,7 @@ class Callers:
             theirs = "device a token" if CALL.get().caller.subject else "client an id"
             raise ClientIdInUse(
                 f"another process has registered as client {client} since with the same {INSTANCE_KEY}, as happens on "
-                f"a copy of a state directory; give each {theirs} and a state directory of its own, and copy none"
+                f"a copy of a state directory; give each {theirs} and a state directory of its own, and do not copy one"
             )
         presence.instance = instance
         presence.calls += 1

@@ -280,7 +280,7 @@ class Federation(pb_grpc.FederationServiceServicer):
     async def _cannot_score(
         self, request: pb.PushEvaluationRequest, engine: RunEngine, client: str
     ) -> pb.PushEvaluationResponse:
-        """Takes word that an evaluator cannot score a version, so that it gets the others."""
+        """Records that an evaluator cannot score a version, so that it gets the others."""
         run, version = engine.run.id, request.version
         if request.metrics:
             fault = "come with a failure, which says that there are none"

@@ -94,11 +94,15 @@ class Turn:
             raise self._over()
 
     def _over(self) -> TurnOver:
-        return TurnOver(f"this transfer had its turn of {TURN_S:g} s and others wait; continue where it stands")
+        return TurnOver(
+            f"this transfer had its turn of {TURN_S:g} s and others wait; continue at the first byte missing"
+        )
 
     def _check_place(self) -> None:
         if self.replaced:
-            raise TurnOver(f"another transfer of client {self.client} took this one's turn; continue where it stands")
+            raise TurnOver(
+                f"another transfer of client {self.client} took this one's turn; continue at the first byte missing"
+            )
 
 
 class Turns:
@@ -170,10 +174,10 @@ class Turns:
                 transfers = "transfers are" if self._limit > 1 else "transfer is"
                 raise TransfersBusy(
                     f"{self._limit} other {transfers} under way, the most this server serves at once; "
-                    "ask again at once to keep the place in the line"
+                    "ask again at once to keep the place in the queue"
                 ) from None
         if turn.replaced:
-            raise TurnOver(f"another transfer of client {turn.client} waits in this one's place")
+            raise TurnOver(f"another transfer of client {turn.client} has taken this one's place in the queue")
         if self._held.get(turn.client) is not turn:
             self._refuse_if_closed()
 
