@@ -1,4 +1,4 @@
-"""What an honest caller notices while another one attacks: a real daemon over TLS, attackers in a process of their own.
+"""Measures the effect of an attack on an honest caller: a real daemon over TLS, attackers in a process of their own.
 
     python benchmarks/attacks.py [--seconds 8] [--only NAME]
 
@@ -45,7 +45,7 @@ FEDERATION = "/fedpeft.v1.FederationService"
 
 @dataclass(frozen=True)
 class Target:
-    """Where a daemon is, and what an attacker has."""
+    """Addresses of a daemon, and an attacker's credentials."""
 
     address: str
     enroll: str

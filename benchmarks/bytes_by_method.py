@@ -1,4 +1,4 @@
-"""What the paper computed (4 bytes a parameter), measured: the bytes of a round for each PEFT method on ViT-B.
+"""Measures the bytes of a round for each PEFT method on ViT-B, beside the paper's 4 bytes a parameter.
 
 One round, one client, dense float32 both ways, 100 classes. Payload and wire bytes are the daemon's own Prometheus
 counters. The kernel's count is that of the loopback interface in a network namespace of its own, where nothing else
@@ -40,7 +40,7 @@ GET_FLAGS, SET_FLAGS, UP = 0x8913, 0x8914, 0x1  # SIOCGIFFLAGS, SIOCSIFFLAGS, IF
 
 
 def bring_loopback_up() -> None:
-    """What `ip link set lo up` does, without needing `ip`."""
+    """Brings the loopback interface up, as `ip link set lo up` would, without needing `ip`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         request = struct.pack("16sh", b"lo", 0).ljust(40, b"\0")
         (flags,) = struct.unpack_from("h", fcntl.ioctl(control, GET_FLAGS, request), 16)

@@ -1,4 +1,4 @@
-"""What a small device needs: memory and time of one training step, for each PEFT method, on this machine's CPU.
+"""Measures memory and time of one training step, for each PEFT method, on this machine's CPU.
 
     python benchmarks/devices.py --out benchmarks/results/devices.json
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the payloads, the processes they start, and how memory is read."""
+"""Parts that the benchmarks share: payloads, processes, and the reading of memory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def peak_memory_bytes(pid: int) -> int:
 
 
 def machine() -> dict[str, str | int]:
-    """What the figures depend on."""
+    """Conditions that the figures depend on."""
     cpus = [ln for ln in Path("/proc/cpuinfo").read_text().splitlines() if ln.startswith("model name")]
     name = cpus[0].partition(": ")[2] if cpus else platform.machine()
     return {

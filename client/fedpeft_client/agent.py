@@ -85,11 +85,11 @@ MAX_REASONS = 8
 """Most reasons that the server keeps of one answer."""
 
 EVALUATIONS = 3
-"""How often an evaluator tries to score a version."""
+"""Most attempts of an evaluator to score a version."""
 _NOBODYS_FAULT = frozenset(
     error.reason for error in (RefusedByPolicy, RunFinished, RunNotFound, TicketClosed, TicketNotFound, VersionNotFound)
 )
-"""Why a task ends that says nothing against its run: the hour, or that it is over."""
+"""Reasons for the end of a task that say nothing against its run: the hour, or that it is over."""
 
 
 class Agent:

@@ -46,7 +46,7 @@ _OPTIONS: list[tuple[str, str | int]] = [
 ]
 
 EXPLAIN_EVERY_S = 60.0
-"""How often the cause is looked for while the server stays away."""
+"""Seconds between two searches for the cause while the server stays away."""
 
 RequestT = TypeVar("RequestT", contravariant=True)
 ResponseT = TypeVar("ResponseT", covariant=True)

@@ -1,4 +1,4 @@
-"""When the server answered last, for `fedpeft-client status`: the time at which a file was touched."""
+"""Time of the server's last answer, for `fedpeft-client status`: the modification time of a file."""
 
 from __future__ import annotations
 

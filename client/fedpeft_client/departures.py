@@ -1,4 +1,4 @@
-"""What the messages that leave this device say, as the ledger books it."""
+"""Ledger entries for the messages that leave this device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedpeft_client.ledger_entries import Departure, Kind
 from fedpeft_client.pending import Pending
 
 CHUNK_OVERHEAD_BYTES = 32
-"""What a message adds to a chunk, at most."""
+"""Most bytes that a message adds to a chunk."""
 
 
 def enrolment(request: access_pb.EnrollRequest) -> Departure:
@@ -21,7 +21,7 @@ def enrolment(request: access_pb.EnrollRequest) -> Departure:
 
 
 def registration(request: pb.RegisterRequest) -> Departure:
-    """What a client says of itself."""
+    """Returns the entry of a registration."""
     own = request.capabilities
     said = {
         "role": pb.ClientRole.Name(request.role).removeprefix("CLIENT_ROLE_").lower(),
@@ -36,7 +36,7 @@ def registration(request: pb.RegisterRequest) -> Departure:
 
 
 def answer(request: pb.AnswerOfferRequest, name: str) -> Departure:
-    """Whether a client takes part in a run, of that name."""
+    """Returns the entry of an answer to the offer of a run with that name."""
     said = {
         "answer": pb.Answer.Name(request.answer).removeprefix("ANSWER_").lower(),
         "examples": request.examples,

@@ -27,7 +27,7 @@ from fedpeft_client.worker_process import Answer, WorkerProcess
 _NAMED = 20
 """Unreadable images that are named; there may be a million."""
 _NOT_LOADED: Answer = {"torch": "not loaded", "methods": (), "device": "", "rows": 0}
-"""What is known of this side before torch and the data are loaded."""
+"""Facts about this side that are known before torch and the data are loaded."""
 
 MOST_PAGES = 1000
 """Pages of runs that are read; a page holds hundreds."""

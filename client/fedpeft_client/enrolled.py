@@ -1,4 +1,4 @@
-"""Where a client's identity is, and whether what it was told besides agrees with it."""
+"""Finds a client's identity, and checks that its settings agree with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedpeft.identity.subject import Role
 from fedpeft_client.state import identity_folder
 
 FILES = ("key.pem", "authority.pem", "identity.toml", "certificate.pem")
-"""What a whole identity has, in the order that they are written in."""
+"""Files of a complete identity, in the order in which they are written."""
 
 
 def find(named: Any, state_dir: Any) -> Path | None:

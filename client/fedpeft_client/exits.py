@@ -59,7 +59,7 @@ NOT_ABOUT_THE_TASK = (
 
 
 class Exit(IntEnum):
-    """What the process ends with."""
+    """Exit code of the process."""
 
     DONE = 0
     FAILED = 1

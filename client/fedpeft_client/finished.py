@@ -29,11 +29,11 @@ from fedpeft_client.pending import PendingBox
 from fedpeft_client.state import StateDirectory
 
 LOOK_S = 3600.0
-"""How often it is looked for finished runs; at the start too."""
+"""Interval of the search for finished runs, seconds; the first one is at the start."""
 ASKED = 32
 """Most runs of one question."""
 KEPT = timedelta(days=30)
-"""How long the residual of a finished run is kept."""
+"""Time for which the residual of a finished run is kept."""
 MARK = "finished.json"
 """Says in a run's folder that the run is over, and when that was found out."""
 
@@ -110,7 +110,7 @@ class FinishedRuns:
 
 
 def _is_clean(folder: Path) -> bool:
-    """Whether a folder has nothing but what stays for good, or for now."""
+    """Returns True if a folder has nothing but what stays for good, or for now."""
     names = {file.name for file in folder.iterdir()}
     residual = state.residual(folder).name
     return (
@@ -125,7 +125,7 @@ def _since(mark: Path) -> timedelta:
 
 
 def _holds_values(file: Path) -> bool:
-    """Whether a file of tensors has one that is not zero everywhere; one that cannot be read may have."""
+    """Returns True if a file of tensors has one that is not zero everywhere, or cannot be read."""
     try:
         return any(values.any() for values in safetensors.numpy.load_file(file).values())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Whether runs suit this site: the verdicts of the worker, each reached once in the life of the process."""
+"""Verdicts of the worker on runs, each reached once in the life of the process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST = 256
 
 @dataclass(frozen=True)
 class Verdict:
-    """What this site has to say to a run.
+    """This site's verdict on a run.
 
     Attributes:
         reasons: Why it does not suit; empty if it does.
@@ -41,7 +41,7 @@ class Verdict:
 
     @property
     def suits(self) -> bool:
-        """Whether nothing speaks against the run."""
+        """True if nothing speaks against the run."""
         return not self.reasons
 
     @property
@@ -84,7 +84,7 @@ class Fitness:
         return self.verdicts[message.id]
 
     def knows(self, message: run_pb2.Run) -> bool:
-        """Whether there is a verdict on a run as it is offered."""
+        """Returns True if there is a verdict on a run as it is offered."""
         return message.id in self.verdicts and self._terms.get(message.id) == terms_of(message)
 
     def condemn(self, run: str, reason: Reason) -> Verdict:

@@ -1,4 +1,4 @@
-"""How many bytes left in the last 24 hours: what a limit on the bytes of a day is held against."""
+"""Bytes that left in the last 24 hours, for a policy's limit on the bytes of a day."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a ledger says: a line for what is about to leave, another one for what became of it, and how both are read.
+"""Lines of a ledger: one for each departure before it leaves, another one for its outcome; how they are read.
 
     {"id": ID, "at": TIME, "kind": "update", "server": ..., "run": ..., "name": ..., "round": ..., "ticket": ...,
      "wire_bytes": BOOKED, "payload_bytes": ..., "said": {...}}
@@ -31,14 +31,14 @@ FILE = "ledger.jsonl"
 
 
 class Kind(StrEnum):
-    """What left."""
+    """Kind of a departure."""
 
     ENROLMENT = "enrolment"
     """The request for the first certificate, with the token's secret."""
     REGISTRATION = "registration"
-    """What this client said of itself."""
+    """This client's description of itself."""
     ANSWER = "answer"
-    """Whether it takes part in a run, and if not, the words that were told."""
+    """An answer to the offer of a run: accepted, or declined with the reasons that were told."""
     UPDATE = "update"
     """Tensors, trained here."""
     EVALUATION = "evaluation"
@@ -52,7 +52,7 @@ class Kind(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What became of it."""
+    """Outcome of a departure."""
 
     RECEIVED = "received"
     """The server has it and said so: for an update, the receipt."""
@@ -66,7 +66,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Departure:
-    """What is about to leave.
+    """A departure: something that is about to leave.
 
     Attributes:
         kind: What it is.
@@ -111,13 +111,13 @@ class Booked:
 
     @property
     def ended(self) -> datetime | None:
-        """When it was known what became of it; None if it never was."""
+        """Time at which its outcome was known; None if it never was."""
         return None if self.outcome is Outcome.OPEN else self.latest
 
 
 @dataclass
 class Contents:
-    """What is in a ledger: departures in the order in which they were booked, and how many lines cannot be read.
+    """Contents of a ledger: departures in the order in which they were booked, and the number of unreadable lines.
 
     Attributes:
         booked: The departures, by number.

@@ -24,12 +24,12 @@ class Row:
 
     @property
     def departure(self) -> Departure:
-        """What left."""
+        """Last departure of all attempts."""
         return self.attempts[-1].departure
 
     @property
     def at(self) -> datetime:
-        """When it was first about to."""
+        """Time of the first attempt."""
         return self.attempts[0].at
 
     @property
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def outcome(self) -> Outcome:
-        """What became of it."""
+        """Outcome of the last attempt."""
         return self.attempts[-1].outcome
 
     def as_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether the policy lets this machine work now: by the hour, the charge, the temperature, the bytes of a day.
+"""Limits of the policy on work now: the hour, the charge, the temperature, the bytes of a day.
 
 `forbidden` is pure; `Limits` looks at the clock, the sensors and the ledger, and waits.
 """
@@ -21,16 +21,16 @@ from fedpeft_client.policy import Policy, TimeRules, opens_at
 from fedpeft_client.sensors import battery, temperatures
 
 LOOK_S = 5.0
-"""How often it is looked whether work is allowed, while waiting and while working."""
+"""Interval of the checks, while waiting and while working, seconds."""
 SENSORS_AGAIN = timedelta(minutes=1)
-"""When a battery or a sensor that forbade work is next expected to allow it."""
+"""Time until a battery or a sensor that forbade work is looked at again."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the machine is like.
+    """State of the machine.
 
     Attributes:
         now: Its local time.
@@ -45,7 +45,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Forbidden:
-    """Why nothing is done now: a sentence that may be told to the server, and when to look again."""
+    """Reason why nothing is done now, as a sentence for the server, and when to look again."""
 
     told: str
     until: datetime
@@ -73,7 +73,7 @@ def conditions() -> Conditions:
 
 
 class Limits:
-    """What a policy says about now, asked before work is taken and while it is done.
+    """A policy's limits on work now, asked before work is taken and while it is done.
 
     Args:
         policy: The policy.

@@ -1,4 +1,4 @@
-"""What the machine of a client is like, looked up whenever Prometheus asks.
+"""Metrics of a client's machine, read whenever Prometheus asks.
 
 The GPU is asked through NVIDIA's management library, which needs no CUDA context: the agent holds no GPU memory. What
 is not there has no series.
@@ -37,7 +37,7 @@ _GPU: Mapping[str, Callable[[object], float]] = {
     "gpu_temperature_celsius": lambda device: pynvml.nvmlDeviceGetTemperature(device, pynvml.NVML_TEMPERATURE_GPU),
     "gpu_power_watts": lambda device: pynvml.nvmlDeviceGetPowerUsage(device) / 1000,
 }
-"""How a GPU is asked."""
+"""Arguments of nvidia-smi."""
 
 Values = Mapping[str, float]
 

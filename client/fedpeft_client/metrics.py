@@ -18,7 +18,7 @@ from fedpeft.errors import SettingsInvalid
 
 
 class State(StrEnum):
-    """What an agent is doing."""
+    """Activity of an agent."""
 
     CONNECTING = "connecting"
     WAITING = "waiting"

@@ -1,4 +1,4 @@
-"""How long anything is waited for, and how a server that is away is waited for.
+"""Limits on waiting for a server, and the retries while it is away.
 
 All timeouts of the client are here; those that the server has too come from `fedpeft.waits`.
 """
@@ -26,11 +26,11 @@ AWAY_S = 10 * STALL_S
 """With `--once`: the client gives up when the server has been away for this time."""
 
 NOT_NOW = (DiskFull, Unavailable)
-"""What a server answers, or its absence, while it cannot do its work; whatever was asked may succeed later."""
+"""Errors of a server that cannot do its work for now; the same call may succeed later."""
 FAULT = Internal
 """A server that is there and fails in a call, or answers what nobody understands: repeating it may help, or never."""
 FAULT_ATTEMPTS = 6
-"""How often a call that a server fails in is made before the fault is taken for one of what was asked."""
+"""Attempts at a call that the server fails at, before the fault is taken for one of the request."""
 FIRST_FAULT_PAUSE_S = 0.5
 """The first pause between two such calls, some ten seconds in all: a proxy before a restarted server says the same."""
 

@@ -40,7 +40,7 @@ KEPT_ASIDE = 8
 
 
 class Outcome(StrEnum):
-    """What became of an update."""
+    """Outcome of an update."""
 
     COUNTED = "counted"
     """The server has it: the residual is what the encoding left out."""
@@ -133,7 +133,7 @@ class PendingBox:
         return pending
 
     def holds(self, run: str) -> bool:
-        """Whether an update of a run waits for an answer, or for its settlement to be finished; if unsure, it does."""
+        """Returns True if an update of a run waits for an answer, or for the end of its settlement; also if unsure."""
         if any(self._directory.path.glob(f"settled-*@{run}")):
             return True
         try:

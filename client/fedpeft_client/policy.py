@@ -90,7 +90,7 @@ class ModelRules(_Section):
     weights_folders: Annotated[tuple[Annotated[str, AfterValidator(_folder)], ...], Field(strict=False)] | None = None
     """Folders in which a file that a run names may lie; what `--weights` names is the owner's own word."""
     hub: bool = True
-    """Whether weights may be fetched from the hub."""
+    """Allows weights to be fetched from the hub."""
     max_image_size: _Count | None = None
     """Largest side of the input in pixels."""
 

@@ -1,4 +1,4 @@
-"""Which rules of a policy something breaks that a server asks for. Pure: the same for an offer and for a ticket.
+"""Rules of a policy that a server's request breaks. Pure: the same for an offer and for a ticket.
 
 A rule gives two sentences. What is told to the server says which limit of the owner is passed, in terms of what the
 server asked for; it names no path, no class and no number of images of this site. The other one is for the owner.
@@ -25,14 +25,14 @@ MOST_STEPS = 1_000_000
 """Optimizer steps in a round that are allowed where the owner bounds neither epochs nor steps."""
 
 Weights = Literal["", "file", "folder"]
-"""What the owner gave as --weights: nothing, a file that stands for any weights, or a folder to look names up in."""
+"""The owner's --weights: nothing, a file that stands for any weights, or a folder to look names up in."""
 
 Rule = Callable[[Policy, "Asked"], "Iterator[Broken]"]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a server asks for: a run, when it is offered, or the training of a ticket.
+    """A server's request: a run, when it is offered, or the training of a ticket.
 
     Attributes:
         run: The run, as it was offered.
@@ -223,4 +223,4 @@ def _longer(key: str, wanted: str, most: int, unit: str) -> Broken:
 
 
 RULES: tuple[Rule, ...] = (_runs, _rounds, _model, _weights, _peft, _training, _data, _transfer)
-"""What is asked, in this order."""
+"""The checks, in their order."""

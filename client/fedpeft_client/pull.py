@@ -26,7 +26,7 @@ from fedpeft_client.patience import Patience
 from fedpeft_client.runs import KnownRun
 
 STARTS = 3
-"""How often a pull is begun at its first byte before it is given up."""
+"""Most attempts at a pull from its first byte."""
 
 _Call = grpc.aio.UnaryStreamCall[pb.PullAdapterRequest, pb.PullAdapterResponse]
 

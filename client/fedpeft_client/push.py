@@ -38,11 +38,11 @@ from fedpeft_client.wire_checks import check_receipt, check_standing
 from fedpeft_client.withdrawals import Withdrawals
 
 STARTS = 3
-"""How often an upload whose bytes arrive damaged is begun at its first byte before it is given up."""
+"""Most attempts at an upload from its first byte, where its bytes arrive damaged."""
 
 VERDICT_S = 0.5
 VERDICT_LOOKS = 100
-"""How long, and how often in that time, the reason of a broken upload is looked for."""
+"""Time for which the reason of a broken upload is looked for, seconds, and the number of looks."""
 _CORE = "Internal error from Core"
 
 _Call = grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]

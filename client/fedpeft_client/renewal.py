@@ -21,7 +21,7 @@ from fedpeft_client.channel import Channel
 from fedpeft_client.exits import NOT_LET_IN
 
 LOOK_S = 30.0
-"""How often the clock and the folder are looked at: a machine that slept does not miss its time by more."""
+"""Interval at which clock and folder are looked at, seconds: a machine that slept is late by no more than this."""
 FIRST_PAUSE_S = 5.0
 LONGEST_PAUSE_S = 600.0
 """Between attempts that fail; doubled from the one to the other."""

@@ -1,4 +1,4 @@
-"""What this client knows about the runs of the server."""
+"""A run of the server, as this client knows it."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _PENDING = "pending"
 
 @dataclass(frozen=True)
 class IdentityStatus:
-    """Who the client is.
+    """Identity of the client.
 
     Attributes:
         role: client or evaluator; empty if it cannot be told.
@@ -46,7 +46,7 @@ class IdentityStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the client said to a run, and what it did for it.
+    """The client's answer to a run, and its updates for it.
 
     Attributes:
         run: Its id.

@@ -1,4 +1,4 @@
-"""Whether what is trained can still count, asked of the server now and then while it is trained."""
+"""Asks the server, during training, for whether the result can still count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedpeft_client.channel import Channel
 from fedpeft_client.patience import FAULT, NOT_NOW
 
 ASK_S = HOLD_S
-"""How often the server is asked: as often as a client that waits asks for work."""
+"""Interval of these questions, seconds: that of a waiting client."""
 
 _CLOSED = (run_pb2.TICKET_STATE_WITHDRAWN, run_pb2.TICKET_STATE_REFUSED)
 

@@ -1,4 +1,4 @@
-"""Whether a run suits this site: one pure function over the run and what the site has; it returns the reasons why not.
+"""Suitability of a run for this site: one pure function over both, which returns the reasons against it.
 
 Whatever may speak against a run is a check in `CHECKS`, and is asked nowhere else. It is asked twice: before the model
 is built, so that nothing is loaded or fetched for a run that cannot be; and afterwards, with what was built. A fact
@@ -77,7 +77,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Built:
-    """What came of building a run's model: what its method tunes, the fingerprint of the rest, the input's side."""
+    """Result of building a run's model: the tensors its method tunes, the fingerprint of the rest, the input's side."""
 
     spec: AdapterSpec
     fingerprint: str
@@ -86,7 +86,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Site:
-    """What this site has.
+    """Facts about this site.
 
     Attributes:
         methods: PEFT methods of the software here.
@@ -247,4 +247,4 @@ CHECKS: tuple[Callable[[KnownRun, Site], Iterable[Reason]], ...] = (
     _images,
     _backbone,
 )
-"""What is asked, in this order; a check knows the run and the site and nothing else."""
+"""The checks, in their order; each knows the run and the site and nothing else."""

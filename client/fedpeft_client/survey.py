@@ -23,7 +23,7 @@ _SMALL = Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "nearest")
 
 @dataclass(frozen=True)
 class Found:
-    """What a survey found.
+    """Findings of a survey.
 
     Attributes:
         unreadable: Name of each image that cannot be read, and why.

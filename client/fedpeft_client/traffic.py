@@ -19,7 +19,7 @@ BOOKED = (
     pb.PushEvaluationRequest,
     access_pb.LeaveRequest,
 )
-"""What is booked, with what is in it, by whoever sends it; anything else is a question."""
+"""Messages that their senders book, with their content; any other message is a question."""
 
 
 class Traffic:

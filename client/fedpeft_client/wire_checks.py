@@ -1,4 +1,4 @@
-"""What a server's answers must be before anything is done with them: ids of a plain form, numbers within bounds.
+"""Checks on a server's answers before anything is done with them: ids of a plain form, numbers within bounds.
 
 A server is not trusted: an id becomes the name of a folder, a deadline a date, an offset a place in a file, a sentence
 a line in a log. Whatever an answer holds that the protocol does not allow is `Internal`, a fault of the server, named

@@ -1,4 +1,4 @@
-"""What the worker does: models and data that stay loaded between rounds, checks, training, evaluation.
+"""The worker's tasks: checks, training, evaluation; models and data stay loaded between rounds.
 
 The only module of the client that imports torch.
 """

@@ -21,9 +21,9 @@ from fedpeft.logs import Log
 from fedpeft_client.patience import AWAY_S, STALL_S
 
 ATTEMPTS = 3
-"""How often something is asked of a worker that dies of it, before it is given up."""
+"""Most attempts at a request of which the worker dies."""
 LEAVE_S = 5.0
-"""How long a worker may take to end between two steps before it is killed."""
+"""Time that a worker has to end between two steps before it is killed, seconds."""
 LINE_LIMIT_BYTES = 64 * 1024 * 1024
 """Longest answer; figures of 100,000 classes are well below."""
 

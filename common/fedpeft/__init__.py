@@ -45,7 +45,7 @@ _HOMES = {
     "load_run_file": "fedpeft.config",
     "simulate": "fedpeft.simulated",
 }
-"""Where each name of the package lives; it is imported when it is first asked for."""
+"""Module of each name of the package; it is imported when the name is first used."""
 
 __all__ = [
     "PROTOCOL",

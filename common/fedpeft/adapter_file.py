@@ -35,7 +35,7 @@ _ALIGNMENT_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What a file says about itself.
+    """Metadata of a file.
 
     Attributes:
         run: Id of the run.

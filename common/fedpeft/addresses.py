@@ -1,4 +1,4 @@
-"""Where a server listens, or is reached."""
+"""Addresses at which a server listens, or is reached."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """True if only this machine reaches it."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:

@@ -1,4 +1,4 @@
-"""What a run's model is before it has values: one of timm's, or one of a kind that is installed here."""
+"""A run's model before it has values: one of timm's, or one of a kind that is installed here."""
 
 from __future__ import annotations
 

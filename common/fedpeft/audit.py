@@ -18,7 +18,7 @@ from typing import Any
 from fedpeft.errors import AuditBroken
 
 FIRST = "0" * 64
-"""What the first entry has for the digest of the one before."""
+"""Previous digest of the first entry."""
 MAX_DETAILS = 4096
 """Characters of `details` at most."""
 SHORT = 256

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from fedpeft.identity.folder import Identity
 
 DEFAULT_SERVER = "127.0.0.1:7070"
-"""Where a server is looked for when neither it nor an identity is named."""
+"""Address of the server when neither it nor an identity is named."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls whom.
+    """A caller's server and identity.
 
     Attributes:
         server: HOST:PORT.

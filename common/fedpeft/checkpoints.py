@@ -22,7 +22,7 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 
 
 class Fitting(Protocol):
-    """How a checkpoint's tensors become a model's: see `fedpeft.architectures.Architecture`."""
+    """Maps a checkpoint's tensors to a model's: see `fedpeft.architectures.Architecture`."""
 
     def convert(self, checkpoint: State, module: nn.Module) -> State:
         """Returns them under the names and in the shapes of `module`."""

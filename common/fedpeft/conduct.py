@@ -1,4 +1,4 @@
-"""How clients used their tickets, and what follows from it for sampling. Pure.
+"""Conduct: clients' use of their tickets, and what follows from it for sampling. Pure.
 
 A client whose ticket brought no update is sampled after all others for a while: 4 rounds for each ticket in a row, at
 most 64. One whose updates were refused or excluded three times in a row is set aside: it is sampled last of all, so
@@ -29,7 +29,7 @@ LAST_OF_ALL = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class Conduct:
-    """How a client used its last tickets of a run.
+    """A client's use of its last tickets of a run.
 
     Attributes:
         missed: Tickets in a row that brought no update that counts.
@@ -43,7 +43,7 @@ class Conduct:
 
     @property
     def is_aside(self) -> bool:
-        """Whether the client is set aside."""
+        """True if the client is set aside."""
         return self.refused >= ASIDE_AFTER
 
     def demerit(self, number: int) -> int:

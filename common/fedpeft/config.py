@@ -86,12 +86,12 @@ class ModelConfig(_Section):
 
     @property
     def kind(self) -> str:
-        """What stands before the colon of `name`; empty for an image classifier of timm."""
+        """The part of `name` before the colon; empty for an image classifier of timm."""
         return split_kind(self.name)[0]
 
     @property
     def variant(self) -> str:
-        """What stands behind the colon of `name`: `tiny` of `text:tiny`."""
+        """The part of `name` behind the colon: `tiny` of `text:tiny`."""
         return split_kind(self.name)[1]
 
     @field_validator("name")
@@ -280,7 +280,7 @@ class CodecConfig(_Section):
     values: DenseEncoding = "float32"
     """Encoding of the values that sparse keeps."""
     error_feedback: bool = True
-    """Whether what was not sent, or not counted, is added to the client's next update."""
+    """Adds what was not sent, or not counted, to the client's next update."""
 
     @field_validator("up")
     @classmethod
@@ -315,7 +315,7 @@ class SimulationConfig(_Section):
     max_image_pixels: Annotated[int, Field(ge=1)] | None = None
     """Pixels of the largest image that is opened; Pillow's limit, 178,956,970, if absent."""
     engine: Literal["inprocess"] = "inprocess"
-    """Where simulated clients run: one after the other in the process itself."""
+    """Engine of the simulated clients. inprocess: one after the other in the process itself."""
 
     @model_validator(mode="after")
     def _one_law(self) -> Self:

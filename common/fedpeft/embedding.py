@@ -191,12 +191,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it is completed or stopped."""
+        """True if it is completed or stopped."""
         return self._picture.finished
 
     @property
     def reason(self) -> str:
-        """Why it is paused, or what it waits for; may be empty."""
+        """Reason why it is paused, or the event that it waits for; may be empty."""
         return self._picture.run.reason
 
     @property
@@ -206,7 +206,7 @@ class Run:
 
     @property
     def created_at(self) -> datetime:
-        """When it was created, in UTC."""
+        """Time of its creation, in UTC."""
         return self._picture.run.created_at.ToDatetime(UTC)
 
     @property
@@ -267,12 +267,12 @@ class Run:
 
     @property
     def full_bytes(self) -> int:
-        """What full fine-tuning would have sent each way in these rounds."""
+        """Bytes that full fine-tuning would have sent each way in these rounds."""
         return sum(each.full_bytes for each in self.rounds)
 
     @property
     def declines(self) -> dict[str, list[str]]:
-        """Why, by the id of the clients that do not take part."""
+        """Reasons of the clients that do not take part, by id."""
         return {decline.client: list(decline.reasons) for decline in self._picture.run.declines}
 
     def refresh(self) -> Run:

@@ -127,7 +127,7 @@ class FedpeftError(Exception):
 
     @property
     def in_short(self) -> str:
-        """What is wrong, without what would be right, which stands behind a semicolon; for a line with little room."""
+        """The fault alone, without the cure that stands behind a semicolon; for a line with little room."""
         return self.message.partition(";")[0]
 
     def __init_subclass__(cls) -> None:
@@ -415,7 +415,7 @@ class TooManyCertificates(ResourceExhausted):
 
 
 class AnswerTooLarge(ResourceExhausted):
-    """What was asked for does not fit into one message; ask for less at once."""
+    """An answer does not fit into one message; ask for less at once."""
 
 
 class DiskFull(ResourceExhausted):

@@ -78,7 +78,7 @@ def scores(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -
 
 
 class _Tally:
-    """What is right, of each class, and the loss so far."""
+    """Correct predictions and the loss so far, by class."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self._classes = classes

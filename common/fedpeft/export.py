@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Arrays = dict[str, NDArray[np.float32]]
 
 PREFIX = "base_model.model."
-"""What the `peft` library puts before the names of a model it wraps."""
+"""Prefix that the `peft` library puts before the names of a model it wraps."""
 
 
 def as_timm(tuned: TunedModel, path: Path) -> None:

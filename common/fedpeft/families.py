@@ -25,7 +25,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where PEFT methods attach. A model without blocks can be tuned by full, head and bias.
+    """Places where PEFT methods attach. A model without blocks can be tuned by full, head and bias.
 
     Attributes:
         head: Name of the classifier.

@@ -1,4 +1,4 @@
-"""What is wrong with which field of a run file, in words, and in which line of the file."""
+"""Faults of a run file in words: the field, and the line of the file."""
 
 from __future__ import annotations
 

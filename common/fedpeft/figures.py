@@ -39,7 +39,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
 ACCURACY_OF_CLASS = "accuracy/"
 """Begins the name of a class's accuracy, which is a share as well."""
 COUNT = "examples"
-"""How many examples the others are about: no result by itself."""
+"""Number of examples that the others are about: no result by itself."""
 
 
 def sendable(figures: Mapping[str, float], most: int) -> dict[str, float]:

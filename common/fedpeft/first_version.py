@@ -1,4 +1,4 @@
-"""What a run begins with: adapter version 0, built by whoever creates the run."""
+"""Adapter version 0, with which a run begins; built by the creator of the run."""
 
 from __future__ import annotations
 

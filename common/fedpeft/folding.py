@@ -27,7 +27,7 @@ RESIDENT_BYTES = 8 * 1024 * 1024
 """Bytes read of mapped payloads, all together, before their pages are given back."""
 
 FAULT_BYTES = 64 * 1024
-"""What reading one byte of a mapped file makes resident, at least; the system may map far more."""
+"""Least memory that reading one byte of a mapped file makes resident; the system may map far more."""
 
 LARGEST = float(np.finfo(np.float32).max)
 

@@ -65,7 +65,7 @@ class Picture:
 
     @property
     def is_scored(self) -> bool:
-        """Whether an evaluator has been at work."""
+        """True if an evaluator has been at work."""
         return views.is_scored(self.run.initial_metrics) or bool(_scored_versions(self.rounds))
 
     @property
@@ -80,7 +80,7 @@ class Picture:
 
     @property
     def finished(self) -> bool:
-        """Whether the run is completed or stopped."""
+        """True if the run is completed or stopped."""
         return self.run.state in FINISHED
 
 
@@ -152,7 +152,7 @@ def waiting_line(run: run_pb2.Run) -> str:
 
 
 def _given_up(run: run_pb2.Run, version: int) -> bool:
-    """Whether no evaluator is left that could still score a version: each has, or said that it cannot."""
+    """Returns True if no evaluator is left that could still score a version: each has, or reported that it cannot."""
     return bool(run.evaluators) and not any(each.backlog and each.next_version >= version for each in run.evaluators)
 
 
@@ -161,7 +161,7 @@ def _scored_versions(rounds: Mapping[int, run_pb2.Round]) -> frozenset[int]:
 
 
 async def _evaluator_seen(server: OperatorClient, run: run_pb2.Run) -> bool:
-    """Whether an evaluator has called since the run was created; one that computes right now looks as if away.
+    """Returns True if an evaluator has called since the run was created; one that computes right now looks as if away.
 
     A server that is older than `Run.evaluators` is asked for its clients.
     """

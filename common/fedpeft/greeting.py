@@ -1,4 +1,4 @@
-"""What a server says of itself beside every answer to a health check: its protocol and its clock, as metadata."""
+"""Metadata that a server adds to every answer to a health check: its protocol and its clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CLOCK_KEY = "fedpeft-clock"
 
 @dataclass(frozen=True)
 class Greeting:
-    """What a server says of itself.
+    """A server's protocol and clock.
 
     Attributes:
         protocol: Which it speaks.

@@ -1,4 +1,4 @@
-"""What gRPC's core is told before it starts; it reads the environment once, at the first channel or server."""
+"""Settings of gRPC's core, which reads the environment once, at the first channel or server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done with data, by kind of model: reading it, giving it the run's labels, training on it, scoring on it.
+"""Work on data, by kind of model: reading it, giving it the run's labels, training on it, scoring on it.
 
 Whoever trains asks the learner of a kind and knows no more of it. Images have their own, made for GPUs and millions of
 pictures; the loop of any other kind is its own (`fedpeft.kind`), and what stands around it is the same for all.
@@ -66,7 +66,7 @@ DataT = TypeVar("DataT")
 
 
 class Learner(ABC, Generic[SourceT, DataT]):
-    """How one kind of model learns.
+    """Training and scoring of one kind of model.
 
     Sources are a site's data as they lie there, data sets are those with the run's labels and as the model wants them.
     """

@@ -14,12 +14,12 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 LOOK_S = 0.5
-"""How often connections are looked at for whether they are over time."""
+"""Interval of the check for connections that are over time, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the port takes.
+    """Bounds of the port.
 
     Attributes:
         connections: Connections at once, each with a thread.
@@ -42,7 +42,7 @@ DEFAULT = Limits()
 
 @dataclass
 class _Since:
-    """When a connection began, on the monotonic clock, and whether its request is there."""
+    """Start of a connection on the monotonic clock, and True once its request is there."""
 
     at: float = field(default_factory=time.monotonic)
     asked: bool = False

@@ -20,7 +20,7 @@ MOST_CLASSES = 20
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How an adapter version came about. Clients are counted, never named: who takes part may be private.
+    """Provenance of an adapter version. Clients are counted, never named: who takes part may be private.
 
     Attributes:
         run: Id of the run.

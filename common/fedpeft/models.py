@@ -31,7 +31,7 @@ HEAD_STD = 0.02
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What a fingerprint takes of one tensor of a checkpoint.
+    """The part of a fingerprint that comes from one tensor of a checkpoint.
 
     Attributes:
         dtype: As safetensors names it.
@@ -71,7 +71,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device that the model is on."""
         return next(self.module.parameters()).device
 
 

@@ -1,4 +1,4 @@
-"""What is said of a run in lines: each thing once, when it becomes known."""
+"""Narration of a run in lines: each event once, when it becomes known."""
 
 from __future__ import annotations
 

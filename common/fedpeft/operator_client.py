@@ -60,7 +60,7 @@ LOOK_S = 5.0
 ATTEMPTS = 4
 """Times a call is made before an unavailable server is given up."""
 KEEP_S = 900.0
-"""How long one client is well kept: an identity is renewed, and one that was put in its place is read, when the next
+"""Life of one client, seconds: an identity is renewed, and one that was put in its place is read, when the next
 is opened."""
 RENEW_S = 10.0
 """Longest that a command waits for the next certificate, which it can do without for now."""
@@ -123,7 +123,7 @@ class OperatorClient(AccessCalls):
 
     @property
     def is_stale(self) -> bool:
-        """Whether who asks again and again should open another by now."""
+        """True if a caller that repeats its calls should open another client by now."""
         return time.monotonic() >= self._stale_at
 
     async def renew(self) -> Identity:

@@ -31,7 +31,7 @@ Tensors = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies in a payload; `offset` and `length` in bytes."""
+    """Place of one tensor in a payload; `offset` and `length` in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a payload holds; `sha256` is its digest, 32 bytes."""
+    """Contents of a payload; `sha256` is its digest, 32 bytes."""
 
     entries: tuple[Entry, ...]
     payload_bytes: int

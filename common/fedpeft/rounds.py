@@ -25,7 +25,7 @@ from fedpeft.units import counted
 
 
 class Phase(StrEnum):
-    """Where a round is."""
+    """Phase of a round."""
 
     WAITING = "waiting"
     OPEN = "open"
@@ -34,7 +34,7 @@ class Phase(StrEnum):
 
 
 class TicketState(StrEnum):
-    """What became of a client's right to contribute."""
+    """State of a client's right to contribute."""
 
     ISSUED = "issued"
     RECEIVED = "received"

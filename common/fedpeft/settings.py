@@ -1,4 +1,4 @@
-"""What the settings of server and client have in common: where they come from, and what is said of wrong ones."""
+"""Common part of the server's and the client's settings: their sources, and the messages about wrong ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ProcessSettings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     program: ClassVar[str]
-    """What the command is called."""
+    """Name of the command."""
     shortcuts: ClassVar[dict[str, str]] = {}
     """Flags of one letter by the setting they stand for."""
 

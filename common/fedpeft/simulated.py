@@ -51,7 +51,7 @@ class SimulatedRound(Scored):
 
 @dataclass(frozen=True)
 class Simulation:
-    """What came of a simulated run. Made by `simulate`.
+    """Result of a simulated run. Made by `simulate`.
 
     Attributes:
         config: The run file.
@@ -70,7 +70,7 @@ class Simulation:
 
     @property
     def reason(self) -> str:
-        """Why it is paused; else empty."""
+        """Reason why it is paused; else empty."""
         return str(self.report["reason"])
 
     @property
@@ -115,7 +115,7 @@ class Simulation:
 
     @property
     def full_bytes(self) -> int:
-        """What full fine-tuning would have sent each way in these rounds."""
+        """Bytes that full fine-tuning would have sent each way in these rounds."""
         return sum(each.full_bytes for each in self.rounds)
 
     def adapter(self) -> dict[str, NDArray[np.float32]]:

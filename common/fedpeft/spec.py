@@ -27,7 +27,7 @@ DTYPE = "F32"
 
 
 class Role(StrEnum):
-    """What happens to a tuned tensor in one round."""
+    """Role of a tuned tensor in one round."""
 
     SENT = "sent"
     """Trained by the client and part of its update."""

@@ -20,7 +20,7 @@ _MOST_BYTES = 4 * (MAX_LENGTH + 1)
 """Of a token in the widest encoding."""
 
 LEFT = "interrupted; run the command again at any time: the same token still works here"
-"""What is said to somebody who interrupts an enrolment."""
+"""Message to somebody who interrupts an enrolment."""
 HELP = "the line that `fedpeft token create` printed; - reads it from standard input, FILE or @FILE from a file"
 
 

@@ -28,7 +28,7 @@ from fedpeft.errors import SettingsInvalid
 from fedpeft.logs import Log, logger
 
 EXPORT_S = 5.0
-"""How long a batch of spans may take to the collector; they are dropped, and the log says so, if it takes longer."""
+"""Time that a batch of spans may take to the collector; beyond it they are dropped, and the log says so."""
 
 Value = str | int | float | bool | Sequence[str]
 

@@ -49,7 +49,7 @@ Arrays = dict[str, NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far training is.
+    """Progress of training.
 
     Attributes:
         step: Optimizer steps done.
@@ -66,7 +66,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a client's round gave.
+    """Result of a client's round.
 
     Attributes:
         delta: Trained minus start of every tensor sent in this round, float32.

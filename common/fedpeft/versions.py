@@ -29,7 +29,7 @@ from fedpeft.spec import AdapterSpec
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What all versions of a run have in common.
+    """Facts that all versions of a run share.
 
     Attributes:
         run: Id of the run.
@@ -85,7 +85,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What folding a round gives.
+    """Result of folding a round.
 
     Attributes:
         adapter: The next version's file.

@@ -1,4 +1,4 @@
-"""What the server's answers are for a reader: JSON objects and figures, from the protocol's messages alone.
+"""The server's answers for a reader: JSON objects and figures, from the protocol's messages alone.
 
 Notable: an identifier, a state or a phase is in lower case without its enum's prefix; times are ISO 8601 in UTC; sizes
 are bytes; a version's figures stand with the round that made it.
@@ -82,7 +82,7 @@ def seconds(round_: run_pb2.Round) -> float | None:
 
 
 def is_scored(metrics: Mapping[str, float]) -> bool:
-    """Whether an evaluator's figures are among those of a version; where there are no classes it is a loss alone."""
+    """Returns True if an evaluator's figures are among those of a version; without classes it is a loss alone."""
     return "accuracy" in metrics or "loss" in metrics
 
 

@@ -1,4 +1,4 @@
-"""How long client and server let each other wait, at most; what only one of them waits for, each names itself."""
+"""Longest waits of client and server for each other; a wait of only one of them is named there."""
 
 HOLD_S = 20.0
 """The server holds a call for so long before it says what it waits for: in AwaitRound, for a turn, for a receipt."""

@@ -1,1 +1,1 @@
-"""What the reference pages are made from: one module a page."""
+"""Generators of the reference pages: one module a page."""

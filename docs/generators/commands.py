@@ -24,7 +24,7 @@ PARSERS = (
     ledger_command._parser,
     leave_command._parser,
 )
-"""What makes the parsers of the commands that daemon and agent have beside serving and taking part."""
+"""Makers of the parsers of the commands that daemon and agent have beside serving and taking part."""
 SHELLS = {"--install-completion", "--show-completion", "--help"}
 """Options that every command has, or that the written part explains."""
 

@@ -1,4 +1,4 @@
-"""What the owner of a site may write into a policy, and every metric of a client."""
+"""Keys of a site owner's policy, and every metric of a client."""
 
 from collections.abc import Iterator
 

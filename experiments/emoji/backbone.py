@@ -141,7 +141,7 @@ def convert(graph: onnx.GraphProto) -> dict[str, Array]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether ``path`` is a whole file that this module wrote from this source."""
+    """Returns True if ``path`` is a whole file that this module wrote from this source."""
     if not path.is_file():
         return False
     try:

@@ -244,7 +244,7 @@ def _svg(icons: dict[str, Any], name: str) -> str:
 
 
 def _family(points: str) -> str:
-    """What an emoji shares with its variants in gender and direction."""
+    """Key that an emoji shares with its variants in gender and direction."""
     parts = [part for part in points.split("-") if part not in _GENDERS | {"200d", "27a1"}]
     if any(int(part, 16) in _CLOCKS for part in parts):
         return "clock"

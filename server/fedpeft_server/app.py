@@ -58,24 +58,24 @@ from fedpeft_server.upkeep import Background
 log = structlog.get_logger()
 
 BOOK_S = 5.0
-"""How often traffic and presence are written to the database between rounds."""
+"""Interval at which traffic and presence are written to the database between rounds, seconds."""
 
 MOVED_S = 0.5
-"""How long after a payload moved traffic is written; within it more may move, and is written with it."""
+"""Delay of writing traffic after a payload moved, seconds; more may move meanwhile, and is written with it."""
 
 PAUSE_S = 5.0
-"""How long after a failure to keep a process for enrolment that is tried again."""
+"""Pause after a failure to keep a process for enrolment, seconds."""
 
 MEASURE_S = 60.0
-"""How often it is measured how much is stored."""
+"""Interval at which stored bytes are measured, seconds."""
 
 LOOK_S = 60.0
-"""How often the server's certificate is looked at."""
+"""Interval at which the server's certificate is looked at, seconds."""
 
 TOKENS_KEPT_S = 30 * 86_400.0
 """An enrolment token is listed for so long after it expired; the audit log knows of it for ever."""
 PURGE_S = 86_400.0
-"""How often those are looked for."""
+"""Interval at which those are looked for, seconds."""
 
 SERVICES = (
     access_service_pb2.DESCRIPTOR.services_by_name["AccessService"].full_name,

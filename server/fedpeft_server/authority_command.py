@@ -35,7 +35,7 @@ MOST_NAMED = 20
 
 @dataclass(frozen=True)
 class Progress:
-    """Who has a certificate of the new authority, while the authority is being replaced.
+    """Identities with and without a certificate of the new authority, while the authority is being replaced.
 
     Attributes:
         renewed: Those who have one.

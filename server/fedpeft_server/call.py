@@ -18,12 +18,12 @@ Direction = Literal["up", "down"]
 Key = tuple[str, int, str]
 """(run, round number, client)."""
 Properties = Mapping[str, Iterable[bytes]]
-"""What gRPC says of a connection (`ServicerContext.auth_context`)."""
+"""gRPC's description of a connection (`ServicerContext.auth_context`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes a call.
+    """Caller of a method.
 
     Attributes:
         subject: Whom the certificate speaks for; None without one.

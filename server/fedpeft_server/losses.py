@@ -1,4 +1,4 @@
-"""What a server has lost since it lived last, as it sees at its start.
+"""Checks at a server's start for what was lost since it last ran.
 
 A backup that was put back in part must not make another server of it: one that serves plain text where it demanded
 certificates, for example.
@@ -21,7 +21,7 @@ from fedpeft_server.store.store import Store, state_key, version_key
 log = structlog.get_logger()
 
 LOOK_S = 10.0
-"""How long a server that starts waits for an object store to say what it has."""
+"""Time that an object store has at the start to say what it has, seconds."""
 
 
 def refuse_lost_certificates(database: Database, folder: Path) -> None:

@@ -75,7 +75,7 @@ ENROLMENT_REFUSALS = (
     "said too much",
     "lived too long",
 )
-"""Why a connection to the port for enrolment is not served to its end."""
+"""Reasons for which a connection to the port for enrolment is not served to its end."""
 
 
 class Metrics:

@@ -52,7 +52,7 @@ class Background:
 
     @property
     def healthy(self) -> bool:
-        """Whether all of it goes on, and nothing that is repeated fails for a reason that nobody foresaw."""
+        """True if all of it goes on, and nothing that is repeated fails for an unforeseen reason."""
         return self.fault is None and not self._failing
 
     def keep(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -170,9 +170,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         self.hang_before_turn = 0
         self.chunk_pause_s = 0.0
         self.ask_for: TrainingConfig | None = None
-        """What tickets ask for, in place of what the run was offered with."""
+        """Settings that tickets ask for, in place of those that the run was offered with."""
         self.unavailable = 0
-        """How many calls, of whatever kind, are answered with UNAVAILABLE once they have come."""
+        """Number of calls, of any kind, that are answered with UNAVAILABLE once they have come."""
         self.arrivals = Arrivals()
         self.port = 0
         self._server: grpc.aio.Server | None = None

@@ -1,4 +1,4 @@
-"""What settings say beside an identity: server and name come from it, and whatever contradicts it is refused."""
+"""Settings beside an identity: server and name come from it, and settings that contradict it are refused."""
 
 from __future__ import annotations
 

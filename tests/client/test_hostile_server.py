@@ -66,7 +66,7 @@ def training(**wrong: Any) -> pb.AwaitRoundResponse:
 
 
 class TestAnswers:
-    """What the protocol does not allow is a fault of the server, found where it comes from the wire."""
+    """An answer that the protocol does not allow is a fault of the server, found where it comes from the wire."""
 
     @pytest.mark.parametrize("bad", BAD_IDS)
     async def test_ids(self, hostile: Hostile, channel: Channel, bad: str) -> None:
@@ -111,7 +111,7 @@ def details(*messages: Any, code: int = code_pb2.INTERNAL, text: str = "no") -> 
 
 
 class TestErrors:
-    """What a server calls its error: never one of this side, never what a terminal obeys, never a crash."""
+    """A server's name for its error is never one of this side, never what a terminal obeys, never a crash."""
 
     async def caught(self, hostile: Hostile, channel: Channel, status: status_pb2.Status) -> FedpeftError:
         async def refuse(context: Context) -> None:
@@ -276,7 +276,7 @@ class TestTraining:
 
 
 class TestUpload:
-    """What a server says about an upload is no reason to send, book or believe anything else."""
+    """A server's answer about an upload is no reason to send, book or believe anything else."""
 
     @pytest.fixture
     async def pusher(self, federation: Federation, channel: Channel, tmp_path: Path) -> AsyncIterator[Any]:

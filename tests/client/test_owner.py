@@ -1,4 +1,4 @@
-"""What the owner of a site decides and sees, over the client as a process: policy, ledger, metrics."""
+"""Decisions and views of a site's owner, over the client as a process: policy, ledger, metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a run suits a site: each check, what the server is told of it, and that nothing of the site is in that."""
+"""Suitability of a run for a site: each check, the words for the server, and that nothing of the site is in them."""
 
 from __future__ import annotations
 

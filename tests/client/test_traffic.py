@@ -1,4 +1,4 @@
-"""What the owner's ledger says left is never less than what the server got, however often a call is repeated."""
+"""The owner's ledger never tells less than the server got, however often a call is repeated."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Context = grpc.aio.ServicerContext
 
 @dataclass
 class Double(pb_grpc.AccessServiceServicer):
-    """What it keeps in memory; `failures` are raised first, in order."""
+    """Its state in memory; `failures` are raised first, in order."""
 
     authority: Authority = field(default_factory=lambda: Authority.make("a federation"))
     life: timedelta = timedelta(hours=1)

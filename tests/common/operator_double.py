@@ -98,7 +98,7 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         self.clients: list[pb.Client] = []
         self.files: dict[tuple[str, int], bytes] = {}
         self.script: list[pb.WatchRunResponse | FedpeftError | float] = []
-        """What watches say, over all of them; an error ends the one it meets, a number is seconds of silence."""
+        """Script of the watches, over all of them; an error ends the one it meets, a number is seconds of silence."""
         self.failures: dict[str, list[FedpeftError]] = {}
         """Errors that calls of a name end with, one each, before they answer."""
         self.created: dict[str, tuple[pb.CreateRunHeader, bytes]] = {}

@@ -133,7 +133,7 @@ class Net(nn.Module):
 
 
 class Options:
-    """What somebody keeps beside the weights."""
+    """An object that somebody keeps beside the weights."""
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")

@@ -57,7 +57,7 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 async def said(log: Path) -> str:
-    """What a child has written, once it has written a line."""
+    """Returns the output of a child, once it has written a line."""
     await asyncio.to_thread(until, lambda: log.exists() and log.read_text().endswith("\n"))
     return await asyncio.to_thread(log.read_text)
 

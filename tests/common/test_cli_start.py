@@ -1,4 +1,4 @@
-"""How the commands begin and end: nothing heavy is imported before it is needed, and every way to end is orderly."""
+"""Start and end of the commands: nothing heavy is imported before it is needed, and every end is orderly."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def through(codec: Codec, x: Values) -> Values:
 
 
 def narrowed(x: Values, dense: str) -> Values:
-    """What a dense encoding makes of x, by another way: ml_dtypes' and NumPy's own casts."""
+    """Applies a dense encoding to x by another way: ml_dtypes' and NumPy's own casts."""
     return np.clip(x, -LARGEST[dense], LARGEST[dense]).astype(DTYPES[dense]).astype(np.float32)
 
 

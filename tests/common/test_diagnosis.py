@@ -1,4 +1,4 @@
-"""Why a server cannot be reached: each fault is made with real sockets, and has its sentence with the cure."""
+"""Diagnosis of servers that are not reached: each fault is made with real sockets, and has its sentence with a cure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every PEFT method owes: it starts as the backbone, moves what it tunes, and nothing else."""
+"""Duties of every PEFT method: it starts as the backbone, moves the tensors that it tunes, and nothing else."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""What docs/run-file.md shows is true: its example is valid, and spoiling it gives the error shown."""
+"""The claims of docs/run-file.md are true: its example is valid, and spoiling it gives the error shown."""
 
 import re
 from pathlib import Path

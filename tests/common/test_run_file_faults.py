@@ -91,7 +91,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def checked(path: Path) -> None:
-    """What `run create --check` does without weights."""
+    """Does as `run create --check` without weights."""
     config = load_run_file(path)
     with faults_in(path):
         make(config.peft.method, config.peft.options)

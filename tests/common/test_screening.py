@@ -1,4 +1,4 @@
-"""Which updates of a round are folded: the rule by example, and what holds for any norms."""
+"""The choice of a round's updates that are folded: the rule by example, and properties for any norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fedpeft top` says, in words, and how the command begins and ends."""
+"""The words of `fedpeft top`, and how the command begins and ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands write is whole or not there, whatever ends them."""
+"""Files that the commands write are whole or not there, in whatever way the command ends."""
 
 from __future__ import annotations
 

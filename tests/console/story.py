@@ -1,4 +1,4 @@
-"""What has happened in the federation that the tests of the pages look at."""
+"""History of the federation that the tests of the pages look at."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRAINERS = ("fxemoji", "noto", "openmoji", "twemoji")
 WRONG = "fluent"
 """The client gone wrong: its norms are many times the others'."""
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-"""What a client says that wants to be HTML."""
+"""A client's text that wants to be HTML."""
 
 
 @dataclass(frozen=True)

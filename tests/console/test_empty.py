@@ -1,4 +1,4 @@
-"""What the pages say of a federation where nothing, or little, has happened yet."""
+"""The pages of a federation where nothing, or little, has happened yet."""
 
 from __future__ import annotations
 

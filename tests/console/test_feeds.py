@@ -1,4 +1,4 @@
-"""What the console does while its server is away, and with a run that has a long history."""
+"""The console while its server is away, and with a run that has a long history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is let in: the console is reached by every user of the machine and every web page in the same browser."""
+"""Access to the console, which every user of the machine and every web page in the same browser reaches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Answer:
 
 @dataclass
 class Browser:
-    """What sends requests as it is told, and no header by itself but Host."""
+    """A client that sends requests as it is told, and no header by itself but Host."""
 
     netloc: str
     cookie: str = ""

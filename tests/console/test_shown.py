@@ -1,4 +1,4 @@
-"""What pages show, as functions of rounds."""
+"""Contents of the pages, as functions of rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of deploy/ read: rules, dashboards, the metrics that the daemon has; and Prometheus' programs."""
+"""Inputs of the tests of deploy/: rules, dashboards, the metrics that the daemon has; and Prometheus' programs."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ import yaml
 from .conftest import PROMETHEUS, program
 
 HURRY = "250ms"
-"""How often is scraped and evaluated, in place of 15 s."""
+"""Interval of scraping and evaluation, in place of 15 s."""
 
 
 class Prometheus:

@@ -1,4 +1,4 @@
-"""Whether JSON is what Grafana's schema says a dashboard is.
+"""Checks a dashboard's JSON against Grafana's schema.
 
 The schema is the one of Grafana 11.6 as its SDK for Python (grafana-foundation-sdk) has it: classes that are generated
 from Grafana's definitions, panel options and queries included. Their `from_json` drops what it does not know and

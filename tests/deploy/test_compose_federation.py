@@ -30,7 +30,7 @@ ROUNDS = 5
 RUN_S = 1800.0
 MIB = 1024**2
 SERVER_MIB = 210
-"""What server and its needs may add to the image of Python, uncompressed."""
+"""Most that server and its needs may add to the image of Python, uncompressed."""
 
 CONNECT = """
 import socket, sys

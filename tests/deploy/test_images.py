@@ -1,4 +1,4 @@
-"""What goes into the images: their needs, their files, their user, and the server's health check."""
+"""Contents of the images: their needs, their files, their user, and the server's health check."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from .conftest import ROOT
 
 UNITS = ROOT / "deploy" / "systemd"
 EXPOSURE = 20
-"""What `systemd-analyze security` may say at most, times ten; it calls less than 2.5 OK, and no unit at all 9.6."""
+"""Highest figure of `systemd-analyze security`, times ten; it calls less than 2.5 OK, and no unit at all 9.6."""
 PR_SET_MDWE = 65
-"""What MemoryDenyWriteExecute asks of the kernel, since Linux 6.3."""
+"""The kernel call that MemoryDenyWriteExecute makes, since Linux 6.3."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a release holds: all that runs, its licences, and nothing that is only for those who develop it."""
+"""Contents of a release: all that runs, its licences, and nothing that is only for developers."""
 
 import email
 import subprocess

@@ -1,4 +1,4 @@
-"""Who may speak: every call x role x credential, enrolment, the transport, the audit log, and `init`."""
+"""Access: every call x role x credential, enrolment, the transport, the audit log, and `init`."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ ON_THE_WIRE = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", PAGE, re.M))
 
 @dataclass
 class World:
-    """What a provocation may use."""
+    """Parts that a provocation may use."""
 
     start: StartDaemon
     request: pytest.FixtureRequest

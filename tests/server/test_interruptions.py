@@ -1,4 +1,4 @@
-"""What interrupts a transition: a restart between rounds, a caller that leaves, a disk that is full for a moment."""
+"""Interruptions of a transition: a restart between rounds, a caller that leaves, a disk that is full for a moment."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from fedpeft_server.rpc import interceptors
 from .conftest import Daemon, RawClient, config, refused, zeros
 
 CLASSES = {"2.6 MB": 10_300, "3.4 MB": 13_500}
-"""How many class names of some 250 bytes make a run of that size."""
+"""Number of class names of some 250 bytes that make a run of that size."""
 
 
 def large(size: str) -> RunConfig:

@@ -1,4 +1,4 @@
-"""What arrived and nobody wants any more is removed while the server lives, and encoded versions are bounded."""
+"""Bytes that arrived and nobody wants any more are removed while the server lives; encoded versions are bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server says at its start of what it has lost since it lived last."""
+"""Messages of a server at its start about what was lost since it last ran."""
 
 from __future__ import annotations
 

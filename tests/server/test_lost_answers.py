@@ -23,7 +23,7 @@ class Line:
         self.breaks_at_commit_of = b""
         """It breaks when the transaction that has this statement is committed."""
         self.away = False
-        """Whether it takes no new connection."""
+        """Set while it takes no new connection."""
 
     async def live(self, socket: Path, begun: threading.Event, ended: asyncio.Event) -> None:
         async with await asyncio.start_unix_server(self._serve, socket):

@@ -1,4 +1,4 @@
-"""What the metrics show of runs, rounds, clients, disk and certificates; and that a deleted run leaves nothing."""
+"""Metrics of runs, rounds, clients, disk and certificates; and that a deleted run leaves nothing."""
 
 from __future__ import annotations
 

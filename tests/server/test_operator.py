@@ -1,4 +1,4 @@
-"""What operators call."""
+"""The operators' calls."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def excluded(text: str) -> list[str]:
 
 
 class TestExamples:
-    """What a client declared is the most that it may claim: FedAvg weighs by it."""
+    """A client may claim at most the examples that it declared: FedAvg weighs by them."""
 
     async def claim(self, daemon: Daemon, examples: int, *, answered: int = 0, registered: int = 0) -> None:
         run = (await daemon.create(rules(1, 1))).id

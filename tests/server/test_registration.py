@@ -1,4 +1,4 @@
-"""What a client says of itself when it registers."""
+"""A client's description of itself when it registers."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ blobs.put("runs/run-1/versions/000002", b"x" * 100)
 
 
 def test_file_and_folders_are_synced_after_the_rename(tmp_path: Path) -> None:
-    """What only the kernel can testify; a power cut cannot be had in a test."""
+    """Evidence that only the kernel can give; a power cut cannot be had in a test."""
     strace = shutil.which("strace")
     if strace is None:
         pytest.skip("strace is not installed: apt-get install strace")

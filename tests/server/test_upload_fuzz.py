@@ -69,7 +69,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Act:
-    """What is no message: `nothing` (an empty one), `pause`, `cancel`."""
+    """Inputs that are not messages: `nothing` (an empty one), `pause`, `cancel`."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""What FedAdagrad, FedAdam and FedYogi share: algorithm 2 of "Adaptive Federated Optimization" (2003.00295).
+"""Common part of FedAdagrad, FedAdam and FedYogi: algorithm 2 of "Adaptive Federated Optimization" (2003.00295).
 
     m = b1 m + (1 - b1) Delta,  v by the strategy,  x + eta m / (sqrt(v) + tau),  v before the first step tau^2
 
@@ -27,7 +27,7 @@ class AdaptiveOptions(Options):
     beta1: Share = 0.9
     """b1, the momentum of m."""
     tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    """How much adaptivity: a large tau makes steps proportional to Delta."""
+    """Degree of adaptivity: a large tau makes steps proportional to Delta."""
 
 
 class DecayOptions(AdaptiveOptions):

@@ -1,4 +1,4 @@
-"""What stands below the options in each `--help`: examples that work, a hint, and the exit codes."""
+"""Text below the options in each `--help`: examples that work, a hint, and the exit codes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MEANING = {
     Exit.INTERRUPTED: "ended by Ctrl-C",
 }
 OF_ANY = (Exit.DONE, Exit.FAILED, Exit.USAGE)
-"""How any command may end."""
+"""Exit codes of every command."""
 OF_SERVER = (Exit.UNREACHABLE,)
-"""How a command that talks to a server may end, too."""
+"""Further exit codes of a command that talks to a server."""
 OF_RUN = (Exit.UNREACHABLE, Exit.NOT_FOUND)
-"""How a command about one run may end, too."""
+"""Further exit codes of a command about one run."""
 
 
 def epilog(*examples: str, hint: str = "", ends: tuple[Exit, ...] = ()) -> str:

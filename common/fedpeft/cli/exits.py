@@ -21,7 +21,7 @@ IN_HELP = (
 
 
 class Exit(IntEnum):
-    """What the process ends with."""
+    """Exit code of the process."""
 
     DONE = 0
     FAILED = 1

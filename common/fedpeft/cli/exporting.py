@@ -28,7 +28,7 @@ EPILOG = epilog("fedpeft run export run-0a1b2c3d4e5f --format timm --out emoji-t
 
 
 class Format(StrEnum):
-    """What an adapter version is written as."""
+    """Format of an exported adapter version."""
 
     SAFETENSORS = "safetensors"
     TIMM = "timm"

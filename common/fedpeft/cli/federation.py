@@ -48,7 +48,7 @@ FOR_PEOPLE = ["--log-format", "console"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a demo is made of.
+    """Configuration of a demo.
 
     Attributes:
         out: Its folder.

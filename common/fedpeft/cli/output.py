@@ -1,4 +1,4 @@
-"""Where words go: tables and progress on a terminal, aligned plain text otherwise, and with `--json` JSON alone.
+"""Output: tables and progress on a terminal, aligned plain text otherwise, and with `--json` JSON alone.
 
 Standard output carries results; what is said about them goes to standard error.
 """
@@ -21,7 +21,7 @@ GAP = "  "
 
 
 def is_terminal() -> bool:
-    """Whether a person looks at standard output."""
+    """Returns True if standard output is a terminal."""
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 

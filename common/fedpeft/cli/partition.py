@@ -30,7 +30,7 @@ EPILOG = epilog(
 
 
 class Law(StrEnum):
-    """How rows are given to clients."""
+    """Scheme by which rows are assigned to clients."""
 
     IID = "iid"
     DIRICHLET = "dirichlet"

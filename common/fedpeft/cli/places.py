@@ -1,4 +1,4 @@
-"""Where a command is to write: found wrong before anything is asked of a server that would have to be undone."""
+"""Checks of a command's output path, made before anything is asked of a server that would have to be undone."""
 
 from __future__ import annotations
 

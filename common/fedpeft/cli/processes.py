@@ -69,7 +69,7 @@ class Child:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended; it is not reaped by looking, so its id stays its own."""
+        """True if it has ended; it is not reaped by looking, so its id stays its own."""
         if self._process.returncode is not None:
             return True
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None

@@ -1,4 +1,4 @@
-"""What a demo leaves behind: `report.json`, the picture of accuracy against bytes, and the words that sum it up."""
+"""Results of a demo: `report.json`, the chart of accuracy against bytes, and a summary in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the global flags said, for every command; and the door to the parts that only some installations have."""
+"""Values of the global flags, for every command; and access to the parts that only some installations have."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Session:
 
     @property
     def secured(self) -> bool:
-        """Whether the server is called with a certificate.
+        """True if the server is called with a certificate.
 
         Raises:
             SettingsInvalid: As `client`.
@@ -81,7 +81,7 @@ class Session:
 
     @property
     def may_write(self) -> bool:
-        """Whether the server lets this identity change anything; plain text is let.
+        """True if the server lets this identity change anything; plain text may.
 
         Raises:
             SettingsInvalid: As `client`.

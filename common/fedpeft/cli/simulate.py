@@ -125,7 +125,7 @@ class _Progress:
 
     @property
     def rounds(self) -> str:
-        """How many rounds are committed, in words."""
+        """Number of committed rounds, in words."""
         return units.counted(self._done, "round")
 
     def committed(self, row: views.Json) -> None:

@@ -1,4 +1,4 @@
-"""What the dense encodings share: every value in turn, in one little-endian float format."""
+"""Common part of the dense encodings: every value in turn, in one little-endian float format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which values a sparse tensor keeps: as gaps between them or as a bit mask; checked and read a piece at a time."""
+"""Positions of the values that a sparse tensor keeps: gaps or a bit mask, checked and read a piece at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may look, and who may steer: login keys that work once, and the sessions they open.
+"""Access to the console, to look or to operate: login keys that work once, and the sessions they open.
 
 Notable: a key is random, is known only to whoever reads the console's standard output or asked for it on a page, and is
 spent by its first use; nothing is kept on disk, so every session ends with the process. A viewer's links, and the

@@ -49,7 +49,7 @@ class AuditLog:
         return await self._line.ask(read) if number else []
 
     async def _has(self, after: int) -> bool:
-        """Whether there is an entry after a number."""
+        """Returns True if there is an entry after a number."""
 
         async def read(server: OperatorClient) -> bool:
             async for _ in server.audit(after):

@@ -1,4 +1,4 @@
-"""Which runs and clients there are: asked for again and again while anybody looks."""
+"""The runs and clients that there are, asked for regularly while anybody looks."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ class Directory:
             await asyncio.sleep(max(PAUSE_S, self._fresh_until - time.monotonic()))
 
     async def knows_run(self, run: str) -> bool:
-        """Whether there is a run; one that is not known is asked for, and one that cannot be asked for may be."""
+        """Returns True if there is a run; an unknown one is asked for, and one that cannot be asked for may be."""
         await self.look(again=run not in self.runs)
         return run in self.runs or bool(self.lost)
 
     async def knows_client(self, client: str) -> bool:
-        """Whether a client ever registered, likewise."""
+        """Returns True if a client ever registered, likewise."""
         await self.look(again=client not in self.clients)
         return client in self.clients or bool(self.lost)
 

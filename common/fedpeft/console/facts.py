@@ -1,4 +1,4 @@
-"""What the console keeps of rounds and tickets: plain values, read once from the protocol's messages."""
+"""Rounds and tickets as the console keeps them: plain values, read once from the protocol's messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TicketFacts:
 
     @property
     def is_counted(self) -> bool:
-        """Whether its update is part of the round."""
+        """True if its update is part of the round."""
         return self.state == "received"
 
 
@@ -84,7 +84,7 @@ class RoundFacts:
 
     @property
     def is_committed(self) -> bool:
-        """Whether its version is final."""
+        """True if its version is final."""
         return self.phase == "committed"
 
     @cached_property

@@ -24,11 +24,11 @@ RETRY_S = 2.0
 SHARE = 5.0
 """Pages of a run stay for so many times what making them took: a round of thousands of clients changes all the time."""
 FIRST_LOOK_S = 3.0
-"""How long a page waits for a run's first picture before it is shown without."""
+"""Time that a page waits for a run's first snapshot before it is shown without, seconds."""
 
 
 class RunFeed:
-    """What is known of one run.
+    """Known state of one run.
 
     Attributes:
         run: Its id.
@@ -89,7 +89,7 @@ class RunFeed:
 
     @property
     def _is_scored(self) -> bool:
-        """Whether every version has its figures; where none has, nobody scores."""
+        """True if every version has its figures; where none has, nobody scores."""
         scored = [views.is_scored(facts.metrics) for facts in self.rounds if facts.is_committed]
         return all(scored) or not any(scored)
 

@@ -1,4 +1,4 @@
-"""What every request must pass before a page sees it, and the headers that every answer carries.
+"""Checks that every request must pass before a page sees it, and headers that every answer carries.
 
 A console on the loopback interface is reached by every web page in the same browser and by every user of the machine.
 So: the Host must be one of ours (DNS rebinding), a POST must come from our own pages (Origin, and a token in the

@@ -1,4 +1,4 @@
-"""What went wrong, as a page: one table from errors to HTTP statuses, and one way to say them."""
+"""Error pages: one table from errors to HTTP statuses, and one layout for all of them."""
 
 from __future__ import annotations
 

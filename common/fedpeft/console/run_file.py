@@ -23,7 +23,7 @@ _building = asyncio.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong in a line of a run file.
+    """A fault in a line of a run file.
 
     Attributes:
         line: Number of the line, from 1; 0 if it is not of one line.

@@ -18,7 +18,7 @@ from fedpeft.operator_client import Connect
 
 BACKLOG = 128
 LAST_WORDS_S = 1
-"""How long open pages are waited for at the end: their event streams would never end by themselves."""
+"""Time that open pages get at the end, seconds: their event streams would never end by themselves."""
 
 
 async def serve(settings: Settings, connect: Connect, say: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""What a console process is told at its start."""
+"""Settings of a console process."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ class Settings:
 
     @property
     def scheme(self) -> str:
-        """What addresses begin with."""
+        """Prefix of the console's addresses: scheme, host and port."""
         return "https" if self.certificate else "http"
 
     @property
     def is_everywhere(self) -> bool:
-        """Whether it listens on every address of its machine, or container."""
+        """True if it listens on every address of its machine, or container."""
         return self.listen.host in EVERYWHERE
 
     @property
@@ -95,7 +95,7 @@ class Settings:
         return self.names[0] if self.names else "localhost"
 
     def is_ours(self, host: str) -> bool:
-        """Whether a browser may name us so. A name that an attacker made point here is none of ours (DNS rebinding)."""
+        """Returns True if a browser may use this host: the console's own, and no name of others (DNS rebinding)."""
         name = host.lower().removeprefix("[").removesuffix("]")
         if name in self.names or name == self.listen.host.lower():
             return True

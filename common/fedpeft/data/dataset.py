@@ -70,12 +70,12 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How images are decoded and normalised."""
+        """The transform that decodes and normalises images."""
         return self._store.preprocessing
 
     @property
     def unreadable(self) -> dict[str, str]:
-        """Why images could not be read, by name, as far as they were asked for."""
+        """Reasons why images could not be read, by name, as far as they were asked for."""
         known = self._store.unreadable
         return {self._store.source.name(row): known[row] for row in map(int, self.rows[self._is_unreadable()])}
 

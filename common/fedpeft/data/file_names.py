@@ -36,7 +36,7 @@ _SYSTEM_FOLDERS = frozenset(
 )
 _SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"})
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9_-]{0,9}")
-"""What ends a name and says what is in the file; `.0001`, `.jpg?width=200` and the like say nothing."""
+"""Endings of a name that say what is in the file; `.0001`, `.jpg?width=200` and the like say nothing."""
 
 
 @cache

@@ -40,7 +40,7 @@ _PNG_COLOURS = {2: "RGB", 4: "LA", 6: "RGBA"}
 """Colour types of PNG of which Pillow keeps the upper 8 of 16 bits."""
 
 _OF_A_STREAM = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
-"""What Pillow says in place of a file's name, which is no help: the caller names the image."""
+"""Pillow's text in place of a file's name, which is no help: the caller names the image."""
 
 
 class BitsUnknown(Exception):

@@ -1,4 +1,4 @@
-"""What a data source offers, and a source that is some rows of another."""
+"""Interface of a data source, and a source that is some rows of another."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Source(Protocol):
 
     @property
     def unreadable(self) -> Mapping[int, str]:
-        """Why a row holds no image, by row, as far as that shows before it is read."""
+        """Reasons why rows hold no image, by row, as far as that shows before they are read."""
 
     @property
     def inventory(self) -> Inventory:
-        """What was found where the data lie, and what of it is not read."""
+        """The entries that were found where the data lie, with the fate of each."""
 
     def __len__(self) -> int: ...
 

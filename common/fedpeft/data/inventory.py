@@ -16,7 +16,7 @@ SHOWN_REASONS = 20
 
 
 class Fate(StrEnum):
-    """What becomes of an entry of a folder."""
+    """Fate of an entry of a folder."""
 
     TAKEN = "taken"
     UNREADABLE = "unreadable"
@@ -61,7 +61,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What was found in a folder.
+    """Entries that were found in a folder, by fate.
 
     Attributes:
         taken: How many entries are images.
@@ -75,12 +75,12 @@ class Inventory:
 
     @property
     def unreadable_count(self) -> int:
-        """How many images cannot be read, as far as the folder shows."""
+        """Number of images that cannot be read, as far as the folder shows."""
         return sum(group.count for group in self.unreadable)
 
     @property
     def skipped_count(self) -> int:
-        """How many entries are skipped."""
+        """Number of entries that are skipped."""
         return sum(group.count for group in self.skipped)
 
     def lines(self) -> list[str]:

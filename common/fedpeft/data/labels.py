@@ -39,7 +39,7 @@ class MappedLabels:
 
     @property
     def examples(self) -> int:
-        """How many rows were kept."""
+        """Number of rows that were kept."""
         return len(self.rows)
 
 

@@ -32,7 +32,7 @@ _SMALLEST_ALPHA = 1e-300
 
 @dataclass(frozen=True)
 class Partition:
-    """Which rows each client has.
+    """Rows of each client.
 
     Attributes:
         parts: Rows of each client, ascending, int64; disjoint, together all rows.
@@ -62,7 +62,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Skew:
-    """How far clients differ, over clients that have rows.
+    """Skew between clients, over those that have rows.
 
     Attributes:
         clients: How many have rows.

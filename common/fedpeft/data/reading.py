@@ -1,4 +1,4 @@
-"""How a site's images are read where the usual names and limits do not fit; imports nothing heavy."""
+"""Options for reading a site's images where the usual names and limits do not fit; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_PIXELS = 178_956_970
 
 @dataclass(frozen=True)
 class Reading:
-    """What the owner of the data says about reading it.
+    """The data owner's options for reading them.
 
     Attributes:
         image_column: Column of parquet that holds the images; None: `image` or `img`.

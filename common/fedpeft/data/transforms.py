@@ -1,4 +1,4 @@
-"""What happens to an image before the model sees it: decode and resize, augment, normalise.
+"""Steps from an image to the model's input: decode and resize, augment, normalise.
 
 Decoding and resizing give the same uint8 pixels every time and may be kept. Augmentation works on those pixels, and its
 draws are a pure function of (seed, epoch, row): neither batch, order nor worker processes can change them. Training and

@@ -1,4 +1,4 @@
-"""Whether a folder can be written, durably and for a while."""
+"""Checks that a folder can be written, durably and for a while."""
 
 from __future__ import annotations
 

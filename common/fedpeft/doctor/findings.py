@@ -1,4 +1,4 @@
-"""What a check is asked about, and what it finds."""
+"""Subjects and findings of the checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Level(StrEnum):
-    """How bad it is."""
+    """Severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"
@@ -49,7 +49,7 @@ def fault(check: str, said: str, cure: str) -> Finding:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is examined; whatever is None is left out.
+    """The set-up that is examined; a part that is None is left out.
 
     Attributes:
         server: HOST:PORT of the server, if it was named.

@@ -1,4 +1,4 @@
-"""Whether keys and certificates can be used, and for how long."""
+"""Checks that keys and certificates can be used, and for how long."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the server is reached, and serves."""
+"""Checks that the server is reached, and serves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether what is installed is new enough."""
+"""Checks that the installed packages are new enough."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a server cannot be reached, in one sentence that says what to do.
+"""Diagnosis of a server that cannot be reached, in one sentence that says what to do.
 
 A connection that gRPC could not make is made once more, by Python's own TLS, which says which step fails: the name, the
 port, the protocol, the authority, the clock, the name in the certificate, the version, and last whether the server

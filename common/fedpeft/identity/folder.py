@@ -34,7 +34,7 @@ from fedpeft.identity.subject import Subject
 
 @dataclass(frozen=True)
 class Identity:
-    """What an identity folder holds.
+    """Contents of an identity folder.
 
     Attributes:
         folder: Where it was read from.

@@ -14,7 +14,7 @@ from fedpeft import durable
 from fedpeft.errors import StateInvalid
 
 LOOK_S = 0.05
-"""How often it is looked whether the folder is free: waiting for a lock cannot be interrupted."""
+"""Interval of the attempts at the lock, seconds: a wait for a lock cannot be interrupted."""
 
 
 @asynccontextmanager

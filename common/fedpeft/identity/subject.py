@@ -1,4 +1,4 @@
-"""Who a certificate speaks for: a role and a name, written as a SPIFFE id in its subject alternative names.
+"""Subject of a certificate: a role and a name, written as a SPIFFE id in its subject alternative names.
 
 The form is that of the SPIFFE standard (SPIFFE-ID, section 2), so that an authority of the operator's own, SPIRE or
 step-ca for example, can issue certificates that are understood here: `spiffe://DOMAIN/fedpeft/ROLE/NAME`.
@@ -21,7 +21,7 @@ _ID = re.compile(r"spiffe://[a-z0-9._\-]{1,255}/fedpeft/([a-z]+)/([^/]+)")
 
 
 class Role(StrEnum):
-    """What the bearer of a certificate may do; the server's table of rights has a column for each."""
+    """Role of a certificate's bearer; the server's table of rights has a column for each."""
 
     OPERATOR = "operator"
     VIEWER = "viewer"

@@ -32,7 +32,7 @@ _CHECK_BYTES = 4
 
 @dataclass(frozen=True)
 class EnrollmentToken:
-    """What a device needs to ask for its first certificate.
+    """The facts that a device needs to ask for its first certificate.
 
     Attributes:
         server: HOST:PORT of the server.

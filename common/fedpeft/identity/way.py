@@ -17,14 +17,14 @@ STEP_S = 2.0
 """Longest that one step waits for the other side."""
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""What an HTTP/2 client says first: its preface and empty settings."""
+"""First bytes of an HTTP/2 client: its preface and empty settings."""
 _LONGEST_HEADER = 16_384
 _SETTINGS = 4
 """The type of the frame that an HTTP/2 server says first."""
 
 
 class Fault(Exception):
-    """Why a server is not reached; the message is a sentence that says what to do."""
+    """Reason why a server is not reached; the message is a sentence that says what to do."""
 
 
 class Lasting(Fault):
@@ -51,7 +51,7 @@ class Way:
 
     @property
     def address(self) -> Address:
-        """Where the server is."""
+        """The server's address."""
         return Address.parse(self.server)
 
     def step_s(self) -> float:

@@ -24,7 +24,7 @@ class AdapterOptions(MethodOptions):
     """Options of adapter tuning."""
 
     shared: bool = True
-    """Whether one bottleneck serves all blocks, or each has its own."""
+    """Shares one bottleneck among all blocks; else each has its own."""
     width: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Width of the bottleneck; an eighth of the token's width if absent."""
 

@@ -37,7 +37,7 @@ class LoraOptions(MethodOptions):
     alpha: Annotated[float, Field(gt=0, le=65_536)] = 16.0
     """The product is scaled by alpha / rank."""
     targets: Pattern | Annotated[tuple[Pattern, ...], Field(strict=False)] = "qkv"
-    """Which linear layers of the blocks: shell patterns for the end of a layer's name, such as qkv, attn.*, mlp.fc?."""
+    """Linear layers of the blocks, as shell patterns for the end of a layer's name, such as qkv, attn.*, mlp.fc?."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a layer's input dropped on its way to A while training."""
 

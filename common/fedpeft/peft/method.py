@@ -1,4 +1,4 @@
-"""What a PEFT method is, and the registry of all of them."""
+"""Interface of a PEFT method, and the registry of all of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Method(ABC, Generic[OptionsT]):
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     whole_model_trains: ClassVar[bool] = False
-    """Whether the backbone is in training mode while training; else only what the method injected is."""
+    """Puts the whole backbone in training mode while training; else only the injected modules are."""
     needs: ClassVar[tuple[str, ...]] = ()
     """The parts of an `Anatomy` that the method attaches to; a model that names none of them cannot be tuned so."""
 

@@ -25,7 +25,7 @@ class PromptOptions(MethodOptions):
     tokens: Annotated[int, Field(ge=1, le=4096)] = 10
     """Prompts a block."""
     deep: bool = True
-    """Whether every block has its own prompts, or one set passes through all."""
+    """Gives every block prompts of its own; else one set passes through all."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of prompt values dropped while training."""
 

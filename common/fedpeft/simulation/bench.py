@@ -35,7 +35,7 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a client would push, and what it keeps however that ends."""
+    """An update that a client would push, and the residuals that it keeps in either outcome."""
 
     update: PreparedUpdate
     local: Arrays
@@ -92,7 +92,7 @@ class Workbench:
 
     @property
     def remembers(self) -> bool:
-        """Whether an update that is not counted leaves anything behind."""
+        """True if an update that is not counted leaves anything behind."""
         return self._config.codec.error_feedback or bool(self._own)
 
     def version(self, tensors: Tensors) -> Version:

@@ -206,7 +206,7 @@ class ClientData:
 
 
 class ClientMemory:
-    """What every client keeps from round to round, in files of a folder, by its name.
+    """State of every client from round to round, in files of a folder, by its name.
 
     Args:
         folder: An empty folder.

@@ -39,7 +39,7 @@ class Arrival:
 
 @dataclass
 class RoundBook:
-    """What is noted of a round while it is held.
+    """Notes on a round while it is held.
 
     Attributes:
         round: Where it stands.

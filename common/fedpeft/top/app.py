@@ -217,7 +217,7 @@ class TopApp(App[None]):
 
     @property
     def _asking(self) -> str:
-        """What is said until there was an answer."""
+        """Returns the line that is shown until there was an answer."""
         return f"asking {self._address} ..."
 
     def _tabs(self) -> str:

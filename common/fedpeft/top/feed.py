@@ -1,4 +1,4 @@
-"""What `fedpeft top` knows, kept up to date through restarts of the server."""
+"""State that `fedpeft top` shows, kept up to date through restarts of the server."""
 
 from __future__ import annotations
 

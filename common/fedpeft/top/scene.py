@@ -1,4 +1,4 @@
-"""What `fedpeft top` shows, in words: lines and rows of text from what is known, nothing else.
+"""Text of `fedpeft top`: lines and rows made from the known state, nothing else.
 
 Whatever a colour could say is a word too, so that a terminal without colours shows all of it.
 """
@@ -34,7 +34,7 @@ Row = tuple[str, ...]
 
 
 class View(StrEnum):
-    """What the lower table shows."""
+    """Contents of the lower table."""
 
     ROUND = "this round"
     ROUNDS = "all rounds"

@@ -1,4 +1,4 @@
-"""What the dashboards have in common: variables, and a handful of panels, each with a sentence on what it shows."""
+"""Common parts of the dashboards: variables, and a handful of panels, each with a sentence on what it shows."""
 
 from __future__ import annotations
 

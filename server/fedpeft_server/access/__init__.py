@@ -1,1 +1,1 @@
-"""Who may speak: who calls, what its role may do, and the certificates that the server issues and shows."""
+"""Access: callers, the rights of their roles, and the certificates that the server issues and shows."""

@@ -51,7 +51,7 @@ class Authorities:
 
     @property
     def is_rotating(self) -> bool:
-        """Whether the authority is being replaced."""
+        """True if the authority is being replaced."""
         return (
             self.serving is not None
             and self.issuing is not None

@@ -28,7 +28,7 @@ _MOMENT = "%Y-%m-%d %H:%M UTC"
 
 
 class ServerCertificates:
-    """What the server proves itself with, as it is now.
+    """The server's certificate and key as they are now.
 
     Raises:
         IdentityInvalid: If a file is missing, malformed, a key open to others, or the certificate is not the key's.

@@ -1,4 +1,4 @@
-"""Where the server's certificates are.
+"""Paths of the server's certificates.
 
 authority.pem       whose certificates are taken; two while the authority is being replaced
 authority.key       the authority's key; absent where certificates come from an authority elsewhere

@@ -1,4 +1,4 @@
-"""Who may call what: the one table, a line a call. The Gate asks it before any handler; docs/security.md shows it."""
+"""Rights of the roles, a line a call. The Gate asks this table before any handler; docs/security.md shows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients answered to the offer of a run: who may be sampled for it, who declined and why.
+"""Clients' answers to the offers of runs: those that may be sampled, and the others with their reasons.
 
 An answer outlives client and server; a client that registers again is asked again, and until it has answered it is not
 sampled, though its earlier answer is still shown.
@@ -56,15 +56,15 @@ class Answers:
             asked.discard(client)
 
     def is_due(self, run: str, client: str) -> bool:
-        """Whether a client has yet to answer for a run."""
+        """Returns True if a client has yet to answer for a run."""
         return client not in self._given.get(run, {}) or client in self._due.get(run, ())
 
     def accepted(self, run: str, client: str) -> bool:
-        """Whether a client takes part in a run."""
+        """Returns True if a client takes part in a run."""
         return not self.is_due(run, client) and self._given[run][client].accepted
 
     def declined(self, run: str, client: str) -> bool:
-        """Whether a client, asked since it began, does not take part in a run."""
+        """Returns True if a client, asked since it began, does not take part in a run."""
         return not self.is_due(run, client) and not self._given[run][client].accepted
 
     def declines(self, run: str) -> list[AnswerRow]:

@@ -1,4 +1,4 @@
-"""What the audit log says of the tickets of a round."""
+"""Entries of the audit log about the tickets of a round."""
 
 from __future__ import annotations
 

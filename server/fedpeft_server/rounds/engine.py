@@ -93,12 +93,12 @@ class RunEngine:
 
     @property
     def age(self) -> tuple[float, str]:
-        """When the run was created, and its id: runs are listed in this order."""
+        """Time of the run's creation, and its id: runs are listed in this order."""
         return self.run.created_at, self.run.id
 
     @property
     def active(self) -> bool:
-        """Whether rounds are left to be held."""
+        """True if rounds are left to be held."""
         return self.run.state in ACTIVE
 
     def open_ticket(self, client: str) -> rounds.Ticket | None:

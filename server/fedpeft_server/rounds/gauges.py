@@ -1,4 +1,4 @@
-"""What the gauges of a run show: the state it is in, its round in progress, and what that round should cost."""
+"""Gauges of a run: its state, its round in progress, and the expected bytes of that round."""
 
 from __future__ import annotations
 

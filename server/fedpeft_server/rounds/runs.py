@@ -28,14 +28,14 @@ from fedpeft_server.upkeep import Background
 log = structlog.get_logger()
 
 Age = tuple[float, str]
-"""When a run was created, and its id: the order of runs."""
+"""Time of a run's creation, and its id: the order of runs."""
 
 GLANCE_S = 1.0
-"""How often the lobby is looked at without a reason: clients that lingered may have gone."""
+"""Interval at which the lobby is looked at without a reason, seconds: clients that lingered may have gone."""
 
 
 class News:
-    """What one watcher of a run has not been told yet."""
+    """News of a run that one watcher has not been told yet."""
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()

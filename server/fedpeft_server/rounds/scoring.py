@@ -1,4 +1,4 @@
-"""Which versions each evaluator has scored, which it could not, and which it gets next: the newest that is missing.
+"""Versions that each evaluator has scored or could not score, and the next one for it: the newest that is missing.
 
 What is known here is the database's, read once for each run and evaluator, and kept as one bit a version: to find the
 newest of 10,000 versions that is missing, or to count them, is one operation on a number.
@@ -34,7 +34,7 @@ class _Book:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far an evaluator is with a run.
+    """Progress of an evaluator with a run.
 
     Attributes:
         evaluator: Its id.

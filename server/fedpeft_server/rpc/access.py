@@ -51,7 +51,7 @@ from fedpeft_server.store.store import Store
 log = structlog.get_logger()
 
 PERSON_LIFE = timedelta(days=90)
-"""How long the certificates of operators and viewers are valid; who calls seldom must not be locked out soon."""
+"""Life of the certificates of operators and viewers; somebody who calls seldom must not be locked out soon."""
 TOKEN_LIFE_S = 86_400
 MIN_TOKEN_LIFE_S = 60
 MAX_TOKEN_LIFE_S = 30 * 86_400
@@ -61,7 +61,7 @@ MOST_CERTIFICATES = 8
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the server is reached.
+    """Addresses at which the server is reached.
 
     Attributes:
         server: HOST:PORT for everything but enrolment.

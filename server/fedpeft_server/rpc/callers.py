@@ -1,4 +1,4 @@
-"""Who calls: the client's id and instance from the metadata, and whether another live instance holds the id."""
+"""Callers: a client's id and instance from the metadata, and whether another live instance holds the id."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CERTIFIED = {"trainer": Role.CLIENT, "evaluator": Role.EVALUATOR}
 
 
 class Silence(StrEnum):
-    """How long a registered client has not called."""
+    """Time since a registered client last called, in classes."""
 
     PRESENT = "present"
     SILENT = "silent"
@@ -47,7 +47,7 @@ class Silence(StrEnum):
 
 @dataclass
 class Presence:
-    """What is known of a client between its calls.
+    """State of a client between its calls.
 
     Attributes:
         instance: Which state directory holds the id.

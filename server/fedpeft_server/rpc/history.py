@@ -23,7 +23,7 @@ Part = list[run_pb2.Round]
 
 
 class History:
-    """What the database and the ledger know of rounds."""
+    """Rounds as the database and the ledger know them."""
 
     def __init__(self, store: Store, ledger: Ledger) -> None:
         self._store = store

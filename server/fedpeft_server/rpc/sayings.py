@@ -1,4 +1,4 @@
-"""What a caller says in words of its own: bounded, and without what a terminal obeys, because operators read it."""
+"""Text that callers choose: bounded, and without terminal control sequences, because operators read it."""
 
 from __future__ import annotations
 

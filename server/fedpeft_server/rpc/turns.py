@@ -17,9 +17,9 @@ from fedpeft.errors import Draining, TransfersBusy, TurnOver
 from fedpeft.waits import HOLD_S
 
 TURN_S = 10.0
-"""How long a transfer is served before it gives way to others that wait."""
+"""Time that a transfer is served before it gives way to others that wait, seconds."""
 LINGER_S = 5.0
-"""Who was told to ask again keeps its place for so long."""
+"""Time for which a client that was told to ask again keeps its place, seconds."""
 
 
 class Turn:
@@ -30,18 +30,18 @@ class Turn:
         self.came = asyncio.Event()
         """Set when there is no more to wait for."""
         self.since = 0.0
-        """When it began, on the monotonic clock."""
+        """Its start on the monotonic clock."""
         self.until = math.inf
-        """When its place is lost, once its call has ended."""
+        """Time at which its place is lost, once its call has ended."""
         self.replaced = False
-        """Whether another transfer of the client took its place or turn."""
+        """True once another transfer of the client took its place or turn."""
         self._turns = turns
         self._waiting: asyncio.Timeout | None = None
         self._hurried = False
 
     @property
     def here(self) -> bool:
-        """Whether its call is still there."""
+        """True while its call is still there."""
         return self.until == math.inf
 
     def replace(self) -> None:

@@ -1,1 +1,1 @@
-"""What outlives a process: the database, adapter versions, spooled updates."""
+"""Durable state: the database, adapter versions, spooled updates."""

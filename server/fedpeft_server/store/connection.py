@@ -17,7 +17,7 @@ from fedpeft.errors import DatabaseLocked, DiskFull, FedpeftError, StateInvalid
 from fedpeft_server.store import postgresql
 
 BUSY_TIMEOUT_S = 10
-"""How long a statement waits for another process (a backup, a person's shell) that holds SQLite's lock."""
+"""Time that a statement waits for another process (a backup, a person's shell) that holds SQLite's lock, seconds."""
 
 _READS = "fedpeft_reads"
 """Execution option of a connection whose transaction only reads."""

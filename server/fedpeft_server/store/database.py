@@ -47,10 +47,10 @@ from fedpeft_server.store.rows import (
 from fedpeft_server.store.transactions import Transactions
 
 Bytes = Mapping[tuple[str, int, str], Traffic]
-"""What passed since it was written last, by (run, round number, client)."""
+"""Bytes since the last write, by (run, round number, client)."""
 NONE: Bytes = MappingProxyType({})
 Deeds = Sequence[Deed]
-"""What is told of a transaction in the audit log."""
+"""Entries of a transaction in the audit log."""
 
 
 class Database:

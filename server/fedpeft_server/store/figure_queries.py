@@ -26,7 +26,7 @@ Pending = Mapping[tuple[int, str], Traffic]
 RECORDS = 1024 * 1024
 """Characters of records that are read at once: ASCII, so as many bytes as a page may have."""
 _HEAD = [column for column in tables.rounds.c if column is not tables.rounds.c.record]
-"""What is read of a round at once; its record may be a megabyte, and is read where it was asked for."""
+"""Characters of records read at once; a round's record may be a megabyte, and is read where it was asked for."""
 IDS = 500
 """Most values of one IN (...)."""
 

@@ -39,7 +39,7 @@ class Issued:
 
     @property
     def details(self) -> dict[str, Detail]:
-        """What the audit log has of it."""
+        """Its entry in the audit log."""
         return {"fingerprint": self.fingerprint, "expires_at": self.expires_at}
 
 

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
 
 BUSY_S = 10
-"""How long is waited for a connection, and by a statement for a lock of another session: as with SQLite."""
+"""Time that is waited for a connection, and by a statement for a lock of another session, seconds: as with SQLite."""
 LOST_S = 60
 """Longer than any statement of the server takes. After so long one is cancelled, a peer that does not answer is given
 up, and PostgreSQL ends a transaction in which nothing happens, so that a server that hangs holds no lock."""

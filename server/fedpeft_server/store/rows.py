@@ -1,4 +1,4 @@
-"""What the database holds, as frozen values. Times are seconds since the epoch."""
+"""Rows of the database as frozen values. Times are seconds since the epoch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedpeft.spec import AdapterSpec
 
 
 class RunState(StrEnum):
-    """Where a run is in its life."""
+    """State of a run."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -71,7 +71,7 @@ class VersionRow:
 
 @dataclass(frozen=True, slots=True)
 class UpdateRow:
-    """What was received for a ticket; `norm` is the Euclidean one of the decoded update."""
+    """A received update of a ticket; `norm` is the Euclidean one of the decoded update."""
 
     ticket: str
     examples: int
@@ -131,7 +131,7 @@ class ToFold:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How far rounds were read: all up to number `after`, and of the one after it the tickets up to `client`.
+    """Place up to which rounds were read: all up to number `after`, and of the one after it the tickets up to `client`.
 
     Before its tickets comes its record, of which `record` characters were read; where there is a client, all of them.
     """
@@ -191,7 +191,7 @@ class RoundFigures:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the gauges of a run show.
+    """Values of the gauges of a run.
 
     Attributes:
         scored: By split, the figures that came last.
@@ -233,7 +233,7 @@ class ClientRow:
 
 @dataclass(frozen=True, slots=True)
 class AnswerRow:
-    """What a client said to the offer of a run.
+    """A client's answer to the offer of a run.
 
     Attributes:
         run: The run.
@@ -276,7 +276,7 @@ class TicketRow:
 
 @dataclass(frozen=True, slots=True)
 class Deed:
-    """What somebody did, for the audit log: an entry of it before it has its place there.
+    """A deed for the audit log: an entry of it before it has its place there.
 
     Attributes:
         actor: `ROLE NAME`, `local` for plain text, or `server`.
@@ -307,7 +307,7 @@ class TokenRow:
 
     @property
     def id(self) -> str:
-        """What people call it by."""
+        """Its name for people."""
         return self.secret_sha256[: self.ID_DIGITS]
 
 
@@ -337,7 +337,7 @@ class IdentityRow:
 
     @property
     def is_revoked(self) -> bool:
-        """Whether it is refused, whatever certificate it brings."""
+        """True if it is refused with any certificate."""
         return self.revoked_at is not None and self.restored_at is None
 
     @property

@@ -76,7 +76,7 @@ class SpoolWriter:
 
     @property
     def position(self) -> int:
-        """How many bytes are held; the next chunk begins here."""
+        """Number of bytes that are held; the next chunk begins here."""
         return self._position
 
     def digest_so_far(self) -> tuple[int, _Hash] | None:

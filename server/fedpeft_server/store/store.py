@@ -49,7 +49,7 @@ apart from the others, so that no chunk waits for the check of another upload.""
 
 
 class Store:
-    """What outlives the process.
+    """The durable state of a server.
 
     Args:
         folder: The data folder, locked by this process.

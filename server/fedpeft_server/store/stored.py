@@ -1,4 +1,4 @@
-"""How domain values are stored: the configuration as JSON, spec and manifest as the protocol's messages.
+"""Storage forms of domain values: the configuration as JSON, spec and manifest as the protocol's messages.
 
 What is decoded never changes once written, so decoding is cached by the stored bytes.
 """

@@ -1,4 +1,4 @@
-"""What a request asks for, read from its address."""
+"""Parameters of a request, read from its address."""
 
 from __future__ import annotations
 

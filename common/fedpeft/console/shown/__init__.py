@@ -1,1 +1,1 @@
-"""What pages show, as plain values: no request, no network and no HTML, so all of it is tested as functions."""
+"""Contents of the pages as plain values: no request, no network and no HTML, so all of it is tested as functions."""

@@ -1,4 +1,4 @@
-"""What the page of the audit log shows."""
+"""Contents of the audit log's page."""
 
 from __future__ import annotations
 

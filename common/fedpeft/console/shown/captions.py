@@ -1,4 +1,4 @@
-"""What a chart says, in a sentence: for those who do not see it, and for those who look at it."""
+"""Captions of the charts: a sentence for those who do not see them, and for those who do."""
 
 from __future__ import annotations
 

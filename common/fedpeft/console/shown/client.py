@@ -1,4 +1,4 @@
-"""What the page of a client shows: what it says of itself, and everything it did in the runs that are followed."""
+"""Contents of a client's page: its description of itself, and its part in the runs that are followed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Followed:
 
     @cached_property
     def remarks(self) -> dict[str, tuple[str, ...]]:
-        """What is not like the others, by client."""
+        """Differences from the others, by client."""
         return {member.client: member.remarks for member in members(self.rounds)}
 
 

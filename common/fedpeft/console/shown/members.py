@@ -72,7 +72,7 @@ def _last_counted(tickets: Iterable[tuple[int, TicketFacts]]) -> TicketFacts | N
 
 @dataclass(frozen=True, slots=True)
 class _Usual:
-    """What the clients of a run have in common: medians, None where there are too few to compare, and the most."""
+    """Figures that the clients of a run are compared with: medians, None where there are too few, and maxima."""
 
     examples: float | None
     loss: float | None

@@ -1,4 +1,4 @@
-"""Which updates do not look like the others of their round: the first sign of a client gone wrong.
+"""Updates that differ from the others of their round: the first sign of a faulty client.
 
 An update stands out if its norm is `FACTOR` times the median of its round or more, or that much less. Where a round has
 fewer than `LEAST` updates its own median says nothing, and the median of the last `WINDOW` rounds before it stands in.
@@ -36,7 +36,7 @@ class Norm:
 
     @property
     def is_odd(self) -> bool:
-        """Whether it stands out."""
+        """True if it stands out."""
         return self.ratio is not None and not 1 / FACTOR < self.ratio < FACTOR
 
 

@@ -1,4 +1,4 @@
-"""What the first page shows: every run at a glance, and who is there."""
+"""Contents of the first page: every run at a glance, and the clients that are there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedpeft.v1 import run_pb2
 
 SPARKLINE_POINTS = 60
 _FIGURES: dict[str, Callable[[float], str]] = {"accuracy": units.percent, "loss": "{:.3f}".format}
-"""What a version is scored by, the first that there is, and how it is written."""
+"""The figure that a version is judged by, the first that there is, and its format."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the page of a run shows."""
+"""Contents of a run's page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _URGENCY = {"refused": 0, "late": 1, "issued": 2, "withdrawn": 3, "received": 4}
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What is said of a run before anything else.
+    """Heading of a run's page.
 
     Attributes:
         id: Of the run.
@@ -179,7 +179,7 @@ def declines(run: run_pb2.Run) -> list[tuple[str, str, str | None]]:
 
 
 def is_over(picture: Picture) -> bool:
-    """Whether no round will be held any more."""
+    """True if no round will be held any more."""
     return picture.run.state in FINISHED
 
 

@@ -10,7 +10,7 @@ WIDTH, HEIGHT, EDGE = 120.0, 32.0, 3.0
 
 @dataclass(frozen=True, slots=True)
 class Sparkline:
-    """Where its line runs in a box of `WIDTH` by `HEIGHT`.
+    """Path of a line in a box of `WIDTH` by `HEIGHT`.
 
     Attributes:
         points: Of an SVG polyline.

@@ -1,4 +1,4 @@
-"""What clients answered to the offer of a run."""
+"""Clients' answers to the offer of a run."""
 
 import sqlalchemy as sa
 from alembic import op

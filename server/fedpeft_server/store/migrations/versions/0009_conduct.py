@@ -1,4 +1,4 @@
-"""How clients used their last tickets of a run, so that those who do not deliver are sampled last."""
+"""Clients' use of their last tickets of a run, so that those who do not deliver are sampled last."""
 
 import sqlalchemy as sa
 from alembic import op
