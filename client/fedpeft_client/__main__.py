@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 
-from fedpeft import grpc_core
+from fedpeft import durable, grpc_core
 from fedpeft.errors import FedpeftError
 from fedpeft.plain_text import print_anything
 from fedpeft_client.commands import COMMANDS, listing
@@ -24,14 +24,15 @@ def run(arguments: list[str]) -> int:
     print_anything()
     grpc_core.configure()  # before anything imports gRPC, which reads the environment as it is imported
     try:
-        if arguments and (command := COMMANDS.get(arguments[0])):
-            return command.load()(arguments[1:])
-        settings = _settings(arguments)
-        verbose = settings.verbose
-        from fedpeft_client.app import serve  # only now: --help and wrong usage need no gRPC
+        with durable.naming_files():
+            if arguments and (command := COMMANDS.get(arguments[0])):
+                return command.load()(arguments[1:])
+            settings = _settings(arguments)
+            verbose = settings.verbose
+            from fedpeft_client.app import serve  # only now: --help and wrong usage need no gRPC
 
-        serve(settings)
-        return Exit.DONE
+            serve(settings)
+            return Exit.DONE
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except (FedpeftError, OSError) as error:

@@ -146,7 +146,7 @@ class Contents:
                 self.booked[data["id"]] = Booked(departure, before.at if before else at, at, str(data["server"]))
             else:
                 self.booked[data["id"]] = _closed(self.booked[data["id"]], data, at)
-        except (ValueError, KeyError, TypeError):
+        except (AttributeError, ValueError, KeyError, TypeError):
             self.unreadable += 1
 
 

@@ -242,6 +242,24 @@ def create_eagerly(path: Path) -> BinaryIO:
 
 
 @contextmanager
+def naming_files() -> Iterator[None]:
+    """Turns a refusal of the file system that nobody else has met into a sentence with the file's name.
+
+    For a whole command: a folder that may not be entered, or a name that is too long, fails in any look at the path.
+
+    Raises:
+        StateInvalid: If a file or folder is refused; an error about none of them stays as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str | bytes | os.PathLike):
+            raise
+        place = os.fsdecode(error.filename)
+        raise StateInvalid(f"cannot use {place}: {error.strerror}; check the path and the permissions") from error
+
+
+@contextmanager
 def refusals(what: str) -> Iterator[None]:
     """Turns what the file system refuses into this project's errors.
 

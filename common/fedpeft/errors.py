@@ -185,7 +185,7 @@ class PayloadInvalid(InvalidArgument):
 
 
 class MetricsInvalid(InvalidArgument):
-    """Figures are not finite, too many, or badly named."""
+    """Figures are missing, not finite, out of range, too many, or badly named."""
 
 
 class AnswerInvalid(InvalidArgument):

@@ -37,9 +37,6 @@ class Limits:
 DEFAULT = Limits()
 
 
-DEFAULT = Limits()
-
-
 @dataclass
 class _Since:
     """Start of a connection on the monotonic clock, and True once its request is there."""
@@ -52,7 +49,7 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
     """Serves /metrics within the bounds of a port.
 
     Notable: beyond the limit of connections, the oldest that has not asked for anything gives way to the new one, so
-    that who holds connections in silence keeps no scrape away.
+    that silent connections keep no scrape away.
     """
 
     daemon_threads = True
@@ -102,7 +99,7 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
         """Says nothing: who left, or sent no HTTP, is no fault of the daemon."""
 
     def _make_room(self) -> bool:
-        """Ends the oldest connection that has asked for nothing; its thread takes it off the list."""
+        """Ends the oldest connection that has asked for nothing, and takes it off the list."""
         silent = [request for request, since in self._open.items() if not since.asked]
         if not silent:
             return False

@@ -62,7 +62,7 @@ def _of_port(name: str, port: PortBound) -> Iterator[tuple[str, str, str]]:
     if port.opened:
         yield name, "opened by one address", _rate(port.opened)
     if port.silence_s:
-        yield name, "without a word", f"{port.silence_s:g} s"
+        yield name, "silence before the first message", f"{port.silence_s:g} s"
     if port.idle_s:
         yield name, "without a call", f"{port.idle_s:g} s"
     if port.life_s:

@@ -9,7 +9,7 @@ import asyncio
 import sys
 from importlib import import_module
 
-from fedpeft import grpc_core
+from fedpeft import durable, grpc_core
 from fedpeft.errors import FedpeftError, IdentityInvalid, SettingsInvalid, StateInvalid
 from fedpeft.logs import configure
 from fedpeft.plain_text import print_anything
@@ -31,10 +31,11 @@ def main() -> None:
     arguments = sys.argv[1:]
     print_anything()
     try:
-        if arguments and arguments[0] in COMMANDS:
-            module, _ = COMMANDS[arguments[0]]
-            sys.exit(import_module(module).main(arguments[1:]))
-        settings = _settings(arguments)
+        with durable.naming_files():
+            if arguments and arguments[0] in COMMANDS:
+                module, _ = COMMANDS[arguments[0]]
+                sys.exit(import_module(module).main(arguments[1:]))
+            settings = _settings(arguments)
         configure(settings.log_format, settings.log_level)
         grpc_core.configure()
         from fedpeft_server.app import Server  # only now: gRPC reads the environment as it is imported

@@ -113,6 +113,19 @@ def test_nothing_leaves_when_the_ledger_cannot_be_written(tmp_path: Path) -> Non
     assert [b.departure.wire_bytes for b in contents.booked.values()] == [20, 10] and contents.unreadable == 1
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["null", "5", "[]", '"carried"', "{}", '{"carried": []}', '{"carried": {"names": [], "tickets": {}}}', '{"at": 7}'],
+)
+def test_a_line_of_another_form_is_counted_and_the_others_are_read(tmp_path: Path, line: str) -> None:
+    with Ledger(tmp_path, "s:1") as ledger, ledger.booked(answer()):
+        ledger.leaving(20)
+    with (tmp_path / FILE).open("a") as file:
+        file.write(line + "\n")
+    contents = read(tmp_path / FILE)
+    assert [b.departure.wire_bytes for b in contents.booked.values()] == [20] and contents.unreadable == 1
+
+
 @given(attempts=st.lists(st.integers(1, 1000), max_size=60), planned=st.integers(1, 1000))
 @settings(max_examples=40)
 def test_repetitions_are_in_the_file_before_they_leave_and_in_few_lines(
@@ -150,7 +163,7 @@ def test_the_day_of_a_repetition_begins_when_it_left(tmp_path: Path) -> None:
 
 def test_what_nobody_booked_does_not_leave(tmp_path: Path) -> None:
     with Ledger(tmp_path, "s:1") as ledger:
-        with pytest.raises(RuntimeError, match="nobody booked"):
+        with pytest.raises(RuntimeError, match="without an entry in the ledger"):
             ledger.leaving(1)
         with (
             ledger.booked(answer()),

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from fedpeft import __version__
+from fedpeft import __version__, durable
 from fedpeft.caller import DEFAULT_SERVER
 from fedpeft.cli import (
     audit,
@@ -124,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
             signal.signal(ending, _end)
     try:
-        app(args=None if arguments is None else list(arguments), obj=session, prog_name="fedpeft")
+        with durable.naming_files():
+            app(args=None if arguments is None else list(arguments), obj=session, prog_name="fedpeft")
     except FedpeftError as error:
         if session.verbose:
             traceback.print_exc()
