@@ -39,6 +39,7 @@ from fedpeft.identity.folder import Identity
 PROBE_S = 0.05
 OPEN_FILES = 1024
 CALLS_AT_ONCE = 16
+CLIENTS = 8
 MESSAGE_BYTES = 4 * 1024 * 1024 - 64
 FEDERATION = "/fedpeft.v1.FederationService"
 
@@ -54,13 +55,19 @@ class Target:
     run: str
     seconds: float
 
-    def identity(self) -> Identity:
-        """Returns the identity of a client that was enrolled."""
-        return Identity.load(Path(self.identities) / "client-000")
+    def identity(self, number: int = 0) -> Identity:
+        """Returns the identity of one of the clients that were enrolled."""
+        return Identity.load(Path(self.identities) / f"client-{number:03}")
 
 
-async def repeat(target: Target, call: Callable[[grpc.aio.Channel], Awaitable[object]], channels: int = 4) -> int:
-    """Calls as fast as answers come, on several connections; returns how often."""
+async def repeat(
+    target: Target,
+    call: Callable[[grpc.aio.Channel], Awaitable[object]],
+    channels: int = 4,
+    callers: int = 1,
+    at_once: int = CALLS_AT_ONCE,
+) -> int:
+    """Calls as fast as answers come, on several connections of one client or more; returns how often."""
     end, done = time.monotonic() + target.seconds, 0
 
     async def one(channel: grpc.aio.Channel) -> None:
@@ -70,9 +77,9 @@ async def repeat(target: Target, call: Callable[[grpc.aio.Channel], Awaitable[ob
                 await asyncio.wait_for(call(channel), max(0.1, end - time.monotonic()))
             done += 1
 
-    opened = [open_channel(target.address, target.identity()) for _ in range(channels)]
+    opened = [open_channel(target.address, target.identity(number % callers)) for number in range(channels)]
     with suppress(TimeoutError):
-        await asyncio.gather(*(one(channel) for channel in opened for _ in range(CALLS_AT_ONCE // channels)))
+        await asyncio.gather(*(one(channel) for channel in opened for _ in range(at_once // channels)))
     for channel in opened:
         await channel.close()
     return done
@@ -108,6 +115,12 @@ async def empties(target: Target) -> int:
     header = b"\x0a" + _varint(len(spec)) + spec
     stub = "/fedpeft.v1.FederationService/PushUpdate"
     return await repeat(target, lambda c: c.stream_unary(stub)(iter([header]), metadata=metadata()), 2)
+
+
+async def crowd(target: Target) -> int:
+    """Sends messages of 4 MiB from eight clients, 64 at once."""
+    large = b"\x7a" + _varint(MESSAGE_BYTES - 64) + bytes(MESSAGE_BYTES - 64)
+    return await repeat(target, lambda c: c.unary_unary(f"{FEDERATION}/AnswerOffer")(large), 8, CLIENTS, 64)
 
 
 async def refused(target: Target) -> int:
@@ -179,7 +192,7 @@ def _headers_without_end(target: Target) -> int:
 
 
 ATTACKS: dict[str, Callable[[Target], Awaitable[int]]] = {
-    each.__name__: each for each in (reasons, empties, refused, flips, strangers, silence, continuation)
+    each.__name__: each for each in (reasons, empties, crowd, refused, flips, strangers, silence, continuation)
 }
 
 
@@ -273,7 +286,7 @@ def main() -> None:
         return
     for attack in [chosen.only] if chosen.only else ATTACKS:
         with scratch() as folder, daemon(folder, tls=True, open_files=OPEN_FILES) as server:
-            server.enroll(folder, 1)
+            server.enroll(folder, CLIENTS)
             run = create(server, synthetic_spec("small"), 4, 1)
             ends = (server.address, server.enrolling, server.metrics)
             target = Target(*ends, str(folder / "identities"), run, chosen.seconds)

@@ -225,9 +225,9 @@ class Server:
             self.store, self.admission, self.runs, self.callers, self.certificates, self._addresses, life
         )
         self.health = Health()
-        gate = Gate(self.admission, self.metrics, self.ledger, self.caller_log)
-        listening = grpc.aio.server(interceptors=[gate], options=connections.options(bounds.MAIN))
-        enrolling = grpc.aio.server(interceptors=[gate], options=connections.options(bounds.FORWARDED))
+        self.gate = Gate(self.admission, self.metrics, self.ledger, self.caller_log)
+        listening = grpc.aio.server(interceptors=[self.gate], options=connections.options(bounds.MAIN))
+        enrolling = grpc.aio.server(interceptors=[self.gate], options=connections.options(bounds.FORWARDED))
         for server in (listening, enrolling):
             federation_service_pb2_grpc.add_FederationServiceServicer_to_server(federation, server)
             operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)

@@ -136,6 +136,11 @@ class Call:
     ended: FedpeftError | None = None
     turn: Bounding | None = None
 
+    @property
+    def short_name(self) -> str:
+        """The method's name without its service."""
+        return self.method.rpartition("/")[2]
+
 
 CALL: ContextVar[Call] = ContextVar("call")
 

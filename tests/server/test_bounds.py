@@ -345,7 +345,7 @@ async def test_malformed_bytes_are_answered_with_a_reason_by_every_call(secured:
 
 
 async def test_a_call_that_never_sends_its_message_ends(start: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpeft_server.rpc.interceptors.STALL_S", 0.2)
+    monkeypatch.setattr("fedpeft_server.rpc.incoming.STALL_S", 0.2)
     daemon = await start()
     call = daemon.channel.stream_unary("/fedpeft.v1.OperatorService/GetRun")()
     async with asyncio.timeout(10):

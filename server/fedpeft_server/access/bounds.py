@@ -1,8 +1,8 @@
 """Bounds on callers: the one table of how much anybody may ask of this server.
 
 Every bound on calls, messages, connections and log lines is in this module; docs/security.md is made from it, and
-`tests/server/test_bounds.py` tries each at its limit and beyond it. `access.pacing`, `rpc.interceptors`,
-`rpc.connections`, `metrics_port` and `enrolling` enforce it.
+`tests/server/test_bounds.py` tries each at its limit and beyond it. `access.pacing`, `rpc.incoming`,
+`rpc.interceptors`, `rpc.connections`, `metrics_port` and `enrolling` enforce it.
 """
 
 from __future__ import annotations
@@ -58,6 +58,21 @@ class CallerBound:
 
     rate: Rate
     under_way: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivingBound:
+    """Bounds on messages that are being received.
+
+    Attributes:
+        at_once: Messages of all callers at once.
+        of_one: Messages of one caller at once.
+        hold_s: Longest time for one while others wait to be received, seconds.
+    """
+
+    at_once: int
+    of_one: int
+    hold_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +158,10 @@ CALLERS: Mapping[Right, CallerBound] = {
 }
 """By role, for each name; None is one address without a certificate. In plain text a client is who it says it is, and
 everybody else is the operator."""
+
+RECEIVING = ReceivingBound(at_once=16, of_one=2, hold_s=2.0)
+"""gRPC receives up to `MESSAGE_LIMIT_BYTES` before the size of a message is known, whatever its method takes; of the
+others no more than a flow-control window of 64 KiB arrives. Chunks of updates are bounded by `--max-transfers`."""
 
 WAIT_S = 5.0
 """A call over its rate waits for its turn at most so long, and is refused if that is not enough."""

@@ -42,7 +42,7 @@ from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.rpc import pages, sayings
 from fedpeft_server.rpc.callers import Callers
-from fedpeft_server.rpc.interceptors import Context
+from fedpeft_server.rpc.incoming import Context
 from fedpeft_server.rpc.messages import audit_message, identity_message, token_message
 from fedpeft_server.store.identities import Issue, Issued
 from fedpeft_server.store.rows import IdentityRow, TokenRow

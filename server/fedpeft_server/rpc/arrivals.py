@@ -6,13 +6,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import grpc
-
 from fedpeft.errors import ChunkInvalid, TransferStalled, UpdateTooLarge, UploadIncomplete
 from fedpeft.payload import Manifest
 from fedpeft.waits import STALL_S
 from fedpeft.wire import TURN_KEY
-from fedpeft_server.rpc.interceptors import Context
+from fedpeft_server.rpc.incoming import Context, next_message
 from fedpeft_server.rpc.turns import Turn
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
@@ -98,7 +96,7 @@ class Arrivals:
     async def _write(
         self, writer: SpoolWriter, context: Context, turn: Turn | None, booked: Callable[[int], None]
     ) -> None:
-        message = await next_message(context, turn)
+        message = await _next_chunk(context, turn)
         if message is None:
             text = f"ended at byte {writer.position} of {writer.manifest.payload_bytes}"
             raise UploadIncomplete(
@@ -119,11 +117,8 @@ class Arrivals:
         await asyncio.shield(writing)
 
 
-async def next_message(context: Context, turn: Turn | None = None) -> Any:
-    """Returns the next message of the call's stream, None at its end.
-
-    It is read from the call, not from gRPC's iterator over it: that one stands in a reference cycle with its last
-    message, so a chunk for each client stayed in memory until the garbage collector came round.
+async def _next_chunk(context: Context, turn: Turn | None) -> Any:
+    """Returns the next message of a transfer that has its turn, None at the end of the stream.
 
     Raises:
         TransferStalled: If none comes for too long.
@@ -131,7 +126,6 @@ async def next_message(context: Context, turn: Turn | None = None) -> Any:
     """
     try:
         async with turn.bounded(STALL_S) if turn else asyncio.timeout(STALL_S):
-            message = await context.read()
+            return await next_message(context)
     except TimeoutError:
         raise TransferStalled(f"nothing arrived for {STALL_S:.0f} s; continue where GetUpload says") from None
-    return None if message is grpc.aio.EOF else message

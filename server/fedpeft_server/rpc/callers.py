@@ -23,7 +23,7 @@ from fedpeft.errors import (
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, PROCESS_KEY
 from fedpeft_server.call import CALL
-from fedpeft_server.rpc.interceptors import Context
+from fedpeft_server.rpc.incoming import Context
 from fedpeft_server.store.rows import ClientRow
 from fedpeft_server.store.store import Store
 

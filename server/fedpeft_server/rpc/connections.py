@@ -28,6 +28,8 @@ def options(bound: PortBound, message_bytes: int = MESSAGE_LIMIT_BYTES) -> Optio
     )
     return (
         *((name, value) for name, value in bounded if value),
+        # Otherwise the windows grow with the line's speed, and with them what arrives of messages before they are read.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
         ("grpc.max_allowed_incoming_connections", bound.connections or _half_of_the_files()),
         ("grpc.max_receive_message_length", message_bytes),

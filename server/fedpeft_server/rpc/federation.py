@@ -35,11 +35,10 @@ from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rpc import pages, sayings
-from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.caller_log import CallerLog
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.chunk_cache import ChunkCache
-from fedpeft_server.rpc.interceptors import Context
+from fedpeft_server.rpc.incoming import Context
 from fedpeft_server.rpc.messages import ROLES, RUN_STATES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.rpc.uploads import Uploads
@@ -203,7 +202,7 @@ class Federation(pb_grpc.FederationServiceServicer):
     ) -> pb.PushUpdateResponse:
         """Receives an update; the answer means that it is durable."""
         client = self._callers.identify(context)
-        first = await next_message(context)
+        first = await anext(request_iterator, None)
         if first is None or not first.HasField("header"):
             raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
         engine, ticket, number = await self._ticket(first.header.ticket, client)

@@ -1,7 +1,7 @@
 """The gate before every handler: a call is paced and admitted, then read and measured, answered, counted and timed.
 
 Notable: every handler is given to gRPC as one of streams, a unary one included. gRPC reads the message of a unary call
-before it asks anybody; of a stream it reads what is asked for, and that is done here, once the caller is admitted. Its
+before it asks anybody; of a stream it reads what is asked for, and `rpc.incoming` asks once the caller is admitted. The
 answer is serialized inside the call, so that one which does not fit into a message becomes a status of the error tree
 while there is still a call to end with it. Handlers send lists in pages; this is the net below them.
 """
@@ -24,7 +24,6 @@ from fedpeft.errors import (
     FedpeftError,
     Internal,
     LocalError,
-    MessageInvalid,
     MessageTooLarge,
     PermissionDenied,
     TransferStalled,
@@ -38,12 +37,12 @@ from fedpeft_server.access.admission import Admission, peer_of
 from fedpeft_server.call import CALL, Call
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc.caller_log import CallerLog
+from fedpeft_server.rpc.incoming import Context, Incoming, Refused, Slots
 from fedpeft_server.rpc.requests import Requests
 from fedpeft_server.traffic import Ledger
 
 log = structlog.get_logger()
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
 
@@ -61,6 +60,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self.log = caller_log
         self._metrics = metrics
         self._ledger = ledger
+        self._slots = Slots(bounds.RECEIVING)
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler | None:
         """Returns the handler of one call with everything around it."""
@@ -77,11 +77,15 @@ class Gate(grpc.aio.ServerInterceptor):
 
         def receive(data: bytes) -> Any:
             self._ledger.wire(call, "up", len(data))
-            return requests.take(data)
+            try:
+                return requests.take(data)
+            except FedpeftError as error:
+                return Refused(error)
 
-        async def serve(stream: AsyncIterator[Any], context: Context) -> None:
+        async def serve(_: AsyncIterator[Any], context: Context) -> None:
             async with _Boundary(self, call, context), self.admission.admitted(call, context):
-                request = stream if handler.request_streaming else await _only_message(call.method, context)
+                incoming = Incoming(self._slots, call, context)
+                request = incoming if handler.request_streaming else await incoming.only()
                 answer = _behaviour(handler)(request, context)
                 if handler.response_streaming and not inspect.isawaitable(answer):
                     await self._send(answer, call, context)
@@ -97,7 +101,7 @@ class Gate(grpc.aio.ServerInterceptor):
         def encode(message: Any) -> bytes:
             data: bytes = serialize(message)
             if len(data) > MESSAGE_LIMIT_BYTES:
-                name = call.method.rpartition("/")[2]
+                name = call.short_name
                 raise AnswerTooLarge(
                     f"the answer of {name} has {len(data):,} bytes; {MESSAGE_LIMIT_BYTES:,} is the most that a message "
                     "may have. Ask for less at once (a smaller page, one run), or tell the server's operator"
@@ -168,8 +172,7 @@ class _Boundary:
         status = _domain_error(error, self._call, self._gate.log) if error else None
         code = status.status if status else "OK" if error is None else "CANCELLED"
         self._gate.finished(self._call, code, time.perf_counter() - self._began)
-        if isinstance(status, MessageTooLarge) and error:
-            error.__traceback__ = None  # its frames hold the message
+        if isinstance(status, MessageTooLarge):
             await self._gate.admission.hold()
         if isinstance(status, Unauthenticated | PermissionDenied):
             await self._gate.audited(self._call, status, peer_of(self._context))
@@ -206,21 +209,3 @@ def _requests(handler: Handler, method: str) -> Requests:
     kind = getattr(parse, "__self__", None)
     of_protobuf = isinstance(kind, type) and issubclass(kind, Message)
     return Requests(method.rpartition("/")[2], bounds.CALLS[method], kind if of_protobuf else None, parse)
-
-
-async def _only_message(method: str, context: Context) -> Any:
-    """Returns the message of a unary call.
-
-    Raises:
-        MessageInvalid: If there is none.
-        TransferStalled: If it does not come.
-    """
-    name = method.rpartition("/")[2]
-    try:
-        async with asyncio.timeout(STALL_S):
-            message = await context.read()
-    except TimeoutError:
-        raise TransferStalled(f"the message to {name} did not come within {STALL_S:.0f} s; call again") from None
-    if message is grpc.aio.EOF:
-        raise MessageInvalid(f"a call of {name} has one message, and this one had none", ((name, "is missing"),))
-    return message

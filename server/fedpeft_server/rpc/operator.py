@@ -39,10 +39,9 @@ from fedpeft_server.rounds.aggregation import identity
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rpc import pages, sayings
-from fedpeft_server.rpc.arrivals import next_message
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.history import History
-from fedpeft_server.rpc.interceptors import Context
+from fedpeft_server.rpc.incoming import Context
 from fedpeft_server.rpc.messages import EVALUATORS, RUN_BYTES, client_message, run_message, scoring_message
 from fedpeft_server.rpc.uploads import Uploads
 from fedpeft_server.store.open_file import OpenFile
@@ -72,7 +71,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         self, request_iterator: AsyncIterator[pb.CreateRunRequest], context: Context
     ) -> pb.CreateRunResponse:
         """Takes adapter version 0 and begins a run with it."""
-        first = await next_message(context)
+        first = await anext(request_iterator, None)
         if first is None or not first.HasField("header"):
             raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
         header = first.header

@@ -39,7 +39,7 @@ from fedpeft_server.call import actor
 from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.unbroken import Steps
 from fedpeft_server.rpc.arrivals import Arrivals
-from fedpeft_server.rpc.interceptors import Context
+from fedpeft_server.rpc.incoming import Context
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.store.rows import UpdateRow
 from fedpeft_server.store.spool_writer import SpoolWriter
