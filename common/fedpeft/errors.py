@@ -465,6 +465,16 @@ class DatabaseLocked(Unavailable):
     """Another program held a lock on the server's database for as long as a transaction waits for one."""
 
 
+class DatabaseUnavailable(Unavailable):
+    """The server's database cannot be used for now; whether a transaction that it broke off was made may be unknown.
+
+    Attributes:
+        lasting: Whether it stays so until somebody mends something: a file that is corrupt, or may not be written.
+    """
+
+    lasting: bool = False
+
+
 class TransferStalled(Unavailable):
     """A transfer stopped making progress; it is continued by calling again."""
 

@@ -28,8 +28,8 @@ def lines() -> Iterator[str]:
         f"A stream may have {bounds.STREAM_MESSAGES:,} messages of any size; beyond, they have "
         f"{_size(bounds.CHUNK_BYTES)} on average. Fields are counted wherever there can be arbitrarily many.",
         "",
-        f"gRPC takes a message of up to {_size(MESSAGE_LIMIT_BYTES)} whole before its size is known, so few are received "
-        f"at once: {bounds.RECEIVING.of_one} of one caller and {bounds.RECEIVING.at_once} of all, each for "
+        f"gRPC takes a message of up to {_size(MESSAGE_LIMIT_BYTES)} whole before its size is known, so few are "
+        f"received at once: {bounds.RECEIVING.of_one} of one caller and {bounds.RECEIVING.at_once} of all, each for "
         f"{bounds.RECEIVING.hold_s:g} s at most while others wait; beside them the chunks of the transfers that have "
         "their turn (`--max-transfers`). Of the others no more than a flow-control window of 64 KiB arrives.",
         "",

@@ -66,6 +66,9 @@ MOVED_S = 0.5
 PAUSE_S = 5.0
 """Pause after a failure to keep a process for enrolment, seconds."""
 
+PROBE_S = 5.0
+"""How often it is tried whether the database can be used, so that health checks know."""
+
 MEASURE_S = 60.0
 """Interval at which stored bytes are measured, seconds."""
 
@@ -147,6 +150,7 @@ class Server:
         background = self.background
         background.every("traffic", BOOK_S, self._book)
         background.keep("traffic", self._book_payloads())
+        background.every("database", PROBE_S, self._probe_database)
         background.every("certificate", LOOK_S, self._renew_certificate)
         background.every("log", bounds.QUIET_S, self._tell_left_out)
         background.every("tokens", PURGE_S, self._purge_tokens)
@@ -302,6 +306,9 @@ class Server:
         finally:
             self.metrics.certificate_expires("server", own.certificate.not_valid_after_utc.timestamp())
             self.metrics.certificate_expires("authority", own.root.not_valid_after_utc.timestamp())
+
+    async def _probe_database(self) -> None:
+        await self.store.call(self.store.db.transactions.probe)
 
     async def _purge_tokens(self) -> None:
         await self.store.call(self.store.db.identities.purge_tokens, time.time() - TOKENS_KEPT_S)

@@ -5,7 +5,8 @@ Everything that runs beside the calls is begun here, in one of three ways.
     keep    must last as long as the daemon: one that ends ends the daemon, with an exit code other than 0
     begin   ends by itself; a failure that it did not deal with ends the daemon likewise
     every   a step that is repeated; a failed step is repeated too, and meanwhile health says NOT_SERVING if nobody
-            foresaw the failure (it is none of FedPEFT's errors: no full disk, no locked database)
+            foresaw the failure (it is none of FedPEFT's errors: no full disk, no locked database), or the database
+            is out of reach
 
 Every failure is in the log and in `fedpeft_background_failures_total`. Ending is right where work cannot go on: all
 that counts is durable, so a service manager that starts the daemon again loses nothing, while one that only seems to
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from fedpeft.errors import FedpeftError, Internal
+from fedpeft.errors import DatabaseUnavailable, FedpeftError, Internal
 from fedpeft_server.metrics import Metrics
 
 log = structlog.get_logger()
@@ -52,7 +53,7 @@ class Background:
 
     @property
     def healthy(self) -> bool:
-        """True if all of it goes on, and nothing that is repeated fails for an unforeseen reason."""
+        """True if all of it goes on, and nothing that is repeated fails for an unforeseen reason or for the database."""
         return self.fault is None and not self._failing
 
     def keep(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -91,16 +92,21 @@ class Background:
         except FedpeftError as error:
             self._metrics.background_failures.labels(name).inc()
             log.error("background work failed, and is tried again", work=name, run=run, message=error.message)
+            if isinstance(error, DatabaseUnavailable):
+                self._fails(name, run)
         except Exception as error:
             self._metrics.background_failures.labels(name).inc()
             log.error("background work failed, and is tried again", work=name, run=run, exc_info=error)
-            self._failing.add((name, run))
-            self.changed.set()
+            self._fails(name, run)
         else:
             if (name, run) in self._failing:
                 log.info("background work succeeds again", work=name, run=run)
                 self._failing.discard((name, run))
                 self.changed.set()
+
+    def _fails(self, name: str, run: str) -> None:
+        self._failing.add((name, run))
+        self.changed.set()
 
     def forget(self, run: str) -> None:
         """Forgets what failed for a run that is over: nobody will try that again."""

@@ -350,6 +350,13 @@ async def locked_database(world: World) -> object:
         other.close()
 
 
+async def read_only_database(world: World) -> object:
+    daemon = await world.start()
+    with daemon.server.store.db.transactions.engine.connect() as raw:
+        raw.exec_driver_sql("PRAGMA query_only = ON")
+    return await daemon.client("a").register()
+
+
 async def no_server(world: World) -> object:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{free_port()}") as channel:
         return await RawClient(channel, "a").register()
@@ -510,6 +517,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "BLOB_CORRUPT": damaged_blob,
     "DRAINING": ending_server,
     "DATABASE_LOCKED": locked_database,
+    "DATABASE_UNAVAILABLE": read_only_database,
     "TRANSFER_STALLED": silent_client,
     "SERVER_UNREACHABLE": no_server,
     "SUBJECT_INVALID": over_tls(lambda f: f.token("..")),

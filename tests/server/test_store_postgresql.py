@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from fedpeft.errors import DatabaseLocked, StateInvalid
+from fedpeft.errors import DatabaseLocked, DatabaseUnavailable
 from fedpeft_server.store import postgresql
 from fedpeft_server.store.connection import connect
 from fedpeft_server.store.database import Database
@@ -36,9 +36,12 @@ def test_a_lock_held_elsewhere(postgresql_url: str) -> None:
 
 def test_a_statement_that_takes_for_ever_and_a_transaction_that_does_nothing(postgresql_url: str) -> None:
     database = Database.open(postgresql_url)
-    with pytest.raises(StateInvalid, match="did not answer within 2 s"), database.transactions.begin() as connection:
+    with (
+        pytest.raises(DatabaseUnavailable, match="did not answer within 2 s"),
+        database.transactions.begin() as connection,
+    ):
         connection.execute(text("SELECT pg_sleep(10)"))
-    with pytest.raises(StateInvalid), database.transactions.begin() as connection:
+    with pytest.raises(DatabaseUnavailable), database.transactions.begin() as connection:
         connection.execute(text("SELECT 1"))
         time.sleep(2.5)
     assert database.runs() == [], "with another connection"
@@ -50,7 +53,7 @@ def test_a_server_that_takes_the_connection_and_says_nothing(tmp_path: Path) -> 
         silent.bind(str(tmp_path / ".s.PGSQL.5432"))
         silent.listen()
         began = time.monotonic()
-        with pytest.raises(StateInvalid, match="timeout"):
+        with pytest.raises(DatabaseUnavailable, match="timeout"):
             Database.open(f"postgresql://postgres@/nothing?host={tmp_path}")
         assert time.monotonic() - began < 10
 

@@ -13,7 +13,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import text
 
-from fedpeft.errors import DatabaseLocked, DiskFull, StateInvalid
+from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, StateInvalid
 from fedpeft_server.store import tables
 from fedpeft_server.store.connection import connect
 from fedpeft_server.store.database import Database
@@ -133,5 +133,5 @@ class TestFaults:
 
     def test_a_postgresql_that_does_not_answer(self, tmp_path: Path) -> None:
         pytest.importorskip("psycopg", reason="psycopg is not installed")
-        with pytest.raises(StateInvalid, match="postgresql"):
+        with pytest.raises(DatabaseUnavailable, match="postgresql"):
             Database.open(f"postgresql://postgres@/nothing?host={tmp_path}")

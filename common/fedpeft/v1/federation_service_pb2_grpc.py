@@ -63,6 +63,7 @@ class FederationServiceStub:
     RESOURCE_EXHAUSTED  ANSWER_TOO_LARGE    the answer does not fit into a message of 4 MiB; what can grow comes in pages
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
     UNAVAILABLE         DATABASE_LOCKED     another program holds a lock on the server's database; likewise
+    UNAVAILABLE         DATABASE_UNAVAILABLE   the server's database is out of reach or takes nothing; likewise
     INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others
@@ -186,6 +187,7 @@ class FederationServiceServicer:
     RESOURCE_EXHAUSTED  ANSWER_TOO_LARGE    the answer does not fit into a message of 4 MiB; what can grow comes in pages
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
     UNAVAILABLE         DATABASE_LOCKED     another program holds a lock on the server's database; likewise
+    UNAVAILABLE         DATABASE_UNAVAILABLE   the server's database is out of reach or takes nothing; likewise
     INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others
@@ -462,6 +464,7 @@ class FederationService:
     RESOURCE_EXHAUSTED  ANSWER_TOO_LARGE    the answer does not fit into a message of 4 MiB; what can grow comes in pages
     UNAVAILABLE         DRAINING            the server is shutting down; try again after a pause
     UNAVAILABLE         DATABASE_LOCKED     another program holds a lock on the server's database; likewise
+    UNAVAILABLE         DATABASE_UNAVAILABLE   the server's database is out of reach or takes nothing; likewise
     INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others

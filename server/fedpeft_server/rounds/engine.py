@@ -17,7 +17,15 @@ import structlog
 
 from fedpeft import conduct, rounds, screening, tracing
 from fedpeft.audit import Detail
-from fedpeft.errors import DiskFull, FedpeftError, RunFinished, TicketNotFound, VersionNotFound
+from fedpeft.errors import (
+    DatabaseLocked,
+    DatabaseUnavailable,
+    DiskFull,
+    FedpeftError,
+    RunFinished,
+    TicketNotFound,
+    VersionNotFound,
+)
 from fedpeft.rounds import Phase, Round, TicketState
 from fedpeft.versions import RoundEmptied
 from fedpeft_server.metrics import Metrics
@@ -85,6 +93,7 @@ class RunEngine:
         self._waiting: list[Receipt] = []
         self._timer: asyncio.TimerHandle | None = None
         self._folding: asyncio.Task[None] | None = None
+        self._closing = False
         self.steps = Steps()
         self._log = log.bind(run=run.id)
         if self.active:  # nothing will be counted for the others, which stay for months
@@ -121,6 +130,7 @@ class RunEngine:
 
     async def close(self) -> None:
         """Lets an aggregation in progress finish and stops the clock."""
+        self._closing = True
         self._disarm_timer()
         await self.steps.ended()
         if self._folding:
@@ -331,7 +341,20 @@ class RunEngine:
             self._log.warning("round extended", round=new.number, extensions=new.extensions, awaited=awaited)
 
     async def _aggregate(self) -> None:
-        """Folds the round in a thread and commits it; a fault pauses the run and leaves the round as it is."""
+        """Folds the round and commits it, once the database can be used; folding it twice gives the same bits."""
+        while not self._closing:
+            try:
+                return await self._fold_and_commit()
+            except (DatabaseUnavailable, DatabaseLocked) as error:
+                self._log.error("a round cannot be folded yet", round=self.round.number, message=error.message)
+            await asyncio.sleep(AGAIN_S)
+
+    async def _fold_and_commit(self) -> None:
+        """Folds the round in a thread and commits it; a fault pauses the run and leaves the round as it is.
+
+        Raises:
+            DatabaseUnavailable: If the database is out of reach; DatabaseLocked if another program holds a lock.
+        """
         began = time.perf_counter()
         folding = self.round
         try:
@@ -453,6 +476,8 @@ class RunEngine:
             self._lobby.call_evaluators()
 
     async def _aggregation_failed(self, error: Exception) -> None:
+        if isinstance(error, DatabaseUnavailable | DatabaseLocked):
+            raise error
         message = error.message if isinstance(error, FedpeftError) else f"{type(error).__name__}: {error}"
         self._log.error("aggregation failed", round=self.round.number, exc_info=error)
         hint = "make room and resume the run" if isinstance(error, DiskFull) else "see the log, then resume the run"

@@ -11,7 +11,7 @@ from contextlib import suppress
 import structlog
 
 from fedpeft.conduct import GOOD
-from fedpeft.errors import FedpeftError, RunNotFinished, RunNotFound, StateInvalid, TicketNotFound
+from fedpeft.errors import DatabaseUnavailable, FedpeftError, RunNotFinished, RunNotFound, StateInvalid, TicketNotFound
 from fedpeft.rounds import Phase, Round, Ticket, TicketState
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.answers import Answers
@@ -122,7 +122,7 @@ class Runs:
             deed = Deed(by, "run.created", run.id, {"name": run.config.name, "adapter_sha256": version.sha256})
             await self._store.call(self._store.db.create_run, run, version, (deed,))
         except FedpeftError as error:
-            if not (isinstance(error, StateInvalid) and await self._is_written(run.id)):
+            if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._is_written(run.id)):
                 await self._store.compute(self._store.forget_run, run.id, ())
                 raise
         return self._begin(run)
@@ -278,7 +278,7 @@ class Runs:
         """Says whether a run is in the database, because its transaction may have been made and the answer lost.
 
         Raises:
-            StateInvalid: If that cannot be found out; then the run is in doubt, and its version must stay.
+            FedpeftError: If that cannot be found out; then the run is in doubt, and its version must stay.
         """
         self.in_doubt.add(run_id)
         try:

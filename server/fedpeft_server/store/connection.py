@@ -13,7 +13,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
-from fedpeft.errors import DatabaseLocked, DiskFull, FedpeftError, StateInvalid
+from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, StateInvalid
 from fedpeft_server.store import postgresql
 
 BUSY_TIMEOUT_S = 10
@@ -30,7 +30,8 @@ def connect(url: str) -> Engine:
     """Returns an engine for a database URL: `sqlite:///PATH` or `postgresql://...`; connects and checks it.
 
     Raises:
-        StateInvalid: If the URL is none, its driver is missing, the database cannot be reached, or its file is corrupt.
+        StateInvalid: If the URL is none, its driver is missing, or the database is corrupt or cannot be written.
+        DatabaseUnavailable: If it cannot be reached.
     """
     try:
         parsed = _with_driver(make_url(url))
@@ -42,7 +43,7 @@ def connect(url: str) -> Engine:
         ) from None
     except ModuleNotFoundError as error:
         raise StateInvalid(f"database {where} needs the Python package {error.name}, which is not installed") from None
-    with closing_on_failure(engine), translated(where):
+    with opening(engine):
         _check(engine, where)
     return engine
 
@@ -100,12 +101,20 @@ def _check(engine: Engine, where: str) -> None:
 
 
 @contextmanager
-def closing_on_failure(engine: Engine) -> Iterator[None]:
-    """Disposes of an engine if the block fails."""
+def opening(engine: Engine) -> Iterator[None]:
+    """Disposes of an engine if the block, which makes the first use of it, fails.
+
+    Raises:
+        StateInvalid: If the database cannot be used until somebody mends it; no start is worth repeating until then.
+        FedpeftError: As `translated`.
+    """
     try:
-        yield
-    except BaseException:
+        with translated(engine.url.render_as_string(hide_password=True)):
+            yield
+    except BaseException as error:
         engine.dispose()
+        if isinstance(error, DatabaseUnavailable) and error.lasting:
+            raise StateInvalid(error.message) from error
         raise
 
 
@@ -116,7 +125,8 @@ def translated(where: str) -> Iterator[None]:
     Raises:
         DiskFull: If the database has no room to grow.
         DatabaseLocked: If another program holds a lock.
-        StateInvalid: If it is corrupt, read-only or out of reach.
+        DatabaseUnavailable: If it is corrupt, read-only or out of reach.
+        StateInvalid: If a statement fails for another reason.
     """
     try:
         yield
@@ -134,19 +144,31 @@ def _fault(error: DBAPIError | sqlite3.Error, where: str) -> FedpeftError:
     words, sqlstate = " ".join(str(cause).split()), getattr(cause, "sqlstate", "") or ""
     if sqlstate == postgresql.LOCKED:
         return DatabaseLocked(f"database {where} was locked by another session for {postgresql.BUSY_S} s; end that one")
-    if waited := postgresql.fault(sqlstate):
-        return StateInvalid(f"database {where} {waited}")
+    if cause is not None and not name and (fault := postgresql.fault(cause, sqlstate, words)):
+        return _unavailable(f"database {where} {fault}", lasting=sqlstate in postgresql.CORRUPT)
     if name.startswith("SQLITE_FULL") or sqlstate == "53100":
         return DiskFull(f"database {where} has no room to grow ({errno.errorcode[errno.ENOSPC]}); free some disk space")
     if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT") or name.startswith("SQLITE_CORRUPT_"):
-        return StateInvalid(f"database {where} is corrupt ({words}); restore it from a backup")
+        return _unavailable(f"database {where} is corrupt ({words}); restore it from a backup", lasting=True)
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return DatabaseLocked(
             f"database {where} has been locked by another program for {BUSY_TIMEOUT_S} s (a shell, a backup?); end its "
             "transaction"
         )
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-        return StateInvalid(
-            f"database {where} cannot be opened for writing ({words}); check its folder and permissions"
+        return _unavailable(
+            f"database {where} cannot be opened for writing ({words}); check its folder, its permissions, and whether "
+            "the file system was mounted read-only",
+            lasting=True,
+        )
+    if name.startswith("SQLITE_IOERR"):
+        return _unavailable(
+            f"database {where} cannot be read or written ({words}, {name}); check the disk, then start the server again"
         )
     return StateInvalid(f"database {where} failed: {words}")
+
+
+def _unavailable(message: str, *, lasting: bool = False) -> DatabaseUnavailable:
+    error = DatabaseUnavailable(message)
+    error.lasting = lasting
+    return error

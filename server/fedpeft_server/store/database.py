@@ -22,7 +22,7 @@ from fedpeft_server.store import (
     round_queries,
     run_queries,
 )
-from fedpeft_server.store.connection import closing_on_failure, connect, translated
+from fedpeft_server.store.connection import connect, opening
 from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.figure_queries import Pending
 from fedpeft_server.store.identities import Identities
@@ -56,8 +56,8 @@ Deeds = Sequence[Deed]
 class Database:
     """Runs, rounds, tickets, updates, versions, clients, traffic and evaluations.
 
-    Any method may raise DiskFull if there is no room, DatabaseLocked if another program holds a lock, or StateInvalid
-    if the database is corrupt or out of reach; the transaction is then undone.
+    Any method may raise DiskFull if there is no room, DatabaseLocked if another program holds a lock, or
+    DatabaseUnavailable if the database is corrupt or out of reach; the transaction is then undone.
 
     Args:
         url_or_engine: A database URL, or an engine whose schema is the newest.
@@ -81,11 +81,11 @@ class Database:
         """Connects and brings the schema up to date.
 
         Raises:
-            StateInvalid: If the URL is none, the database is corrupt or out of reach, or its schema is newer than
-                this code.
+            StateInvalid: If the URL is none, the database is corrupt, or its schema is newer than this code.
+            DatabaseUnavailable: If it is out of reach.
         """
         engine = connect(url)
-        with closing_on_failure(engine), translated(engine.url.render_as_string(hide_password=True)):
+        with opening(engine):
             migrate(engine)
         return cls(engine)
 

@@ -52,11 +52,40 @@ def unlimited(connection: Connection) -> None:
     connection.execute(text("SET LOCAL statement_timeout = 0"))
 
 
-def fault(sqlstate: str) -> str:
-    """Returns what was waited for in vain, by the state that the server gave; empty if it is another fault."""
+CORRUPT = ("XX001", "XX002")
+"""The states of data and of an index that are damaged."""
+
+
+def fault(cause: BaseException, sqlstate: str, words: str) -> str:
+    """Returns why the database cannot be used for now, and what to do; empty if a statement is at fault.
+
+    Args:
+        cause: What the driver raised.
+        sqlstate: The state that the server gave; empty where there was no server to give one.
+        words: What the driver says.
+    """
     match sqlstate:
         case "57014":
             return f"did not answer within {LOST_S} s; see what it is busy with (pg_stat_activity)"
         case "25P03":
             return f"ended a transaction in which nothing happened for {LOST_S} s: the server stood still"
+        case "25006":
+            return f"takes nothing written ({words}): a standby after a failover? Name the primary with --database"
+        case "53300":
+            return f"takes no more connections ({words}); raise max_connections, or end some"
+        case "40001" | "40P01":
+            return f"undid a transaction because of another one ({words}); let nobody else write to it"
+        case "53200" | "53400" | "58000" | "58030":
+            return f"has no memory, or its disk fails ({words}); see its log"
+        case _ if sqlstate in CORRUPT:
+            return f"is corrupt ({words}); restore it from a backup"
+        case _ if sqlstate.startswith(("08", "57P")) or (not sqlstate and isinstance(cause, psycopg_error())):
+            return f"cannot be reached ({words}); start it, or see whether name, network and password are right"
     return ""
+
+
+def psycopg_error() -> type[Exception]:
+    """Returns the class of what psycopg raises where no connection comes about, or one ends."""
+    import psycopg  # only here: it is installed where PostgreSQL is used
+
+    return psycopg.OperationalError

@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 
 from fedpeft import audit
 from fedpeft.audit import AuditEntry
+from fedpeft.errors import DatabaseUnavailable
 from fedpeft_server.store import audit_queries
 from fedpeft_server.store.connection import reading, translated
 from fedpeft_server.store.rows import Deed
@@ -20,6 +21,9 @@ class Transactions:
 
     Args:
         engine: Connected, its schema the newest.
+
+    Attributes:
+        unavailable: Whether the newest transaction but those that only read failed because the database was.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -28,6 +32,7 @@ class Transactions:
         # The newest entry, None where it must be read: before the first one, and after a failure, when what was
         # written is not known.
         self._head: AuditEntry | None = None
+        self.unavailable = False
 
     @contextmanager
     def begin(self, *deeds: Deed) -> Iterator[Connection]:
@@ -36,15 +41,18 @@ class Transactions:
         Raises:
             DiskFull: If there is no room; the transaction is undone.
             DatabaseLocked: If another program holds a lock; nothing was done.
-            StateInvalid: If the database is corrupt or out of reach; the transaction is undone, or its outcome unknown.
+            DatabaseUnavailable: If the database is corrupt or out of reach; the transaction is undone, or its outcome
+                unknown.
         """
         try:
             with translated(self._where), self.engine.begin() as connection:
                 yield connection
                 for deed in deeds:
                     self.append(connection, deed)
-        except BaseException:
+            self.unavailable = False
+        except BaseException as error:
             self._head = None
+            self.unavailable = isinstance(error, DatabaseUnavailable)
             raise
 
     @contextmanager
@@ -53,10 +61,23 @@ class Transactions:
 
         Raises:
             DatabaseLocked: If another program lets nobody read.
-            StateInvalid: If the database is corrupt or out of reach.
+            DatabaseUnavailable: If the database is corrupt or out of reach.
         """
         with translated(self._where), reading(self.engine) as connection:
             yield connection
+
+    def probe(self) -> None:
+        """Reads from the database; writes as well, though no row, if it was unavailable.
+
+        Raises:
+            FedpeftError: As `begin`.
+        """
+        if not self.unavailable:
+            with self.read() as connection:
+                connection.execute(text("SELECT 1"))
+            return
+        with self.begin() as connection:
+            connection.execute(text("UPDATE runs SET id = id WHERE id = ''"))
 
     def wait_at_most(self, seconds: float) -> None:
         """Has a statement wait no longer for another program's lock, where the database is SQLite."""
