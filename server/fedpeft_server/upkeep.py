@@ -53,7 +53,7 @@ class Background:
 
     @property
     def healthy(self) -> bool:
-        """True if all of it goes on, and nothing that is repeated fails for an unforeseen reason or for the database."""
+        """True if all of it goes on, and no repeated work fails for an unforeseen reason or for the database."""
         return self.fault is None and not self._failing
 
     def keep(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

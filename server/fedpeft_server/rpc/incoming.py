@@ -57,11 +57,11 @@ class Slots:
 
     @property
     def held(self) -> int:
-        """How many are held now."""
+        """Number of slots held now."""
         return self._held.total()
 
     def of(self, party: Party) -> int:
-        """Returns how many one caller holds now."""
+        """Returns the number of slots that one caller holds now."""
         return self._held[party]
 
     @asynccontextmanager
