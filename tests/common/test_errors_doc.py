@@ -10,7 +10,7 @@ from fedpeft.errors import FedpeftError, LocalError, tree
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
 WIRE, LOCAL = PAGE.split("## On this machine only")
-TREE = [cls for cls in tree() if cls.__module__ == FedpeftError.__module__]
+TREE = [cls for cls in tree() if cls.__module__.startswith("fedpeft.errors.")]
 LEAVES = {cls.reason: cls for cls in TREE if not cls.__subclasses__()}
 
 

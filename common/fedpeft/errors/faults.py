@@ -1,0 +1,63 @@
+"""Errors of bytes, of the server and of the way to it."""
+
+from __future__ import annotations
+
+from fedpeft.errors.root import FedpeftError
+
+
+class DataLoss(FedpeftError):
+    """Bytes are not what they should be."""
+
+    status = "DATA_LOSS"
+
+
+class ChecksumMismatch(DataLoss):
+    """A payload does not have the digest of its manifest."""
+
+
+class BlobCorrupt(DataLoss):
+    """A stored blob does not have its recorded digest."""
+
+
+class Unavailable(FedpeftError):
+    """Not now; the same call may succeed later."""
+
+    status = "UNAVAILABLE"
+
+
+class Draining(Unavailable):
+    """The server is shutting down."""
+
+
+class DatabaseLocked(Unavailable):
+    """Another program held a lock on the server's database for as long as a transaction waits for one."""
+
+
+class DatabaseUnavailable(Unavailable):
+    """The server's database cannot be used for now; whether a transaction that it broke off was made may be unknown.
+
+    Attributes:
+        lasting: Whether it stays so until somebody mends something: a file that is corrupt, or may not be written.
+    """
+
+    lasting: bool = False
+
+
+class TransferStalled(Unavailable):
+    """A transfer stopped making progress; it is continued by calling again."""
+
+
+class ServerUnreachable(Unavailable):
+    """No connection to the server.
+
+    Attributes:
+        lasting: Whether it stays so until somebody mends something: what answers is not this server, for example.
+    """
+
+    lasting: bool = False
+
+
+class Internal(FedpeftError):
+    """A fault of the server."""
+
+    status = "INTERNAL"
