@@ -118,6 +118,9 @@ def fit(fitting: Fitting, checkpoint: State, module: nn.Module, head: str, sourc
             raise ModelInvalid(
                 f"{source} does not fit the model: {name} is {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}"
             )
+        if tensor.layout is not torch.strided:
+            kind = str(tensor.layout).removeprefix("torch.")
+            raise ModelInvalid(f"{source}: {name} is {kind}; dense tensors are needed (tensor.to_dense())")
         if tensor.dtype not in DTYPES:
             raise ModelInvalid(f"{source}: {name} is {tensor.dtype}; floating-point tensors are needed")
         if bad := int((~torch.isfinite(tensor)).sum()):

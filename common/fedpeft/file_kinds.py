@@ -20,6 +20,7 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x93NUMPY", "a NumPy array"),
     (0, b"\x89HDF", "HDF5"),
     (0, b"PAR1", "parquet"),
+    (0, b"ARROW1", "an Arrow or Feather file"),
     (0, b"PK\x03\x04", "a zip archive"),
     (0, b"\x1f\x8b", "compressed by gzip"),
     (0, b"\x28\xb5\x2f\xfd", "compressed by Zstandard"),

@@ -20,9 +20,9 @@ from fedpeft.errors import BlobCorrupt, InvalidArgument, StateInvalid
 from fedpeft.mapped import mapped, releaser
 from fedpeft.payload import Manifest, check_manifest, check_payload
 from fedpeft.record import Contributed, Excluded, Record, digest, parse, verify_chain
-from fedpeft.screening import comparable, median
+from fedpeft.screening import Extent, comparable, median
 from fedpeft.v1 import tensor_pb2
-from fedpeft.versions import Identity, RoundEmptied, Stored, Update, fold_round, roll_back
+from fedpeft.versions import Identity, RoundEmptied, Stored, Update, extents, fold_round, roll_back
 from fedpeft.wire import manifest_from_proto
 
 
@@ -103,7 +103,7 @@ class Replay:
         self._spool = spool
         self._scratch = scratch
         self._state: Stored | None = None
-        self._norms: dict[int, float] = {}
+        self._extents: dict[int, Extent] = {}
 
     def fold(self, record: Record, base: Path) -> None:
         """Folds the next round and compares what comes out with its record, to the bit.
@@ -124,9 +124,11 @@ class Replay:
         folder.mkdir()
         folded = [self._update(record.round, counted) for counted in record.contributions]
         left_out = [self._update(record.round, excluded) for excluded in record.excluded]
-        self._norms[record.round] = median(update.norm for update in folded)
+        self._extents[record.round] = median(extents(self._identity, folded))
         start = Stored(base, record.base_sha256)
-        past = [self._norms.get(number, 0.0) for number in comparable(self._identity.spec, record.round)]
+        nothing = Extent(0.0, 0.0)  # of a round that went back to an earlier version
+        earlier = comparable(self._identity.spec, record.round)
+        past = [self._extents.get(number, nothing) for number in earlier]
         try:
             found = fold_round(
                 self._identity,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +19,11 @@ from fedpeft.adapter_file import AdapterInfo, Written
 from fedpeft.aggregation import Strategy, strategy
 from fedpeft.config import RunConfig
 from fedpeft.errors import Internal, UpdateExcluded
-from fedpeft.folding import Contribution, Overflow, State, fold_tensors, squared_norm, weigh
+from fedpeft.folding import Contribution, Overflow, State, fold_tensors, squared_norm
 from fedpeft.mapped import releaser
 from fedpeft.payload import Manifest, Tensors
 from fedpeft.record import Contributed, Excluded, Record, digest
-from fedpeft.screening import FACTOR, NormBound, bound, median
+from fedpeft.screening import FACTOR, Extent, NormBound, bound, local_steps, median
 from fedpeft.spec import AdapterSpec
 
 
@@ -95,7 +95,7 @@ class Outcome:
         record_sha256: Its digest.
         metrics: `train_examples`, and `train_loss` in nats, a mean by examples.
         excluded: By ticket, why an update was not folded, as its ticket says it.
-        norm: Median of the norms that were folded; see `fedpeft.screening`.
+        extent: Medians of what was folded; see `fedpeft.screening`.
     """
 
     adapter: Written
@@ -105,7 +105,7 @@ class Outcome:
     record_sha256: str
     metrics: dict[str, float]
     excluded: dict[str, str]
-    norm: float
+    extent: Extent
 
 
 class RoundEmptied(Exception):
@@ -139,7 +139,7 @@ def fold_round(
     previous: str,
     folder: Path,
     create: Callable[[Path], BinaryIO] = _create,
-    past: Sequence[float] = (),
+    past: Sequence[Extent] = (),
     *,
     screened: bool = True,
 ) -> Outcome:
@@ -156,7 +156,7 @@ def fold_round(
         previous: Digest of the record before; empty for round 1.
         folder: Where to write; both files are made, the state's empty of tensors if the strategy keeps none.
         create: Opens a new file for writing.
-        past: Medians of the norms of the comparable rounds before; see `fedpeft.screening`.
+        past: Medians of the comparable rounds before; see `fedpeft.screening`.
         screened: Whether updates are judged; not where a record says what was folded.
 
     Raises:
@@ -167,50 +167,94 @@ def fold_round(
     if not updates:
         raise Internal(f"round {number} of {identity.run} has nothing to fold")
     updates = sorted(updates, key=lambda update: update.client)
-    aggregation = identity.config.aggregation
-    rule = strategy(aggregation.strategy, aggregation.options)
-    limit = _bound(identity, number, updates, past) if screened else None
-    reasons = {u.client: "norm" for u in updates if limit and u.norm > limit.limit}
-    words = {u.ticket: _said(limit.against(u.norm)) for u in updates if limit and u.client in reasons}
-    while True:
-        kept = [u for u in updates if u.client not in reasons]
-        if not kept:
-            raise RoundEmptied(words)
-        contributions = [Contribution(u.client, u.examples, u.manifest, u.payload, releaser(u.payload)) for u in kept]
-        try:
-            adapter, state_sha256 = _write(
-                identity, number, contributions, base, state, rule, folder, create, clips=not screened
-            )
-            break
-        except Overflow as error:
-            reasons[error.client] = "overflow"
-            words[next(u.ticket for u in kept if u.client == error.client)] = _said(str(error))
-    raw = weigh(contributions, rule)
+    rule = strategy(identity.config.aggregation.strategy, identity.config.aggregation.options)
+    verdict = _screen(identity, number, updates, past) if screened else _Verdict(None, {}, {})
+    adapter, state_sha256, kept = _fold(
+        updates,
+        verdict,
+        lambda some: _write(identity, number, some, base, state, rule, folder, create, clips=not screened),
+    )
+    weights = {u.ticket: rule.weight(u.examples) for u in kept}
     record = Record(
         run=identity.run,
         round=number,
         base_sha256=base.sha256,
         contributions=tuple(
-            Contributed(u.client, u.ticket, u.examples, raw[u.client], u.manifest.sha256.hex()) for u in kept
+            Contributed(u.client, u.ticket, u.examples, weights[u.ticket], u.manifest.sha256.hex()) for u in kept
         ),
-        strategy=aggregation.strategy,
+        strategy=identity.config.aggregation.strategy,
         options=rule.options.model_dump(mode="json"),
         adapter_sha256=adapter.sha256,
         state_sha256=state_sha256,
         previous_sha256=previous,
-        excluded=tuple(_excluded(u, reasons[u.client]) for u in updates if u.client in reasons),
-        bound=limit if reasons else None,
+        excluded=tuple(_excluded(u, verdict.reasons[u.ticket]) for u in updates if u.ticket in verdict.reasons),
+        bound=verdict.bound if verdict.reasons else None,
     ).to_json()
-    total = sum(raw.values())
-    weights = {u.ticket: raw[u.client] / total for u in kept}
-    norm = median(u.norm for u in kept) if screened else 0.0
-    return Outcome(adapter, state_sha256, weights, record, digest(record), _figures(kept), words, norm)
+    total = sum(weights.values())
+    shares = {ticket: weight / total for ticket, weight in weights.items()}
+    extent = median(extents(identity, kept)) if screened else Extent(0.0, 0.0)
+    return Outcome(adapter, state_sha256, shares, record, digest(record), _figures(kept), verdict.words, extent)
 
 
-def _bound(identity: Identity, number: int, updates: Sequence[Update], past: Sequence[float]) -> NormBound | None:
+def extents(identity: Identity, updates: Iterable[Update]) -> list[Extent]:
+    """Returns the extents of some updates of a run."""
+    return [Extent(u.norm, local_steps(u.examples, identity.config.training)) for u in updates]
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What of a round is not folded.
+
+    Attributes:
+        bound: The limit of the norms, if there is one.
+        reasons: By ticket, `norm` or `overflow`.
+        words: By ticket, the sentence that its client is told.
+    """
+
+    bound: NormBound | None
+    reasons: dict[str, str]
+    words: dict[str, str]
+
+    def exclude(self, ticket: str, reason: str, why: str) -> None:
+        """Leaves an update out."""
+        self.reasons[ticket] = reason
+        self.words[ticket] = f"{UpdateExcluded.reason}: {why}"
+
+
+def _screen(identity: Identity, number: int, updates: Sequence[Update], past: Sequence[Extent]) -> _Verdict:
+    """Judges updates by their norms."""
     given = identity.config.aggregation.norm_factor
     values = sum(tensor.size for tensor in identity.spec.sent(number))
-    return bound((u.norm for u in updates), past, values, FACTOR if given is None else given)
+    known = extents(identity, updates)
+    limit = bound(known, past, values, FACTOR if given is None else given)
+    verdict = _Verdict(limit, {}, {})
+    for update, extent in zip(updates, known, strict=True):
+        if limit is not None and (why := limit.against(extent)):
+            verdict.exclude(update.ticket, "norm", why)
+    return verdict
+
+
+def _fold(
+    updates: Sequence[Update],
+    verdict: _Verdict,
+    write: Callable[[Sequence[Contribution]], tuple[Written, str]],
+) -> tuple[Written, str, list[Update]]:
+    """Folds what is not excluded; what would leave the range of float32 is excluded on the way.
+
+    Returns:
+        The adapter file, the digest of the state file, and the updates that were folded.
+
+    Raises:
+        RoundEmptied: If none is left.
+    """
+    while kept := [u for u in updates if u.ticket not in verdict.reasons]:
+        contributions = [Contribution(u.client, u.examples, u.manifest, u.payload, releaser(u.payload)) for u in kept]
+        try:
+            return *write(contributions), kept
+        except Overflow as error:
+            ticket = next(u.ticket for u in kept if u.client == error.client)
+            verdict.exclude(ticket, "overflow", str(error))
+    raise RoundEmptied(verdict.words)
 
 
 def roll_back(
@@ -258,11 +302,9 @@ def roll_back(
         previous_sha256=previous,
         rolled_back_to=to,
     ).to_json()
-    return Outcome(adapter, state_sha256, {}, record, digest(record), {"rolled_back_to": float(to)}, {}, 0.0)
-
-
-def _said(why: str) -> str:
-    return f"{UpdateExcluded.reason}: {why}"
+    return Outcome(
+        adapter, state_sha256, {}, record, digest(record), {"rolled_back_to": float(to)}, {}, Extent(0.0, 0.0)
+    )
 
 
 def _excluded(update: Update, reason: str) -> Excluded:

@@ -21,8 +21,11 @@ from PIL import Image
 from fedpeft import models
 from fedpeft.config import parse_config
 from fedpeft.peft import tune
+from fedpeft_client.channel import Channel
+from fedpeft_client.state import StateDirectory
 
 from .federation import FakeRun, Federation
+from .transfer_site import Site, a_run
 
 CLASSES = ("cat", "dog", "emu")
 START_S = 90.0
@@ -172,3 +175,11 @@ async def start_client(federation: Federation, data: Path, tmp_path: Path) -> As
     for client in clients:
         if client.process.returncode is None:
             await client.kill()
+
+
+@pytest.fixture
+async def site(federation: Federation, tmp_path: Path) -> AsyncIterator[Site]:
+    federation.run = a_run()
+    with StateDirectory(tmp_path / "state") as directory:
+        async with Channel(federation.address, "site-a", directory.instance) as channel:
+            yield Site(federation, directory, channel)

@@ -30,10 +30,12 @@ from fedpeft_client.policy import NO_LIMITS, Policy
 from fedpeft_client.policy_rules import MOST_STEPS, Asked, broken
 from fedpeft_client.push import Pusher
 from fedpeft_client.runs import KnownRun
+from fedpeft_client.state import StateDirectory
 
 from .conftest import ClientProcess, StartClient, tiny_run, until
 from .federation import FakeRun, Federation
 from .hostile import Context, Hostile
+from .transfer_site import Site, a_run
 
 BAD_IDS = ["", "..", "../../etc", "/tmp/x", "a/b", "run-1\n", "x" * 65, "run 1", "\x1b[2J", "é"]
 TICKET = "ticket-0123456789abcdef"
@@ -280,8 +282,6 @@ class TestUpload:
 
     @pytest.fixture
     async def pusher(self, federation: Federation, channel: Channel, tmp_path: Path) -> AsyncIterator[Any]:
-        from .test_transfers import Site, StateDirectory, a_run
-
         federation.run = a_run()
         with StateDirectory(tmp_path / "state") as directory:
             site = Site(federation, directory, channel)

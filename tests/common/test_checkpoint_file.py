@@ -182,6 +182,12 @@ def test_values_that_are_no_numbers_are_found_before_training(
     assert read(tmp_path / "w.safetensors")["blocks.0.norm1.weight"][0] == 1
 
 
+def test_a_sparse_tensor_is_named(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    torch.save({**state, "norm.weight": state["norm.weight"].to_sparse()}, tmp_path / "w.pth")
+    said = refused(tmp_path / "w.pth")
+    assert said.endswith("norm.weight is sparse_coo; dense tensors are needed (tensor.to_dense())"), said
+
+
 def test_tensors_of_others_are_named(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     foreign = {"vit.encoder.layer.0.attention.attention.query.weight": torch.zeros(3, 3)}
     lora = {"base_model.model.blocks.0.attn.qkv.lora_A.weight": torch.zeros(3, 3)}

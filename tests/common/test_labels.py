@@ -70,6 +70,8 @@ def test_files(tmp_path):
         ("m.json", "[1]", "is not a table"),
         ("m.json", '{"a": 3}', "'a' is 3; a class of the run"),
         ("m.toml", "[a]\nb = 'c'", "'a' is {'b': 'c'}"),
+        ("m.csv", "cat,dog", "m.csv is not JSON: .*; a label map is NAME.toml or NAME.json"),
+        ("m.yaml", "cat: dog", "a label map is NAME.toml or NAME.json"),
     ],
 )
 def test_faulty_files(tmp_path, name, text, message):

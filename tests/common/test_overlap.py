@@ -11,8 +11,8 @@ from fedpeft.data.overlap import overlap
 from fedpeft.data.sources import open_source
 from fedpeft.simulation import clients_of, simulate
 
-from .test_simulation import config, table, write
-from .test_sources import png
+from .simulated_runs import config
+from .test_sources import png, table, write
 
 
 class Images:

@@ -136,14 +136,14 @@ def test_a_record_in_another_order_is_not_canonical() -> None:
 
 def screened(record: Record) -> Record:
     left_out = Excluded("mallory", "ticket-9", 5, 1e30, hexadecimal(5), "norm")
-    return replace(record, excluded=(left_out,), bound=NormBound(30.0, 2.0, 60.0))
+    return replace(record, excluded=(left_out,), bound=NormBound(30.0, 2.0, 4.0, 60.0, 1e5))
 
 
 def test_what_was_excluded_is_in_the_record_of_its_round_and_in_no_other() -> None:
     plain = chain(1)[0]
     assert not {"excluded", "bound", "rolled_back_to"} & json.loads(plain.to_json()).keys()
     record = screened(plain)
-    assert '"bound":{"factor":30.0,"limit":60.0,"reference":2.0}' in record.to_json()
+    assert '"bound":{"factor":30.0,"largest":100000.0,"limit":60.0,"reference":2.0,"steps":4.0}' in record.to_json()
     assert '"format":2' in record.to_json()
     assert parse(record.to_json()) == record
     assert passes([record])

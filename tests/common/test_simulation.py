@@ -3,26 +3,20 @@
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from fedpeft import payload, record, rounds, seeds, views
+from fedpeft import conduct, payload, record, rounds, seeds, views
 from fedpeft.adapter_file import open_adapter
-from fedpeft.cli import simulate as simulate_command
-from fedpeft.cli.app import main
-from fedpeft.config import RunConfig, load_run_file, parse_config
+from fedpeft.config import load_run_file
 from fedpeft.data import partitions
 from fedpeft.data.dataset import open_dataset
 from fedpeft.data.parts import write_parts
 from fedpeft.data.sources import open_source
 from fedpeft.data.transforms import Preprocessing
-from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid, TrainingFailed
+from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid
 from fedpeft.evaluation import evaluate
 from fedpeft.models import build
 from fedpeft.peft import tune
@@ -31,21 +25,8 @@ from fedpeft.simulation.clients import ClientData, reading_of
 from fedpeft.training import train
 from fedpeft.v1 import run_pb2
 
+from .simulated_runs import clients, config, failing, same, tensors, without_clock
 from .test_sources import NAMES, table, write
-
-MODEL = {"name": "vit_tiny_patch16_224", "weights": "none", "image_size": 32, "depth": 1, "classes": list(NAMES)}
-
-
-def config(method="bias", **sections) -> RunConfig:
-    sections.setdefault("rounds", {"count": 2, "clients": 3, "seed": 7})
-    return parse_config(
-        {
-            "model": MODEL,
-            "peft": {"method": method},
-            "training": {"batch_size": 8, "learning_rate": 0.05},
-            **sections,
-        }
-    )
 
 
 @pytest.fixture(scope="module")
@@ -56,27 +37,6 @@ def folders(tmp_path_factory):
     cut = partitions.dirichlet(open_source(whole).labels, 4, 1.0, 3)
     write_parts(whole, cut, root / "parts")
     return root / "parts"
-
-
-def clients(folders):
-    return dict(clients_of(folders, config())[0])
-
-
-def tensors(out):
-    with open_adapter(out / "adapter.safetensors") as file:
-        return file.info, {name: file[name] for name in file}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
-
-
-def without_clock(value):
-    """Returns a report without what differs from one repetition to the next."""
-    timed = {"created_at", "opened_at", "committed_at", "deadline", "seconds", "images_per_second"}
-    if isinstance(value, dict):
-        return {key: without_clock(item) for key, item in value.items() if key not in timed}
-    return [without_clock(item) for item in value] if isinstance(value, list) else value
 
 
 def test_a_repetition_has_the_same_bytes_whatever_the_order_of_clients(tmp_path, folders):
@@ -266,18 +226,6 @@ def test_the_report_has_the_keys_of_run_show(tmp_path, folders):
         assert holder["wire_bytes_down"] is None
 
 
-def failing(monkeypatch, names, numbers=range(100)):
-    """Makes training fail for some clients, as it does where the loss is not finite."""
-    real = bench.Workbench.train
-
-    def train(self, client, number, version):
-        if client in names and number in numbers:
-            raise TrainingFailed("the loss is nan in step 1; lower the learning rate")
-        return real(self, client, number, version)
-
-    monkeypatch.setattr(bench.Workbench, "train", train)
-
-
 def test_a_client_that_trains_in_vain_is_replaced(tmp_path, folders, monkeypatch):
     settings, names = config(rounds={"count": 1, "clients": 2, "seed": 11}), clients(folders)
     first, second = rounds.sample(names, 2, 11, 1)
@@ -405,91 +353,6 @@ def test_the_run_file_of_the_page_is_valid(tmp_path):
     assert (settings.simulation.clients, settings.simulation.law) == (16, "dirichlet")
 
 
-RUN_FILE = """
-name = "tiny"
-[model]
-name = "vit_tiny_patch16_224"
-weights = "none"
-image_size = 32
-depth = 1
-classes = ["cat", "dog", "emu"]
-[peft]
-method = "head"
-[rounds]
-count = 2
-clients = 2
-[training]
-learning_rate = 0.5
-[simulation]
-clients = 3
-"""
-
-
-def test_the_command_prints_the_report_alone_or_lines_for_people(tmp_path, capfd):
-    threads = torch.get_num_threads()
-    whole = write(tmp_path / "whole.parquet", table(30))
-    (tmp_path / "run.toml").write_text(RUN_FILE)
-    command = ["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--eval", str(whole), "--device", "cpu", "--threads", str(threads), "--json"])
-    assert ended.value.code == 0
-    said = capfd.readouterr()
-    assert json.loads(said.out) == json.loads((tmp_path / "out" / "report.json").read_text())
-    with pytest.raises(SystemExit) as ended:
-        main(command)
-    assert ended.value.code == 0
-    said = capfd.readouterr()
-    assert "'tiny' is completed: head, 579 parameters" in said.out
-    assert "3 clients (iid): 10 to 10 rows" in said.out
-    assert re.search(r"^ +1 +2 +- +[\d.]+ +4\.5 KiB +4\.5 KiB +", said.out, re.M)
-    assert re.search(r"^round 2 of 2, 2 updates, training loss [\d.]+, [\d.]+ s$", said.err, re.M)
-
-
-def test_a_long_round_says_how_far_it_is(tmp_path, capfd, monkeypatch):
-    whole = write(tmp_path / "whole.parquet", table(30))
-    (tmp_path / "run.toml").write_text(RUN_FILE.replace("count = 2", "count = 1"))
-    monkeypatch.setattr(simulate_command, "EVERY_S", 0.0)
-    with pytest.raises(SystemExit):
-        main(["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")])
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("round")]
-    assert said[:2] == ["round 1 of 1: 1 of 2 clients had their turn", "round 1 of 1: 2 of 2 clients had their turn"]
-    assert said[2].startswith("round 1 of 1, 2 updates")
-
-
-def test_ctrl_c_says_what_is_left(tmp_path):
-    whole = write(tmp_path / "whole.parquet", table(30))
-    (tmp_path / "run.toml").write_text(RUN_FILE.replace("count = 2", "count = 100_000"))
-    asked = ("simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out"))
-    command = [sys.executable, "-m", "fedpeft.cli.app", *asked, "--device", "cpu", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert next(line for line in process.stderr if line.startswith("round 1 of 100000, 2 updates"))
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert re.search(
-        r"^fedpeft: interrupted: .*/out holds the results of [\d,]+ rounds?; running the command again starts at "
-        r"round 1$",
-        err,
-        re.M,
-    )
-    assert "Traceback" not in err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.safetensors", "records.jsonl"}
-
-
-def test_the_command_ends_with_5_where_the_run_is_paused(tmp_path, capfd, monkeypatch):
-    whole = write(tmp_path / "whole.parquet", table(30))
-    (tmp_path / "run.toml").write_text(RUN_FILE)
-    failing(monkeypatch, {"client-0", "client-1", "client-2"})
-    with pytest.raises(SystemExit) as ended:
-        main(["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")])
-    assert ended.value.code == 5
-    said = capfd.readouterr()
-    assert "the run is paused: round 1 has 0 of the 2 updates it needs" in said.err
-    assert "'tiny' is paused" in said.out
-    assert "ticket is given up" in said.err
-    assert "ticket is given up" not in said.out
-
-
 @pytest.mark.parametrize("said", ["in the run file", "by the caller"])
 def test_columns_are_named_for_all_data_of_a_simulation(tmp_path, said):
     usual = write(tmp_path / "usual.parquet", table(60))
@@ -514,3 +377,30 @@ def test_a_limit_of_pixels_is_followed(tmp_path):
     settings = config(simulation={"clients": 3, "max_image_pixels": 15})
     with pytest.raises(DataInvalid, match="4 x 4 pixels, more than 15 pixels; --max-image-pixels"):
         simulate(settings, clients_of(whole, settings)[0], tmp_path / "out")
+
+
+def test_a_client_that_did_not_deliver_is_sampled_last_as_on_a_server(tmp_path, folders, monkeypatch):
+    settings, names = config(rounds={"count": 6, "clients": 2, "seed": 11}), clients(folders)
+    first, _ = rounds.sample(names, 2, 11, 1)
+    failing(monkeypatch, {first})
+    sampled = [{t["client"] for t in row["tickets"]} for row in simulate(settings, names, tmp_path)["rounds"]]
+    assert first in sampled[0]
+    assert all(first not in clients for clients in sampled[1 : 1 + conduct.REST_ROUNDS])
+
+
+def test_a_client_whose_updates_are_refused_again_and_again_is_set_aside(tmp_path, folders, monkeypatch):
+    settings, names = config(rounds={"count": 5, "clients": 4, "quorum": 3, "seed": 1}), clients(folders)
+    real = bench.Workbench.train
+
+    def spoiled(self, client, number, version):
+        trained = real(self, client, number, version)
+        if client == "client-1":
+            nan = np.float32(np.nan).tobytes()
+            object.__setattr__(trained.update, "payload", trained.update.payload[:-4] + nan)
+        return trained
+
+    monkeypatch.setattr(bench.Workbench, "train", spoiled)
+    report = simulate(settings, names, tmp_path)
+    states = [next(t["state"] for t in row["tickets"] if t["client"] == "client-1") for row in report["rounds"]]
+    assert states == ["refused"] * 5
+    assert report["set_aside"] == ["client-1"]

@@ -283,6 +283,19 @@ def test_rows_without_a_class_are_refused_until_the_site_leaves_them_out(tmp_pat
     assert map_labels(source.class_names, source.labels, NAMES, dict.fromkeys(label_map, "cat")).labels[1] == 0
 
 
+NO_PARQUET = {
+    "LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n",
+    "image": png(1),
+    "zip": b"PK\x03\x04" + bytes(30),
+    "Feather": b"ARROW1\0\0" + bytes(30),
+    "JSON": b'{"image": "a.png"}\n',
+    "CSV": "image,label\r\na.png,caf\u00e9\n".encode(),
+    "empty": b"",
+    "cut parquet": b"PAR1" + bytes(30),
+    "binary": b"\1\2\3" * 30,
+}
+
+
 def faulty(kind: str, path: Path) -> Path:
     if kind == "no label":
         return write(path, table(3).drop_columns("label"))
@@ -310,6 +323,10 @@ def faulty(kind: str, path: Path) -> Path:
         write(path, table(3).set_column(0, "image", pa.array(["a.png", "b", "c"])))
     elif kind == "metadata":
         write(path, table(3).replace_schema_metadata({b"huggingface": b"{nonsense"}))
+    elif kind in NO_PARQUET:
+        path.write_bytes(NO_PARQUET[kind])
+    elif kind == "uint64":
+        write(path, table(2, names=None).set_column(1, "label", pa.array([1, 2**63], pa.uint64())))
     elif kind == "twice":
         write(path, table(3, names=("cat", "dog", "cat")))
     return path
@@ -329,7 +346,17 @@ def faulty(kind: str, path: Path) -> Path:
         ("bool label", "label column 'label' is bool; whole numbers or strings are read"),
         ("list label", r"label column 'label' is list<.*>; whole numbers or strings are read"),
         ("image text", "image column 'image' is string"),
-        ("metadata", "huggingface"),
+        ("metadata", "x.parquet: the schema's metadata key `huggingface`"),
+        ("LFS", r"is not a readable parquet file: it is a Git LFS pointer, not the file \(git lfs pull"),
+        ("image", "it is an image; the folder of class folders"),
+        ("zip", "it is a zip archive"),
+        ("Feather", "it is an Arrow or Feather file"),
+        ("JSON", "it is JSON"),
+        ("CSV", "it is text, such as CSV"),
+        ("empty", "it is empty"),
+        ("cut parquet", "its end is missing or damaged"),
+        ("binary", "is not a readable parquet file: "),
+        ("uint64", r"label column 'label' holds 9223372036854775808; numbers below 2\^63 are read"),
         ("twice", "names class 'cat' of column 'label' twice"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.data.client_folders import clients_in
@@ -176,3 +177,22 @@ def test_what_lies_beside_parquet_files_is_told(tmp_path):
 def test_a_parquet_without_names_of_classes_still_has_its_own(tmp_path):
     pq.write_table(pa.table({"image": [b""], "label": [1]}), tmp_path / "a.parquet")
     assert open_source(tmp_path).class_names == ("1",)
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("Train", "VAL"), ("training", "holdout")])
+def test_splits_inside_the_class_folders_are_refused(tmp_path, splits):
+    for label in ("cat", "dog"):
+        for split in splits:
+            (tmp_path / label / split).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / label / split / "0.png")
+    with pytest.raises(
+        DataInvalid, match=r"holds splits \(.*\) inside its class folders.*[Tt]rain(ing)?/cat, or rename"
+    ):
+        open_source(tmp_path)
+
+
+def test_folders_of_patients_inside_the_class_folders_are_no_splits(tmp_path):
+    for patient in ("train", "train2", "test patient", "p1"):
+        (tmp_path / "cat" / patient).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "cat" / patient / "0.png")
+    assert len(open_source(tmp_path)) == 4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -72,28 +74,39 @@ def simulate(
     _set_up(threads)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
     clients, partition = simulation.clients_of(data, config, reading)
-    said = _Progress(config.rounds.count, quiet=as_json)
+    progress = _Progress(config.rounds.count, quiet=as_json)
+    with faults_in(file), _interruptible(out, progress):
+        report = simulation.simulate(
+            config,
+            clients,
+            out,
+            evaluate,
+            weights,
+            label_map=label_map,
+            device=device,
+            reading=reading,
+            partition=partition,
+            committed=progress.committed,
+            worked=progress.worked,
+        )
+    _end(report, out, as_json=as_json)
+
+
+@contextmanager
+def _interruptible(out: Path, progress: _Progress) -> Iterator[None]:
+    """Says on Ctrl-C what is left of the simulation."""
     try:
-        with faults_in(file):
-            report = simulation.simulate(
-                config,
-                clients,
-                out,
-                evaluate,
-                weights,
-                label_map=label_map,
-                device=device,
-                reading=reading,
-                partition=partition,
-                committed=said.committed,
-                worked=said.worked,
-            )
+        yield
     except KeyboardInterrupt:
         output.note(
-            f"fedpeft: interrupted: {out} holds the results of {said.rounds}; running the command again starts at "
+            f"fedpeft: interrupted: {out} holds the results of {progress.rounds}; running the command again starts at "
             "round 1"
         )
         raise typer.Exit(Exit.INTERRUPTED) from None
+
+
+def _end(report: views.Json, out: Path, *, as_json: bool) -> None:
+    """Prints the report; ends with an exit code of its own if the run is paused."""
     if as_json:
         output.say_json(report)
     else:

@@ -15,7 +15,7 @@ from fedpeft.data.file_names import PARQUET_SUFFIXES, shown
 from fedpeft.data.interface import ImageUnreadable, Indices
 from fedpeft.data.inventory import Fate, Group, Inventory, Tally
 from fedpeft.data.parquet_labels import metadata
-from fedpeft.data.splits import one_to_train_on, splits_among
+from fedpeft.data.splits import one_to_train_on, split_called, splits_among
 from fedpeft.data.walk import UNTOLD, walk
 from fedpeft.errors import DataInvalid
 
@@ -47,7 +47,7 @@ class FolderSource:
     Raises:
         OSError: If it cannot be listed.
         DataInvalid: If there is no subfolder with an image, a class of whose files all are skipped or cannot be read,
-            or the subfolders are splits.
+            or the subfolders are splits, or hold some.
     """
 
     def __init__(self, root: Path) -> None:
@@ -58,6 +58,7 @@ class FolderSource:
         unreadable: dict[int, str] = {}
         number: dict[str, int] = {}
         direct: set[str] = set()
+        inner: set[str] = set()
         for entry in walk(root):
             tallies.setdefault(entry.group, Tally()).add(entry)
             if entry.group:
@@ -66,14 +67,17 @@ class FolderSource:
                 continue
             if entry.fate is Fate.UNREADABLE:
                 unreadable[len(groups)] = entry.reason
-            elif entry.path.count(os.sep) == 1:
+            elif (depth := entry.path.count(os.sep)) == 1:
                 direct.add(entry.group)
+            elif depth > 1:
+                inner.add(entry.path.split(os.sep, 2)[1])
             self._paths.append(entry.path)
             groups.append(number[entry.group])
         self.class_names = tuple(number)
         self.inventory = Inventory.sum(tally.inventory() for tally in tallies.values())
         self.unreadable = unreadable
         _check_splits(root, self.class_names, direct)
+        _check_inner_splits(root, self.class_names, inner)
         _check(root, {name: tallies[name].inventory() for name in number}, self.inventory)
         self.labels: Indices = np.array(groups, np.int64)
         self.labels.flags.writeable = False
@@ -178,6 +182,17 @@ def _check_splits(root: Path, classes: Sequence[str], direct: Collection[str]) -
         raise DataInvalid(
             f"{root} holds splits ({', '.join(splits)}), which are no classes; name one of them, for example "
             f"{root / one_to_train_on(splits)}, or rename the folders if they are classes"
+        )
+
+
+def _check_inner_splits(root: Path, classes: Sequence[str], inner: Collection[str]) -> None:
+    """Refuses splits inside the class folders: training and held-out images would be read together."""
+    splits = {name: split for name in sorted(inner) if (split := split_called(name))}
+    if len(set(splits.values())) > 1:
+        raise DataInvalid(
+            f"{root} holds splits ({', '.join(splits)}) inside its class folders, which would be read together; move "
+            f"them above the classes, for example to {root / one_to_train_on(splits) / classes[0]}, or rename them if "
+            "they are none"
         )
 
 

@@ -63,7 +63,8 @@ def read_label_map(path: Path) -> dict[str, str | None]:
     except _Twice as error:
         raise DataInvalid(f"label map {path} names {error.args[0]!r} twice; one line for each class") from None
     except (ValueError, RecursionError) as error:
-        raise DataInvalid(f"label map {path} is not {'TOML' if toml else 'JSON'}: {error}") from None
+        more = "" if path.suffix.lower() in (".toml", ".json") else "; a label map is NAME.toml or NAME.json"
+        raise DataInvalid(f"label map {path} is not {'TOML' if toml else 'JSON'}: {error}{more}") from None
     if not isinstance(data, dict):
         raise DataInvalid(f"label map {path} is not a table of own name = run class")
     for own, name in data.items():

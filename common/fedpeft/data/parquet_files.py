@@ -7,6 +7,7 @@ types of the same values. Everything else must agree.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,15 +15,22 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedpeft import text_files
 from fedpeft.data.arrow_paths import arrow_path
+from fedpeft.data.file_names import is_image
 from fedpeft.data.parquet_labels import class_names
+from fedpeft.data.parquet_labels import metadata as described
 from fedpeft.errors import DataInvalid
+from fedpeft.file_kinds import HEAD_BYTES, kind_of
 
 BATCH_ROWS = 1024
 """Rows of a batch at most."""
 
 BATCH_BYTES = 16 * 1024 * 1024
 """Unpacked size that batches aim at. A page of parquet, and a single image, are unpacked whole, however large."""
+
+INFO = "dataset_info.json"
+"""Describes the columns of the files beside it, as the `datasets` library writes it."""
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 
@@ -46,7 +54,7 @@ class ParquetFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
         metadata = [_metadata(path) for path in self.paths]
-        self.schema = _common([(p, m.schema.to_arrow_schema()) for p, m in zip(self.paths, metadata, strict=True)])
+        self.schema = _common([(p, _schema(p, m)) for p, m in zip(self.paths, metadata, strict=True)])
         self.rows = [m.num_rows for m in metadata]
         self.unpacked_bytes = sum(_group_bytes(m, i) for m in metadata for i in range(m.num_row_groups))
 
@@ -72,7 +80,46 @@ def _metadata(path: Path) -> pq.FileMetaData:
         with arrow_path(path) as place:
             return pq.read_metadata(place, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        raise DataInvalid(f"{path} is not a readable parquet file: {error}") from None
+        raise DataInvalid(f"{path} is not a readable parquet file: {_instead(path) or error}") from None
+
+
+def _instead(path: Path) -> str:
+    """Returns the clause that says what a file is that is no parquet; empty if that cannot be told."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return ""
+    if head.startswith(b"PAR1"):
+        return "its end is missing or damaged, as after a download or copy that did not end"
+    if is_image(head):
+        return "it is an image; the folder of class folders that it belongs to is read"
+    if kind := kind_of(head):
+        return f"it is {kind}"
+    text = head.decode("utf-8", "replace").rstrip("\ufffd")
+    return "it is text, such as CSV" if text.replace("\n", "").replace("\r", "").replace("\t", "").isprintable() else ""
+
+
+def _schema(path: Path, metadata: pq.FileMetaData) -> pa.Schema:
+    """Returns a file's schema; with the class names of `dataset_info.json` beside it where it has none itself.
+
+    Raises:
+        DataInvalid: If what describes the columns is malformed; the file is named.
+    """
+    schema = metadata.schema.to_arrow_schema()
+    about, place = schema.metadata or {}, path
+    try:
+        if b"huggingface" not in about and (path.parent / INFO).is_file():
+            place = path.parent / INFO
+            features = json.loads(text_files.read(place))["features"]
+            schema = schema.with_metadata({**about, **described(features)})
+        for name in schema.names:
+            class_names(schema, name)
+    except DataInvalid as error:
+        raise DataInvalid(f"{place}: {error.message}") from None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise DataInvalid(f"{place} does not describe columns under the key `features`: {error}") from None
+    return schema
 
 
 def _group_bytes(metadata: pq.FileMetaData, number: int) -> int:

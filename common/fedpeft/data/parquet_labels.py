@@ -39,7 +39,10 @@ def read_labels(
         values = _whole(values, where)
     elif not pa.types.is_integer(kind):
         raise DataInvalid(f"{where}: label column {name!r} is {kind}; whole numbers or strings are read")
-    numbers = values.drop_null().to_numpy().astype(np.int64)
+    numbers = values.drop_null().to_numpy()
+    if numbers.size and int(numbers.max()) >= 2**63:
+        raise DataInvalid(f"{where}: label column {name!r} holds {numbers.max()}; numbers below 2^63 are read")
+    numbers = numbers.astype(np.int64)
     return _with_missing(*_integers(class_names(schema, name) or (), numbers), values)
 
 

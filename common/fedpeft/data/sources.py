@@ -18,6 +18,7 @@ from fedpeft.data.folders import FolderSource
 from fedpeft.data.interface import Indices, Selection, Source
 from fedpeft.data.inventory import Entry, Fate, inventory_of
 from fedpeft.data.parquet import ParquetSource
+from fedpeft.data.shards import check_shards
 from fedpeft.data.splits import splits_among
 from fedpeft.errors import DataInvalid
 
@@ -46,6 +47,8 @@ def open_source(path: Path | str, image: str | None = None, label: str | None = 
         if not matches:
             raise DataInvalid(f"there is no data at {path}")
         _check_splits(path, matches)
+        if not any(c in path.name for c in "?["):  # a pattern that chooses files means some of them
+            check_shards(path, matches)
         return ParquetSource(matches, image, label)
     try:
         if path.is_dir():
@@ -74,6 +77,7 @@ def _open_folder(path: Path, image: str | None, label: str | None) -> Source:
     if not files:
         return FolderSource(path)
     _check_splits(path, files)
+    check_shards(path, files)
     source = ParquetSource(files, image, label)
     taken = {file.name for file in files}
     found = [(name, Fate.TAKEN if name in taken else Fate.SKIPPED) for name in sorted(os.listdir(path))]

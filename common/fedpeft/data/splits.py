@@ -23,6 +23,12 @@ def split_of(name: str) -> str | None:
     return _SPLIT_OF.get(words[0]) if words else None
 
 
+def split_called(name: str) -> str | None:
+    """Returns the split whose name this is and nothing else, but for figures: `Train`, `test2`; None if it is none."""
+    words = _words(name)
+    return _SPLIT_OF.get(words[0]) if len(words) == 1 else None
+
+
 def splits_among(names: Iterable[str]) -> dict[str, str]:
     """Returns those of some names side by side that are named like a split, and the split, in their order.
 

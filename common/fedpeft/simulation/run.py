@@ -6,7 +6,8 @@ of torch's threads the adapter has the bits that a server and its agents give.
 
 What is different: clients work one after the other, and no deadline runs out while one works. Where a round wants more
 clients than it counts (`over_selection`), who is late is drawn from the seed. A client that trains in vain gives its
-ticket back, as an agent does; the round's deadline passes only once nobody is left to work.
+ticket back, as an agent does; the round's deadline passes only once nobody is left to work. How clients used their
+tickets has the consequences that it has on a server (`fedpeft.conduct`): those who did not deliver are sampled last.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import structlog
 from google.protobuf import json_format
 
-from fedpeft import durable, ids, payload, rounds, seeds, wire
+from fedpeft import conduct, durable, ids, payload, rounds, seeds, wire
 from fedpeft.config import RunConfig
 from fedpeft.data.reading import Reading
 from fedpeft.errors import (
@@ -99,8 +100,7 @@ def simulate(
     """
     _check(config, clients)
     reading = reading or reading_of(config)
-    # As a server gets it: without [simulation], and numbers of options as the message has them.
-    config = wire.config_from_proto(wire.config_to_proto(config))
+    config = wire.config_from_proto(wire.config_to_proto(config))  # as a server gets it: without [simulation]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with durable.scratch(out / "simulation") as scratch:
@@ -153,6 +153,7 @@ class _Simulation:
         self._holds: dict[str, bytes] = {}
         self._facts: dict[str, str] = {}
         self._excluded: set[str] = set()
+        self._conducts: dict[str, conduct.Conduct] = {}
         self._began = time.time()
 
     def hold(self, committed: Callable[[Json], None] | None, worked: Callable[[int, int, int], None] | None) -> Json:
@@ -168,12 +169,21 @@ class _Simulation:
                 return self._report(initial, done, book, reason)
             book.round = self._advance(book.round, rounds.Aggregated())
             book.committed_at = time.time()
+            self._settle(book.round)
             version = self._newest()
             book.metrics = {**book.metrics, **self._bench.score(version)}
             done.append(round_json(book, self._bench.parameters))
             if committed is not None:
                 committed(done[-1])
         return self._report(initial, done, None, "")
+
+    def _settle(self, done: Round) -> None:
+        """Notes how clients used their tickets of a committed round; those who did not deliver are sampled last."""
+        known = self._conducts
+        for client, new in conduct.settled(done, self._config.rounds, lambda c: known.get(c, conduct.GOOD)).items():
+            if new.is_aside and not known.get(client, conduct.GOOD).is_aside:
+                log.warning("client set aside", round=done.number, client=client, refused=new.refused)
+            known[client] = new
 
     def _newest(self) -> Version:
         with self._versions.newest() as adapter:
@@ -226,7 +236,8 @@ class _Simulation:
                 self._say_worked(book.round)
                 continue
             here, now = book.round, book.round.deadline or time.time()
-            after, effects = rounds.advance(here, rounds.Waiting(self._everybody), settings, now)
+            waiting = rounds.Waiting(self._everybody, conduct.demerits(self._conducts, here.number))
+            after, effects = rounds.advance(here, waiting, settings, now)
             if after is here:
                 after, effects = rounds.advance(here, rounds.TimePassed(), settings, now)
             book.round = after
@@ -318,7 +329,7 @@ class _Simulation:
             "initial_metrics": dict(sorted(initial.items())),
             "config": json_format.MessageToDict(wire.config_to_proto(self._config), preserving_proto_field_name=True),
             "rounds": done,
-            "set_aside": [],
+            "set_aside": sorted(client for client, each in self._conducts.items() if each.is_aside),
             "declines": [],  # a simulated client takes what it is given
             "evaluators": [],  # versions are scored here
             "in_progress": progress_json(paused) if paused else None,

@@ -9,7 +9,7 @@ from fedpeft import adapter_file
 from fedpeft.adapter_file import TensorFile, Written
 from fedpeft.mapped import mapped
 from fedpeft.payload import Tensors
-from fedpeft.screening import comparable
+from fedpeft.screening import Extent, comparable
 from fedpeft.simulation.report import RoundBook
 from fedpeft.versions import Identity, Stored, Update, fold_round, write_first
 
@@ -32,7 +32,7 @@ class Versions:
         self._newest = Written("", 0)
         self._state_sha256 = ""
         self._record_sha256 = ""
-        self._norms: dict[int, float] = {}
+        self._extents: dict[int, Extent] = {}
 
     def begin(self, tensors: Tensors) -> None:
         """Writes version 0."""
@@ -61,11 +61,11 @@ class Versions:
         state = Stored(self._state, self._state_sha256) if self._state_sha256 else None
         base = Stored(self._adapter, self._newest.sha256)
         number = book.round.number
-        past = [self._norms.get(earlier, 0.0) for earlier in comparable(self._identity.spec, number)]
+        past = [self._extents[earlier] for earlier in comparable(self._identity.spec, number)]
         outcome = fold_round(
             self._identity, number, updates, base, state, self._record_sha256, self._scratch, past=past
         )
-        self._norms[number] = outcome.norm
+        self._extents[number] = outcome.extent
         os.replace(self._scratch / "state", self._state)
         os.replace(self._scratch / "adapter", self._adapter)
         with self._log.open("a", encoding="ascii") as stream:

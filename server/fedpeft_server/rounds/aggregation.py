@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from fedpeft import adapter_file
 from fedpeft.durable import create_eagerly
 from fedpeft.rounds import Round, TicketState
+from fedpeft.screening import Extent
 from fedpeft.versions import Identity, Outcome, Stored, Update, fold_round, roll_back
 from fedpeft_server.store.rows import RunRow, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, state_key, version_key
@@ -41,7 +42,7 @@ def aggregate(
     received: Mapping[str, UpdateRow],
     base: VersionRow,
     previous: str,
-    past: Sequence[float],
+    past: Sequence[Extent],
     store: Store,
 ) -> Result:
     """Folds what a round received and stores the result durably.
@@ -52,7 +53,7 @@ def aggregate(
         received: What was received, by ticket.
         base: The row of the version the clients started from.
         previous: Digest of the record before, empty for the first round.
-        past: Medians of the norms of the comparable rounds before.
+        past: Medians of the comparable rounds before; see `fedpeft.screening`.
         store: Blobs and spool.
 
     Raises:

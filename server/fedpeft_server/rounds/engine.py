@@ -391,7 +391,7 @@ class RunEngine:
         db = self._store.db
         earlier = screening.comparable(self.run.spec, folding.number)
         found = await self._store.call(db.to_fold, self.run.id, folding.number, folding.base_version, earlier)
-        past = [screening.median(found.norms.get(number, ())) for number in earlier]
+        past = [screening.median(found.extents(number, self.run.config.training)) for number in earlier]
         facts = found.updates, found.base, found.previous_sha256, past
         return await self._store.compute(aggregate, self.run, folding, *facts, self._store)
 

@@ -290,7 +290,7 @@ class Database:
             return round_queries.select_update(connection, ticket_id)
 
     def to_fold(self, run_id: str, number: int, base: int, earlier: Sequence[int]) -> ToFold:
-        """Returns what round `number` is folded from, and the norms of the `earlier` ones.
+        """Returns what round `number` is folded from, and norms and examples of the `earlier` ones.
 
         Raises:
             RunNotFound: If there is no such run.

@@ -79,14 +79,14 @@ def _uncount(connection: Connection, clients: Sequence[str]) -> None:
         connection.execute(_UNCOUNT, [{"client": client} for client in clients])
 
 
-def select_norms(connection: Connection, run: str, numbers: Sequence[int]) -> dict[int, list[float]]:
-    """Returns the norms of the updates that count in some rounds of a run, by round number."""
+def select_norms(connection: Connection, run: str, numbers: Sequence[int]) -> dict[int, list[tuple[float, int]]]:
+    """Returns norm and examples of the updates that count in some rounds of a run, by round number."""
     t, u = tables.tickets, tables.updates
-    query = select(t.c.number, u.c.norm).join(u, u.c.ticket == t.c.id)
+    query = select(t.c.number, u.c.norm, u.c.examples).join(u, u.c.ticket == t.c.id)
     query = query.where(t.c.run == run, t.c.number.in_(numbers), t.c.state == str(TicketState.RECEIVED))
-    found: dict[int, list[float]] = {}
-    for number, norm in connection.execute(query):
-        found.setdefault(number, []).append(norm)
+    found: dict[int, list[tuple[float, int]]] = {}
+    for number, norm, examples in connection.execute(query):
+        found.setdefault(number, []).append((norm, examples))
     return found
 
 

@@ -10,10 +10,11 @@ from typing import ClassVar
 
 from fedpeft.audit import Detail
 from fedpeft.conduct import GOOD, Conduct
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, TrainingConfig
 from fedpeft.identity.subject import Subject
 from fedpeft.payload import Manifest
 from fedpeft.rounds import Round, Ticket
+from fedpeft.screening import Extent, local_steps
 from fedpeft.spec import AdapterSpec
 
 
@@ -120,13 +121,17 @@ class ToFold:
         updates: What was received, by ticket.
         base: The version that the clients started from.
         previous_sha256: Digest of the record before, hexadecimal; empty for the first round.
-        norms: Norms of the updates that count in earlier rounds, by round number.
+        norms: Norm and examples of the updates that count in earlier rounds, by round number.
     """
 
     updates: Mapping[str, UpdateRow]
     base: VersionRow
     previous_sha256: str
-    norms: Mapping[int, Sequence[float]]
+    norms: Mapping[int, Sequence[tuple[float, int]]]
+
+    def extents(self, number: int, training: TrainingConfig) -> list[Extent]:
+        """Returns the extents of the updates that count in an earlier round; see `fedpeft.screening`."""
+        return [Extent(norm, local_steps(examples, training)) for norm, examples in self.norms.get(number, ())]
 
 
 @dataclass(frozen=True, slots=True)

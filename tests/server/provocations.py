@@ -1,0 +1,483 @@
+"""One way to provoke each reason of the first table of docs/errors.md."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from fedpeft import payload, wire
+from fedpeft.identity import keys, requests
+from fedpeft.identity.subject import Role
+from fedpeft.v1 import access_service_pb2 as access
+from fedpeft.v1 import access_service_pb2_grpc as access_grpc
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft.v1 import tensor_pb2
+from fedpeft_server.access import bounds
+from fedpeft_server.rpc import arrivals, interceptors, turns, uploads
+from fedpeft_server.store import store
+
+from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, zeros
+from .secured import Federation, federation
+from .secured_provocations import (
+    evaluator_of_a_clients_name,
+    odd_signing_request,
+    old_token,
+    printer,
+    revoked_viewer,
+    too_many_certificates,
+    unknown_token,
+    used_token,
+    viewer_who_creates,
+    viewer_who_outlives_a_certificate,
+)
+from .test_refusals import CALLERS, REFUSED_FOR_GOOD, TRY_AGAIN, WRONG_HEADERS, bad_and_good
+from .test_turns import Trickle
+from .test_uploads import SlowDisk
+
+
+@dataclass
+class World:
+    """Parts that a provocation may use."""
+
+    start: StartDaemon
+    request: pytest.FixtureRequest
+    monkeypatch: pytest.MonkeyPatch
+
+    async def run(self, clients: int = 1, **settings: object) -> tuple[Daemon, str, list[RawClient]]:
+        """Starts a daemon with a run of two rounds and the clients that it waits for."""
+        daemon = await self.start(**settings)
+        run = await daemon.create(config(rounds={"count": 2, "clients": clients}))
+        return daemon, run.id, await daemon.clients(*"abcdefgh"[:clients])
+
+
+def creation(**changes: object) -> op.CreateRunHeader:
+    manifest, _ = payload.encode(zeros(), SPEC.shared, "float32")
+    good = {
+        "config": wire.config_to_proto(config()),
+        "spec": wire.spec_to_proto(SPEC),
+        "backbone_fingerprint": "ab" * 32,
+        "manifest": wire.manifest_to_proto(manifest),
+        "request_id": "r",
+    }
+    return op.CreateRunHeader(**{**good, **changes})  # type: ignore[arg-type]
+
+
+async def wrong_config(world: World) -> object:
+    wrong = wire.config_to_proto(config())
+    wrong.rounds.count = 0
+    return await (await world.start()).create_raw(creation(config=wrong), [])
+
+
+async def unsorted_spec(world: World) -> object:
+    wrong = wire.spec_to_proto(SPEC)
+    wrong.tensors.reverse()
+    return await (await world.start()).create_raw(creation(spec=wrong), [])
+
+
+def update(case: str) -> Callable[[World], Awaitable[object]]:
+    """One of the wrong updates of test_refusals."""
+    send, _ = {**REFUSED_FOR_GOOD, **WRONG_HEADERS, **TRY_AGAIN}[case]
+
+    async def provoke(world: World) -> object:
+        bad, *_ = await bad_and_good(await world.start())
+        return await send(bad)
+
+    return provoke
+
+
+async def no_run(world: World) -> object:
+    return await (await world.start()).run("run-none")
+
+
+async def no_client(world: World) -> object:
+    return await (await world.start()).operator.ReadmitClient(op.ReadmitClientRequest(client="nobody"))
+
+
+async def no_version(world: World) -> object:
+    _, run, (client,) = await world.run()
+    return await client.pull(run, 1)
+
+
+async def copy_left_behind(world: World) -> None:
+    daemon = await world.start()
+    client = daemon.client("a")
+
+    async def begin(process: str, *earlier: str) -> None:
+        request = fed.RegisterRequest(
+            min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER, earlier_processes=earlier
+        )
+        await client.stub.Register(request, metadata=(*client.metadata, (wire.PROCESS_KEY, process)))
+
+    first, moved, back = (digit * 32 for digit in "123")
+    await begin(first)
+    await begin(moved, first)
+    await begin(back, first)
+
+
+async def second_instance(world: World) -> object:
+    daemon, _, _ = await world.run()
+    return await daemon.client("a", instance="f" * 32).register()
+
+
+async def another_update(world: World) -> object:
+    bad, *_ = await bad_and_good(await world.start())
+    await bad.values(1.0)
+    return await bad.values(2.0)
+
+
+async def request_id_again(world: World) -> object:
+    daemon = await world.start()
+    await daemon.create()
+    return await daemon.create(config(rounds={"count": 9}))
+
+
+async def old_protocol(world: World) -> object:
+    client = (await world.start()).client("a")
+    request = fed.RegisterRequest(min_protocol=0, max_protocol=0, role=fed.CLIENT_ROLE_TRAINER)
+    return await client.stub.Register(request, metadata=client.metadata)
+
+
+async def unregistered(world: World) -> object:
+    return await (await world.start()).client("a").wait()
+
+
+async def stopped_run(world: World) -> object:
+    daemon, run, (client,) = await world.run()
+    task = await client.task()
+    await daemon.operator.StopRun(op.StopRunRequest(run=run))
+    return await client.push(task.ticket, filled(1.0))
+
+
+async def excluded_update(world: World) -> object:
+    daemon, run, (client, other) = await world.run(2)
+    tasks = await asyncio.gather(client.task(), other.task())
+    await asyncio.gather(client.push(tasks[0].ticket, filled(3e38)), other.push(tasks[1].ticket, filled(1.0)))
+    await daemon.until(run, lambda r: r.version == 1)
+    return await client.push(tasks[0].ticket, filled(3e38))
+
+
+async def withdrawn_ticket(world: World) -> object:
+    _, _, (client,) = await world.run()
+    task = await client.task()
+    await client.withdraw(task.ticket)
+    return await client.push(task.ticket, filled(1.0))
+
+
+async def paused_after_its_end(world: World) -> object:
+    daemon, run, _ = await world.run()
+    await daemon.operator.StopRun(op.StopRunRequest(run=run))
+    return await daemon.operator.PauseRun(op.PauseRunRequest(run=run))
+
+
+async def deleted_too_early(world: World) -> object:
+    daemon, run, _ = await world.run()
+    return await daemon.operator.DeleteRun(op.DeleteRunRequest(run=run))
+
+
+async def ticket_of_another(world: World) -> object:
+    bad, _, ticket, _ = await bad_and_good(await world.start())
+    return await bad.client.push(ticket, filled(1.0))
+
+
+async def figures_of_a_trainer(world: World) -> object:
+    _, run, (client,) = await world.run()
+    request = fed.PushEvaluationRequest(run=run, version=0, metrics={"accuracy": 1.0})
+    return await client.stub.PushEvaluation(request, metadata=client.metadata)
+
+
+async def nameless(world: World) -> object:
+    client = (await world.start()).client("a")
+    client.metadata = CALLERS["bad id"]  # type: ignore[assignment]
+    return await client.register()
+
+
+async def large_update(world: World) -> object:
+    daemon = await world.start(max_update_bytes=1024)
+    spec = type(SPEC).of("bias", [type(SPEC.tensors[0])("w", (300,))])
+    return await daemon.create(spec=spec)
+
+
+async def begun(client: RawClient, ticket: str, chunk_bytes: int, held: asyncio.Event) -> object:
+    """Begins an upload and sends nothing more until `held` is set."""
+    manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
+
+    async def requests() -> AsyncIterator[fed.PushUpdateRequest]:
+        yield fed.PushUpdateRequest(header=header(ticket, manifest))
+        yield fed.PushUpdateRequest(chunk=tensor_pb2.Chunk(offset=0, data=data[:chunk_bytes]))
+        await held.wait()
+
+    return await client.stub.PushUpdate(requests(), metadata=client.metadata)
+
+
+async def busy_server(world: World) -> object:
+    world.monkeypatch.setattr(turns, "HOLD_S", 0.2)
+    daemon, _, (a, b) = await world.run(2, max_transfers=1)
+    tasks = await asyncio.gather(a.task(), b.task())
+    held = asyncio.Event()
+    first = asyncio.create_task(begun(a, tasks[0].ticket, 9, held))
+    async with asyncio.timeout(10):
+        while not (await a.upload(tasks[0].ticket)).state or not daemon.server.store.spool._writers:
+            await asyncio.sleep(0.01)
+    try:
+        return await b.push(tasks[1].ticket, filled(1.0))
+    finally:
+        held.set()
+        await asyncio.gather(first, return_exceptions=True)
+
+
+async def slow_upload(world: World) -> object:
+    world.monkeypatch.setattr(turns, "TURN_S", 0.0)
+    _, _, (a, b) = await world.run(2, max_transfers=1)
+    tasks = await asyncio.gather(a.task(), b.task())
+    trickle = Trickle(a, tasks[0].ticket)
+    first = asyncio.create_task(trickle.push())
+    await trickle.begun()
+    await b.push(tasks[1].ticket, filled(1.0))
+    return await first
+
+
+async def slow_disk(world: World) -> object:
+    world.monkeypatch.setattr(uploads, "HOLD_S", 0.1)
+    _, _, (client,) = await world.run()
+    task = await client.task()
+    disk = SlowDisk(world.monkeypatch)
+    try:
+        return await client.push(task.ticket, filled(1.0))
+    finally:
+        disk.go.set()
+
+
+async def crowd(world: World) -> object:
+    _, _, (client,) = await world.run()
+    most = bounds.CALLERS[Role.CLIENT].under_way
+    streams = [client.stub.PushUpdate(metadata=client.metadata) for _ in range(most + 1)]
+    async with asyncio.timeout(10):
+        while not any(stream.done() for stream in streams):
+            await asyncio.sleep(0.01)
+    try:
+        return await client.upload("ticket-none")
+    finally:
+        for stream in streams:
+            stream.cancel()
+
+
+async def malformed_message(world: World) -> object:
+    daemon = await world.start()
+    return await daemon.channel.unary_unary("/fedpeft.v1.OperatorService/GetRun")(b"\x0a\xff")
+
+
+async def long_withdrawal(world: World) -> object:
+    _, _, (client,) = await world.run()
+    most = bounds.CALLS["/fedpeft.v1.FederationService/Withdraw"].message_bytes
+    return await client.withdraw("ticket-none", "x" * most)
+
+
+async def silent_client(world: World) -> object:
+    world.monkeypatch.setattr(arrivals, "STALL_S", 0.2)
+    _, _, (client,) = await world.run()
+    return await begun(client, (await client.task()).ticket, 9, asyncio.Event())
+
+
+async def too_many(world: World) -> object:
+    daemon = await world.start(max_clients=1)
+    return await daemon.clients("a", "b")
+
+
+async def questions(world: World) -> object:
+    _, run, (client,) = await world.run()
+    return await client.stub.CheckRuns(fed.CheckRunsRequest(runs=[run] * 33), metadata=client.metadata)
+
+
+async def long_answer(world: World) -> object:
+    daemon, run, _ = await world.run()
+    world.monkeypatch.setattr(interceptors, "MESSAGE_LIMIT_BYTES", 100)
+    return await daemon.run(run)
+
+
+async def full_disk(world: World) -> object:
+    disk: Path = world.request.getfixturevalue("small_disk")
+    _, _, (client,) = await world.run(folder=disk)
+    task = await client.task()
+    ballast = disk / "ballast"
+
+    def fill() -> None:
+        with ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    with pytest.raises(OSError, match="No space left"):
+        await asyncio.to_thread(fill)
+    try:
+        return await client.push(task.ticket, filled(1.0))
+    finally:
+        await asyncio.to_thread(ballast.unlink)
+
+
+async def damaged_blob(world: World) -> object:
+    daemon, run, (client,) = await world.run()
+    (blob,) = (daemon.server.settings.data_dir / "blobs").rglob("*.safetensors")
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\x01")
+    return await client.pull(run, 0)
+
+
+async def ending_server(world: World) -> object:
+    daemon = await world.start()
+    (client,) = await daemon.clients("a")
+    waiting = asyncio.create_task(client.wait())
+    async with asyncio.timeout(10):
+        while not daemon.server.runs.lobby.is_waiting("a"):
+            await asyncio.sleep(0.01)
+    ending = asyncio.create_task(daemon.end())
+    try:
+        return await waiting
+    finally:
+        await ending
+
+
+async def locked_database(world: World) -> object:
+    daemon = await world.start()
+    world.monkeypatch.setattr(store, "BUSY_TIMEOUT_S", 0.2)
+    other = sqlite3.connect(daemon.server.settings.data_dir / "fedpeft.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        return await daemon.client("a").register()
+    finally:
+        other.close()
+
+
+async def read_only_database(world: World) -> object:
+    daemon = await world.start()
+    with daemon.server.store.db.transactions.engine.connect() as raw:
+        raw.exec_driver_sql("PRAGMA query_only = ON")
+    return await daemon.client("a").register()
+
+
+async def no_server(world: World) -> object:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{free_port()}") as channel:
+        return await RawClient(channel, "a").register()
+
+
+async def lost_spool(world: World) -> object:
+    """A fault of the server's own folder is its operator's business: it crosses the network as INTERNAL only."""
+    daemon, _, (client,) = await world.run()
+    task = await client.task()
+    (daemon.server.settings.data_dir / "spool").rmdir()
+    return await client.push(task.ticket, filled(1.0))
+
+
+async def too_much_said(world: World) -> object:
+    client = (await world.start()).client("a")
+    said = fed.Capabilities(device="x" * 1000)
+    request = fed.RegisterRequest(min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER, capabilities=said)
+    return await client.stub.Register(request, metadata=client.metadata)
+
+
+async def token_of_another_list(world: World) -> object:
+    daemon = await world.start()
+    await daemon.clients("a", "b")
+    token = (await daemon.operator.ListClients(op.ListClientsRequest(page_size=1))).next_page_token
+    return await daemon.operator.ListRuns(op.ListRunsRequest(page_token=token))
+
+
+async def decline_without_a_reason(world: World) -> object:
+    _, run, (client,) = await world.run()
+    answer = fed.AnswerOfferRequest(run=run, answer=fed.ANSWER_DECLINED)
+    return await client.stub.AnswerOffer(answer, metadata=client.metadata)
+
+
+async def short_digest(world: World) -> object:
+    _, run, (client,) = await world.run()
+    return await client.pull(run, 0, have=b"short")
+
+
+Provocation = Callable[[Federation], Awaitable[object]]
+
+
+def over_tls(provoke: Provocation) -> Callable[[World], Awaitable[object]]:
+    async def provocation(world: World) -> object:
+        async with federation(world.request.getfixturevalue("tmp_path")) as secured:
+            return await provoke(secured)
+
+    return provocation
+
+
+async def plain_renewal(world: World) -> object:
+    stub = access_grpc.AccessServiceStub((await world.start()).channel)
+    return await stub.Renew(access.RenewRequest(signing_request=requests.make(keys.make())))
+
+
+PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
+    "CONFIG_INVALID": wrong_config,
+    "SPEC_INVALID": unsorted_spec,
+    "MANIFEST_INVALID": update("wrong shape"),
+    "EXAMPLES_INVALID": update("no examples"),
+    "CHUNK_INVALID": update("empty chunk"),
+    "UPLOAD_INCOMPLETE": update("stream that ends early"),
+    "DIGEST_INVALID": short_digest,
+    "PAYLOAD_INVALID": update("not a number"),
+    "METRICS_INVALID": update("a loss that is not finite"),
+    "ANSWER_INVALID": decline_without_a_reason,
+    "CAPABILITIES_INVALID": too_much_said,
+    "PAGE_INVALID": token_of_another_list,
+    "MESSAGE_INVALID": malformed_message,
+    "MESSAGE_TOO_LARGE": long_withdrawal,
+    "OFFSET_OUT_OF_RANGE": update("wrong offset"),
+    "RUN_NOT_FOUND": no_run,
+    "VERSION_NOT_FOUND": no_version,
+    "TICKET_NOT_FOUND": update("ticket there is not"),
+    "CLIENT_NOT_FOUND": no_client,
+    "CLIENT_MOVED": copy_left_behind,
+    "CLIENT_ID_IN_USE": second_instance,
+    "UPDATE_DIFFERS": another_update,
+    "REQUEST_ID_REUSED": request_id_again,
+    "PROTOCOL_MISMATCH": old_protocol,
+    "NOT_REGISTERED": unregistered,
+    "ROUND_CLOSED": stopped_run,
+    "TICKET_CLOSED": withdrawn_ticket,
+    "UPDATE_EXCLUDED": excluded_update,
+    "RUN_FINISHED": paused_after_its_end,
+    "RUN_NOT_FINISHED": deleted_too_early,
+    "TICKET_OF_ANOTHER": ticket_of_another,
+    "NOT_AN_EVALUATOR": figures_of_a_trainer,
+    "CLIENT_ID_INVALID": nameless,
+    "UPDATE_TOO_LARGE": large_update,
+    "TRANSFERS_BUSY": busy_server,
+    "TOO_MANY_CLIENTS": too_many,
+    "TOO_MANY_CALLS": crowd,
+    "TURN_OVER": slow_upload,
+    "BEING_CHECKED": slow_disk,
+    "ANSWER_TOO_LARGE": long_answer,
+    "RUNS_INVALID": questions,
+    "DISK_FULL": full_disk,
+    "CHECKSUM_MISMATCH": update("wrong digest"),
+    "BLOB_CORRUPT": damaged_blob,
+    "DRAINING": ending_server,
+    "DATABASE_LOCKED": locked_database,
+    "DATABASE_UNAVAILABLE": read_only_database,
+    "TRANSFER_STALLED": silent_client,
+    "SERVER_UNREACHABLE": no_server,
+    "SUBJECT_INVALID": over_tls(lambda f: f.token("..")),
+    "SIGNING_REQUEST_INVALID": over_tls(odd_signing_request),
+    "TOKEN_NOT_FOUND": over_tls(lambda f: f.access().DeleteToken(access.DeleteTokenRequest(id="0" * 12))),
+    "IDENTITY_NOT_FOUND": over_tls(lambda f: f.revoke(Role.CLIENT, "a")),
+    "NAME_IN_USE": over_tls(evaluator_of_a_clients_name),
+    "NO_AUTHORITY": plain_renewal,
+    "SELF_REVOCATION": over_tls(lambda f: f.revoke(Role.OPERATOR, "ada")),
+    "ROLE_MAY_NOT": over_tls(viewer_who_creates),
+    "CERTIFICATE_MISSING": over_tls(lambda f: f.daemon(f.nobody()).create()),
+    "CERTIFICATE_INVALID": over_tls(printer),
+    "CERTIFICATE_EXPIRED": over_tls(viewer_who_outlives_a_certificate),
+    "CERTIFICATE_REVOKED": over_tls(revoked_viewer),
+    "TOKEN_UNKNOWN": over_tls(unknown_token),
+    "TOKEN_EXPIRED": over_tls(old_token),
+    "TOKEN_USED": over_tls(used_token),
+    "TOO_MANY_CERTIFICATES": over_tls(too_many_certificates),
+    "INTERNAL": lost_spool,
+}
