@@ -87,9 +87,9 @@ class NormBound:
         return said if allowance == 1 else f"{said} ({self.factor:g} times, times {allowance:.3g} for its local steps)"
 
 
-def local_steps(examples: int, training: TrainingConfig) -> int:
-    """Returns the optimiser steps that a client makes with so many examples."""
-    return training.steps or (training.epochs or DEFAULT_EPOCHS) * math.ceil(examples / training.batch_size)
+def local_steps(examples: int, training: TrainingConfig) -> float:
+    """Returns the optimiser steps that a client makes with so many examples; a float, as records have it."""
+    return float(training.steps or (training.epochs or DEFAULT_EPOCHS) * math.ceil(examples / training.batch_size))
 
 
 def median(extents: Iterable[Extent]) -> Extent:
