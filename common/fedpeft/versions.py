@@ -203,7 +203,7 @@ def extents(identity: Identity, updates: Iterable[Update]) -> list[Extent]:
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """What of a round is not folded.
+    """The updates of a round that are not folded, and why.
 
     Attributes:
         bound: The limit of the norms, if there is one.

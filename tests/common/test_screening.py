@@ -158,7 +158,7 @@ class TestLocalSteps:
 
 
 class TestAttackers:
-    """What a norm bound stops, and what it does not: docs/security.md has the sentence to each."""
+    """Attacks that a norm bound stops, and others that it does not: docs/security.md has the sentence to each."""
 
     def held(self, rounds: Iterable[list[float]]) -> list[float]:
         """Holds rounds; returns the limit of each."""
