@@ -153,8 +153,8 @@ def hold(name: str, data: Path, weights: Path | None) -> Json:
     quiet()
     began, federation, source = time.process_time(), FEDERATIONS[name], open_source(data)
     parts = [rows for rows in federation.parts(source.labels) if rows.size]
-    rounds = 2 if federation.sizes else 4
-    config = run_file(federation.sections, len(parts), rounds, source.class_names, weights)
+    count = 2 if federation.sizes else 4
+    config = run_file(federation.sections, len(parts), count, source.class_names, weights)
     clients: dict[str, Path | Source] = {f"c{i:02d}": Selection(source, rows) for i, rows in enumerate(parts)}
     if federation.odd:
         first = Selection(source, parts[0])

@@ -2,8 +2,8 @@
 
     python benchmarks/poisoning.py --data cifar10/train.parquet --test cifar10/test.parquet [--weights FILE]
 
-Ten clients share 800 images (iid, so that the attack is what is measured); after six honest rounds one of them sends the
-mean of the others, reversed and `factor` times as long as the median of their norms, with as many examples as the others
+Ten clients share 800 images (iid, so that the attack is what is measured); after six honest rounds one of them sends
+the mean of the others, reversed and `factor` times as long as the median of their norms, with as many examples as they
 have. FedAvg; the model is that of norms.py, by AdamW. Printed is the accuracy on 500 held-out images after the round of
 the attack and after an honest round behind it, and after each of three rounds of attack in a row.
 """
