@@ -224,7 +224,7 @@ class CreateTokenRequest(_message.Message):
     role: Global___IdentityRole.ValueType
     """What the bearer may do."""
     life_s: _builtins.int
-    """Seconds until the token is worthless: 60 to 2,592,000 (30 days); 0 for 86,400 (a day)."""
+    """Seconds until the token expires: 60 to 2,592,000 (30 days); 0 for 86,400 (a day)."""
     def __init__(
         self,
         *,
@@ -316,7 +316,7 @@ class Token(_message.Message):
 
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp:
-        """When it becomes worthless."""
+        """When it expires."""
 
     @_builtins.property
     def used_at(self) -> _timestamp_pb2.Timestamp:
@@ -419,7 +419,7 @@ Global___DeleteTokenRequest: _TypeAlias = DeleteTokenRequest  # noqa: Y015
 
 @_typing.final
 class DeleteTokenResponse(_message.Message):
-    """DeleteTokenResponse says that it is worthless."""
+    """DeleteTokenResponse says that the token is deleted."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -496,7 +496,7 @@ Global___RevokeIdentityResponse: _TypeAlias = RevokeIdentityResponse  # noqa: Y0
 
 @_typing.final
 class RestoreIdentityRequest(_message.Message):
-    """RestoreIdentityRequest names whom to let in again."""
+    """RestoreIdentityRequest names the identity to admit again."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -585,7 +585,7 @@ class Identity(_message.Message):
 
     @_builtins.property
     def restored_at(self) -> _timestamp_pb2.Timestamp:
-        """When it was let in again after it was revoked; certificates that begin before this are refused. Absent if it never was,
+        """When it was admitted again after it was revoked; certificates that begin before this are refused. Absent if it never was,
         or was revoked since.
         """
 

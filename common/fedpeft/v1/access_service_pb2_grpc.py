@@ -176,7 +176,7 @@ class AccessServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteToken(self, request, context):
-        """DeleteToken makes a token worthless; a certificate that it was used for stays. Deleting it again is an error.
+        """DeleteToken deletes a token, which cannot be used any more; a certificate it was used for stays valid. Deleting it again is an error.
         NOT_FOUND            TOKEN_NOT_FOUND
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -196,7 +196,7 @@ class AccessServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RestoreIdentity(self, request, context):
-        """RestoreIdentity lets a revoked name in again, with certificates that begin after this call; every older one stays
+        """RestoreIdentity admits a revoked name again, with certificates that begin after this call; every older one stays
         refused, so that what was lost does not come back. Where this server issues the certificates, a new token does the
         same. Restoring one that is not revoked changes nothing.
         INVALID_ARGUMENT     SUBJECT_INVALID         the name or the role
@@ -208,7 +208,7 @@ class AccessServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListIdentities(self, request, context):
-        """ListIdentities shows whoever was enrolled or revoked, by role and name, in pages.
+        """ListIdentities lists every identity that was enrolled or revoked, by role and name, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

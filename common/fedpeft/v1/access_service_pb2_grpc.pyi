@@ -65,7 +65,7 @@ class AccessServiceStub:
     ListTokens: _aio.UnaryUnaryMultiCallable[_access_service_pb2.ListTokensRequest, _access_service_pb2.ListTokensResponse]
     """ListTokens shows the enrolment tokens that were not deleted, oldest first, in pages."""
     DeleteToken: _aio.UnaryUnaryMultiCallable[_access_service_pb2.DeleteTokenRequest, _access_service_pb2.DeleteTokenResponse]
-    """DeleteToken makes a token worthless; a certificate that it was used for stays. Deleting it again is an error.
+    """DeleteToken deletes a token, which cannot be used any more; a certificate it was used for stays valid. Deleting it again is an error.
       NOT_FOUND            TOKEN_NOT_FOUND
     """
     RevokeIdentity: _aio.UnaryUnaryMultiCallable[_access_service_pb2.RevokeIdentityRequest, _access_service_pb2.RevokeIdentityResponse]
@@ -77,7 +77,7 @@ class AccessServiceStub:
       FAILED_PRECONDITION  SELF_REVOCATION         the caller itself
     """
     RestoreIdentity: _aio.UnaryUnaryMultiCallable[_access_service_pb2.RestoreIdentityRequest, _access_service_pb2.RestoreIdentityResponse]
-    """RestoreIdentity lets a revoked name in again, with certificates that begin after this call; every older one stays
+    """RestoreIdentity admits a revoked name again, with certificates that begin after this call; every older one stays
     refused, so that what was lost does not come back. Where this server issues the certificates, a new token does the
     same. Restoring one that is not revoked changes nothing.
       INVALID_ARGUMENT     SUBJECT_INVALID         the name or the role
@@ -85,7 +85,7 @@ class AccessServiceStub:
       ALREADY_EXISTS       NAME_IN_USE             the name is enrolled in another role that shares ids with this one
     """
     ListIdentities: _aio.UnaryUnaryMultiCallable[_access_service_pb2.ListIdentitiesRequest, _access_service_pb2.ListIdentitiesResponse]
-    """ListIdentities shows whoever was enrolled or revoked, by role and name, in pages."""
+    """ListIdentities lists every identity that was enrolled or revoked, by role and name, in pages."""
     ListAuditEntries: _aio.UnaryUnaryMultiCallable[_access_service_pb2.ListAuditEntriesRequest, _access_service_pb2.ListAuditEntriesResponse]
     """ListAuditEntries shows the audit log, oldest first, in pages."""
 
@@ -176,7 +176,7 @@ class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _access_service_pb2.DeleteTokenRequest,
         context: _aio.ServicerContext[_access_service_pb2.DeleteTokenRequest, _abc.Awaitable[_access_service_pb2.DeleteTokenResponse]],
     ) -> _abc.Awaitable[_access_service_pb2.DeleteTokenResponse]:
-        """DeleteToken makes a token worthless; a certificate that it was used for stays. Deleting it again is an error.
+        """DeleteToken deletes a token, which cannot be used any more; a certificate it was used for stays valid. Deleting it again is an error.
           NOT_FOUND            TOKEN_NOT_FOUND
         """
 
@@ -200,7 +200,7 @@ class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _access_service_pb2.RestoreIdentityRequest,
         context: _aio.ServicerContext[_access_service_pb2.RestoreIdentityRequest, _abc.Awaitable[_access_service_pb2.RestoreIdentityResponse]],
     ) -> _abc.Awaitable[_access_service_pb2.RestoreIdentityResponse]:
-        """RestoreIdentity lets a revoked name in again, with certificates that begin after this call; every older one stays
+        """RestoreIdentity admits a revoked name again, with certificates that begin after this call; every older one stays
         refused, so that what was lost does not come back. Where this server issues the certificates, a new token does the
         same. Restoring one that is not revoked changes nothing.
           INVALID_ARGUMENT     SUBJECT_INVALID         the name or the role
@@ -214,7 +214,7 @@ class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _access_service_pb2.ListIdentitiesRequest,
         context: _aio.ServicerContext[_access_service_pb2.ListIdentitiesRequest, _abc.Awaitable[_access_service_pb2.ListIdentitiesResponse]],
     ) -> _abc.Awaitable[_access_service_pb2.ListIdentitiesResponse]:
-        """ListIdentities shows whoever was enrolled or revoked, by role and name, in pages."""
+        """ListIdentities lists every identity that was enrolled or revoked, by role and name, in pages."""
 
     @_abc_1.abstractmethod
     def ListAuditEntries(

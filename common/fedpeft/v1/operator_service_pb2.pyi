@@ -369,7 +369,7 @@ class PauseRunRequest(_message.Message):
     run: _builtins.str
     """Id of the run."""
     reason: _builtins.str
-    """Why, for whoever looks later; may be empty; what is beyond 1,024 characters is not kept."""
+    """The reason, kept with the run; may be empty; what is beyond 1,024 characters is not kept."""
     def __init__(
         self,
         *,
@@ -465,7 +465,7 @@ class StopRunRequest(_message.Message):
     run: _builtins.str
     """Id of the run."""
     reason: _builtins.str
-    """Why, for whoever looks later; may be empty; what is beyond 1,024 characters is not kept."""
+    """The reason, kept with the run; may be empty; what is beyond 1,024 characters is not kept."""
     def __init__(
         self,
         *,
