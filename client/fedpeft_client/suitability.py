@@ -194,7 +194,7 @@ def _told_of_labels(run: KnownRun, site: Site) -> str:
     unknown = [name for name in own if known.of(name) == -1]
     if unknown:
         some = f"{len(unknown)} of its {counted(len(own), 'class', 'classes')} {'is' if len(unknown) == 1 else 'are'}"
-        return f"{some} none of the run's; a label map can rename or drop them"
+        return f"{some} not among the run's; a label map can rename or drop them"
     return "it has no image of the run's classes"
 
 

@@ -53,7 +53,7 @@ def test_a_method_that_is_not_here(run: KnownRun) -> None:
 @pytest.mark.parametrize(
     ("changes", "here", "told"),
     [
-        ({"classes": {"cat": 1, "secret": 2}}, "'secret' (2 rows)", "1 of its 2 classes is none of the run's"),
+        ({"classes": {"cat": 1, "secret": 2}}, "'secret' (2 rows)", "1 of its 2 classes is not among the run's"),
         ({"label_map": {"secret": "lynx"}}, "'secret' to 'lynx'", "its label map names a class"),
         ({"classes": {"secret": 2}, "label_map": {"secret": None}}, "drops all 2 rows", "it has no image of"),
     ],

@@ -253,5 +253,5 @@ def test_options_are_a_kind_s_own_and_it_says_what_is_wrong_with_them(package: t
 def test_data_without_labels_does_not_suit_a_run_with_classes(package: types.ModuleType, tmp_path: Path) -> None:
     package.Text = Next
     learner, backbone = learner_of("text"), models.build(next_run(classes=["a", "b"]).model, 0)
-    with pytest.raises(DataInvalid, match=r"class 'examples' \(40 rows\) is none of the run's"):
+    with pytest.raises(DataInvalid, match=r"class 'examples' \(40 rows\) is not among the run's"):
         learner.dataset(learner.read(tmp_path), backbone, {})

@@ -31,7 +31,7 @@ def test_a_map_renames_merges_and_drops():
 
 def test_an_unknown_class_is_named_with_those_of_the_run():
     with pytest.raises(
-        DataInvalid, match=r"class 'fox' \(2 rows\) is none of the run's; the run's classes are cat, dog, emu"
+        DataInvalid, match=r"class 'fox' \(2 rows\) is not among the run's; the run's classes are cat, dog, emu"
     ):
         map_labels(("cat", "fox"), np.array([0, 1, 1]), RUN)
 

@@ -326,7 +326,7 @@ def test_what_cannot_be_simulated_is_said_at_once(tmp_path, folders):
     with pytest.raises(DataInvalid, match=r"there is no data at .*nowhere"):
         clients_of(tmp_path / "nowhere", config())
     odd = write(tmp_path / "odd" / "data.parquet", table(6, names=("cat", "dog", "yak")))
-    with pytest.raises(DataInvalid, match=r"client odd: class 'yak' \(2 rows\) is none of the run's"):
+    with pytest.raises(DataInvalid, match=r"client odd: class 'yak' \(2 rows\) is not among the run's"):
         simulate(config(rounds={"count": 1, "clients": 1}), {"odd": odd}, tmp_path / "out")
     hollow = tmp_path / "hollow"
     hollow.mkdir()

@@ -190,7 +190,7 @@ async def test_status_of_a_site_from_enrolment_to_a_day_of_work(
     said = capsys.readouterr().out
     assert "identity      client a\n" in said
     assert f"server        {secured.address}\n" in said
-    assert "agent         does not run\n" in said
+    assert "agent         not running\n" in said
     assert "run           long (run-aaaaaaaaaaaa): declined: 50 epochs; its owner allows 5\n" in said
     assert "run           emoji (run-bbbbbbbbbbbb): accepted, 1 update received\n" in said
     assert f"last 24 h     {booked / 1024:.1f} KiB left of 4.9 KiB that the policy allows\n" in said

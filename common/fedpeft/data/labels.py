@@ -119,10 +119,10 @@ class ClassMap:
         return None if name is None else self._position.get(name, -1)
 
     def unknown(self, own: str, rows: int) -> DataInvalid:
-        """Returns the error about a class that is none of the run's."""
+        """Returns the error about a class that is not among the run's."""
         return DataInvalid(
-            f"class {own!r} ({counted(rows, 'row')}) is none of the run's{self._alike(own)}; {_known(self._classes)}; "
-            f'a label map can rename it or leave its rows out ({json.dumps(own, ensure_ascii=False)} = "")'
+            f"class {own!r} ({counted(rows, 'row')}) is not among the run's{self._alike(own)}; {_known(self._classes)}"
+            f'; a label map can rename it or leave its rows out ({json.dumps(own, ensure_ascii=False)} = "")'
         )
 
     def _alike(self, name: str) -> str:
@@ -153,8 +153,8 @@ def map_labels(
         label_map: Own name to run class, None to drop the class. A name that is not in it stands for itself.
 
     Raises:
-        DataInvalid: If a class that has rows is none of the run's, the map names a class that the run does not have, or
-            no row is left.
+        DataInvalid: If a class that has rows is not among the run's, the map names a class that the run does not have,
+            or no row is left.
     """
     known = ClassMap(classes, label_map)
     table = np.full(len(names), -1, np.int64)

@@ -38,7 +38,7 @@ class EnrollmentToken:
         server: HOST:PORT of the server.
         enrollment: HOST:PORT where devices enroll.
         authority: Certificate of the authority that signed the server's.
-        secret: 32 random bytes, good once; the server keeps their digest only.
+        secret: 32 random bytes, usable once; the server keeps their digest only.
     """
 
     server: str

@@ -196,7 +196,7 @@ def token_message(row: TokenRow) -> access_service_pb2.Token:
 
 
 def identity_message(row: IdentityRow) -> access_service_pb2.Identity:
-    """Returns an identity; one that was let in again after it was revoked is not revoked."""
+    """Returns an identity; one that was admitted again after a revocation is not revoked."""
     return access_service_pb2.Identity(
         role=roles.TO_PROTO[row.subject.role],
         name=row.subject.name,

@@ -23,7 +23,7 @@ LINGER_S = 5.0
 
 
 class Turn:
-    """A client's place in the line, and then its right to be served."""
+    """A client's place in the queue, and then its right to be served."""
 
     def __init__(self, turns: Turns, client: str) -> None:
         self.client = client
@@ -123,7 +123,7 @@ class Turns:
         """Waits for a turn and holds it. A client's newer call ends its older one: that one's connection may be dead.
 
         Raises:
-            TransfersBusy: If none comes within `HOLD_S`; the place in the line is kept for `LINGER_S`.
+            TransfersBusy: If none comes within `HOLD_S`; the place in the queue is kept for `LINGER_S`.
             TurnOver: If another call of the client took the place.
             Draining: If the server shuts down before the turn came.
         """

@@ -81,7 +81,7 @@ class Identities:
             access_queries.delete_tokens_until(connection, before)
 
     def enroll(self, secret_sha256: str, key_sha256: str, now: float, issue: Issue) -> tuple[TokenRow, IdentityRow]:
-        """Uses a token; with the key that used it first as often as asked for. Who was revoked is let in again.
+        """Uses a token; with the key that used it first as often as asked for. A revoked subject is admitted again.
 
         Args:
             secret_sha256: Digest of the secret that was brought.

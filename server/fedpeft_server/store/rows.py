@@ -327,7 +327,7 @@ class IdentityRow:
         fingerprint: Of that one; may be empty.
         revoked_at: When it was revoked last; None: never.
         reason: Why; may be empty.
-        restored_at: When it was let in again after that; None while it is refused.
+        restored_at: When it was admitted again after that; None while it is refused.
         issuer: Fingerprint of the authority that issued its newest certificate; may be empty.
     """
 
