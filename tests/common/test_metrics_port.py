@@ -17,12 +17,14 @@ from fedpeft.metrics_port import Limits, MetricsServer
 
 LIMITS = Limits(connections=4, silence_s=60, life_s=60, request_bytes=1024)
 WAIT_S = 10.0
+LARGE = 32 * 1024 * 1024
+"""Bytes of an answer that no buffer of the system holds."""
 
 
 @contextmanager
-def serving(limits: Limits = LIMITS) -> Iterator[MetricsServer]:
+def serving(limits: Limits = LIMITS, *, answer_bytes: int = 0) -> Iterator[MetricsServer]:
     registry = CollectorRegistry()
-    Gauge("well", "Is it?", registry=registry).set(1)
+    Gauge("well", "Is it?" + "?" * answer_bytes, registry=registry).set(1)
     server = metrics_port.serve(registry, "127.0.0.1", 0, limits)
     try:
         yield server
@@ -38,6 +40,17 @@ def connect(server: MetricsServer) -> socket.socket:
 def scrape(server: MetricsServer) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=WAIT_S) as answer:
         return str(answer.read().decode())
+
+
+def received(line: socket.socket) -> int:
+    """Reads to the end of a connection and returns how many bytes came."""
+    size = 0
+    try:
+        while data := line.recv(65_536):
+            size += len(data)
+    except ConnectionResetError:
+        return size
+    return size
 
 
 def is_closed(line: socket.socket) -> bool:
@@ -97,10 +110,11 @@ def test_a_connection_that_says_nothing_is_closed_and_so_is_one_that_drips() -> 
 
 
 def test_who_reads_no_answer_is_closed_too() -> None:
-    with serving(Limits(life_s=0.3)) as server, connect(server) as line:
-        server.limits = Limits(life_s=0.3)
+    with serving(Limits(life_s=0.3), answer_bytes=LARGE) as server, connect(server) as line:
         line.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        until(lambda: bool(server._open))
         until(lambda: not server._open)
+        assert received(line) < LARGE, "the connection was closed before the answer was through"
 
 
 @pytest.mark.parametrize("size", [LIMITS.request_bytes - 100, LIMITS.request_bytes + 100])

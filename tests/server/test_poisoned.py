@@ -17,6 +17,7 @@ from fedpeft.rounds import ticket_id
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
+from fedpeft_server.store.rows import UpdateRow
 
 from .conftest import Arrays, Daemon, RawClient, StartDaemon, config, fault, filled
 
@@ -144,7 +145,7 @@ def excluded(text: str) -> list[str]:
 class TestExamples:
     """A client may claim at most the examples that it declared: FedAvg weighs by them."""
 
-    async def claim(self, daemon: Daemon, examples: int, *, answered: int = 0, registered: int = 0) -> None:
+    async def claim(self, daemon: Daemon, examples: int, *, answered: int = 0, registered: int = 0) -> UpdateRow | None:
         run = (await daemon.create(rules(1, 1))).id
         mallory = daemon.client("mallory")
         capabilities = fed.Capabilities(examples=registered)
@@ -154,6 +155,7 @@ class TestExamples:
         await mallory.answer(run, examples=answered)
         task = await mallory.task()
         await mallory.push(task.ticket, one(), examples)
+        return await daemon.server.store.call(daemon.server.store.db.update, task.ticket)
 
     @pytest.mark.parametrize(
         ("declared", "most"), [({"answered": 40, "registered": 90}, 40), ({"registered": 90}, 90), ({}, 100_000)]
@@ -164,7 +166,8 @@ class TestExamples:
         assert str(most) in refused.message
 
     async def test_as_many_as_declared(self, daemon: Daemon) -> None:
-        await self.claim(daemon, 10**9, answered=10**9)
+        update = await self.claim(daemon, 10**9, answered=10**9)
+        assert update is not None and update.examples == 10**9
 
 
 def one() -> Arrays:

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from fedpeft.errors import DiskFull, Internal
 from fedpeft.rounds import TimePassed
+from fedpeft.v1 import run_pb2
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds import engine as engines
 from fedpeft_server.rounds.engine import RunEngine
@@ -146,7 +147,8 @@ async def test_a_deadline_that_fails_shows_in_health_until_it_was_acted_on(
     await until_status(daemon, NOT_SERVING)
     failing = False
     await until_status(daemon, SERVING)
-    await daemon.until(run.id, lambda r: "still awaited: a" in r.reason)
+    paused = await daemon.until(run.id, lambda r: "still awaited: a" in r.reason)
+    assert paused.state == run_pb2.RUN_STATE_PAUSED and failures(daemon.server.metrics, "deadline") >= 1
 
 
 def test_a_daemon_whose_matching_fails_ends_with_1(tmp_path: Path) -> None:
