@@ -67,7 +67,7 @@ PAUSE_S = 5.0
 """Pause after a failure to keep a process for enrolment, seconds."""
 
 PROBE_S = 5.0
-"""How often it is tried whether the database can be used, so that health checks know."""
+"""Interval at which the database is tried, seconds, so that health checks know whether it can be used."""
 
 MEASURE_S = 60.0
 """Interval at which stored bytes are measured, seconds."""

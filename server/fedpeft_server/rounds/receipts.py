@@ -29,7 +29,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What updates that waited together do to a round.
+    """Change of a round by updates that waited together.
 
     Attributes:
         round: The round after them.

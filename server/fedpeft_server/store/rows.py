@@ -115,7 +115,7 @@ class RoundRow:
 
 @dataclass(frozen=True, slots=True)
 class ToFold:
-    """What a round is folded from.
+    """The inputs of a round's fold.
 
     Attributes:
         updates: What was received, by ticket.
