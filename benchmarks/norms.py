@@ -38,7 +38,7 @@ Json = dict[str, Any]
 
 SIDE, DEPTH = 32, 2
 """Pixels of a side and blocks of the model."""
-ROWS = 1200
+ROWS = 1600
 """Images that ten clients share, where a federation states no sizes."""
 SPREAD = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10_000)
 PHONES = (*[8] * 15, 10_000)

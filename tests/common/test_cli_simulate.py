@@ -11,9 +11,12 @@ import torch
 
 from fedpeft.cli import simulate as simulate_command
 from fedpeft.cli.app import main
+from fedpeft.data import partitions
+from fedpeft.data.parts import write_parts
+from fedpeft.data.sources import open_source
 
 from .simulated_runs import failing
-from .test_sources import table, write
+from .test_sources import png, table, write
 
 RUN_FILE = """
 name = "tiny"
@@ -98,3 +101,19 @@ def test_the_command_ends_with_5_where_the_run_is_paused(tmp_path, capfd, monkey
     assert "'tiny' is paused" in said.out
     assert "ticket is given up" in said.err
     assert "ticket is given up" not in said.out
+
+
+def test_files_that_are_not_read_are_counted_by_reason_for_each_client(tmp_path, capfd):
+    for label in ("cat", "dog", "emu"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        (tmp_path / "photos" / label / "scan.dcm").write_bytes(b"x")
+        for number in range(2):
+            (tmp_path / "photos" / label / f"{number}.png").write_bytes(png(number))
+    whole = open_source(tmp_path / "photos")
+    write_parts(tmp_path / "photos", partitions.iid(len(whole), 2, 0), tmp_path / "sites", index=True)
+    (tmp_path / "run.toml").write_text(RUN_FILE.replace("count = 2", "count = 1").partition("[simulation]")[0])
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", str(tmp_path / "run.toml"), "--data", str(tmp_path / "sites"), "--out", str(tmp_path / "o")])
+    assert ended.value.code == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if "skipped, with suffix .dcm: 3 (cat/scan" in line]
+    assert all(any(client in line for line in lines) for client in ("client-0", "client-1"))
