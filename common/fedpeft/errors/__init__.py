@@ -74,6 +74,7 @@
     ├── Unavailable           the only family worth retrying as it is
     │   ├── Draining
     │   ├── DatabaseLocked        another program holds a lock on the server's database
+    │   ├── DatabaseUnavailable   the server's database is out of reach, read-only or corrupt
     │   ├── TransferStalled       nothing arrived for too long
     │   └── ServerUnreachable
     ├── Internal              a fault of the server
