@@ -29,6 +29,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from importlib.metadata import version as installed_version
 
 from fedpeft import PROTOCOL, tracing
@@ -75,6 +76,7 @@ from fedpeft_client.runs import KnownRun
 from fedpeft_client.settings import Settings
 from fedpeft_client.standing import while_it_counts
 from fedpeft_client.state import StateDirectory
+from fedpeft_client.steps import Steps
 from fedpeft_client.suitability import Reason, reasons_against_ticket
 from fedpeft_client.trainer import Trainer
 from fedpeft_client.wire_checks import said
@@ -228,7 +230,9 @@ class Agent:
         if pending is not None:
             log = self._log.bind(run=pending.run, round=pending.round)
             if pending.policy == self._policy.digest:
-                await self._limits.permit_upload(pending.header.manifest.payload_bytes)
+                permitted = self._limits.permit_upload(pending.header.manifest.payload_bytes)
+                with suppress(RunFinished, TicketClosed, TicketNotFound):  # the upload finds out what to do with it
+                    await while_it_counts(self._channel, pending.ticket, permitted)
                 with self._metrics.during(State.PUSHING), tracing.span("push", pending.run, pending.round):
                     outcome = await self._pusher.push(pending, log)
             else:
@@ -285,9 +289,12 @@ class Agent:
         async def train() -> None:
             run, held = await self._pull(task.run, task.version, task.round)
             await self._recall.settle(run.id, log)
-            training = self._trainer.train(run, task, held, log)  # what is pending is pushed next, as after a kill
+            steps = Steps()
+            training = self._trainer.train(
+                run, task, held, log, steps
+            )  # what is pending is pushed next, as after a kill
             with self._metrics.during(State.TRAINING), tracing.span("train", task.run, task.round):
-                await while_it_counts(self._channel, task.ticket, self._limits.while_permitted(training))
+                await while_it_counts(self._channel, task.ticket, self._limits.while_permitted(training), steps)
 
         if failure := self._against(task) or await self._tried(task.run, train):
             log.error("ticket is given up", cause=failure.here)

@@ -153,9 +153,10 @@ class Channel:
         """Asks in which state runs are."""
         return await self._call(self._line.federation.CheckRuns, request)
 
-    async def get_upload(self, ticket: str, sha256: bytes) -> pb.GetUploadResponse:
-        """Asks where an upload stands."""
-        return await self._call(self._line.federation.GetUpload, pb.GetUploadRequest(ticket=ticket, sha256=sha256))
+    async def get_upload(self, ticket: str, sha256: bytes, step: int = 0, steps: int = 0) -> pb.GetUploadResponse:
+        """Asks where an upload stands, and says how many of the training's steps are done; `steps` 0 says nothing."""
+        request = pb.GetUploadRequest(ticket=ticket, sha256=sha256, step=step, steps=steps)
+        return await self._call(self._line.federation.GetUpload, request)
 
     async def withdraw(self, request: pb.WithdrawRequest) -> pb.WithdrawResponse:
         """Gives a ticket up."""

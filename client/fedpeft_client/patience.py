@@ -43,24 +43,32 @@ QUICK_S = 1.0
 """An answer that took less came at once."""
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
+AWAY_GROWTH = 1.25
+"""How pauses grow while the server is away: each is about a third of the absence so far. So after a restart of a few
+seconds clients are back within seconds, and a server that is away for long is asked every ten."""
 
 T = TypeVar("T")
 
 
 class Backoff:
-    """Pauses that double from `first_s` to LONGEST_PAUSE_S, each drawn from its upper half.
+    """Pauses that grow from `first_s` to LONGEST_PAUSE_S, each drawn from its upper half.
 
     The jitter keeps a thousand clients from returning to a restarted server in the same instant.
+
+    Args:
+        first_s: The first pause.
+        growth: How many times as long each is as the one before.
     """
 
-    def __init__(self, first_s: float = FIRST_PAUSE_S) -> None:
+    def __init__(self, first_s: float = FIRST_PAUSE_S, growth: float = 2.0) -> None:
         self._first_s = first_s
+        self._growth = growth
         self._next_s = first_s
 
     def draw(self) -> float:
         """Returns the next pause in seconds."""
         pause_s = self._next_s * random.uniform(0.5, 1.0)
-        self._next_s = min(2 * self._next_s, LONGEST_PAUSE_S)
+        self._next_s = min(self._growth * self._next_s, LONGEST_PAUSE_S)
         return pause_s
 
     async def pause(self) -> None:
@@ -117,7 +125,8 @@ class Patience:
             Internal: Likewise, if it answered with a fault of its own; or if it did so `faults` times.
             FedpeftError: Anything else that `attempt` raises without a retry hint, at once.
         """
-        backoff, slower, failed, since = Backoff(), Backoff(FIRST_FAULT_PAUSE_S), 0, 0.0
+        backoff, slower = Backoff(growth=AWAY_GROWTH), Backoff(FIRST_FAULT_PAUSE_S)
+        failed, since = 0, 0.0
         asked = Backoff()
         away: FedpeftError | None = None
         while True:

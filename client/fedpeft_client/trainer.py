@@ -18,6 +18,7 @@ from fedpeft_client.pending import Pending, PendingBox
 from fedpeft_client.reporter import Reporter
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.state import StateDirectory
+from fedpeft_client.steps import Steps
 from fedpeft_client.wire_checks import deadline
 from fedpeft_client.worker_process import Answer, OnProgress, WorkerProcess
 
@@ -31,8 +32,8 @@ class Trainer:
         self._worker = worker
         self._metrics = metrics
 
-    async def train(self, run: KnownRun, task: pb.TrainingTask, held: Held, log: Log) -> Pending:
-        """Trains for a ticket and returns the update, on disk for good.
+    async def train(self, run: KnownRun, task: pb.TrainingTask, held: Held, log: Log, steps: Steps) -> Pending:
+        """Trains for a ticket and returns the update, on disk for good; `steps` is told how far it is.
 
         Raises:
             TrainingFailed: If training ended without an update.
@@ -54,7 +55,7 @@ class Trainer:
             "local": str(state.local(folder)),
             "out": str(draft),
         }
-        answer = await self._worker.ask(request, self._watch(run.id, Reporter(log, "training")))
+        answer = await self._worker.ask(request, self._watch(run.id, Reporter(log, "training"), steps))
         manifest = json_format.ParseDict(answer["manifest"], tensor_pb2.Manifest())
         sent, encoding = run.spec.sent(task.round), run.config.codec.encoding
         check_manifest(wire.manifest_from_proto(manifest), sent, [encoding])  # nothing else ever leaves
@@ -69,9 +70,10 @@ class Trainer:
         log.info("trained", **{**answer["facts"], **header.metrics, "examples": header.examples})
         return pending
 
-    def _watch(self, run: str, report: Reporter) -> OnProgress:
+    def _watch(self, run: str, report: Reporter, steps: Steps) -> OnProgress:
         def watch(progress: Answer) -> None:
             report(progress)
+            steps.take(progress)
             self._metrics.progressed(run, progress)
 
         return watch

@@ -287,6 +287,8 @@ def _read(path: Path, run: KnownRun) -> Arrays:
 
 
 def _shown(progress: Progress) -> Message:
+    if not progress.step:
+        return {"step": 0, "steps": progress.steps}
     shown: Message = asdict(progress)
     shown["images_per_second"] = round(progress.images_per_second, 1)
     return shown

@@ -128,7 +128,7 @@ class WorkerProcess:
         while line := await self._line(process, process.stdout):
             answer: Answer = json.loads(line)
             if "progress" in answer:
-                self._moving = True
+                self._moving = self._moving or answer["progress"].get("step") != 0
                 on_progress(answer["progress"])
             elif "error" in answer:
                 raise _error(answer["error"])

@@ -157,6 +157,11 @@ class PeftConfig(_Optioned):
     """Registered name of the method: full, head, bias, adapter, prompt, lora..."""
 
 
+def default_quorum(clients: int) -> int:
+    """Returns the quorum of a run that names none: three quarters, rounded up, and one fewer than two or three."""
+    return max(1, min(clients - 1, -(-3 * clients // 4)))
+
+
 class RoundsConfig(_Section):
     """`[rounds]`: how many rounds, of how many clients, and when a round closes."""
 
@@ -165,9 +170,9 @@ class RoundsConfig(_Section):
     clients: Annotated[int, Field(ge=1, le=100_000)] = 8
     """Clients whose updates a round wants."""
     quorum: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """Fewest updates a round commits with at its deadline; `clients` if absent."""
+    """Fewest updates a round commits with at its deadline; if absent three quarters of `clients`, 1 of 2, 2 of 3."""
     min_available: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Clients that must be waiting before any are sampled, at least the quorum; as many as are sampled if absent."""
+    """Clients that must wait before any are sampled; if absent as many as are sampled, after a minute the quorum."""
     deadline_s: Annotated[float, Field(ge=0.1, le=30 * 86_400)] = 600.0
     """Seconds from a round's opening to its deadline."""
     over_selection: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -194,12 +199,17 @@ class RoundsConfig(_Section):
     @property
     def needed(self) -> int:
         """Updates a round commits with at its deadline."""
-        return self.quorum or self.clients
+        return self.quorum or default_quorum(self.clients)
 
     @property
     def available(self) -> int:
-        """Clients that must be waiting before a round opens."""
+        """Clients with which a round opens as soon as they wait."""
         return self.min_available or self.sampled
+
+    @property
+    def least_available(self) -> int:
+        """Clients with which a round opens if no more come for a while."""
+        return self.min_available or self.needed
 
 
 DEFAULT_EPOCHS = 1

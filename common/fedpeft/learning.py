@@ -6,6 +6,7 @@ pictures; the loop of any other kind is its own (`fedpeft.kind`), and what stand
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -265,6 +266,8 @@ class _Loop:
         self._losses = Losses(1)
         self._drawn = self._batch = self._done = self._examples = 0
         self._began = self._reported = time.perf_counter()
+        if progress is not None:
+            progress(Progress(0, orders.steps, math.nan, 0.0))
 
     def __iter__(self) -> Iterator[Examples]:
         for order in self._orders:

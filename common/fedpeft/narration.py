@@ -22,6 +22,7 @@ class Narrator:
         self._said: set[str] = set()
         self._state = ""
         self._lost = False
+        self._ill: dict[str, str] = {}
 
     def lines(self, picture: Picture) -> list[str]:
         """Returns what is new in a picture."""
@@ -40,6 +41,7 @@ class Narrator:
             # Once a phase: the reason of a long wait changes with every client that comes.
             key = f"{current.number} {current.phase} {current.extensions}"
             lines += self._once(phase_line(current, picture.run), key)
+            lines += self._hanging(picture.run, current.number)
         for decline in picture.run.declines:
             lines += self._once(decline_line(decline))
         for row in views.evaluators(picture.run):
@@ -53,6 +55,21 @@ class Narrator:
             return []
         self._said.add(key or line)
         return [line]
+
+    def _hanging(self, run: run_pb2.Run, number: int) -> list[str]:
+        """Returns a line for each client that was not known to hang or to be slow, and for each that is back."""
+        ill = {each.client: views.progress_state(each) for each in run.awaited if not views.is_well(each)}
+        awaited = {each.client for each in run.awaited}
+        lines = [
+            f"round {number}: {each.client}: {each.description}"
+            for each in run.awaited
+            if each.client in ill and self._ill.get(each.client) != ill[each.client]
+        ]
+        lines += [
+            f"round {number}: {client} goes on" for client in self._ill if client in awaited and client not in ill
+        ]
+        self._ill = ill
+        return lines
 
     def _state_lines(self, run: run_pb2.Run) -> list[str]:
         """Returns a line when the run's state or its reason has changed; a run that merely runs needs none."""

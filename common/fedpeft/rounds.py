@@ -2,13 +2,15 @@
 
     WAITING -> OPEN -> AGGREGATING -> COMMITTED
 
-WAITING opens once enough clients wait: a seeded sample of them gets tickets. OPEN takes updates until as many are there
-as the round wants (the goal); until no ticket is left to wait for, nobody is there to replace the missing, and the
-quorum is met; or until the deadline with a quorum. A deadline without a quorum extends the round: what was received
-stays, replacements are sampled beside the stragglers, whose tickets stay good. After the last extension the run is
-paused. AGGREGATING takes nothing more; an update that turns out not to be one that can be folded is excluded, and where
-none is left the round is OPEN again. A round that was stopped stays as it is, whatever comes after. Whoever drives
-the machine writes each new state in one transaction.
+WAITING opens once enough clients wait: a seeded sample of them gets tickets. If the run does not say how many those
+are, it opens without those that are missing once a quorum has waited for a while: a client that never comes back holds
+nobody up, and one that comes late gets its ticket then. OPEN takes updates until as many are there as the round wants
+(the goal); until no ticket is left to wait for, nobody is there to replace the missing, and the quorum is met; or until
+the deadline with a quorum. A deadline without a quorum extends the round: what was received stays, replacements are
+sampled beside the stragglers, whose tickets stay good. After the last extension the run is paused. AGGREGATING takes
+nothing more; an update that turns out not to be one that can be folded is excluded, and where none is left the round is
+OPEN again. A round that was stopped stays as it is, whatever comes after. Whoever drives the machine writes each new
+state in one transaction.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from fedpeft import seeds
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
 from fedpeft.units import counted
+
+GATHER_S = 60.0
+"""A quorum that waits for so long need not wait for more clients; before the first round, while people start the sites,
+for as long as a round's deadline if that is longer."""
 
 
 class Phase(StrEnum):
@@ -98,10 +104,14 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """These clients can be sampled now, those with a larger demerit (`fedpeft.conduct`) after the others."""
+    """These clients can be sampled now, those with a larger demerit (`fedpeft.conduct`) after the others.
+
+    `waited_s` is for how long at least a quorum has been waiting for the round to open.
+    """
 
     clients: frozenset[str]
     demerits: Mapping[str, int] = field(default_factory=dict)
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +276,7 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
 
 def _waiting(state: Round, event: Waiting, config: RoundsConfig, now: float) -> Step:
     clients, demerits = event.clients, event.demerits
-    if state.phase is Phase.WAITING and len(clients) >= config.available:
+    if state.phase is Phase.WAITING and _enough(state, event, config):
         opened = replace(state, phase=Phase.OPEN, opened_at=now, deadline=now + config.deadline_s)
         return _issue(opened, clients, config.sampled, config, demerits)
     if state.phase is not Phase.OPEN:
@@ -280,6 +290,13 @@ def _waiting(state: Round, event: Waiting, config: RoundsConfig, now: float) -> 
     if nobody_left and len(state.in_state(TicketState.RECEIVED)) >= config.needed:
         return _aggregate(state)
     return state, ()
+
+
+def _enough(state: Round, event: Waiting, config: RoundsConfig) -> bool:
+    if len(event.clients) >= config.available:
+        return True
+    gather_s = GATHER_S if state.number > 1 else max(GATHER_S, config.deadline_s)
+    return len(event.clients) >= config.least_available and event.waited_s >= gather_s
 
 
 def _issue(
@@ -323,7 +340,7 @@ def _time_passed(state: Round, config: RoundsConfig, now: float) -> Step:
     if state.extensions >= config.max_extensions:
         awaited = ", ".join(t.client for t in state.in_state(TicketState.ISSUED)) or "nobody"
         reason = (
-            f"round {state.number} has {received} of the {config.needed} updates it needs after "
+            f"round {state.number} has {received} of the {counted(config.needed, 'update')} it needs after "
             f"{counted(state.extensions, 'extension')}; still awaited: {awaited}{_refusals(state)}"
         )
         return replace(state, deadline=None), (Pause(reason),)

@@ -54,7 +54,7 @@ class Progress:
     Attributes:
         step: Optimizer steps done.
         steps: Optimizer steps in all.
-        loss: Mean cross-entropy of the last step that was looked at.
+        loss: Mean cross-entropy of the last step that was looked at; NaN before the first.
         images_per_second: Mean rate since the beginning; of examples, where these are no images.
     """
 
@@ -104,7 +104,7 @@ def train(
         seed: Seed of this training, see `fedpeft.seeds.training`. Torch's global generators are left as they were.
         number: The round (1, 2, ...): it chooses each tensor's role.
         device: Where to train.
-        progress: Called about once a second and at the end.
+        progress: Called at the beginning, about once a second, and at the end.
         stop: Asked between steps; once true, training ends without a result.
 
     Raises:
@@ -184,6 +184,8 @@ class _Training:
         self._model.train()
         began = reported = time.perf_counter()
         done = images = 0
+        if progress is not None:
+            progress(Progress(0, steps, math.nan, 0.0))
         with ExitStack() as until_the_end:
             until_the_end.enter_context(lowered(self._model.module, self._dtype))
             for batch in until_the_end.enter_context(closing(self._batches())):

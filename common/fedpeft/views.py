@@ -13,6 +13,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from fedpeft.config import default_quorum
 from fedpeft.units import counted as counted_noun
 from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2, tensor_pb2
 
@@ -25,6 +26,11 @@ Json = dict[str, Any]
 def state(run: run_pb2.Run) -> str:
     """Returns running, paused, completed or stopped."""
     return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+
+
+def quorum(rounds: run_pb2.RoundsConfig) -> int:
+    """Returns the fewest updates that a round commits with at its deadline."""
+    return rounds.quorum if rounds.HasField("quorum") else default_quorum(rounds.clients)
 
 
 def phase(round_: run_pb2.Round) -> str:
@@ -144,6 +150,7 @@ def run_json(run: run_pb2.Run, rounds: Iterable[run_pb2.Round], current: run_pb2
         "set_aside": list(run.set_aside),
         "declines": [{"client": d.client, "reasons": list(d.reasons), "at": moment(d.at)} for d in run.declines],
         "evaluators": evaluators(run),
+        "progress": [client_progress_json(each) for each in run.awaited],
         "config": json_format.MessageToDict(run.config, preserving_proto_field_name=True),
         "rounds": [round_json(r, run) for r in final],
         "in_progress": progress_json(current) if current else None,
@@ -197,7 +204,9 @@ def client_json(client: operator_service_pb2.Client) -> Json:
         "client": client.id,
         "role": role(client),
         "activity": client.activity,
+        "doing": doing(client),
         "scoring": _task(client.scoring) if client.HasField("scoring") else None,
+        "progress": client_progress_json(client.progress) if client.HasField("progress") else None,
         "updates": client.updates,
         "examples": client.capabilities.examples,
         "device": client.capabilities.device,
@@ -234,6 +243,49 @@ def identity_json(identity: access_service_pb2.Identity) -> Json:
         "issuer": identity.issuer,
         "restored_at": moment(identity.restored_at),
     }
+
+
+def progress_state(progress: run_pb2.ClientProgress) -> str:
+    """Returns training, uploading, slow, stalled or silent."""
+    return run_pb2.ProgressState.Name(progress.state).removeprefix("PROGRESS_STATE_").lower()
+
+
+def is_well(progress: run_pb2.ClientProgress) -> bool:
+    """Whether a client neither hangs nor is slower than usual."""
+    return progress.state in (run_pb2.PROGRESS_STATE_TRAINING, run_pb2.PROGRESS_STATE_UPLOADING)
+
+
+def awaited_words(run: run_pb2.Run, round_: run_pb2.Round) -> list[str]:
+    """Returns the clients that a round awaits, by id; those first that hang or are slow, with what is known of them."""
+    ill = {each.client: each.description for each in run.awaited if not is_well(each)}
+    names = awaited(round_)
+    return [f"{name} ({ill[name]})" for name in ill if name in names] + [name for name in names if name not in ill]
+
+
+def client_progress_json(progress: run_pb2.ClientProgress) -> Json:
+    """Returns how far a client is with an open ticket; times are in seconds."""
+    return {
+        "client": progress.client,
+        "run": progress.run,
+        "state": progress_state(progress),
+        "step": progress.step,
+        "steps": progress.steps,
+        "seconds": round(progress.seconds, 1),
+        "heard_s": round(progress.heard_s, 1),
+        "moved_s": round(progress.moved_s, 1),
+        "usual_s": round(progress.usual_s, 1) if progress.HasField("usual_s") else None,
+        "description": progress.description,
+    }
+
+
+def doing(client: operator_service_pb2.Client) -> str:
+    """Returns what a client is doing, in a few words."""
+    if client.HasField("scoring"):
+        return f"{client.activity} version {client.scoring.version}"
+    if not client.HasField("progress"):
+        return client.activity
+    words = client.progress.description
+    return words if words.startswith(client.activity) else f"{client.activity}: {words}"
 
 
 def evaluators(run: run_pb2.Run) -> list[Json]:

@@ -38,6 +38,8 @@ from fedpeft_server.enrolment import supervisor as enrolment
 from fedpeft_server.enrolment.supervisor import Enrolment
 from fedpeft_server.losses import refuse_lost_certificates, tell_lost_versions
 from fedpeft_server.metrics import Metrics
+from fedpeft_server.rounds.progress import TIMING, Timing
+from fedpeft_server.rounds.progress_watch import ProgressWatch
 from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rpc import connections
 from fedpeft_server.rpc.access import Access, Addresses
@@ -88,10 +90,16 @@ SERVICES = (
 
 
 class Server:
-    """One daemon on one data folder."""
+    """One daemon on one data folder.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: What it was told.
+        timing: When clients are said to hang.
+    """
+
+    def __init__(self, settings: Settings, timing: Timing = TIMING) -> None:
         self.settings = settings
+        self.timing = timing
         self.stopping = asyncio.Event()
         self.started = asyncio.Event()
         self.metrics = Metrics()
@@ -127,7 +135,10 @@ class Server:
         self.ledger = Ledger(self.metrics)
         self.store = Store(settings.data_dir, settings.database, settings.blobs, keep_updates=settings.keep_updates)
         self.callers = Callers(await self.store.call(self.store.db.clients), settings.max_clients)
-        self.runs = Runs(self.store, self.ledger, self.metrics, self.background)
+        progress = ProgressWatch(
+            self.store, self.metrics, self.callers.heard, lambda client: self.uploads.has(client), self.timing
+        )
+        self.runs = Runs(self.store, self.ledger, self.metrics, self.background, progress)
         durable.sweep(settings.certificates)
         self.certificates = ServerCertificates.of(settings.certificates)
         if self.certificates is None and not settings.insecure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -124,6 +124,7 @@ class Call:
         unbooked: Bytes before that was known.
         ended: Why the server ended it; None while it did not.
         turn: What bounds the wait for its client to read, where others may wait for its place.
+        moved: Called when a message of it has passed.
     """
 
     method: str
@@ -135,6 +136,7 @@ class Call:
     unbooked: dict[Direction, int] = field(default_factory=lambda: {"up": 0, "down": 0})
     ended: FedpeftError | None = None
     turn: Bounding | None = None
+    moved: Callable[[], None] = lambda: None
 
     @property
     def short_name(self) -> str:

@@ -36,6 +36,7 @@ _BEGINNINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "update_norm": ((),),
     "evaluation_backlog": ((),),
     "evaluations_failed": ((),),
+    "awaited_clients": (("training",), ("uploading",), ("slow",), ("stalled",), ("silent",)),
     "client_images_per_second": ((),),
     "client_gpu_memory_bytes": ((),),
 }
@@ -44,6 +45,7 @@ _BEGINNINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 BACKGROUND = (
     "matching",
     "deadline",
+    "progress",
     "fold",
     "traffic",
     "files",
@@ -114,8 +116,9 @@ class Metrics:
         )
         self.background_failures = Counter(
             "fedpeft_background_failures",
-            "Failures of work that no call waits for: `matching` (opens rounds), `deadline`, `fold`, `traffic` "
-            "(writes byte counts), `files` (removes them), `certificate`, `log`, `tokens`, `storage`...",
+            "Failures of work that no call waits for: `matching` (opens rounds), `deadline`, `progress` (finds clients "
+            "that hang), `fold`, `traffic` (writes byte counts), `files` (removes them), `certificate`, `log`, "
+            "`tokens`, `storage`...",
             ("work",),
             registry=r,
         )
@@ -256,6 +259,14 @@ class Metrics:
             "Clients by what they are doing: `waiting` to be sampled, `declined` the run or `set_aside`; of the round "
             "in progress, `issued` a ticket and awaited (stragglers in the end), `received`, `withdrawn`, `refused`, "
             "`late`.",
+            ("run", "state"),
+            registry=r,
+        )
+        self.awaited_clients = Gauge(
+            "fedpeft_awaited_clients",
+            "Clients that the open round awaits, by how far they are: `training`, `uploading`, `slow` (over twice as "
+            "long as usual), `stalled` (they call, and their step has not moved for 45 seconds and two of their "
+            "steps), `silent` (not heard of for 45 seconds).",
             ("run", "state"),
             registry=r,
         )

@@ -12,6 +12,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client import standing
 from fedpeft_client.channel import Channel
+from fedpeft_client.steps import Steps
 
 ISSUED = pb.GetUploadResponse(state=run_pb2.TICKET_STATE_ISSUED)
 LATE = pb.GetUploadResponse(state=run_pb2.TICKET_STATE_LATE)
@@ -23,9 +24,11 @@ class Answers:
     def __init__(self, *answers: pb.GetUploadResponse | FedpeftError) -> None:
         self.left = list(answers)
         self.through = asyncio.Event()
+        self.said: list[tuple[int, int]] = []
 
-    async def get_upload(self, ticket: str, sha256: bytes) -> pb.GetUploadResponse:
+    async def get_upload(self, ticket: str, sha256: bytes, step: int, steps: int) -> pb.GetUploadResponse:
         assert (ticket, sha256) == ("t", b"")
+        self.said.append((step, steps))
         if not self.left:
             self.through.set()
             return ISSUED
@@ -70,3 +73,28 @@ async def test_what_cannot_count_is_left(answer: pb.GetUploadResponse | FedpeftE
     with pytest.raises(error):
         await standing.while_it_counts(cast(Channel, answers), "t", work())
     assert left.is_set()
+
+
+async def test_each_question_says_how_far_the_training_is() -> None:
+    answers, steps = Answers(ISSUED, ISSUED), Steps()
+
+    async def work() -> None:
+        steps.take({"step": 0, "steps": 8})
+        while (0, 8) not in answers.said:
+            await asyncio.sleep(0)
+        steps.take({"step": 3, "steps": 8, "loss": 0.1})
+        while (3, 8) not in answers.said:
+            await asyncio.sleep(0)
+
+    await standing.while_it_counts(cast(Channel, answers), "t", work(), steps)
+    assert set(answers.said) == {(0, 8), (3, 8)}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{}, {"step": 9, "steps": 8}, {"step": -1, "steps": 8}, {"step": 1.5, "steps": 8}, {"step": 0, "steps": 2**32}],
+)
+def test_what_another_kind_of_model_says_is_told_only_if_it_makes_sense(odd: dict[str, object]) -> None:
+    steps = Steps()
+    steps.take(odd)
+    assert (steps.step, steps.steps) == (0, 0)

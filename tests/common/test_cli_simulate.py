@@ -97,7 +97,7 @@ def test_the_command_ends_with_5_where_the_run_is_paused(tmp_path, capfd, monkey
         main(["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")])
     assert ended.value.code == 5
     said = capfd.readouterr()
-    assert "the run is paused: round 1 has 0 of the 2 updates it needs" in said.err
+    assert "the run is paused: round 1 has 0 of the 1 update it needs" in said.err
     assert "'tiny' is paused" in said.out
     assert "ticket is given up" in said.err
     assert "ticket is given up" not in said.out

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
 from fedpeft.rounds import (
+    GATHER_S,
     Aggregate,
     Aggregated,
     Event,
@@ -74,6 +75,38 @@ class TestOpening:
         assert len(state.tickets) == 6
         assert [t.client for t in state.tickets] == sample(names(10), 6, config.seed, 3)
         assert {t.state for t in state.tickets} == {TicketState.ISSUED}
+
+    @pytest.mark.parametrize(("number", "waited_s"), [(2, GATHER_S), (1, 600.0)])
+    def test_a_client_that_never_comes_back_holds_no_round_for_ever(self, number: int, waited_s: float) -> None:
+        """The quorum of 8 is 6: with one frozen client 7 wait."""
+        config, state = RoundsConfig(), Round(RUN, number)
+        assert advance(state, Waiting(names(7), waited_s=waited_s - 1), config, 1000.0) == (state, ())
+        assert advance(state, Waiting(names(5), waited_s=1e9), config, 1000.0) == (state, ())
+        state, (issue,) = advance(state, Waiting(names(7), waited_s=waited_s), config, 1000.0)
+        assert isinstance(issue, Issue) and len(issue.tickets) == 7
+        state, (late,) = advance(state, Waiting(names(8)), config, 1001.0)
+        assert isinstance(late, Issue) and [t.client for t in late.tickets] == [NAMES[7]], "who comes late takes part"
+
+    def test_without_the_frozen_client_the_round_closes_as_soon_as_the_others_are_done(self) -> None:
+        config = RoundsConfig()
+        state, _ = advance(Round(RUN, 2), Waiting(names(7), waited_s=GATHER_S), config, 1000.0)
+        state = received(state, config, 7)
+        assert after(state, config, Waiting(names(7))).phase is Phase.AGGREGATING
+
+    def test_one_frozen_client_of_eight_holds_its_own_round_for_one_deadline(self) -> None:
+        config = RoundsConfig()
+        state = received(opened(config), config, 7)
+        state, effects = advance(state, TimePassed(), config, 1000.0 + config.deadline_s)
+        assert (config.deadline_s, effects) == (600.0, (Aggregate(),))
+
+    def test_a_run_that_says_how_many_must_wait_is_taken_at_its_word(self) -> None:
+        config, state = RoundsConfig(clients=4, min_available=4), Round(RUN, 2)
+        assert advance(state, Waiting(names(3), waited_s=1e9), config, 0.0) == (state, ())
+
+    def test_all_clients_open_it_at_once_as_ever(self) -> None:
+        for waited_s in (0.0, 1e9):
+            state, _ = advance(Round(RUN, 1), Waiting(names(12), waited_s=waited_s), RoundsConfig(seed=3), 1000.0)
+            assert [t.client for t in state.tickets] == sample(names(12), 8, 3, 1)
 
     def test_time_alone_opens_nothing(self) -> None:
         state = Round(RUN, 1)
@@ -171,7 +204,7 @@ class TestReplacing:
             assert advance(state, Waiting(clients), config, 1002.0)[0] is state
 
     def test_without_a_quorum_it_waits_for_the_deadline_though_nobody_is_left(self) -> None:
-        config = RoundsConfig(clients=2)
+        config = RoundsConfig(clients=2, quorum=2)
         state = opened(config)
         state = after(state, config, *(Refused(t.id, "nan") for t in state.tickets), Waiting(frozenset()))
         assert state.phase is Phase.OPEN
@@ -190,7 +223,7 @@ class TestDeadlines:
         assert len(state.in_state(TicketState.LATE)) == 2
 
     def test_without_one_it_is_extended_and_stragglers_are_replaced_but_stay_good(self) -> None:
-        config = RoundsConfig(clients=2, deadline_s=60)
+        config = RoundsConfig(clients=2, quorum=2, deadline_s=60)
         state = received(opened(config), config, 1)
         (straggler,) = state.in_state(TicketState.ISSUED)
         state, effects = advance(state, TimePassed(), config, 1075.0)
@@ -201,7 +234,7 @@ class TestDeadlines:
         assert after(state, config, Received(straggler.id)).phase is Phase.AGGREGATING
 
     def test_after_the_last_extension_the_run_is_paused_with_those_awaited(self) -> None:
-        config = RoundsConfig(clients=2, deadline_s=60, max_extensions=1)
+        config = RoundsConfig(clients=2, quorum=2, deadline_s=60, max_extensions=1)
         state = received(opened(config), config, 1)
         state = after(state, config, TimePassed(), now=1060.0)
         state, (pause,) = advance(state, TimePassed(), config, 1120.0)
@@ -221,7 +254,7 @@ class TestDeadlines:
         assert {t.generation for t in state.tickets} == {0}
 
     def test_resuming_awaits_the_stragglers_in_good_time_again(self) -> None:
-        config = RoundsConfig(clients=2, deadline_s=60, max_extensions=1)
+        config = RoundsConfig(clients=2, quorum=2, deadline_s=60, max_extensions=1)
         state = after(opened(config), config, TimePassed(), now=1060.0)
         state = after(state, config, Waiting(names(4)), now=1061.0)
         state = after(state, config, TimePassed(), now=1120.0)
@@ -354,14 +387,17 @@ class AnySequence(RuleBasedStateMachine):
     def ticket(self, data: st.DataObject) -> Ticket:
         return data.draw(st.sampled_from(self.state.tickets))
 
-    @rule(clients=st.sets(st.sampled_from(NAMES)))
-    def come_and_go(self, clients: set[str]) -> None:
+    @rule(clients=st.sets(st.sampled_from(NAMES)), waited_s=st.sampled_from([0.0, 60.0, 1e9]))
+    def come_and_go(self, clients: set[str], waited_s: float) -> None:
         self.present = clients
-        self.step(Waiting(frozenset(clients)))
+        before = self.state
+        self.step(Waiting(frozenset(clients), waited_s=waited_s))
+        if self.state.phase is Phase.OPEN and before.phase is Phase.WAITING:
+            assert len(self.state.tickets) >= self.config.needed
 
     @rule()
     def everybody_comes(self) -> None:
-        self.come_and_go(set(NAMES))
+        self.come_and_go(set(NAMES), 0.0)
 
     @precondition(lambda self: self.state.tickets)
     @rule(data=st.data())

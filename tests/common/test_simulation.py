@@ -244,15 +244,25 @@ def test_a_quorum_is_enough_and_less_pauses_the_run(tmp_path, folders, monkeypat
     names = clients(folders)
     failing(monkeypatch, {"client-1"}, {2})
     enough = config(rounds={"count": 2, "clients": 4, "quorum": 3})
+    all_four = config(rounds={"count": 3, "clients": 4, "quorum": 4, "max_extensions": 2})
     report = simulate(enough, names, tmp_path / "enough")
     assert [len(row["clients"]) for row in report["rounds"]] == [4, 3]
-    report = simulate(config(rounds={"count": 3, "clients": 4, "max_extensions": 2}), names, tmp_path / "paused")
+    report = simulate(all_four, names, tmp_path / "paused")
     assert (report["state"], report["version"], report["round"]) == ("paused", 1, 2)
     assert report["reason"] == ("round 2 has 3 of the 4 updates it needs after 2 extensions; still awaited: nobody")
     progress = report["in_progress"]
     assert progress.keys() == views.progress_json(run_pb2.Round()).keys()
     assert (progress["extensions"], len(progress["received"])) == (2, 3)
     assert tensors(tmp_path / "paused")[0].version == 1
+
+
+def test_a_run_that_says_no_quorum_goes_on_without_one_of_its_clients_as_a_server_does(tmp_path, folders, monkeypatch):
+    names = clients(folders)
+    report = simulate(config(rounds={"count": 2, "clients": 5}), names, tmp_path / "missing")
+    assert [len(row["clients"]) for row in report["rounds"]] == [4, 4]
+    failing(monkeypatch, {"client-1"}, {2})
+    report = simulate(config(rounds={"count": 2, "clients": 4}), names, tmp_path / "fails")
+    assert [len(row["clients"]) for row in report["rounds"]] == [4, 3]
 
 
 def test_who_is_late_is_drawn_from_the_seed_and_keeps_the_update_for_later(tmp_path, folders, monkeypatch):
@@ -312,8 +322,8 @@ def test_what_is_encoded_on_the_way_down_is_what_clients_start_from(tmp_path, fo
 
 def test_what_cannot_be_simulated_is_said_at_once(tmp_path, folders):
     names = clients(folders)
-    with pytest.raises(ConfigInvalid, match=r"a round opens once 5 clients wait .* and there are 4"):
-        simulate(config(rounds={"clients": 5}), names, tmp_path)
+    with pytest.raises(ConfigInvalid, match=r"a round needs 5 clients .* and there are 4"):
+        simulate(config(rounds={"clients": 6}), names, tmp_path)
     with pytest.raises(DataInvalid, match="client name 'a/b' is not"):
         simulate(config(), {"a/b": folders / "client-0"}, tmp_path)
     with pytest.raises(SettingsInvalid, match=r"there is no device cuda:\d+"):

@@ -36,7 +36,7 @@ def test_a_run_in_words() -> None:
     assert lines == [
         "emoji: bias on vit_tiny, 60 of 1,000,000 parameters (0.01 %)",
         "round 2 of 3: waiting > OPEN > aggregating > committed",
-        "1 of 2 received, 8 min 40 s left; waits for twemoji",
+        "1 of 2 received, quorum 1, 8 min 40 s left; waits for twemoji",
         "accuracy 50.0 % ▁ 50.0 %   loss 1.500   training loss 2.500",
         "sent up 600 B, down 620 B; full fine-tuning 7.63 MiB each way (13,333x)",
     ]
@@ -54,6 +54,30 @@ def test_updates_are_counted_towards_those_wanted_and_not_those_sampled() -> Non
     known = picture(a_round(1, committed=False))
     known.run.config.rounds.clients, known.run.config.rounds.quorum = 30, 20
     assert scene.waiting_line(known, NOW).startswith("1 of 30 received, quorum 20, ")
+
+
+def test_a_client_that_hangs_comes_first_and_what_the_others_do_is_said_beside_them() -> None:
+    known = picture(a_round(1, committed=False))
+    state = run_pb2.PROGRESS_STATE_SILENT
+    silent = run_pb2.ClientProgress(client="twemoji", run="run-1", state=state, description="no word for 65 s")
+    known.run.awaited.append(silent)
+    assert scene.waiting_line(known, NOW).endswith("waits for twemoji (no word for 65 s)")
+    hangs, trains = (a_client(name, federation.CLIENT_ROLE_TRAINER, "training") for name in ("twemoji", "noto"))
+    hangs.progress.CopyFrom(silent)
+    trains.progress.state, trains.progress.step, trains.progress.steps = run_pb2.PROGRESS_STATE_TRAINING, 12, 40
+    trains.progress.description = "training, step 12 of 40, 3 s ago"
+    rows = scene.clients_table([hangs, trains], None, NOW, "client").rows
+    assert [(row[0], row[2], row[-1]) for row in rows] == [
+        ("noto", "training 12/40", ""),
+        ("twemoji", "silent", "no word for 65 s"),
+    ]
+    for client, now, why in (
+        (hangs, "silent", "no word for 65 s"),
+        (trains, "training 12/40", trains.progress.description),
+    ):
+        client.id = "twemoji"
+        found = next(row for row in scene.tickets_table(known, [client], "state").rows if row[0] == "twemoji")
+        assert (found[1], found[2], found[-1]) == ("awaited", now, why)
 
 
 def test_a_run_that_is_paused_over_or_waits_for_figures() -> None:

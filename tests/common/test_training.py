@@ -309,13 +309,15 @@ def test_a_stop_is_honoured_between_steps(tmp_path):
     assert not model.module.training
 
 
-def test_progress_comes_about_once_a_second_and_at_the_end(tmp_path, monkeypatch):
+def test_progress_comes_at_the_beginning_about_once_a_second_and_at_the_end(tmp_path, monkeypatch):
     clock = iter(np.arange(0, 1000, 0.4))
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     reports = []
     train(StandIn(), data(tmp_path), settings(epochs=2), seed=1, number=1, progress=reports.append)
+    first, *reports = reports
+    assert first.step == 0 and np.isnan(first.loss)
     assert [r.step for r in reports] == [3, 6, 8]
-    assert {r.steps for r in reports} == {8}
+    assert {first.steps, *(r.steps for r in reports)} == {8}
     assert all(np.isfinite(r.loss) and r.images_per_second > 0 for r in reports)
 
 

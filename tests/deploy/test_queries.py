@@ -96,7 +96,7 @@ async def hold(daemon: Daemon, prometheus: Prometheus) -> str:
     async def scraped() -> bool:
         return await asyncio.to_thread(prometheus.series, "fedpeft_round_seconds_count == 0") > 0
 
-    rounds = {"count": 3, "clients": 2, "deadline_s": DEADLINE_S, "max_extensions": 9}
+    rounds = {"count": 3, "clients": 2, "quorum": 2, "deadline_s": DEADLINE_S, "max_extensions": 9}
     run = (await daemon.create(config(name="observed", rounds=rounds))).id
     await until(scraped, 10)
     a, b = await daemon.clients("a", "b")

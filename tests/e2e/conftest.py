@@ -39,6 +39,7 @@ method = "full"
 [rounds]
 count = 2
 clients = 2
+quorum = 2
 deadline_s = 300
 seed = 5
 [training]

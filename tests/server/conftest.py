@@ -32,6 +32,7 @@ from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import operator_service_pb2_grpc as op_grpc
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft_server.app import Server
+from fedpeft_server.rounds.progress import TIMING, Timing
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.database import Database
 
@@ -60,7 +61,7 @@ def config(**sections: dict[str, object]) -> RunConfig:
     base: dict[str, object] = {
         "model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b", "c"]},
         "peft": {"method": "bias"},
-        "rounds": {"count": 2, "clients": 2},
+        "rounds": {"count": 2, "clients": 2, "quorum": 2},
     }
     return parse_config({**base, **sections})
 
@@ -218,7 +219,7 @@ async def start(tmp_path: Path) -> AsyncIterator[StartDaemon]:
     """Starts daemons; the same folder may be given again once the one before was stopped."""
     async with AsyncExitStack() as stack:
 
-        async def begin(folder: Path | None = None, **settings: object) -> Daemon:
+        async def begin(folder: Path | None = None, timing: Timing = TIMING, **settings: object) -> Daemon:
             port = free_port()
             values = {
                 "data_dir": folder or tmp_path / "data",
@@ -226,7 +227,7 @@ async def start(tmp_path: Path) -> AsyncIterator[StartDaemon]:
                 "metrics": "",
                 "drain_s": 1.0,
             }
-            server = Server(Settings.model_validate({**values, **settings}))
+            server = Server(Settings.model_validate({**values, **settings}), timing)
             living = asyncio.create_task(server.run())
 
             async def end() -> None:

@@ -397,6 +397,12 @@ async def short_digest(world: World) -> object:
     return await client.pull(run, 0, have=b"short")
 
 
+async def more_steps_than_there_are(world: World) -> object:
+    _, _, (client,) = await world.run()
+    request = fed.GetUploadRequest(ticket=(await client.task()).ticket, step=9, steps=8)
+    return await client.stub.GetUpload(request, metadata=client.metadata)
+
+
 Provocation = Callable[[Federation], Awaitable[object]]
 
 
@@ -421,6 +427,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "CHUNK_INVALID": update("empty chunk"),
     "UPLOAD_INCOMPLETE": update("stream that ends early"),
     "DIGEST_INVALID": short_digest,
+    "PROGRESS_INVALID": more_steps_than_there_are,
     "PAYLOAD_INVALID": update("not a number"),
     "METRICS_INVALID": update("a loss that is not finite"),
     "ANSWER_INVALID": decline_without_a_reason,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
+
+from fedpeft import rounds
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 
@@ -25,7 +28,7 @@ async def test_a_deadline_with_a_quorum_commits_without_the_straggler(daemon: Da
 
 
 async def test_without_a_quorum_the_round_is_extended_with_replacements_and_keeps_what_it_has(daemon: Daemon) -> None:
-    run = await daemon.create(config(rounds={"count": 1, "clients": 2, "deadline_s": 0.6}))
+    run = await daemon.create(config(rounds={"count": 1, "clients": 2, "quorum": 2, "deadline_s": 0.6}))
     a, b = await daemon.clients("a", "b")
     tasks = await asyncio.gather(a.task(), b.task())
     await a.push(tasks[0].ticket, filled(1.0))
@@ -122,11 +125,41 @@ async def test_idle_says_what_is_awaited(start: StartDaemon, monkeypatch) -> Non
     daemon = await start()
     (a,) = await daemon.clients("a")
     assert (await a.wait()).idle.reason == "there is no unfinished run to work for"
-    run = await daemon.create(config(rounds={"count": 1, "clients": 2}))
+    run = await daemon.create(config(rounds={"count": 1, "clients": 2, "quorum": 2}))
     idle = (await a.wait()).idle
     assert (idle.reason, idle.finished) == (f"round 1 of {run.id} waits for clients: 1 of 2 are there", False)
     await daemon.operator.StopRun(op.StopRunRequest(run=run.id))
     assert (await a.wait()).idle.finished
+
+
+async def test_by_default_the_next_round_opens_without_a_client_that_is_frozen(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "GATHER_S", 0.5)
+    run = await daemon.create(config(rounds={"count": 2, "clients": 3, "deadline_s": 1}))
+    a, b, frozen = await daemon.clients("a", "b", "frozen")
+    tasks = await asyncio.gather(a.task(), b.task(), frozen.task())
+    for number in (1, 2):
+        for client, task in zip((a, b), tasks, strict=False):
+            await client.push(task.ticket, filled(1.0))
+        if number == 1:
+            tasks = await asyncio.gather(a.task(), b.task())
+    done = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+    assert done.version == 2
+    first, second = await daemon.rounds(run.id)
+    assert [t.client for t in first.tickets] == ["a", "b", "frozen"]
+    assert [t.client for t in second.tickets] == ["a", "b"], "it closed as soon as both were there"
+
+
+async def test_who_waits_is_told_that_the_round_may_open_without_others(
+    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedpeft_server.rpc.federation.HOLD_S", 0.2)
+    daemon = await start()
+    (a,) = await daemon.clients("a")
+    await daemon.create(config(rounds={"count": 1, "clients": 2}))
+    reason = (await a.wait()).idle.reason
+    assert reason.endswith("1 of 2 are there; it opens without the others if they do not come soon")
 
 
 async def test_a_client_that_is_gone_does_not_hold_up_a_run_with_a_quorum(daemon: Daemon) -> None:

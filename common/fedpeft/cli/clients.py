@@ -31,7 +31,7 @@ def list_(
             (
                 row["client"],
                 row["role"],
-                row["activity"] + (f" version {row['scoring']['version']}" if row["scoring"] else ""),
+                row["doing"],
                 row["updates"],
                 row["examples"] or "-",
                 row["last_seen"] or "-",

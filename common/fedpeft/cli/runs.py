@@ -175,6 +175,7 @@ def _headline(whole: views.Json) -> list[str]:
         f"  version {whole['version']} of {config['rounds']['count']}, created {whole['created_at'] or '-'}",
         *(f"  {c} is set aside: its updates are refused; fedpeft client readmit {c}" for c in whole["set_aside"]),
         *(f"  {d['client']} declined: {'; '.join(d['reasons'])}" for d in whole["declines"]),
+        *(f"  {each['client']}: {each['description']}" for each in whole["progress"]),
         *(f"  evaluator {views.evaluator_line(row)}" for row in whole["evaluators"]),
         *(f"  {line}" for row in whole["evaluators"] for line in views.failed_lines(row)),
     ]

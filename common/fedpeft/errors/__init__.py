@@ -9,6 +9,7 @@
     │   ├── ChunkInvalid          a piece of a payload
     │   ├── UploadIncomplete      the stream of an upload ended before its payload
     │   ├── DigestInvalid         a digest that has not 32 bytes
+    │   ├── ProgressInvalid       how far a training is
     │   ├── PayloadInvalid        the bytes of a payload
     │   ├── MetricsInvalid        evaluation or training figures
     │   ├── AnswerInvalid         an answer to the offer of a run
@@ -124,6 +125,7 @@ from fedpeft.errors.arguments import (
     OutOfRange,
     PageInvalid,
     PayloadInvalid,
+    ProgressInvalid,
     RunsInvalid,
     SigningRequestInvalid,
     SpecInvalid,
@@ -252,6 +254,7 @@ __all__ = [
     "PageInvalid",
     "PayloadInvalid",
     "PermissionDenied",
+    "ProgressInvalid",
     "ProtocolMismatch",
     "RefusedByPolicy",
     "RequestIdReused",

@@ -39,6 +39,10 @@ class DigestInvalid(InvalidArgument):
     """A SHA-256 digest in a request is neither absent nor 32 bytes long."""
 
 
+class ProgressInvalid(InvalidArgument):
+    """A client says that it has done more steps than its training has."""
+
+
 class PayloadInvalid(InvalidArgument):
     """The bytes of a payload do not decode to finite values."""
 

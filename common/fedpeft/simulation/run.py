@@ -126,11 +126,13 @@ def _check(config: RunConfig, clients: Clients) -> None:
     for name in clients:
         if not ids.CLIENT.fullmatch(name):
             raise DataInvalid(f"client name {name[:80]!r} is not {ids.CLIENT_FORM}")
-    if len(clients) < config.rounds.available:
+    if len(clients) < config.rounds.least_available:
         raise ConfigInvalid(
-            f"a round opens once {config.rounds.available} clients wait ([rounds]), and there are {len(clients)}: "
-            "lower rounds.clients, or simulate more"
+            f"a round needs {config.rounds.least_available} clients ([rounds]), and there are {len(clients)}: lower "
+            "rounds.clients, or simulate more"
         )
+    if len(clients) < config.rounds.available:
+        log.warning("rounds open without all clients that they want", wanted=config.rounds.sampled, there=len(clients))
 
 
 class _Simulation:
@@ -236,7 +238,7 @@ class _Simulation:
                 self._say_worked(book.round)
                 continue
             here, now = book.round, book.round.deadline or time.time()
-            waiting = rounds.Waiting(self._everybody, conduct.demerits(self._conducts, here.number))
+            waiting = rounds.Waiting(self._everybody, conduct.demerits(self._conducts, here.number), math.inf)
             after, effects = rounds.advance(here, waiting, settings, now)
             if after is here:
                 after, effects = rounds.advance(here, rounds.TimePassed(), settings, now)
@@ -332,6 +334,7 @@ class _Simulation:
             "set_aside": sorted(client for client, each in self._conducts.items() if each.is_aside),
             "declines": [],  # a simulated client takes what it is given
             "evaluators": [],  # versions are scored here
+            "progress": [],  # nobody is awaited
             "in_progress": progress_json(paused) if paused else None,
             "facts": self._facts,
             "seconds": round(time.time() - self._began, 3),

@@ -105,8 +105,8 @@ def waiting_line(picture: Picture, now: datetime) -> str:
         return picture.waiting
     if current is None or views.phase(current) != "open":
         return run.reason.replace(f" of {run.id}", "")
-    awaited, rounds = views.awaited(current), run.config.rounds
-    enough = f", quorum {rounds.quorum}" if rounds.HasField("quorum") and rounds.quorum < rounds.clients else ""
+    awaited, rounds = views.awaited_words(run, current), run.config.rounds
+    enough = f", quorum {views.quorum(rounds)}" if views.quorum(rounds) < rounds.clients else ""
     done = f"{len(views.counted(current))} of {rounds.clients} received{enough}"
     left = views.remaining_s(current, now)
     until = "" if left is None else f", {span(left)} left"
@@ -157,7 +157,7 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 
 def tickets_table(picture: Picture, clients: Iterable[operator_service_pb2.Client], order: str) -> Table:
     """Returns who was sampled in the newest round, and what became of it."""
-    activity = {client.id: client.activity for client in clients}
+    known = {client.id: client for client in clients}
     current = picture.current or (picture.committed[-1] if picture.committed else None)
     tickets = list(current.tickets) if current is not None else []
     rank = {state: number for number, state in enumerate(_TICKETS)}
@@ -168,23 +168,36 @@ def tickets_table(picture: Picture, clients: Iterable[operator_service_pb2.Clien
         "up": lambda t: (-t.wire_bytes_up, t.client),
     }
     tickets.sort(key=keys.get(order, keys["state"]))  # type: ignore[arg-type]  # each key is of one type
-    rows = [_ticket(ticket, activity.get(ticket.client, "")) for ticket in tickets[:MOST_ROWS]]
+    rows = [_ticket(ticket, known.get(ticket.client)) for ticket in tickets[:MOST_ROWS]]
     heads = ("client", "state", "now", "loss", "up", "down", "examples", "why")
     return Table(heads, (*rows, *_rest(len(tickets), len(heads))), tuple(keys))
 
 
-def _ticket(ticket: run_pb2.Ticket, activity: str) -> Row:
+def _ticket(ticket: run_pb2.Ticket, client: operator_service_pb2.Client | None) -> Row:
     loss = ticket.metrics.get("loss")
+    awaited = client is not None and ticket.state == run_pb2.TICKET_STATE_ISSUED
     return (
         ticket.client,
         _TICKETS.get(ticket.state, "unknown"),
-        activity,
+        "" if client is None else _doing(client),
         "" if loss is None else f"{loss:.3f}",
         size(ticket.wire_bytes_up),
         size(ticket.wire_bytes_down),
         f"{ticket.examples:,}" if ticket.examples else "",
-        ticket.reason,
+        client.progress.description if client and awaited else ticket.reason,
     )
+
+
+def _doing(client: operator_service_pb2.Client) -> str:
+    """Returns what a client is doing in very few words; the last column has more of them."""
+    if client.HasField("scoring"):
+        return f"{client.activity} v{client.scoring.version}"
+    if not client.HasField("progress"):
+        return client.activity
+    far = client.progress
+    if not views.is_well(far):
+        return views.progress_state(far)
+    return f"{client.activity} {far.step}/{far.steps}" if far.steps else client.activity
 
 
 def rounds_table(picture: Picture) -> Table:
@@ -227,15 +240,19 @@ def clients_table(
         (
             client.id,
             views.role(client),
-            client.activity + (f" v{client.scoring.version}" if client.HasField("scoring") else ""),
+            _doing(client),
             f"{client.updates:,}",
             ago((now - client.last_seen.ToDatetime(UTC)).total_seconds()),
-            f"declined: {declined[client.id]}" if client.id in declined else "",
+            f"declined: {declined[client.id]}" if client.id in declined else _trouble(client),
         )
         for client in found[:MOST_ROWS]
     ]
     heads = ("client", "role", "doing", "updates", "seen", "why not")
     return Table(heads, (*rows, *_rest(len(found), len(heads))), tuple(keys))
+
+
+def _trouble(client: operator_service_pb2.Client) -> str:
+    return client.progress.description if client.HasField("progress") and not views.is_well(client.progress) else ""
 
 
 def clients_line(clients: Iterable[operator_service_pb2.Client]) -> str:

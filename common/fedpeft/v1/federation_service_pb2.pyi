@@ -699,19 +699,27 @@ class GetUploadRequest(_message.Message):
 
     TICKET_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     ticket: _builtins.str
     """Id of the ticket."""
     sha256: _builtins.bytes
     """Digest of the payload to be uploaded, 32 bytes; empty while there is none. Bytes held of another payload do not count."""
+    step: _builtins.int
+    """Optimizer steps of this ticket that are done, 0 before the first; at most `steps`."""
+    steps: _builtins.int
+    """Optimizer steps that this ticket's training takes in all; 0: not said, and what was said before stands."""
     def __init__(
         self,
         *,
         ticket: _builtins.str = ...,
         sha256: _builtins.bytes = ...,
+        step: _builtins.int = ...,
+        steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "step", b"step", "steps", b"steps", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

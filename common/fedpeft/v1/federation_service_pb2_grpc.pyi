@@ -173,9 +173,14 @@ class FederationServiceStub:
     GetUpload before it trains for its next ticket of the run.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.GetUploadRequest, _federation_service_pb2.GetUploadResponse]
-    """GetUpload says where an upload stands. A client that trains asks now and then, with no digest, whether its ticket's
-    run goes on, and ends a training that cannot count any more.
+    """GetUpload says where an upload stands. A client that trains asks every 10 seconds, with no digest, whether its ticket's
+    run goes on, and ends a training that cannot count any more. With the same call it says how far it is (`step`, `steps`).
+
+    A client that holds an open ticket and makes no call for 45 seconds, or whose step does not move for 45 seconds and
+    twice the time that a step took it so far, is shown to operators as one that hangs. Nothing else follows from it: the
+    ticket stays good. A client that never says its steps is only judged by its calls.
       INVALID_ARGUMENT     DIGEST_INVALID       neither empty nor 32 bytes
+      INVALID_ARGUMENT     PROGRESS_INVALID     `step` is more than `steps`
       NOT_FOUND            TICKET_NOT_FOUND
       PERMISSION_DENIED    TICKET_OF_ANOTHER
     """
@@ -394,9 +399,14 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_service_pb2.GetUploadRequest,
         context: _aio.ServicerContext[_federation_service_pb2.GetUploadRequest, _abc.Awaitable[_federation_service_pb2.GetUploadResponse]],
     ) -> _abc.Awaitable[_federation_service_pb2.GetUploadResponse]:
-        """GetUpload says where an upload stands. A client that trains asks now and then, with no digest, whether its ticket's
-        run goes on, and ends a training that cannot count any more.
+        """GetUpload says where an upload stands. A client that trains asks every 10 seconds, with no digest, whether its ticket's
+        run goes on, and ends a training that cannot count any more. With the same call it says how far it is (`step`, `steps`).
+
+        A client that holds an open ticket and makes no call for 45 seconds, or whose step does not move for 45 seconds and
+        twice the time that a step took it so far, is shown to operators as one that hangs. Nothing else follows from it: the
+        ticket stays good. A client that never says its steps is only judged by its calls.
           INVALID_ARGUMENT     DIGEST_INVALID       neither empty nor 32 bytes
+          INVALID_ARGUMENT     PROGRESS_INVALID     `step` is more than `steps`
           NOT_FOUND            TICKET_NOT_FOUND
           PERMISSION_DENIED    TICKET_OF_ANOTHER
         """

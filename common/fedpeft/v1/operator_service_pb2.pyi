@@ -784,6 +784,7 @@ class Client(_message.Message):
     UPDATES_FIELD_NUMBER: _builtins.int
     ANSWERS_FIELD_NUMBER: _builtins.int
     SCORING_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its id."""
     role: _federation_service_pb2.ClientRole.ValueType
@@ -812,6 +813,10 @@ class Client(_message.Message):
     def scoring(self) -> _federation_service_pb2.EvaluationTask:
         """The version that an evaluator was given last and has not answered for; absent if there is none."""
 
+    @_builtins.property
+    def progress(self) -> _run_pb2.ClientProgress:
+        """How far it is with its open ticket; of several with the one that hangs or was given out first. Absent if it has none."""
+
     def __init__(
         self,
         *,
@@ -824,10 +829,11 @@ class Client(_message.Message):
         updates: _builtins.int = ...,
         answers: _abc.Iterable[Global___RunAnswer] | None = ...,
         scoring: _federation_service_pb2.EvaluationTask | None = ...,
+        progress: _run_pb2.ClientProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "first_seen", b"first_seen", "last_seen", b"last_seen", "scoring", b"scoring"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "first_seen", b"first_seen", "last_seen", b"last_seen", "progress", b"progress", "scoring", b"scoring"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "answers", b"answers", "capabilities", b"capabilities", "first_seen", b"first_seen", "id", b"id", "last_seen", b"last_seen", "role", b"role", "scoring", b"scoring", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "answers", b"answers", "capabilities", b"capabilities", "first_seen", b"first_seen", "id", b"id", "last_seen", b"last_seen", "progress", b"progress", "role", b"role", "scoring", b"scoring", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -122,6 +122,42 @@ TICKET_STATE_LATE: TicketState.ValueType  # 5
 """The round closed before the update came."""
 Global___TicketState: _TypeAlias = TicketState  # noqa: Y015
 
+class _ProgressState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ProgressStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ProgressState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PROGRESS_STATE_UNSPECIFIED: _ProgressState.ValueType  # 0
+    """Not used."""
+    PROGRESS_STATE_TRAINING: _ProgressState.ValueType  # 1
+    """It calls, and its steps move if it says them."""
+    PROGRESS_STATE_UPLOADING: _ProgressState.ValueType  # 2
+    """Its update is arriving."""
+    PROGRESS_STATE_SLOW: _ProgressState.ValueType  # 3
+    """It takes more than twice as long as its rounds usually do, and 10 seconds longer."""
+    PROGRESS_STATE_STALLED: _ProgressState.ValueType  # 4
+    """It calls, but its step has not moved for longer than FederationService.GetUpload allows."""
+    PROGRESS_STATE_SILENT: _ProgressState.ValueType  # 5
+    """It has not called, and nothing of its transfers has passed, for as long."""
+
+class ProgressState(_ProgressState, metaclass=_ProgressStateEnumTypeWrapper):
+    """ProgressState is what is known of a client that holds an open ticket. The server judges by its own clock."""
+
+PROGRESS_STATE_UNSPECIFIED: ProgressState.ValueType  # 0
+"""Not used."""
+PROGRESS_STATE_TRAINING: ProgressState.ValueType  # 1
+"""It calls, and its steps move if it says them."""
+PROGRESS_STATE_UPLOADING: ProgressState.ValueType  # 2
+"""Its update is arriving."""
+PROGRESS_STATE_SLOW: ProgressState.ValueType  # 3
+"""It takes more than twice as long as its rounds usually do, and 10 seconds longer."""
+PROGRESS_STATE_STALLED: ProgressState.ValueType  # 4
+"""It calls, but its step has not moved for longer than FederationService.GetUpload allows."""
+PROGRESS_STATE_SILENT: ProgressState.ValueType  # 5
+"""It has not called, and nothing of its transfers has passed, for as long."""
+Global___ProgressState: _TypeAlias = ProgressState  # noqa: Y015
+
 @_typing.final
 class RunConfig(_message.Message):
     """RunConfig is the run file. Its fields, names and meaning are those of the TOML file (docs/run-file.md); absent means default."""
@@ -302,9 +338,11 @@ class RoundsConfig(_message.Message):
     clients: _builtins.int
     """Clients whose updates a round wants."""
     quorum: _builtins.int
-    """Fewest updates a round commits with at its deadline; absent: `clients`."""
+    """Fewest updates a round commits with at its deadline; absent: three quarters of `clients`, rounded up, and 1 of 2, 2 of 3."""
     min_available: _builtins.int
-    """Clients that must be waiting before any are sampled, at least the quorum; absent: as many as are sampled."""
+    """Clients that must be waiting before any are sampled, at least the quorum; absent: as many as are sampled, or once a
+    quorum has waited for a minute (before the first round for `deadline_s`, if that is longer) those that are there.
+    """
     deadline_s: _builtins.float
     """Seconds from opening to deadline."""
     over_selection: _builtins.float
@@ -692,6 +730,7 @@ class Run(_message.Message):
     DECLINES_FIELD_NUMBER: _builtins.int
     EVALUATORS_FIELD_NUMBER: _builtins.int
     SET_ASIDE_FIELD_NUMBER: _builtins.int
+    AWAITED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The server's id of the run: `run-` and 12 lower-case letters and digits."""
     backbone_fingerprint: _builtins.str
@@ -734,6 +773,12 @@ class Run(_message.Message):
     def set_aside(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Clients that are set aside, by id; for operators only, and where they are very many, only the first."""
 
+    @_builtins.property
+    def awaited(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientProgress]:
+        """How far the clients are whose updates the open round awaits, those that hang or are slow first, then by id; for
+        operators only. At most 32.
+        """
+
     def __init__(
         self,
         *,
@@ -750,14 +795,77 @@ class Run(_message.Message):
         declines: _abc.Iterable[Global___Decline] | None = ...,
         evaluators: _abc.Iterable[Global___Scoring] | None = ...,
         set_aside: _abc.Iterable[_builtins.str] | None = ...,
+        awaited: _abc.Iterable[Global___ClientProgress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone_fingerprint", b"backbone_fingerprint", "config", b"config", "created_at", b"created_at", "declines", b"declines", "evaluators", b"evaluators", "id", b"id", "initial_metrics", b"initial_metrics", "model_parameters", b"model_parameters", "reason", b"reason", "set_aside", b"set_aside", "spec", b"spec", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaited", b"awaited", "backbone_fingerprint", b"backbone_fingerprint", "config", b"config", "created_at", b"created_at", "declines", b"declines", "evaluators", b"evaluators", "id", b"id", "initial_metrics", b"initial_metrics", "model_parameters", b"model_parameters", "reason", b"reason", "set_aside", b"set_aside", "spec", b"spec", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class ClientProgress(_message.Message):
+    """ClientProgress is how far a client is with an open ticket. Times are in seconds, up to the moment of the answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    HEARD_S_FIELD_NUMBER: _builtins.int
+    MOVED_S_FIELD_NUMBER: _builtins.int
+    USUAL_S_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    """The client."""
+    run: _builtins.str
+    """Id of the run."""
+    state: Global___ProgressState.ValueType
+    """What is known of it."""
+    step: _builtins.int
+    """Optimizer steps done, as the client said last."""
+    steps: _builtins.int
+    """Optimizer steps in all; 0: it did not say."""
+    seconds: _builtins.float
+    """Since the ticket was given out, or since the server started if that was later."""
+    heard_s: _builtins.float
+    """Since the client's last call, or the last message of a transfer."""
+    moved_s: _builtins.float
+    """Since `step` moved last, or since the ticket was given out."""
+    usual_s: _builtins.float
+    """What a round usually takes this client: the median of up to 5 of its updates of the last 20 rounds, from the opening
+    of the round to the receipt; absent where there are fewer than 2.
+    """
+    description: _builtins.str
+    """All that in a few words, for people: `step 12 of 40 for 70 s`."""
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        run: _builtins.str = ...,
+        state: Global___ProgressState.ValueType = ...,
+        step: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+        heard_s: _builtins.float = ...,
+        moved_s: _builtins.float = ...,
+        usual_s: _builtins.float | None = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_usual_s", b"_usual_s", "usual_s", b"usual_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_usual_s", b"_usual_s", "client", b"client", "description", b"description", "heard_s", b"heard_s", "moved_s", b"moved_s", "run", b"run", "seconds", b"seconds", "state", b"state", "step", b"step", "steps", b"steps", "usual_s", b"usual_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__usual_s: _TypeAlias = _typing.Literal["usual_s"]  # noqa: Y015
+    _WhichOneofArgType__usual_s: _TypeAlias = _typing.Literal["_usual_s", b"_usual_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__usual_s) -> _WhichOneofReturnType__usual_s | None: ...
+
+Global___ClientProgress: _TypeAlias = ClientProgress  # noqa: Y015
 
 @_typing.final
 class Scoring(_message.Message):

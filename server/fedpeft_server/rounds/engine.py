@@ -64,6 +64,7 @@ class RunEngine:
         ledger: Bytes of the round.
         metrics: Where what happens is counted.
         background: Watches over what no call waits for.
+        issued: Told the run and the tickets that are given out.
         changed: Called after every transition, so that other runs and watchers look again.
     """
 
@@ -77,6 +78,7 @@ class RunEngine:
         ledger: Ledger,
         metrics: Metrics,
         background: Background,
+        issued: Callable[[str, Sequence[rounds.Ticket]], None],
         changed: Callable[[RunEngine], None],
     ) -> None:
         self.run = run
@@ -88,6 +90,7 @@ class RunEngine:
         self._ledger = ledger
         self._metrics = metrics
         self._background = background
+        self._issued = issued
         self._changed = changed
         self._lock = asyncio.Lock()
         self._waiting: list[Receipt] = []
@@ -116,10 +119,10 @@ class RunEngine:
         usable = ticket and ticket.state is TicketState.ISSUED and self.round.phase is Phase.OPEN
         return ticket if usable else None
 
-    def training(self) -> list[str]:
-        """Returns the clients that hold a ticket they can use now."""
+    def awaited(self) -> tuple[rounds.Ticket, ...]:
+        """Returns the tickets that can be used now."""
         now = self.active and self.round.phase is Phase.OPEN
-        return [ticket.client for ticket in self.round.in_state(TicketState.ISSUED)] if now else []
+        return self.round.in_state(TicketState.ISSUED) if now else ()
 
     async def start(self) -> None:
         """Takes up the run where the last process left it."""
@@ -139,11 +142,11 @@ class RunEngine:
         await self.steps.ended()  # the removal of a committed round's files is one
 
     @unbroken
-    async def offer(self, clients: frozenset[str]) -> None:
-        """Lets the run sample from the clients that wait."""
+    async def offer(self, clients: frozenset[str], waited_s: float) -> None:
+        """Lets the run sample from the clients that wait; for so long at least a quorum has."""
         if self.run.state is RunState.RUNNING:
             poor = conduct.demerits(self._answers.conducts(self.run.id), self.round.number)
-            await self._advance(rounds.Waiting(clients, poor))
+            await self._advance(rounds.Waiting(clients, poor, waited_s))
 
     @unbroken
     async def receive(self, update: UpdateRow, by: str) -> UpdateRow:
@@ -319,6 +322,7 @@ class RunEngine:
             match effect:
                 case rounds.Issue(tickets):
                     self.opened = time.time()
+                    self._issued(self.run.id, tickets)
                     for ticket in tickets:
                         self._lobby.call(ticket.client)
                 case rounds.Aggregate():

@@ -16,10 +16,12 @@ from fedpeft.rounds import Phase, Round, Ticket, TicketState
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rounds.answers import Answers
 from fedpeft_server.rounds.engine import ACTIVE, RunEngine
+from fedpeft_server.rounds.gathering import Gathering
 from fedpeft_server.rounds.lobby import Lobby
+from fedpeft_server.rounds.progress_watch import ProgressWatch
 from fedpeft_server.rounds.scoring import Scoring
 from fedpeft_server.rounds.unbroken import Steps, unbroken
-from fedpeft_server.rounds.waiting import awaited
+from fedpeft_server.rounds.waiting import NAMED, awaited
 from fedpeft_server.store.rows import AnswerRow, Deed, RoundRow, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
@@ -64,15 +66,19 @@ class Runs:
     Attributes:
         lobby: Who waits to be sampled.
         answers: What clients said to the offer of a run.
+        progress: How far the clients are that open rounds await.
         steps: Transitions under way.
         scoring: Which versions evaluators have scored.
         in_doubt: Runs of which nobody knows whether they are in the database; their uploads stay, for the next start
             to find out and remove what there is of one that was never written.
     """
 
-    def __init__(self, store: Store, ledger: Ledger, metrics: Metrics, background: Background) -> None:
+    def __init__(
+        self, store: Store, ledger: Ledger, metrics: Metrics, background: Background, progress: ProgressWatch
+    ) -> None:
         self.lobby = Lobby(self.look)
         self.answers = Answers()
+        self.progress = progress
         self.scoring = Scoring(store)
         self.steps = Steps()
         self.in_doubt: set[str] = set()
@@ -83,6 +89,7 @@ class Runs:
         self._engines: dict[str, RunEngine] = {}
         self._active: dict[str, RunEngine] = {}  # those with rounds left, oldest first: finished ones stay for months
         self._ages: list[Age] = []
+        self._gathering = Gathering()
         self._watchers: dict[str, set[News]] = defaultdict(set)
         self._news = asyncio.Event()
 
@@ -100,8 +107,10 @@ class Runs:
             await self._show_again(engine)
         await self._store.compute(self._store.sweep, self._engines, held)
         for engine in self._engines.values():
+            self.progress.issued(engine.run.id, engine.awaited())
             await engine.start()
         self._background.keep("matching", self._match())
+        self._background.every("progress", self.progress.timing.look_s, self._look_at_progress)
 
     async def close(self) -> None:
         """Lets aggregations finish; the background's end sees to it that no new round opens."""
@@ -152,6 +161,8 @@ class Runs:
         self._ages.remove(engine.age)
         self.answers.forget(run_id)
         self.scoring.forget(run_id)
+        self.progress.forget(run_id)
+        self._gathering.forget(run_id)
         self._ledger.forget(run_id)
         self._metrics.forget(run_id)
         self._background.forget(run_id)
@@ -243,10 +254,12 @@ class Runs:
         """Returns the clients that a run may sample now: they wait, and they take part in it."""
         return frozenset(c for c in self.lobby.waiting(run_id) if self.answers.accepted(run_id, c))
 
-    def why(self, engine: RunEngine) -> str:
-        """Says in words what a run waits for."""
+    def why(self, engine: RunEngine, *, for_operator: bool = False) -> str:
+        """Says in words what a run waits for; an operator is told of clients that hang or are slow, too."""
         run, answers = engine.run.id, self.answers
-        return awaited(engine, len(self.ready(run)), len(answers.declines(run)), answers.awaited(run))
+        found = self.progress.awaited(engine, NAMED) if for_operator else []
+        ill = {client: verdict.words for client, _, verdict in found if not verdict.state.is_well}
+        return awaited(engine, len(self.ready(run)), len(answers.declines(run)), answers.awaited(run), ill)
 
     def show_backlog(self, engine: RunEngine) -> None:
         """Shows how many versions of a run are still to be scored, if anybody scores them."""
@@ -314,7 +327,7 @@ class Runs:
 
     def _engine(self, run: RunRow, current: Round) -> RunEngine:
         parts = (self._store, self.lobby, self.answers, self._ledger, self._metrics, self._background)
-        return RunEngine(run, current, *parts, self._changed)
+        return RunEngine(run, current, *parts, self.progress.issued, self._changed)
 
     async def _show_again(self, engine: RunEngine) -> None:
         """Sets the gauges that would else be empty until the next round or the next figures."""
@@ -339,12 +352,16 @@ class Runs:
             self._news.clear()
             for engine in sorted(self._active.values(), key=lambda e: e.opened):
                 with self._background.attempt("matching", engine.run.id):
-                    await engine.offer(self.ready(engine.run.id))
+                    ready = self.ready(engine.run.id)
+                    await engine.offer(ready, self._gathering.waited_s(engine, len(ready)))
             with self._background.attempt("matching"):
                 self._count_clients()
             with suppress(TimeoutError):
                 async with asyncio.timeout(GLANCE_S):
                     await self._news.wait()
+
+    async def _look_at_progress(self) -> None:
+        await self.progress.look(self._active.values(), self.announce)
 
     def _count_clients(self) -> None:
         for engine in self._engines.values():

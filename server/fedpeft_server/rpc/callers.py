@@ -57,6 +57,8 @@ class Presence:
         heard: The same in seconds since the epoch, calls to earlier processes included.
         calls: Calls in progress.
         scoring: Run and version that an evaluator was given and has not scored.
+        moved: When a call of it last began or a message of one passed, on the monotonic clock; 0 if none did since this
+            process began. Unlike `seen`, it does not move when the server gives a call up.
     """
 
     instance: str
@@ -66,6 +68,11 @@ class Presence:
     heard: float = 0.0
     calls: int = 0
     scoring: tuple[str, int] | None = None
+    moved: float = 0.0
+
+    def moves(self) -> None:
+        """Notes that something was heard of the client."""
+        self.moved = time.monotonic()
 
 
 class Callers:
@@ -111,10 +118,11 @@ class Callers:
             )
         presence.instance = instance
         presence.calls += 1
-        presence.seen = time.monotonic()
+        presence.seen = presence.moved = time.monotonic()
         presence.heard = self._touched[client] = time.time()
         context.add_done_callback(cast(Any, partial(self._ended, client, presence)))
-        CALL.get().client = client
+        call = CALL.get()
+        call.client, call.moved = client, presence.moves
         return client
 
     def register(self, client: str, role: str) -> None:
@@ -173,6 +181,11 @@ class Callers:
         """Returns the run and the version that an evaluator was given and has not answered for, if there is one."""
         presence = self._presence.get(client)
         return None if presence is None else presence.scoring
+
+    def heard(self, client: str) -> float:
+        """Returns when anything was last heard of a client, on the monotonic clock; 0 if nothing was so far."""
+        presence = self._presence.get(client)
+        return 0.0 if presence is None else presence.moved
 
     def evaluators(self) -> list[str]:
         """Returns the clients that registered as evaluators; looks at every client, so it is for the start."""

@@ -215,6 +215,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = self._callers.identify(context)
         _check_digest("sha256", request.sha256)
         engine, ticket, _ = await self._ticket(request.ticket, client)
+        self._runs.progress.report(ticket.id, request.step, request.steps)
         received = await self._uploads.received(ticket)
         answer = pb.GetUploadResponse(
             state=TICKET_STATES[ticket.state], run_finished=not engine.active, reason=ticket.reason

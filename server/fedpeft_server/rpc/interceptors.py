@@ -77,6 +77,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
         def receive(data: bytes) -> Any:
             self._ledger.wire(call, "up", len(data))
+            call.moved()
             try:
                 return requests.take(data)
             except FedpeftError as error:
@@ -107,6 +108,7 @@ class Gate(grpc.aio.ServerInterceptor):
                     "may have. Ask for less at once (a smaller page, one run), or tell the server's operator"
                 )
             self._ledger.wire(call, "down", len(data))
+            call.moved()
             return data
 
         return encode

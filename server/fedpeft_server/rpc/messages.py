@@ -12,6 +12,7 @@ from fedpeft.identity import roles
 from fedpeft.rounds import Phase, TicketState
 from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2
 from fedpeft.wire import MESSAGE_LIMIT_BYTES, config_to_proto, spec_to_proto
+from fedpeft_server.rounds.progress import Progress, State, Verdict
 from fedpeft_server.rounds.scoring import Standing
 from fedpeft_server.rpc.pages import fitting
 from fedpeft_server.store.rows import (
@@ -32,6 +33,8 @@ ANSWERS_BYTES = 256 * 1024
 """A client shows no more of its answers than this: there is one for each run that is not finished."""
 EVALUATORS = 32
 """Most evaluators that a run shows."""
+AWAITED = 32
+"""Most awaited clients of which a run shows how far they are."""
 RUN_BYTES = MESSAGE_LIMIT_BYTES - 1024 * 1024
 """Configuration and spec of a run take no more than this, so that a message has room for what goes beside them."""
 
@@ -56,6 +59,13 @@ TICKET_STATES = {
     TicketState.WITHDRAWN: run_pb2.TICKET_STATE_WITHDRAWN,
     TicketState.REFUSED: run_pb2.TICKET_STATE_REFUSED,
     TicketState.LATE: run_pb2.TICKET_STATE_LATE,
+}
+PROGRESS_STATES = {
+    State.TRAINING: run_pb2.PROGRESS_STATE_TRAINING,
+    State.UPLOADING: run_pb2.PROGRESS_STATE_UPLOADING,
+    State.SLOW: run_pb2.PROGRESS_STATE_SLOW,
+    State.STALLED: run_pb2.PROGRESS_STATE_STALLED,
+    State.SILENT: run_pb2.PROGRESS_STATE_SILENT,
 }
 ROLES = {
     "trainer": federation_service_pb2.CLIENT_ROLE_TRAINER,
@@ -152,11 +162,32 @@ def scoring_message(standing: Standing, given: int | None) -> run_pb2.Scoring:
     )
 
 
+def progress_message(client: str, run: str, progress: Progress, verdict: Verdict) -> run_pb2.ClientProgress:
+    """Returns how far a client is with its open ticket."""
+    return run_pb2.ClientProgress(
+        client=client,
+        run=run,
+        state=PROGRESS_STATES[verdict.state],
+        step=progress.step,
+        steps=progress.steps,
+        seconds=verdict.seconds,
+        heard_s=verdict.heard_s,
+        moved_s=verdict.moved_s,
+        usual_s=verdict.usual_s,
+        description=verdict.words,
+    )
+
+
 def client_message(
-    row: ClientRow, activity: str, answers: Iterable[AnswerRow], scoring: tuple[str, int] | None = None
+    row: ClientRow,
+    activity: str,
+    answers: Iterable[AnswerRow],
+    scoring: tuple[str, int] | None = None,
+    progress: run_pb2.ClientProgress | None = None,
 ) -> operator_service_pb2.Client:
-    """Returns a client with what it answered to the offers of runs, and the version that it has to score."""
+    """Returns a client with what it answered to the offers of runs, and what it has to train or to score."""
     return operator_service_pb2.Client(
+        progress=progress,
         scoring=None if scoring is None else federation_service_pb2.EvaluationTask(run=scoring[0], version=scoring[1]),
         id=row.id,
         role=ROLES.get(row.role, federation_service_pb2.CLIENT_ROLE_UNSPECIFIED),

@@ -8,7 +8,7 @@ import re
 import secrets
 import string
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Container, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -42,10 +42,18 @@ from fedpeft_server.rpc import pages, sayings
 from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.history import History
 from fedpeft_server.rpc.incoming import Context
-from fedpeft_server.rpc.messages import EVALUATORS, RUN_BYTES, client_message, run_message, scoring_message
+from fedpeft_server.rpc.messages import (
+    AWAITED,
+    EVALUATORS,
+    RUN_BYTES,
+    client_message,
+    progress_message,
+    run_message,
+    scoring_message,
+)
 from fedpeft_server.rpc.uploads import Uploads
 from fedpeft_server.store.open_file import OpenFile
-from fedpeft_server.store.rows import Place, RunRow, RunState, VersionRow
+from fedpeft_server.store.rows import ClientRow, Place, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key, version_key
 from fedpeft_server.traffic import Ledger
 
@@ -219,12 +227,9 @@ class Operator(pb_grpc.OperatorServiceServicer):
         most, (after,) = pages.size(request.page_size), pages.position(request.page_token, of=("clients",), first=("",))
         await self._callers.write(self._store)
         rows = await self._store.call(self._store.db.clients_from, after, most + 1)
-        training = {client for engine in self._runs.active() for client in engine.training()}
-        runs, of = [engine.run.id for engine in self._runs.active()], self._runs.answers.of
-        clients = pages.fitting(
-            client_message(row, self._activity(row.id, training), of(row.id, runs), self._callers.scoring(row.id))
-            for row in rows[:most]
-        )
+        active = self._runs.active()
+        runs, held = [engine.run.id for engine in active], {t.id for engine in active for t in engine.awaited()}
+        clients = pages.fitting(self._client(row, runs, held) for row in rows[:most])
         token = pages.token((clients[-1].id,), of=("clients",)) if len(clients) < len(rows) else ""
         return pb.ListClientsResponse(clients=clients, next_page_token=token)
 
@@ -236,24 +241,32 @@ class Operator(pb_grpc.OperatorServiceServicer):
             )
         return pb.ReadmitClientResponse(runs=await self._runs.readmit(request.client, request.run, actor()))
 
-    def _activity(self, client: str, training: set[str]) -> str:
+    def _client(self, row: ClientRow, runs: Sequence[str], held: Container[str]) -> pb.Client:
+        found = self._runs.progress.of(row.id, held)
+        progress = progress_message(row.id, *found) if found else None
+        answers, scoring = self._runs.answers.of(row.id, runs), self._callers.scoring(row.id)
+        return client_message(row, self._activity(row.id, training=bool(found)), answers, scoring, progress)
+
+    def _activity(self, client: str, *, training: bool) -> str:
         if self._uploads.has(client):
             return "uploading"
         if self._runs.lobby.is_waiting(client):
             return "waiting"
-        if client in training:
+        if training:
             return "training"
         return "scoring" if self._callers.scoring(client) else "away"
 
     async def _run(self, engine: RunEngine) -> run_pb2.Run:
         figures = await self._store.call(self._store.db.evaluation, engine.run.id, 0)
-        reason = self._runs.why(engine) if engine.active else ""
+        reason = self._runs.why(engine, for_operator=True) if engine.active else ""
         answers, run = self._runs.answers, engine.run.id
         message = run_message(engine.run, reason, figures, answers.declines(run), answers.set_aside(run))
         for standing in (await self._runs.scoring.standings(engine.run))[:EVALUATORS]:
             given = self._callers.scoring(standing.evaluator)
             now = given[1] if given and given[0] == engine.run.id else None
             message.evaluators.append(scoring_message(standing, now))
+        for client, progress, verdict in self._runs.progress.awaited(engine, AWAITED):
+            message.awaited.append(progress_message(client, run, progress, verdict))
         return message
 
     async def _repeated(self, known: RunRow, asked: RunRow) -> pb.CreateRunResponse:

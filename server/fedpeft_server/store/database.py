@@ -19,6 +19,7 @@ from fedpeft_server.store import (
     client_queries,
     evaluation_queries,
     figure_queries,
+    past_queries,
     round_queries,
     run_queries,
 )
@@ -27,6 +28,7 @@ from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.figure_queries import Pending
 from fedpeft_server.store.identities import Identities
 from fedpeft_server.store.migrations import migrate
+from fedpeft_server.store.past_queries import Taken
 from fedpeft_server.store.rows import (
     AnswerRow,
     ClientRow,
@@ -303,6 +305,11 @@ class Database:
             previous = round_queries.select_record_sha256(connection, run_id, number - 1)
             norms = round_queries.select_norms(connection, run_id, earlier)
         return ToFold(row.updates if row else {}, version, previous, norms)
+
+    def pasts(self, run_id: str, number: int, clients: Sequence[str]) -> dict[str, list[Taken]]:
+        """Returns what the last rounds before one took some clients, the newest first; see `past_queries`."""
+        with self._reading() as connection:
+            return past_queries.select_pasts(connection, run_id, number, clients)
 
     def record_sha256(self, run_id: str, number: int) -> str:
         """Returns the digest of the record of a round, hexadecimal, or "" if there is none."""

@@ -16,7 +16,7 @@ from fedpeft.console.shown.configuration import configuration
 from fedpeft.console.shown.members import members
 from fedpeft.console.shown.outliers import WINDOW, norms
 from fedpeft.console.shown.pages import leaf
-from fedpeft.console.shown.run import declines, head, stage, tiles
+from fedpeft.console.shown.run import awaited, declines, head, stage, tiles
 from fedpeft.console.shown.series import series
 
 ROUNDS_A_PAGE = 12
@@ -57,7 +57,10 @@ def draw(desk: Desk, feed: RunFeed, page: int, may_write: bool) -> Fragments:
         return connection
     about_rounds = feed.made(("rounds", page), lambda: _about_rounds(desk, feed, page))
     about_run = feed.made(("run", may_write), lambda: _about_run(desk, feed, may_write))
-    return {**connection, **about_rounds, **about_run}
+    # How far clients are changes all the time: from the last look at all runs, not from the watch.
+    run = desk.directory.runs.get(feed.run, feed.picture.run)
+    far = {"awaited": desk.paper.fragment("run/awaited.html", awaited=awaited(run))}
+    return {**connection, **about_rounds, **about_run, **far}
 
 
 async def round_(request: Request) -> Response:

@@ -17,6 +17,8 @@ PHASES = (("waiting", "Waiting"), ("open", "Training"), ("aggregating", "Folding
 MOST_TICKETS = 20
 """Tickets of the round in progress that are listed; those that want a look come first."""
 MOST_DECLINES = 20
+MOST_AWAITED = 8
+"""Awaited clients of which it is shown how far they are."""
 _URGENCY = {"refused": 0, "late": 1, "issued": 2, "withdrawn": 3, "received": 4}
 
 
@@ -151,7 +153,7 @@ def stage(picture: Picture, rounds: Sequence[RoundFacts]) -> Stage | None:
         extensions=facts.extensions,
         received=len(facts.of("received")),
         goal=config.clients,
-        quorum=config.quorum if config.HasField("quorum") else config.clients,
+        quorum=views.quorum(config),
         said=", ".join(counts),
         tickets=tuple(listed[:MOST_TICKETS]),
         hidden=max(0, len(listed) - MOST_TICKETS),
@@ -176,6 +178,11 @@ def tiles(picture: Picture, rounds: Sequence[RoundFacts]) -> list[Tile]:
 def declines(run: run_pb2.Run) -> list[tuple[str, str, str | None]]:
     """Returns who does not take part, why, and when they said so."""
     return [(d.client, "; ".join(d.reasons), views.moment(d.at)) for d in run.declines[:MOST_DECLINES]]
+
+
+def awaited(run: run_pb2.Run) -> list[tuple[str, str, bool]]:
+    """Returns client, how far it is, and whether it is well, of those that the open round awaits; worst first."""
+    return [(each.client, each.description, views.is_well(each)) for each in run.awaited[:MOST_AWAITED]]
 
 
 def is_over(picture: Picture) -> bool:

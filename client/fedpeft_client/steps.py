@@ -1,0 +1,29 @@
+"""How far a training is, as the worker says it and the server is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_LARGEST = 2**32 - 1
+"""What the message takes."""
+
+
+@dataclass
+class Steps:
+    """Optimizer steps of one ticket.
+
+    Attributes:
+        step: Those that are done.
+        steps: Those in all; 0 while the worker has not said, and where what it said makes no sense.
+    """
+
+    step: int = 0
+    steps: int = 0
+
+    def take(self, progress: Mapping[str, Any]) -> None:
+        """Takes what the worker says; it may be of another kind of model, whose loop is not ours."""
+        step, steps = progress.get("step"), progress.get("steps")
+        if isinstance(step, int) and isinstance(steps, int) and 0 <= step <= steps <= _LARGEST:
+            self.step, self.steps = step, steps

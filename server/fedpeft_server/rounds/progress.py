@@ -1,0 +1,188 @@
+"""How far a client is with an open ticket, and whether it hangs. Pure; times are seconds on a monotonic clock.
+
+Two kinds of hanging are told apart: a client of which nothing is heard (its process is frozen, its machine or line is
+gone), and one that calls while its training stands still. A step that is honestly long is no hang: each client is
+measured by the time that its own steps take, in this ticket and in its last rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from statistics import median
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When a client is said to hang, or to be slow.
+
+    A client of ours says every 10 s how far it is, so that either hang is shown within a minute of its beginning.
+
+    Attributes:
+        silent_s: A client that is awaited makes a call, or moves a transfer, at least so often.
+        stalled_s: Its step moves at least so often, unless its steps take longer.
+        steps_missed: So many times as long as a step takes it, if that is more than `stalled_s`.
+        slow_factor: A round that takes so many times as long as usual is slow,
+        slow_least_s: if it is at least so much longer.
+        look_s: How often all awaited clients are looked at.
+    """
+
+    silent_s: float = 45.0
+    stalled_s: float = 45.0
+    steps_missed: float = 2.0
+    slow_factor: float = 2.0
+    slow_least_s: float = 10.0
+    look_s: float = 2.0
+
+
+TIMING = Timing()
+
+
+class State(StrEnum):
+    """What is known of a client that holds an open ticket."""
+
+    TRAINING = "training"
+    UPLOADING = "uploading"
+    SLOW = "slow"
+    STALLED = "stalled"
+    SILENT = "silent"
+
+    @property
+    def hangs(self) -> bool:
+        """Whether nothing moves."""
+        return self in (State.STALLED, State.SILENT)
+
+    @property
+    def is_well(self) -> bool:
+        """Whether there is nothing to say about it."""
+        return self in (State.TRAINING, State.UPLOADING)
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What the last rounds of a client took.
+
+    Attributes:
+        round_s: From the opening of a round to the receipt, a number for each.
+        step_s: A step of its training, likewise, where the update said.
+    """
+
+    round_s: Sequence[float] = ()
+    step_s: Sequence[float] = ()
+
+    @property
+    def usual_s(self) -> float | None:
+        """What a round usually takes; None where there are too few to say."""
+        return median(self.round_s) if len(self.round_s) >= LEAST_ROUNDS else None
+
+
+LEAST_ROUNDS = 2
+"""Rounds that make a habit."""
+NO_PAST = Past()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a client is with a ticket.
+
+    Attributes:
+        issued: When it was given out.
+        step: Steps done.
+        steps: Steps in all; 0 if the client has not said.
+        began: When the client first said how many steps there are.
+        moved: When `step` last moved; before that, when there was something to be done.
+    """
+
+    issued: float
+    step: int = 0
+    steps: int = 0
+    began: float = 0.0
+    moved: float = 0.0
+
+    @classmethod
+    def at(cls, now: float) -> Progress:
+        """Returns that of a ticket that is given out now."""
+        return cls(now, began=now, moved=now)
+
+    def reported(self, step: int, steps: int, now: float) -> Progress:
+        """Returns the progress after the client said how far it is; a training that was begun anew may be less far."""
+        if not steps or (step, steps) == (self.step, self.steps):
+            return self
+        began = self.began if self.steps == steps and step > self.step else now
+        return replace(self, step=step, steps=steps, began=began, moved=now)
+
+    def step_s(self, past: Past) -> float:
+        """Returns how long a step takes this client, by this ticket or by its last rounds; 0 if nobody knows."""
+        here = (self.moved - self.began) / self.step if self.step else 0.0
+        return max(here, median(past.step_s) if past.step_s else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is said of a client's progress at a moment.
+
+    Attributes:
+        state: What is known of it.
+        words: The same for people, with its figures.
+        seconds: Since the ticket was given out.
+        heard_s: Since anything was heard of the client.
+        moved_s: Since the step moved.
+        usual_s: What a round usually takes it; None if that is not known.
+    """
+
+    state: State
+    words: str
+    seconds: float
+    heard_s: float
+    moved_s: float
+    usual_s: float | None
+
+
+def judge(
+    progress: Progress,
+    now: float,
+    *,
+    heard: float,
+    uploading: bool = False,
+    past: Past = NO_PAST,
+    timing: Timing = TIMING,
+) -> Verdict:
+    """Returns what is to be said of a client that holds an open ticket.
+
+    Args:
+        progress: How far it is.
+        now: The moment.
+        heard: When anything was last heard of it; earlier than the ticket if nothing was since.
+        uploading: Whether its update is arriving.
+        past: What its last rounds took.
+        timing: When it is said to hang.
+    """
+    seconds, moved_s = now - progress.issued, now - progress.moved
+    heard_s, usual_s = now - max(heard, progress.issued), past.usual_s
+    at = f"step {progress.step:,} of {progress.steps:,}" if progress.steps else ""
+    patience_s = max(timing.stalled_s, timing.steps_missed * progress.step_s(past))
+    late = usual_s is not None and seconds > max(timing.slow_factor * usual_s, usual_s + timing.slow_least_s)
+    if heard_s >= timing.silent_s:
+        state, words = State.SILENT, f"no word for {_span(heard_s)}" + (f", last at {at}" if at else "")
+    elif progress.steps and not uploading and moved_s >= patience_s:
+        state, words = State.STALLED, f"{at} for {_span(moved_s)}"
+    elif late and usual_s is not None:
+        doing = "uploading" if uploading else at
+        state = State.SLOW
+        words = f"slower than usual: {_span(seconds)}, usually {_span(usual_s)}" + (f", {doing}" if doing else "")
+    elif uploading:
+        state, words = State.UPLOADING, f"uploading, {_span(heard_s)} ago"
+    elif at:
+        state, words = State.TRAINING, f"training, {at}, {_span(moved_s)} ago"
+    else:
+        state, words = State.TRAINING, f"training, last word {_span(heard_s)} ago"
+    return Verdict(state, words, seconds, heard_s, moved_s, usual_s)
+
+
+def _span(seconds: float) -> str:
+    """Returns a time as people say it: `65 s`, `12 min`, `3 h`."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 3 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
