@@ -44,8 +44,8 @@ QUICK_S = 1.0
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 AWAY_GROWTH = 1.25
-"""How pauses grow while the server is away: each is about a third of the absence so far. So after a restart of a few
-seconds clients are back within seconds, and a server that is away for long is asked every ten."""
+"""Growth of the pauses while the server is away: each is about a third of the absence so far. So after a restart of a
+few seconds clients are back within seconds, and a server that is away for long is asked every ten."""
 
 T = TypeVar("T")
 

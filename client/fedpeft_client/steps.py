@@ -1,4 +1,4 @@
-"""How far a training is, as the worker says it and the server is told."""
+"""Progress of a training, from the worker to the server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _LARGEST = 2**32 - 1
-"""What the message takes."""
+"""Largest number of the message."""
 
 
 @dataclass

@@ -251,7 +251,7 @@ def progress_state(progress: run_pb2.ClientProgress) -> str:
 
 
 def is_well(progress: run_pb2.ClientProgress) -> bool:
-    """Whether a client neither hangs nor is slower than usual."""
+    """Returns whether a client neither hangs nor is slower than usual."""
     return progress.state in (run_pb2.PROGRESS_STATE_TRAINING, run_pb2.PROGRESS_STATE_UPLOADING)
 
 

@@ -9,7 +9,7 @@ from fedpeft_server.rounds.engine import RunEngine
 
 
 class Gathering:
-    """When a quorum came together for the round that a run waits to open."""
+    """Times at which quorums came together, for the rounds that runs wait to open."""
 
     def __init__(self) -> None:
         self._since: dict[str, tuple[int, float]] = {}

@@ -1,4 +1,4 @@
-"""How far a client is with an open ticket, and whether it hangs. Pure; times are seconds on a monotonic clock.
+"""Progress of a client with an open ticket, and the verdict whether it hangs. Pure; times are seconds on a monotonic clock.
 
 Two kinds of hanging are told apart: a client of which nothing is heard (its process is frozen, its machine or line is
 gone), and one that calls while its training stands still. A step that is honestly long is no hang: each client is
@@ -15,7 +15,7 @@ from statistics import median
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """When a client is said to hang, or to be slow.
+    """Thresholds for clients that hang or are slow.
 
     A client of ours says every 10 s how far it is, so that either hang is shown within a minute of its beginning.
 
@@ -40,7 +40,7 @@ TIMING = Timing()
 
 
 class State(StrEnum):
-    """What is known of a client that holds an open ticket."""
+    """State of a client that holds an open ticket."""
 
     TRAINING = "training"
     UPLOADING = "uploading"
@@ -50,18 +50,18 @@ class State(StrEnum):
 
     @property
     def hangs(self) -> bool:
-        """Whether nothing moves."""
+        """True if nothing moves."""
         return self in (State.STALLED, State.SILENT)
 
     @property
     def is_well(self) -> bool:
-        """Whether there is nothing to say about it."""
+        """True if there is nothing to report about it."""
         return self in (State.TRAINING, State.UPLOADING)
 
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What the last rounds of a client took.
+    """Durations of the last rounds of a client.
 
     Attributes:
         round_s: From the opening of a round to the receipt, a number for each.
@@ -73,7 +73,7 @@ class Past:
 
     @property
     def usual_s(self) -> float | None:
-        """What a round usually takes; None where there are too few to say."""
+        """Usual duration of a round, seconds; None where there are too few to say."""
         return median(self.round_s) if len(self.round_s) >= LEAST_ROUNDS else None
 
 
@@ -84,7 +84,7 @@ NO_PAST = Past()
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a client is with a ticket.
+    """Progress of a client with a ticket.
 
     Attributes:
         issued: When it was given out.
@@ -120,7 +120,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is said of a client's progress at a moment.
+    """Judgement of a client's progress at a moment.
 
     Attributes:
         state: What is known of it.

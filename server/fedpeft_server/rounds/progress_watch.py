@@ -39,7 +39,7 @@ class _Open:
 
 
 class ProgressWatch:
-    """How far the clients are that hold open tickets.
+    """Progress of the clients that hold open tickets.
 
     Args:
         store: Knows what their last rounds took.
