@@ -1,4 +1,4 @@
-"""Progress of a client with an open ticket, and the verdict whether it hangs. Pure; times are seconds on a monotonic clock.
+"""Progress of a client with an open ticket, and whether it hangs. Pure; times are seconds on a monotonic clock.
 
 Two kinds of hanging are told apart: a client of which nothing is heard (its process is frozen, its machine or line is
 gone), and one that calls while its training stands still. A step that is honestly long is no hang: each client is
