@@ -19,7 +19,8 @@ from fedpeft_client.state import VARIABLE
 
 _SPAN = re.compile(r"([0-9]{1,6})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-_COLUMNS = ("WHEN", "KIND", "RUN", "ROUND", "WHAT", "PAYLOAD", "WIRE", "OUTCOME")
+_COLUMNS = ("WHEN", "KIND", "RUN", "ROUND", "PAYLOAD", "WIRE", "OUTCOME")
+_RIGHT = ("ROUND", "PAYLOAD", "WIRE")
 
 
 def main(arguments: list[str]) -> int:
@@ -60,7 +61,10 @@ def _show(found: Sequence[Row], sums: Mapping[str, Mapping[str, int]], nothing: 
     if not found:
         say(nothing)
         return
-    say_table(_COLUMNS, [row.cells() for row in found], right=("ROUND", "PAYLOAD", "WIRE"))
+    cells = [row.cells() for row in found]
+    filled = [i for i in range(len(_COLUMNS)) if any(row[i] for row in cells)]  # a column of nothing says nothing
+    columns, shown = [_COLUMNS[i] for i in filled], [[row[i] for i in filled] for row in cells]
+    say_table(columns, shown, right=_RIGHT, below=[row.text() for row in found])
     say("")
     lines = [
         [kind, f"{s['transfers']:,}", size(s["payload_bytes"]), size(s["wire_bytes"])]

@@ -11,6 +11,9 @@ from fedpeft.plain_text import plain
 from fedpeft.units import counted, size
 from fedpeft_client.ledger_entries import Booked, Departure, Kind, Outcome
 
+MOST_NAME = 20
+"""Characters of a run's name in the table; `--json` has it whole."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -62,14 +65,23 @@ class Row:
         cells = [
             f"{self.at.astimezone():%Y-%m-%d %H:%M:%S}",
             departure.kind,
-            departure.name or departure.run or "-",
-            str(departure.round) if departure.round else "-",
-            describe(departure) + (f" ({len(self.attempts)} attempts)" if len(self.attempts) > 1 else ""),
-            size(departure.payload_bytes) if departure.payload_bytes else "-",
+            _short(departure.name or departure.run),
+            str(departure.round) if departure.round else "",
+            size(departure.payload_bytes) if departure.payload_bytes else "",
             size(self.wire_bytes),
-            f"{self.outcome}: {self.attempts[-1].words}" if self.attempts[-1].words else str(self.outcome),
+            str(self.outcome),
         ]
         return [plain(cell) for cell in cells]
+
+    def text(self) -> str:
+        """Returns what left, and what became of it if there is more to say; safe for a terminal as `cells` are."""
+        what = describe(self.departure) + (f" ({len(self.attempts)} attempts)" if len(self.attempts) > 1 else "")
+        words = self.attempts[-1].words
+        return plain(f"{what}; {self.outcome}: {words}" if words else what)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MOST_NAME else name[: MOST_NAME - 1] + "…"
 
 
 def rows(booked: Iterable[Booked]) -> list[Row]:
@@ -104,12 +116,13 @@ def describe(departure: Departure) -> str:
 
 
 def _enrolment(said: Mapping[str, Any]) -> str:
-    return f"a signing request for a key made here, the token's secret, software {said.get('software')}"
+    return f"a signing request for a key made here, the token's secret, software {said.get('software') or 'unknown'}"
 
 
 def _registration(said: Mapping[str, Any]) -> str:
-    dry = ", dry run" if said.get("dry_run") else ""
-    return f"{said.get('role')}, {counted(said.get('examples', 0), 'example')}, {said.get('device')}{dry}"
+    dry = "dry run" if said.get("dry_run") else ""
+    examples = counted(said.get("examples", 0), "example")
+    return ", ".join(str(part) for part in (said.get("role"), examples, said.get("device"), dry) if part)
 
 
 def _answer(said: Mapping[str, Any]) -> str:
@@ -137,7 +150,7 @@ def _questions(said: Mapping[str, Any]) -> str:
 
 
 def _withdrawal(said: Mapping[str, Any]) -> str:
-    return str(said.get("reason"))
+    return str(said.get("reason") or "no reason given")
 
 
 def _leave(said: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft import durable
+from fedpeft.cli.output import LINE_CHARACTERS
 from fedpeft.errors import RoundClosed, ServerUnreachable, StateInvalid, TurnOver
 from fedpeft_client.__main__ import run
 from fedpeft_client.ledger import QUESTIONS_BYTES, Ledger
@@ -235,6 +236,9 @@ def test_the_command_shows_a_table_or_json_and_what_is_asked_for(
     table = capsys.readouterr().out
     assert "2 tensors, 25 parameters, float32, of 7 examples, sha256 abababababab" in table
     assert "2.0 KiB" in table and "refused: ROUND_CLOSED" in table and "emoji" in table
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= LINE_CHARACTERS
+    assert not any(word in line.split() for line in lines for word in ("-", "None", "."))
     assert "\x1b" not in table, "what a server wrote does not reach the terminal"
     monkeypatch.setenv("FEDPEFT_CLIENT_STATE_DIR", str(tmp_path))
     assert run(["ledger", "--json", "--run", "run-1", "--since", "1h"]) == 0
@@ -243,6 +247,43 @@ def test_the_command_shows_a_table_or_json_and_what_is_asked_for(
     assert shown["totals"]["all"]["wire_bytes"] == 2068 and shown["unreadable_lines"] == 0
     assert run(["ledger", "--since", "2999-01-01"]) == 0
     assert capsys.readouterr().out == "nothing that matches has left this device\n"
+
+
+LONG = "it asks for more than its owner allows. " * 12
+EVERY_KIND = [
+    Departure(Kind.ENROLMENT, 1234, {}),
+    Departure(Kind.REGISTRATION, 170, {"role": "trainer", "examples": 625, "device": ""}),
+    Departure(Kind.ANSWER, 900, {"answer": "declined", "reasons": [LONG, LONG]}, "run-1", "a-name-of-a-run-" * 4),
+    update(2**33),
+    Departure(Kind.EVALUATION, 40, {"version": 3, "failure": "x" * 500}, "run-1", round=3),
+    Departure(Kind.WITHDRAWAL, 40, {}, "run-1", round=1000),
+    Departure(Kind.LEAVE, 40, {"reason": ""}),
+]
+
+
+@pytest.mark.parametrize("kinds", [EVERY_KIND, EVERY_KIND[:2]], ids=["every kind", "without runs"])
+def test_every_kind_fits_a_page_and_has_no_empty_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kinds: list[Departure]
+) -> None:
+    with Ledger(tmp_path, "s:1") as ledger:
+        ledger.asked(100)
+        for each in kinds:
+            with ledger.booked(each):
+                ledger.leaving(each.wire_bytes)
+        with pytest.raises(RoundClosed), ledger.booked(update(9, "ticket-2")):
+            raise RoundClosed("the round has closed " * 20)
+    assert run(["ledger", "--state-dir", str(tmp_path)]) == 0
+    table, _, sums = capsys.readouterr().out.partition("\n\n")
+    lines = table.splitlines()
+    assert max(map(len, [*lines, *sums.splitlines()])) <= LINE_CHARACTERS
+    assert not any(word in line.split() for line in lines for word in ("-", "None", ",", "."))
+    assert not any(line.rstrip().endswith(",") and len(line) < LINE_CHARACTERS - 30 for line in lines)
+    heads = [line for line in lines if not line.startswith(" ")]
+    assert len(heads) == len(lines) - sum(line.startswith("    ") for line in lines) == len(kinds) + 3
+    assert all("    " + text in table for text in ("trainer, 625 examples\n", "2 tensors, 25 parameters"))
+    assert run(["ledger", "--state-dir", str(tmp_path), "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)["transfers"]
+    assert all(vars(each)["said"] in [t["said"] for t in whole] for each in kinds), "nothing is cut there"
 
 
 def test_an_empty_ledger_says_that_nothing_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

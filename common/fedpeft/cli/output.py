@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from rich.table import Table
 
 GAP = "  "
 """Between two columns."""
+LINE_CHARACTERS = 100
+"""Longest line of a text below a row, where no terminal says how wide it is."""
 
 
 def is_terminal() -> bool:
@@ -42,20 +45,24 @@ def say_json(value: Any, *, line: bool = False) -> None:
     say(json.dumps(value, ensure_ascii=False, indent=None if line else 2))
 
 
-def say_table(columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:
+def say_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = (), below: Sequence[str] = ()
+) -> None:
     """Writes a table.
 
     Args:
         columns: The headings.
         rows: The cells, as many a row as there are headings.
         right: Headings of the columns that are aligned to the right, such as numbers.
+        below: A text for each row, folded into lines below it; none if empty.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    texts = list(below) or [""] * len(cells)
     if is_terminal() and sum(widths) + len(GAP) * (len(widths) - 1) > Console().width:
-        _say_records(columns, cells)
+        _say_records([*columns, ""], [[*row, text] for row, text in zip(cells, texts, strict=True)])
         return
-    if is_terminal():
+    if is_terminal() and not below:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:
             table.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -63,12 +70,15 @@ def say_table(columns: Sequence[str], rows: Sequence[Sequence[object]], right: S
             table.add_row(*map(escape, row))
         Console().print(table)
         return
-    for row in [list(columns), *cells]:
+    for row, text in zip([list(columns), *cells], ["", *texts], strict=True):
         parts = [
             cell.rjust(width) if column in right else cell.ljust(width)
             for cell, width, column in zip(row, widths, columns, strict=True)
         ]
         say(GAP.join(parts).rstrip())
+        most = min(Console().width, LINE_CHARACTERS) if is_terminal() else LINE_CHARACTERS
+        for line in textwrap.wrap(text, most - 2 * len(GAP)):
+            say(2 * GAP + line)
 
 
 def _say_records(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
@@ -78,7 +88,8 @@ def _say_records(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None
         if number:
             say("")
         for column, cell in zip(columns, row, strict=True):
-            say(f"{column.ljust(width)}{GAP}{cell}".rstrip())
+            if column or cell:
+                say(f"{column.ljust(width)}{GAP}{cell}".rstrip())
 
 
 @contextmanager
