@@ -20,6 +20,7 @@ from fedpeft import metrics_port
 from fedpeft.errors import SettingsInvalid
 from fedpeft.metrics_port import MetricsServer
 from fedpeft_server.access import bounds
+from fedpeft_server.enrolment.relay import Refusal
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 _NORMS = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1e3, 1e4)
@@ -67,17 +68,6 @@ _OF_CLIENTS = ("images_per_second", "gpu_memory_bytes")
 class _Room(NamedTuple):
     total: float
     free: float
-
-
-ENROLMENT_REFUSALS = (
-    "opened too fast",
-    "too many of one address",
-    "too many connections",
-    "said nothing",
-    "said too much",
-    "lived too long",
-)
-"""Reasons for which a connection to the port for enrolment is not served to its end."""
 
 
 class Metrics:
@@ -135,11 +125,11 @@ class Metrics:
         self.enrolment_refused = Counter(
             "fedpeft_enrolment_refused",
             "Connections to the port for enrolment that were not served to their end, by why: "
-            f"{', '.join(f'`{why}`' for why in ENROLMENT_REFUSALS)}.",
+            f"{', '.join(f'`{why}`' for why in Refusal)}.",
             ("why",),
             registry=r,
         )
-        for why in ENROLMENT_REFUSALS:
+        for why in Refusal:
             self.enrolment_refused.labels(why)
         self.lines_left_out = Counter(
             "fedpeft_log_lines_left_out",

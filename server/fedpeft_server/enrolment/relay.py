@@ -13,6 +13,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import PortBound
@@ -22,6 +23,17 @@ from fedpeft_server.access.peers import of_host
 PIECE_BYTES = 16 * 1024
 PAUSE_S = 0.1
 """Pause when no connection can be taken, for want of open files for example."""
+
+
+class Refusal(StrEnum):
+    """Reason for which a connection is not served to its end."""
+
+    OPENED_TOO_FAST = "opened too fast"
+    OF_ONE_ADDRESS = "too many of one address"
+    TOO_MANY = "too many connections"
+    SAID_NOTHING = "said nothing"
+    SAID_TOO_MUCH = "said too much"
+    LIVED_TOO_LONG = "lived too long"
 
 
 @dataclass(eq=False)
@@ -96,14 +108,14 @@ class Relay:
     def take(self, line: socket.socket, connection: Connection) -> None:
         """Begins to serve a connection, unless its address opens too many; an older one may have to give way."""
         if not self._may_open(connection.address):
-            self.refused["opened too fast"] += 1
+            self.refused[Refusal.OPENED_TOO_FAST] += 1
             line.close()
             return
         same = self._open[connection.address]
         if len(same) >= (self._bound.per_address or 0):
-            self._drop(same, "too many of one address")
+            self._drop(same, Refusal.OF_ONE_ADDRESS)
         elif self.count >= (self._bound.connections or 0):
-            self._drop(max(self._open.values(), key=len), "too many connections")
+            self._drop(max(self._open.values(), key=len), Refusal.TOO_MANY)
         same[connection] = None
         connection.task = asyncio.create_task(self._served(line, connection))
         # Not in the task, which may be cancelled before it begins.
@@ -154,7 +166,7 @@ class Relay:
         try:
             done, _ = await asyncio.wait(ways, timeout=self._bound.life_s, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                self.refused["lived too long"] += 1
+                self.refused[Refusal.LIVED_TOO_LONG] += 1
         finally:
             for way in ways:
                 way.cancel()
@@ -167,13 +179,13 @@ class Relay:
                 async with asyncio.timeout(self._bound.silence_s):
                     data = await loop.sock_recv(line, min(PIECE_BYTES, left))
             except TimeoutError:
-                self.refused["said nothing"] += 1
+                self.refused[Refusal.SAID_NOTHING] += 1
                 return
             if not data:
                 return
             left -= len(data)
             await loop.sock_sendall(up, data)
-        self.refused["said too much"] += 1
+        self.refused[Refusal.SAID_TOO_MUCH] += 1
 
     async def _outward(self, up: socket.socket, line: socket.socket) -> None:
         loop = asyncio.get_running_loop()
