@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from fedpeft.identity.subject import Role
 from fedpeft.metrics_port import Limits
@@ -98,6 +99,17 @@ class PortBound:
     idle_s: float | None = None
     received_bytes: int | None = None
     streams: int | None = None
+
+
+class Refusal(StrEnum):
+    """Reason for which a connection to the port for enrolment is not served to its end."""
+
+    OPENED_TOO_FAST = "opened too fast"
+    OF_ONE_ADDRESS = "too many of one address"
+    TOO_MANY = "too many connections"
+    SAID_NOTHING = "said nothing"
+    SAID_TOO_MUCH = "said too much"
+    LIVED_TOO_LONG = "lived too long"
 
 
 _SMALL = CallBound(message_bytes=4 * KIB, elements=64)

@@ -13,27 +13,15 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from fedpeft_server.access import bounds
-from fedpeft_server.access.bounds import PortBound
+from fedpeft_server.access.bounds import PortBound, Refusal
 from fedpeft_server.access.pacing import Bucket
 from fedpeft_server.access.peers import of_host
 
 PIECE_BYTES = 16 * 1024
 PAUSE_S = 0.1
 """Pause when no connection can be taken, for want of open files for example."""
-
-
-class Refusal(StrEnum):
-    """Reason for which a connection is not served to its end."""
-
-    OPENED_TOO_FAST = "opened too fast"
-    OF_ONE_ADDRESS = "too many of one address"
-    TOO_MANY = "too many connections"
-    SAID_NOTHING = "said nothing"
-    SAID_TOO_MUCH = "said too much"
-    LIVED_TOO_LONG = "lived too long"
 
 
 @dataclass(eq=False)
