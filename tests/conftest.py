@@ -1,9 +1,11 @@
 """One thread a process, since parallel workers share the cores; Hypothesis without a clock; Ctrl-C as at a terminal."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,41 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
 settings.register_profile("here", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+PRELOADED = "FEDPEFT_TESTS_PRELOADED"
+_FOLDER = "FEDPEFT_TESTS_FOLDER"
+_folder = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the folder in which tests find a process that has imported torch; see `tests/preloaded`."""
+    if _FOLDER in os.environ or not Path("/proc/self/ns/mnt").exists():
+        return  # a parallel worker has it from the process that distributes the tests
+    config.stash[_folder] = folder = Path(tempfile.mkdtemp(prefix="fedpeft-preloaded-"))
+    (folder / "namespace").write_text(os.readlink("/proc/self/ns/mnt") + os.readlink("/proc/self/root"))
+    (folder / "tests").write_text(str(os.getpid()))
+    os.environ[_FOLDER] = str(folder)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends that process, which looks for its folder."""
+    folder = config.stash.get(_folder, None)
+    if folder:
+        del os.environ[_FOLDER]
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the workers of a test's clients forked from one process that imported torch once.
+
+    Without it, a worker begins as a user's does: for tests of how it begins, or of its memory.
+    """
+    if _FOLDER in os.environ:
+        path = [str(Path(__file__).with_name("preloaded")), os.environ.get("PYTHONPATH", "")]
+        monkeypatch.setenv(PRELOADED, os.environ[_FOLDER])
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -27,7 +27,7 @@ from fedpeft_client.patience import FAULT_ATTEMPTS
 from .conftest import StartClient, alive, tiny_run, until, write_images
 from .federation import Federation
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("preloaded")]
 
 
 async def test_takes_part_until_the_run_is_finished(

@@ -51,7 +51,7 @@ from fedpeft_server.settings import Settings as ServerSettings
 from ..conftest import mounted_mib
 from .conftest import Process, free_port, wait_for, write_site
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded")]
 
 PAGE = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (.+?) \| `(.+)` \| (\d) \|$", PAGE.partition("## What bad input gets")[2], re.M)

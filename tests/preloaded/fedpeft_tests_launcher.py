@@ -1,0 +1,93 @@
+"""Stands for a worker: hands its streams to a fork of the preloaded process, and ends as that one ends.
+
+Who kills this process kills the fork, whose connection ends with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STATUS_BYTES = 4
+START_S = 60.0
+LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+
+
+def launch(folder: str) -> None:
+    """Becomes the worker of the preloaded process of a folder; starts that one if it is the first.
+
+    Returns where a fork would be another worker than the one that was wanted: of another user, in another root
+    directory, or after the end of the tests.
+    """
+    if not _same_place(Path(folder)):
+        return
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # as the worker does
+    line = _connect(Path(folder))
+    limits = [(limit, resource.getrlimit(limit)) for limit in set(LIMITS.values())]
+    facts = json.dumps({"folder": os.getcwd(), "environment": dict(os.environ), "limits": limits}).encode()
+    socket.send_fds(line, [len(facts).to_bytes(STATUS_BYTES, "little")], [0, 1, 2])
+    line.sendall(facts)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1):
+        os.dup2(nothing, stream)  # the ends of both are the fork's to close
+    status = line.recv(STATUS_BYTES, socket.MSG_WAITALL)
+    code = int.from_bytes(status, "little", signed=True) if len(status) == STATUS_BYTES else 1
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _same_place(folder: Path) -> bool:
+    try:
+        return folder.stat().st_uid == os.getuid() and (folder / "namespace").read_text() == _namespace()
+    except OSError:
+        return False
+
+
+def _namespace() -> str:
+    """Names what this process sees of the file system."""
+    return os.readlink("/proc/self/ns/mnt") + os.readlink("/proc/self/root")
+
+
+def _connect(folder: Path) -> socket.socket:
+    until = time.monotonic() + START_S
+    while True:
+        line = socket.socket(socket.AF_UNIX)
+        try:
+            line.connect(str(folder / "socket"))
+            return line
+        except OSError:
+            line.close()
+            if time.monotonic() > until:
+                raise
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "socket").exists():
+                _start(folder)
+        time.sleep(0.02)
+
+
+def _start(folder: Path) -> None:
+    """Starts the preloaded process, which listens before it imports anything large."""
+    server = Path(__file__).with_name("fedpeft_tests_preloaded.py")
+    nothing = subprocess.DEVNULL
+    with (folder / "log").open("wb") as log:
+        subprocess.Popen(
+            [sys.executable, str(server), str(folder)], stdin=nothing, stdout=log, stderr=log, start_new_session=True
+        )
+    until = time.monotonic() + START_S
+    while not (folder / "socket").exists():
+        if time.monotonic() > until:
+            raise RuntimeError(f"the preloaded process did not start: {(folder / 'log').read_text()}")
+        time.sleep(0.01)

@@ -1,0 +1,122 @@
+"""The preloaded process: it has imported what a worker imports, and forks one for each connection.
+
+It ends when its folder is removed, or the process of the tests is gone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import runpy
+import select
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+STATUS_BYTES = 4
+LOOK_S = 1.0
+
+
+def main() -> None:
+    """Serves until the folder that it was given is removed."""
+    folder = Path(sys.argv[1])
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "socket.new"))
+    listener.listen(64)
+    (folder / "socket.new").rename(folder / "socket")
+    for module in ("fedpeft_client.worker", "fedpeft_client.workbench", "timm", "torch._dynamo"):
+        importlib.import_module(module)
+
+    woken, wakes = socket.socketpair()
+    woken.setblocking(False)
+    wakes.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wakes.fileno())
+    children: dict[int, socket.socket] = {}
+    tests = Path("/proc", (folder / "tests").read_text())
+    while folder.exists() and tests.exists():
+        ready, _, _ = select.select([listener, woken, *children.values()], [], [], LOOK_S)
+        if woken in ready:
+            woken.recv(4096)
+        _reap(children)
+        for pid, line in list(children.items()):
+            if line in ready and line.fileno() >= 0 and not line.recv(1):
+                os.kill(pid, signal.SIGKILL)  # the one it stands for was killed
+                os.waitpid(pid, 0)
+                children.pop(pid).close()
+        if listener in ready:
+            line, _ = listener.accept()
+            _fork(line, children, (listener, woken, wakes))
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reap(children: dict[int, socket.socket]) -> None:
+    for pid in list(children):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            with children.pop(pid) as line:
+                try:
+                    code = os.waitstatus_to_exitcode(status)
+                    line.sendall(code.to_bytes(STATUS_BYTES, "little", signed=True))
+                except OSError:
+                    pass  # who asked was killed in the same moment
+
+
+def _fork(line: socket.socket, children: dict[int, socket.socket], own: tuple[socket.socket, ...]) -> None:
+    size, streams, _, _ = socket.recv_fds(line, STATUS_BYTES, 3)
+    if len(size) < STATUS_BYTES:
+        line.close()
+        return
+    facts = json.loads(line.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL))
+    pid = os.fork()
+    if pid:
+        for stream in streams:
+            os.close(stream)
+        children[pid] = line
+        return
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for each in (line, *own, *children.values()):
+            each.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.chdir(facts["folder"])
+        for limit, (soft, hard) in facts["limits"]:
+            resource.setrlimit(limit, (soft, hard))
+        os.environ.clear()
+        os.environ.update(facts["environment"])
+        os._exit(_run())
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _run() -> int:
+    """Runs the worker as `python -m` does; returns its exit code."""
+    sys.argv = ["fedpeft_client.worker"]
+    try:
+        del sys.modules["fedpeft_client.worker"]
+        runpy.run_module("fedpeft_client.worker", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    main()
