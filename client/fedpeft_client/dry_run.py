@@ -121,7 +121,7 @@ def _refuse_unreadable(surveyed: Answer) -> None:
 
 def _describe(verdict: Verdict, evaluates: bool) -> None:
     if verdict.run is None or verdict.reasons:
-        _line("would", "decline: " + ", ".join(dict.fromkeys(reason.kind for reason in verdict.reasons)))
+        _line("would", "decline it: " + ", ".join(dict.fromkeys(reason.kind for reason in verdict.reasons)))
         return
     run, report = verdict.run, verdict.report
     _say_fit(run, report)
