@@ -191,6 +191,7 @@ def simulate(
         DataInvalid: If a client's data, or the held-out data, cannot be used.
         ModelInvalid: If the model or its weights cannot be had.
         SettingsInvalid: If an argument that names a place is no path.
+        StateInvalid: If `out` cannot be written, or another simulation writes there.
     """
     from fedpeft import simulation
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from safetensors.numpy import load_file
 
 from fedpeft.cli import federation, live, processes, report
 from fedpeft.cli.processes import Household, free_ports
-from fedpeft.errors import LocalError, SettingsInvalid
+from fedpeft.errors import LocalError, SettingsInvalid, StateInvalid
 from fedpeft.following import Picture
 from fedpeft.v1 import run_pb2
 
@@ -225,6 +226,22 @@ async def test_folder_of_somebody_else_is_left_alone(tmp_path: Path, monkeypatch
     with pytest.raises(SettingsInvalid, match="holds something that is not a demo's"):
         await federation.hold(federation.plan_of(out, None, None, None, None, 0, 0))
     assert os.listdir(out) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("lock", [".lock", "server/lock"])
+async def test_a_folder_in_which_a_demo_or_its_server_runs_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment(tmp_path)
+    out = tmp_path / "out"
+    (out / "server").mkdir(parents=True)
+    (out / federation.MARK).touch()
+    (out / "report.json").touch()
+    with (out / lock).open("w") as held, pytest.raises(StateInvalid, match="is in use by a"):
+        fcntl.flock(held, fcntl.LOCK_EX)
+        await federation.hold(federation.plan_of(out, None, None, None, None, 0, 0))
+    assert {"server", "report.json"} <= set(os.listdir(out))
 
 
 def children(pid: int) -> list[int]:

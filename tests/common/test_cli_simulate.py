@@ -69,15 +69,21 @@ def test_a_long_round_says_how_far_it_is(tmp_path, capfd, monkeypatch):
     assert said[2].startswith("round 1 of 1, 2 updates")
 
 
-def test_ctrl_c_says_what_is_left(tmp_path):
+def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_path):
     whole = write(tmp_path / "whole.parquet", table(30))
     (tmp_path / "run.toml").write_text(RUN_FILE.replace("count = 2", "count = 100_000"))
     asked = ("simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out"))
     command = [sys.executable, "-m", "fedpeft.cli.app", *asked, "--device", "cpu", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert next(line for line in process.stderr if line.startswith("round 1 of 100000, 2 updates"))
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
+    assert second.returncode == 1
+    assert second.stderr == (
+        f"fedpeft: {tmp_path / 'out'} is in use by another simulation (process {process.pid}); stop it first, or name "
+        "another folder\n"
+    )
     assert process.returncode == 130
     assert re.search(
         r"^fedpeft: interrupted: .*/out holds the results of [\d,]+ rounds?; running the command again starts at "

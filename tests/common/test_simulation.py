@@ -1,6 +1,7 @@
 """Whole simulated runs of a tiny model: repeatable, the same as plain FedAvg, and honest about what goes wrong."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from fedpeft.data.dataset import open_dataset
 from fedpeft.data.parts import write_parts
 from fedpeft.data.sources import open_source
 from fedpeft.data.transforms import Preprocessing
-from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid
+from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid, StateInvalid
 from fedpeft.evaluation import evaluate
 from fedpeft.models import build
 from fedpeft.peft import tune
@@ -318,6 +319,30 @@ def test_what_is_encoded_on_the_way_down_is_what_clients_start_from(tmp_path, fo
     simulate(config(), names, tmp_path / "full")
     assert half["rounds"][0]["payload_bytes_down"] * 2 == half["rounds"][0]["payload_bytes_up"]
     assert not same(tensors(tmp_path / "half")[1], tensors(tmp_path / "full")[1])
+
+
+def test_a_second_simulation_in_one_folder_is_refused_and_the_first_is_unharmed(tmp_path, folders):
+    names, out = clients(folders), tmp_path / "out"
+    (tmp_path / "link").symlink_to(out)
+    (out).mkdir()
+    (out / ".lock").write_text("1")  # of a process that was killed
+    refusals = []
+
+    def another(_row):
+        for place in (out, tmp_path / "link"):
+            with pytest.raises(
+                StateInvalid, match=rf"is in use by another simulation \(process {os.getpid()}\)"
+            ) as told:
+                simulate(config(), names, place)
+            refusals.append(told)
+
+    report = simulate(config(), names, out, committed=another)
+    assert len(refusals) == 2 * len(report["rounds"])
+    assert report["state"] == "completed"
+    assert len((out / "records.jsonl").read_text().splitlines()) == len(report["rounds"])
+    assert sorted(p.name for p in out.iterdir()) == ["adapter.safetensors", "records.jsonl", "report.json"]
+    again = simulate(config(), names, out)
+    assert without_clock(again) == without_clock(report)
 
 
 def test_what_cannot_be_simulated_is_said_at_once(tmp_path, folders):

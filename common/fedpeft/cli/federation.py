@@ -11,19 +11,20 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fedpeft
-from fedpeft import views
+from fedpeft import folder_lock, views
 from fedpeft.cli import output, report
 from fedpeft.cli.creation import created
 from fedpeft.cli.processes import Household, free_ports
 from fedpeft.cli.session import Session
 from fedpeft.cli.watching import watched
 from fedpeft.config import RunConfig, load_run_file
-from fedpeft.errors import ServerUnreachable, SettingsInvalid, TrainingFailed
+from fedpeft.errors import ServerUnreachable, SettingsInvalid, StateInvalid, TrainingFailed
 from fedpeft.following import Picture
 from fedpeft.home import NO_HOME, home_folder
 from fedpeft.operator_client import PATIENCE_S
@@ -119,10 +120,18 @@ async def hold(plan: Plan) -> Picture:
 
     Raises:
         LocalError: If a process ends before its time, with the last lines of its log.
+        SettingsInvalid: If the folder cannot be used, or is not a demo's.
+        StateInvalid: If another demo runs in the folder, or a server on what an earlier one left there.
         TrainingFailed: If the run was stopped before it was completed.
     """
+    _make(plan.out)
+    with folder_lock.held(plan.out, "demo"):
+        _clear(plan.out)
+        return await _held_in(plan)
+
+
+async def _held_in(plan: Plan) -> Picture:
     begun = time.monotonic()
-    _prepare(plan.out)
     household = Household(plan.out / "logs", ONE_THREAD)
     try:
         async with household:
@@ -170,15 +179,28 @@ def _experiment() -> Path:
     raise SettingsInvalid(f"the demo needs {EXPERIMENT} of the project's source; run it inside a checkout")
 
 
-def _prepare(out: Path) -> None:
-    """Makes the demo's folder, and clears what an earlier demo left in it."""
-    try:
+def _make(out: Path) -> None:
+    """Makes the demo's folder; one that holds anything must be a demo's."""
+    with _usable(out):
         if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
             raise SettingsInvalid(f"--out {out} holds something that is not a demo's; name a new or empty folder")
         out.mkdir(parents=True, exist_ok=True)
         (out / MARK).touch()
+
+
+def _clear(out: Path) -> None:
+    """Removes what an earlier demo left in the folder."""
+    with _usable(out):
+        if folder_lock.is_held(out / "server" / "lock"):
+            raise StateInvalid(f"{out / 'server'} is in use by a server; stop it first, or name another folder")
         for name in OURS:
             shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _usable(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise SettingsInvalid(f"--out {out} cannot be used: {error.strerror}") from None
 

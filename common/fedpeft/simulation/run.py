@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 from google.protobuf import json_format
 
-from fedpeft import conduct, durable, ids, payload, rounds, seeds, wire
+from fedpeft import conduct, durable, folder_lock, ids, payload, rounds, seeds, wire
 from fedpeft.config import RunConfig
 from fedpeft.data.reading import Reading
 from fedpeft.errors import (
@@ -68,7 +68,8 @@ def simulate(
     """Holds a whole run.
 
     Leaves in `out`: the newest adapter version in adapter.safetensors and the records so far in records.jsonl, both
-    after every round, and report.json at the end. Earlier ones there are replaced.
+    after every round, and report.json at the end. Earlier ones there are replaced. `out` is held meanwhile: another
+    simulation there is refused before it changes anything.
 
     Args:
         config: The run file; its `[simulation]` has done its work by now, see `fedpeft.simulation.clients.clients_of`.
@@ -96,14 +97,14 @@ def simulate(
         DataInvalid: If a client's data, or the held-out data, cannot be used.
         ModelInvalid: If the model or its weights cannot be had.
         SettingsInvalid: If there is no such device.
-        StateInvalid: If `out` cannot be written.
+        StateInvalid: If `out` cannot be written, or another simulation writes there.
     """
     _check(config, clients)
     reading = reading or reading_of(config)
     config = wire.config_from_proto(wire.config_to_proto(config))  # as a server gets it: without [simulation]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with durable.scratch(out / "simulation") as scratch:
+        with folder_lock.held(out, "simulation"), durable.scratch(out / "simulation") as scratch:
             memory = scratch / "memory"
             memory.mkdir()
             bench = Workbench(config, clients, memory, evaluate, weights, label_map, device, reading)
@@ -116,7 +117,7 @@ def simulate(
                 "partition": None if partition is None else dict(partition),
                 "overlap": None if shared is None else shared.as_dict(),
             }
-        durable.write_text(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            durable.write_text(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise StateInvalid(f"cannot use {error.filename or out}: {error.strerror or error}") from None
     return report
