@@ -36,55 +36,59 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
         run, direction = ("run",), ("direction",)
-        self.rounds = Counter("fedpeft_client_rounds", "Rounds that were trained for.", run, registry=r)
-        self.updates = Counter(
-            "fedpeft_client_updates", "Updates by what became of them.", ("run", "outcome"), registry=r
-        )
-        self.evaluations = Counter("fedpeft_client_evaluations", "Versions that were scored.", run, registry=r)
-        self.declines = Counter(
-            "fedpeft_client_declines", "Runs that were declined, by reason.", ("reason",), registry=r
-        )
+        self.rounds = Counter("fedpeft_client_rounds", "Completed local trainings.", run, registry=r)
+        self.updates = Counter("fedpeft_client_updates", "Updates by outcome.", ("run", "outcome"), registry=r)
+        self.evaluations = Counter("fedpeft_client_evaluations", "Versions scored.", run, registry=r)
+        self.declines = Counter("fedpeft_client_declines", "Runs declined, by reason.", ("reason",), registry=r)
         self.tickets_given_up = Counter(
-            "fedpeft_client_tickets_given_up", "Tickets given back, by reason.", ("run", "reason"), registry=r
+            "fedpeft_client_tickets_given_up", "Tickets withdrawn, by reason.", ("run", "reason"), registry=r
         )
         self.evaluations_given_up = Counter(
-            "fedpeft_client_evaluations_given_up", "Versions that could not be scored.", run, registry=r
+            "fedpeft_client_evaluations_given_up", "Versions that this evaluator failed to score.", run, registry=r
         )
         self.left_out = Counter(
             "fedpeft_client_runs_left_out",
-            "Times that a run was left out for a while, because work for it failed.",
+            "Times that a run was skipped for a while because work for it had failed.",
             run,
             registry=r,
         )
         self.wire_bytes = Counter(
-            "fedpeft_client_wire_bytes", "Whole serialized messages, bytes.", direction, registry=r
+            "fedpeft_client_wire_bytes",
+            "Size of serialized messages, bytes; `up` is client to server, `down` server to client.",
+            direction,
+            registry=r,
         )
-        self.payload_bytes = Counter("fedpeft_client_payload_bytes", "Encoded tensors, bytes.", direction, registry=r)
-        self.training_seconds = Counter("fedpeft_client_training_seconds", "Seconds of training.", run, registry=r)
+        self.payload_bytes = Counter(
+            "fedpeft_client_payload_bytes", "Size of encoded tensors, bytes.", direction, registry=r
+        )
+        self.training_seconds = Counter(
+            "fedpeft_client_training_seconds", "Time spent in local training, seconds.", run, registry=r
+        )
         self.images = Counter(
-            "fedpeft_client_images", "Images that were trained on, repeats included.", run, registry=r
+            "fedpeft_client_images", "Images processed in training, repetitions included.", run, registry=r
         )
         self.images_per_second = Gauge(
             "fedpeft_client_training_images_per_second",
-            "Rate of the training that is under way, or the last.",
+            "Speed of the current or most recent training, images per second.",
             run,
             registry=r,
         )
-        self.loss = Gauge(
-            "fedpeft_client_loss", "Loss of the training that is under way, or the last, nats.", run, registry=r
-        )
+        self.loss = Gauge("fedpeft_client_loss", "Loss of the current or most recent training, nats.", run, registry=r)
         self.accuracy = Gauge(
-            "fedpeft_client_accuracy", "Accuracy of the version scored last, 0 to 1.", run, registry=r
+            "fedpeft_client_accuracy", "Accuracy of the most recently scored version, 0 to 1.", run, registry=r
         )
-        self.examples = Gauge("fedpeft_client_examples", "Examples of the run's classes.", run, registry=r)
-        self.data_rows = Gauge(
-            "fedpeft_client_data_rows", "Examples that there are, before any run's labels.", registry=r
+        self.examples = Gauge(
+            "fedpeft_client_examples", "Local examples whose labels are among the run's classes.", run, registry=r
         )
+        self.data_rows = Gauge("fedpeft_client_data_rows", "Local examples, whatever their labels.", registry=r)
         self.gpu_peak = Gauge(
-            "fedpeft_client_gpu_memory_peak_bytes", "Most GPU memory that the last training held.", run, registry=r
+            "fedpeft_client_gpu_memory_peak_bytes",
+            "Peak GPU memory of the most recent training, bytes.",
+            run,
+            registry=r,
         )
         self._state = Gauge(
-            "fedpeft_client_state", "What the agent is doing: 1 for that, 0 else.", ("state",), registry=r
+            "fedpeft_client_state", "1 for the state that the agent is in, 0 for the others.", ("state",), registry=r
         )
         self.enter(State.CONNECTING)
 

@@ -216,6 +216,17 @@ class OperatorClient(AccessCalls):
                 return list(folded({}, parts).values())
             request.page_token = answer.next_page_token
 
+    async def round(self, run: str, number: int) -> run_pb2.Round | None:
+        """Returns one round of a run with its record and all its tickets, or None if there is no such round."""
+        request = pb.ListRoundsRequest(run=run, after=number - 1, page_size=1)
+        parts: list[run_pb2.Round] = []
+        while True:
+            answer = await self._ask(self._stub.ListRounds, request)
+            parts += answer.rounds
+            if not answer.next_page_token or any(part.number > number for part in answer.rounds):
+                return folded({}, parts).get(number)
+            request.page_token = answer.next_page_token
+
     async def watch(self, run: str, after: int = 0) -> AsyncIterator[pb.WatchRunResponse]:
         """Yields the run with the rounds above `after`, then what is new of them, until the run ends.
 

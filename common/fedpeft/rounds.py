@@ -28,6 +28,8 @@ from fedpeft.units import counted
 GATHER_S = 60.0
 """A quorum that waits for so long need not wait for more clients; before the first round, while people start the sites,
 for as long as a round's deadline if that is longer."""
+ROLLED_BACK = "the run was rolled back to version"
+"""The first words of the reason of tickets that a rollback discards."""
 
 
 class Phase(StrEnum):
@@ -377,7 +379,7 @@ def _excluded(state: Round, reasons: Mapping[str, str], config: RoundsConfig, no
 def _rolled_back(state: Round, to: int) -> Step:
     if state.phase is Phase.COMMITTED:
         return state, ()
-    reason = f"the run went back to version {to}; an update of what came after is not wanted"
+    reason = f"{ROLLED_BACK} {to}; updates of the round in progress are discarded"
     open_ = (TicketState.ISSUED, TicketState.RECEIVED)
     tickets = tuple(
         replace(t, state=TicketState.REFUSED, reason=reason) if t.state in open_ else t for t in state.tickets

@@ -202,7 +202,7 @@ class Server:
         try:
             await self._write_books()
         except FedpeftError as error:
-            log.error("traffic could not be written", message=error.message)
+            log.error("cannot write byte counts to the database", message=error.message)
         self.store.close()
         if self.settings.metrics:
             self.exporter.shutdown()
@@ -264,9 +264,9 @@ class Server:
         """Takes the ports: one, and with an authority a second one where devices enroll."""
         settings, own = self.settings, self.certificates
         for fault in own.faults(datetime.now(UTC)) if own else ():
-            log.error("devices cannot connect with these certificates", cause=fault)
+            log.error("clients cannot connect with these certificates", cause=fault)
         if own is None and not Address.parse(settings.listen, free=True).is_loopback:
-            log.warning("serving plain text beyond this machine, as --insecure says", listen=settings.listen)
+            log.warning("serving other machines without encryption, because of --insecure", listen=settings.listen)
         self.port = self._take(self.rpc, settings.listen, "--listen", own.credentials(ask=True) if own else None)
         self.enrolment: Enrolment | None = None
         self.enrollment = ""
@@ -310,7 +310,7 @@ class Server:
                 if self.enrolment:
                     self.enrolment.renewed()
                 log.info(
-                    "the server's certificates were replaced",
+                    "server certificates replaced",
                     ends=str(own.certificate.not_valid_after_utc),
                     authorities=[certificates.fingerprint(one)[:16] for one in own.authorities.trusted],
                 )

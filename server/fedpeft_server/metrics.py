@@ -83,48 +83,50 @@ class Metrics:
 
     def _declare_daemon(self) -> None:
         r = self.registry
-        self.build = Gauge("fedpeft_build", "1; the label says which version runs.", ("version",), registry=r)
+        self.build = Gauge("fedpeft_build", "Always 1; the label is the server's version.", ("version",), registry=r)
         self.disk_free_bytes = Gauge(
-            "fedpeft_disk_free_bytes", "Bytes that can still be written where the data folder is.", registry=r
+            "fedpeft_disk_free_bytes", "Free space on the file system of the data folder, bytes.", registry=r
         )
         self.disk_size_bytes = Gauge(
-            "fedpeft_disk_size_bytes", "Size of the file system where the data folder is, bytes.", registry=r
+            "fedpeft_disk_size_bytes", "Size of the file system of the data folder, bytes.", registry=r
         )
         self.certificate_expiry_seconds = Gauge(
             "fedpeft_certificate_expiry_seconds",
-            "When a certificate of the server ends (`server`, `authority`), seconds since the epoch.",
+            "Expiry time of the server's certificates (`server`, `authority`), Unix time in seconds.",
             ("certificate",),
             registry=r,
         )
         self.stored_bytes = Gauge(
             "fedpeft_stored_bytes",
-            "Bytes of files in the data folder: `spool` (updates that arrive or wait to be folded, and those that "
-            "--keep-updates keeps), `outbound` (encoded versions), `cache` (copies of what a bucket holds), `scratch` "
-            "(what is being folded), `database` (SQLite). Measured once a minute.",
+            "Size of the files in the data folder, bytes: `spool` (updates being received, waiting for aggregation, or "
+            "kept by --keep-updates), `outbound` (encoded versions), `cache` (copies of objects in a bucket), "
+            "`scratch` (aggregation in progress), `database` (SQLite). Measured once a minute.",
             ("place",),
             registry=r,
         )
         self.background_failures = Counter(
             "fedpeft_background_failures",
-            "Failures of work that no call waits for: `matching` (opens rounds), `deadline`, `progress` (finds clients "
-            "that hang), `fold`, `traffic` (writes byte counts), `files` (removes them), `certificate`, `log`, "
-            "`tokens`, `storage`...",
+            "Failures of background tasks: `matching` (opens rounds), `deadline`, `progress` (finds hung clients), "
+            "`fold`, `traffic` (writes byte counts), `files` (removes files), `certificate`, `log`, `tokens`, "
+            "`storage`...",
             ("work",),
             registry=r,
         )
         for work in BACKGROUND:  # from 0, so that the first failure is seen as a change
             self.background_failures.labels(work)
-        self.requests = Counter("fedpeft_grpc_requests", "Calls by method and code.", ("method", "code"), registry=r)
+        self.requests = Counter(
+            "fedpeft_grpc_requests", "Finished calls, by method and gRPC status code.", ("method", "code"), registry=r
+        )
         self.request_seconds = Histogram(
-            "fedpeft_grpc_request_seconds", "Duration of calls.", ("method",), buckets=_SECONDS, registry=r
+            "fedpeft_grpc_request_seconds", "Duration of calls, seconds.", ("method",), buckets=_SECONDS, registry=r
         )
 
         self.enrolment_ends = Counter(
-            "fedpeft_enrolment_ends", "Times that the process for enrolment ended and was started again.", registry=r
+            "fedpeft_enrolment_ends", "Restarts of the enrolment process after it ended unexpectedly.", registry=r
         )
         self.enrolment_refused = Counter(
             "fedpeft_enrolment_refused",
-            "Connections to the port for enrolment that were not served to their end, by why: "
+            "Connections to the enrolment port that were refused or cut off, by reason: "
             f"{', '.join(f'`{why}`' for why in Refusal)}.",
             ("why",),
             registry=r,
@@ -133,17 +135,20 @@ class Metrics:
             self.enrolment_refused.labels(why)
         self.lines_left_out = Counter(
             "fedpeft_log_lines_left_out",
-            "Log lines about calls that were not written, because there were too many about one caller's.",
+            "Log lines about calls that were suppressed because one caller caused too many.",
             registry=r,
         )
 
     def _declare_bytes(self) -> None:
         r, run, direction = self.registry, ("run",), ("run", "direction")
         self.wire_bytes = Counter(
-            "fedpeft_wire_bytes", "Whole serialized messages, bytes; `up` is to the server.", direction, registry=r
+            "fedpeft_wire_bytes",
+            "Size of serialized messages, bytes; `up` is client to server, `down` server to client.",
+            direction,
+            registry=r,
         )
         self.payload_bytes = Counter(
-            "fedpeft_payload_bytes", "Encoded tensors, bytes.", (*direction, "encoding"), registry=r
+            "fedpeft_payload_bytes", "Size of encoded tensors, bytes.", (*direction, "encoding"), registry=r
         )
         self.round_bytes = Gauge("fedpeft_round_bytes", "Wire bytes of the round in progress.", direction, registry=r)
         self.last_round_bytes = Gauge(
@@ -151,14 +156,14 @@ class Metrics:
         )
         self.round_budget_bytes = Gauge(
             "fedpeft_round_budget_bytes",
-            "What the round in progress should cost: 4 bytes a parameter sent, for each client sampled.",
+            "Expected size of the round in progress, bytes: 4 bytes per parameter sent, for each sampled client.",
             direction,
             registry=r,
         )
         self.full_finetuning_bytes = Gauge(
             "fedpeft_full_finetuning_bytes",
-            "What a round of full fine-tuning would cost each way: 4 bytes a parameter of the model, for each client "
-            "sampled; absent if the run's creator did not say how many there are.",
+            "Size of a round of full fine-tuning in each direction, bytes: 4 bytes per model parameter, for each "
+            "sampled client; absent if the run was created without a parameter count.",
             run,
             registry=r,
         )
@@ -166,7 +171,7 @@ class Metrics:
     def _declare_rounds(self) -> None:
         r, run = self.registry, ("run",)
         self.run_info = Gauge(
-            "fedpeft_run_info", "1; the labels say what a run is.", ("run", "name", "method", "model"), registry=r
+            "fedpeft_run_info", "Always 1; the labels describe the run.", ("run", "name", "method", "model"), registry=r
         )
         self.run_state = Gauge(
             "fedpeft_run_state",
@@ -183,52 +188,60 @@ class Metrics:
         )
         self.round_opened = Gauge(
             "fedpeft_round_opened_timestamp_seconds",
-            "When the round in progress opened, seconds since the epoch; absent unless one is open or aggregating.",
+            "Opening time of the round in progress, Unix time in seconds; absent unless it is open or aggregating.",
             run,
             registry=r,
         )
         self.round_deadline = Gauge(
             "fedpeft_round_deadline_timestamp_seconds",
-            "When the round in progress is closed or extended, seconds since the epoch; absent if none is open.",
+            "Deadline of the round in progress, Unix time in seconds; absent if no round is open.",
             run,
             registry=r,
         )
         self.round_extensions = Gauge(
-            "fedpeft_round_extensions", "Deadlines that the round in progress passed without a quorum.", run, registry=r
+            "fedpeft_round_extensions",
+            "Deadlines that the round in progress has missed without a quorum.",
+            run,
+            registry=r,
         )
-        self.round_goal = Gauge("fedpeft_round_goal", "Updates that close a round at once.", run, registry=r)
-        self.round_quorum = Gauge("fedpeft_round_quorum", "Updates that suffice at the deadline.", run, registry=r)
+        self.round_goal = Gauge(
+            "fedpeft_round_goal", "Number of updates at which a round closes before its deadline.", run, registry=r
+        )
+        self.round_quorum = Gauge(
+            "fedpeft_round_quorum", "Fewest updates with which a round closes at its deadline.", run, registry=r
+        )
         self.round_available = Gauge(
-            "fedpeft_round_available", "Clients that must wait before a round opens.", run, registry=r
+            "fedpeft_round_available", "Number of waiting clients at which a round opens.", run, registry=r
         )
         self.rounds = Counter(
             "fedpeft_rounds",
-            "Rounds by how they ended: `committed`, `stopped`; and how often one was `extended`, or `paused` its run.",
+            "Rounds by outcome: `committed`, `rolled_back`, `stopped`; also the times that a round was `extended` or "
+            "`paused` its run.",
             ("run", "outcome"),
             registry=r,
         )
         self.round_seconds = Histogram(
             "fedpeft_round_seconds",
-            "Duration of a round's phases: `open`, `aggregating`.",
+            "Duration of a round's phases `open` and `aggregating`, seconds.",
             ("run", "phase"),
             buckets=_SECONDS,
             registry=r,
         )
         self.evaluation_backlog = Gauge(
             "fedpeft_evaluation_backlog",
-            "Versions still to be scored, by the evaluator that has most left.",
+            "Versions still to be scored by the evaluator that is furthest behind.",
             run,
             registry=r,
         )
         self.evaluations_failed = Counter(
-            "fedpeft_evaluations_failed", "Versions that an evaluator could not score.", run, registry=r
+            "fedpeft_evaluations_failed", "Versions that an evaluator failed to score.", run, registry=r
         )
         self.accuracy = Gauge(
-            "fedpeft_accuracy", "Accuracy of the version scored last, 0 to 1.", ("run", "split"), registry=r
+            "fedpeft_accuracy", "Accuracy of the most recently scored version, 0 to 1.", ("run", "split"), registry=r
         )
         self.loss = Gauge(
             "fedpeft_loss",
-            "Mean loss of the newest version, nats; split `train` is what the clients of a round reported.",
+            "Mean loss of the newest version, nats; split `train` is the training loss that clients reported.",
             ("run", "split"),
             registry=r,
         )
@@ -237,7 +250,7 @@ class Metrics:
         r, run = self.registry, ("run",)
         self.updates = Counter(
             "fedpeft_updates",
-            "Updates by what became of them: `received` (of these `excluded` at the fold), `refused`, `late`.",
+            "Updates by outcome: `received`, `refused`, `late`; `excluded`: received, but not aggregated.",
             ("run", "outcome"),
             registry=r,
         )
@@ -246,9 +259,9 @@ class Metrics:
         )
         self.clients = Gauge(
             "fedpeft_clients",
-            "Clients by what they are doing: `waiting` to be sampled, `declined` the run or `set_aside`; of the round "
-            "in progress, `issued` a ticket and awaited (stragglers in the end), `received`, `withdrawn`, `refused`, "
-            "`late`.",
+            "Clients of a run by state: `waiting` to be sampled, `declined`, `set_aside`; and those sampled for the "
+            "round in progress by the state of their ticket: `issued` (update still awaited), `received`, `withdrawn`, "
+            "`refused`, `late`.",
             ("run", "state"),
             registry=r,
         )
@@ -262,21 +275,21 @@ class Metrics:
         )
         self.registered_clients = Gauge(
             "fedpeft_registered_clients",
-            "Clients that ever registered, by when they last called: `present`, `silent` (not for 2 minutes), `gone` "
-            "(not for a day). Role: `trainer`, `evaluator`.",
+            "Registered clients by role (`trainer`, `evaluator`) and time since their last call: `present`, `silent` "
+            "(more than 2 minutes), `gone` (more than a day).",
             ("role", "state"),
             registry=r,
         )
         self.client_images_per_second = Histogram(
             "fedpeft_client_images_per_second",
-            "Images that a client trained on in a second, as its update says.",
+            "Training speed reported with an update, images per second.",
             run,
             buckets=_RATES,
             registry=r,
         )
         self.client_gpu_memory_bytes = Histogram(
             "fedpeft_client_gpu_memory_bytes",
-            "Most GPU memory that a training took, bytes, as the update says; nothing from clients without a GPU.",
+            "Peak GPU memory of local training reported with an update, bytes; only from clients with a GPU.",
             run,
             buckets=_MEMORY,
             registry=r,

@@ -91,12 +91,12 @@ class Background:
             yield
         except FedpeftError as error:
             self._metrics.background_failures.labels(name).inc()
-            log.error("background work failed, and is tried again", work=name, run=run, message=error.message)
+            log.error("background work failed; retrying", work=name, run=run, message=error.message)
             if isinstance(error, DatabaseUnavailable):
                 self._fails(name, run)
         except Exception as error:
             self._metrics.background_failures.labels(name).inc()
-            log.error("background work failed, and is tried again", work=name, run=run, exc_info=error)
+            log.error("background work failed; retrying", work=name, run=run, exc_info=error)
             self._fails(name, run)
         else:
             if (name, run) in self._failing:
@@ -137,7 +137,7 @@ class Background:
             return
         name, what = task.get_name(), f"{type(error).__name__}: {error}" if error else "it ended"
         self._metrics.background_failures.labels(name).inc()
-        log.critical("background work cannot go on, so the server ends", work=name, exc_info=error)
+        log.critical("background work failed for good; the server shuts down", work=name, exc_info=error)
         self.fault = self.fault or Internal(f"background work {name!r} failed: {what}; the log has the details")
         self.changed.set()
         self._end()

@@ -159,7 +159,7 @@ def test_steering(served: Serving, fedpeft: Command) -> None:
 def test_who_declined_and_why_is_shown_watched_and_listed(served: Serving, fedpeft: Command) -> None:
     why = ["2 of its 9 classes are not among the run's", "it has no image of the run's classes"]
     declines = [run_pb2.Decline(client="hospital-b", reasons=why)]
-    waiting = a_run(reason="round 1 waits for clients: 1 of 3 are there, 1 declined", declines=declines)
+    waiting = a_run(reason="round 1 waits for clients: 1 of 3 available, 1 declined", declines=declines)
     served.double.runs = {RUN: waiting}
     line = f"hospital-b declined: {'; '.join(why)}"
     assert f"  {line}" in fedpeft("run", "show", RUN).out.splitlines()

@@ -36,7 +36,7 @@ def test_a_run_in_words() -> None:
     assert lines == [
         "emoji: bias on vit_tiny, 60 of 1,000,000 parameters (0.01 %)",
         "round 2 of 3: waiting > OPEN > aggregating > committed",
-        "1 of 2 received, quorum 1, 8 min 40 s left; waits for twemoji",
+        "1 of 2 received, quorum 1, 8 min 40 s left; waiting for twemoji",
         "accuracy 50.0 % ▁ 50.0 %   loss 1.500   training loss 2.500",
         "sent up 600 B, down 620 B; full fine-tuning 7.63 MiB each way (13,333x)",
     ]

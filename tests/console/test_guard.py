@@ -94,7 +94,7 @@ def test_a_link_works_once(browser: Browser, link: str) -> None:
     again = Browser(browser.netloc)
     answer = again.log_in(link)
     assert answer.status == 403
-    assert "has been used" in answer.text
+    assert "has already been used" in answer.text
     assert again.send("GET", "/").status == 401
 
 
@@ -124,7 +124,7 @@ def test_a_form_without_its_token_is_refused(browser: Browser, path: str) -> Non
     for token in ("", "x", browser.token + "x"):
         answer = browser.send("POST", path, urlencode({"csrf": token}))
         assert answer.status == 403
-        assert "form is of another session" in answer.text
+        assert "form belongs to another session" in answer.text
 
 
 def test_a_cookie_of_another_console_is_nobody(browser: Browser) -> None:

@@ -61,7 +61,7 @@ async def test_the_command_of_a_viewer_offers_nothing_to_steer(secured: Federati
     page = await asyncio.to_thread(browser.send, "GET", "/")
     assert page.status == 200
     assert ">Viewer<" in page.text
-    assert "No run yet." in page.text
+    assert "No runs yet." in page.text
     assert 'href="/new"' not in page.text
     assert (await asyncio.to_thread(browser.send, "GET", "/audit")).status == 200
     joining = (await asyncio.to_thread(browser.send, "GET", "/clients")).text

@@ -139,6 +139,6 @@ async def faults(looked: Looked, file: Path) -> None:
     text = (EMOJI / "demo.toml").read_text().replace("clients = 5", "clients = 0").replace('"sgd"', '"sdg"')
     await page.get_by_label("Run file (TOML)").fill(text)
     await page.get_by_role("button", name="Check").click()
-    await expect(page.get_by_role("heading", name="2 faults")).to_be_visible()
+    await expect(page.get_by_role("heading", name="2 errors")).to_be_visible()
     await page.screenshot(path=file)
     await page.close()

@@ -82,14 +82,14 @@ def test_a_round_of_two_is_compared_with_the_rounds_before() -> None:
 def test_norms_of_nothing_are_not_divided_by() -> None:
     flat = round_(1, [ticket(name, 0.0) for name in "abc"])
     assert [n.ratio for n in norms([flat])] == [None, None, None]
-    assert [times(ratio) for ratio in (4.21, 0.2, 0.0)] == ["4.2 times", "1/5 of", "nothing beside"]
+    assert [times(ratio) for ratio in (4.21, 0.2, 0.0)] == ["4.2 times", "1/5 of", "less than 1/1000 of"]
 
 
 def test_members_with_remarks_come_first() -> None:
     late = round_(3, [*usual(3).tickets[:2], ticket("c", state="late"), ticket("d", state="refused", reason="too big")])
     found = members([usual(1), usual(2, d=9.0), late])
     assert [member.client for member in found] == ["d", "a", "b", "c"]
-    assert found[0].remarks == ("update norm 9.0 times the median, in round 2", "refused in round 3: too big")
+    assert found[0].remarks == ("update norm 9.0 times the median in round 2", "refused in round 3: too big")
     assert (found[0].sampled, found[0].counted, found[0].missed) == (3, 2, 1)
     assert found[3].remarks == ()  # late once in three
 
@@ -97,8 +97,8 @@ def test_members_with_remarks_come_first() -> None:
 def test_a_client_of_few_examples_or_of_a_high_loss_is_remarked() -> None:
     tickets = [ticket("a", examples=5), ticket("b", loss=4.0), ticket("c"), ticket("d", state="late")]
     found = {member.client: member.remarks for member in members([round_(1, tickets)])}
-    assert found["a"] == ("trains on 5 examples, the median is 100",)
-    assert found["b"] == ("training loss 4.000, the median is 1.000",)
+    assert found["a"] == ("trains on 5 examples (median 100)",)
+    assert found["b"] == ("training loss 4.000 (median 1.000)",)
     assert found["c"] == ()
     assert found["d"] == ("late in round 1",)
 
@@ -149,7 +149,7 @@ def test_the_configuration_of_a_run_is_a_run_file_again() -> None:
     assert read(found.text) == wire.config_from_proto(run.config)
     assert (found.hidden, found.problem) == (0, "")
     run.config.codec.up = "of a later version"
-    assert configuration(run).problem.startswith("it cannot be shown by this version: ")
+    assert configuration(run).problem.startswith("the configuration cannot be shown by this version: ")
 
 
 def test_a_configuration_of_many_classes_is_cut_on_the_page_and_whole_for_a_new_run() -> None:
@@ -165,11 +165,13 @@ def test_charts_are_said_in_words() -> None:
     assert said["accuracy"] == "From 5.0 % (version 0) to 18.2 % (version 2)."
     assert said["loss"] == "Training loss from 2.000 to 1.000, in nats."
     assert said["bytes"].startswith("Round 2: 3.9 KiB up (above the line), 7.8 KiB down (below it); full fine-tuning")
-    assert said["spent"] == "18.2 % after 23.4 KiB up and down. Full fine-tuning would have sent 15.26 MiB."
+    assert said["spent"] == "18.2 % after 23.4 KiB in both directions. Full fine-tuning would have sent 15.26 MiB."
     worse = [usual(1), round_(2, usual(2).tickets, metrics={"accuracy": 0.05})]
-    assert captions(worse, {})["spent"].startswith("5.0 % after 23.4 KiB up and down; the best, 10.0 %, after 11.7 KiB")
+    assert captions(worse, {})["spent"].startswith(
+        "5.0 % after 23.4 KiB in both directions; the best, 10.0 %, after 11.7 KiB"
+    )
     assert captions([], {"accuracy": 0.1})["spent"] == "No version has been scored since a round was committed."
-    assert said["norms"] == "8 updates; these stand out: d (1, 9.0 times the median)."
+    assert said["norms"] == "8 updates; outliers: d (1, 9.0 times the median)."
     assert captions([], {})["norms"] == "No update has been received yet."
 
 
@@ -201,7 +203,7 @@ def test_the_history_of_a_client() -> None:
         ("run-1", 1, False),
     ]
     assert [tile.value for tile in tiles(entries)] == ["3", "2", "2.0 KiB", "1"]
-    assert [remark for _, remark in remarks("a", [new])] == ["update norm 9.0 times the median, in round 2"]
+    assert [remark for _, remark in remarks("a", [new])] == ["update norm 9.0 times the median in round 2"]
     drawn = chart("a", [old, new])
     assert drawn is not None
     assert drawn[0] is new
@@ -241,6 +243,6 @@ def test_a_run_without_classes_is_scored_by_its_loss() -> None:
     assert (shown.score, shown.scored_by) == ("0.500", "loss")
     assert shown.line is not None
     assert run_tiles(Picture(run), rounds)[1] == Tile("Loss", "0.500", "on held-out data, version 2")
-    assert captions(rounds, {"loss": 1.5})["accuracy"] == "Versions are scored by their loss alone."
+    assert captions(rounds, {"loss": 1.5})["accuracy"] == "Versions are scored by loss only."
     unscored = card(a_run(), None, [])
     assert (unscored.score, unscored.scored_by) == ("", "")

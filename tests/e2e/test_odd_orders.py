@@ -96,7 +96,7 @@ def test_a_site_that_does_not_suit_declines_by_name_and_takes_part_once_it_is_me
     assert misfit.process.wait(150) == 4
     assert "'fox' (8 rows) is not among the run's" in misfit.log.read_text().splitlines()[-1]
     shown = federation.show(run)
-    assert shown["reason"].endswith("0 of 1 are there, 1 declined")
+    assert shown["reason"].endswith("0 of 1 available, 1 declined")
     why = "1 of its 2 classes is not among the run's; a label map can rename or drop them"
     assert [(d["client"], d["reasons"]) for d in shown["declines"]] == [("alice", [why])]
     data.write_bytes(good)

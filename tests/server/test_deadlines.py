@@ -127,7 +127,7 @@ async def test_idle_says_what_is_awaited(start: StartDaemon, monkeypatch) -> Non
     assert (await a.wait()).idle.reason == "there is no unfinished run to work for"
     run = await daemon.create(config(rounds={"count": 1, "clients": 2, "quorum": 2}))
     idle = (await a.wait()).idle
-    assert (idle.reason, idle.finished) == (f"round 1 of {run.id} waits for clients: 1 of 2 are there", False)
+    assert (idle.reason, idle.finished) == (f"round 1 of {run.id} waits for clients: 1 of 2 available", False)
     await daemon.operator.StopRun(op.StopRunRequest(run=run.id))
     assert (await a.wait()).idle.finished
 
@@ -159,7 +159,7 @@ async def test_who_waits_is_told_that_the_round_may_open_without_others(
     (a,) = await daemon.clients("a")
     await daemon.create(config(rounds={"count": 1, "clients": 2}))
     reason = (await a.wait()).idle.reason
-    assert reason.endswith("1 of 2 are there; it opens without the others if they do not come soon")
+    assert reason.endswith("1 of 2 available; it opens without the others if they do not come soon")
 
 
 async def test_a_client_that_is_gone_does_not_hold_up_a_run_with_a_quorum(daemon: Daemon) -> None:

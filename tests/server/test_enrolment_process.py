@@ -142,7 +142,7 @@ async def test_a_connection_that_says_nothing_is_closed(tmp_path: Path) -> None:
     async with echoing(tmp_path, silence_s=0.2) as echo:
         reader, _ = await echo.open()
         assert await until_closed(reader) == 0
-        assert echo.relay.refused == {"said nothing": 1}
+        assert echo.relay.refused == {"no data": 1}
 
 
 async def test_a_connection_has_an_end_however_much_it_says(tmp_path: Path) -> None:
@@ -150,13 +150,13 @@ async def test_a_connection_has_an_end_however_much_it_says(tmp_path: Path) -> N
         reader, writer = await echo.open()
         assert await is_served(reader, writer)
         await until_closed(reader)
-        assert echo.relay.refused == {"lived too long": 1}
+        assert echo.relay.refused == {"open too long": 1}
 
 
 async def test_a_connection_says_so_many_bytes(tmp_path: Path) -> None:
     most = ENROLMENT.received_bytes or 0
     async with echoing(tmp_path) as echo:
-        for size, why in ((most - 1, {}), (most + 1, {"said too much": 1})):
+        for size, why in ((most - 1, {}), (most + 1, {"too much data": 1})):
             reader, writer = await echo.open()
             writer.write(bytes(size))
             if why:

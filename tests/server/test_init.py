@@ -128,7 +128,7 @@ async def test_a_server_whose_clock_is_wrong_says_so(tmp_path: Path, hours: int,
                 await asyncio.sleep(0.01)
         server.stopping.set()
         await living
-    (warned,) = [line for line in lines if line["event"].startswith("devices cannot connect")]
+    (warned,) = [line for line in lines if line["event"].startswith("clients cannot connect")]
     assert warned["log_level"] == "error" and re.search(said, warned["cause"])
 
 

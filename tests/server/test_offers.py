@@ -37,7 +37,7 @@ async def test_a_run_is_offered_whole_before_any_ticket(daemon: Daemon) -> None:
     assert await offered(a) == run.id, "an offer that was not answered is made again"
     current = (await daemon.operator.GetRun(op.GetRunRequest(run=run.id))).round
     assert current.phase == run_pb2.ROUND_PHASE_WAITING and not current.tickets
-    assert "0 of 1 are there, the answer of a is awaited" in (await daemon.run(run.id)).reason
+    assert "0 of 1 available, the answer of a is awaited" in (await daemon.run(run.id)).reason
     await a.answer(run.id, examples=12)
     assert (await a.look()).training.run == run.id
     (answer,) = (await client_shown(daemon, "a")).answers
@@ -74,7 +74,7 @@ async def test_the_wait_names_how_many_declined_but_tells_no_client_why(daemon: 
     await offered(b)
     await b.answer(run.id, WHY)
     shown = await daemon.run(run.id)
-    assert shown.reason.endswith("waits for clients: 0 of 2 are there, 1 declined")
+    assert shown.reason.endswith("waits for clients: 0 of 2 available, 1 declined")
     assert [d.client for d in shown.declines] == ["b"] and shown.declines[0].at.seconds
     (answer,) = (await client_shown(daemon, "b")).answers
     assert (answer.answer, list(answer.reasons)) == (fed.ANSWER_DECLINED, [WHY])

@@ -76,7 +76,7 @@ async def test_the_round_in_progress_is_over_and_its_clients_are_told(daemon: Da
     await back(daemon, run, 0)
     for client in (a, b):
         standing = await client.upload(given[client])
-        assert standing.state == run_pb2.TICKET_STATE_REFUSED and "went back to version 0" in standing.reason
+        assert standing.state == run_pb2.TICKET_STATE_REFUSED and "rolled back to version 0" in standing.reason
     assert await refused(b.push(given[b], filled(0.5))) == "TICKET_CLOSED"
     await hold(daemon, run, 3, [a, b], 0.5)
     assert all((values == 0.5).all() for values in (await daemon.adapter(run, 3)).values())

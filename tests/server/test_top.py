@@ -119,7 +119,7 @@ async def test_a_run_at_a_glance(daemon: Daemon, size: tuple[int, int]) -> None:
         text = await shows(pilot, "1 of 3 received", "fxemoji", "value 0 is not finite")
         assert re.search(rf"^ *> +{run.id} +emoji +running +2/10", text, re.M)
         assert "round 3 of 10: waiting > OPEN > aggregating > committed" in text
-        assert re.search(r"1 of 3 received(, quorum \d)?, (9 min \d+ s|10 min 0 s) left; waits for fxemoji", text)
+        assert re.search(r"1 of 3 received(, quorum \d)?, (9 min \d+ s|10 min 0 s) left; waiting for fxemoji", text)
         assert re.search(r"accuracy 11\.1 % ▁.*█ 46\.3 %", text)
         assert "full fine-tuning" in text
         rows = [line.split() for line in text.splitlines()]
@@ -183,17 +183,17 @@ async def test_pause_resume_and_stop_ask_first(daemon: Daemon) -> None:
         await pilot.press("y")
         await shows(pilot, "running", without="PAUSED")
         await pilot.press("x")
-        await shows(pilot, "for good?")
+        await shows(pilot, "cannot be resumed")
         await pilot.press("y")
         await shows(pilot, "STOPPED at version 0 of 2")
         await pilot.press("x")
-        await shows(pilot, "this run is over")
+        await shows(pilot, "This run has ended")
 
 
 async def test_who_may_only_look_has_no_such_keys(daemon: Daemon) -> None:
     run = await daemon.create(config())
     async with top(daemon, (100, 30), may_write=False) as pilot:
-        text = await shows(pilot, run.id, "looking only")
+        text = await shows(pilot, run.id, "read-only")
         assert "x Stop" not in text
         await pilot.press("p", "x")
         assert len(pilot.app.screen_stack) == 1
@@ -220,11 +220,11 @@ async def test_a_server_that_was_away_is_found_again(start: StartDaemon, tmp_pat
     async with top(daemon, connect=connect) as pilot:
         await shows(pilot, run.id, "UTC")
         await daemon.end()
-        await shows(pilot, f"AWAY: no FedPEFT server answers at {first}", run.id)
+        await shows(pilot, f"NO CONNECTION: no FedPEFT server answers at {first}", run.id)
         again = await start(tmp_path / "kept")
         where = again.server.settings.listen
         await again.clients("late-comer")
-        text = await shows(pilot, "UTC", "clients: 1 ", without="AWAY")
+        text = await shows(pilot, "UTC", "clients: 1 ", without="NO CONNECTION")
         assert re.search(rf"^ *> +{run.id} ", text, re.M), "what was there before is there again"
         await pilot.press("3")
         assert re.search(r"^ *late-comer +trainer", await shows(pilot, "late-comer"), re.M)
@@ -245,10 +245,10 @@ async def test_before_the_server_has_answered_nothing_is_said_of_it(
     async with app.run_test(size=(160, 50)) as pilot:
         first = screen(app)
         assert first.splitlines()[0].split() == ["asking", silent, "..."]
-        later = await shows(pilot, f"AWAY: no FedPEFT server answers at {silent}", f"asking {silent} ...")
+        later = await shows(pilot, f"NO CONNECTION: no FedPEFT server answers at {silent}", f"asking {silent} ...")
     for text in (first, later):
         assert "none yet" not in text
-        assert "There is no run yet" not in text
+        assert "No runs yet" not in text
 
 
 async def test_a_server_that_freezes_is_away_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,10 +261,10 @@ async def test_a_server_that_freezes_is_away_and_found_again(tmp_path: Path, mon
             await shows(pilot, run, "UTC")
             os.kill(federation.daemon.process.pid, signal.SIGSTOP)
             began = time.monotonic()
-            await shows(pilot, f"AWAY: no FedPEFT server answers at {federation.address}", run)
+            await shows(pilot, f"NO CONNECTION: no FedPEFT server answers at {federation.address}", run)
             assert time.monotonic() - began < 5
             os.kill(federation.daemon.process.pid, signal.SIGCONT)
-            await shows(pilot, run, "UTC", without="AWAY")
+            await shows(pilot, run, "UTC", without="NO CONNECTION")
     finally:
         await asyncio.to_thread(federation.close)
 
@@ -287,9 +287,9 @@ def test_it_does_not_start_where_nothing_answers(
 
 async def test_nothing_yet_and_the_keys(daemon: Daemon) -> None:
     async with top(daemon) as pilot:
-        await shows(pilot, "There is no run yet", "none yet")
+        await shows(pilot, "No runs yet", "none yet")
         await pilot.press("s", "p", "question_mark")
-        await shows(pilot, "pause the run, or resume", "escape  back")
+        await shows(pilot, "pause or resume the run", "escape  back")
         assert len(pilot.app.screen_stack) == 2, "no dialog asks whether to pause a run that is not there"
         await pilot.press("escape")
         await shows(pilot, without="escape  back")

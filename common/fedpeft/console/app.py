@@ -50,6 +50,8 @@ LOOKED_AT: tuple[tuple[str, Page], ...] = (
 )
 SENT: tuple[tuple[str, Page], ...] = (
     *((f"/runs/{{run}}/{verb}", steering.steering(verb)) for verb in steering.VERBS),
+    ("/runs/{run}/rollback", steering.rollback),
+    ("/runs/{run}/readmit", steering.readmit),
     ("/new", creation.create),
     ("/access", login.new_link),
     ("/logout", login.logout),

@@ -8,8 +8,13 @@ from functools import cached_property
 from statistics import median
 
 from fedpeft import views
+from fedpeft.errors import UpdateExcluded
 from fedpeft.following import Picture
+from fedpeft.rounds import ROLLED_BACK
 from fedpeft.v1 import run_pb2
+
+_BACK = "rolled_back_to"
+"""The figure of a version that a rollback made: the version it has the tensors of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +23,8 @@ class TicketFacts:
 
     Attributes:
         client: Its id.
-        state: issued, received, withdrawn, refused or late.
+        state: issued, received, withdrawn, refused or late; of a refused one, excluded if its update was not folded
+            because of its norm, and discarded if a rollback ended its round.
         reason: Why, where the state wants one.
         examples: Trained on, as the client says.
         weight: Share of the mean; 0 until committed.
@@ -64,6 +70,7 @@ class RoundFacts:
         payload_down: Tensors alone.
         full: What full fine-tuning would have sent each way for the updates counted; 0 if not known.
         record_sha256: Digest of its record.
+        rolled_back_to: The version whose tensors its version has, where a rollback made it; else None.
     """
 
     number: int
@@ -81,6 +88,7 @@ class RoundFacts:
     payload_down: int
     full: int
     record_sha256: str
+    rolled_back_to: int | None = None
 
     @property
     def is_committed(self) -> bool:
@@ -123,7 +131,8 @@ class Reader:
 
 def round_facts(message: run_pb2.Round, run: run_pb2.Run) -> RoundFacts:
     """Reads a round."""
-    tickets = tuple(_ticket_facts(ticket) for ticket in message.tickets)
+    back = int(message.metrics[_BACK]) if _BACK in message.metrics else None
+    tickets = tuple(_ticket_facts(ticket, rolled_back=back is not None) for ticket in message.tickets)
     return RoundFacts(
         number=message.number,
         phase=views.phase(message),
@@ -133,21 +142,27 @@ def round_facts(message: run_pb2.Round, run: run_pb2.Run) -> RoundFacts:
         seconds=views.seconds(message),
         extensions=message.extensions,
         tickets=tickets,
-        metrics=dict(message.metrics),
+        metrics={name: value for name, value in message.metrics.items() if name != _BACK},
         up=message.wire_bytes_up,
         down=message.wire_bytes_down,
         payload_up=message.payload_bytes_up,
         payload_down=message.payload_bytes_down,
         full=views.full_bytes(run, sum(ticket.is_counted for ticket in tickets)),
         record_sha256=message.record_sha256,
+        rolled_back_to=back,
     )
 
 
-def _ticket_facts(ticket: run_pb2.Ticket) -> TicketFacts:
+def _ticket_facts(ticket: run_pb2.Ticket, *, rolled_back: bool) -> TicketFacts:
+    state = run_pb2.TicketState.Name(ticket.state).removeprefix("TICKET_STATE_").lower()
+    if state == "refused" and ticket.reason.startswith(UpdateExcluded.reason):
+        state = "excluded"
+    elif state == "refused" and rolled_back and ticket.reason.startswith(ROLLED_BACK):
+        state = "discarded"
     return TicketFacts(
         client=ticket.client,
-        state=run_pb2.TicketState.Name(ticket.state).removeprefix("TICKET_STATE_").lower(),
-        reason=ticket.reason,
+        state=state,
+        reason=ticket.reason.removeprefix(f"{UpdateExcluded.reason}: "),
         examples=ticket.examples,
         weight=ticket.weight,
         norm=ticket.update_norm,

@@ -99,16 +99,16 @@ class Guard:
     def _check(self, scope: Scope, headers: Headers, session: Session | None) -> None:
         host = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:/@\s]+)(?::[0-9]{1,5})?", headers.get("host", ""))
         if host is None or not self._settings.is_ours(host[1]):
-            raise Refused(421, "This console does not answer under that host name; open the address that it printed.")
+            raise Refused(421, "The console is not available under this host name; open the address that it printed.")
         if scope["method"] not in _SAFE and headers.get("origin") != f"{self._settings.scheme}://{headers['host']}":
-            raise Refused(403, "This was not sent from a page of the console.")
+            raise Refused(403, "The request was not sent from a page of the console.")
         if scope["method"] not in _SAFE and not _is_short(headers.get("content-length", "")):
             raise Refused(413, f"A form of the console has at most {MOST_BYTES:,} bytes, and says how many.")
         if session is None and not scope["path"].startswith(OPEN_PATHS):
             raise Refused(
                 401,
-                "You are not logged in. Open the link that `fedpeft console` printed; it works once, and a page of "
-                "the console gives another. Start the console again for a fresh one.",
+                "You are not logged in. Open the link that `fedpeft console` printed; it works once. For another link, "
+                "use the Access page of a browser that is logged in, or restart the console.",
             )
 
 
@@ -119,7 +119,7 @@ def check_token(session: Session, token: object) -> None:
         Refused: If it did not.
     """
     if not isinstance(token, str) or not compare_digest(token.encode(), session.token.encode()):
-        raise Refused(403, "The form is of another session; open the page again and repeat it.")
+        raise Refused(403, "The form belongs to another session; reload the page and try again.")
 
 
 def check_writer(session: Session) -> None:
@@ -129,7 +129,7 @@ def check_writer(session: Session) -> None:
         Refused: If it may only look.
     """
     if not session.may_write:
-        raise Refused(403, "This session may look, not steer: creating, pausing and stopping runs is an operator's.")
+        raise Refused(403, "This session is read-only; only an operator may create or change runs and readmit clients.")
 
 
 def cookie_name(port: int) -> str:

@@ -36,7 +36,7 @@ def stream(request: Request, draw: Draw, runs: Callable[[], Sequence[str]]) -> S
         Refused: If too many pages are open.
     """
     if not desk_of(request).door.may_open(session_of(request)):
-        raise Refused(503, "Too many pages are open already; close one and load this one again.")
+        raise Refused(503, "Too many pages are open; close one and reload this page.")
     return StreamingResponse(_events(request, draw, runs), media_type="text/event-stream")
 
 

@@ -52,12 +52,14 @@ async def unknown(request: Request, error: Exception) -> Response:
 
 async def unexpected(request: Request, error: Exception) -> Response:
     """Says that the console has a fault; its traceback goes to standard error."""
-    return said(request, Refused(500, f"Unexpected {type(error).__name__}; the console's own output has more."))
+    return said(
+        request, Refused(500, f"Unexpected {type(error).__name__}; the console's standard error has the details.")
+    )
 
 
 def said(request: Request, refusal: Refused) -> Response:
     """Returns the page that says a refusal."""
-    title = {401: "Not logged in", 404: "Not found", 500: "A fault", 503: "Not available"}.get(
+    title = {401: "Not logged in", 404: "Not found", 500: "Internal error", 503: "Not available"}.get(
         refusal.status, "Refused"
     )
     return desk_of(request).paper.page(

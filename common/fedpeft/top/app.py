@@ -147,20 +147,20 @@ class TopApp(App[None]):
         """Pauses the run, or resumes it, once the question is answered."""
         run = self._run
         if run is None or views.state(run) not in ("running", "paused"):
-            self.notify("this run is over", severity="warning")
+            self.notify("This run has ended.", severity="warning")
         elif views.state(run) == "paused":
             self._steer(f"Resume {run.config.name} ({run.id})?", self._feed.resume, run.id)
         else:
-            text = f"Pause {run.config.name} ({run.id})?\nThe open round goes on; no new one opens."
+            text = f"Pause {run.config.name} ({run.id})?\nThe open round continues; no new round opens."
             self._steer(text, self._feed.pause, run.id)
 
     def action_stop(self) -> None:
         """Stops the run, once the question is answered."""
         run = self._run
         if run is None or views.state(run) not in ("running", "paused"):
-            self.notify("this run is over", severity="warning")
+            self.notify("This run has ended.", severity="warning")
             return
-        text = f"Stop {run.config.name} ({run.id}) for good?\nIts open round ends; what is committed stays."
+        text = f"Stop {run.config.name} ({run.id})?\nIt cannot be resumed. Committed versions are kept."
         self._steer(text, self._feed.stop, run.id)
 
     @work(group="steer")
@@ -196,7 +196,7 @@ class TopApp(App[None]):
         elif not feed.answered:
             self._text("head", self._asking)
         elif not feed.lost and not feed.runs:
-            self._text("head", "There is no run yet; create one with: fedpeft run create FILE")
+            self._text("head", "No runs yet. Create one with: fedpeft run create FILE")
         self._text("views", self._tabs())
         lower = self._lower(now)
         self._fill("detail", lower)
@@ -208,10 +208,10 @@ class TopApp(App[None]):
 
     def _standing(self, now: datetime) -> str:
         if self._feed.lost:
-            return f"AWAY: {self._feed.lost}; asking again"
+            return f"NO CONNECTION: {self._feed.lost}; retrying"
         if not self._feed.answered:
             return self._asking
-        rights = "" if self._may_write else "  looking only"
+        rights = "" if self._may_write else "  read-only"
         clients = scene.clients_line(self._feed.clients)
         return f"fedpeft top  {self._address}  {now:%H:%M:%S} UTC{rights}  clients: {clients}"
 

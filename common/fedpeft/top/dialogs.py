@@ -11,14 +11,15 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 KEYS = """\
- up, down   choose a run              1  this round: who was sampled, late, refused, and why
- p          pause the run, or resume  2  all rounds: accuracy, loss, bytes
- x          stop the run for good     3  clients
- s          sort the lower table      tab  move between the tables
- ?          these keys                q  leave; the run goes on
+ up, down  select a run             1    current round: its tickets
+ p         pause or resume the run  2    all rounds: accuracy, bytes
+ x         stop the run             3    clients
+ s         change the sort order    tab  switch between tables
+ ?         show this help           q    quit; runs continue
 
- Paused and stopped is only after a question, and only by an operator.
- When the server is away, this is said at the top, and it is asked until it is back."""
+ Pause, resume and stop ask for confirmation, and need the operator
+ role. If the server cannot be reached, the top line says so until
+ the connection is back."""
 
 
 class Question(ModalScreen[bool]):

@@ -24,7 +24,7 @@ PHASES = ("waiting", "open", "aggregating", "committed")
 _TICKETS = {
     run_pb2.TICKET_STATE_REFUSED: "refused",
     run_pb2.TICKET_STATE_LATE: "late",
-    run_pb2.TICKET_STATE_WITHDRAWN: "gave up",
+    run_pb2.TICKET_STATE_WITHDRAWN: "withdrawn",
     run_pb2.TICKET_STATE_ISSUED: "awaited",
     run_pb2.TICKET_STATE_RECEIVED: "received",
 }
@@ -69,7 +69,7 @@ def runs_table(runs: Iterable[run_pb2.Run], chosen: str) -> Table:
         )
         for run in runs
     ]
-    return Table(("", "run", "name", "state", "version", "why"), tuple(reversed(rows)))
+    return Table(("", "run", "name", "state", "version", "reason"), tuple(reversed(rows)))
 
 
 def headline(picture: Picture, now: datetime) -> list[str]:
@@ -111,7 +111,7 @@ def waiting_line(picture: Picture, now: datetime) -> str:
     left = views.remaining_s(current, now)
     until = "" if left is None else f", {span(left)} left"
     again = f", extended {counted(current.extensions, 'time')}" if current.extensions else ""
-    return f"{done}{until}{again}; waits for {names(awaited)}" if awaited else f"{done}{until}{again}"
+    return f"{done}{until}{again}; waiting for {names(awaited)}" if awaited else f"{done}{until}{again}"
 
 
 def scores_line(picture: Picture) -> str:
@@ -169,7 +169,7 @@ def tickets_table(picture: Picture, clients: Iterable[operator_service_pb2.Clien
     }
     tickets.sort(key=keys.get(order, keys["state"]))  # type: ignore[arg-type]  # each key is of one type
     rows = [_ticket(ticket, known.get(ticket.client)) for ticket in tickets[:MOST_ROWS]]
-    heads = ("client", "state", "now", "loss", "up", "down", "examples", "why")
+    heads = ("client", "state", "now", "loss", "up", "down", "examples", "reason")
     return Table(heads, (*rows, *_rest(len(tickets), len(heads))), tuple(keys))
 
 
@@ -230,9 +230,9 @@ def clients_table(
     found = list(clients)
     keys: dict[str, Callable[[operator_service_pb2.Client], object]] = {
         "client": lambda c: c.id,
-        "doing": lambda c: (c.activity, c.id),
+        "activity": lambda c: (c.activity, c.id),
         "updates": lambda c: (-c.updates, c.id),
-        "seen": lambda c: (-c.last_seen.ToNanoseconds(), c.id),
+        "last seen": lambda c: (-c.last_seen.ToNanoseconds(), c.id),
     }
     found.sort(key=keys.get(order, keys["client"]))  # type: ignore[arg-type]  # each key is of one type
     declined = {} if run is None else {decline.client: "; ".join(decline.reasons) for decline in run.declines}
@@ -247,7 +247,7 @@ def clients_table(
         )
         for client in found[:MOST_ROWS]
     ]
-    heads = ("client", "role", "doing", "updates", "seen", "why not")
+    heads = ("client", "role", "activity", "updates", "last seen", "note")
     return Table(heads, (*rows, *_rest(len(found), len(heads))), tuple(keys))
 
 
@@ -267,7 +267,7 @@ def note(table: Table, row: int) -> str:
     """Returns what the last cell of a row says, as a narrow terminal cuts it; else of the first that has one."""
     rows = [table.rows[row]] if row < len(table.rows) and table.rows[row][-1] else table.rows
     found = next((cells for cells in rows if cells[-1]), None)
-    return f"{found[0]}: {found[-1]}" if found and table.heads[-1].startswith("why") else ""
+    return f"{found[0]}: {found[-1]}" if found and table.heads[-1] in ("reason", "note") else ""
 
 
 def span(seconds: float) -> str:

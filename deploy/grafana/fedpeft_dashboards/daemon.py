@@ -162,14 +162,14 @@ def _bounds(to: Dashboard) -> None:
     to.with_panel(
         lines(
             "Enrolment refused",
-            "Connections to the port for enrolment that were not served to their end, a second, by why.",
+            "Connections to the enrolment port that were refused or cut off, per second, by reason.",
             units.RequestsPerSecond,
             Query(f"sum by (why) (rate(fedpeft_enrolment_refused_total{{{DAEMONS}}}[$__rate_interval]))", "{{why}}"),
         )
     ).with_panel(
         lines(
             "Left out",
-            "Log lines that one caller had too many of, and ends of the process for enrolment.",
+            "Log lines suppressed because one caller caused too many, and restarts of the enrolment process.",
             units.NoUnit,
             Query(f"rate(fedpeft_log_lines_left_out_total{{{DAEMONS}}}[$__rate_interval])", "{{instance}} lines/s"),
             Query(ends, "{{instance}} enrolment ended"),

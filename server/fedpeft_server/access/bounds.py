@@ -107,9 +107,9 @@ class Refusal(StrEnum):
     OPENED_TOO_FAST = "opened too fast"
     OF_ONE_ADDRESS = "too many of one address"
     TOO_MANY = "too many connections"
-    SAID_NOTHING = "said nothing"
-    SAID_TOO_MUCH = "said too much"
-    LIVED_TOO_LONG = "lived too long"
+    NO_DATA = "no data"
+    TOO_MUCH_DATA = "too much data"
+    OPEN_TOO_LONG = "open too long"
 
 
 _SMALL = CallBound(message_bytes=4 * KIB, elements=64)

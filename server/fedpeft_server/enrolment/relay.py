@@ -154,7 +154,7 @@ class Relay:
         try:
             done, _ = await asyncio.wait(ways, timeout=self._bound.life_s, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                self.refused[Refusal.LIVED_TOO_LONG] += 1
+                self.refused[Refusal.OPEN_TOO_LONG] += 1
         finally:
             for way in ways:
                 way.cancel()
@@ -167,13 +167,13 @@ class Relay:
                 async with asyncio.timeout(self._bound.silence_s):
                     data = await loop.sock_recv(line, min(PIECE_BYTES, left))
             except TimeoutError:
-                self.refused[Refusal.SAID_NOTHING] += 1
+                self.refused[Refusal.NO_DATA] += 1
                 return
             if not data:
                 return
             left -= len(data)
             await loop.sock_sendall(up, data)
-        self.refused[Refusal.SAID_TOO_MUCH] += 1
+        self.refused[Refusal.TOO_MUCH_DATA] += 1
 
     async def _outward(self, up: socket.socket, line: socket.socket) -> None:
         loop = asyncio.get_running_loop()

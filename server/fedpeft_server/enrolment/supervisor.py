@@ -87,7 +87,7 @@ class Enrolment:
             if time.monotonic() - begun > WELL_S:
                 pause_s = FIRST_PAUSE_S
             self._metrics.enrolment_ends.inc()
-            log.error("the process for enrolment ended", code=code, again_in_s=pause_s, last="\n".join(self._last))
+            log.error("enrolment process ended; restarting", code=code, again_in_s=pause_s, last="\n".join(self._last))
             await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -146,13 +146,13 @@ class Enrolment:
             self._last.append(line)
             return
         if "ready" in report:
-            log.info("the process for enrolment is serving", pid=report["ready"])
+            log.info("enrolment process ready", pid=report["ready"])
             await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         refused = report.get("refused", {})
         for why, count in refused.items():
             self._metrics.enrolment_refused.labels(why).inc(count)
         if refused:
-            log.warning("connections to the port for enrolment were not served to their end", why=refused)
+            log.warning("connections to the enrolment port were refused or cut off", why=refused)
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
         """Ends a process: by the end of its input, or by force."""

@@ -350,7 +350,7 @@ class RunEngine:
             try:
                 return await self._fold_and_commit()
             except (DatabaseUnavailable, DatabaseLocked) as error:
-                self._log.error("a round cannot be folded yet", round=self.round.number, message=error.message)
+                self._log.error("the round cannot be aggregated yet", round=self.round.number, message=error.message)
             await asyncio.sleep(AGAIN_S)
 
     async def _fold_and_commit(self) -> None:
@@ -493,7 +493,7 @@ class RunEngine:
                 await self._set_run(RunState.PAUSED, reason)
             except FedpeftError as fault:
                 # Better known to this process alone than a wait that nobody explains; a restart folds anyway.
-                self._log.error("the pause could not be written", message=fault.message)
+                self._log.error("cannot write the pause to the database", message=fault.message)
                 self.run = replace(self.run, state=RunState.PAUSED, reason=reason)
                 gauges.show(self._metrics, self.run, self.round)
                 self._changed(self)

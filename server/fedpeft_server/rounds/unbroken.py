@@ -67,6 +67,6 @@ def unbroken(method: Method[S, P, R]) -> Method[S, P, R]:
 def _tell_failure(step: asyncio.Task[Any]) -> None:
     error = None if step.cancelled() else step.exception()
     if isinstance(error, FedpeftError):
-        log.warning("a step failed after its caller had left", message=error.message)
+        log.warning("a step failed after its caller had disconnected", message=error.message)
     elif error is not None:
-        log.error("a step failed after its caller had left", exc_info=error)
+        log.error("a step failed after its caller had disconnected", exc_info=error)

@@ -34,7 +34,7 @@ def awaited(
     if run.state is not RunState.RUNNING:
         return f"{run.id} is {run.state}" + (f": {run.reason}" if run.reason else "")
     if current.phase is Phase.WAITING:
-        there = f"{ready} of {config.available} are there"
+        there = f"{ready} of {config.available} available"
         if config.available > ready >= config.least_available:
             there += "; it opens without the others if they do not come soon"
         return f"round {current.number} of {run.id} waits for clients: {there}{_others(declined, unanswered)}"

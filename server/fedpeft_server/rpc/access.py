@@ -136,7 +136,7 @@ class Access(pb_grpc.AccessServiceServicer):
             raise CertificateMissing("a certificate is renewed over a connection that was made with it")
         certificate = self._issue(authority, subject, key, self._admission.refused_until(subject))
         await self._store.call(self._identities.renewed, subject, _issued(certificate, authority))
-        log.info("renewed", subject=str(subject))
+        log.info("certificate renewed", subject=str(subject))
         return pb.RenewResponse(certificate=certificates.to_pem(certificate), authority=self._trusted())
 
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
@@ -160,7 +160,7 @@ class Access(pb_grpc.AccessServiceServicer):
         made = EnrollmentToken.make(where.server, where.enrollment, self._root())
         row = TokenRow(made.digest.hex(), subject, now, actor(), now + life_s)
         await self._store.call(self._identities.add_token, row)
-        log.info("token made", subject=str(subject), token=row.id, by=row.created_by)
+        log.info("token created", subject=str(subject), token=row.id, by=row.created_by)
         return pb.CreateTokenResponse(token=token_message(row), line=made.encode())
 
     async def ListTokens(self, request: pb.ListTokensRequest, context: Context) -> pb.ListTokensResponse:
@@ -232,7 +232,7 @@ class Access(pb_grpc.AccessServiceServicer):
     async def _restore(self, subject: Subject, by: str) -> IdentityRow:
         row = await self._store.call(self._identities.restore, subject, time.time(), by)
         self._admission.know(row)
-        log.warning("restored", subject=str(subject), by=by)
+        log.warning("identity restored", subject=str(subject), by=by)
         return row
 
     @unbroken
@@ -244,7 +244,7 @@ class Access(pb_grpc.AccessServiceServicer):
             self._admission.spare(subject)
             raise
         self._admission.revoke(subject)
-        log.warning("revoked", subject=str(subject), by=by, reason=reason)
+        log.warning("identity revoked", subject=str(subject), by=by, reason=reason)
         await self._dismiss(subject, by, "its certificate was revoked")
         return row
 
@@ -254,7 +254,7 @@ class Access(pb_grpc.AccessServiceServicer):
         row = await self._store.call(self._identities.revoke, subject, time.time(), reason, str(subject), left=True)
         self._admission.know(row)
         self._admission.revoke(subject, sparing=spared)
-        log.warning("left", subject=str(subject), reason=reason)
+        log.warning("client left the federation", subject=str(subject), reason=reason)
         return await self._dismiss(subject, str(subject), "it left")
 
     async def _dismiss(self, subject: Subject, by: str, reason: str) -> int:

@@ -53,14 +53,14 @@ class CallerLog:
         call = CALL.get()
         again = self._again(call, type(error).__name__)
         if again is not None:
-            log.error("a call failed through a fault of the server", method=call.method, exc_info=error, **again)
+            log.error("a call failed with an internal error", method=call.method, exc_info=error, **again)
 
     def tell(self) -> None:
         """Writes how many lines were left out since the last time, and about whose calls most."""
         if not self._left_out:
             return
         most = {who: count for who, count in self._left_out.most_common(MOST_NAMED)}
-        log.warning("lines about calls were left out", lines=self._left_out.total(), most=most)
+        log.warning("log lines about calls were suppressed", lines=self._left_out.total(), most=most)
         self._left_out.clear()
 
     def _again(self, call: Call, kind: str) -> dict[str, int] | None:

@@ -156,7 +156,7 @@ class Gate(grpc.aio.ServerInterceptor):
         try:
             await self.admission.refused(call, error, peer)
         except FedpeftError as fault:
-            log.error("a refusal could not be written into the audit log", method=call.method, message=fault.message)
+            log.error("cannot write a refusal to the audit log", method=call.method, message=fault.message)
 
 
 class _Boundary:

@@ -242,7 +242,7 @@ class Uploads:
             del self._concluding[ticket]
         error = None if step.cancelled() else step.exception()
         if error and not isinstance(error, FedpeftError):
-            log.error("an update could not be concluded", ticket=ticket, exc_info=error)
+            log.error("an upload failed with an internal error", ticket=ticket, exc_info=error)
 
     def _admit(self, engine: RunEngine, ticket: Ticket) -> None:
         if ticket.state is TicketState.REFUSED and ticket.reason.startswith(UpdateExcluded.reason):

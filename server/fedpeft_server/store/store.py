@@ -194,7 +194,7 @@ def _file_bytes(path: Path) -> int:
 def _tell_failure(done: Future[object]) -> None:
     error = None if done.cancelled() else done.exception()
     if error is not None:
-        log.error("a file could not be closed or removed", exc_info=error)
+        log.error("cannot close or remove a file", exc_info=error)
 
 
 def creation_key(run_id: str) -> str:

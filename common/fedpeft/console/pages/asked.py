@@ -26,5 +26,5 @@ def path_id(request: Request, name: str) -> str:
 
 def _whole(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise Refused(404, f"{text!r} is not a number of a page, a round or a version.")
+        raise Refused(404, f"{text!r} is not the number of a page, round or version.")
     return int(text)

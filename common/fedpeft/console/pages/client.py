@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from fedpeft import views
 from fedpeft.console.desk import Desk, desk_of
-from fedpeft.console.guard import Refused
+from fedpeft.console.guard import Refused, session_of
 from fedpeft.console.live import stream
 from fedpeft.console.pages.asked import page_number, path_id
 from fedpeft.console.paper import Fragments
@@ -45,13 +45,13 @@ async def client(request: Request) -> Response:
     """Shows what a client did."""
     desk, name, page = desk_of(request), path_id(request, "client"), page_number(request)
     if not await desk.directory.knows_client(name):
-        raise Refused(404, f"No client {name} ever registered; the list of clients has those that did.")
+        raise Refused(404, f"No client {name} has registered; the list of clients shows all that have.")
     await desk.looked(_runs(desk))
     return desk.paper.page(
         request,
         "client.html",
         name,
-        fragments=draw(desk, name, page),
+        fragments=draw(desk, name, page, session_of(request).may_write),
         client=name,
         events=f"/clients/{quote(name)}/events?page={page}",
     )
@@ -60,7 +60,8 @@ async def client(request: Request) -> Response:
 async def client_events(request: Request) -> Response:
     """Sends what changes of it."""
     desk, name, page = desk_of(request), path_id(request, "client"), page_number(request)
-    return stream(request, lambda: draw(desk, name, page), lambda: _runs(desk))
+    may_write = session_of(request).may_write
+    return stream(request, lambda: draw(desk, name, page, may_write), lambda: _runs(desk))
 
 
 def draw_list(desk: Desk, page: int) -> Fragments:
@@ -78,7 +79,7 @@ def draw_list(desk: Desk, page: int) -> Fragments:
     }
 
 
-def draw(desk: Desk, name: str, page: int) -> Fragments:
+def draw(desk: Desk, name: str, page: int, may_write: bool) -> Fragments:
     """Returns the fragments of a client's page."""
     paper, known = desk.paper, desk.directory.clients.get(name)
     connection = {"connection": paper.fragment("connection.html", lost=desk.directory.lost)}
@@ -89,7 +90,9 @@ def draw(desk: Desk, name: str, page: int) -> Fragments:
     judges = not entries and views.role(known) == "evaluator"
     return {
         **connection,
-        "about": paper.fragment("client/about.html", client=views.client_json(known), remarks=remarks(name, followed)),
+        "about": paper.fragment(
+            "client/about.html", client=views.client_json(known), remarks=remarks(name, followed), may_write=may_write
+        ),
         "tiles": "" if judges else paper.fragment("tiles.html", tiles=tiles(entries)),
         "series": paper.fragment("series.html", series={"norms": drawn[1]} if drawn else {}),
         "said-norms": paper.fragment("client/norms.html", followed=drawn[0] if drawn else None, judges=judges),

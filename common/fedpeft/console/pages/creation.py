@@ -43,7 +43,7 @@ async def _of_run(request: Request, run: str) -> str:
     """
     desk = desk_of(request)
     if not ids.RUN.fullmatch(run) or not await desk.directory.knows_run(run):
-        raise Refused(404, f"There is no run {run[:80]}; the overview lists those there are.")
+        raise Refused(404, f"Run {run[:80]} does not exist; the overview lists all runs.")
     async with desk.line.connect() as server:
         return whole((await server.run(run))[0])
 

@@ -18,8 +18,8 @@ async def login(request: Request) -> Response:
     if session is None:
         raise Refused(
             403,
-            "This link has been used, or is of another console. A page of the console gives a fresh one under Access; "
-            "so does starting it again.",
+            "This link has already been used, or belongs to another console. For a new one, use the Access page of a "
+            "browser that is logged in, or restart the console.",
         )
     answer = RedirectResponse("/", 303)
     answer.set_cookie(

@@ -6,22 +6,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fedpeft.console.desk import Desk, desk_of
+from fedpeft.console.facts import RoundFacts
 from fedpeft.console.feed import RunFeed
 from fedpeft.console.guard import Refused, session_of
 from fedpeft.console.live import stream
 from fedpeft.console.pages.asked import page_number, path_id, path_number
 from fedpeft.console.paper import Fragments
+from fedpeft.console.shown.aside import set_aside
 from fedpeft.console.shown.captions import captions
 from fedpeft.console.shown.configuration import configuration
+from fedpeft.console.shown.evaluation import evaluation
+from fedpeft.console.shown.excluded import Exclusions, exclusions
 from fedpeft.console.shown.members import members
 from fedpeft.console.shown.outliers import WINDOW, norms
 from fedpeft.console.shown.pages import leaf
-from fedpeft.console.shown.run import awaited, declines, head, stage, tiles
+from fedpeft.console.shown.run import awaited, declines, head, stage, tiles, versions
 from fedpeft.console.shown.series import series
+from fedpeft.errors import Unavailable
 
-ROUNDS_A_PAGE = 12
+ROUNDS_A_PAGE = 25
 MOST_MEMBERS = 50
-"""Clients that are listed; those that are not like the others come first."""
+"""Clients that are listed; those with remarks come first."""
 
 
 async def run(request: Request) -> Response:
@@ -37,6 +42,7 @@ async def run(request: Request) -> Response:
         run=feed.run,
         name=name,
         window=WINDOW,
+        versions=versions(feed.picture.run, feed.rounds) if feed.picture else [],
         events=f"/runs/{feed.run}/events?page={page}",
     )
 
@@ -57,9 +63,12 @@ def draw(desk: Desk, feed: RunFeed, page: int, may_write: bool) -> Fragments:
         return connection
     about_rounds = feed.made(("rounds", page), lambda: _about_rounds(desk, feed, page))
     about_run = feed.made(("run", may_write), lambda: _about_run(desk, feed, may_write))
-    # How far clients are changes all the time: from the last look at all runs, not from the watch.
+    # How far clients and evaluators are changes all the time: from the last look at all runs, not from the watch.
     run = desk.directory.runs.get(feed.run, feed.picture.run)
-    far = {"awaited": desk.paper.fragment("run/awaited.html", awaited=awaited(run))}
+    far = {
+        "awaited": desk.paper.fragment("run/awaited.html", awaited=awaited(run)),
+        "evaluation": desk.paper.fragment("run/evaluation.html", evaluation=evaluation(run, feed.rounds), run=feed.run),
+    }
     return {**connection, **about_rounds, **about_run, **far}
 
 
@@ -69,7 +78,7 @@ async def round_(request: Request) -> Response:
     number = path_number(request, "number")
     facts = next((facts for facts in feed.rounds if facts.number == number), None)
     if facts is None or feed.picture is None:
-        raise Refused(404, f"{feed.run} has no round {number}; it has had {len(feed.rounds)}.")
+        raise Refused(404, f"{feed.run} has no round {number}; its newest round is {len(feed.rounds)}.")
     ratios = {norm.client: norm for norm in norms(feed.rounds) if norm.round == number}
     classes = {
         name.removeprefix("accuracy/"): value for name, value in facts.metrics.items() if name.startswith("accuracy/")
@@ -82,10 +91,22 @@ async def round_(request: Request) -> Response:
         name=feed.picture.run.config.name,
         round=facts,
         tickets=leaf(facts.tickets, page, 100),
+        excluded=await _exclusions(desk, feed.run, facts),
         norms=ratios,
         classes=sorted(classes.items(), key=lambda item: item[1]),
         last=len(feed.rounds),
     )
+
+
+async def _exclusions(desk: Desk, run: str, facts: RoundFacts) -> Exclusions | None:
+    """Returns the excluded updates of a round; its record, which alone has the limit, is read only if there are any."""
+    if not facts.of("excluded"):
+        return None
+    try:
+        found = await desk.line.ask(lambda server: server.round(run, facts.number)) if facts.is_committed else None
+    except Unavailable:  # the page says so already, and has the reasons without it
+        found = None
+    return exclusions(facts, found.record if found else "")
 
 
 def _about_run(desk: Desk, feed: RunFeed, may_write: bool) -> dict[str, str]:
@@ -93,7 +114,11 @@ def _about_run(desk: Desk, feed: RunFeed, may_write: bool) -> dict[str, str]:
     assert picture is not None
     return {
         "head": paper.fragment("run/head.html", head=head(picture.run), may_write=may_write),
+        "aside": paper.fragment(
+            "run/aside.html", aside=set_aside(picture.run, feed.rounds), run=feed.run, may_write=may_write
+        ),
         "end": paper.fragment("run/end.html", head=head(picture.run), may_write=may_write),
+        "rollback-said": paper.fragment("run/rollback.html", head=head(picture.run)),
         "configuration": paper.fragment(
             "run/configuration.html",
             configuration=configuration(picture.run),
@@ -137,7 +162,7 @@ async def _feed(request: Request) -> RunFeed:
     """
     desk, run = desk_of(request), path_id(request, "run")
     if not await desk.directory.knows_run(run):
-        raise Refused(404, f"There is no run {run}; the overview lists those there are.")
+        raise Refused(404, f"Run {run} does not exist; the overview lists all runs.")
     feed = desk.feeds.of(run, again=True)
     await desk.looked([run])
     if feed.error is not None:

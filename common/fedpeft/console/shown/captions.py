@@ -29,9 +29,9 @@ def _accuracy(committed: Sequence[RoundFacts], initial: Mapping[str, float]) -> 
     scores = [(0, initial["accuracy"])] if "accuracy" in initial else []
     scores += [(facts.number, facts.metrics["accuracy"]) for facts in committed if "accuracy" in facts.metrics]
     if not scores and any(views.is_scored(metrics) for metrics in (initial, *(facts.metrics for facts in committed))):
-        return "Versions are scored by their loss alone."
+        return "Versions are scored by loss only."
     if not scores:
-        return "No version has been scored. An evaluator is a fedpeft-client with --evaluate and held-out data."
+        return "No version has been scored. To score versions, run fedpeft-client --evaluate with held-out data."
     (first, begun), (last, now) = scores[0], scores[-1]
     if first == last:
         return f"Version {last} scored {units.percent(now)}."
@@ -68,7 +68,7 @@ def _spent(committed: Sequence[RoundFacts], initial: Mapping[str, float]) -> str
     beside = "" if best[1] == accuracy else f"; the best, {units.percent(best[1])}, after {units.size(best[0])}"
     full = sum(facts.full for facts in committed)
     against = f". Full fine-tuning would have sent {units.size(2 * full)}" if full else ""
-    return f"{units.percent(accuracy)} after {units.size(sent)} up and down{beside}{against}."
+    return f"{units.percent(accuracy)} after {units.size(sent)} in both directions{beside}{against}."
 
 
 def _norms(rounds: Sequence[RoundFacts]) -> str:
@@ -81,6 +81,6 @@ def _norms(rounds: Sequence[RoundFacts]) -> str:
             odd.setdefault(norm.client, []).append(norm.ratio)
     updates = units.counted(len(found), "update")
     if not odd:
-        return f"{updates}; none has {FACTOR:.0f} times the median norm of its round, or a third of it."
+        return f"{updates}; all norms lie within a factor of {FACTOR:.0f} of the median of their round."
     said = [f"{client} ({len(ratios)}, {times(max(ratios))} the median)" for client, ratios in odd.items()]
-    return f"{updates}; these stand out: {names(sorted(said)[:MOST_ODD])}."
+    return f"{updates}; outliers: {names(sorted(said)[:MOST_ODD])}."

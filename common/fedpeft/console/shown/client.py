@@ -72,18 +72,23 @@ def tiles(entries: Sequence[Entry]) -> list[Tile]:
     """Returns a client's history in four figures."""
     states = [entry.ticket.state for entry in entries]
     up, down = sum(entry.ticket.up for entry in entries), sum(entry.ticket.down for entry in entries)
-    refused, late, given_up = states.count("refused"), states.count("late"), states.count("withdrawn")
+    refused = states.count("refused") + states.count("excluded")
+    late, withdrawn = states.count("late"), states.count("withdrawn")
     odd = sum(entry.is_odd for entry in entries)
     return [
         Tile("Sampled", f"{len(entries)}", f"{states.count('issued')} awaited now"),
-        Tile("Counted", f"{states.count('received')}", f"{late} late, {refused} refused, {given_up} given up"),
+        Tile(
+            "Counted",
+            f"{states.count('received')}",
+            f"{late} late, {refused} refused or excluded, {withdrawn} withdrawn",
+        ),
         Tile("Sent up", units.size(up), f"down {units.size(down)}"),
-        Tile("Norms that stand out", f"{odd}", "beside the median of their rounds"),
+        Tile("Outlier norms", f"{odd}", "compared with the median of the round"),
     ]
 
 
 def remarks(client: str, runs: Iterable[Followed]) -> list[tuple[Followed, str]]:
-    """Returns what is not like the others, by run."""
+    """Returns the remarks on a client, by run."""
     return [(followed, remark) for followed in runs for remark in followed.remarks.get(client, ())]
 
 

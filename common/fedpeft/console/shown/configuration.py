@@ -43,7 +43,7 @@ def configuration(run: run_pb2.Run) -> Configuration:
     try:
         lines = whole(run).splitlines()
     except FedpeftError as error:
-        return Configuration("", problem=f"it cannot be shown by this version: {error.message}")
+        return Configuration("", problem=f"the configuration cannot be shown by this version: {error.message}")
     return Configuration("\n".join(lines[:MOST_LINES]), max(0, len(lines) - MOST_LINES))
 
 

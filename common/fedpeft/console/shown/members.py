@@ -1,4 +1,4 @@
-"""The clients of one run beside each other: who carries it, and who is not like the others."""
+"""The clients of one run beside each other: their share of the work, and remarks on outliers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Member:
         client: Its id.
         sampled: Rounds it was sampled in.
         counted: Of them, those with an update of it.
-        missed: Tickets late, refused or given up.
+        missed: Tickets late, refused, excluded or withdrawn.
         examples: Its last update's.
         share: `examples` over those of the client that has most, 0 to 1.
         weight: Its share of the mean in its last committed round.
         norm: Its last update's.
         ratio: Median of its norms over what was to be expected.
         loss: Of its last local training.
-        remarks: What is not like the others, a sentence each.
+        remarks: In what the client is an outlier, a sentence each.
     """
 
     client: str
@@ -103,7 +103,7 @@ def _member(
         client=client,
         sampled=len(tickets),
         counted=sum(ticket.is_counted for _, ticket in tickets),
-        missed=sum(ticket.state in ("late", "refused", "withdrawn") for _, ticket in tickets),
+        missed=sum(ticket.state in ("late", "refused", "excluded", "withdrawn") for _, ticket in tickets),
         examples=last.examples if last else 0,
         share=last.examples / usual.most if last and usual.most else 0.0,
         weight=next((ticket.weight for _, ticket in reversed(tickets) if ticket.weight), 0.0),
@@ -119,15 +119,16 @@ def _about_norms(own: Sequence[Norm]) -> list[str]:
     if not odd:
         return []
     said = times(median([norm.ratio for norm in odd if norm.ratio is not None]))
-    return [f"update norm {said} the median, in {_rounds([norm.round for norm in odd])}"]
+    return [f"update norm {said} the median in {_rounds([norm.round for norm in odd])}"]
 
 
 def _about_tickets(tickets: Sequence[tuple[int, TicketFacts]]) -> list[str]:
     said = []
-    for state in ("refused", "late"):
+    for state in ("refused", "excluded", "late"):
         of_state = [(number, ticket) for number, ticket in tickets if ticket.state == state]
-        if of_state and (state == "refused" or 2 * len(of_state) >= len(tickets)):
-            reason = f": {of_state[-1][1].reason}" if state == "refused" and of_state[-1][1].reason else ""
+        if of_state and (state != "late" or 2 * len(of_state) >= len(tickets)):
+            why = of_state[-1][1].reason
+            reason = f": {why}" if state != "late" and why else ""
             said.append(f"{state} in {_rounds([number for number, _ in of_state])}{reason}")
     return said
 
@@ -135,14 +136,14 @@ def _about_tickets(tickets: Sequence[tuple[int, TicketFacts]]) -> list[str]:
 def _about_data(last: TicketFacts, usual: _Usual) -> list[str]:
     said = []
     if last.examples and usual.examples and not 1 / UNEVEN < last.examples / usual.examples < UNEVEN:
-        said.append(f"trains on {counted(last.examples, 'example')}, the median is {usual.examples:,.0f}")
+        said.append(f"trains on {counted(last.examples, 'example')} (median {usual.examples:,.0f})")
     if last.loss is not None and usual.loss is not None and last.loss > HIGH_LOSS * usual.loss > 0:
-        said.append(f"training loss {last.loss:.3f}, the median is {usual.loss:.3f}")
+        said.append(f"training loss {last.loss:.3f} (median {usual.loss:.3f})")
     return said
 
 
 def _rounds(numbers: Sequence[int]) -> str:
-    """Returns `round 3`, `rounds 3, 4`, `9 rounds, the last of them 12`."""
+    """Returns `round 3`, `rounds 3, 4`, `9 rounds, most recently 12`."""
     if len(numbers) > MOST_ROUNDS_NAMED:
-        return f"{len(numbers)} rounds, the last of them {numbers[-1]}"
+        return f"{len(numbers)} rounds, most recently {numbers[-1]}"
     return f"round{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

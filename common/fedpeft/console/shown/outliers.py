@@ -58,4 +58,4 @@ def times(ratio: float) -> str:
     """Returns a ratio for people: `4.2 times`, `a fifth of`."""
     if ratio >= 1:
         return f"{ratio:.1f} times"
-    return "nothing beside" if ratio < 0.001 else f"1/{1 / ratio:.0f} of"
+    return "less than 1/1000 of" if ratio < 0.001 else f"1/{1 / ratio:.0f} of"

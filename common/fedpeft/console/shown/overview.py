@@ -38,7 +38,8 @@ class Card:
         scored_by: Which of the two; likewise.
         line: Its course.
         sent: Bytes, beside full fine-tuning.
-        odd: Clients that are not like the others.
+        odd: Clients with remarks.
+        aside: Clients that are set aside.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Card:
     line: Sparkline | None
     sent: str
     odd: tuple[str, ...]
+    aside: tuple[str, ...]
 
 
 def card(run: run_pb2.Run, picture: Picture | None, rounds: Sequence[RoundFacts]) -> Card:
@@ -81,6 +83,7 @@ def card(run: run_pb2.Run, picture: Picture | None, rounds: Sequence[RoundFacts]
         line=sparkline(thinned(scores, SPARKLINE_POINTS)),
         sent=_sent([facts for facts in rounds if facts.is_committed]),
         odd=tuple(member.client for member in members(rounds) if member.remarks),
+        aside=tuple((picture.run if picture is not None else run).set_aside),
     )
 
 
@@ -94,12 +97,12 @@ def tiles(runs: Iterable[run_pb2.Run], clients: Mapping[str, pb.Client]) -> list
         f"{here[activity]} {activity}" for activity in ("training", "uploading", "scoring") if here[activity]
     )
     return [
-        Tile("Runs", f"{states['running']} running", f"{states['paused']} paused, {sum(states.values())} in all"),
-        Tile("Devices here", f"{len(clients) - away}", f"of {len(clients)} that ever registered"),
+        Tile("Runs", f"{states['running']} running", f"{states['paused']} paused, {sum(states.values())} in total"),
+        Tile("Clients online", f"{len(clients) - away}", f"of {len(clients)} registered"),
         Tile(
-            "At work",
+            "Active",
             f"{here['training'] + here['uploading'] + here['scoring']}",
-            busy or ("all are waiting" if len(clients) > away else "nobody is here"),
+            busy or ("all are waiting" if len(clients) > away else "no client is online"),
         ),
         Tile("Evaluators", f"{roles['evaluator']}", "score versions on held-out data"),
     ]

@@ -13,13 +13,23 @@ from fedpeft.narration import names
 from fedpeft.operator_client import FINISHED
 from fedpeft.v1 import run_pb2
 
-PHASES = (("waiting", "Waiting"), ("open", "Training"), ("aggregating", "Folding"), ("committed", "Committed"))
+PHASES = (("waiting", "Waiting"), ("open", "Training"), ("aggregating", "Aggregating"), ("committed", "Committed"))
 MOST_TICKETS = 20
 """Tickets of the round in progress that are listed; those that want a look come first."""
 MOST_DECLINES = 20
 MOST_AWAITED = 8
 """Awaited clients of which it is shown how far they are."""
-_URGENCY = {"refused": 0, "late": 1, "issued": 2, "withdrawn": 3, "received": 4}
+_URGENCY = {"refused": 0, "excluded": 0, "late": 1, "issued": 2, "withdrawn": 3, "received": 4}
+_COUNTED = (
+    ("received", "received"),
+    ("issued", "awaited"),
+    ("late", "late"),
+    ("refused", "refused"),
+    ("excluded", "excluded"),
+    ("withdrawn", "withdrawn"),
+)
+MOST_VERSIONS = 200
+"""Earlier versions that are suggested for a rollback, the newest; every other may be typed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +112,9 @@ class Stage:
 def head(run: run_pb2.Run) -> Head:
     """Returns the head of a run's page."""
     state, tuned = views.state(run), views.adapter_parameters(run.spec)
-    can = {"running": ("pause", "stop"), "paused": ("resume", "stop")}.get(state, ())
+    can: tuple[str, ...] = {"running": ("pause", "stop"), "paused": ("resume", "stop")}.get(state, ())
+    if can and run.version:
+        can = (*can, "rollback")
     return Head(
         id=run.id,
         name=run.config.name or run.id,
@@ -133,17 +145,7 @@ def stage(picture: Picture, rounds: Sequence[RoundFacts]) -> Stage | None:
         (label, "done" if place < at else "now" if place == at else "todo") for place, (_, label) in enumerate(PHASES)
     )
     listed = sorted(facts.tickets, key=lambda ticket: (_URGENCY.get(ticket.state, 9), ticket.client))
-    counts = [
-        f"{len(facts.of(state)):,} {label}"
-        for state, label in (
-            ("received", "received"),
-            ("issued", "awaited"),
-            ("late", "late"),
-            ("refused", "refused"),
-            ("withdrawn", "gave up"),
-        )
-        if facts.of(state)
-    ]
+    counts = [f"{len(facts.of(state)):,} {label}" for state, label in _COUNTED if facts.of(state)]
     return Stage(
         number=facts.number,
         phase=facts.phase,
@@ -175,6 +177,13 @@ def tiles(picture: Picture, rounds: Sequence[RoundFacts]) -> list[Tile]:
     ]
 
 
+def versions(run: run_pb2.Run, rounds: Sequence[RoundFacts]) -> list[tuple[int, str]]:
+    """Returns the earlier versions that a rollback may go to, newest first, each with its score in words."""
+    figures = {facts.number: facts.metrics for facts in rounds if facts.is_committed}
+    numbers = range(run.version - 1, max(-1, run.version - 1 - MOST_VERSIONS), -1)
+    return [(number, _scored(figures.get(number, {}) if number else run.initial_metrics)) for number in numbers]
+
+
 def declines(run: run_pb2.Run) -> list[tuple[str, str, str | None]]:
     """Returns who does not take part, why, and when they said so."""
     return [(d.client, "; ".join(d.reasons), views.moment(d.at)) for d in run.declines[:MOST_DECLINES]]
@@ -192,19 +201,25 @@ def is_over(picture: Picture) -> bool:
 
 def _sentence(facts: RoundFacts, run: run_pb2.Run) -> str:
     if run.state == run_pb2.RUN_STATE_PAUSED:
-        return f"Paused: {run.reason}" if run.reason else "Paused; no new round opens until it is resumed."
+        return f"Paused: {run.reason}" if run.reason else "Paused; no new round opens until the run is resumed."
     if facts.phase == "waiting":
         words = run.reason.removeprefix(f"round {facts.number} of {run.id} ")  # the page has said both
         return sentence(words) if words else "Waiting for enough clients."
     if facts.phase == "aggregating":
-        return "The updates are being folded; nothing more is taken."
+        return "The updates are being aggregated; no more are accepted."
     awaited = [ticket.client for ticket in facts.of("issued")]
-    return f"Waiting for {names(awaited)}." if awaited else "All updates are here."
+    return f"Waiting for {names(awaited)}." if awaited else "All updates have been received."
+
+
+def _scored(metrics: Mapping[str, float]) -> str:
+    if "accuracy" in metrics:
+        return f"accuracy {units.percent(metrics['accuracy'])}"
+    return f"loss {metrics['loss']:.3f}" if "loss" in metrics else "not scored"
 
 
 def _lasted(committed: Sequence[RoundFacts]) -> str:
     taken = [facts.seconds for facts in committed[-10:] if facts.seconds is not None]
-    return f"{sum(taken) / len(taken):.1f} s a round lately" if taken else "none committed yet"
+    return f"{sum(taken) / len(taken):.1f} s per round recently" if taken else "none committed yet"
 
 
 def _score(committed: Sequence[RoundFacts], first: Mapping[str, float]) -> Tile:
@@ -224,8 +239,8 @@ def _score(committed: Sequence[RoundFacts], first: Mapping[str, float]) -> Tile:
         return Tile("Loss", f"{losses[-1][1]:.3f}", f"on held-out data, version {losses[-1][0]}")
     trained = [facts.metrics["train_loss"] for facts in committed if "train_loss" in facts.metrics]
     if trained:
-        return Tile("Training loss", f"{trained[-1]:.3f}", "no evaluator has scored a version")
-    return Tile("Accuracy", "-", "no evaluator has scored a version")
+        return Tile("Training loss", f"{trained[-1]:.3f}", "no version has been scored")
+    return Tile("Accuracy", "-", "no version has been scored")
 
 
 def _bytes(committed: Sequence[RoundFacts]) -> list[Tile]:
@@ -233,5 +248,5 @@ def _bytes(committed: Sequence[RoundFacts]) -> list[Tile]:
     full = sum(facts.full for facts in committed)
     sent = Tile("Sent up", units.size(up), f"down {units.size(down)}")
     if not full or not up:
-        return [sent, Tile("Full fine-tuning", "-", "nothing to compare with yet")]
-    return [sent, Tile("Full fine-tuning", units.size(full), f"each way: {units.as_much(full / up)} up")]
+        return [sent, Tile("Full fine-tuning", "-", "no update has been counted yet")]
+    return [sent, Tile("Full fine-tuning", units.size(full), f"each way, {units.as_much(full / up)} as sent up")]

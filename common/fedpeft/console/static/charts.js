@@ -113,7 +113,7 @@
         ],
         series: [
           line("Others", "--dots", short, dot(5, "--dots")),
-          line(holder.dataset.client ? "This client" : "Stands out", "--bad", short, dot(9, "--bad")),
+          line(holder.dataset.client ? "This client" : "Outliers", "--bad", short, dot(9, "--bad")),
         ],
         scale: decimal.scale,
         axis: { splits: decimal.splits, filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map(short), size: 52 },

@@ -37,10 +37,19 @@
     });
   }
 
+  // What differs from button to button of one dialog stands in the button's data.
+  function open(dialog, data) {
+    for (const place of dialog.querySelectorAll("[data-fill]")) {
+      place["value" in place ? "value" : "textContent"] = data[place.dataset.fill];
+    }
+    if (data.action) dialog.querySelector("form").action = data.action;
+    dialog.showModal();
+  }
+
   function dialogs() {
     document.addEventListener("click", (event) => {
       const button = event.target.closest("[data-opens]");
-      if (button) document.getElementById(button.dataset.opens).showModal();
+      if (button) open(document.getElementById(button.dataset.opens), button.dataset);
       if (event.target.closest("[data-closes]")) event.target.closest("dialog").close();
     });
   }
