@@ -61,7 +61,7 @@ def test_a_client_that_hangs_comes_first_and_what_the_others_do_is_said_beside_t
     state = run_pb2.PROGRESS_STATE_SILENT
     silent = run_pb2.ClientProgress(client="twemoji", run="run-1", state=state, description="no word for 65 s")
     known.run.awaited.append(silent)
-    assert scene.waiting_line(known, NOW).endswith("waits for twemoji (no word for 65 s)")
+    assert scene.waiting_line(known, NOW).endswith("waiting for twemoji (no word for 65 s)")
     hangs, trains = (a_client(name, federation.CLIENT_ROLE_TRAINER, "training") for name in ("twemoji", "noto"))
     hangs.progress.CopyFrom(silent)
     trains.progress.state, trains.progress.step, trains.progress.steps = run_pb2.PROGRESS_STATE_TRAINING, 12, 40

@@ -77,7 +77,7 @@ def test_a_stream_sends_what_changes_and_nothing_else(federation: Federation) ->
         found = json.loads(line.removeprefix("data: "))
         return found["id"], found["html"]
 
-    first = {fragment()[0] for _ in range(17)}
+    first = {fragment()[0] for _ in range(18)}
     assert first >= {
         "head",
         "stage",
