@@ -29,6 +29,7 @@ from fedpeft.errors import StateInvalid
 from fedpeft.learning import IMAGES, learner_of, where
 from fedpeft.payload import check_payload, decode
 from fedpeft.peft import TunedModel, methods, tune
+from fedpeft.tensor_errors import as_os_errors
 from fedpeft.training import Progress
 from fedpeft.updates import prepare
 from fedpeft.v1 import tensor_pb2
@@ -193,10 +194,10 @@ class Workbench:
         update = prepare(result.delta, residual, run.spec.sent(number), run.config.codec)
         out = Path(request["out"])
         (out / PAYLOAD).write_bytes(update.payload)
-        safetensors.numpy.save_file(update.residual_if_counted, out / IF_COUNTED)
-        safetensors.numpy.save_file(update.residual_if_not, out / IF_NOT)
+        _write(out / IF_COUNTED, update.residual_if_counted)
+        _write(out / IF_NOT, update.residual_if_not)
         stays = {name: result.local[name] for name in loaded.local if name in result.local}
-        safetensors.numpy.save_file({**kept, **stays}, out / LOCAL)
+        _write(out / LOCAL, {**kept, **stays})
         return {
             "manifest": json_format.MessageToDict(wire.manifest_to_proto(update.manifest)),
             "examples": result.examples,
@@ -269,6 +270,11 @@ def _set(loaded: Loaded, adapter: Message, local: Arrays) -> None:
     payload = memoryview(Path(adapter["payload"]).read_bytes())
     check_payload(manifest, payload)
     loaded.model.load({**decode(manifest, payload), **loaded.local, **local})
+
+
+def _write(path: Path, arrays: Arrays) -> None:
+    with as_os_errors(path):
+        safetensors.numpy.save_file(arrays, path)
 
 
 def _read(path: Path, run: KnownRun) -> Arrays:

@@ -26,6 +26,7 @@ from fedpeft.model_card import Provenance, card
 from fedpeft.models import Backbone, fingerprint
 from fedpeft.peft.lora import Lora, target_layers
 from fedpeft.peft.tuned import TunedModel, tune
+from fedpeft.tensor_errors import as_os_errors
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -48,6 +49,7 @@ def as_timm(tuned: TunedModel, path: Path) -> None:
 
     Raises:
         ConfigInvalid: If the method's tensors have no place in timm's model (adapter, prompt).
+        OSError: If the file cannot be written.
     """
     backbone = tuned.backbone
     state = _plain(tuned)
@@ -59,7 +61,8 @@ def as_timm(tuned: TunedModel, path: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     path.touch()
     mode = path.stat().st_mode
-    safetensors.torch.save_file(tensors, path, {"format": "pt", "timm": json.dumps(about)})
+    with as_os_errors(path):
+        safetensors.torch.save_file(tensors, path, {"format": "pt", "timm": json.dumps(about)})
     path.chmod(mode)  # the package's files are for their owner alone, whatever the umask
 
 
@@ -131,6 +134,7 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
 
     Raises:
         ConfigInvalid: If the method is not LoRA.
+        OSError: If a file cannot be written.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
@@ -144,7 +148,8 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
     state = {f"{PREFIX}{name}": torch.from_numpy(values) for name, values in tuned.state().items()}
     set_peft_model_state_dict(model, state)
     config.base_model_name_or_path = tuned.backbone.config.name
-    model.save_pretrained(str(folder), save_embedding_layers=False)  # else it may ask the hub for a vocabulary
+    with as_os_errors(folder / "adapter_model.safetensors"):
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # else it may ask the hub for a vocabulary
     (folder / "README.md").write_text(
         card(tuned, fingerprint(tuned.backbone, tuned.spec), provenance), encoding="utf-8"
     )

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from fedpeft.peft import TunedModel
 
 
-def restored(config: RunConfig, fingerprint: str, adapter: Path, weights: Path | None = None) -> TunedModel:
+def restored(
+    config: RunConfig, fingerprint: str, adapter: Path, weights: Path | None = None, sha256: str | None = None
+) -> TunedModel:
     """Returns a run's model with an adapter version, its backbone proved equal; imports torch, and takes seconds.
 
     Args:
@@ -20,14 +22,15 @@ def restored(config: RunConfig, fingerprint: str, adapter: Path, weights: Path |
         fingerprint: Of the run's backbone, hexadecimal.
         adapter: The version's safetensors file.
         weights: A weights file, or a folder of them, that stands here for the one the run names.
+        sha256: Digest that the adapter file must have, hexadecimal; None: any.
 
     Raises:
+        BlobCorrupt: If the adapter file has another digest.
         BackboneMismatch: If the weights here are not those that the run was made with.
-        ModelInvalid: If the model or its weights cannot be had.
+        ModelInvalid: If the model or its weights cannot be had, or the adapter file is not one.
     """
-    from safetensors.numpy import load_file
-
     from fedpeft import models
+    from fedpeft.adapter_file import open_adapter
     from fedpeft.peft import tune
 
     backbone = models.build(config.model, config.rounds.seed, weights)
@@ -38,5 +41,6 @@ def restored(config: RunConfig, fingerprint: str, adapter: Path, weights: Path |
             f"the backbone here has fingerprint {found[:16]}, the run was made with {fingerprint[:16]}; "
             "name the right weights file with --weights"
         )
-    tuned.load(load_file(adapter))
+    with open_adapter(adapter, sha256) as tensors:
+        tuned.load(dict(tensors))
     return tuned

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.embedding import RunFile, Scored, configured, path_of
+from fedpeft.recorded import recorded_sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,10 +120,15 @@ class Simulation:
         return sum(each.full_bytes for each in self.rounds)
 
     def adapter(self) -> dict[str, NDArray[np.float32]]:
-        """Returns the newest version's tensors by name."""
-        from safetensors.numpy import load_file
+        """Returns the newest version's tensors by name.
 
-        return load_file(self.folder / "adapter.safetensors")
+        Raises:
+            BlobCorrupt: If the file is missing, or has another digest than its record says.
+        """
+        from fedpeft.adapter_file import open_adapter
+
+        with open_adapter(self._file, self._sha256()) as tensors:
+            return dict(tensors)
 
     def load(self, weights: str | Path | None = None) -> TunedModel:
         """Returns the run's model with the newest version in it, as `Run.load` does.
@@ -132,12 +138,13 @@ class Simulation:
 
         Raises:
             BackboneMismatch: If the weights here are not those of the simulation.
+            BlobCorrupt: If the adapter file is missing, or has another digest than its record says.
         """
         from fedpeft.restored import restored
 
         fingerprint = str(self.report["backbone_fingerprint"])
         given = None if weights is None else path_of(weights, "weights")
-        return restored(self.config, fingerprint, self.folder / "adapter.safetensors", given)
+        return restored(self.config, fingerprint, self._file, given, self._sha256())
 
     def load_timm(self, weights: str | Path | None = None) -> nn.Module:
         """Returns the tuned model as a plain model of timm, as `Run.load_timm` does."""
@@ -150,6 +157,13 @@ class Simulation:
         from fedpeft.export import peft_model
 
         return peft_model(self.load(weights))
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "adapter.safetensors"
+
+    def _sha256(self) -> str | None:
+        return recorded_sha256(self._file, str(self.report["run"]), int(self.report["version"]))
 
     @property
     def _newest(self) -> Mapping[str, float]:

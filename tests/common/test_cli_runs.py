@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -344,10 +345,14 @@ def test_traceback_only_when_asked_for(served: Serving, fedpeft: Command) -> Non
 def test_export_of_the_stored_file(served: Serving, fedpeft: Command, tmp_path: Path) -> None:
     served.double.runs, served.double.files = {RUN: a_run(version=2)}, {(RUN, 2): b"newest" * 500, (RUN, 1): b"older"}
     out = tmp_path / "adapter.safetensors"
-    assert fedpeft("run", "export", RUN, "--out", str(out)).out == f"version 2 of {RUN} is in {out} (safetensors)\n"
+    digests = {n: hashlib.sha256(data).hexdigest() for (_, n), data in served.double.files.items()}
+    assert fedpeft("run", "export", RUN, "--out", str(out)).out == (
+        f"version 2 of {RUN} is in {out} (safetensors); adapter sha256 {digests[2]}\n"
+    )
     assert out.read_bytes() == b"newest" * 500
     ended = fedpeft("run", "export", RUN, "--out", str(out), "--version", "1", "--json")
-    assert json.loads(ended.out) == {"run": RUN, "version": 1, "format": "safetensors", "out": str(out)}
+    said = {"run": RUN, "version": 1, "format": "safetensors", "out": str(out), "adapter_sha256": digests[1]}
+    assert json.loads(ended.out) == said
     assert out.read_bytes() == b"older"
     for version in ("7", str(2**32), str(2**63 - 1)):
         ended = fedpeft("run", "export", RUN, "--out", str(out), "--version", version)

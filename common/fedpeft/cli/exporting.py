@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from fedpeft.model_card import Provenance
     from fedpeft.peft import TunedModel
+    from fedpeft.v1 import operator_service_pb2 as pb
     from fedpeft.v1 import run_pb2
 
 EPILOG = epilog("fedpeft run export run-0a1b2c3d4e5f --format timm --out emoji-timm.safetensors", ends=OF_RUN)
@@ -55,16 +56,18 @@ def export(
     """Write an adapter version as safetensors, a timm state dict, or a `peft` folder."""
     check_place(out, form)
     written = run_async(exported(session_of(context), run, out, form, version, weights))
+    number, sha256 = written.version, written.sha256.hex()
     if as_json:
-        output.say_json({"run": run, "version": written, "format": str(form), "out": str(out)})
+        said = {"run": run, "version": number, "format": str(form), "out": str(out), "adapter_sha256": sha256}
+        output.say_json(said)
     else:
-        output.say(f"version {written} of {run} is in {out} ({form})")
+        output.say(f"version {number} of {run} is in {out} ({form}); adapter sha256 {sha256}")
 
 
 async def exported(
     session: Session, run: str, out: Path, form: Format, version: int | None = None, weights: Path | None = None
-) -> int:
-    """Writes an adapter version; returns its number.
+) -> pb.DownloadHeader:
+    """Writes an adapter version; returns the number, size and digest of the adapter file that the server has.
 
     Raises:
         BackboneMismatch: If the weights here are not those that the run was made with.
@@ -74,7 +77,7 @@ async def exported(
     if form is Format.SAFETENSORS:
         async with session.client() as server:
             with output.progress("downloading") as progress:
-                return (await server.download(run, out, version=version, progress=progress)).version
+                return await server.download(run, out, version=version, progress=progress)
     require("train", "torch", "timm", "peft")
     with beside(out) as scratch:
         adapter = scratch / "adapter.safetensors"
@@ -86,13 +89,15 @@ async def exported(
                 header = await server.download(run, adapter, version=version, progress=progress)
         provenance = _provenance(found, header.version, rounds)
         write(_tuned(found, adapter, weights), form, provenance, scratch / "whole", out)
-        return header.version
+        return header
 
 
 def check_place(out: Path, form: Format) -> None:
     """Finds a place that cannot be written before anything is fetched or built."""
     if form is not Format.PEFT:
         check_file(out, form)
+        if form is Format.TIMM and out.exists() and not out.is_file():
+            raise SettingsInvalid(f"--out {out} is a device or a pipe; timm is written as a file")
         return
     check_folder(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -26,6 +26,7 @@ from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.kind import Examples
 from fedpeft.learning import learner_of, where
 from fedpeft.models import Backbone
+from fedpeft.tensor_errors import as_os_errors
 
 CACHE_BYTES = 1024 * 1024 * 1024
 """Decoded and encoded images kept of all clients together; whose turn was longest ago goes first."""
@@ -241,6 +242,8 @@ class ClientMemory:
 
     def _write(self, client: str, kind: str, arrays: Mapping[str, Any]) -> None:
         if arrays:
-            safetensors.numpy.save_file(dict(arrays), self._file(client, kind))
+            file = self._file(client, kind)
+            with as_os_errors(file):
+                safetensors.numpy.save_file(dict(arrays), file)
         else:
             self._file(client, kind).unlink(missing_ok=True)
