@@ -50,32 +50,50 @@ class LedgerFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._writing():
-            if not path.exists() and _next(path).exists():  # the process was killed between two renames
-                durable.move(_next(path), path)
-            self._open()
-
-    def _open(self) -> None:
-        new = not self.path.exists()
-        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-        if new:
-            durable.sync(self.path.parent)
-        self.size_bytes = os.fstat(self._file).st_size
-        self._torn = self.size_bytes > 0 and os.pread(self._file, 1, self.size_bytes - 1) != b"\n"
+            self._put_in_place()
+            new = not path.exists()
+            self._take_up(self._opened(path))
+            if new:
+                durable.sync(path.parent)
 
     def begin_another(self, line: Mapping[str, Any]) -> None:
         """Sets the file aside under the next number, and goes on in another one that begins with a line.
 
         Raises:
-            StateInvalid: If it cannot be written; then this one goes on.
+            StateInvalid: If it cannot be written. Then this one goes on, or the other one if this one has its number
+                already; the next call of a method puts that in its place.
         """
         with self._writing():
+            self._put_in_place()
             durable.write(_next(self.path), _bytes(line))
             before = archives(self.path)
             number = int(before[-1].stem.rpartition("-")[2]) + 1 if before else 1
-            durable.move(self.path, self.path.with_name(f"{self.path.stem}-{number:06}{self.path.suffix}"))
+            aside = self.path.with_name(f"{self.path.stem}-{number:06}{self.path.suffix}")
+            following = self._opened(_next(self.path))  # before the renames: nothing may be added to what is set aside
+            try:
+                durable.move(self.path, aside)
+                durable.move(_next(self.path), self.path)
+            finally:
+                if aside.exists():
+                    os.close(self._file)
+                    self._take_up(following)
+                else:
+                    os.close(following)
+
+    def _put_in_place(self) -> None:
+        """Does the second of the two renames, where the first was the last thing that was done."""
+        if not self.path.exists() and _next(self.path).exists():
             durable.move(_next(self.path), self.path)
-            os.close(self._file)
-            self._open()
+
+    @staticmethod
+    def _opened(path: Path) -> int:
+        return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def _take_up(self, file: int) -> None:
+        """Goes on in an open file."""
+        self._file = file
+        self.size_bytes = os.fstat(file).st_size
+        self._torn = self.size_bytes > 0 and os.pread(file, 1, self.size_bytes - 1) != b"\n"
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Adds a line.
@@ -84,10 +102,11 @@ class LedgerFile:
             StateInvalid: If it cannot be written.
         """
         data = _bytes(line)
-        if self._torn:
-            data = b"\n" + data
-        self._torn = True  # until it is whole: a full disk may take half of it
         with self._writing():
+            self._put_in_place()
+            if self._torn:
+                data = b"\n" + data
+            self._torn = True  # until it is whole: a full disk may take half of it
             done = 0
             while done < len(data):
                 done += os.write(self._file, data[done:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -23,7 +24,7 @@ from fedpeft.errors import RoundClosed, ServerUnreachable, StateInvalid, TurnOve
 from fedpeft_client.__main__ import run
 from fedpeft_client.ledger import QUESTIONS_BYTES, Ledger
 from fedpeft_client.ledger_entries import FILE, Departure, Kind, Outcome, read
-from fedpeft_client.ledger_file import archives
+from fedpeft_client.ledger_file import LedgerFile, archives
 from fedpeft_client.ledger_view import rows, totals
 
 
@@ -426,3 +427,37 @@ def test_a_crash_while_a_file_is_set_aside_loses_no_line(
     contents = read(tmp_path / FILE)
     assert {"ticket-0", "ticket-2"} <= {each.departure.ticket for each in contents.booked.values()}
     assert not contents.unreadable
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_a_refused_step_of_setting_aside_is_made_good_without_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    calls = 0
+
+    def refused(real: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*arguments: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*arguments)
+
+        return wrapped
+
+    file = LedgerFile(tmp_path / FILE)
+    file.add({"n": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", refused(Path.rename))
+        patched.setattr(durable, "sync", refused(durable.sync))
+        while calls < step:
+            with suppress(StateInvalid):
+                file.begin_another({"n": 2})
+    file.add({"n": 3})
+    file.begin_another({"n": 4})
+    file.add({"n": 5})
+    file.close()
+    places = [*archives(tmp_path / FILE), tmp_path / FILE]
+    kept = [[json.loads(line)["n"] for line in each.read_text().splitlines()] for each in places]
+    assert kept[-1] == [4, 5] and kept[0][0] == 1, "what is set aside stays as it is"
+    assert [n for each in kept for n in each if n % 2] == [1, 3, 5]

@@ -9,6 +9,9 @@ import signal
 import socket
 import ssl
 import struct
+import subprocess
+import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import replace
@@ -17,6 +20,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from structlog.testing import capture_logs
 
 from fedpeft.identity import certificates, keys
 from fedpeft_server.access import bounds
@@ -214,6 +218,59 @@ async def test_it_ends_when_nobody_comes_and_with_the_daemon(secured: Federation
     assert process is not None and enrolment is not None
     await enrolment.close()
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "7",
+        "null",
+        "[]",
+        '"ready"',
+        '{"refused": 1}',
+        '{"refused": {"said nothing": "many"}}',
+        '{"refused": {"said nothing": -1}}',
+        '{"refused": {"of its own": 1}}',
+        '{"odd": 1}',
+        "x" * (3 * supervisor.LINE_BYTES),
+    ],
+    ids=lambda line: line[:20],
+)
+async def test_a_line_that_is_no_report_is_ignored_and_logged(
+    secured: Federation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str
+) -> None:
+    talks = tmp_path / "python"
+    report = '{"refused": {"said nothing": 2}}'
+    talks.write_text(f"#!{sys.executable}\nprint({line!r})\nprint({report!r})\n")
+    talks.chmod(0o700)
+    enrolment = secured.server.enrolment
+    assert enrolment is not None
+    monkeypatch.setattr(supervisor.sys, "executable", str(talks))  # type: ignore[attr-defined]
+    with capture_logs() as logs:
+        assert await enrolment._one_life() == 0
+    assert any("is ignored" in entry["event"] for entry in logs), logs
+    refused = secured.server.metrics.enrolment_refused
+    assert [s.value for s in refused.collect()[0].samples if s.name.endswith("_total") and s.value] == [2.0]
+
+
+def test_the_folder_of_a_killed_daemon_is_removed_by_the_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    script = (
+        "import os, signal, socket\n"
+        "from fedpeft_server.enrolment.supervisor import Enrolment\n"
+        "kept = Enrolment(socket.socket(), None, None, None)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    others = [Enrolment(socket.socket(), None, None, None) for _ in range(2)]  # type: ignore[arg-type]
+    assert not left.exists()
+    places = {Path(each.socket).parent for each in others}
+    assert set(tmp_path.iterdir()) == places and {place.stat().st_mode & 0o777 for place in places} == {0o700}
+    for each in others:
+        asyncio.run(each.close())
+    assert not any(tmp_path.iterdir())
 
 
 async def test_a_header_without_end_takes_no_memory_and_others_enroll(secured: Federation) -> None:

@@ -47,7 +47,8 @@ async def main(fd: int, daemon: str) -> None:
         key, certificate = pems["key"].encode(), pems["certificate"].encode()
         return grpc.ssl_server_certificate_configuration([(key, certificate)])
 
-    with tempfile.TemporaryDirectory(prefix="fedpeft-") as folder:
+    # In the daemon's folder, which the next daemon removes if both are killed.
+    with tempfile.TemporaryDirectory(dir=Path(daemon).parent, ignore_cleanup_errors=True) as folder:
         own = str(Path(folder) / "grpc")
         credentials = grpc.dynamic_ssl_server_credentials(_configuration(pair), next_pair, False)  # type: ignore[arg-type]
         relay = Relay(own)

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import socket
 import sys
 import tempfile
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import structlog
 from grpc_health.v1 import health_pb2
 
+from fedpeft import durable
 from fedpeft.addresses import Address
+from fedpeft_server.access.bounds import Refusal
 from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc.health import Health
@@ -29,6 +32,8 @@ log = structlog.get_logger()
 
 SERVICE = "enrolment"
 """Its name in health checks."""
+FOLDER = "fedpeft-enrolment"
+"""Name, within that of a folder for temporary files, of the folder with the sockets of the daemon and the process."""
 BACKLOG = 128
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 """Pause before the process is started again; doubled each time, and short again after a life of `WELL_S`."""
@@ -36,6 +41,8 @@ WELL_S = 60.0
 END_S = 5.0
 LINES_KEPT = 20
 LINE_BYTES = 64 * 1024
+LINE_LOGGED = 200
+"""Characters of an ignored line that are logged."""
 
 
 def bind(address: str) -> socket.socket:
@@ -69,8 +76,10 @@ class Enrolment:
         self._own = own
         self._health = health
         self._metrics = metrics
-        self._folder = Path(tempfile.mkdtemp(prefix="fedpeft-"))  # of mode 0700: only the daemon's user connects
-        self.socket = str(self._folder / "daemon")
+        self._folder = ExitStack()
+        # Of mode 0700, so that only the daemon's user connects; what a killed daemon left is removed first.
+        private = self._folder.enter_context(durable.scratch(Path(tempfile.gettempdir(), FOLDER)))
+        self.socket = str(private / "daemon")
         self.process: asyncio.subprocess.Process | None = None
         self._last: deque[str] = deque(maxlen=LINES_KEPT)
 
@@ -102,7 +111,7 @@ class Enrolment:
         if self.process:
             await self._end(self.process)
         self._listening.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()
 
     async def _somebody(self) -> None:
         """Waits until a connection waits at the port."""
@@ -130,7 +139,7 @@ class Enrolment:
         try:
             self.renewed()
             assert process.stdout is not None
-            async for line in process.stdout:
+            async for line in _lines(process.stdout):
                 await self._heard(line.decode(errors="replace").rstrip())
             return await process.wait()
         finally:
@@ -139,10 +148,14 @@ class Enrolment:
                 await asyncio.shield(self._end(process))
 
     async def _heard(self, line: str) -> None:
-        """Takes up a line of the process."""
+        """Takes up a line of the process; one that is no report is kept, for it may say why the process ends."""
         try:
             report = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            self._last.append(line)
+            return
+        if not _is_report(report):
+            log.warning("a line of the process for enrolment is no report and is ignored", line=line[:LINE_LOGGED])
             self._last.append(line)
             return
         if "ready" in report:
@@ -168,3 +181,26 @@ class Enrolment:
     def _pair(self) -> bytes:
         certificate, key = self._own.pair()
         return json.dumps({"certificate": certificate.decode(), "key": key.decode()}).encode() + b"\n"
+
+
+async def _lines(output: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Yields the lines of a process; of one that is longer than `LINE_BYTES` some bytes are left out."""
+    while True:
+        try:
+            line = await output.readline()
+        except ValueError:
+            log.warning("a line of the process for enrolment is too long and is ignored", limit_bytes=LINE_BYTES)
+            continue
+        if not line:
+            return
+        yield line
+
+
+def _is_report(report: Any) -> bool:
+    """Says whether a value has the form that a report of the process has."""
+    if not isinstance(report, dict) or not report.keys() <= {"ready", "refused"}:
+        return False
+    refused = report.get("refused", {})
+    return isinstance(refused, dict) and all(
+        why in set(Refusal) and type(count) is int and count >= 0 for why, count in refused.items()
+    )
