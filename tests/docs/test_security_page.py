@@ -114,7 +114,7 @@ def test_setting_up_locking_out_and_the_audit_log(reader: Reader) -> None:
         assert said.startswith("enrolled as client hospital-a at localhost:")
         assert "images" in reader.do(dry_run)
         (revoke,) = commands("Lock out")
-        assert reader.do(revoke).startswith("client hospital-a is refused since ")
+        assert reader.do(revoke).startswith("client hospital-a is refused with any certificate since ")
         assert "were revoked" in reader.do("fedpeft --identity state/identity run list", code=1)
         show, export, verify = commands("The audit log")
         assert "laptop lost" in reader.do(show)

@@ -1,4 +1,4 @@
-"""What an operator does with a run: pause, resume, stop, roll back; and readmitting a client that is set aside."""
+"""Operations on a run: pause, resume, stop, roll back; and readmitting a client that is set aside."""
 
 from __future__ import annotations
 

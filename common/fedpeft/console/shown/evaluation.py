@@ -1,4 +1,4 @@
-"""How far the evaluators of a run are, and the figures of the version that was scored last."""
+"""Progress of the evaluators of a run, and the figures of the version that was scored last."""
 
 from __future__ import annotations
 
