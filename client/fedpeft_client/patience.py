@@ -24,6 +24,8 @@ FIRST_ANSWER_S = 5.0
 """With `--dry-run`, whose caller waits for it: a server that is away is given up after this time."""
 AWAY_S = 10 * STALL_S
 """With `--once`: the client gives up when the server has been away for this time."""
+LASTING_S = 10.0
+"""With `--once`: likewise, where somebody must mend the cause: an authority that is not trusted, a wrong port."""
 
 NOT_NOW = (DiskFull, Unavailable)
 """Errors of a server that cannot do its work for now; the same call may succeed later."""
@@ -120,7 +122,7 @@ class Patience:
                 meanwhile. A transfer that moved between two failures begins to count anew.
 
         Raises:
-            Unavailable: If the server was away for `give_up_s`.
+            Unavailable: If the server was away for `give_up_s`, or LASTING_S if that is shorter and the cause lasts.
             DiskFull: Likewise, if it had no room.
             Internal: Likewise, if it answered with a fault of its own; or if it did so `faults` times.
             FedpeftError: Anything else that `attempt` raises without a retry hint, at once.
@@ -141,7 +143,7 @@ class Patience:
                     backoff.reset()
                     slower.reset()
                 failed += isinstance(error, FAULT)
-                given_up = self.give_up_s is not None and now - since >= self.give_up_s
+                given_up = self.give_up_s is not None and now - since >= self._patient_s(error, self.give_up_s)
                 if given_up or (isinstance(error, FAULT) and failed == faults):
                     raise
                 self._say_away(error, away)
@@ -161,6 +163,10 @@ class Patience:
                 continue
             self._say_back(away, since)
             return result
+
+    @staticmethod
+    def _patient_s(error: FedpeftError, give_up_s: float) -> float:
+        return min(give_up_s, LASTING_S) if getattr(error, "lasting", False) else give_up_s
 
     def _say_away(self, error: FedpeftError, before: FedpeftError | None) -> None:
         """Says once that the server is away, and at each change what it is that waiting does not mend."""

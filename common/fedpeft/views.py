@@ -241,6 +241,7 @@ def identity_json(identity: access_service_pb2.Identity) -> Json:
         "revoked_at": moment(identity.revoked_at),
         "reason": identity.reason,
         "issuer": identity.issuer,
+        "authority_replaced": identity.authority_replaced,
         "restored_at": moment(identity.restored_at),
     }
 

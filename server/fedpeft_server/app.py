@@ -77,6 +77,9 @@ MEASURE_S = 60.0
 LOOK_S = 60.0
 """Interval at which the server's certificate is looked at, seconds."""
 
+FILES_S = 1.0
+"""Interval at which its files are looked at, seconds: a command that replaced one is followed by others at once."""
+
 TOKENS_KEPT_S = 30 * 86_400.0
 """An enrolment token is listed for so long after it expired; the audit log knows of it for ever."""
 PURGE_S = 86_400.0
@@ -104,6 +107,7 @@ class Server:
         self.started = asyncio.Event()
         self.metrics = Metrics()
         self.background = Background(self.metrics, self.stopping.set)
+        self._refreshing = asyncio.Lock()
 
     async def run(self) -> None:
         """Lives until it is told to stop: starts, serves, drains, closes.
@@ -163,6 +167,7 @@ class Server:
         background.keep("traffic", self._book_payloads())
         background.every("database", PROBE_S, self._probe_database)
         background.every("certificate", LOOK_S, self._renew_certificate)
+        background.every("certificate files", FILES_S, self._take_up_certificates)
         background.every("log", bounds.QUIET_S, self._tell_left_out)
         background.every("tokens", PURGE_S, self._purge_tokens)
         background.every("storage", MEASURE_S, self._measure)
@@ -237,7 +242,14 @@ class Server:
         operator = Operator(self.runs, self.store, self.callers, self.uploads, self.ledger)
         life = timedelta(seconds=self.settings.certificate_life_s)
         self.access = Access(
-            self.store, self.admission, self.runs, self.callers, self.certificates, self._addresses, life
+            self.store,
+            self.admission,
+            self.runs,
+            self.callers,
+            self.certificates,
+            self._take_up_certificates,
+            self._addresses,
+            life,
         )
         self.health = Health()
         self.gate = Gate(self.admission, self.metrics, self.ledger, self.caller_log)
@@ -306,7 +318,9 @@ class Server:
         if (own := self.certificates) is None:
             return
         try:
-            if await self.store.compute(own.refresh):
+            async with self._refreshing:
+                replaced = await self.store.file(own.refresh)
+            if replaced:
                 if self.enrolment:
                     self.enrolment.renewed()
                 log.info(
@@ -317,6 +331,11 @@ class Server:
         finally:
             self.metrics.certificate_expires("server", own.certificate.not_valid_after_utc.timestamp())
             self.metrics.certificate_expires("authority", own.root.not_valid_after_utc.timestamp())
+
+    async def _take_up_certificates(self) -> None:
+        """Takes up what a command wrote since the files were read."""
+        if self.certificates and await self.store.file(self.certificates.changed):
+            await self._renew_certificate()
 
     async def _probe_database(self) -> None:
         await self.store.call(self.store.db.transactions.probe)

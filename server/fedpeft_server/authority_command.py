@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,10 +17,11 @@ from cryptography import x509
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from fedpeft.cli.output import say, say_json
+from fedpeft.cli.output import note, say, say_json
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity import certificates, keys
 from fedpeft.identity.authority import Authority
+from fedpeft.identity.subject import Role
 from fedpeft_server import folder_arguments
 from fedpeft_server.access import authorities
 from fedpeft_server.access.authorities import Authorities
@@ -78,7 +79,7 @@ def main(arguments: list[str]) -> int:
         _rotate(files, given.authority, given.authority_key)
     elif given.command == "finish":
         _finish(files, given)
-    _show(files, _progress(files, given), as_json=given.json)
+    _show(files, _progress(files, given), folder_arguments.words(given), as_json=given.json)
     return 0
 
 
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedpeft-server authority",
         description="Shows the authority that signs all certificates, or replaces it: `rotate` adds the new one, which "
-        "devices get as they renew; `finish` drops the old one. A running server takes both up within a minute.",
+        "devices get as they renew; `finish` drops the old one. A running server takes both up at once.",
         epilog="Example: fedpeft-server authority rotate --data-dir /var/lib/fedpeft",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -123,12 +124,37 @@ def _finish(files: Files, given: argparse.Namespace) -> None:
         raise SettingsInvalid(
             f"{len(progress.waiting)} have not renewed yet: {_named(progress.waiting)}; a client renews half-way "
             "through the life of its certificate while it runs, a person with fedpeft identity renew; --force drops "
-            "the old authority all the same, and they must enroll again with a new token"
+            "the old authority all the same, and they must enroll again with a new token "
+            "(fedpeft-client enroll --replace, fedpeft enroll --replace)"
         )
+    here = folder_arguments.words(given)
     now = Authorities.read(files)
     if now.issuing and now.is_rotating:
         issue_server(files, now.issuing, hosts_of(certificates.load(files.server)[0]), keys.load(files.server_key))
     authorities.finish(files)
+    if progress:
+        for line in _locked_out(progress, here):
+            note(line)
+
+
+def _locked_out(progress: Progress, here: str) -> Iterator[str]:
+    """Yields what those do whose certificates are not taken any more, or may not be."""
+    people = [row for row in (*progress.waiting, *progress.unknown) if row.subject.role is Role.OPERATOR]
+    if progress.waiting:
+        yield (
+            f"not let in any more: {_named(progress.waiting)}; each enrolls again with a new token "
+            "(fedpeft-client enroll --replace, fedpeft enroll --replace)"
+        )
+    if progress.unknown:
+        yield f"not let in any more if their certificate is of the old authority: {_named(progress.unknown)}"
+    if people:
+        yield f"an operator of this machine is let in again by: {_again(people, here)}"
+
+
+def _again(operators: Sequence[IdentityRow], here: str) -> str:
+    """Returns the command that makes the identity of an operator of this machine anew."""
+    name = operators[0].subject.name if len(operators) == 1 else "NAME"
+    return f"fedpeft-server init {here} --operator {name}"
 
 
 def _progress(files: Files, given: argparse.Namespace) -> Progress | None:
@@ -163,7 +189,7 @@ def _identities(url: str, data_dir: Path | None) -> list[IdentityRow]:
         database.close()
 
 
-def _show(files: Files, progress: Progress | None, *, as_json: bool) -> None:
+def _show(files: Files, progress: Progress | None, here: str, *, as_json: bool) -> None:
     now = Authorities.read(files)
     if as_json:
         say_json(
@@ -181,7 +207,7 @@ def _show(files: Files, progress: Progress | None, *, as_json: bool) -> None:
         signs = f"signs {fact['signs']}" if fact["signs"] else "its key is not here"
         say(f"authority {str(fact['fingerprint'])[:16]}... until {one.not_valid_after_utc:%Y-%m-%d}: {signs}")
     if progress:
-        for line in _lines(progress):
+        for line in _lines(progress, here):
             say(line)
 
 
@@ -198,7 +224,7 @@ def _facts(one: x509.Certificate, now: Authorities) -> dict[str, object]:
     }
 
 
-def _lines(progress: Progress) -> Iterator[str]:
+def _lines(progress: Progress, here: str) -> Iterator[str]:
     total = len(progress.renewed) + len(progress.waiting)
     yield f"{len(progress.renewed)} of {total} have renewed and trust both"
     if progress.waiting:
@@ -208,12 +234,14 @@ def _lines(progress: Progress) -> Iterator[str]:
             f"{datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC"
         )
     if progress.unknown:
+        operators = [row for row in progress.unknown if row.subject.role is Role.OPERATOR]
+        init = f"on this machine {_again(operators, here)}, elsewhere " if operators else ""
         yield (
-            f"certificate not issued by the running server: {_named(progress.unknown)}; for an operator of this "
-            "machine run fedpeft-server init again, elsewhere fedpeft identity renew"
+            f"certificate not issued by the running server, so it is not known of which authority: "
+            f"{_named(progress.unknown)}; {init}fedpeft identity renew"
         )
     if not progress.waiting:
-        yield "next: fedpeft-server authority finish"
+        yield f"next: fedpeft-server authority finish {here}"
 
 
 def _names(rows: tuple[IdentityRow, ...]) -> list[str]:

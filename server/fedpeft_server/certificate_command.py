@@ -1,6 +1,6 @@
 """`fedpeft-server certificate`: shows the server's certificate, or makes another one, for other hosts if need be.
 
-The daemon need not be stopped: it takes the new certificate up within a minute, and no connection is lost.
+The daemon need not be stopped: it takes the new certificate up at once, and no connection is lost.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedpeft-server certificate",
-        description="Shows the server's certificate, or makes another one. A running server takes it up within a "
-        "minute; connections go on.",
+        description="Shows the server's certificate, or makes another one. A running server takes it up at once; "
+        "connections go on.",
         epilog="Example: fedpeft-server certificate renew --data-dir /var/lib/fedpeft --host fed.example.org",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -64,7 +64,7 @@ def _renew(files: Files, hosts: list[str]) -> None:
     if authority is None:
         raise SettingsInvalid(
             f"{files.folder} has no authority.key: have the authority that issued server.pem issue another one, and "
-            "put it in its place; the server takes it up within a minute"
+            "put it in its place; the server takes it up at once"
         )
     before = hosts_of(certificates.load(files.server)[0])
     wanted = list(dict.fromkeys([*hosts, *LOCAL])) if hosts else before

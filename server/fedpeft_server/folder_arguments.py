@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 from fedpeft.errors import SettingsInvalid
@@ -26,6 +27,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("FEDPEFT_SERVER_IDENTITY") or None,
         help="the folder of the certificates, if it is not identity in the data folder (FEDPEFT_SERVER_IDENTITY)",
     )
+
+
+def words(given: argparse.Namespace) -> str:
+    """Returns the flags that name the same folders to another command."""
+    named = (("--data-dir", given.data_dir), ("--identity", given.identity))
+    return " ".join(f"{flag} {shlex.quote(str(where))}" for flag, where in named if where)
 
 
 def folder(text: str) -> Path | None:

@@ -22,10 +22,11 @@ from fedpeft.identity.authority import Authority, check_host
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft_server import folder_arguments
-from fedpeft_server.access.authorities import Authorities, issued
+from fedpeft_server.access.authorities import Authorities, issued, replaced
 from fedpeft_server.access.certificates import hosts_of, issue_server, read_authority
 from fedpeft_server.access.files import Files
 
+PORT = 7070
 OPERATOR_LIFE = timedelta(days=90)
 LOCAL = ("localhost", "127.0.0.1", "::1")
 """Under these names the server is reached on its own machine."""
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
     files = folder_arguments.files(given)
     if (given.authority is None) != (given.authority_key is None):
         raise SettingsInvalid("--authority and --authority-key belong together: a certificate and the key to it")
-    if not 1 <= given.port <= 65_535:
+    if given.port is not None and not 1 <= given.port <= 65_535:
         raise SettingsInvalid(f"--port {given.port} is not 1 to 65535")
     subject = _subject(given.operator)
     into = given.operator_identity or folder.personal_needed("--operator-identity")
@@ -52,7 +53,8 @@ def main(arguments: list[str]) -> int:
         files.folder.mkdir(mode=0o700, exist_ok=True)
     authority = _authority(files, given.authority, given.authority_key)
     hosts = _server(files, authority, given.host)
-    _operator(Authorities.read(files), subject, into, Address(hosts[0], given.port), hosts)
+    server = _server_address(hosts, into, given.port, named=bool(given.host))
+    _operator(files, subject, into, server, hosts)
     return 0
 
 
@@ -73,7 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a name or address under which clients reach the server; the first goes into tokens; may be repeated, "
         "then also *.DOMAIN; localhost is added",
     )
-    parser.add_argument("--port", metavar="PORT", type=int, default=7070, help="the port of --listen (7070)")
+    parser.add_argument(
+        "--port",
+        metavar="PORT",
+        type=int,
+        help=f"the port of --listen (that in the operator's identity, else {PORT})",
+    )
     parser.add_argument("--operator", metavar="NAME", default=_person(), help="the operator's name (%(default)s)")
     parser.add_argument(
         "--operator-identity",
@@ -170,20 +177,40 @@ def _server(files: Files, authority: Authority, hosts: Sequence[str]) -> list[st
     return wanted
 
 
-def _operator(authorities: Authorities, subject: Subject, into: Path, server: Address, hosts: Sequence[str]) -> None:
+def _server_address(hosts: Sequence[str], into: Path, port: int | None, *, named: bool) -> Address:
+    """Returns where the operator calls the server: host and port that are not given stay those of the identity.
+
+    Args:
+        hosts: Hosts of the server's certificate.
+        into: The operator's identity folder.
+        port: The port that was given.
+        named: Whether a host was given.
+    """
+    there = Address.parse(folder.server_of(into)) if folder.exists(into) else Address(hosts[0], PORT)
+    host = there.host if there.host in hosts and not named else hosts[0]
+    return Address(host, there.port if port is None else port)
+
+
+def _operator(files: Files, subject: Subject, into: Path, server: Address, hosts: Sequence[str]) -> None:
     """Makes an operator's identity, unless there is one of that name and the newest authority that lasts.
 
     Raises:
         SettingsInvalid: If the folder holds another identity, or that of another server.
     """
+    authorities = Authorities.read(files)
     authority, trusted = authorities.issuing, authorities.trusted
     assert authority is not None, "init has just read or made it"
     if folder.exists(into):
         there = Identity.load(into)
-        if not set(there.authority) & set(trusted) or there.subject != subject:
+        if there.subject != subject:
             raise SettingsInvalid(
                 f"{into} is the identity of {there.subject} at {there.server}; everything else was made; for {subject} "
                 "another folder is needed: --operator-identity"
+            )
+        if not set(there.authority) & {*trusted, *replaced(files)}:
+            raise SettingsInvalid(
+                f"{into} is the identity of {subject} at {there.server}, of an authority that was never this server's; "
+                "everything else was made; for this server another folder is needed: --operator-identity"
             )
         if Address.parse(there.server).host not in hosts:  # an authority may have several servers
             raise SettingsInvalid(

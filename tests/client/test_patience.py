@@ -62,3 +62,19 @@ def test_after_a_restart_of_four_seconds_each_client_has_three_attempts_within_t
             attempts.append(at)
         assert sum(4.0 <= attempt < 14.0 for attempt in attempts) >= 3
         assert len(attempts) < 40
+
+
+@pytest.mark.parametrize(("lasting", "least_s", "most_s"), [(True, 10.0, 20.0), (False, 80.0, 90.0)])
+def test_a_cause_that_somebody_must_mend_is_not_waited_out(
+    lasting: bool, least_s: float, most_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, 0.5)
+
+    async def call() -> None:
+        error = ServerUnreachable("its authority was replaced")
+        error.lasting = lasting
+        raise error
+
+    with pytest.raises(ServerUnreachable):
+        asyncio.run(Patience(logs.logger(), 80.0).keep(call))
+    assert least_s <= clock.now <= most_s

@@ -258,12 +258,29 @@ def test_another_authority(trust: Trust, tmp_path: Path) -> None:
     with grpc_server(Authority.make("a proxy that opens TLS")) as server:
         found = said(server, trust)
     assert "shows a certificate of 'CN=a proxy that opens TLS', and this side trusts 'CN=a federation'" in found
-    assert "a proxy between them that intercepts TLS, or another federation's server" in found
+    assert "'CN=a federation': a proxy between them that intercepts TLS, or another federation's server" in found
+    assert "Or the server's authority was replaced since: ask its operator for a new token" in found
 
 
-def test_another_authority_of_the_same_name(trust: Trust) -> None:
+@pytest.mark.parametrize(
+    ("role", "cure"),
+    [
+        (None, "ask its operator for a new token (fedpeft token create), for this one is worthless"),
+        (Role.CLIENT, "ask its operator for a new token, then fedpeft-client enroll --replace TOKEN"),
+        (Role.EVALUATOR, "ask its operator for a new token, then fedpeft-client enroll --replace TOKEN"),
+        (Role.VIEWER, "ask another operator for a new token, then fedpeft enroll --replace TOKEN"),
+        (
+            Role.OPERATOR,
+            "on the server's own machine fedpeft-server init --data-dir DIR --operator a; else ask ",
+        ),
+    ],
+)
+def test_an_authority_that_was_replaced(authority: Authority, role: Role | None, cure: str) -> None:
+    own = authority.issue(Subject(role, "a"), keys.make().public_key(), DAY) if role else None
     with grpc_server(Authority.make("a federation")) as server:
-        assert "(another key, if the names are alike)" in said(server, trust)
+        found = said(server, Trust((authority.certificate,), None, own))
+    assert f"Most likely the server's authority was replaced since: {cure}" in found
+    assert "If its operator knows nothing of that, it is a proxy between them" in found
 
 
 def test_another_name(authority: Authority, trust: Trust, tmp_path: Path) -> None:
@@ -352,7 +369,8 @@ def test_an_own_certificate_of_another_authority(authority: Authority, tmp_path:
     with grpc_server(authority) as server:
         found = said(server, Trust.of(foreign))
     assert "does not take the certificate here, which CN=another issued until" in found
-    assert "the server trusts another authority, or its clock is wrong" in found
+    assert "the server trusts another authority, since its own was replaced perhaps, or its clock is wrong" in found
+    assert "fedpeft-client enroll --replace TOKEN" in found
 
 
 def test_an_own_certificate_that_begins_later(

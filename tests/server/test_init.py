@@ -26,6 +26,17 @@ from .secured import federation
 DAYS = timedelta(days=90)
 
 
+def test_host_and_port_that_are_not_given_stay_those_of_the_identity(tmp_path: Path) -> None:
+    again = ["--data-dir", str(tmp_path / "data"), "--operator", "ada", "--operator-identity", str(tmp_path / "me")]
+    init.main([*again, "--host", "fed.example.org", "--port", "27070"])
+    init.main(again)
+    assert Identity.load(tmp_path / "me").server == "fed.example.org:27070"
+    init.main([*again, "--host", "new.example.org"])
+    assert Identity.load(tmp_path / "me").server == "new.example.org:27070"
+    init.main([*again, "--port", "7071"])
+    assert Identity.load(tmp_path / "me").server == "new.example.org:7071"
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shlex
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,9 +13,10 @@ import grpc
 import pytest
 
 from fedpeft import durable, enrolment
+from fedpeft.addresses import Address
 from fedpeft.connection import open_channel
 from fedpeft.errors import IdentityInvalid, Internal, SettingsInvalid
-from fedpeft.identity import certificates, keys
+from fedpeft.identity import certificates, folder, keys, requests
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
@@ -83,8 +86,7 @@ async def devices(secured: Federation, tmp_path: Path) -> AsyncIterator[tuple[De
 
 
 def command(secured: Federation, *words: str) -> int:
-    folder = secured.server.settings.data_dir
-    return authority_command.main([*words, "--data-dir", str(folder)])
+    return authority_command.main([*words, "--data-dir", str(secured.server.settings.data_dir)])
 
 
 def files(secured: Federation) -> Files:
@@ -144,6 +146,79 @@ async def test_everybody_moves_to_the_new_authority_without_enrolling_again(
     await third.close()
 
 
+async def test_a_renewal_straight_after_rotate_is_of_the_new_authority(
+    secured: Federation, devices: tuple[Device, Device], tmp_path: Path
+) -> None:
+    device, late = devices
+    command(secured, "rotate")
+    await device.renew()  # nobody waited for the server to look at its files
+    new = Authorities.read(files(secured)).issuing
+    assert new and authorities.issued(new.certificate, device.identity.certificate)
+    third = Device(secured, tmp_path / "c", "c")
+    await third.enroll()
+    assert authorities.issued(new.certificate, third.identity.certificate)
+    await third.close()
+
+    command(secured, "finish", "--force")
+    request = access.CreateTokenRequest(name="d", role=access.IDENTITY_ROLE_CLIENT)
+    line = (await secured.access(secured.operators()).CreateToken(request)).line
+    assert EnrollmentToken.decode(line).authority == new.certificate, "a token made at once can be used"
+    with pytest.raises(grpc.aio.AioRpcError):
+        await late.registers()  # the token had the server take the files up
+
+
+async def test_finish_is_taken_up_without_a_call(secured: Federation, devices: tuple[Device, Device]) -> None:
+    device, _ = devices
+    command(secured, "rotate")
+    await device.renew()
+    command(secured, "finish", "--force")
+    own = secured.server.certificates
+    assert own is not None
+    async with asyncio.timeout(30):
+        while len(own.trusted) > 1:
+            await asyncio.sleep(0.05)
+    await device.registers()
+
+
+async def test_no_certificate_is_issued_while_the_files_cannot_be_used(
+    secured: Federation, devices: tuple[Device, Device]
+) -> None:
+    device, before = devices[0], files(secured).authority.read_bytes()
+    durable.write(files(secured).authority, b"half of it")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await device.renew()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "were changed and cannot be used" in (caught.value.details() or "")
+    durable.write(files(secured).authority, before)
+    await device.renew()
+
+
+async def test_whoever_was_locked_out_is_named_with_the_cure_which_works(
+    secured: Federation, devices: tuple[Device, Device], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The only operator did not renew: what finish prints lets it in again, at the port that it used."""
+    early, _ = devices
+    me, data = secured.operator.folder, secured.server.settings.data_dir
+    at = Address.parse(Identity.load(me).server).host
+    folder.write(me, f"{at}:{secured.server.port}", secured.operator.authority, secured.operator.chain)
+    await secured.access(secured.operators()).Renew(access.RenewRequest(signing_request=requests.make(keys.make())))
+    command(secured, "rotate")
+    await early.renew()
+    command(secured, "finish", "--force")
+    said = capsys.readouterr().err
+    assert "not let in any more: client b, operator ada; each enrolls again with a new token" in said
+    cure = f"fedpeft-server init --data-dir {data} --operator ada"
+    assert f"an operator of this machine is let in again by: {cure}\n" in said
+    init.main([*shlex.split(cure)[2:], "--operator-identity", str(me)])
+    again = Identity.load(me)
+    assert again.server == f"{at}:{secured.server.port}"
+    await secured.server._take_up_certificates()
+    async with open_channel(secured.address, again) as channel:
+        stub = access_grpc.AccessServiceStub(channel)
+        rows = (await stub.ListIdentities(access.ListIdentitiesRequest())).identities
+    assert {row.name: row.authority_replaced for row in rows} == {"a": False, "ada": True, "b": True}
+
+
 async def test_the_old_authority_is_not_let_in_any_more_once_it_is_dropped(
     secured: Federation, devices: tuple[Device, Device]
 ) -> None:
@@ -172,7 +247,8 @@ async def test_the_command_is_told_again_and_says_what_there_is_to_do(
     command(secured, "rotate")
     assert capsys.readouterr().out == first, "begun once"
     assert "signs the server's certificate" in first and "signs the certificates of devices and people" in first
-    assert first.splitlines()[-1] == "next: fedpeft-server authority finish"
+    data = secured.server.settings.data_dir
+    assert first.splitlines()[-1] == f"next: fedpeft-server authority finish --data-dir {data}"
     other = Authority.make("another")
     with pytest.raises(SettingsInvalid, match="is being moved to another authority already"):
         authorities.rotate(files(secured), other)

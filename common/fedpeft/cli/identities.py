@@ -12,6 +12,8 @@ from fedpeft.cli.epilogs import OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.identity.subject import Role
 
+REPLACED = "authority replaced"
+
 app = typer.Typer(no_args_is_help=True, help="Identities that the server knows by certificate.")
 
 
@@ -31,14 +33,14 @@ def list_(
         output.say_json(rows)
         return
     output.say_table(
-        ("ROLE", "NAME", "ISSUED", "ENDS", "REVOKED", "FINGERPRINT"),
+        ("ROLE", "NAME", "ISSUED", "ENDS", "REFUSED", "FINGERPRINT"),
         [
             (
                 row["role"],
                 row["name"],
                 row["issued_at"] or "-",
                 row["expires_at"] or "-",
-                row["revoked_at"] or "-",
+                f"revoked {row['revoked_at']}" if row["revoked_at"] else REPLACED if row["authority_replaced"] else "-",
                 row["fingerprint"][:16] or "-",
             )
             for row in rows
@@ -47,6 +49,11 @@ def list_(
     for row in rows:
         if row["revoked_at"] and row["reason"]:
             output.say(f"{row['role']} {row['name']} was revoked: {row['reason']}")
+    if any(row["authority_replaced"] and not row["revoked_at"] for row in rows):
+        output.say(
+            f"{REPLACED}: their certificates were issued by an authority that this server does not trust any more; a "
+            "new token (fedpeft token create) enrolls each again, with --replace"
+        )
 
 
 @app.command(

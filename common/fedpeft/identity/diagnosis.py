@@ -18,8 +18,10 @@ from pathlib import Path
 
 from cryptography import x509
 
+from fedpeft.errors import IdentityInvalid
 from fedpeft.identity import certificates, folder
 from fedpeft.identity.folder import Identity
+from fedpeft.identity.subject import Role
 from fedpeft.identity.way import Fault, Lasting, Way
 
 BUDGET_S = 5.0
@@ -178,14 +180,44 @@ def _unproven(way: Way, error: ssl.SSLCertVerificationError, trust: Trust) -> La
             "of these names, or have the server's certificate made with this one (`fedpeft-server init --host`)"
         )
     if error.verify_code in _UNKNOWN_ISSUER:
-        issuer = shown.issuer.rfc4514_string() if shown else "nobody known"
-        trusted = ", ".join(one.subject.rfc4514_string() for one in trust.authority)
-        return Lasting(
-            f"{way.server} shows a certificate of {issuer!r}, and this side trusts {trusted!r} (another key, if the "
-            "names are alike): a proxy between them that intercepts TLS, or another federation's server; check the "
-            "address, or enroll again with a token of that server"
-        )
+        return _unknown_issuer(way.server, shown, trust)
     return Lasting(f"the certificate of {way.server} cannot be trusted: {error.verify_message}")
+
+
+def _unknown_issuer(server: str, shown: x509.Certificate | None, trust: Trust) -> Lasting:
+    """Returns what to do about a certificate of an authority that is not trusted.
+
+    An authority that is replaced keeps its name, as a rule, and a proxy has another; neither is proved by a name.
+    """
+    issuer = shown.issuer.rfc4514_string() if shown else "nobody known"
+    names = list(dict.fromkeys(one.subject.rfc4514_string() for one in trust.authority))
+    replaced = f"the server's authority was replaced since: {_new_token(trust)}"
+    elsewhere = "a proxy between them that intercepts TLS, or another federation's server: check the address"
+    if issuer in names:
+        return Lasting(
+            f"{server} shows a certificate of {issuer!r} with another key than the authority of that name which this "
+            f"side trusts. Most likely {replaced}. If its operator knows nothing of that, it is {elsewhere}"
+        )
+    return Lasting(
+        f"{server} shows a certificate of {issuer!r}, and this side trusts {', '.join(names)!r}: {elsewhere}. Or "
+        f"{replaced}"
+    )
+
+
+def _new_token(trust: Trust) -> str:
+    """Returns how this side comes to trust the authority that a server has by now."""
+    if trust.own is None:
+        return "ask its operator for a new token (fedpeft token create), for this one is worthless"
+    try:
+        subject = certificates.subject(trust.own)
+    except IdentityInvalid:
+        return "have the new authority issue another certificate"
+    if subject.role in (Role.CLIENT, Role.EVALUATOR):
+        return "ask its operator for a new token, then fedpeft-client enroll --replace TOKEN"
+    again = "ask another operator for a new token, then fedpeft enroll --replace TOKEN"
+    if subject.role is Role.OPERATOR:
+        return f"on the server's own machine fedpeft-server init --data-dir DIR --operator {subject.name}; else {again}"
+    return again
 
 
 def _out_of_time(server: str, shown: x509.Certificate | None, trust: Trust) -> Lasting | None:
@@ -219,11 +251,12 @@ def _first_word(way: Way, secure: ssl.SSLSocket, trust: Trust) -> None:
     except (ssl.SSLError, ConnectionError):  # an alert says no more: gRPC's servers close the line without one
         first = b""
     if not first:
-        raise _refused(way.server, trust.own)
+        raise _refused(way.server, trust)
 
 
-def _refused(server: str, own: x509.Certificate | None) -> Lasting:
+def _refused(server: str, trust: Trust) -> Lasting:
     """Returns why the server does not take this side's certificate."""
+    own = trust.own
     if own is None:
         return Lasting(
             f"{server} wants a certificate and this side has none yet: it is not the port where devices enroll"
@@ -238,8 +271,8 @@ def _refused(server: str, own: x509.Certificate | None) -> Lasting:
         return _early("the certificate here", own, now)
     return Lasting(
         f"{server} does not take the certificate here, which {own.issuer.rfc4514_string()} issued until "
-        f"{end:{_MOMENT}}: the server trusts another authority, or its clock is wrong; ask its operator for a new "
-        "token and enroll again"
+        f"{end:{_MOMENT}}: the server trusts another authority, since its own was replaced perhaps, or its clock is "
+        f"wrong. If the authority was replaced, {_new_token(trust)}"
     )
 
 

@@ -559,6 +559,7 @@ class Identity(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     RESTORED_AT_FIELD_NUMBER: _builtins.int
     ISSUER_FIELD_NUMBER: _builtins.int
+    AUTHORITY_REPLACED_FIELD_NUMBER: _builtins.int
     role: Global___IdentityRole.ValueType
     """What it may do."""
     name: _builtins.str
@@ -570,6 +571,10 @@ class Identity(_message.Message):
     issuer: _builtins.str
     """SHA-256 of the certificate of the authority that issued its newest certificate, 64 hexadecimal digits; empty if this
     server issued none, or issued it before it wrote this down.
+    """
+    authority_replaced: _builtins.bool
+    """Whether that authority was replaced and is not trusted any more: the certificate is refused, whenever it ends. False
+    from servers that do not know this field.
     """
     @_builtins.property
     def issued_at(self) -> _timestamp_pb2.Timestamp:
@@ -601,10 +606,11 @@ class Identity(_message.Message):
         reason: _builtins.str = ...,
         restored_at: _timestamp_pb2.Timestamp | None = ...,
         issuer: _builtins.str = ...,
+        authority_replaced: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "issued_at", b"issued_at", "restored_at", b"restored_at", "revoked_at", b"revoked_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "fingerprint", b"fingerprint", "issued_at", b"issued_at", "issuer", b"issuer", "name", b"name", "reason", b"reason", "restored_at", b"restored_at", "revoked_at", b"revoked_at", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority_replaced", b"authority_replaced", "expires_at", b"expires_at", "fingerprint", b"fingerprint", "issued_at", b"issued_at", "issuer", b"issuer", "name", b"name", "reason", b"reason", "restored_at", b"restored_at", "revoked_at", b"revoked_at", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,10 +113,21 @@ def finish(files: Files) -> None:
         )
     old = now.serving.certificate if now.is_rotating else None
     with durable.refusals(f"writing {files.folder}"):
+        if old and old not in (before := replaced(files)):
+            durable.write(files.replaced, certificates.to_pem(*before, old))
         durable.write(files.authority, certificates.to_pem(*(one for one in now.trusted if one != old)))
         durable.write(files.authority_key, keys.to_pem(now.issuing.key))
         files.next_key.unlink()
         durable.sync(files.folder)
+
+
+def replaced(files: Files) -> list[x509.Certificate]:
+    """Returns the authorities that were replaced, oldest first.
+
+    Raises:
+        IdentityInvalid: If their file is malformed.
+    """
+    return certificates.load(files.replaced) if files.replaced.exists() else []
 
 
 def _of_key(trusted: Sequence[x509.Certificate], path: Path) -> Authority | None:

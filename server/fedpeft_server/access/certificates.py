@@ -30,12 +30,17 @@ _MOMENT = "%Y-%m-%d %H:%M UTC"
 class ServerCertificates:
     """The server's certificate and key as they are now.
 
+    Attributes:
+        authorities: The authorities, with their keys where they are here.
+        trusted: Fingerprints of those whose certificates are taken.
+
     Raises:
         IdentityInvalid: If a file is missing, malformed, a key open to others, or the certificate is not the key's.
     """
 
     def __init__(self, folder: Path) -> None:
         self.files = Files(folder)
+        self._seen: tuple[object, ...] = ()
         self._read()
 
     @classmethod
@@ -85,6 +90,10 @@ class ServerCertificates:
         """Returns the certificate, with those above it, and its key, as PEM."""
         return certificates.to_pem(*self._chain), keys.to_pem(self._key)
 
+    def changed(self) -> bool:
+        """Returns whether a file was replaced since the files were read last, or could not be."""
+        return self._seen != self.files.stamps()
+
     def refresh(self) -> bool:
         """Renews the certificate if it is time and the authority is here, else takes up what the files have by now.
 
@@ -118,6 +127,7 @@ class ServerCertificates:
                 )
 
     def _read(self) -> None:
+        self._seen = self.files.stamps()  # before reading: what is written meanwhile counts as a change
         key, chain = keys.load(self.files.server_key), certificates.load(self.files.server)
         if chain[0].public_key() != key.public_key():
             raise IdentityInvalid(f"{self.files.server} is not the certificate of {self.files.server_key}")
@@ -128,6 +138,7 @@ class ServerCertificates:
         changed = getattr(self, "_served", None) != (chain, trusted)
         self._served = chain, trusted
         self.authorities = authorities
+        self.trusted = frozenset(map(certificates.fingerprint, trusted))
         self._key: PrivateKey = key
         self._chain: list[x509.Certificate] = chain
         self._version = getattr(self, "_version", 0) + changed

@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -22,10 +22,12 @@ from fedpeft.errors import (
     NoAuthority,
     SelfRevocation,
     SigningRequestInvalid,
+    StateInvalid,
     SubjectInvalid,
     TicketNotFound,
     TokenNotFound,
     TooManyCertificates,
+    Unavailable,
 )
 from fedpeft.identity import certificates, requests, token
 from fedpeft.identity.authority import Authority
@@ -81,6 +83,7 @@ class Access(pb_grpc.AccessServiceServicer):
         runs: Told of clients that will not come back.
         callers: Likewise.
         own: The server's certificates; None if it has none.
+        take_up: Has `own` follow its files, so that a command that replaced one holds for the next certificate.
         addresses: Where the server is reached; asked when a token is made, for only then its ports are bound.
         life: How long the certificates of clients and evaluators are valid.
 
@@ -95,6 +98,7 @@ class Access(pb_grpc.AccessServiceServicer):
         runs: Runs,
         callers: Callers,
         own: ServerCertificates | None,
+        take_up: Callable[[], Awaitable[None]],
         addresses: Callable[[], Addresses],
         life: timedelta,
     ) -> None:
@@ -104,6 +108,7 @@ class Access(pb_grpc.AccessServiceServicer):
         self._runs = runs
         self._callers = callers
         self._own = own
+        self._take_up = take_up
         self._addresses = addresses
         self._life = life
         self._issued_to: dict[Subject, deque[float]] = defaultdict(lambda: deque(maxlen=MOST_CERTIFICATES))
@@ -111,7 +116,7 @@ class Access(pb_grpc.AccessServiceServicer):
 
     async def Enroll(self, request: pb.EnrollRequest, context: Context) -> pb.EnrollResponse:
         """Gives a device its first certificate."""
-        authority, key = self._authority(), _key(request.signing_request)
+        authority, key = await self._authority(), _key(request.signing_request)
         made: list[x509.Certificate] = []
 
         def issue(subject: Subject, after: float) -> Issued:
@@ -130,7 +135,7 @@ class Access(pb_grpc.AccessServiceServicer):
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
         """Gives the caller its next certificate."""
-        authority, key = self._authority(), _key(request.signing_request)
+        authority, key = await self._authority(), _key(request.signing_request)
         subject = CALL.get().caller.subject
         if subject is None:
             raise CertificateMissing("a certificate is renewed over a connection that was made with it")
@@ -156,8 +161,10 @@ class Access(pb_grpc.AccessServiceServicer):
         if not MIN_TOKEN_LIFE_S <= life_s <= MAX_TOKEN_LIFE_S:
             fault = f"must be {MIN_TOKEN_LIFE_S} to {MAX_TOKEN_LIFE_S}"
             raise SubjectInvalid(f"life_s is {life_s}; it {fault}", (("life_s", fault),))
+        await self._authority()
+        assert self._own is not None
         where, now = self._addresses(), time.time()
-        made = EnrollmentToken.make(where.server, where.enrollment, self._root())
+        made = EnrollmentToken.make(where.server, where.enrollment, self._own.root)
         row = TokenRow(made.digest.hex(), subject, now, actor(), now + life_s)
         await self._store.call(self._identities.add_token, row)
         log.info("token created", subject=str(subject), token=row.id, by=row.created_by)
@@ -188,19 +195,19 @@ class Access(pb_grpc.AccessServiceServicer):
         if subject == CALL.get().caller.subject:
             raise SelfRevocation(f"you are {subject}; have another operator revoke you")
         row = await self._revoke(subject, sayings.reason(request.reason), actor(), unseen=request.unseen)
-        return pb.RevokeIdentityResponse(identity=identity_message(row))
+        return pb.RevokeIdentityResponse(identity=identity_message(row, self._trusts(row)))
 
     async def RestoreIdentity(self, request: pb.RestoreIdentityRequest, context: Context) -> pb.RestoreIdentityResponse:
         """Lets somebody who was revoked in again, with another certificate."""
         row = await self._restore(_subject(request.role, request.name), actor())
-        return pb.RestoreIdentityResponse(identity=identity_message(row))
+        return pb.RestoreIdentityResponse(identity=identity_message(row, self._trusts(row)))
 
     async def ListIdentities(self, request: pb.ListIdentitiesRequest, context: Context) -> pb.ListIdentitiesResponse:
         """Shows whoever was enrolled or revoked, a page at a time."""
         most = pages.size(request.page_size)
         place = pages.position(request.page_token, of=("identities",), first=("", ""))
         rows = await self._store.call(self._identities.after, place, most + 1)
-        identities = pages.fitting(map(identity_message, rows[:most]))
+        identities = pages.fitting(identity_message(row, self._trusts(row)) for row in rows[:most])
         last = rows[len(identities) - 1].subject if len(identities) < len(rows) else None
         return pb.ListIdentitiesResponse(
             identities=identities,
@@ -280,20 +287,27 @@ class Access(pb_grpc.AccessServiceServicer):
                 withdrawn += 1
         return withdrawn
 
-    def _root(self) -> x509.Certificate:
-        """Returns the authority by which a new device trusts the server."""
-        self._authority()
-        assert self._own is not None
-        return self._own.root
+    def _trusts(self, row: IdentityRow) -> bool:
+        """Returns whether the authority that issued an identity's certificate is trusted, as far as that is known."""
+        return not (row.issuer and self._own) or row.issuer in self._own.trusted
 
     def _trusted(self) -> bytes:
         """Returns what devices are to trust from now on."""
         assert self._own is not None
         return certificates.to_pem(*self._own.authorities.trusted)
 
-    def _authority(self) -> Authority:
+    async def _authority(self) -> Authority:
+        """Returns the authority that signs from now on: that of the files, which a command may just have written."""
         if self._own is None:
             raise NoAuthority("this server serves plain text and enrolls nobody; `fedpeft-server init` changes that")
+        try:
+            await self._take_up()
+        except (IdentityInvalid, StateInvalid) as error:
+            log.error("the changed certificates cannot be used", message=error.message)
+            raise Unavailable(
+                "the files of the server's certificates were changed and cannot be used, so it issues none for now; "
+                "its log says why"
+            ) from None
         if self._own.issuing is None:
             raise NoAuthority(
                 "this server does not have the authority's key: ask its holder for a certificate, with "

@@ -226,8 +226,13 @@ def token_message(row: TokenRow) -> access_service_pb2.Token:
     )
 
 
-def identity_message(row: IdentityRow) -> access_service_pb2.Identity:
-    """Returns an identity; one that was admitted again after a revocation is not revoked."""
+def identity_message(row: IdentityRow, trusted: bool) -> access_service_pb2.Identity:
+    """Returns an identity; one that was admitted again after a revocation is not revoked.
+
+    Args:
+        row: The identity.
+        trusted: Whether the authority that issued its certificate is trusted.
+    """
     return access_service_pb2.Identity(
         role=roles.TO_PROTO[row.subject.role],
         name=row.subject.name,
@@ -238,6 +243,7 @@ def identity_message(row: IdentityRow) -> access_service_pb2.Identity:
         reason=row.reason if row.is_revoked else "",
         restored_at=timestamp(row.restored_at),
         issuer=row.issuer,
+        authority_replaced=not trusted,
     )
 
 
