@@ -334,7 +334,10 @@ class Server:
 
     async def _take_up_certificates(self) -> None:
         """Takes up what a command wrote since the files were read."""
-        if self.certificates and await self.store.file(self.certificates.changed):
+        own = self.certificates
+        if own is None:
+            return
+        if await self.store.file(own.changed):
             await self._renew_certificate()
 
     async def _probe_database(self) -> None:
