@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tomllib
 from datetime import datetime, time, timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -182,8 +181,8 @@ class Policy(_Section):
         except text_files.NotText as error:
             raise SettingsInvalid(f"--policy {path} is not a TOML file: {error}") from None
         try:
-            data = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = text_files.toml(text)
+        except ValueError as error:
             raise SettingsInvalid(f"--policy {path} is not a TOML file: {error}") from None
         try:
             return cls.model_validate(data)

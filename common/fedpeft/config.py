@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -376,8 +375,8 @@ def load_run_file(path: Path) -> RunConfig:
     """
     text = _read(path)
     try:
-        data = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # of TOML, of a number with thousands of digits, of nested brackets
+        data = text_files.toml(text)
+    except ValueError as error:
         raise ConfigInvalid(f"{path} is not a TOML file: {error}") from None
     with faults_in(path):
         return parse_config(data)

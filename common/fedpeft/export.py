@@ -171,7 +171,7 @@ def from_peft(folder: Path, backbone: Backbone) -> tuple[dict[str, object], Arra
         ModelInvalid: If the directory cannot be read, or is not a plain LoRA with a head for this model.
     """
     try:
-        data = json.loads(text_files.read(folder / "adapter_config.json"))
+        data = text_files.json_of(text_files.read(folder / "adapter_config.json"))
     except (OSError, ValueError) as error:
         raise ModelInvalid(f"{folder} is not a directory of the peft library: {error}") from error
     _check_plain_lora(data, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -99,10 +98,10 @@ class ProcessSettings(BaseSettings):
     def _load(cls, path: Path) -> dict[str, Any]:
         """Returns the keys of a TOML settings file."""
         try:
-            data = tomllib.loads(text_files.read(path))
+            data = text_files.toml(text_files.read(path))
         except OSError as error:
             raise SettingsInvalid(f"--config: cannot read {path}: {error.strerror}") from None
-        except ValueError as error:  # of the encoding, of TOML, of a number with thousands of digits
+        except ValueError as error:
             raise SettingsInvalid(f"--config {path} is not a TOML file: {error}") from None
         if unknown := sorted(set(data) - set(cls.model_fields)):
             raise SettingsInvalid(f"--config {path}: {unknown[0]} is not a setting of {cls.program}")

@@ -6,8 +6,11 @@ Every text file that a person may have written is read here, so that none is ref
 from __future__ import annotations
 
 import codecs
+import json
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -66,3 +69,38 @@ def decode(data: bytes) -> str:
         wrong = data[len(mark) + error.start]
         raise NotText(f"byte 0x{wrong:02x} in line {line} is not {encoding.upper()}; save it as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+class TooDeep(ValueError):
+    """The tables or arrays of a text are nested deeper than the parser goes."""
+
+    def __init__(self) -> None:
+        super().__init__("its brackets are nested hundreds deep, which no such file needs")
+
+
+def toml(text: str) -> dict[str, Any]:
+    """Returns what a TOML text says.
+
+    Raises:
+        ValueError: If it is not TOML, has a number of thousands of digits, or nested brackets without end (`TooDeep`).
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise TooDeep from None
+
+
+def json_of(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Returns what a JSON text says.
+
+    Args:
+        text: The text.
+        pairs: Makes the value of an object of its names and values; a dict if absent.
+
+    Raises:
+        ValueError: As `toml`.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise TooDeep from None

@@ -121,8 +121,13 @@ def test_natural_clients_are_the_values_of_a_column():
     assert [part.tolist() for part in partition.parts] == [[3], [1], [0, 2]]
     with pytest.raises(DataInvalid, match="'site' has no value in row 1"):
         natural(["a", None], "site")
-    with pytest.raises(DataInvalid, match="written the same"):
+    with pytest.raises(DataInvalid, match="both written '7'"):
         natural(["7", 7], "site")
+
+
+def test_two_values_that_are_written_the_same_are_named():
+    with pytest.raises(DataInvalid, match="two different values of column 'site' are both written '1'; rename one"):
+        natural([1, "1", "b"], "site")
 
 
 def test_skew_by_hand():
@@ -216,7 +221,8 @@ def test_partitions_that_cannot_be_written(tmp_path):
     for partition, message in [
         (part(("a", rows), ("b", rows[:0])), "client b of the partition has no rows"),
         (part(("a", rows + 4)), "names row 6"),
-        (part(("a b", rows), ("a-b", rows + 3)), "the same file name"),
+        (part(("a b", rows), ("a-b", rows + 3)), "clients 'a b' and 'a-b' would have one file name, 'a-b'"),
+        (part(("A", rows), ("a", rows + 3)), "clients 'A' and 'a' would have one file name, .*; rename one of these"),
         (part(("..", rows)), "cannot be a folder's name"),
     ]:
         with pytest.raises(DataInvalid, match=message):

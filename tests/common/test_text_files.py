@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from fedpeft import durable, text_files, token_argument
 from fedpeft.config import load_run_file
+from fedpeft.data.client_folders import clients_in
 from fedpeft.data.labels import read_label_map
 from fedpeft.data.sources import labels_digest, open_source
 from fedpeft.doctor import client_side
-from fedpeft.errors import ConfigInvalid, DataInvalid, IdentityInvalid, SettingsInvalid
+from fedpeft.errors import ConfigInvalid, DataInvalid, FedpeftError, IdentityInvalid, SettingsInvalid
 from fedpeft.identity import keys
 from fedpeft.identity.folder import server_of
 from fedpeft_client.policy import Policy
@@ -146,6 +147,36 @@ def test_the_classes_of_a_run_are_in_nfc(tmp_path):
     (tmp_path / "run.toml").write_text(RUN.replace('"cat"', '"caf\u00e9"'), encoding="utf-8")
     with pytest.raises(ConfigInvalid, match="is named twice"):
         load_run_file(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize(
+    "what", ["run file", "settings", "policy", "label map", "label map in JSON", "index", "record"]
+)
+def test_brackets_nested_without_end_are_said_to_be_that(tmp_path, what):
+    names = {"index": "a.index.json", "label map in JSON": "map.json", "identity": "identity.toml"}
+    path = tmp_path / names.get(what, "f.toml")
+    json_like = what in ("index", "label map in JSON", "record")
+    path.write_text("[" * 5_000 if json_like else "a = " + "[" * 5_000)
+    (tmp_path / "partition.json").write_text("[" * 5_000)
+    read = {
+        "run file": load_run_file,
+        "settings": settings,
+        "policy": Policy.read,
+        "label map": read_label_map,
+        "label map in JSON": read_label_map,
+        "index": open_source,
+        "record": lambda _: clients_in(tmp_path),
+    }[what]
+    with pytest.raises(FedpeftError, match="its brackets are nested hundreds deep"):
+        read(path)
+
+
+def test_nested_brackets_in_an_identity_and_a_policy_that_doctor_reads(tmp_path):
+    for name in ("identity.toml", "policy.toml"):
+        (tmp_path / name).write_text("a = " + "[" * 5_000)
+    with pytest.raises(IdentityInvalid, match="must hold server"):
+        server_of(tmp_path)
+    assert "brackets are nested" in client_side._policy(tmp_path / "policy.toml").said
 
 
 def test_a_long_file_is_read_line_by_line_without_its_mark(tmp_path):

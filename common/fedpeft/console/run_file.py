@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedpeft import text_files
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.errors import ConfigInvalid, FedpeftError
 from fedpeft.faults import line_of
@@ -55,8 +55,8 @@ def read(text: str) -> RunConfig:
         Faulty: If it is not TOML or breaks a rule.
     """
     try:
-        data = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # of TOML, of a number with thousands of digits, of nested brackets
+        data = text_files.toml(text)
+    except ValueError as error:
         at = _LINE.search(str(error))
         raise Faulty([Fault(int(at[1]) if at else 0, "", f"this is not TOML: {error}")]) from None
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,9 +78,9 @@ def _refuse_beside(path: Path, found: Iterable[str]) -> None:
 def _check_record(path: Path, found: Iterable[str]) -> None:
     """Refuses a partition of which a client is missing: the others would be trained on as if they were all."""
     try:
-        record = json.loads(text_files.read(path / RECORD))
+        record = text_files.json_of(text_files.read(path / RECORD))
         names = [file_name(client["name"]) for client in record["clients"]]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataInvalid(f"{path / RECORD} cannot be read: {error}; partition the data again") from None
     if not found:
         raise DataInvalid(f"{path} has a {RECORD} and no client: neither NAME/*.parquet nor NAME{INDEX_SUFFIX}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,12 +56,12 @@ def read_label_map(path: Path) -> dict[str, str | None]:
     toml = path.suffix.lower() == ".toml"
     try:
         text = text_files.read(path)
-        data = tomllib.loads(text) if toml else json.loads(text, object_pairs_hook=_once)
+        data = text_files.toml(text) if toml else text_files.json_of(text, _once)
     except OSError as error:
         raise DataInvalid(f"cannot read label map {path}: {error.strerror}") from None
     except _Twice as error:
         raise DataInvalid(f"label map {path} names {error.args[0]!r} twice; one line for each class") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         more = "" if path.suffix.lower() in (".toml", ".json") else "; a label map is NAME.toml or NAME.json"
         raise DataInvalid(f"label map {path} is not {'TOML' if toml else 'JSON'}: {error}{more}") from None
     if not isinstance(data, dict):

@@ -7,7 +7,6 @@ types of the same values. Everything else must agree.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -111,7 +110,7 @@ def _schema(path: Path, metadata: pq.FileMetaData) -> pa.Schema:
     try:
         if b"huggingface" not in about and (path.parent / INFO).is_file():
             place = path.parent / INFO
-            features = json.loads(text_files.read(place))["features"]
+            features = text_files.json_of(text_files.read(place))["features"]
             schema = schema.with_metadata({**about, **described(features)})
         for name in schema.names:
             class_names(schema, name)

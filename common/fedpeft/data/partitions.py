@@ -6,6 +6,7 @@ of the assignment.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -176,7 +177,10 @@ def natural(values: Sequence[object], column: str) -> Partition:
     named = sorted((str(value), rows) for value, rows in groups.items())
     names = tuple(name for name, _ in named)
     if len(set(names)) < len(names):
-        raise DataInvalid(f"two values of column {column!r} are written the same")
+        same = next(name for name, after in itertools.pairwise(names) if name == after)
+        raise DataInvalid(
+            f"two different values of column {column!r} are both written {same!r}; rename one of them in the data"
+        )
     if len(splits := splits_among(names)) == len(names):
         raise DataInvalid(
             f"column {column!r} holds splits ({', '.join(list(splits)[:5])}), which are no clients; name the column "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,26 @@ def _check(source: Source, partition: Partition, path: Path) -> None:
     highest = max(int(rows[-1]) for rows in partition.parts)
     if highest >= len(source):
         raise DataInvalid(f"the partition names row {highest}; {path} has {len(source)}")
-    files = [file_name(name) for name in partition.names]
-    if len({name.lower() for name in files}) < len(files):
-        raise DataInvalid("two clients of the partition have the same file name")
+    file_names(partition.names)
+
+
+def file_names(names: Sequence[str]) -> list[str]:
+    """Returns the names of clients as `file_name` makes them, each another one, upper and lower case being the same.
+
+    Raises:
+        DataInvalid: If a name leaves none, or two leave one.
+    """
+    files = [file_name(name) for name in names]
+    first: dict[str, str] = {}
+    for name, file in zip(names, files, strict=True):
+        other = first.setdefault(file.lower(), name)  # file systems of macOS and Windows do not tell case
+        if other is not name:
+            raise DataInvalid(
+                f"clients {other[:80]!r} and {name[:80]!r} would have one file name, {file!r} (upper and lower case "
+                "are the same there); rename one of these values in the data, or make both one value if they are "
+                "one client"
+            )
+    return files
 
 
 def file_name(name: str) -> str:

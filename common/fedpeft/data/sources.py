@@ -124,8 +124,8 @@ def _open_index(path: Path, image: str | None, label: str | None) -> Source:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(text_files.read(path))
-    except (ValueError, RecursionError) as error:
+        data = text_files.json_of(text_files.read(path))
+    except ValueError as error:
         raise DataInvalid(f"{path} is not JSON: {error}") from None
     wanted = {"source": str, "rows": list, "labels_sha256": str}
     for key, kind in wanted.items():

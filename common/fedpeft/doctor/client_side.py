@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def check_state(setup: Setup) -> Iterator[Finding]:
 
 def _policy(path: Path) -> Finding:
     try:
-        rules = tomllib.loads(text_files.read(path))
+        rules = text_files.toml(text_files.read(path))
     except (OSError, ValueError) as error:
         return fault("policy", f"{path} cannot be read: {error}", "correct it: a client does not start without")
     return ok("policy", f"{path} limits {', '.join(sorted(rules)) or 'nothing'}")

@@ -13,7 +13,6 @@ Who enrolls into it or renews holds it meanwhile (`lock`).
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -184,7 +183,7 @@ def server_of(folder: Path) -> str:
     """
     path = folder / "identity.toml"
     try:
-        server = tomllib.loads(text_files.read(path)).get("server")
+        server = text_files.toml(text_files.read(path)).get("server")
         return str(Address.parse(server if isinstance(server, str) else ""))
     except OSError as error:
         raise IdentityInvalid(f"{path} cannot be read: {error.strerror}; enroll first") from None

@@ -20,7 +20,7 @@ from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data import partitions
 from fedpeft.data.client_folders import clients_in, refuse_splits, subfolders
 from fedpeft.data.interface import Source
-from fedpeft.data.parts import RECORD, file_name
+from fedpeft.data.parts import RECORD, file_names
 from fedpeft.data.reading import MAX_PIXELS, USUAL, Reading
 from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.kind import Examples
@@ -88,9 +88,7 @@ def clients_of(
             "a folder that fedpeft partition wrote"
         )
     cut = _cut(source, config.simulation, config.rounds.seed)
-    names = [file_name(name) for name in cut.names]
-    if len(set(names)) < len(names):
-        raise DataInvalid(f"two values of column {config.simulation.column!r} give clients of one name")
+    names = file_names(cut.names)
     record = {
         "variant": cut.variant,
         "alpha": cut.alpha,
