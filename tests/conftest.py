@@ -49,16 +49,18 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the workers of a test's clients forked from one process that imported torch once.
+@pytest.fixture(scope="module")
+def preloaded() -> Iterator[None]:
+    """Has the workers of a module's clients forked from one process that imported torch once.
 
     Without it, a worker begins as a user's does: for tests of how it begins, or of its memory.
     """
-    if _FOLDER in os.environ:
-        path = [str(Path(__file__).with_name("preloaded")), os.environ.get("PYTHONPATH", "")]
-        monkeypatch.setenv(PRELOADED, os.environ[_FOLDER])
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+    with pytest.MonkeyPatch.context() as patch:
+        if _FOLDER in os.environ:
+            path = [str(Path(__file__).with_name("preloaded")), os.environ.get("PYTHONPATH", "")]
+            patch.setenv(PRELOADED, os.environ[_FOLDER])
+            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from .conftest import StartClient, tiny_run
 from .federation import Federation
+
+pytestmark = pytest.mark.usefixtures("preloaded")
 
 
 async def test_what_of_a_folder_is_not_read_is_said_by_a_dry_run_and_by_the_log(

@@ -313,6 +313,7 @@ class TestUpload:
         assert any(f"{field} is" in str(line.get("cause")) for line in lines)
 
 
+@pytest.mark.usefixtures("preloaded")
 class TestAgent:
     """The client as people start it."""
 

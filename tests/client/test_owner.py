@@ -109,6 +109,7 @@ async def test_a_server_that_offers_little_and_asks_for_much_is_refused_in_words
     assert told >= federation.arrivals.wire_bytes >= wire, "the ledger never tells less than what left"
 
 
+@pytest.mark.usefixtures("preloaded")
 async def test_a_ticket_that_cannot_be_booked_as_given_back_ends_the_client_with_the_reason(
     federation: Federation, start_client: StartClient, tmp_path: Path
 ) -> None:
@@ -129,6 +130,7 @@ async def test_a_ticket_that_cannot_be_booked_as_given_back_ends_the_client_with
     assert not federation.withdrawn
 
 
+@pytest.mark.usefixtures("preloaded")
 async def test_what_the_file_system_refuses_ends_the_client_with_a_sentence(
     federation: Federation, start_client: StartClient, tmp_path: Path
 ) -> None:
@@ -140,6 +142,7 @@ async def test_what_the_file_system_refuses_ends_the_client_with_a_sentence(
     assert client.text[-1] == f"fedpeft-client: cannot use state directory {state}: Not a directory\n"
 
 
+@pytest.mark.usefixtures("preloaded")
 @pytest.mark.timeout(240)
 async def test_what_was_trained_under_another_policy_is_not_sent(
     federation: Federation, start_client: StartClient, tmp_path: Path

@@ -13,7 +13,12 @@ from fedpeft.operator_client import OperatorClient
 
 from .conftest import Federation, Process, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("odd orders"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.usefixtures("preloaded"),
+    pytest.mark.xdist_group("odd orders"),
+    pytest.mark.timeout(600),
+]
 
 ONE_CLIENT = """
 name = "odd"

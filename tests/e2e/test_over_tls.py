@@ -159,7 +159,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
         made.close()
 
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("over_tls")]
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded"), pytest.mark.xdist_group("over_tls")]
 
 
 def test_every_byte_between_client_and_server_is_unreadable(secured: Any) -> None:

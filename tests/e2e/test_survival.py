@@ -14,7 +14,12 @@ from fedpeft.config import load_run_file
 
 from .conftest import Federation, SlowLink, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("survival"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.usefixtures("preloaded"),
+    pytest.mark.xdist_group("survival"),
+    pytest.mark.timeout(600),
+]
 
 Arrays = dict[str, NDArray[np.float32]]
 SLOW = 6_000_000
