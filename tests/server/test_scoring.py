@@ -135,3 +135,14 @@ async def test_what_an_evaluator_gets_next_of_very_many_versions_costs_no_query(
     for _ in range(5):
         assert (await judge.wait()).evaluation == first
     assert "evaluated_by" not in queries
+
+
+async def test_nothing_is_kept_of_a_deleted_run(daemon: Daemon) -> None:
+    run = (await daemon.create(config(rounds=ONE))).id
+    judge = await evaluator(daemon)
+    assert (await judge.wait()).evaluation.version == 0
+    await push(judge, run, 0)
+    await daemon.operator.StopRun(op.StopRunRequest(run=run))
+    await daemon.operator.DeleteRun(op.DeleteRunRequest(run=run))
+    scoring = daemon.server.runs.scoring
+    assert (scoring._evaluators, scoring._books) == ({}, {})

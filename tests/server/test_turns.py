@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 
 import grpc
@@ -18,7 +18,7 @@ from fedpeft.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft_server.rpc import turns
-from fedpeft_server.rpc.turns import Turns
+from fedpeft_server.rpc.turns import Turn, Turns
 
 from .conftest import SPEC, RawClient, StartDaemon, config, filled, header, refused
 
@@ -192,6 +192,24 @@ async def test_an_upload_that_was_cut_off_does_not_keep_its_own_client_waiting(s
         assert await refused(first) == "TURN_OVER"
 
 
+async def test_a_pull_that_nobody_reads_ends_as_soon_as_its_client_pulls_again(start: StartDaemon) -> None:
+    """Its status lies behind what was sent, so the client has it once it reads; its turn and its file are free at once."""
+    daemon = await start(max_transfers=1)
+    run = await daemon.create(spec=LARGE, arrays={"head.weight": np.zeros(6_000_000, np.float32)})
+    (a,) = await daemon.clients("a")
+    blocked = a.stub.PullAdapter(fed.PullAdapterRequest(run=run.id), metadata=a.metadata)
+    await blocked.read()
+    async with asyncio.timeout(20):
+        while not daemon.server.downloads.has("a"):
+            await asyncio.sleep(0.01)
+        async with grpc.aio.insecure_channel(daemon.server.settings.listen) as channel:
+            _, data = await RawClient(channel, "a").pull(run.id, 0)
+    labels = {"method": "/fedpeft.v1.FederationService/PullAdapter", "code": "ABORTED"}
+    assert len(data) == 24_000_000
+    assert daemon.server.metrics.registry.get_sample_value("fedpeft_grpc_requests_total", labels) == 1
+    blocked.cancel()
+
+
 async def come(line: Turns, client: str, order: list[str], stack: AsyncExitStack) -> None:
     await stack.enter_async_context(line.take(client))
     order.append(client)
@@ -282,3 +300,28 @@ async def test_a_client_has_one_turn_and_one_place() -> None:
         async with asyncio.timeout(1):
             await again
         assert line.has("c") and not line.has("a")
+
+
+@pytest.mark.parametrize("change", [Turn.replace, Turn.hurry])
+async def test_a_wait_that_is_just_ending_cannot_be_ended_again(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Turn], None]
+) -> None:
+    """The newer transfer or the one in the queue was refused with a RuntimeError in that instant."""
+    monkeypatch.setattr(turns, "TURN_S", -1.0)
+    async with Turns(1).take("a") as turn:
+        ended: list[str] = []
+
+        async def wait() -> None:
+            try:
+                async with turn.bounded(0.0):
+                    await asyncio.Event().wait()
+            except (TimeoutError, TurnOver) as error:
+                ended.append(type(error).__name__)
+
+        waits = asyncio.create_task(wait())
+        while turn._waiting is None or not turn._waiting.expired():
+            await asyncio.sleep(0)
+        assert not ended, "its time is over, and it has not heard of that yet"
+        change(turn)
+        await waits
+    assert ended == ["TurnOver" if change is Turn.replace else "TimeoutError"]

@@ -20,6 +20,7 @@ from fedpeft_server.rounds.gathering import Gathering
 from fedpeft_server.rounds.lobby import Lobby
 from fedpeft_server.rounds.progress_watch import ProgressWatch
 from fedpeft_server.rounds.scoring import Scoring
+from fedpeft_server.rounds.ticket_index import TicketIndex
 from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.rounds.waiting import NAMED, awaited
 from fedpeft_server.store.rows import AnswerRow, Deed, RoundRow, RunRow, RunState, VersionRow
@@ -88,6 +89,8 @@ class Runs:
         self._background = background
         self._engines: dict[str, RunEngine] = {}
         self._active: dict[str, RunEngine] = {}  # those with rounds left, oldest first: finished ones stay for months
+        self._tickets = TicketIndex()  # of the active runs
+        self._counted: dict[str, Round] = {}  # of the active runs: the round whose tickets the gauges show
         self._ages: list[Age] = []
         self._gathering = Gathering()
         self._watchers: dict[str, set[News]] = defaultdict(set)
@@ -206,10 +209,10 @@ class Runs:
         Raises:
             TicketNotFound: If there is no such ticket.
         """
-        for engine in self._active.values():
-            for ticket in engine.round.tickets:
-                if ticket.id == ticket_id:
-                    return engine, ticket, engine.round.number
+        run = self._tickets.run_of(ticket_id)
+        if run is not None:
+            engine = self._engines[run]
+            return engine, engine.round.ticket(ticket_id), engine.round.number
         row = await self._store.call(self._store.db.ticket, ticket_id)
         return self.get(row.run), row.ticket, row.number
 
@@ -317,13 +320,22 @@ class Runs:
 
     def _sort(self, engine: RunEngine) -> None:
         """Puts a run among the active ones, or takes it out, once its state is another."""
+        if engine.active:
+            self._tickets.follow(engine.round)
         if engine.active is (engine.run.id in self._active):
             return
         if engine.active:
             self._active = {e.run.id: e for e in sorted((*self._active.values(), engine), key=lambda e: e.age)}
         else:
-            del self._active[engine.run.id]
-            self._background.forget(engine.run.id)
+            self._retire(engine.run.id)
+
+    def _retire(self, run: str) -> None:
+        """Takes a run that ended out of what is kept of the active ones; its clients are counted no more."""
+        del self._active[run]
+        self._tickets.forget(run)
+        self._counted.pop(run, None)
+        self._metrics.clients.remove_by_labels({"run": run})
+        self._background.forget(run)
 
     def _engine(self, run: RunRow, current: Round) -> RunEngine:
         parts = (self._store, self.lobby, self.answers, self._ledger, self._metrics, self._background)
@@ -364,14 +376,17 @@ class Runs:
         await self.progress.look(self._active.values(), self.announce)
 
     def _count_clients(self) -> None:
-        for engine in self._engines.values():
-            gauge, run = self._metrics.clients, engine.run.id
-            gauge.labels(run, "waiting").set(len(self.ready(run)) if engine.active else 0)
-            gauge.labels(run, "set_aside").set(len(self.answers.set_aside(run)) if engine.active else 0)
-            gauge.labels(run, "declined").set(len(self.answers.declines(run)) if engine.active else 0)
-            tickets = Counter(ticket.state for ticket in engine.round.tickets)
-            for state in TicketState:
-                gauge.labels(run, state).set(tickets[state])
+        """Shows what the clients of the active runs do; a run that ended has no such series any more."""
+        gauge, answers = self._metrics.clients, self.answers
+        for run, engine in self._active.items():
+            gauge.labels(run, "waiting").set(len(self.ready(run)))
+            gauge.labels(run, "set_aside").set(len(answers.set_aside(run)))
+            gauge.labels(run, "declined").set(len(answers.declines(run)))
+            if self._counted.get(run) is not engine.round:
+                self._counted[run] = engine.round
+                tickets = Counter(ticket.state for ticket in engine.round.tickets)
+                for state in TicketState:
+                    gauge.labels(run, state).set(tickets[state])
 
 
 def _in_progress(run: RunRow, newest: RoundRow | None) -> Round:

@@ -69,7 +69,7 @@ class Scoring:
 
     def leaves(self, run: str, evaluator: str) -> None:
         """Notes that it does not."""
-        self._evaluators[run].discard(evaluator)
+        self._evaluators.get(run, set()).discard(evaluator)
 
     async def standing(self, run: RunRow, evaluator: str) -> Standing:
         """Returns how far an evaluator is with a run."""
@@ -97,14 +97,16 @@ class Scoring:
     async def scored(self, run: str, evaluator: str, version: int) -> None:
         """Notes that the figures of a version are in the database."""
         await self._store.call(self._store.db.forget_failed_evaluations, evaluator, run, version)
-        if (book := self._books[run].get(evaluator)) is not None:  # else it is read, with this, once it is needed
+        if (
+            book := self._books.get(run, {}).get(evaluator)
+        ) is not None:  # else it is read, with this, once it is needed
             book.scored |= 1 << version
             book.failed.pop(version, None)
 
     async def failed(self, failure: FailedEvaluation) -> None:
         """Writes that an evaluator cannot score a version; it gets others, until it registers again."""
         await self._store.call(self._store.db.put_failed_evaluation, failure)
-        if (book := self._books[failure.run].get(failure.evaluator)) is not None:
+        if (book := self._books.get(failure.run, {}).get(failure.evaluator)) is not None:
             book.failed[failure.version] = failure.reason
 
     async def try_again(self, evaluator: str) -> None:
@@ -115,8 +117,9 @@ class Scoring:
                 books[evaluator].failed.clear()
 
     def forget(self, run: str) -> None:
-        """Forgets what is kept of a run: it was deleted, or its versions are not what they were."""
+        """Forgets what is kept of a run that was deleted."""
         self._books.pop(run, None)
+        self._evaluators.pop(run, None)
 
     async def _book(self, run: str, evaluator: str) -> _Book:
         if evaluator not in self._books[run]:

@@ -48,7 +48,7 @@ class Turn:
         """Gives the place or turn to another transfer of the client; a wait under `bounded` ends at once."""
         self.replaced = True
         self.came.set()
-        if self._waiting is not None:
+        if self._waiting is not None and not self._waiting.expired():  # one that is just expiring ends by itself
             self._waiting.reschedule(0)
 
     @asynccontextmanager
@@ -75,7 +75,7 @@ class Turn:
 
     def hurry(self) -> None:
         """Ends a wait under `bounded` when the turn has had its time: others wait for it now."""
-        if self._waiting is None or self.since == 0:
+        if self._waiting is None or self._waiting.expired() or self.since == 0:
             return
         left = self.since + TURN_S - time.monotonic()
         ends, loop = self._waiting.when(), asyncio.get_running_loop()
