@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -111,7 +112,7 @@ class Waiting:
     `waited_s` is for how long at least a quorum has been waiting for the round to open.
     """
 
-    clients: frozenset[str]
+    clients: AbstractSet[str]
     demerits: Mapping[str, int] = field(default_factory=dict)
     waited_s: float = 0.0
 
@@ -285,8 +286,7 @@ def _waiting(state: Round, event: Waiting, config: RoundsConfig, now: float) -> 
         return state, ()
     current = [t for t in state.in_state(TicketState.ISSUED) if t.generation == state.extensions]
     missing = config.sampled - len(state.in_state(TicketState.RECEIVED)) - len(current)
-    fresh = clients - {t.client for t in state.tickets}
-    if missing > 0 and fresh:
+    if missing > 0 and (fresh := clients - {t.client for t in state.tickets}):
         return _issue(state, fresh, missing, config, demerits)
     nobody_left = not state.in_state(TicketState.ISSUED)
     if nobody_left and len(state.in_state(TicketState.RECEIVED)) >= config.needed:

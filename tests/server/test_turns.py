@@ -193,7 +193,7 @@ async def test_an_upload_that_was_cut_off_does_not_keep_its_own_client_waiting(s
 
 
 async def test_a_pull_that_nobody_reads_ends_as_soon_as_its_client_pulls_again(start: StartDaemon) -> None:
-    """Its status lies behind what was sent, so the client has it once it reads; its turn and its file are free at once."""
+    """Its turn and its file are free at once; its status lies behind what was sent, so the client has it later."""
     daemon = await start(max_transfers=1)
     run = await daemon.create(spec=LARGE, arrays={"head.weight": np.zeros(6_000_000, np.float32)})
     (a,) = await daemon.clients("a")

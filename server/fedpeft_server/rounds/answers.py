@@ -26,18 +26,17 @@ class Answers:
         self._due: dict[str, set[str]] = defaultdict(set)
         self._asked: dict[str, set[str]] = defaultdict(set)
         self._runs_of: dict[str, set[str]] = defaultdict(set)  # by client, those that it answered for
+        self._declines: dict[str, set[str]] = defaultdict(set)  # those whose answer is a decline
         self._poor: dict[str, dict[str, Conduct]] = defaultdict(dict)  # by run, those that are not GOOD
         for answer in known:
-            self._given[answer.run][answer.client] = answer
-            self._runs_of[answer.client].add(answer.run)
+            self._keep(answer)
             if answer.conduct != GOOD:
                 self._poor[answer.run][answer.client] = answer.conduct
 
     def put(self, answer: AnswerRow) -> None:
         """Takes an answer that is durable; how the client used its tickets before stands."""
         answer = replace(answer, conduct=self.conduct(answer.run, answer.client))
-        self._given[answer.run][answer.client] = answer
-        self._runs_of[answer.client].add(answer.run)
+        self._keep(answer)
         self._due[answer.run].discard(answer.client)
         self._asked[answer.run].discard(answer.client)
 
@@ -69,7 +68,11 @@ class Answers:
 
     def declines(self, run: str) -> list[AnswerRow]:
         """Returns the declines of a run by client, those that are due again included."""
-        return sorted((a for a in self._given.get(run, {}).values() if not a.accepted), key=lambda a: a.client)
+        return [self._given[run][client] for client in sorted(self._declines.get(run, ()))]
+
+    def declined_by(self, run: str) -> int:
+        """Returns how many clients `declines` names."""
+        return len(self._declines.get(run, ()))
 
     def awaited(self, run: str) -> list[str]:
         """Returns the clients that were offered a run and have not answered yet, by id."""
@@ -120,4 +123,13 @@ class Answers:
                 del self._runs_of[client]
         self._due.pop(run, None)
         self._asked.pop(run, None)
+        self._declines.pop(run, None)
         self._poor.pop(run, None)
+
+    def _keep(self, answer: AnswerRow) -> None:
+        self._given[answer.run][answer.client] = answer
+        self._runs_of[answer.client].add(answer.run)
+        if answer.accepted:
+            self._declines[answer.run].discard(answer.client)
+        else:
+            self._declines[answer.run].add(answer.client)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -142,7 +143,7 @@ class RunEngine:
         await self.steps.ended()  # the removal of a committed round's files is one
 
     @unbroken
-    async def offer(self, clients: frozenset[str], waited_s: float) -> None:
+    async def offer(self, clients: AbstractSet[str], waited_s: float) -> None:
         """Lets the run sample from the clients that wait; for so long at least a quorum has."""
         if self.run.state is RunState.RUNNING:
             poor = conduct.demerits(self._answers.conducts(self.run.id), self.round.number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from fedpeft.errors import Draining
@@ -26,16 +27,24 @@ class Seat:
     replaced: bool = False
 
 
+def _everybody(_run: str, _client: str) -> bool:
+    return True
+
+
 class Lobby:
-    """The waiting clients.
+    """The waiting clients, and which of them each run may sample: kept as they come and go, never gathered anew.
 
     Args:
         changed: Called whenever somebody comes or goes.
+        takes_part: Says of a run and a client whether it takes part; `sort` must be called when that changes.
     """
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None], takes_part: Callable[[str, str], bool] = _everybody) -> None:
         self._changed = changed
+        self._takes_part = takes_part
         self._seats: dict[str, Seat] = {}
+        self._lingering: dict[str, Seat] = {}  # of the seats: those with an end, the next one to end first
+        self._waiting: dict[str, set[str]] = {}  # by run that was asked about: the clients that it may sample
         self._closed = False
 
     async def wait(
@@ -57,12 +66,13 @@ class Lobby:
             self.call(client)
         seat = Seat(client, run, trainer, asyncio.Event(), left_out)
         self._seats[client] = seat
+        self.sort(client)
         self._changed()
         try:
             async with asyncio.timeout(hold_s):
                 await seat.called.wait()
         except TimeoutError:
-            seat.until = time.monotonic() + LINGER_S
+            self._linger(seat)
             return False
         except asyncio.CancelledError:
             self._leave(seat)
@@ -72,13 +82,30 @@ class Lobby:
             raise Draining("the server is shutting down; try again after a pause")
         return not seat.replaced
 
-    def waiting(self, run: str) -> frozenset[str]:
-        """Returns the clients that a run may sample now."""
+    def waiting(self, run: str) -> AbstractSet[str]:
+        """Returns the clients that a run may sample: not a copy, so they are those of the moment at any time.
+
+        Seats are looked through the first time that a run is asked about, and then no more until `forget`.
+        """
         now = time.monotonic()
-        for seat in [s for s in self._seats.values() if s.until < now]:
-            del self._seats[seat.client]
-        seats = (seat for seat in self._seats.values() if seat.trainer and seat.run in ("", run))
-        return frozenset(seat.client for seat in seats if run not in seat.left_out)
+        while self._lingering and (seat := next(iter(self._lingering.values()))).until < now:
+            self._remove(seat)
+        if run not in self._waiting:
+            self._waiting[run] = {seat.client for seat in self._seats.values() if self._may_sample(run, seat)}
+        return self._waiting[run]
+
+    def sort(self, client: str) -> None:
+        """Puts a waiting client where it may be sampled: it has just come, or takes part in other runs than before."""
+        seat = self._seats.get(client)
+        for run, waiting in self._waiting.items():
+            if seat is not None and self._may_sample(run, seat):
+                waiting.add(client)
+            else:
+                waiting.discard(client)
+
+    def forget(self, run: str) -> None:
+        """Drops what is kept of a run that samples nobody any more."""
+        self._waiting.pop(run, None)
 
     def is_waiting(self, client: str) -> bool:
         """Says whether a client waits now."""
@@ -87,8 +114,9 @@ class Lobby:
 
     def call(self, client: str) -> None:
         """Tells a waiting client that there is something for it; one that lingers finds out when it asks again."""
-        seat = self._seats.pop(client, None)
+        seat = self._seats.get(client)
         if seat:
+            self._remove(seat)
             seat.called.set()
 
     def call_evaluators(self) -> None:
@@ -106,7 +134,22 @@ class Lobby:
         self._closed = True
         self.call_all()
 
+    def _may_sample(self, run: str, seat: Seat) -> bool:
+        here = seat.trainer and seat.run in ("", run) and run not in seat.left_out
+        return here and self._takes_part(run, seat.client)
+
+    def _linger(self, seat: Seat) -> None:
+        seat.until = time.monotonic() + LINGER_S
+        if self._seats.get(seat.client) is seat:
+            self._lingering[seat.client] = seat
+
     def _leave(self, seat: Seat) -> None:
         if self._seats.get(seat.client) is seat:
-            del self._seats[seat.client]
+            self._remove(seat)
             self._changed()
+
+    def _remove(self, seat: Seat) -> None:
+        del self._seats[seat.client]
+        self._lingering.pop(seat.client, None)
+        for waiting in self._waiting.values():
+            waiting.discard(seat.client)

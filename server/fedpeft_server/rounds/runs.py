@@ -6,6 +6,7 @@ import asyncio
 import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 
 import structlog
@@ -77,7 +78,7 @@ class Runs:
     def __init__(
         self, store: Store, ledger: Ledger, metrics: Metrics, background: Background, progress: ProgressWatch
     ) -> None:
-        self.lobby = Lobby(self.look)
+        self.lobby = Lobby(self.look, lambda run, client: self.answers.accepted(run, client))
         self.answers = Answers()
         self.progress = progress
         self.scoring = Scoring(store)
@@ -226,6 +227,7 @@ class Runs:
         engine = self.get(answer.run)
         await self._store.call(self._store.db.put_answer, answer)
         self.answers.put(answer)
+        self.lobby.sort(answer.client)
         ticket = None if answer.accepted else engine.open_ticket(answer.client)
         if ticket:
             with suppress(TicketNotFound):  # its round is over, and with it the ticket
@@ -253,16 +255,21 @@ class Runs:
         """Returns how many examples of a run's classes a client said it has; 0 if it did not say."""
         return self.answers.examples(run_id, client)
 
-    def ready(self, run_id: str) -> frozenset[str]:
-        """Returns the clients that a run may sample now: they wait, and they take part in it."""
-        return frozenset(c for c in self.lobby.waiting(run_id) if self.answers.accepted(run_id, c))
+    def ask_again(self, client: str) -> None:
+        """Has a client that began anew asked again for each run; until it answers it is sampled for none."""
+        self.answers.ask_again(client)
+        self.lobby.sort(client)
+
+    def ready(self, run_id: str) -> AbstractSet[str]:
+        """Returns the clients that a run may sample: they wait, and they take part in it. Not a copy."""
+        return self.lobby.waiting(run_id) if run_id in self._active else frozenset()
 
     def why(self, engine: RunEngine, *, for_operator: bool = False) -> str:
         """Says in words what a run waits for; an operator is told of clients that hang or are slow, too."""
         run, answers = engine.run.id, self.answers
         found = self.progress.awaited(engine, NAMED) if for_operator else []
         ill = {client: verdict.words for client, _, verdict in found if not verdict.state.is_well}
-        return awaited(engine, len(self.ready(run)), len(answers.declines(run)), answers.awaited(run), ill)
+        return awaited(engine, len(self.ready(run)), answers.declined_by(run), answers.awaited(run), ill)
 
     def show_backlog(self, engine: RunEngine) -> None:
         """Shows how many versions of a run are still to be scored, if anybody scores them."""
@@ -333,6 +340,7 @@ class Runs:
         """Takes a run that ended out of what is kept of the active ones; its clients are counted no more."""
         del self._active[run]
         self._tickets.forget(run)
+        self.lobby.forget(run)
         self._counted.pop(run, None)
         self._metrics.clients.remove_by_labels({"run": run})
         self._background.forget(run)
@@ -381,7 +389,7 @@ class Runs:
         for run, engine in self._active.items():
             gauge.labels(run, "waiting").set(len(self.ready(run)))
             gauge.labels(run, "set_aside").set(len(answers.set_aside(run)))
-            gauge.labels(run, "declined").set(len(answers.declines(run)))
+            gauge.labels(run, "declined").set(answers.declined_by(run))
             if self._counted.get(run) is not engine.round:
                 self._counted[run] = engine.round
                 tickets = Counter(ticket.state for ticket in engine.round.tickets)

@@ -103,7 +103,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         if request.dry_run:
             return response
         self._callers.register(client, role)
-        self._runs.answers.ask_again(client)
+        self._runs.ask_again(client)
         if role == "evaluator":
             await self._runs.scoring.try_again(client)
         (instance, process), said = self._callers.holder(client), capabilities.SerializeToString()
