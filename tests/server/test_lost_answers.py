@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import make_url
 
 from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft_server.rounds import engine
 
 from .conftest import Daemon, StartDaemon, config, filled, refused
 
@@ -112,8 +113,46 @@ async def test_a_run_that_could_not_be_looked_for_is_found_by_the_repetition(
     daemon = await start(database=line[1])
     line[0].breaks_at_commit_of = b"INSERT INTO runs"
     line[0].away = True
-    assert await refused(daemon.create(config(rounds={"count": 1, "clients": 1}))) == "INTERNAL"
+    assert await refused(daemon.create(config(rounds={"count": 1, "clients": 1}))) == "DATABASE_UNAVAILABLE"
     line[0].away = False
     run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
     assert [r.id for r in (await daemon.operator.ListRuns(op.ListRunsRequest())).runs] == [run.id]
     assert await works(daemon, run.id)
+
+
+def actions(daemon: Daemon) -> list[str]:
+    return [entry.action for entry in daemon.server.store.db.transactions.entries_after(0, 1000)]
+
+
+@pytest.mark.parametrize("statement", [b"INSERT INTO updates", b"INSERT INTO versions"])
+async def test_a_transition_whose_commit_was_not_answered_counts_once(
+    line: tuple[Line, str], start: StartDaemon, statement: bytes
+) -> None:
+    """The receipt and the fold were written twice: in the audit log, and their bytes in the database."""
+    daemon = await start(database=line[1])
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    line[0].breaks_at_commit_of = statement
+    assert await works(daemon, run.id)
+    assert not line[0].breaks_at_commit_of, "it broke"
+    said = await daemon.server.store.call(actions, daemon)
+    assert (said.count("update.received"), said.count("round.committed")) == (1, 1)
+    (held,) = await daemon.rounds(run.id)
+    value = daemon.server.metrics.registry.get_sample_value
+    sent = value("fedpeft_wire_bytes_total", {"run": run.id, "direction": "up"})
+    assert held.wire_bytes_up == sent
+
+
+async def test_a_fold_that_is_repeated_once_the_database_is_back_is_told_once(
+    line: tuple[Line, str], start: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "AGAIN_S", 0.05)
+    daemon = await start(database=line[1])
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    line[0].breaks_at_commit_of, line[0].away = b"INSERT INTO versions", True
+    held = asyncio.create_task(works(daemon, run.id))
+    async with asyncio.timeout(20):
+        while line[0].breaks_at_commit_of:
+            await asyncio.sleep(0.01)
+        line[0].away = False
+        assert await held
+    assert (await daemon.server.store.call(actions, daemon)).count("round.committed") == 1

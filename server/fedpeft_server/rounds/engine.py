@@ -413,15 +413,15 @@ class RunEngine:
             if new is self.round:
                 return
             await self._write(self._store.db.save_round, new, deeds=deeds.excluded(self.round, excluded, SERVER))
-            self._say_excluded(excluded)
+            self._say_excluded(self.round, excluded)
             self._enter(new, ())
 
-    def _say_excluded(self, excluded: Mapping[str, str]) -> None:
+    def _say_excluded(self, folded: Round, excluded: Mapping[str, str]) -> None:
         self._metrics.updates.labels(self.run.id, "excluded").inc(len(excluded))
-        for ticket in self.round.tickets:
+        for ticket in folded.tickets:
             if ticket.id in excluded:
                 self._log.warning(
-                    "update excluded", round=self.round.number, client=ticket.client, cause=excluded[ticket.id]
+                    "update excluded", round=folded.number, client=ticket.client, cause=excluded[ticket.id]
                 )
 
     async def _commit(self, result: Result, seconds: float) -> None:
@@ -441,8 +441,9 @@ class RunEngine:
             Deed(SERVER, "round.committed", self.run.id, committed),
             *(Deed(SERVER, "client.set_aside", self.run.id, {"client": client}) for client in aside),
         )
-        self._say_excluded(outcome.excluded)
+        folded = self.round
         await self._enter_version(done, result, conducts, written)
+        self._say_excluded(folded, outcome.excluded)  # only now: what could not be written is folded again
         for client in aside:
             self._log.warning("client set aside", client=client, refused=conducts[client].refused)
         self._metrics.rounds.labels(self.run.id, "committed").inc()

@@ -208,6 +208,8 @@ class Database:
     ) -> None:
         """Writes a committed round with its result, and the run's newest version and state.
 
+        A repetition, by a caller that could not learn the outcome of its first attempt, writes nothing but the bytes.
+
         Args:
             state: The round, its phase COMMITTED.
             committed_at: When.
@@ -225,11 +227,15 @@ class Database:
         Raises:
             RunNotFound: If its run does not exist.
         """
-        with self._writing(state, traffic, deeds) as connection:
+        with self._writing(state, traffic, ()) as connection:
+            if round_queries.has_result(connection, state, record_sha256):
+                return
             round_queries.put_result(connection, state, committed_at, weights, record, record_sha256, metrics)
             run_queries.put_version(connection, version)
             run_queries.update_run(connection, state.run, run_state, reason, version.version)
             answer_queries.put_conducts(connection, state.run, conducts)
+            for deed in deeds:
+                self.transactions.append(connection, deed)
 
     def current_round(self, run_id: str) -> RoundRow | None:
         """Returns the round of the highest number, or None if there is none."""

@@ -107,6 +107,13 @@ def put_result(
         connection.execute(_WEIGH, [{"ticket": ticket, "share": share} for ticket, share in weights.items()])
 
 
+def has_result(connection: Connection, state: Round, record_sha256: str) -> bool:
+    """Returns True if a round was committed before, with this record."""
+    t = tables.rounds
+    query = select(t.c.record_sha256).where(t.c.run == state.run, t.c.number == state.number)
+    return bool(record_sha256) and connection.execute(query).scalar() == record_sha256
+
+
 def select_current(connection: Connection, run: str) -> RoundRow | None:
     """Returns the round of the highest number, or None if there is none."""
     t, tickets, u = tables.rounds, tables.tickets, tables.updates

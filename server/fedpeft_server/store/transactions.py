@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, text
 
 from fedpeft import audit
 from fedpeft.audit import AuditEntry
-from fedpeft.errors import DatabaseUnavailable
+from fedpeft.errors import DatabaseUnavailable, FedpeftError
 from fedpeft_server.store import audit_queries
 from fedpeft_server.store.connection import reading, translated
 from fedpeft_server.store.rows import Deed
@@ -38,21 +38,30 @@ class Transactions:
     def begin(self, *deeds: Deed) -> Iterator[Connection]:
         """Makes a transaction of what the block does, and of the entries of `deeds`.
 
+        One whose commit was not answered is looked for, by its last entry in the audit log: repeated, it would be
+        told twice, and its bytes counted twice.
+
         Raises:
             DiskFull: If there is no room; the transaction is undone.
             DatabaseLocked: If another program holds a lock; nothing was done.
             DatabaseUnavailable: If the database is corrupt or out of reach; the transaction is undone, or its outcome
                 unknown.
         """
+        before, is_complete = self._head, False
         try:
             with translated(self._where), self.engine.begin() as connection:
                 yield connection
                 for deed in deeds:
                     self.append(connection, deed)
+                is_complete = True
             self.unavailable = False
         except BaseException as error:
-            self._head = None
-            self.unavailable = isinstance(error, DatabaseUnavailable)
+            last, self._head = self._head, None
+            unavailable = isinstance(error, DatabaseUnavailable)
+            if is_complete and unavailable and last is not None and last is not before and self._has(last):
+                self._head, self.unavailable = last, False
+                return
+            self.unavailable = unavailable
             raise
 
     @contextmanager
@@ -98,6 +107,15 @@ class Transactions:
     def close(self) -> None:
         """Closes all connections."""
         self.engine.dispose()
+
+    def _has(self, entry: AuditEntry) -> bool:
+        """Returns True if an entry, whose transaction was not answered, is in the database; False if nobody can say."""
+        if self.engine.dialect.name == "sqlite":  # no line lies between, so the failure is the answer
+            return False
+        try:
+            return self.entries_after(entry.number - 1, 1) == [entry]
+        except FedpeftError:
+            return False
 
     def append(self, connection: Connection, deed: Deed) -> None:
         """Writes an entry in a transaction of this object's."""
