@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fedpeft.audit import Detail
 from fedpeft.rounds import Round, Ticket
+from fedpeft.versions import Outcome
 from fedpeft_server.store.rows import Deed, UpdateRow
 
 
@@ -29,6 +30,20 @@ def received(current: Round, client: str, update: UpdateRow, by: str) -> Deed:
 def excluded(current: Round, why: Mapping[str, str], by: str) -> list[Deed]:
     """Says of updates that they are not folded; `why` is by ticket."""
     return [of_ticket(current, t, "update.excluded", why[t.id], by) for t in current.tickets if t.id in why]
+
+
+def committed(folded: Round, done: Round, outcome: Outcome, aside: Sequence[str], by: str) -> list[Deed]:
+    """Says that a round was committed, without the updates that are not folded; `aside` are clients set aside by it."""
+    details: dict[str, Detail] = {
+        "round": done.number,
+        "updates": len(outcome.weights),
+        "record_sha256": outcome.record_sha256,
+    }
+    return [
+        *excluded(folded, outcome.excluded, by),
+        Deed(by, "round.committed", done.run, details),
+        *(Deed(by, "client.set_aside", done.run, {"client": client}) for client in aside),
+    ]
 
 
 def of_ticket(current: Round, ticket: Ticket, action: str, reason: str, by: str) -> Deed:

@@ -35,6 +35,7 @@ from fedpeft_server.rounds.aggregation import Result, aggregate, go_back
 from fedpeft_server.rounds.answers import Answers
 from fedpeft_server.rounds.lobby import Lobby
 from fedpeft_server.rounds.receipts import Receipt
+from fedpeft_server.rounds.round_log import RoundLog
 from fedpeft_server.rounds.unbroken import Steps, unbroken
 from fedpeft_server.store.rows import Deed, RunRow, RunState, UpdateRow
 from fedpeft_server.store.store import Store
@@ -100,6 +101,7 @@ class RunEngine:
         self._closing = False
         self.steps = Steps()
         self._log = log.bind(run=run.id)
+        self._round_log = RoundLog(run.id, metrics)
         if self.active:  # nothing will be counted for the others, which stay for months
             metrics.begin(run.id)
         gauges.show(metrics, run, current)
@@ -316,7 +318,7 @@ class RunEngine:
 
     def _enter(self, new: Round, effects: tuple[rounds.Effect, ...]) -> None:
         """Makes a state that is in the database the current one, and does what follows from it."""
-        self._report(new)
+        self._round_log.entered(self.round, new)
         self.round = new
         self._arm_timer()
         for effect in effects:
@@ -332,18 +334,6 @@ class RunEngine:
                     self._fold()
         gauges.show(self._metrics, self.run, new)
         self._changed(self)
-
-    def _report(self, new: Round) -> None:
-        if new.phase is not self.round.phase and new.phase in (Phase.OPEN, Phase.AGGREGATING):
-            self._log.info(f"round {new.phase}", round=new.number, clients=[t.client for t in new.tickets])
-            if new.opened_at and new.phase is Phase.AGGREGATING:
-                now, sampled = time.time(), [t.client for t in new.tickets]
-                self._metrics.round_seconds.labels(self.run.id, "open").observe(now - new.opened_at)
-                tracing.past("open", self.run.id, new.number, new.opened_at, now, sampled=sampled)
-        elif new.extensions > self.round.extensions:
-            awaited = [t.client for t in new.in_state(TicketState.ISSUED)]
-            self._metrics.rounds.labels(self.run.id, "extended").inc()
-            self._log.warning("round extended", round=new.number, extensions=new.extensions, awaited=awaited)
 
     async def _aggregate(self) -> None:
         """Folds the round and commits it, once the database can be used; folding it twice gives the same bits."""
@@ -413,16 +403,8 @@ class RunEngine:
             if new is self.round:
                 return
             await self._write(self._store.db.save_round, new, deeds=deeds.excluded(self.round, excluded, SERVER))
-            self._say_excluded(self.round, excluded)
+            self._round_log.excluded(self.round, excluded)
             self._enter(new, ())
-
-    def _say_excluded(self, folded: Round, excluded: Mapping[str, str]) -> None:
-        self._metrics.updates.labels(self.run.id, "excluded").inc(len(excluded))
-        for ticket in folded.tickets:
-            if ticket.id in excluded:
-                self._log.warning(
-                    "update excluded", round=folded.number, client=ticket.client, cause=excluded[ticket.id]
-                )
 
     async def _commit(self, result: Result, seconds: float) -> None:
         config, now = self.run.config.rounds, time.time()
@@ -431,26 +413,13 @@ class RunEngine:
         done, _ = rounds.advance(screened, rounds.Aggregated(), config, now)
         conducts = conduct.settled(done, config, partial(self._answers.conduct, self.run.id))
         aside = self._fresh_aside(conducts)
-        committed: dict[str, Detail] = {
-            "round": done.number,
-            "updates": len(outcome.weights),
-            "record_sha256": outcome.record_sha256,
-        }
-        written = (
-            *deeds.excluded(self.round, outcome.excluded, SERVER),
-            Deed(SERVER, "round.committed", self.run.id, committed),
-            *(Deed(SERVER, "client.set_aside", self.run.id, {"client": client}) for client in aside),
-        )
+        written = deeds.committed(self.round, done, outcome, aside, SERVER)
         folded = self.round
         await self._enter_version(done, result, conducts, written)
-        self._say_excluded(folded, outcome.excluded)  # only now: what could not be written is folded again
+        self._round_log.excluded(folded, outcome.excluded)  # only now: what could not be written is folded again
         for client in aside:
             self._log.warning("client set aside", client=client, refused=conducts[client].refused)
-        self._metrics.rounds.labels(self.run.id, "committed").inc()
-        self._metrics.round_seconds.labels(self.run.id, "aggregating").observe(seconds)
-        self._metrics.committed(self.run.id, outcome.metrics)
-        tracing.round_over(self.run.id, done.number, done.opened_at or now, now, updates=len(outcome.weights))
-        self._log.info("round committed", round=done.number, updates=len(outcome.weights), seconds=round(seconds, 3))
+        self._round_log.committed(done, outcome, now, seconds)
 
     async def _enter_version(
         self, done: Round, result: Result, conducts: Mapping[str, conduct.Conduct], deeds: Sequence[Deed]
