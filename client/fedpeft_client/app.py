@@ -14,10 +14,12 @@ from fedpeft.identity.folder import Identity
 from fedpeft.logs import Log
 from fedpeft.race import first_of
 from fedpeft.tracing import traced
+from fedpeft_client import contact
 from fedpeft_client.agent import Agent
 from fedpeft_client.channel import Channel
 from fedpeft_client.contact import Contact
 from fedpeft_client.dry_run import dry_run
+from fedpeft_client.exits import NOT_LET_IN
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.limits import Limits
 from fedpeft_client.machine import MachineCollector
@@ -43,7 +45,11 @@ def serve(settings: Settings) -> None:
     if file is not None:
         log.info("the policy of this site applies", file=str(file), **policy.rules)
     with StateDirectory(settings.state_dir) as directory, traced(settings.traces, "fedpeft-client", settings.name):
-        asyncio.run(_serve(settings, policy, directory, _identity(settings, log), log))
+        try:
+            asyncio.run(_serve(settings, policy, directory, _identity(settings, log), log))
+        except NOT_LET_IN as error:
+            contact.note_refusal(directory.path, error.message)
+            raise
 
 
 def _identity(settings: Settings, log: Log) -> Identity | None:
@@ -75,7 +81,7 @@ async def _serve(
     ):
         try:
             async with Channel(settings.server, settings.name, directory.instance, identity) as channel:
-                Traffic(channel, ledger, metrics, Contact(directory.path))
+                Traffic(channel, ledger, metrics, Contact(directory.path, settings.server))
                 if settings.dry_run:
                     against = Limits(policy, ledger, metrics, log).against()
                     processes = Processes(directory.path, channel.process)

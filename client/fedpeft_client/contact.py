@@ -1,4 +1,8 @@
-"""Time of the server's last answer, for `fedpeft-client status`: the modification time of a file."""
+"""Last word of the server, for `fedpeft-client status`.
+
+contact   the server's address; it answered last when this file was touched
+refused   why it let this client in no more, if it has answered nothing else since
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-FILE = "contact"
+FILE, REFUSED = "contact", "refused"
 EVERY_S = 5.0
 """It is touched no more often."""
 
@@ -17,10 +21,12 @@ class Contact:
 
     Args:
         folder: The state directory.
+        server: HOST:PORT of the server.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, server: str) -> None:
         self._path = folder / FILE
+        self._server = server
         self._touched = float("-inf")
 
     def note(self) -> None:
@@ -29,6 +35,8 @@ class Contact:
             self._touched = time.monotonic()
             with suppress(OSError):
                 self._path.touch(0o600)
+                self._path.write_text(f"{self._server}\n", "utf-8")
+                self._path.with_name(REFUSED).unlink(missing_ok=True)
 
 
 def last(folder: Path) -> datetime | None:
@@ -36,4 +44,27 @@ def last(folder: Path) -> datetime | None:
     try:
         return datetime.fromtimestamp((folder / FILE).stat().st_mtime, UTC)
     except OSError:
+        return None
+
+
+def server(folder: Path) -> str:
+    """Returns the server that answered last; empty if none did, or a release did not note it."""
+    try:
+        return (folder / FILE).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def note_refusal(folder: Path, why: str) -> None:
+    """Notes that the server lets this client in no more; a folder that cannot be written leaves it unsaid here."""
+    with suppress(OSError):
+        (folder / REFUSED).write_text(f"{why}\n", "utf-8")
+
+
+def refusal(folder: Path) -> tuple[datetime, str] | None:
+    """Returns when and why the server let this client in no more; None if it did not, or has answered since."""
+    path = folder / REFUSED
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC), path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
         return None

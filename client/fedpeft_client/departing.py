@@ -77,6 +77,7 @@ def remove(state_dir: Path, identity: Path | None) -> Iterator[tuple[Path, str, 
         (state_dir / "instance", "this client's instance"),
         (state_dir / processes.FILE, "its processes"),
         (state_dir / contact.FILE, "its last contact"),
+        (state_dir / contact.REFUSED, "the server's last refusal"),
     ):
         if where.exists():
             size_bytes = _bytes(where)

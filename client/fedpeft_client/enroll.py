@@ -20,6 +20,7 @@ from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
 from fedpeft.v1 import access_service_pb2
 from fedpeft_client import departing, departures
+from fedpeft_client.contact import Contact
 from fedpeft_client.exits import Exit
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.renewal import check_valid
@@ -63,6 +64,7 @@ def _enroll(argument: str, state_dir: Path | None, *, keep: bool, replace: bool)
             around = partial(_booked, ledger)
             identity = asyncio.run(enrolment.enroll(token, into, replace=replace, around=around))
         departing.back(directory.path)
+        Contact(directory.path, identity.server).note()
         _say(identity, state_dir)
 
 

@@ -106,7 +106,7 @@ async def _left(identity: Identity, directory: StateDirectory, reason: str) -> i
     log = logs.logger(client=identity.subject.name)
     with Ledger(directory.path, identity.server) as ledger:
         async with Channel(identity.server, identity.subject.name, directory.instance, identity) as channel:
-            Traffic(channel, ledger, Metrics(), Contact(directory.path))
+            Traffic(channel, ledger, Metrics(), Contact(directory.path, identity.server))
             with ledger.booked(departures.leave(request)):
                 return (await Patience(log, CALL_S).keep(lambda: channel.leave(request))).tickets
 

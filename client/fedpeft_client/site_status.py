@@ -74,6 +74,9 @@ class SiteStatus:
         running: Whether its agent runs, or another command holds the directory.
         process: The process that does, if it is known.
         identity: Who it is; None if it was never enrolled.
+        server: HOST:PORT of the server that answered last; empty if none did.
+        refused_at: When the server let this client in no more; None if it did not, or has answered since.
+        refusal: Why; empty likewise.
         last_contact: When the server answered last; None if it never did.
         left_at: When it left for good; None if it did not.
         pending: The update that waits to be sent, as {"run", "round", "payload_bytes"}; None if there is none.
@@ -90,6 +93,9 @@ class SiteStatus:
     identity: IdentityStatus | None
     last_contact: datetime | None
     left_at: datetime | None
+    server: str = ""
+    refused_at: datetime | None = None
+    refusal: str = ""
     pending: dict[str, Any] | None = None
     runs: tuple[RunStatus, ...] = ()
     bytes_today: int = 0
@@ -123,6 +129,7 @@ def look(state_dir: Path, policy: Path | None = None, identity: Path | None = No
         rules, file = find(policy, state_dir)
     except FedpeftError as error:
         problems.append(error.message)
+    refused_at, refusal = contact.refusal(state_dir) or (None, "")
     return SiteStatus(
         state_dir,
         running,
@@ -130,6 +137,9 @@ def look(state_dir: Path, policy: Path | None = None, identity: Path | None = No
         _identity(enrolled.find(identity, state_dir), now),
         contact.last(state_dir),
         departing.left_at(state_dir),
+        contact.server(state_dir),
+        refused_at,
+        refusal,
         _pending(state_dir / _PENDING, problems),
         tuple(_runs(booked)),
         sum(each.departure.wire_bytes for each in booked if each.latest >= now - DAY),

@@ -3,7 +3,8 @@
 lock                          held by the one process that uses the directory
 instance                      32 hexadecimal digits drawn once: which client this is
 processes                     the processes that may have registered last from here, one a line (processes.py)
-contact                       when the server answered last is when this file was touched (contact.py)
+contact                       the server; it answered last when this file was touched (contact.py)
+refused                       why the server let this client in no more, if it did not since (contact.py)
 left                          when this client left for good, if it did (departing.py)
 identity/                     key and certificate of this client (fedpeft.identity.folder)
 ledger.jsonl                  all that left this device (ledger.py)

@@ -17,7 +17,7 @@ from fedpeft.plain_text import plain
 from fedpeft.units import counted, size
 from fedpeft_client import enrolled
 from fedpeft_client.exits import Exit
-from fedpeft_client.site_status import IdentityStatus, RunStatus, SiteStatus, look
+from fedpeft_client.site_status import RunStatus, SiteStatus, look
 from fedpeft_client.state import VARIABLE
 
 _MOMENT = "%Y-%m-%d %H:%M UTC"
@@ -63,9 +63,11 @@ def _reached(found: SiteStatus, identity: Path | None) -> str:
 
 def _lines(found: SiteStatus) -> Iterator[tuple[str, str]]:
     now = datetime.now(UTC)
-    yield from _who(found.identity)
+    yield from _who(found)
     if found.left_at:
         yield "left", f"at {found.left_at:{_MOMENT}}: the server refuses this identity"
+    if found.refused_at:
+        yield "refused", f"by the server at {found.refused_at:{_MOMENT}}: {found.refusal}"
     yield "agent", f"running as process {found.process}" if found.running else "not running"
     last = found.last_contact
     yield "last contact", f"{last:{_MOMENT}}, {_span((now - last).total_seconds())} ago" if last else "never"
@@ -77,8 +79,8 @@ def _lines(found: SiteStatus) -> Iterator[tuple[str, str]]:
         )
     else:
         yield "pending", "no update waits to be sent"
-    limit = f" of {size(found.bytes_a_day)} that the policy allows" if found.bytes_a_day else ", without a limit"
-    yield "last 24 h", f"{size(found.bytes_today)} left{limit}"
+    limit = f"; the policy allows {size(found.bytes_a_day)} a day" if found.bytes_a_day else ", without a limit"
+    yield "last 24 h", f"{size(found.bytes_today)} sent{limit}"
     yield "policy", str(found.policy) if found.policy else "none; nothing is limited"
     for run in found.runs[:MOST_RUNS]:
         yield "run", _run(run)
@@ -90,7 +92,12 @@ def _lines(found: SiteStatus) -> Iterator[tuple[str, str]]:
         yield "problem", problem
 
 
-def _who(identity: IdentityStatus | None) -> Iterator[tuple[str, str]]:
+def _who(found: SiteStatus) -> Iterator[tuple[str, str]]:
+    identity = found.identity
+    if identity is None and found.server and not found.left_at:
+        yield "identity", "none: this client calls over plain text, without a certificate"
+        yield "server", found.server
+        return
     if identity is None:
         yield "identity", "none: enroll first (fedpeft-client enroll)"
         return

@@ -15,6 +15,9 @@ from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
 RequestT = TypeVar("RequestT", contravariant=True)
 ResponseT = TypeVar("ResponseT", covariant=True)
 
+MAX_NUMBER = 2**63 - 1
+"""No entry of the audit log has a higher number."""
+
 
 class Unary(Protocol[RequestT, ResponseT]):
     """A call with one request and one answer."""
@@ -87,7 +90,7 @@ class AccessCalls(ABC):
 
     async def audit(self, after: int = 0) -> AsyncIterator[AuditEntry]:
         """Yields the entries of the audit log whose number is above `after`, oldest first, a page at a time."""
-        request = pb.ListAuditEntriesRequest(after=after)
+        request = pb.ListAuditEntriesRequest(after=min(after, MAX_NUMBER))
         while True:
             answer = await self._ask(self._access.ListAuditEntries, request)
             for one in answer.entries:

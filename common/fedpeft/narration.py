@@ -121,6 +121,8 @@ def decline_line(decline: run_pb2.Decline) -> str:
 
 def committed_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:
     """Returns what came of a round, and what it cost."""
+    if (to := round_.metrics.get(views.ROLLED_BACK_TO)) is not None:
+        return f"round {round_.number} rolled the run back to version {to:.0f}; no update was folded"
     clients, seconds = views.counted(round_), views.seconds(round_)
     full = views.full_bytes(run, len(clients))
     took = "" if seconds is None else f" in {seconds:.1f} s"

@@ -207,7 +207,7 @@ class OperatorClient(AccessCalls):
 
         Their records are most of the bytes where a round has very many clients; without `records` none is read or sent.
         """
-        request = pb.ListRoundsRequest(run=run, after=after, without_records=not records)
+        request = pb.ListRoundsRequest(run=run, after=min(after, MAX_VERSION), without_records=not records)
         parts: list[run_pb2.Round] = []
         while True:
             answer = await self._ask(self._stub.ListRounds, request)
@@ -236,7 +236,7 @@ class OperatorClient(AccessCalls):
         Raises:
             ServerUnreachable: If the connection is lost; watch again on a new client.
         """
-        call = self._stub.WatchRun(pb.WatchRunRequest(run=run, after=after))
+        call = self._stub.WatchRun(pb.WatchRunRequest(run=run, after=min(after, MAX_VERSION)))
         parts: list[run_pb2.Round] = []
         first = True
         try:
@@ -269,7 +269,13 @@ class OperatorClient(AccessCalls):
         return (await self._ask(self._stub.StopRun, request)).run
 
     async def roll_back(self, run: str, version: int, reason: str = "") -> run_pb2.Run:
-        """Takes a run back to an earlier version, as a new one; returns the run."""
+        """Takes a run back to an earlier version, as a new one; returns the run.
+
+        Raises:
+            VersionNotFound: If there is no such version.
+        """
+        if version > MAX_VERSION:
+            raise VersionNotFound(f"{run} has no version {version}")
         request = pb.RollbackRunRequest(run=run, version=version, reason=reason)
         return (await self._ask(self._stub.RollbackRun, request)).run
 

@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
         raise SettingsInvalid(f"--port {given.port} is not 1 to 65535")
     subject = _subject(given.operator)
     into = given.operator_identity or folder.personal_needed("--operator-identity")
+    if ids.is_option(subject.name) and not folder.exists(into):
+        raise SettingsInvalid(f"--operator: the name {subject.name!r} begins with a hyphen; choose another")
     check_hosts(given.host)
     with durable.refusals(f"making {files.folder}"):
         files.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the data folder: updates are private

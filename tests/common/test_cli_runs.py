@@ -20,6 +20,7 @@ import pytest
 from fedpeft import following, operator_client
 from fedpeft.cli.app import main
 from fedpeft.errors import Draining, Internal
+from fedpeft.narration import committed_line
 from fedpeft.v1 import federation_service_pb2 as federation
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
@@ -392,3 +393,26 @@ def test_server_from_the_environment(served: Serving) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
     assert json.loads(done.stdout)[0]["run"] == RUN
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("version", [2**32, 2**64 - 1, 10**20])
+def test_a_version_beyond_the_protocol_is_one_that_is_not_there(
+    served: Serving, fedpeft: Command, tmp_path: Path, version: int
+) -> None:
+    served.double.runs = {RUN: a_run(version=1)}
+    for command in (
+        ("rollback", RUN, "--to", str(version)),
+        ("export", RUN, "--version", str(version), "--out", str(tmp_path / "a.safetensors")),
+    ):
+        done = fedpeft("run", *command)
+        assert (done.code, done.err) == (4, f"fedpeft: {RUN} has no version {version}")
+
+
+def test_a_rollback_is_shown_and_watched(served: Serving, fedpeft: Command) -> None:
+    back = a_round(2)
+    del back.tickets[:]
+    back.metrics["rolled_back_to"] = 0
+    served.double.runs = {RUN: a_run(state=COMPLETED, version=2)}
+    served.double.rounds = {RUN: [a_round(1), back]}
+    assert "round 2 folded no update: it rolled the run back to version 0\n" in fedpeft("run", "show", RUN).out
+    assert committed_line(back, a_run()) == "round 2 rolled the run back to version 0; no update was folded"

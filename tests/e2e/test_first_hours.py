@@ -40,6 +40,7 @@ from fedpeft_server.access.files import Files
 
 from ..server.conftest import RawClient
 from ..server.secured import Federation, federation, held
+from .conftest import write_site
 
 pytestmark = pytest.mark.e2e
 
@@ -66,7 +67,7 @@ async def registered(secured: Federation, state: Path) -> None:
     with StateDirectory(state) as directory, Ledger(state, secured.address) as ledger:
         identity = at(secured, state)
         async with Channel(secured.address, identity.subject.name, directory.instance, identity) as channel:
-            Traffic(channel, ledger, Metrics(), Contact(state))
+            Traffic(channel, ledger, Metrics(), Contact(state, secured.address))
             own = Processes(state, channel.process)
             request = fed.RegisterRequest(
                 min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER, earlier_processes=own.earlier()
@@ -164,7 +165,8 @@ async def test_status_of_a_site_from_enrolment_to_a_day_of_work(
     state = await enrolled(secured, tmp_path / "state")
     found = await shown(state, capsys)
     assert (found["identity"]["role"], found["identity"]["name"]) == ("client", "a")
-    assert (found["running"], found["last_contact"], found["pending"], found["runs"]) == (False, None, None, [])
+    assert (found["running"], found["pending"], found["runs"]) == (False, None, [])
+    assert found["last_contact"], "the server answered as it enrolled"
     (state / "policy.toml").write_text("[transfer]\nmax_bytes_a_day = 5_000\n")
     await registered(secured, state)
     with Ledger(state, secured.address) as ledger:
@@ -193,8 +195,44 @@ async def test_status_of_a_site_from_enrolment_to_a_day_of_work(
     assert "agent         not running\n" in said
     assert "run           long (run-aaaaaaaaaaaa): declined: 50 epochs; its owner allows 5\n" in said
     assert "run           emoji (run-bbbbbbbbbbbb): accepted, 1 update received\n" in said
-    assert f"last 24 h     {booked / 1024:.1f} KiB left of 4.9 KiB that the policy allows\n" in said
+    assert f"last 24 h     {booked / 1024:.1f} KiB sent; the policy allows 4.9 KiB a day\n" in said
     assert "asked now     it answers, and takes the certificate\n" in said
+
+
+async def test_status_says_that_the_server_refused_and_forgets_it_once_it_answers(
+    secured: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = await enrolled(secured, tmp_path / "state")
+    await secured.revoke(Role.CLIENT, "a")
+    data = write_site(tmp_path / "data.parquet", seed=1)
+    words = (
+        "-m",
+        "fedpeft_client",
+        "--state-dir",
+        str(state),
+        "--data",
+        str(data),
+        "--once",
+    )
+    client = await asyncio.create_subprocess_exec(sys.executable, *words, stderr=asyncio.subprocess.DEVNULL)
+    assert await client.wait() == 5
+    found = await shown(state, capsys)
+    assert found["refused_at"] and "revoked" in found["refusal"]
+    await run(status_command.main, "--state-dir", state)
+    assert "\nrefused       by the server at " in capsys.readouterr().out
+    token = await secured.token("a")
+    await run(enroll.main, token.encode(), "--state-dir", state, "--replace")
+    found = await shown(state, capsys)
+    assert (found["refused_at"], found["refusal"]) == (None, "")
+
+
+async def test_status_of_a_client_over_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "state").mkdir()
+    Contact(tmp_path / "state", "127.0.0.1:7070").note()
+    await run(status_command.main, "--state-dir", tmp_path / "state")
+    said = capsys.readouterr().out
+    assert "identity      none: this client calls over plain text, without a certificate\n" in said
+    assert "server        127.0.0.1:7070\n" in said
 
 
 async def test_status_names_what_cannot_be_read_and_asks_nothing(

@@ -133,6 +133,24 @@ async def test_a_name_that_cannot_be_one(fedpeft: Command, command: tuple[str, .
         assert f"the name {name!r} must be 1 to 64 letters" in done.err and done.err.count("\n") == 1
 
 
+async def test_a_new_name_does_not_begin_with_a_hyphen_and_an_old_one_is_reached(
+    fedpeft: Command, secured: Federation
+) -> None:
+    for name in ("--", "-x"):
+        done = await fedpeft("token", "create", f"--name={name}")
+        assert (done.code, done.out) == (2, "")
+        assert f"the name {name!r} begins with a hyphen, so commands take it for an option" in done.err
+    secured.server.store.db.identities.seen(Subject(Role.CLIENT, "-x"))  # let in by a release that allowed it
+    assert (await fedpeft("token", "create", "--name=-x")).code == 0
+    assert (await fedpeft("client", "revoke", "--", "-x")).code == 0
+
+
+@pytest.mark.parametrize("after", [2**63, 2**64, 10**20])
+async def test_no_entry_of_the_audit_log_has_a_number_beyond_the_protocol(fedpeft: Command, after: int) -> None:
+    done = await fedpeft("audit", "show", "--after", str(after))
+    assert (done.code, done.err) == (0, "")
+
+
 @pytest.mark.parametrize("text", ["", "24", "h", "-1h", "0m", "1w", "1.5h", "24h ", "9999999999h"])
 async def test_times_that_are_none(text: str, tmp_path: Path) -> None:
     done = await ended(tmp_path, "token", "create", "--name", "x", "--expires", text)

@@ -274,3 +274,15 @@ async def test_a_restarted_process_takes_its_id_over_at_once_and_after_a_restart
     again.metadata = (*again.metadata, (wire.PROCESS_KEY, "2" * 32))
     await again.register()
     assert await offered(again) == run.id
+
+
+@pytest.mark.parametrize("examples", [10**9 + 1, 2**63, 2**64 - 1])
+async def test_more_examples_than_an_update_may_claim_are_refused_with_the_answer(
+    daemon: Daemon, examples: int
+) -> None:
+    run = await daemon.create()
+    (a,) = await daemon.clients("a")
+    assert await refused(a.answer(run.id, examples=examples)) == "ANSWER_INVALID"
+    await a.answer(run.id, examples=10**9)
+    (answer,) = (await client_shown(daemon, "a")).answers
+    assert answer.examples == 10**9

@@ -237,6 +237,8 @@ async def test_a_payload_over_the_limit_is_refused_before_it_is_taken(start: Sta
 CALLERS = {
     "no metadata": (),
     "bad id": (("fedpeft-client", "a/b"), ("fedpeft-instance", "0" * 32)),
+    "this folder": (("fedpeft-client", "."), ("fedpeft-instance", "0" * 32)),
+    "folder above": (("fedpeft-client", ".."), ("fedpeft-instance", "0" * 32)),
     "long id": (("fedpeft-client", "a" * 65), ("fedpeft-instance", "0" * 32)),
     "no instance": (("fedpeft-client", "a"),),
     "bad instance": (("fedpeft-client", "a"), ("fedpeft-instance", "zz")),

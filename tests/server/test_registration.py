@@ -8,6 +8,7 @@ import pytest
 from fedpeft.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft_server.rpc.callers import Presence
 
 from .conftest import Daemon
 
@@ -29,6 +30,7 @@ async def say(daemon: Daemon, capabilities: fed.Capabilities) -> fed.RegisterRes
         ("methods", fed.Capabilities(methods=["x" * 65])),
         ("encodings", fed.Capabilities(encodings=[""])),
         ("examples", fed.Capabilities(examples=2**64 - 1)),
+        ("examples", fed.Capabilities(examples=10**9 + 1)),
     ],
 )
 async def test_too_much_is_refused_with_its_field_and_nobody_is_registered(
@@ -73,3 +75,17 @@ async def test_earlier_processes_are_bounded(daemon: Daemon, earlier: list[str],
     with pytest.raises(grpc.aio.AioRpcError, match=said) as caught:
         await client.stub.Register(request, metadata=client.metadata)
     assert [name for name, _ in from_rpc_error(caught.value).fields] == ["earlier_processes"]
+
+
+async def test_a_new_id_does_not_begin_with_a_hyphen_and_an_old_one_goes_on(daemon: Daemon) -> None:
+    (known,) = await daemon.clients("old")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await daemon.client("-x").register()
+    assert from_rpc_error(caught.value).reason == "CLIENT_ID_INVALID"
+    assert "begins with a hyphen" in (caught.value.details() or "")
+    callers = daemon.server.callers
+    callers._presence["-old"] = Presence("0" * 32)  # registered with a release that allowed it
+    await daemon.client("-old").register()
+    await known.register()
+    listed = (await daemon.operator.ListClients(op.ListClientsRequest())).clients
+    assert [client.id for client in listed] == ["-old", "old"]

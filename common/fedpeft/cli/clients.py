@@ -62,7 +62,7 @@ def list_(
 )
 def revoke(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name to revoke.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name to revoke; after -- if it begins with a hyphen.")],
     role: Annotated[Role, typer.Option("--role", help="Its role; an operator cannot revoke itself.")] = Role.CLIENT,
     reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Reason, for the audit log.")] = "",
     unseen: Annotated[

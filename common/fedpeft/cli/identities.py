@@ -66,7 +66,9 @@ def list_(
 )
 def restore(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name to admit again.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name to admit again; after -- if it begins with a hyphen.")
+    ],
     role: Annotated[Role, typer.Option("--role", help="Its role.")] = Role.CLIENT,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

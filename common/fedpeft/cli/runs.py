@@ -198,6 +198,9 @@ def _say_rounds(rounds: list[views.Json]) -> None:
         ],
         right=("ROUND", "CLIENTS", "ACCURACY", "UP", "DOWN", "FULL FINE-TUNING", "SECONDS"),
     )
+    for row in rounds:
+        if (to := row["metrics"].get(views.ROLLED_BACK_TO)) is not None:
+            output.say(f"round {row['version']} folded no update: it rolled the run back to version {to:.0f}")
 
 
 def _progress_line(row: views.Json) -> str:

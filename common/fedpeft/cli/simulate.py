@@ -56,7 +56,7 @@ def simulate(
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[
         int | None,
-        typer.Option("--threads", metavar="N", min=1, help="Threads of torch; torch's own choice if absent."),
+        typer.Option("--threads", metavar="N", min=1, max=4096, help="Threads of torch; torch's own choice if absent."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
 ) -> None:

@@ -35,7 +35,7 @@ class Subject:
 
     Attributes:
         role: What it may do.
-        name: As `ids.CLIENT`, but neither '.' nor '..'; the client id of a client.
+        name: As `ids.CLIENT`; the client id of a client.
 
     Raises:
         IdentityInvalid: If the name is malformed.
@@ -45,8 +45,8 @@ class Subject:
     name: str
 
     def __post_init__(self) -> None:
-        if not ids.CLIENT.fullmatch(self.name) or self.name in (".", ".."):
-            raise IdentityInvalid(f"the name {self.name[:80]!r} must be {ids.CLIENT_FORM}, and neither '.' nor '..'")
+        if not ids.CLIENT.fullmatch(self.name):
+            raise IdentityInvalid(f"the name {self.name[:80]!r} must be {ids.CLIENT_FORM}")
 
     def __str__(self) -> str:
         return f"{self.role} {self.name}"

@@ -220,7 +220,9 @@ class CreateTokenRequest(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     LIFE_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """1 to 64 letters, digits, dots, underscores, hyphens; the client id of a client or evaluator."""
+    """1 to 64 letters, digits, dots, underscores, hyphens, neither `.` nor `..`; one that was not enrolled before does not
+    begin with a hyphen. The client id of a client or evaluator.
+    """
     role: Global___IdentityRole.ValueType
     """What the bearer may do."""
     life_s: _builtins.int

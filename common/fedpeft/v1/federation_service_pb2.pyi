@@ -86,7 +86,7 @@ class Capabilities(_message.Message):
     device: _builtins.str
     """For people, for example `cpu` or `cuda: NVIDIA L4`. At most 256 characters."""
     examples: _builtins.int
-    """Images it has, before any run's labels are mapped; 0: not said."""
+    """Images it has, before any run's labels are mapped, 10^9 at most; 0: not said."""
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """PEFT methods it can run; empty: not said. At most 64, of 1 to 64 characters each."""
@@ -424,7 +424,7 @@ class AnswerOfferRequest(_message.Message):
     answer: Global___Answer.ValueType
     """Accepted or declined."""
     examples: _builtins.int
-    """Examples the client has of the run's classes; 0: not said."""
+    """Examples the client has of the run's classes, 10^9 at most; 0: not said."""
     @_builtins.property
     def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why it is declined, a sentence each, for the operator: at least one, and the first 8 are kept, of each the first 512

@@ -28,7 +28,8 @@ if _version_not_supported:
 class FederationServiceStub:
     """FederationService is the side of the server that devices talk to.
 
-    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`.
+    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`,
+    neither `.` nor `..`; a new one does not begin with `-`.
     With a certificate (AccessService) the id is the name in it, and the entry may be left out. `fedpeft-instance` is 32
     lower-case hexadecimal digits, drawn once and kept beside the client's state. Together they say that a restarted client
     is the same one, and that a second client of the same id is another. `fedpeft-process`, 32 lower-case hexadecimal digits
@@ -152,7 +153,8 @@ class FederationServiceStub:
 class FederationServiceServicer:
     """FederationService is the side of the server that devices talk to.
 
-    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`.
+    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`,
+    neither `.` nor `..`; a new one does not begin with `-`.
     With a certificate (AccessService) the id is the name in it, and the entry may be left out. `fedpeft-instance` is 32
     lower-case hexadecimal digits, drawn once and kept beside the client's state. Together they say that a restarted client
     is the same one, and that a second client of the same id is another. `fedpeft-process`, 32 lower-case hexadecimal digits
@@ -260,7 +262,8 @@ class FederationServiceServicer:
         changes nothing.
         NOT_FOUND            RUN_NOT_FOUND
         FAILED_PRECONDITION  NOT_REGISTERED       Register first
-        INVALID_ARGUMENT     ANSWER_INVALID       neither accepted nor declined, or declined without a reason
+        INVALID_ARGUMENT     ANSWER_INVALID       neither accepted nor declined, declined without a reason, or over 10^9
+        examples
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -434,7 +437,8 @@ def add_FederationServiceServicer_to_server(servicer, server):
 class FederationService:
     """FederationService is the side of the server that devices talk to.
 
-    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`.
+    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`,
+    neither `.` nor `..`; a new one does not begin with `-`.
     With a certificate (AccessService) the id is the name in it, and the entry may be left out. `fedpeft-instance` is 32
     lower-case hexadecimal digits, drawn once and kept beside the client's state. Together they say that a restarted client
     is the same one, and that a second client of the same id is another. `fedpeft-process`, 32 lower-case hexadecimal digits

@@ -15,7 +15,8 @@ GRPC_VERSION: str
 class FederationServiceStub:
     """FederationService is the side of the server that devices talk to.
 
-    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`.
+    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`,
+    neither `.` nor `..`; a new one does not begin with `-`.
     With a certificate (AccessService) the id is the name in it, and the entry may be left out. `fedpeft-instance` is 32
     lower-case hexadecimal digits, drawn once and kept beside the client's state. Together they say that a restarted client
     is the same one, and that a second client of the same id is another. `fedpeft-process`, 32 lower-case hexadecimal digits
@@ -116,7 +117,8 @@ class FederationServiceStub:
     changes nothing.
       NOT_FOUND            RUN_NOT_FOUND
       FAILED_PRECONDITION  NOT_REGISTERED       Register first
-      INVALID_ARGUMENT     ANSWER_INVALID       neither accepted nor declined, or declined without a reason
+      INVALID_ARGUMENT     ANSWER_INVALID       neither accepted nor declined, declined without a reason, or over 10^9
+                                                examples
     """
     PullAdapter: _aio.UnaryStreamMultiCallable[_federation_service_pb2.PullAdapterRequest, _federation_service_pb2.PullAdapterResponse]
     """PullAdapter sends an adapter version: a header, then the payload from `offset` on in chunks. Tensors whose role is
@@ -207,7 +209,8 @@ class FederationServiceStub:
 class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
     """FederationService is the side of the server that devices talk to.
 
-    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`.
+    Who calls stands in the metadata of every call. `fedpeft-client` is the client's id: 1 to 64 letters, digits, `.`, `_`, `-`,
+    neither `.` nor `..`; a new one does not begin with `-`.
     With a certificate (AccessService) the id is the name in it, and the entry may be left out. `fedpeft-instance` is 32
     lower-case hexadecimal digits, drawn once and kept beside the client's state. Together they say that a restarted client
     is the same one, and that a second client of the same id is another. `fedpeft-process`, 32 lower-case hexadecimal digits
@@ -324,7 +327,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         changes nothing.
           NOT_FOUND            RUN_NOT_FOUND
           FAILED_PRECONDITION  NOT_REGISTERED       Register first
-          INVALID_ARGUMENT     ANSWER_INVALID       neither accepted nor declined, or declined without a reason
+          INVALID_ARGUMENT     ANSWER_INVALID       neither accepted nor declined, declined without a reason, or over 10^9
+                                                    examples
         """
 
     @_abc_1.abstractmethod

@@ -104,6 +104,7 @@ class Callers:
             ClientMoved: If the state was left behind.
         """
         client, instance, process = _caller(context)
+        self._refuse_new_option(client)
         presence = self._presence.setdefault(client, Presence(instance))
         self._refuse_other_instance(client, presence, instance)
         if registers:
@@ -150,12 +151,18 @@ class Callers:
     def rehearse(self, context: Context, role: str, earlier: Collection[str] = ()) -> str:
         """Returns the id of the client that calls, raises what `identify` and `register` would, remembers nothing."""
         client, instance, process = _caller(context)
+        self._refuse_new_option(client)
         if client in self._presence:
             self._refuse_other_instance(client, self._presence[client], instance)
             _refuse_left_behind(client, self._presence[client], instance, process, earlier)
         _refuse_other_role(client, role)
         self._refuse_one_too_many(client)
         return client
+
+    def _refuse_new_option(self, client: str) -> None:
+        """Refuses a new name that commands take for an option; with a certificate, its token was the place for that."""
+        if ids.is_option(client) and client not in self._presence and CALL.get().caller.subject is None:
+            raise ClientIdInvalid(f"the client id {client!r} begins with a hyphen, which a new one must not")
 
     def role(self, client: str) -> str:
         """Returns the role that a client registered with.
@@ -283,7 +290,7 @@ def _caller(context: Context) -> tuple[str, str, str]:
         raise ClientIdInvalid(f"the metadata {CLIENT_KEY} say {client[:64]!r}, the certificate is that of {subject}")
     client = subject.name if subject else client
     if not ids.CLIENT.fullmatch(client):
-        raise ClientIdInvalid(f"the metadata {CLIENT_KEY} must be 1 to 64 of letters, digits, '.', '_' and '-'")
+        raise ClientIdInvalid(f"the metadata {CLIENT_KEY} must be {ids.CLIENT_FORM}")
     if not ids.INSTANCE.fullmatch(instance):
         raise ClientIdInvalid(f"the metadata {INSTANCE_KEY} must be 32 hexadecimal digits")
     if process and not ids.INSTANCE.fullmatch(process):

@@ -142,8 +142,10 @@ class Federation(pb_grpc.FederationServiceServicer):
             raise AnswerInvalid("the answer must be accepted or declined", (("answer", "is unspecified"),))
         if not accepted and not reasons:
             raise AnswerInvalid("a decline must say why", (("reasons", "are empty"),))
-        examples = min(request.examples, sayings.MAX_EXAMPLES)
-        answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, examples, time.time())
+        if request.examples > sayings.MAX_EXAMPLES:
+            fault = f"is {request.examples}; at most {sayings.MAX_EXAMPLES} are taken"
+            raise AnswerInvalid(f"examples {fault}", (("examples", fault),))
+        answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, request.examples, time.time())
         await self._runs.answer(answer, actor())
         if self._callers.role(client) == "evaluator":
             note = self._runs.scoring.takes_part if accepted else self._runs.scoring.leaves

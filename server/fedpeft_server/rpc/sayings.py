@@ -18,8 +18,8 @@ MAX_NAME = 64
 """Most characters of one of them."""
 MAX_PROCESSES = 64
 """Most `earlier_processes`."""
-MAX_EXAMPLES = 2**63 - 1
-"""More would not fit the database's numbers."""
+MAX_EXAMPLES = 10**9
+"""Most examples that a client may declare, and claim for an update."""
 MAX_DECLINE_REASONS = 8
 MAX_DECLINE_CHARACTERS = 512
 MAX_REASON_CHARACTERS = 1024

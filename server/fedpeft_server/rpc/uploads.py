@@ -40,6 +40,7 @@ from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rounds.unbroken import Steps
 from fedpeft_server.rpc.arrivals import Arrivals
 from fedpeft_server.rpc.incoming import Context
+from fedpeft_server.rpc.sayings import MAX_EXAMPLES
 from fedpeft_server.rpc.turns import Turns
 from fedpeft_server.store.rows import UpdateRow
 from fedpeft_server.store.spool_writer import SpoolWriter
@@ -48,7 +49,6 @@ from fedpeft_server.traffic import Ledger
 
 log = structlog.get_logger()
 
-MAX_EXAMPLES = 10**9
 MANY_ENTRIES = 500
 """A manifest of more tensors is checked on a thread: that takes milliseconds."""
 UNDECLARED_EXAMPLES = 100_000

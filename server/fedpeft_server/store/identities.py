@@ -7,8 +7,17 @@ from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection
 
+from fedpeft import ids
 from fedpeft.audit import Detail
-from fedpeft.errors import IdentityNotFound, NameInUse, TokenExpired, TokenNotFound, TokenUnknown, TokenUsed
+from fedpeft.errors import (
+    IdentityNotFound,
+    NameInUse,
+    SubjectInvalid,
+    TokenExpired,
+    TokenNotFound,
+    TokenUnknown,
+    TokenUsed,
+)
 from fedpeft.identity.subject import Role, Subject
 from fedpeft_server.store import access_queries
 from fedpeft_server.store.rows import Deed, IdentityRow, TokenRow
@@ -54,10 +63,12 @@ class Identities:
 
         Raises:
             NameInUse: If the name is enrolled in a role that shares ids with the token's.
+            SubjectInvalid: If the name is new and begins with a hyphen.
         """
         deed = Deed(token.created_by, "token.created", str(token.subject), {"token": token.id})
         with self._transactions.begin(deed) as connection:
             _refuse_shared_id(connection, token.subject)
+            _refuse_new_option(connection, token.subject)
             access_queries.insert_token(connection, token)
 
     def tokens_after(self, after: tuple[float, str], most: int) -> list[TokenRow]:
@@ -203,6 +214,19 @@ def _check(token: TokenRow, key_sha256: str, now: float) -> None:
         raise TokenUsed(
             "the enrolment token was used by another key; ask for another, and if nobody here used it have "
             f"{token.subject} revoked"
+        )
+
+
+def _refuse_new_option(connection: Connection, subject: Subject) -> None:
+    """Refuses a new name that commands take for an option; one that was enrolled before may be enrolled again.
+
+    Raises:
+        SubjectInvalid: If it is one.
+    """
+    if ids.is_option(subject.name) and access_queries.select_identity(connection, subject) is None:
+        raise SubjectInvalid(
+            f"the name {subject.name!r} begins with a hyphen, so commands take it for an option; choose another",
+            (("name", "begins with a hyphen"),),
         )
 
 
