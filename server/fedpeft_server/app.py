@@ -77,6 +77,8 @@ MEASURE_S = 60.0
 LOOK_S = 60.0
 """Interval at which the server's certificate is looked at, seconds."""
 
+FEW_FILES = 1024
+"""With a lower limit of open files the server warns at its start."""
 FILES_S = 1.0
 """Interval at which its files are looked at, seconds: a command that replaced one is followed by others at once."""
 
@@ -406,6 +408,13 @@ def _allow_open_files() -> None:
     """Raises the limit on open files as far as it goes: every connection takes one, and every transfer another."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most != resource.RLIM_INFINITY and most < FEW_FILES:
+        log.warning(
+            "the limit of open files is low: half of them are for connections",
+            files=most,
+            connections=most // 2,
+            cure=f"ulimit -n {FEW_FILES}, or LimitNOFILE= of systemd",
+        )
 
 
 @contextmanager

@@ -197,6 +197,17 @@ async def test_it_begins_with_the_first_device_and_has_limits(secured: Federatio
     assert os.getpriority(os.PRIO_PROCESS, process.pid) > 0
 
 
+def test_a_lower_limit_of_open_files_stays() -> None:
+    """Only root may raise it: the process would end at its first device."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64));"
+        "from fedpeft_server.enrolment.__main__ import _limit_files; _limit_files();"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "(64, 64)\n"
+
+
 async def test_it_is_started_again_and_that_is_said(secured: Federation) -> None:
     await secured.enroll(await secured.token("a"))
     for name in ("b", "c"):

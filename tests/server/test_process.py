@@ -21,6 +21,8 @@ from fedpeft.errors import SettingsInvalid
 
 from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port, header
 
+LOWER = "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
+
 
 def command(folder: Path, *flags: str, port: int = 0) -> list[str]:
     listen = ["--listen", f"127.0.0.1:{port or free_port()}"]
@@ -49,6 +51,21 @@ def running(folder: Path, *flags: str, port: int = 0) -> Iterator[subprocess.Pop
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+def test_a_low_limit_of_open_files_is_said_at_the_start(tmp_path: Path) -> None:
+    limited = [sys.executable, "-c", f"import resource, os; {LOWER}; os.execv(os.sys.argv[1], os.sys.argv[1:])"]
+    with subprocess.Popen([*limited, *command(tmp_path / "data")], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "serving" in line:
+                break
+        process.terminate()
+        assert process.wait(60) == 0
+    (warning,) = (line for line in lines if "the limit of open files is low" in line)
+    assert "64" in warning and "32" in warning
 
 
 @pytest.mark.parametrize(

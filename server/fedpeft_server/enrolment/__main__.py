@@ -106,6 +106,13 @@ def _say(report: dict[str, object]) -> None:
         print(json.dumps(report), flush=True)
 
 
+def _limit_files() -> None:
+    """Bounds the open files of this process; a lower limit of the system stays, as only root may raise it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _limit_memory() -> None:
     """Bounds the memory that this process may take from now on; beyond it, it ends, and the daemon starts another."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -116,6 +123,6 @@ def _limit_memory() -> None:
 
 if __name__ == "__main__":
     os.nice(NICENESS)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+    _limit_files()
     grpc_core.configure()
     asyncio.run(main(int(sys.argv[1]), sys.argv[2]))
