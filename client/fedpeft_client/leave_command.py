@@ -19,7 +19,7 @@ from fedpeft.errors import (
     Unavailable,
 )
 from fedpeft.identity.folder import Identity
-from fedpeft.identity.subject import Role
+from fedpeft.identity.subject import Role, Subject
 from fedpeft.units import counted, size
 from fedpeft.v1 import access_service_pb2 as pb
 from fedpeft_client import departing, departures, enrolled
@@ -82,7 +82,7 @@ def _tell(identity: Identity, directory: StateDirectory, reason: str) -> None:
         check_valid(identity, datetime.now(UTC))
         tickets = asyncio.run(_left(identity, directory, reason))
     except CertificateRevoked:
-        say(f"{identity.server} had revoked {subject} already")
+        say(_refused(identity.server, subject, departing.left_at(directory.path)))
     except Unavailable as error:
         raise type(error)(
             f"{error.message}. Nothing was changed: repeat this when the server is back, or leave without telling it "
@@ -98,7 +98,14 @@ def _tell(identity: Identity, directory: StateDirectory, reason: str) -> None:
         say(f"left {identity.server} as {subject}: the server refuses this identity from now on")
         if tickets:
             say(f"{counted(tickets, 'open ticket')} given back, so no round waits for this client")
-    departing.note_left(directory.path)
+    if departing.left_at(directory.path) is None:
+        departing.note_left(directory.path)
+
+
+def _refused(server: str, subject: Subject, left_at: datetime | None) -> str:
+    if left_at is None:
+        return f"{server} had revoked {subject} already: its operator did, or an earlier leave whose answer was lost"
+    return f"{subject} left {server} already, at {left_at:%Y-%m-%d %H:%M} UTC: the server refuses this identity"
 
 
 async def _left(identity: Identity, directory: StateDirectory, reason: str) -> int:

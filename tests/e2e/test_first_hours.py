@@ -26,7 +26,7 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft_client import enroll, leave_command, processes, status_command
 from fedpeft_client.channel import Channel
 from fedpeft_client.contact import Contact
-from fedpeft_client.departing import left_at
+from fedpeft_client.departing import LEFT, left_at
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.ledger_entries import Departure, Kind, read
 from fedpeft_client.metrics import Metrics
@@ -280,6 +280,13 @@ async def test_a_site_leaves_for_good(secured: Federation, tmp_path: Path, capsy
     ]
     assert identity.reason == "the study is over" and identity.HasField("revoked_at")
     assert (await shown(state, capsys))["left_at"]
+
+    (state / LEFT).write_text("2026-01-02T03:04:05+00:00\n")
+    assert await run(leave_command.main, "--state-dir", state) == 0
+    said = capsys.readouterr()
+    assert f"client a left {secured.address} already, at 2026-01-02 03:04 UTC: the server refuses this" in said.out
+    assert (state / LEFT).read_text() == "2026-01-02T03:04:05+00:00\n"
+    (state / LEFT).unlink()  # what a leave that was killed after the server heard it leaves behind
 
     assert await run(leave_command.main, "--state-dir", state, "--remove") == 0
     said = capsys.readouterr()
