@@ -27,7 +27,6 @@ An end that is none of these is an error that only a person can mend.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from importlib.metadata import version as installed_version
@@ -55,6 +54,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client import departures
 from fedpeft_client.adapters import AdapterCache, Held
+from fedpeft_client.attempts import Attempts
 from fedpeft_client.channel import Channel
 from fedpeft_client.evaluator import Evaluator
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK, UNFIT
@@ -138,8 +138,8 @@ class Agent:
         self._evaluator = Evaluator(channel, self._patience, worker, ledger, metrics)
         self._fitness = Fitness(worker, log)
         self._holds = Holds()
-        self._finished = FinishedRuns(directory, self._box, channel, ledger, log)
-        self._attempts: Counter[tuple[str, int]] = Counter()
+        self._finished = FinishedRuns(directory, self._box, channel, ledger, metrics.series, log)
+        self._attempts: Attempts[tuple[str, int]] = Attempts()
         self._setback = Backoff()
         self._pace = Pace()
         self._said_idle = False
@@ -327,7 +327,7 @@ class Agent:
 
         failure = await self._tried(task.run, evaluate)
         if failure is None:
-            self._attempts.pop((task.run, task.version), None)
+            self._attempts.forget((task.run, task.version))
             self._holds.succeeded(task.run)
             return
         log.error("version is not scored", version=task.version, cause=failure.here)
@@ -338,12 +338,13 @@ class Agent:
     async def _cannot_score(self, task: pb.EvaluationTask, failure: Reason, log: Log) -> None:
         """Counts a failed attempt at a version; after the last one it is given up, and the other versions go on."""
         key = task.run, task.version
-        self._attempts[key] += 1
+        attempts = self._attempts.failed(key)
         if failure.kind == FAULT.reason:
             self._leave_out(task.run, surely=True)
-        if self._attempts[key] < EVALUATIONS and not isinstance(failure.error, InvalidArgument):
+        if attempts < EVALUATIONS and not isinstance(failure.error, InvalidArgument):
             return
-        log.error("version is given up; the others go on", version=task.version, attempts=self._attempts.pop(key))
+        self._attempts.forget(key)
+        log.error("version is given up; the others go on", version=task.version, attempts=attempts)
         self._metrics.evaluations_given_up.labels(task.run).inc()
         try:
             await self._evaluator.give_up(task.run, task.version, f"{failure.kind}: {failure.told}")

@@ -26,6 +26,7 @@ from fedpeft_client import state
 from fedpeft_client.channel import Channel
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.pending import PendingBox
+from fedpeft_client.run_series import RunSeries
 from fedpeft_client.state import StateDirectory
 
 LOOK_S = 3600.0
@@ -47,11 +48,15 @@ _OVER = {
 class FinishedRuns:
     """Looks now and then which runs of the state directory are over, and removes what nobody needs of them."""
 
-    def __init__(self, directory: StateDirectory, box: PendingBox, channel: Channel, ledger: Ledger, log: Log) -> None:
+    def __init__(
+        self, directory: StateDirectory, box: PendingBox, channel: Channel, ledger: Ledger, series: RunSeries, log: Log
+    ) -> None:
         self._directory = directory
         self._box = box
         self._channel = channel
         self._ledger = ledger
+        self._series = series
+        self._found_over: set[str] = set()
         self._log = log
         self._next = 0.0
 
@@ -64,7 +69,8 @@ class FinishedRuns:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + LOOK_S
-        runs = await asyncio.to_thread(self._there)
+        there = await asyncio.to_thread(self._there)
+        runs = sorted({*there, *filter(ids.RUN.fullmatch, self._series.runs)})
         for start in range(0, len(runs), ASKED):
             some = runs[start : start + ASKED]
             try:
@@ -77,9 +83,20 @@ class FinishedRuns:
             over = {each.run: _OVER[each.state] for each in answer.runs if each.state in _OVER}
             for run in some:
                 if run in over:
-                    await asyncio.to_thread(self._clean, run, over[run])
+                    if run in there:
+                        await asyncio.to_thread(self._clean, run, over[run])
+                    self._drop_series(run)
                 else:  # it may have been over, and go on
+                    self._found_over.discard(run)
                     (self._directory.run(run) / MARK).unlink(missing_ok=True)
+
+    def _drop_series(self, run: str) -> None:
+        """Drops the metrics of a run at the second look that finds it over: the last counts were collected by then."""
+        if run in self._found_over:
+            self._series.drop(run)
+            self._found_over.discard(run)
+        elif run in self._series.runs:
+            self._found_over.add(run)
 
     def _there(self) -> list[str]:
         """Returns the runs that have a folder with something to remove."""

@@ -7,6 +7,7 @@ and for twice as long each time that it fails again afterwards. It is tried agai
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ FIRST_HOLD_S = 60.0
 LONGEST_HOLD_S = 3600.0
 MAX_HELD = 32
 """Runs that AwaitRound takes as left out."""
+MOST = 256
+"""Runs whose failures are kept: a server may name as many as it likes. That which failed longest ago is forgotten."""
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Holds:
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._records: dict[str, _Record] = {}
+        self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def failed(self, run: str, *, surely: bool = False) -> float:
         """Counts a failure of a run; `surely` if trying again at once is known to be of no use.
@@ -45,6 +48,9 @@ class Holds:
             For how many seconds the run is left out from now on; 0 if it is not.
         """
         record = self._records.setdefault(run, _Record())
+        self._records.move_to_end(run)
+        if len(self._records) > MOST:
+            self._records.popitem(last=False)
         record.failures += 1
         if record.failures < FAILURES and not surely and not record.hold_s:
             return 0.0

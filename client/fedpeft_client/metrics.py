@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from fedpeft import metrics_port
 from fedpeft.addresses import Address
 from fedpeft.errors import SettingsInvalid
+from fedpeft_client.run_series import RunSeries
 
 
 class State(StrEnum):
@@ -31,26 +32,35 @@ class State(StrEnum):
 
 
 class Metrics:
-    """The metrics of one client, in a registry of their own. `run` is the run's id."""
+    """The metrics of one client, in a registry of their own. `run` is the run's id.
+
+    Attributes:
+        series: The runs that have series.
+    """
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
-        run, direction = ("run",), ("direction",)
-        self.rounds = Counter("fedpeft_client_rounds", "Completed local trainings.", run, registry=r)
-        self.updates = Counter("fedpeft_client_updates", "Updates by outcome.", ("run", "outcome"), registry=r)
-        self.evaluations = Counter("fedpeft_client_evaluations", "Versions scored.", run, registry=r)
+        self.series = RunSeries()
+        run, direction, of = ("run",), ("direction",), self.series.of
+        self.rounds = of(Counter("fedpeft_client_rounds", "Completed local trainings.", run, registry=r))
+        self.updates = of(Counter("fedpeft_client_updates", "Updates by outcome.", ("run", "outcome"), registry=r))
+        self.evaluations = of(Counter("fedpeft_client_evaluations", "Versions scored.", run, registry=r))
         self.declines = Counter("fedpeft_client_declines", "Runs declined, by reason.", ("reason",), registry=r)
-        self.tickets_given_up = Counter(
-            "fedpeft_client_tickets_given_up", "Tickets withdrawn, by reason.", ("run", "reason"), registry=r
+        self.tickets_given_up = of(
+            Counter("fedpeft_client_tickets_given_up", "Tickets withdrawn, by reason.", ("run", "reason"), registry=r)
         )
-        self.evaluations_given_up = Counter(
-            "fedpeft_client_evaluations_given_up", "Versions that this evaluator failed to score.", run, registry=r
+        self.evaluations_given_up = of(
+            Counter(
+                "fedpeft_client_evaluations_given_up", "Versions that this evaluator failed to score.", run, registry=r
+            )
         )
-        self.left_out = Counter(
-            "fedpeft_client_runs_left_out",
-            "Times that a run was skipped for a while because work for it had failed.",
-            run,
-            registry=r,
+        self.left_out = of(
+            Counter(
+                "fedpeft_client_runs_left_out",
+                "Times that a run was skipped for a while because work for it had failed.",
+                run,
+                registry=r,
+            )
         )
         self.wire_bytes = Counter(
             "fedpeft_client_wire_bytes",
@@ -61,31 +71,39 @@ class Metrics:
         self.payload_bytes = Counter(
             "fedpeft_client_payload_bytes", "Size of encoded tensors, bytes.", direction, registry=r
         )
-        self.training_seconds = Counter(
-            "fedpeft_client_training_seconds", "Time spent in local training, seconds.", run, registry=r
+        self.training_seconds = of(
+            Counter("fedpeft_client_training_seconds", "Time spent in local training, seconds.", run, registry=r)
         )
-        self.images = Counter(
-            "fedpeft_client_images", "Images processed in training, repetitions included.", run, registry=r
+        self.images = of(
+            Counter("fedpeft_client_images", "Images processed in training, repetitions included.", run, registry=r)
         )
-        self.images_per_second = Gauge(
-            "fedpeft_client_training_images_per_second",
-            "Speed of the current or most recent training, images per second.",
-            run,
-            registry=r,
+        self.images_per_second = of(
+            Gauge(
+                "fedpeft_client_training_images_per_second",
+                "Speed of the current or most recent training, images per second.",
+                run,
+                registry=r,
+            )
         )
-        self.loss = Gauge("fedpeft_client_loss", "Loss of the current or most recent training, nats.", run, registry=r)
-        self.accuracy = Gauge(
-            "fedpeft_client_accuracy", "Accuracy of the most recently scored version, 0 to 1.", run, registry=r
+        self.loss = of(
+            Gauge("fedpeft_client_loss", "Loss of the current or most recent training, nats.", run, registry=r)
         )
-        self.examples = Gauge(
-            "fedpeft_client_examples", "Local examples whose labels are among the run's classes.", run, registry=r
+        self.accuracy = of(
+            Gauge("fedpeft_client_accuracy", "Accuracy of the most recently scored version, 0 to 1.", run, registry=r)
+        )
+        self.examples = of(
+            Gauge(
+                "fedpeft_client_examples", "Local examples whose labels are among the run's classes.", run, registry=r
+            )
         )
         self.data_rows = Gauge("fedpeft_client_data_rows", "Local examples, whatever their labels.", registry=r)
-        self.gpu_peak = Gauge(
-            "fedpeft_client_gpu_memory_peak_bytes",
-            "Peak GPU memory of the most recent training, bytes.",
-            run,
-            registry=r,
+        self.gpu_peak = of(
+            Gauge(
+                "fedpeft_client_gpu_memory_peak_bytes",
+                "Peak GPU memory of the most recent training, bytes.",
+                run,
+                registry=r,
+            )
         )
         self._state = Gauge(
             "fedpeft_client_state", "1 for the state that the agent is in, 0 for the others.", ("state",), registry=r

@@ -37,7 +37,9 @@ class Site:
         self.directory = directory
         self.box = PendingBox(directory, "")
         self.ledger = Ledger(directory.path, "s:1")
-        Traffic(channel, self.ledger, Metrics())
+        self.metrics = Metrics()
+        self.series = self.metrics.series
+        Traffic(channel, self.ledger, self.metrics)
         self.states: dict[str, run_pb2.RunState.ValueType] = {}
         self.asked: list[list[str]] = []
         self._channel = channel
@@ -59,8 +61,11 @@ class Site:
             safetensors.numpy.save_file(values, folder / f"{each}.safetensors")
         return folder
 
+    def looks(self) -> FinishedRuns:
+        return FinishedRuns(self.directory, self.box, self._channel, self.ledger, self.series, logs.logger())
+
     async def look(self) -> None:
-        await FinishedRuns(self.directory, self.box, self._channel, self.ledger, logs.logger()).look()
+        await self.looks().look()
 
 
 @pytest.fixture
@@ -106,6 +111,23 @@ async def test_a_run_that_goes_on_after_all_is_kept_and_marked_no_more(site: Sit
     site.run("run-a", run_pb2.RUN_STATE_RUNNING)
     await site.look()
     assert MARK not in names(folder) and "residual.safetensors" in names(folder)
+
+
+async def test_the_metrics_of_a_run_go_at_the_second_look_that_finds_it_over(site: Site) -> None:
+    for run in ("run-a", "run-b", "run-c", "no run"):
+        site.metrics.tickets_given_up.labels(run, "TRAINING_FAILED").inc()
+        site.metrics.rounds.labels(run).inc()
+    site.states = {"run-a": run_pb2.RUN_STATE_RUNNING, "run-b": run_pb2.RUN_STATE_COMPLETED}
+    looks = site.looks()
+    left = []
+    for _ in range(2):
+        looks._next = 0.0
+        await looks.look()
+        left.append(site.series.runs)
+    assert left == [["run-a", "run-b", "run-c", "no run"], ["run-a", "no run"]]
+    value = site.metrics.registry.get_sample_value
+    assert value("fedpeft_client_rounds_total", {"run": "run-a"}) == 1
+    assert value("fedpeft_client_rounds_total", {"run": "run-b"}) is None
 
 
 @pytest.mark.parametrize("settling", [False, True])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from fedpeft_client import attempts, holds, run_series
+from fedpeft_client.attempts import Attempts
 from fedpeft_client.holds import FAILURES, FIRST_HOLD_S, LONGEST_HOLD_S, MAX_HELD, Holds
+from fedpeft_client.metrics import Metrics
 
 
 class Clock:
@@ -40,3 +43,27 @@ def test_no_more_runs_are_left_out_than_a_call_takes() -> None:
     for number in range(MAX_HELD + 5):
         holds.failed(f"run-{number}", surely=True)
     assert len(holds.held()) == MAX_HELD
+
+
+def test_invented_runs_do_not_grow_the_client_and_those_used_last_are_kept() -> None:
+    """A server that names a new run with every ticket made each of these grow for as long as the client ran."""
+    held, failed, metrics = Holds(Clock()), Attempts[tuple[str, int]](), Metrics()
+
+    def fails(run: str) -> tuple[float, int]:
+        metrics.tickets_given_up.labels(run, "TRAINING_FAILED").inc()
+        metrics.left_out.labels(run).inc()
+        return held.failed(run), failed.failed((run, 1))
+
+    most = max(holds.MOST, attempts.MOST, run_series.MOST)
+    fails("run-mine")
+    for number in range(3 * most):
+        fails(f"run-{number}")
+        if number % 100 == 99:
+            last = fails("run-mine")
+    assert last[0] and last[1] == 3 * most // 100 + 1, "what is used is not forgotten"
+    assert len(held._records) == holds.MOST and len(failed) == attempts.MOST
+    samples = [sample for metric in metrics.registry.collect() for sample in metric.samples]
+    runs = {sample.labels["run"] for sample in samples if "run" in sample.labels}
+    assert len(runs) == run_series.MOST and "run-mine" in runs
+    value = metrics.registry.get_sample_value
+    assert value("fedpeft_client_runs_left_out_total", {"run": "run-mine"}) == last[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import EpsImagePlugin, Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps, PngImagePlugin
 
 from fedpeft.data.images import FORMATS, BitsUnknown, ImageUnreadable, peak, read_rgb
 from fedpeft.data.sources import open_source
@@ -223,3 +224,28 @@ def test_images_that_use_all_16_bits_are_said_nothing_of(tmp_path: Path) -> None
         store = PixelStore(source, Preprocessing(8, (0.5,) * 3, (0.5,) * 3))
         list(store.batches([np.arange(2)]))
     assert (logs, store.preprocessing.bits) == ([], 16)
+
+
+def test_images_read_in_two_threads_leave_the_warnings_of_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, other_ended = threading.Event(), threading.Event()
+    real = PngImagePlugin.PngImageFile.load
+
+    def load(image: PngImagePlugin.PngImageFile) -> Any:
+        if threading.current_thread() is second:
+            began.set()
+            assert other_ended.wait(20)
+        elif not began.is_set():
+            second.start()
+            assert began.wait(20)
+        return real(image)
+
+    second = threading.Thread(target=read_rgb, args=(encoded(PICTURE),))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        read_rgb(encoded(PICTURE))
+        other_ended.set()
+        second.join()
+        warnings.warn("of somebody else", stacklevel=1)
+        warnings.warn_explicit("of Pillow", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
+    assert [str(each.message) for each in heard] == ["of somebody else"]

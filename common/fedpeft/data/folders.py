@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fedpeft.data import disks
 from fedpeft.data.file_names import PARQUET_SUFFIXES, shown
 from fedpeft.data.interface import ImageUnreadable, Indices
 from fedpeft.data.inventory import Fate, Group, Inventory, Tally
@@ -25,7 +26,7 @@ SIZED = 1000
 _BATCH = 256
 _NAMED = 5
 _OF_THIS_IMAGE = frozenset(
-    {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR}
+    {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR}
 )
 """Errors that say that one image cannot be read; any other is of the machine."""
 
@@ -91,7 +92,7 @@ class FolderSource:
 
         Raises:
             ImageUnreadable: If the file went away, or may not be read.
-            DataInvalid: If the machine cannot read it now.
+            DataInvalid: If the machine cannot read it now, or its disk fails.
         """
         if row in self.unreadable:
             raise ImageUnreadable(self.unreadable[row])
@@ -99,6 +100,7 @@ class FolderSource:
             with open(os.path.join(self._root, self._paths[row]), "rb", buffering=0) as file:
                 return file.read()
         except OSError as error:
+            disks.check(error, self._root / self._paths[row])
             if error.errno in _OF_THIS_IMAGE:
                 raise ImageUnreadable(f"it cannot be read: {error.strerror}") from None
             raise DataInvalid(f"cannot read {shown(str(self._root / self._paths[row]))}: {error.strerror}") from None

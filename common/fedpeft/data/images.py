@@ -42,6 +42,9 @@ _PNG_COLOURS = {2: "RGB", 4: "LA", 6: "RGBA"}
 _OF_A_STREAM = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 """Pillow's text in place of a file's name, which is no help: the caller names the image."""
 
+_OF_DECODERS = ("ignore", None, Warning, re.compile(r"(PIL|torchvision\.io)\."), 0)
+"""Filter of `warnings` for all that the modules that decode warn of."""
+
 
 class BitsUnknown(Exception):
     """An image has 16 bits a channel, and which of them the data set uses was not said."""
@@ -89,27 +92,36 @@ def peak(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> int:
 
 @contextmanager
 def _opened(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Image]:
-    """Opens and loads an image; Pillow's warnings, for which no log has a place, are not shown."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
-            Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own check refuses twice this
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise _too_large(f"{image.width} x {image.height}", max_pixels)
-                image.load()
-                yield image
-        except (ImageUnreadable, BitsUnknown):
-            raise
-        except Image.DecompressionBombError:
-            raise _too_large("", max_pixels) from None
-        except UnidentifiedImageError:
-            kind = kind_of(bytes(data[:HEAD_BYTES]))
-            known = f"in none of the supported formats: {', '.join(FORMATS)}"
-            raise ImageUnreadable(f"it is {kind or known}") from None
-        except Exception as error:  # Pillow's plugins raise whatever a malformed file makes them raise
-            raise ImageUnreadable(_OF_A_STREAM.sub("", str(error)) or type(error).__name__) from None
+    """Opens and loads an image; the warnings of decoders, for which no log has a place, are not shown."""
+    _silence()
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own check refuses twice this
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise _too_large(f"{image.width} x {image.height}", max_pixels)
+            image.load()
+            yield image
+    except (ImageUnreadable, BitsUnknown):
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large("", max_pixels) from None
+    except UnidentifiedImageError:
+        kind = kind_of(bytes(data[:HEAD_BYTES]))
+        known = f"in none of the supported formats: {', '.join(FORMATS)}"
+        raise ImageUnreadable(f"it is {kind or known}") from None
+    except Exception as error:  # Pillow's plugins raise whatever a malformed file makes them raise
+        raise ImageUnreadable(_OF_A_STREAM.sub("", str(error)) or type(error).__name__) from None
+
+
+def _silence() -> None:
+    """Puts the filter for warnings of decoders first, for the whole process, unless it is first already.
+
+    `warnings.catch_warnings` would be for the whole process too: of two threads, the one that ends last puts back the
+    filters that it met, which may be those of the other.
+    """
+    if warnings.filters[:1] != [_OF_DECODERS]:
+        warnings.filterwarnings("ignore", module=_OF_DECODERS[3].pattern)
 
 
 def _too_large(size: str, limit: int) -> ImageUnreadable:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fedpeft.data import disks
 from fedpeft.data.interface import ImageUnreadable, Indices
 from fedpeft.data.inventory import EMPTY, Inventory
 from fedpeft.data.parquet_files import ParquetFiles
@@ -210,6 +211,8 @@ def _beside(file: Path, path: str) -> bytes:
             raise ImageUnreadable(f"its row has no bytes, and the path {path} is no file")
         return place.read_bytes()
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError):
+            disks.check(error, place)
         why = error.strerror if isinstance(error, OSError) else error
         raise ImageUnreadable(f"its row has no bytes, and the file {path} beside {file.name}: {why}") from None
 

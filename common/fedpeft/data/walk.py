@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 
+from fedpeft.data import disks
 from fedpeft.data.file_names import class_name, image_suffixes, is_image, is_system, shown, suffix_of
 from fedpeft.data.inventory import Entry, Fate
 from fedpeft.errors import DataInvalid
@@ -44,7 +45,7 @@ def walk(root: str | os.PathLike[str]) -> Iterator[Entry]:
 
     Raises:
         OSError: If the folder itself cannot be listed.
-        DataInvalid: If a class folder leads nowhere, or one folder is reached as two classes.
+        DataInvalid: If a class folder leads nowhere, one folder is reached as two classes, or the disk fails.
     """
     return _Walk(os.fspath(root)).entries()
 
@@ -134,6 +135,7 @@ class _Walk:
                 return Entry(path, group, Fate.SKIPPED, AGAIN), None
             entries = _listing(folder)
         except OSError as error:
+            disks.check(error, folder)
             return Entry(path, group, Fate.UNREADABLE, f"{UNLISTABLE} ({error.strerror})"), None
         self._read.add(own)
         self._class_of[own] = group
@@ -162,6 +164,7 @@ def _by_content(path: str) -> tuple[Fate, str]:
         with open(path, "rb", buffering=0) as file:
             head = file.read(_HEAD_BYTES)
     except OSError as error:
+        disks.check(error, path)
         return Fate.UNREADABLE, f"file that cannot be opened ({error.strerror})"
     return (Fate.TAKEN, "") if is_image(head) else (Fate.SKIPPED, NO_IMAGE)
 
@@ -185,6 +188,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
     except FileNotFoundError:
         return DANGLING
     except OSError as error:
+        disks.check(error, entry.path)
         return f"link that cannot be followed ({error.strerror})"
     return "other" if not stat.S_ISREG(mode) else "file"
 
