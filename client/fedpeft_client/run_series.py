@@ -47,16 +47,19 @@ class RunSeries:
 class PerRun(Generic[Metric]):
     """A metric with series by run.
 
+    Attributes:
+        metric: The metric itself.
+
     Args:
         metric: The metric; its first label is `run`.
         series: The runs that have series.
     """
 
     def __init__(self, metric: Metric, series: RunSeries) -> None:
-        self._metric = metric
+        self.metric = metric
         self._series = series
 
     def labels(self, run: str, *others: str) -> Metric:
         """Returns the series of a run, and of the values of the other labels."""
         self._series.use(run)
-        return cast(Metric, self._metric.labels(run, *others))
+        return cast(Metric, self.metric.labels(run, *others))

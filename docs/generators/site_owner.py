@@ -7,6 +7,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from fedpeft_client.machine import MachineCollector
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.policy import Policy
+from fedpeft_client.run_series import PerRun
 from generators.run_file import rows
 from generators.tables import table
 
@@ -25,7 +26,8 @@ def lines() -> Iterator[str]:
 
 
 def _metrics() -> Iterator[tuple[str, ...]]:
-    own = [metric for metric in vars(Metrics()).values() if isinstance(metric, MetricWrapperBase)]
+    every = [each.metric if isinstance(each, PerRun) else each for each in vars(Metrics()).values()]
+    own = [metric for metric in every if isinstance(metric, MetricWrapperBase)]
     families = [(next(iter(metric.describe())), metric._labelnames) for metric in own]
     families += [(family, family._labelnames) for family in MachineCollector(str).describe()]
     for family, labels in families:
