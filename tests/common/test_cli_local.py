@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -173,6 +174,22 @@ def test_natural_partition(
     assert pq.read_table(out / "b" / "data.parquet")["maker"].to_pylist() == ["b"] * 20
     assert fedpeft(*arguments) == 1
     assert "holds a partition already" in capfd.readouterr().err
+
+
+def test_a_data_set_is_opened_once_to_be_divided(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedpeft.data import parts, sources
+
+    opened: list[Path] = []
+    real = sources.open_source
+
+    def counted(path: Path, *arguments: Any) -> Any:
+        opened.append(path)
+        return real(path, *arguments)
+
+    for module in (parts, sources):
+        monkeypatch.setattr(module, "open_source", counted)
+    assert fedpeft("partition", str(images), "--clients", "2", "--out", str(tmp_path / "parts")) == 0
+    assert opened == [images]
 
 
 def test_clients_of_a_column_of_classes_have_their_names(

@@ -250,7 +250,7 @@ def _partition(plan: Plan) -> dict[str, int]:
     most = sorted(range(len(whole.names)), key=lambda k: -len(whole.parts[k]))[:wanted]
     kept = sorted(most)
     chosen = replace(whole, parts=tuple(whole.parts[k] for k in kept), names=tuple(whole.names[k] for k in kept))
-    record = write_parts(plan.train, chosen, plan.out / "clients")
+    record = write_parts(plan.train, chosen, plan.out / "clients", source=training)
     names = {client["name"]: client["examples"] for client in record["clients"]}
     listed = ", ".join(f"{name} ({counted(count, 'image')})" for name, count in names.items())
     output.say(f"clients: {listed}")

@@ -82,7 +82,7 @@ def partition(
 
     whole = open_source(source, image_column, label_column)
     cut = _cut(whole, law, clients or 1, 0.0 if alpha is None else alpha, column or "", seed)
-    record = write_parts(source, cut, out, index=index, image=image_column, label=label_column)
+    record = write_parts(source, cut, out, index=index, image=image_column, label=label_column, source=whole)
     if as_json:
         output.say_json(record)
         return

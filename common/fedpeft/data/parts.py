@@ -32,6 +32,7 @@ def write_parts(
     index: bool = False,
     image: str | None = None,
     label: str | None = None,
+    source: Source | None = None,
 ) -> dict[str, Any]:
     """Writes what each client of a partition has, for a client to be started with.
 
@@ -43,6 +44,7 @@ def write_parts(
             has the rows themselves, every column and the schema's metadata kept.
         image: Name of the image column.
         label: Name of the label column.
+        source: The same data where they are open already; None: they are opened.
 
     Returns:
         The record, as written to ``out/partition.json``: variant, alpha, seed, draws, digest, skew, each client's name
@@ -52,7 +54,7 @@ def write_parts(
         DataInvalid: If the partition does not fit the data, a name is no file name, a client has no rows, `out`
             cannot be written or is not empty, or more images cannot be read than a data set may have.
     """
-    source = open_source(path, image, label)
+    source = open_source(path, image, label) if source is None else source
     _check(source, partition, path)
     _check_readable(source, path)
     record = _record(source, partition)
