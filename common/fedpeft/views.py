@@ -13,7 +13,6 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from fedpeft.config import default_quorum
 from fedpeft.units import counted as counted_noun
 from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2, tensor_pb2
 
@@ -32,6 +31,8 @@ def state(run: run_pb2.Run) -> str:
 
 def quorum(rounds: run_pb2.RoundsConfig) -> int:
     """Returns the fewest updates that a round commits with at its deadline."""
+    from fedpeft.config import default_quorum  # a command's --help needs no pydantic
+
     return rounds.quorum if rounds.HasField("quorum") else default_quorum(rounds.clients)
 
 
