@@ -239,8 +239,8 @@ async def test_it_ends_when_nobody_comes_and_with_the_daemon(secured: Federation
         "[]",
         '"ready"',
         '{"refused": 1}',
-        '{"refused": {"said nothing": "many"}}',
-        '{"refused": {"said nothing": -1}}',
+        '{"refused": {"no data": "many"}}',
+        '{"refused": {"no data": -1}}',
         '{"refused": {"of its own": 1}}',
         '{"odd": 1}',
         "x" * (3 * supervisor.LINE_BYTES),
@@ -251,7 +251,7 @@ async def test_a_line_that_is_no_report_is_ignored_and_logged(
     secured: Federation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str
 ) -> None:
     talks = tmp_path / "python"
-    report = '{"refused": {"said nothing": 2}}'
+    report = '{"refused": {"no data": 2}}'
     talks.write_text(f"#!{sys.executable}\nprint({line!r})\nprint({report!r})\n")
     talks.chmod(0o700)
     enrolment = secured.server.enrolment
