@@ -201,7 +201,7 @@ async def test_a_version_that_cannot_be_scored_is_given_up_and_later_ones_go_on(
     assert federation.run.failures == {0: "METRICS_INVALID: the figure loss is -1"}
     assert "accuracy" in federation.run.evaluations[1]
     booked = read(tmp_path / "site-a" / "ledger.jsonl").booked.values()
-    words = [row.cells()[4] for row in rows(booked) if row.departure.kind is Kind.EVALUATION]
+    words = [row.text() for row in rows(booked) if row.departure.kind is Kind.EVALUATION]
     assert words[1] == "version 0 cannot be scored: METRICS_INVALID: the figure loss is -1"
 
 

