@@ -140,6 +140,9 @@ async def test_both_kinds_of_hanging_are_shown_where_people_look(start: StartDae
                 await asyncio.sleep(0.02)
         await trains(clients["b"], tickets["b"], 4, 8)
         await daemon.until(run, lambda seen: hangs(seen).get("b") == TRAINING)
+        async with asyncio.timeout(20):
+            while not any(each["event"] == "client is back" for each in logs):  # logged at the next look
+                await asyncio.sleep(0.02)
     told = [(each["log_level"], each["event"], each["client"]) for each in logs if "client" in each]
     assert told.count(("warning", "client hangs", "a")) == 1, "once, however often it is looked at"
     assert {("warning", "client hangs", "b"), ("info", "client is back", "b")} <= set(told)
