@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel
 
-from fedpeft import audit
+from fedpeft import audit, folder_lock
 from fedpeft.cli.exporting import Format, exported
 from fedpeft.cli.session import Session
 from fedpeft.config import ModelConfig, RunConfig, TrainingConfig, load_run_file
@@ -148,6 +148,14 @@ class World:
         shutil.rmtree(self.folder / "simulated", ignore_errors=True)
         return self.fedpeft("simulate", "simulation.toml", "--data", data, "--out", "simulated")
 
+    def second_simulation(self) -> tuple[int, str]:
+        """Simulates into a folder that this process holds, as a simulation does."""
+        self.simulated(self.images(2))  # leaves the run file, and ends at the images before it trains
+        out = self.folder / "out"
+        out.mkdir()
+        with folder_lock.held(out, "simulation"):
+            return self.fedpeft("simulate", "simulation.toml", "--data", self.images(0), "--out", out)
+
     def images(self, broken: int) -> Path:
         """Writes 20 images as class folders, some of which are none."""
         root = self.folder / f"images-{broken}"
@@ -264,6 +272,7 @@ DONE: dict[str, Callable[[World], Ended]] = {
     "a data set of another kind": lambda w: w.client(data=w.file("notes.parquet", "not parquet")),
     "an unknown class": lambda w: w.client(data=w.foxes()),
     "over 1 % unreadable images": lambda w: w.simulated(w.images(2)),
+    "a second simulation in a folder": World.second_simulation,
     "a wrong backbone": lambda w: w.client("--run", w.other_run),
     "a loss that is not finite": lambda w: w.simulated(w.images(0), "steps = 2", "steps = 20\nlearning_rate = 100.0"),
     "a token that was cut short": lambda w: w.enroll(w.token()[:-9]),
