@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
+
+from fedpeft_client.newest import Newest
 
 MOST = 256
 """Keys that are counted; of more, the one that failed longest ago is forgotten."""
@@ -16,14 +17,12 @@ class Attempts(Generic[Key]):
     """Failed attempts in a row, by key."""
 
     def __init__(self) -> None:
-        self._failed: OrderedDict[Key, int] = OrderedDict()
+        self._failed: Newest[Key, int] = Newest(MOST)
 
     def failed(self, key: Key) -> int:
         """Counts a failed attempt; returns how many there were."""
-        count = self._failed.pop(key, 0) + 1
-        self._failed[key] = count
-        if len(self._failed) > MOST:
-            self._failed.popitem(last=False)
+        count = self._failed.get(key, 0) + 1
+        self._failed.put(key, count)
         return count
 
     def forget(self, key: Key) -> None:

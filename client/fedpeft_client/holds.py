@@ -7,9 +7,10 @@ and for twice as long each time that it fails again afterwards. It is tried agai
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from fedpeft_client.newest import Newest
 
 FAILURES = 3
 """So many failures in a row are taken for more than bad luck."""
@@ -39,7 +40,7 @@ class Holds:
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._records: OrderedDict[str, _Record] = OrderedDict()
+        self._records: Newest[str, _Record] = Newest(MOST)
 
     def failed(self, run: str, *, surely: bool = False) -> float:
         """Counts a failure of a run; `surely` if trying again at once is known to be of no use.
@@ -47,10 +48,8 @@ class Holds:
         Returns:
             For how many seconds the run is left out from now on; 0 if it is not.
         """
-        record = self._records.setdefault(run, _Record())
-        self._records.move_to_end(run)
-        if len(self._records) > MOST:
-            self._records.popitem(last=False)
+        record = self._records.get(run) or _Record()
+        self._records.put(run, record)
         record.failures += 1
         if record.failures < FAILURES and not surely and not record.hold_s:
             return 0.0

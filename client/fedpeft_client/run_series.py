@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Generic, TypeVar, cast
 
 from prometheus_client import Counter, Gauge
+
+from fedpeft_client.newest import Newest
 
 MOST = 256
 """Runs with series; of more, those of the run that was used longest ago are dropped."""
@@ -17,7 +18,7 @@ class RunSeries:
     """The runs that have series, and the metrics that those are of."""
 
     def __init__(self) -> None:
-        self._runs: OrderedDict[str, None] = OrderedDict()
+        self._runs: Newest[str, None] = Newest(MOST)
         self._metrics: list[Counter | Gauge] = []
 
     @property
@@ -32,10 +33,9 @@ class RunSeries:
 
     def use(self, run: str) -> None:
         """Notes that a run is used; drops the series of another one if there are too many."""
-        self._runs[run] = None
-        self._runs.move_to_end(run)
-        if len(self._runs) > MOST:
-            self.drop(next(iter(self._runs)))
+        gone = self._runs.put(run, None)
+        if gone is not None:
+            self.drop(gone)
 
     def drop(self, run: str) -> None:
         """Drops the series of a run."""
