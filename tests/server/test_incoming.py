@@ -210,9 +210,12 @@ async def test_a_stream_that_is_no_transfer_is_received_in_slots_too(
     counted = Counted(monkeypatch)
     method = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
     calls = [secured.operators().stream_stream(method)(metadata=WHO) for _ in range(3)]
-    for call in calls:
+
+    async def write(call: grpc.aio.StreamStreamCall) -> None:
         with suppress(asyncio.InvalidStateError):  # it may be refused while it is still written
             await call.write(LARGE)
+
+    await asyncio.gather(*map(write, calls))  # at once: any two of them may have the slots, and must not wait for it
     for call in calls:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
