@@ -29,8 +29,6 @@ def restored(
         BackboneMismatch: If the weights here are not those that the run was made with.
         ModelInvalid: If the model or its weights cannot be had, or the adapter file is not one.
     """
-    from safetensors.numpy import load_file
-
     from fedpeft import models
     from fedpeft.adapter_file import open_adapter
     from fedpeft.peft import tune
@@ -43,9 +41,6 @@ def restored(
             f"the backbone here has fingerprint {found[:16]}, the run was made with {fingerprint[:16]}; "
             "name the right weights file with --weights"
         )
-    if sha256 is None:
-        tuned.load(load_file(adapter))
-    else:
-        with open_adapter(adapter, sha256) as tensors:
-            tuned.load(dict(tensors))
+    with open_adapter(adapter, sha256) as tensors:
+        tuned.load(dict(tensors))
     return tuned

@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
+import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
+from numpy.typing import NDArray
+from safetensors.numpy import save
 
+from fedpeft.adapter_file import ADAPTER, AdapterInfo
 from fedpeft.errors import (
     ChecksumMismatch,
     Draining,
@@ -34,6 +38,12 @@ CHUNK = 1000
 
 def moment(seconds: float) -> Timestamp:
     return Timestamp(seconds=START + int(seconds), nanos=int(seconds % 1 * 1e9))
+
+
+def adapter(run: run_pb2.Run, version: int, tensors: dict[str, NDArray[np.float32]]) -> bytes:
+    """Returns the adapter file of a version, as a server keeps it."""
+    info = AdapterInfo(run.id, version, run.config.peft.method, run.backbone_fingerprint, run.config.model.name, ("a",))
+    return save(tensors, info.to_metadata(ADAPTER))
 
 
 def a_run(run: str = "run-0123456789ab", **changes: Any) -> run_pb2.Run:

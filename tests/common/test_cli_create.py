@@ -18,7 +18,7 @@ from fedpeft.models import build, fingerprint
 from fedpeft.peft import tune
 from fedpeft.wire import config_from_proto
 
-from .operator_double import Double, Serving, serving
+from .operator_double import Double, Serving, adapter, serving
 
 RUN_FILE = """
 name = "tiny"
@@ -152,7 +152,9 @@ def created(served: Serving, tmp_path: Path, method: str) -> tuple[str, dict[str
     state = tune(build(config.model, 7), method, {}, 7).state()
     changed = {name: (values + 0.5).astype(np.float32) for name, values in state.items()}
     run.version = 1
-    served.double.files = {(run.id, 0): save(state), (run.id, 1): save(changed)}
+    served.double.files = {
+        (run.id, version): adapter(run, version, values) for version, values in enumerate((state, changed))
+    }
     return run.id, changed
 
 

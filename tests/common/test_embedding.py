@@ -14,14 +14,13 @@ import pytest
 import timm
 import torch
 from peft import PeftModel
-from safetensors.numpy import save
 
 import fedpeft
 from fedpeft.errors import BackboneMismatch, ConfigInvalid, Draining, RunNotFound, ServerUnreachable, SettingsInvalid
 from fedpeft.v1 import federation_service_pb2, run_pb2
 from fedpeft.v1 import operator_service_pb2 as pb
 
-from .operator_double import Double, Serving, a_client, a_round, a_run, a_ticket, serving
+from .operator_double import Double, Serving, a_client, a_round, a_run, a_ticket, adapter, serving
 
 CONFIG = {
     "name": "tiny <b>",
@@ -137,7 +136,9 @@ def published(served: Serving, method: str) -> tuple[fedpeft.Run, dict[str, np.n
         at += 4 * size
     changed = {name: values + np.float32(0.5) for name, values in files.items()}
     run_of(served).version = 1
-    served.double.files = {(run.id, 0): save(files), (run.id, 1): save(changed)}
+    served.double.files = {
+        (run.id, version): adapter(run_of(served), version, values) for version, values in enumerate((files, changed))
+    }
     return run.refresh(), changed
 
 
