@@ -10,11 +10,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fedpeft import ids
+from fedpeft import ids, locks
 from fedpeft.errors import FedpeftError
 from fedpeft.identity import certificates
 from fedpeft.identity.folder import Identity
-from fedpeft_client import contact, departing, enrolled, state
+from fedpeft_client import contact, departing, enrolled
 from fedpeft_client.ledger_entries import FILE as LEDGER
 from fedpeft_client.ledger_entries import Booked, Kind, Outcome, read
 from fedpeft_client.policy import find
@@ -71,8 +71,7 @@ class SiteStatus:
 
     Attributes:
         state_dir: Its state directory.
-        running: Whether its agent runs, or another command holds the directory.
-        process: The process that does, if it is known.
+        process: The process of its agent, or of another command that holds the directory; None if there is none.
         identity: Who it is; None if it was never enrolled.
         server: HOST:PORT of the server that answered last; empty if none did.
         refused_at: When the server let this client in no more; None if it did not, or has answered since.
@@ -88,8 +87,7 @@ class SiteStatus:
     """
 
     state_dir: Path
-    running: bool
-    process: str
+    process: str | None
     identity: IdentityStatus | None
     last_contact: datetime | None
     left_at: datetime | None
@@ -117,7 +115,7 @@ def look(state_dir: Path, policy: Path | None = None, identity: Path | None = No
         identity: Its identity folder; that of the state directory if absent.
     """
     now, problems = datetime.now(UTC), list[str]()
-    running, process = state.holder(state_dir)
+    process = locks.holder_of(state_dir)
     booked: list[Booked] = []
     if (state_dir / LEDGER).exists():
         try:
@@ -132,7 +130,6 @@ def look(state_dir: Path, policy: Path | None = None, identity: Path | None = No
     refused_at, refusal = contact.refusal(state_dir) or (None, "")
     return SiteStatus(
         state_dir,
-        running,
         process,
         _identity(enrolled.find(identity, state_dir), now),
         contact.last(state_dir),

@@ -17,23 +17,17 @@ runs/RUN/local.safetensors    tensors that are trained here and never sent
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
-import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fedpeft import durable, ids
+from fedpeft import durable, ids, locks
 from fedpeft.errors import StateInvalid
 
 VARIABLE = "FEDPEFT_CLIENT_STATE_DIR"
 """The environment variable that names it."""
-
-
-GLANCE_S = 0.2
-"""For so long a directory that is held is tried again: `holder` holds it for an instant."""
 
 
 class StateDirectory:
@@ -50,17 +44,15 @@ class StateDirectory:
         self.path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise StateInvalid(f"cannot use state directory {path}: {error.strerror}") from None
-        try:
-            self._take()
+        with ExitStack() as held:
+            words = f"state directory {path}", "fedpeft-client", "give each client a directory of its own"
+            held.enter_context(locks.directory(path, *words))
             for folder in (path, identity_folder(path), *(path / "runs").glob("*")):
                 durable.sweep(folder)
             self.instance = self._instance()
-        except BaseException:
-            os.close(self._lock)
-            raise
+            self._held = held.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +67,7 @@ class StateDirectory:
 
     def close(self) -> None:
         """Lets another process use the directory."""
-        os.close(self._lock)
+        self._held.close()
 
     def run(self, run: str) -> Path:
         """Returns the folder of a run, made if absent.
@@ -91,21 +83,6 @@ class StateDirectory:
             durable.sync(folder.parent)
         return folder
 
-    def _take(self) -> None:
-        deadline = time.monotonic() + GLANCE_S
-        while not _locked(self._lock):
-            if time.monotonic() < deadline:
-                time.sleep(GLANCE_S / 10)
-                continue
-            holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
-            raise StateInvalid(
-                f"state directory {self.path} is in use by another fedpeft-client "
-                f"(process {holder or 'unknown'}); stop it first, or give each client a directory of its own"
-            )
-        with durable.refusals(f"writing {self.path}"):
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
-
     def _instance(self) -> str:
         path = self.path / "instance"
         try:
@@ -120,31 +97,6 @@ class StateDirectory:
                 f"{path} does not hold 32 hexadecimal digits; remove it and the server will see a new client"
             )
         return instance
-
-
-def holder(path: Path) -> tuple[bool, str]:
-    """Returns whether a process holds a state directory, and which one; empty if that is not known.
-
-    It is held itself for an instant, which is why `StateDirectory` looks more than once.
-    """
-    try:
-        descriptor = os.open(path / "lock", os.O_RDONLY)
-    except OSError:
-        return False, ""
-    try:
-        if _locked(descriptor):
-            return False, ""
-        return True, os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-    finally:
-        os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def identity_folder(path: Path) -> Path:

@@ -68,7 +68,7 @@ def _lines(found: SiteStatus) -> Iterator[tuple[str, str]]:
         yield "left", f"at {found.left_at:{_MOMENT}}: the server refuses this identity"
     if found.refused_at:
         yield "refused", f"by the server at {found.refused_at:{_MOMENT}}: {found.refusal}"
-    yield "agent", f"running as process {found.process}" if found.running else "not running"
+    yield "agent", f"running as process {found.process}" if found.process else "not running"
     last = found.last_contact
     yield "last contact", f"{last:{_MOMENT}}, {_span((now - last).total_seconds())} ago" if last else "never"
     if found.pending:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import resource
 import signal
 import time
@@ -18,7 +16,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fedpeft import __version__, durable
+from fedpeft import __version__, durable, locks
 from fedpeft.addresses import Address
 from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid
 from fedpeft.identity import certificates
@@ -426,14 +424,8 @@ def _locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # updates are nobody else's to read
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StateInvalid(f"--data-dir {folder}: {error.strerror}; name a folder this user can write") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locks.directory(folder, f"--data-dir {folder}", "server", "name another folder"):
         durable.sweep(folder)
         yield
-    except BlockingIOError:
-        raise StateInvalid(f"--data-dir {folder} is in use by another server; stop it or name another folder") from None
-    finally:
-        os.close(descriptor)

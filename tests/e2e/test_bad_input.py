@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel
 
-from fedpeft import audit, folder_lock
+from fedpeft import audit, locks
 from fedpeft.cli.exporting import Format, exported
 from fedpeft.cli.session import Session
 from fedpeft.config import ModelConfig, RunConfig, TrainingConfig, load_run_file
@@ -153,7 +153,7 @@ class World:
         self.simulated(self.images(2))  # leaves the run file, and ends at the images before it trains
         out = self.folder / "out"
         out.mkdir()
-        with folder_lock.held(out, "simulation"):
+        with locks.results(out, "simulation"):
             return self.fedpeft("simulate", "simulation.toml", "--data", self.images(0), "--out", out)
 
     def images(self, broken: int) -> Path:

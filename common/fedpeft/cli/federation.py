@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fedpeft
-from fedpeft import folder_lock, views
+from fedpeft import locks, views
 from fedpeft.cli import output, report
 from fedpeft.cli.creation import created
 from fedpeft.cli.processes import Household, free_ports
@@ -125,7 +125,7 @@ async def hold(plan: Plan) -> Picture:
         TrainingFailed: If the run was stopped before it was completed.
     """
     _make(plan.out)
-    with folder_lock.held(plan.out, "demo"):
+    with locks.results(plan.out, "demo"):
         _clear(plan.out)
         return await _held_in(plan)
 
@@ -191,8 +191,10 @@ def _make(out: Path) -> None:
 def _clear(out: Path) -> None:
     """Removes what an earlier demo left in the folder."""
     with _usable(out):
-        if folder_lock.is_held(out / "server" / "lock"):
-            raise StateInvalid(f"{out / 'server'} is in use by a server; stop it first, or name another folder")
+        if process := locks.holder_of(out / "server"):
+            raise StateInvalid(
+                f"{out / 'server'} is in use by a server (process {process}); stop it first, or name another folder"
+            )
         for name in OURS:
             shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
 

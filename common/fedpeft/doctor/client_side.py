@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedpeft import ids, text_files
+from fedpeft import ids, locks, text_files
 from fedpeft.doctor.findings import Finding, Setup, fault, ok, warning
-from fedpeft.doctor.server_side import lock_holder
 from fedpeft.errors import SettingsInvalid
 from fedpeft.units import counted, size
 
@@ -26,7 +25,7 @@ def check_state(setup: Setup) -> Iterator[Finding]:
     if not folder.exists():
         yield ok("state", f"{folder} is made at the first start")
         return
-    holder = lock_holder(folder)
+    holder = locks.holder_of(folder)
     yield ok("state", f"{folder}, " + (f"a client runs there (process {holder})" if holder else "no client runs there"))
     instance = folder / "instance"
     if instance.exists() and not ids.INSTANCE.fullmatch(instance.read_text("ascii", "replace").strip()):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
-import os
 import resource
 import socket
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedpeft import locks
 from fedpeft.addresses import LAST_PORT, Address
 from fedpeft.doctor.findings import Finding, Setup, fault, ok, warning
 
@@ -91,9 +90,9 @@ def check_ports(setup: Setup) -> Iterator[Finding]:
     """Looks whether the ports of a server that is to start are free, or its own."""
     if setup.data_dir is None:
         return
-    holder = lock_holder(setup.data_dir)
+    holder = locks.holder_of(setup.data_dir)
     if holder is not None:
-        yield ok("process", f"a server runs on {setup.data_dir}")
+        yield ok("process", f"a server runs on {setup.data_dir} (process {holder})")
     listen = Address.parse(setup.listen)
     wanted = [("--listen", listen)]
     if holder is None and (setup.data_dir / "identity" / "server.pem").exists():
@@ -127,18 +126,3 @@ def _port(flag: str, address: Address, *, running: bool) -> Finding:
     if running:
         return warning("ports", f"{flag} {address} is free though a server runs here", f"say which {flag} it was given")
     return ok("ports", f"{flag} {address} is free")
-
-
-def lock_holder(folder: Path) -> str | None:
-    """Returns the process that holds a data or state folder; None if nobody does."""
-    try:
-        descriptor = os.open(folder / "lock", os.O_RDWR)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-    finally:
-        os.close(descriptor)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fedpeft import durable
+from fedpeft import durable, locks
 from fedpeft.errors import StateInvalid
 
 LOOK_S = 0.05
@@ -32,20 +31,11 @@ async def held(folder: Path, wait_s: float) -> AsyncIterator[None]:
     with durable.refusals(f"opening {folder}"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        while not _locked(descriptor):
+        # On a file system without locks files are replaced whole too, only perhaps twice.
+        while locks.attempt(descriptor) is False:
             if time.monotonic() > deadline:
                 raise StateInvalid(f"another process has held {folder} for {wait_s:g} s; end it if it hangs")
             await asyncio.sleep(LOOK_S)
         yield
     finally:
         os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: files are replaced whole there too, only perhaps twice
-        return True
-    return True

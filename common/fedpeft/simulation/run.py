@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 from google.protobuf import json_format
 
-from fedpeft import conduct, durable, folder_lock, ids, payload, rounds, seeds, wire
+from fedpeft import conduct, durable, ids, locks, payload, rounds, seeds, wire
 from fedpeft.config import RunConfig
 from fedpeft.data.reading import Reading
 from fedpeft.errors import (
@@ -104,7 +104,7 @@ def simulate(
     config = wire.config_from_proto(wire.config_to_proto(config))  # as a server gets it: without [simulation]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with folder_lock.held(out, "simulation"), durable.scratch(out / "simulation") as scratch:
+        with locks.results(out, "simulation"), durable.scratch(out / "simulation") as scratch:
             memory = scratch / "memory"
             memory.mkdir()
             bench = Workbench(config, clients, memory, evaluate, weights, label_map, device, reading)
