@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from fedpeft.errors import ConfigInvalid, FedpeftError
 from fedpeft.logs import Log
 from fedpeft.v1 import run_pb2
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK
+from fedpeft_client.newest import Newest
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.suitability import Reason
 from fedpeft_client.wire_checks import check_run, terms_of
@@ -60,8 +60,8 @@ class Fitness:
     def __init__(self, worker: WorkerProcess, log: Log) -> None:
         self._worker = worker
         self._log = log
-        self.verdicts: OrderedDict[str, Verdict] = OrderedDict()
-        self._terms: dict[str, str] = {}
+        self.verdicts: Newest[str, Verdict] = Newest(MOST)
+        self._terms: dict[str, str] = {}  # of each of them, what was judged
 
     async def judge(self, message: run_pb2.Run) -> Verdict:
         """Returns the verdict on a run, reaching it if it was not reached before.
@@ -93,9 +93,8 @@ class Fitness:
         return self.verdicts[run]
 
     def _put(self, run: str, verdict: Verdict) -> None:
-        self.verdicts[run] = verdict
-        while len(self.verdicts) > MOST:
-            gone, _ = self.verdicts.popitem(last=False)
+        gone = self.verdicts.put(run, verdict)
+        if gone is not None:
             self._terms.pop(gone, None)
 
     def least_upload_bytes(self) -> int:

@@ -71,6 +71,14 @@ class Metrics:
         self.payload_bytes = Counter(
             "fedpeft_client_payload_bytes", "Size of encoded tensors, bytes.", direction, registry=r
         )
+        self._declare_training()
+        self._state = Gauge(
+            "fedpeft_client_state", "1 for the state that the agent is in, 0 for the others.", ("state",), registry=r
+        )
+        self.enter(State.CONNECTING)
+
+    def _declare_training(self) -> None:
+        r, run, of = self.registry, ("run",), self.series.of
         self.training_seconds = of(
             Counter("fedpeft_client_training_seconds", "Time spent in local training, seconds.", run, registry=r)
         )
@@ -105,10 +113,6 @@ class Metrics:
                 registry=r,
             )
         )
-        self._state = Gauge(
-            "fedpeft_client_state", "1 for the state that the agent is in, 0 for the others.", ("state",), registry=r
-        )
-        self.enter(State.CONNECTING)
 
     def enter(self, state: State) -> None:
         """Shows what the agent is doing from now on."""

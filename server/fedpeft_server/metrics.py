@@ -79,6 +79,7 @@ class Metrics:
         self._declare_daemon()
         self._declare_bytes()
         self._declare_rounds()
+        self._declare_evaluations()
         self._declare_clients()
 
     def _declare_daemon(self) -> None:
@@ -227,6 +228,9 @@ class Metrics:
             buckets=_SECONDS,
             registry=r,
         )
+
+    def _declare_evaluations(self) -> None:
+        r, run = self.registry, ("run",)
         self.evaluation_backlog = Gauge(
             "fedpeft_evaluation_backlog",
             "Versions still to be scored by the evaluator that is furthest behind.",

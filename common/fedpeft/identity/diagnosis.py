@@ -189,7 +189,7 @@ def _unknown_issuer(server: str, shown: x509.Certificate | None, trust: Trust) -
 
     An authority that is replaced keeps its name, as a rule, and a proxy has another; neither is proved by a name.
     """
-    issuer = shown.issuer.rfc4514_string() if shown else "nobody known"
+    issuer = shown.issuer.rfc4514_string() if shown else ""  # it is shown on a connection of its own, which may fail
     names = list(dict.fromkeys(one.subject.rfc4514_string() for one in trust.authority))
     replaced = f"the server's authority was replaced since: {_new_token(trust)}"
     elsewhere = "a proxy between them that intercepts TLS, or another federation's server: check the address"
@@ -198,8 +198,9 @@ def _unknown_issuer(server: str, shown: x509.Certificate | None, trust: Trust) -
             f"{server} shows a certificate of {issuer!r} with another key than the authority of that name which this "
             f"side trusts. Most likely {replaced}. If its operator knows nothing of that, it is {elsewhere}"
         )
+    whose = repr(issuer) if issuer else "an authority that is not trusted here"
     return Lasting(
-        f"{server} shows a certificate of {issuer!r}, and this side trusts {', '.join(names)!r}: {elsewhere}. Or "
+        f"{server} shows a certificate of {whose}, and this side trusts {', '.join(names)!r}: {elsewhere}. Or "
         f"{replaced}"
     )
 

@@ -87,10 +87,9 @@ def simulate(
 
     Returns:
         The report, as in report.json: what `fedpeft run show --json` says of a run, `wire_bytes_up` and
-        `wire_bytes_down` None because nothing was sent; besides `facts` (torch's
-        version, device, precision, threads), `partition`, `overlap` (held-out images that are training images too, see
-        `fedpeft.data.overlap.Overlap`) and `seconds`. `state` is completed, or paused if a round
-        could not get its updates.
+        `wire_bytes_down` None because nothing was sent; besides `facts` (torch's version, device, precision, threads),
+        `partition`, `overlap` (held-out images that are training images too, see `fedpeft.data.overlap.Overlap`) and
+        `seconds`. `state` is completed, or paused if a round could not get its updates.
 
     Raises:
         ConfigInvalid: If a round wants more clients than there are, or an option of the PEFT method is wrong.
