@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from structlog.testing import capture_logs
 
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.data.client_folders import clients_in
@@ -196,3 +197,37 @@ def test_folders_of_patients_inside_the_class_folders_are_no_splits(tmp_path):
         (tmp_path / "cat" / patient).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "cat" / patient / "0.png")
     assert len(open_source(tmp_path)) == 4
+
+
+def images(root: Path, *paths: str) -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(root / path)
+    return root
+
+
+def test_sites_above_the_class_folders_are_pointed_out(tmp_path):
+    root = images(tmp_path, *(f"{site}/{label}/0.png" for site in ("bern", "graz") for label in ("cat", "dog")))
+    with capture_logs() as said:
+        assert open_source(root).class_names == ("bern", "graz"), "years or views inside the classes look the same"
+    (line,) = said
+    assert line["log_level"] == "warning"
+    assert (line["classes"], line["folders"]) == (["bern", "graz"], ["cat", "dog"])
+    assert line["site"] == str(root / "bern")
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("cat/patient-1/0.png", "cat/patient-2/0.png", "dog/patient-3/0.png", "dog/patient-4/0.png"),
+        ("cat/a/0.png", "cat/b/0.png", "dog/a/0.png", "dog/b/0.png", "dog/0.png"),
+        ("cat/a/0.png", "dog/a/0.png"),
+        ("cat/a/0.png", "cat/b/0.png"),
+    ],
+    ids=["patients", "images beside them", "one folder", "one class"],
+)
+def test_other_folders_inside_the_class_folders_are_not(tmp_path, paths):
+    root = images(tmp_path, *paths)
+    with capture_logs() as said:
+        open_source(root)
+    assert said == []

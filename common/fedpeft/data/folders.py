@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import structlog
 
 from fedpeft.data import disks
 from fedpeft.data.file_names import PARQUET_SUFFIXES, shown
@@ -22,6 +23,8 @@ from fedpeft.errors import DataInvalid
 
 SIZED = 1000
 """Files whose sizes are asked for; those of all are reckoned from these."""
+
+_log = structlog.get_logger(__name__)
 
 _BATCH = 256
 _NAMED = 5
@@ -59,7 +62,7 @@ class FolderSource:
         unreadable: dict[int, str] = {}
         number: dict[str, int] = {}
         direct: set[str] = set()
-        inner: set[str] = set()
+        inner: dict[str, set[str]] = {}
         for entry in walk(root):
             tallies.setdefault(entry.group, Tally()).add(entry)
             if entry.group:
@@ -71,15 +74,17 @@ class FolderSource:
             elif (depth := entry.path.count(os.sep)) == 1:
                 direct.add(entry.group)
             elif depth > 1:
-                inner.add(entry.path.split(os.sep, 2)[1])
+                inner.setdefault(entry.group, set()).add(entry.path.split(os.sep, 2)[1])
             self._paths.append(entry.path)
             groups.append(number[entry.group])
         self.class_names = tuple(number)
         self.inventory = Inventory.sum(tally.inventory() for tally in tallies.values())
         self.unreadable = unreadable
         _check_splits(root, self.class_names, direct)
-        _check_inner_splits(root, self.class_names, inner)
+        _check_inner_splits(root, self.class_names, set().union(*inner.values()))
         _check(root, {name: tallies[name].inventory() for name in number}, self.inventory)
+        if not direct:
+            _tell_of_sites(root, inner)
         self.labels: Indices = np.array(groups, np.int64)
         self.labels.flags.writeable = False
         self.image_bytes_total = self._reckoned_bytes()
@@ -195,6 +200,23 @@ def _check_inner_splits(root: Path, classes: Sequence[str], inner: Collection[st
             f"{root} holds splits ({', '.join(splits)}) inside its class folders, which would be read together; move "
             f"them above the classes, for example to {root / one_to_train_on(splits) / classes[0]}, or rename them if "
             "they are none"
+        )
+
+
+def _tell_of_sites(root: Path, inner: Mapping[str, Set[str]]) -> None:
+    """Warns of folders of classes inside the class folders, the same in several: the latter are sites, perhaps.
+
+    Args:
+        root: The folder.
+        inner: By class, the folders in its own that have images; a class has no images beside them.
+    """
+    common = set.intersection(*map(set, inner.values()))
+    if len(inner) > 1 and len(common) > 1:
+        _log.warning(
+            "the class folders hold the same folders: if those are the classes, and these are sites, name one of these",
+            classes=sorted(inner)[:_NAMED],
+            folders=sorted(common)[:_NAMED],
+            site=str(root / min(inner)),
         )
 
 
