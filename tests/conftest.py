@@ -41,6 +41,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[_FOLDER] = str(folder)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuses to spread over all workers what shares a server or a browser: some releases of pytest do, unsaid."""
+    if getattr(config.option, "loadgroup", False):
+        spread = [item for item in items if item.get_closest_marker("xdist_group") and "@" not in item.nodeid]
+        if spread:
+            raise pytest.UsageError(f"pytest {pytest.__version__} and pytest-xdist make no groups: {spread[0].nodeid}")
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Ends that process, which looks for its folder."""
     folder = config.stash.get(_folder, None)
