@@ -60,9 +60,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def preloaded() -> Iterator[None]:
-    """Has the workers of a module's clients forked from one process that imported torch once.
+    """Has the clients' workers, and the commands that need torch, forked from one process that imported it once.
 
-    Without it, a worker begins as a user's does: for tests of how it begins, or of its memory.
+    Without it, they begin as a user's do: for tests of how they begin or are interrupted, or of their memory.
     """
     with pytest.MonkeyPatch.context() as patch:
         if _FOLDER in os.environ:

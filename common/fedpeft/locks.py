@@ -10,7 +10,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import structlog
@@ -96,7 +96,7 @@ def _held(path: Path, named: str, holder: str, cure: str) -> Iterator[None]:
     with durable.refusals(f"locking {path}"):
         descriptor = _taken(path, named, holder, cure)
     try:
-        with durable.refusals(f"writing {path}"):
+        with suppress(OSError):  # a full disk: the id is for a message only
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield

@@ -1,4 +1,4 @@
-"""Stands for a worker: hands its streams to a fork of the preloaded process, and ends as that one ends.
+"""Stands for a process: hands its streams to a fork of the preloaded process, and ends as that one ends.
 
 Who kills this process kills the fork, whose connection ends with it.
 """
@@ -21,10 +21,10 @@ START_S = 60.0
 LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 
 
-def launch(folder: str) -> None:
-    """Becomes the worker of the preloaded process of a folder; starts that one if it is the first.
+def launch(folder: str, module: str, arguments: list[str]) -> None:
+    """Becomes a fork of the preloaded process of a folder; starts that one if it is the first.
 
-    Returns where a fork would be another worker than the one that was wanted: of another user, in another root
+    Returns where a fork would be another process than the one that was wanted: of another user, in another root
     directory, or after the end of the tests.
     """
     if not _same_place(Path(folder)):
@@ -33,7 +33,8 @@ def launch(folder: str) -> None:
         signal.signal(each, signal.SIG_IGN)  # as the worker does
     line = _connect(Path(folder))
     limits = [(limit, resource.getrlimit(limit)) for limit in set(LIMITS.values())]
-    facts = json.dumps({"folder": os.getcwd(), "environment": dict(os.environ), "limits": limits}).encode()
+    started = {"module": module, "arguments": arguments, "folder": os.getcwd()}
+    facts = json.dumps({**started, "environment": dict(os.environ), "limits": limits}).encode()
     socket.send_fds(line, [len(facts).to_bytes(STATUS_BYTES, "little")], [0, 1, 2])
     line.sendall(facts)
     nothing = os.open(os.devnull, os.O_RDWR)

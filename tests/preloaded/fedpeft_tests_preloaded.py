@@ -1,4 +1,4 @@
-"""The preloaded process: it has imported what a worker imports, and forks one for each connection.
+"""The preloaded process: it has imported what a worker and `fedpeft run create` import, and forks one for each.
 
 It ends when its folder is removed, or the process of the tests is gone.
 """
@@ -29,7 +29,7 @@ def main() -> None:
     listener.bind(str(folder / "socket.new"))
     listener.listen(64)
     (folder / "socket.new").rename(folder / "socket")
-    for module in ("fedpeft_client.worker", "fedpeft_client.workbench", "timm", "torch._dynamo"):
+    for module in ("fedpeft_client.worker", "fedpeft_client.workbench", "fedpeft.simulation", "timm", "torch._dynamo"):
         importlib.import_module(module)
 
     woken, wakes = socket.socketpair()
@@ -89,24 +89,27 @@ def _fork(line: socket.socket, children: dict[int, socket.socket], own: tuple[so
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
+        # Those that there are know where in the log they were.
+        sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
         os.chdir(facts["folder"])
         for limit, (soft, hard) in facts["limits"]:
             resource.setrlimit(limit, (soft, hard))
         os.environ.clear()
         os.environ.update(facts["environment"])
-        os._exit(_run())
+        os._exit(_run(facts["module"], facts["arguments"]))
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(1)
 
 
-def _run() -> int:
-    """Runs the worker as `python -m` does; returns its exit code."""
-    sys.argv = ["fedpeft_client.worker"]
+def _run(module: str, arguments: list[str]) -> int:
+    """Runs a module as `python -m` does; returns its exit code."""
+    sys.argv = [module, *arguments]
     try:
-        del sys.modules["fedpeft_client.worker"]
-        runpy.run_module("fedpeft_client.worker", run_name="__main__", alter_sys=True)
+        sys.modules.pop(module, None)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
