@@ -41,6 +41,8 @@ def main() -> None:
         from fedpeft_server.app import Server  # only now: gRPC reads the environment as it is imported
 
         asyncio.run(Server(settings).run())
+    except KeyboardInterrupt:  # before the daemon itself looks after its signals
+        sys.exit(130)
     except (SettingsInvalid, StateInvalid, IdentityInvalid) as error:
         sys.exit(_fail(error, 2))
     except FedpeftError as error:

@@ -128,3 +128,18 @@ def test_the_page_has_every_exit_code() -> None:
     codes = {int(code): row for numbers, *row in rows for code in numbers.split(", ")}
     assert {code for code, row in codes.items() if row[0]} == {*Exit, 129, 143}
     assert {code for code, row in codes.items() if row[1]} == set(ClientExit)
+
+
+@pytest.mark.parametrize("program", ["fedpeft", "fedpeft_server", "fedpeft_client"])
+def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_traceback(program: str, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time; print('imports', flush=True); time.sleep(60)")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fedpeft.start as start; begin = start.begin\n"
+        f"start.begin = lambda module: begin('slow'); from {program}.start import main; main()"
+    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **streams) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == b"imports\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == -signal.SIGINT

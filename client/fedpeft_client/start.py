@@ -1,0 +1,8 @@
+"""The `fedpeft-client` command, before its modules are imported."""
+
+from fedpeft.start import begin
+
+
+def main() -> None:
+    """Runs `fedpeft-client`."""
+    begin("fedpeft_client.__main__")

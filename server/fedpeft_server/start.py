@@ -1,0 +1,8 @@
+"""The `fedpeft-server` command, before its modules are imported."""
+
+from fedpeft.start import begin
+
+
+def main() -> None:
+    """Runs `fedpeft-server`."""
+    begin("fedpeft_server.__main__")
