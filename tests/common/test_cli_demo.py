@@ -258,6 +258,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("preloaded")
 def test_whole_demo(tmp_path: Path) -> None:
     experiment(tmp_path)
     command = [sys.executable, "-m", "fedpeft.cli.app", "demo", "--out", "out", "--rounds", "2"]
@@ -280,6 +281,7 @@ def test_whole_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("preloaded")
 @pytest.mark.parametrize(("moment", "ending"), [("committed", signal.SIGINT), ("building", signal.SIGTERM)])
 def test_interrupted_demo_leaves_no_process(tmp_path: Path, moment: str, ending: signal.Signals) -> None:
     experiment(tmp_path)

@@ -81,6 +81,7 @@ def test_a_frozen_client_and_a_frozen_training_are_shown_within_a_minute(federat
         assert sorted(line["client"] for line in server.events(event)) == ["alice", "bob"]
 
 
+@pytest.mark.usefixtures("preloaded")
 def test_after_a_restart_of_four_seconds_clients_are_back_within_ten(federation: Federation) -> None:
     server = federation.server()
     federation.client("alice")
