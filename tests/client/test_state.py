@@ -75,7 +75,7 @@ def test_a_directory_that_takes_no_bytes_is_named(tmp_path: Path) -> None:
             StateDirectory(tmp_path / "state")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert refused.value.message.startswith(f"writing {tmp_path / 'state'} failed: File too large; ")
+    assert refused.value.message.startswith(f"writing {tmp_path / 'state' / 'instance'} failed: File too large; ")
 
 
 def test_unusable_directories_are_named(tmp_path: Path) -> None:
