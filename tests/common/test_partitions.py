@@ -1,6 +1,8 @@
 import json
+from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from fedpeft.data.parts import write_parts
 from fedpeft.data.sources import open_source
 from fedpeft.errors import DataInvalid
 
-from .test_sources import table, write
+from .test_sources import IMAGE, table, write
 
 CIFAR = np.repeat(np.arange(100), 500)
 VARIANTS = ("class-first", "balanced", "client-first")
@@ -209,6 +211,64 @@ def test_images_that_cannot_be_read_keep_their_rows_and_count(tmp_path):
     ):
         write_parts(tmp_path / "in", iid(203, 1, 0), tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def _without(whole: pa.Table, form: str, rows: Sequence[int]) -> pa.Table:
+    """Returns a table of images, some of which are missing in one of the forms that this has in parquet."""
+    lost = {"no file": {"bytes": None, "path": "lost.png"}, "neither": {"bytes": None, "path": None}}
+    lost |= {"null": None, "empty": {"bytes": b"", "path": "x.png"}, "binary": None}
+    images = [lost[form] if k in rows else image for k, image in enumerate(whole["image"].to_pylist())]
+    if form == "binary":
+        return whole.set_column(0, "image", pa.array([image and image["bytes"] for image in images], pa.binary()))
+    return whole.set_column(0, "image", pa.array(images, IMAGE))
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("no file", "its row has no bytes, and the file at its path cannot be read: No such file or directory"),
+        ("neither", "its row has neither the bytes of an image nor a path"),
+        ("null", "its row has neither the bytes of an image nor a path"),
+        ("binary", "its row has neither the bytes of an image nor a path"),
+        ("empty", "it is empty"),
+    ],
+)
+@pytest.mark.parametrize("selected", [False, True])
+def test_rows_of_parquet_without_an_image_count_and_are_recorded(tmp_path, form, reason, selected):
+    path = write(tmp_path / "in" / "all.parquet", _without(table(200), form, (3, 150)), group=64)
+    if selected:
+        write_parts(path, iid(200, 1, 0), tmp_path / "rows", index=True)
+        path = tmp_path / "rows" / "client-0.index.json"
+    record = write_parts(path, iid(200, 2, 0), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "partition.json").read_text()) == record
+    (group,) = record["source"]["unreadable"]
+    assert (group["reason"], group["count"]) == (reason, 2)
+    assert [name.split(" (")[0] for name in sorted(group["examples"])] == ["all.parquet row 150", "all.parquet row 3"]
+    sources = [open_source(tmp_path / "out" / f"client-{k}") for k in range(2)]
+    assert [len(source) for source in sources] == [100, 100]
+    worse = write(tmp_path / "worse.parquet", _without(table(200), form, range(20)))
+    with pytest.raises(DataInvalid, match=r"20 of 200 images cannot be read, more than 1%, the first: worse\.parquet"):
+        write_parts(worse, iid(200, 2, 0), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_files_that_show_only_when_read_that_they_hold_no_image_are_recorded(tmp_path, twice):
+    from .test_sources import png
+
+    for k in range(200):
+        folder = tmp_path / "in" / ("cat" if k % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{k}.png").write_bytes(png(k) if k != 4 else b"")
+    source = open_source(tmp_path / "in")
+    (tmp_path / "in" / "cat" / "7.png").unlink()
+    for number in range(1 + twice):  # with the same source, what is known stays counted once
+        record = write_parts(tmp_path / "in", iid(200, 2, 0), tmp_path / f"out-{number}", source=source)
+        assert record["source"]["taken"] == 198
+        assert record["source"]["unreadable"] == [
+            {"reason": "it cannot be read: No such file or directory", "count": 1, "examples": ["cat/7.png"]},
+            {"reason": "it is empty", "count": 1, "examples": ["dog/4.png"]},
+        ]
 
 
 def test_partitions_that_cannot_be_written(tmp_path):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fedpeft.data import parquet
+from fedpeft.data import interface, parquet
 from fedpeft.data.interface import ImageUnreadable
 from fedpeft.data.labels import map_labels
 from fedpeft.data.parquet_labels import metadata
@@ -127,7 +127,7 @@ def test_integers_without_names_are_named_by_their_figures(tmp_path):
     assert source.labels.tolist() == [1, 0, 1, 2]
 
 
-def test_a_row_without_bytes_is_read_from_beside_the_file_or_says_why_not(tmp_path):
+def test_a_row_without_bytes_is_read_from_beside_the_file_or_says_why_not(tmp_path, monkeypatch):
     (tmp_path / "deep" / "images").mkdir(parents=True)
     (tmp_path / "deep" / "images" / "here.png").write_bytes(png(7))
     os.mkfifo(tmp_path / "deep" / "pipe")
@@ -137,9 +137,9 @@ def test_a_row_without_bytes_is_read_from_beside_the_file_or_says_why_not(tmp_pa
     source = open_source(write(tmp_path / "deep" / "d.parquet", table(9).set_column(0, "image", images)))
     assert [bytes(source.image_bytes(row)) for row in (0, 1, 8)] == [png(7), png(7), png(1)]
     for row, says in [
-        (2, "no bytes, and the file lost.png beside d.parquet: No such file"),
-        (3, "the path pipe is no file"),
-        (4, "the path images is no file"),
+        (2, "no bytes, and the file at its path cannot be read: No such file"),
+        (3, "no bytes, and its path names no file"),
+        (4, "no bytes, and its path names no file"),
         (5, "null byte"),
         (6, "neither the bytes of an image nor a path"),
         (7, "neither the bytes of an image nor a path"),
@@ -149,6 +149,7 @@ def test_a_row_without_bytes_is_read_from_beside_the_file_or_says_why_not(tmp_pa
     store = PixelStore(source, Preprocessing(4, (0.5,) * 3, (0.5,) * 3))
     pixels, good = next(store.batches([np.arange(9)]))
     assert (len(pixels), good.tolist(), len(store.unreadable)) == (3, [True, True, *[False] * 6, True], 6)
+    monkeypatch.setattr(interface, "UNREADABLE_SHARE", 1)
     write_parts(tmp_path / "deep" / "d.parquet", iid(9, 1, 0), tmp_path / "sites")
     copy = open_source(tmp_path / "sites" / "client-0")
     assert [bytes(copy.image_bytes(row)) for row in (0, 1, 8)] == [png(7), png(7), png(1)]

@@ -183,9 +183,10 @@ def dataset_of(
     """Returns a source as a run's data set; arguments and errors as `open_dataset`."""
     renamed = read_label_map(label_map) if isinstance(label_map, Path) else label_map
     mapped = map_labels(source.class_names, source.labels, classes, renamed)
-    bad = [row for row in map(int, mapped.rows) if row in source.unreadable] if source.unreadable else []
+    known = source.unreadable
+    bad = [row for row in map(int, mapped.rows) if row in known] if known else []
     if fault := too_many_unreadable(len(bad), mapped.examples):
-        raise _unreadable(fault, [(source.name(row), source.unreadable[row]) for row in bad[:_NAMED]])
+        raise _unreadable(fault, [(source.name(row), known[row]) for row in bad[:_NAMED]])
     return ImageDataset(PixelStore(source, preprocessing, cache_bytes, workers), mapped.rows, mapped.labels, classes)
 
 

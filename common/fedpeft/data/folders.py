@@ -14,7 +14,7 @@ import structlog
 
 from fedpeft.data import disks
 from fedpeft.data.file_names import PARQUET_SUFFIXES, shown
-from fedpeft.data.interface import ImageUnreadable, Indices
+from fedpeft.data.interface import NO_BYTES, ImageUnreadable, Indices
 from fedpeft.data.inventory import Fate, Group, Inventory, Tally
 from fedpeft.data.parquet_labels import metadata
 from fedpeft.data.splits import one_to_train_on, split_called, splits_among
@@ -43,7 +43,7 @@ class FolderSource:
     Attributes:
         inventory: What of the folder is not read, and why.
         unreadable: Links to nothing and folders that cannot be listed: each is a row, so that it counts. Files that
-            cannot be opened come to it once `tables` has met them.
+            cannot be opened, or are empty, come to it and to `inventory` once `tables` has met them.
 
     Args:
         root: The folder.
@@ -142,10 +142,16 @@ class FolderSource:
 
     def _bytes_or_none(self, row: int) -> bytes | memoryview | None:
         try:
-            return self.image_bytes(row)
+            data = self.image_bytes(row)
+            if len(data):
+                return data
+            why = NO_BYTES
         except ImageUnreadable as error:
-            self.unreadable.setdefault(row, str(error))
-            return None
+            why = str(error)
+        if row not in self.unreadable:
+            self.unreadable[row] = why
+            self.inventory = self.inventory.with_unreadable(self.name(row), why, taken=1)
+        return None
 
     def _reckoned_bytes(self) -> int:
         """Returns the size of all files by that of `SIZED` of them, evenly spaced: a million cost minutes to ask."""

@@ -17,6 +17,9 @@ Indices = NDArray[np.int64]
 DEEP_BITS = 16
 """Bits of a channel of an image that has more than the usual 8."""
 
+NO_BYTES = "it is empty"
+"""Reason why an image of no bytes cannot be read."""
+
 UNREADABLE_SHARE = 0.01
 """Share of images that may be unreadable before a data set is refused."""
 
@@ -45,11 +48,11 @@ class Source(Protocol):
 
     @property
     def unreadable(self) -> Mapping[int, str]:
-        """Reasons why rows hold no image, by row, as far as that shows before they are read."""
+        """Reasons why rows hold no image, by row, as far as that shows before they are read or `tables` met them."""
 
     @property
     def inventory(self) -> Inventory:
-        """The entries that were found where the data lie, with the fate of each."""
+        """The entries that were found where the data lie, with the fate of each; `tables` adds what it cannot read."""
 
     def __len__(self) -> int: ...
 
@@ -71,7 +74,10 @@ class Source(Protocol):
         """
 
     def tables(self, rows: Indices) -> Iterator[Any]:
-        """Yields Arrow tables of whole rows in ascending order, with one schema, a bounded number at a time."""
+        """Yields Arrow tables of whole rows in ascending order, with one schema, a bounded number at a time.
+
+        A row whose image cannot be read stays, without bytes, and is in `unreadable` and `inventory` from then on.
+        """
 
     @property
     def schema(self) -> Any:
@@ -98,9 +104,13 @@ class Selection:
         self._rows = np.ascontiguousarray(rows, np.int64)
         self.labels: Indices = source.labels[self._rows]
         self.labels.flags.writeable = False
-        known = source.unreadable
+
+    @property
+    def unreadable(self) -> Mapping[int, str]:
+        """Those of the whole source that are rows of the selection, put together anew for each call."""
+        known = self._source.unreadable
         at = np.flatnonzero(np.isin(self._rows, np.fromiter(known, np.int64)))
-        self.unreadable: Mapping[int, str] = {int(k): known[int(self._rows[k])] for k in at}
+        return {int(k): known[int(self._rows[k])] for k in at}
 
     @property
     def inventory(self) -> Inventory:

@@ -73,15 +73,15 @@ class Inventory:
     unreadable: tuple[Group, ...] = ()
     skipped: tuple[Group, ...] = ()
 
-    @property
-    def unreadable_count(self) -> int:
-        """Number of images that cannot be read, as far as the folder shows."""
-        return sum(group.count for group in self.unreadable)
+    def with_unreadable(self, name: str, reason: str, taken: int = 0) -> Inventory:
+        """Returns it with one more image that cannot be read.
 
-    @property
-    def skipped_count(self) -> int:
-        """Number of entries that are skipped."""
-        return sum(group.count for group in self.skipped)
+        Args:
+            name: The image's name.
+            reason: Why it cannot be read.
+            taken: Entries that were counted as taken for it.
+        """
+        return Inventory.sum((self, Inventory(-taken, (Group(reason, 1, (shown(name),)),))))
 
     def lines(self) -> list[str]:
         """Returns what is said of it, a line a reason; none if everything was taken."""

@@ -12,16 +12,15 @@ file's folder.
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from fedpeft.data import disks
-from fedpeft.data.interface import ImageUnreadable, Indices
+from fedpeft.data.interface import NO_BYTES, ImageUnreadable, Indices
 from fedpeft.data.inventory import EMPTY, Inventory
 from fedpeft.data.parquet_files import ParquetFiles
 from fedpeft.data.parquet_labels import class_names, named, read_labels
@@ -46,10 +45,11 @@ class ParquetSource:
     Raises:
         DataInvalid: If a file cannot be read, has no rows, no such columns, or labels that are no classes.
         DiskFull: If the temporary folder has no room for the unpacked rows.
+
+    Attributes:
+        unreadable: See `Source.unreadable`; empty until `tables` has met a row.
     """
 
-    unreadable: Mapping[int, str] = MappingProxyType({})
-    """See `Source.unreadable`."""
     inventory: Inventory = EMPTY
     """See `Source.inventory`; of the folder, if the files are all of one."""
 
@@ -59,6 +59,7 @@ class ParquetSource:
         self._image = self._column(image, IMAGE_COLUMNS, "image")
         label = self._column(label, LABEL_COLUMNS, "label")
         _check_image(self.schema.field(self._image), files[0])
+        self.unreadable: dict[int, str] = {}
         self._spool: Spool | None = None
         self._load()
         if not len(self):
@@ -102,16 +103,14 @@ class ParquetSource:
     def tables(self, rows: Indices) -> Iterator[pa.Table]:
         """Yields whole rows, ascending, at most `BATCH_ROWS` at a time; images that lie beside the files are in them.
 
-        An image that cannot be read stays as it is: a path without bytes.
+        An image that cannot be read stays as it is, a path without bytes, and is noted in `unreadable`.
         """
         rows = np.sort(rows)
         cuts = np.searchsorted(rows, self._starts)
         for number, batch in enumerate(self._batches):
             mine = rows[cuts[number] : cuts[number + 1]]
             if len(mine):
-                taken = batch.take(pa.array(mine - self._starts[number]))
-                if _binary(taken.column(self._image)).null_count:
-                    taken = self._filled(taken, mine)
+                taken = self._filled(batch.take(pa.array(mine - self._starts[number])), mine)
                 yield pa.Table.from_batches([taken], self.schema)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,16 +167,27 @@ class ParquetSource:
         """Returns a batch with the bytes of the images beside its file: where it goes, their paths are void."""
         at = batch.schema.get_field_index(self._image)
         column = batch.column(at)
-        if not pa.types.is_struct(column.type):
+        lacking = [k for k, image in enumerate(_binary(column)) if not (image.is_valid and image.as_buffer().size)]
+        found = {k: data for k in lacking if (data := self._bytes_or_none(int(rows[k])))}
+        if not found:
             return batch
         values = column.to_pylist()
-        for value, row in zip(values, rows, strict=True):
-            if value is not None and value["bytes"] is None:
-                try:
-                    value["bytes"] = bytes(self.image_bytes(int(row)))
-                except ImageUnreadable:
-                    continue  # who reads the copy is told
+        for k, data in found.items():
+            values[k]["bytes"] = data
         return batch.set_column(at, batch.schema.field(at), pa.array(values, column.type))
+
+    def _bytes_or_none(self, row: int) -> bytes | None:
+        """Returns the bytes of an image; of one that cannot be read, none, and it is noted."""
+        try:
+            if data := bytes(self.image_bytes(row)):
+                return data
+            why = NO_BYTES
+        except ImageUnreadable as error:
+            why = str(error)
+        if row not in self.unreadable:
+            self.unreadable[row] = why
+            self.inventory = self.inventory.with_unreadable(self.name(row), why)
+        return None
 
     def _load(self) -> None:
         """Unpacks the files, or maps the temporary file that another process made."""
@@ -208,13 +218,13 @@ def _beside(file: Path, path: str) -> bytes:
     place = file.parent / path
     try:
         if not stat.S_ISREG(place.stat().st_mode):  # a pipe would be waited for
-            raise ImageUnreadable(f"its row has no bytes, and the path {path} is no file")
+            raise ImageUnreadable("its row has no bytes, and its path names no file")
         return place.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, OSError):
             disks.check(error, place)
         why = error.strerror if isinstance(error, OSError) else error
-        raise ImageUnreadable(f"its row has no bytes, and the file {path} beside {file.name}: {why}") from None
+        raise ImageUnreadable(f"its row has no bytes, and the file at its path cannot be read: {why}") from None
 
 
 def _binary(images: pa.Array) -> pa.Array:

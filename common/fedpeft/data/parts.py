@@ -48,7 +48,8 @@ def write_parts(
 
     Returns:
         The record, as written to ``out/partition.json``: variant, alpha, seed, draws, digest, skew, each client's name
-        and examples, and source (what was found there and not taken, see `Inventory.as_dict`).
+        and examples, and source (what was found there and not taken, and with copies the images that turned out
+        unreadable, see `Inventory.as_dict`).
 
     Raises:
         DataInvalid: If the partition does not fit the data, a name is no file name, a client has no rows, `out`
@@ -57,7 +58,6 @@ def write_parts(
     source = open_source(path, image, label) if source is None else source
     _check(source, partition, path)
     _check_readable(source, path)
-    record = _record(source, partition)
     try:
         _check_place(out)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +69,7 @@ def write_parts(
                 else:
                     _write_rows(source, rows, folder / file_name(name))
             _check_readable(source, path)  # again: some show only when they are read
+            record = _record(source, partition)
             (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataInvalid(f"cannot write the partition to {out}: {error.strerror or error}") from None
