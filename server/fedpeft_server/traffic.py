@@ -15,8 +15,8 @@ Bytes belong to the round of the ticket or version that they are about, whicheve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 from fedpeft_server.call import CALL, Call, Direction, Key
@@ -72,8 +72,8 @@ class Ledger:
         """
         call = CALL.get()
         if call.key is not None and call.training:
-            with self.handed_out(call.key[0]) as traffic:
-                await store.call(store.db.count_at_least, {call.key: Traffic(payload_down=position)}, traffic)
+            least = {call.key: Traffic(payload_down=position)}
+            await self.hand_out(store, partial(store.db.count_at_least, least), call.key[0])
 
     async def write(self, store: Store) -> None:
         """Writes what is not in the database yet; what could not be written waits for the next time.
@@ -84,23 +84,29 @@ class Ledger:
         """
         self.moved.clear()
         if self._pending:
-            with self.handed_out() as traffic:
-                await store.call(store.db.add_traffic, traffic)
+            await self.hand_out(store, store.db.add_traffic)
 
-    @contextmanager
-    def handed_out(self, run: str | None = None) -> Iterator[Mapping[Key, Traffic]]:
-        """Gives what is not in the database yet, of one run or of all, to the transaction that the block makes.
+    async def hand_out(
+        self, store: Store, transaction: Callable[[Mapping[Key, Traffic]], None], run: str | None = None
+    ) -> None:
+        """Makes a transaction with what is not in the database yet, of one run or of all.
 
-        If it fails, they wait for the next one. A block that is cancelled has handed its transaction to the database's
-        thread, which makes it all the same.
+        If the transaction fails, the bytes wait for the next one. A caller that is cancelled leaves the transaction to
+        the database's thread, which ends it in either way.
+
+        Raises:
+            FedpeftError: If it fails.
         """
         taken = {key: self._pending.pop(key) for key in list(self._pending) if run in (None, key[0])}
-        try:
-            yield taken
-        except Exception:
+        made = store.begin(transaction, taken)
+        made.add_done_callback(partial(self._take_back, taken))
+        await asyncio.shield(made)
+
+    def _take_back(self, taken: Mapping[Key, Traffic], made: asyncio.Task[None]) -> None:
+        """Keeps the bytes of a transaction that failed."""
+        if made.cancelled() or made.exception() is not None:
             for key, traffic in taken.items():
                 self._add(key, traffic)
-            raise
 
     def pending(self, run: str) -> dict[tuple[int, str], Traffic]:
         """Returns what is not in the database yet for one run, by (round number, client).

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import grpc
 import pytest
 
 from fedpeft import payload
+from fedpeft.errors import DiskFull
 from fedpeft.spec import AdapterSpec, TensorSpec
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import tensor_pb2
 from fedpeft_server import app
+from fedpeft_server.call import Key
+from fedpeft_server.store.rows import Traffic
+from fedpeft_server.traffic import Ledger
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, refused
 from .test_process import running
@@ -192,3 +197,49 @@ async def test_bytes_belong_to_the_round_of_their_ticket(start: StartDaemon) -> 
     metrics = daemon.server.metrics
     assert metrics.last_round_bytes.labels(run.id, "up")._value.get() == after[1]
     assert metrics.round_bytes.labels(run.id, "up")._value.get() == after[2]
+
+
+@pytest.mark.parametrize("run", [None, "run-a"], ids=["all", "one run"])
+async def test_no_byte_is_lost_where_a_transaction_fails_that_its_caller_has_left(
+    start: StartDaemon, run: str | None
+) -> None:
+    """The client of a download that is resumed may disconnect while the database refuses what is written for it."""
+    daemon = await start()
+    store, begun, go = daemon.server.store, threading.Event(), threading.Event()
+    ledger, key, bytes_ = Ledger(daemon.server.metrics), ("run-a", 1, "a"), Traffic(1, 2, 3, 4)
+    ledger._add(key, bytes_)
+
+    def refused_later(_: Mapping[Key, Traffic]) -> None:
+        begun.set()
+        assert go.wait(20)
+        raise DiskFull("no room")
+
+    written = asyncio.ensure_future(ledger.hand_out(store, refused_later, run))
+    await asyncio.to_thread(begun.wait, 20)
+    assert not ledger.pending("run-a")
+    ledger._add(key, bytes_)
+    written.cancel()
+    await asyncio.wait({written})
+    go.set()
+    await store.call(lambda: None)  # transactions follow one another
+    assert ledger.pending("run-a") == {(1, "a"): bytes_ + bytes_}
+
+
+async def test_bytes_of_a_transaction_whose_caller_has_left_are_written_once(start: StartDaemon) -> None:
+    daemon = await start()
+    store, begun, go, seen = daemon.server.store, threading.Event(), threading.Event(), list[dict[Key, Traffic]]()
+    ledger = Ledger(daemon.server.metrics)
+    ledger._add(("run-a", 1, "a"), Traffic(1, 2, 3, 4))
+
+    def slow(traffic: Mapping[Key, Traffic]) -> None:
+        begun.set()
+        assert go.wait(20)
+        seen.append(dict(traffic))
+
+    written = asyncio.ensure_future(ledger.hand_out(store, slow))
+    await asyncio.to_thread(begun.wait, 20)
+    written.cancel()
+    go.set()
+    await store.call(lambda: None)
+    assert seen == [{("run-a", 1, "a"): Traffic(1, 2, 3, 4)}]
+    assert not ledger.pending("run-a")

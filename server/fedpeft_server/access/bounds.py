@@ -2,7 +2,7 @@
 
 Every bound on calls, messages, connections and log lines is in this module; docs/security.md is made from it, and
 `tests/server/test_bounds.py` tries each at its limit and beyond it. `access.pacing`, `rpc.incoming`,
-`rpc.interceptors`, `rpc.connections`, `metrics_port` and `enrolling` enforce it.
+`rpc.interceptors`, `rpc.connections`, `fedpeft.metrics_port` and `enrolment.relay` enforce it.
 """
 
 from __future__ import annotations

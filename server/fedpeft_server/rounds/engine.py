@@ -313,8 +313,7 @@ class RunEngine:
 
     async def _write(self, method: Callable[..., None], *facts: object, deeds: Sequence[Deed] = ()) -> None:
         """Makes a transition's transaction, with the bytes that were counted for the run so far."""
-        with self._ledger.handed_out(self.run.id) as traffic:
-            await self._store.call(method, *facts, traffic, tuple(deeds))
+        await self._ledger.hand_out(self._store, lambda traffic: method(*facts, traffic, tuple(deeds)), self.run.id)
 
     def _enter(self, new: Round, effects: tuple[rounds.Effect, ...]) -> None:
         """Makes a state that is in the database the current one, and does what follows from it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from contextlib import suppress
+from functools import partial
 
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
@@ -14,6 +16,8 @@ CHUNKS = 16
 """Chunks kept in memory."""
 
 _Reading = asyncio.Future[pb.PullAdapterResponse]
+_Key = tuple[bytes, int, int]
+"""Digest of a payload, offset and length."""
 
 
 class ChunkCache:
@@ -25,27 +29,35 @@ class ChunkCache:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._readings: OrderedDict[tuple[bytes, int, int], _Reading] = OrderedDict()
+        self._readings: OrderedDict[_Key, _Reading] = OrderedDict()
 
     async def get(self, sha256: bytes, file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:
-        """Returns the chunk of `length` bytes at `offset` of the payload with a digest, which `file` holds."""
+        """Returns the chunk of `length` bytes at `offset` of the payload with a digest, which `file` holds.
+
+        Raises:
+            FedpeftError, OSError or ValueError: If it cannot be read from `file`; another call's failure is not passed
+                on.
+        """
         key = (sha256, offset, length)
-        while True:
-            reading = self._readings.get(key)
-            own = reading is None
-            if reading is None:
-                reading = asyncio.ensure_future(self._store.file(_read, file, offset, length))
-                self._readings[key] = reading
-                if len(self._readings) > CHUNKS:
-                    self._readings.popitem(last=False)
-            try:
+        reading = self._readings.get(key)
+        if reading is not None:
+            # Another call's file may be closed, since its client left, or have met a fault that is over by now.
+            with suppress(Exception):
                 return await asyncio.shield(reading)
-            except (OSError, ValueError):
-                # Another call's file, closed when its client left, is no reason for this one to fail.
-                if self._readings.get(key) is reading:
-                    del self._readings[key]
-                if own:
-                    raise
+        return await asyncio.shield(self._begin(key, file))
+
+    def _begin(self, key: _Key, file: LateFile) -> _Reading:
+        _, offset, length = key
+        reading = asyncio.ensure_future(self._store.file(_read, file, offset, length))
+        self._readings[key] = reading
+        reading.add_done_callback(partial(self._drop_failed, key))
+        if len(self._readings) > CHUNKS:
+            self._readings.popitem(last=False)
+        return reading
+
+    def _drop_failed(self, key: _Key, reading: _Reading) -> None:
+        if (reading.cancelled() or reading.exception() is not None) and self._readings.get(key) is reading:
+            del self._readings[key]
 
 
 def _read(file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:

@@ -24,9 +24,9 @@ Pending = Mapping[tuple[int, str], Traffic]
 """Bytes that are not in the database yet, by (round number, client)."""
 
 RECORDS = 1024 * 1024
-"""Characters of records that are read at once: ASCII, so as many bytes as a page may have."""
+"""Most characters of records read at once; they are ASCII, so this is as many bytes as a page may have."""
 _HEAD = [column for column in tables.rounds.c if column is not tables.rounds.c.record]
-"""Characters of records read at once; a round's record may be a megabyte, and is read where it was asked for."""
+"""Columns of a round but its record, which may be a megabyte and is read only where it was asked for."""
 IDS = 500
 """Most values of one IN (...)."""
 

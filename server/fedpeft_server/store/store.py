@@ -81,7 +81,11 @@ class Store:
         Raises:
             DatabaseLocked: If that lasts for `BUSY_TIMEOUT_S`.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._transact(lambda: method(*args, **kwargs))))
+        return await asyncio.shield(self.begin(method, *args, **kwargs))
+
+    def begin(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Task[R]:
+        """Begins what `call` waits for: the task ends with the transaction's result, or its error."""
+        return asyncio.ensure_future(self._transact(lambda: method(*args, **kwargs)))
 
     async def _transact(self, transaction: Callable[[], R]) -> R:
         loop = asyncio.get_running_loop()
