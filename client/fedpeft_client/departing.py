@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fedpeft import durable
 from fedpeft.identity import folder
+from fedpeft.locks import LOCK
 from fedpeft_client import contact, enrolled, processes
 from fedpeft_client.ledger_entries import FILE as LEDGER
+from fedpeft_client.ledger_file import archives
+from fedpeft_client.pending import ASIDE, BOX, DRAFT, PendingBox
 from fedpeft_client.policy import FILE as POLICY
-from fedpeft_client.state import identity_folder
+from fedpeft_client.state import StateDirectory, identity_folder
 
 LEFT = "left"
 """In the state directory: when this client left."""
+_UNSENT: Mapping[str, str] = {
+    BOX: "an update that was trained and not received",
+    DRAFT: "an update whose training did not finish",
+}
+_BOOKKEEPING: Mapping[str, str] = {
+    "instance": "this client's instance",
+    processes.FILE: "its processes",
+    contact.FILE: "its last contact",
+    contact.REFUSED: "the server's last refusal",
+}
+_MADE_HERE: Mapping[str, str] = {
+    "identity.next": "the key of an enrolment that did not finish",
+    "runs": "adapters, residuals and local tensors",
+    ASIDE: "updates that the server could not take, with the tensors that were trained",
+    **_BOOKKEEPING,
+}
+"""Names in a state directory of what is secret, made from the data, or of this client alone, besides its identity."""
 
 
 def note_left(state_dir: Path) -> None:
@@ -48,41 +69,32 @@ def back(state_dir: Path) -> None:
         (state_dir / LEFT).unlink(missing_ok=True)
 
 
-def drop_unsent(state_dir: Path) -> None:
-    """Removes an update that will not be sent any more.
+def drop_unsent(directory: StateDirectory) -> Iterator[tuple[Path, str, int]]:
+    """Removes an update that will not be sent any more; yields its path, what it was, and its bytes.
+
+    An update that the server has answered for is settled instead: its tensors are in `runs` then.
 
     Raises:
-        StateInvalid: If it cannot be removed.
+        StateInvalid: If it cannot be removed, or not be settled.
     """
-    for path in (state_dir / "pending", state_dir / "pending.new", *state_dir.glob("settled-*")):
-        _remove(path)
+    with durable.refusals(f"writing {directory.path}"):
+        PendingBox(directory, "").finish()
+    yield from _removed(directory.path, _UNSENT)
 
 
-def remove(state_dir: Path, identity: Path | None) -> Iterator[tuple[Path, str, int]]:
+def remove(directory: StateDirectory, identity: Path | None) -> Iterator[tuple[Path, str, int]]:
     """Removes what is secret or made from the data; yields each path, what it was, and its bytes.
 
     Args:
-        state_dir: The state directory, held by this process.
+        directory: The state directory.
         identity: The identity folder, if it is another than that in the state directory.
 
     Raises:
         StateInvalid: If something cannot be removed.
     """
-    drop_unsent(state_dir)
-    own = identity_folder(state_dir)
-    for where, what in (
-        (own, "key and certificate"),
-        (own.with_name(f"{own.name}.next"), "the key of an enrolment that did not finish"),
-        (state_dir / "runs", "adapters, residuals and local tensors"),
-        (state_dir / "instance", "this client's instance"),
-        (state_dir / processes.FILE, "its processes"),
-        (state_dir / contact.FILE, "its last contact"),
-        (state_dir / contact.REFUSED, "the server's last refusal"),
-    ):
-        if where.exists():
-            size_bytes = _bytes(where)
-            _remove(where)
-            yield where, what, size_bytes
+    own = identity_folder(directory.path)
+    settled = {path.name: "an update that the server had answered for" for path in directory.path.glob("settled-*")}
+    yield from _removed(directory.path, {own.name: "key and certificate", **_MADE_HERE, **settled, **_UNSENT})
     if identity is not None and identity != own:
         for path in [identity / name for name in enrolled.FILES]:
             _remove(path)
@@ -90,17 +102,27 @@ def remove(state_dir: Path, identity: Path | None) -> Iterator[tuple[Path, str, 
 
 
 def kept(state_dir: Path, identity: Path | None) -> Iterator[tuple[Path, str]]:
-    """Yields what is there still, with what it is."""
-    where = identity or identity_folder(state_dir)
-    if folder.key_path(where).exists():
-        yield where, "key and certificate, which the server refuses now"
-    for path, what in (
-        (state_dir / "runs", "adapters, residuals and local tensors"),
-        (state_dir / LEDGER, "the ledger: what left this device"),
-        (state_dir / POLICY, "the policy"),
-    ):
-        if path.exists():
-            yield path, what
+    """Yields what is there still, with what it is; of what says nothing of keys or data, nothing."""
+    own = identity_folder(state_dir)
+    for where in dict.fromkeys((identity or own, own)):
+        if folder.key_path(where).exists():
+            yield where, "key and certificate, which the server refuses now"
+    stays = {LEDGER: "the ledger: what left this device", POLICY: "the policy"}
+    for name, what in {**_MADE_HERE, **stays}.items():
+        if (state_dir / name).exists() and name not in _BOOKKEEPING:
+            yield state_dir / name, what
+    named = {own, *archives(state_dir / LEDGER), *(state_dir / name for name in (*_MADE_HERE, *stays, LEFT, LOCK))}
+    for path in sorted(set(state_dir.iterdir()) - named):
+        yield path, "not made by this client"
+
+
+def _removed(state_dir: Path, there: Mapping[str, str]) -> Iterator[tuple[Path, str, int]]:
+    for name, what in there.items():
+        path = state_dir / name
+        if os.path.lexists(path):
+            size_bytes = _bytes(path)
+            _remove(path)
+            yield path, what, size_bytes
 
 
 def _remove(path: Path) -> None:

@@ -56,10 +56,9 @@ def main(arguments: list[str]) -> int:
             note(f"the server was not told: ask its operator for fedpeft client revoke {_name(where)}")
         else:
             _tell(Identity.load(where), directory, given.reason)
-        departing.drop_unsent(directory.path)
-        if given.remove:
-            for path, what, size_bytes in departing.remove(directory.path, given.identity):
-                say(f"removed  {path}: {what}" + (f", {size(size_bytes)}" if size_bytes else ""))
+        gone = departing.remove(directory, given.identity) if given.remove else departing.drop_unsent(directory)
+        for path, what, size_bytes in gone:
+            say(f"removed  {path}: {what}" + (f", {size(size_bytes)}" if size_bytes else ""))
         for path, what in departing.kept(directory.path, given.identity):
             say(f"kept     {path}: {what}")
     _say_rest(given.state_dir, removed=given.remove)
@@ -128,7 +127,9 @@ def _name(where: Path) -> str:
 def _say_rest(state_dir: Path, *, removed: bool) -> None:
     note("updates already counted stay in the server's versions, records and audit log; your data was not touched")
     if not removed:
-        note("to remove keys, adapters, residuals and local tensors too, run the command again with --remove")
+        note(
+            "to remove keys, adapters, residuals, local tensors and updates set aside too, run the command again with --remove"
+        )
     else:
         note(f"to remove the rest: rm -r {state_dir}; to remove the software: pip uninstall fedpeft")
 
@@ -161,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--remove",
         action="store_true",
-        help="then remove keys, adapters, residuals and local tensors; the ledger and the policy stay",
+        help="then remove keys, adapters, residuals, local tensors and updates set aside; the ledger and the policy stay",
     )
     parser.add_argument(
         "--offline", action="store_true", help="do not tell the server; its operator must then revoke this client"

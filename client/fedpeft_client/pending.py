@@ -34,7 +34,7 @@ IF_NOT = "residual_if_not.safetensors"
 LOCAL = "local.safetensors"
 _RECORD = "ticket.json"
 _COUNTED, _IF_EXCLUDED, _EXCLUDED = "counted.json", "counted.safetensors", "excluded"
-ASIDE = "set-aside"
+BOX, DRAFT, ASIDE = "pending", "pending.new", "set-aside"
 KEPT_ASIDE = 8
 """Updates that are kept aside: each is as large as any other, and nobody may be there to look at them."""
 
@@ -90,8 +90,8 @@ class PendingBox:
     def __init__(self, directory: state.StateDirectory, policy: str) -> None:
         self._directory = directory
         self._policy = policy
-        self._box = directory.path / "pending"
-        self._draft = directory.path / "pending.new"
+        self._box = directory.path / BOX
+        self._draft = directory.path / DRAFT
         self.aside = directory.path / ASIDE
 
     def draft(self) -> Path:

@@ -17,10 +17,10 @@ from fedpeft.identity.folder import Identity
 from fedpeft_client import contact, departing, enrolled
 from fedpeft_client.ledger_entries import FILE as LEDGER
 from fedpeft_client.ledger_entries import Booked, Kind, Outcome, read
+from fedpeft_client.pending import BOX
 from fedpeft_client.policy import find
 
 DAY = timedelta(days=1)
-_PENDING = "pending"
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def look(state_dir: Path, policy: Path | None = None, identity: Path | None = No
         contact.server(state_dir),
         refused_at,
         refusal,
-        _pending(state_dir / _PENDING, problems),
+        _pending(state_dir / BOX, problems),
         tuple(_runs(booked)),
         sum(each.departure.wire_bytes for each in booked if each.latest >= now - DAY),
         rules.transfer.max_bytes_a_day if rules else None,

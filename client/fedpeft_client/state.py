@@ -7,9 +7,13 @@ contact                       the server; it answered last when this file was to
 refused                       why the server let this client in no more, if it did not since (contact.py)
 left                          when this client left for good, if it did (departing.py)
 identity/                     key and certificate of this client (fedpeft.identity.folder)
-ledger.jsonl                  all that left this device (ledger.py)
+identity.next/                the key of an enrolment that did not finish
+ledger.jsonl, ledger-*.jsonl  all that left this device (ledger.py)
 policy.toml                   what its owner allows, if it lies here (policy.py)
 pending/                      a trained update that the server has not answered for (pending.py)
+pending.new/                  one that is being trained
+settled-OUTCOME@RUN/          one that the server has answered for, until its files are in their places
+set-aside/                    updates that the server could not take, for a person to look at
 runs/RUN/adapter.json, ...    the adapter version held last (adapters.py)
 runs/RUN/residual.safetensors what earlier updates left unsent (error feedback)
 runs/RUN/local.safetensors    tensors that are trained here and never sent
