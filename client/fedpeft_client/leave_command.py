@@ -127,9 +127,7 @@ def _name(where: Path) -> str:
 def _say_rest(state_dir: Path, *, removed: bool) -> None:
     note("updates already counted stay in the server's versions, records and audit log; your data was not touched")
     if not removed:
-        note(
-            "to remove keys, adapters, residuals, local tensors and updates set aside too, run the command again with --remove"
-        )
+        note("to remove keys and everything made from the data too, run the command again with --remove")
     else:
         note(f"to remove the rest: rm -r {state_dir}; to remove the software: pip uninstall fedpeft")
 
@@ -162,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--remove",
         action="store_true",
-        help="then remove keys, adapters, residuals, local tensors and updates set aside; the ledger and the policy stay",
+        help="then remove keys, adapters, residuals, local tensors and updates that are set aside; ledger and policy stay",
     )
     parser.add_argument(
         "--offline", action="store_true", help="do not tell the server; its operator must then revoke this client"
