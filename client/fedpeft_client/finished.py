@@ -56,6 +56,7 @@ class FinishedRuns:
         self._channel = channel
         self._ledger = ledger
         self._series = series
+        self._runs = directory.path / "runs"
         self._found_over: set[str] = set()
         self._log = log
         self._next = 0.0
@@ -82,13 +83,12 @@ class FinishedRuns:
                 return
             over = {each.run: _OVER[each.state] for each in answer.runs if each.state in _OVER}
             for run in some:
+                if run in there:
+                    await asyncio.to_thread(self._file, run, over.get(run))
                 if run in over:
-                    if run in there:
-                        await asyncio.to_thread(self._clean, run, over[run])
                     self._drop_series(run)
                 else:  # it may have been over, and go on
                     self._found_over.discard(run)
-                    (self._directory.run(run) / MARK).unlink(missing_ok=True)
 
     def _drop_series(self, run: str) -> None:
         """Drops the metrics of a run at the second look that finds it over: the last counts were collected by then."""
@@ -98,16 +98,29 @@ class FinishedRuns:
         elif run in self._series.runs:
             self._found_over.add(run)
 
+    def _file(self, run: str, how: str | None) -> None:
+        """Cleans the folder of a run that is over, or takes the mark from one that goes on.
+
+        One folder that the file system refuses to change keeps neither the others nor the agent.
+        """
+        try:
+            if how is None:
+                (self._runs / run / MARK).unlink(missing_ok=True)
+            else:
+                self._clean(run, how)
+        except OSError as error:
+            cause = f"{error.filename or self._runs / run}: {error.strerror or error}"
+            self._log.warning("files of a run could not be removed; trying again later", run=run, cause=cause)
+
     def _there(self) -> list[str]:
         """Returns the runs that have a folder with something to remove."""
-        runs = self._directory.path / "runs"
-        names = sorted(each.name for each in runs.iterdir() if each.is_dir()) if runs.is_dir() else []
-        return [name for name in names if ids.RUN.fullmatch(name) and not _is_clean(runs / name)]
+        names = sorted(each.name for each in self._runs.iterdir() if each.is_dir()) if self._runs.is_dir() else []
+        return [name for name in names if ids.RUN.fullmatch(name) and not _is_clean(self._runs / name)]
 
     def _clean(self, run: str, how: str) -> None:
         if self._box.holds(run):
             return
-        folder = self._directory.run(run)
+        folder = self._runs / run
         self._box.confirm(run)  # its last update was folded, or never will be
         mark = folder / MARK
         if not mark.exists():
@@ -119,7 +132,7 @@ class FinishedRuns:
             shutil.rmtree(folder)
             durable.sync(folder.parent)
         else:
-            for file in folder.iterdir():
+            for file in _files(folder):
                 if file not in (mark, *kept):
                     file.unlink()
         self._ledger.forget(run)
@@ -127,14 +140,22 @@ class FinishedRuns:
 
 
 def _is_clean(folder: Path) -> bool:
-    """Returns True if a folder has nothing but what stays for good, or for now."""
-    names = {file.name for file in folder.iterdir()}
+    """Returns True if a folder has nothing but what stays for good, or for now; False if it cannot be looked into."""
+    try:
+        names = {file.name for file in _files(folder)}
+    except OSError:
+        return False
     residual = state.residual(folder).name
     return (
         MARK in names
         and names <= {MARK, residual, state.local(folder).name}
         and not (residual in names and _since(folder / MARK) > KEPT)
     )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns the files of a run's folder; a folder in it is not this client's, but one of a file server's, say."""
+    return [path for path in folder.iterdir() if path.is_symlink() or not path.is_dir()]
 
 
 def _since(mark: Path) -> timedelta:

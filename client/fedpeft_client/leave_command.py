@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--remove",
         action="store_true",
-        help="then remove keys, adapters, residuals, local tensors and updates that are set aside; ledger and policy stay",
+        help="then remove keys, adapters, residuals, local tensors, updates set aside; ledger and policy stay",
     )
     parser.add_argument(
         "--offline", action="store_true", help="do not tell the server; its operator must then revoke this client"

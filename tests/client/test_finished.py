@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from structlog.testing import capture_logs
 
 from fedpeft import logs
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -128,6 +130,45 @@ async def test_the_metrics_of_a_run_go_at_the_second_look_that_finds_it_over(sit
     value = site.metrics.registry.get_sample_value
     assert value("fedpeft_client_rounds_total", {"run": "run-a"}) == 1
     assert value("fedpeft_client_rounds_total", {"run": "run-b"}) is None
+
+
+async def test_a_folder_of_somebody_else_stays_and_keeps_nothing_from_being_cleaned(site: Site) -> None:
+    folder = site.run("run-a", run_pb2.RUN_STATE_COMPLETED, residual=SOME)
+    (folder / "@eaDir").mkdir()
+    await site.look()
+    assert names(folder) == {MARK, "residual.safetensors", "@eaDir"}
+    await site.look()
+    assert len(site.asked) == 1, "it is clean"
+
+
+async def test_a_folder_that_cannot_be_cleaned_is_said_and_the_others_are_cleaned(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, other = (site.run(name, run_pb2.RUN_STATE_COMPLETED, residual=SOME) for name in ("run-a", "run-b"))
+    marked = site.run("run-c", run_pb2.RUN_STATE_RUNNING)
+    (marked / MARK).mkdir()  # not to be unlinked
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == stuck / "adapter.json":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch, capture_logs() as lines:
+        patch.setattr(Path, "unlink", refuse)
+        await site.look()
+    warned = {line["run"]: line["cause"] for line in lines if line["log_level"] == "warning"}
+    assert set(warned) == {"run-a", "run-c"} and warned["run-a"].endswith("adapter.json: Operation not permitted")
+    assert names(other) == {MARK, "residual.safetensors"} and stuck.exists()
+    await site.look()
+    assert names(stuck) == {MARK, "residual.safetensors"}, "the next time did"
+
+
+async def test_no_folder_is_made_for_a_run_that_goes_on(site: Site) -> None:
+    site.states = {"run-a": run_pb2.RUN_STATE_RUNNING}
+    site.metrics.rounds.labels("run-a").inc()
+    await site.look()
+    assert site.asked == [["run-a"]] and not (site.directory.path / "runs").exists()
 
 
 @pytest.mark.parametrize("settling", [False, True])
