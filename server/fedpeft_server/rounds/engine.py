@@ -189,14 +189,14 @@ class RunEngine:
     @unbroken
     async def refuse(self, ticket: rounds.Ticket, error: FedpeftError, by: str) -> None:
         """Closes a ticket for which `by` sent what is wrong for good; the round goes on with the others."""
-        self._metrics.updates.labels(self.run.id, "refused").inc()
-        self._log.warning("update refused", client=ticket.client, reason=error.reason, message=error.message)
         self._store.soon(self._store.spool.remove_partial, ticket.id)
         with suppress(TicketNotFound):  # its round is over, and with it the ticket
             words = f"{error.reason}: {error.message}"
-            await self._advance(
+            if await self._advance(
                 rounds.Refused(ticket.id, words), deeds.of_ticket(self.round, ticket, "update.refused", words, by)
-            )
+            ):
+                self._metrics.updates.labels(self.run.id, "refused").inc()
+                self._log.warning("update refused", client=ticket.client, reason=error.reason, message=error.message)
 
     @unbroken
     async def withdraw(self, ticket: rounds.Ticket, reason: str, by: str) -> TicketState:
@@ -205,10 +205,10 @@ class RunEngine:
         Raises:
             TicketNotFound: If its round is over.
         """
-        await self._advance(
+        if await self._advance(
             rounds.Withdrawn(ticket.id, reason), deeds.of_ticket(self.round, ticket, "ticket.withdrawn", reason, by)
-        )
-        self._log.info("ticket withdrawn", client=ticket.client, reason=reason)
+        ):
+            self._log.info("ticket withdrawn", client=ticket.client, reason=reason)
         self._store.soon(self._store.spool.remove_partial, ticket.id)
         return self.round.ticket(ticket.id).state
 
@@ -298,18 +298,20 @@ class RunEngine:
         say("run " + state, reason=reason)
         self._enter(new or self.round, ())
 
-    async def _advance(self, event: rounds.Event, deed: Deed | None = None) -> None:
+    async def _advance(self, event: rounds.Event, deed: Deed | None = None) -> bool:
+        """Makes the transition of an event; returns False if the event changes nothing."""
         async with self._lock:
             new, effects = rounds.advance(self.round, event, self.run.config.rounds, time.time())
             if new is self.round and not effects:
-                return
+                return False
             pauses = [e.reason for e in effects if isinstance(e, rounds.Pause)]
             if pauses:
                 await self._set_run(RunState.PAUSED, pauses[0], new)
                 self._metrics.rounds.labels(self.run.id, "paused").inc()
-                return
+                return True
             await self._write(self._store.db.save_round, new, deeds=(deed,) if deed else ())
             self._enter(new, effects)
+            return True
 
     async def _write(self, method: Callable[..., None], *facts: object, deeds: Sequence[Deed] = ()) -> None:
         """Makes a transition's transaction, with the bytes that were counted for the run so far."""
@@ -328,8 +330,6 @@ class RunEngine:
                     for ticket in tickets:
                         self._lobby.call(ticket.client)
                 case rounds.Aggregate():
-                    late = len(new.in_state(TicketState.LATE))
-                    self._metrics.updates.labels(self.run.id, "late").inc(late)
                     self._fold()
         gauges.show(self._metrics, self.run, new)
         self._changed(self)

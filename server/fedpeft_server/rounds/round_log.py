@@ -27,19 +27,31 @@ class RoundLog:
         self._run = run
         self._metrics = metrics
         self._log = log.bind(run=run)
+        self._reopened = 0, 0.0
+        """Number of the last round that opened again, because none of its updates could be folded, and when."""
 
     def entered(self, before: Round, new: Round) -> None:
-        """Says that a round is open, is being folded, or has a later deadline."""
+        """Says, and counts, that a round is open, is being folded, or has a later deadline."""
         if new.phase is not before.phase and new.phase in (Phase.OPEN, Phase.AGGREGATING):
             self._log.info(f"round {new.phase}", round=new.number, clients=[t.client for t in new.tickets])
-            if new.opened_at and new.phase is Phase.AGGREGATING:
-                now, sampled = time.time(), [t.client for t in new.tickets]
-                self._metrics.round_seconds.labels(self._run, "open").observe(now - new.opened_at)
-                tracing.past("open", self._run, new.number, new.opened_at, now, sampled=sampled)
+            if new.phase is Phase.AGGREGATING:
+                self._closed(before, new)
+            elif before.phase is Phase.AGGREGATING:
+                self._reopened = new.number, time.time()
         elif new.extensions > before.extensions:
             awaited = [t.client for t in new.in_state(TicketState.ISSUED)]
             self._metrics.rounds.labels(self._run, "extended").inc()
             self._log.warning("round extended", round=new.number, extensions=new.extensions, awaited=awaited)
+
+    def _closed(self, before: Round, new: Round) -> None:
+        """Counts the tickets that are late since now, and the time since the round opened, or opened again."""
+        late = len(new.in_state(TicketState.LATE)) - len(before.in_state(TicketState.LATE))
+        self._metrics.updates.labels(self._run, "late").inc(late)
+        number, at = self._reopened
+        since, now = at if number == new.number else new.opened_at, time.time()
+        if since:
+            self._metrics.round_seconds.labels(self._run, "open").observe(now - since)
+            tracing.past("open", self._run, new.number, since, now, sampled=[t.client for t in new.tickets])
 
     def excluded(self, folded: Round, reasons: Mapping[str, str]) -> None:
         """Says which updates were not folded; `reasons` are by ticket."""
