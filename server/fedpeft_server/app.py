@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -68,6 +69,9 @@ PAUSE_S = 5.0
 
 PROBE_S = 5.0
 """Interval at which the database is tried, seconds, so that health checks know whether it can be used."""
+
+CLEAN_S = 60.0
+"""Interval at which the removal of files that could not be removed is tried again, seconds."""
 
 MEASURE_S = 60.0
 """Interval at which stored bytes are measured, seconds."""
@@ -170,6 +174,7 @@ class Server:
         background.every("certificate files", FILES_S, self._take_up_certificates)
         background.every("log", bounds.QUIET_S, self._tell_left_out)
         background.every("tokens", PURGE_S, self._purge_tokens)
+        background.every("files", CLEAN_S, partial(self.store.compute, self.store.clean))
         background.every("storage", MEASURE_S, self._measure)
         background.keep("health", self._show_health())
         if self.enrolment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -11,6 +12,7 @@ import pytest
 
 from fedpeft.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft_server import app
 from fedpeft_server.store import outbound
 
 from .conftest import Daemon, StartDaemon, config, filled
@@ -90,3 +92,34 @@ async def test_encoded_versions_are_bounded_and_served_all_the_same(
     served = [answer for answer in again if not isinstance(answer, BaseException)]
     assert all(answer[1] == first[answer[0].version][1] for answer in served) and served
     assert len(list((daemon.server.settings.data_dir / "outbound").iterdir())) == 1
+
+
+@pytest.mark.parametrize("end", ["a last round", "a stop"])
+async def test_a_file_that_cannot_be_removed_is_tried_again_and_health_stays(
+    start: StartDaemon, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(app, "CLEAN_S", 0.05)
+    daemon = await start()
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1, "over_selection": 1.0}), LARGE)
+    a, b = await daemon.clients("a", "b")
+    tasks = await asyncio.gather(a.task(), b.task())
+    half = asyncio.ensure_future(upload(b, tasks[1].ticket, 0, PIECE, stand_still=True))
+    await until_held(b, tasks[1].ticket, PIECE)
+    half.cancel()
+    (part,) = spooled(daemon)
+    part.unlink()
+    part.mkdir()
+    if end == "a stop":
+        await daemon.operator.StopRun(op.StopRunRequest(run=run.id))
+    else:
+        await a.push(tasks[0].ticket, filled(1.0, LARGE), spec=LARGE)
+        await daemon.until(run.id, lambda r: r.version == 1)
+    failures = partial(
+        daemon.server.metrics.registry.get_sample_value, "fedpeft_background_failures_total", {"work": "files"}
+    )
+    await until(lambda: (failures() or 0) >= 3)
+    assert daemon.server.background.healthy
+    assert spooled(daemon) == [part]
+    part.rmdir()
+    await until(lambda: not daemon.server.store.spool._unwanted)
+    assert daemon.server.background.healthy and not daemon.server.store.spool.tickets()

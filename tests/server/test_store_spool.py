@@ -440,3 +440,59 @@ def test_killed_between_any_two_instructions_it_keeps_what_was_finished(folder: 
         assert held == len(data) or number not in finished
         assert send(spool, manifest, data, ticket=f"ticket-{number}").read_bytes() == data
     assert len(os.listdir(folder)) == len(finished) + 1
+
+
+class TestAFileThatCannotBeRemoved:
+    """A folder in its place, which no `unlink` removes, for root either."""
+
+    OTHERS = (TICKET[:-1] + "a", TICKET[:-1] + "b")
+
+    @pytest.fixture
+    def stuck(self, spool: Spool) -> Path:
+        path = send(spool, *update())
+        path.unlink()
+        path.mkdir()
+        return path
+
+    def test_hinders_no_other_removal(self, spool: Spool, folder: Path, stuck: Path) -> None:
+        for other in self.OTHERS:
+            send(spool, *update(), ticket=other)
+        with pytest.raises(StateInvalid, match="cleaning the spool"):
+            spool.remove_all([self.OTHERS[0], TICKET, self.OTHERS[1]])
+        assert list(folder.iterdir()) == [stuck]
+
+    @pytest.mark.parametrize("again", ["clean", "remove"])
+    def test_is_removed_once_it_can_be(self, spool: Spool, folder: Path, stuck: Path, again: str) -> None:
+        repeat = spool.clean if again == "clean" else lambda: spool.remove(TICKET)
+        for attempt in (lambda: spool.remove(TICKET), repeat):
+            with pytest.raises(StateInvalid, match="cleaning the spool"):
+                attempt()
+        stuck.rmdir()
+        stuck.write_bytes(b"again a file")
+        repeat()
+        assert not list(folder.iterdir()) and spool.tickets() == []
+        spool.clean()
+
+    def test_is_not_removed_once_an_upload_has_taken_its_place(self, spool: Spool, stuck: Path) -> None:
+        """The making of a run may be repeated, with another adapter too."""
+        with pytest.raises(StateInvalid):
+            spool.remove(TICKET)
+        stuck.rmdir()
+        manifest, data = update(seed=1)
+        path = send(spool, manifest, data)
+        spool.clean()
+        assert path.read_bytes() == data
+
+    def test_a_refused_part_is_tried_again(self, spool: Spool, folder: Path) -> None:
+        manifest, data = update()
+        with spool.writer(TICKET, manifest) as writer:
+            writer.write(0, data[:100])
+        (part,) = folder.iterdir()
+        part.unlink()
+        part.mkdir()
+        with pytest.raises(StateInvalid):
+            spool.remove_partial(TICKET)
+        part.rmdir()
+        part.touch()
+        spool.clean()
+        assert not list(folder.iterdir())

@@ -371,7 +371,7 @@ class RunEngine:
         self._background.watch("files", self.steps.begin(self._forget(folding)))
 
     async def _forget(self, done: Round) -> None:
-        with self._background.attempt("files", self.run.id):
+        with self._background.attempt("files"):  # the daemon's work of that name tries again
             await self._store.forget_round(done, self.run.id)
 
     async def _forget_stopped(self, stopped: Round) -> None:

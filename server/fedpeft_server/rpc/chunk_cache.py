@@ -48,7 +48,7 @@ class ChunkCache:
 
     def _begin(self, key: _Key, file: LateFile) -> _Reading:
         _, offset, length = key
-        reading = asyncio.ensure_future(self._store.file(_read, file, offset, length))
+        reading = asyncio.ensure_future(self._read(file, offset, length))
         self._readings[key] = reading
         reading.add_done_callback(partial(self._drop_failed, key))
         if len(self._readings) > CHUNKS:
@@ -59,6 +59,6 @@ class ChunkCache:
         if (reading.cancelled() or reading.exception() is not None) and self._readings.get(key) is reading:
             del self._readings[key]
 
-
-def _read(file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:
-    return pb.PullAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=file.read(offset, length)))
+    async def _read(self, file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:
+        data = await self._store.read(file, offset, length)
+        return pb.PullAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))

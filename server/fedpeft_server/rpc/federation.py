@@ -197,7 +197,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         if known:
             return known
         row = await self._store.call(self._store.db.version, run.id, version)
-        return await self._store.compute(self._store.outbound.encoded, run, row, version_key(run.id, version))
+        return await self._store.version(self._store.outbound.encoded, run, row, version_key(run.id, version))
 
     async def PushUpdate(
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest], context: Context

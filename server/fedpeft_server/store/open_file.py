@@ -60,11 +60,16 @@ class LateFile:
         self._file: OpenFile | None = None
         self._used = self._left = False
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Returns so many bytes, less at the end of the file; belongs in a thread.
+    @property
+    def is_open(self) -> bool:
+        """True once it was opened."""
+        return self._file is not None
+
+    def open(self) -> OpenFile:
+        """Opens it if nobody did; belongs in a thread, for as long as the opening may take.
 
         Raises:
-            ValueError: If it was left or closed.
+            ValueError: If it was left.
         """
         self._used = True  # before the next line: then either this raises, or `leave` asks for `close`
         if self._left:
@@ -72,8 +77,15 @@ class LateFile:
         with self._lock:
             if self._file is None:
                 self._file = self._opening()
-            file = self._file
-        return file.read(offset, length)
+            return self._file
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Returns so many bytes, less at the end of the file, and opens it before the first; belongs in a thread.
+
+        Raises:
+            ValueError: If it was left or closed.
+        """
+        return self.open().read(offset, length)
 
     def leave(self) -> bool:
         """Takes no more reads; waits for nothing. Returns whether `close` is to follow."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 
 from fedpeft import adapter_file, payload
+from fedpeft.durable import refusals
 from fedpeft.payload import Entry, Manifest
 from fedpeft.spec import AdapterSpec
 from fedpeft.v1 import tensor_pb2
@@ -27,6 +30,9 @@ KEPT = 256
 
 OWN_BYTES = 2 * 1024**3
 """Most bytes of files that were made for them; the newest one may be larger."""
+
+_Place = tuple[str, int]
+"""Run and version."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,36 @@ class Encoded:
         return manifest_to_proto(self.manifest)
 
 
+@dataclass
+class _Use:
+    """A version in use.
+
+    Attributes:
+        users: Threads that use it, or wait for it.
+        forgotten: Whether it is to be removed after its use.
+        lock: Held by the thread that uses it.
+    """
+
+    users: int = 0
+    forgotten: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 class Outbound:
-    """The encoded versions. Nothing here needs to be durable, so the folder starts empty."""
+    """The encoded versions. Nothing here needs to be durable, so the folder starts empty.
+
+    Its methods may be called from any thread. Threads wait for each other only where they need the same version, which
+    one of them fetches and encodes.
+    """
 
     def __init__(self, folder: Path, blobs: Blobs) -> None:
         self._folder = folder
         self._blobs = blobs
-        self._lock = threading.Lock()
-        self._encoded: OrderedDict[tuple[str, int], Encoded] = OrderedDict()
+        self._lock = threading.Lock()  # of what follows; never held while a version is fetched or encoded
+        self._encoded: OrderedDict[_Place, Encoded] = OrderedDict()
+        self._uses: dict[_Place, _Use] = {}
+        self._unwanted: set[Path] = set()  # files to remove; those that could not be are tried again
+        self._made = count(1)
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.iterdir():
             leftover.unlink()
@@ -68,45 +96,97 @@ class Outbound:
 
         Raises:
             BlobCorrupt: If the stored version is missing or does not have its digest.
+            StateInvalid: If the place of the blobs, or the folder, refuses.
+            DiskFull: If there is no room.
         """
-        with self._lock:
-            return self._get(run, version, key)
+        with self._used(run, version, key) as encoded:
+            return encoded
 
     def open(self, run: RunRow, version: VersionRow, key: str) -> OpenFile:
         """Opens the payload of what `encoded` returns; raises as that."""
-        with self._lock:
-            encoded = self._get(run, version, key)
+        with self._used(run, version, key) as encoded, refusals(f"opening version {version.version} of {run.id}"):
             if encoded.path is not None:
                 return OpenFile(encoded.path)
             with self._blobs.local(key) as path:
                 return OpenFile(path, encoded.start)
 
-    def _get(self, run: RunRow, version: VersionRow, key: str) -> Encoded:
-        encoded = self._encoded.get((run.id, version.version))
-        if encoded is None:
-            encoded = self._encode(run, version, key)
-            self._encoded[run.id, version.version] = encoded
-            self._evict()
-        self._encoded.move_to_end((run.id, version.version))
-        return encoded
+    @contextmanager
+    def _used(self, run: RunRow, version: VersionRow, key: str) -> Iterator[Encoded]:
+        """Gives an encoded version, whose file stays for as long as the block lasts."""
+        place = (run.id, version.version)
+        with self._lock:
+            use = self._uses.setdefault(place, _Use())
+            use.users += 1
+        try:
+            with use.lock:
+                encoded = self._encoded.get(place) or self._encode(run, version, key)
+                with self._lock:
+                    self._encoded[place] = encoded
+                    self._encoded.move_to_end(place)
+                yield encoded
+        finally:
+            with self._lock:
+                use.users -= 1
+                if not use.users:
+                    del self._uses[place]
+                    self._end(place, use)
+
+    def _end(self, place: _Place, use: _Use) -> None:
+        if use.forgotten:
+            self._drop(place)
+        self._evict()
+        self._remove_unwanted()
 
     def keep_from(self, run_id: str, version: int) -> None:
-        """Forgets the versions of a run before `version`."""
+        """Forgets the versions of a run before `version`; one in use goes after its use."""
         with self._lock:
-            for key in [k for k in self._encoded if k[0] == run_id and k[1] < version]:
-                _remove(self._encoded.pop(key))
+            for place in [p for p in (*self._encoded, *self._uses) if p[0] == run_id and p[1] < version]:
+                if place in self._uses:
+                    self._uses[place].forgotten = True
+                else:
+                    self._drop(place)
+            self._remove_unwanted()
 
     def forget(self, run_id: str) -> None:
         """Forgets all versions of a run."""
         self.keep_from(run_id, 2**62)
 
+    def clean(self) -> None:
+        """Tries again to remove what could not be removed before.
+
+        Raises:
+            StateInvalid: If something still cannot be removed.
+        """
+        with self._lock:
+            failures = self._remove_unwanted()
+        with refusals(f"cleaning {self._folder}"):
+            if failures:
+                raise failures[0]
+
     def _evict(self) -> None:
         """Forgets the versions that were asked for longest ago, until what is left is within bounds."""
         own = sum(encoded.manifest.payload_bytes for encoded in self._encoded.values() if encoded.path is not None)
-        while len(self._encoded) > KEPT or (own > OWN_BYTES and len(self._encoded) > 1):
-            _, oldest = self._encoded.popitem(last=False)
-            own -= oldest.manifest.payload_bytes if oldest.path is not None else 0
-            _remove(oldest)
+        for place, oldest in list(self._encoded.items())[:-1]:
+            if len(self._encoded) <= KEPT and own <= OWN_BYTES:
+                return
+            if place not in self._uses:
+                own -= oldest.manifest.payload_bytes if oldest.path is not None else 0
+                self._drop(place)
+
+    def _drop(self, place: _Place) -> None:
+        encoded = self._encoded.pop(place, None)
+        if encoded is not None and encoded.path is not None:
+            self._unwanted.add(encoded.path)
+
+    def _remove_unwanted(self) -> list[OSError]:
+        failures = []
+        for path in list(self._unwanted):
+            try:
+                path.unlink(missing_ok=True)
+                self._unwanted.discard(path)
+            except OSError as error:
+                failures.append(error)
+        return failures
 
     def _encode(self, run: RunRow, version: VersionRow, key: str) -> Encoded:
         encoding = run.config.codec.down
@@ -116,12 +196,14 @@ class Outbound:
         ):
             if encoding == "float32":
                 return _in_place(stored_at, version, run.spec)
-            path = self._folder / f"{run.id}-{version.version:06}.{encoding}"
+            # A name of its own: what has the version's earlier one may still be read, or refuse to be removed.
+            path = self._folder / f"{run.id}-{version.version:06}.{next(self._made)}.{encoding}"
             try:
-                with path.open("wb") as file:
+                with refusals(f"encoding version {version.version} of {run.id}"), path.open("wb") as file:
                     return Encoded(version, payload.write(file, stored, run.spec.shared, encoding), path)
             except BaseException:
-                path.unlink(missing_ok=True)
+                with self._lock:
+                    self._unwanted.add(path)
                 raise
 
 
@@ -138,8 +220,3 @@ def _in_place(path: Path, version: VersionRow, spec: AdapterSpec) -> Encoded:
         for tensor, offset, size in zip(spec.shared, offsets, sizes, strict=False)
     )
     return Encoded(version, Manifest(entries, offsets[-1], digest), None, start)
-
-
-def _remove(encoded: Encoded) -> None:
-    if encoded.path is not None:
-        encoded.path.unlink(missing_ok=True)

@@ -76,6 +76,7 @@ class Spool:
         self._locks = [threading.RLock() for _ in range(LOCKS)]
         self._held: dict[str, _Held] = {}
         self._writers: dict[str, SpoolWriter] = {}
+        self._unwanted: set[str] = set()  # tickets whose files could not be removed
         # Digests of what this process wrote of partial uploads, so that resuming one need not read it again.
         self._digests: dict[str, tuple[int, _Hash]] = {}
         with refusals(f"opening the spool {folder}"):
@@ -149,6 +150,7 @@ class Spool:
                 path = self._folder / f"{ticket}.{manifest.sha256.hex()}.part"
                 held = _Held(path, manifest.sha256.hex(), whole=False)
             writer = self._open(ticket, manifest, held)
+            self._unwanted.discard(ticket)
             self._held[ticket], self._writers[ticket] = held, writer
             return writer
 
@@ -156,7 +158,7 @@ class Spool:
         return self._locks[hash(ticket) % LOCKS]
 
     def _discard(self, ticket: str, held: _Held) -> None:
-        if held.settled:
+        if held.settled and ticket not in self._unwanted:
             raise UpdateDiffers(f"another update of ticket {ticket}, with digest {held.digest}, is already complete")
         _unlink(held.path)
         self._digests.pop(ticket, None)
@@ -238,11 +240,32 @@ class Spool:
         self.remove_all((ticket,))
 
     def remove_all(self, tickets: Iterable[str]) -> None:
-        """Removes what is held of some tickets; their writers may write no more."""
+        """Removes what is held of some tickets; their writers may write no more.
+
+        What cannot be removed hinders no other removal, and is left for `clean`.
+
+        Raises:
+            StateInvalid: If something could not be removed.
+        """
+        self._remove_each((ticket, True) for ticket in tickets)
+
+    def clean(self) -> None:
+        """Tries again to remove what could not be removed before; raises as `remove_all`."""
+        self._remove_each((ticket, False) for ticket in list(self._unwanted))
+
+    def _remove_each(self, tickets: Iterable[tuple[str, bool]]) -> None:
+        """Removes what is held of tickets: each with whether it goes though its removal has not failed before."""
+        failures = []
+        for ticket, surely in tickets:
+            with self._lock_of(ticket):
+                try:
+                    if surely or ticket in self._unwanted:  # a writer may have taken it up meanwhile
+                        self._remove(ticket)
+                except OSError as error:
+                    failures.append(error)
         with refusals(f"cleaning the spool {self._folder}"):
-            for ticket in tickets:
-                with self._lock_of(ticket):
-                    self._remove(ticket)
+            if failures:
+                raise failures[0]
 
     def remove_partial(self, ticket: str) -> None:
         """Removes what is held of a ticket unless it is whole; its writer may write no more."""
@@ -264,9 +287,12 @@ class Spool:
     def _remove(self, ticket: str) -> None:
         self._writers.pop(ticket, None)
         self._digests.pop(ticket, None)
-        held = self._held.pop(ticket, None)
+        held = self._held.get(ticket)
         if held is not None:
+            self._unwanted.add(ticket)
             _unlink(held.path)
+            del self._held[ticket]
+        self._unwanted.discard(ticket)
 
 
 def _unlink(payload: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import structlog
 
@@ -46,6 +46,9 @@ COMPUTE_THREADS = 4
 FILE_THREADS = 8
 """Threads for what takes a moment as a rule: a chunk of a transfer written or read, a file opened or removed. They are
 apart from the others, so that no chunk waits for the check of another upload."""
+VERSION_THREADS = 8
+"""Threads that make adapter versions ready to be sent: fetched from a bucket, encoded, opened. A bucket that hangs may
+take all of them, and holds up neither an upload nor a fold."""
 
 
 class Store:
@@ -72,6 +75,7 @@ class Store:
         self._transactions = ThreadPoolExecutor(1, "database")
         self._pool = ThreadPoolExecutor(COMPUTE_THREADS, "compute")
         self._files = ThreadPoolExecutor(FILE_THREADS, "files")
+        self._versions = ThreadPoolExecutor(VERSION_THREADS, "versions")
 
     async def call(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs one transaction on the database's thread, in the order of the calls; also when its caller leaves.
@@ -108,6 +112,17 @@ class Store:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._files, lambda: function(*args, **kwargs))
 
+    async def version(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Makes an adapter version ready on a thread of its own kind."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._versions, lambda: function(*args, **kwargs))
+
+    async def read(self, file: LateFile, offset: int, length: int) -> bytes:
+        """Returns bytes of a version that `opened_late` gave, and opens it before the first; raises as its `read`."""
+        if not file.is_open:
+            await self.version(file.open)
+        return await self.file(file.read, offset, length)
+
     def soon(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Has a short piece of work on files done that nobody waits for; its failure is logged."""
         self._files.submit(function, *args, **kwargs).add_done_callback(_tell_failure)
@@ -128,8 +143,8 @@ class Store:
         try:
             yield file
         finally:
-            if file.leave():
-                self.soon(file.close)
+            if file.leave():  # not on the others' threads: it may have to wait until the file is open
+                self._versions.submit(file.close).add_done_callback(_tell_failure)
 
     def _close(self, opening: asyncio.Future[C]) -> None:
         if not opening.cancelled() and opening.exception() is None:
@@ -138,12 +153,23 @@ class Store:
     async def forget_round(self, done: Round, run_id: str) -> None:
         """Removes what a committed round no longer needs; what arrived and was not counted is never needed."""
         kept = (TicketState.RECEIVED,) if self.keep_updates else ()
-        await self.compute(self.spool.remove_all, [t.id for t in done.tickets if t.state not in kept])
         await self.compute(self.outbound.keep_from, run_id, done.number)
+        await self.compute(self.spool.remove_all, [t.id for t in done.tickets if t.state not in kept])
 
     async def forget_stopped(self, stopped: Round) -> None:
         """Removes what arrived for a round that was stopped: nothing of it counted, so nothing is kept."""
         await self.compute(self.spool.remove_all, [ticket.id for ticket in stopped.tickets])
+
+    def clean(self) -> None:
+        """Tries again to remove files that could not be removed.
+
+        Raises:
+            StateInvalid: If some still cannot be.
+        """
+        try:
+            self.spool.clean()
+        finally:
+            self.outbound.clean()
 
     def forget_run(self, run_id: str, tickets: Iterable[str]) -> None:
         """Removes everything of a deleted run, whose tickets these were, but its database rows."""
@@ -178,6 +204,7 @@ class Store:
     def close(self) -> None:
         """Ends the threads, then the database."""
         self._pool.shutdown()
+        self._versions.shutdown()
         self._files.shutdown()
         self._transactions.shutdown()
         self.db.close()
@@ -195,7 +222,7 @@ def _file_bytes(path: Path) -> int:
         return 0
 
 
-def _tell_failure(done: Future[object]) -> None:
+def _tell_failure(done: Future[Any]) -> None:
     error = None if done.cancelled() else done.exception()
     if error is not None:
         log.error("cannot close or remove a file", exc_info=error)
