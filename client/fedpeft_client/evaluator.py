@@ -12,7 +12,7 @@ from fedpeft_client.ledger import Ledger
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.patience import Patience
 from fedpeft_client.runs import KnownRun
-from fedpeft_client.trainer import adapter_json
+from fedpeft_client.trainer import adapter_json, sendable
 from fedpeft_client.withdrawals import MAX_REASON
 from fedpeft_client.worker_process import WorkerProcess
 
@@ -51,7 +51,7 @@ class Evaluator:
         log.info("evaluation begins", version=held.version)
         request = {"op": "evaluate", "run": run.as_json(), "adapter": adapter_json(held)}
         answer = await self._worker.ask(request)
-        metrics = figures.sendable(answer["metrics"], figures.MAX_EVALUATION)
+        metrics = sendable(answer["metrics"], figures.MAX_EVALUATION, log)
         message = pb.PushEvaluationRequest(run=run.id, version=held.version, metrics=metrics)
         with self._ledger.booked(departures.evaluation(message)):
             await self._patience.keep(lambda: self._channel.push_evaluation(message))

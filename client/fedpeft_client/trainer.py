@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from google.protobuf import json_format
 
@@ -63,7 +64,7 @@ class Trainer:
             ticket=task.ticket,
             manifest=manifest,
             examples=answer["examples"],
-            metrics=figures.sendable(answer["metrics"], figures.MAX_TRAINING),
+            metrics=sendable(answer["metrics"], figures.MAX_TRAINING, log),
         )
         pending = await asyncio.to_thread(self._box.commit, run.id, task.round, header)
         self._metrics.trained(run.id, header.metrics)
@@ -77,6 +78,14 @@ class Trainer:
             self._metrics.progressed(run, progress)
 
         return watch
+
+
+def sendable(measured: Mapping[str, float], most: int, log: Log) -> dict[str, float]:
+    """Returns the figures that the server takes; logs how many are left out, and why the first are."""
+    kept, dropped = figures.sendable(measured, most)
+    if dropped:
+        log.warning("figures are not sent", dropped=len(dropped), cause="; ".join(dropped[: figures.FAULTS_NAMED]))
+    return kept
 
 
 def adapter_json(held: Held) -> Answer:

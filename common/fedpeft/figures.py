@@ -42,10 +42,24 @@ COUNT = "examples"
 """Number of examples that the others are about: no result by itself."""
 
 
-def sendable(figures: Mapping[str, float], most: int) -> dict[str, float]:
-    """Returns the first `most` figures that pass `check`; a class name may be longer than a figure's name may be."""
-    kept = [(name, float(value)) for name, value in figures.items() if not _fault(name, value)]
-    return dict(kept[:most])
+def sendable(figures: Mapping[str, float], most: int) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Divides figures into those that pass `check` and the others.
+
+    Returns:
+        The first `most` figures that pass, and why each of the others does not: a value may not be finite, and a class
+        name may be longer than a figure's name may be.
+    """
+    kept: dict[str, float] = {}
+    dropped = list[str]()
+    for name, value in figures.items():
+        fault = _fault(name, value)
+        if not fault and len(kept) >= most:
+            fault = f"the figure {plain(name)} is one of more than {most}"
+        if fault:
+            dropped.append(fault)
+        else:
+            kept[name] = float(value)
+    return kept, tuple(dropped)
 
 
 def check(figures: Mapping[str, float], most: int) -> None:

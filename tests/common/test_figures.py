@@ -14,7 +14,8 @@ COUNTS = figures.RANGES.keys() - {"accuracy"}
 
 @given(st.dictionaries(st.text(max_size=200), st.floats(), max_size=70))
 def test_what_is_sendable_passes_the_check(given_: dict[str, float]) -> None:
-    kept = figures.sendable(given_, figures.MAX_TRAINING)
+    kept, dropped = figures.sendable(given_, figures.MAX_TRAINING)
+    assert len(kept) + len(dropped) == len(given_)
     figures.check(kept, figures.MAX_TRAINING)
     assert kept.items() <= given_.items()
     known = any(name in figures.RANGES or name.startswith("accuracy/") for name in given_)
@@ -25,7 +26,18 @@ def test_what_is_sendable_passes_the_check(given_: dict[str, float]) -> None:
 def test_a_long_class_name_costs_its_own_figure_only() -> None:
     # A run file takes class names of 256 characters.
     scored = {"accuracy": 0.5, "accuracy/" + "x" * 256: 0.25, "accuracy/cat": 0.75}
-    assert figures.sendable(scored, figures.MAX_EVALUATION) == {"accuracy": 0.5, "accuracy/cat": 0.75}
+    kept, dropped = figures.sendable({**scored, "loss": math.nan}, figures.MAX_EVALUATION)
+    assert kept == {"accuracy": 0.5, "accuracy/cat": 0.75}
+    assert dropped == (
+        "a figure's name has 265 bytes; 1 to 128 are taken",
+        "the figure loss is nan; it must be finite",
+    )
+
+
+def test_figures_beyond_the_limit_are_dropped_with_the_reason() -> None:
+    kept, dropped = figures.sendable({f"figure-{n}": 1.0 for n in range(5)}, 3)
+    assert list(kept) == ["figure-0", "figure-1", "figure-2"]
+    assert dropped == tuple(f"the figure figure-{n} is one of more than 3" for n in (3, 4))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +57,7 @@ def test_a_long_class_name_costs_its_own_figure_only() -> None:
 def test_what_is_refused(wrong: dict[str, float], says: str) -> None:
     with pytest.raises(MetricsInvalid, match=says):
         figures.check(wrong, figures.MAX_TRAINING)
-    assert len(figures.sendable(wrong, figures.MAX_TRAINING)) in (0, 64), "a client does not send what is refused"
+    assert len(figures.sendable(wrong, figures.MAX_TRAINING)[0]) in (0, 64), "a client does not send what is refused"
 
 
 def test_each_wrong_figure_is_named_as_a_field_and_nothing_of_it_reaches_a_terminal() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 import torch
 
 from fedpeft import figures, models, payload, seeds
@@ -18,6 +20,8 @@ from fedpeft.payload import Manifest, Tensors
 from fedpeft.peft import tune
 from fedpeft.simulation.clients import Arrays, ClientData, ClientMemory, Clients
 from fedpeft.updates import PreparedUpdate, prepare
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ class Workbench:
         update = prepare(result.delta, residual, self.spec.sent(number), self._config.codec)
         stays = {name: result.local[name] for name in self._own if name in result.local}
         facts = {**result.facts, "threads": str(torch.get_num_threads())}
-        metrics = figures.sendable(result.metrics, figures.MAX_TRAINING)
+        metrics = _sendable(result.metrics, figures.MAX_TRAINING, client)
         return Trained(update, {**kept, **stays}, result.examples, metrics, facts)
 
     def score(self, version: Version) -> dict[str, float]:
@@ -127,4 +131,13 @@ class Workbench:
             return {}
         self._model.load({**version.tensors, **self._own})
         scored = self._learner.evaluate(self._model, self._test, self._device, self._config.training.precision)
-        return figures.sendable(scored, figures.MAX_EVALUATION)
+        return _sendable(scored, figures.MAX_EVALUATION, "evaluator")
+
+
+def _sendable(measured: Mapping[str, float], most: int, client: str) -> dict[str, float]:
+    """Returns the figures that a client would send; logs how many are left out, and why the first are."""
+    kept, dropped = figures.sendable(measured, most)
+    if dropped:
+        cause = "; ".join(dropped[: figures.FAULTS_NAMED])
+        _log.warning("figures are not kept", client=client, dropped=len(dropped), cause=cause)
+    return kept
