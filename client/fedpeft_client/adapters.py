@@ -13,10 +13,12 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from fedpeft import durable, wire
+from fedpeft import durable, logs, wire
 from fedpeft.errors import ChecksumMismatch, FedpeftError
 from fedpeft.payload import Manifest
 from fedpeft.v1 import tensor_pb2
+
+_log = logs.logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,17 @@ class AdapterCache:
             message = json_format.ParseDict(record["manifest"], tensor_pb2.Manifest())
             manifest = wire.manifest_from_proto(message)
             held = Held(int(record["version"]), manifest, self._payload(manifest))
-            return held if durable.sha256(held.payload) == manifest.sha256 else None
-        except (OSError, KeyError, TypeError, ValueError, json_format.Error, FedpeftError):
-            return None
+            if durable.sha256(held.payload) == manifest.sha256:
+                return held
+            cause = f"{held.payload.name} does not have the digest of its manifest"
+        except FileNotFoundError as error:
+            if error.filename == str(self._index):
+                return None
+            cause = str(error)
+        except (OSError, KeyError, TypeError, ValueError, json_format.Error, FedpeftError) as error:
+            cause = f"{type(error).__name__}: {error}"
+        _log.warning("the adapter version on disk is damaged; it is pulled again", file=str(self._index), cause=cause)
+        return None
 
     def part(self, version: int) -> Path:
         """Returns the file that collects the bytes of a version; parts of other versions are removed."""

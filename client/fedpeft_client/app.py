@@ -79,6 +79,12 @@ async def _serve(
         Ledger(directory.path, settings.server) as ledger,
         metrics.served("" if settings.dry_run else settings.metrics),
     ):
+        if ledger.unreadable:
+            log.warning(
+                "the ledger has lines that cannot be read; the bytes of the last 24 hours may be more than it counts",
+                lines=ledger.unreadable,
+                ledger=str(ledger.path),
+            )
         try:
             async with Channel(settings.server, settings.name, directory.instance, identity) as channel:
                 Traffic(channel, ledger, metrics, Contact(directory.path, settings.server))

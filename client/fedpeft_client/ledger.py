@@ -22,12 +22,17 @@ from fedpeft.errors import FedpeftError, LocalError
 from fedpeft_client.ledger_day import DAY, LastDay
 from fedpeft_client.ledger_entries import FILE, Departure, Kind, Outcome, carried, closing, opening, read
 from fedpeft_client.ledger_file import LedgerFile
+from fedpeft_client.newest import Newest
 from fedpeft_client.patience import FAULT, NOT_NOW
 
 FILE_BYTES = 4 * 1024 * 1024
 """A file of so many bytes is set aside: what is read at a start is one, and those of the last 24 hours."""
 QUESTIONS_BYTES = 4 * 1024
 """Questions are booked together, so many bytes of them ahead: a line for each would be thousands a day."""
+
+
+NAMED = 1024
+"""Runs for which nothing was trained whose names are kept: a server may offer as many as it likes."""
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Ledger:
 
     Attributes:
         day: What left in the last 24 hours.
+        unreadable: Lines that could not be read at the start; what they booked is not counted.
 
     Raises:
         StateInvalid: If it cannot be written: nothing leaves without it.
@@ -58,14 +64,18 @@ class Ledger:
         self.day = LastDay()
         self._server = server
         self._file = LedgerFile(self.path)
-        self._names: dict[str, str] = {}
+        self._names: dict[str, str] = {}  # of runs with tickets
+        self._offered: Newest[str, str] = Newest(NAMED)  # names of the others
+        self._carried_bytes = 0
         self._tickets: defaultdict[str, set[str]] = defaultdict(set)
         self._under_way: _Booking | None = None
         self._questions: _Booking | None = None
         known = read(self.path, datetime.now(UTC) - DAY)
-        self._names |= known.names
+        self.unreadable = known.unreadable
         for run, tickets in known.tickets.items():
             self._tickets[run] |= tickets
+        for run, name in known.names.items():
+            self._name(run, name)
         for number, each in sorted(known.booked.items(), key=lambda item: item[1].latest):
             self._count(number, each.departure, each.latest)
 
@@ -136,12 +146,13 @@ class Ledger:
 
     def tickets(self, run: str) -> frozenset[str]:
         """Returns the tickets of a run for which tensors have left."""
-        return frozenset(self._tickets[run])
+        return frozenset(self._tickets.get(run, ()))
 
     def forget(self, run: str) -> None:
         """Forgets the tickets of a run that is over; the lines about it stay."""
         self._tickets.pop(run, None)
         self._names.pop(run, None)
+        self._offered.pop(run, None)
 
     def _settle_questions(self) -> None:
         if self._questions is not None:
@@ -149,14 +160,15 @@ class Ledger:
             self._close(booking, Outcome.RECEIVED, "")
 
     def _opened(self, departure: Departure) -> _Booking:
-        booking = _Booking(replace(departure, name=departure.name or self._names.get(departure.run, "")))
+        booking = _Booking(replace(departure, name=departure.name or self._name_of(departure.run)))
         self._open(booking)
         return booking
 
     def _open(self, booking: _Booking) -> None:
         now = datetime.now(UTC)
-        if self._file.size_bytes >= FILE_BYTES:
-            self._file.begin_another(carried(now, self._names, self._tickets))
+        if self._file.size_bytes - self._carried_bytes >= FILE_BYTES:  # however much the last one handed on
+            self._file.begin_another(carried(now, {**self._offered, **self._names}, self._tickets))
+            self._carried_bytes = self._file.size_bytes
         self._file.add(opening(booking.number, now, self._server, booking.departure))
         self._count(booking.number, booking.departure, now)
 
@@ -166,8 +178,18 @@ class Ledger:
         self._file.add(closing(booking.number, now, outcome, booking.sent_bytes, words))
 
     def _count(self, number: str, departure: Departure, at: datetime) -> None:
-        if departure.run and departure.name:
-            self._names[departure.run] = departure.name
         if departure.kind is Kind.UPDATE:
             self._tickets[departure.run].add(departure.ticket)
+        if departure.run and (name := departure.name or self._name_of(departure.run)):
+            self._name(departure.run, name)
         self.day.count(number, at, departure.wire_bytes)
+
+    def _name_of(self, run: str) -> str:
+        return self._names.get(run) or self._offered.get(run, "")
+
+    def _name(self, run: str, name: str) -> None:
+        if run in self._tickets:
+            self._names[run] = name
+            self._offered.pop(run, None)
+        else:
+            self._offered.put(run, name)

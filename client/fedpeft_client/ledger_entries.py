@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import StateInvalid
+from fedpeft.units import counted
 from fedpeft_client.ledger_file import archives
 
 FILE = "ledger.jsonl"
@@ -148,6 +149,11 @@ class Contents:
                 self.booked[data["id"]] = _closed(self.booked[data["id"]], data, at)
         except (AttributeError, ValueError, KeyError, TypeError):
             self.unreadable += 1
+
+
+def unreadable_text(lines: int) -> str:
+    """Returns the sentence for lines of a ledger that cannot be read."""
+    return f"{counted(lines, 'line')} of the ledger cannot be read: cut off by a crash, or changed by hand"
 
 
 def read(path: Path, since: datetime | None = None) -> Contents:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from fedpeft import durable, ids, wire
+from fedpeft import durable, ids, logs, wire
 from fedpeft.errors import FedpeftError, StateInvalid
 from fedpeft.payload import Manifest
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -34,6 +34,8 @@ IF_NOT = "residual_if_not.safetensors"
 LOCAL = "local.safetensors"
 _RECORD = "ticket.json"
 _COUNTED, _IF_EXCLUDED, _EXCLUDED = "counted.json", "counted.safetensors", "excluded"
+_log = logs.logger()
+
 BOX, DRAFT, ASIDE = "pending", "pending.new", "set-aside"
 KEPT_ASIDE = 8
 """Updates that are kept aside: each is as large as any other, and nobody may be there to look at them."""
@@ -165,12 +167,9 @@ class PendingBox:
             return str(record["header"]["ticket"])
         except FileNotFoundError:
             return None
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # damaged: as if it had counted, as it would without the file
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            path = self._directory.path / "runs" / run / _COUNTED
+            _log.warning("note on the last update is damaged; it is taken as counted", file=str(path), cause=str(error))
             self.confirm(run)
             return None
 
@@ -239,4 +238,5 @@ class PendingBox:
         shutil.rmtree(place, ignore_errors=True)  # the same ticket, trained and set aside once more
         durable.move(settled, place)
         for old in sorted(self.aside.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-KEPT_ASIDE]:
+            _log.warning("an update that was set aside is removed: only the newest are kept", folder=str(old))
             shutil.rmtree(old)

@@ -16,7 +16,7 @@ from fedpeft.identity import certificates
 from fedpeft.identity.folder import Identity
 from fedpeft_client import contact, departing, enrolled
 from fedpeft_client.ledger_entries import FILE as LEDGER
-from fedpeft_client.ledger_entries import Booked, Kind, Outcome, read
+from fedpeft_client.ledger_entries import Booked, Kind, Outcome, read, unreadable_text
 from fedpeft_client.pending import BOX
 from fedpeft_client.policy import find
 
@@ -119,7 +119,10 @@ def look(state_dir: Path, policy: Path | None = None, identity: Path | None = No
     booked: list[Booked] = []
     if (state_dir / LEDGER).exists():
         try:
-            booked = list(read(state_dir / LEDGER).booked.values())
+            ledger = read(state_dir / LEDGER)
+            booked = list(ledger.booked.values())
+            if ledger.unreadable:
+                problems.append(f"{unreadable_text(ledger.unreadable)}; more may have left than is counted")
         except FedpeftError as error:
             problems.append(error.message)
     rules, file = None, None

@@ -26,6 +26,7 @@ from fedpeft_client.ledger import QUESTIONS_BYTES, Ledger
 from fedpeft_client.ledger_entries import FILE, Departure, Kind, Outcome, read
 from fedpeft_client.ledger_file import LedgerFile, archives
 from fedpeft_client.ledger_view import rows, totals
+from fedpeft_client.site_status import look
 
 
 def update(size: int, ticket: str = "ticket-1", offset: int = 0) -> Departure:
@@ -389,10 +390,46 @@ def test_a_start_reads_the_newest_file_and_those_of_the_last_day_and_knows_as_mu
         each.write_bytes(b"{")
     with Ledger(tmp_path, "s:1") as ledger:
         assert ledger.tickets("run-1") == {f"ticket-{number:02}" for number in range(20)}
-        assert ledger._names == {"run-1": "emoji"}
+        with ledger.booked(Departure(Kind.WITHDRAWAL, 1, {}, "run-1")):
+            pass
+        assert list(read(tmp_path / FILE).booked.values())[-1].departure.name == "emoji"
         assert ledger.day.left_since(datetime.now(UTC) - timedelta(hours=1)) < 20 * 120
         ledger.forget("run-1")
         assert not ledger.tickets("run-1")
+
+
+def test_a_server_that_offers_runs_without_end_makes_neither_the_carried_line_nor_the_files_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedpeft_client.ledger.FILE_BYTES", 2000)  # less than the names that are carried
+    monkeypatch.setattr("fedpeft_client.ledger.NAMED", 40)
+    offers = [Departure(Kind.ANSWER, 9, {"reasons": []}, f"run-{n:04}", f"name-{n:04}" + "x" * 50) for n in range(300)]
+    with Ledger(tmp_path, "s:1") as ledger:
+        for each in (answer(), update(200), *offers):
+            with ledger.booked(each):
+                pass
+    files = [*archives(tmp_path / FILE), tmp_path / FILE]
+    carried = [json.loads(file.read_text().splitlines()[0])["carried"] for file in files[1:]]
+    assert max(len(each["names"]) for each in carried) == 41 and all("run-1" in each["names"] for each in carried)
+    assert len(json.dumps(carried[-1])) > 2000, "or this shows nothing"
+    assert min(file.read_bytes().count(b"\n") for file in files[:-1]) >= 8, (
+        "a file takes its bytes, whatever it carries"
+    )
+    with Ledger(tmp_path, "s:1") as again:
+        with again.booked(Departure(Kind.WITHDRAWAL, 1, {}, "run-1")):
+            pass
+        assert not again.tickets("run-0001") and "run-0001" not in again._tickets
+    assert list(read(tmp_path / FILE).booked.values())[-1].departure.name == "emoji"
+
+
+def test_lines_that_cannot_be_read_are_known_to_whoever_counts(tmp_path: Path) -> None:
+    with Ledger(tmp_path, "s:1") as ledger:
+        assert ledger.unreadable == 0
+    (tmp_path / FILE).write_text("nonsense\n{}\n")
+    with Ledger(tmp_path, "s:1") as ledger:
+        assert ledger.unreadable == 2
+    (problem,) = look(tmp_path).problems
+    assert problem.startswith("2 lines of the ledger cannot be read") and problem.endswith("than is counted")
 
 
 @pytest.mark.parametrize("step", range(1, 6))

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from fedpeft import durable, payload, wire
 from fedpeft.errors import ChecksumMismatch, StateInvalid
@@ -155,8 +156,10 @@ def test_crash_while_settling_is_finished_at_the_next_start(
 def test_updates_that_are_set_aside_do_not_fill_the_disk(tmp_path: Path) -> None:
     with StateDirectory(tmp_path) as directory:
         box = PendingBox(directory, "")
-        for number in range(1, KEPT_ASIDE + 4):
-            box.settle(box.commit(RUN, number, write_draft(box)), Outcome.SET_ASIDE)
+        with capture_logs() as lines:
+            for number in range(1, KEPT_ASIDE + 4):
+                box.settle(box.commit(RUN, number, write_draft(box)), Outcome.SET_ASIDE)
+        assert [Path(line["folder"]).name.split("-")[-3] for line in lines] == ["000001", "000002", "000003"]
         kept = sorted(path.name.split("-")[-3] for path in box.aside.iterdir())
         assert len(kept) == KEPT_ASIDE and kept[0] == "000004", "the oldest went"
 
@@ -184,7 +187,9 @@ def manifest_of(data: bytes) -> payload.Manifest:
 
 def test_cache_keeps_the_last_version_and_distrusts_damage(tmp_path: Path) -> None:
     cache = AdapterCache(tmp_path)
-    assert cache.held() is None
+    with capture_logs() as lines:
+        assert cache.held() is None
+    assert not lines, "none was there"
     for version in (1, 2):
         data = bytes([version]) * 10
         cache.part(version).write_bytes(data)
@@ -192,7 +197,12 @@ def test_cache_keeps_the_last_version_and_distrusts_damage(tmp_path: Path) -> No
         assert cache.held() == held and held.version == version
     assert len(list(tmp_path.glob("*.payload"))) == 1
     held.payload.write_bytes(b"?")
-    assert cache.held() is None
+    for damage in (lambda: None, held.payload.unlink, lambda: (tmp_path / "adapter.json").write_text("{")):
+        damage()
+        with capture_logs() as lines:
+            assert cache.held() is None
+        (line,) = lines
+        assert line["log_level"] == "warning" and line["cause"]
 
 
 def test_cache_refuses_bytes_without_the_digest(tmp_path: Path) -> None:
@@ -264,5 +274,7 @@ class TestExcludedAfterTheReceipt:
     def test_a_damaged_note_is_as_if_it_had_counted(self, tmp_path: Path) -> None:
         box = self.settled(tmp_path, "ticket-1")
         (tmp_path / "runs" / RUN / "counted.json").write_bytes(b"{")
-        assert box.counted(RUN) is None
+        with capture_logs() as lines:
+            assert box.counted(RUN) is None
+        assert [line["file"] for line in lines] == [str(tmp_path / "runs" / RUN / "counted.json")]
         assert self.residual(tmp_path) == b"counted"
