@@ -74,7 +74,7 @@ Seen = Callable[[Message], None]
 
 
 def _unseen(_: Message) -> None:
-    """For whom messages are nothing to look at."""
+    """Ignores a message."""
 
 
 class Channel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -14,17 +13,17 @@ from functools import partial
 from pathlib import Path
 
 from fedpeft import enrolment, token_argument
-from fedpeft.errors import CertificateExpired, IdentityInvalid, SettingsInvalid
+from fedpeft.errors import CertificateExpired, IdentityInvalid
 from fedpeft.identity import folder
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
 from fedpeft.v1 import access_service_pb2
-from fedpeft_client import departing, departures
+from fedpeft_client import departing, departures, state_flag
 from fedpeft_client.contact import Contact
 from fedpeft_client.exits import Exit
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.renewal import check_valid
-from fedpeft_client.state import VARIABLE, StateDirectory, identity_folder
+from fedpeft_client.state import StateDirectory, identity_folder
 
 _UNUSED = (
     "; the token was not used. To replace this identity, after a revocation for example, use --replace "
@@ -56,8 +55,7 @@ def _enroll(argument: str, state_dir: Path | None, *, keep: bool, replace: bool)
             return
         replace = True
     token = token_argument.take(argument)
-    if state_dir is None:
-        raise SettingsInvalid(f"--state-dir is missing (or {VARIABLE})")
+    state_dir = state_flag.named(state_dir)
     with StateDirectory(state_dir) as directory:  # a client that runs there must not lose its certificate
         into = identity_folder(directory.path)
         with Ledger(directory.path, token.enrollment) as ledger:
@@ -115,13 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: fedpeft-client enroll @token.txt --state-dir /var/lib/fedpeft",
     )
     parser.add_argument("token", metavar="TOKEN", help=token_argument.HELP)
-    parser.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        type=Path,
-        default=os.environ.get(VARIABLE) or None,
-        help=f"the client's state directory ({VARIABLE}); its identity is in DIR/identity",
-    )
+    state_flag.add(parser, "; its identity is in DIR/identity")
     where_enrolled = parser.add_mutually_exclusive_group()
     where_enrolled.add_argument(
         "--keep",

@@ -52,18 +52,24 @@ def check(identity: Identity, *, server: str, name: str, evaluate: bool, insecur
         ValueError: With the first that contradicts it.
     """
     subject, where = identity.subject, identity.folder
-    wrong = {
-        f"the certificate in {where} is that of {subject}, which cannot take part in runs; enroll a client or "
-        "an evaluator": (subject.role not in (Role.CLIENT, Role.EVALUATOR)),
-        f"name {name}: the certificate in {where} speaks for {subject.name}; leave --name out": name != subject.name,
-        f"server {server}: the identity in {where} is for {identity.server}; leave --server out, or write the new "
-        f"address into {where / 'identity.toml'} if that server has moved": server != identity.server,
-        f"the certificate in {where} is an evaluator's; say --evaluate": subject.role is Role.EVALUATOR
-        and not evaluate,
-        f"--evaluate: the certificate in {where} is that of a client that trains; an evaluator needs a token of role "
-        "evaluator": subject.role is Role.CLIENT and evaluate,
-        f"--insecure asks for plain text, and there is a certificate in {where}; leave --insecure out": insecure,
-    }
-    for sentence, applies in wrong.items():
-        if applies:
-            raise ValueError(sentence)
+    if subject.role not in (Role.CLIENT, Role.EVALUATOR):
+        raise ValueError(
+            f"the certificate in {where} is that of {subject}, which cannot take part in runs; enroll a client or an "
+            "evaluator"
+        )
+    if name != subject.name:
+        raise ValueError(f"name {name}: the certificate in {where} speaks for {subject.name}; leave --name out")
+    if server != identity.server:
+        raise ValueError(
+            f"server {server}: the identity in {where} is for {identity.server}; leave --server out, or write the new "
+            f"address into {where / 'identity.toml'} if that server has moved"
+        )
+    if subject.role is Role.EVALUATOR and not evaluate:
+        raise ValueError(f"the certificate in {where} is an evaluator's; say --evaluate")
+    if subject.role is Role.CLIENT and evaluate:
+        raise ValueError(
+            f"--evaluate: the certificate in {where} is that of a client that trains; an evaluator needs a token of "
+            "role evaluator"
+        )
+    if insecure:
+        raise ValueError(f"--insecure asks for plain text, and there is a certificate in {where}; leave --insecure out")

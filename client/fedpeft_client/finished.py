@@ -8,7 +8,6 @@ have a run go on from an earlier version. A run with an update that the server h
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import time
 from datetime import UTC, datetime, timedelta
@@ -35,8 +34,8 @@ ASKED = 32
 """Most runs of one question."""
 KEPT = timedelta(days=30)
 """Time for which the residual of a finished run is kept."""
-MARK = "finished.json"
-"""Says in a run's folder that the run is over, and when that was found out."""
+MARK = "finished"
+"""Says in a run's folder that the run is over, and by its time of modification since when that is known; empty."""
 
 _OVER = {
     run_pb2.RUN_STATE_UNSPECIFIED: "deleted",
@@ -124,7 +123,7 @@ class FinishedRuns:
         self._box.confirm(run)  # its last update was folded, or never will be
         mark = folder / MARK
         if not mark.exists():
-            durable.write(mark, json.dumps({"state": how, "at": datetime.now(UTC).isoformat()}).encode())
+            durable.write(mark, b"")
         kept = [file for file in (state.local(folder), state.residual(folder)) if _holds_values(file)]
         if state.residual(folder) in kept and _since(mark) > KEPT:
             kept.remove(state.residual(folder))

@@ -14,15 +14,13 @@ from fedpeft.errors import (
     CertificateExpired,
     CertificateRevoked,
     IdentityInvalid,
-    SettingsInvalid,
-    StateInvalid,
     Unavailable,
 )
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.units import counted, size
 from fedpeft.v1 import access_service_pb2 as pb
-from fedpeft_client import departing, departures, enrolled
+from fedpeft_client import departing, departures, enrolled, state_flag
 from fedpeft_client.channel import Channel
 from fedpeft_client.contact import Contact
 from fedpeft_client.exits import Exit
@@ -30,11 +28,9 @@ from fedpeft_client.ledger import Ledger
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.patience import CALL_S, Patience
 from fedpeft_client.renewal import check_valid
-from fedpeft_client.state import VARIABLE, StateDirectory
+from fedpeft_client.state import StateDirectory
 from fedpeft_client.traffic import Traffic
-
-MAX_REASON = 1024
-"""Most characters of a reason that the protocol takes."""
+from fedpeft_client.withdrawals import MAX_REASON
 
 
 def main(arguments: list[str]) -> int:
@@ -44,12 +40,9 @@ def main(arguments: list[str]) -> int:
         FedpeftError: What kept it from it; then nothing was removed.
     """
     given = _parser().parse_args(arguments)
-    if given.state_dir is None:
-        raise SettingsInvalid(f"--state-dir is missing (or {VARIABLE})")
-    if not given.state_dir.is_dir():
-        raise StateInvalid(f"there is no state directory {given.state_dir}")
-    where = enrolled.find(given.identity, given.state_dir)
-    with StateDirectory(given.state_dir) as directory:  # a client that runs there must be stopped first
+    state_dir = state_flag.existing(given.state_dir)
+    where = enrolled.find(given.identity, state_dir)
+    with StateDirectory(state_dir) as directory:  # a client that runs there must be stopped first
         if where is None:
             note("this client has no identity, so there is nothing for a server to revoke")
         elif given.offline:
@@ -61,7 +54,7 @@ def main(arguments: list[str]) -> int:
             say(f"removed  {path}: {what}" + (f", {size(size_bytes)}" if size_bytes else ""))
         for path, what in departing.kept(directory.path, given.identity):
             say(f"kept     {path}: {what}")
-    _say_rest(given.state_dir, removed=given.remove)
+    _say_rest(state_dir, removed=given.remove)
     return Exit.DONE
 
 
@@ -140,13 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "Returning takes a new token.",
         epilog="Example: fedpeft-client leave --state-dir /var/lib/fedpeft --remove",
     )
-    parser.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        type=Path,
-        default=os.environ.get(VARIABLE) or None,
-        help=f"the client's state directory ({VARIABLE})",
-    )
+    state_flag.add(parser)
     parser.add_argument(
         "--identity",
         metavar="DIR",

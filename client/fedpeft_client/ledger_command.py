@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 from fedpeft.cli.output import note, say, say_json, say_table
 from fedpeft.errors import SettingsInvalid
-from fedpeft.units import counted, size
+from fedpeft.units import size
+from fedpeft_client import state_flag
 from fedpeft_client.exits import Exit
-from fedpeft_client.ledger_entries import FILE, Contents, read
+from fedpeft_client.ledger_entries import FILE, Contents, read, unreadable_text
 from fedpeft_client.ledger_view import Row, rows, totals
-from fedpeft_client.state import VARIABLE
 
 _SPAN = re.compile(r"([0-9]{1,6})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
@@ -31,9 +29,7 @@ def main(arguments: list[str]) -> int:
         StateInvalid: If there is no ledger.
     """
     given = _parser().parse_args(arguments)
-    if not given.state_dir:
-        raise SettingsInvalid(f"--state-dir is missing (or {VARIABLE})")
-    contents = read(Path(given.state_dir) / FILE)
+    contents = read(state_flag.named(given.state_dir) / FILE)
     since = _since(given.since, datetime.now(UTC))
     found = [row for row in rows(contents.booked.values()) if row.at >= since]
     if given.run:
@@ -45,8 +41,7 @@ def main(arguments: list[str]) -> int:
     else:
         _show(found, sums, _nothing(contents))
     if contents.unreadable:
-        lines = counted(contents.unreadable, "line")
-        note(f"{lines} of the ledger cannot be read: cut off by a crash, or changed by hand")
+        note(unreadable_text(contents.unreadable))
     return Exit.DONE
 
 
@@ -96,12 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "A client may be using the state directory meanwhile.",
         epilog="Example: fedpeft-client ledger --state-dir /var/lib/fedpeft --since 7d",
     )
-    parser.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        default=os.environ.get(VARIABLE),
-        help=f"the client's state directory ({VARIABLE})",
-    )
+    state_flag.add(parser)
     parser.add_argument("--since", metavar="TIME", help="only what left since then: 7d, 12h, or a date; all if absent")
     parser.add_argument("--run", metavar="ID", help="only what left for this run")
     parser.add_argument("--json", action="store_true", help="JSON in place of tables")

@@ -9,16 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedpeft.cli.output import say, say_json
-from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid
+from fedpeft.errors import FedpeftError
 from fedpeft.identity import diagnosis
 from fedpeft.identity.diagnosis import Trust
 from fedpeft.identity.folder import Identity
 from fedpeft.plain_text import plain
 from fedpeft.units import counted, size
-from fedpeft_client import enrolled
+from fedpeft_client import enrolled, state_flag
 from fedpeft_client.exits import Exit
 from fedpeft_client.site_status import RunStatus, SiteStatus, look
-from fedpeft_client.state import VARIABLE
 
 _MOMENT = "%Y-%m-%d %H:%M UTC"
 MOST_RUNS = 20
@@ -33,11 +32,7 @@ def main(arguments: list[str]) -> int:
         StateInvalid: If it is not there.
     """
     given = _parser().parse_args(arguments)
-    if given.state_dir is None:
-        raise SettingsInvalid(f"--state-dir is missing (or {VARIABLE})")
-    if not given.state_dir.is_dir():
-        raise StateInvalid(f"there is no state directory {given.state_dir}; no client was enrolled or started with it")
-    found = look(given.state_dir, given.policy, given.identity)
+    found = look(state_flag.existing(given.state_dir), given.policy, given.identity)
     reached = _reached(found, given.identity) if given.ask else None
     if given.json:
         say_json({**found.as_json(), **({"reached": not reached, "cause": reached} if given.ask else {})})
@@ -133,13 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "to, and a client may be running.",
         epilog="Example: fedpeft-client status --state-dir /var/lib/fedpeft",
     )
-    parser.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        type=Path,
-        default=os.environ.get(VARIABLE) or None,
-        help=f"the client's state directory ({VARIABLE})",
-    )
+    state_flag.add(parser)
     parser.add_argument(
         "--identity",
         metavar="DIR",

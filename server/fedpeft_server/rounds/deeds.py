@@ -54,4 +54,4 @@ def of_ticket(current: Round, ticket: Ticket, action: str, reason: str, by: str)
         "ticket": ticket.id,
         "reason": reason,
     }
-    return Deed(by, action, current.run, {**details, "reason": reason})
+    return Deed(by, action, current.run, details)
