@@ -50,6 +50,7 @@ from fedpeft.errors import (
     VersionNotFound,
 )
 from fedpeft.logs import Log
+from fedpeft.plain_text import MAX_REASON
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client import departures
@@ -80,7 +81,7 @@ from fedpeft_client.steps import Steps
 from fedpeft_client.suitability import Reason, reasons_against_ticket
 from fedpeft_client.trainer import Trainer
 from fedpeft_client.wire_checks import said
-from fedpeft_client.withdrawals import MAX_REASON, Withdrawals
+from fedpeft_client.withdrawals import Withdrawals
 from fedpeft_client.worker_process import Answer, WorkerProcess
 
 MAX_REASONS = 8

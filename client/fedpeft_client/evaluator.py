@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedpeft import figures
 from fedpeft.logs import Log
+from fedpeft.plain_text import MAX_REASON
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client import departures
 from fedpeft_client.adapters import Held
@@ -13,7 +14,6 @@ from fedpeft_client.metrics import Metrics
 from fedpeft_client.patience import Patience
 from fedpeft_client.runs import KnownRun
 from fedpeft_client.trainer import adapter_json, sendable
-from fedpeft_client.withdrawals import MAX_REASON
 from fedpeft_client.worker_process import WorkerProcess
 
 

@@ -18,6 +18,7 @@ from fedpeft.errors import (
 )
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
+from fedpeft.plain_text import MAX_REASON
 from fedpeft.units import counted, size
 from fedpeft.v1 import access_service_pb2 as pb
 from fedpeft_client import departing, departures, enrolled, state_flag
@@ -30,7 +31,6 @@ from fedpeft_client.patience import CALL_S, Patience
 from fedpeft_client.renewal import check_valid
 from fedpeft_client.state import StateDirectory
 from fedpeft_client.traffic import Traffic
-from fedpeft_client.withdrawals import MAX_REASON
 
 
 def main(arguments: list[str]) -> int:

@@ -15,10 +15,15 @@ def add(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
         "--state-dir",
         metavar="DIR",
-        type=Path,
+        type=_folder,
         default=os.environ.get(VARIABLE) or None,
         help=f"the client's state directory ({VARIABLE}){more}",
     )
+
+
+def _folder(text: str) -> Path | None:
+    """Returns a folder that was named; an empty name is none, and not the current folder."""
+    return Path(text) if text else None
 
 
 def named(state_dir: Path | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedpeft.errors import FedpeftError, LocalError
 from fedpeft.logs import Log
+from fedpeft.plain_text import MAX_REASON
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client import departures
@@ -11,9 +12,6 @@ from fedpeft_client.channel import Channel
 from fedpeft_client.exits import NOT_ABOUT_THE_TASK
 from fedpeft_client.ledger import Ledger
 from fedpeft_client.patience import FAULT, Patience
-
-MAX_REASON = 1024
-"""Most characters of a reason that the protocol takes."""
 
 
 class Withdrawals:

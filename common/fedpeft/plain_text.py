@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import sys
 
+MAX_REASON = 1024
+"""Most characters of why a ticket is given back, a run paused or stopped, an identity revoked."""
+
 
 def print_anything() -> None:
     """Makes standard output take every text: a path that is not UTF-8 is printed escaped, and raises nothing."""

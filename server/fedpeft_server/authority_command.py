@@ -93,8 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="print the authority, and while it is replaced who has not renewed yet")
     rotate = commands.add_parser("rotate", help="begin to replace the authority: trust a second one beside it")
-    rotate.add_argument("--authority", metavar="FILE", type=Path, help="certificate of an authority of your own")
-    rotate.add_argument("--authority-key", metavar="FILE", type=Path, help="its key, with which this server then signs")
+    folder_arguments.add_authority(rotate)
     finish = commands.add_parser("finish", help="drop the old authority, once everybody has renewed")
     finish.add_argument(
         "--force", action="store_true", help="also if somebody has not renewed, who must then enroll again"

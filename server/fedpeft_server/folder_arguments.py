@@ -29,6 +29,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_authority(parser: argparse.ArgumentParser) -> None:
+    """Adds --authority and --authority-key to a command."""
+    parser.add_argument("--authority", metavar="FILE", type=Path, help="certificate of an authority of your own")
+    parser.add_argument("--authority-key", metavar="FILE", type=Path, help="its key, with which this server then signs")
+
+
 def words(given: argparse.Namespace) -> str:
     """Returns the flags that name the same folders to another command."""
     named = (("--data-dir", given.data_dir), ("--identity", given.identity))

@@ -90,8 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         type=folder_arguments.folder,
         help=f"where the operator's identity goes ({folder.personal() or 'to be named, for want of a home folder'})",
     )
-    parser.add_argument("--authority", metavar="FILE", type=Path, help="certificate of an authority of your own")
-    parser.add_argument("--authority-key", metavar="FILE", type=Path, help="its key, with which this server then signs")
+    folder_arguments.add_authority(parser)
     return parser
 
 

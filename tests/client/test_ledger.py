@@ -328,6 +328,7 @@ def test_lines_that_were_changed_by_hand_are_counted_and_said_and_stop_nobody(
     ("flags", "code", "words"),
     [
         ([], 2, "--state-dir is missing (or FEDPEFT_CLIENT_STATE_DIR)"),
+        (["--state-dir", ""], 2, "--state-dir is missing (or FEDPEFT_CLIENT_STATE_DIR)"),
         (["--state-dir", "/nowhere"], 1, "there is no ledger at /nowhere/ledger.jsonl"),
     ],
 )

@@ -7,7 +7,7 @@ from itertools import islice
 
 from fedpeft import ids
 from fedpeft.errors import CapabilitiesInvalid
-from fedpeft.plain_text import plain
+from fedpeft.plain_text import MAX_REASON, plain
 from fedpeft.v1 import federation_service_pb2 as pb
 
 MAX_TEXT = 256
@@ -22,8 +22,6 @@ MAX_EXAMPLES = 10**9
 """Most examples that a client may declare, and claim for an update."""
 MAX_DECLINE_REASONS = 8
 MAX_DECLINE_CHARACTERS = 512
-MAX_REASON_CHARACTERS = 1024
-"""Most characters of why a ticket is given back, a run paused or stopped, an identity revoked."""
 
 
 def capabilities(said: pb.Capabilities) -> pb.Capabilities:
@@ -73,7 +71,7 @@ def processes(said: Sequence[str]) -> frozenset[str]:
 
 def reason(said: str) -> str:
     """Returns what is kept of why something is done."""
-    return plain(said[:MAX_REASON_CHARACTERS])
+    return plain(said[:MAX_REASON])
 
 
 def _faults(said: pb.Capabilities) -> Iterator[tuple[str, str]]:
