@@ -243,3 +243,27 @@ async def test_bytes_of_a_transaction_whose_caller_has_left_are_written_once(sta
     await store.call(lambda: None)
     assert seen == [{("run-a", 1, "a"): Traffic(1, 2, 3, 4)}]
     assert not ledger.pending("run-a")
+
+
+async def test_the_time_of_a_call_is_kept_where_it_cannot_be_written_and_who_wanted_it_has_left(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ListClients` writes it, and its caller may disconnect."""
+    callers, store, begun, go = daemon.server.callers, daemon.server.store, threading.Event(), threading.Event()
+    callers._touched = {"a": 5.0, "b": 5.0}
+
+    def refused_later(_: Mapping[str, float]) -> None:
+        begun.set()
+        assert go.wait(20)
+        raise DiskFull("no room")
+
+    monkeypatch.setattr(store.db, "touch_clients", refused_later)
+    written = asyncio.ensure_future(callers.write(store))
+    await asyncio.to_thread(begun.wait, 20)
+    callers._touched["a"] = 6.0
+    written.cancel()
+    await asyncio.wait({written})
+    go.set()
+    await store.call(lambda: None)
+    assert callers._touched == {"a": 6.0, "b": 5.0}
+    callers._touched = {}

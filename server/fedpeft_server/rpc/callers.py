@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Collection
@@ -225,11 +226,14 @@ class Callers:
         touched, self._touched = self._touched, {}
         if not touched:
             return
-        try:
-            await store.call(store.db.touch_clients, touched)
-        except Exception:
-            self._touched = {**touched, **self._touched}
-            raise
+
+        def take_back(written: asyncio.Task[None]) -> None:
+            if written.cancelled() or written.exception() is not None:
+                self._touched = {**touched, **self._touched}
+
+        writing = store.begin(store.db.touch_clients, touched)
+        writing.add_done_callback(take_back)  # also where the caller has left by then
+        await asyncio.shield(writing)
 
     def _refuse_one_too_many(self, client: str) -> None:
         known = self._presence.get(client)
