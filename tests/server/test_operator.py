@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import grpc
 import numpy as np
+import pytest
 from safetensors.numpy import load
 
 from fedpeft import payload, wire
@@ -16,6 +17,8 @@ from fedpeft.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
+from fedpeft_server.rounds.scoring import Standing
+from fedpeft_server.store.rows import RunRow
 
 from .conftest import SPEC, Daemon, StartDaemon, config, fault, filled, header, refused, zeros
 
@@ -139,6 +142,27 @@ async def test_stop_ends_a_run_and_only_then_it_can_be_deleted(daemon: Daemon) -
     await daemon.operator.DeleteRun(op.DeleteRunRequest(run=run.id))
     assert await refused(daemon.operator.GetRun(op.GetRunRequest(run=run.id))) == "RUN_NOT_FOUND"
     assert not list((daemon.server.settings.data_dir / "blobs").rglob("*.safetensors"))
+
+
+async def test_runs_are_listed_though_one_is_deleted_meanwhile(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [(await daemon.create(request_id=str(number))).id for number in range(3)]
+    await daemon.operator.StopRun(op.StopRunRequest(run=ids[1]))
+    runs, scoring = daemon.server.runs, daemon.server.runs.scoring
+    looked_at, go_on, real = asyncio.Event(), asyncio.Event(), scoring.standings
+
+    async def slow(run: RunRow) -> list[Standing]:
+        looked_at.set()
+        await go_on.wait()
+        return await real(run)
+
+    monkeypatch.setattr(scoring, "standings", slow)
+    listing = daemon.operator.ListRuns(op.ListRunsRequest())
+    await looked_at.wait()
+    await runs.delete(ids[1], "a test")
+    go_on.set()
+    assert [run.id for run in (await listing).runs] == [ids[0], ids[2]]
 
 
 async def test_the_adapter_downloads_as_a_safetensors_file_and_resumes(daemon: Daemon) -> None:

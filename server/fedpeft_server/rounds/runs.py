@@ -200,9 +200,13 @@ class Runs:
         return list(self._active.values())
 
     def after(self, age: Age) -> Iterator[RunEngine]:
-        """Yields the engines of the runs that are younger than an age, oldest first."""
+        """Yields the engines of the runs that are younger than an age, oldest first.
+
+        A run that is deleted before its turn is left out, so the caller may wait between two of them.
+        """
         for _, run_id in self._ages[bisect.bisect_right(self._ages, age) :]:
-            yield self._engines[run_id]
+            if (engine := self._engines.get(run_id)) is not None:
+                yield engine
 
     async def ticket(self, ticket_id: str) -> tuple[RunEngine, Ticket, int]:
         """Returns a ticket of any round, with the engine of its run and the number of its round.
