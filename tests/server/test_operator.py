@@ -144,9 +144,7 @@ async def test_stop_ends_a_run_and_only_then_it_can_be_deleted(daemon: Daemon) -
     assert not list((daemon.server.settings.data_dir / "blobs").rglob("*.safetensors"))
 
 
-async def test_runs_are_listed_though_one_is_deleted_meanwhile(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_runs_are_listed_though_one_is_deleted_meanwhile(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [(await daemon.create(request_id=str(number))).id for number in range(3)]
     await daemon.operator.StopRun(op.StopRunRequest(run=ids[1]))
     runs, scoring = daemon.server.runs, daemon.server.runs.scoring

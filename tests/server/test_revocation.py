@@ -13,8 +13,9 @@ from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
-from fedpeft.errors import DiskFull
+from fedpeft.errors import DatabaseUnavailable, DiskFull, FedpeftError
 from fedpeft.identity import certificates, keys, requests
 from fedpeft.identity.roles import TO_PROTO
 from fedpeft.identity.subject import Role, Subject
@@ -23,7 +24,7 @@ from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 
-from .conftest import RawClient, filled, refused
+from .conftest import RawClient, config, filled, refused
 from .secured import HOUR, Federation, federation, held, outcome
 
 
@@ -103,6 +104,48 @@ async def test_who_could_not_be_written_down_is_not_let_in_and_can_be_revoked_la
     assert await outcome(stranger, call) == "OK", "nobody was revoked"
     await secured.revoke(Role.VIEWER, "eve")
     assert await outcome(stranger, call) == "CERTIFICATE_REVOKED"
+
+
+@pytest.mark.parametrize(
+    ("fault", "then"), [(DiskFull("no room"), "OK"), (DatabaseUnavailable("broken off"), "CERTIFICATE_REVOKED")]
+)
+async def test_who_could_not_be_revoked_is_refused_only_if_that_may_be_written(
+    secured: Federation, monkeypatch: pytest.MonkeyPatch, fault: FedpeftError, then: str
+) -> None:
+    viewer, call = secured.certificate(Role.VIEWER, "eve"), "/fedpeft.v1.OperatorService/ListRuns"
+    assert await outcome(viewer, call) == "OK"
+
+    def failing(*args: object, **kwargs: object) -> None:
+        raise fault
+
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        patch.setattr(secured.server.store.db.identities, "revoke", failing)
+        assert await refused(secured.revoke(Role.VIEWER, "eve")) == fault.reason
+    assert await outcome(viewer, call) == then
+    assert any("is unknown" in entry["event"] for entry in logs) is (then != "OK")
+    await secured.revoke(Role.VIEWER, "eve")
+    with monkeypatch.context() as patch:
+        patch.setattr(secured.server.store.db.identities, "revoke", failing)
+        assert await refused(secured.revoke(Role.VIEWER, "eve", "again")) == fault.reason
+    assert await outcome(viewer, call) == "CERTIFICATE_REVOKED", "the first revocation stands"
+
+
+@pytest.mark.parametrize("revoked", [True, False], ids=["revoked", "left"])
+async def test_no_figures_are_awaited_of_an_evaluator_that_is_gone(secured: Federation, revoked: bool) -> None:
+    operator = secured.daemon(secured.operators())
+    run = (await operator.create(config(rounds={"count": 1, "clients": 1}))).id
+    channel = secured.certificate(Role.EVALUATOR, "judge")
+    judge = RawClient(channel, "judge")
+    await judge.register(fed.CLIENT_ROLE_EVALUATOR)
+    assert (await judge.wait()).evaluation.version == 0
+    secured.server.runs.show_backlog(secured.server.runs.get(run))
+    backlog = secured.server.metrics.evaluation_backlog.labels(run)
+    assert ([e.evaluator for e in (await operator.run(run)).evaluators], backlog._value.get()) == (["judge"], 1)
+    if revoked:
+        await secured.revoke(Role.EVALUATOR, "judge")
+    else:
+        await secured.access(channel).Leave(access.LeaveRequest())
+    assert ([*(await operator.run(run)).evaluators], backlog._value.get()) == ([], 0)
 
 
 async def test_who_enrolled_is_not_told_to_be_a_stranger(secured: Federation) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from pathlib import Path
 
+import pytest
+
 from fedpeft import views
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
@@ -135,6 +137,18 @@ async def test_what_an_evaluator_gets_next_of_very_many_versions_costs_no_query(
     for _ in range(5):
         assert (await judge.wait()).evaluation == first
     assert "evaluated_by" not in queries
+
+
+@pytest.mark.parametrize("declines", [True, False], ids=["declines", "trains"])
+async def test_no_figures_are_awaited_of_who_stopped_scoring(daemon: Daemon, declines: bool) -> None:
+    run = (await daemon.create(config(rounds=ONE))).id
+    judge = await evaluator(daemon)
+    await judge.wait()
+    daemon.server.runs.show_backlog(daemon.server.runs.get(run))
+    backlog = daemon.server.metrics.evaluation_backlog.labels(run)
+    assert ((await shown(daemon, run)).evaluator, backlog._value.get()) == ("judge", 1)
+    await (judge.answer(run, "no time") if declines else judge.register())
+    assert ([*(await daemon.run(run)).evaluators], backlog._value.get()) == ([], 0)
 
 
 async def test_nothing_is_kept_of_a_deleted_run(daemon: Daemon) -> None:

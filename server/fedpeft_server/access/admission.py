@@ -193,9 +193,9 @@ class Admission:
         """Returns up to when certificates of a subject begin that are refused; infinite if all are."""
         return self._refused_until.get(subject, -math.inf)
 
-    def spare(self, subject: Subject) -> None:
-        """Takes the revocation of a subject back, because nobody is known by it."""
-        self._refused_until.pop(subject, None)
+    def take_back(self, subject: Subject, refused_until: float) -> None:
+        """Takes back a revocation that was not written; `refused_until` is what was known before it."""
+        self._refused_until[subject] = refused_until
 
     async def refused(self, call: Call, error: FedpeftError, peer: str) -> None:
         """Writes a refusal into the audit log, unless the same one was written a moment ago."""

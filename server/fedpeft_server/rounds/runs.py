@@ -276,9 +276,15 @@ class Runs:
         return awaited(engine, len(self.ready(run)), answers.declined_by(run), answers.awaited(run), ill)
 
     def show_backlog(self, engine: RunEngine) -> None:
-        """Shows how many versions of a run are still to be scored, if anybody scores them."""
+        """Shows how many versions of a run are still to be scored by whoever scores them, unless that is unknown."""
         if (backlog := self.scoring.backlog(engine.run)) is not None:
             self._metrics.evaluation_backlog.labels(engine.run.id).set(backlog)
+
+    def dismiss_evaluator(self, client: str) -> None:
+        """Awaits no figures of an evaluator any more: it left, was revoked, or trains from now on."""
+        for run in self.scoring.dismiss(client):
+            self.show_backlog(self._engines[run])
+            self.announce(run)
 
     def look(self) -> None:
         """Has the lobby looked at soon."""

@@ -71,6 +71,13 @@ class Scoring:
         """Notes that it does not."""
         self._evaluators.get(run, set()).discard(evaluator)
 
+    def dismiss(self, evaluator: str) -> list[str]:
+        """Notes that an evaluator scores no run any more: it left, was revoked, or trains; returns those it scored."""
+        left = [run for run, evaluators in self._evaluators.items() if evaluator in evaluators]
+        for run in left:
+            self._evaluators[run].discard(evaluator)
+        return left
+
     async def standing(self, run: RunRow, evaluator: str) -> Standing:
         """Returns how far an evaluator is with a run."""
         book = await self._book(run.id, evaluator)
@@ -89,10 +96,10 @@ class Scoring:
         return [await self.standing(run, evaluator) for evaluator in sorted(self._evaluators.get(run.id, ()))]
 
     def backlog(self, run: RunRow) -> int | None:
-        """Returns how many versions the evaluator that is furthest behind has left; None if none is at work."""
-        books = self._books.get(run.id, {})
-        known = [books[evaluator] for evaluator in self._evaluators.get(run.id, ()) if evaluator in books]
-        return max((book.missing(run.version).bit_count() for book in known), default=None)
+        """Returns how many versions the evaluator that is furthest behind has left: 0 without any, None if unknown."""
+        books, evaluators = self._books.get(run.id, {}), self._evaluators.get(run.id, ())
+        known = [books[evaluator] for evaluator in evaluators if evaluator in books]
+        return max((book.missing(run.version).bit_count() for book in known), default=None if evaluators else 0)
 
     async def scored(self, run: str, evaluator: str, version: int) -> None:
         """Notes that the figures of a version are in the database."""

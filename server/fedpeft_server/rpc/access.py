@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedpeft.errors import (
     CertificateMissing,
+    DatabaseUnavailable,
     IdentityInvalid,
-    IdentityNotFound,
     NoAuthority,
     SelfRevocation,
     SigningRequestInvalid,
@@ -244,11 +244,15 @@ class Access(pb_grpc.AccessServiceServicer):
 
     @unbroken
     async def _revoke(self, subject: Subject, reason: str, by: str, *, unseen: bool) -> IdentityRow:
+        before = self._admission.refused_until(subject)
         self._admission.revoke(subject)
         try:
             row = await self._store.call(self._identities.revoke, subject, time.time(), reason, by, unseen=unseen)
-        except IdentityNotFound:
-            self._admission.spare(subject)
+        except DatabaseUnavailable:  # it may be written: refusing somebody in vain is the smaller harm
+            log.error("whether an identity is revoked is unknown; it is refused until a restart", subject=str(subject))
+            raise
+        except BaseException:
+            self._admission.take_back(subject, before)
             raise
         self._admission.revoke(subject)
         log.warning("identity revoked", subject=str(subject), by=by, reason=reason)
@@ -276,6 +280,7 @@ class Access(pb_grpc.AccessServiceServicer):
         client = subject.name
         self._runs.lobby.call(client)
         self._runs.answers.dismiss(client)
+        self._runs.dismiss_evaluator(client)
         withdrawn = 0
         for engine in self._runs.active():
             ticket = engine.open_ticket(client)

@@ -127,8 +127,8 @@ class Callers:
         call.client, call.moved = client, presence.moves
         return client
 
-    def register(self, client: str, role: str) -> None:
-        """Remembers the role of a client.
+    def register(self, client: str, role: str) -> str:
+        """Remembers the role of a client; returns the one that it had before, empty if none.
 
         Raises:
             RoleMayNot: If its certificate is that of another role.
@@ -137,9 +137,11 @@ class Callers:
         _refuse_other_role(client, role)
         self._refuse_one_too_many(client)
         presence = self._presence[client]
-        self._registered += not presence.role
+        before = presence.role
+        self._registered += not before
         presence.role = role
         presence.scoring = None
+        return before
 
     def dismiss(self, subject: Subject) -> None:
         """Counts a client that left or was revoked as registered no more; coming back, it registers again."""

@@ -102,7 +102,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         response = self._welcome(request)
         if request.dry_run:
             return response
-        self._callers.register(client, role)
+        if self._callers.register(client, role) == "evaluator" != role:
+            self._runs.dismiss_evaluator(client)
         self._runs.ask_again(client)
         if role == "evaluator":
             await self._runs.scoring.try_again(client)
@@ -148,8 +149,10 @@ class Federation(pb_grpc.FederationServiceServicer):
         answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, request.examples, time.time())
         await self._runs.answer(answer, actor())
         if self._callers.role(client) == "evaluator":
+            engine = self._runs.get(answer.run)
             note = self._runs.scoring.takes_part if accepted else self._runs.scoring.leaves
             note(answer.run, client)
+            self._runs.show_backlog(engine)
         self._log.info(
             "run accepted" if accepted else "run declined", client=client, run=request.run, reasons=answer.reasons
         )
