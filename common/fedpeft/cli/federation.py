@@ -243,7 +243,7 @@ def _partition(plan: Plan) -> dict[str, int]:
 
     training = open_source(plan.train)
     shared = overlap([("", training)], 1, open_source(plan.test))
-    if shared.images:
+    if shared.images or shared.not_compared:
         output.note(str(shared))
     whole = natural(training.column(COLUMN), COLUMN)
     wanted = len(whole.names) if plan.clients is None else plan.clients

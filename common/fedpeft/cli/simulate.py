@@ -184,13 +184,24 @@ def _say(report: views.Json, out: Path) -> None:
         output.say(f"  accuracy of version 0: {units.percent(report['initial_metrics']['accuracy'])}")
     if report["rounds"]:
         output.say_table(COLUMNS, [_row(row) for row in report["rounds"]], right=COLUMNS)
-    if report["overlap"] and report["overlap"]["images"]:
-        shared = report["overlap"]
-        output.say(
-            f"{shared['images']:,} of {units.counted(shared['held_out'], 'held-out image')} are training images too: "
-            "these accuracies are too high; report.json names some"
-        )
+    if report["overlap"]:
+        _say_overlap(report["overlap"])
     output.say(f"results: {out / 'adapter.safetensors'}, {out / 'report.json'}, {out / 'records.jsonl'}")
+
+
+def _say_overlap(found: views.Json) -> None:
+    """Says that accuracies are too high, and which images were not compared."""
+    from fedpeft.data.overlap import Overlap
+
+    shared = Overlap.of_dict(found)
+    if shared.images:
+        output.say(
+            f"{shared.images:,} of {units.counted(shared.held_out, 'held-out image')} "
+            f"{'is a training image' if shared.images == 1 else 'are training images'} too: these accuracies are too "
+            "high; report.json names some"
+        )
+    if shared.not_compared:
+        output.say(f"training and held-out images: {shared.not_compared}")
 
 
 def _row(row: views.Json) -> tuple[object, ...]:

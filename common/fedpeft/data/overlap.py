@@ -6,10 +6,10 @@ is bounded: of data that are larger than the budget, images at even distances ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Self
 
 from fedpeft.data.interface import ImageUnreadable, Source
 from fedpeft.units import counted
@@ -28,35 +28,52 @@ class Overlap:
     Attributes:
         images: How many.
         held_out: Held-out images that were looked at.
+        held_out_of: Held-out images that there are; more than `held_out` where not all were looked at.
         training: Training images that were looked at.
-        of: Training images that there are; more than `training` where not all were looked at.
+        of: Training images that there are, likewise.
         examples: The names of some, among the training and among the held-out images.
+        unopened: Clients whose data cannot be opened; their images are in no other figure.
     """
 
     images: int
     held_out: int
+    held_out_of: int
     training: int
     of: int
     examples: tuple[tuple[str, str], ...]
+    unopened: int = 0
 
     def __str__(self) -> str:
-        looked = "" if self.training == self.of else f" ({self.training:,} of {self.of:,} were looked at)"
-        named = ", ".join(f"{held} is {trained}" for trained, held in self.examples[:2])
-        return (
+        found = (
             f"{self.images:,} of {counted(self.held_out, 'held-out image')} "
-            f"{'is' if self.images == 1 else 'are'} among the training images{looked}, with the same bytes: {named}; "
-            "accuracy on these does not say how new images fare"
+            f"{'is' if self.images == 1 else 'are'} among the training images"
         )
+        if self.images:
+            named = ", ".join(f"{held} is {trained}" for trained, held in self.examples[:2])
+            found += f", with the same bytes: {named}; accuracy on these does not say how new images fare"
+        return "; ".join(filter(None, (found, self.not_compared)))
+
+    @property
+    def not_compared(self) -> str:
+        """A clause that says how much was compared; empty if everything was."""
+        clauses = []
+        if self.held_out < self.held_out_of or self.training < self.of:
+            clauses.append(
+                f"{self.held_out:,} of {self.held_out_of:,} held-out and {self.training:,} of {self.of:,} training "
+                "images were compared"
+            )
+        if self.unopened:
+            clauses.append(f"the data of {counted(self.unopened, 'client')} cannot be opened, and were not compared")
+        return "; ".join(clauses)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns it for JSON, by the names of the attributes."""
-        return {
-            "images": self.images,
-            "held_out": self.held_out,
-            "training": self.training,
-            "of": self.of,
-            "examples": [list(each) for each in self.examples],
-        }
+        return {**asdict(self), "examples": [list(each) for each in self.examples]}
+
+    @classmethod
+    def of_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Returns what `as_dict` wrote."""
+        return cls(**{**data, "examples": tuple((trained, held) for trained, held in data["examples"])})
 
 
 def overlap(
@@ -91,6 +108,7 @@ def overlap(
     return Overlap(
         sum(len(rows_of[digest]) for digest in found),
         looked_at,
+        len(held_out),
         trained,
         there,
         tuple((name, held_out.name(row)) for row, name in examples),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -17,11 +18,14 @@ from fedpeft.kind import Examples
 from fedpeft.learning import where
 from fedpeft.simulation.clients import Clients, Data
 
+NAMED = 5
+"""Clients whose data cannot be opened that are named; all are counted."""
+
 _log = structlog.get_logger(__name__)
 
 
 def leakage(clients: Clients, evaluate: Path | None, config: RunConfig, reading: Reading) -> Overlap | None:
-    """Compares the clients' images with the held-out ones, and says in the log if some are the same.
+    """Compares the clients' images with the held-out ones; the log says if some are the same or were not compared.
 
     Args:
         clients: Data by client.
@@ -31,29 +35,42 @@ def leakage(clients: Clients, evaluate: Path | None, config: RunConfig, reading:
 
     Returns:
         What was found; None where there are no held-out data, or none of images.
+
+    Raises:
+        DataInvalid: If the held-out data cannot be opened.
     """
     if evaluate is None or config.model.kind:
         return None
 
-    def opened(data: Path | Data) -> Source | None:
-        if isinstance(data, Examples):
-            return None
-        if not isinstance(data, Path):
-            return data
-        try:
-            return open_source(where(str(data))[1], reading.image_column, reading.label_column)
-        except DataInvalid:
-            return None  # said when it is this client's turn
+    unopened = 0
 
     def training() -> Iterator[tuple[str, Source]]:
+        nonlocal unopened
         for name, data in sorted(clients.items()):
-            if (source := opened(data)) is not None:
+            try:
+                source = _opened(data, reading)
+            except DataInvalid as error:
+                unopened += 1
+                if unopened <= NAMED:  # the run ends with it if the client's turn comes, and else goes on
+                    _log.warning("a client's data cannot be opened", client=name, why=error.message)
+                continue
+            if source is not None:
                 yield f"{name}: ", source
 
-    held_out = opened(evaluate)
+    held_out = _opened(evaluate, reading)
     if held_out is None:
         return None
     found = overlap(training(), len(clients), held_out)
-    if found.images:
+    found = replace(found, unopened=unopened)
+    if found.images or found.not_compared:
         _log.warning(str(found))
     return found
+
+
+def _opened(data: Path | Data, reading: Reading) -> Source | None:
+    """Opens data of images; returns None for those of another kind."""
+    if isinstance(data, Examples):
+        return None
+    if not isinstance(data, Path):
+        return data
+    return open_source(where(str(data))[1], reading.image_column, reading.label_column)
