@@ -223,6 +223,18 @@ async def test_it_is_started_again_and_that_is_said(secured: Federation) -> None
     assert secured.server.metrics.enrolment_ends._value.get() == 2
 
 
+async def test_it_is_well_again_after_the_pause_though_nobody_comes(secured: Federation) -> None:
+    await secured.enroll(await secured.token("a"))
+    process = process_of(secured)
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    async with asyncio.timeout(WAIT_S):
+        for status in ("NOT_SERVING", "SERVING"):
+            while await status_of(secured) != status:
+                await asyncio.sleep(0.02)
+    assert process_of(secured) is None
+
+
 async def test_it_ends_when_nobody_comes_and_with_the_daemon(secured: Federation) -> None:
     await secured.enroll(await secured.token("a"))
     process, enrolment = process_of(secured), secured.server.enrolment

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import math
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,32 @@ def test_no_label_carries_a_round_or_a_client() -> None:
         *("run", "direction", "encoding", "phase", "outcome", "state", "split", "name", "method", "model", "work"),
         *("code", "role", "version", "certificate", "place", "why"),
     }
+
+
+def _names(methods: Collection[str], place: int) -> dict[str, set[str]]:
+    """Returns the literal argument at a place of the server's calls of some methods, by the object called."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in Path(metrics_module.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) > place):
+                continue
+            name = node.args[place]
+            if node.func.attr in methods and isinstance(name, ast.Constant) and isinstance(name.value, str):
+                found[ast.unparse(node.func.value).rpartition(".")[2]].add(name.value)
+    return found
+
+
+def test_the_first_failure_of_every_background_task_is_a_change() -> None:
+    used = {name for names in _names(("attempt", "every", "keep"), 0).values() for name in names}
+    assert {"database", "enrolment"} < used
+    assert used <= set(metrics_module.BACKGROUND)
+
+
+def test_the_first_outcome_of_every_kind_is_a_change() -> None:
+    used = _names(("labels",), 1)
+    assert {"excluded", "late"} < used["updates"] and "rolled_back" in used["rounds"]
+    for metric in ("updates", "rounds", "round_seconds"):
+        assert used[metric] <= {labels[0] for labels in metrics_module._BEGINNINGS[metric]}
 
 
 def test_an_open_round_shows_its_clock_its_quorum_and_its_budget() -> None:

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from fedpeft import payload
+from fedpeft import spec as specs
 from fedpeft.identity.subject import Role
 from fedpeft.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -83,6 +84,32 @@ async def test_a_repetition_joins_the_check_that_is_under_way(daemon: Daemon, mo
     assert disk.finishes == 1
     await daemon.until(run.id, lambda r: r.version == 1)
     assert all((x == 1.0).all() for x in (await daemon.adapter(run.id, 1)).values())
+
+
+async def test_an_update_whose_round_ends_while_it_is_looked_up_is_late_and_not_wrong(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = specs.TensorSpec("odd", (4,), (specs.Role.SENT, specs.Role.FROZEN))  # sent in every other round
+    spec = type(SPEC).of("bias", [*SPEC.tensors, odd])
+    run = await daemon.create(config(rounds={"count": 2, "clients": 1}), spec=spec)
+    (client,) = await daemon.clients("a")
+    ticket = (await client.task()).ticket
+    looked_up, go_on, real = asyncio.Event(), asyncio.Event(), uploads.Uploads._declared_by
+
+    async def slow(self: uploads.Uploads, name: str, run: str) -> int:
+        if not looked_up.is_set():
+            looked_up.set()
+            await go_on.wait()
+        return await real(self, name, run)
+
+    monkeypatch.setattr(uploads.Uploads, "_declared_by", slow)
+    first = asyncio.create_task(client.push(ticket, filled(2.0, spec), spec=spec))
+    await looked_up.wait()
+    await client.push(ticket, filled(1.0, spec), spec=spec)
+    await daemon.until(run.id, lambda r: r.version == 1)
+    await client.task()
+    go_on.set()
+    assert await refused(first) == "ROUND_CLOSED"
 
 
 async def test_a_repetition_gets_the_refusal_of_the_check_that_is_under_way(

@@ -99,6 +99,7 @@ class Enrolment:
             log.error("enrolment process ended; restarting", code=code, again_in_s=pause_s, last="\n".join(self._last))
             await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
             await asyncio.sleep(pause_s)
+            await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)  # the port is, once somebody comes
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def renewed(self) -> None:

@@ -212,7 +212,7 @@ class Federation(pb_grpc.FederationServiceServicer):
             raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
         engine, ticket, number = await self._ticket(first.header.ticket, client)
         with tracing.span("receive", engine.run.id, number, client=client):
-            update = await self._uploads.push(engine, ticket, first.header, context)
+            update = await self._uploads.push(engine, ticket, number, first.header, context)
         return _receipt(update)
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:

@@ -104,12 +104,14 @@ class Uploads:
         self,
         engine: RunEngine,
         ticket: Ticket,
+        number: int,
         header: pb.UpdateHeader,
         context: Context,
     ) -> UpdateRow:
         """Receives one update and counts it; the answer to a repetition is the first one's.
 
-        What arrived of an update that no round will take any more is removed.
+        What arrived of an update that no round will take any more is removed. `number` is that of the ticket's round,
+        which says what is sent: the run may have gone on to another.
 
         Raises:
             TransfersBusy: If no turn came for `HOLD_S`.
@@ -123,9 +125,9 @@ class Uploads:
         self._admit(engine, ticket)
         declared = await self._declared_by(ticket.client, engine.run.id)
         if len(header.manifest.tensors) > MANY_ENTRIES:
-            manifest = await self._store.file(self._checked, engine, header, declared)
+            manifest = await self._store.file(self._checked, engine, number, header, declared)
         else:
-            manifest = self._checked(engine, header, declared)
+            manifest = self._checked(engine, number, header, declared)
         booked = partial(self._ledger.payload, "up", engine.run.config.codec.encoding)
         try:
             async with self._turns.take(ticket.client) as turn:
@@ -261,12 +263,12 @@ class Uploads:
         has = pb.Capabilities.FromString(row.capabilities).examples if row else 0
         return min(has or UNDECLARED_EXAMPLES, MAX_EXAMPLES)
 
-    def _checked(self, engine: RunEngine, header: pb.UpdateHeader, declared: int) -> Manifest:
-        """Returns the manifest of a header that fits the round, before anything of the payload is taken.
+    def _checked(self, engine: RunEngine, number: int, header: pb.UpdateHeader, declared: int) -> Manifest:
+        """Returns the manifest of a header that fits the round of its ticket, before anything of the payload is taken.
 
         A wrong header leaves the ticket good: nothing was trained or sent in vain, and the next one may be right.
         """
-        config, number = engine.run.config, engine.round.number
+        config = engine.run.config
         try:
             manifest = manifest_from_proto(header.manifest)
             payload.check_manifest(manifest, engine.run.spec.sent(number), (config.codec.encoding,))
