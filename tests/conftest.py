@@ -50,6 +50,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(f"pytest {pytest.__version__} and pytest-xdist make no groups: {spread[0].nodeid}")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Names a long value by its size: a file in a format that keeps the time is another one in each worker."""
+    return f"{argname} of {len(val)}" if isinstance(val, str | bytes) and len(val) > 60 else None
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Ends that process, which looks for its folder."""
     folder = config.stash.get(_folder, None)
