@@ -108,6 +108,10 @@ def test_what_cannot_be_exported_is_said(
     save_file(tensors, tmp_path / "bare.safetensors", {**metadata, "extra": "{}"})
     said = refused(tmp_path / "bare.safetensors", *out)
     assert "does not hold the run file of its run: it is missing or damaged" in said
+    for what, other in (("model", "vit_huge_patch14_224"), ("method", "head")):
+        save_file(tensors, tmp_path / "altered.safetensors", {**metadata, what: other})
+        said = refused(tmp_path / "altered.safetensors", *out)
+        assert f"altered.safetensors was changed: its {what} is {other!r}, and {metadata[what]!r} in the run" in said
     save_file(tensors, tmp_path / "odd.safetensors", {**metadata, "backbone": "0" * 64})
     assert "the backbone here has fingerprint" in refused(tmp_path / "odd.safetensors", *out)
 

@@ -143,3 +143,17 @@ def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_traceback(program:
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60) == (b"", b"")
     assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("partition", "", "--clients", "2", "--out", "x"), "an argument is empty, after 'partition'"),
+        (("simulate", "run.toml", "--data", "", "--out", "x"), "--data is empty"),
+        (("",), "an argument is empty, after 'fedpeft'"),
+    ],
+)
+def test_an_empty_argument_is_not_the_folder_here(arguments: tuple[str, ...], said: str) -> None:
+    ended = run(*arguments)
+    assert (ended.returncode, ended.stdout) == (Exit.USAGE, "")
+    assert ended.stderr == f"fedpeft: {said}: a variable that is not set, perhaps\n"

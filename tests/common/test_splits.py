@@ -206,13 +206,23 @@ def images(root: Path, *paths: str) -> Path:
     return root
 
 
-def test_sites_above_the_class_folders_are_pointed_out(tmp_path):
-    root = images(tmp_path, *(f"{site}/{label}/0.png" for site in ("bern", "graz") for label in ("cat", "dog")))
+@pytest.mark.parametrize(
+    ("folders", "named"),
+    [
+        (("bern/cat", "bern/dog", "graz/cat", "graz/dog"), ["cat", "dog"]),
+        (("bern/cat", "bern/dog", "graz/cat", "graz/emu"), ["cat"]),
+        (("bern/cat", "bern/dog"), ["cat", "dog"]),
+    ],
+    ids=["the same classes", "others", "one site"],
+)
+def test_sites_above_the_class_folders_are_pointed_out(tmp_path, folders, named):
+    root = images(tmp_path, *(f"{folder}/0.png" for folder in folders))
+    sites = sorted({folder.partition("/")[0] for folder in folders})
     with capture_logs() as said:
-        assert open_source(root).class_names == ("bern", "graz"), "years or views inside the classes look the same"
+        assert open_source(root).class_names == tuple(sites), "years or views inside the classes look the same"
     (line,) = said
     assert line["log_level"] == "warning"
-    assert (line["classes"], line["folders"]) == (["bern", "graz"], ["cat", "dog"])
+    assert (line["classes"], line["folders"]) == (sites, named)
     assert line["site"] == str(root / "bern")
 
 
@@ -222,12 +232,20 @@ def test_sites_above_the_class_folders_are_pointed_out(tmp_path):
         ("cat/patient-1/0.png", "cat/patient-2/0.png", "dog/patient-3/0.png", "dog/patient-4/0.png"),
         ("cat/a/0.png", "cat/b/0.png", "dog/a/0.png", "dog/b/0.png", "dog/0.png"),
         ("cat/a/0.png", "dog/a/0.png"),
-        ("cat/a/0.png", "cat/b/0.png"),
     ],
-    ids=["patients", "images beside them", "one folder", "one class"],
+    ids=["patients", "images beside them", "one folder"],
 )
 def test_other_folders_inside_the_class_folders_are_not(tmp_path, paths):
     root = images(tmp_path, *paths)
     with capture_logs() as said:
         open_source(root)
     assert said == []
+
+
+def test_a_partition_does_not_lie_inside_the_data(tmp_path):
+    root = images(tmp_path / "photos", "cat/0.png", "dog/0.png")
+    (tmp_path / "link").symlink_to(root)
+    for out in (root / "parts", tmp_path / "link" / "cat" / "parts", root):
+        with pytest.raises(DataInvalid, match=f"{out} lies inside {root}, and would be read as a part of it"):
+            write_parts(root, iid(2, 2, 0), out)
+    assert sorted(path.name for path in root.iterdir()) == ["cat", "dog"]

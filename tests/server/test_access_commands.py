@@ -103,13 +103,16 @@ async def test_a_token_in_a_file_is_for_its_owner_only(fedpeft: Command, tmp_pat
 
 
 async def test_a_token_that_could_not_be_written_is_not_made(fedpeft: Command, tmp_path: Path) -> None:
+    (tmp_path / "earlier.token").write_text("fedpeft1.earlier")
     for out, said in (
         (tmp_path / "nodir" / "t", f"there is no folder {tmp_path / 'nodir'}"),
         (tmp_path, "is a folder"),
+        (tmp_path / "earlier.token", "is there already; name another file, or remove it first"),
     ):
         done = await fedpeft("token", "create", "--name", "site-a", "--out", str(out))
         assert (done.code, done.out) == (2, "") and said in done.err
     assert "site-a" not in (await fedpeft("token", "list")).out
+    assert (tmp_path / "earlier.token").read_text() == "fedpeft1.earlier"
 
 
 async def test_a_token_that_is_deleted_is_worthless(fedpeft: Command, tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ async def test_no_entry_of_the_audit_log_has_a_number_beyond_the_protocol(fedpef
 @pytest.mark.parametrize("text", ["", "24", "h", "-1h", "0m", "1w", "1.5h", "24h ", "9999999999h"])
 async def test_times_that_are_none(text: str, tmp_path: Path) -> None:
     done = await ended(tmp_path, "token", "create", "--name", "x", "--expires", text)
-    assert done.code == 2 and "is not a time like 30m, 24h or 7d" in done.err
+    assert done.code == 2 and ("is not a time like 30m, 24h or 7d" if text else "--expires is empty") in done.err
 
 
 @pytest.mark.parametrize("text", ["31d", "59s"])

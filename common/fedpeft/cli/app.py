@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,7 @@ from fedpeft.cli import (
 )
 from fedpeft.cli.exits import IN_HELP, Exit, code_of
 from fedpeft.cli.session import Session, session_of
-from fedpeft.errors import FedpeftError
+from fedpeft.errors import FedpeftError, SettingsInvalid
 from fedpeft.home import NO_HOME, home_folder
 from fedpeft.plain_text import print_anything
 
@@ -45,6 +46,10 @@ EXAMPLES = (
     "Begin with: fedpeft demo --out demo-out, a whole federation on this machine in ten minutes. "
     "Every command has its own --help, with an example."
 )
+
+
+MAY_BE_EMPTY = ("--identity", "--reason")
+"""Options for which nothing is something."""
 
 
 def _version(asked: bool) -> None:
@@ -118,14 +123,15 @@ app.command("version", epilog=versions.EPILOG)(versions.version)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit code."""
-    session = Session()
+    session, given = Session(), list(sys.argv[1:] if arguments is None else arguments)
     print_anything()
     for ending in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
             signal.signal(ending, _end)
     try:
         with durable.naming_files():
-            app(args=None if arguments is None else list(arguments), obj=session, prog_name="fedpeft")
+            _check_empty(given)
+            app(args=given, obj=session, prog_name="fedpeft")
     except FedpeftError as error:
         if session.verbose:
             traceback.print_exc()
@@ -141,6 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         output.note(f"fedpeft: unexpected {type(error).__name__}: {error}; run it again with -v for the traceback")
         sys.exit(1)
+
+
+def _check_empty(arguments: Sequence[str]) -> None:
+    """Refuses an empty argument, as of a shell's variable that is not set: as a path it would be the folder here."""
+    for flag, value in pairwise(("", *arguments)):
+        if not value and flag not in MAY_BE_EMPTY:
+            which = f"{flag} is empty" if flag.startswith("-") else f"an argument is empty, after {flag or 'fedpeft'!r}"
+            raise SettingsInvalid(f"{which}: a variable that is not set, perhaps")
 
 
 def _end(number: int, _: object) -> None:

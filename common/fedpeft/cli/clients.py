@@ -8,7 +8,7 @@ import typer
 
 from fedpeft import views
 from fedpeft.cli import output
-from fedpeft.cli.epilogs import OF_SERVER, epilog
+from fedpeft.cli.epilogs import OF_NAMED, OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.identity.subject import Role
 
@@ -57,7 +57,7 @@ def list_(
     epilog=epilog(
         "fedpeft client revoke hospital-a --reason 'laptop lost'",
         hint="A new token, or fedpeft identity restore, admits the name again. Updates already counted stay counted.",
-        ends=OF_SERVER,
+        ends=OF_NAMED,
     ),
 )
 def revoke(
@@ -88,7 +88,7 @@ def revoke(
         "fedpeft client readmit hospital-a",
         "fedpeft client readmit hospital-a --run run-0a1b2c3d4e5f",
         hint="A client whose updates are refused three times in a row is set aside: it is sampled after all others.",
-        ends=OF_SERVER,
+        ends=OF_NAMED,
     ),
 )
 def readmit(

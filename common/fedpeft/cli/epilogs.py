@@ -9,7 +9,7 @@ _MEANING = {
     Exit.FAILED: "failed",
     Exit.USAGE: "wrong usage",
     Exit.UNREACHABLE: "the server cannot be reached",
-    Exit.NOT_FOUND: "no such run or version",
+    Exit.NOT_FOUND: "no such run, version or name",
     Exit.NOT_COMPLETED: "the run was not completed",
     Exit.INTERRUPTED: "ended by Ctrl-C",
 }
@@ -17,8 +17,8 @@ OF_ANY = (Exit.DONE, Exit.FAILED, Exit.USAGE)
 """Exit codes of every command."""
 OF_SERVER = (Exit.UNREACHABLE,)
 """Further exit codes of a command that talks to a server."""
-OF_RUN = (Exit.UNREACHABLE, Exit.NOT_FOUND)
-"""Further exit codes of a command about one run."""
+OF_NAMED = (Exit.UNREACHABLE, Exit.NOT_FOUND)
+"""Further exit codes of a command about one run, version, client, identity or token."""
 
 
 def epilog(*examples: str, hint: str = "", ends: tuple[Exit, ...] = ()) -> str:

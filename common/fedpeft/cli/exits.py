@@ -15,7 +15,7 @@ from fedpeft.errors import (
 )
 
 IN_HELP = (
-    "Exit codes: 0 done; 1 failed; 2 wrong usage or run file; 3 server unreachable; 4 no such run or version; "
+    "Exit codes: 0 done; 1 failed; 2 wrong usage or run file; 3 server unreachable; 4 no such run, version or name; "
     "5 run not completed; 130 interrupted."
 )
 

@@ -11,7 +11,7 @@ import typer
 
 from fedpeft import durable, views
 from fedpeft.cli import output
-from fedpeft.cli.epilogs import OF_RUN, epilog
+from fedpeft.cli.epilogs import OF_NAMED, epilog
 from fedpeft.cli.places import check_file, check_folder
 from fedpeft.cli.session import Session, require, run_async, session_of
 from fedpeft.cli.weights import Weights, check_needed
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedpeft.v1 import operator_service_pb2 as pb
     from fedpeft.v1 import run_pb2
 
-EPILOG = epilog("fedpeft run export run-0a1b2c3d4e5f --format timm --out emoji-timm.safetensors", ends=OF_RUN)
+EPILOG = epilog("fedpeft run export run-0a1b2c3d4e5f --format timm --out emoji-timm.safetensors", ends=OF_NAMED)
 
 
 class Format(StrEnum):

@@ -106,7 +106,11 @@ def _read(adapter: Path) -> tuple[AdapterInfo, RunConfig]:
     with open_adapter(adapter) as file:
         info = file.info
     try:
-        return info, parse_config(json.loads(info.extra["config"]))
+        config = parse_config(json.loads(info.extra["config"]))
     except (KeyError, ValueError, ConfigInvalid) as error:
         fault = error.message if isinstance(error, ConfigInvalid) else "it is missing or damaged"
         raise ModelInvalid(f"{adapter} does not hold the run file of its run: {fault}") from None
+    for what, said, meant in (("model", info.model, config.model.name), ("method", info.method, config.peft.method)):
+        if said != meant:
+            raise ModelInvalid(f"{adapter} was changed: its {what} is {said!r}, and {meant!r} in the run file in it")
+    return info, config

@@ -8,7 +8,7 @@ import typer
 
 from fedpeft import views
 from fedpeft.cli import output
-from fedpeft.cli.epilogs import OF_SERVER, epilog
+from fedpeft.cli.epilogs import OF_NAMED, OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.identity.subject import Role
 
@@ -61,7 +61,7 @@ def list_(
     epilog=epilog(
         "fedpeft identity restore hospital-a",
         hint="For certificates of an authority elsewhere; where this server issues them, a new token does the same.",
-        ends=OF_SERVER,
+        ends=OF_NAMED,
     ),
 )
 def restore(
@@ -89,7 +89,7 @@ def restore(
         "fedpeft identity renew",
         hint="Commands renew it by themselves once half its life is over; this is for when the server's authority is "
         "being replaced.",
-        ends=OF_SERVER,
+        ends=OF_NAMED,
     ),
 )
 def renew(context: typer.Context) -> None:

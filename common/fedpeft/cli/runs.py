@@ -8,7 +8,7 @@ import typer
 
 from fedpeft import units, views
 from fedpeft.cli import creation, exporting, output, verifying, watching
-from fedpeft.cli.epilogs import OF_RUN, OF_SERVER, epilog
+from fedpeft.cli.epilogs import OF_NAMED, OF_SERVER, epilog
 from fedpeft.cli.session import Session, run_async, session_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def list_(context: typer.Context, as_json: AsJson = False) -> None:
     )
 
 
-@app.command("show", epilog=epilog("fedpeft run show run-0a1b2c3d4e5f --json", ends=OF_RUN))
+@app.command("show", epilog=epilog("fedpeft run show run-0a1b2c3d4e5f --json", ends=OF_NAMED))
 def show(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
     """Show a run: its state, its committed rounds with their bytes, the round in progress."""
     whole = run_async(_whole(session_of(context), run))
@@ -62,19 +62,19 @@ def show(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
         output.say(_progress_line(whole["in_progress"]))
 
 
-@app.command("pause", epilog=epilog("fedpeft run pause run-0a1b2c3d4e5f --reason 'a new disk'", ends=OF_RUN))
+@app.command("pause", epilog=epilog("fedpeft run pause run-0a1b2c3d4e5f --reason 'a new disk'", ends=OF_NAMED))
 def pause(context: typer.Context, run: Id, reason: Reason = "", as_json: AsJson = False) -> None:
     """Let no new round open; the open one goes on."""
     _steer(session_of(context), "pause", run, reason, as_json)
 
 
-@app.command("resume", epilog=epilog("fedpeft run resume run-0a1b2c3d4e5f", ends=OF_RUN))
+@app.command("resume", epilog=epilog("fedpeft run resume run-0a1b2c3d4e5f", ends=OF_NAMED))
 def resume(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
     """Let rounds open again."""
     _steer(session_of(context), "resume", run, "", as_json)
 
 
-@app.command("stop", epilog=epilog("fedpeft run stop run-0a1b2c3d4e5f --reason 'accurate enough'", ends=OF_RUN))
+@app.command("stop", epilog=epilog("fedpeft run stop run-0a1b2c3d4e5f --reason 'accurate enough'", ends=OF_NAMED))
 def stop(context: typer.Context, run: Id, reason: Reason = "", as_json: AsJson = False) -> None:
     """End a run for good; what is committed stays."""
     _steer(session_of(context), "stop", run, reason, as_json)
@@ -85,7 +85,7 @@ def stop(context: typer.Context, run: Id, reason: Reason = "", as_json: AsJson =
     epilog=epilog(
         "fedpeft run rollback run-0a1b2c3d4e5f --to 12 --reason 'poisoned in round 13'",
         hint="Nothing is removed: the earlier version's tensors become a new version, and run verify checks it.",
-        ends=OF_RUN,
+        ends=OF_NAMED,
     ),
 )
 def rollback(
@@ -110,7 +110,7 @@ async def _rolled_back(session: Session, run: str, to: int, reason: str) -> run_
         return await server.roll_back(run, to, reason)
 
 
-@app.command("delete", epilog=epilog("fedpeft run delete run-0a1b2c3d4e5f", ends=OF_RUN))
+@app.command("delete", epilog=epilog("fedpeft run delete run-0a1b2c3d4e5f", ends=OF_NAMED))
 def delete(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
     """Remove a completed or stopped run with all its versions and records."""
     run_async(_delete(session_of(context), run))

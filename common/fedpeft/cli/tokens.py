@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from fedpeft import durable, views
 from fedpeft.cli import output
-from fedpeft.cli.epilogs import OF_SERVER, epilog
+from fedpeft.cli.epilogs import OF_NAMED, OF_SERVER, epilog
 from fedpeft.cli.places import check_file
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.errors import SettingsInvalid
@@ -49,6 +50,8 @@ def create(
     life_s = seconds(expires)
     if out:
         check_file(out, "a token")
+        if os.path.lexists(out):  # an earlier token there may not have been used
+            raise SettingsInvalid(f"--out {out} is there already; name another file, or remove it first")
     made = run_async(_created(session_of(context), name, role, life_s))
     if out:
         line = made.pop("line")
@@ -82,7 +85,7 @@ def list_(context: typer.Context, as_json: AsJson = False) -> None:
     )
 
 
-@app.command("delete", epilog=epilog("fedpeft token delete 0a1b2c3d4e5f", ends=OF_SERVER))
+@app.command("delete", epilog=epilog("fedpeft token delete 0a1b2c3d4e5f", ends=OF_NAMED))
 def delete(
     context: typer.Context,
     token: Annotated[str, typer.Argument(metavar="ID", help="The token's id, as `token list` shows it.")],

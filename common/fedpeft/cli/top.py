@@ -8,7 +8,7 @@ import typer
 
 from fedpeft.caller import choose
 from fedpeft.cli import output
-from fedpeft.cli.epilogs import OF_RUN, epilog
+from fedpeft.cli.epilogs import OF_NAMED, epilog
 from fedpeft.cli.session import require, run_async, session_of
 from fedpeft.errors import SettingsInvalid
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EPILOG = epilog(
     "fedpeft --server 127.0.0.1:7070 top",
     hint="The keys stand at the bottom; q leaves, the run goes on.",
-    ends=OF_RUN,
+    ends=OF_NAMED,
 )
 
 

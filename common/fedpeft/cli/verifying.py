@@ -12,7 +12,7 @@ import typer
 
 from fedpeft import views
 from fedpeft.cli import output
-from fedpeft.cli.epilogs import OF_RUN, epilog
+from fedpeft.cli.epilogs import OF_NAMED, epilog
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.errors import BlobCorrupt, SettingsInvalid
 
@@ -27,7 +27,7 @@ EPILOG = epilog(
     "fedpeft run verify run-0a1b2c3d4e5f",
     "fedpeft run verify run-0a1b2c3d4e5f --spool server-data/spool",
     hint="The second one is for the server's machine, when the server was started with --keep-updates.",
-    ends=OF_RUN,
+    ends=OF_NAMED,
 )
 
 

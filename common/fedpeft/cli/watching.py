@@ -9,7 +9,7 @@ import typer
 
 from fedpeft import views
 from fedpeft.cli import output
-from fedpeft.cli.epilogs import OF_RUN, epilog
+from fedpeft.cli.epilogs import OF_NAMED, epilog
 from fedpeft.cli.exits import Exit
 from fedpeft.cli.session import Session, run_async, session_of
 from fedpeft.narration import Narrator, summary
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EPILOG = epilog(
     "fedpeft run watch run-0a1b2c3d4e5f",
     hint="Ctrl-C ends the watch, not the run.",
-    ends=(*OF_RUN, Exit.NOT_COMPLETED, Exit.INTERRUPTED),
+    ends=(*OF_NAMED, Exit.NOT_COMPLETED, Exit.INTERRUPTED),
 )
 
 

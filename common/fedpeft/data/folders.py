@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -210,18 +211,22 @@ def _check_inner_splits(root: Path, classes: Sequence[str], inner: Collection[st
 
 
 def _tell_of_sites(root: Path, inner: Mapping[str, Set[str]]) -> None:
-    """Warns of folders of classes inside the class folders, the same in several: the latter are sites, perhaps.
+    """Warns of folders inside the class folders that may be the classes, so that the class folders are sites.
+
+    They look so where several class folders hold the same, or one class folder is all that there is; folders of
+    patients or of photographers have names of their own.
 
     Args:
         root: The folder.
         inner: By class, the folders in its own that have images; a class has no images beside them.
     """
-    common = set.intersection(*map(set, inner.values()))
-    if len(inner) > 1 and len(common) > 1:
+    times = Counter(name for names in inner.values() for name in names)
+    several = [name for name, count in times.items() if count > 1 or len(inner) == 1]
+    if several and len(times) > 1:
         _log.warning(
-            "the class folders hold the same folders: if those are the classes, and these are sites, name one of these",
+            "the class folders hold folders, no images: if those are the classes, and these are sites, name one site",
             classes=sorted(inner)[:_NAMED],
-            folders=sorted(common)[:_NAMED],
+            folders=sorted(several)[:_NAMED],
             site=str(root / min(inner)),
         )
 

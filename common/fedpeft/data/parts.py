@@ -16,7 +16,7 @@ from fedpeft import durable
 from fedpeft.data.arrow_paths import arrow_path
 from fedpeft.data.interface import Source, too_many_unreadable
 from fedpeft.data.partitions import Indices, Partition, skew
-from fedpeft.data.sources import INDEX_SUFFIX, labels_digest, open_source
+from fedpeft.data.sources import INDEX_SUFFIX, labels_digest, open_source, parquet_files
 from fedpeft.errors import DataInvalid
 
 RECORD = "partition.json"
@@ -53,13 +53,14 @@ def write_parts(
 
     Raises:
         DataInvalid: If the partition does not fit the data, a name is no file name, a client has no rows, `out`
-            cannot be written or is not empty, or more images cannot be read than a data set may have.
+            cannot be written, is not empty or lies in the image folder `path`, or more images cannot be read than a
+            data set may have.
     """
     source = open_source(path, image, label) if source is None else source
     _check(source, partition, path)
     _check_readable(source, path)
     try:
-        _check_place(out)
+        _check_place(out, path)
         out.parent.mkdir(parents=True, exist_ok=True)
         with durable.folder(out) as folder:
             for name, rows in zip(partition.names, partition.parts, strict=True):
@@ -83,8 +84,10 @@ def _check_readable(source: Source, path: Path) -> None:
         raise DataInvalid(f"{path}: {fault}, the first: {first}")
 
 
-def _check_place(out: Path) -> None:
-    """Refuses a folder that holds anything: a partition is one folder that is whole or not there."""
+def _check_place(out: Path, path: Path) -> None:
+    """Refuses a folder that holds anything, and one among the class folders: a partition is whole, and by itself."""
+    if path.is_dir() and not parquet_files(path) and out.resolve().is_relative_to(path.resolve()):
+        raise DataInvalid(f"{out} lies inside {path}, and would be read as a part of it; name a folder outside")
     if (out / RECORD).exists():
         raise DataInvalid(f"{out} holds a partition already; name another folder")
     if out.exists() and any(out.iterdir()):

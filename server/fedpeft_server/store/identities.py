@@ -169,8 +169,9 @@ class Identities:
             known = access_queries.select_identity(connection, subject)
             if not unseen and known is None:
                 raise IdentityNotFound(
-                    f"nobody was enrolled as {subject}, and nobody of that role and name has called; check both, or "
-                    "set `unseen` to refuse it before it does"
+                    f"nobody was enrolled as {subject}, and nobody of that role and name has called with a "
+                    "certificate, which plain text has not; check both, or set `unseen` (--unseen) to refuse it before "
+                    "it does"
                 )
             access_queries.delete_tokens_of(connection, subject)
             if known is None or not known.is_revoked:  # the first time and reason count, however often it is repeated
