@@ -81,7 +81,7 @@ async def test_a_server_that_runs_and_whoever_calls_it_are_well(secured: Federat
     data_dir = tmp_path / "data"
     server = Setup(data_dir=data_dir, listen=secured.address, metrics="")
     found = await asyncio.to_thread(lambda: list(examine(server)))
-    assert any(finding.said == f"a server runs on {data_dir}" for finding in found)
+    assert any(finding.said == f"a server runs on {data_dir} (process {os.getpid()})" for finding in found)
     assert [finding for finding in found if finding.check == "ports" and finding.level is not Level.OK] == []
     assert any("has schema" in finding.said and finding.level is Level.OK for finding in found)
 
