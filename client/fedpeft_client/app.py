@@ -24,7 +24,7 @@ from fedpeft_client.ledger import Ledger
 from fedpeft_client.limits import Limits
 from fedpeft_client.machine import MachineCollector
 from fedpeft_client.metrics import Metrics
-from fedpeft_client.policy import Policy, find
+from fedpeft_client.policy import Policy, find, note_named
 from fedpeft_client.processes import Processes
 from fedpeft_client.renewal import Renewal, check_valid, until
 from fedpeft_client.settings import Settings
@@ -45,6 +45,7 @@ def serve(settings: Settings) -> None:
     if file is not None:
         log.info("the policy of this site applies", file=str(file), **policy.rules)
     with StateDirectory(settings.state_dir) as directory, traced(settings.traces, "fedpeft-client", settings.name):
+        note_named(file, directory.path)
         try:
             asyncio.run(_serve(settings, policy, directory, _identity(settings, log), log))
         except NOT_LET_IN as error:

@@ -16,6 +16,7 @@ from fedpeft_client.ledger_entries import FILE as LEDGER
 from fedpeft_client.ledger_file import archives
 from fedpeft_client.pending import ASIDE, BOX, DRAFT, PendingBox
 from fedpeft_client.policy import FILE as POLICY
+from fedpeft_client.policy import NAMED as POLICY_FILE
 from fedpeft_client.state import StateDirectory, identity_folder
 
 LEFT = "left"
@@ -28,6 +29,7 @@ _BOOKKEEPING: Mapping[str, str] = {
     "instance": "this client's instance",
     processes.FILE: "its processes",
     contact.FILE: "its last contact",
+    POLICY_FILE: "the place of its policy",
     contact.REFUSED: "the server's last refusal",
 }
 _MADE_HERE: Mapping[str, str] = {

@@ -16,13 +16,15 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from fedpeft import text_files
+from fedpeft import durable, text_files
 from fedpeft.codecs import codecs
 from fedpeft.errors import SettingsInvalid
 from fedpeft.faults import faults_of, in_file
 
 FILE = "policy.toml"
 """In the state directory: what applies where no other file is named."""
+NAMED = "policy-file"
+"""In the state directory: the place of a policy that lies elsewhere."""
 
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _FINGERPRINT = re.compile(r"[0-9a-f]{16,64}")
@@ -206,6 +208,28 @@ def find(named: Path | None, state_dir: Path) -> tuple[Policy, Path | None]:
     if path is None and os.path.lexists(state_dir / FILE):
         path = state_dir / FILE
     return (NO_LIMITS, None) if path is None else (Policy.read(path), path)
+
+
+def note_named(file: Path | None, state_dir: Path) -> None:
+    """Notes a policy file outside the state directory, so that `fedpeft-client status` shows it without being told.
+
+    Raises:
+        StateInvalid: If the state directory cannot be written.
+    """
+    path = state_dir / NAMED
+    with durable.refusals(f"writing {path}"):
+        if file is None or file == state_dir / FILE:
+            path.unlink(missing_ok=True)
+        else:
+            durable.write(path, os.fsencode(file.absolute()))
+
+
+def noted(state_dir: Path) -> Path | None:
+    """Returns the policy file outside the state directory that the client began with last; None if there was none."""
+    try:
+        return Path(os.fsdecode((state_dir / NAMED).read_bytes()))
+    except OSError:
+        return None
 
 
 def matches(patterns: tuple[str, ...], name: str) -> bool:

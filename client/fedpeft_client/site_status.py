@@ -18,7 +18,7 @@ from fedpeft_client import contact, departing, enrolled
 from fedpeft_client.ledger_entries import FILE as LEDGER
 from fedpeft_client.ledger_entries import Booked, Kind, Outcome, read, unreadable_text
 from fedpeft_client.pending import BOX
-from fedpeft_client.policy import find
+from fedpeft_client.policy import find, noted
 
 DAY = timedelta(days=1)
 
@@ -111,7 +111,7 @@ def look(state_dir: Path, policy: Path | None = None, identity: Path | None = No
 
     Args:
         state_dir: Its state directory.
-        policy: Its policy file; the one in the state directory if absent.
+        policy: Its policy file; the one that it began with last, or that in the state directory, if absent.
         identity: Its identity folder; that of the state directory if absent.
     """
     now, problems = datetime.now(UTC), list[str]()
@@ -127,7 +127,7 @@ def look(state_dir: Path, policy: Path | None = None, identity: Path | None = No
             problems.append(error.message)
     rules, file = None, None
     try:
-        rules, file = find(policy, state_dir)
+        rules, file = find(policy or noted(state_dir), state_dir)
     except FedpeftError as error:
         problems.append(error.message)
     refused_at, refusal = contact.refusal(state_dir) or (None, "")

@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         type=Path,
         default=os.environ.get("FEDPEFT_CLIENT_POLICY") or None,
-        help="its policy, if that is not in the state directory (FEDPEFT_CLIENT_POLICY)",
+        help="its policy, if that is another than the client began with last (FEDPEFT_CLIENT_POLICY)",
     )
     parser.add_argument(
         "--ask", action="store_true", help="also look whether the server is reached now; 3 if it is not"

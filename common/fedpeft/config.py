@@ -312,7 +312,7 @@ class SimulationConfig(_Section):
     clients: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Simulated clients among which the data is partitioned."""
     partition: Literal["iid", "dirichlet", "quantity", "natural"] = "iid"
-    """How; with `column` given, natural."""
+    """Scheme of the division; with `column` given, natural."""
     alpha: Annotated[float, Field(gt=0)] = 0.1
     """Concentration for dirichlet and quantity: smaller is more skewed."""
     column: str | None = None

@@ -57,7 +57,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Party:
-    """Whom a bound counts calls for.
+    """The caller, or callers, whose calls a bound counts together.
 
     Attributes:
         right: Its role; None for a stranger.

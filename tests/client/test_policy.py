@@ -21,9 +21,10 @@ from fedpeft.updates import prepare
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.limits import Conditions, forbidden
-from fedpeft_client.policy import NO_LIMITS, Policy, find, opens_at
+from fedpeft_client.policy import NO_LIMITS, Policy, find, note_named, noted, opens_at
 from fedpeft_client.policy_rules import Asked, broken
 from fedpeft_client.runs import KnownRun
+from fedpeft_client.site_status import look
 from fedpeft_client.suitability import Built, Site, reasons_against, reasons_against_ticket
 
 from .conftest import tiny_run
@@ -281,3 +282,18 @@ def test_hours_open_and_close_by_the_clock(minutes: int, begin: int, length: int
 def test_a_low_battery_or_a_hot_machine_forbids_work(conditions: Conditions, told: str | None) -> None:
     stop = forbidden(policy(times={"min_battery_percent": 50, "max_temperature_c": 80}), conditions)
     assert (stop.told if stop else None) == told
+
+
+def test_a_policy_outside_the_state_directory_is_noted_for_status(tmp_path: Path) -> None:
+    state, elsewhere = tmp_path / "state", tmp_path / "mine.toml"
+    state.mkdir()
+    elsewhere.write_text("[training]\nmax_steps = 5\n")
+    assert look(state).policy is None
+    note_named(elsewhere, state)
+    assert look(state).policy == elsewhere
+    elsewhere.unlink()
+    assert any(str(elsewhere) in problem for problem in look(state).problems)
+    (state / "policy.toml").write_text("[training]\nmax_steps = 6\n")
+    note_named(state / "policy.toml", state)
+    assert look(state).policy == state / "policy.toml"
+    assert noted(state) is None

@@ -81,7 +81,7 @@ def same_key(signing_request: bytes, key: requests.PublicKey) -> bool:
 
 
 def caller(context: Context) -> Subject:
-    """Whom the certificate of a connection speaks for."""
+    """The role and name that the certificate of a connection speaks for."""
     (pem,) = context.auth_context()["x509_pem_cert"]
     return certificates.subject(certificates.parse(pem)[0])
 

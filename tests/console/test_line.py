@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from structlog.testing import capture_logs
 
 from fedpeft import operator_client
+from fedpeft.console.bell import Bell
+from fedpeft.console.directory import Directory
 from fedpeft.console.line import Line
 from fedpeft.errors import ServerUnreachable
 from fedpeft.operator_client import OperatorClient
@@ -60,3 +63,16 @@ async def test_a_connection_is_not_kept_for_ever(federation: Federation, monkeyp
     assert await line.ask(lambda server: server.runs()) is not None
     assert len(opened) == 2, "an identity is renewed when a connection is opened"
     await line.close()
+
+
+async def test_a_fault_in_a_look_is_said_and_the_next_look_is_made() -> None:
+    class Faulty:
+        async def ask(self, _: object) -> list[object]:
+            raise RuntimeError("a fault of ours")
+
+    directory = Directory(Faulty(), Bell(), lambda: None)  # type: ignore[arg-type]
+    with capture_logs() as said:
+        await directory.look()
+        assert directory.lost == "the console cannot read the server's lists: RuntimeError: a fault of ours"
+        await directory.look(again=True)
+    assert [line["event"] for line in said] == ["the lists cannot be read"] * 2

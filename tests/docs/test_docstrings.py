@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("benchmarks", "client", "common", "deploy", "docs", "experiments", "server", "tests")
-QUESTIONS = frozenset(("how", "what", "when", "where", "whether", "which", "who", "why"))
+QUESTIONS = frozenset(("how", "what", "when", "where", "whether", "which", "who", "whom", "whose", "why"))
 
 
 def docstrings(source: str) -> Iterator[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""What is said and counted of a round, each thing once."""
+"""Each thing of a round is said once, and counted once."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Session:
 
     @property
     def line(self) -> str:
-        """Whose bounds it shares: a viewer's, or empty for those of the operators."""
+        """The holder of the bounds that it shares: a viewer, or empty for the operators."""
         return "" if self.may_write else self.host or self.id
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import structlog
+
 from fedpeft.console.bell import Bell
 from fedpeft.console.line import Line
 from fedpeft.errors import FedpeftError
@@ -19,6 +21,8 @@ PAUSE_S = 1.0
 SHARE = 10.0
 LONGEST_PAUSE_S = 4.0
 """However large it is: with `LOOK_S` of the next look, after so long it is known that the server is away."""
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T", run_pb2.Run, pb.Client)
 
@@ -101,6 +105,9 @@ class Directory:
             self.lost, self.looked_at = "", True
         except FedpeftError as error:
             self.lost = error.in_short
+        except Exception as error:  # a fault of ours: said on the pages like any other, until the next look
+            log.exception("the lists cannot be read")
+            self.lost = f"the console cannot read the server's lists: {type(error).__name__}: {error}"
         finally:
             self._looking = None
         now = time.monotonic()

@@ -61,7 +61,7 @@ class Identity:
 
     @cached_property
     def subject(self) -> Subject:
-        """Whom the certificate speaks for.
+        """The role and name that the certificate speaks for.
 
         Raises:
             IdentityInvalid: If it names nobody.

@@ -31,7 +31,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Subject:
-    """Whom a certificate speaks for.
+    """The role and name that a certificate speaks for.
 
     Attributes:
         role: What it may do.

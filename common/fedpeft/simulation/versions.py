@@ -68,8 +68,8 @@ class Versions:
         self._extents[number] = outcome.extent
         os.replace(self._scratch / "state", self._state)
         os.replace(self._scratch / "adapter", self._adapter)
-        with self._log.open("a", encoding="ascii") as stream:
-            stream.write(outcome.record + "\n")
+        with self._log.open("ab", buffering=0) as stream:  # in one piece: who is killed leaves no half of a line
+            stream.write(f"{outcome.record}\n".encode("ascii"))
         self._newest, self._state_sha256 = outcome.adapter, outcome.state_sha256
         self._record_sha256 = book.record_sha256 = outcome.record_sha256
         book.weights, book.metrics, book.excluded = outcome.weights, outcome.metrics, outcome.excluded

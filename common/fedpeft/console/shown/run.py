@@ -10,7 +10,6 @@ from fedpeft.console.facts import RoundFacts, TicketFacts
 from fedpeft.console.sentences import sentence
 from fedpeft.following import Picture
 from fedpeft.narration import names
-from fedpeft.operator_client import FINISHED
 from fedpeft.v1 import run_pb2
 
 PHASES = (("waiting", "Waiting"), ("open", "Training"), ("aggregating", "Aggregating"), ("committed", "Committed"))
@@ -192,11 +191,6 @@ def declines(run: run_pb2.Run) -> list[tuple[str, str, str | None]]:
 def awaited(run: run_pb2.Run) -> list[tuple[str, str, bool]]:
     """Returns client, how far it is, and whether it is well, of those that the open round awaits; worst first."""
     return [(each.client, each.description, views.is_well(each)) for each in run.awaited[:MOST_AWAITED]]
-
-
-def is_over(picture: Picture) -> bool:
-    """True if no round will be held any more."""
-    return picture.run.state in FINISHED
 
 
 def _sentence(facts: RoundFacts, run: run_pb2.Run) -> str:
