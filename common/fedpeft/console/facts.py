@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
 
 from fedpeft import views
 from fedpeft.errors import UpdateExcluded
@@ -102,12 +101,6 @@ class RoundFacts:
         for ticket in self.tickets:
             found.setdefault(ticket.state, []).append(ticket)
         return {state: tuple(tickets) for state, tickets in found.items()}
-
-    @cached_property
-    def median_norm(self) -> float | None:
-        """The median norm of the updates received, or None if there are none."""
-        norms = [ticket.norm for ticket in self.tickets if ticket.is_counted]
-        return median(norms) if norms else None
 
     def of(self, state: str) -> tuple[TicketFacts, ...]:
         """Returns the tickets of one state."""
