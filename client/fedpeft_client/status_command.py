@@ -65,7 +65,8 @@ def _lines(found: SiteStatus) -> Iterator[tuple[str, str]]:
         yield "refused", f"by the server at {found.refused_at:{_MOMENT}}: {found.refusal}"
     yield "agent", f"running as process {found.process}" if found.process else "not running"
     last = found.last_contact
-    yield "last contact", f"{last:{_MOMENT}}, {_span((now - last).total_seconds())} ago" if last else "never"
+    if last or not found.left_at:
+        yield "last contact", f"{last:{_MOMENT}}, {_span((now - last).total_seconds())} ago" if last else "never"
     if found.pending:
         payload, run = size(found.pending["payload_bytes"]), found.pending["run"]
         yield (

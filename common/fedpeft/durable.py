@@ -107,7 +107,7 @@ def settle(made: Path, path: Path) -> None:
 def scratch(path: Path) -> Iterator[Path]:
     """Yields a new folder beside `path`, on the same file system, and removes it in the end."""
     path = Path(os.path.realpath(path))
-    sweep(path.parent, path.name)
+    sweep(path.parent)  # also what was to have another name: copies of images may lie in it
     made = path.with_name(f".{_aside(path.name)}")
     made.mkdir(mode=0o700)
     try:

@@ -104,7 +104,7 @@ def test_what_a_killed_process_left_is_swept_and_what_others_write_is_not(tmp_pa
     with durable.writing(tmp_path / "other.json") as file, durable.scratch(tmp_path / "other") as folder:
         if by == "the next writer":
             durable.write_text(tmp_path / "report.json", "{}")
-            with durable.scratch(tmp_path / "sites"):
+            with durable.scratch(tmp_path / "results"):  # of another name: folders may hold copies of images
                 pass
             (tmp_path / "report.json").unlink()
         else:

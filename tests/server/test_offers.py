@@ -174,7 +174,7 @@ async def test_until_finished_is_answered_at_once_only_when_nothing_is_left(daem
     await a.answer(run.id, WHY)
     async with asyncio.timeout(5):
         idle = (await a.look(until_finished=True)).idle
-    assert idle.finished and idle.reason == "there is no unfinished run to work for"
+    assert idle.finished and idle.reason == "this client declined every unfinished run"
     await a.answer(run.id)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.5):

@@ -288,7 +288,8 @@ class RunEngine:
 
     def _refuse_if_finished(self) -> None:
         if not self.active:
-            raise RunFinished(f"{self.run.id} is {self.run.state}; nothing more can be done with it")
+            text = "it cannot be paused, resumed, stopped or rolled back any more"
+            raise RunFinished(f"{self.run.id} is {self.run.state}: {text}")
 
     async def _set_run(self, state: RunState, reason: str, new: Round | None = None, by: str = SERVER) -> None:
         deed = Deed(by, f"run.{_NOW[state]}", self.run.id, {"reason": reason, "round": self.round.number})

@@ -58,6 +58,7 @@ _EXPLAINED = 8
 """Runs whose wait is explained to a client that waits; more are counted."""
 
 _NOTHING_LEFT = "there is no unfinished run to work for"
+_ALL_DECLINED = "this client declined every unfinished run"
 _SPLIT = re.compile(r"[a-z0-9_-]{1,64}")
 _ROLE_NAMES = {number: name for name, number in ROLES.items()}
 
@@ -361,8 +362,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         left = self._left(client, run)
         more = f"; and {len(left) - _EXPLAINED} more runs" if len(left) > _EXPLAINED else ""
         reason = "; ".join(self._runs.why(e) for e in left[:_EXPLAINED]) + more
+        nothing = _ALL_DECLINED if self._runs.active(run) else _NOTHING_LEFT
         finished = self._finished(client, run)
-        return pb.AwaitRoundResponse(idle=pb.Idle(reason=reason or _NOTHING_LEFT, finished=finished))
+        return pb.AwaitRoundResponse(idle=pb.Idle(reason=reason or nothing, finished=finished))
 
     def _finished(self, client: str, run: str) -> bool:
         return bool(self._runs.all(run)) and not self._left(client, run)
