@@ -170,7 +170,7 @@ class Identities:
             if not unseen and known is None:
                 raise IdentityNotFound(
                     f"nobody was enrolled as {subject}, and nobody of that role and name has called with a "
-                    "certificate, which plain text has not; check both, or set `unseen` (--unseen) to refuse it before "
+                    "certificate, which plain text has not; check both, or set `unseen` to refuse it before "
                     "it does"
                 )
             access_queries.delete_tokens_of(connection, subject)
