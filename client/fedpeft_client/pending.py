@@ -34,11 +34,11 @@ IF_NOT = "residual_if_not.safetensors"
 LOCAL = "local.safetensors"
 _RECORD = "ticket.json"
 _COUNTED, _IF_EXCLUDED, _EXCLUDED = "counted.json", "counted.safetensors", "excluded"
-_log = logs.logger()
-
 BOX, DRAFT, ASIDE = "pending", "pending.new", "set-aside"
 KEPT_ASIDE = 8
 """Updates that are kept aside: each is as large as any other, and nobody may be there to look at them."""
+
+_log = logs.logger()
 
 
 class Outcome(StrEnum):

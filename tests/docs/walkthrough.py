@@ -138,17 +138,17 @@ class Walkthrough:
 
     def follow(self, page: str) -> int:
         """Does all that the page says; returns how many commands that were."""
-        done, todo = 0, blocks(page)
-        if any(block.title.startswith("common/") for block in todo):
+        commands, found = 0, blocks(page)
+        if any(block.title.startswith("common/") for block in found):
             self._link_library()
-        for block in todo:
+        for block in found:
             if block.language == "console":
                 for step in steps(block.text):
                     (self._stay if block.title.startswith("Terminal") else self._run)(step)
-                    done += 1
+                    commands += 1
             elif block.title:
                 self._write(block)
-        return done
+        return commands
 
     def close(self) -> None:
         """Ends what is still running."""

@@ -14,6 +14,7 @@ from sqlalchemy import Engine, create_engine, make_url, text
 
 from fedpeft.errors import DatabaseUnavailable
 from fedpeft.status import from_rpc_error
+from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import app
 from fedpeft_server.rounds import engine
 from fedpeft_server.store import connection
@@ -119,7 +120,8 @@ async def test_postgresql_that_fails_is_said_and_waited_for(
     await until_health(daemon, well=False)
     postgresql.mend()
     await until_health(daemon, well=True)
-    await a.push(task.ticket, filled(1.0))
+    receipt = await a.push(task.ticket, filled(1.0))
+    assert receipt.ticket == task.ticket
     await daemon.until(run.id, lambda r: r.version == 1)
 
 
@@ -127,6 +129,8 @@ async def test_ended_connections_are_replaced(start: StartDaemon, postgresql: Po
     daemon = await start(database=postgresql.url)
     postgresql.end_connections()
     await daemon.clients("a")
+    listed = await daemon.operator.ListClients(op.ListClientsRequest())
+    assert [client.id for client in listed.clients] == ["a"]
 
 
 async def test_a_round_is_folded_once_the_database_is_back(

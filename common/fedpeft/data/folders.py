@@ -15,7 +15,7 @@ import structlog
 
 from fedpeft.data import disks
 from fedpeft.data.file_names import PARQUET_SUFFIXES, shown
-from fedpeft.data.interface import NO_BYTES, ImageUnreadable, Indices
+from fedpeft.data.interface import ImageUnreadable, Indices, bytes_or_note
 from fedpeft.data.inventory import Fate, Group, Inventory, Tally
 from fedpeft.data.parquet_labels import metadata
 from fedpeft.data.splits import one_to_train_on, split_called, splits_among
@@ -138,21 +138,8 @@ class FolderSource:
         rows = np.sort(rows)
         for start in range(0, len(rows), _BATCH):
             some = [int(row) for row in rows[start : start + _BATCH]]
-            images = [{"bytes": self._bytes_or_none(row), "path": self.name(row)} for row in some]
+            images = [{"bytes": bytes_or_note(self, row, taken=1), "path": self.name(row)} for row in some]
             yield pa.Table.from_pydict({"image": images, "label": self.labels[some]}, self.schema)
-
-    def _bytes_or_none(self, row: int) -> bytes | memoryview | None:
-        try:
-            data = self.image_bytes(row)
-            if len(data):
-                return data
-            why = NO_BYTES
-        except ImageUnreadable as error:
-            why = str(error)
-        if row not in self.unreadable:
-            self.unreadable[row] = why
-            self.inventory = self.inventory.with_unreadable(self.name(row), why, taken=1)
-        return None
 
     def _reckoned_bytes(self) -> int:
         """Returns the size of all files by that of `SIZED` of them, evenly spaced: a million cost minutes to ask."""

@@ -91,6 +91,40 @@ def too_many_unreadable(unreadable: int, images: int) -> str:
     return f"{unreadable:,} of {counted(images, 'image')} cannot be read, more than {UNREADABLE_SHARE:.0%}"
 
 
+class Noting(Protocol):
+    """A source as `bytes_or_note` needs it: one that notes what `tables` could not read."""
+
+    unreadable: dict[int, str]
+    inventory: Inventory
+
+    def image_bytes(self, row: int) -> bytes | memoryview:
+        """See `Source.image_bytes`."""
+
+    def name(self, row: int) -> str:
+        """See `Source.name`."""
+
+
+def bytes_or_note(source: Noting, row: int, taken: int = 0) -> bytes | memoryview | None:
+    """Returns the bytes of an image; of one that cannot be read or is empty, None, and the source notes it.
+
+    Args:
+        source: The source.
+        row: The row of the image.
+        taken: Entries that its inventory counted as taken for the row.
+    """
+    try:
+        data = source.image_bytes(row)
+        if len(data):
+            return data
+        why = NO_BYTES
+    except ImageUnreadable as error:
+        why = str(error)
+    if row not in source.unreadable:
+        source.unreadable[row] = why
+        source.inventory = source.inventory.with_unreadable(source.name(row), why, taken)
+    return None
+
+
 class Selection:
     """Some rows of a source, in a stated order.
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from fedpeft.data import disks
-from fedpeft.data.interface import NO_BYTES, ImageUnreadable, Indices
+from fedpeft.data.interface import ImageUnreadable, Indices, bytes_or_note
 from fedpeft.data.inventory import EMPTY, Inventory
 from fedpeft.data.parquet_files import ParquetFiles
 from fedpeft.data.parquet_labels import class_names, named, read_labels
@@ -168,26 +168,13 @@ class ParquetSource:
         at = batch.schema.get_field_index(self._image)
         column = batch.column(at)
         lacking = [k for k, image in enumerate(_binary(column)) if not (image.is_valid and image.as_buffer().size)]
-        found = {k: data for k in lacking if (data := self._bytes_or_none(int(rows[k])))}
+        found = {k: bytes(data) for k in lacking if (data := bytes_or_note(self, int(rows[k])))}
         if not found:
             return batch
         values = column.to_pylist()
         for k, data in found.items():
             values[k]["bytes"] = data
         return batch.set_column(at, batch.schema.field(at), pa.array(values, column.type))
-
-    def _bytes_or_none(self, row: int) -> bytes | None:
-        """Returns the bytes of an image; of one that cannot be read, none, and it is noted."""
-        try:
-            if data := bytes(self.image_bytes(row)):
-                return data
-            why = NO_BYTES
-        except ImageUnreadable as error:
-            why = str(error)
-        if row not in self.unreadable:
-            self.unreadable[row] = why
-            self.inventory = self.inventory.with_unreadable(self.name(row), why)
-        return None
 
     def _load(self) -> None:
         """Unpacks the files, or maps the temporary file that another process made."""
