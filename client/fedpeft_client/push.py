@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator
 
 import grpc
 
+from fedpeft.end_status import EndStatus
 from fedpeft.errors import (
     ChecksumMismatch,
     FedpeftError,
@@ -40,13 +40,7 @@ from fedpeft_client.withdrawals import Withdrawals
 STARTS = 3
 """Most attempts at an upload from its first byte, where its bytes arrive damaged."""
 
-VERDICT_S = 0.5
-VERDICT_LOOKS = 100
-"""Time for which the reason of a broken upload is looked for, seconds, and the number of looks."""
-_CORE = "Internal error from Core"
-
 _Call = grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]
-T = TypeVar("T")
 
 
 class Pusher:
@@ -151,8 +145,7 @@ class Pusher:
 
     async def _stream(self, pending: Pending, offset: int) -> pb.PushUpdateResponse:
         call = self._channel.push_update()
-        said: list[grpc.aio.AioRpcError] = []
-        call.add_done_callback(lambda _: said.append(_status(call)))
+        end = EndStatus(call)
         try:
             try:
                 header = pb.PushUpdateRequest(header=pending.header)
@@ -172,7 +165,7 @@ class Pusher:
         except TimeoutError:
             raise ServerUnreachable(f"the upload stalled: no progress for {STALL_S:.0f} seconds") from None
         except grpc.aio.AioRpcError as error:
-            raise self._channel.error(await _verdict(call, said)) from error
+            raise self._channel.error(await end.error()) from error
         finally:
             call.cancel()
 
@@ -185,37 +178,6 @@ class Pusher:
                 await call.write(message)
         async with asyncio.timeout(STALL_S):
             await call.done_writing()
-
-
-async def _verdict(call: _Call, said: list[grpc.aio.AioRpcError]) -> grpc.aio.AioRpcError:
-    """Returns why the server ended the call.
-
-    gRPC answers a write that meets a call which the server has just ended with an internal error of its own. What the
-    server said came a moment before, and is in `said` though that error has overwritten it, or follows a moment later.
-    """
-    for _ in range(VERDICT_LOOKS):
-        for status in (*said, _status(call)):
-            if status.code() is not grpc.StatusCode.INTERNAL or status.details() != _CORE:
-                return status
-        await asyncio.sleep(VERDICT_S / VERDICT_LOOKS)
-    return grpc.aio.AioRpcError(
-        grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "the upload broke off"
-    )
-
-
-def _status(call: _Call) -> grpc.aio.AioRpcError:
-    """Returns the status of a call that has ended, without giving anything else a chance to run."""
-    code, details = _at_once(call.code()), _at_once(call.details())
-    return grpc.aio.AioRpcError(code, _at_once(call.initial_metadata()), _at_once(call.trailing_metadata()), details)
-
-
-def _at_once(answer: Coroutine[Any, Any, T]) -> T:
-    """Returns what a coroutine that need not wait returns."""
-    try:
-        answer.send(None)
-    except StopIteration as end:
-        return cast(T, end.value)
-    raise RuntimeError("the call has not ended")
 
 
 def _chunks(pending: Pending, offset: int) -> Iterator[tensor_pb2.Chunk]:

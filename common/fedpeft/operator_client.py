@@ -30,6 +30,7 @@ import grpc
 from fedpeft import durable, enrolment
 from fedpeft.access_calls import AccessCalls, RequestT, ResponseT, Unary
 from fedpeft.connection import open_channel
+from fedpeft.end_status import EndStatus
 from fedpeft.errors import (
     ChecksumMismatch,
     FedpeftError,
@@ -357,9 +358,13 @@ class OperatorClient(AccessCalls):
 
         try:
             async with asyncio.timeout(PATIENCE_S) as patience:
-                return (await self._stub.CreateRun(messages(patience))).run
+                call = self._stub.CreateRun(messages(patience))
+                end = EndStatus(call)
+                return (await call).run
         except TimeoutError:
             raise self._unreachable() from None
+        except grpc.aio.AioRpcError as error:
+            raise await end.error() from error
 
     async def _repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Makes an attempt until it gives an answer; only an unavailable server is worth another.

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -22,6 +23,7 @@ from sqlalchemy import create_engine, text
 
 from fedpeft import payload, wire
 from fedpeft.config import RunConfig, parse_config
+from fedpeft.end_status import EndStatus
 from fedpeft.errors import FedpeftError
 from fedpeft.payload import CHUNK_BYTES, Manifest
 from fedpeft.spec import AdapterSpec, TensorSpec
@@ -39,6 +41,7 @@ from fedpeft_server.store.database import Database
 from .rows import run_row, version_row
 
 Arrays = dict[str, NDArray[np.float32]]
+T = TypeVar("T")
 
 SPEC = AdapterSpec.of("bias", [TensorSpec("blocks.0.bias", (7,)), TensorSpec("head.weight", (3, 5))])
 
@@ -130,7 +133,11 @@ class RawClient:
             for offset, data in chunks:
                 yield fed.PushUpdateRequest(chunk=tensor_pb2.Chunk(offset=offset, data=data))
 
-        return await self.stub.PushUpdate(requests(), metadata=self.metadata)
+        return await self.send(requests())
+
+    async def send(self, requests: AsyncIterator[fed.PushUpdateRequest]) -> fed.PushUpdateResponse:
+        """Makes one upload call; one that the server ends raises the server's status, whatever was being written."""
+        return await answered(self.stub.PushUpdate(requests, metadata=self.metadata))
 
     async def upload(self, ticket: str, sha256: bytes = b"") -> fed.GetUploadResponse:
         return await self.stub.GetUpload(fed.GetUploadRequest(ticket=ticket, sha256=sha256), metadata=self.metadata)
@@ -142,6 +149,15 @@ class RawClient:
 def header(ticket: str, manifest: Manifest, examples: int = 10, **metrics: float) -> fed.UpdateHeader:
     message = wire.manifest_to_proto(manifest)
     return fed.UpdateHeader(ticket=ticket, manifest=message, examples=examples, metrics=metrics)
+
+
+async def answered(call: grpc.aio.StreamUnaryCall[Any, T]) -> T:
+    """Returns the answer of a call with a streamed request, or raises the status that the server gave."""
+    end = EndStatus(call)
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise await end.error() from error
 
 
 class Daemon:
@@ -187,7 +203,7 @@ class Daemon:
             for offset, chunk in chunks:
                 yield op.CreateRunRequest(chunk=tensor_pb2.Chunk(offset=offset, data=chunk))
 
-        return await self.operator.CreateRun(requests())
+        return await answered(self.operator.CreateRun(requests()))
 
     async def rounds(self, run: str) -> list[run_pb2.Round]:
         return list((await self.operator.ListRounds(op.ListRoundsRequest(run=run))).rounds)

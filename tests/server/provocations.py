@@ -213,7 +213,7 @@ async def begun(client: RawClient, ticket: str, chunk_bytes: int, held: asyncio.
         yield fed.PushUpdateRequest(chunk=tensor_pb2.Chunk(offset=0, data=data[:chunk_bytes]))
         await held.wait()
 
-    return await client.stub.PushUpdate(requests(), metadata=client.metadata)
+    return await client.send(requests())
 
 
 async def busy_server(world: World) -> object:

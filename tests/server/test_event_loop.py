@@ -92,7 +92,7 @@ async def upload(client: RawClient, ticket: str, start: int, end: int, *, stand_
         async for chunk in chunks(start, end, stand_still=stand_still):
             yield chunk
 
-    return await client.stub.PushUpdate(requests(), metadata=client.metadata)
+    return await client.send(requests())
 
 
 async def until_held(client: RawClient, ticket: str, position: int) -> None:

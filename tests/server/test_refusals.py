@@ -154,7 +154,7 @@ async def headless(bad: Bad) -> object:
     async def requests() -> AsyncIterator[fed.PushUpdateRequest]:
         yield fed.PushUpdateRequest(chunk=tensor_pb2.Chunk(offset=0, data=bad.data))
 
-    return await bad.client.stub.PushUpdate(requests(), metadata=bad.client.metadata)
+    return await bad.client.send(requests())
 
 
 TRY_AGAIN: dict[str, tuple[Callable[[Bad], Awaitable[object]], str]] = {

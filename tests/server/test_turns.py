@@ -44,7 +44,7 @@ class Trickle:
             yield fed.PushUpdateRequest(chunk=chunk)
 
     async def push(self) -> fed.PushUpdateResponse:
-        return await self.client.stub.PushUpdate(self._requests(), metadata=self.client.metadata)
+        return await self.client.send(self._requests())
 
     async def begun(self) -> None:
         """Waits until the server holds something of it."""
