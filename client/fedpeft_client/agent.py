@@ -58,7 +58,7 @@ from fedpeft_client.adapters import AdapterCache, Held
 from fedpeft_client.attempts import Attempts
 from fedpeft_client.channel import Channel
 from fedpeft_client.evaluator import Evaluator
-from fedpeft_client.exits import NOT_ABOUT_THE_TASK, UNFIT
+from fedpeft_client.exits import FAULT, NOT_ABOUT_THE_TASK, UNFIT
 from fedpeft_client.finished import FinishedRuns
 from fedpeft_client.fitness import Fitness, Verdict
 from fedpeft_client.holds import Holds
@@ -66,7 +66,7 @@ from fedpeft_client.ledger import Ledger
 from fedpeft_client.limits import Limits
 from fedpeft_client.metrics import Metrics, State
 from fedpeft_client.pace import Pace
-from fedpeft_client.patience import AWAY_S, CALL_S, FAULT, Backoff, Patience
+from fedpeft_client.patience import AWAY_S, CALL_S, Backoff, Patience
 from fedpeft_client.pending import Outcome, PendingBox
 from fedpeft_client.policy import Policy
 from fedpeft_client.processes import Processes

@@ -15,8 +15,10 @@ from fedpeft.errors import (
     ClientMoved,
     ConfigInvalid,
     DataInvalid,
+    DiskFull,
     FedpeftError,
     IdentityInvalid,
+    Internal,
     ModelInvalid,
     NotRegistered,
     ProtocolMismatch,
@@ -29,7 +31,11 @@ from fedpeft.errors import (
     TokenUsed,
     Unavailable,
 )
-from fedpeft_client.patience import NOT_NOW
+
+NOT_NOW = (DiskFull, Unavailable)
+"""Errors of a server that cannot do its work for now; the same call may succeed later."""
+FAULT = Internal
+"""A server that is there and fails in a call, or answers what nobody understands: repeating it may help, or never."""
 
 UNFIT = (BackboneMismatch, ConfigInvalid, DataInvalid, ModelInvalid, SpecInvalid)
 """Errors that say that this site cannot work for a run until someone changes something."""

@@ -19,11 +19,11 @@ from types import TracebackType
 from typing import Self
 
 from fedpeft.errors import FedpeftError, LocalError
+from fedpeft_client.exits import FAULT, NOT_NOW
 from fedpeft_client.ledger_day import DAY, LastDay
 from fedpeft_client.ledger_entries import FILE, Departure, Kind, Outcome, carried, closing, opening, read
 from fedpeft_client.ledger_file import LedgerFile
 from fedpeft_client.newest import Newest
-from fedpeft_client.patience import FAULT, NOT_NOW
 
 FILE_BYTES = 4 * 1024 * 1024
 """A file of so many bytes is set aside: what is read at a start is one, and those of the last 24 hours."""

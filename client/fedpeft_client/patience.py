@@ -11,10 +11,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from fedpeft.errors import DiskFull, FedpeftError, Internal, Unavailable
+from fedpeft.errors import DiskFull, FedpeftError
 from fedpeft.logs import Log
 from fedpeft.waits import HOLD_S
 from fedpeft.waits import STALL_S as STALL_S
+from fedpeft_client.exits import FAULT, NOT_NOW
 
 CALL_S = 30.0
 """An ordinary call is answered in this time."""
@@ -27,10 +28,6 @@ AWAY_S = 10 * STALL_S
 LASTING_S = 10.0
 """With `--once`: likewise, where somebody must mend the cause: an authority that is not trusted, a wrong port."""
 
-NOT_NOW = (DiskFull, Unavailable)
-"""Errors of a server that cannot do its work for now; the same call may succeed later."""
-FAULT = Internal
-"""A server that is there and fails in a call, or answers what nobody understands: repeating it may help, or never."""
 FAULT_ATTEMPTS = 6
 """Attempts at a call that the server fails at, before the fault is taken for one of the request."""
 FIRST_FAULT_PAUSE_S = 0.5

@@ -30,9 +30,9 @@ from fedpeft.waits import STALL_S
 from fedpeft.wire import TURN_KEY
 from fedpeft_client import departures
 from fedpeft_client.channel import Channel
-from fedpeft_client.exits import NOT_ABOUT_THE_TASK
+from fedpeft_client.exits import FAULT, NOT_ABOUT_THE_TASK
 from fedpeft_client.ledger import Ledger
-from fedpeft_client.patience import FAULT, Backoff, Patience
+from fedpeft_client.patience import Backoff, Patience
 from fedpeft_client.pending import Outcome, Pending
 from fedpeft_client.wire_checks import check_receipt, check_standing
 from fedpeft_client.withdrawals import Withdrawals

@@ -10,7 +10,7 @@ from fedpeft.errors import FedpeftError, RunFinished, TicketClosed
 from fedpeft.race import first_of
 from fedpeft.v1 import run_pb2
 from fedpeft_client.channel import Channel
-from fedpeft_client.patience import FAULT, NOT_NOW
+from fedpeft_client.exits import FAULT, NOT_NOW
 from fedpeft_client.steps import Steps
 
 ASK_S = 10.0

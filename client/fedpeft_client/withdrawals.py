@@ -9,9 +9,9 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client import departures
 from fedpeft_client.channel import Channel
-from fedpeft_client.exits import NOT_ABOUT_THE_TASK
+from fedpeft_client.exits import FAULT, NOT_ABOUT_THE_TASK
 from fedpeft_client.ledger import Ledger
-from fedpeft_client.patience import FAULT, Patience
+from fedpeft_client.patience import Patience
 
 
 class Withdrawals:
