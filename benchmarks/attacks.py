@@ -31,10 +31,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from round import create, synthetic_spec
 from workload import Daemon, daemon, scratch
 
-from fedpeft import wire
-from fedpeft.connection import open_channel, open_unnamed
 from fedpeft.identity import certificates, keys
 from fedpeft.identity.folder import Identity
+from fedpeft.rpc import wire
+from fedpeft.rpc.channel import open_channel, open_unnamed
 
 PROBE_S = 0.05
 OPEN_FILES = 1024

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from fedpeft.data.interface import Indices
+from fedpeft.data.sources.interface import Indices
 from fedpeft.data.transforms import _PADDING_SHARE, Pixels, _draws, _shifts, augment
 
 CASES = ((64, 32), (16, 56), (64, 96), (64, 224))

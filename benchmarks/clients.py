@@ -17,10 +17,12 @@ import grpc
 import numpy as np
 from workload import CHUNK_BYTES
 
-from fedpeft import PROTOCOL, payload, wire
-from fedpeft.connection import open_channel
+from fedpeft import PROTOCOL
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.identity.folder import Identity
-from fedpeft.spec import AdapterSpec
+from fedpeft.rpc import wire
+from fedpeft.rpc.channel import open_channel
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.v1 import tensor_pb2

@@ -2,9 +2,10 @@
 
     python benchmarks/devices.py --out benchmarks/results/devices.json
 
-Each case is a process of its own that trains as a client does (`fedpeft.training.train`) on the emoji images at the
-model's own size, with one thread. Memory is the process's peak (VmHWM), and what of it was there before the first step.
-Time is CPU time of one step: it does not count the moments in which others had the core, though they still take cache
+Each case is a process of its own that trains as a client does (`fedpeft.training.loop.train`) on the emoji images at
+the model's own size, with one thread. Memory is the process's peak (VmHWM), and what of it was there before the first
+step. Time is CPU time of one step: it does not count the moments in which others had the core, though
+they still take cache
 and memory bandwidth, so the ratio to full fine-tuning says more than the seconds.
 """
 
@@ -24,13 +25,13 @@ import torch
 from bytes_by_method import METHODS
 from workload import machine, peak_memory_bytes
 
-from fedpeft import durable
 from fedpeft.config import ModelConfig, TrainingConfig
 from fedpeft.data.dataset import open_dataset
 from fedpeft.data.transforms import Preprocessing
-from fedpeft.models import build
+from fedpeft.models.backbones import build
 from fedpeft.peft import tune
-from fedpeft.training import train
+from fedpeft.process import durable
+from fedpeft.training.loop import train
 
 DATA = Path(__file__).resolve().parents[1] / "experiments" / "emoji" / "data" / "test.parquet"
 CLASSES = ("smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags")

@@ -5,7 +5,7 @@
 Each federation is a simulated run with `norm_factor = 0`: nothing is excluded, so every norm is seen. The model is the
 first two blocks of a ViT-tiny at 32 pixels, of `--weights` or random. A row says, of all updates of all rounds, what
 the 99.9th percentile and the largest ratio of norm to reference are, the same of norm by allowance (what
-`fedpeft.screening` compares with the factor), and how many updates the default factor would exclude.
+`fedpeft.rounds.screening` compares with the factor), and how many updates the default factor would exclude.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from fedpeft import simulation
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.data import partitions
-from fedpeft.data.interface import Selection, Source
-from fedpeft.data.sources import open_source
-from fedpeft.screening import FACTOR, ROUNDS, Extent, bound, local_steps, median
+from fedpeft.data.sources.interface import Selection, Source
+from fedpeft.data.sources.opening import open_source
+from fedpeft.rounds.screening import FACTOR, ROUNDS, Extent, bound, local_steps, median
 
 Rows = NDArray[np.int64]
 Json = dict[str, Any]

@@ -20,10 +20,10 @@ import numpy as np
 from norms import first_blocks, quiet, run_file
 from numpy.typing import NDArray
 
-from fedpeft import payload
+from fedpeft.adapters import payload
 from fedpeft.data import partitions
-from fedpeft.data.interface import Selection
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.interface import Selection
+from fedpeft.data.sources.opening import open_source
 from fedpeft.simulation.bench import Workbench
 
 Arrays = dict[str, NDArray[Any]]

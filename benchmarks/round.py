@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from workload import HERE, PAYLOADS, Daemon, daemon, payload_bytes, peak_memory_bytes, print_measured, scratch
 
-from fedpeft import wire
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.config import RunConfig, parse_config
-from fedpeft.operator_client import OperatorClient
-from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft.rpc import wire
 from fedpeft.v1 import run_pb2
 
 

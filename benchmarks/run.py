@@ -16,7 +16,7 @@ import bytes_by_method
 import round as one_round
 from workload import PAYLOADS, machine, payload_bytes
 
-from fedpeft import durable
+from fedpeft.process import durable
 
 CLIENTS, MANY = 8, 64
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 import traceback
 
-from fedpeft import durable, grpc_core
 from fedpeft.errors import FedpeftError
-from fedpeft.plain_text import print_anything
-from fedpeft_client.commands import COMMANDS, listing
-from fedpeft_client.exits import Exit, exit_code
+from fedpeft.process import durable
+from fedpeft.rpc import grpc_core
+from fedpeft.untrusted_text import print_anything
+from fedpeft_client.commands.table import COMMANDS, listing
+from fedpeft_client.error_policy import Exit, exit_code
 from fedpeft_client.settings import Settings
 
 
 def main() -> None:
-    """Runs the client and ends the process with one of the exit codes of `fedpeft_client.exits`."""
+    """Runs the client and ends the process with one of the exit codes of `fedpeft_client.error_policy`."""
     sys.exit(run(sys.argv[1:]))
 
 

@@ -31,7 +31,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from importlib.metadata import version as installed_version
 
-from fedpeft import PROTOCOL, tracing
+from fedpeft import PROTOCOL
 from fedpeft.codecs import codecs
 from fedpeft.errors import (
     ClientMoved,
@@ -49,40 +49,41 @@ from fedpeft.errors import (
     TrainingFailed,
     VersionNotFound,
 )
-from fedpeft.logs import Log
-from fedpeft.plain_text import MAX_REASON
+from fedpeft.process import tracing
+from fedpeft.process.logs import Log
+from fedpeft.untrusted_text import MAX_REASON
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client import departures
-from fedpeft_client.adapters import AdapterCache, Held
-from fedpeft_client.attempts import Attempts
-from fedpeft_client.channel import Channel
-from fedpeft_client.evaluator import Evaluator
-from fedpeft_client.exits import FAULT, NOT_ABOUT_THE_TASK, UNFIT
-from fedpeft_client.finished import FinishedRuns
-from fedpeft_client.fitness import Fitness, Verdict
-from fedpeft_client.holds import Holds
-from fedpeft_client.ledger import Ledger
-from fedpeft_client.limits import Limits
-from fedpeft_client.metrics import Metrics, State
-from fedpeft_client.pace import Pace
-from fedpeft_client.patience import AWAY_S, CALL_S, Backoff, Patience
-from fedpeft_client.pending import Outcome, PendingBox
-from fedpeft_client.policy import Policy
-from fedpeft_client.processes import Processes
-from fedpeft_client.pull import Puller
-from fedpeft_client.push import Pusher
-from fedpeft_client.recall import Recall
-from fedpeft_client.runs import KnownRun
+from fedpeft_client.egress import departures
+from fedpeft_client.egress.log import Ledger
+from fedpeft_client.eligibility.rules import Reason, reasons_against_ticket
+from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK, UNFIT
+from fedpeft_client.owner.limits import Limits
+from fedpeft_client.owner.metrics import Metrics, State
+from fedpeft_client.owner.policy import Policy
 from fedpeft_client.settings import Settings
-from fedpeft_client.standing import while_it_counts
-from fedpeft_client.state import StateDirectory
-from fedpeft_client.steps import Steps
-from fedpeft_client.suitability import Reason, reasons_against_ticket
-from fedpeft_client.trainer import Trainer
-from fedpeft_client.wire_checks import said
-from fedpeft_client.withdrawals import Withdrawals
-from fedpeft_client.worker_process import Answer, WorkerProcess
+from fedpeft_client.state.adapters import AdapterCache, Held
+from fedpeft_client.state.holds import Holds
+from fedpeft_client.state.pending import Outcome, PendingBox
+from fedpeft_client.state.processes import Processes
+from fedpeft_client.state.runs import KnownRun
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.uplink.attempts import Attempts
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.finished_runs import FinishedRuns
+from fedpeft_client.uplink.pace import Pace
+from fedpeft_client.uplink.pull import Puller
+from fedpeft_client.uplink.push import Pusher
+from fedpeft_client.uplink.recall import Recall
+from fedpeft_client.uplink.retry import AWAY_S, CALL_S, Backoff, Patience
+from fedpeft_client.uplink.steps import Steps
+from fedpeft_client.uplink.ticket_watch import while_it_counts
+from fedpeft_client.uplink.wire_checks import said
+from fedpeft_client.uplink.withdrawals import Withdrawals
+from fedpeft_client.worker.evaluator import Evaluator
+from fedpeft_client.worker.handle import Answer, WorkerProcess
+from fedpeft_client.worker.trainer import Trainer
+from fedpeft_client.worker.verdicts import Fitness, Verdict
 
 MAX_REASONS = 8
 """Most reasons that the server keeps of one answer."""

@@ -8,29 +8,29 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from datetime import UTC, datetime
 
-from fedpeft import logs
-from fedpeft.addresses import Address
 from fedpeft.identity.folder import Identity
-from fedpeft.logs import Log
-from fedpeft.race import first_of
-from fedpeft.tracing import traced
-from fedpeft_client import contact
+from fedpeft.process import logs
+from fedpeft.process.addresses import Address
+from fedpeft.process.logs import Log
+from fedpeft.process.race import first_of
+from fedpeft.process.tracing import traced
 from fedpeft_client.agent import Agent
-from fedpeft_client.channel import Channel
-from fedpeft_client.contact import Contact
-from fedpeft_client.dry_run import dry_run
-from fedpeft_client.exits import NOT_LET_IN
-from fedpeft_client.ledger import Ledger
-from fedpeft_client.limits import Limits
-from fedpeft_client.machine import MachineCollector
-from fedpeft_client.metrics import Metrics
-from fedpeft_client.policy import Policy, find, note_named
-from fedpeft_client.processes import Processes
-from fedpeft_client.renewal import Renewal, check_valid, until
+from fedpeft_client.commands.dry_run import dry_run
+from fedpeft_client.egress.log import Ledger
+from fedpeft_client.enrolment.renewal import Renewal, check_valid, until
+from fedpeft_client.error_policy import NOT_LET_IN
+from fedpeft_client.owner.limits import Limits
+from fedpeft_client.owner.machine import MachineCollector
+from fedpeft_client.owner.metrics import Metrics
+from fedpeft_client.owner.policy import Policy, find, note_named
 from fedpeft_client.settings import Settings
-from fedpeft_client.state import StateDirectory
-from fedpeft_client.traffic import Traffic
-from fedpeft_client.worker_process import Answer, WorkerProcess
+from fedpeft_client.state import contact
+from fedpeft_client.state.contact import Contact
+from fedpeft_client.state.processes import Processes
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.traffic import Traffic
+from fedpeft_client.worker.handle import Answer, WorkerProcess
 
 
 def serve(settings: Settings) -> None:

@@ -10,12 +10,12 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from fedpeft import ids
-from fedpeft.addresses import Address, check_endpoint
 from fedpeft.data.reading import MAX_PIXELS
 from fedpeft.identity.folder import Identity
-from fedpeft.logs import LogFormat
-from fedpeft.settings import ProcessSettings
-from fedpeft_client import enrolled
+from fedpeft.process.addresses import Address, check_endpoint
+from fedpeft.process.logs import LogFormat
+from fedpeft.process.settings import ProcessSettings
+from fedpeft_client.enrolment import site_identity
 
 _PATTERNS = {
     "name": (ids.CLIENT, ids.CLIENT_FORM),
@@ -143,11 +143,11 @@ class Settings(ProcessSettings):
         """
         if given.get("identity") == "":  # without a name it would be the current folder
             given = {key: value for key, value in given.items() if key != "identity"}
-        where = enrolled.find(given.get("identity"), given.get("state_dir"))
+        where = site_identity.find(given.get("identity"), given.get("state_dir"))
         if where is None:
             state_dir = given.get("state_dir")
             if isinstance(state_dir, str | Path) and not given.keys() & {"server", "name"}:
-                raise enrolled.no_identity(Path(state_dir))
+                raise site_identity.no_identity(Path(state_dir))
             return given
         identity = Identity.load(where)
         return {"server": identity.server, "name": identity.subject.name, **given, "identity": where}
@@ -156,7 +156,7 @@ class Settings(ProcessSettings):
     def _consistent(self) -> Self:
         if self.identity is not None:
             only_metrics = bool(self.metrics) and not Address.parse(self.metrics).is_loopback
-            enrolled.check(
+            site_identity.check(
                 Identity.load(self.identity),
                 server=self.server,
                 name=self.name,

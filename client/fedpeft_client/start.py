@@ -1,6 +1,6 @@
 """The `fedpeft-client` command, before its modules are imported."""
 
-from fedpeft.start import begin
+from fedpeft.process.start import begin
 
 
 def main() -> None:

@@ -16,34 +16,34 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedpeft.api.remote import Change as Change
+    from fedpeft.api.remote import Round as Round
+    from fedpeft.api.remote import Run as Run
+    from fedpeft.api.remote import Server as Server
+    from fedpeft.api.remote import connect as connect
+    from fedpeft.api.simulated import SimulatedRound as SimulatedRound
+    from fedpeft.api.simulated import Simulation as Simulation
+    from fedpeft.api.simulated import simulate as simulate
     from fedpeft.config import RunConfig as RunConfig
     from fedpeft.config import load_run_file as load_run_file
-    from fedpeft.embedding import Change as Change
-    from fedpeft.embedding import Round as Round
-    from fedpeft.embedding import Run as Run
-    from fedpeft.embedding import Server as Server
-    from fedpeft.embedding import connect as connect
     from fedpeft.errors import FedpeftError as FedpeftError
-    from fedpeft.simulated import SimulatedRound as SimulatedRound
-    from fedpeft.simulated import Simulation as Simulation
-    from fedpeft.simulated import simulate as simulate
 
 __version__ = version("fedpeft")
 PROTOCOL = 1
 """Version of the wire protocol in `protos/fedpeft/v1`."""
 
 _HOMES = {
-    "Change": "fedpeft.embedding",
+    "Change": "fedpeft.api.remote",
     "FedpeftError": "fedpeft.errors",
-    "Round": "fedpeft.embedding",
-    "Run": "fedpeft.embedding",
+    "Round": "fedpeft.api.remote",
+    "Run": "fedpeft.api.remote",
     "RunConfig": "fedpeft.config",
-    "Server": "fedpeft.embedding",
-    "SimulatedRound": "fedpeft.simulated",
-    "Simulation": "fedpeft.simulated",
-    "connect": "fedpeft.embedding",
+    "Server": "fedpeft.api.remote",
+    "SimulatedRound": "fedpeft.api.simulated",
+    "Simulation": "fedpeft.api.simulated",
+    "connect": "fedpeft.api.remote",
     "load_run_file": "fedpeft.config",
-    "simulate": "fedpeft.simulated",
+    "simulate": "fedpeft.api.simulated",
 }
 """Module of each name of the package; it is imported when the name is first used."""
 

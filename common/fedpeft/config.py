@@ -29,9 +29,9 @@ from pydantic import (
 from fedpeft import text_files
 from fedpeft.aggregation import strategies, strategy
 from fedpeft.codecs import codecs
+from fedpeft.config_errors import faults_of, in_file, nested
 from fedpeft.errors import ConfigInvalid, FedpeftError, ModelInvalid
-from fedpeft.faults import faults_of, in_file, nested
-from fedpeft.units import counted
+from fedpeft.formatting import counted
 
 
 def _plain(text: str) -> str:

@@ -9,20 +9,20 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from fedpeft.cli.app import app
-from fedpeft_client import enroll, leave_command, ledger_command, status_command
-from fedpeft_server import authority_command, certificate_command, init
+from fedpeft_client.commands import enroll, leave, ledger, status
+from fedpeft_operator.app import app
+from fedpeft_server.commands import authority, certificate, init
 from generators.tables import table
 
 PAGE = "commands.md"
 PARSERS = (
     init._parser,
-    certificate_command._parser,
-    authority_command._parser,
+    certificate._parser,
+    authority._parser,
     enroll._parser,
-    status_command._parser,
-    ledger_command._parser,
-    leave_command._parser,
+    status._parser,
+    ledger._parser,
+    leave._parser,
 )
 """Makers of the parsers of the commands that daemon and agent have beside serving and taking part."""
 SHELLS = {"--install-completion", "--show-completion", "--help"}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fedpeft.wire import MESSAGE_LIMIT_BYTES
+from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import CALLERS, CALLS, PortBound, Rate
 from generators.tables import table

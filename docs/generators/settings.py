@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from fedpeft.settings import ProcessSettings
+from fedpeft.process.settings import ProcessSettings
 from fedpeft_client.settings import Settings as Client
 from fedpeft_server.settings import Settings as Server
 from generators.run_file import explanations, values

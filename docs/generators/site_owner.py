@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from fedpeft_client.machine import MachineCollector
-from fedpeft_client.metrics import Metrics
-from fedpeft_client.policy import Policy
-from fedpeft_client.run_series import PerRun
+from fedpeft_client.owner.machine import MachineCollector
+from fedpeft_client.owner.metrics import Metrics
+from fedpeft_client.owner.policy import Policy
+from fedpeft_client.owner.run_series import PerRun
 from generators.run_file import rows
 from generators.tables import table
 

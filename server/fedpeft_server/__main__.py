@@ -9,17 +9,18 @@ import asyncio
 import sys
 from importlib import import_module
 
-from fedpeft import durable, grpc_core
 from fedpeft.errors import FedpeftError, IdentityInvalid, SettingsInvalid, StateInvalid
-from fedpeft.logs import configure
-from fedpeft.plain_text import print_anything
+from fedpeft.process import durable
+from fedpeft.process.logs import configure
+from fedpeft.rpc import grpc_core
+from fedpeft.untrusted_text import print_anything
 from fedpeft_server.settings import Settings
 
 COMMANDS = {
-    "init": ("fedpeft_server.init", "make the certificates of server and operator"),
-    "certificate": ("fedpeft_server.certificate_command", "show the server's certificate, or make another one"),
+    "init": ("fedpeft_server.commands.init", "make the certificates of server and operator"),
+    "certificate": ("fedpeft_server.commands.certificate", "show the server's certificate, or make another one"),
     "authority": (
-        "fedpeft_server.authority_command",
+        "fedpeft_server.commands.authority",
         "show the authority, or replace it while clients stay connected",
     ),
 }

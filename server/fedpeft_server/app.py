@@ -17,11 +17,12 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fedpeft import __version__, durable, locks
-from fedpeft.addresses import Address
+from fedpeft import __version__
 from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid
 from fedpeft.identity import certificates
-from fedpeft.tracing import traced
+from fedpeft.process import durable, locks
+from fedpeft.process.addresses import Address
+from fedpeft.process.tracing import traced
 from fedpeft.v1 import (
     access_service_pb2,
     access_service_pb2_grpc,
@@ -33,28 +34,28 @@ from fedpeft.v1 import (
 from fedpeft_server.access import bounds
 from fedpeft_server.access.admission import Admission
 from fedpeft_server.access.certificates import ServerCertificates
+from fedpeft_server.background import Background
 from fedpeft_server.enrolment import supervisor as enrolment
 from fedpeft_server.enrolment.supervisor import Enrolment
-from fedpeft_server.losses import refuse_lost_certificates, tell_lost_versions
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.rounds.progress import TIMING, Timing
-from fedpeft_server.rounds.progress_watch import ProgressWatch
-from fedpeft_server.rounds.runs import Runs
 from fedpeft_server.rpc import connections
 from fedpeft_server.rpc.access import Access, Addresses
 from fedpeft_server.rpc.caller_log import CallerLog
-from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.federation import Federation
 from fedpeft_server.rpc.health import Health
 from fedpeft_server.rpc.interceptors import Gate
 from fedpeft_server.rpc.operator import Operator
-from fedpeft_server.rpc.turns import Turns
-from fedpeft_server.rpc.uploads import Uploads
+from fedpeft_server.rpc.sessions import Callers
+from fedpeft_server.runs.progress import TIMING, Timing
+from fedpeft_server.runs.progress_watch import ProgressWatch
+from fedpeft_server.runs.runs import Runs
 from fedpeft_server.settings import Settings
+from fedpeft_server.startup_checks import refuse_lost_certificates, tell_lost_versions
 from fedpeft_server.store.rows import Deed
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger
-from fedpeft_server.upkeep import Background
+from fedpeft_server.uploads.pipeline import Uploads
+from fedpeft_server.uploads.transfer_slots import Turns
 
 log = structlog.get_logger()
 

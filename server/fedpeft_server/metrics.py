@@ -2,7 +2,7 @@
 
 A run's series begin with the run (what is counted begins at 0, so that the first event is seen as a change) and
 disappear when it is deleted; of one that is over, a restart brings the gauges back and nothing that counts.
-`docs/metrics.md` is made from this module; `fedpeft_server.rounds.gauges` says what the gauges of a run show.
+`docs/metrics.md` is made from this module; `fedpeft_server.runs.gauges` says what the gauges of a run show.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from fedpeft import metrics_port
 from fedpeft.errors import SettingsInvalid
-from fedpeft.metrics_port import MetricsServer
+from fedpeft.process import metrics_port
+from fedpeft.process.metrics_port import MetricsServer
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import Refusal
 

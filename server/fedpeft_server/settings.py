@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from fedpeft.addresses import LAST_PORT, Address, check_endpoint
-from fedpeft.logs import Level, LogFormat
-from fedpeft.settings import ProcessSettings
+from fedpeft.process.addresses import LAST_PORT, Address, check_endpoint
+from fedpeft.process.logs import Level, LogFormat
+from fedpeft.process.settings import ProcessSettings
 from fedpeft_server.access.files import Files
 
 GIB = 1024**3

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
-from fedpeft_server.call import CALL, Call, Direction, Key
+from fedpeft_server.access.call import CALL, Call, Direction, Key
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.rows import Traffic
 from fedpeft_server.store.store import Store

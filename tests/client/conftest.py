@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fedpeft import models
 from fedpeft.config import parse_config
+from fedpeft.models import backbones
 from fedpeft.peft import tune
-from fedpeft_client.channel import Channel
-from fedpeft_client.state import StateDirectory
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.uplink.channel import Channel
 
 from .federation import FakeRun, Federation
 from .transfer_site import Site, a_run
@@ -62,9 +62,9 @@ def tiny_run(method: str = "bias", **sections: dict[str, Any]) -> FakeRun:
         **sections,
     }
     config = parse_config(data)
-    backbone = models.build(config.model, config.rounds.seed)
+    backbone = backbones.build(config.model, config.rounds.seed)
     tuned = tune(backbone, method, config.peft.options, config.rounds.seed)
-    return FakeRun(config, tuned.spec, models.fingerprint(backbone, tuned.spec), tuned.state())
+    return FakeRun(config, tuned.spec, backbones.fingerprint(backbone, tuned.spec), tuned.state())
 
 
 class ClientProcess:

@@ -16,7 +16,10 @@ import grpc
 import numpy as np
 from google.protobuf.message import Message
 
-from fedpeft import payload, seeds, status, wire
+from fedpeft import seeds
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import CHUNK_BYTES, Manifest
+from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig, TrainingConfig
 from fedpeft.errors import (
     ClientIdInUse,
@@ -32,12 +35,11 @@ from fedpeft.errors import (
     UpdateDiffers,
     VersionNotFound,
 )
-from fedpeft.payload import CHUNK_BYTES, Manifest
-from fedpeft.spec import AdapterSpec
+from fedpeft.rpc import status, wire
+from fedpeft.rpc.wire import CLIENT_KEY, INSTANCE_KEY, TURN_KEY
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.v1 import run_pb2, tensor_pb2
-from fedpeft.wire import CLIENT_KEY, INSTANCE_KEY, TURN_KEY
 
 HOLD_S = 0.5
 Context = grpc.aio.ServicerContext

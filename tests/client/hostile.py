@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 
+from fedpeft.rpc.wire import TURN_KEY
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
-from fedpeft.wire import TURN_KEY
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

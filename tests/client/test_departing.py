@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft_client import leave_command, state
-from fedpeft_client.pending import Outcome, PendingBox
-from fedpeft_client.state import StateDirectory
+from fedpeft_client.commands import leave
+from fedpeft_client.state import state_dir
+from fedpeft_client.state.pending import Outcome, PendingBox
+from fedpeft_client.state.state_dir import StateDirectory
 
 from .test_state import RUN, Crash, crash_at, write_draft
 
@@ -38,7 +39,7 @@ def test_what_is_made_from_the_data_is_removed_and_all_that_stays_is_named(
 ) -> None:
     path = lived_in(tmp_path / "state", monkeypatch)
     assert list(path.glob("settled-*")) and (path / "set-aside" / ASIDE / "update.payload").exists()
-    assert leave_command.main(["--state-dir", str(path), "--remove", "--offline"]) == 0
+    assert leave.main(["--state-dir", str(path), "--remove", "--offline"]) == 0
     said = capsys.readouterr().out
     gone = [f"settled-counted@{RUN}", "pending", "pending.new", "set-aside", "runs", "identity.next", "instance"]
     assert all(f"removed  {path / name}: " in said for name in gone)
@@ -58,12 +59,12 @@ def test_without_remove_what_was_settled_takes_effect_and_what_is_dropped_is_sai
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = lived_in(tmp_path / "state", monkeypatch)
-    assert leave_command.main(["--state-dir", str(path), "--offline"]) == 0
+    assert leave.main(["--state-dir", str(path), "--offline"]) == 0
     said = capsys.readouterr().out
     assert f"removed  {path / 'pending'}: an update that was trained and not received, " in said
     assert f"removed  {path / 'pending.new'}: an update whose training did not finish, " in said
     kept = ("runs", "set-aside", "identity.next", "ledger.jsonl", "policy.toml", "notes")
     assert all(f"kept     {path / name}: " in said for name in kept)
     assert not list(path.glob("settled-*")) and not list(path.glob("pending*"))
-    assert state.residual(path / "runs" / RUN).read_bytes() == b"counted"
-    assert state.local(path / "runs" / RUN).read_bytes() == b"new local"
+    assert state_dir.residual(path / "runs" / RUN).read_bytes() == b"counted"
+    assert state_dir.local(path / "runs" / RUN).read_bytes() == b"new local"

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import token_argument
 from fedpeft.errors import Draining, Internal
+from fedpeft.identity import token_argument
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
 from fedpeft.identity.token import EnrollmentToken
-from fedpeft_client.ledger_entries import FILE, Kind, Outcome, read
-from fedpeft_client.state import StateDirectory
+from fedpeft_client.egress.entries import FILE, Kind, Outcome, read
+from fedpeft_client.state.state_dir import StateDirectory
 
 from ..common.access_double import Double, serving
 

@@ -14,17 +14,17 @@ import pytest
 import safetensors.numpy
 from structlog.testing import capture_logs
 
-from fedpeft import logs
+from fedpeft.process import logs
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client import state
-from fedpeft_client.channel import Channel
-from fedpeft_client.finished import ASKED, KEPT, MARK, FinishedRuns
-from fedpeft_client.ledger import Ledger
-from fedpeft_client.metrics import Metrics
-from fedpeft_client.pending import PendingBox
-from fedpeft_client.state import StateDirectory
-from fedpeft_client.traffic import Traffic
+from fedpeft_client.egress.log import Ledger
+from fedpeft_client.owner.metrics import Metrics
+from fedpeft_client.state import state_dir
+from fedpeft_client.state.pending import PendingBox
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.finished_runs import ASKED, KEPT, MARK, FinishedRuns
+from fedpeft_client.uplink.traffic import Traffic
 
 from .federation import Context, Federation
 from .test_state import write_draft
@@ -210,4 +210,4 @@ def test_what_a_killed_process_left_half_written_is_swept_at_the_start(tmp_path:
         (folder / "name.new").write_bytes(b"the owner's own")
     with StateDirectory(tmp_path):
         assert all(not list(folder.glob("name.*.new")) and (folder / "name.new").exists() for folder in left)
-    assert state.identity_folder(tmp_path) == tmp_path / "identity"
+    assert state_dir.identity_folder(tmp_path) == tmp_path / "identity"

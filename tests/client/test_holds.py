@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from fedpeft_client import attempts, holds, run_series
-from fedpeft_client.attempts import Attempts
-from fedpeft_client.holds import FAILURES, FIRST_HOLD_S, LONGEST_HOLD_S, MAX_HELD, Holds
-from fedpeft_client.metrics import Metrics
+from fedpeft_client.owner import run_series
+from fedpeft_client.owner.metrics import Metrics
+from fedpeft_client.state import holds
+from fedpeft_client.state.holds import FAILURES, FIRST_HOLD_S, LONGEST_HOLD_S, MAX_HELD, Holds
+from fedpeft_client.uplink import attempts
+from fedpeft_client.uplink.attempts import Attempts
 
 
 class Clock:

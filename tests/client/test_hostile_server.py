@@ -14,23 +14,24 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from structlog.testing import capture_logs
 
-from fedpeft import logs
 from fedpeft.config import TrainingConfig
 from fedpeft.errors import FedpeftError, Internal, LocalError, TurnOver
-from fedpeft.status import MAX_MESSAGE
+from fedpeft.process import logs
+from fedpeft.rpc.status import MAX_MESSAGE
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client import fitness, pace, patience
-from fedpeft_client.channel import Channel
-from fedpeft_client.fitness import Fitness
-from fedpeft_client.pace import FREE_OFFERS, Pace
-from fedpeft_client.patience import Patience
-from fedpeft_client.pending import Outcome
-from fedpeft_client.policy import NO_LIMITS, Policy
-from fedpeft_client.policy_rules import MOST_STEPS, Asked, broken
-from fedpeft_client.push import Pusher
-from fedpeft_client.runs import KnownRun
-from fedpeft_client.state import StateDirectory
+from fedpeft_client.eligibility.policy_rules import MOST_STEPS, Asked, broken
+from fedpeft_client.owner.policy import NO_LIMITS, Policy
+from fedpeft_client.state.pending import Outcome
+from fedpeft_client.state.runs import KnownRun
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.uplink import pace, retry
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.pace import FREE_OFFERS, Pace
+from fedpeft_client.uplink.push import Pusher
+from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.worker import verdicts
+from fedpeft_client.worker.verdicts import Fitness
 
 from .conftest import ClientProcess, StartClient, tiny_run, until
 from .federation import FakeRun, Federation
@@ -164,7 +165,7 @@ class TestPace:
         async def sleep(seconds: float) -> None:
             slept.append(seconds)
 
-        monkeypatch.setattr(patience.asyncio, "sleep", sleep)
+        monkeypatch.setattr(retry.asyncio, "sleep", sleep)
         return slept
 
     async def test_idle_at_once(self, pauses: list[float]) -> None:
@@ -173,7 +174,7 @@ class TestPace:
             found.begin()
             await found.nothing()
         assert len(pauses) == 8
-        assert pauses[0] <= patience.FIRST_PAUSE_S and pauses[-1] >= patience.LONGEST_PAUSE_S / 2
+        assert pauses[0] <= retry.FIRST_PAUSE_S and pauses[-1] >= retry.LONGEST_PAUSE_S / 2
 
     async def test_an_answer_that_was_held_back_is_followed_by_none(
         self, pauses: list[float], monkeypatch: pytest.MonkeyPatch
@@ -210,7 +211,7 @@ class TestPace:
 
         assert await Patience(logs.logger(), None).keep(attempt) == "done"
         assert len(pauses) == 9
-        assert pauses[-1] >= patience.LONGEST_PAUSE_S / 4 > pauses[0]
+        assert pauses[-1] >= retry.LONGEST_PAUSE_S / 4 > pauses[0]
 
 
 class TestVerdicts:
@@ -232,7 +233,7 @@ class TestVerdicts:
         return message
 
     async def test_are_kept_in_a_bounded_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fitness, "MOST", 3)
+        monkeypatch.setattr(verdicts, "MOST", 3)
         worker, run = self.Worker(), tiny_run()
         found = Fitness(worker, logs.logger())  # type: ignore[arg-type]
         for number in range(10):

@@ -18,15 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft import durable
-from fedpeft.cli.output import LINE_CHARACTERS
 from fedpeft.errors import RoundClosed, ServerUnreachable, StateInvalid, TurnOver
+from fedpeft.process import durable
+from fedpeft.process.output import LINE_CHARACTERS
 from fedpeft_client.__main__ import run
-from fedpeft_client.ledger import QUESTIONS_BYTES, Ledger
-from fedpeft_client.ledger_entries import FILE, Departure, Kind, Outcome, read
-from fedpeft_client.ledger_file import LedgerFile, archives
-from fedpeft_client.ledger_view import rows, totals
-from fedpeft_client.site_status import look
+from fedpeft_client.commands.site_status import look
+from fedpeft_client.egress.entries import FILE, Departure, Kind, Outcome, read
+from fedpeft_client.egress.log import QUESTIONS_BYTES, Ledger
+from fedpeft_client.egress.log_file import LedgerFile, archives
+from fedpeft_client.egress.view import rows, totals
 
 
 def update(size: int, ticket: str = "ticket-1", offset: int = 0) -> Departure:
@@ -355,7 +355,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 def rotated(folder: Path, tickets: int, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Writes a ledger of several files; returns those that were set aside."""
-    monkeypatch.setattr("fedpeft_client.ledger.FILE_BYTES", 1500)
+    monkeypatch.setattr("fedpeft_client.egress.log.FILE_BYTES", 1500)
     with Ledger(folder, "s:1") as ledger:
         with ledger.booked(answer()):
             ledger.leaving(20)
@@ -402,8 +402,8 @@ def test_a_start_reads_the_newest_file_and_those_of_the_last_day_and_knows_as_mu
 def test_a_server_that_offers_runs_without_end_makes_neither_the_carried_line_nor_the_files_grow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedpeft_client.ledger.FILE_BYTES", 2000)  # less than the names that are carried
-    monkeypatch.setattr("fedpeft_client.ledger.NAMED", 40)
+    monkeypatch.setattr("fedpeft_client.egress.log.FILE_BYTES", 2000)  # less than the names that are carried
+    monkeypatch.setattr("fedpeft_client.egress.log.NAMED", 40)
     offers = [Departure(Kind.ANSWER, 9, {"reasons": []}, f"run-{n:04}", f"name-{n:04}" + "x" * 50) for n in range(300)]
     with Ledger(tmp_path, "s:1") as ledger:
         for each in (answer(), update(200), *offers):
@@ -449,7 +449,7 @@ def test_a_crash_while_a_file_is_set_aside_loses_no_line(
 
         return wrapped
 
-    monkeypatch.setattr("fedpeft_client.ledger.FILE_BYTES", 400)
+    monkeypatch.setattr("fedpeft_client.egress.log.FILE_BYTES", 400)
     ledger = Ledger(tmp_path, "s:1")
     with ledger.booked(update(200, "ticket-0")):
         ledger.leaving(120)

@@ -20,9 +20,9 @@ import safetensors.numpy
 from fedpeft.errors import CertificateRevoked, Internal, MetricsInvalid, RoundClosed
 from fedpeft.v1 import run_pb2
 from fedpeft_client.__main__ import run
-from fedpeft_client.ledger_entries import Kind, Outcome, read
-from fedpeft_client.ledger_view import rows
-from fedpeft_client.patience import FAULT_ATTEMPTS
+from fedpeft_client.egress.entries import Kind, Outcome, read
+from fedpeft_client.egress.view import rows
+from fedpeft_client.uplink.retry import FAULT_ATTEMPTS
 
 from .conftest import StartClient, alive, tiny_run, until, write_images
 from .federation import Federation
@@ -224,7 +224,7 @@ async def test_late_update_grows_the_residual_and_the_next_update(
 def test_unreachable_server_ends_a_dry_run_with_code_3(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fedpeft_client.dry_run.FIRST_ANSWER_S", 0.5)
+    monkeypatch.setattr("fedpeft_client.commands.dry_run.FIRST_ANSWER_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     flags = ["--server", f"127.0.0.1:{port}", "--name", "site-a", "--data", str(data), "--dry-run"]

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import logs
 from fedpeft.config import TrainingConfig
 from fedpeft.errors import RefusedByPolicy
-from fedpeft_client import limits
+from fedpeft.process import logs
 from fedpeft_client.__main__ import run
-from fedpeft_client.ledger import Ledger
-from fedpeft_client.ledger_entries import Departure, Kind
-from fedpeft_client.limits import Conditions, Limits
-from fedpeft_client.metrics import Metrics, State
-from fedpeft_client.policy import Policy
+from fedpeft_client.egress.entries import Departure, Kind
+from fedpeft_client.egress.log import Ledger
+from fedpeft_client.owner import limits
+from fedpeft_client.owner.limits import Conditions, Limits
+from fedpeft_client.owner.metrics import Metrics, State
+from fedpeft_client.owner.policy import Policy
 
 from .conftest import StartClient, tiny_run, until
 from .federation import Federation

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft import logs
 from fedpeft.errors import ServerUnreachable
-from fedpeft_client import patience
-from fedpeft_client.patience import Patience
+from fedpeft.process import logs
+from fedpeft_client.uplink import retry
+from fedpeft_client.uplink.retry import Patience
 
 
 class Clock:
@@ -20,9 +20,9 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, draw: float) -> None:
         self.now = 0.0
         self.pauses: list[float] = []
-        monkeypatch.setattr(patience.random, "uniform", lambda low, high: low + draw * (high - low))
-        monkeypatch.setattr(patience.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(patience.asyncio, "sleep", self.sleep)
+        monkeypatch.setattr(retry.random, "uniform", lambda low, high: low + draw * (high - low))
+        monkeypatch.setattr(retry.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(retry.asyncio, "sleep", self.sleep)
 
     async def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -47,7 +47,7 @@ def test_a_client_is_back_within_half_of_the_absence_and_no_pause_is_over_ten_se
 ) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         clock = Clock(monkeypatch, draw)
-        assert asyncio.run(_back_after(clock, away_s)) <= min(0.5 * away_s + 0.2, patience.LONGEST_PAUSE_S)
+        assert asyncio.run(_back_after(clock, away_s)) <= min(0.5 * away_s + 0.2, retry.LONGEST_PAUSE_S)
 
 
 @given(draw=st.floats(0, 1))

@@ -13,19 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft.adapters.payload import check_manifest
+from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.adapters.updates import prepare
 from fedpeft.config import CodecConfig, TrainingConfig
 from fedpeft.errors import RefusedByPolicy, SettingsInvalid
-from fedpeft.payload import check_manifest
-from fedpeft.spec import AdapterSpec, Role, TensorSpec
-from fedpeft.updates import prepare
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client.limits import Conditions, forbidden
-from fedpeft_client.policy import NO_LIMITS, Policy, find, note_named, noted, opens_at
-from fedpeft_client.policy_rules import Asked, broken
-from fedpeft_client.runs import KnownRun
-from fedpeft_client.site_status import look
-from fedpeft_client.suitability import Built, Site, reasons_against, reasons_against_ticket
+from fedpeft_client.commands.site_status import look
+from fedpeft_client.eligibility.policy_rules import Asked, broken
+from fedpeft_client.eligibility.rules import Built, Site, reasons_against, reasons_against_ticket
+from fedpeft_client.owner.limits import Conditions, forbidden
+from fedpeft_client.owner.policy import NO_LIMITS, Policy, find, note_named, noted, opens_at
+from fedpeft_client.state.runs import KnownRun
 
 from .conftest import tiny_run
 

@@ -15,7 +15,6 @@ from cryptography import x509
 from google.protobuf.message import Message
 from structlog.testing import LogCapture
 
-from fedpeft.addresses import Address
 from fedpeft.errors import (
     CertificateExpired,
     CertificateRevoked,
@@ -27,15 +26,16 @@ from fedpeft.errors import (
 from fedpeft.identity import certificates, folder, keys
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
-from fedpeft.status import abort
+from fedpeft.process.addresses import Address
+from fedpeft.rpc.status import abort
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.v1 import tensor_pb2
-from fedpeft_client import channel as channel_module
-from fedpeft_client import renewal
-from fedpeft_client.channel import Channel
-from fedpeft_client.patience import Patience
-from fedpeft_client.renewal import Renewal
+from fedpeft_client.enrolment import renewal
+from fedpeft_client.enrolment.renewal import Renewal
+from fedpeft_client.uplink import channel as channel_module
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.retry import Patience
 
 from ..common.access_double import Double, serving
 
@@ -387,7 +387,7 @@ async def test_a_connection_older_than_the_certificate_is_made_anew(
 async def test_a_lost_server_is_looked_into_once(
     double: Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedpeft_client import channel as module
+    from fedpeft_client.uplink import channel as module
 
     looked: list[str] = []
     explain = module.diagnosis.explain

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 import fedpeft
 from fedpeft.errors import BackboneMismatch, RoundClosed, ServerUnreachable, SettingsInvalid
 from fedpeft_client.__main__ import run
-from fedpeft_client.exits import Exit, exit_code
+from fedpeft_client.error_policy import Exit, exit_code
 from fedpeft_client.settings import Settings
 
 FLAGS = ["--server", "127.0.0.1:8080", "--name", "site-a", "--data", "d.parquet", "--state-dir", "s"]

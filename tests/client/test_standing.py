@@ -10,9 +10,9 @@ import pytest
 from fedpeft.errors import FedpeftError, RunFinished, ServerUnreachable, TicketClosed, TicketNotFound, TooManyCalls
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client import standing
-from fedpeft_client.channel import Channel
-from fedpeft_client.steps import Steps
+from fedpeft_client.uplink import ticket_watch
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.steps import Steps
 
 ISSUED = pb.GetUploadResponse(state=run_pb2.TICKET_STATE_ISSUED)
 LATE = pb.GetUploadResponse(state=run_pb2.TICKET_STATE_LATE)
@@ -44,12 +44,12 @@ class Answers:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standing, "ASK_S", 0.001)
+    monkeypatch.setattr(ticket_watch, "ASK_S", 0.001)
 
 
 async def test_what_says_nothing_of_the_ticket_is_no_reason_to_leave() -> None:
     answers = Answers(ISSUED, ServerUnreachable("away"), TooManyCalls("32 calls are under way"), LATE)
-    assert await standing.while_it_counts(cast(Channel, answers), "t", answers.work()) == "trained"
+    assert await ticket_watch.while_it_counts(cast(Channel, answers), "t", answers.work()) == "trained"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ async def test_what_cannot_count_is_left(answer: pb.GetUploadResponse | FedpeftE
             left.set()
 
     with pytest.raises(error):
-        await standing.while_it_counts(cast(Channel, answers), "t", work())
+        await ticket_watch.while_it_counts(cast(Channel, answers), "t", work())
     assert left.is_set()
 
 
@@ -86,7 +86,7 @@ async def test_each_question_says_how_far_the_training_is() -> None:
         while (3, 8) not in answers.said:
             await asyncio.sleep(0)
 
-    await standing.while_it_counts(cast(Channel, answers), "t", work(), steps)
+    await ticket_watch.while_it_counts(cast(Channel, answers), "t", work(), steps)
     assert set(answers.said) == {(0, 8), (3, 8)}
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from fedpeft import durable, payload, wire
+from fedpeft.adapters import payload
 from fedpeft.errors import ChecksumMismatch, StateInvalid
+from fedpeft.process import durable
+from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client import state
-from fedpeft_client.adapters import AdapterCache
-from fedpeft_client.pending import IF_COUNTED, IF_NOT, KEPT_ASIDE, LOCAL, PAYLOAD, Outcome, PendingBox
-from fedpeft_client.state import StateDirectory
+from fedpeft_client.state import state_dir
+from fedpeft_client.state.adapters import AdapterCache
+from fedpeft_client.state.pending import IF_COUNTED, IF_NOT, KEPT_ASIDE, LOCAL, PAYLOAD, Outcome, PendingBox
+from fedpeft_client.state.state_dir import StateDirectory
 
 RUN = "run-000000000001"
 
@@ -122,8 +124,8 @@ def test_crash_while_settling_is_finished_at_the_next_start(
 ) -> None:
     with StateDirectory(tmp_path) as directory:
         folder = directory.run(RUN)
-        state.residual(folder).write_bytes(b"old")
-        state.local(folder).write_bytes(b"old local")
+        state_dir.residual(folder).write_bytes(b"old")
+        state_dir.local(folder).write_bytes(b"old local")
         box = PendingBox(directory, "")
         pending = box.commit(RUN, 5, write_draft(box))
         with monkeypatch.context() as patch:
@@ -134,7 +136,7 @@ def test_crash_while_settling_is_finished_at_the_next_start(
                 again = PendingBox(directory, "")
                 again.finish()
                 if (left := again.load()) is not None:  # the decision was not yet on disk: the server is asked again
-                    assert state.residual(folder).read_bytes() == b"old"
+                    assert state_dir.residual(folder).read_bytes() == b"old"
                     again.settle(left, outcome)
         assert PendingBox(directory, "").load() is None
         kept = ["set-aside"] if outcome is Outcome.SET_ASIDE else []
@@ -145,12 +147,12 @@ def test_crash_while_settling_is_finished_at_the_next_start(
             assert sorted(p.name for p in aside.iterdir()) == ["ticket.json", PAYLOAD]
             assert (aside / PAYLOAD).read_bytes() == b"abcd"
         if outcome is Outcome.DROPPED:
-            assert not state.residual(folder).exists()
-            assert state.local(folder).read_bytes() == b"old local"
+            assert not state_dir.residual(folder).exists()
+            assert state_dir.local(folder).read_bytes() == b"old local"
         else:
             expected = b"counted" if outcome is Outcome.COUNTED else b"not"
-            assert state.residual(folder).read_bytes() == expected
-            assert state.local(folder).read_bytes() == b"new local"
+            assert state_dir.residual(folder).read_bytes() == expected
+            assert state_dir.local(folder).read_bytes() == b"new local"
 
 
 def test_updates_that_are_set_aside_do_not_fill_the_disk(tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ class TestExcludedAfterTheReceipt:
         return box
 
     def residual(self, path: Path) -> bytes | None:
-        file = state.residual(path / "runs" / RUN)
+        file = state_dir.residual(path / "runs" / RUN)
         return file.read_bytes() if file.exists() else None
 
     def test_one_that_was_folded_leaves_nothing(self, tmp_path: Path) -> None:

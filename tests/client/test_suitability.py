@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fedpeft.data.sources import open_source
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import BackboneMismatch, ModelInvalid
-from fedpeft.spec import AdapterSpec, TensorSpec
-from fedpeft_client.runs import KnownRun
-from fedpeft_client.suitability import Built, Reason, Site, reasons_against
-from fedpeft_client.survey import survey
+from fedpeft_client.eligibility.rules import Built, Reason, Site, reasons_against
+from fedpeft_client.state.runs import KnownRun
+from fedpeft_client.worker.survey import survey
 
 from .conftest import tiny_run, write_images
 

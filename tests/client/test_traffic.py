@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import logs
+from fedpeft.process import logs
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client import departures, patience
-from fedpeft_client.channel import Channel
-from fedpeft_client.ledger import Ledger
-from fedpeft_client.ledger_entries import Departure, read
-from fedpeft_client.metrics import Metrics
-from fedpeft_client.patience import Patience
-from fedpeft_client.state import StateDirectory
-from fedpeft_client.traffic import Traffic
+from fedpeft_client.egress import departures
+from fedpeft_client.egress.entries import Departure, read
+from fedpeft_client.egress.log import Ledger
+from fedpeft_client.owner.metrics import Metrics
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.uplink import retry as patience
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.traffic import Traffic
 
 from .federation import Federation
 

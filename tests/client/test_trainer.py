@@ -4,8 +4,8 @@ import math
 
 from structlog.testing import capture_logs
 
-from fedpeft import logs
-from fedpeft_client.trainer import sendable
+from fedpeft.process import logs
+from fedpeft_client.worker.trainer import sendable
 
 
 def test_figures_that_are_left_out_are_logged_once_with_the_reason() -> None:

@@ -10,6 +10,7 @@ import pytest
 from google.protobuf.message import Message
 from structlog.testing import capture_logs
 
+from fedpeft.adapters.payload import CHUNK_BYTES
 from fedpeft.errors import (
     BeingChecked,
     ChecksumMismatch,
@@ -31,14 +32,15 @@ from fedpeft.errors import (
     TurnOver,
     UpdateTooLarge,
 )
-from fedpeft.payload import CHUNK_BYTES
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client import departures, patience, push, state
-from fedpeft_client.ledger_entries import Kind, read
-from fedpeft_client.patience import Backoff, Patience
-from fedpeft_client.pending import IF_COUNTED, IF_NOT, PAYLOAD, Outcome
-from fedpeft_client.recall import Recall
+from fedpeft_client.egress import departures
+from fedpeft_client.egress.entries import Kind, read
+from fedpeft_client.state import state_dir
+from fedpeft_client.state.pending import IF_COUNTED, IF_NOT, PAYLOAD, Outcome
+from fedpeft_client.uplink import push, retry
+from fedpeft_client.uplink.recall import Recall
+from fedpeft_client.uplink.retry import Backoff, Patience
 
 from .federation import _CLOSES
 from .transfer_site import Site
@@ -129,15 +131,15 @@ async def test_a_status_with_a_retry_hint_is_no_failure(
     async def rest(hint_s: float) -> None:
         pauses.append(hint_s)
 
-    monkeypatch.setattr(patience, "_rest", rest)
+    monkeypatch.setattr(retry, "_rest", rest)
     site.patience.give_up_s = 0.0
     site.federation.refuse_push = [error] * 20
     with capture_logs() as lines:
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
     assert len(pauses) == 20 and len(site.federation.pushes) == 21
-    assert error.retry_s <= pauses[0] <= max(error.retry_s, patience.FIRST_PAUSE_S)
-    assert all(error.retry_s <= pause <= patience.LONGEST_PAUSE_S for pause in pauses)
-    assert pauses[-1] >= patience.LONGEST_PAUSE_S / 2, "it said so at once"
+    assert error.retry_s <= pauses[0] <= max(error.retry_s, retry.FIRST_PAUSE_S)
+    assert all(error.retry_s <= pause <= retry.LONGEST_PAUSE_S for pause in pauses)
+    assert pauses[-1] >= retry.LONGEST_PAUSE_S / 2, "it said so at once"
     said = [line["reason"] for line in lines if line["event"] == "retrying as the server asked"]
     assert said == [error.reason] * 20
     assert not [line for line in lines if line["log_level"] == "warning"]
@@ -151,7 +153,7 @@ async def test_a_hint_to_go_on_at_once_makes_no_busy_loop(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     for hint_s in (0.0, 5.0, 3600.0):
-        await patience._rest(hint_s)
+        await retry._rest(hint_s)
     assert 0.1 <= slept[0] <= 0.2 and 2.5 <= slept[1] <= 5.0 and 5.0 <= slept[2] <= 10.0
 
 
@@ -185,7 +187,7 @@ async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) 
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "FIRST_FAULT_PAUSE_S", 0.001)
+    monkeypatch.setattr(retry, "FIRST_FAULT_PAUSE_S", 0.001)
 
 
 @pytest.mark.usefixtures("no_pauses")
@@ -198,11 +200,11 @@ async def test_an_update_that_the_server_fails_on_is_set_aside_after_a_few_attem
     pending = site.pending()
     with capture_logs() as lines:
         assert await site.pusher.push(pending, site.log) is Outcome.SET_ASIDE
-    assert len(site.federation.pushes) == patience.FAULT_ATTEMPTS
+    assert len(site.federation.pushes) == retry.FAULT_ATTEMPTS
     assert bool(site.federation.withdrawn) is withdraws
     events = [line["event"] for line in lines if line["log_level"] in ("error", "warning")]
     assert events[:2] == [
-        patience.FAILS,
+        retry.FAILS,
         "the server cannot take this update; it is set aside, and its content goes into the residual",
     ]
     assert ("ticket could not be given back; its round waits until its deadline" in events) is not withdraws
@@ -219,7 +221,7 @@ async def test_an_update_that_the_server_fails_on_is_set_aside_after_a_few_attem
 
 @pytest.mark.usefixtures("no_pauses")
 async def test_a_server_that_failed_a_few_times_and_then_works_gets_the_update(site: Site) -> None:
-    site.federation.refuse_push = [Internal("StateInvalid") for _ in range(patience.FAULT_ATTEMPTS - 1)]
+    site.federation.refuse_push = [Internal("StateInvalid") for _ in range(retry.FAULT_ATTEMPTS - 1)]
     assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
 
 
@@ -243,7 +245,7 @@ async def test_a_pull_that_the_server_fails_in_ends_after_a_few_attempts(site: S
     site.federation.fail = {"PullAdapter": [Internal("BlobCorrupt") for _ in range(20)]}
     with pytest.raises(Internal):
         await site.puller.pull(0)
-    assert len(site.federation.fail["PullAdapter"]) == 20 - patience.FAULT_ATTEMPTS
+    assert len(site.federation.fail["PullAdapter"]) == 20 - retry.FAULT_ATTEMPTS
 
 
 @pytest.mark.usefixtures("no_pauses")
@@ -271,10 +273,10 @@ async def test_patience_ends_when_it_was_told_to(site: Site) -> None:
 def test_pauses_grow_to_a_cap_and_are_never_none() -> None:
     backoff = Backoff()
     pauses = [backoff.draw() for _ in range(12)]
-    assert all(0 < pause <= patience.LONGEST_PAUSE_S for pause in pauses)
-    assert pauses[0] <= patience.FIRST_PAUSE_S and pauses[-1] >= patience.LONGEST_PAUSE_S / 2
+    assert all(0 < pause <= retry.LONGEST_PAUSE_S for pause in pauses)
+    assert pauses[0] <= retry.FIRST_PAUSE_S and pauses[-1] >= retry.LONGEST_PAUSE_S / 2
     backoff.reset()
-    assert backoff.draw() <= patience.FIRST_PAUSE_S
+    assert backoff.draw() <= retry.FIRST_PAUSE_S
 
 
 EXCLUDED = "UPDATE_EXCLUDED: its norm 3e+38 is more than 30 times 1"
@@ -289,7 +291,7 @@ class TestExcludedAfterTheReceipt:
         return Recall(site.channel, site.patience, site.box)
 
     def residual(self, site: Site) -> str:
-        return state.residual(site.directory.run(site.run.id)).read_text()
+        return state_dir.residual(site.directory.run(site.run.id)).read_text()
 
     async def test_it_goes_into_the_residual_before_the_next_training(self, site: Site) -> None:
         recall = await self.counted(site)

@@ -10,20 +10,21 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from fedpeft import payload, wire
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import CHUNK_BYTES
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.errors import (
     ChecksumMismatch,
     ManifestInvalid,
     ServerUnreachable,
     VersionNotFound,
 )
-from fedpeft.payload import CHUNK_BYTES
-from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client import pull, push
-from fedpeft_client.ledger_entries import read
-from fedpeft_client.pending import Outcome
+from fedpeft_client.egress.entries import read
+from fedpeft_client.state.pending import Outcome
+from fedpeft_client.uplink import pull, push
 
 from .transfer_site import Site
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import logs
-from fedpeft_client import worker_process
-from fedpeft_client.worker_process import WorkerProcess
+from fedpeft.process import logs
+from fedpeft_client.worker import handle
+from fedpeft_client.worker.handle import WorkerProcess
 
 DIES_AT_FIRST = """
 import json, os, pathlib, sys
@@ -31,7 +31,7 @@ async def test_an_answer_that_the_workers_death_cut_off_is_asked_for_again(
 ) -> None:
     program = tmp_path / "worker.py"
     program.write_text(DIES_AT_FIRST)
-    monkeypatch.setattr(worker_process, "_COMMAND", (sys.executable, str(program), str(tmp_path / "been-here")))
+    monkeypatch.setattr(handle, "_COMMAND", (sys.executable, str(program), str(tmp_path / "been-here")))
     worker = WorkerProcess({"op": "open", "data": "none"}, logs.logger())
     try:
         assert await worker.ask({"op": "train"}) == {"asked": "train"}

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedpeft import logs, payload, wire
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.config import parse_config
-from fedpeft.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.process import logs
+from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client.adapters import AdapterCache
-from fedpeft_client.channel import Channel
-from fedpeft_client.ledger import Ledger
-from fedpeft_client.metrics import Metrics
-from fedpeft_client.patience import Patience
-from fedpeft_client.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Pending, PendingBox
-from fedpeft_client.pull import Puller
-from fedpeft_client.push import Pusher
-from fedpeft_client.runs import KnownRun
-from fedpeft_client.state import StateDirectory
-from fedpeft_client.traffic import Traffic
+from fedpeft_client.egress.log import Ledger
+from fedpeft_client.owner.metrics import Metrics
+from fedpeft_client.state.adapters import AdapterCache
+from fedpeft_client.state.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Pending, PendingBox
+from fedpeft_client.state.runs import KnownRun
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.pull import Puller
+from fedpeft_client.uplink.push import Pusher
+from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.traffic import Traffic
 
 from .federation import FakeRun, FakeTicket, Federation
 

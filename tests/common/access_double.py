@@ -16,7 +16,7 @@ from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken, digest
-from fedpeft.status import abort
+from fedpeft.rpc.status import abort
 from fedpeft.v1 import access_service_pb2 as pb
 from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
 

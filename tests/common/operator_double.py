@@ -15,7 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from fedpeft.adapter_file import ADAPTER, AdapterInfo
+from fedpeft.adapters.adapter_file import ADAPTER, AdapterInfo
 from fedpeft.errors import (
     ChecksumMismatch,
     Draining,
@@ -26,7 +26,7 @@ from fedpeft.errors import (
     RunNotFound,
     VersionNotFound,
 )
-from fedpeft.status import abort
+from fedpeft.rpc.status import abort
 from fedpeft.v1 import federation_service_pb2 as federation
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import operator_service_pb2_grpc, run_pb2, tensor_pb2

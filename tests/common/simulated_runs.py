@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedpeft.adapter_file import open_adapter
+from fedpeft.adapters.adapter_file import open_adapter
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.errors import TrainingFailed
 from fedpeft.simulation import bench, clients_of

@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save_file
 
-from fedpeft import adapter_file
-from fedpeft.adapter_file import AdapterInfo
+from fedpeft.adapters import adapter_file
+from fedpeft.adapters.adapter_file import AdapterInfo
+from fedpeft.adapters.payload import encode
+from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import strategy
 from fedpeft.errors import BlobCorrupt, ModelInvalid
-from fedpeft.folding import Contribution, fold_tensors
-from fedpeft.payload import encode
-from fedpeft.spec import TensorSpec
+from fedpeft.rounds.fold import Contribution, fold_tensors
 
 SPECS = (TensorSpec("blocks.0.bias", (6,)), TensorSpec("head.weight", (2, 3)), TensorSpec("scale", ()))
 INFO = AdapterInfo("run-1", 3, "bias", "ab" * 32, "vit_tiny", ("katze", "smörgås"), {"rank": "8", "alpha": "16"})

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.addresses import Address
+from fedpeft.process.addresses import Address
 
 
 @pytest.mark.parametrize(

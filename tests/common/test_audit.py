@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.audit import FIRST, MAX_DETAILS, AuditEntry, Detail, entry, of_line, parse_head, verify
 from fedpeft.errors import AuditBroken
+from fedpeft.identity.audit import FIRST, MAX_DETAILS, AuditEntry, Detail, entry, of_line, parse_head, verify
 
 TEXT = st.text(max_size=40)
 DETAIL = st.one_of(TEXT, st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none())

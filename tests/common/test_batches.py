@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from fedpeft.batches import ahead
+from fedpeft.training.batches import ahead
 
 
 def threads() -> int:

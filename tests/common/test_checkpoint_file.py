@@ -19,7 +19,7 @@ from torch import nn
 
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ModelInvalid
-from fedpeft.models import build, check_weights
+from fedpeft.models.backbones import build, check_weights
 
 CONFIG: dict[str, Any] = {"name": "vit_tiny_patch16_224", "image_size": 32, "depth": 1, "classes": ("a", "b", "c")}
 

@@ -12,11 +12,11 @@ import timm
 import torch
 from safetensors.numpy import load, load_file, save
 
-from fedpeft.cli.app import main
 from fedpeft.config import load_run_file
-from fedpeft.models import build, fingerprint
+from fedpeft.models.backbones import build, fingerprint
 from fedpeft.peft import tune
-from fedpeft.wire import config_from_proto
+from fedpeft.rpc.wire import config_from_proto
+from fedpeft_operator.app import main
 
 from .operator_double import Double, Serving, adapter, serving
 

@@ -23,11 +23,12 @@ from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from fedpeft.cli import federation, live, processes, report
-from fedpeft.cli.processes import Household, free_ports
+from fedpeft.api.following import Picture
 from fedpeft.errors import LocalError, SettingsInvalid, StateInvalid
-from fedpeft.following import Picture
 from fedpeft.v1 import run_pb2
+from fedpeft_operator.cli.run import live
+from fedpeft_operator.demo import federation, process_group, report
+from fedpeft_operator.demo.process_group import Household, free_ports
 
 from .operator_double import a_round, a_run
 
@@ -64,7 +65,7 @@ async def said(log: Path) -> str:
 
 
 async def test_household_ends_its_children_and_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "GRACE_S", 0.5)
+    monkeypatch.setattr(process_group, "GRACE_S", 0.5)
     async with Household(tmp_path / "logs", {"SPOKEN": "1"}) as household:
         pids = [household.start(name, command).pid for name, command in (("a", SLEEPS), ("b", DEAF), ("c", PARENT))]
         for name in "ab":
@@ -100,7 +101,7 @@ async def test_child_that_was_killed_is_told_by_its_signal(tmp_path: Path) -> No
 def test_children_of_a_killed_process_end(tmp_path: Path) -> None:
     code = (
         "import asyncio, pathlib\n"
-        "from fedpeft.cli.processes import Household\n"
+        "from fedpeft_operator.demo.process_group import Household\n"
         "async def hold():\n"
         f"    async with Household(pathlib.Path({str(tmp_path)!r}), {{}}) as household:\n"
         f"        print(household.start('a', {SLEEPS!r}).pid, flush=True)\n"
@@ -261,7 +262,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.usefixtures("preloaded")
 def test_whole_demo(tmp_path: Path) -> None:
     experiment(tmp_path)
-    command = [sys.executable, "-m", "fedpeft.cli.app", "demo", "--out", "out", "--rounds", "2"]
+    command = [sys.executable, "-m", "fedpeft_operator.app", "demo", "--out", "out", "--rounds", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "clients: noto (16 images), twemoji (16 images)" in done.stdout
@@ -285,7 +286,7 @@ def test_whole_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("moment", "ending"), [("committed", signal.SIGINT), ("building", signal.SIGTERM)])
 def test_interrupted_demo_leaves_no_process(tmp_path: Path, moment: str, ending: signal.Signals) -> None:
     experiment(tmp_path)
-    command = [sys.executable, "-m", "fedpeft.cli.app", "demo", "--out", "out", "--rounds", "100000"]
+    command = [sys.executable, "-m", "fedpeft_operator.app", "demo", "--out", "out", "--rounds", "100000"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
         assert demo.stderr is not None

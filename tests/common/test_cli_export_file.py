@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import fedpeft
-from fedpeft import durable, models
-from fedpeft.cli.app import main
+from fedpeft.adapters.tensor_errors import as_os_errors
 from fedpeft.data import partitions
 from fedpeft.data.parts import write_parts
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import BlobCorrupt, DiskFull
-from fedpeft.tensor_errors import as_os_errors
+from fedpeft.models import backbones
+from fedpeft.process import durable
+from fedpeft_operator.app import main
 
 from .test_simulated import RUN_FILE
 from .test_sources import table, write
@@ -65,7 +66,7 @@ def test_timm_loads_it(
     ends_with(0, done.folder / "adapter.safetensors", "--format", "timm", "--out", out, "--json")
     said = json.loads(capsys.readouterr().out)
     assert (said["version"], said["format"], said["out"]) == (1, "timm", str(out))
-    plain = models.build(done.config.model, 0).module
+    plain = backbones.build(done.config.model, 0).module
     plain.load_state_dict(load_file(out), strict=True)
     assert torch.allclose(logits(plain), logits(done.load().module), atol=1e-5)
 
@@ -73,7 +74,7 @@ def test_timm_loads_it(
 def test_peft_loads_a_lora(simulations: dict[str, fedpeft.Simulation], tmp_path: Path) -> None:
     done, out = simulations["lora"], tmp_path / "folder"
     ends_with(0, done.folder / "adapter.safetensors", "--format", "peft", "--out", out)
-    base = models.build(done.config.model, done.config.rounds.seed).module
+    base = backbones.build(done.config.model, done.config.rounds.seed).module
     loaded = PeftModel.from_pretrained(base, str(out))
     assert torch.allclose(logits(loaded), logits(done.load().module), atol=1e-5)
     assert "LoRA" in (out / "README.md").read_text()

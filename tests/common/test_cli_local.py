@@ -17,10 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fedpeft import errors, units
-from fedpeft.cli import app, exits, output
-from fedpeft.cli.session import address
+from fedpeft import errors, formatting
 from fedpeft.errors import SettingsInvalid
+from fedpeft.process import output
+from fedpeft_operator import app
+from fedpeft_operator.cli import exits
+from fedpeft_operator.cli.session import address
 
 # What ViT-S/16 tunes with 100 classes, as the paper counts.
 VIT_S = {"full": 21_704_164, "head": 38_500, "bias": 89_956, "adapter": 75_796, "prompt": 84_580}
@@ -40,7 +42,7 @@ def in_a_process(code: str) -> str:
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from fedpeft.cli.app import main\n"
+        "from fedpeft_operator.app import main\n"
         "try:\n    main(['--help'])\n"
         "except SystemExit as ended:\n    assert ended.code == 0\n"
         "print('LOADED', [m for m in ('torch', 'timm', 'numpy', 'grpc', 'pydantic', 'pyarrow') if m in sys.modules])\n"
@@ -177,16 +179,17 @@ def test_natural_partition(
 
 
 def test_a_data_set_is_opened_once_to_be_divided(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedpeft.data import parts, sources
+    from fedpeft.data import parts
+    from fedpeft.data.sources import opening
 
     opened: list[Path] = []
-    real = sources.open_source
+    real = opening.open_source
 
     def counted(path: Path, *arguments: Any) -> Any:
         opened.append(path)
         return real(path, *arguments)
 
-    for module in (parts, sources):
+    for module in (parts, opening):
         monkeypatch.setattr(module, "open_source", counted)
     assert fedpeft("partition", str(images), "--clients", "2", "--out", str(tmp_path / "parts")) == 0
     assert opened == [images]
@@ -254,7 +257,7 @@ def test_partition_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (343_502_224, "327.59 MiB"), (5 * 2**30, "5.00 GiB")],
 )
 def test_sizes(count: int, text: str) -> None:
-    assert units.size(count) == text
+    assert formatting.size(count) == text
 
 
 def test_paths_that_are_not_utf8_are_printed_escaped(images: Path, tmp_path: Path) -> None:
@@ -264,7 +267,7 @@ def test_paths_that_are_not_utf8_are_printed_escaped(images: Path, tmp_path: Pat
     command = [
         sys.executable,
         "-m",
-        "fedpeft.cli.app",
+        "fedpeft_operator.app",
         "partition",
         folder,
         "--clients",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedpeft.cli import output
+from fedpeft.process import output
 
 COLUMNS = ("RUN", "NAME", "VERSION")
 ROWS = [("run-0123456789ab", "[red]emoji", 12), ("run-0123456789ac", "", 3)]

@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import pytest
 
-from fedpeft import following, operator_client
-from fedpeft.cli.app import main
+from fedpeft.api import following, operator_client
+from fedpeft.api.narration import committed_line
 from fedpeft.errors import Draining, Internal
-from fedpeft.narration import committed_line
 from fedpeft.v1 import federation_service_pb2 as federation
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
+from fedpeft_operator.app import main
 
 from .operator_double import Double, Serving, a_client, a_round, a_run, serving
 
@@ -241,7 +241,7 @@ def test_watch_in_lines(served: Serving, fedpeft: Command) -> None:
 def test_ctrl_c_ends_the_watch_with_a_sentence_and_not_the_run(served: Serving) -> None:
     served.double.runs = {RUN: a_run()}
     served.double.script = [pb.WatchRunResponse(run=a_run(), rounds=[a_round(1, committed=False)]), 60.0]
-    command = [sys.executable, "-m", "fedpeft.cli.app", "--server", served.address, "run", "watch", RUN]
+    command = [sys.executable, "-m", "fedpeft_operator.app", "--server", served.address, "run", "watch", RUN]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watch:
         assert watch.stdout is not None
         assert any(line == "round 1 open: 1 update of 2 received, awaited: twemoji\n" for line in watch.stdout)
@@ -388,7 +388,7 @@ def test_export_to_a_wrong_place_or_form(
 
 def test_server_from_the_environment(served: Serving) -> None:
     served.double.runs = {RUN: a_run()}
-    command = [sys.executable, "-m", "fedpeft.cli.app", "run", "list", "--json"]
+    command = [sys.executable, "-m", "fedpeft_operator.app", "run", "list", "--json"]
     environment = {**os.environ, "FEDPEFT_SERVER": served.address}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
     assert json.loads(done.stdout)[0]["run"] == RUN

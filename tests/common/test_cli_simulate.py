@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-from fedpeft.cli import simulate as simulate_command
-from fedpeft.cli.app import main
 from fedpeft.data import partitions
 from fedpeft.data.parts import write_parts
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.opening import open_source
+from fedpeft_operator.app import main
+from fedpeft_operator.cli.local import simulate as simulate_command
 
 from .simulated_runs import failing
 from .test_sources import png, table, write
@@ -73,7 +73,7 @@ def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_
     whole = write(tmp_path / "whole.parquet", table(30))
     (tmp_path / "run.toml").write_text(RUN_FILE.replace("count = 2", "count = 100_000"))
     asked = ("simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out"))
-    command = [sys.executable, "-m", "fedpeft.cli.app", *asked, "--device", "cpu", "--threads", "1"]
+    command = [sys.executable, "-m", "fedpeft_operator.app", *asked, "--device", "cpu", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert next(line for line in process.stderr if line.startswith("round 1 of 100000, 2 updates"))
         second = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.cli.exits import Exit
+from fedpeft_operator.cli.exits import Exit
 
 from .operator_double import Double, a_run, serving
 
@@ -21,7 +21,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "errors.md").read_text(en
 
 
 def run(*arguments: str, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    start = ["-c", code, *arguments] if code else ["-m", "fedpeft.cli.app", *arguments]
+    start = ["-c", code, *arguments] if code else ["-m", "fedpeft_operator.app", *arguments]
     return subprocess.run(
         [sys.executable, *start], capture_output=True, text=True, timeout=100, env={**os.environ, **environment}
     )
@@ -30,7 +30,7 @@ def run(*arguments: str, code: str = "", **environment: str) -> subprocess.Compl
 IMPORTED = (
     "import atexit, json, sys\n"
     "atexit.register(lambda: print(json.dumps(sorted(m for m in sys.modules if '.' not in m)), file=sys.stderr))\n"
-    "from fedpeft.cli.app import main\n"
+    "from fedpeft_operator.app import main\n"
     "main(sys.argv[1:])\n"
 )
 
@@ -58,7 +58,7 @@ def test_the_help_of_the_processes_imports_no_torch(program: str) -> None:
 def commands() -> list[list[str]]:
     import typer
 
-    from fedpeft.cli.app import app
+    from fedpeft_operator.app import app
 
     def below(command: object, way: list[str]) -> list[list[str]]:
         inner = getattr(command, "commands", {})
@@ -82,7 +82,7 @@ def test_help_of_what_makes_or_takes_something_has_an_example() -> None:
 
 def test_shell_completion_completes() -> None:
     words = {"COMP_WORDS": "fedpeft run cr", "COMP_CWORD": "2"}
-    ended = run(code="from fedpeft.cli.app import main; main()", _FEDPEFT_COMPLETE="complete_bash", **words)
+    ended = run(code="from fedpeft_operator.app import main; main()", _FEDPEFT_COMPLETE="complete_bash", **words)
     assert ended.stdout.split() == ["create"]
 
 
@@ -90,7 +90,7 @@ def test_nobody_reads_what_is_printed() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     ended = subprocess.run(
-        [sys.executable, "-m", "fedpeft.cli.app", "version"], stdout=writing, stderr=subprocess.PIPE, timeout=60
+        [sys.executable, "-m", "fedpeft_operator.app", "version"], stdout=writing, stderr=subprocess.PIPE, timeout=60
     )
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (Exit.FAILED, b"")
@@ -98,7 +98,7 @@ def test_nobody_reads_what_is_printed() -> None:
 
 SLEEPS = (
     "import sys, tempfile, time\n"
-    "from fedpeft.cli import app, versions\n"
+    "from fedpeft_operator.cli import app, versions\n"
     "def sleep(**_):\n"
     "    with tempfile.TemporaryDirectory(dir=sys.argv[1]):\n"
     "        print('up', flush=True)\n"
@@ -121,7 +121,7 @@ def test_a_signal_ends_a_command_by_way_of_its_clean_up(tmp_path: Path, number: 
 
 
 def test_the_page_has_every_exit_code() -> None:
-    from fedpeft_client.exits import Exit as ClientExit
+    from fedpeft_client.error_policy import Exit as ClientExit
 
     section = PAGE.partition("## Exit codes")[2].partition("## ")[0]
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| \d.*\|$", section, re.M)]
@@ -134,7 +134,7 @@ def test_the_page_has_every_exit_code() -> None:
 def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_traceback(program: str, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time; print('imports', flush=True); time.sleep(60)")
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fedpeft.start as start; begin = start.begin\n"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from fedpeft.process import start; begin = start.begin\n"
         f"start.begin = lambda module: begin('slow'); from {program}.start import main; main()"
     )
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.conduct import ASIDE_AFTER, GOOD, LONGEST_REST, REST_ROUNDS, Conduct, demerits, settled
 from fedpeft.config import RoundsConfig
-from fedpeft.rounds import Phase, Round, Ticket, TicketState, Waiting, advance, sample
+from fedpeft.rounds.conduct import ASIDE_AFTER, GOOD, LONGEST_REST, REST_ROUNDS, Conduct, demerits, settled
+from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState, Waiting, advance, sample
 
 NAMES = [f"client-{i:02}" for i in range(12)]
 EXCLUDED = "UPDATE_EXCLUDED: its norm 3e+38 is more than 30 times 1"

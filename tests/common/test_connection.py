@@ -24,7 +24,7 @@ from pathlib import Path
 from fedpeft import grpc_core
 grpc_core.configure()
 import grpc
-from fedpeft.connection import open_channel
+from fedpeft.rpc.channel import open_channel
 from fedpeft.identity.folder import Identity
 
 async def call():

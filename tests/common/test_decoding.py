@@ -14,8 +14,8 @@ import pytest
 
 from fedpeft.data import decoding
 from fedpeft.data.decoding import Decoders, decode_rows
-from fedpeft.data.interface import Indices
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.interface import Indices
+from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import DataInvalid
 
 from .test_training import INPUT, write_images
@@ -23,7 +23,7 @@ from .test_training import INPUT, write_images
 HELD = """
 import sys, time
 from fedpeft.data import decoding
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.opening import open_source
 from fedpeft.data.transforms import Preprocessing
 import numpy as np
 if __name__ == "__main__":

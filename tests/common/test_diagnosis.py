@@ -20,13 +20,15 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from fedpeft.identity import authority as authority_module
-from fedpeft.identity import certificates, diagnosis, keys, way
+from fedpeft.identity import certificates, keys
 from fedpeft.identity import folder as identity_folder
 from fedpeft.identity.authority import Authority
-from fedpeft.identity.diagnosis import Trust, diagnose
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.requests import PublicKey
 from fedpeft.identity.subject import Role, Subject
+from fedpeft.rpc import diagnosis
+from fedpeft.rpc import probe as way
+from fedpeft.rpc.diagnosis import Trust, diagnose
 
 DAY = timedelta(days=1)
 Talk = Callable[[socket.socket], None]

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fedpeft.data import disks
-from fedpeft.data.interface import ImageUnreadable, Source
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources import disks
+from fedpeft.data.sources.interface import ImageUnreadable, Source
+from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import DataInvalid
 
 

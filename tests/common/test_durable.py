@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import durable
+from fedpeft.process import durable
 
 
 def test_several_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_the_package_is_light_until_something_is_asked_of_it() -> None:
     code = "import sys, json, fedpeft; dir(fedpeft); print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     loaded = set(json.loads(done.stdout))
-    assert not loaded & {"torch", "numpy", "grpc", "pydantic", "fedpeft.embedding"}
+    assert not loaded & {"torch", "numpy", "grpc", "pydantic", "fedpeft.api.remote"}
     assert {"connect", "Run", "RunConfig", "__version__"} <= set(dir(fedpeft))
     assert all(getattr(fedpeft, name) is not None for name in fedpeft.__all__)
     with pytest.raises(AttributeError, match="no attribute 'conect'"):

@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from fedpeft.end_status import EndStatus
+from fedpeft.rpc.end_status import EndStatus
 
 CALLS = 200
 

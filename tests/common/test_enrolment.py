@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import enrolment
-from fedpeft.connection import open_channel
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.errors import (
     Draining,
     IdentityInvalid,
@@ -30,7 +29,8 @@ from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
-from fedpeft.operator_client import OperatorClient
+from fedpeft.rpc import enrolment
+from fedpeft.rpc.channel import open_channel
 from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
 
 from . import access_double

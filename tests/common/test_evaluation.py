@@ -4,7 +4,7 @@ import torch
 
 from fedpeft.data.dataset import open_dataset
 from fedpeft.errors import DataInvalid, TrainingFailed
-from fedpeft.evaluation import evaluate
+from fedpeft.training.evaluation import evaluate
 
 from .test_training import CLASSES, INPUT, StandIn, data, vit, write_images
 
@@ -65,7 +65,7 @@ def test_memory_that_holds_fewer_images(tmp_path):
 
 
 def test_a_real_model_is_scored_and_can_train_afterwards(tmp_path):
-    from fedpeft.training import train
+    from fedpeft.training.loop import train
 
     from .test_training import settings
 

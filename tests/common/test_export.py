@@ -14,11 +14,11 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fedpeft import export
 from fedpeft.config import ModelConfig
 from fedpeft.errors import BackboneMismatch, ConfigInvalid, ModelInvalid
-from fedpeft.model_card import Provenance
-from fedpeft.models import Backbone, build, fingerprint
+from fedpeft.export import formats
+from fedpeft.export.model_card import Provenance
+from fedpeft.models.backbones import Backbone, build, fingerprint
 from fedpeft.peft import TunedModel, tune
 
 CONFIG = ModelConfig(
@@ -56,7 +56,7 @@ def test_timm_loads_the_whole_model_strictly(
 ) -> None:
     model = trained(backbone, method)
     path = tmp_path / "model.safetensors"
-    export.as_timm(model, path)
+    formats.as_timm(model, path)
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["timm"])
     assert about["classes"] == ["a", "b", "c"]
@@ -70,8 +70,8 @@ def test_timm_loads_the_whole_model_strictly(
 @pytest.mark.parametrize("method", ["full", "head", "bias"])
 def test_timm_and_back(tmp_path: Path, backbone: Backbone, method: str) -> None:
     model = trained(backbone, method)
-    export.as_timm(model, tmp_path / "model.safetensors")
-    tensors = export.from_timm(tmp_path / "model.safetensors", tune(backbone, method, {}, 9))
+    formats.as_timm(model, tmp_path / "model.safetensors")
+    tensors = formats.from_timm(tmp_path / "model.safetensors", tune(backbone, method, {}, 9))
     expected = model.state()
     assert list(tensors) == list(expected)
     assert all(np.array_equal(tensors[n], expected[n]) for n in expected)
@@ -81,23 +81,23 @@ def test_timm_and_back(tmp_path: Path, backbone: Backbone, method: str) -> None:
 def test_injected_modules_have_no_plain_form(tmp_path: Path, backbone: Backbone, method: str) -> None:
     model = trained(backbone, method)
     with pytest.raises(ConfigInvalid, match=f"method {method} has no plain timm form.*export it as safetensors"):
-        export.as_timm(model, tmp_path / "model.safetensors")
+        formats.as_timm(model, tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
-    export.as_timm(trained(backbone, "head"), tmp_path / "head.safetensors")
+    formats.as_timm(trained(backbone, "head"), tmp_path / "head.safetensors")
     with pytest.raises(ConfigInvalid, match="cannot be read from a timm state dict"):
-        export.from_timm(tmp_path / "head.safetensors", model)
+        formats.from_timm(tmp_path / "head.safetensors", model)
 
 
 def test_from_timm_refuses_another_backbone(tmp_path: Path, backbone: Backbone) -> None:
     path = tmp_path / "model.safetensors"
-    export.as_timm(trained(backbone, "bias"), path)
+    formats.as_timm(trained(backbone, "bias"), path)
     with pytest.raises(BackboneMismatch, match="method head leaves it frozen"):
-        export.from_timm(path, tune(backbone, "head", {}, 0))
+        formats.from_timm(path, tune(backbone, "head", {}, 0))
     state = load_file(path)
     del state["head.bias"]
     save_file(state, path)
     with pytest.raises(ModelInvalid, match=r"head\.bias is missing; the model has \(3,\)"):
-        export.from_timm(path, tune(backbone, "bias", {}, 0))
+        formats.from_timm(path, tune(backbone, "bias", {}, 0))
 
 
 TARGETS: list[str | list[str]] = ["qkv", ["qkv", "proj", "fc1"], ["blocks.1.attn.qkv"], "mlp.*"]
@@ -108,13 +108,13 @@ def test_the_peft_library_loads_a_lora(
     tmp_path: Path, backbone: Backbone, images: torch.Tensor, targets: str | list[str]
 ) -> None:
     model = trained(backbone, "lora", rank=4, alpha=6, targets=targets)
-    export.as_peft(model, tmp_path / "lora")
+    formats.as_peft(model, tmp_path / "lora")
     plain = timm.create_model(CONFIG.name, **backbone.arguments)
     plain.load_state_dict(backbone.module.state_dict())
     loaded = PeftModel.from_pretrained(plain, str(tmp_path / "lora"))
     assert torch.allclose(logits(loaded, images), logits(model.module, images), 0, 1e-6)
 
-    options, tensors = export.from_peft(tmp_path / "lora", backbone)
+    options, tensors = formats.from_peft(tmp_path / "lora", backbone)
     again = tune(backbone, "lora", options, 5)
     again.load(tensors)
     assert again.spec.sha256 == model.spec.sha256
@@ -129,7 +129,7 @@ def test_the_card_says_how_the_adapter_came_about_and_how_to_load_it(
     backbone = build(CONFIG.model_copy(update={"weights": str(tmp_path / "whole.safetensors")}), 1)
     model = trained(backbone, "lora", rank=4)
     made = Provenance("run-1", 3, 10, 5, 14, 3 * 2**20, 2**19, {"accuracy": 0.5581, "loss": 1.31, "examples": 900})
-    export.as_peft(model, tmp_path / "lora", made)
+    formats.as_peft(model, tmp_path / "lora", made)
     text = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
     for line in (
         'base_model: "timm/vit_tiny_patch16_224"',
@@ -151,7 +151,7 @@ def test_the_card_says_how_the_adapter_came_about_and_how_to_load_it(
 
 
 def test_the_card_of_an_adapter_from_nowhere_says_less(tmp_path: Path, backbone: Backbone) -> None:
-    export.as_peft(trained(backbone, "lora"), tmp_path)
+    formats.as_peft(trained(backbone, "lora"), tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| run |" not in text and "random weights" in text
 
@@ -161,8 +161,8 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path: Path, backbone: Bac
     model = trained(backbone, "lora")
     before = os.umask(mask)
     try:
-        export.as_timm(model, tmp_path / "model.safetensors")
-        export.as_peft(model, tmp_path / "lora")
+        formats.as_timm(model, tmp_path / "model.safetensors")
+        formats.as_peft(model, tmp_path / "lora")
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -173,21 +173,21 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path: Path, backbone: Bac
 def test_many_layers_survive_the_library_shortening_their_names(tmp_path: Path) -> None:
     backbone = build(CONFIG.model_copy(update={"depth": 12, "pooling": None}), 0)
     model = trained(backbone, "lora", targets=["qkv", "proj"])
-    export.as_peft(model, tmp_path)
-    options, tensors = export.from_peft(tmp_path, backbone)
+    formats.as_peft(model, tmp_path)
+    options, tensors = formats.from_peft(tmp_path, backbone)
     assert options["targets"] == ("attn.proj", "attn.qkv")
     assert tensors.keys() == model.state().keys()
 
 
 def test_only_lora_has_a_peft_form(tmp_path: Path, backbone: Backbone) -> None:
     with pytest.raises(ConfigInvalid, match="method bias has no peft form"):
-        export.as_peft(trained(backbone, "bias"), tmp_path)
+        formats.as_peft(trained(backbone, "bias"), tmp_path)
 
 
 def test_from_peft_refuses_what_it_cannot_be(tmp_path: Path, backbone: Backbone) -> None:
     with pytest.raises(ModelInvalid, match="is not a directory of the peft library"):
-        export.from_peft(tmp_path, backbone)
-    export.as_peft(trained(backbone, "lora"), tmp_path)
+        formats.from_peft(tmp_path, backbone)
+    formats.as_peft(trained(backbone, "lora"), tmp_path)
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     data, state = json.loads(config.read_text()), load_file(weights)
     for change, says in (
@@ -198,8 +198,8 @@ def test_from_peft_refuses_what_it_cannot_be(tmp_path: Path, backbone: Backbone)
     ):
         config.write_text(json.dumps(data | change))
         with pytest.raises(ModelInvalid, match=says):
-            export.from_peft(tmp_path, backbone)
+            formats.from_peft(tmp_path, backbone)
     config.write_text(json.dumps(data))
     save_file({n: t for n, t in state.items() if "head" not in n}, weights)
     with pytest.raises(ModelInvalid, match=r"head\.bias is missing there"):
-        export.from_peft(tmp_path, backbone)
+        formats.from_peft(tmp_path, backbone)

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft import payload
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import Doubles, Options, Strategy, strategy
 from fedpeft.codecs import BLOCK_ELEMENTS
 from fedpeft.errors import Internal
-from fedpeft.folding import Contribution, Folded, Overflow, fold, fold_tensors, squared_norm, weigh
-from fedpeft.spec import TensorSpec
+from fedpeft.rounds.fold import Contribution, Folded, Overflow, fold, fold_tensors, squared_norm, weigh
 
 SPECS = (TensorSpec("a", (7, 3)), TensorSpec("b", ()), TensorSpec("c", (50,)))
 NAMES = ["fedadagrad", "fedadam", "fedavg", "fedavgm", "fedyogi"]

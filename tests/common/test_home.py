@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import home
-from fedpeft.addresses import Address
-from fedpeft.caller import choose
-from fedpeft.cli.app import main
+from fedpeft.api.caller import choose
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity import folder
-from fedpeft_server import init
+from fedpeft.process import home
+from fedpeft.process.addresses import Address
+from fedpeft_operator.app import main
+from fedpeft_server.commands import init
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageOps, PngImagePlugin
 
 from fedpeft.data.images import FORMATS, BitsUnknown, ImageUnreadable, peak, read_rgb
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.opening import open_source
 from fedpeft.data.store import PixelStore
 from fedpeft.data.transforms import Preprocessing
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedpeft import models
 from fedpeft.config import ModelConfig, RunConfig, TrainingConfig, parse_config
 from fedpeft.errors import ConfigInvalid, DataInvalid, ModelInvalid, TrainingFailed
-from fedpeft.export import as_timm
-from fedpeft.kind import Anatomy, Examples, Kind, Task, kind_of
-from fedpeft.learning import Images, OfKind, learner_of, where
+from fedpeft.export.formats import as_timm
+from fedpeft.models import backbones
+from fedpeft.models.kind import Anatomy, Examples, Kind, Task, kind_of
 from fedpeft.peft import methods, spec_of, tune
+from fedpeft.rpc.wire import config_from_proto, config_to_proto
 from fedpeft.simulation import simulate
-from fedpeft.wire import config_from_proto, config_to_proto
+from fedpeft.training.learning import Images, OfKind, learner_of, where
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 (SOURCE,) = re.findall(r"^```python\n# fedpeft_text.py\n(.*?)^```$", PAGE, re.M | re.S)
@@ -67,20 +67,20 @@ def settings(**changes: object) -> TrainingConfig:
 
 
 def test_a_model_comes_from_the_seed_or_from_a_file_and_its_fingerprint_tells(tmp_path: Path) -> None:
-    one, again, other = (models.build(config(), seed) for seed in (1, 1, 2))
-    prints = [models.fingerprint(b, tune(b, "head", {}, 1).spec) for b in (one, again, other)]
+    one, again, other = (backbones.build(config(), seed) for seed in (1, 1, 2))
+    prints = [backbones.fingerprint(b, tune(b, "head", {}, 1).spec) for b in (one, again, other)]
     assert prints[0] == prints[1] != prints[2]
     assert one.images is None
     path = tmp_path / "other.safetensors"
     save_file(dict(other.module.state_dict()), path)
-    loaded = models.build(config(weights=str(path)), 1)
+    loaded = backbones.build(config(weights=str(path)), 1)
     assert torch.equal(loaded.module.get_parameter("bytes.weight"), other.module.get_parameter("bytes.weight"))
     assert torch.equal(loaded.module.get_parameter("head.weight"), one.module.get_parameter("head.weight"))
 
 
 @pytest.mark.parametrize("method", methods.names())
 def test_every_method_tunes_it_to_the_same_bits_twice(method: str) -> None:
-    backbone, learner, data = models.build(config(), 1), learner_of("text"), examples()
+    backbone, learner, data = backbones.build(config(), 1), learner_of("text"), examples()
     frozen = {name: p.clone() for name, p in backbone.module.named_parameters()}
     results = []
     for _ in range(2):
@@ -96,7 +96,7 @@ def test_every_method_tunes_it_to_the_same_bits_twice(method: str) -> None:
 
 
 def test_training_learns_reports_and_can_be_stopped() -> None:
-    model = tune(models.build(config(), 1), "full", {}, 1)
+    model = tune(backbones.build(config(), 1), "full", {}, 1)
     learner, told = learner_of("text"), []
     assert learner.evaluate(model, examples(), CPU)["accuracy"] < 0.8
     result = learner.train(model, examples(), settings(epochs=6), 7, 1, CPU, progress=told.append)
@@ -110,7 +110,7 @@ def test_training_learns_reports_and_can_be_stopped() -> None:
 
 
 def test_labels_go_by_name_and_read_says_what_is_missing(tmp_path: Path, package: types.ModuleType) -> None:
-    learner, backbone = learner_of("text"), models.build(config(), 1)
+    learner, backbone = learner_of("text"), backbones.build(config(), 1)
     for name, letter in (("b", b"b"), ("alpha", b"a"), ("other", b"o")):
         (tmp_path / "site" / name).mkdir(parents=True)
         (tmp_path / "site" / name / "text").write_bytes(letter * 130)
@@ -136,20 +136,20 @@ def test_data_says_its_kind_before_a_colon(tmp_path: Path) -> None:
     [
         ("speech:tiny", "there is no kind of model 'speech' on this machine; installed: broken, odd, text"),
         ("broken:x", "kind 'broken' (fedpeft_text:Absent): AttributeError"),
-        ("odd:x", "kind 'odd' (fedpeft_text:LENGTH.bit_length) is a int, not a fedpeft.kind.Kind"),
+        ("odd:x", "kind 'odd' (fedpeft_text:LENGTH.bit_length) is a int, not a fedpeft.models.kind.Kind"),
         ("text:huge", "there is no text:huge; there are: tiny, small"),
     ],
 )
 def test_what_cannot_be_built_is_said(name: str, words: str) -> None:
     with pytest.raises(ModelInvalid, match=re.escape(words)):
-        models.build(config(name=name), 0)
+        backbones.build(config(name=name), 0)
 
 
 def test_what_only_timm_has_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelInvalid, match='"hub" is timm\'s'):
-        models.build(config(weights="hub"), 0)
+        backbones.build(config(weights="hub"), 0)
     with pytest.raises(ConfigInvalid, match="text:tiny is no model of timm"):
-        as_timm(tune(models.build(config(), 0), "head", {}, 0), tmp_path / "x.safetensors")
+        as_timm(tune(backbones.build(config(), 0), "head", {}, 0), tmp_path / "x.safetensors")
 
 
 class Plain(Kind):
@@ -173,7 +173,7 @@ class Plain(Kind):
 
 def test_a_model_without_blocks_and_a_loop_that_stops_short(package: types.ModuleType) -> None:
     package.Text = Plain
-    backbone = models.build(config(), 0)
+    backbone = backbones.build(config(), 0)
     assert tune(backbone, "head", {}, 0).spec.parameters == 10
     for method, part in (("lora", "blocks"), ("prompt", "blocks"), ("adapter", "mlps")):
         with pytest.raises(ConfigInvalid, match=f"{method} attaches to a model's {part}"):
@@ -240,7 +240,7 @@ def test_a_kind_without_classes_names_none_and_has_options(package: types.Module
 def test_options_are_a_kind_s_own_and_it_says_what_is_wrong_with_them(package: types.ModuleType) -> None:
     package.Text = Next
     with pytest.raises(ModelInvalid, match=r"model\.options\.layers: 'many' is no whole number") as caught:
-        models.build(next_run(options={"layers": "many"}).model, 0)
+        backbones.build(next_run(options={"layers": "many"}).model, 0)
     assert caught.value.fields[0][0] == "model.options.layers"
     with pytest.raises(ConfigInvalid, match=r"model: options are of KIND:NAME; 'vit_tiny_patch16_224' is timm's"):
         next_run(name="vit_tiny_patch16_224", classes=["a", "b"], options={"layers": 3})
@@ -252,6 +252,6 @@ def test_options_are_a_kind_s_own_and_it_says_what_is_wrong_with_them(package: t
 
 def test_data_without_labels_does_not_suit_a_run_with_classes(package: types.ModuleType, tmp_path: Path) -> None:
     package.Text = Next
-    learner, backbone = learner_of("text"), models.build(next_run(classes=["a", "b"]).model, 0)
+    learner, backbone = learner_of("text"), backbones.build(next_run(classes=["a", "b"]).model, 0)
     with pytest.raises(DataInvalid, match=r"class 'examples' \(40 rows\) is not among the run's"):
         learner.dataset(learner.read(tmp_path), backbone, {})

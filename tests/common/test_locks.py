@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from fedpeft import locks
 from fedpeft.errors import StateInvalid
+from fedpeft.process import locks
 
 
 def directory(folder: Path) -> AbstractContextManager[None]:

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpeft import payload
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import strategy
-from fedpeft.folding import Contribution, fold
-from fedpeft.mapped import mapped, releaser
-from fedpeft.spec import TensorSpec
+from fedpeft.process.mapped_files import mapped, releaser
+from fedpeft.rounds.fold import Contribution, fold
 
 SPECS = (TensorSpec("a", (40, 50)), TensorSpec("b", (3,)))
 

@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from fedpeft import metrics_port
-from fedpeft.metrics_port import Limits, MetricsServer
+from fedpeft.process import metrics_port
+from fedpeft.process.metrics_port import Limits, MetricsServer
 
 LIMITS = Limits(connections=4, silence_s=60, life_s=60, request_bytes=1024)
 WAIT_S = 10.0

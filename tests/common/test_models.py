@@ -8,10 +8,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fedpeft.architectures import ImageInputs
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ModelInvalid
-from fedpeft.models import build, fingerprint, resolve_weights
+from fedpeft.models.architectures import ImageInputs
+from fedpeft.models.backbones import build, fingerprint, resolve_weights
 from fedpeft.peft import spec_of, tune
 
 NAME = "vit_tiny_patch16_224"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedpeft.following import Picture
-from fedpeft.narration import Narrator
+from fedpeft.api.following import Picture
+from fedpeft.api.narration import Narrator
 from fedpeft.v1 import run_pb2
 
 from .operator_double import a_round, a_run

@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpeft import operator_client
+from fedpeft.adapters.payload import CHUNK_BYTES
+from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.api import operator_client
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.config import parse_config
 from fedpeft.errors import (
     ChecksumMismatch,
@@ -25,9 +28,6 @@ from fedpeft.errors import (
     TransfersBusy,
     VersionNotFound,
 )
-from fedpeft.operator_client import OperatorClient
-from fedpeft.payload import CHUNK_BYTES
-from fedpeft.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.v1 import federation_service_pb2 as federation
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from fedpeft import rounds
 from fedpeft.data.overlap import Overlap, overlap
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.opening import open_source
+from fedpeft.rounds import state_machine
 from fedpeft.simulation import clients_of, simulate
 
 from .simulated_runs import config
@@ -92,7 +92,7 @@ def test_clients_whose_data_do_not_open_are_counted_though_their_turn_never_come
     (tmp_path / "test" / "cat").mkdir(parents=True)
     (tmp_path / "test" / "cat" / "0.png").write_bytes(png(250))
     clients = {name: tmp_path / "train" / f"{name}.parquet" for name in "ab"}
-    seed = next(seed for seed in range(99) if rounds.sample(clients, 1, seed, 1) == ["a"])
+    seed = next(seed for seed in range(99) if state_machine.sample(clients, 1, seed, 1) == ["a"])
     with capture_logs() as logs:
         settings = config(rounds={"count": 1, "clients": 1, "seed": seed})
         report = simulate(settings, clients, tmp_path / "out", evaluate=tmp_path / "test")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedpeft.data.partitions import Partition, dirichlet, iid, natural, quantity, skew
 from fedpeft.data.parts import write_parts
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import DataInvalid
 
 from .test_sources import IMAGE, table, write

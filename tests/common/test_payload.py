@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft import payload
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import CHUNK_BYTES, FIRST_CHUNK_BYTES, Entry, Manifest, chunks
+from fedpeft.adapters.spec import TensorSpec
 from fedpeft.errors import ManifestInvalid, PayloadInvalid
-from fedpeft.payload import CHUNK_BYTES, FIRST_CHUNK_BYTES, Entry, Manifest, chunks
-from fedpeft.spec import TensorSpec
 
 SPECS = (TensorSpec("a", (2, 3)), TensorSpec("b", ()), TensorSpec("c.bias", (5,)))
 ENCODINGS = ["float32", "float16", "bfloat16", "sparse+float32", "sparse+float16", "sparse+bfloat16"]

@@ -4,7 +4,7 @@ import pytest
 
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ConfigInvalid, ModelInvalid
-from fedpeft.families import family_of
+from fedpeft.models.families import family_of
 from fedpeft.peft import count, spec_of
 
 BASE, SMALL, LARGE = (f"vit_{size}_patch16_224" for size in ("base", "small", "large"))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft import models
+from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ModelInvalid, SpecInvalid
-from fedpeft.models import Backbone
+from fedpeft.models import backbones
+from fedpeft.models.backbones import Backbone
 from fedpeft.peft import Method, MethodOptions, TunedModel, methods, tune
-from fedpeft.spec import AdapterSpec, Role, TensorSpec
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -32,7 +32,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return models.build(CONFIG, seed=3)
+    return backbones.build(CONFIG, seed=3)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_one_step_moves_all_but_the_factors_behind_a_zero(backbone: Backbone, im
 def test_extracted_and_put_back_gives_the_same_logits(backbone: Backbone, images: torch.Tensor, case: str) -> None:
     model = tuned(backbone, case)
     step(model, images, 2)
-    other = tuned(models.build(CONFIG, seed=3), case, seed=99)
+    other = tuned(backbones.build(CONFIG, seed=3), case, seed=99)
     assert not torch.equal(logits(other.module, images), logits(model.module, images))
     other.load(model.state())
     assert torch.equal(logits(other.module, images), logits(model.module, images))

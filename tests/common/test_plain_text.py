@@ -7,7 +7,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.plain_text import plain
+from fedpeft.untrusted_text import plain
 
 
 @given(st.text())

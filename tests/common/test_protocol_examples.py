@@ -10,13 +10,15 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from google.rpc import code_pb2, status_pb2
 
-from fedpeft import audit, errors, payload, updates
+from fedpeft import errors
+from fedpeft.adapters import payload, updates
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.codecs import codecs
 from fedpeft.config import CodecConfig
 from fedpeft.errors import PayloadInvalid
+from fedpeft.identity import audit
 from fedpeft.identity.token import EnrollmentToken
-from fedpeft.spec import AdapterSpec, TensorSpec
-from fedpeft.status import to_status
+from fedpeft.rpc.status import to_status
 
 from . import protocol_examples as examples
 
@@ -75,19 +77,19 @@ def test_error_feedback() -> None:
 
 
 def test_a_fingerprint() -> None:
-    from fedpeft import models
+    from fedpeft.models import backbones
 
     said = examples.fingerprint()
     assert hashlib.sha256(said["text"].encode()).hexdigest() == said["fingerprint"]
     tensors = {
-        str(t["name"]): models.StoredTensor(
+        str(t["name"]): backbones.StoredTensor(
             str(t["dtype"]),
             tuple(t["shape"]),
             hashlib.sha256(bytes.fromhex(str(t["data"]))).hexdigest(),  # type: ignore[arg-type]
         )
         for t in examples.stored(said)
     }
-    tensors["head.bias"] = models.StoredTensor("F32", (2,), "0" * 64)
+    tensors["head.bias"] = backbones.StoredTensor("F32", (2,), "0" * 64)
 
     class Images:
         image_size = int(said["image size"])
@@ -95,9 +97,9 @@ def test_a_fingerprint() -> None:
     class Model:
         name = said["model"]
 
-    backbone = models.Backbone(Model(), None, None, {}, Images(), tensors)  # type: ignore[arg-type]
+    backbone = backbones.Backbone(Model(), None, None, {}, Images(), tensors)  # type: ignore[arg-type]
     tuned = AdapterSpec.of("head", [TensorSpec("head.bias", (2,))])
-    assert models.fingerprint(backbone, tuned) == said["fingerprint"]
+    assert backbones.fingerprint(backbone, tuned) == said["fingerprint"]
 
 
 def test_an_enrolment_token() -> None:

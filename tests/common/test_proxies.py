@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
-from fedpeft.addresses import Address
-from fedpeft.connection import open_channel
 from fedpeft.errors import SettingsInvalid
-from fedpeft.identity.diagnosis import diagnose
-from fedpeft.proxies import Proxy, proxy_of
+from fedpeft.process.addresses import Address
+from fedpeft.rpc.channel import open_channel
+from fedpeft.rpc.diagnosis import diagnose
+from fedpeft.rpc.proxies import Proxy, proxy_of
 
 FAR = Address("fed.example.org", 7070)
 VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY")

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from fedpeft.race import first_of
+from fedpeft.process.race import first_of
 
 
 class Side:

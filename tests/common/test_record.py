@@ -10,8 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedpeft.errors import BlobCorrupt
-from fedpeft.record import Contributed, Excluded, Record, digest, parse, verify_chain
-from fedpeft.screening import NormBound
+from fedpeft.rounds.record import Contributed, Excluded, Record, digest, parse, verify_chain
+from fedpeft.rounds.screening import NormBound
 
 
 def hexadecimal(number: int) -> str:

@@ -4,8 +4,8 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from fedpeft.record import FORMAT, PLAIN, Excluded, Record, digest, parse
-from fedpeft.screening import NormBound
+from fedpeft.rounds.record import FORMAT, PLAIN, Excluded, Record, digest, parse
+from fedpeft.rounds.screening import NormBound
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "record.md").read_text(encoding="utf-8")
 EXAMPLE = re.findall(r"^```json\n(.*?)^```$", PAGE, re.M | re.S)[0].replace("\n", "")

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
-from fedpeft.rounds import (
+from fedpeft.rounds.state_machine import (
     Aggregate,
     Aggregated,
     Event,

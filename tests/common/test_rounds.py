@@ -8,7 +8,7 @@ import pytest
 
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
-from fedpeft.rounds import (
+from fedpeft.rounds.state_machine import (
     GATHER_S,
     Aggregate,
     Aggregated,

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from fedpeft.config import RunConfig, faults_in, load_run_file, parse_config
 from fedpeft.errors import ConfigInvalid, ModelInvalid
 from fedpeft.peft import make, methods, spec_of
-from fedpeft.wire import config_from_proto, config_to_proto
+from fedpeft.rpc.wire import config_from_proto, config_to_proto
 
 GOOD: dict[str, Any] = {
     "name": "x",

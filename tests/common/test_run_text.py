@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft.api.run_text import run_text
 from fedpeft.config import parse_config
-from fedpeft.run_text import run_text
 
 MODEL = {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.config import TrainingConfig
-from fedpeft.screening import (
+from fedpeft.rounds.screening import (
     FACTOR,
     LARGEST_ALLOWANCE,
     LARGEST_RMS,
@@ -22,7 +23,6 @@ from fedpeft.screening import (
     local_steps,
     median,
 )
-from fedpeft.spec import AdapterSpec, Role, TensorSpec
 
 VALUES = 100
 ABSOLUTE = LARGEST_RMS * math.sqrt(VALUES)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import DataInvalid
 
 from .test_sources import table, write

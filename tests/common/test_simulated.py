@@ -11,11 +11,11 @@ import pytest
 import timm
 
 import fedpeft
-from fedpeft.cli.app import main
 from fedpeft.data import partitions
 from fedpeft.data.parts import write_parts
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import ConfigInvalid, SettingsInvalid
+from fedpeft_operator.app import main
 
 from .test_sources import NAMES, table, write
 

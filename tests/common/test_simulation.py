@@ -9,21 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpeft import conduct, payload, record, rounds, seeds, views
-from fedpeft.adapter_file import open_adapter
+from fedpeft import seeds
+from fedpeft.adapters import payload
+from fedpeft.adapters.adapter_file import open_adapter
+from fedpeft.api import views
 from fedpeft.config import load_run_file
 from fedpeft.data import partitions
 from fedpeft.data.dataset import open_dataset
 from fedpeft.data.parts import write_parts
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.opening import open_source
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid, StateInvalid
-from fedpeft.evaluation import evaluate
-from fedpeft.models import build
+from fedpeft.models.backbones import build
 from fedpeft.peft import tune
+from fedpeft.rounds import conduct, record, state_machine
 from fedpeft.simulation import bench, clients_of, simulate
 from fedpeft.simulation.clients import ClientData, reading_of
-from fedpeft.training import train
+from fedpeft.training.evaluation import evaluate
+from fedpeft.training.loop import train
 from fedpeft.v1 import run_pb2
 
 from .simulated_runs import clients, config, failing, same, tensors, without_clock
@@ -117,10 +120,10 @@ def test_each_round_samples_some_of_all_as_a_server_would(tmp_path, folders):
     report = simulate(settings, clients(folders), tmp_path)
     names = sorted(clients(folders))
     for row in report["rounds"]:
-        assert row["clients"] == rounds.sample(names, 2, 11, row["version"])
+        assert row["clients"] == state_machine.sample(names, 2, 11, row["version"])
         assert [t["state"] for t in row["tickets"]] == ["received", "received"]
     assert len({tuple(row["clients"]) for row in report["rounds"]}) > 1
-    assert report["rounds"][0]["tickets"][0]["ticket"] == rounds.ticket_id(
+    assert report["rounds"][0]["tickets"][0]["ticket"] == state_machine.ticket_id(
         "simulation", 1, report["rounds"][0]["clients"][0]
     )
 
@@ -229,7 +232,7 @@ def test_the_report_has_the_keys_of_run_show(tmp_path, folders):
 
 def test_a_client_that_trains_in_vain_is_replaced(tmp_path, folders, monkeypatch):
     settings, names = config(rounds={"count": 1, "clients": 2, "seed": 11}), clients(folders)
-    first, second = rounds.sample(names, 2, 11, 1)
+    first, second = state_machine.sample(names, 2, 11, 1)
     failing(monkeypatch, {first})
     row = simulate(settings, names, tmp_path)["rounds"][0]
     assert len(row["clients"]) == 2
@@ -416,7 +419,7 @@ def test_a_limit_of_pixels_is_followed(tmp_path):
 
 def test_a_client_that_did_not_deliver_is_sampled_last_as_on_a_server(tmp_path, folders, monkeypatch):
     settings, names = config(rounds={"count": 6, "clients": 2, "seed": 11}), clients(folders)
-    first, _ = rounds.sample(names, 2, 11, 1)
+    first, _ = state_machine.sample(names, 2, 11, 1)
     failing(monkeypatch, {first})
     sampled = [{t["client"] for t in row["tickets"]} for row in simulate(settings, names, tmp_path)["rounds"]]
     assert first in sampled[0]

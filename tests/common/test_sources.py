@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fedpeft.data import interface, parquet
-from fedpeft.data.interface import ImageUnreadable
 from fedpeft.data.labels import map_labels
-from fedpeft.data.parquet_labels import metadata
 from fedpeft.data.partitions import iid
 from fedpeft.data.parts import write_parts
-from fedpeft.data.sources import labels_digest, open_source
+from fedpeft.data.sources import interface, parquet
+from fedpeft.data.sources.interface import ImageUnreadable
+from fedpeft.data.sources.opening import labels_digest, open_source
+from fedpeft.data.sources.parquet_labels import metadata
 from fedpeft.data.store import PixelStore
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.errors import DataInvalid

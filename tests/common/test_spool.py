@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedpeft.data import parquet, parquet_files
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources import parquet, parquet_files
+from fedpeft.data.sources.opening import open_source
 from fedpeft.data.spool import Spool
 from fedpeft.data.store import PixelStore
 from fedpeft.data.transforms import Preprocessing
@@ -27,7 +27,7 @@ from .test_sources import IMAGE, png, table, write
 OPENS = """
 import sys
 from fedpeft.data import parquet
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.opening import open_source
 parquet.IN_MEMORY_BYTES = 0
 source = open_source(sys.argv[1])
 print(bytes(source.image_bytes(3)).hex(), flush=True)

@@ -10,17 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft import durable, text_files, token_argument
+from fedpeft import text_files
 from fedpeft.config import load_run_file
 from fedpeft.data.client_folders import clients_in
 from fedpeft.data.labels import read_label_map
-from fedpeft.data.sources import labels_digest, open_source
-from fedpeft.doctor import client_side
+from fedpeft.data.sources.opening import labels_digest, open_source
 from fedpeft.errors import ConfigInvalid, DataInvalid, FedpeftError, IdentityInvalid, SettingsInvalid
-from fedpeft.identity import keys
+from fedpeft.identity import keys, token_argument
 from fedpeft.identity.folder import server_of
-from fedpeft_client.policy import Policy
+from fedpeft.process import durable
+from fedpeft_client.owner.policy import Policy
 from fedpeft_client.settings import Settings
+from fedpeft_operator.doctor import client_side
 
 from .test_sources import table, write
 

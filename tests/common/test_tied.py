@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fedpeft import architectures, models
 from fedpeft.config import ModelConfig, TrainingConfig
 from fedpeft.errors import ModelInvalid
-from fedpeft.kind import Anatomy, Examples, Kind, Task
-from fedpeft.learning import OfKind
+from fedpeft.models import architectures, backbones
+from fedpeft.models.kind import Anatomy, Examples, Kind, Task
 from fedpeft.peft import spec_of, tune
+from fedpeft.training.learning import OfKind
 
 CLASSES = tuple("abcdef")
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def config(variant: str, weights: str = "none") -> ModelConfig:
 @pytest.mark.parametrize(("variant", "name"), [("plain", "embed.weight"), ("head-first", "head.weight")])
 @pytest.mark.parametrize("method", ["full", "head"])
 def test_a_tied_weight_is_one_tensor_and_stays_tied_in_training(variant: str, name: str, method: str) -> None:
-    backbone = models.build(config(variant), 3)
+    backbone = backbones.build(config(variant), 3)
     model = tune(backbone, method, {}, 3)
     tensors = {tensor.name for tensor in model.spec.tensors}
     assert name in tensors and len(tensors & {"embed.weight", "head.weight"}) == 1
@@ -95,7 +95,7 @@ def test_weights_come_from_a_file_under_either_name_and_the_fresh_head_does_not_
     values = {"mix.weight": torch.eye(4), "mix.bias": torch.zeros(4), "head.bias": torch.ones(6)}
     table = torch.arange(24.0).reshape(6, 4)
     save_file(values | {name: table.clone() for name in held}, tmp_path / "w.safetensors")
-    backbone = models.build(config(variant, str(tmp_path / "w.safetensors")), 3)
+    backbone = backbones.build(config(variant, str(tmp_path / "w.safetensors")), 3)
     assert torch.equal(backbone.module.embed.weight, table)
     assert backbone.module.head.weight is backbone.module.embed.weight
     assert not backbone.module.head.bias.any()  # the head's own is fresh
@@ -106,7 +106,7 @@ def test_two_values_for_one_tensor_are_refused(tmp_path) -> None:
     values = {"mix.weight": torch.eye(4), "mix.bias": torch.zeros(4), "embed.weight": torch.ones(6, 4)}
     save_file(values | {"head.weight": torch.zeros(6, 4)}, tmp_path / "w.safetensors")
     with pytest.raises(ModelInvalid, match=r"embed\.weight and head\.weight are one tensor of the model, and differ"):
-        models.build(config("plain", str(tmp_path / "w.safetensors")), 3)
+        backbones.build(config("plain", str(tmp_path / "w.safetensors")), 3)
 
 
 def test_the_fingerprint_leaves_a_tuned_tied_tensor_out(tmp_path) -> None:
@@ -114,6 +114,6 @@ def test_the_fingerprint_leaves_a_tuned_tied_tensor_out(tmp_path) -> None:
     for scale in (1.0, 2.0):
         values = {"mix.weight": torch.eye(4), "mix.bias": torch.zeros(4), "embed.weight": torch.full((6, 4), scale)}
         save_file(values, tmp_path / f"{scale}.safetensors")
-        backbone = models.build(config("plain", str(tmp_path / f"{scale}.safetensors")), 3)
-        prints.append(models.fingerprint(backbone, tune(backbone, "head", {}, 3).spec))
+        backbone = backbones.build(config("plain", str(tmp_path / f"{scale}.safetensors")), 3)
+        prints.append(backbones.fingerprint(backbone, tune(backbone, "head", {}, 3).spec))
     assert prints[0] == prints[1]

@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from fedpeft.cli.app import main
-from fedpeft.following import Picture
-from fedpeft.top import scene
+from fedpeft.api.following import Picture
 from fedpeft.v1 import federation_service_pb2 as federation
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
+from fedpeft_operator.app import main
+from fedpeft_operator.top import scene
 
 from .operator_double import START, Double, a_client, a_round, a_run, a_ticket, serving
 
@@ -166,7 +166,7 @@ def test_the_command_takes_a_terminal_and_gives_it_back() -> None:
         served.double.script = [pb.WatchRunResponse(run=a_run(), rounds=[a_round(1, committed=False)]), 60.0]
         near, far = pty.openpty()
         termios.tcsetwinsize(far, (24, 80))
-        command = [sys.executable, "-m", "fedpeft.cli.app", "--server", served.address, "top"]
+        command = [sys.executable, "-m", "fedpeft_operator.app", "--server", served.address, "top"]
         environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
         process = subprocess.Popen(command, stdin=far, stdout=far, stderr=far, env=environment)
         os.close(far)

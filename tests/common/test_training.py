@@ -11,23 +11,23 @@ from PIL import Image
 from structlog.testing import capture_logs
 from torch import nn
 
-from fedpeft import precision as precision_module
-from fedpeft import training
-from fedpeft.batches import Orders
+from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.config import ModelConfig, TrainingConfig
 from fedpeft.data import store
 from fedpeft.data.dataset import dataset_of, open_dataset
-from fedpeft.data.interface import Selection
 from fedpeft.data.partitions import iid
 from fedpeft.data.parts import write_parts
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.interface import Selection
+from fedpeft.data.sources.opening import open_source
 from fedpeft.data.transforms import ImageUnreadable, Preprocessing
 from fedpeft.errors import DataInvalid, TrainingFailed
-from fedpeft.models import build
+from fedpeft.models.backbones import build
 from fedpeft.peft import tune
-from fedpeft.precision import precision
-from fedpeft.spec import AdapterSpec, Role, TensorSpec
-from fedpeft.training import train
+from fedpeft.training import loop
+from fedpeft.training import precision as precision_module
+from fedpeft.training.batches import Orders
+from fedpeft.training.loop import train
+from fedpeft.training.precision import precision
 
 CLASSES = ("dark", "light")
 INPUT = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -311,7 +311,7 @@ def test_a_stop_is_honoured_between_steps(tmp_path):
 
 def test_progress_comes_at_the_beginning_about_once_a_second_and_at_the_end(tmp_path, monkeypatch):
     clock = iter(np.arange(0, 1000, 0.4))
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     reports = []
     train(StandIn(), data(tmp_path), settings(epochs=2), seed=1, number=1, progress=reports.append)
     first, *reports = reports
@@ -342,7 +342,7 @@ def test_a_tensor_that_is_not_finite_is_no_update(tmp_path):
 
 
 def test_losses_looked_at_late_name_the_right_step():
-    losses = training.Losses(every=10)
+    losses = loop.Losses(every=10)
     for value in (1.0, 2.0, float("inf"), 1.0):
         losses.add(torch.tensor(value), 4, True)
     with pytest.raises(TrainingFailed, match="inf in step 3"):
@@ -401,7 +401,7 @@ def test_frozen_weights_held_in_bfloat16_train_the_bits_that_autocast_does(tmp_p
         seen = []
         model.module.blocks[0].mlp.fc1.register_forward_pre_hook(lambda m, _, seen=seen: seen.append(m.weight.dtype))
         if not held:
-            monkeypatch.setattr(training, "lowered", lambda module, dtype: nullcontext())
+            monkeypatch.setattr(loop, "lowered", lambda module, dtype: nullcontext())
         deltas.append(train(model, dataset, settings(precision="bfloat16"), seed=1, number=1).delta)
         assert set(seen) == {torch.bfloat16 if held and method != "full" else torch.float32}
         assert all(torch.equal(p, before[n]) for n, p in model.backbone.module.named_parameters())
@@ -409,7 +409,7 @@ def test_frozen_weights_held_in_bfloat16_train_the_bits_that_autocast_does(tmp_p
 
 
 def test_a_step_that_overflows_float16_is_repeated_and_not_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "precision", lambda wanted, device: torch.float16)
+    monkeypatch.setattr(loop, "precision", lambda wanted, device: torch.float16)
     results = []
     for scale in (2.0**4, 2.0**30):
         monkeypatch.setattr(precision_module, "INITIAL_SCALE", scale)
@@ -423,7 +423,7 @@ def test_a_step_that_overflows_float16_is_repeated_and_not_lost(tmp_path, monkey
 
 
 def test_gradients_that_overflow_float16_at_any_scale_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "precision", lambda wanted, device: torch.float16)
+    monkeypatch.setattr(loop, "precision", lambda wanted, device: torch.float16)
     model = StandIn()
     model.module[2].bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(TrainingFailed, match="overflow float16 unscaled; take precision bfloat16"):

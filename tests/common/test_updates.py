@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as any_array
 
-from fedpeft import payload
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import TensorSpec
+from fedpeft.adapters.updates import PreparedUpdate, prepare, top_k
 from fedpeft.config import CodecConfig
 from fedpeft.errors import StateInvalid, TrainingFailed
-from fedpeft.spec import TensorSpec
-from fedpeft.updates import PreparedUpdate, prepare, top_k
 
 SPECS = (TensorSpec("a", (40, 5)), TensorSpec("b", (30,)), TensorSpec("c", ()))
 TOTAL = 231

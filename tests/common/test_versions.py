@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpeft import versions
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.config import parse_config
-from fedpeft.spec import AdapterSpec, TensorSpec
-from fedpeft.versions import Identity, Update, write_first
+from fedpeft.rounds import commit
+from fedpeft.rounds.commit import Identity, Update, write_first
 
 SPEC = AdapterSpec.of("lora", [TensorSpec("head.weight", (2, 3))])
 OPTIONS = {"server_learning_rate": 0.05, "beta1": 0.8, "tau": 0.01}
@@ -38,7 +38,7 @@ def test_a_version_has_the_same_bytes_in_whatever_order_the_options_came(tmp_pat
 
 
 def test_figures_beyond_all_reason_stay_finite() -> None:
-    manifest, data = versions.Manifest((), 0, bytes(32)), memoryview(b"")
+    manifest, data = commit.Manifest((), 0, bytes(32)), memoryview(b"")
     updates = [Update(f"t{i}", f"c{i}", 10**9, {"loss": 1.7e308}, manifest, data) for i in range(3)]
-    figures = versions._figures(updates)
+    figures = commit._figures(updates)
     assert figures == {"train_examples": 3e9, "train_loss": pytest.approx(1.7e308)}

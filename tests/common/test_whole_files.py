@@ -32,7 +32,7 @@ def partitioning(rows: Path, out: Path) -> subprocess.Popen[str]:
     arguments = ["partition", str(rows), "--clients", str(CLIENTS), "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-         "from fedpeft.cli.app import main; main()", *arguments],
+         "from fedpeft_operator.app import main; main()", *arguments],
         stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedpeft.config import TrainingConfig
-from fedpeft.wire import training_to_proto
+from fedpeft.rpc.wire import training_to_proto
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft import payload, wire
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.config import parse_config
-from fedpeft.operator_client import OperatorClient
-from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import federation_service_pb2_grpc, tensor_pb2
 
@@ -182,7 +183,7 @@ class Federation:
     def console(self, *flags: str) -> tuple[Process, str]:
         """Starts a console; returns it with its login link."""
         self._consoles += 1
-        command = ("fedpeft.cli.app", "--server", self.address, "console", "--listen", "127.0.0.1:0", *flags)
+        command = ("fedpeft_operator.app", "--server", self.address, "console", "--listen", "127.0.0.1:0", *flags)
         process = self.start(f"console-{self._consoles}", *command)
         found = wait_for(lambda: LINK.search(process.text()) or process.process.poll(), "the console's link")
         assert isinstance(found, re.Match), process.text()

@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from fedpeft import operator_client
-from fedpeft.addresses import Address
-from fedpeft.console import directory
-from fedpeft.console.access import Doorkeeper
-from fedpeft.console.app import console
-from fedpeft.console.serving import login_link
-from fedpeft.console.settings import Settings
-from fedpeft.operator_client import OperatorClient
+from fedpeft.api import operator_client
+from fedpeft.api.operator_client import OperatorClient
+from fedpeft.process.addresses import Address
+from fedpeft_operator.console import directory
+from fedpeft_operator.console.access import Doorkeeper
+from fedpeft_operator.console.app import console
+from fedpeft_operator.console.serving import login_link
+from fedpeft_operator.console.settings import Settings
 
 from .federation import Federation, free_port, wait_for
 from .test_guard import Browser

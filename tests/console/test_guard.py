@@ -12,13 +12,13 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 
-from fedpeft.addresses import Address
-from fedpeft.console.access import Doorkeeper
-from fedpeft.console.app import LOOKED_AT, SENT
-from fedpeft.console.serving import login_link, serve
-from fedpeft.console.settings import Settings
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.errors import SettingsInvalid
-from fedpeft.operator_client import OperatorClient
+from fedpeft.process.addresses import Address
+from fedpeft_operator.console.access import Doorkeeper
+from fedpeft_operator.console.app import LOOKED_AT, SENT
+from fedpeft_operator.console.serving import login_link, serve
+from fedpeft_operator.console.settings import Settings
 
 from .federation import Federation
 from .story import Story

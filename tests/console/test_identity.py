@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.addresses import Address
-from fedpeft.console.serving import serve
-from fedpeft.console.settings import Settings
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.identity import folder
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
-from fedpeft.operator_client import OperatorClient
+from fedpeft.process.addresses import Address
+from fedpeft_operator.console.serving import serve
+from fedpeft_operator.console.settings import Settings
 
 from ..server.secured import Federation, federation
 from .federation import LINK
@@ -49,7 +49,7 @@ async def log_in(link: str) -> Browser:
 async def test_the_command_of_a_viewer_offers_nothing_to_steer(secured: Federation, tmp_path: Path) -> None:
     viewer(secured, tmp_path / "vera")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "fedpeft.cli.app", "--identity", str(tmp_path / "vera")),
+        *(sys.executable, "-m", "fedpeft_operator.app", "--identity", str(tmp_path / "vera")),
         *("console", "--listen", "127.0.0.1:0"),
         stdout=asyncio.subprocess.PIPE,
     )

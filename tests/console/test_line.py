@@ -7,12 +7,12 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from fedpeft import operator_client
-from fedpeft.console.bell import Bell
-from fedpeft.console.directory import Directory
-from fedpeft.console.line import Line
+from fedpeft.api import operator_client
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.errors import ServerUnreachable
-from fedpeft.operator_client import OperatorClient
+from fedpeft_operator.console.bell import Bell
+from fedpeft_operator.console.directory import Directory
+from fedpeft_operator.console.line import Line
 
 from .federation import Federation
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from playwright.async_api import Browser, expect
 
-from fedpeft import wire
+from fedpeft.rpc import wire
 
 from .conftest import DESK, PHONE, Looked, looked_at
 from .federation import Federation, wait_for
@@ -51,7 +51,7 @@ def emoji(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
         subprocess.run([sys.executable, str(EMOJI / "backbone.py"), "--out", weights], check=True)
     data = str(EMOJI / "data" / "train.parquet")
     split = ("partition", data, "--partition", "natural", "--column", "vendor", "--out", str(here / "sites"))
-    subprocess.run([sys.executable, "-m", "fedpeft.cli.app", *split], check=True)
+    subprocess.run([sys.executable, "-m", "fedpeft_operator.app", *split], check=True)
     text = (EMOJI / "demo.toml").read_text()
     text = text.replace("count = 10", f"count = {ROUNDS}").replace("epochs = 1", "steps = 8")
     (here / "emoji.toml").write_text(text)
@@ -71,7 +71,7 @@ def held(federation: Federation, here: Path, weights: str) -> str:
     client(federation, "evaluator", EMOJI / "data" / "test.parquet", weights, "--evaluate")
     federation.join(federation.site(NOISE, 617))
     command = ("--server", federation.address, "run", "create", str(here / "emoji.toml"), "--weights", weights)
-    subprocess.run([sys.executable, "-m", "fedpeft.cli.app", *command], check=True)
+    subprocess.run([sys.executable, "-m", "fedpeft_operator.app", *command], check=True)
     run = federation.ask(lambda server: server.runs())[0]
     spec, site = wire.spec_from_proto(run.spec), federation.sites[NOISE]
     for number in range(1, SHOWN + 1):

@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 
-from fedpeft import wire
-from fedpeft.console.examples import EXAMPLES
-from fedpeft.console.facts import RoundFacts, TicketFacts
-from fedpeft.console.pages.creation import excerpts
-from fedpeft.console.run_file import Faulty, read
-from fedpeft.console.shown.captions import captions
-from fedpeft.console.shown.client import Followed, chart, history, remarks, tiles
-from fedpeft.console.shown.configuration import MOST_LINES, configuration, whole
-from fedpeft.console.shown.members import members
-from fedpeft.console.shown.outliers import norms, times
-from fedpeft.console.shown.overview import card
-from fedpeft.console.shown.pages import leaf
-from fedpeft.console.shown.run import Tile
-from fedpeft.console.shown.run import tiles as run_tiles
-from fedpeft.console.shown.series import MOST_NORMS, MOST_POINTS, series, thinned
-from fedpeft.console.shown.sparkline import sparkline
-from fedpeft.following import Picture
+from fedpeft.api.following import Picture
+from fedpeft.rpc import wire
+from fedpeft_operator.console.examples import EXAMPLES
+from fedpeft_operator.console.facts import RoundFacts, TicketFacts
+from fedpeft_operator.console.pages.creation import excerpts
+from fedpeft_operator.console.run_file import Faulty, read
+from fedpeft_operator.console.shown.captions import captions
+from fedpeft_operator.console.shown.client import Followed, chart, history, remarks, tiles
+from fedpeft_operator.console.shown.configuration import MOST_LINES, configuration, whole
+from fedpeft_operator.console.shown.members import members
+from fedpeft_operator.console.shown.outliers import norms, times
+from fedpeft_operator.console.shown.overview import card
+from fedpeft_operator.console.shown.pages import leaf
+from fedpeft_operator.console.shown.run import Tile
+from fedpeft_operator.console.shown.run import tiles as run_tiles
+from fedpeft_operator.console.shown.series import MOST_NORMS, MOST_POINTS, series, thinned
+from fedpeft_operator.console.shown.sparkline import sparkline
 
 from ..common.operator_double import a_run
 

@@ -8,7 +8,7 @@ import sys
 WITHOUT = """
 import sys
 sys.modules["torch"] = None  # as if it were not installed
-from fedpeft.console import app, run_file, serving
+from fedpeft_operator.console import app, run_file, serving
 print(run_file.missing_part())
 print([name for name in ("timm", "fedpeft_server", "fedpeft_client") if name in sys.modules])
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from fedpeft_client.metrics import Metrics, State
+from fedpeft_client.owner.metrics import Metrics, State
 
 from ..server.conftest import free_port
 from .prometheus import scraping

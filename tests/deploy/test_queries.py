@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fedpeft import payload
+from fedpeft.adapters import payload
 from fedpeft.v1 import federation_service_pb2 as fed
 
 from ..server.conftest import (  # noqa: F401 (start is a fixture)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from fedpeft.cli.app import app
+from fedpeft_operator.app import app
 
 from ..docs.test_help import parse
 from .conftest import PROMETHEUS, ROOT, Rule, alerts, program, rules

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft.errors import SettingsInvalid
-from fedpeft.settings import ProcessSettings
+from fedpeft.process.settings import ProcessSettings
 from fedpeft_client.settings import Settings as Client
 from fedpeft_server.settings import Settings as Server
 

@@ -9,9 +9,9 @@ import pytest
 from typer import Context
 from typer.main import get_command
 
-from fedpeft.cli.app import app
-from fedpeft.settings import ProcessSettings
+from fedpeft.process.settings import ProcessSettings
 from fedpeft_client.settings import Settings as Client
+from fedpeft_operator.app import app
 from fedpeft_server.settings import Settings as Server
 
 ROOT = get_command(app)

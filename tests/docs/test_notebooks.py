@@ -57,8 +57,8 @@ def test_a_notebook_runs_and_shows_what_it_showed(path: Path, execute: ModuleTyp
 
 
 def test_the_page_names_what_there_is() -> None:
-    from fedpeft.embedding import Change, Round, Run, Server
-    from fedpeft.simulated import SimulatedRound, Simulation
+    from fedpeft.api.remote import Change, Round, Run, Server
+    from fedpeft.api.simulated import SimulatedRound, Simulation
 
     names = set(re.findall(r"`([a-z_]+)(?:\([^)`]*\))?`", "".join(re.findall(r"^\|[^|]+\|", PAGE, re.M))))
     public = {name for name in dir(Run) if not name.startswith("_")}

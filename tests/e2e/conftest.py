@@ -183,7 +183,15 @@ class Federation:
         return process
 
     def fedpeft(self, *arguments: str) -> Any:
-        command = [sys.executable, "-m", "fedpeft.cli.app", "--server", f"127.0.0.1:{self.port}", *arguments, "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "fedpeft_operator.app",
+            "--server",
+            f"127.0.0.1:{self.port}",
+            *arguments,
+            "--json",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout) if done.stdout.strip() else None

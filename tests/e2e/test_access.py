@@ -62,7 +62,7 @@ class Secured:
         )
 
     def fedpeft(self, *arguments: str) -> str:
-        done = self.command("fedpeft.cli.app", *arguments)
+        done = self.command("fedpeft_operator.app", *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -21,30 +21,30 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel
 
-from fedpeft import audit, locks
-from fedpeft.cli.exporting import Format, exported
-from fedpeft.cli.session import Session
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.config import ModelConfig, RunConfig, TrainingConfig, load_run_file
 from fedpeft.data.dataset import open_dataset
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.opening import open_source
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.errors import ConfigInvalid, LocalError, SettingsInvalid, tree
+from fedpeft.identity import audit, keys
 from fedpeft.identity import folder as identity_folder
-from fedpeft.identity import keys
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
-from fedpeft.models import build, fingerprint
-from fedpeft.operator_client import OperatorClient
+from fedpeft.models.backbones import build, fingerprint
 from fedpeft.peft import tune
-from fedpeft.training import train
+from fedpeft.process import locks
+from fedpeft.training.loop import train
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client.policy import Policy
-from fedpeft_client.runs import KnownRun
+from fedpeft_client.eligibility.rules import reasons_against_ticket
+from fedpeft_client.owner.policy import Policy
 from fedpeft_client.settings import Settings as ClientSettings
-from fedpeft_client.state import StateDirectory
-from fedpeft_client.suitability import reasons_against_ticket
+from fedpeft_client.state.runs import KnownRun
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_operator.cli.run.export import Format, exported
+from fedpeft_operator.cli.session import Session
 from fedpeft_server.app import Server
 from fedpeft_server.settings import Settings as ServerSettings
 
@@ -125,7 +125,7 @@ class World:
         return self.command("fedpeft_client", *where, *state, *what, *run, *flags)
 
     def fedpeft(self, *arguments: object) -> tuple[int, str]:
-        return self.command("fedpeft.cli.app", "--server", f"127.0.0.1:{self.port}", *arguments)
+        return self.command("fedpeft_operator.app", "--server", f"127.0.0.1:{self.port}", *arguments)
 
     def check(self, *changes: tuple[str, str]) -> tuple[int, str]:
         """Checks the run file with some of its text replaced."""
@@ -259,7 +259,7 @@ DONE: dict[str, Callable[[World], Ended]] = {
     "an address beyond this machine": lambda w: w.server("--listen", "0.0.0.0:7070"),
     "a settings file": lambda w: w.server("--config", w.file("server.toml", "max_client = 3\n")),
     "a flag of `fedpeft-client`": lambda w: w.client("--threads", 0),
-    "a flag of `fedpeft`": lambda w: w.command("fedpeft.cli.app", "--server", "nowhere", "run", "list"),
+    "a flag of `fedpeft`": lambda w: w.command("fedpeft_operator.app", "--server", "nowhere", "run", "list"),
     "a TOML field": lambda w: w.check(("count = 1", "count = 0")),
     "a TOML key that there is not": lambda w: w.check(("count = 1", "count = 1\nround = 3")),
     "a run file that is not TOML": lambda w: w.check(("[rounds]", "[rounds")),
@@ -281,9 +281,9 @@ DONE: dict[str, Callable[[World], Ended]] = {
     "another name than the certificate's": lambda w: w.enrolled("--name", "other"),
     "a certificate that has ended": lambda w: w.enrolled(life=timedelta(minutes=-5)),
     "plain text to another machine": lambda w: w.command(
-        "fedpeft.cli.app", "--server", "fed.invalid:7070", "run", "list"
+        "fedpeft_operator.app", "--server", "fed.invalid:7070", "run", "list"
     ),
-    "no server": lambda w: w.command("fedpeft.cli.app", "--server", f"127.0.0.1:{free_port()}", "run", "list"),
+    "no server": lambda w: w.command("fedpeft_operator.app", "--server", f"127.0.0.1:{free_port()}", "run", "list"),
     "a run that there is not": lambda w: w.fedpeft("run", "show", "run-none"),
     "a port in use": lambda w: w.server("--listen", f"127.0.0.1:{w.port}"),
     "a metrics port in use": lambda w: w.server("--metrics", f"127.0.0.1:{w.port}"),

@@ -20,23 +20,24 @@ from fedpeft.identity import certificates, folder
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.roles import TO_PROTO
 from fedpeft.identity.subject import Role
-from fedpeft.logs import logger
+from fedpeft.process.logs import logger
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
-from fedpeft_client import enroll, leave_command, processes, status_command
-from fedpeft_client.channel import Channel
-from fedpeft_client.contact import Contact
-from fedpeft_client.departing import LEFT, left_at
-from fedpeft_client.ledger import Ledger
-from fedpeft_client.ledger_entries import Departure, Kind, read
-from fedpeft_client.metrics import Metrics
-from fedpeft_client.processes import Processes
-from fedpeft_client.renewal import Renewal
-from fedpeft_client.state import StateDirectory, identity_folder
-from fedpeft_client.traffic import Traffic
-from fedpeft_server import authority_command
+from fedpeft_client.commands import enroll, leave, status
+from fedpeft_client.commands.leaving import LEFT, left_at
+from fedpeft_client.egress.entries import Departure, Kind, read
+from fedpeft_client.egress.log import Ledger
+from fedpeft_client.enrolment.renewal import Renewal
+from fedpeft_client.owner.metrics import Metrics
+from fedpeft_client.state import processes
+from fedpeft_client.state.contact import Contact
+from fedpeft_client.state.processes import Processes
+from fedpeft_client.state.state_dir import StateDirectory, identity_folder
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.traffic import Traffic
 from fedpeft_server.access.authorities import Authorities
 from fedpeft_server.access.files import Files
+from fedpeft_server.commands import authority as authority_command
 
 from ..server.conftest import RawClient
 from ..server.secured import Federation, federation, held
@@ -87,7 +88,7 @@ def at(secured: Federation, state: Path) -> Identity:
 
 async def shown(state: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
     capsys.readouterr()
-    assert await run(status_command.main, "--state-dir", state, "--json", *flags) == 0
+    assert await run(status.main, "--state-dir", state, "--json", *flags) == 0
     return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
 
 
@@ -188,7 +189,7 @@ async def test_status_of_a_site_from_enrolment_to_a_day_of_work(
         "emoji": ("accepted", [], 1),
     }
     capsys.readouterr()
-    assert await run(status_command.main, "--state-dir", state, "--ask") == 0
+    assert await run(status.main, "--state-dir", state, "--ask") == 0
     said = capsys.readouterr().out
     assert "identity      client a\n" in said
     assert f"server        {secured.address}\n" in said
@@ -218,7 +219,7 @@ async def test_status_says_that_the_server_refused_and_forgets_it_once_it_answer
     assert await client.wait() == 5
     found = await shown(state, capsys)
     assert found["refused_at"] and "revoked" in found["refusal"]
-    await run(status_command.main, "--state-dir", state)
+    await run(status.main, "--state-dir", state)
     assert "\nrefused       by the server at " in capsys.readouterr().out
     token = await secured.token("a")
     await run(enroll.main, token.encode(), "--state-dir", state, "--replace")
@@ -229,7 +230,7 @@ async def test_status_says_that_the_server_refused_and_forgets_it_once_it_answer
 async def test_status_of_a_client_over_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "state").mkdir()
     Contact(tmp_path / "state", "127.0.0.1:7070").note()
-    await run(status_command.main, "--state-dir", tmp_path / "state")
+    await run(status.main, "--state-dir", tmp_path / "state")
     said = capsys.readouterr().out
     assert "identity      none: this client calls over plain text, without a certificate\n" in said
     assert "server        127.0.0.1:7070\n" in said
@@ -245,12 +246,12 @@ async def test_status_names_what_cannot_be_read_and_asks_nothing(
     (state / "pending" / "ticket.json").write_text("{")
     found = await shown(state, capsys)
     assert len(found["problems"]) == 2 and "max_epoch" in str(found["problems"])
-    assert await run(status_command.main, "--state-dir", state, "--ask") == 3
+    assert await run(status.main, "--state-dir", state, "--ask") == 3
     assert "nothing listens on port" in capsys.readouterr().out
     folder.key_path(identity_folder(state)).chmod(0o644)
     assert "is open to others" in (await shown(state, capsys))["identity"]["problem"]
     with pytest.raises(StateInvalid, match="there is no state directory"):
-        status_command.main(["--state-dir", str(tmp_path / "nowhere")])
+        status.main(["--state-dir", str(tmp_path / "nowhere")])
 
 
 async def test_a_site_leaves_for_good(secured: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,9 +263,9 @@ async def test_a_site_leaves_for_good(secured: Federation, tmp_path: Path, capsy
     (state / "policy.toml").write_text("")
     at(secured, state)
     with StateDirectory(state), pytest.raises(StateInvalid, match="is in use by another fedpeft-client"):
-        await run(leave_command.main, "--state-dir", state)
+        await run(leave.main, "--state-dir", state)
     capsys.readouterr()
-    assert await run(leave_command.main, "--state-dir", state, "--reason", "the study is over") == 0
+    assert await run(leave.main, "--state-dir", state, "--reason", "the study is over") == 0
     said = capsys.readouterr()
     assert f"left {secured.address} as client a: the server refuses this identity from now on" in said.out
     assert "1 open ticket given back, so no round waits for this client" in said.out
@@ -282,13 +283,13 @@ async def test_a_site_leaves_for_good(secured: Federation, tmp_path: Path, capsy
     assert (await shown(state, capsys))["left_at"]
 
     (state / LEFT).write_text("2026-01-02T03:04:05+00:00\n")
-    assert await run(leave_command.main, "--state-dir", state) == 0
+    assert await run(leave.main, "--state-dir", state) == 0
     said = capsys.readouterr()
     assert f"client a left {secured.address} already, at 2026-01-02 03:04 UTC: the server refuses this" in said.out
     assert (state / LEFT).read_text() == "2026-01-02T03:04:05+00:00\n"
     (state / LEFT).unlink()  # what a leave that was killed after the server heard it leaves behind
 
-    assert await run(leave_command.main, "--state-dir", state, "--remove") == 0
+    assert await run(leave.main, "--state-dir", state, "--remove") == 0
     said = capsys.readouterr()
     assert f"{secured.address} had revoked client a already" in said.out
     assert f"removed  {state / 'identity'}: key and certificate" in said.out
@@ -308,16 +309,16 @@ async def test_who_cannot_tell_the_server_keeps_everything_unless_told_otherwise
     async with federation(tmp_path) as gone:
         state = await enrolled(gone, tmp_path / "state")
         authority, key = gone.authority, Identity.load(identity_folder(state)).key
-    monkeypatch.setattr(leave_command, "CALL_S", 0.5)
+    monkeypatch.setattr(leave, "CALL_S", 0.5)
     with pytest.raises(ServerUnreachable, match="Nothing was changed: repeat this when the server is back"):
-        await run(leave_command.main, "--state-dir", state, "--remove")
+        await run(leave.main, "--state-dir", state, "--remove")
     assert folder.exists(identity_folder(state)) and left_at(state) is None
     subject, long_ago = Identity.load(identity_folder(state)).subject, datetime.now(UTC) - timedelta(days=9)
     ended = authority.issue(subject, key.public_key(), timedelta(days=7), long_ago)
     folder.write_certificate(identity_folder(state), [ended])
     with pytest.raises(CertificateExpired, match="leave without telling it"):
-        await run(leave_command.main, "--state-dir", state)
-    assert await run(leave_command.main, "--state-dir", state, "--remove", "--offline") == 0
+        await run(leave.main, "--state-dir", state)
+    assert await run(leave.main, "--state-dir", state, "--remove", "--offline") == 0
     assert "ask its operator for fedpeft client revoke a" in capsys.readouterr().err
     assert not folder.exists(identity_folder(state))
 
@@ -325,7 +326,7 @@ async def test_who_cannot_tell_the_server_keeps_everything_unless_told_otherwise
 async def test_an_operators_identity_does_not_leave(secured: Federation, tmp_path: Path) -> None:
     state = await enrolled(secured, tmp_path / "state", "vera", Role.VIEWER)
     with pytest.raises(IdentityInvalid, match="is the identity of viewer vera, which cannot take part in runs"):
-        await run(leave_command.main, "--state-dir", state)
+        await run(leave.main, "--state-dir", state)
     assert certificates.load(folder.certificate_path(identity_folder(state)))
 
 

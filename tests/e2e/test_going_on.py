@@ -10,19 +10,20 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from fedpeft import payload
-from fedpeft.spec import AdapterSpec, TensorSpec
-from fedpeft_client import pull, push
-from fedpeft_client.adapters import AdapterCache, Held
-from fedpeft_client.channel import Channel
-from fedpeft_client.ledger import Ledger
-from fedpeft_client.patience import Patience
-from fedpeft_client.pending import PAYLOAD, Outcome, Pending
-from fedpeft_client.pull import Puller
-from fedpeft_client.push import Pusher
-from fedpeft_client.runs import KnownRun
-from fedpeft_server.rpc import arrivals, interceptors, turns, uploads
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft_client.egress.log import Ledger
+from fedpeft_client.state.adapters import AdapterCache, Held
+from fedpeft_client.state.pending import PAYLOAD, Outcome, Pending
+from fedpeft_client.state.runs import KnownRun
+from fedpeft_client.uplink import pull, push
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.pull import Puller
+from fedpeft_client.uplink.push import Pusher
+from fedpeft_client.uplink.retry import Patience
+from fedpeft_server.rpc import interceptors
 from fedpeft_server.store.spool_writer import SpoolWriter
+from fedpeft_server.uploads import chunk_receiver, pipeline, transfer_slots
 
 from ..server.conftest import Daemon, RawClient, StartDaemon, config, filled, header, start, zeros
 from .conftest import SlowLink
@@ -74,7 +75,7 @@ async def sites(
 async def test_agents_that_share_one_turn_all_come_to_their_receipts(
     start: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_S", 0.0)  # a chunk each
+    monkeypatch.setattr(transfer_slots, "TURN_S", 0.0)  # a chunk each
     daemon = await start(max_transfers=1)
     run, everybody, tickets = await sites(daemon, tmp_path, 3)
     with capture_logs() as lines:
@@ -92,7 +93,7 @@ async def test_agents_that_share_one_turn_all_come_to_their_receipts(
 async def test_agents_that_share_one_turn_all_pull_the_version(
     start: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_S", 0.0)
+    monkeypatch.setattr(transfer_slots, "TURN_S", 0.0)
     daemon = await start(max_transfers=1)
     run, everybody, _ = await sites(daemon, tmp_path, 3)
     known = KnownRun.of(await daemon.run(run))
@@ -105,7 +106,7 @@ async def test_transfers_on_a_line_too_slow_for_a_large_chunk_come_to_their_end(
     start: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk counts as progress only when it is whole; at 200 kB/s one of 600 kB takes three stall limits."""
-    for module in (arrivals, interceptors, push, pull):
+    for module in (chunk_receiver, interceptors, push, pull):
         monkeypatch.setattr(module, "STALL_S", 1.0)
     daemon = await start()
     small = AdapterSpec.of("bias", [TensorSpec("head.weight", (150_000,))])
@@ -122,7 +123,7 @@ async def test_transfers_on_a_line_too_slow_for_a_large_chunk_come_to_their_end(
 async def test_an_agent_waits_for_its_receipt_as_long_as_the_disk_takes(
     start: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "HOLD_S", 0.1)
+    monkeypatch.setattr(pipeline, "HOLD_S", 0.1)
     daemon = await start()
     run, (site,), (ticket,) = await sites(daemon, tmp_path, 1)
     go, finish, finishes = threading.Event(), SpoolWriter.finish, []

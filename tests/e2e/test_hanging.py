@@ -21,7 +21,9 @@ def _worker(agent: Process) -> int:
     """Returns the process that trains for a client."""
     children = Path(f"/proc/{agent.process.pid}/task/{agent.process.pid}/children").read_text().split()
     named = [
-        int(child) for child in children if b"fedpeft_client.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
+        int(child)
+        for child in children
+        if b"fedpeft_client.worker.process" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
     assert len(named) == 1
     return named[0]

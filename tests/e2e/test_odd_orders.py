@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedpeft.operator_client import OperatorClient
+from fedpeft.api.operator_client import OperatorClient
 
 from .conftest import Federation, Process, wait_for
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import fedpeft
-from fedpeft.kind import kind_of
+from fedpeft.models.kind import kind_of
 from fedpeft.simulation import clients_of, simulate
 
 from .conftest import WAIT_S, Process, free_port, wait_for

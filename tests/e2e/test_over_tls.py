@@ -23,7 +23,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otl
 from opentelemetry.proto.trace.v1 import trace_pb2
 from safetensors.numpy import load_file
 
-from fedpeft import tracing
+from fedpeft.process import tracing
 
 from .conftest import RUN_FILE, WAIT_S, Federation, Process, free_port, wait_for, write_site
 
@@ -108,7 +108,9 @@ class Secured(Federation):
         return process
 
     def token(self, name: str, role: str = "client") -> str:
-        return command("fedpeft.cli.app", *self._as_ada(), "token", "create", "--name", name, "--role", role).strip()
+        return command(
+            "fedpeft_operator.app", *self._as_ada(), "token", "create", "--name", name, "--role", role
+        ).strip()
 
     def enroll(self, name: str, role: str = "client") -> None:
         state = ["--state-dir", str(self.folder / name / "state")]
@@ -122,7 +124,7 @@ class Secured(Federation):
         return process
 
     def fedpeft(self, *arguments: str) -> Any:
-        text = command("fedpeft.cli.app", *self._as_ada(), *arguments, "--json")
+        text = command("fedpeft_operator.app", *self._as_ada(), *arguments, "--json")
         return json.loads(text) if text.strip() else None
 
     def close(self) -> None:
@@ -177,12 +179,12 @@ def test_the_run_was_made_by_those_who_were_enrolled(secured: Any) -> None:
     people = {(i["role"], i["name"]) for i in secured.fedpeft("identity", "list")}
     assert people == {("operator", "ada"), ("client", "alice"), ("client", "bob")}
     out = secured.folder / "audit.jsonl"
-    command("fedpeft.cli.app", *secured._as_ada(), "audit", "export", "--out", str(out))
+    command("fedpeft_operator.app", *secured._as_ada(), "audit", "export", "--out", str(out))
     told = [(e["actor"], e["action"]) for e in map(json.loads, out.read_text().splitlines())]
     assert told.count(("client alice", "update.received")) == 2
     assert told.count(("server", "round.committed")) == 2
     assert ("operator ada", "run.created") in told
-    command("fedpeft.cli.app", *secured._as_ada(), "audit", "verify")
+    command("fedpeft_operator.app", *secured._as_ada(), "audit", "verify")
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -211,6 +213,6 @@ def test_a_revoked_client_ends_and_says_why(secured: Any) -> None:
     write_site(secured.folder / "carol" / "data.parquet", 3)
     carol = secured.client("carol")
     wait_for(lambda: carol.events("registered"), "carol")
-    command("fedpeft.cli.app", *secured._as_ada(), "client", "revoke", "carol", "--reason", "laptop lost")
+    command("fedpeft_operator.app", *secured._as_ada(), "client", "revoke", "carol", "--reason", "laptop lost")
     assert carol.process.wait(WAIT_S) != 0
     assert "were revoked" in carol.log.read_text()

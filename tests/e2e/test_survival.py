@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedpeft import rounds, simulation
+from fedpeft import simulation
 from fedpeft.config import load_run_file
+from fedpeft.rounds import state_machine
 
 from .conftest import Federation, SlowLink, wait_for
 
@@ -94,7 +95,7 @@ def test_a_client_is_killed_in_the_middle_of_an_upload(undisturbed: Arrays, fede
     federation.client("bob")
     alice = federation.client("alice", link.port)
     run = federation.create()
-    ticket = rounds.ticket_id(run, 1, "alice")
+    ticket = state_machine.ticket_id(run, 1, "alice")
     part: Path = wait_for(lambda: federation.partial_upload(2_000_000, ticket), "an upload under way", 0.005)
     federation.kill(alice)
     assert part.exists()

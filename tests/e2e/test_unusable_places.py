@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.cli import app
 from fedpeft_client import __main__ as client
+from fedpeft_operator import app
 from fedpeft_server import __main__ as server
 
 LONG = "x" * 300

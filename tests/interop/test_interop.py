@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft import payload, updates
+from fedpeft.adapters import payload, updates
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.adapters.spec import Role as TensorRole
 from fedpeft.config import CodecConfig
-from fedpeft.spec import AdapterSpec, TensorSpec
-from fedpeft.spec import Role as TensorRole
 from fedpeft.v1 import run_pb2
 
 from ..server.conftest import Arrays, Daemon, config

@@ -29,7 +29,13 @@ def main() -> None:
     listener.bind(str(folder / "socket.new"))
     listener.listen(64)
     (folder / "socket.new").rename(folder / "socket")
-    for module in ("fedpeft_client.worker", "fedpeft_client.workbench", "fedpeft.simulation", "timm", "torch._dynamo"):
+    for module in (
+        "fedpeft_client.worker.process",
+        "fedpeft_client.worker.tasks",
+        "fedpeft.simulation",
+        "timm",
+        "torch._dynamo",
+    ):
         importlib.import_module(module)
 
     woken, wakes = socket.socketpair()

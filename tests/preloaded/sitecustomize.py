@@ -10,7 +10,10 @@ import sys
 _folder = os.environ.get("FEDPEFT_TESTS_PRELOADED")
 if _folder and sys.orig_argv[1:2] == ["-m"]:
     _module, _arguments = sys.orig_argv[2], sys.orig_argv[3:]
-    _torch_wanted = {"fedpeft_client.worker": True, "fedpeft.cli.app": bool({"create", "simulate"} & {*_arguments})}
+    _torch_wanted = {
+        "fedpeft_client.worker.process": True,
+        "fedpeft_operator.app": bool({"create", "simulate"} & {*_arguments}),
+    }
     if _torch_wanted.get(_module):
         from fedpeft_tests_launcher import launch
 

@@ -21,20 +21,21 @@ import pytest
 from numpy.typing import NDArray
 from sqlalchemy import create_engine, text
 
-from fedpeft import payload, wire
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import CHUNK_BYTES, Manifest
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.config import RunConfig, parse_config
-from fedpeft.end_status import EndStatus
 from fedpeft.errors import FedpeftError
-from fedpeft.payload import CHUNK_BYTES, Manifest
-from fedpeft.spec import AdapterSpec, TensorSpec
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc import wire
+from fedpeft.rpc.end_status import EndStatus
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import federation_service_pb2_grpc as fed_grpc
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import operator_service_pb2_grpc as op_grpc
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft_server.app import Server
-from fedpeft_server.rounds.progress import TIMING, Timing
+from fedpeft_server.runs.progress import TIMING, Timing
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.database import Database
 

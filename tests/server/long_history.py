@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sqlalchemy import insert
 
-from fedpeft.rounds import Phase, TicketState, ticket_id
+from fedpeft.rounds.state_machine import Phase, TicketState, ticket_id
 from fedpeft_server.store import tables
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import RunRow, RunState, VersionRow

@@ -11,17 +11,19 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fedpeft import payload, wire
+from fedpeft.adapters import payload
 from fedpeft.identity import keys, requests
 from fedpeft.identity.subject import Role
+from fedpeft.rpc import wire
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import tensor_pb2
 from fedpeft_server.access import bounds
-from fedpeft_server.rpc import arrivals, interceptors, turns, uploads
+from fedpeft_server.rpc import interceptors
 from fedpeft_server.store import store
+from fedpeft_server.uploads import chunk_receiver, pipeline, transfer_slots
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, zeros
 from .secured import Federation, federation
@@ -217,7 +219,7 @@ async def begun(client: RawClient, ticket: str, chunk_bytes: int, held: asyncio.
 
 
 async def busy_server(world: World) -> object:
-    world.monkeypatch.setattr(turns, "HOLD_S", 0.2)
+    world.monkeypatch.setattr(transfer_slots, "HOLD_S", 0.2)
     daemon, _, (a, b) = await world.run(2, max_transfers=1)
     tasks = await asyncio.gather(a.task(), b.task())
     held = asyncio.Event()
@@ -233,7 +235,7 @@ async def busy_server(world: World) -> object:
 
 
 async def slow_upload(world: World) -> object:
-    world.monkeypatch.setattr(turns, "TURN_S", 0.0)
+    world.monkeypatch.setattr(transfer_slots, "TURN_S", 0.0)
     _, _, (a, b) = await world.run(2, max_transfers=1)
     tasks = await asyncio.gather(a.task(), b.task())
     trickle = Trickle(a, tasks[0].ticket)
@@ -244,7 +246,7 @@ async def slow_upload(world: World) -> object:
 
 
 async def slow_disk(world: World) -> object:
-    world.monkeypatch.setattr(uploads, "HOLD_S", 0.1)
+    world.monkeypatch.setattr(pipeline, "HOLD_S", 0.1)
     _, _, (client,) = await world.run()
     task = await client.task()
     disk = SlowDisk(world.monkeypatch)
@@ -280,7 +282,7 @@ async def long_withdrawal(world: World) -> object:
 
 
 async def silent_client(world: World) -> object:
-    world.monkeypatch.setattr(arrivals, "STALL_S", 0.2)
+    world.monkeypatch.setattr(chunk_receiver, "STALL_S", 0.2)
     _, _, (client,) = await world.run()
     return await begun(client, (await client.task()).ticket, 9, asyncio.Event())
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fedpeft.adapters.payload import Entry, Manifest
+from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.config import RunConfig, parse_config
-from fedpeft.payload import Entry, Manifest
-from fedpeft.rounds import Received, Round, Waiting, advance
-from fedpeft.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.rounds.state_machine import Received, Round, Waiting, advance
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import Place, RoundFigures, RunRow, RunState, UpdateRow, VersionRow
 

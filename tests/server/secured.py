@@ -22,15 +22,15 @@ from fedpeft.identity.keys import PrivateKey
 from fedpeft.identity.roles import TO_PROTO
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server import init
 from fedpeft_server.access.certificates import read_authority
 from fedpeft_server.access.files import Files
 from fedpeft_server.app import Server
+from fedpeft_server.commands import init
 from fedpeft_server.settings import Settings
 
 from .conftest import Daemon, RawClient, config

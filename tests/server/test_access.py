@@ -20,22 +20,22 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from fedpeft import audit, wire
-from fedpeft.audit import AuditEntry
 from fedpeft.errors import IdentityInvalid, SettingsInvalid
-from fedpeft.identity import certificates, keys, requests
+from fedpeft.identity import audit, certificates, keys, requests
+from fedpeft.identity.audit import AuditEntry
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.roles import TO_PROTO
 from fedpeft.identity.subject import Role, Subject
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc import wire
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server import init
 from fedpeft_server.access.files import Files
 from fedpeft_server.access.rights import RIGHTS
 from fedpeft_server.app import TOKENS_KEPT_S
+from fedpeft_server.commands import init
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.rows import TokenRow
 

@@ -15,16 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import token_argument
-from fedpeft.audit import of_line, verify
+from fedpeft.api.following import follow
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.errors import CertificateRevoked, RoleMayNot, ServerUnreachable
-from fedpeft.following import follow
-from fedpeft.identity import certificates, folder, keys
+from fedpeft.identity import certificates, folder, keys, token_argument
+from fedpeft.identity.audit import of_line, verify
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
-from fedpeft.operator_client import OperatorClient
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import run_pb2
 
@@ -55,7 +54,7 @@ def fedpeft(secured: Federation, tmp_path: Path) -> Command:
 
 async def ended(home: Path, *arguments: str, stdin: str = "", **variables: str) -> Ended:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "fedpeft.cli.app", *arguments),
+        *(sys.executable, "-m", "fedpeft_operator.app", *arguments),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -172,7 +171,7 @@ async def test_an_interrupted_enrolment_says_how_to_go_on(tmp_path: Path) -> Non
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         token = EnrollmentToken.make(address, address, Authority.make("a federation").certificate).encode()
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "fedpeft.cli.app", "--identity", str(tmp_path / "ada"), "enroll", "-"),
+            *(sys.executable, "-m", "fedpeft_operator.app", "--identity", str(tmp_path / "ada"), "enroll", "-"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

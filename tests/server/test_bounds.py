@@ -10,18 +10,18 @@ import grpc
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
-from fedpeft import wire
 from fedpeft.errors import MessageInvalid, MessageTooLarge, TooManyCalls
 from fedpeft.identity.subject import Role
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc import wire
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import CALLERS, CALLS, CallBound, Rate
+from fedpeft_server.access.call import Party
 from fedpeft_server.access.pacing import Pacing
 from fedpeft_server.access.peers import address_of
 from fedpeft_server.access.rights import RIGHTS
-from fedpeft_server.call import Party
 from fedpeft_server.rpc.requests import Requests
 
 from .conftest import Daemon, StartDaemon
@@ -345,7 +345,7 @@ async def test_malformed_bytes_are_answered_with_a_reason_by_every_call(secured:
 
 
 async def test_a_call_that_never_sends_its_message_ends(start: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpeft_server.rpc.incoming.STALL_S", 0.2)
+    monkeypatch.setattr("fedpeft_server.uploads.incoming.STALL_S", 0.2)
     daemon = await start()
     call = daemon.channel.stream_unary("/fedpeft.v1.OperatorService/GetRun")()
     async with asyncio.timeout(10):

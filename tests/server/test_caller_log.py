@@ -11,8 +11,8 @@ from structlog.typing import EventDict
 from fedpeft.errors import RoleMayNot, TicketNotFound
 from fedpeft.identity.subject import Role
 from fedpeft_server.access import bounds
+from fedpeft_server.access.call import CALL, Call, Party
 from fedpeft_server.access.throttle import Throttle
-from fedpeft_server.call import CALL, Call, Party
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc.caller_log import CallerLog
 

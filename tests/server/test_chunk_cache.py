@@ -12,9 +12,9 @@ import grpc
 import pytest
 
 from fedpeft.errors import StateInvalid
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft_server.rpc.chunk_cache import ChunkCache
-from fedpeft_server.store.open_file import LateFile, OpenFile
+from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 from fedpeft_server.store.store import Store
 
 from .conftest import Daemon, config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from fedpeft.conduct import ASIDE_AFTER
+from fedpeft.rounds.conduct import ASIDE_AFTER
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 

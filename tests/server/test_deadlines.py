@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fedpeft import rounds
+from fedpeft.rounds import state_machine as rounds
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 

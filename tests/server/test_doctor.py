@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 
 from fedpeft import PROTOCOL
-from fedpeft.cli.app import main
-from fedpeft.doctor import client_side, disk, findings, network, server_side, versions
-from fedpeft.doctor.checks import examine
-from fedpeft.doctor.findings import Finding, Level, Setup
 from fedpeft.identity import authority as authority_module
 from fedpeft.identity import folder, keys
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.subject import Role, Subject
-from fedpeft_server import init
+from fedpeft_operator.app import main
+from fedpeft_operator.doctor import client_side, disk, findings, network, server_side, versions
+from fedpeft_operator.doctor.checks import examine
+from fedpeft_operator.doctor.findings import Finding, Level, Setup
+from fedpeft_server.commands import init
 
 from .conftest import StartDaemon, free_port
 from .secured import Federation
@@ -382,7 +382,7 @@ def test_versions_are_compared_by_number(monkeypatch: pytest.MonkeyPatch) -> Non
 async def test_the_command(tmp_path: Path) -> None:
     async def run(*arguments: str) -> tuple[int | None, str, str]:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "fedpeft.cli.app", *arguments),
+            *(sys.executable, "-m", "fedpeft_operator.app", *arguments),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )

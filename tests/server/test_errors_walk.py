@@ -8,8 +8,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fedpeft.operator_client import OperatorClient
-from fedpeft.status import from_rpc_error
+from fedpeft.api.operator_client import OperatorClient
+from fedpeft.rpc.status import from_rpc_error
 
 from .conftest import StartDaemon, free_port
 from .provocations import PROVOCATIONS, World

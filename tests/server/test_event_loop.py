@@ -15,8 +15,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fedpeft import payload
-from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import tensor_pb2

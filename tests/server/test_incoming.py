@@ -11,15 +11,15 @@ from typing import Any
 import grpc
 import pytest
 
-from fedpeft import wire
 from fedpeft.errors import TransferStalled
 from fedpeft.identity.subject import Role
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc import wire
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import ReceivingBound
-from fedpeft_server.call import Party
-from fedpeft_server.rpc import incoming
-from fedpeft_server.rpc.incoming import Slots
+from fedpeft_server.access.call import Party
+from fedpeft_server.uploads import incoming
+from fedpeft_server.uploads.incoming import Slots
 
 from .secured import Federation
 from .test_bounds import WHO, padded, sent

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from fedpeft import durable
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity import certificates, folder, keys
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
-from fedpeft_server import init
+from fedpeft.process import durable
 from fedpeft_server.access.certificates import ServerCertificates, read_authority
 from fedpeft_server.access.files import Files
 from fedpeft_server.app import Server
+from fedpeft_server.commands import init
 from fedpeft_server.settings import Settings
 
 from .secured import federation

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft import payload
+from fedpeft.adapters import payload
 from fedpeft.errors import DiskFull, StateInvalid
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
@@ -146,7 +146,7 @@ async def test_a_resumed_run_has_its_deadline_though_the_operator_leaves(daemon:
 async def test_a_deadline_that_could_not_be_written_is_tried_again(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedpeft_server.rounds.engine.AGAIN_S", 0.2)
+    monkeypatch.setattr("fedpeft_server.runs.engine.AGAIN_S", 0.2)
     run = await daemon.create(config(rounds={"count": 1, "clients": 2, "quorum": 1, "deadline_s": 0.5}))
     a, b = await daemon.clients("a", "b")
     tasks = await asyncio.gather(a.task(), b.task())
@@ -166,7 +166,7 @@ async def test_a_clock_that_is_set_back_only_puts_a_deadline_off(
     tasks = await asyncio.gather(a.task(), b.task())
     await a.push(tasks[0].ticket, filled(1.0))
     deadline = (await daemon.rounds(run.id))[-1].deadline.ToNanoseconds() / 1e9
-    monkeypatch.setattr("fedpeft_server.rounds.engine.time", SlowClock(0.7))
+    monkeypatch.setattr("fedpeft_server.runs.engine.time", SlowClock(0.7))
     done = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
     assert done.version == 1 and time.time() >= deadline + 0.7
     assert await tickets(daemon, run.id) == {"a": run_pb2.TICKET_STATE_RECEIVED, "b": run_pb2.TICKET_STATE_LATE}

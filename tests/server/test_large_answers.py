@@ -7,16 +7,17 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-from fedpeft import payload, wire
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.config import RunConfig
 from fedpeft.errors import AnswerTooLarge, ConfigInvalid
-from fedpeft.operator_client import OperatorClient
-from fedpeft.spec import AdapterSpec, TensorSpec
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc import wire
+from fedpeft.rpc.status import from_rpc_error
+from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.rpc import interceptors
 
 from .conftest import Daemon, RawClient, config, refused, zeros

@@ -7,7 +7,7 @@ import pytest
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.rounds.lobby import Lobby
+from fedpeft_server.runs.lobby import Lobby
 
 from .conftest import Daemon, RawClient, config
 

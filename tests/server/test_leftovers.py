@@ -10,10 +10,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import app
-from fedpeft_server.store import outbound
+from fedpeft_server.store.blobs import download_cache
 
 from .conftest import Daemon, StartDaemon, config, filled
 from .test_event_loop import DATA, LARGE, PIECE, until_held, upload
@@ -78,7 +78,7 @@ async def test_nothing_stays_of_a_ticket_that_is_over(daemon: Daemon, end: str) 
 async def test_encoded_versions_are_bounded_and_served_all_the_same(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbound, "OWN_BYTES", 1000)
+    monkeypatch.setattr(download_cache, "OWN_BYTES", 1000)
     rounds = {"count": 3, "clients": 1}
     run = await daemon.create(config(rounds=rounds, codec={"down": "float16"}), LARGE)
     (a,) = await daemon.clients("a")

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
 from fedpeft.errors import DatabaseLocked
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import app
 from fedpeft_server.app import Server

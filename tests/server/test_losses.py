@@ -16,8 +16,8 @@ from fedpeft.identity.subject import Role, Subject
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server import init
 from fedpeft_server.app import Server
+from fedpeft_server.commands import init
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import TokenRow

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import make_url
 
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server.rounds import engine
+from fedpeft_server.runs import engine
 
 from .conftest import Daemon, StartDaemon, config, filled, refused
 

@@ -16,16 +16,16 @@ from typing import Any
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from fedpeft import payload
+from fedpeft.adapters import payload
 from fedpeft.identity import certificates
-from fedpeft.rounds import Phase, Round, Ticket, TicketState
+from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import metrics as metrics_module
 from fedpeft_server.access.files import Files
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.rounds import gauges
-from fedpeft_server.rpc.callers import Callers, Silence
+from fedpeft_server.rpc.sessions import Callers, Silence
+from fedpeft_server.runs import gauges
 from fedpeft_server.store.rows import ClientRow, RunState
 
 from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port, header

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from fedpeft import wire
+from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2

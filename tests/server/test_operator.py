@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from fedpeft import payload, wire
-from fedpeft.spec import Role, TensorSpec
-from fedpeft.status import from_rpc_error
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import Role, TensorSpec
+from fedpeft.rpc import wire
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.rounds.scoring import Standing
+from fedpeft_server.runs.scoring import Standing
 from fedpeft_server.store.rows import RunRow
 
 from .conftest import SPEC, Daemon, StartDaemon, config, fault, filled, header, refused, zeros

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpeft.adapter_file import AdapterInfo, write_adapter
+from fedpeft.adapters.adapter_file import AdapterInfo, write_adapter
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.errors import StateInvalid
-from fedpeft.spec import AdapterSpec, TensorSpec
-from fedpeft_server.store import outbound
-from fedpeft_server.store.blobs import Blobs
-from fedpeft_server.store.open_file import LateFile, OpenFile
-from fedpeft_server.store.outbound import Outbound
+from fedpeft_server.store.blobs import download_cache
+from fedpeft_server.store.blobs.blobs import Blobs
+from fedpeft_server.store.blobs.download_cache import Outbound
+from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 from fedpeft_server.store.rows import RunRow, VersionRow
 from fedpeft_server.store.store import FILE_THREADS, VERSION_THREADS, Store, version_key
 
@@ -132,7 +132,7 @@ def test_a_version_that_is_forgotten_while_it_comes_is_served_and_leaves_nothing
 def test_versions_that_push_each_other_out_are_all_served(
     versions: Outbound, blobs: Slow, pool: ThreadPoolExecutor, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbound, "OWN_BYTES", 40)
+    monkeypatch.setattr(download_cache, "OWN_BYTES", 40)
     stored = {number: put(blobs, number) for number in range(1, 5)}
     wanted = [1, 2, 3, 4] * 25
     files = [pool.submit(versions.open, RUNS["float16"], *stored[number]) for number in wanted]

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.errors import PageInvalid
-from fedpeft.operator_client import OperatorClient
+from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES
 from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.rpc import pages
 
 from .conftest import Daemon, StartDaemon, config, refused

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpeft.cli.session import Session
-from fedpeft.cli.verifying import verified
 from fedpeft.config import RunConfig
 from fedpeft.errors import ExamplesInvalid
-from fedpeft.rounds import ticket_id
+from fedpeft.rounds.state_machine import ticket_id
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
+from fedpeft_operator.cli.run.verify import verified
+from fedpeft_operator.cli.session import Session
 from fedpeft_server.store.rows import UpdateRow
 
 from .conftest import Arrays, Daemon, RawClient, StartDaemon, config, fault, filled

@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from fedpeft import payload
+from fedpeft.adapters import payload
 from fedpeft.errors import SettingsInvalid
 
 from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port, header
@@ -155,7 +155,7 @@ def uploaded(folder: Path) -> bool:
 
 
 async def test_draining_lets_an_upload_finish_and_sends_waiting_clients_away(start: StartDaemon) -> None:
-    from fedpeft import payload
+    from fedpeft.adapters import payload
     from fedpeft.v1 import federation_service_pb2 as fed
     from fedpeft.v1 import tensor_pb2
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.rounds.progress import TIMING, Past, Progress, State, judge
+from fedpeft_server.runs.progress import TIMING, Past, Progress, State, judge
 
 from .conftest import Daemon, RawClient, StartDaemon, config, fault, filled
 

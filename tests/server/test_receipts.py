@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fedpeft.errors import DiskFull, RoundClosed, TicketClosed
-from fedpeft.rounds import Aggregate, Phase, TicketState, Withdrawn, advance
-from fedpeft_server.rounds.receipts import Receipt, batch
-from fedpeft_server.store.open_file import LateFile, OpenFile
+from fedpeft.rounds.state_machine import Aggregate, Phase, TicketState, Withdrawn, advance
+from fedpeft_server.runs.receipts import Receipt, batch
+from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 
 from .conftest import Daemon, config, filled, refused
 from .rows import CONFIG, opened, update_row

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from fedpeft.operator_client import OperatorClient
-from fedpeft.round_parts import folded
+from fedpeft.api.operator_client import OperatorClient
+from fedpeft.api.round_parts import folded
+from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.rpc.pages import PAGE_BYTES
 from fedpeft_server.store import tables
 from fedpeft_server.store.database import Database

@@ -11,12 +11,12 @@ import grpc
 import numpy as np
 import pytest
 
-from fedpeft import payload
-from fedpeft.payload import CHUNK_BYTES, Manifest
-from fedpeft.status import from_rpc_error
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import CHUNK_BYTES, Manifest
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2, tensor_pb2
-from fedpeft_server.store.run_queries import MAX_SPLITS
+from fedpeft_server.store.queries.runs import MAX_SPLITS
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, fault, filled, header, refused
 

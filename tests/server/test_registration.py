@@ -5,10 +5,10 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server.rpc.callers import Presence
+from fedpeft_server.rpc.sessions import Presence
 
 from .conftest import Daemon
 

@@ -19,7 +19,7 @@ from fedpeft.errors import DatabaseUnavailable, DiskFull, FedpeftError
 from fedpeft.identity import certificates, keys, requests
 from fedpeft.identity.roles import TO_PROTO
 from fedpeft.identity.subject import Role, Subject
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
@@ -161,7 +161,7 @@ async def test_who_enrolled_is_not_told_to_be_a_stranger(secured: Federation) ->
 
 
 async def test_an_upload_under_way_is_ended_by_a_revocation(secured: Federation) -> None:
-    from fedpeft import payload
+    from fedpeft.adapters import payload
 
     from .conftest import SPEC, header
 

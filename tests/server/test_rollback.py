@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpeft.cli.session import Session
-from fedpeft.cli.verifying import verified
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.errors import BlobCorrupt
-from fedpeft.operator_client import OperatorClient
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
+from fedpeft_operator.cli.run.verify import verified
+from fedpeft_operator.cli.session import Session
 
 from .conftest import Daemon, RawClient, StartDaemon, config, filled, refused
 
@@ -166,9 +166,9 @@ async def test_a_version_that_is_not_the_earlier_one_is_found(start: StartDaemon
 
 async def lie(daemon: Daemon, run: str, scratch: Path) -> None:
     """Makes the server's record and file of version 3 those of other tensors, digests and all."""
-    from fedpeft import record
-    from fedpeft.versions import write_first
-    from fedpeft_server.rounds.aggregation import identity
+    from fedpeft.rounds import record
+    from fedpeft.rounds.commit import write_first
+    from fedpeft_server.runs.aggregation import identity
     from fedpeft_server.store.store import version_key
 
     store = daemon.server.store

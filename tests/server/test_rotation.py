@@ -12,29 +12,31 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fedpeft import durable, enrolment
-from fedpeft.addresses import Address
-from fedpeft.connection import open_channel
 from fedpeft.errors import IdentityInvalid, Internal, SettingsInvalid
 from fedpeft.identity import certificates, folder, keys, requests
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
 from fedpeft.identity.token import EnrollmentToken
+from fedpeft.process import durable
+from fedpeft.process.addresses import Address
+from fedpeft.rpc import enrolment
+from fedpeft.rpc.channel import open_channel
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import access_service_pb2_grpc as access_grpc
-from fedpeft_server import authority_command, certificate_command, init
 from fedpeft_server.access import authorities
 from fedpeft_server.access.authorities import Authorities
 from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.access.files import Files
+from fedpeft_server.commands import authority, init
+from fedpeft_server.commands import certificate as certificate_command
 
 from .conftest import RawClient, filled
 from .secured import Federation, federation, held
 
 
 class Device:
-    """A device on its identity folder, which calls over a connection of its own, as `fedpeft_client.channel` does."""
+    """A device on its identity folder, which calls over a connection of its own, as an agent does."""
 
     def __init__(self, secured: Federation, where: Path, name: str) -> None:
         self._secured = secured
@@ -86,7 +88,7 @@ async def devices(secured: Federation, tmp_path: Path) -> AsyncIterator[tuple[De
 
 
 def command(secured: Federation, *words: str) -> int:
-    return authority_command.main([*words, "--data-dir", str(secured.server.settings.data_dir)])
+    return authority.main([*words, "--data-dir", str(secured.server.settings.data_dir)])
 
 
 def files(secured: Federation) -> Files:
@@ -277,15 +279,15 @@ def test_a_crash_between_two_files_is_mended_by_the_same_command(
     monkeypatch.setattr(durable, "write", dying)
     data = ["--data-dir", str(tmp_path / "data")]
     with pytest.raises(KeyboardInterrupt):
-        authority_command.main(["rotate", *data])
-        authority_command.main(["finish", *data])
+        authority.main(["rotate", *data])
+        authority.main(["finish", *data])
     monkeypatch.undo()
     served = ServerCertificates(found.folder)
     assert authorities.issued(served.root, served.certificate)
     if step < 2:
-        authority_command.main(["rotate", *data])
+        authority.main(["rotate", *data])
     new = Authorities.read(found).issuing
-    authority_command.main(["finish", *data])
+    authority.main(["finish", *data])
     after = Authorities.read(found)
     assert new and after.trusted == (new.certificate,) and not after.is_rotating
     assert after.serving is not None and after.serving.certificate == new.certificate
@@ -300,18 +302,18 @@ def test_an_authority_of_ones_own_takes_over(tmp_path: Path) -> None:
     durable.write(certificate, certificates.to_pem(own.certificate))
     durable.write(key, keys.to_pem(own.key))
     given = ["--authority", str(certificate), "--authority-key", str(key)]
-    authority_command.main(["rotate", "--data-dir", str(tmp_path / "data"), *given])
+    authority.main(["rotate", "--data-dir", str(tmp_path / "data"), *given])
     issuing = Authorities.read(found).issuing
     assert issuing and issuing.certificate == own.certificate
     with pytest.raises(SettingsInvalid, match="belong together"):
-        authority_command.main(["rotate", "--data-dir", str(tmp_path / "data"), *given[:2]])
+        authority.main(["rotate", "--data-dir", str(tmp_path / "data"), *given[:2]])
 
 
 def test_where_the_authority_is_elsewhere_it_is_replaced_there(tmp_path: Path) -> None:
     found = made(tmp_path)
     found.authority_key.unlink()
     for words in (["authority", "rotate"], ["certificate", "renew"]):
-        module = {"authority": authority_command, "certificate": certificate_command}[words[0]]
+        module = {"authority": authority, "certificate": certificate_command}[words[0]]
         with pytest.raises(SettingsInvalid, match=r"has no authority\.key: "):
             module.main([words[1], "--data-dir", str(tmp_path / "data")])
 
@@ -320,7 +322,7 @@ def test_init_makes_the_operators_identity_anew_with_both_authorities(tmp_path: 
     found = made(tmp_path)
     again = ["--data-dir", str(tmp_path / "data"), "--operator", "ada", "--operator-identity", str(tmp_path / "me")]
     for words in (["rotate"], ["finish"]):
-        authority_command.main([*words, "--data-dir", str(tmp_path / "data")])
+        authority.main([*words, "--data-dir", str(tmp_path / "data")])
         init.main(again)
         now, person = Authorities.read(found), Identity.load(tmp_path / "me")
         assert set(person.authority) == set(now.trusted)
@@ -375,14 +377,14 @@ async def test_a_server_that_starts_in_mid_rotation_goes_on(tmp_path: Path) -> N
         await device.enroll()
         await device.close()
     data = ["--data-dir", str(tmp_path / "data")]
-    authority_command.main(["rotate", *data])
+    authority.main(["rotate", *data])
     async with federation(tmp_path) as after:
         device = Device(after, tmp_path / "a", "a")
         await device.registers()
         await device.renew()
         assert len(device.trusts) == 2
         await device.close()
-    authority_command.main(["finish", *data])
+    authority.main(["finish", *data])
     async with federation(tmp_path) as after:
         device = Device(after, tmp_path / "a", "a")
         await device.registers()

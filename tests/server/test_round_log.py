@@ -7,9 +7,9 @@ import asyncio
 from structlog.testing import capture_logs
 
 from fedpeft.errors import PayloadInvalid
-from fedpeft.rounds import Event, Excluded, Phase, Received, Round, TicketState, Waiting, advance
+from fedpeft.rounds.state_machine import Event, Excluded, Phase, Received, Round, TicketState, Waiting, advance
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.rounds.round_log import RoundLog
+from fedpeft_server.runs.round_log import RoundLog
 
 from .conftest import Daemon, config
 from .rows import CONFIG, RUN, opened

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from fedpeft import payload, record
+from fedpeft.adapters import payload
+from fedpeft.rounds import record
 from fedpeft.v1 import run_pb2
 
 from .conftest import SPEC, Daemon, StartDaemon, config, filled, header, refused, zeros

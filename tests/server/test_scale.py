@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from fedpeft.errors import TicketNotFound
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server.rounds import lobby as lobby_module
-from fedpeft_server.rounds.lobby import Lobby
+from fedpeft_server.runs import lobby as lobby_module
+from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.store.rows import AnswerRow
 
 from .conftest import Daemon, RawClient, config, filled

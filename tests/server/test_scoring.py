@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import views
+from fedpeft.api import views
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2

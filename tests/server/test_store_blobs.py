@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid
-from fedpeft_server.store.blob_cache import BlobCache
-from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.blobs.blobs import Blobs
+from fedpeft_server.store.blobs.cache import BlobCache
 
 KEY = "runs/run-1/versions/000001.safetensors"
 DATA = os.urandom(2 * 1024 * 1024 + 7)
@@ -112,7 +112,7 @@ class TestFaults:
 
 TRACED = """
 import sys
-from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.blobs.blobs import Blobs
 blobs = Blobs(sys.argv[1])
 blobs.put("runs/run-1/versions/000001", b"x" * 100)
 blobs.put("runs/run-1/versions/000002", b"x" * 100)
@@ -146,7 +146,7 @@ def test_file_and_folders_are_synced_after_the_rename(tmp_path: Path) -> None:
 
 CRASHING = """
 import sys
-from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.blobs.blobs import Blobs
 blobs = Blobs(sys.argv[1])
 for number in range(10_000):
     blobs.put(f"runs/run-1/versions/{number}", (bytes([number % 256]) * 100_000 for _ in range(5)))

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from fedpeft.errors import RunNotFound, StateInvalid
-from fedpeft.rounds import Aggregated, Phase, Stopped, TicketState, Withdrawn, advance
+from fedpeft.rounds.state_machine import Aggregated, Phase, Stopped, TicketState, Withdrawn, advance
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import Place, RoundFigures, RunState, TicketFigures, Traffic
 
@@ -140,8 +140,8 @@ def test_a_receipt_writes_the_tickets_that_changed_and_no_others(sqlite_url: str
 CRASHING = """
 import sys
 from fedpeft.config import RoundsConfig
-from fedpeft.payload import Manifest
-from fedpeft.rounds import Received, Round, Waiting, advance
+from fedpeft.adapters.payload import Manifest
+from fedpeft.rounds.state_machine import Received, Round, Waiting, advance
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import Place, RoundFigures, TicketFigures, Traffic, UpdateRow
 database, config = Database.open(sys.argv[1]), RoundsConfig(clients=400)

@@ -19,6 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpeft.adapters.payload import CHUNK_BYTES, Manifest, encode
+from fedpeft.adapters.spec import TensorSpec
 from fedpeft.errors import (
     ChecksumMismatch,
     ChunkInvalid,
@@ -30,10 +32,8 @@ from fedpeft.errors import (
     TurnOver,
     UpdateDiffers,
 )
-from fedpeft.payload import CHUNK_BYTES, Manifest, encode
-from fedpeft.spec import TensorSpec
+from fedpeft.rpc.wire import manifest_from_proto
 from fedpeft.v1 import tensor_pb2
-from fedpeft.wire import manifest_from_proto
 from fedpeft_server.store.spool import Spool
 
 TICKET = "ticket-0123456789abcdef"
@@ -408,8 +408,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 import numpy as np
-from fedpeft.payload import encode
-from fedpeft.spec import TensorSpec
+from fedpeft.adapters.payload import encode
+from fedpeft.adapters.spec import TensorSpec
 from fedpeft_server.store.spool import Spool
 spool = Spool(Path(sys.argv[1]))
 for number in range(10_000):

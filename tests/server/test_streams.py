@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fedpeft.spec import AdapterSpec, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rpc.operator import Operator
+from fedpeft_server.runs.engine import RunEngine
 
 from .conftest import Daemon, StartDaemon, refused
 

@@ -24,14 +24,14 @@ import numpy as np
 import pytest
 from textual.pilot import Pilot
 
-from fedpeft import operator_client
-from fedpeft.cli.app import main
-from fedpeft.operator_client import Connect, OperatorClient
-from fedpeft.spec import AdapterSpec, TensorSpec
-from fedpeft.top import feed
-from fedpeft.top.app import TopApp
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.api import operator_client
+from fedpeft.api.operator_client import Connect, OperatorClient
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2
+from fedpeft_operator.app import main
+from fedpeft_operator.top import feed
+from fedpeft_operator.top.app import TopApp
 
 from ..console.federation import Federation
 from .conftest import Daemon, StartDaemon, config, filled, zeros

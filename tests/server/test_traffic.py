@@ -11,13 +11,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fedpeft import payload
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.errors import DiskFull
-from fedpeft.spec import AdapterSpec, TensorSpec
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import tensor_pb2
 from fedpeft_server import app
-from fedpeft_server.call import Key
+from fedpeft_server.access.call import Key
 from fedpeft_server.store.rows import Traffic
 from fedpeft_server.traffic import Ledger
 

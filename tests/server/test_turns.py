@@ -11,14 +11,14 @@ import grpc
 import numpy as np
 import pytest
 
-from fedpeft import payload
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.errors import TransfersBusy, TurnOver
-from fedpeft.spec import AdapterSpec, TensorSpec
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2, tensor_pb2
-from fedpeft_server.rpc import turns
-from fedpeft_server.rpc.turns import Turn, Turns
+from fedpeft_server.uploads import transfer_slots
+from fedpeft_server.uploads.transfer_slots import Turn, Turns
 
 from .conftest import SPEC, RawClient, StartDaemon, config, filled, header, refused
 
@@ -56,7 +56,7 @@ class Trickle:
 async def test_slow_uploads_give_way_and_go_on_where_they_stood(
     start: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_S", 0.5)
+    monkeypatch.setattr(transfer_slots, "TURN_S", 0.5)
     daemon = await start(max_transfers=2)
     run = await daemon.create(config(rounds={"count": 1, "clients": 3}))
     clients = await daemon.clients("a", "b", "c")
@@ -71,7 +71,7 @@ async def test_slow_uploads_give_way_and_go_on_where_they_stood(
         await ended.pop()
     over = from_rpc_error(caught.value)
     assert (caught.value.code(), over.reason, over.retry_s) == (grpc.StatusCode.ABORTED, "TURN_OVER", 0.0)
-    monkeypatch.setattr(turns, "TURN_S", 60.0)
+    monkeypatch.setattr(transfer_slots, "TURN_S", 60.0)
     for each in slow:
         each.pause_s = 0.0
     await asyncio.wait(pushes)
@@ -90,7 +90,7 @@ async def test_uploads_that_send_nothing_give_way_when_their_turn_is_over(
     start: StartDaemon, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """Eight of them kept an honest client waiting for 58 seconds: until each had stalled."""
-    monkeypatch.setattr(turns, "TURN_S", 0.5)
+    monkeypatch.setattr(transfer_slots, "TURN_S", 0.5)
     daemon = await start(max_transfers=2)
     await daemon.create(config(rounds={"count": 1, "clients": 3}))
     clients = await daemon.clients("a", "b", "c")
@@ -111,7 +111,7 @@ async def test_uploads_that_send_nothing_give_way_when_their_turn_is_over(
 async def test_a_silent_upload_that_nobody_waits_for_keeps_its_turn(
     start: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_S", 0.1)
+    monkeypatch.setattr(transfer_slots, "TURN_S", 0.1)
     daemon = await start(max_transfers=1)
     await daemon.create(config(rounds={"count": 1, "clients": 1}))
     (a,) = await daemon.clients("a")
@@ -126,7 +126,7 @@ async def test_a_silent_upload_that_nobody_waits_for_keeps_its_turn(
 async def test_pulls_that_read_nothing_give_way_when_their_turn_is_over(
     start: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_S", 0.5)
+    monkeypatch.setattr(transfer_slots, "TURN_S", 0.5)
     daemon = await start(max_transfers=1)
     run = await daemon.create(spec=LARGE, arrays={"head.weight": np.zeros(6_000_000, np.float32)})
     silent, quick = await daemon.clients("silent", "quick")
@@ -141,7 +141,7 @@ async def test_pulls_that_read_nothing_give_way_when_their_turn_is_over(
 async def test_a_slow_upload_that_nobody_waits_for_is_left_alone(
     start: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_S", 0.1)
+    monkeypatch.setattr(transfer_slots, "TURN_S", 0.1)
     daemon = await start(max_transfers=1)
     await daemon.create(config(rounds={"count": 1, "clients": 1}))
     (a,) = await daemon.clients("a")
@@ -152,7 +152,7 @@ async def test_a_slow_upload_that_nobody_waits_for_is_left_alone(
 async def test_slow_pulls_give_way_and_go_on_where_they_stood(
     start: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_S", 0.3)
+    monkeypatch.setattr(transfer_slots, "TURN_S", 0.3)
     daemon = await start(max_transfers=1)
     run = await daemon.create(spec=LARGE, arrays={"head.weight": np.zeros(6_000_000, np.float32)})
     slow, quick = await daemon.clients("slow", "quick")
@@ -234,10 +234,10 @@ async def test_who_asks_again_at_once_keeps_its_place(monkeypatch: pytest.Monkey
     line, order = Turns(1), []
     async with AsyncExitStack() as first, AsyncExitStack() as second, AsyncExitStack() as third:
         await come(line, "a", order, first)
-        monkeypatch.setattr(turns, "HOLD_S", 0.05)
+        monkeypatch.setattr(transfer_slots, "HOLD_S", 0.05)
         with pytest.raises(TransfersBusy, match="1 other transfer"):
             await come(line, "b", order, second)
-        monkeypatch.setattr(turns, "HOLD_S", 20.0)
+        monkeypatch.setattr(transfer_slots, "HOLD_S", 20.0)
         waiting = [asyncio.create_task(come(line, "c", order, third))]
         await asyncio.sleep(0)
         waiting.append(asyncio.create_task(come(line, "b", order, second)))
@@ -251,15 +251,15 @@ async def test_who_asks_again_at_once_keeps_its_place(monkeypatch: pytest.Monkey
 
 async def test_who_does_not_come_back_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     line = Turns(1)
-    monkeypatch.setattr(turns, "HOLD_S", 0.05)
-    monkeypatch.setattr(turns, "TURN_S", 0.0)
+    monkeypatch.setattr(transfer_slots, "HOLD_S", 0.05)
+    monkeypatch.setattr(transfer_slots, "TURN_S", 0.0)
     async with line.take("a") as turn:
         turn.check()
         with pytest.raises(TransfersBusy):
             await line.take("gone").__aenter__()
         with pytest.raises(TurnOver, match="others wait"):
             turn.check()
-        monkeypatch.setattr(turns, "LINGER_S", 0.0)
+        monkeypatch.setattr(transfer_slots, "LINGER_S", 0.0)
         with pytest.raises(TransfersBusy):
             await line.take("gone").__aenter__()
         await asyncio.sleep(0.01)
@@ -307,7 +307,7 @@ async def test_a_wait_that_is_just_ending_cannot_be_ended_again(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[Turn], None]
 ) -> None:
     """The newer transfer or the one in the queue was refused with a RuntimeError in that instant."""
-    monkeypatch.setattr(turns, "TURN_S", -1.0)
+    monkeypatch.setattr(transfer_slots, "TURN_S", -1.0)
     async with Turns(1).take("a") as turn:
         ended: list[str] = []
 

@@ -13,10 +13,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from fedpeft.errors import DatabaseUnavailable
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import app
-from fedpeft_server.rounds import engine
+from fedpeft_server.runs import engine
 from fedpeft_server.store import connection
 from fedpeft_server.store.database import Database
 

@@ -13,12 +13,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
 from fedpeft.errors import DiskFull, Internal
-from fedpeft.rounds import TimePassed
+from fedpeft.rounds.state_machine import TimePassed
 from fedpeft.v1 import run_pb2
+from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.rounds import engine as engines
-from fedpeft_server.rounds.engine import RunEngine
-from fedpeft_server.upkeep import Background
+from fedpeft_server.runs import engine as engines
+from fedpeft_server.runs.engine import RunEngine
 
 from .conftest import Daemon, config, filled, free_port
 
@@ -155,7 +155,7 @@ async def test_a_deadline_that_fails_shows_in_health_until_it_was_acted_on(
 def test_a_daemon_whose_matching_fails_ends_with_1(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from fedpeft_server.rounds.runs import Runs\n"
+        "from fedpeft_server.runs.runs import Runs\n"
         "async def match(self): raise RuntimeError('unforeseen')\n"
         "Runs._match = match\n"
         "from fedpeft_server.__main__ import main\n"

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedpeft import payload
-from fedpeft.payload import CHUNK_BYTES
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import CHUNK_BYTES
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft_server.app import Server

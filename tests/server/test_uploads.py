@@ -11,15 +11,15 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fedpeft import payload
-from fedpeft import spec as specs
+from fedpeft.adapters import payload
+from fedpeft.adapters import spec as specs
 from fedpeft.identity.subject import Role
-from fedpeft.status import from_rpc_error
+from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft_server.access.bounds import CALLERS
-from fedpeft_server.rpc import uploads
 from fedpeft_server.store.spool_writer import SpoolWriter
+from fedpeft_server.uploads import pipeline
 
 from .conftest import SPEC, Daemon, RawClient, config, filled, header, refused
 
@@ -64,7 +64,7 @@ def open_files(folder: Path) -> list[str]:
 
 async def test_a_repetition_joins_the_check_that_is_under_way(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     run, client, ticket = await one_ticket(daemon)
-    monkeypatch.setattr(uploads, "HOLD_S", 0.2)
+    monkeypatch.setattr(pipeline, "HOLD_S", 0.2)
     disk = SlowDisk(monkeypatch)
     manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
     for chunks in ([(0, data)], [], [(0, data)]):
@@ -94,15 +94,15 @@ async def test_an_update_whose_round_ends_while_it_is_looked_up_is_late_and_not_
     run = await daemon.create(config(rounds={"count": 2, "clients": 1}), spec=spec)
     (client,) = await daemon.clients("a")
     ticket = (await client.task()).ticket
-    looked_up, go_on, real = asyncio.Event(), asyncio.Event(), uploads.Uploads._declared_by
+    looked_up, go_on, real = asyncio.Event(), asyncio.Event(), pipeline.Uploads._declared_by
 
-    async def slow(self: uploads.Uploads, name: str, run: str) -> int:
+    async def slow(self: pipeline.Uploads, name: str, run: str) -> int:
         if not looked_up.is_set():
             looked_up.set()
             await go_on.wait()
         return await real(self, name, run)
 
-    monkeypatch.setattr(uploads.Uploads, "_declared_by", slow)
+    monkeypatch.setattr(pipeline.Uploads, "_declared_by", slow)
     first = asyncio.create_task(client.push(ticket, filled(2.0, spec), spec=spec))
     await looked_up.wait()
     await client.push(ticket, filled(1.0, spec), spec=spec)

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft import payload, record
-from fedpeft.cli.session import Session
-from fedpeft.cli.verifying import verified
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.config import RunConfig
 from fedpeft.errors import BlobCorrupt, FedpeftError, StateInvalid
-from fedpeft.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.rounds import record
 from fedpeft.v1 import tensor_pb2
+from fedpeft_operator.cli.run.verify import verified
+from fedpeft_operator.cli.session import Session
 
 from .conftest import SPEC, Arrays, Daemon, StartDaemon, config, header
 
@@ -94,7 +95,15 @@ async def test_the_command_says_it_a_line_a_round_and_as_json(start: StartDaemon
     spool = str(daemon.server.settings.data_dir / "spool")
 
     async def fedpeft(*arguments: str) -> tuple[int, str, str]:
-        command = [sys.executable, "-m", "fedpeft.cli.app", "--server", daemon.server.settings.listen, "run", "verify"]
+        command = [
+            sys.executable,
+            "-m",
+            "fedpeft_operator.app",
+            "--server",
+            daemon.server.settings.listen,
+            "run",
+            "verify",
+        ]
         done = await asyncio.to_thread(
             subprocess.run, [*command, *arguments], capture_output=True, text=True, timeout=60
         )

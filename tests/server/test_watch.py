@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.round_parts import folded
+from fedpeft.api.round_parts import folded
+from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.rpc import history
 from fedpeft_server.store.rows import RunState
 

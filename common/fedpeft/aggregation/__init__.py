@@ -1,6 +1,6 @@
 """Aggregation strategies: how updates become the next adapter version. One file a strategy; NumPy only.
 
-The fold (`fedpeft.folding`) computes the weighted mean of the updates in client-id order, in float64;
+The fold (`fedpeft.rounds.fold`) computes the weighted mean of the updates in client-id order, in float64;
 a strategy says how much each update weighs and what the mean does to the adapter. The step is
 elementwise, so a block at a time is enough and memory does not grow with clients.
 """

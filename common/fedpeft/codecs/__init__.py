@@ -1,7 +1,7 @@
 """Codecs: ways of writing float32 values as bytes. One file an encoding; NumPy only.
 
 A codec is stateless and works on one tensor at a time. What is lost by a lossy one is found by decoding again, so
-error feedback needs nothing from the codec (`fedpeft.updates`).
+error feedback needs nothing from the codec (`fedpeft.adapters.updates`).
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from fedpeft.data.interface import Indices, Source, too_many_unreadable
 from fedpeft.data.labels import map_labels, read_label_map
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.interface import Indices, Source, too_many_unreadable
+from fedpeft.data.sources.opening import open_source
 from fedpeft.data.store import CACHE_BYTES, PixelStore
 from fedpeft.data.transforms import ImageUnreadable, Pixels, Preprocessing
 from fedpeft.errors import DataInvalid

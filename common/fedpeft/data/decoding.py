@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from fedpeft.data.images import peak
-from fedpeft.data.interface import ImageUnreadable, Indices, Source
+from fedpeft.data.sources.interface import ImageUnreadable, Indices, Source
 from fedpeft.data.transforms import Pixels, Preprocessing
 from fedpeft.errors import DataInvalid
 

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from fedpeft.data.file_names import FORMATS
-from fedpeft.data.interface import DEEP_BITS, ImageUnreadable
 from fedpeft.data.reading import MAX_PIXELS
-from fedpeft.file_kinds import HEAD_BYTES, kind_of
+from fedpeft.data.sources.file_names import FORMATS
+from fedpeft.data.sources.interface import DEEP_BITS, ImageUnreadable
+from fedpeft.process.file_formats import HEAD_BYTES, kind_of
 
 __all__ = ["FORMATS", "MAX_PIXELS", "BitsUnknown", "ImageUnreadable", "peak", "read_rgb"]
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from fedpeft import text_files
-from fedpeft.data.interface import Indices
+from fedpeft.data.sources.interface import Indices
 from fedpeft.errors import DataInvalid
-from fedpeft.units import counted
+from fedpeft.formatting import counted
 
 _SHOWN = 20
 _ESCAPED = re.compile(r"\\x([0-9a-f]{2})")
-"""A byte of a folder's name that is not UTF-8; see `fedpeft.data.file_names.class_name`."""
+"""A byte of a folder's name that is not UTF-8; see `fedpeft.data.sources.file_names.class_name`."""
 
 
 @dataclass(frozen=True)

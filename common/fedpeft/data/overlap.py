@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any, Self
 
-from fedpeft.data.interface import ImageUnreadable, Source
-from fedpeft.units import counted
+from fedpeft.data.sources.interface import ImageUnreadable, Source
+from fedpeft.formatting import counted
 
 BUDGET_BYTES = 4 * 1024 * 1024 * 1024
 """Encoded images that are read at most, about: some seconds of one processor."""

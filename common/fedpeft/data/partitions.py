@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.data.labels import nfc
-from fedpeft.data.splits import splits_among
+from fedpeft.data.sources.splits import splits_among
 from fedpeft.errors import DataInvalid
 
 Indices = NDArray[np.int64]

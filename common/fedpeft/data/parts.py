@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from fedpeft import durable
-from fedpeft.data.arrow_paths import arrow_path
-from fedpeft.data.interface import Source, too_many_unreadable
 from fedpeft.data.partitions import Indices, Partition, skew
-from fedpeft.data.sources import INDEX_SUFFIX, labels_digest, open_source, parquet_files
+from fedpeft.data.sources.arrow_paths import arrow_path
+from fedpeft.data.sources.interface import Source, too_many_unreadable
+from fedpeft.data.sources.opening import INDEX_SUFFIX, labels_digest, open_source, parquet_files
 from fedpeft.errors import DataInvalid
+from fedpeft.process import durable
 
 RECORD = "partition.json"
 _NAMED = 5

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedpeft.data.decoding import Decoded, Decoders, decode_rows, highest_value
 from fedpeft.data.images import BitsUnknown
-from fedpeft.data.interface import DEEP_BITS, Indices, Source
+from fedpeft.data.sources.interface import DEEP_BITS, Indices, Source
 from fedpeft.data.transforms import Pixels, Preprocessing
 
 CACHE_BYTES = 512 * 1024 * 1024

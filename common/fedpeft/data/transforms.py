@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fedpeft.data.images import MAX_PIXELS, ImageUnreadable, read_rgb
-from fedpeft.data.interface import DEEP_BITS, Indices
+from fedpeft.data.sources.interface import DEEP_BITS, Indices
 from fedpeft.errors import DataInvalid
 
 if TYPE_CHECKING:  # a worker process decodes images and needs no models
-    from fedpeft.models import Backbone
+    from fedpeft.models.backbones import Backbone
 
 __all__ = ["Augmentation", "ImageUnreadable", "Pixels", "Preprocessing", "augment"]
 

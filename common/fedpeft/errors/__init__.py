@@ -90,7 +90,7 @@
         ├── TrainingFailed        local training ended without an update
         └── RefusedByPolicy       a server asks for more than the policy of this site allows
 
-A class knows its gRPC status and its `ErrorInfo.reason`; `fedpeft.status` carries both across the network and back.
+A class knows its gRPC status and its `ErrorInfo.reason`; `fedpeft.rpc.status` carries both across the network and back.
 """
 
 from __future__ import annotations

@@ -22,13 +22,14 @@ from typing import Self
 
 from cryptography import x509
 
-from fedpeft import durable, text_files
-from fedpeft.addresses import Address
+from fedpeft import text_files
 from fedpeft.errors import IdentityInvalid, SettingsInvalid
-from fedpeft.home import NO_HOME, home_folder
 from fedpeft.identity import certificates, keys
 from fedpeft.identity.keys import PrivateKey
 from fedpeft.identity.subject import Subject
+from fedpeft.process import durable
+from fedpeft.process.addresses import Address
+from fedpeft.process.home import NO_HOME, home_folder
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fedpeft import durable, locks
 from fedpeft.errors import StateInvalid
+from fedpeft.process import durable, locks
 
 LOOK_S = 0.05
 """Interval of the attempts at the lock, seconds: a wait for a lock cannot be interrupted."""

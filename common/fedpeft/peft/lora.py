@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from fedpeft.errors import ConfigInvalid
-from fedpeft.families import Anatomy
+from fedpeft.models.families import Anatomy
 from fedpeft.peft.method import Method, MethodOptions, methods
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from fedpeft.adapters.spec import Role
+from fedpeft.config_errors import faults_of
 from fedpeft.errors import ConfigInvalid
-from fedpeft.families import Anatomy
-from fedpeft.faults import faults_of
+from fedpeft.models.families import Anatomy
 from fedpeft.registry import Registry
-from fedpeft.spec import Role
 
 
 class MethodOptions(BaseModel):

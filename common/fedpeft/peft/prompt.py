@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fedpeft.families import Anatomy
+from fedpeft.models.families import Anatomy
 from fedpeft.peft.method import Method, MethodOptions, methods
 
 

@@ -13,15 +13,15 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedpeft import seeds
-from fedpeft.checkpoints import inside
+from fedpeft.adapters.payload import Tensors
+from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ConfigInvalid, ModelInvalid
-from fedpeft.families import Anatomy
-from fedpeft.models import Backbone, skeleton
-from fedpeft.payload import Tensors
+from fedpeft.models.backbones import Backbone, skeleton
+from fedpeft.models.checkpoints import inside
+from fedpeft.models.families import Anatomy
+from fedpeft.models.tied_weights import names_of, put
 from fedpeft.peft.method import Method, make
-from fedpeft.spec import AdapterSpec, Role, TensorSpec
-from fedpeft.tied import names_of, put
 
 
 class TunedModel:

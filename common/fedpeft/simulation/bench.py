@@ -9,17 +9,20 @@ from pathlib import Path
 import structlog
 import torch
 
-from fedpeft import figures, models, payload, seeds
+from fedpeft import seeds
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import Manifest, Tensors
+from fedpeft.adapters.updates import PreparedUpdate, prepare
 from fedpeft.config import RunConfig
 from fedpeft.data.labels import read_label_map
 from fedpeft.data.reading import USUAL, Reading
-from fedpeft.devices import device_of
 from fedpeft.errors import DataInvalid
-from fedpeft.learning import learner_of
-from fedpeft.payload import Manifest, Tensors
+from fedpeft.models import backbones
 from fedpeft.peft import tune
+from fedpeft.rounds import metric_values
 from fedpeft.simulation.clients import Arrays, ClientData, ClientMemory, Clients
-from fedpeft.updates import PreparedUpdate, prepare
+from fedpeft.training.devices import device_of
+from fedpeft.training.learning import learner_of
 
 _log = structlog.get_logger(__name__)
 
@@ -81,10 +84,10 @@ class Workbench:
         self._config = config
         self._device = device_of(device)
         self._learner = learner_of(config.model.kind, reading)
-        backbone = models.build(config.model, config.rounds.seed, weights, str(self._device))
+        backbone = backbones.build(config.model, config.rounds.seed, weights, str(self._device))
         self._model = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
         self.spec = self._model.spec
-        self.fingerprint = models.fingerprint(backbone, self.spec)
+        self.fingerprint = backbones.fingerprint(backbone, self.spec)
         self.parameters = backbone.parameters
         self.initial = self._model.state()
         shared = {tensor.name for tensor in self.spec.shared}
@@ -122,7 +125,7 @@ class Workbench:
         update = prepare(result.delta, residual, self.spec.sent(number), self._config.codec)
         stays = {name: result.local[name] for name in self._own if name in result.local}
         facts = {**result.facts, "threads": str(torch.get_num_threads())}
-        metrics = _sendable(result.metrics, figures.MAX_TRAINING, client)
+        metrics = _sendable(result.metrics, metric_values.MAX_TRAINING, client)
         return Trained(update, {**kept, **stays}, result.examples, metrics, facts)
 
     def score(self, version: Version) -> dict[str, float]:
@@ -131,13 +134,13 @@ class Workbench:
             return {}
         self._model.load({**version.tensors, **self._own})
         scored = self._learner.evaluate(self._model, self._test, self._device, self._config.training.precision)
-        return _sendable(scored, figures.MAX_EVALUATION, "evaluator")
+        return _sendable(scored, metric_values.MAX_EVALUATION, "evaluator")
 
 
 def _sendable(measured: Mapping[str, float], most: int, client: str) -> dict[str, float]:
     """Returns the figures that a client would send; logs how many are left out, and why the first are."""
-    kept, dropped = figures.sendable(measured, most)
+    kept, dropped = metric_values.sendable(measured, most)
     if dropped:
-        cause = "; ".join(dropped[: figures.FAULTS_NAMED])
+        cause = "; ".join(dropped[: metric_values.FAULTS_NAMED])
         _log.warning("figures are not kept", client=client, dropped=len(dropped), cause=cause)
     return kept

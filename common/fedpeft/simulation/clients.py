@@ -16,17 +16,17 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from fedpeft.adapters.tensor_errors import as_os_errors
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data import partitions
 from fedpeft.data.client_folders import clients_in, refuse_splits, subfolders
-from fedpeft.data.interface import Source
 from fedpeft.data.parts import RECORD, file_names
 from fedpeft.data.reading import MAX_PIXELS, USUAL, Reading
+from fedpeft.data.sources.interface import Source
 from fedpeft.errors import ConfigInvalid, DataInvalid
-from fedpeft.kind import Examples
-from fedpeft.learning import learner_of, where
-from fedpeft.models import Backbone
-from fedpeft.tensor_errors import as_os_errors
+from fedpeft.models.backbones import Backbone
+from fedpeft.models.kind import Examples
+from fedpeft.training.learning import learner_of, where
 
 CACHE_BYTES = 1024 * 1024 * 1024
 """Decoded and encoded images kept of all clients together; whose turn was longest ago goes first."""

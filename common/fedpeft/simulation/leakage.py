@@ -9,14 +9,14 @@ from pathlib import Path
 import structlog
 
 from fedpeft.config import RunConfig
-from fedpeft.data.interface import Source
 from fedpeft.data.overlap import Overlap, overlap
 from fedpeft.data.reading import Reading
-from fedpeft.data.sources import open_source
+from fedpeft.data.sources.interface import Source
+from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import DataInvalid
-from fedpeft.kind import Examples
-from fedpeft.learning import where
+from fedpeft.models.kind import Examples
 from fedpeft.simulation.clients import Clients, Data
+from fedpeft.training.learning import where
 
 NAMED = 5
 """Clients whose data cannot be opened that are named; all are counted."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from fedpeft.payload import Manifest
-from fedpeft.rounds import Phase, Round, Ticket, TicketState
+from fedpeft.adapters.payload import Manifest
+from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
 
 Json = dict[str, Any]
 

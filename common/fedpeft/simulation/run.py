@@ -1,13 +1,14 @@
 """A simulated run, from its first round to its report.
 
-Notable: nothing of a round is written twice. Rounds follow `fedpeft.rounds`, clients train through `fedpeft.training`
-and `fedpeft.updates`, updates are folded by `fedpeft.folding`, so with the same run file, client names, data and number
-of torch's threads the adapter has the bits that a server and its agents give.
+Notable: nothing of a round is written twice. Rounds follow `fedpeft.rounds.state_machine`, clients train through
+`fedpeft.training.loop` and `fedpeft.adapters.updates`, updates are folded by `fedpeft.rounds.fold`, so with the same
+run file, client names, data and number of torch's threads the adapter has the bits that a server and its agents give.
 
 What is different: clients work one after the other, and no deadline runs out while one works. Where a round wants more
 clients than it counts (`over_selection`), who is late is drawn from the seed. A client that trains in vain gives its
 ticket back, as an agent does; the round's deadline passes only once nobody is left to work. How clients used their
-tickets has the consequences that it has on a server (`fedpeft.conduct`): those who did not deliver are sampled last.
+tickets has the consequences that it has on a server (`fedpeft.rounds.conduct`): those who did not deliver are sampled
+last.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 import structlog
 from google.protobuf import json_format
 
-from fedpeft import conduct, durable, ids, locks, payload, rounds, seeds, wire
+from fedpeft import ids, seeds
+from fedpeft.adapters import payload
 from fedpeft.config import RunConfig
 from fedpeft.data.reading import Reading
 from fedpeft.errors import (
@@ -33,15 +35,18 @@ from fedpeft.errors import (
     StateInvalid,
     TrainingFailed,
 )
-from fedpeft.folding import squared_norm
-from fedpeft.mapped import mapped
-from fedpeft.rounds import Phase, Round, Ticket, TicketState
+from fedpeft.process import durable, locks
+from fedpeft.process.mapped_files import mapped
+from fedpeft.rounds import conduct, state_machine
+from fedpeft.rounds.commit import Identity, RoundEmptied
+from fedpeft.rounds.fold import squared_norm
+from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
+from fedpeft.rpc import wire
 from fedpeft.simulation.bench import Trained, Version, Workbench
 from fedpeft.simulation.clients import Clients, reading_of
 from fedpeft.simulation.leakage import leakage
 from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
 from fedpeft.simulation.versions import Versions
-from fedpeft.versions import Identity, RoundEmptied
 
 REPORT = "report.json"
 RUN = "simulation"
@@ -169,7 +174,7 @@ class _Simulation:
             book, reason = self._folded(number, version)
             if reason:
                 return self._report(initial, done, book, reason)
-            book.round = self._advance(book.round, rounds.Aggregated())
+            book.round = self._advance(book.round, state_machine.Aggregated())
             book.committed_at = time.time()
             self._settle(book.round)
             version = self._newest()
@@ -213,7 +218,7 @@ class _Simulation:
                 self._take_back(book, ticket)
             elif ticket.state is TicketState.RECEIVED:
                 self._excluded.discard(ticket.client)
-        book.round = self._advance(book.round, rounds.Excluded(excluded))
+        book.round = self._advance(book.round, state_machine.Excluded(excluded))
 
     def _take_back(self, book: RoundBook, ticket: Ticket) -> None:
         memory, client = self._bench.memory, ticket.client
@@ -238,13 +243,13 @@ class _Simulation:
                 self._say_worked(book.round)
                 continue
             here, now = book.round, book.round.deadline or time.time()
-            waiting = rounds.Waiting(self._everybody, conduct.demerits(self._conducts, here.number), math.inf)
-            after, effects = rounds.advance(here, waiting, settings, now)
+            waiting = state_machine.Waiting(self._everybody, conduct.demerits(self._conducts, here.number), math.inf)
+            after, effects = state_machine.advance(here, waiting, settings, now)
             if after is here:
-                after, effects = rounds.advance(here, rounds.TimePassed(), settings, now)
+                after, effects = state_machine.advance(here, state_machine.TimePassed(), settings, now)
             book.round = after
             for effect in effects:
-                if isinstance(effect, rounds.Pause):
+                if isinstance(effect, state_machine.Pause):
                     return effect.reason
         self._late(book, version)
         return ""
@@ -267,7 +272,7 @@ class _Simulation:
         """Lets a client use its ticket; returns the round after it."""
         trained = self._train(book, ticket, version)
         if isinstance(trained, str):
-            return self._advance(book.round, rounds.Withdrawn(ticket.id, trained))
+            return self._advance(book.round, state_machine.Withdrawn(ticket.id, trained))
         manifest, data = trained.update.manifest, trained.update.payload
         book.up[ticket.client] = len(data)
         try:
@@ -276,8 +281,8 @@ class _Simulation:
         except (ManifestInvalid, PayloadInvalid) as error:
             log.warning("update refused", round=book.round.number, client=ticket.client, cause=error.message)
             self._bench.memory.forget_residual(ticket.client)
-            return self._advance(book.round, rounds.Refused(ticket.id, f"{error.reason}: {error.message}"))
-        after = self._advance(book.round, rounds.Received(ticket.id))
+            return self._advance(book.round, state_machine.Refused(ticket.id, f"{error.reason}: {error.message}"))
+        after = self._advance(book.round, state_machine.Received(ticket.id))
         self._versions.spool(ticket.id).write_bytes(data)
         norm = math.sqrt(squared_norm(manifest, memoryview(data)))
         book.arrivals[ticket.id] = Arrival(trained.examples, norm, manifest, trained.metrics)
@@ -311,8 +316,8 @@ class _Simulation:
             if not isinstance(trained, str):
                 self._bench.memory.keep(ticket.client, residual=trained.update.residual_if_not, local=trained.local)
 
-    def _advance(self, current: Round, event: rounds.Event) -> Round:
-        return rounds.advance(current, event, self._config.rounds, time.time())[0]
+    def _advance(self, current: Round, event: state_machine.Event) -> Round:
+        return state_machine.advance(current, event, self._config.rounds, time.time())[0]
 
     def _report(self, initial: Mapping[str, float], done: list[Json], paused: RoundBook | None, reason: str) -> Json:
         bench = self._bench

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fedpeft import adapter_file
-from fedpeft.adapter_file import TensorFile, Written
-from fedpeft.mapped import mapped
-from fedpeft.payload import Tensors
-from fedpeft.screening import Extent, comparable
+from fedpeft.adapters import adapter_file
+from fedpeft.adapters.adapter_file import TensorFile, Written
+from fedpeft.adapters.payload import Tensors
+from fedpeft.process.mapped_files import mapped
+from fedpeft.rounds.commit import Identity, Stored, Update, fold_round, write_first
+from fedpeft.rounds.screening import Extent, comparable
 from fedpeft.simulation.report import RoundBook
-from fedpeft.versions import Identity, Stored, Update, fold_round, write_first
 
 ADAPTER, RECORDS = "adapter.safetensors", "records.jsonl"
 

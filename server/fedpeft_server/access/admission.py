@@ -14,7 +14,6 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from fedpeft.audit import Detail
 from fedpeft.errors import (
     CertificateInvalid,
     CertificateMissing,
@@ -23,13 +22,14 @@ from fedpeft.errors import (
     FedpeftError,
     RoleMayNot,
 )
+from fedpeft.identity.audit import Detail
 from fedpeft.identity.subject import Role, Subject
-from fedpeft.wire import CLIENT_KEY
+from fedpeft.rpc.wire import CLIENT_KEY
+from fedpeft_server.access.call import LOCAL, Call, Caller, Party, caller_of
 from fedpeft_server.access.pacing import Pacing
 from fedpeft_server.access.peers import FORWARDED_KEY, address_of
 from fedpeft_server.access.rights import RIGHTS
 from fedpeft_server.access.throttle import Throttle
-from fedpeft_server.call import LOCAL, Call, Caller, Party, caller_of
 from fedpeft_server.store.rows import Deed, IdentityRow
 from fedpeft_server.store.store import Store
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
-from fedpeft import durable
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity import certificates, keys
 from fedpeft.identity.authority import Authority
+from fedpeft.process import durable
 from fedpeft_server.access.files import Files
 
 

@@ -2,7 +2,7 @@
 
 Every bound on calls, messages, connections and log lines is in this module; docs/security.md is made from it, and
 `tests/server/test_bounds.py` tries each at its limit and beyond it. `access.pacing`, `rpc.incoming`,
-`rpc.interceptors`, `rpc.connections`, `fedpeft.metrics_port` and `enrolment.relay` enforce it.
+`rpc.interceptors`, `rpc.connections`, `fedpeft.process.metrics_port` and `enrolment.relay` enforce it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fedpeft.identity.subject import Role
-from fedpeft.metrics_port import Limits
-from fedpeft.wire import MESSAGE_LIMIT_BYTES
+from fedpeft.process.metrics_port import Limits
+from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.access.rights import Right
 
 KIB = 1024

@@ -14,11 +14,11 @@ from typing import Self
 import grpc
 from cryptography import x509
 
-from fedpeft import durable
 from fedpeft.errors import IdentityInvalid
 from fedpeft.identity import certificates, keys
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.keys import PrivateKey
+from fedpeft.process import durable
 from fedpeft_server.access.authorities import Authorities
 from fedpeft_server.access.files import Files
 

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from fedpeft.errors import TooManyCalls
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import Rate
-from fedpeft_server.call import Party
+from fedpeft_server.access.call import Party
 
 
 class Bucket:

@@ -17,7 +17,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from fedpeft import grpc_core
+from fedpeft.rpc import grpc_core
 from fedpeft_server.access import bounds
 from fedpeft_server.enrolment.relay import Relay
 

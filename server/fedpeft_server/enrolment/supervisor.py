@@ -21,8 +21,8 @@ from typing import Any
 import structlog
 from grpc_health.v1 import health_pb2
 
-from fedpeft import durable
-from fedpeft.addresses import Address
+from fedpeft.process import durable
+from fedpeft.process.addresses import Address
 from fedpeft_server.access.bounds import Refusal
 from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.metrics import Metrics

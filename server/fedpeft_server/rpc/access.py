@@ -37,18 +37,19 @@ from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
 from fedpeft.v1 import access_service_pb2 as pb
 from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
+from fedpeft_server.access import untrusted_text
 from fedpeft_server.access.admission import Admission
+from fedpeft_server.access.call import CALL, actor
 from fedpeft_server.access.certificates import ServerCertificates
-from fedpeft_server.call import CALL, actor
-from fedpeft_server.rounds.runs import Runs
-from fedpeft_server.rounds.unbroken import Steps, unbroken
-from fedpeft_server.rpc import pages, sayings
-from fedpeft_server.rpc.callers import Callers
-from fedpeft_server.rpc.incoming import Context
+from fedpeft_server.rpc import pages
 from fedpeft_server.rpc.messages import audit_message, identity_message, token_message
+from fedpeft_server.rpc.sessions import Callers
+from fedpeft_server.runs.runs import Runs
+from fedpeft_server.runs.shielded import Steps, unbroken
 from fedpeft_server.store.identities import Issue, Issued
 from fedpeft_server.store.rows import IdentityRow, TokenRow
 from fedpeft_server.store.store import Store
+from fedpeft_server.uploads.incoming import Context
 
 log = structlog.get_logger()
 
@@ -125,7 +126,7 @@ class Access(pb_grpc.AccessServiceServicer):
 
         secret, public = token.digest(request.secret).hex(), _digest(key)
         used = await self._enroll(secret, public, issue)
-        software = sayings.software(request.software)
+        software = untrusted_text.software(request.software)
         # Who was let in again just now has a certificate that begins in the next second: the device must not be early.
         await asyncio.sleep(made[0].not_valid_before_utc.timestamp() - time.time())
         log.info("enrolled", subject=str(used.subject), token=used.id, software=software)
@@ -151,7 +152,7 @@ class Access(pb_grpc.AccessServiceServicer):
             raise CertificateMissing(
                 "this connection is plain text, so there is no identity to revoke; it is enough to stop the client"
             )
-        reason = sayings.reason(request.reason) or "it left"
+        reason = untrusted_text.reason(request.reason) or "it left"
         tickets = await self._leave(subject, reason, asyncio.current_task())
         return pb.LeaveResponse(tickets=tickets)
 
@@ -194,7 +195,7 @@ class Access(pb_grpc.AccessServiceServicer):
         subject = _subject(request.role, request.name)
         if subject == CALL.get().caller.subject:
             raise SelfRevocation(f"you are {subject}; have another operator revoke you")
-        row = await self._revoke(subject, sayings.reason(request.reason), actor(), unseen=request.unseen)
+        row = await self._revoke(subject, untrusted_text.reason(request.reason), actor(), unseen=request.unseen)
         return pb.RevokeIdentityResponse(identity=identity_message(row, self._trusts(row)))
 
     async def RestoreIdentity(self, request: pb.RestoreIdentityRequest, context: Context) -> pb.RestoreIdentityResponse:

@@ -10,9 +10,9 @@ import structlog
 
 from fedpeft.errors import FedpeftError
 from fedpeft_server.access import bounds
+from fedpeft_server.access.call import CALL, Call, Party
 from fedpeft_server.access.pacing import Bucket
 from fedpeft_server.access.throttle import Throttle
-from fedpeft_server.call import CALL, Call, Party
 from fedpeft_server.metrics import Metrics
 
 log = structlog.get_logger()

@@ -9,7 +9,7 @@ from functools import partial
 
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
-from fedpeft_server.store.open_file import LateFile
+from fedpeft_server.store.blobs.open_file import LateFile
 from fedpeft_server.store.store import Store
 
 CHUNKS = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 
-from fedpeft.wire import MESSAGE_LIMIT_BYTES
+from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.access.bounds import PortBound
 
 Options = tuple[tuple[str, int], ...]

@@ -7,7 +7,8 @@ import time
 from collections.abc import AsyncIterator, Collection
 from functools import partial
 
-from fedpeft import PROTOCOL, __version__, figures, seeds, tracing
+from fedpeft import PROTOCOL, __version__, seeds
+from fedpeft.adapters.payload import chunks
 from fedpeft.errors import (
     AnswerInvalid,
     CapabilitiesInvalid,
@@ -23,29 +24,31 @@ from fedpeft.errors import (
     TicketOfAnother,
     VersionNotFound,
 )
-from fedpeft.payload import chunks
-from fedpeft.rounds import Ticket
+from fedpeft.process import tracing
+from fedpeft.rounds import metric_values
+from fedpeft.rounds.state_machine import Ticket
+from fedpeft.rpc.timing import HOLD_S
+from fedpeft.rpc.wire import training_to_proto
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.v1 import run_pb2
-from fedpeft.waits import HOLD_S
-from fedpeft.wire import training_to_proto
-from fedpeft_server.call import CALL, actor
+from fedpeft_server.access import untrusted_text
+from fedpeft_server.access.call import CALL, actor
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.rounds.engine import RunEngine
-from fedpeft_server.rounds.runs import Runs
-from fedpeft_server.rpc import pages, sayings
+from fedpeft_server.rpc import pages
 from fedpeft_server.rpc.caller_log import CallerLog
-from fedpeft_server.rpc.callers import Callers
 from fedpeft_server.rpc.chunk_cache import ChunkCache
-from fedpeft_server.rpc.incoming import Context
 from fedpeft_server.rpc.messages import ROLES, RUN_STATES, TICKET_STATES, run_message, timestamp
-from fedpeft_server.rpc.turns import Turns
-from fedpeft_server.rpc.uploads import Uploads
-from fedpeft_server.store.outbound import Encoded
+from fedpeft_server.rpc.sessions import Callers
+from fedpeft_server.runs.engine import RunEngine
+from fedpeft_server.runs.runs import Runs
+from fedpeft_server.store.blobs.download_cache import Encoded
 from fedpeft_server.store.rows import AnswerRow, FailedEvaluation, RunRow, UpdateRow
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import Ledger
+from fedpeft_server.uploads.incoming import Context
+from fedpeft_server.uploads.pipeline import Uploads
+from fedpeft_server.uploads.transfer_slots import Turns
 
 _LISTED = 16
 """Most runs that Register lists; AwaitRound offers all of them, so this is for callers that only want to show some."""
@@ -93,13 +96,13 @@ class Federation(pb_grpc.FederationServiceServicer):
         role = _ROLE_NAMES.get(request.role)
         if role is None:
             raise CapabilitiesInvalid("the role must be trainer or evaluator", (("role", "is unspecified"),))
-        earlier = sayings.processes(request.earlier_processes)
+        earlier = untrusted_text.processes(request.earlier_processes)
         if request.dry_run:
             client = callers.rehearse(context, role, earlier)
         else:
             client = callers.identify(context, registers=True, earlier=earlier)
         _check_protocol(request)
-        capabilities = sayings.capabilities(request.capabilities)
+        capabilities = untrusted_text.capabilities(request.capabilities)
         response = self._welcome(request)
         if request.dry_run:
             return response
@@ -138,14 +141,14 @@ class Federation(pb_grpc.FederationServiceServicer):
         """Takes what a client says to the offer of a run."""
         client = self._callers.identify(context)
         self._callers.role(client)
-        reasons = sayings.decline(request.reasons)
+        reasons = untrusted_text.decline(request.reasons)
         accepted = request.answer == pb.ANSWER_ACCEPTED
         if not accepted and request.answer != pb.ANSWER_DECLINED:
             raise AnswerInvalid("the answer must be accepted or declined", (("answer", "is unspecified"),))
         if not accepted and not reasons:
             raise AnswerInvalid("a decline must say why", (("reasons", "are empty"),))
-        if request.examples > sayings.MAX_EXAMPLES:
-            fault = f"is {request.examples}; at most {sayings.MAX_EXAMPLES} are taken"
+        if request.examples > untrusted_text.MAX_EXAMPLES:
+            fault = f"is {request.examples}; at most {untrusted_text.MAX_EXAMPLES} are taken"
             raise AnswerInvalid(f"examples {fault}", (("examples", fault),))
         answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, request.examples, time.time())
         await self._runs.answer(answer, actor())
@@ -238,7 +241,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = self._callers.identify(context)
         engine, ticket, _ = await self._ticket(request.ticket, client)
         try:
-            state = await engine.withdraw(ticket, sayings.reason(request.reason), actor())
+            state = await engine.withdraw(ticket, untrusted_text.reason(request.reason), actor())
         except TicketNotFound:  # its round is over
             state = (await self._runs.ticket(ticket.id))[1].state
         return pb.WithdrawResponse(state=TICKET_STATES[state])
@@ -265,7 +268,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._ledger.assign(engine.run.id, request.version, client, training=False)
         if request.failure:
             return await self._cannot_score(request, engine, client)
-        figures.check_evaluation(request.metrics)
+        metric_values.check_evaluation(request.metrics)
         split = request.split or "test"
         if not _SPLIT.fullmatch(split):
             fault = "must be 1 to 64 of lower-case letters, digits, '_' and '-'"
@@ -291,7 +294,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         if request.metrics:
             fault = "come with a failure, which says that there are none"
             raise MetricsInvalid(f"metrics {fault}", (("metrics", fault),))
-        failure = FailedEvaluation(run, version, client, sayings.reason(request.failure), time.time())
+        failure = FailedEvaluation(run, version, client, untrusted_text.reason(request.failure), time.time())
         await self._runs.scoring.failed(failure)
         self._callers.scored(client, (run, version))
         self._runs.show_backlog(engine)

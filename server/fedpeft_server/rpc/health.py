@@ -8,7 +8,7 @@ from typing import Any
 from grpc_health.v1 import health, health_pb2
 
 from fedpeft import PROTOCOL
-from fedpeft.greeting import Greeting
+from fedpeft.rpc.server_info import Greeting
 
 
 class Health(health.aio.HealthServicer):

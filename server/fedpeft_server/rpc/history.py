@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
-from fedpeft.rounds import Phase, Round
+from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.v1 import run_pb2
-from fedpeft_server.rounds.engine import RunEngine
 from fedpeft_server.rpc.messages import round_message, ticket_message
 from fedpeft_server.rpc.pages import MOST, PAGE_BYTES
-from fedpeft_server.store.figure_queries import RECORDS
+from fedpeft_server.runs.engine import RunEngine
+from fedpeft_server.store.queries.figures import RECORDS
 from fedpeft_server.store.rows import Place, RoundFigures
 from fedpeft_server.store.store import Store
 from fedpeft_server.traffic import Ledger

@@ -29,17 +29,17 @@ from fedpeft.errors import (
     TransferStalled,
     Unauthenticated,
 )
-from fedpeft.status import abort
-from fedpeft.waits import STALL_S
-from fedpeft.wire import MESSAGE_LIMIT_BYTES
+from fedpeft.rpc.status import abort
+from fedpeft.rpc.timing import STALL_S
+from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.access import bounds
 from fedpeft_server.access.admission import Admission, peer_of
-from fedpeft_server.call import CALL, Call
+from fedpeft_server.access.call import CALL, Call
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc.caller_log import CallerLog
-from fedpeft_server.rpc.incoming import Context, Incoming, Refused, Slots
 from fedpeft_server.rpc.requests import Requests
 from fedpeft_server.traffic import Ledger
+from fedpeft_server.uploads.incoming import Context, Incoming, Refused, Slots
 
 log = structlog.get_logger()
 

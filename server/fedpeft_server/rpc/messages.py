@@ -7,14 +7,14 @@ from dataclasses import asdict
 
 from google.protobuf import timestamp_pb2
 
-from fedpeft.audit import AuditEntry
 from fedpeft.identity import roles
-from fedpeft.rounds import Phase, TicketState
+from fedpeft.identity.audit import AuditEntry
+from fedpeft.rounds.state_machine import Phase, TicketState
+from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES, config_to_proto, spec_to_proto
 from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2
-from fedpeft.wire import MESSAGE_LIMIT_BYTES, config_to_proto, spec_to_proto
-from fedpeft_server.rounds.progress import Progress, State, Verdict
-from fedpeft_server.rounds.scoring import Standing
 from fedpeft_server.rpc.pages import fitting
+from fedpeft_server.runs.progress import Progress, State, Verdict
+from fedpeft_server.runs.scoring import Standing
 from fedpeft_server.store.rows import (
     AnswerRow,
     ClientRow,

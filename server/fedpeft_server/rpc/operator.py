@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedpeft import payload
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import CHUNK_BYTES, Manifest
+from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.errors import (
     BlobCorrupt,
     ChunkInvalid,
@@ -26,22 +28,16 @@ from fedpeft.errors import (
     SpecInvalid,
     VersionNotFound,
 )
-from fedpeft.payload import CHUNK_BYTES, Manifest
-from fedpeft.rounds import Round
-from fedpeft.spec import AdapterSpec
+from fedpeft.rounds.commit import write_first
+from fedpeft.rounds.state_machine import Round
+from fedpeft.rpc.wire import config_from_proto, manifest_from_proto, spec_from_proto
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import operator_service_pb2_grpc as pb_grpc
 from fedpeft.v1 import run_pb2, tensor_pb2
-from fedpeft.versions import write_first
-from fedpeft.wire import config_from_proto, manifest_from_proto, spec_from_proto
-from fedpeft_server.call import actor
-from fedpeft_server.rounds.aggregation import identity
-from fedpeft_server.rounds.engine import RunEngine
-from fedpeft_server.rounds.runs import Runs
-from fedpeft_server.rpc import pages, sayings
-from fedpeft_server.rpc.callers import Callers
+from fedpeft_server.access import untrusted_text
+from fedpeft_server.access.call import actor
+from fedpeft_server.rpc import pages
 from fedpeft_server.rpc.history import History
-from fedpeft_server.rpc.incoming import Context
 from fedpeft_server.rpc.messages import (
     AWAITED,
     EVALUATORS,
@@ -51,11 +47,16 @@ from fedpeft_server.rpc.messages import (
     run_message,
     scoring_message,
 )
-from fedpeft_server.rpc.uploads import Uploads
-from fedpeft_server.store.open_file import OpenFile
+from fedpeft_server.rpc.sessions import Callers
+from fedpeft_server.runs.aggregation import identity
+from fedpeft_server.runs.engine import RunEngine
+from fedpeft_server.runs.runs import Runs
+from fedpeft_server.store.blobs.open_file import OpenFile
 from fedpeft_server.store.rows import ClientRow, Place, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key, version_key
 from fedpeft_server.traffic import Ledger
+from fedpeft_server.uploads.incoming import Context
+from fedpeft_server.uploads.pipeline import Uploads
 
 WATCH_S = 0.1
 """Changes of a run that come within this time are told as one."""
@@ -159,7 +160,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def PauseRun(self, request: pb.PauseRunRequest, context: Context) -> pb.PauseRunResponse:
         """Lets no new round open."""
         engine = self._runs.get(request.run)
-        await engine.pause(sayings.reason(request.reason), actor())
+        await engine.pause(untrusted_text.reason(request.reason), actor())
         return pb.PauseRunResponse(run=await self._run(engine))
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
@@ -171,13 +172,13 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
         """Ends a run for good."""
         engine = self._runs.get(request.run)
-        await engine.stop(sayings.reason(request.reason), actor())
+        await engine.stop(untrusted_text.reason(request.reason), actor())
         return pb.StopRunResponse(run=await self._run(engine))
 
     async def RollbackRun(self, request: pb.RollbackRunRequest, context: Context) -> pb.RollbackRunResponse:
         """Takes a run back to an earlier version."""
         engine = self._runs.get(request.run)
-        await engine.roll_back(request.version, sayings.reason(request.reason), actor())
+        await engine.roll_back(request.version, untrusted_text.reason(request.reason), actor())
         return pb.RollbackRunResponse(run=await self._run(engine))
 
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:

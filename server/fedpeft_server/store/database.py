@@ -11,24 +11,28 @@ from types import MappingProxyType
 
 from sqlalchemy import Connection, Engine
 
-from fedpeft.conduct import Conduct
 from fedpeft.errors import RequestIdReused
-from fedpeft.rounds import Round
-from fedpeft_server.store import (
-    answer_queries,
-    client_queries,
-    evaluation_queries,
-    figure_queries,
-    past_queries,
-    round_queries,
-    run_queries,
-)
+from fedpeft.rounds.conduct import Conduct
+from fedpeft.rounds.state_machine import Round
 from fedpeft_server.store.connection import connect, opening
 from fedpeft_server.store.evaluations import merged
-from fedpeft_server.store.figure_queries import Pending
 from fedpeft_server.store.identities import Identities
 from fedpeft_server.store.migrations import migrate
-from fedpeft_server.store.past_queries import Taken
+from fedpeft_server.store.queries import (
+    clients as client_queries,
+)
+from fedpeft_server.store.queries import (
+    evaluations,
+    figures,
+    participation,
+    past,
+    rounds,
+)
+from fedpeft_server.store.queries import (
+    runs as run_queries,
+)
+from fedpeft_server.store.queries.figures import Pending
+from fedpeft_server.store.queries.past import Taken
 from fedpeft_server.store.rows import (
     AnswerRow,
     ClientRow,
@@ -188,8 +192,8 @@ class Database:
             for client, update in received.items()
         }
         with self._writing(state, traffic, deeds) as connection:
-            round_queries.put_updates(connection, received)
-            round_queries.count_at_least(connection, least)
+            rounds.put_updates(connection, received)
+            rounds.count_at_least(connection, least)
 
     def commit_round(
         self,
@@ -228,19 +232,19 @@ class Database:
             RunNotFound: If its run does not exist.
         """
         with self._writing(state, traffic, ()) as connection:
-            if round_queries.has_result(connection, state, record_sha256):
+            if rounds.has_result(connection, state, record_sha256):
                 return
-            round_queries.put_result(connection, state, committed_at, weights, record, record_sha256, metrics)
+            rounds.put_result(connection, state, committed_at, weights, record, record_sha256, metrics)
             run_queries.put_version(connection, version)
             run_queries.update_run(connection, state.run, run_state, reason, version.version)
-            answer_queries.put_conducts(connection, state.run, conducts)
+            participation.put_conducts(connection, state.run, conducts)
             for deed in deeds:
                 self.transactions.append(connection, deed)
 
     def current_round(self, run_id: str) -> RoundRow | None:
         """Returns the round of the highest number, or None if there is none."""
         with self._reading() as connection:
-            return round_queries.select_current(connection, run_id)
+            return rounds.select_current(connection, run_id)
 
     def rounds_from(
         self,
@@ -249,7 +253,7 @@ class Database:
         most_rounds: int,
         most_tickets: int,
         pending: Pending,
-        characters: int = figure_queries.RECORDS,
+        characters: int = figures.RECORDS,
     ) -> tuple[list[RoundFigures], Place | None]:
         """Returns rounds of a run as they are shown, oldest first, and where to go on.
 
@@ -266,22 +270,22 @@ class Database:
             The rounds, and the place after them; None at the end.
         """
         with self._reading() as connection:
-            return figure_queries.select_from(connection, run_id, place, most_rounds, most_tickets, pending, characters)
+            return figures.select_from(connection, run_id, place, most_rounds, most_tickets, pending, characters)
 
     def round_with(self, run_id: str, number: int, tickets: Sequence[str], pending: Pending) -> RoundFigures | None:
         """Returns a round as it is shown, with the named ones of its tickets; None if it was never written."""
         with self._reading() as connection:
-            return figure_queries.select_with(connection, run_id, number, tickets, pending)
+            return figures.select_with(connection, run_id, number, tickets, pending)
 
     def standing(self, run_id: str, number: int) -> Standing:
         """Returns what the gauges of a run show; `number` is its round in progress."""
         with self._reading() as connection:
-            return figure_queries.select_standing(connection, run_id, number)
+            return figures.select_standing(connection, run_id, number)
 
     def ticket_ids(self, run_id: str) -> list[str]:
         """Returns the ids of all tickets of a run."""
         with self._reading() as connection:
-            return round_queries.select_ticket_ids(connection, run_id)
+            return rounds.select_ticket_ids(connection, run_id)
 
     def ticket(self, ticket_id: str) -> TicketRow:
         """Returns a ticket.
@@ -290,12 +294,12 @@ class Database:
             TicketNotFound: If there is none of that id.
         """
         with self._reading() as connection:
-            return round_queries.select_ticket(connection, ticket_id)
+            return rounds.select_ticket(connection, ticket_id)
 
     def update(self, ticket_id: str) -> UpdateRow | None:
         """Returns what was received for a ticket, or None."""
         with self._reading() as connection:
-            return round_queries.select_update(connection, ticket_id)
+            return rounds.select_update(connection, ticket_id)
 
     def to_fold(self, run_id: str, number: int, base: int, earlier: Sequence[int]) -> ToFold:
         """Returns what round `number` is folded from, and norms and examples of the `earlier` ones.
@@ -305,22 +309,22 @@ class Database:
             VersionNotFound: If the run has no version `base`.
         """
         with self._reading() as connection:
-            row = round_queries.select_current(connection, run_id)
+            row = rounds.select_current(connection, run_id)
             version = run_queries.select_version(connection, run_id, base)
             # That of the round before, not the newest: this one's may be there, if its commit was made, not answered.
-            previous = round_queries.select_record_sha256(connection, run_id, number - 1)
-            norms = round_queries.select_norms(connection, run_id, earlier)
+            previous = rounds.select_record_sha256(connection, run_id, number - 1)
+            norms = rounds.select_norms(connection, run_id, earlier)
         return ToFold(row.updates if row else {}, version, previous, norms)
 
     def pasts(self, run_id: str, number: int, clients: Sequence[str]) -> dict[str, list[Taken]]:
         """Returns what the last rounds before one took some clients, the newest first; see `past_queries`."""
         with self._reading() as connection:
-            return past_queries.select_pasts(connection, run_id, number, clients)
+            return past.select_pasts(connection, run_id, number, clients)
 
     def record_sha256(self, run_id: str, number: int) -> str:
         """Returns the digest of the record of a round, hexadecimal, or "" if there is none."""
         with self._reading() as connection:
-            return round_queries.select_record_sha256(connection, run_id, number)
+            return rounds.select_record_sha256(connection, run_id, number)
 
     @contextmanager
     def _writing(self, state: Round, traffic: Bytes, deeds: Deeds) -> Iterator[Connection]:
@@ -329,8 +333,8 @@ class Database:
         try:
             with self._transaction(*deeds) as connection:
                 same = before is not None and before.number == state.number
-                round_queries.put_round(connection, state, before if same else None)
-                round_queries.add_traffic(connection, traffic, known=(state.run,))
+                rounds.put_round(connection, state, before if same else None)
+                rounds.add_traffic(connection, traffic, known=(state.run,))
                 yield connection
         except BaseException:
             self._written.pop(state.run, None)
@@ -342,20 +346,20 @@ class Database:
     def add_traffic(self, traffic: Bytes) -> None:
         """Adds bytes to what was counted; those of runs that do not exist are dropped."""
         with self._transaction() as connection:
-            round_queries.add_traffic(connection, traffic)
+            rounds.add_traffic(connection, traffic)
 
     def count_at_least(self, least: Bytes, traffic: Bytes = NONE) -> None:
         """Adds `traffic` to what was counted, then raises payloads that are below `least`, and the wire by as much."""
         with self._transaction() as connection:
-            round_queries.add_traffic(connection, traffic)
-            round_queries.count_at_least(connection, least)
+            rounds.add_traffic(connection, traffic)
+            rounds.count_at_least(connection, least)
 
     def count_spooled(self, sizes: Mapping[str, int]) -> None:
         """Counts of uploads, by ticket, at least what the spool holds: a process that was killed may not have."""
         with self._transaction() as connection:
-            places = round_queries.select_places(connection, sizes)
+            places = rounds.select_places(connection, sizes)
             least = {place: Traffic(payload_up=sizes[ticket]) for ticket, place in places.items()}
-            round_queries.count_at_least(connection, least)
+            rounds.count_at_least(connection, least)
 
     def put_evaluation(
         self, run: str, version: int, evaluator: str, split: str, metrics: Mapping[str, float], at: float
@@ -391,17 +395,17 @@ class Database:
         """
         with self._transaction() as connection:
             run_queries.select_version(connection, failure.run, failure.version)
-            evaluation_queries.put_failed(connection, failure)
+            evaluations.put_failed(connection, failure)
 
     def failed_evaluations(self, run_id: str, evaluator: str) -> dict[int, str]:
         """Returns why an evaluator could not score versions of a run, by version."""
         with self._reading() as connection:
-            return evaluation_queries.select_failed(connection, run_id, evaluator)
+            return evaluations.select_failed(connection, run_id, evaluator)
 
     def forget_failed_evaluations(self, evaluator: str, run_id: str = "", version: int = 0) -> None:
         """Deletes what an evaluator could not score: everything, or one version of a run."""
         with self._transaction() as connection:
-            evaluation_queries.delete_failed(connection, evaluator, run_id, version)
+            evaluations.delete_failed(connection, evaluator, run_id, version)
 
     # Clients and their answers
 
@@ -413,17 +417,17 @@ class Database:
         """
         with self._transaction() as connection:
             run_queries.select_run(connection, answer.run)
-            answer_queries.put_answer(connection, answer)
+            participation.put_answer(connection, answer)
 
     def put_conducts(self, run_id: str, conducts: Mapping[str, Conduct], deeds: Deeds = ()) -> None:
         """Writes how clients used their last tickets of a run."""
         with self._transaction(*deeds) as connection:
-            answer_queries.put_conducts(connection, run_id, conducts)
+            participation.put_conducts(connection, run_id, conducts)
 
     def answers(self) -> list[AnswerRow]:
         """Returns what clients answered, of all runs."""
         with self._reading() as connection:
-            return answer_queries.select_answers(connection)
+            return participation.select_answers(connection)
 
     def see_client(
         self, client: str, instance: str, role: str, capabilities: bytes, at: float, process: str = ""

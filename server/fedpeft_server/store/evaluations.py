@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedpeft.figures import MAX_EVALUATION
+from fedpeft.rounds.metric_values import MAX_EVALUATION
 
 EXAMPLES = "examples"
 """The figure that weighs the others: how many examples were scored."""

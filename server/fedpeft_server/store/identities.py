@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from sqlalchemy import Connection
 
 from fedpeft import ids
-from fedpeft.audit import Detail
 from fedpeft.errors import (
     IdentityNotFound,
     NameInUse,
@@ -18,8 +17,9 @@ from fedpeft.errors import (
     TokenUnknown,
     TokenUsed,
 )
+from fedpeft.identity.audit import Detail
 from fedpeft.identity.subject import Role, Subject
-from fedpeft_server.store import access_queries
+from fedpeft_server.store.queries import access
 from fedpeft_server.store.rows import Deed, IdentityRow, TokenRow
 from fedpeft_server.store.transactions import Transactions
 
@@ -69,12 +69,12 @@ class Identities:
         with self._transactions.begin(deed) as connection:
             _refuse_shared_id(connection, token.subject)
             _refuse_new_option(connection, token.subject)
-            access_queries.insert_token(connection, token)
+            access.insert_token(connection, token)
 
     def tokens_after(self, after: tuple[float, str], most: int) -> list[TokenRow]:
         """Returns the first so many tokens after a (time of creation, digest), oldest first."""
         with self._transactions.read() as connection:
-            return access_queries.select_tokens(connection, after, most)
+            return access.select_tokens(connection, after, most)
 
     def delete_token(self, token_id: str, actor: str) -> None:
         """Deletes a token.
@@ -83,13 +83,13 @@ class Identities:
             TokenNotFound: If there is none of that id.
         """
         with self._transactions.begin(Deed(actor, "token.deleted", token_id)) as connection:
-            if not access_queries.delete_token(connection, token_id):
+            if not access.delete_token(connection, token_id):
                 raise TokenNotFound(f"there is no enrolment token {token_id!r}")
 
     def purge_tokens(self, before: float) -> None:
         """Deletes the tokens that expired before a time; they have been worthless since."""
         with self._transactions.begin() as connection:
-            access_queries.delete_tokens_until(connection, before)
+            access.delete_tokens_until(connection, before)
 
     def enroll(self, secret_sha256: str, key_sha256: str, now: float, issue: Issue) -> tuple[TokenRow, IdentityRow]:
         """Uses a token; with the key that used it first as often as asked for. A revoked subject is admitted again.
@@ -111,17 +111,17 @@ class Identities:
             NameInUse: As `add_token`; another token may have been used meanwhile.
         """
         with self._transactions.begin() as connection:
-            token = access_queries.select_token(connection, secret_sha256)
+            token = access.select_token(connection, secret_sha256)
             if token is None:
                 raise TokenUnknown("the enrolment token is not known here: it was deleted, or is another server's")
             _check(token, key_sha256, now)
             _refuse_shared_id(connection, token.subject)
-            known = access_queries.select_identity(connection, token.subject) or IdentityRow(token.subject)
+            known = access.select_identity(connection, token.subject) or IdentityRow(token.subject)
             if known.is_revoked:  # its older tokens were deleted then: an operator wants it back
-                access_queries.put_restored(connection, token.subject, now)
+                access.put_restored(connection, token.subject, now)
                 known = replace(known, restored_at=now)
             issued = issue(token.subject, known.refused_until)
-            access_queries.use_token(connection, secret_sha256, key_sha256, token.used_at or now)
+            access.use_token(connection, secret_sha256, key_sha256, token.used_at or now)
             _put_certificate(connection, token.subject, issued)
             who = str(token.subject)
             self._transactions.append(
@@ -142,9 +142,9 @@ class Identities:
             NameInUse: As `add_token`; another authority may give a name in both roles.
         """
         with self._transactions.begin() as connection:
-            if access_queries.select_identity(connection, subject) is None:
+            if access.select_identity(connection, subject) is None:
                 _refuse_shared_id(connection, subject)
-                access_queries.insert_identity(connection, subject)
+                access.insert_identity(connection, subject)
                 self._transactions.append(connection, Deed("server", "identity.seen", str(subject)))
 
     def revoke(
@@ -166,17 +166,17 @@ class Identities:
         action = "identity.left" if left else "identity.revoked"
         deed = Deed(actor, action, str(subject), {"reason": reason})
         with self._transactions.begin(deed) as connection:
-            known = access_queries.select_identity(connection, subject)
+            known = access.select_identity(connection, subject)
             if not unseen and known is None:
                 raise IdentityNotFound(
                     f"nobody was enrolled as {subject}, and nobody of that role and name has called with a "
                     "certificate, which plain text has not; check both, or set `unseen` to refuse it before "
                     "it does"
                 )
-            access_queries.delete_tokens_of(connection, subject)
+            access.delete_tokens_of(connection, subject)
             if known is None or not known.is_revoked:  # the first time and reason count, however often it is repeated
-                access_queries.put_revoked(connection, subject, at, reason)
-            found = access_queries.select_identity(connection, subject)
+                access.put_revoked(connection, subject, at, reason)
+            found = access.select_identity(connection, subject)
         assert found is not None
         return found
 
@@ -188,12 +188,12 @@ class Identities:
             NameInUse: As `add_token`; another may have taken the name meanwhile.
         """
         with self._transactions.begin() as connection:
-            found = access_queries.select_identity(connection, subject)
+            found = access.select_identity(connection, subject)
             if found is None:
                 raise IdentityNotFound(f"nobody of role and name {subject} has called, was enrolled or was revoked")
             if found.is_revoked:
                 _refuse_shared_id(connection, subject)
-                access_queries.put_restored(connection, subject, at)
+                access.put_restored(connection, subject, at)
                 self._transactions.append(connection, Deed(actor, "identity.restored", str(subject)))
                 found = replace(found, restored_at=at)
         return found
@@ -201,11 +201,11 @@ class Identities:
     def after(self, after: tuple[str, str], most: int | None = None) -> list[IdentityRow]:
         """Returns the first so many identities after a (role, name), or all, in that order."""
         with self._transactions.read() as connection:
-            return access_queries.select_identities(connection, after, most)
+            return access.select_identities(connection, after, most)
 
 
 def _put_certificate(connection: Connection, subject: Subject, issued: Issued) -> None:
-    access_queries.put_certificate(connection, subject, issued.at, issued.expires_at, issued.fingerprint, issued.issuer)
+    access.put_certificate(connection, subject, issued.at, issued.expires_at, issued.fingerprint, issued.issuer)
 
 
 def _check(token: TokenRow, key_sha256: str, now: float) -> None:
@@ -224,7 +224,7 @@ def _refuse_new_option(connection: Connection, subject: Subject) -> None:
     Raises:
         SubjectInvalid: If it is one.
     """
-    if ids.is_option(subject.name) and access_queries.select_identity(connection, subject) is None:
+    if ids.is_option(subject.name) and access.select_identity(connection, subject) is None:
         raise SubjectInvalid(
             f"the name {subject.name!r} begins with a hyphen, so commands take it for an option; choose another",
             (("name", "begins with a hyphen"),),
@@ -238,7 +238,7 @@ def _refuse_shared_id(connection: Connection, subject: Subject) -> None:
         NameInUse: If it is one, and not revoked.
     """
     other = _SHARED_IDS.get(subject.role)
-    found = other and access_queries.select_identity(connection, Subject(other, subject.name))
+    found = other and access.select_identity(connection, Subject(other, subject.name))
     if found and not found.is_revoked:
         raise NameInUse(
             f"{subject.name} is enrolled as {other}, and the name is its client id; choose another name, or revoke it "

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
-from fedpeft.audit import Detail
-from fedpeft.conduct import GOOD, Conduct
+from fedpeft.adapters.payload import Manifest
+from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig, TrainingConfig
+from fedpeft.identity.audit import Detail
 from fedpeft.identity.subject import Subject
-from fedpeft.payload import Manifest
-from fedpeft.rounds import Round, Ticket
-from fedpeft.screening import Extent, local_steps
-from fedpeft.spec import AdapterSpec
+from fedpeft.rounds.conduct import GOOD, Conduct
+from fedpeft.rounds.screening import Extent, local_steps
+from fedpeft.rounds.state_machine import Round, Ticket
 
 
 class RunState(StrEnum):
@@ -130,7 +130,7 @@ class ToFold:
     norms: Mapping[int, Sequence[tuple[float, int]]]
 
     def extents(self, number: int, training: TrainingConfig) -> list[Extent]:
-        """Returns the extents of the updates that count in an earlier round; see `fedpeft.screening`."""
+        """Returns the extents of the updates that count in an earlier round; see `fedpeft.rounds.screening`."""
         return [Extent(norm, local_steps(examples, training)) for norm, examples in self.norms.get(number, ())]
 
 

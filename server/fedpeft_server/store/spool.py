@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft import ids
-from fedpeft.durable import refusals, sync
+from fedpeft.adapters.payload import Manifest
 from fedpeft.errors import StateInvalid, TicketNotFound, UpdateDiffers
-from fedpeft.mapped import mapped
-from fedpeft.payload import Manifest
-from fedpeft.wire import manifest_to_proto
+from fedpeft.process.durable import refusals, sync
+from fedpeft.process.mapped_files import mapped
+from fedpeft.rpc.wire import manifest_to_proto
 from fedpeft_server.store.spool_writer import SpoolWriter
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fedpeft.durable import WRITEBACK_BYTES, refusals, start_writeback
+from fedpeft.adapters.payload import CHUNK_BYTES, Manifest, check_payload
 from fedpeft.errors import ChecksumMismatch, ChunkInvalid, FedpeftError, OffsetOutOfRange, PayloadInvalid, TurnOver
-from fedpeft.mapped import mapped, releaser
-from fedpeft.payload import CHUNK_BYTES, Manifest, check_payload
+from fedpeft.process.durable import WRITEBACK_BYTES, refusals, start_writeback
+from fedpeft.process.mapped_files import mapped, releaser
 
 if TYPE_CHECKING:
     from hashlib import _Hash

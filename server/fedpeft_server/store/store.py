@@ -14,12 +14,12 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import structlog
 
 from fedpeft.errors import DatabaseLocked
-from fedpeft.rounds import Round, TicketState
-from fedpeft_server.store.blobs import Blobs
+from fedpeft.rounds.state_machine import Round, TicketState
+from fedpeft_server.store.blobs.blobs import Blobs
+from fedpeft_server.store.blobs.download_cache import Outbound
+from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 from fedpeft_server.store.connection import BUSY_TIMEOUT_S
 from fedpeft_server.store.database import Database
-from fedpeft_server.store.open_file import LateFile, OpenFile
-from fedpeft_server.store.outbound import Outbound
 from fedpeft_server.store.spool import Spool
 
 log = structlog.get_logger()

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from fedpeft import wire
+from fedpeft.adapters.payload import Manifest
+from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig
-from fedpeft.payload import Manifest
-from fedpeft.spec import AdapterSpec
+from fedpeft.rpc import wire
 from fedpeft.v1 import tensor_pb2
 
 

@@ -155,7 +155,7 @@ answers = Table(
     Column("reasons", JSON, nullable=False),
     Column("examples", BigInteger, nullable=False),
     Column("at", Double, nullable=False),
-    # How the client used its last tickets of the run: `fedpeft.conduct`.
+    # How the client used its last tickets of the run: `fedpeft.rounds.conduct`.
     Column("missed", Integer, nullable=False, server_default="0"),
     Column("missed_in", Integer, nullable=False, server_default="0"),
     Column("refused", Integer, nullable=False, server_default="0"),
@@ -206,7 +206,7 @@ identities = Table(
     Column("issuer", String(64), nullable=False, server_default=""),
 )
 
-# Rows are added, never changed; `fedpeft.audit` says what each digest is of.
+# Rows are added, never changed; `fedpeft.identity.audit` says what each digest is of.
 audit = Table(
     "audit",
     metadata,

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 from sqlalchemy import Connection, Engine, text
 
-from fedpeft import audit
-from fedpeft.audit import AuditEntry
 from fedpeft.errors import DatabaseUnavailable, FedpeftError
-from fedpeft_server.store import audit_queries
+from fedpeft.identity import audit
+from fedpeft.identity.audit import AuditEntry
 from fedpeft_server.store.connection import reading, translated
+from fedpeft_server.store.queries import audit as audit_queries
 from fedpeft_server.store.rows import Deed
 
 

@@ -1,0 +1,1 @@
+"""Commands beside taking part: enroll, leave, status, egress log, dry run."""

@@ -1,0 +1,89 @@
+"""Ledger entries for the messages that leave this device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fedpeft.adapters.payload import chunks
+from fedpeft.v1 import access_service_pb2 as access_pb
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft_client.egress.entries import Departure, Kind
+from fedpeft_client.state.pending import Pending
+
+CHUNK_OVERHEAD_BYTES = 32
+"""Most bytes that a message adds to a chunk."""
+
+
+def enrolment(request: access_pb.EnrollRequest) -> Departure:
+    """The request for the first certificate; its secret is in no ledger."""
+    return Departure(Kind.ENROLMENT, request.ByteSize(), {"software": request.software})
+
+
+def registration(request: pb.RegisterRequest) -> Departure:
+    """Returns the entry of a registration."""
+    own = request.capabilities
+    said = {
+        "role": pb.ClientRole.Name(request.role).removeprefix("CLIENT_ROLE_").lower(),
+        "software": own.software,
+        "device": own.device,
+        "examples": own.examples,
+        "methods": list(own.methods),
+        "encodings": list(own.encodings),
+        "dry_run": request.dry_run,
+    }
+    return Departure(Kind.REGISTRATION, request.ByteSize(), said, request.run)
+
+
+def answer(request: pb.AnswerOfferRequest, name: str) -> Departure:
+    """Returns the entry of an answer to the offer of a run with that name."""
+    said = {
+        "answer": pb.Answer.Name(request.answer).removeprefix("ANSWER_").lower(),
+        "examples": request.examples,
+        "reasons": list(request.reasons),
+    }
+    return Departure(Kind.ANSWER, request.ByteSize(), said, request.run, name)
+
+
+def update(pending: Pending, offset: int) -> Departure:
+    """An upload of an update that goes on at byte `offset`."""
+    manifest = pending.header.manifest
+    pieces = list(chunks(offset, manifest.payload_bytes))
+    said = {
+        "tensors": len(manifest.tensors),
+        "parameters": sum(math.prod(tensor.shape) for tensor in manifest.tensors),
+        "encoding": ", ".join(sorted({tensor.encoding for tensor in manifest.tensors})),
+        "sha256": manifest.sha256.hex(),
+        "examples": pending.header.examples,
+        "metrics": dict(sorted(pending.header.metrics.items())),
+        "offset": offset,
+    }
+    return Departure(
+        Kind.UPDATE,
+        pb.PushUpdateRequest(header=pending.header).ByteSize()
+        + sum(length + CHUNK_OVERHEAD_BYTES for _, length in pieces),
+        said,
+        pending.run,
+        round=pending.round,
+        ticket=pending.ticket,
+        payload_bytes=manifest.payload_bytes,
+    )
+
+
+def leave(request: access_pb.LeaveRequest) -> Departure:
+    """That this client leaves for good."""
+    return Departure(Kind.LEAVE, request.ByteSize(), {"reason": request.reason})
+
+
+def withdrawal(request: pb.WithdrawRequest, run: str, number: int) -> Departure:
+    """A ticket of round `number` of a run that is given back."""
+    said = {"reason": request.reason}
+    return Departure(Kind.WITHDRAWAL, request.ByteSize(), said, run, round=number, ticket=request.ticket)
+
+
+def evaluation(request: pb.PushEvaluationRequest) -> Departure:
+    """Figures of a version."""
+    said: dict[str, Any] = {"version": request.version, "metrics": dict(sorted(request.metrics.items()))}
+    if request.failure:
+        said["failure"] = request.failure
+    return Departure(Kind.EVALUATION, request.ByteSize(), said, request.run)

@@ -1,0 +1,1 @@
+"""The owner's side: the policy, its limits, sensors and metrics."""

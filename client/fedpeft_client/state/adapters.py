@@ -1,0 +1,94 @@
+"""The adapter version that is held of a run: one payload, named by its digest, and the manifest that points to it.
+
+adapter.json              {"version", "manifest"}; replaced in one rename, which is what makes a payload held
+adapter-SHA256.payload    the bytes
+adapter-VERSION.part      the first bytes of a version that is being pulled; continued after an interruption
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from fedpeft.adapters.payload import Manifest
+from fedpeft.errors import ChecksumMismatch, FedpeftError
+from fedpeft.process import durable, logs
+from fedpeft.rpc import wire
+from fedpeft.v1 import tensor_pb2
+
+_log = logs.logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An adapter version on disk whose digest was checked."""
+
+    version: int
+    manifest: Manifest
+    payload: Path
+
+
+class AdapterCache:
+    """The last adapter version of one run, in the run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._index = folder / "adapter.json"
+
+    def held(self) -> Held | None:
+        """Returns the version held, or None if there is none or its bytes are damaged (then it is pulled again)."""
+        try:
+            record = json.loads(self._index.read_bytes())
+            message = json_format.ParseDict(record["manifest"], tensor_pb2.Manifest())
+            manifest = wire.manifest_from_proto(message)
+            held = Held(int(record["version"]), manifest, self._payload(manifest))
+            if durable.sha256(held.payload) == manifest.sha256:
+                return held
+            cause = f"{held.payload.name} does not have the digest of its manifest"
+        except FileNotFoundError as error:
+            if error.filename == str(self._index):
+                return None
+            cause = str(error)
+        except (OSError, KeyError, TypeError, ValueError, json_format.Error, FedpeftError) as error:
+            cause = f"{type(error).__name__}: {error}"
+        _log.warning("the adapter version on disk is damaged; it is pulled again", file=str(self._index), cause=cause)
+        return None
+
+    def part(self, version: int) -> Path:
+        """Returns the file that collects the bytes of a version; parts of other versions are removed."""
+        part = self._folder / f"adapter-{version}.part"
+        for other in self._folder.glob("adapter-*.part"):
+            if other != part:
+                other.unlink()
+        return part
+
+    def commit(self, version: int, manifest: Manifest) -> Held:
+        """Makes the collected bytes the version held.
+
+        Raises:
+            ChecksumMismatch: If they do not have the manifest's digest; they are removed, the pull must start over.
+        """
+        part = self.part(version)
+        part.touch()
+        if durable.sha256(part) != manifest.sha256:
+            part.unlink()
+            raise ChecksumMismatch(f"adapter version {version} did not arrive as it was sent")
+        durable.sync(part)
+        durable.move(part, self._payload(manifest))
+        return self.relabel(version, manifest)
+
+    def relabel(self, version: int, manifest: Manifest) -> Held:
+        """Says that the payload of `manifest`, which is on disk, is adapter version `version`."""
+        message = json_format.MessageToDict(wire.manifest_to_proto(manifest))
+        durable.write(self._index, json.dumps({"version": version, "manifest": message}).encode())
+        held = Held(version, manifest, self._payload(manifest))
+        for other in self._folder.glob("adapter-*.payload"):
+            if other != held.payload:
+                other.unlink()
+        return held
+
+    def _payload(self, manifest: Manifest) -> Path:
+        return self._folder / f"adapter-{manifest.sha256.hex()}.payload"

@@ -1,0 +1,244 @@
+"""The update that was trained and that the server has not answered for; it survives a kill at any instant.
+
+The worker writes the files into a draft folder; one rename to `pending` commits them. Once the server has answered, one
+rename to `settled-OUTCOME` commits the decision, the right residual and the local tensors are renamed into the run's
+folder, and the rest is removed. A crash between any two steps is finished by `finish` at the next start: a file that
+is no longer in the settled folder has already been moved, so nothing is lost and nothing is counted twice.
+
+A counted update may still be excluded when its round closes. So its ticket, and the residual for that case, stay in the
+run's folder (`counted.json`, `counted.safetensors`) until the next ticket of the run; `excluded` there names the ticket
+of an excluded update that was the last one.
+
+set-aside/RUN-ROUND-TICKET/   updates that the server could not take; the oldest go where there are more than KEPT_ASIDE
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from fedpeft import ids
+from fedpeft.adapters.payload import Manifest
+from fedpeft.errors import FedpeftError, StateInvalid
+from fedpeft.process import durable, logs
+from fedpeft.rpc import wire
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft_client.state import state_dir
+
+PAYLOAD = "update.payload"
+IF_COUNTED = "residual_if_counted.safetensors"
+IF_NOT = "residual_if_not.safetensors"
+LOCAL = "local.safetensors"
+_RECORD = "ticket.json"
+_COUNTED, _IF_EXCLUDED, _EXCLUDED = "counted.json", "counted.safetensors", "excluded"
+BOX, DRAFT, ASIDE = "pending", "pending.new", "set-aside"
+KEPT_ASIDE = 8
+"""Updates that are kept aside: each is as large as any other, and nobody may be there to look at them."""
+
+_log = logs.logger()
+
+
+class Outcome(StrEnum):
+    """Outcome of an update."""
+
+    COUNTED = "counted"
+    """The server has it: the residual is what the encoding left out."""
+    NOT_COUNTED = "not-counted"
+    """It came too late or was not wanted: all of it goes into the residual."""
+    SET_ASIDE = "set-aside"
+    """The server could not take it, or found a fault in its form: all of it goes into the residual, and the update is
+    kept in `set-aside/`, for a person to look at."""
+    DROPPED = "dropped"
+    """It was wrong: it is forgotten, and with it the residual that it was made from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A trained update on disk; `header` is what its upload begins with."""
+
+    folder: Path
+    run: str
+    round: int
+    header: pb.UpdateHeader
+    policy: str
+    """Digest of the policy under which it was trained."""
+
+    @property
+    def ticket(self) -> str:
+        """Id of the ticket it was trained for."""
+        return self.header.ticket
+
+    @property
+    def payload(self) -> Path:
+        """The file with the payload's bytes."""
+        return self.folder / PAYLOAD
+
+    @property
+    def manifest(self) -> Manifest:
+        """The description of the payload."""
+        return wire.manifest_from_proto(self.header.manifest)
+
+
+class PendingBox:
+    """The one place for a pending update in a state directory, used under a policy of some digest.
+
+    Attributes:
+        aside: The folder of the updates that the server could not take.
+    """
+
+    def __init__(self, directory: state_dir.StateDirectory, policy: str) -> None:
+        self._directory = directory
+        self._policy = policy
+        self._box = directory.path / BOX
+        self._draft = directory.path / DRAFT
+        self.aside = directory.path / ASIDE
+
+    def draft(self) -> Path:
+        """Returns an empty folder for the worker to write an update into."""
+        shutil.rmtree(self._draft, ignore_errors=True)
+        self._draft.mkdir(mode=0o700)
+        return self._draft
+
+    def commit(self, run: str, number: int, header: pb.UpdateHeader) -> Pending:
+        """Makes the draft the pending update; after this a restart uploads it instead of training again."""
+        described = json_format.MessageToDict(header)
+        record = {"run": run, "round": number, "policy": self._policy, "header": described}
+        durable.write(self._draft / _RECORD, json.dumps(record).encode())
+        for path in self._draft.iterdir():
+            durable.sync(path)
+        durable.sync(self._draft)
+        durable.move(self._draft, self._box)
+        return Pending(self._box, run, number, header, self._policy)
+
+    def load(self) -> Pending | None:
+        """Returns the pending update, if there is one.
+
+        Raises:
+            StateInvalid: If it is damaged; `discard` it and its ticket will be trained again.
+        """
+        if not self._box.exists():
+            return None
+        try:
+            record = json.loads((self._box / _RECORD).read_bytes())
+            header = json_format.ParseDict(record["header"], pb.UpdateHeader())
+            policy = str(record.get("policy", ""))
+            pending = Pending(self._box, str(record["run"]), int(record["round"]), header, policy)
+            manifest = pending.manifest
+            digest = durable.sha256(pending.payload)
+        except (OSError, KeyError, TypeError, ValueError, json_format.Error, FedpeftError) as error:
+            raise StateInvalid(f"the pending update in {self._box} is damaged: {error}") from None
+        if digest != manifest.sha256:
+            raise StateInvalid(f"{pending.payload} does not have the digest of its manifest")
+        return pending
+
+    def holds(self, run: str) -> bool:
+        """Returns True if an update of a run waits for an answer, or for the end of its settlement; also if unsure."""
+        if any(self._directory.path.glob(f"settled-*@{run}")):
+            return True
+        try:
+            return bool(json.loads((self._box / _RECORD).read_bytes())["run"] == run)
+        except FileNotFoundError:
+            return self._box.exists()
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
+
+    def discard(self) -> None:
+        """Removes a damaged pending update; the residual stays as it was before it."""
+        shutil.rmtree(self._box, ignore_errors=True)
+
+    def settle(self, pending: Pending, outcome: Outcome) -> None:
+        """Records what became of the pending update: its residual takes effect, its files go."""
+        durable.move(self._box, self._settled(outcome, pending.run))
+        self.finish()
+
+    def finish(self) -> None:
+        """Finishes what a killed process had begun to settle."""
+        for outcome in Outcome:
+            for settled in self._directory.path.glob(f"settled-{outcome}@*"):
+                self._apply(settled, outcome, self._directory.run(settled.name.split("@", 1)[1]))
+
+    def counted(self, run: str) -> str | None:
+        """Returns the ticket of the last update of a run that counted, until that is settled for good."""
+        try:
+            record = json.loads((self._directory.run(run) / _COUNTED).read_bytes())
+            return str(record["header"]["ticket"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            path = self._directory.path / "runs" / run / _COUNTED
+            _log.warning("note on the last update is damaged; it is taken as counted", file=str(path), cause=str(error))
+            self.confirm(run)
+            return None
+
+    def confirm(self, run: str) -> None:
+        """Settles that the last update of a run was folded."""
+        folder = self._directory.run(run)
+        for name in (_EXCLUDED, _IF_EXCLUDED, _COUNTED):
+            (folder / name).unlink(missing_ok=True)
+        durable.sync(folder)
+
+    def take_back(self, run: str) -> bool:
+        """Settles that the last update of a run was excluded; a crash in the middle is mended by calling it again.
+
+        Returns:
+            Whether it is in the residual now; False if residual and update were dropped, because the one before it was
+            excluded too.
+        """
+        folder, ticket = self._directory.run(run), self.counted(run) or ""
+        before = folder / _EXCLUDED
+        last = before.read_text("ascii") if before.exists() else ""
+        second = last not in ("", ticket)
+        if second:
+            state_dir.residual(folder).unlink(missing_ok=True)
+        else:
+            durable.write(before, ticket.encode())
+            if (folder / _IF_EXCLUDED).exists():
+                durable.move(folder / _IF_EXCLUDED, state_dir.residual(folder))
+        left = (_IF_EXCLUDED, _COUNTED, _EXCLUDED) if second else (_IF_EXCLUDED, _COUNTED)
+        for name in left:
+            (folder / name).unlink(missing_ok=True)
+        durable.sync(folder)
+        return not second
+
+    def _settled(self, outcome: Outcome, run: str) -> Path:
+        return self._directory.path / f"settled-{outcome}@{run}"
+
+    def _apply(self, settled: Path, outcome: Outcome, folder: Path) -> None:
+        moves = {LOCAL: state_dir.local(folder)}
+        if outcome is Outcome.COUNTED:
+            moves[IF_COUNTED] = state_dir.residual(folder)
+            moves[IF_NOT] = folder / _IF_EXCLUDED
+            moves[_RECORD] = folder / _COUNTED  # last: it says that there is the other
+        elif outcome in (Outcome.NOT_COUNTED, Outcome.SET_ASIDE):
+            moves[IF_NOT] = state_dir.residual(folder)
+        else:
+            moves = {}
+            state_dir.residual(folder).unlink(missing_ok=True)
+            durable.sync(folder)
+        for name, target in moves.items():
+            if (settled / name).exists():
+                durable.move(settled / name, target)
+        if outcome is Outcome.SET_ASIDE:
+            self._keep(settled, folder.name)
+        else:
+            shutil.rmtree(settled)
+            durable.sync(settled.parent)
+
+    def _keep(self, settled: Path, run: str) -> None:
+        """Moves what is left of a settled update to those that are kept aside."""
+        self.aside.mkdir(mode=0o700, exist_ok=True)
+        (settled / IF_COUNTED).unlink(missing_ok=True)
+        record = json.loads((settled / _RECORD).read_bytes())
+        ticket = str(record["header"]["ticket"])
+        named = ticket if ids.TICKET.fullmatch(ticket) else "ticket"  # the server chose it
+        place = self.aside / f"{run}-{int(record['round']):06}-{named}"
+        shutil.rmtree(place, ignore_errors=True)  # the same ticket, trained and set aside once more
+        durable.move(settled, place)
+        for old in sorted(self.aside.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-KEPT_ASIDE]:
+            _log.warning("an update that was set aside is removed: only the newest are kept", folder=str(old))
+            shutil.rmtree(old)

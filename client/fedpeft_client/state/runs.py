@@ -1,0 +1,67 @@
+"""A run of the server, as this client knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf import json_format
+
+from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.codecs import codecs
+from fedpeft.config import RunConfig
+from fedpeft.rpc import wire
+from fedpeft.v1 import run_pb2
+
+
+@dataclass(frozen=True)
+class KnownRun:
+    """A run as the server describes it; agent and worker both read it from the same message.
+
+    Attributes:
+        id: The server's id of it.
+        config: The run file.
+        spec: Every tuned tensor.
+        fingerprint: SHA-256 of the frozen tensors, hexadecimal.
+        version: Newest committed adapter version when it was read.
+        message: The message itself.
+    """
+
+    id: str
+    config: RunConfig
+    spec: AdapterSpec
+    fingerprint: str
+    version: int
+    message: run_pb2.Run
+
+    @classmethod
+    def of(cls, message: run_pb2.Run) -> KnownRun:
+        """Reads a run.
+
+        Raises:
+            ConfigInvalid: If its configuration breaks a rule, or is of a newer version of the software.
+            SpecInvalid: Likewise for its adapter spec.
+        """
+        return cls(
+            message.id,
+            wire.config_from_proto(message.config),
+            wire.spec_from_proto(message.spec),
+            message.backbone_fingerprint,
+            message.version,
+            message,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what the worker needs to know of the run."""
+        return json_format.MessageToDict(self.message)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> KnownRun:
+        """Reads what `as_json` returned."""
+        return cls.of(json_format.ParseDict(data, run_pb2.Run()))
+
+    def upload_bounds(self, number: int) -> tuple[int, int]:
+        """Returns the fewest and most bytes of an update's payload in round `number` (1, 2, ...)."""
+        codec = codecs.get(self.config.codec.encoding)
+        bounds = [codec.length_bounds(tensor.size) for tensor in self.spec.sent(number)]
+        return sum(low for low, _ in bounds), sum(high for _, high in bounds)

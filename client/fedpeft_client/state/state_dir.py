@@ -1,0 +1,120 @@
+"""The state directory: what a client must still know after it was killed.
+
+lock                          held by the one process that uses the directory
+instance                      32 hexadecimal digits drawn once: which client this is
+processes                     the processes that may have registered last from here, one a line (processes.py)
+contact                       the server; it answered last when this file was touched (contact.py)
+refused                       why the server let this client in no more, if it did not since (contact.py)
+left                          when this client left for good, if it did (departing.py)
+identity/                     key and certificate of this client (fedpeft.identity.folder)
+identity.next/                the key of an enrolment that did not finish
+ledger.jsonl, ledger-*.jsonl  all that left this device (ledger.py)
+policy.toml                   what its owner allows, if it lies here (policy.py)
+policy-file                   the policy's file, if it lies elsewhere (policy.py)
+pending/                      a trained update that the server has not answered for (pending.py)
+pending.new/                  one that is being trained
+settled-OUTCOME@RUN/          one that the server has answered for, until its files are in their places
+set-aside/                    updates that the server could not take, for a person to look at
+runs/RUN/adapter.json, ...    the adapter version held last (adapters.py)
+runs/RUN/residual.safetensors what earlier updates left unsent (error feedback)
+runs/RUN/local.safetensors    tensors that are trained here and never sent
+"""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fedpeft import ids
+from fedpeft.errors import StateInvalid
+from fedpeft.process import durable, locks
+
+VARIABLE = "FEDPEFT_CLIENT_STATE_DIR"
+"""The environment variable that names it."""
+
+
+class StateDirectory:
+    """The state directory, held by this process alone from construction to `close`.
+
+    Args:
+        path: The folder; made if absent, readable by its owner only.
+
+    Raises:
+        StateInvalid: If it cannot be made, written or read, or if another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateInvalid(f"cannot use state directory {path}: {error.strerror}") from None
+        with ExitStack() as held:
+            words = f"state directory {path}", "fedpeft-client", "give each client a directory of its own"
+            held.enter_context(locks.directory(path, *words))
+            for folder in (path, identity_folder(path), *(path / "runs").glob("*")):
+                durable.sweep(folder)
+            self.instance = self._instance()
+            self._held = held.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process use the directory."""
+        self._held.close()
+
+    def run(self, run: str) -> Path:
+        """Returns the folder of a run, made if absent.
+
+        Raises:
+            StateInvalid: If the id, which the server chose, could be more than one plain folder name.
+        """
+        if not ids.RUN.fullmatch(run):
+            raise StateInvalid(f"run id {run[:80]!r} has characters that are not allowed in one")
+        folder = self.path / "runs" / run
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            durable.sync(folder.parent)
+        return folder
+
+    def _instance(self) -> str:
+        path = self.path / "instance"
+        try:
+            if not path.exists():
+                with durable.refusals(f"writing {path}"):
+                    durable.write(path, secrets.token_hex(16).encode())
+            instance = path.read_text("ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StateInvalid(f"cannot use state directory {self.path}: {error}") from None
+        if not ids.INSTANCE.fullmatch(instance):
+            raise StateInvalid(
+                f"{path} does not hold 32 hexadecimal digits; remove it and the server will see a new client"
+            )
+        return instance
+
+
+def identity_folder(path: Path) -> Path:
+    """Returns the identity folder of a state directory."""
+    return path / "identity"
+
+
+def residual(folder: Path) -> Path:
+    """Returns the file of what earlier updates of a run left unsent."""
+    return folder / "residual.safetensors"
+
+
+def local(folder: Path) -> Path:
+    """Returns the file of a run's local tensors."""
+    return folder / "local.safetensors"

@@ -1,0 +1,1 @@
+"""The connection to the server: calls, retries, transfers."""

@@ -1,0 +1,250 @@
+"""The connection to the server: who is calling on every call, errors as classes of the tree.
+
+Notable: with another certificate comes another connection. Calls that are under way end on the old one, which is closed
+after the last of them; a certificate is renewed on a connection of its own, past what holds the other up; and why
+there is no connection is looked for once a minute, not at every attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Protocol, Self, TypeVar, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from fedpeft.errors import CertificateExpired, FedpeftError, ServerUnreachable
+from fedpeft.identity.folder import Identity
+from fedpeft.rpc import diagnosis, status
+from fedpeft.rpc.channel import NO_RETRIES, open_channel
+from fedpeft.rpc.diagnosis import Trust
+from fedpeft.rpc.probe import Fault, Lasting
+from fedpeft.rpc.wire import CLIENT_KEY, INSTANCE_KEY, MESSAGE_LIMIT_BYTES, PROCESS_KEY
+from fedpeft.v1 import access_service_pb2 as access_pb
+from fedpeft.v1 import access_service_pb2_grpc as access_pb_grpc
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
+from fedpeft_client.uplink.retry import AWAIT_S, CALL_S
+from fedpeft_client.uplink.wire_checks import check_answer
+
+_OPTIONS: list[tuple[str, str | int]] = [
+    NO_RETRIES,
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+]
+
+EXPLAIN_EVERY_S = 60.0
+"""Seconds between two searches for the cause while the server stays away."""
+
+RequestT = TypeVar("RequestT", contravariant=True)
+ResponseT = TypeVar("ResponseT", covariant=True)
+CallT = TypeVar("CallT", bound=grpc.aio.Call)
+
+
+class _Unary(Protocol[RequestT, ResponseT]):
+    def __call__(
+        self, request: RequestT, /, *, timeout: float, metadata: grpc.aio.Metadata
+    ) -> Awaitable[ResponseT]: ...
+
+
+@dataclass(eq=False)
+class _Line:
+    """One connection, and how many calls are under way on it."""
+
+    channel: grpc.aio.Channel
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.federation = pb_grpc.FederationServiceStub(self.channel)
+
+
+Seen = Callable[[Message], None]
+
+
+def _unseen(_: Message) -> None:
+    """Ignores a message."""
+
+
+class Channel:
+    """The server as this client sees it. Opened inside a running event loop.
+
+    Every method raises the class of the error tree that the server raised, and `ServerUnreachable` if there was no
+    answer.
+
+    Args:
+        server: HOST:PORT.
+        name: The client's id.
+        instance: Which client of that id.
+        identity: Its certificate and key; None for plain text.
+
+    Attributes:
+        sent: Called with every message before it is sent; whoever uses a stream calls it too.
+        received: Called with every message that came, likewise.
+        process: Names this process to the server, 32 hexadecimal digits.
+    """
+
+    def __init__(self, server: str, name: str, instance: str, identity: Identity | None = None) -> None:
+        self._server = server
+        self._identity = identity
+        self._line = _Line(open_channel(server, identity, _OPTIONS))
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._old: list[_Line] = []
+        self._cause: Fault | None = None
+        self._explained_at: float | None = None
+        self.sent: Seen = _unseen
+        self.received: Seen = _unseen
+        self.process = process = secrets.token_hex(16)
+        self._metadata = grpc.aio.Metadata((CLIENT_KEY, name), (INSTANCE_KEY, instance), (PROCESS_KEY, process))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for line in (*self._old, self._line):
+            await line.channel.close()
+        await asyncio.gather(*self._leaving)
+
+    def reopen(self, identity: Identity) -> None:
+        """Makes every later call with another certificate; those under way go on as they are."""
+        self._identity = identity
+        old, self._line = self._line, _Line(open_channel(self._server, identity, _OPTIONS))
+        self._old.append(old)
+        self._tidy(old)
+
+    async def leave(self, request: access_pb.LeaveRequest) -> access_pb.LeaveResponse:
+        """Takes this client out for good."""
+        return await self._call(access_pb_grpc.AccessServiceStub(self._line.channel).Leave, request)
+
+    async def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
+        """Announces the client."""
+        return await self._call(self._line.federation.Register, request)
+
+    async def await_round(
+        self, run: str, *, until_finished: bool, left_out: Iterable[str] = ()
+    ) -> pb.AwaitRoundResponse:
+        """Asks for work, not for that of some runs; the server holds the answer back for a while if there is none."""
+        request = pb.AwaitRoundRequest(run=run, until_finished=until_finished, left_out=left_out)
+        answer = await self._call(self._line.federation.AwaitRound, request, AWAIT_S)
+        check_answer(answer, run)
+        return answer
+
+    async def answer_offer(self, request: pb.AnswerOfferRequest) -> None:
+        """Says whether this client takes part in a run."""
+        await self._call(self._line.federation.AnswerOffer, request)
+
+    async def check_runs(self, request: pb.CheckRunsRequest) -> pb.CheckRunsResponse:
+        """Asks in which state runs are."""
+        return await self._call(self._line.federation.CheckRuns, request)
+
+    async def get_upload(self, ticket: str, sha256: bytes, step: int = 0, steps: int = 0) -> pb.GetUploadResponse:
+        """Asks where an upload stands, and says how many of the training's steps are done; `steps` 0 says nothing."""
+        request = pb.GetUploadRequest(ticket=ticket, sha256=sha256, step=step, steps=steps)
+        return await self._call(self._line.federation.GetUpload, request)
+
+    async def withdraw(self, request: pb.WithdrawRequest) -> pb.WithdrawResponse:
+        """Gives a ticket up."""
+        return await self._call(self._line.federation.Withdraw, request)
+
+    async def push_evaluation(self, request: pb.PushEvaluationRequest) -> None:
+        """Reports figures of a version."""
+        await self._call(self._line.federation.PushEvaluation, request)
+
+    async def renew(self, request: access_pb.RenewRequest) -> access_pb.RenewResponse:
+        """Asks for the next certificate, on a connection of its own: an upload on a slow line lets nothing past it."""
+        async with open_channel(self._server, self._identity, _OPTIONS) as own:
+            return await self._call(access_pb_grpc.AccessServiceStub(own).Renew, request)
+
+    def pull_adapter(
+        self, request: pb.PullAdapterRequest
+    ) -> grpc.aio.UnaryStreamCall[pb.PullAdapterRequest, pb.PullAdapterResponse]:
+        """Begins a download; what goes wrong with it is for `error`."""
+        return self._counted(self._line.federation.PullAdapter(request, metadata=self._metadata))
+
+    def push_update(self) -> grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]:
+        """Begins an upload; what goes wrong with it is for `error`."""
+        return self._counted(self._line.federation.PushUpdate(metadata=self._metadata))
+
+    def error(self, error: grpc.aio.AioRpcError) -> FedpeftError:
+        """Returns the error of the tree that a failed call stands for."""
+        if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+            return ServerUnreachable(f"{self._server} did not answer in time")
+        found = status.from_rpc_error(error)
+        if isinstance(found, ServerUnreachable):
+            return ServerUnreachable(f"{self._server} cannot be reached: {error.details()}")
+        if isinstance(found, CertificateExpired) and self._identity and _is_valid(self._identity):
+            self.reopen(self._identity)  # the connection is older than the certificate; or a clock is wrong, which
+            return ServerUnreachable(found.message)  # the attempt to make another one will show
+        return found
+
+    async def _call(
+        self,
+        method: _Unary[RequestT, ResponseT],
+        request: RequestT,
+        timeout_s: float = CALL_S,
+    ) -> ResponseT:
+        self.sent(cast(Message, request))
+        line = self._line
+        line.calls += 1
+        try:
+            answer = await method(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            fault = self.error(error)
+            raise (await self._explained(fault) if isinstance(fault, ServerUnreachable) else fault) from error
+        finally:
+            line.calls -= 1
+            self._tidy(line)
+        self._explained_at = None
+        self.received(cast(Message, answer))
+        return answer
+
+    def _counted(self, call: CallT) -> CallT:
+        """Lets a streaming call hold its line until it is done."""
+        line = self._line
+        line.calls += 1
+
+        def done(_: object) -> None:
+            line.calls -= 1
+            self._tidy(line)
+
+        call.add_done_callback(done)
+        return call
+
+    def _tidy(self, line: _Line) -> None:
+        """Closes a line that is out of use."""
+        if line in self._old and not line.calls:
+            self._old.remove(line)
+            task = asyncio.get_running_loop().create_task(line.channel.close())
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def _explained(self, fault: ServerUnreachable) -> ServerUnreachable:
+        """Returns the fault with its cause, as it was found the last time that it was looked for."""
+        now = time.monotonic()
+        if self._explained_at is None or now - self._explained_at > EXPLAIN_EVERY_S:
+            self._explained_at = now
+            self._cause = await diagnosis.explain(self._server, Trust.of(self._identity) if self._identity else None)
+        if self._cause is None:
+            return fault
+        found = ServerUnreachable(str(self._cause))
+        found.lasting = isinstance(self._cause, Lasting)
+        return found
+
+
+def _is_valid(identity: Identity) -> bool:
+    return datetime.now(UTC) < identity.certificate.not_valid_after_utc

@@ -1,0 +1,172 @@
+"""Folders of runs that are over, removed once the server says so; nothing that was trained here and never left is lost.
+
+The adapter version goes at once: the server has it. Tensors that stay on this client (a personal head) are kept, for
+they are its owner's. What updates left unsent cannot be sent any more; it is kept for KEPT, because an operator may
+have a run go on from an earlier version. A run with an update that the server has not answered for is left as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from fedpeft import ids
+from fedpeft.errors import FedpeftError, LocalError
+from fedpeft.process import durable
+from fedpeft.process.logs import Log
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import run_pb2
+from fedpeft_client.egress.log import Ledger
+from fedpeft_client.owner.run_series import RunSeries
+from fedpeft_client.state import state_dir
+from fedpeft_client.state.pending import PendingBox
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.uplink.channel import Channel
+
+LOOK_S = 3600.0
+"""Interval of the search for finished runs, seconds; the first one is at the start."""
+ASKED = 32
+"""Most runs of one question."""
+KEPT = timedelta(days=30)
+"""Time for which the residual of a finished run is kept."""
+MARK = "finished"
+"""Says in a run's folder that the run is over, and by its time of modification since when that is known; empty."""
+
+_OVER = {
+    run_pb2.RUN_STATE_UNSPECIFIED: "deleted",
+    run_pb2.RUN_STATE_COMPLETED: "completed",
+    run_pb2.RUN_STATE_STOPPED: "stopped",
+}
+
+
+class FinishedRuns:
+    """Looks now and then which runs of the state directory are over, and removes what nobody needs of them."""
+
+    def __init__(
+        self, directory: StateDirectory, box: PendingBox, channel: Channel, ledger: Ledger, series: RunSeries, log: Log
+    ) -> None:
+        self._directory = directory
+        self._box = box
+        self._channel = channel
+        self._ledger = ledger
+        self._series = series
+        self._runs = directory.path / "runs"
+        self._found_over: set[str] = set()
+        self._log = log
+        self._next = 0.0
+
+    async def look(self) -> None:
+        """Looks, if it is time to; whatever stands against it, the next time will do.
+
+        Raises:
+            LocalError: If the ledger or the state directory cannot be written.
+        """
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + LOOK_S
+        there = await asyncio.to_thread(self._there)
+        runs = sorted({*there, *filter(ids.RUN.fullmatch, self._series.runs)})
+        for start in range(0, len(runs), ASKED):
+            some = runs[start : start + ASKED]
+            try:
+                answer = await self._channel.check_runs(pb.CheckRunsRequest(runs=some))
+            except LocalError:
+                raise
+            except FedpeftError as error:  # a server that does not know the question, or is away
+                self._log.debug("finished runs could not be looked for; trying again later", cause=str(error))
+                return
+            over = {each.run: _OVER[each.state] for each in answer.runs if each.state in _OVER}
+            for run in some:
+                if run in there:
+                    await asyncio.to_thread(self._file, run, over.get(run))
+                if run in over:
+                    self._drop_series(run)
+                else:  # it may have been over, and go on
+                    self._found_over.discard(run)
+
+    def _drop_series(self, run: str) -> None:
+        """Drops the metrics of a run at the second look that finds it over: the last counts were collected by then."""
+        if run in self._found_over:
+            self._series.drop(run)
+            self._found_over.discard(run)
+        elif run in self._series.runs:
+            self._found_over.add(run)
+
+    def _file(self, run: str, how: str | None) -> None:
+        """Cleans the folder of a run that is over, or takes the mark from one that goes on.
+
+        One folder that the file system refuses to change keeps neither the others nor the agent.
+        """
+        try:
+            if how is None:
+                (self._runs / run / MARK).unlink(missing_ok=True)
+            else:
+                self._clean(run, how)
+        except OSError as error:
+            cause = f"{error.filename or self._runs / run}: {error.strerror or error}"
+            self._log.warning("files of a run could not be removed; trying again later", run=run, cause=cause)
+
+    def _there(self) -> list[str]:
+        """Returns the runs that have a folder with something to remove."""
+        names = sorted(each.name for each in self._runs.iterdir() if each.is_dir()) if self._runs.is_dir() else []
+        return [name for name in names if ids.RUN.fullmatch(name) and not _is_clean(self._runs / name)]
+
+    def _clean(self, run: str, how: str) -> None:
+        if self._box.holds(run):
+            return
+        folder = self._runs / run
+        self._box.confirm(run)  # its last update was folded, or never will be
+        mark = folder / MARK
+        if not mark.exists():
+            durable.write(mark, b"")
+        kept = [file for file in (state_dir.local(folder), state_dir.residual(folder)) if _holds_values(file)]
+        if state_dir.residual(folder) in kept and _since(mark) > KEPT:
+            kept.remove(state_dir.residual(folder))
+        if not kept:
+            shutil.rmtree(folder)
+            durable.sync(folder.parent)
+        else:
+            for file in _files(folder):
+                if file not in (mark, *kept):
+                    file.unlink()
+        self._ledger.forget(run)
+        self._log.info("run is over; its files are removed", run=run, state=how, kept=[file.name for file in kept])
+
+
+def _is_clean(folder: Path) -> bool:
+    """Returns True if a folder has nothing but what stays for good, or for now; False if it cannot be looked into."""
+    try:
+        names = {file.name for file in _files(folder)}
+    except OSError:
+        return False
+    residual = state_dir.residual(folder).name
+    return (
+        MARK in names
+        and names <= {MARK, residual, state_dir.local(folder).name}
+        and not (residual in names and _since(folder / MARK) > KEPT)
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns the files of a run's folder; a folder in it is not this client's, but one of a file server's, say."""
+    return [path for path in folder.iterdir() if path.is_symlink() or not path.is_dir()]
+
+
+def _since(mark: Path) -> timedelta:
+    return datetime.now(UTC) - datetime.fromtimestamp(mark.stat().st_mtime, UTC)
+
+
+def _holds_values(file: Path) -> bool:
+    """Returns True if a file of tensors has one that is not zero everywhere, or cannot be read."""
+    try:
+        return any(values.any() for values in safetensors.numpy.load_file(file).values())
+    except FileNotFoundError:
+        return False
+    except (SafetensorError, OSError):
+        return True

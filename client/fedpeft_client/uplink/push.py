@@ -1,0 +1,188 @@
+"""Pushes a pending update: asks where the upload stands, continues there, and says what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import grpc
+
+from fedpeft.adapters.payload import chunks
+from fedpeft.errors import (
+    ChecksumMismatch,
+    FedpeftError,
+    InvalidArgument,
+    LocalError,
+    ManifestInvalid,
+    OffsetOutOfRange,
+    PayloadInvalid,
+    RoundClosed,
+    ServerUnreachable,
+    TicketClosed,
+    UpdateDiffers,
+    UpdateExcluded,
+)
+from fedpeft.process.logs import Log
+from fedpeft.rpc.end_status import EndStatus
+from fedpeft.rpc.timing import STALL_S
+from fedpeft.rpc.wire import TURN_KEY
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft_client.egress import departures
+from fedpeft_client.egress.log import Ledger
+from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK
+from fedpeft_client.state.pending import Outcome, Pending
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.retry import Backoff, Patience
+from fedpeft_client.uplink.wire_checks import check_receipt, check_standing
+from fedpeft_client.uplink.withdrawals import Withdrawals
+
+STARTS = 3
+"""Most attempts at an upload from its first byte, where its bytes arrive damaged."""
+
+_Call = grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]
+
+
+class Pusher:
+    """Uploads pending updates."""
+
+    def __init__(self, channel: Channel, patience: Patience, ledger: Ledger) -> None:
+        self._channel = channel
+        self._patience = patience
+        self._ledger = ledger
+        self._withdrawals = Withdrawals(channel, patience, ledger)
+        self._committed = 0
+        """Bytes that the server held when it was last asked."""
+
+    async def push(self, pending: Pending, log: Log) -> Outcome:
+        """Uploads until the server has answered for good, and returns what that means for the residual.
+
+        Raises:
+            Unavailable: If patience with an absent server is at its end, likewise DiskFull; the update stays pending.
+            LocalError: Likewise, if something fails on this side: what the server has is not known then.
+            FedpeftError: If the server refuses this client rather than the update.
+        """
+        try:
+            receipt = await self._insist(pending, log)
+        except (LocalError, *NOT_ABOUT_THE_TASK):
+            raise
+        except ManifestInvalid as error:
+            log.error("update was refused as invalid; it and the residual are dropped", cause=str(error))
+            await self.give_up(pending, error, log)  # its ticket is still good, and nothing right will come for it
+            return Outcome.DROPPED
+        except PayloadInvalid as error:
+            log.error("update was refused as invalid; it and the residual are dropped", cause=str(error))
+            return Outcome.DROPPED
+        except (FAULT, InvalidArgument) as error:
+            log.error(
+                "the server cannot take this update; it is set aside, and its content goes into the residual",
+                reason=error.reason,
+                cause=str(error),
+            )
+            counted = await self.give_up(pending, error, log, "set aside: ") is Outcome.COUNTED
+            return Outcome.COUNTED if counted else Outcome.SET_ASIDE
+        except UpdateDiffers as error:
+            log.warning("another update was counted for the ticket", cause=str(error))
+            return Outcome.COUNTED  # that one was made from the same residual
+        except FedpeftError as error:
+            log.warning(
+                "update was not counted; it goes into the residual",
+                reason=error.reason,
+                cause=str(error),
+            )
+            if not isinstance(error, RoundClosed | TicketClosed | UpdateExcluded):
+                return await self.give_up(pending, error, log)
+            return Outcome.NOT_COUNTED
+        log.info("update received", sha256=receipt.sha256.hex())
+        return Outcome.COUNTED
+
+    async def give_up(self, pending: Pending, cause: FedpeftError, log: Log, prefix: str = "") -> Outcome:
+        """Tells the round not to wait, and why.
+
+        Returns:
+            Whether the update counted after all: an upload that this side gave up may have come to its end.
+        """
+        words = f"{prefix}{cause}"
+        state = await self._withdrawals.withdraw(pending.ticket, words, pending.run, pending.round, log)
+        return Outcome.COUNTED if state == run_pb2.TICKET_STATE_RECEIVED else Outcome.NOT_COUNTED
+
+    async def _insist(self, pending: Pending, log: Log) -> pb.PushUpdateResponse:
+        """Repeats the upload while a repetition can help."""
+        backoff, starts = Backoff(), 1
+        while True:
+            try:
+                return await self._patience.keep(lambda: self._continue(pending, log))
+            except (ChecksumMismatch, OffsetOutOfRange) as error:
+                if starts == STARTS:
+                    raise
+                starts += 1
+                log.warning("upload starts over", cause=str(error))
+            await backoff.pause()
+
+    async def _continue(self, pending: Pending, log: Log) -> pb.PushUpdateResponse:
+        """Makes one upload call, which begins at the first byte that the server does not hold."""
+        manifest = pending.header.manifest
+        standing = await self._channel.get_upload(pending.ticket, manifest.sha256)
+        check_standing(standing, manifest.payload_bytes, pending.ticket)
+        if standing.state == run_pb2.TICKET_STATE_RECEIVED:
+            if standing.receipt.sha256 != manifest.sha256:
+                raise UpdateDiffers("the server holds another update for this ticket")
+            return standing.receipt
+        if standing.state == run_pb2.TICKET_STATE_LATE:
+            raise RoundClosed("the round closed before the update came")
+        if standing.state == run_pb2.TICKET_STATE_REFUSED and standing.reason.startswith(UpdateExcluded.reason):
+            raise UpdateExcluded(standing.reason)  # received by an attempt whose answer was lost
+        if standing.state == run_pb2.TICKET_STATE_REFUSED:  # by an attempt whose answer was lost
+            raise PayloadInvalid(standing.reason or "the server refused this update as invalid; its log has the reason")
+        if standing.state != run_pb2.TICKET_STATE_ISSUED:
+            raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; it takes no update")
+        if standing.committed_bytes > self._committed:
+            self._patience.heard()
+        self._committed = standing.committed_bytes
+        log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)
+        with self._ledger.booked(departures.update(pending, standing.committed_bytes)):
+            return await self._stream(pending, standing.committed_bytes)
+
+    async def _stream(self, pending: Pending, offset: int) -> pb.PushUpdateResponse:
+        call = self._channel.push_update()
+        end = EndStatus(call)
+        try:
+            try:
+                header = pb.PushUpdateRequest(header=pending.header)
+                self._channel.sent(header)
+                await call.write(header)
+                async with asyncio.timeout(STALL_S):
+                    turn = TURN_KEY in dict(await call.initial_metadata())
+                if turn:  # else the call has ended: refused, or received before
+                    await self._send(call, pending, offset)
+            except asyncio.InvalidStateError:
+                pass  # the server answered before the last chunk; what it said comes from the call itself
+            async with asyncio.timeout(STALL_S):
+                receipt = await call
+            self._channel.received(receipt)
+            check_receipt(receipt, pending.ticket, pending.header.manifest.sha256)
+            return receipt
+        except TimeoutError:
+            raise ServerUnreachable(f"the upload stalled: no progress for {STALL_S:.0f} seconds") from None
+        except grpc.aio.AioRpcError as error:
+            raise self._channel.error(await end.error()) from error
+        finally:
+            call.cancel()
+
+    async def _send(self, call: _Call, pending: Pending, offset: int) -> None:
+        """Sends the payload from `offset` to its end."""
+        for chunk in _chunks(pending, offset):
+            message = pb.PushUpdateRequest(chunk=chunk)
+            self._channel.sent(message)
+            async with asyncio.timeout(STALL_S):
+                await call.write(message)
+        async with asyncio.timeout(STALL_S):
+            await call.done_writing()
+
+
+def _chunks(pending: Pending, offset: int) -> Iterator[tensor_pb2.Chunk]:
+    """Yields the payload from `offset` on."""
+    with pending.payload.open("rb") as file:
+        file.seek(offset)
+        for begin, length in chunks(offset, pending.header.manifest.payload_bytes):
+            yield tensor_pb2.Chunk(offset=begin, data=file.read(length))

@@ -1,0 +1,176 @@
+"""Limits on waiting for a server, and the retries while it is away.
+
+All timeouts of the client are here; those that the server has too come from `fedpeft.rpc.timing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from fedpeft.errors import DiskFull, FedpeftError
+from fedpeft.process.logs import Log
+from fedpeft.rpc.timing import HOLD_S
+from fedpeft.rpc.timing import STALL_S as STALL_S
+from fedpeft_client.error_policy import FAULT, NOT_NOW
+
+CALL_S = 30.0
+"""An ordinary call is answered in this time."""
+AWAIT_S = CALL_S + HOLD_S
+"""AwaitRound is answered in this time."""
+FIRST_ANSWER_S = 5.0
+"""With `--dry-run`, whose caller waits for it: a server that is away is given up after this time."""
+AWAY_S = 10 * STALL_S
+"""With `--once`: the client gives up when the server has been away for this time."""
+LASTING_S = 10.0
+"""With `--once`: likewise, where somebody must mend the cause: an authority that is not trusted, a wrong port."""
+
+FAULT_ATTEMPTS = 6
+"""Attempts at a call that the server fails at, before the fault is taken for one of the request."""
+FIRST_FAULT_PAUSE_S = 0.5
+"""The first pause between two such calls, some ten seconds in all: a proxy before a restarted server says the same."""
+
+AWAY = "server is unavailable; retrying until it answers"
+FULL = "the server's disk is full; retrying until there is room"
+FAILS = "server fails at a call; retrying a few times"
+LASTS = "server cannot be used until this is fixed; retrying"
+
+QUICK_S = 1.0
+"""An answer that took less came at once."""
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
+AWAY_GROWTH = 1.25
+"""Growth of the pauses while the server is away: each is about a third of the absence so far. So after a restart of a
+few seconds clients are back within seconds, and a server that is away for long is asked every ten."""
+
+T = TypeVar("T")
+
+
+class Backoff:
+    """Pauses that grow from `first_s` to LONGEST_PAUSE_S, each drawn from its upper half.
+
+    The jitter keeps a thousand clients from returning to a restarted server in the same instant.
+
+    Args:
+        first_s: The first pause.
+        growth: How many times as long each is as the one before.
+    """
+
+    def __init__(self, first_s: float = FIRST_PAUSE_S, growth: float = 2.0) -> None:
+        self._first_s = first_s
+        self._growth = growth
+        self._next_s = first_s
+
+    def draw(self) -> float:
+        """Returns the next pause in seconds."""
+        pause_s = self._next_s * random.uniform(0.5, 1.0)
+        self._next_s = min(self._growth * self._next_s, LONGEST_PAUSE_S)
+        return pause_s
+
+    async def pause(self) -> None:
+        """Sleeps for the next pause."""
+        await asyncio.sleep(self.draw())
+
+    def reset(self) -> None:
+        """Starts again with the shortest pause."""
+        self._next_s = self._first_s
+
+
+async def _rest(hint_s: float) -> None:
+    """Sleeps as the server asks, within the bounds of a pause: a hint of 0 must not become a busy loop."""
+    await asyncio.sleep(random.uniform(0.5, 1.0) * min(max(hint_s, FIRST_PAUSE_S), LONGEST_PAUSE_S))
+
+
+def _event(error: FedpeftError) -> str:
+    """Returns what is said of an absence."""
+    if isinstance(error, FAULT):
+        return FAILS
+    return LASTS if getattr(error, "lasting", False) else FULL if isinstance(error, DiskFull) else AWAY
+
+
+class Patience:
+    """Repeats calls while the server is away, or asks to be called again; says once that it went and that it is back.
+
+    Args:
+        log: Where that is said.
+        give_up_s: Longest absence that is waited out, in seconds; None: any.
+    """
+
+    def __init__(self, log: Log, give_up_s: float | None) -> None:
+        self._log = log
+        self._heard = 0.0
+        self.give_up_s = give_up_s
+
+    def heard(self) -> None:
+        """Notes that a transfer moved: no absence is older than that, however often the line breaks."""
+        self._heard = time.monotonic()
+
+    async def keep(self, attempt: Callable[[], Awaitable[T]], *, faults: int | None = FAULT_ATTEMPTS) -> T:
+        """Returns what `attempt` returns, repeating it after a pause while the server is away, fails or has no room.
+
+        A status with a retry hint is no failure: the server is there, and the attempt goes on as the hint says.
+
+        Args:
+            attempt: Makes the call.
+            faults: How often the server may fail in it; None: as often as it likes, where nothing else can be done
+                meanwhile. A transfer that moved between two failures begins to count anew.
+
+        Raises:
+            Unavailable: If the server was away for `give_up_s`, or LASTING_S if that is shorter and the cause lasts.
+            DiskFull: Likewise, if it had no room.
+            Internal: Likewise, if it answered with a fault of its own; or if it did so `faults` times.
+            FedpeftError: Anything else that `attempt` raises without a retry hint, at once.
+        """
+        backoff, slower = Backoff(growth=AWAY_GROWTH), Backoff(FIRST_FAULT_PAUSE_S)
+        failed, since = 0, 0.0
+        asked = Backoff()
+        away: FedpeftError | None = None
+        while True:
+            began = time.monotonic()
+            try:
+                result = await attempt()
+            except (*NOT_NOW, FAULT) as error:
+                now = time.monotonic()
+                since = now if away is None else since
+                if self._heard > since:
+                    since, failed = self._heard, 0
+                    backoff.reset()
+                    slower.reset()
+                failed += isinstance(error, FAULT)
+                given_up = self.give_up_s is not None and now - since >= self._patient_s(error, self.give_up_s)
+                if given_up or (isinstance(error, FAULT) and failed == faults):
+                    raise
+                self._say_away(error, away)
+                away = error
+                await (slower if isinstance(error, FAULT) else backoff).pause()
+                continue
+            except FedpeftError as error:
+                self._say_back(away, since)  # a refusal is an answer too
+                away = None
+                if error.retry_s is None:
+                    raise
+                self._log.info("retrying as the server asked", reason=error.reason, cause=str(error))
+                backoff.reset()
+                if self._heard > began or time.monotonic() - began >= QUICK_S:
+                    asked.reset()
+                await _rest(max(error.retry_s, asked.draw()))  # it may say so at once, for ever
+                continue
+            self._say_back(away, since)
+            return result
+
+    @staticmethod
+    def _patient_s(error: FedpeftError, give_up_s: float) -> float:
+        return min(give_up_s, LASTING_S) if getattr(error, "lasting", False) else give_up_s
+
+    def _say_away(self, error: FedpeftError, before: FedpeftError | None) -> None:
+        """Says once that the server is away, and at each change what it is that waiting does not mend."""
+        event = _event(error)
+        if before is None or event != _event(before) or (event == LASTS and str(error) != str(before)):
+            self._log.warning(event, cause=str(error))
+
+    def _say_back(self, away: FedpeftError | None, since: float) -> None:
+        if away is not None:
+            self._log.info("server is back", away_s=round(time.monotonic() - since, 1))

@@ -1,0 +1,62 @@
+"""Asks the server, during training, whether the result can still count, and reports how far the training is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, NoReturn, TypeVar
+
+from fedpeft.errors import FedpeftError, RunFinished, TicketClosed
+from fedpeft.process.race import first_of
+from fedpeft.v1 import run_pb2
+from fedpeft_client.error_policy import FAULT, NOT_NOW
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.steps import Steps
+
+ASK_S = 10.0
+"""Interval of these questions, seconds: a client of which nothing is heard for 45 s is shown as one that hangs."""
+AGAIN_S = 3.0
+"""Interval while the server is away, seconds: it expects to hear of this client once it is back."""
+
+_CLOSED = (run_pb2.TICKET_STATE_WITHDRAWN, run_pb2.TICKET_STATE_REFUSED)
+
+T = TypeVar("T")
+
+
+async def while_it_counts(channel: Channel, ticket: str, work: Coroutine[Any, Any, T], steps: Steps | None = None) -> T:
+    """Does the work of a ticket; leaves it once nothing of it can count any more.
+
+    A round that has closed is no reason to leave: what comes too late goes into the residual. Nor is a server that is
+    away: it will want the update when it is back.
+
+    Args:
+        channel: The server.
+        ticket: Whose work it is.
+        work: What is done.
+        steps: How far it is, looked at whenever the server is asked; absent if it is not told.
+
+    Raises:
+        RunFinished: If the run was stopped.
+        TicketNotFound: If the run was deleted, or the server was set up anew.
+        TicketClosed: If the ticket was given back or refused.
+        FedpeftError: Whatever else the server answers, or the work raises.
+    """
+    return await first_of(work, _until_it_cannot_count(channel, ticket, steps or Steps()))
+
+
+async def _until_it_cannot_count(channel: Channel, ticket: str, steps: Steps) -> NoReturn:
+    pause_s = ASK_S
+    while True:
+        await asyncio.sleep(pause_s)
+        pause_s = ASK_S
+        try:
+            standing = await channel.get_upload(ticket, b"", steps.step, steps.steps)
+        except FedpeftError as error:
+            if isinstance(error, (FAULT, *NOT_NOW)) or error.retry_s is not None:  # no word on the ticket
+                pause_s = min(AGAIN_S, ASK_S)
+                continue
+            raise
+        if standing.run_finished:
+            raise RunFinished("the run was stopped; its training ends")
+        if standing.state in _CLOSED:
+            raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; its training ends")

@@ -1,0 +1,1 @@
+"""The process that trains and evaluates, and its handle in the agent."""

@@ -1,0 +1,179 @@
+"""The worker as the agent sees it: a process that is started when needed, asked in JSON lines, restarted after a crash.
+
+The agent itself never imports torch, so the connection stays alive while the worker computes, and whatever takes the
+worker down (CUDA, the memory killer) leaves the agent standing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from fedpeft import errors
+from fedpeft.errors import FedpeftError, TrainingFailed
+from fedpeft.process.logs import Log
+from fedpeft_client.uplink.retry import AWAY_S, STALL_S
+
+ATTEMPTS = 3
+"""Most attempts at a request of which the worker dies."""
+LEAVE_S = 5.0
+"""Time that a worker has to end between two steps before it is killed, seconds."""
+LINE_LIMIT_BYTES = 64 * 1024 * 1024
+"""Longest answer; figures of 100,000 classes are well below."""
+
+_COMMAND = (sys.executable, "-m", "fedpeft_client.worker.process")
+
+Answer = dict[str, Any]
+OnProgress = Callable[[Answer], None]
+
+
+class WorkerDied(Exception):
+    """The worker ended without an answer."""
+
+
+class WorkerProcess:
+    """One worker, started with `options` as its first request.
+
+    Args:
+        options: The `open` request, see `worker.py`.
+        log: Where crashes are said.
+    """
+
+    def __init__(self, options: Answer, log: Log) -> None:
+        self._options = options
+        self._log = log
+        self._process: asyncio.subprocess.Process | None = None
+        self._moving = False
+        self.hello: Answer = {}
+
+    async def start(self) -> Answer:
+        """Starts the worker if it is not there, and returns what it said of itself (device, threads, versions).
+
+        Raises:
+            FedpeftError: What the worker raised, for example `DataInvalid`.
+            TrainingFailed: If it died ATTEMPTS times.
+        """
+        return await self._insist(None, lambda _: None)
+
+    async def ask(self, request: Answer, on_progress: OnProgress = lambda _: None) -> Answer:
+        """Returns the worker's answer; a worker that dies is started again and asked again.
+
+        Raises:
+            FedpeftError: What the worker raised.
+            TrainingFailed: If it died ATTEMPTS times.
+        """
+        return await self._insist(request, on_progress)
+
+    async def close(self) -> None:
+        """Asks the worker to stop at its next step; kills it if it does not within LEAVE_S."""
+        process, self._process = self._process, None
+        if process is None or process.stdin is None:
+            return
+        with suppress(ConnectionError):
+            process.stdin.write(b'{"op": "stop"}\n')
+            await process.stdin.drain()
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+        _close_pipes(process)
+
+    async def _insist(self, request: Answer | None, on_progress: OnProgress) -> Answer:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                if self._process is None:
+                    await self._open()
+                return self.hello if request is None else await self._exchange(request, on_progress)
+            except asyncio.CancelledError:
+                await self.close()  # it is in the middle of an answer that nobody waits for
+                raise
+            except WorkerDied as death:
+                self._log.error("worker died", cause=str(death), attempt=attempt, of=ATTEMPTS)
+                cause = death
+        raise TrainingFailed(f"the worker process died {ATTEMPTS} times; the last time {cause}")
+
+    async def _open(self) -> None:
+        self._log.info("loading torch and the data", data=self._options["data"])
+        environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ}  # repeatable on a GPU
+        self._process = await asyncio.create_subprocess_exec(
+            *_COMMAND,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=LINE_LIMIT_BYTES,
+            env=environment,
+        )
+        try:
+            self.hello = await self._exchange(self._options, lambda _: None)
+        except FedpeftError:
+            await self.close()
+            raise
+
+    async def _exchange(self, request: Answer, on_progress: OnProgress) -> Answer:
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise WorkerDied("it is not running")
+        self._moving = False  # loading a model, or its first step, may take as long as it takes
+        with suppress(ConnectionError):  # then the end of its answers says what happened
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            await process.stdin.drain()
+        why = ""
+        while line := await self._line(process, process.stdout):
+            answer: Answer = json.loads(line)
+            if "progress" in answer:
+                self._moving = self._moving or answer["progress"].get("step") != 0
+                on_progress(answer["progress"])
+            elif "error" in answer:
+                raise _error(answer["error"])
+            elif "result" in answer:
+                result: Answer = answer["result"]
+                return result
+            else:
+                why = f" after {answer['dying']}"
+        self._process = None
+        code = await process.wait()
+        _close_pipes(process)
+        raise WorkerDied(_cause(code) + why)
+
+    async def _line(self, process: asyncio.subprocess.Process, stream: asyncio.StreamReader) -> bytes:
+        """Returns the next line, empty at the end, where death may have cut one off.
+
+        Says so when none comes, and ends a worker that moved and then stood still.
+        """
+        silent_s = 0.0
+        while True:
+            try:
+                async with asyncio.timeout(STALL_S):
+                    line = await stream.readline()
+                    return line if line.endswith(b"\n") else b""
+            except TimeoutError:
+                silent_s += STALL_S
+                self._log.warning("worker is silent", seconds=silent_s)
+            if self._moving and silent_s >= AWAY_S:
+                process.kill()
+
+
+def _close_pipes(process: asyncio.subprocess.Process) -> None:
+    """Closes our ends of a dead worker's pipes now and not at garbage collection."""
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+def _error(data: Answer) -> FedpeftError:
+    """Returns the error that the worker raised, as an instance of the same class."""
+    cls = errors.of_reason(data["reason"], TrainingFailed)
+    return cls(data["message"], tuple((path, text) for path, text in data["fields"]))
+
+
+def _cause(code: int) -> str:
+    if code < 0:
+        with suppress(ValueError):
+            return f"it was ended by {signal.Signals(-code).name}"
+    return f"it ended with exit code {code}"

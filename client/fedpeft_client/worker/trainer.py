@@ -1,0 +1,99 @@
+"""Training for a ticket: the worker trains and writes a draft, which becomes the pending update in one rename."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from google.protobuf import json_format
+
+from fedpeft.adapters.payload import check_manifest
+from fedpeft.process.logs import Log
+from fedpeft.rounds import metric_values
+from fedpeft.rpc import wire
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import tensor_pb2
+from fedpeft_client.owner.metrics import Metrics
+from fedpeft_client.state import state_dir
+from fedpeft_client.state.adapters import Held
+from fedpeft_client.state.pending import Pending, PendingBox
+from fedpeft_client.state.runs import KnownRun
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.uplink.steps import Steps
+from fedpeft_client.uplink.wire_checks import deadline
+from fedpeft_client.worker.handle import Answer, OnProgress, WorkerProcess
+from fedpeft_client.worker.reporter import Reporter
+
+
+class Trainer:
+    """Trains in the worker and keeps what came of it."""
+
+    def __init__(self, directory: StateDirectory, box: PendingBox, worker: WorkerProcess, metrics: Metrics) -> None:
+        self._directory = directory
+        self._box = box
+        self._worker = worker
+        self._metrics = metrics
+
+    async def train(self, run: KnownRun, task: pb.TrainingTask, held: Held, log: Log, steps: Steps) -> Pending:
+        """Trains for a ticket and returns the update, on disk for good; `steps` is told how far it is.
+
+        Raises:
+            TrainingFailed: If training ended without an update.
+            DataInvalid: If too many images cannot be read.
+            StateInvalid: If the state directory cannot be written.
+            ManifestInvalid: If the update holds anything but the tensors that the run was accepted with.
+        """
+        log.info("training begins", version=task.version, ticket=task.ticket, deadline=deadline(task))
+        draft = await asyncio.to_thread(self._box.draft)
+        folder = self._directory.run(run.id)
+        request: Answer = {
+            "op": "train",
+            "run": run.as_json(),
+            "round": task.round,
+            "seed": task.seed,
+            "settings": json_format.MessageToDict(task.settings, preserving_proto_field_name=True),
+            "adapter": adapter_json(held),
+            "residual": str(state_dir.residual(folder)),
+            "local": str(state_dir.local(folder)),
+            "out": str(draft),
+        }
+        answer = await self._worker.ask(request, self._watch(run.id, Reporter(log, "training"), steps))
+        manifest = json_format.ParseDict(answer["manifest"], tensor_pb2.Manifest())
+        sent, encoding = run.spec.sent(task.round), run.config.codec.encoding
+        check_manifest(wire.manifest_from_proto(manifest), sent, [encoding])  # nothing else ever leaves
+        header = pb.UpdateHeader(
+            ticket=task.ticket,
+            manifest=manifest,
+            examples=answer["examples"],
+            metrics=sendable(answer["metrics"], metric_values.MAX_TRAINING, log),
+        )
+        pending = await asyncio.to_thread(self._box.commit, run.id, task.round, header)
+        self._metrics.trained(run.id, header.metrics)
+        log.info("trained", **{**answer["facts"], **header.metrics, "examples": header.examples})
+        return pending
+
+    def _watch(self, run: str, report: Reporter, steps: Steps) -> OnProgress:
+        def watch(progress: Answer) -> None:
+            report(progress)
+            steps.take(progress)
+            self._metrics.progressed(run, progress)
+
+        return watch
+
+
+def sendable(measured: Mapping[str, float], most: int, log: Log) -> dict[str, float]:
+    """Returns the figures that the server takes; logs how many are left out, and why the first are."""
+    kept, dropped = metric_values.sendable(measured, most)
+    if dropped:
+        log.warning(
+            "figures are not sent", dropped=len(dropped), cause="; ".join(dropped[: metric_values.FAULTS_NAMED])
+        )
+    return kept
+
+
+def adapter_json(held: Held) -> Answer:
+    """Returns where the worker finds an adapter version."""
+    return {
+        "payload": str(held.payload),
+        "manifest": json_format.MessageToDict(wire.manifest_to_proto(held.manifest)),
+    }

@@ -1,0 +1,137 @@
+"""Verdicts of the worker on runs, each reached once in the life of the process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedpeft.errors import ConfigInvalid, FedpeftError
+from fedpeft.process.logs import Log
+from fedpeft.v1 import run_pb2
+from fedpeft_client.eligibility.rules import Reason
+from fedpeft_client.error_policy import NOT_ABOUT_THE_TASK
+from fedpeft_client.state.bounded import Newest
+from fedpeft_client.state.runs import KnownRun
+from fedpeft_client.uplink.wire_checks import check_run, terms_of
+from fedpeft_client.worker.handle import WorkerProcess
+
+Report = dict[str, Any]
+
+MOST = 256
+"""Verdicts that are kept: a server may offer as many runs as it likes. One that was let go is reached again."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """This site's verdict on a run.
+
+    Attributes:
+        reasons: Why it does not suit; empty if it does.
+        run: The run, if it suits.
+        report: What the worker found: `examples`, `classes` (examples by class), `dropped`, `model_parameters`; empty
+            if the run does not suit.
+        name: The run's name; empty if its description cannot be read here.
+    """
+
+    reasons: tuple[Reason, ...]
+    run: KnownRun | None = None
+    report: Report = field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def suits(self) -> bool:
+        """True if nothing speaks against the run."""
+        return not self.reasons
+
+    @property
+    def examples(self) -> int:
+        """Examples of the run's classes; 0 if it does not suit."""
+        return int(self.report.get("examples", 0))
+
+
+class Fitness:
+    """Reaches verdicts on runs, and keeps the newest `MOST` of them.
+
+    Attributes:
+        verdicts: By run id, the one that was asked for longest ago first.
+    """
+
+    def __init__(self, worker: WorkerProcess, log: Log) -> None:
+        self._worker = worker
+        self._log = log
+        self.verdicts: Newest[str, Verdict] = Newest(MOST)
+        self._terms: dict[str, str] = {}  # of each of them, what was judged
+
+    async def judge(self, message: run_pb2.Run) -> Verdict:
+        """Returns the verdict on a run, reaching it if it was not reached before.
+
+        A run that is offered again with another configuration, spec or backbone does not suit, whatever they are: what
+        this site keeps of the run, and what it told its owner, is of the one that it knows.
+
+        Raises:
+            Internal: If the id is none that a run may have.
+        """
+        check_run(message)
+        terms = terms_of(message)
+        if message.id not in self.verdicts:
+            self._put(message.id, await self._reach(message))
+            self._terms[message.id] = terms
+        elif self._terms.get(message.id, terms) != terms:
+            text = f"run {message.id} is offered again with another configuration, spec or backbone, which never change"
+            self.condemn(message.id, Reason.of(ConfigInvalid(text)))
+        self.verdicts.move_to_end(message.id)
+        return self.verdicts[message.id]
+
+    def knows(self, message: run_pb2.Run) -> bool:
+        """Returns True if there is a verdict on a run as it is offered."""
+        return message.id in self.verdicts and self._terms.get(message.id) == terms_of(message)
+
+    def condemn(self, run: str, reason: Reason) -> Verdict:
+        """Replaces a verdict, because what once suited does no longer."""
+        self._put(run, Verdict((reason,)))
+        return self.verdicts[run]
+
+    def _put(self, run: str, verdict: Verdict) -> None:
+        gone = self.verdicts.put(run, verdict)
+        if gone is not None:
+            self._terms.pop(gone, None)
+
+    def least_upload_bytes(self) -> int:
+        """Returns how many bytes the smallest update of an accepted run has at most; 0 if none was accepted."""
+        accepted = [verdict.run for verdict in self.verdicts.values() if verdict.suits and verdict.run]
+        return min((run.upload_bounds(run.version + 1)[1] for run in accepted), default=0)
+
+    def nothing_suits(self) -> FedpeftError | None:
+        """Returns why, if there were runs and not one of them suits; the run is named where there were several."""
+        verdicts = self.verdicts
+        if not verdicts or any(verdict.suits for verdict in verdicts.values()):
+            return None
+        first = next(iter(verdicts.values())).reasons[0]
+        named: Callable[[str], str] = (lambda run: f"{run}: ") if len(verdicts) > 1 else (lambda _: "")
+        text = "; ".join(named(run) + reason.here for run, v in verdicts.items() for reason in v.reasons)
+        return type(first.error)(text)
+
+    async def _reach(self, message: run_pb2.Run) -> Verdict:
+        try:
+            run = KnownRun.of(message)
+            answer = await self._worker.ask({"op": "check", "run": run.as_json()})
+        except NOT_ABOUT_THE_TASK:
+            raise
+        except FedpeftError as error:  # it cannot be read here, or the worker died of it
+            return Verdict((Reason.of(error),))
+        reasons = tuple(Reason(**reason) for reason in answer["reasons"])
+        if reasons:
+            return Verdict(reasons, name=run.config.name)  # nothing of it is needed again, and it may be large
+        verdict = Verdict((), run, answer["report"], run.config.name)
+        if verdict.suits:
+            self._log.info(
+                "run fits this site",
+                run=run.id,
+                name=run.config.name,
+                method=run.spec.method,
+                parameters=run.spec.parameters,
+                examples=verdict.examples,
+                dropped=verdict.report.get("dropped", 0),
+            )
+        return verdict

@@ -1,0 +1,1 @@
+"""The contents of messages and files: adapter specs, payloads, updates, adapter files. NumPy only."""

@@ -1,0 +1,183 @@
+"""Payloads: the bytes of tensors in the spec's order, and the manifest that describes them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.adapters.spec import TensorSpec
+from fedpeft.codecs import codecs
+from fedpeft.errors import ManifestInvalid, PayloadInvalid
+
+CHUNK_BYTES = 1024 * 1024
+"""Largest chunk on the wire."""
+
+FIRST_CHUNK_BYTES = 64 * 1024
+"""The first chunk of a transfer; each is twice as large as the one before, up to `CHUNK_BYTES`."""
+
+RESIDENT_BYTES = 4 * 1024 * 1024
+"""Bytes of a mapped payload that are read before they are given back."""
+
+Tensors = Mapping[str, NDArray[np.float32]]
+"""Arrays by name, float32, each of its spec's shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Place of one tensor in a payload; `offset` and `length` in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Contents of a payload; `sha256` is its digest, 32 bytes."""
+
+    entries: tuple[Entry, ...]
+    payload_bytes: int
+    sha256: bytes
+
+
+def chunks(offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yields where the chunks of a transfer from byte `offset` to `end` begin, and how many bytes they have.
+
+    Large ones pay where the line is fast. But gRPC hands over whole messages, so a chunk is no progress before its
+    last byte: only because the first is small does a slow line move something between two stalls.
+    """
+    size = FIRST_CHUNK_BYTES
+    while offset < end:
+        length = min(size, end - offset)
+        yield offset, length
+        offset += length
+        size = min(2 * size, CHUNK_BYTES)
+
+
+def encode(tensors: Tensors, specs: Sequence[TensorSpec], encoding: str) -> tuple[Manifest, bytes]:
+    """Writes the tensors that `specs` names, in that order, with one codec.
+
+    Returns:
+        The manifest and the payload.
+
+    Raises:
+        ManifestInvalid: If a tensor is missing or has not its spec's shape.
+    """
+    stream = io.BytesIO()
+    manifest = write(stream, tensors, specs, encoding)
+    return manifest, stream.getvalue()
+
+
+def write(stream: BinaryIO, tensors: Tensors, specs: Sequence[TensorSpec], encoding: str) -> Manifest:
+    """Writes a payload to `stream`, holding one encoded tensor at a time; else as `encode`."""
+    codec, digest = codecs.get(encoding), hashlib.sha256()
+    entries, offset = [], 0
+    for spec in specs:
+        if spec.name not in tensors:
+            raise ManifestInvalid(f"tensor {spec.name} is missing")
+        values = np.ascontiguousarray(tensors[spec.name], np.float32)
+        if np.shape(tensors[spec.name]) != spec.shape:
+            raise ManifestInvalid(
+                f"tensor {spec.name} has shape {np.shape(tensors[spec.name])}; the spec says {spec.shape}"
+            )
+        part = codec.encode(values.reshape(-1))
+        stream.write(part)
+        digest.update(part)
+        entries.append(Entry(spec.name, spec.shape, encoding, offset, len(part)))
+        offset += len(part)
+    return Manifest(tuple(entries), offset, digest.digest())
+
+
+def check_manifest(manifest: Manifest, specs: Sequence[TensorSpec], encodings: Sequence[str]) -> None:
+    """Checks a manifest from outside against the tensors it must describe, before anything is allocated.
+
+    Raises:
+        ManifestInvalid: With the first fault found: a tensor missing, unknown or out of order, a wrong shape, an
+            encoding that is not among `encodings`, a gap, an overlap, or a length that no encoding of the tensor has.
+    """
+    given, wanted = [e.name for e in manifest.entries], [s.name for s in specs]
+    if given != wanted:
+        raise _name_fault(given, wanted)
+    offset = 0
+    for i, (entry, spec) in enumerate(zip(manifest.entries, specs, strict=True)):
+        if entry.shape != spec.shape:
+            raise entry_fault(i, "shape", spec.name, f"has shape {entry.shape}; the spec says {spec.shape}")
+        if entry.encoding not in encodings:
+            text = f"is encoded as {entry.encoding[:32]!r}; this run takes {', '.join(encodings)}"
+            raise entry_fault(i, "encoding", spec.name, text)
+        if entry.offset != offset:
+            raise entry_fault(i, "offset", spec.name, f"begins at byte {entry.offset}, not at {offset}")
+        low, high = codecs.get(entry.encoding).length_bounds(spec.size)
+        if not low <= entry.length <= high:
+            wants = f"{low}" if low == high else f"{low} to {high}"
+            raise entry_fault(i, "length", spec.name, f"has {entry.length} bytes; {entry.encoding} has {wants}")
+        offset += entry.length
+    if manifest.payload_bytes != offset:
+        text = f"is {manifest.payload_bytes}, the entries have {offset}"
+        raise ManifestInvalid(f"payload_bytes {text}", (("payload_bytes", text),))
+
+
+def entry_fault(i: int, field: str, name: str, text: str) -> ManifestInvalid:
+    """Returns the error for a field of the entry at index `i` of a manifest, with that field's path."""
+    return ManifestInvalid(f"tensor {name[:80]} {text}", ((f"tensors[{i}].{field}", text),))
+
+
+def _name_fault(given: Sequence[str], wanted: Sequence[str]) -> ManifestInvalid:
+    """Returns the error for the first difference between two lists of names."""
+    unknown, missing = sorted(set(given) - set(wanted)), sorted(set(wanted) - set(given))
+    if unknown:
+        return entry_fault(given.index(unknown[0]), "name", unknown[0], "is not one that is sent here")
+    if missing:
+        return ManifestInvalid(f"tensor {missing[0]} is missing", (("tensors", f"has no tensor {missing[0]}"),))
+    text = "are not in the spec's order, each once"
+    return ManifestInvalid(f"the tensors {text}", (("tensors", text),))
+
+
+def check_payload(manifest: Manifest, payload: memoryview, release: Callable[[], object] | None = None) -> None:
+    """Checks every value of a payload whose manifest was checked.
+
+    Args:
+        manifest: What the payload holds.
+        payload: Its bytes.
+        release: Called now and then to give back what was read of a mapped file, so that memory stays flat.
+
+    Raises:
+        PayloadInvalid: If the payload is longer or shorter than its manifest says, or a tensor's
+            bytes are malformed or hold a value that is not finite; message and field name the tensor.
+    """
+    if len(payload) != manifest.payload_bytes:
+        raise PayloadInvalid(f"the payload has {len(payload)} bytes; its manifest says {manifest.payload_bytes}")
+    resident = 0
+    for i, (entry, data) in enumerate(parts(manifest, payload)):
+        try:
+            codecs.get(entry.encoding).check(data, math.prod(entry.shape))
+        except PayloadInvalid as error:
+            fields = ((f"tensors[{i}]", error.message),)
+            raise PayloadInvalid(f"tensor {entry.name}: {error.message}", fields) from None
+        resident += entry.length
+        if release and resident > RESIDENT_BYTES:
+            release()
+            resident = 0
+
+
+def decode(manifest: Manifest, payload: memoryview) -> dict[str, NDArray[np.float32]]:
+    """Returns the tensors of a payload, float32, in their shapes; check manifest and payload first."""
+    return {
+        entry.name: codecs.get(entry.encoding).decode(data, math.prod(entry.shape)).reshape(entry.shape)
+        for entry, data in parts(manifest, payload)
+    }
+
+
+def parts(manifest: Manifest, payload: memoryview) -> Iterator[tuple[Entry, memoryview]]:
+    """Yields each entry with its bytes, uncopied."""
+    for entry in manifest.entries:
+        yield entry, payload[entry.offset : entry.offset + entry.length]

@@ -1,0 +1,1 @@
+"""The typed Python interface: create, watch, export and simulate runs."""

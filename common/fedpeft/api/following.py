@@ -1,0 +1,174 @@
+"""Following a run: the picture that a watch's changes add up to, kept through restarts of the server.
+
+Notable: a watch ends with the run, but the last version is scored after that; where an evaluator is at work, its
+figures are waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from fedpeft.api import views
+from fedpeft.api.operator_client import FINISHED, PATIENCE_S, Connect, OperatorClient
+from fedpeft.api.round_parts import folded
+from fedpeft.errors import CertificateExpired, FedpeftError, Unavailable
+from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 15.0
+SCORE_PAUSE_S = 0.5
+"""Pause between two looks for the last version's figures."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A run as it is known now.
+
+    Attributes:
+        run: The run.
+        rounds: Every round by number, the one in progress included.
+        changed: The numbers of the rounds that the newest change brought.
+        lost: Why there is no connection, in a sentence; empty while there is one.
+        waiting: What is still awaited once the run is over; empty if nothing.
+    """
+
+    run: run_pb2.Run
+    rounds: dict[int, run_pb2.Round] = field(default_factory=dict)
+    changed: frozenset[int] = frozenset()
+    lost: str = ""
+    waiting: str = ""
+
+    def fold(self, change: operator_service_pb2.WatchRunResponse) -> Picture:
+        """Returns the picture after a change."""
+        return replace(self._with(change.rounds), run=change.run, lost="", waiting="")
+
+    def scored(self, run: run_pb2.Run, rounds: Iterable[run_pb2.Round]) -> Picture:
+        """Returns the picture after a run and its rounds were asked for; changed are those that now have figures."""
+        new = replace(self._with(rounds), run=run, waiting="")
+        return replace(new, changed=_scored_versions(new.rounds) - _scored_versions(self.rounds))
+
+    def _with(self, parts: Iterable[run_pb2.Round]) -> Picture:
+        parts = list(parts)
+        changed = frozenset(part.number for part in parts)
+        return replace(self, rounds=folded(self.rounds, parts), changed=changed)
+
+    def settled(self, *, scored: bool) -> int:
+        """Returns the number up to which every round is known and committed, and has figures if they are to come."""
+        number = 0
+        while (known := self.rounds.get(number + 1)) is not None and known.phase == run_pb2.ROUND_PHASE_COMMITTED:
+            if scored and not views.is_scored(known.metrics):
+                break
+            number += 1
+        return number
+
+    @property
+    def is_scored(self) -> bool:
+        """True if an evaluator has been at work."""
+        return views.is_scored(self.run.initial_metrics) or bool(_scored_versions(self.rounds))
+
+    @property
+    def committed(self) -> list[run_pb2.Round]:
+        """The rounds whose record is final."""
+        return views.committed(self.rounds.values())
+
+    @property
+    def current(self) -> run_pb2.Round | None:
+        """The round in progress."""
+        return views.in_progress(self.run, self.rounds.values())
+
+    @property
+    def finished(self) -> bool:
+        """True if the run is completed or stopped."""
+        return self.run.state in FINISHED
+
+
+async def follow(connect: Connect, run: str) -> AsyncIterator[Picture]:
+    """Yields the run after every change, and with `lost` set while the server is away, until the run is finished.
+
+    Raises:
+        ServerUnreachable: If the server was not there in the first place.
+        RunNotFound: If there is no such run.
+    """
+    async with connect() as server:
+        found, _ = await server.run(run)
+    picture = Picture(found)
+    pause_s = FIRST_PAUSE_S
+    while not picture.finished or not picture.rounds:
+        let_in = False
+        try:
+            async with connect() as server:
+                async for change in server.watch(run, picture.settled(scored=picture.is_scored)):
+                    let_in, pause_s = True, FIRST_PAUSE_S
+                    picture = picture.fold(change)
+                    yield picture
+            break
+        except CertificateExpired:
+            if not let_in:
+                raise
+            continue  # it ended under way: the identity may have the next one by now
+        except Unavailable as error:
+            picture = replace(picture, changed=frozenset(), lost=error.in_short)
+            yield picture
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+    async for scored in _scored(connect, picture):
+        yield scored
+
+
+async def _scored(connect: Connect, picture: Picture) -> AsyncIterator[Picture]:
+    """Yields the picture as figures come in until the last version has its own, if somebody was at work on them.
+
+    It ends when no version was scored for `PATIENCE_S`: figures that never come are no fault of the run, which is over.
+    """
+    last, now = picture.run.version, asyncio.get_running_loop().time
+    try:
+        async with connect() as server:
+            if not last or not await _evaluator_seen(server, picture.run):
+                return
+            give_up = now() + PATIENCE_S
+            while last not in _scored_versions(picture.rounds) and now() < give_up:
+                if _given_up(picture.run, last):
+                    return
+                yield (picture := replace(picture, changed=frozenset(), waiting=waiting_line(picture.run)))
+                await asyncio.sleep(SCORE_PAUSE_S)
+                rounds = await server.rounds(picture.run.id, picture.settled(scored=True), records=False)
+                # The run too: figures of version 0 stand there. It is asked for last, so it has what was scored before.
+                seen = picture.scored((await server.run(picture.run.id))[0], rounds)
+                if seen.changed:
+                    give_up = now() + PATIENCE_S
+                    yield (picture := seen)
+                else:
+                    picture = replace(picture, run=seen.run)
+    except FedpeftError:
+        return
+
+
+def waiting_line(run: run_pb2.Run) -> str:
+    """Returns what a watch of a finished run still waits for."""
+    how_far = "; ".join(views.evaluator_line(row) for row in views.evaluators(run) if row["backlog"])
+    return f"waiting for the evaluator's figures of version {run.version}" + (f" ({how_far})" if how_far else "")
+
+
+def _given_up(run: run_pb2.Run, version: int) -> bool:
+    """Returns True if no evaluator is left that could still score a version: each has, or reported that it cannot."""
+    return bool(run.evaluators) and not any(each.backlog and each.next_version >= version for each in run.evaluators)
+
+
+def _scored_versions(rounds: Mapping[int, run_pb2.Round]) -> frozenset[int]:
+    return frozenset(number for number, round_ in rounds.items() if views.is_scored(round_.metrics))
+
+
+async def _evaluator_seen(server: OperatorClient, run: run_pb2.Run) -> bool:
+    """Returns True if an evaluator has called since the run was created; one that computes right now looks as if away.
+
+    A server that is older than `Run.evaluators` is asked for its clients.
+    """
+    if run.evaluators:
+        return True
+    return any(
+        client.role == federation_service_pb2.CLIENT_ROLE_EVALUATOR
+        and client.last_seen.ToNanoseconds() >= run.created_at.ToNanoseconds()
+        for client in await server.clients()
+    )

@@ -1,0 +1,239 @@
+"""A simulation in a program or a notebook: the federation of a run file in this process, and what came of it.
+
+    done = fedpeft.simulate("emoji.toml", data="sites", out="simulated", evaluate="test.parquet")
+    print(done.accuracy, done.payload_bytes_up)
+    model = done.load_timm()
+
+The same as `fedpeft simulate`; `fedpeft.simulation` has the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedpeft.api.remote import RunFile, Scored, configured, path_of
+from fedpeft.rounds.recorded import recorded_sha256
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from peft import PeftModel
+    from torch import nn
+
+    from fedpeft.config import RunConfig
+    from fedpeft.peft import TunedModel
+
+
+@dataclass(frozen=True)
+class SimulatedRound(Scored):
+    """A committed round of a simulation.
+
+    Attributes:
+        number: 1, 2, ...; the result is adapter version `number`.
+        clients: Ids of those whose updates were counted.
+        metrics: `accuracy` (0 to 1), `loss`, `accuracy/CLASS` on held-out data, `train_loss` of the clients.
+        seconds: From the first ticket to the commit.
+        payload_bytes_up: Encoded tensors from the clients; nothing was sent, so there are no whole messages.
+        payload_bytes_down: Encoded tensors to the clients, as a server would count them.
+        full_bytes: What full fine-tuning would have sent each way.
+    """
+
+    number: int
+    clients: tuple[str, ...]
+    metrics: Mapping[str, float]
+    seconds: float | None
+    payload_bytes_up: int
+    payload_bytes_down: int
+    full_bytes: int
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Result of a simulated run. Made by `simulate`.
+
+    Attributes:
+        config: The run file.
+        folder: Has adapter.safetensors, report.json and records.jsonl.
+        report: All that report.json says.
+    """
+
+    config: RunConfig = field(repr=False)
+    folder: Path
+    report: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def state(self) -> str:
+        """completed; or paused, if a round could not get its updates."""
+        return str(self.report["state"])
+
+    @property
+    def reason(self) -> str:
+        """Reason why it is paused; else empty."""
+        return str(self.report["reason"])
+
+    @property
+    def parameters(self) -> int:
+        """Values that are tuned."""
+        return int(self.report["adapter_parameters"])
+
+    @property
+    def model_parameters(self) -> int:
+        """Values of the whole model."""
+        return int(self.report["model_parameters"])
+
+    @property
+    def initial_metrics(self) -> dict[str, float]:
+        """Figures of adapter version 0, as in `SimulatedRound.metrics`."""
+        return dict(self.report["initial_metrics"])
+
+    @property
+    def rounds(self) -> list[SimulatedRound]:
+        """The committed rounds, by number."""
+        return [_round(row) for row in self.report["rounds"]]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Of the newest version, on held-out data, 0 to 1; None without it."""
+        return self._newest.get("accuracy")
+
+    @property
+    def loss(self) -> float | None:
+        """Of the newest version, on held-out data; None without it."""
+        return self._newest.get("loss")
+
+    @property
+    def payload_bytes_up(self) -> int:
+        """Encoded tensors from the clients in all committed rounds."""
+        return sum(each.payload_bytes_up for each in self.rounds)
+
+    @property
+    def payload_bytes_down(self) -> int:
+        """Encoded tensors to the clients in all committed rounds."""
+        return sum(each.payload_bytes_down for each in self.rounds)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that full fine-tuning would have sent each way in these rounds."""
+        return sum(each.full_bytes for each in self.rounds)
+
+    def adapter(self) -> dict[str, NDArray[np.float32]]:
+        """Returns the newest version's tensors by name.
+
+        Raises:
+            BlobCorrupt: If the file is missing, or has another digest than its record says.
+        """
+        from fedpeft.adapters.adapter_file import open_adapter
+
+        with open_adapter(self._file, self._sha256()) as tensors:
+            return dict(tensors)
+
+    def load(self, weights: str | Path | None = None) -> TunedModel:
+        """Returns the run's model with the newest version in it, as `Run.load` does.
+
+        Args:
+            weights: A weights file, or a folder of them, that stands here for the one the run names.
+
+        Raises:
+            BackboneMismatch: If the weights here are not those of the simulation.
+            BlobCorrupt: If the adapter file is missing, or has another digest than its record says.
+        """
+        from fedpeft.peft.restored import restored
+
+        fingerprint = str(self.report["backbone_fingerprint"])
+        given = None if weights is None else path_of(weights, "weights")
+        return restored(self.config, fingerprint, self._file, given, self._sha256())
+
+    def load_timm(self, weights: str | Path | None = None) -> nn.Module:
+        """Returns the tuned model as a plain model of timm, as `Run.load_timm` does."""
+        from fedpeft.export.formats import timm_model
+
+        return timm_model(self.load(weights))
+
+    def load_peft(self, weights: str | Path | None = None) -> PeftModel:
+        """Returns a LoRA as a model of the `peft` library, as `Run.load_peft` does."""
+        from fedpeft.export.formats import peft_model
+
+        return peft_model(self.load(weights))
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "adapter.safetensors"
+
+    def _sha256(self) -> str | None:
+        return recorded_sha256(self._file, str(self.report["run"]), int(self.report["version"]))
+
+    @property
+    def _newest(self) -> Mapping[str, float]:
+        rounds = self.rounds
+        return rounds[-1].metrics if rounds else self.initial_metrics
+
+
+def simulate(
+    run: RunFile,
+    data: str | Path,
+    out: str | Path,
+    *,
+    evaluate: str | Path | None = None,
+    weights: str | Path | None = None,
+    label_map: str | Path | None = None,
+    device: str = "auto",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_image_pixels: int | None = None,
+    committed: Callable[[SimulatedRound], None] | None = None,
+) -> Simulation:
+    """Holds a run's federation in this process, client after client, to the bits that a server and agents give.
+
+    Args:
+        run: A run file, what one says as nested mappings, or a `RunConfig`.
+        data: A folder of clients that `fedpeft partition` wrote, or one data set that `[simulation]` divides.
+        out: Folder for adapter.safetensors, report.json and records.jsonl; made if it is not there.
+        evaluate: Held-out data on which every version is scored.
+        weights: A weights file, or a folder of them, that stands here for the one the run names.
+        label_map: A file of own class names to the run's, for all of the data.
+        device: auto, cpu, cuda or cuda:N.
+        image_column: Column of parquet that holds the images; as `[simulation]` says if absent.
+        label_column: Column of parquet that holds the labels; likewise.
+        max_image_pixels: Pixels of the largest image that is opened; likewise.
+        committed: Told of every round as soon as it is committed.
+
+    Raises:
+        ConfigInvalid: If the run file is wrong, or wants more clients than there are.
+        DataInvalid: If a client's data, or the held-out data, cannot be used.
+        ModelInvalid: If the model or its weights cannot be had.
+        SettingsInvalid: If an argument that names a place is no path.
+        StateInvalid: If `out` cannot be written, or another simulation writes there.
+    """
+    from fedpeft import simulation
+
+    config = configured(run)
+    reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
+    clients, partition = simulation.clients_of(path_of(data, "data"), config, reading)
+    report = simulation.simulate(
+        config,
+        clients,
+        path_of(out, "out"),
+        None if evaluate is None else path_of(evaluate, "evaluate"),
+        None if weights is None else path_of(weights, "weights"),
+        label_map=None if label_map is None else path_of(label_map, "label_map"),
+        device=device,
+        reading=reading,
+        partition=partition,
+        committed=None if committed is None else lambda row: committed(_round(row)),
+    )
+    return Simulation(config, Path(out), report)
+
+
+def _round(row: Mapping[str, Any]) -> SimulatedRound:
+    return SimulatedRound(
+        number=row["version"],
+        clients=tuple(row["clients"]),
+        metrics=row["metrics"],
+        seconds=row["seconds"],
+        payload_bytes_up=row["payload_bytes_up"],
+        payload_bytes_down=row["payload_bytes_down"],
+        full_bytes=row["full_bytes_each_way"],
+    )

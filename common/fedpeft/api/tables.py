@@ -1,0 +1,64 @@
+"""Runs and rounds as tables of HTML, for notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+from fedpeft.api import views
+from fedpeft.api.following import Picture
+from fedpeft.api.narration import headline
+from fedpeft.formatting import percent, size
+from fedpeft.v1 import run_pb2
+
+
+def runs_html(address: str, runs: Iterable[run_pb2.Run]) -> str:
+    """Returns all runs of a server."""
+    rows = [
+        (r.id, r.config.name, f"{r.spec.method} on {r.config.model.name}", views.state(r), _progress(r)) for r in runs
+    ]
+    return _table(f"FedPEFT server {address}", ("run", "name", "what", "state", "version"), rows)
+
+
+def rounds_html(picture: Picture) -> str:
+    """Returns a run with its committed rounds, and the one in progress."""
+    run = picture.run
+    rows = []
+    if "accuracy" in run.initial_metrics:
+        rows.append(("0", "", percent(run.initial_metrics["accuracy"]), *_losses(run.initial_metrics), "", "", "", ""))
+    for each in picture.committed:
+        clients, took = len(views.counted(each)), views.seconds(each)
+        rows.append(
+            (
+                str(each.number),
+                str(clients),
+                percent(each.metrics.get("accuracy")),
+                *_losses(each.metrics),
+                size(each.wire_bytes_up),
+                size(each.wire_bytes_down),
+                size(views.full_bytes(run, clients)),
+                "" if took is None else f"{took:.1f}",
+            )
+        )
+    if (current := picture.current) is not None:
+        done = f"{len(views.counted(current))} of {len(current.tickets)}"
+        up, down = size(current.wire_bytes_up), size(current.wire_bytes_down)
+        rows.append((f"{current.number}, {views.phase(current)}", done, "", "", "", up, down, "", ""))
+    heads = ("round", "clients", "accuracy", "loss", "train loss", "up", "down", "full fine-tuning", "seconds")
+    state = views.state(run) + (f": {run.reason}" if run.reason else "")
+    return _table(f"{headline(run)}; {state}", heads, rows)
+
+
+def _progress(run: run_pb2.Run) -> str:
+    return f"{run.version} of {run.config.rounds.count}"
+
+
+def _losses(metrics: Mapping[str, float]) -> tuple[str, str]:
+    loss, train_loss = (f"{metrics[name]:.3f}" if name in metrics else "" for name in ("loss", "train_loss"))
+    return loss, train_loss
+
+
+def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

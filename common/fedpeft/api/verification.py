@@ -1,0 +1,201 @@
+"""Checking a run from outside: its chain of records, and each round folded again from the updates that were kept.
+
+A server that runs with `--keep-updates` leaves in `DATA_DIR/spool`, for every update, TICKET.DIGEST.update (the payload
+as it came) and TICKET.DIGEST.manifest (the `tensor.Manifest` that describes it, serialized). Nothing else is needed:
+the strategy's state begins empty and is carried from round to round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from fedpeft.adapters.payload import Manifest, check_manifest, check_payload
+from fedpeft.errors import BlobCorrupt, InvalidArgument, StateInvalid
+from fedpeft.process.mapped_files import mapped, releaser
+from fedpeft.rounds.commit import Identity, RoundEmptied, Stored, Update, extents, fold_round, roll_back
+from fedpeft.rounds.record import Contributed, Excluded, Record, digest, parse, verify_chain
+from fedpeft.rounds.screening import Extent, comparable, median
+from fedpeft.rpc.wire import manifest_from_proto
+from fedpeft.v1 import tensor_pb2
+
+
+def check_records(run: str, version: int, records: Sequence[tuple[str, str]]) -> list[Record]:
+    """Checks what a server says about the committed rounds of a run.
+
+    Args:
+        run: Its id.
+        version: Its newest adapter version.
+        records: The record of each round with the digest (hexadecimal) that goes with it, oldest first.
+
+    Returns:
+        The records, read.
+
+    Raises:
+        BlobCorrupt: With the first record that disagrees, or if there are not `version` of them.
+    """
+    for number, (text, sha256) in enumerate(records, 1):
+        if digest(text) != sha256:
+            raise BlobCorrupt(f"round {number}: the record has sha256 {digest(text)}; {sha256} goes with it")
+    verify_chain([text for text, _ in records])
+    read = [parse(text) for text, _ in records]
+    if read and read[0].run != run:
+        raise BlobCorrupt(f"round 1: the record is of run {read[0].run}, not {run}")
+    for record in read:
+        to = record.rolled_back_to
+        if to is not None and record.state_sha256 != (read[to - 1].state_sha256 if to else ""):
+            raise BlobCorrupt(
+                f"round {record.round}: it goes back to version {to}, and not to the state of that version"
+            )
+    if len(read) != version:
+        raise BlobCorrupt(f"{run} has version {version}, and records of {len(read)} rounds")
+    return read
+
+
+def check_rollback(identity: Identity, record: Record, source: Stored, scratch: Path) -> None:
+    """Checks that a version which goes back to an earlier one has its tensors.
+
+    Args:
+        identity: The run.
+        record: Of the round that went back.
+        source: The file of the earlier version.
+        scratch: A folder.
+
+    Raises:
+        BlobCorrupt: If it has others.
+    """
+    to = record.rolled_back_to or 0
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        found = roll_back(
+            identity,
+            record.round,
+            to,
+            source,
+            record.base_sha256,
+            record.state_sha256,
+            record.previous_sha256,
+            Path(folder),
+        ).record
+    if found != record.to_json():
+        raise BlobCorrupt(f"round {record.round}: {_difference(parse(found), record)}")
+
+
+class Replay:
+    """Folds the rounds of a run again, from the first.
+
+    Args:
+        identity: The run.
+        spool: The folder of the updates that were kept.
+        scratch: An empty folder; holds one version and one state at a time, and those states that the run goes back to.
+        records: Of all rounds.
+    """
+
+    def __init__(self, identity: Identity, spool: Path, scratch: Path, records: Sequence[Record]) -> None:
+        self._wanted = {record.rolled_back_to for record in records if record.rolled_back_to}
+        self._kept: dict[int, Stored] = {}
+        self._identity = identity
+        self._spool = spool
+        self._scratch = scratch
+        self._state: Stored | None = None
+        self._extents: dict[int, Extent] = {}
+
+    def fold(self, record: Record, base: Path) -> None:
+        """Folds the next round and compares what comes out with its record, to the bit.
+
+        Args:
+            record: Of that round; the one before was the last that was folded.
+            base: The adapter file that the round started from.
+
+        Raises:
+            BlobCorrupt: If an update, its manifest or `base` is not what was folded, or something else came out.
+            StateInvalid: If an update is missing or cannot be read.
+        """
+        if record.rolled_back_to is not None:
+            self._state = self._kept.get(record.rolled_back_to)
+            self._keep(record)
+            return
+        folder = self._scratch / f"round-{record.round}"
+        folder.mkdir()
+        folded = [self._update(record.round, counted) for counted in record.contributions]
+        left_out = [self._update(record.round, excluded) for excluded in record.excluded]
+        self._extents[record.round] = median(extents(self._identity, folded))
+        start = Stored(base, record.base_sha256)
+        nothing = Extent(0.0, 0.0)  # of a round that went back to an earlier version
+        earlier = comparable(self._identity.spec, record.round)
+        past = [self._extents.get(number, nothing) for number in earlier]
+        try:
+            found = fold_round(
+                self._identity,
+                record.round,
+                folded + left_out,
+                start,
+                self._state,
+                record.previous_sha256,
+                folder,
+                past=past,
+                screened=bool(left_out),
+            ).record
+        except RoundEmptied as emptied:
+            raise BlobCorrupt(f"round {record.round}: nothing of it can be folded: {emptied}") from None
+        if found != record.to_json():
+            raise BlobCorrupt(f"round {record.round}: {_difference(parse(found), record)}")
+        self._state = Stored(folder / "state", record.state_sha256) if record.state_sha256 else None
+        self._keep(record)
+        shutil.rmtree(self._scratch / f"round-{record.round - 1}", ignore_errors=True)
+
+    def _keep(self, record: Record) -> None:
+        """Keeps the state of a version that the run goes back to later."""
+        if record.round in self._wanted and self._state is not None:
+            path = self._scratch / f"state-{record.round}"
+            shutil.copyfile(self._state.path, path)
+            self._kept[record.round] = Stored(path, self._state.sha256)
+
+    def _update(self, number: int, counted: Contributed | Excluded) -> Update:
+        """Returns a kept update, checked as it was when it came."""
+        path = self._spool / f"{counted.ticket}.{counted.sha256}.update"
+        who = f"round {number}: the update of {counted.client}"
+        try:
+            payload = mapped(path)
+            described = path.with_suffix(".manifest").read_bytes()
+        except FileNotFoundError as error:
+            raise StateInvalid(
+                f"{who} cannot be folded again: there is no {error.filename}; "
+                "a server keeps updates only while it runs with --keep-updates"
+            ) from None
+        except OSError as error:
+            raise StateInvalid(f"{who} cannot be read from {path}: {error.strerror}") from None
+        found = hashlib.sha256(payload).hexdigest()
+        if found != counted.sha256:
+            raise BlobCorrupt(f"{who} in {path.name} has sha256 {found}; {counted.sha256} was folded")
+        try:
+            manifest = self._manifest(described, number, counted)
+            check_payload(manifest, payload, releaser(payload))
+        except (DecodeError, InvalidArgument) as error:
+            raise BlobCorrupt(f"{who} is not what {path.with_suffix('.manifest')} describes: {error}") from None
+        return Update(counted.ticket, counted.client, counted.examples, {}, manifest, payload)
+
+    def _manifest(self, described: bytes, number: int, counted: Contributed | Excluded) -> Manifest:
+        config, spec = self._identity.config, self._identity.spec
+        manifest = manifest_from_proto(tensor_pb2.Manifest.FromString(described))
+        check_manifest(manifest, spec.sent(number), (config.codec.encoding,))
+        if manifest.sha256.hex() != counted.sha256:
+            raise BlobCorrupt(f"round {number}: the manifest kept for {counted.client} is of another payload")
+        return manifest
+
+
+def _difference(found: Record, recorded: Record) -> str:
+    """Returns the sentence for the first thing in which a folded round differs from its record."""
+    mine, theirs = asdict(found), asdict(recorded)
+    order = ("excluded", "bound", "contributions", "strategy", "options", *mine)
+    key = next(key for key in order if mine[key] != theirs[key])
+    if key == "contributions":
+        pairs = zip(found.contributions, recorded.contributions, strict=True)
+        ours, other = next(pair for pair in pairs if pair[0] != pair[1])
+        return f"the strategy gives the update of {ours.client} weight {ours.weight!r}; {other.weight!r} is recorded"
+    return f"folded again, its {key} is {mine[key]!r}; {theirs[key]!r} is recorded"

@@ -1,0 +1,1 @@
+"""Sources of images and labels: parquet files, image folders, index files."""

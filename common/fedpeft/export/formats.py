@@ -1,0 +1,257 @@
+"""Adapters in the forms that others load, and back: a timm state dict, a Hugging Face `peft` directory.
+
+At rest an adapter is a safetensors file of its own tensors, whatever the method; these are for use outside FedPEFT.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedpeft import text_files
+from fedpeft.adapters.tensor_errors import as_os_errors
+from fedpeft.errors import BackboneMismatch, ConfigInvalid, ModelInvalid
+from fedpeft.export.model_card import Provenance, card
+from fedpeft.models.backbones import Backbone, fingerprint
+from fedpeft.models.checkpoints import read_checkpoint
+from fedpeft.peft.lora import Lora, target_layers
+from fedpeft.peft.tuned import TunedModel, tune
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+Arrays = dict[str, NDArray[np.float32]]
+
+PREFIX = "base_model.model."
+"""Prefix that the `peft` library puts before the names of a model it wraps."""
+
+
+def as_timm(tuned: TunedModel, path: Path) -> None:
+    """Writes the whole tuned model as a timm state dict, in a safetensors file.
+
+    It loads strictly into `timm.create_model(name, **arguments)`; name, arguments and class names are in the file's
+    metadata, as JSON under "timm".
+
+    Args:
+        tuned: Under a method that adds nothing to the model (full, head, bias) or whose additions merge (lora).
+        path: The file; replaced if it exists.
+
+    Raises:
+        ConfigInvalid: If the method's tensors have no place in timm's model (adapter, prompt).
+        OSError: If the file cannot be written.
+    """
+    backbone = tuned.backbone
+    state = _plain(tuned)
+    about = {
+        "name": backbone.config.name,
+        "arguments": dict(backbone.arguments),
+        "classes": backbone.config.classes,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    path.touch()
+    mode = path.stat().st_mode
+    with as_os_errors(path):
+        safetensors.torch.save_file(tensors, path, {"format": "pt", "timm": json.dumps(about)})
+    path.chmod(mode)  # the package's files are for their owner alone, whatever the umask
+
+
+def timm_model(tuned: TunedModel) -> nn.Module:
+    """Returns the tuned model as timm builds it, in evaluation mode on the CPU; arguments and errors as `as_timm`."""
+    backbone = tuned.backbone
+    state = {name: tensor.detach().cpu() for name, tensor in _plain(tuned).items()}
+    model: nn.Module = timm.create_model(backbone.config.name, **backbone.arguments)
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def peft_model(tuned: TunedModel) -> PeftModel:
+    """Returns a LoRA as the `peft` library loads it, on its timm model; arguments and errors as `as_peft`."""
+    from peft import PeftModel
+
+    with TemporaryDirectory() as folder:
+        as_peft(tuned, Path(folder))
+        plain = copy.deepcopy(tuned.backbone.module).cpu()
+        loaded: PeftModel = PeftModel.from_pretrained(plain, folder).eval()
+    return loaded
+
+
+def from_timm(path: Path, tuned: TunedModel) -> Arrays:
+    """Reads an adapter out of a whole timm state dict, as `as_timm` writes it.
+
+    Args:
+        path: A safetensors file, or a PyTorch file of plain tensors.
+        tuned: The backbone under the adapter's method; is not changed.
+
+    Returns:
+        The adapter's tensors, float32, ready for `TunedModel.load`.
+
+    Raises:
+        ModelInvalid: If the file cannot be read, or lacks a tensor or has another shape.
+        BackboneMismatch: If a frozen tensor differs from the backbone's.
+        ConfigInvalid: If the method's tensors are not in such a file, or were merged in it (lora).
+    """
+    plain = tuned.backbone.module.state_dict()
+    names = [tensor.name for tensor in tuned.spec.tensors]
+    if not plain.keys() >= set(names):
+        raise ConfigInvalid(
+            f"an adapter of method {tuned.spec.method} cannot be read from a timm state dict, which has no {names[0]}; "
+            "read it from its safetensors file, or a LoRA from its peft directory"
+        )
+    state = read_checkpoint(path)
+    for name, own in plain.items():
+        if name not in state or state[name].shape != own.shape:
+            has = tuple(state[name].shape) if name in state else "missing"
+            raise ModelInvalid(f"{path}: tensor {name} is {has}; the model has {tuple(own.shape)}")
+        # A backbone's position embedding may differ in the last bit where it was resampled on another CPU.
+        if name not in names and not torch.allclose(state[name].float(), own.cpu(), 1e-5, 1e-6):
+            raise BackboneMismatch(
+                f"{path}: tensor {name} differs from the backbone's, and method {tuned.spec.method} leaves it frozen"
+            )
+    return {name: _array(state[name]) for name in names}
+
+
+def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = None) -> None:
+    """Writes a LoRA as a directory of the `peft` library: adapter_config.json, adapter_model.safetensors, README.md.
+
+    `peft.PeftModel.from_pretrained(model, folder)` loads it, where model is the backbone's timm model; the head goes
+    along as a module to save.
+
+    Args:
+        tuned: Under method lora.
+        folder: Made if missing.
+        provenance: How the adapter came about, for its card.
+
+    Raises:
+        ConfigInvalid: If the method is not LoRA.
+        OSError: If a file cannot be written.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    _check_timm(tuned.backbone)
+    config, layers = _lora_config(tuned)
+    config.modules_to_save = [tuned.backbone.anatomy.head]
+    plain = copy.deepcopy(tuned.backbone.module).cpu()
+    model = get_peft_model(plain, config)
+    wrapped = {name for name, _ in model.named_modules()}
+    assert all(f"{PREFIX}{layer}.lora_A" in wrapped for layer in layers)
+    state = {f"{PREFIX}{name}": torch.from_numpy(values) for name, values in tuned.state().items()}
+    set_peft_model_state_dict(model, state)
+    config.base_model_name_or_path = tuned.backbone.config.name
+    with as_os_errors(folder / "adapter_model.safetensors"):
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # else it may ask the hub for a vocabulary
+    (folder / "README.md").write_text(
+        card(tuned, fingerprint(tuned.backbone, tuned.spec), provenance), encoding="utf-8"
+    )
+    mode = (folder / "adapter_config.json").stat().st_mode
+    (folder / "adapter_model.safetensors").chmod(mode)  # as in as_timm
+
+
+def from_peft(folder: Path, backbone: Backbone) -> tuple[dict[str, object], Arrays]:
+    """Reads a LoRA from a directory of the `peft` library.
+
+    Args:
+        folder: As `as_peft` writes it, or the library itself for a timm model of this family.
+        backbone: What it is for.
+
+    Returns:
+        The options of method lora, and the adapter's tensors: `tune(backbone, "lora", options, seed).load(tensors)`.
+
+    Raises:
+        ModelInvalid: If the directory cannot be read, or is not a plain LoRA with a head for this model.
+    """
+    try:
+        data = text_files.json_of(text_files.read(folder / "adapter_config.json"))
+    except (OSError, ValueError) as error:
+        raise ModelInvalid(f"{folder} is not a directory of the peft library: {error}") from error
+    _check_plain_lora(data, folder)
+    state = read_checkpoint(folder / "adapter_model.safetensors")
+    tensors = {_unwrapped(name, backbone.anatomy.head): _array(t) for name, t in state.items()}
+    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    options: dict[str, object] = {
+        "rank": data["r"],
+        "alpha": data["lora_alpha"],
+        "dropout": data.get("lora_dropout", 0.0),
+        "targets": _targets(layers, backbone),
+    }
+    try:
+        spec = tune(backbone, "lora", options, 0).spec
+    except ConfigInvalid as error:
+        raise ModelInvalid(f"{folder} does not fit {backbone.config.name}: {error.message}") from error
+    shapes = {tensor.name: tensor.shape for tensor in spec.tensors}
+    found = {name: values.shape for name, values in tensors.items()}
+    if found != shapes:
+        odd = sorted(n for n in shapes.keys() | found.keys() if shapes.get(n) != found.get(n))[0]
+        raise ModelInvalid(
+            f"{folder} does not fit {backbone.config.name}: {odd} is {found.get(odd, 'missing')} there, "
+            f"{shapes.get(odd, 'unknown')} in the model"
+        )
+    return options, tensors
+
+
+def _plain(tuned: TunedModel) -> dict[str, torch.Tensor]:
+    """Returns the state dict of timm's model that a tuned model is."""
+    _check_timm(tuned.backbone)
+    state = tuned.method.plain(tuned.module)
+    if state.keys() != tuned.backbone.module.state_dict().keys():
+        raise ConfigInvalid(
+            f"an adapter of method {tuned.spec.method} has no plain timm form: its modules do not exist in "
+            f"{tuned.backbone.config.name}; export it as safetensors and load that into fedpeft.peft.tune(...)"
+        )
+    return state
+
+
+def _check_timm(backbone: Backbone) -> None:
+    if backbone.config.kind:
+        raise ConfigInvalid(f"{backbone.config.name} is no model of timm; export its adapter as safetensors")
+
+
+def _lora_config(tuned: TunedModel) -> tuple[LoraConfig, list[str]]:
+    if not isinstance(tuned.method, Lora):
+        raise ConfigInvalid(
+            f"an adapter of method {tuned.spec.method} has no peft form; export it as safetensors or timm"
+        )
+    backbone = tuned.backbone
+    layers = target_layers(backbone.module, backbone.anatomy, tuned.method.options.targets)
+    return tuned.method.config(layers), layers
+
+
+def _check_plain_lora(data: Mapping[str, object], folder: Path) -> None:
+    if data.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= data.keys():
+        raise ModelInvalid(f"{folder} holds a {data.get('peft_type')} adapter; only LORA can be read")
+    other = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if data.get(k)]
+    if data.get("bias", "none") != "none":
+        other.append("bias")
+    if other:
+        raise ModelInvalid(f"{folder} uses {', '.join(other)}, which method lora does not have")
+
+
+def _unwrapped(name: str, head: str) -> str:
+    """Returns the canonical name of a tensor of the library's file."""
+    name = name.removeprefix(PREFIX)
+    return name.replace(f"{head}.modules_to_save.default.", f"{head}.")
+
+
+def _targets(layers: list[str], backbone: Backbone) -> tuple[str, ...]:
+    """Returns the shortest patterns that fit exactly these layers: their ends where every block has them."""
+    ends = tuple(sorted({layer.split(".", 2)[2] for layer in layers if layer.count(".") > 1}))
+    try:
+        fits = target_layers(backbone.module, backbone.anatomy, ends)
+    except ConfigInvalid:
+        fits = []
+    return ends if ends and set(fits) == set(layers) else tuple(layers)
+
+
+def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32, copy=True).numpy()
+    return array

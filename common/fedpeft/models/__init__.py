@@ -1,0 +1,1 @@
+"""Backbones: pre-trained models, their checkpoints and their fingerprints."""

@@ -1,0 +1,46 @@
+"""Adapter version 0, with which a run begins; built by the creator of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpeft.adapters.payload import Tensors
+from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class FirstVersion:
+    """Adapter version 0 of a run.
+
+    Attributes:
+        spec: Every tuned tensor.
+        fingerprint: SHA-256 of the frozen tensors, 64 hexadecimal digits.
+        tensors: Float32 by name, all of `spec`.
+        model_parameters: Parameters of the whole model.
+    """
+
+    spec: AdapterSpec
+    fingerprint: str
+    tensors: Tensors
+    model_parameters: int
+
+
+def first_version(config: RunConfig, weights: Path | None = None) -> FirstVersion:
+    """Builds a run's model and returns its version 0; imports torch, and takes seconds.
+
+    Args:
+        config: The run file.
+        weights: A weights file, or a folder of them, that stands here for the one the run names.
+
+    Raises:
+        ModelInvalid: If the model or its weights cannot be had.
+        ConfigInvalid: If the PEFT method or an option of it is wrong.
+    """
+    from fedpeft.models.backbones import build, fingerprint
+    from fedpeft.peft import tune
+
+    backbone = build(config.model, config.rounds.seed, weights)
+    tuned = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
+    return FirstVersion(tuned.spec, fingerprint(backbone, tuned.spec), tuned.state(), backbone.parameters)

@@ -1,0 +1,351 @@
+"""From one adapter version to the next: a round's updates folded into files, its record, and its figures.
+
+The daemon and the simulation both call this, which is why they give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+from fedpeft.adapters import adapter_file
+from fedpeft.adapters.adapter_file import AdapterInfo, Written
+from fedpeft.adapters.payload import Manifest, Tensors
+from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.aggregation import Strategy, strategy
+from fedpeft.config import RunConfig
+from fedpeft.errors import Internal, UpdateExcluded
+from fedpeft.process.mapped_files import releaser
+from fedpeft.rounds.fold import Contribution, Overflow, State, fold_tensors, squared_norm
+from fedpeft.rounds.record import Contributed, Excluded, Record, digest
+from fedpeft.rounds.screening import FACTOR, Extent, NormBound, bound, local_steps, median
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Facts that all versions of a run share.
+
+    Attributes:
+        run: Id of the run.
+        config: Its run file.
+        spec: The tuned tensors.
+        fingerprint: Of the frozen ones, hexadecimal.
+    """
+
+    run: str
+    config: RunConfig
+    spec: AdapterSpec
+    fingerprint: str
+
+    def info(self, version: int) -> AdapterInfo:
+        """Returns what the file of a version says about itself."""
+        model = self.config.model
+        # Sorted, because options come in the order of a protobuf map, which is another one in every process.
+        config = json.dumps(self.config.model_dump(mode="json", exclude_none=True), sort_keys=True)
+        extra = {"name": self.config.name, "config": config}
+        return AdapterInfo(self.run, version, self.spec.method, self.fingerprint, model.name, model.classes, extra)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A file with the digest it must have, hexadecimal."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Update:
+    """A received update: `payload` holds the bytes that `manifest` describes; `metrics` are the client's figures.
+
+    `measured` is its norm, if that was computed before; a fold then need not read the payload twice.
+    """
+
+    ticket: str
+    client: str
+    examples: int
+    metrics: Mapping[str, float]
+    manifest: Manifest
+    payload: memoryview
+    measured: float | None = None
+
+    @cached_property
+    def norm(self) -> float:
+        """The Euclidean norm of the decoded update."""
+        if self.measured is not None:
+            return self.measured
+        return math.sqrt(squared_norm(self.manifest, self.payload, releaser(self.payload)))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Result of folding a round.
+
+    Attributes:
+        adapter: The next version's file.
+        state_sha256: Digest of the strategy's state file; empty if it keeps none.
+        weights: Share in the mean, by ticket; they sum to 1.
+        record: Canonical JSON of the round's record.
+        record_sha256: Its digest.
+        metrics: `train_examples`, and `train_loss` in nats, a mean by examples.
+        excluded: By ticket, why an update was not folded, as its ticket says it.
+        extent: Medians of what was folded; see `fedpeft.rounds.screening`.
+    """
+
+    adapter: Written
+    state_sha256: str
+    weights: dict[str, float]
+    record: str
+    record_sha256: str
+    metrics: dict[str, float]
+    excluded: dict[str, str]
+    extent: Extent
+
+
+class RoundEmptied(Exception):
+    """None of a round's updates can be folded.
+
+    Attributes:
+        excluded: By ticket, why it was not, as its ticket says it.
+    """
+
+    def __init__(self, excluded: Mapping[str, str]) -> None:
+        super().__init__("; ".join(excluded.values()))
+        self.excluded = dict(excluded)
+
+
+def _create(path: Path) -> BinaryIO:
+    return path.open("wb")
+
+
+def write_first(identity: Identity, tensors: Tensors, path: Path) -> Written:
+    """Writes the file of version 0."""
+    with path.open("wb") as stream:
+        return adapter_file.write_adapter(stream, identity.info(0), identity.spec.shared, tensors)
+
+
+def fold_round(
+    identity: Identity,
+    number: int,
+    updates: Sequence[Update],
+    base: Stored,
+    state: Stored | None,
+    previous: str,
+    folder: Path,
+    create: Callable[[Path], BinaryIO] = _create,
+    past: Sequence[Extent] = (),
+    *,
+    screened: bool = True,
+) -> Outcome:
+    """Folds round `number` into the files `adapter` and `state` of `folder`, tensor by tensor.
+
+    Equal arguments give equal bytes, whatever the order of the updates.
+
+    Args:
+        identity: The run.
+        number: Number of the round, and of the version it makes.
+        updates: What was received, checked.
+        base: The version that the updates started from.
+        state: The strategy's state of that version, if it keeps any.
+        previous: Digest of the record before; empty for round 1.
+        folder: Where to write; both files are made, the state's empty of tensors if the strategy keeps none.
+        create: Opens a new file for writing.
+        past: Medians of the comparable rounds before; see `fedpeft.rounds.screening`.
+        screened: Whether updates are judged; not where a record says what was folded.
+
+    Raises:
+        BlobCorrupt: If `base` or `state` does not have its digest.
+        RoundEmptied: If all updates are excluded.
+        Internal: If there is no update.
+    """
+    if not updates:
+        raise Internal(f"round {number} of {identity.run} has nothing to fold")
+    updates = sorted(updates, key=lambda update: update.client)
+    rule = strategy(identity.config.aggregation.strategy, identity.config.aggregation.options)
+    verdict = _screen(identity, number, updates, past) if screened else _Verdict(None, {}, {})
+    adapter, state_sha256, kept = _fold(
+        updates,
+        verdict,
+        lambda some: _write(identity, number, some, base, state, rule, folder, create, clips=not screened),
+    )
+    weights = {u.ticket: rule.weight(u.examples) for u in kept}
+    record = Record(
+        run=identity.run,
+        round=number,
+        base_sha256=base.sha256,
+        contributions=tuple(
+            Contributed(u.client, u.ticket, u.examples, weights[u.ticket], u.manifest.sha256.hex()) for u in kept
+        ),
+        strategy=identity.config.aggregation.strategy,
+        options=rule.options.model_dump(mode="json"),
+        adapter_sha256=adapter.sha256,
+        state_sha256=state_sha256,
+        previous_sha256=previous,
+        excluded=tuple(_excluded(u, verdict.reasons[u.ticket]) for u in updates if u.ticket in verdict.reasons),
+        bound=verdict.bound if verdict.reasons else None,
+    ).to_json()
+    total = sum(weights.values())
+    shares = {ticket: weight / total for ticket, weight in weights.items()}
+    extent = median(extents(identity, kept)) if screened else Extent(0.0, 0.0)
+    return Outcome(adapter, state_sha256, shares, record, digest(record), _figures(kept), verdict.words, extent)
+
+
+def extents(identity: Identity, updates: Iterable[Update]) -> list[Extent]:
+    """Returns the extents of some updates of a run."""
+    return [Extent(u.norm, local_steps(u.examples, identity.config.training)) for u in updates]
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """The updates of a round that are not folded, and why.
+
+    Attributes:
+        bound: The limit of the norms, if there is one.
+        reasons: By ticket, `norm` or `overflow`.
+        words: By ticket, the sentence that its client is told.
+    """
+
+    bound: NormBound | None
+    reasons: dict[str, str]
+    words: dict[str, str]
+
+    def exclude(self, ticket: str, reason: str, why: str) -> None:
+        """Leaves an update out."""
+        self.reasons[ticket] = reason
+        self.words[ticket] = f"{UpdateExcluded.reason}: {why}"
+
+
+def _screen(identity: Identity, number: int, updates: Sequence[Update], past: Sequence[Extent]) -> _Verdict:
+    """Judges updates by their norms."""
+    given = identity.config.aggregation.norm_factor
+    values = sum(tensor.size for tensor in identity.spec.sent(number))
+    known = extents(identity, updates)
+    limit = bound(known, past, values, FACTOR if given is None else given)
+    verdict = _Verdict(limit, {}, {})
+    for update, extent in zip(updates, known, strict=True):
+        if limit is not None and (why := limit.against(extent)):
+            verdict.exclude(update.ticket, "norm", why)
+    return verdict
+
+
+def _fold(
+    updates: Sequence[Update],
+    verdict: _Verdict,
+    write: Callable[[Sequence[Contribution]], tuple[Written, str]],
+) -> tuple[Written, str, list[Update]]:
+    """Folds what is not excluded; what would leave the range of float32 is excluded on the way.
+
+    Returns:
+        The adapter file, the digest of the state file, and the updates that were folded.
+
+    Raises:
+        RoundEmptied: If none is left.
+    """
+    while kept := [u for u in updates if u.ticket not in verdict.reasons]:
+        contributions = [Contribution(u.client, u.examples, u.manifest, u.payload, releaser(u.payload)) for u in kept]
+        try:
+            return *write(contributions), kept
+        except Overflow as error:
+            ticket = next(u.ticket for u in kept if u.client == error.client)
+            verdict.exclude(ticket, "overflow", str(error))
+    raise RoundEmptied(verdict.words)
+
+
+def roll_back(
+    identity: Identity,
+    number: int,
+    to: int,
+    source: Stored,
+    base_sha256: str,
+    state_sha256: str,
+    previous: str,
+    folder: Path,
+    create: Callable[[Path], BinaryIO] = _create,
+) -> Outcome:
+    """Makes version `number` of the tensors of an earlier one, in the file `adapter` of `folder`.
+
+    The strategy's state is that of the earlier version, to the byte.
+
+    Args:
+        identity: The run.
+        number: Number of the version, and of the round that it takes.
+        to: The earlier version.
+        source: Its file.
+        base_sha256: Digest of version `number - 1`.
+        state_sha256: Digest of the state that belongs to version `to`; empty if there is none.
+        previous: Digest of the record before.
+        folder: Where to write.
+        create: Opens a new file for writing.
+
+    Raises:
+        BlobCorrupt: If `source` does not have its digest.
+    """
+    aggregation = identity.config.aggregation
+    rule = strategy(aggregation.strategy, aggregation.options)
+    with adapter_file.open_adapter(source.path, source.sha256) as old, create(folder / "adapter") as stream:
+        adapter = adapter_file.write_adapter(stream, identity.info(number), identity.spec.shared, old)
+    record = Record(
+        run=identity.run,
+        round=number,
+        base_sha256=base_sha256,
+        contributions=(),
+        strategy=aggregation.strategy,
+        options=rule.options.model_dump(mode="json"),
+        adapter_sha256=adapter.sha256,
+        state_sha256=state_sha256,
+        previous_sha256=previous,
+        rolled_back_to=to,
+    ).to_json()
+    return Outcome(
+        adapter, state_sha256, {}, record, digest(record), {"rolled_back_to": float(to)}, {}, Extent(0.0, 0.0)
+    )
+
+
+def _excluded(update: Update, reason: str) -> Excluded:
+    sha256 = update.manifest.sha256.hex()
+    return Excluded(update.client, update.ticket, update.examples, update.norm, sha256, reason)
+
+
+def _write(
+    identity: Identity,
+    number: int,
+    contributions: Sequence[Contribution],
+    base: Stored,
+    state: Stored | None,
+    rule: Strategy,
+    folder: Path,
+    create: Callable[[Path], BinaryIO],
+    *,
+    clips: bool,
+) -> tuple[Written, str]:
+    info, specs = identity.info(number), identity.spec.shared
+    with ExitStack() as stack:
+        old = stack.enter_context(adapter_file.open_adapter(base.path, base.sha256))
+        kept: State = {}
+        if state:
+            kept = adapter_file.slots(stack.enter_context(adapter_file.open_state(state.path, state.sha256)), rule)
+        to_adapter = stack.enter_context(create(folder / "adapter"))
+        to_state = stack.enter_context(create(folder / "state"))
+        adapter_out = adapter_file.adapter_writer(to_adapter, info, specs)
+        state_out = adapter_file.state_writer(to_state, info, specs, rule)
+        for tensor in fold_tensors(contributions, specs, rule, old, kept, clips=clips):
+            adapter_out.add(tensor.values)
+            for slot in rule.slots:
+                state_out.add(tensor.state[slot])
+    return adapter_out.finish(), state_out.finish().sha256 if rule.slots else ""
+
+
+def _figures(updates: Sequence[Update]) -> dict[str, float]:
+    figures = {"train_examples": float(sum(u.examples for u in updates))}
+    losses = [(u.metrics["loss"], u.examples) for u in updates if "loss" in u.metrics]
+    if losses:
+        total = sum(n for _, n in losses)
+        # Shares first, so that no client's figure, however large, makes the mean infinite.
+        figures["train_loss"] = sum(loss * (n / total) for loss, n in losses)
+    return figures

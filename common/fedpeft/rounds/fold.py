@@ -1,0 +1,302 @@
+"""The fold: the updates of a round, and the adapter before it, become the adapter after it.
+
+    Delta = (w_1 delta_1 + w_2 delta_2 + ...) / (w_1 + w_2 + ...), clients in the order of their ids, in float64
+
+Promises kept here. The same contributions give the same bits, in whatever order they came, however large the blocks
+are, and in whatever threads the tensors are folded: one value's arithmetic is the same sequence of IEEE 754 operations
+every time, and no value looks at another. Memory does not grow with clients: all updates are read side by side, a block
+of each in turn, so what is held is a few blocks, and the result of one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.adapters.payload import Manifest, Tensors, parts
+from fedpeft.adapters.spec import TensorSpec
+from fedpeft.aggregation import Doubles, Strategy
+from fedpeft.codecs import BLOCK_ELEMENTS, Values, codecs
+from fedpeft.errors import Internal
+
+RESIDENT_BYTES = 8 * 1024 * 1024
+"""Bytes read of mapped payloads, all together, before their pages are given back."""
+
+FAULT_BYTES = 64 * 1024
+"""Least memory that reading one byte of a mapped file makes resident; the system may map far more."""
+
+LARGEST = float(np.finfo(np.float32).max)
+
+State = Mapping[str, Mapping[str, Doubles]]
+"""Server state: by slot, then by tensor."""
+
+
+class Overflow(Exception):
+    """A value of the result would be beyond float32.
+
+    Attributes:
+        client: The one whose update is the largest part of it.
+    """
+
+    def __init__(self, client: str, tensor: str, value: float) -> None:
+        super().__init__(f"with its value {value:.3g} tensor {tensor} would leave the range of float32")
+        self.client = client
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One client's update, checked.
+
+    Attributes:
+        client: The client's id.
+        examples: Examples it trained on, at least 1.
+        manifest: What the payload holds.
+        payload: The payload's bytes, best a mapped file.
+        release: Called now and then to give back pages that were read, so that resident memory stays flat; for a
+            mapped file `fedpeft.process.mapped_files.releaser(payload)`.
+    """
+
+    client: str
+    examples: int
+    manifest: Manifest
+    payload: memoryview
+    release: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedTensor:
+    """One tensor of the next version: values (float32, the spec's shape) and state by slot (flat)."""
+
+    spec: TensorSpec
+    values: NDArray[np.float32]
+    state: Mapping[str, Doubles]
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """The next version, whole; `weights` are by client, as the strategy gave them."""
+
+    adapter: dict[str, NDArray[np.float32]]
+    state: dict[str, dict[str, Doubles]]
+    weights: dict[str, float]
+
+
+def fold(
+    contributions: Sequence[Contribution],
+    specs: Sequence[TensorSpec],
+    strategy: Strategy,
+    base: Tensors,
+    state: State,
+) -> Folded:
+    """Folds all tensors and holds them together; `fold_tensors` is the frugal way.
+
+    Args and raises: as in `fold_tensors`.
+    """
+    adapter: dict[str, NDArray[np.float32]] = {}
+    after: dict[str, dict[str, Doubles]] = {slot: {} for slot in strategy.slots}
+    for folded in fold_tensors(contributions, specs, strategy, base, state):
+        adapter[folded.spec.name] = folded.values
+        for slot, values in folded.state.items():
+            after[slot][folded.spec.name] = values
+    return Folded(adapter, after, weigh(contributions, strategy))
+
+
+def fold_tensors(
+    contributions: Sequence[Contribution],
+    specs: Sequence[TensorSpec],
+    strategy: Strategy,
+    base: Tensors,
+    state: State,
+    block: int = BLOCK_ELEMENTS,
+    *,
+    clips: bool = False,
+) -> Iterator[FoldedTensor]:
+    """Yields the tensors of the next version in the order of `specs`.
+
+    A tensor that the updates do not hold (its role in this round is frozen) is carried over with its
+    state, unchanged.
+
+    Args:
+        contributions: The updates that count, checked, all with the same tensors, in any order.
+        specs: The tensors of an adapter version.
+        strategy: The aggregation strategy.
+        base: The version that the updates started from.
+        state: The server state of that version; what is missing is the strategy's initial one.
+        block: Elements folded at once; the result does not depend on it.
+        clips: Whether a value beyond float32 becomes its largest, as rounds were folded before they were refused.
+
+    Raises:
+        Overflow: If a value would be beyond float32; names the client whose update is the largest part of it.
+        Internal: If there is no contribution, a client contributes twice, or the strategy's weights
+            or results are not finite.
+    """
+    weights = weigh(contributions, strategy)
+    ordered = sorted(contributions, key=lambda c: c.client)
+    sent = [entry.name for entry in ordered[0].manifest.entries]
+    for contribution in ordered:
+        if [entry.name for entry in contribution.manifest.entries] != sent:
+            raise Internal(f"the update of client {contribution.client} has other tensors than the first one's")
+    mean = _Mean(ordered, weights, block)
+    for spec in specs:
+        before = {slot: _slot(strategy, slot, spec, state) for slot in strategy.slots}
+        if spec.name in sent:
+            index = sent.index(spec.name)
+            try:
+                yield _step(mean.blocks(index, spec.size), spec, strategy, base[spec.name], before, clips)
+            except _Beyond as beyond:
+                client, value = mean.largest(index, beyond.position)
+                raise Overflow(client, spec.name, value) from None
+        else:
+            yield FoldedTensor(spec, base[spec.name], before)
+
+
+def weigh(contributions: Sequence[Contribution], strategy: Strategy) -> dict[str, float]:
+    """Returns the strategy's weight of each client, by id in order, not normalised.
+
+    Raises:
+        Internal: If there is no contribution, a client contributes twice, or a weight is unusable.
+    """
+    weights = {c.client: strategy.weight(c.examples) for c in contributions}
+    if not weights or len(weights) != len(contributions):
+        raise Internal(f"{len(contributions)} updates of {len(weights)} clients: want one each, and at least one")
+    for client, weight in weights.items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise Internal(f"the update of client {client} weighs {weight}, not a finite positive number")
+    return dict(sorted(weights.items()))
+
+
+def squared_norm(manifest: Manifest, payload: memoryview, release: Callable[[], object] | None = None) -> float:
+    """Returns the sum of the squares of all values of a checked payload, in float64.
+
+    Args:
+        manifest: What the payload holds.
+        payload: Its bytes.
+        release: Called now and then to give back what was read of a mapped file.
+    """
+    total, resident, wide = 0.0, 0, np.empty(BLOCK_ELEMENTS)
+    for entry, data in parts(manifest, payload):
+        for _, values in codecs.get(entry.encoding).blocks(data, math.prod(entry.shape)):
+            # Not np.dot: BLAS would start threads of its own for every block.
+            square = wide[: values.size]
+            np.copyto(square, values)
+            square *= square
+            total += float(square.sum())
+        resident += entry.length
+        if release and resident > RESIDENT_BYTES:
+            release()
+            resident = 0
+    return total
+
+
+def _slot(strategy: Strategy, slot: str, spec: TensorSpec, state: State) -> Doubles:
+    kept = state.get(slot, {}).get(spec.name)
+    return strategy.initial(slot, spec.size) if kept is None else kept.reshape(-1)
+
+
+def _step(
+    means: Iterator[tuple[int, Doubles]],
+    spec: TensorSpec,
+    strategy: Strategy,
+    base: NDArray[np.float32],
+    before: Mapping[str, Doubles],
+    clips: bool,
+) -> FoldedTensor:
+    x = base.reshape(-1)
+    values = np.empty(spec.size, np.float32)
+    after = {slot: np.empty_like(kept) for slot, kept in before.items()}
+    for start, delta in means:
+        here = slice(start, start + delta.size)
+        old = {slot: _piece(kept, spec.size, here) for slot, kept in before.items()}
+        stepped, state = strategy.step(x[here].astype(np.float64), delta, old)
+        if not all(np.isfinite(a).all() for a in (stepped, *state.values())):
+            raise Internal(f"the aggregation strategy made tensor {spec.name} not finite")
+        beyond = np.abs(stepped) > LARGEST
+        if beyond.any():
+            if not clips:
+                raise _Beyond(start + int(beyond.argmax()))
+            stepped = np.clip(stepped, -LARGEST, LARGEST)
+        values[here] = stepped
+        for slot, kept in after.items():
+            _piece(kept, spec.size, here)[:] = state[slot]
+    return FoldedTensor(spec, values.reshape(spec.shape), after)
+
+
+class _Beyond(Exception):
+    """The value of a tensor at a position would be beyond float32."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(position)
+        self.position = position
+
+
+def _piece(kept: Doubles, size: int, here: slice) -> Doubles:
+    """Returns the block of a slot, or all of one that the whole tensor shares."""
+    return kept[here] if kept.size == size else kept
+
+
+class _Mean:
+    """The weighted mean of all updates, a block at a time.
+
+    Args:
+        ordered: The contributions in client-id order, all with the same tensors.
+        weights: By client.
+        block: Elements at once.
+    """
+
+    def __init__(self, ordered: Sequence[Contribution], weights: Mapping[str, float], block: int) -> None:
+        self._ordered = ordered
+        self._factors = [weights[contribution.client] for contribution in ordered]
+        self._block = block
+        share = RESIDENT_BYTES // len(ordered)
+        # Where even one fault of each is too much, every block is given back at once.
+        self._limit = share if share >= FAULT_BYTES else 0
+        self._read = [0] * len(ordered)
+        self._whole, self._scaled = np.empty((2, block))
+
+    def blocks(self, index: int, size: int) -> Iterator[tuple[int, Doubles]]:
+        """Yields (start, mean, float64 [block]) of the tensor at `index` of the manifests.
+
+        The array is used again for the next block.
+        """
+        readers = [_values(contribution, index, self._block) for contribution in self._ordered]
+        total = math.fsum(self._factors)
+        for start in range(0, size, self._block):
+            mean = self._whole[: min(self._block, size - start)]
+            mean.fill(0)
+            for place, (reader, factor) in enumerate(zip(readers, self._factors, strict=True)):
+                _, values = next(reader)
+                product = self._scaled[: values.size]
+                np.copyto(product, values)
+                product *= factor
+                mean += product
+                self._release(place, values.nbytes)
+            mean /= total
+            yield start, mean
+
+    def largest(self, index: int, position: int) -> tuple[str, float]:
+        """Returns the client whose weighted value at a place of a tensor is the largest, and the value."""
+        found = ("", 0.0, -1.0)
+        for contribution, factor in zip(self._ordered, self._factors, strict=True):
+            for start, values in _values(contribution, index, self._block):
+                if start <= position < start + values.size:
+                    value = float(values[position - start])
+                    found = max(found, (contribution.client, value, abs(value) * factor), key=lambda each: each[2])
+                    break
+        return found[0], found[1]
+
+    def _release(self, place: int, size_bytes: int) -> None:
+        self._read[place] += size_bytes
+        release = self._ordered[place].release
+        if release is not None and self._read[place] >= self._limit:
+            self._read[place] = 0
+            release()
+
+
+def _values(contribution: Contribution, index: int, block: int) -> Iterator[tuple[int, Values]]:
+    entry = contribution.manifest.entries[index]
+    data = contribution.payload[entry.offset : entry.offset + entry.length]
+    return codecs.get(entry.encoding).blocks(data, math.prod(entry.shape), block)

@@ -1,0 +1,192 @@
+"""The record of a committed round: what was folded, by which rule, and what came of it. Pure.
+
+A record is canonical JSON: keys sorted, no spaces, ASCII, numbers as Python's `repr` writes them. It holds the digest
+of the record before, so whoever holds the last digest can tell that nothing in a run's history was changed, and whoever
+holds the updates can fold them again to the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from fedpeft.errors import BlobCorrupt
+from fedpeft.rounds.screening import NormBound
+
+PLAIN, FORMAT = 1, 2
+"""Format 1 has no keys but those of a round of which everything was folded; 2 is for the others."""
+_OPTIONAL = ("excluded", "bound", "rolled_back_to")
+"""Keys that a record has only where there is something to say."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Contributed:
+    """One update that was folded.
+
+    Attributes:
+        client: The client's id.
+        ticket: The ticket it was sent for.
+        examples: Examples it was trained on.
+        weight: What the strategy made of them, not normalised: the factor that enters the fold.
+        sha256: Digest of the payload, hexadecimal.
+    """
+
+    client: str
+    ticket: str
+    examples: int
+    weight: float
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """One update that was received and not folded.
+
+    Attributes:
+        client: The client's id.
+        ticket: The ticket it was sent for.
+        examples: Examples it was trained on.
+        norm: Euclidean norm of the decoded update.
+        sha256: Digest of the payload, hexadecimal.
+        reason: `norm` (above the round's limit) or `overflow` (the result would leave the range of float32).
+    """
+
+    client: str
+    ticket: str
+    examples: int
+    norm: float
+    sha256: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One committed round.
+
+    Attributes:
+        run: Id of the run.
+        round: Number of the round, 1, 2, ...; the result is adapter version `round`.
+        base_sha256: Digest of the adapter file the updates started from.
+        contributions: What was folded, sorted by client.
+        strategy: Name of the aggregation strategy.
+        options: All its options, defaults included.
+        adapter_sha256: Digest of the resulting adapter file.
+        state_sha256: Digest of the resulting server-state file; empty if the strategy has none.
+        previous_sha256: Digest of the record before; empty for round 1.
+        excluded: What was received and not folded, sorted by client.
+        bound: The limit of the norms; only where something was excluded, and the run has one.
+        rolled_back_to: The version whose tensors and state this one has, where nothing was folded; else None.
+    """
+
+    run: str
+    round: int
+    base_sha256: str
+    contributions: tuple[Contributed, ...]
+    strategy: str
+    options: Mapping[str, JsonValue]
+    adapter_sha256: str
+    state_sha256: str
+    previous_sha256: str
+    excluded: tuple[Excluded, ...] = ()
+    bound: NormBound | None = None
+    rolled_back_to: int | None = None
+
+    def to_json(self) -> str:
+        """Returns the canonical JSON."""
+        data = asdict(self)
+        unsaid = [key for key in _OPTIONAL if data[key] in (None, ())]
+        form = PLAIN if len(unsaid) == len(_OPTIONAL) else FORMAT
+        return json.dumps(
+            {"format": form, **{key: value for key, value in data.items() if key not in unsaid}},
+            sort_keys=True,
+            separators=(",", ":"),
+            allow_nan=False,
+        )
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def digest(record_json: str) -> str:
+    """Returns the SHA-256 of a record's JSON, hexadecimal."""
+    return hashlib.sha256(record_json.encode()).hexdigest()
+
+
+def parse(record_json: str) -> Record:
+    """Reads a record.
+
+    Raises:
+        BlobCorrupt: If it is not one in canonical form.
+    """
+    try:
+        data: dict[str, Any] = json.loads(record_json)
+        form = data.pop("format")
+        record = _RECORD.validate_python(data, strict=False)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise BlobCorrupt(f"this is not the record of a round: {fault}") from None
+    if form not in (PLAIN, FORMAT):
+        raise BlobCorrupt(f"the record has format {form!r}; this version reads {PLAIN} and {FORMAT}")
+    if record.to_json() != record_json:
+        raise BlobCorrupt(f"the record of round {record.round} is not in canonical form")
+    return record
+
+
+def verify_chain(records: Sequence[str]) -> None:
+    """Checks that records are those of rounds 1, 2, ... of one run, each built on the one before.
+
+    That the last one is the right one only its own digest, kept elsewhere, can say.
+
+    Args:
+        records: Canonical JSON, oldest first.
+
+    Raises:
+        BlobCorrupt: With the first round that does not fit and why.
+    """
+    before: Record | None = None
+    previous = ""
+    for number, text in enumerate(records, 1):
+        record = parse(text)
+        fault = _fault(record, number, previous, before)
+        if fault:
+            raise BlobCorrupt(f"record {number} of {len(records)}: {fault}")
+        before, previous = record, digest(text)
+
+
+def _fault(record: Record, number: int, previous: str, before: Record | None) -> str:
+    """Returns what is wrong with a record at its place in the chain, or nothing."""
+    clients = [contributed.client for contributed in record.contributions]
+    left_out = [excluded.client for excluded in record.excluded]
+    received = [c.sha256 for c in record.contributions] + [e.sha256 for e in record.excluded]
+    digests = [record.base_sha256, record.adapter_sha256, *received]
+    digests += [d for d in (record.state_sha256, record.previous_sha256) if d]
+    faults = {
+        f"it is of round {record.round}": record.round != number,
+        f"its previous_sha256 is not {previous or 'empty'}": record.previous_sha256 != previous,
+        "no update was folded": not clients and record.rolled_back_to is None,
+        "it folds updates and goes back to a version": bool(received) and record.rolled_back_to is not None,
+        f"it goes back to version {record.rolled_back_to}": not 0 <= (record.rolled_back_to or 0) < number,
+        "its clients are not sorted, each once": clients != sorted(set(clients)) or left_out != sorted(set(left_out)),
+        "a client's update is both folded and excluded": not set(clients).isdisjoint(left_out),
+        "an update is excluded for a norm within the limit": any(
+            e.reason == "norm" and (record.bound is None or e.norm <= record.bound.limit) for e in record.excluded
+        ),
+        "a digest has not 64 hexadecimal digits": not all(map(_DIGEST.fullmatch, digests)),
+        "a weight or an example count is not positive": any(
+            c.weight <= 0 or c.examples < 1 for c in record.contributions
+        ),
+    }
+    if before is not None:
+        faults |= {
+            f"it is of run {record.run}, not {before.run}": record.run != before.run,
+            "it does not start from the adapter of the record before": record.base_sha256 != before.adapter_sha256,
+        }
+    return next((text for text, wrong in faults.items() if wrong), "")

@@ -1,0 +1,410 @@
+"""The state machine of a round, pure: ``(round, event) -> (round, effects)``.
+
+    WAITING -> OPEN -> AGGREGATING -> COMMITTED
+
+WAITING opens once enough clients wait: a seeded sample of them gets tickets. If the run does not say how many those
+are, it opens without those that are missing once a quorum has waited for a while: a client that never comes back holds
+nobody up, and one that comes late gets its ticket then. OPEN takes updates until as many are there as the round wants
+(the goal); until no ticket is left to wait for, nobody is there to replace the missing, and the quorum is met; or until
+the deadline with a quorum. A deadline without a quorum extends the round: what was received stays, replacements are
+sampled beside the stragglers, whose tickets stay good. After the last extension the run is paused. AGGREGATING takes
+nothing more; an update that turns out not to be one that can be folded is excluded, and where none is left the round is
+OPEN again. A round that was stopped stays as it is, whatever comes after. Whoever drives the machine writes each new
+state in one transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from fedpeft import seeds
+from fedpeft.config import RoundsConfig
+from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
+from fedpeft.formatting import counted
+
+GATHER_S = 60.0
+"""A quorum that waits for so long need not wait for more clients; before the first round, while people start the sites,
+for as long as a round's deadline if that is longer."""
+ROLLED_BACK = "the run was rolled back to version"
+"""The first words of the reason of tickets that a rollback discards."""
+
+
+class Phase(StrEnum):
+    """Phase of a round."""
+
+    WAITING = "waiting"
+    OPEN = "open"
+    AGGREGATING = "aggregating"
+    COMMITTED = "committed"
+
+
+class TicketState(StrEnum):
+    """State of a client's right to contribute."""
+
+    ISSUED = "issued"
+    RECEIVED = "received"
+    WITHDRAWN = "withdrawn"
+    REFUSED = "refused"
+    LATE = "late"
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A client's right to contribute to one round; `generation` is the number of extensions when it was issued."""
+
+    id: str
+    client: str
+    state: TicketState = TicketState.ISSUED
+    reason: str = ""
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of a run. Times are seconds since the epoch; `tickets` are in client-id order, one a client."""
+
+    run: str
+    number: int
+    phase: Phase = Phase.WAITING
+    tickets: tuple[Ticket, ...] = ()
+    opened_at: float | None = None
+    deadline: float | None = None
+    extensions: int = 0
+    stopped: bool = False
+
+    @property
+    def base_version(self) -> int:
+        """The adapter version that clients start from."""
+        return self.number - 1
+
+    def following(self) -> Round:
+        """Returns the round after this one, as it begins."""
+        return Round(self.run, self.number + 1)
+
+    def in_state(self, state: TicketState) -> tuple[Ticket, ...]:
+        """Returns the tickets in one state."""
+        return tuple(t for t in self.tickets if t.state is state)
+
+    def ticket(self, ticket_id: str) -> Ticket:
+        """Returns a ticket by id.
+
+        Raises:
+            TicketNotFound: If the round has none of that id.
+        """
+        for ticket in self.tickets:
+            if ticket.id == ticket_id:
+                return ticket
+        raise TicketNotFound(f"round {self.number} of {self.run} has no ticket {ticket_id}")
+
+    def ticket_of(self, client: str) -> Ticket | None:
+        """Returns the ticket of a client, if it was sampled."""
+        return next((t for t in self.tickets if t.client == client), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """These clients can be sampled now, those with a larger demerit (`fedpeft.rounds.conduct`) after the others.
+
+    `waited_s` is for how long at least a quorum has been waiting for the round to open.
+    """
+
+    clients: AbstractSet[str]
+    demerits: Mapping[str, int] = field(default_factory=dict)
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """The update of a ticket is durable."""
+
+    ticket: str
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The client gave its ticket up."""
+
+    ticket: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The update of a ticket is wrong for good."""
+
+    ticket: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """Nothing happened but time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The run was paused: an open round takes what comes, and no deadline runs out meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The run was resumed: an open round gets a fresh deadline and its extensions back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """Received updates that are not folded: the reasons by ticket."""
+
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregated:
+    """The result is durable."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """The run goes back to version `to`: the round is over, and nothing of it is folded."""
+
+    to: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The run was stopped: nothing more is taken and nothing will be folded, whatever comes after."""
+
+
+Event = (
+    Waiting
+    | Received
+    | Withdrawn
+    | Refused
+    | TimePassed
+    | Paused
+    | Resumed
+    | Excluded
+    | Aggregated
+    | RolledBack
+    | Stopped
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """Effect: these tickets are new."""
+
+    tickets: tuple[Ticket, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """Effect: fold what was received."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Effect: pause the run, because of `reason`."""
+
+    reason: str
+
+
+Effect = Issue | Aggregate | Pause
+Step = tuple[Round, tuple[Effect, ...]]
+
+
+def ticket_id(run: str, number: int, client: str) -> str:
+    """Returns the id of the ticket of a client in a round; a client has at most one."""
+    return "ticket-" + hashlib.sha256(f"{run}\x1f{number}\x1f{client}".encode()).hexdigest()[:16]
+
+
+_NONE: Mapping[str, int] = {}
+
+
+def sample(
+    candidates: Iterable[str], count: int, seed: int, number: int, demerits: Mapping[str, int] = _NONE
+) -> list[str]:
+    """Returns up to `count` of the candidates, the same ones for the same arguments, sorted."""
+
+    def rank(client: str) -> tuple[int, int, str]:
+        return demerits.get(client, 0), seeds.sampling_rank(seed, number, client), client
+
+    ranked = sorted(candidates, key=rank)
+    return sorted(ranked[:count])
+
+
+def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Step:
+    """Returns the round after an event at time `now`, and what must be done because of it.
+
+    An event that changes nothing returns the very same round.
+
+    Raises:
+        TicketNotFound: If the event names a ticket that the round does not have.
+        RoundClosed: If an update comes when the round takes none.
+        TicketClosed: If an update comes for a ticket that was withdrawn or refused.
+    """
+    match event:
+        case Waiting() | TimePassed() | Paused() | Resumed() | Excluded() | Aggregated() | RolledBack() if (
+            state.stopped
+        ):
+            return state, ()
+        case Waiting():
+            return _waiting(state, event, config, now)
+        case Received(ticket):
+            return _received(state, ticket, config)
+        case Withdrawn(ticket, reason):
+            return _close_ticket(state, ticket, TicketState.WITHDRAWN, reason)
+        case Refused(ticket, reason):
+            return _close_ticket(state, ticket, TicketState.REFUSED, reason)
+        case TimePassed():
+            return _time_passed(state, config, now)
+        case Paused():
+            running = state.phase is Phase.OPEN and state.deadline is not None
+            return (replace(state, deadline=None), ()) if running else (state, ())
+        case Resumed():
+            return _resumed(state, config, now)
+        case Excluded(reasons):
+            return _excluded(state, reasons, config, now)
+        case Aggregated():
+            return (replace(state, phase=Phase.COMMITTED), ()) if state.phase is Phase.AGGREGATING else (state, ())
+        case RolledBack(to):
+            return _rolled_back(state, to)
+        case Stopped():
+            return _stopped(state)
+
+
+def _waiting(state: Round, event: Waiting, config: RoundsConfig, now: float) -> Step:
+    clients, demerits = event.clients, event.demerits
+    if state.phase is Phase.WAITING and _enough(state, event, config):
+        opened = replace(state, phase=Phase.OPEN, opened_at=now, deadline=now + config.deadline_s)
+        return _issue(opened, clients, config.sampled, config, demerits)
+    if state.phase is not Phase.OPEN:
+        return state, ()
+    current = [t for t in state.in_state(TicketState.ISSUED) if t.generation == state.extensions]
+    missing = config.sampled - len(state.in_state(TicketState.RECEIVED)) - len(current)
+    if missing > 0 and (fresh := clients - {t.client for t in state.tickets}):
+        return _issue(state, fresh, missing, config, demerits)
+    nobody_left = not state.in_state(TicketState.ISSUED)
+    if nobody_left and len(state.in_state(TicketState.RECEIVED)) >= config.needed:
+        return _aggregate(state)
+    return state, ()
+
+
+def _enough(state: Round, event: Waiting, config: RoundsConfig) -> bool:
+    if len(event.clients) >= config.available:
+        return True
+    gather_s = GATHER_S if state.number > 1 else max(GATHER_S, config.deadline_s)
+    return len(event.clients) >= config.least_available and event.waited_s >= gather_s
+
+
+def _issue(
+    state: Round, candidates: Iterable[str], count: int, config: RoundsConfig, demerits: Mapping[str, int]
+) -> Step:
+    new = tuple(
+        Ticket(ticket_id(state.run, state.number, client), client, generation=state.extensions)
+        for client in sample(candidates, count, config.seed, state.number, demerits)
+    )
+    tickets = tuple(sorted((*state.tickets, *new), key=lambda t: t.client))
+    return replace(state, tickets=tickets), (Issue(new),)
+
+
+def _received(state: Round, ticket_id: str, config: RoundsConfig) -> Step:
+    ticket = state.ticket(ticket_id)
+    if ticket.state is TicketState.RECEIVED:
+        return state, ()
+    if ticket.state in (TicketState.WITHDRAWN, TicketState.REFUSED):
+        raise TicketClosed(f"ticket {ticket.id} was {ticket.state}: {ticket.reason or 'no reason given'}")
+    if state.phase is not Phase.OPEN or ticket.state is TicketState.LATE:
+        raise RoundClosed(f"round {state.number} of {state.run} has closed; keep the update for the next round")
+    state = _set_ticket(state, replace(ticket, state=TicketState.RECEIVED))
+    if len(state.in_state(TicketState.RECEIVED)) >= config.clients:
+        return _aggregate(state)
+    return state, ()
+
+
+def _close_ticket(state: Round, ticket_id: str, to: TicketState, reason: str) -> Step:
+    ticket = state.ticket(ticket_id)
+    if ticket.state is not TicketState.ISSUED:
+        return state, ()
+    return _set_ticket(state, replace(ticket, state=to, reason=reason)), ()
+
+
+def _time_passed(state: Round, config: RoundsConfig, now: float) -> Step:
+    if state.phase is not Phase.OPEN or state.deadline is None or now < state.deadline:
+        return state, ()
+    received = len(state.in_state(TicketState.RECEIVED))
+    if received >= config.needed:
+        return _aggregate(state)
+    if state.extensions >= config.max_extensions:
+        awaited = ", ".join(t.client for t in state.in_state(TicketState.ISSUED)) or "nobody"
+        reason = (
+            f"round {state.number} has {received} of the {counted(config.needed, 'update')} it needs after "
+            f"{counted(state.extensions, 'extension')}; still awaited: {awaited}{_refusals(state)}"
+        )
+        return replace(state, deadline=None), (Pause(reason),)
+    return replace(state, extensions=state.extensions + 1, deadline=now + config.deadline_s), ()
+
+
+def _refusals(state: Round) -> str:
+    refused = ", ".join(t.client for t in state.in_state(TicketState.REFUSED))
+    return f"; refused: {refused}" if refused else ""
+
+
+def _resumed(state: Round, config: RoundsConfig, now: float) -> Step:
+    if state.phase is not Phase.OPEN or state.deadline is not None:
+        return state, ()
+    tickets = tuple(replace(t, generation=0) for t in state.tickets)
+    return replace(state, tickets=tickets, extensions=0, deadline=now + config.deadline_s), ()
+
+
+def _excluded(state: Round, reasons: Mapping[str, str], config: RoundsConfig, now: float) -> Step:
+    if state.phase is not Phase.AGGREGATING or not reasons:
+        return state, ()
+    tickets = tuple(
+        replace(t, state=TicketState.REFUSED, reason=reasons[t.id])
+        if t.id in reasons and t.state is TicketState.RECEIVED
+        else t
+        for t in state.tickets
+    )
+    left = replace(state, tickets=tickets)
+    if not left.in_state(TicketState.RECEIVED):
+        left = replace(left, phase=Phase.OPEN, deadline=now + config.deadline_s)
+    return left, ()
+
+
+def _rolled_back(state: Round, to: int) -> Step:
+    if state.phase is Phase.COMMITTED:
+        return state, ()
+    reason = f"{ROLLED_BACK} {to}; updates of the round in progress are discarded"
+    open_ = (TicketState.ISSUED, TicketState.RECEIVED)
+    tickets = tuple(
+        replace(t, state=TicketState.REFUSED, reason=reason) if t.state in open_ else t for t in state.tickets
+    )
+    return replace(state, tickets=tickets, phase=Phase.COMMITTED, deadline=None), ()
+
+
+def _stopped(state: Round) -> Step:
+    if state.stopped or state.phase is Phase.COMMITTED:
+        return state, ()
+    return replace(_late(state), stopped=True), ()
+
+
+def _aggregate(state: Round) -> Step:
+    return replace(_late(state), phase=Phase.AGGREGATING), (Aggregate(),)
+
+
+def _late(state: Round) -> Round:
+    """Closes every open ticket; the updates that come for them go into their clients' residuals."""
+    reason = f"round {state.number} closed before the update came"
+    tickets = tuple(
+        replace(t, state=TicketState.LATE, reason=reason) if t.state is TicketState.ISSUED else t for t in state.tickets
+    )
+    return replace(state, tickets=tickets, deadline=None)
+
+
+def _set_ticket(state: Round, ticket: Ticket) -> Round:
+    return replace(state, tickets=tuple(ticket if t.id == ticket.id else t for t in state.tickets))

@@ -1,0 +1,90 @@
+"""Carries the error tree across gRPC: canonical code, one sentence, ErrorInfo, RetryInfo, field violations; and back.
+
+The shape is Google's AIP-193. `docs/errors.md` lists every reason.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn, cast
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError, Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from fedpeft import errors
+from fedpeft.errors import FedpeftError, Internal, LocalError, ServerUnreachable
+from fedpeft.untrusted_text import plain
+
+DOMAIN = "fedpeft"
+MAX_MESSAGE = 4096
+"""Most characters of a server's sentence."""
+
+
+def to_status(error: FedpeftError) -> status_pb2.Status:
+    """Returns the rich status of an error of the tree."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+    details = [_any(info)]
+    if error.retry_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_s * 1e9))
+        details.append(_any(error_details_pb2.RetryInfo(retry_delay=delay)))
+    if error.fields:
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=field, description=text) for field, text in error.fields
+        ]
+        details.append(_any(error_details_pb2.BadRequest(field_violations=violations)))
+    return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=error.message, details=details)
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError) -> FedpeftError:
+    """Returns the error that the server raised, as an instance of the same class.
+
+    A status without ErrorInfo comes from gRPC itself: UNAVAILABLE is `ServerUnreachable`, anything else `Internal`. So
+    is one that cannot be read, or that claims to be an error which never crosses the network. What a server says is
+    cut to `MAX_MESSAGE` characters that a terminal shows.
+    """
+    message = _said(error.details() or "")
+    try:
+        return _found(error, message)
+    except (ValueError, DecodeError):  # the details are no Status, or not that of this call
+        return Internal(f"the call failed with {error.code().name} and details that cannot be read: {message}")
+
+
+def _found(error: grpc.aio.AioRpcError, message: str) -> FedpeftError:
+    status = rpc_status.from_call(cast(grpc.Call, error))
+    if status is None:
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            return ServerUnreachable(f"the server cannot be reached: {message}")
+        return Internal(f"the call failed with {error.code().name}: {message}")
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    hinted = False
+    for detail in status.details:
+        detail.Unpack(info)
+        detail.Unpack(bad)
+        hinted |= detail.Unpack(retry)
+    fields = tuple((_said(v.field), _said(v.description)) for v in bad.field_violations)
+    cls = errors.of_reason(info.reason, Internal) if info.domain == DOMAIN else Internal
+    if issubclass(cls, LocalError):
+        cls = Internal
+    where = "the server's disk is full: " if cls is errors.DiskFull else ""  # it must not be sought on this side
+    found = cls(where + _said(status.message), fields)
+    found.retry_s = max(0.0, retry.retry_delay.ToNanoseconds() / 1e9) if hinted else None
+    return found
+
+
+def _said(text: str) -> str:
+    return plain(text[:MAX_MESSAGE])
+
+
+def _any(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], error: FedpeftError) -> NoReturn:
+    """Ends a call on the server with the status of `error`."""
+    status = rpc_status.to_status(to_status(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)

@@ -1,0 +1,1 @@
+"""Local training and evaluation of a model on one client's data."""

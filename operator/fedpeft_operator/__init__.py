@@ -1,0 +1,1 @@
+"""Tools of operators and researchers: command line, demo, console, doctor and top."""

@@ -1,0 +1,1 @@
+"""Commands about identities, tokens, clients and the audit log."""

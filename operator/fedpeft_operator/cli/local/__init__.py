@@ -1,0 +1,1 @@
+"""Commands that ask no server, and those that start another program."""

@@ -1,0 +1,1 @@
+"""`fedpeft run`: one module a command."""

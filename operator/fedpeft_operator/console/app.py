@@ -1,0 +1,108 @@
+"""The console's composition: every part is made here, and every page has its address here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from fedpeft.api.operator_client import Connect, for_looking
+from fedpeft.errors import FedpeftError
+from fedpeft_operator.console import mishaps
+from fedpeft_operator.console.access import Doorkeeper
+from fedpeft_operator.console.audit_log import AuditLog
+from fedpeft_operator.console.bell import Bell
+from fedpeft_operator.console.desk import Desk
+from fedpeft_operator.console.directory import Directory
+from fedpeft_operator.console.feeds import Feeds
+from fedpeft_operator.console.guard import Guard, Refused
+from fedpeft_operator.console.line import Line
+from fedpeft_operator.console.pages import audit, client, creation, downloads, login, overview, run, steering
+from fedpeft_operator.console.paper import Paper
+from fedpeft_operator.console.settings import Settings
+
+Page = Callable[[Request], Awaitable[Response]]
+
+LOOKED_AT: tuple[tuple[str, Page], ...] = (
+    ("/", overview.overview),
+    ("/events", overview.events),
+    ("/runs/{run}", run.run),
+    ("/runs/{run}/events", run.events),
+    ("/runs/{run}/rounds/{number}", run.round_),
+    ("/runs/{run}/versions/{version}", downloads.adapter),
+    ("/clients", client.clients),
+    ("/clients/events", client.clients_events),
+    ("/clients/{client}", client.client),
+    ("/clients/{client}/events", client.client_events),
+    ("/audit", audit.audit),
+    ("/new", creation.blank),
+    ("/access", login.access),
+    ("/login", login.login),
+)
+SENT: tuple[tuple[str, Page], ...] = (
+    *((f"/runs/{{run}}/{verb}", steering.steering(verb)) for verb in steering.VERBS),
+    ("/runs/{run}/rollback", steering.rollback),
+    ("/runs/{run}/readmit", steering.readmit),
+    ("/new", creation.create),
+    ("/access", login.new_link),
+    ("/logout", login.logout),
+)
+
+
+def console(settings: Settings, connect: Connect, door: Doorkeeper) -> Starlette:
+    """Returns a console as an ASGI application.
+
+    Args:
+        settings: Where it listens, and what may be done there.
+        connect: Makes a client of the server, with the identity of whoever started the console.
+        door: Lets browsers in.
+    """
+    bell, connect = Bell(), for_looking(connect)
+    line, feeds = Line(connect), Feeds(connect, bell)
+    desk = Desk(
+        settings=settings,
+        door=door,
+        paper=Paper(settings.server, settings.secured),
+        bell=bell,
+        line=line,
+        feeds=feeds,
+        directory=Directory(line, bell, feeds.hurry),
+        audit=AuditLog(line),
+    )
+
+    @asynccontextmanager
+    async def life(_: Starlette) -> AsyncIterator[None]:
+        looking = asyncio.create_task(desk.directory.keep())
+        try:
+            yield
+        finally:
+            looking.cancel()
+            desk.feeds.close()
+            await line.close()
+
+    app = Starlette(
+        routes=[
+            *(Route(path, page, methods=["GET"]) for path, page in LOOKED_AT),
+            *(Route(path, page, methods=["POST"]) for path, page in SENT),
+            Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
+        ],
+        middleware=[Middleware(Guard, settings=settings, door=door, refusal=mishaps.said)],
+        exception_handlers={
+            Refused: mishaps.refused,
+            FedpeftError: mishaps.failed,
+            HTTPException: mishaps.unknown,
+            Exception: mishaps.unexpected,
+        },
+        lifespan=life,
+    )
+    app.state.desk = desk
+    return app

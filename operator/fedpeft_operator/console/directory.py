@@ -1,0 +1,124 @@
+"""The runs and clients that there are, asked for regularly while anybody looks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import structlog
+
+from fedpeft.errors import FedpeftError
+from fedpeft.v1 import operator_service_pb2 as pb
+from fedpeft.v1 import run_pb2
+from fedpeft_operator.console.bell import Bell
+from fedpeft_operator.console.line import Line
+
+PAUSE_S = 1.0
+"""Pause between two looks, at least `SHARE` times what a look takes: a large federation is not asked all the time."""
+SHARE = 10.0
+LONGEST_PAUSE_S = 4.0
+"""However large it is: with `LOOK_S` of the next look, after so long it is known that the server is away."""
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T", run_pb2.Run, pb.Client)
+
+
+class Directory:
+    """The lists of the server as they were at the last look.
+
+    Args:
+        line: To the server.
+        bell: Rung when they have changed.
+        back: Called when a server that was away is there again.
+
+    Attributes:
+        runs: Every run by id, oldest first.
+        clients: Every client by id.
+        lost: Why the last look failed, in a sentence; empty if it did not.
+        looked_at: Whether there was an answer yet.
+        lookers: How many pages keep them fresh.
+    """
+
+    def __init__(self, line: Line, bell: Bell, back: Callable[[], None]) -> None:
+        self.runs: dict[str, run_pb2.Run] = {}
+        self.clients: dict[str, pb.Client] = {}
+        self.lost = ""
+        self.looked_at = False
+        self.lookers = 0
+        self._line, self._bell, self._back = line, bell, back
+        self._fresh_until = 0.0
+        self._looking: asyncio.Task[None] | None = None
+        self._wanted = asyncio.Event()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Keeps the lists fresh."""
+        self.lookers += 1
+        self._wanted.set()
+        try:
+            yield
+        finally:
+            self.lookers -= 1
+
+    async def keep(self) -> None:
+        """Looks again and again while anybody looks; never returns."""
+        while True:
+            if not self.lookers:
+                self._wanted.clear()
+                await self._wanted.wait()
+            await self.look()
+            await asyncio.sleep(max(PAUSE_S, self._fresh_until - time.monotonic()))
+
+    async def knows_run(self, run: str) -> bool:
+        """Returns True if there is a run; an unknown one is asked for, and one that cannot be asked for may be."""
+        await self.look(again=run not in self.runs)
+        return run in self.runs or bool(self.lost)
+
+    async def knows_client(self, client: str) -> bool:
+        """Returns True if a client ever registered, likewise."""
+        await self.look(again=client not in self.clients)
+        return client in self.clients or bool(self.lost)
+
+    async def look(self, *, again: bool = False) -> None:
+        """Asks the server, unless the last look is fresh and nothing else is wanted.
+
+        A server that is known to be away is asked too, but not waited for: what was known can be shown meanwhile.
+        """
+        if self._looking is None:
+            if time.monotonic() < self._fresh_until and not again:
+                return
+            self._looking = asyncio.create_task(self._look())
+        if again or not self.lost:
+            await asyncio.shield(self._looking)
+
+    async def _look(self) -> None:
+        began = time.monotonic()
+        before = (self.runs, self.clients, self.lost)
+        try:
+            runs = await self._line.ask(lambda server: server.runs())
+            clients = await self._line.ask(lambda server: server.clients())
+            self.runs, self.clients = _by_id(runs), _by_id(clients)
+            self.lost, self.looked_at = "", True
+        except FedpeftError as error:
+            self.lost = error.in_short
+        except Exception as error:  # a fault of ours: said on the pages like any other, until the next look
+            log.exception("the lists cannot be read")
+            self.lost = f"the console cannot read the server's lists: {type(error).__name__}: {error}"
+        finally:
+            self._looking = None
+        now = time.monotonic()
+        # What a look at a server that is away takes says nothing about the federation's size.
+        pause_s = PAUSE_S if self.lost else min(max(PAUSE_S, SHARE * (now - began)), LONGEST_PAUSE_S)
+        self._fresh_until = now + pause_s
+        if before[2] and not self.lost:
+            self._back()
+        if before != (self.runs, self.clients, self.lost):
+            self._bell.ring()
+
+
+def _by_id(items: Sequence[T]) -> dict[str, T]:
+    return {item.id: item for item in items}

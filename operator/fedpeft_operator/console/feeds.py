@@ -1,0 +1,66 @@
+"""The runs that are followed, one feed each.
+
+Notable: feeds that nobody looks at stay, up to a number, because pages are left and come back to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from fedpeft.api.operator_client import Connect
+from fedpeft_operator.console.bell import Bell
+from fedpeft_operator.console.feed import RunFeed
+
+MOST_FEEDS = 64
+"""Runs that are followed though nobody looks at them."""
+
+
+class Feeds:
+    """All feeds, the one asked for last at the end.
+
+    Args:
+        connect: Makes a client of the server.
+        bell: Rung at each change of any run.
+    """
+
+    def __init__(self, connect: Connect, bell: Bell) -> None:
+        self._connect, self._bell = connect, bell
+        self._feeds: OrderedDict[str, RunFeed] = OrderedDict()
+        self._held: Counter[str] = Counter()
+
+    def of(self, run: str, *, again: bool = False) -> RunFeed:
+        """Returns the feed of a run, begun if it is not there, and if it has failed and is to be tried `again`."""
+        feed = self._feeds.get(run)
+        if feed is None or (again and feed.error is not None):
+            feed = self._feeds[run] = RunFeed(run, self._connect, self._bell)
+        self._feeds.move_to_end(run)
+        self._shed()
+        return feed
+
+    @contextmanager
+    def holding(self, runs: Sequence[str]) -> Iterator[None]:
+        """Keeps the feeds of some runs while they are looked at."""
+        self._held.update(runs)
+        try:
+            yield
+        finally:
+            self._held.subtract(runs)
+            self._shed()
+
+    def hurry(self) -> None:
+        """Tells every feed that the server is back."""
+        for feed in self._feeds.values():
+            feed.hurry()
+
+    def close(self) -> None:
+        """Ends every watch."""
+        for feed in self._feeds.values():
+            feed.close()
+
+    def _shed(self) -> None:
+        idle = [run for run in self._feeds if self._held[run] <= 0]
+        for run in idle[: max(0, len(idle) - MOST_FEEDS)]:
+            self._feeds.pop(run).close()
+            del self._held[run]

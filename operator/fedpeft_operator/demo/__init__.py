@@ -1,0 +1,1 @@
+"""`fedpeft demo`: a federation on this machine."""

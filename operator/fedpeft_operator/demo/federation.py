@@ -1,0 +1,336 @@
+"""The demo's federation: where its parts come from, how its processes are started, and what they leave.
+
+The order of things is in `hold`. Notable: whatever ends it, no process stays behind (`demo.process_group`), and a
+folder that is not an earlier demo's is never cleared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import fedpeft
+from fedpeft.api import views
+from fedpeft.api.following import Picture
+from fedpeft.api.operator_client import PATIENCE_S
+from fedpeft.config import RunConfig, load_run_file
+from fedpeft.errors import ServerUnreachable, SettingsInvalid, StateInvalid, TrainingFailed
+from fedpeft.formatting import counted
+from fedpeft.process import locks, output
+from fedpeft.process.home import NO_HOME, home_folder
+from fedpeft.process.race import first_of
+from fedpeft_operator.cli.run.create import created
+from fedpeft_operator.cli.run.watch import watched
+from fedpeft_operator.cli.session import Session
+from fedpeft_operator.demo import report
+from fedpeft_operator.demo.process_group import Household, free_ports
+
+EXPERIMENT = Path("experiments/emoji")
+COLUMN = "vendor"
+"""The column whose values are the clients."""
+EVALUATOR = "evaluator"
+MARK = ".fedpeft-demo"
+"""File that marks a folder as a demo's, whose contents the next one may replace."""
+OURS = ("clients", "server", "state", "logs", "report.json", "accuracy.png", "adapter.safetensors")
+LOOK_PAUSE_S = 0.2
+
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+"""Seven processes share the machine: more threads each would only wait for one another."""
+
+FOR_PEOPLE = ["--log-format", "console"]
+"""The logs are read by whoever watches the demo, and their last lines are shown when a process dies."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Configuration of a demo.
+
+    Attributes:
+        out: Its folder.
+        experiment: The folder of the emoji experiment.
+        train: Parquet file, a client a value of `COLUMN`.
+        test: Parquet file of held-out images.
+        config: The run file, flags applied.
+        clients: How many clients, or all.
+        weights: File of the backbone's weights; None: the demo's own is fetched, or the hub's are used.
+        port: The server's, 0 for a free one.
+        metrics_port: Likewise.
+    """
+
+    out: Path
+    experiment: Path
+    train: Path
+    test: Path
+    config: RunConfig
+    clients: int | None
+    weights: Path | None
+    port: int
+    metrics_port: int
+
+
+def plan_of(
+    out: Path,
+    rounds: int | None,
+    clients: int | None,
+    data: Path | None,
+    weights: str | None,
+    port: int,
+    metrics_port: int,
+) -> Plan:
+    """Returns the plan that the flags make.
+
+    Raises:
+        SettingsInvalid: If a flag names what is not there.
+        ConfigInvalid: If the demo's run file is wrong.
+    """
+    experiment = _experiment()
+    data = data or experiment / "data"
+    for name in ("train.parquet", "test.parquet"):
+        if not (data / name).is_file():
+            raise SettingsInvalid(f"--data {data} has no {name}; name a folder of train.parquet and test.parquet")
+    file = None if weights in (None, "hub") else Path(str(weights))
+    if file is not None and not file.is_file():
+        raise SettingsInvalid(f"--weights {weights} is neither hub nor a file")
+    config = load_run_file(experiment / "demo.toml")
+    if weights == "hub":
+        config = config.model_copy(update={"model": config.model.model_copy(update={"weights": "hub"})})
+    if rounds is not None:
+        config = config.model_copy(update={"rounds": config.rounds.model_copy(update={"count": rounds})})
+    return Plan(
+        out.absolute(),
+        experiment,
+        data / "train.parquet",
+        data / "test.parquet",
+        config,
+        clients,
+        file,
+        port,
+        metrics_port,
+    )
+
+
+async def hold(plan: Plan) -> Picture:
+    """Holds the whole demo; returns the run as it ended.
+
+    Raises:
+        LocalError: If a process ends before its time, with the last lines of its log.
+        SettingsInvalid: If the folder cannot be used, or is not a demo's.
+        StateInvalid: If another demo runs in the folder, or a server on what an earlier one left there.
+        TrainingFailed: If the run was stopped before it was completed.
+    """
+    _make(plan.out)
+    with locks.results(plan.out, "demo"):
+        _clear(plan.out)
+        return await _held_in(plan)
+
+
+async def _held_in(plan: Plan) -> Picture:
+    begun = time.monotonic()
+    household = Household(plan.out / "logs", ONE_THREAD)
+    try:
+        async with household:
+            return await _held(plan, household, begun)
+    except asyncio.CancelledError:
+        for line in _stopped(plan, household):
+            output.note(line)
+        raise
+
+
+async def _held(plan: Plan, household: Household, begun: float) -> Picture:
+    weights = await _weights(plan, household)
+    names = _partition(plan)
+    session = await _serve(plan, household)
+    _start_clients(plan, household, session, names, weights)
+    output.say("building the model and creating the run ...")
+    config = _sized(plan.config, len(names))
+    run = await first_of(created(session, config, weights), household.keep())
+    picture = await first_of(watched(session, run.id), household.keep())
+    if views.state(picture.run) != "completed":
+        raise TrainingFailed(f"{run.id} was {views.state(picture.run)}: {picture.run.reason or 'no reason given'}")
+    await _leave(plan, session, picture, names, begun)
+    return picture
+
+
+def _stopped(plan: Plan, household: Household) -> list[str]:
+    """Returns what is said once a demo was told to stop and all its processes have ended."""
+    ended = ", ".join(child.name for child in household.children) or "nothing had been started"
+    lines = [f"fedpeft: the demo was stopped, and its processes with it: {ended}"]
+    lines += [f"logs: {plan.out / 'logs'}"] if household.children else []
+    if (plan.out / "server").is_dir():
+        lines.append(
+            f"the adapter versions until now: {plan.out / 'server'}; fedpeft-server --data-dir {plan.out / 'server'} "
+            "goes on with the run"
+        )
+    return lines
+
+
+def _experiment() -> Path:
+    """Returns the folder of the emoji experiment: in the checkout that is used, or the one that stands around here."""
+    around = [Path.cwd(), *Path.cwd().parents, *Path(fedpeft.__file__).resolve().parents]
+    for folder in around:
+        if (folder / EXPERIMENT / "demo.toml").is_file():
+            return folder / EXPERIMENT
+    raise SettingsInvalid(f"the demo needs {EXPERIMENT} of the project's source; run it inside a checkout")
+
+
+def _make(out: Path) -> None:
+    """Makes the demo's folder; one that holds anything must be a demo's."""
+    with _usable(out):
+        if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
+            raise SettingsInvalid(f"--out {out} holds something that is not a demo's; name a new or empty folder")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
+
+
+def _clear(out: Path) -> None:
+    """Removes what an earlier demo left in the folder."""
+    with _usable(out):
+        if process := locks.holder_of(out / "server"):
+            raise StateInvalid(
+                f"{out / 'server'} is in use by a server (process {process}); stop it first, or name another folder"
+            )
+        for name in OURS:
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _usable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SettingsInvalid(f"--out {out} cannot be used: {error.strerror}") from None
+
+
+async def _weights(plan: Plan, household: Household) -> Path | None:
+    """Returns the backbone's file; fetches and converts it the first time. None: no file is needed."""
+    if plan.weights is not None or plan.config.model.weights in ("hub", "none"):
+        return plan.weights
+    path = _cache(plan) / plan.config.model.weights
+    if not path.is_file():
+        output.say("fetching the backbone (once, about 97 MB) ...")
+    fetching = household.start("backbone", [str(plan.experiment / "backbone.py"), "--out", str(path)])
+    await fetching.until_ended()
+    household.children.remove(fetching)
+    if fetching.end() != 0:
+        raise fetching.death()
+    return path
+
+
+def _cache(plan: Plan) -> Path:
+    """Returns the folder that keeps the backbone: the checkout's `.demo`, or the user's cache."""
+    checkout = plan.experiment.parent.parent
+    if os.access(checkout, os.W_OK):
+        return checkout / ".demo"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "fedpeft"
+    if (home := home_folder()) is None:
+        raise SettingsInvalid(f"{NO_HOME}; set HOME or XDG_CACHE_HOME to where the backbone, 97 MB, may be kept")
+    return home / ".cache" / "fedpeft"
+
+
+def _partition(plan: Plan) -> dict[str, int]:
+    """Writes the images of each client, those of the vendors that have most; returns how many each has."""
+    from fedpeft.data.overlap import overlap
+    from fedpeft.data.partitions import natural
+    from fedpeft.data.parts import write_parts
+    from fedpeft.data.sources.opening import open_source
+
+    training = open_source(plan.train)
+    shared = overlap([("", training)], 1, open_source(plan.test))
+    if shared.images or shared.not_compared:
+        output.note(str(shared))
+    whole = natural(training.column(COLUMN), COLUMN)
+    wanted = len(whole.names) if plan.clients is None else plan.clients
+    if wanted > len(whole.names):
+        raise SettingsInvalid(f"--clients {wanted}: {plan.train} has drawings of {len(whole.names)} vendors")
+    most = sorted(range(len(whole.names)), key=lambda k: -len(whole.parts[k]))[:wanted]
+    kept = sorted(most)
+    chosen = replace(whole, parts=tuple(whole.parts[k] for k in kept), names=tuple(whole.names[k] for k in kept))
+    record = write_parts(plan.train, chosen, plan.out / "clients", source=training)
+    names = {client["name"]: client["examples"] for client in record["clients"]}
+    listed = ", ".join(f"{name} ({counted(count, 'image')})" for name, count in names.items())
+    output.say(f"clients: {listed}")
+    return names
+
+
+async def _serve(plan: Plan, household: Household) -> Session:
+    """Starts the server and waits until it answers."""
+    free = iter(free_ports(2))
+    listen = f"127.0.0.1:{plan.port or next(free)}"
+    metrics = f"127.0.0.1:{plan.metrics_port or next(free)}"
+    arguments = ["--data-dir", str(plan.out / "server"), "--listen", listen, "--metrics", metrics]
+    arguments += FOR_PEOPLE
+    household.start("server", ["-m", "fedpeft_server", *arguments])
+    session = Session(listen, insecure=True)  # this server speaks plain text, whatever identity this person has
+    await first_of(_ready(session), household.keep())
+    output.say(f"server on {listen}, metrics on http://{metrics}/metrics, logs in {plan.out / 'logs'}")
+    return session
+
+
+async def _ready(session: Session) -> None:
+    """Waits for the server's first answer."""
+    give_up = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            async with session.client() as server:
+                await server.runs()
+                return
+        except ServerUnreachable:
+            if time.monotonic() > give_up:
+                raise
+        await asyncio.sleep(LOOK_PAUSE_S)
+
+
+def _start_clients(
+    plan: Plan, household: Household, session: Session, names: Mapping[str, int], weights: Path | None
+) -> None:
+    """Starts a client beside each part of the data, and the evaluator beside the held-out images."""
+    shared = ["--server", session.server, "--threads", "1", "--device", "cpu", *FOR_PEOPLE]
+    if weights is not None:
+        shared += ["--weights", str(weights)]
+    sites = {name: plan.out / "clients" / name for name in names} | {EVALUATOR: plan.test}
+    for name, data in sites.items():
+        own = ["--name", name, "--data", str(data), "--state-dir", str(plan.out / "state" / name)]
+        own += ["--evaluate"] if name == EVALUATOR else []
+        household.start(name, ["-m", "fedpeft_client", *shared, *own])
+
+
+def _sized(config: RunConfig, clients: int) -> RunConfig:
+    """Returns the run file for so many clients, all of which every round wants."""
+    rounds = config.rounds.model_copy(update={"clients": clients, "quorum": None, "min_available": None})
+    return config.model_copy(update={"rounds": rounds})
+
+
+async def _leave(plan: Plan, session: Session, picture: Picture, names: Mapping[str, int], begun: float) -> None:
+    """Writes the results and says what came out."""
+    async with session.client() as server:
+        await server.download(picture.run.id, plan.out / "adapter.safetensors")
+    made = report.report_of(picture, names, time.monotonic() - begun)
+    report.write_json(made, plan.out / "report.json")
+    report.write_png(made, plan.out / "accuracy.png")
+    for line in report.summary(made):
+        output.say(line)
+
+
+def hold_until_signalled(plan: Plan) -> bool:
+    """Holds the demo; returns False if SIGINT, SIGTERM or SIGHUP ended it."""
+
+    async def holding() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(each, task.cancel)
+        await hold(plan)
+
+    try:
+        asyncio.run(holding())
+    except asyncio.CancelledError:
+        return False
+    return True

@@ -1,0 +1,81 @@
+"""Checks that a folder can be written, durably and for a while."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedpeft.formatting import size
+from fedpeft_operator.doctor.findings import Finding, Setup, fault, ok, warning
+
+GIB = 1024**3
+SLOW_S = 0.05
+"""A sync that takes longer than this is felt in every round."""
+SYNCS = 5
+REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "fuse.s3fs", "ceph", "glusterfs"})
+"""File systems on which the locks of SQLite and of the folder itself cannot be relied on."""
+
+
+def check_disks(setup: Setup) -> Iterator[Finding]:
+    """Looks at the folders that are written to."""
+    for name, folder, least in (("data folder", setup.data_dir, 10 * GIB), ("state folder", setup.state_dir, GIB)):
+        if folder is not None:
+            yield from _check(name, folder, least)
+
+
+def _check(name: str, folder: Path, least: int) -> Iterator[Finding]:
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        took_s = sync_s(there)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = "free some space, or take a larger disk" if full else "give it to the user that runs FedPEFT"
+        yield fault(name, f"{there} cannot be written: {error.strerror}", cure)
+        return
+    free = shutil.disk_usage(there).free
+    left = os.statvfs(there)
+    said = f"{there}, {size(free)} free, a sync takes {1000 * took_s:.1f} ms"
+    if free < GIB // 4 or (left.f_files and left.f_favail < 1000):
+        yield fault(name, f"{said}; that is almost none", "free some space, or take a larger disk")
+    elif free < least:
+        yield warning(name, said, f"have at least {size(least)} free: updates and versions are kept there")
+    else:
+        yield ok(name, said)
+    if took_s > SLOW_S:
+        yield warning(name, f"a sync takes {1000 * took_s:.0f} ms", "take a local disk: every update waits for one")
+    if (kind := file_system(there)) in REMOTE:
+        yield warning(name, f"{there} is on {kind}", "take a local disk, or PostgreSQL and a bucket for the server")
+
+
+def sync_s(folder: Path) -> float:
+    """Returns how long it takes to make 4 KiB durable in a folder, the median of some."""
+    took = []
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".fedpeft-doctor-") as file:
+        for _ in range(SYNCS):
+            file.write(bytes(4096))
+            file.flush()
+            began = time.monotonic()
+            os.fsync(file.fileno())
+            took.append(time.monotonic() - began)
+    return statistics.median(took)
+
+
+def file_system(folder: Path, mounts: Path = Path("/proc/mounts")) -> str:
+    """Returns the kind of file system that a folder is on; empty where that is not known."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    path, best, kind = str(folder.resolve()), -1, ""
+    for line in lines:
+        _, mounted, its_kind, *_ = line.split(" ")
+        inside = mounted == "/" or path == mounted or path.startswith(mounted + "/")
+        if inside and len(mounted) >= best:
+            best, kind = len(mounted), its_kind
+    return kind

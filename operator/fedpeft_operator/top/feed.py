@@ -1,0 +1,97 @@
+"""State that `fedpeft top` shows, kept up to date through restarts of the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from fedpeft.api.following import Picture, follow
+from fedpeft.api.operator_client import Connect, for_looking
+from fedpeft.errors import FedpeftError
+from fedpeft.v1 import operator_service_pb2, run_pb2
+
+EVERY_S = 2.0
+"""Pause between two looks at all runs and clients; the chosen run is watched, which needs no looking."""
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 10.0
+
+
+class Feed:
+    """Runs, clients and one run in full.
+
+    Attributes:
+        runs: All runs, oldest first.
+        clients: All clients, by id.
+        picture: The run that is watched; None until it is known.
+        answered: Whether the server has said which runs and clients there are.
+        lost: Why there is no connection, in a sentence; empty while there is one.
+
+    Args:
+        connect: Makes a client of the server.
+        changed: Called after every change.
+    """
+
+    def __init__(self, connect: Connect, changed: Callable[[], None]) -> None:
+        self._connect = for_looking(connect)
+        self._changed = changed
+        self.runs: list[run_pb2.Run] = []
+        self.clients: list[operator_service_pb2.Client] = []
+        self.picture: Picture | None = None
+        self.answered = False
+        self.lost = ""
+
+    async def survey(self) -> None:
+        """Looks at all runs and clients again and again, for ever."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                async with self._connect() as server:
+                    while not server.is_stale:
+                        self.runs, self.clients = await server.runs(), await server.clients()
+                        self._found()
+                        pause_s = FIRST_PAUSE_S
+                        await asyncio.sleep(EVERY_S)
+            except FedpeftError as error:
+                self._lose(error)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def watch(self, run: str) -> None:
+        """Follows one run until it is over."""
+        self.picture = next((Picture(known) for known in self.runs if known.id == run), None)
+        self._changed()
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                async for picture in follow(self._connect, run):
+                    if not picture.lost:
+                        self.picture, pause_s = picture, FIRST_PAUSE_S
+                        self._changed()
+                return
+            except FedpeftError as error:
+                self._lose(error)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def pause(self, run: str) -> None:
+        """Lets no new round open."""
+        async with self._connect() as server:
+            await server.pause(run, "paused in fedpeft top")
+
+    async def resume(self, run: str) -> None:
+        """Lets rounds open again."""
+        async with self._connect() as server:
+            await server.resume(run)
+
+    async def stop(self, run: str) -> None:
+        """Ends a run for good."""
+        async with self._connect() as server:
+            await server.stop(run, "stopped in fedpeft top")
+
+    def _found(self) -> None:
+        self.answered, self.lost = True, ""
+        self._changed()
+
+    def _lose(self, error: FedpeftError) -> None:
+        self.lost = error.in_short
+        self._changed()

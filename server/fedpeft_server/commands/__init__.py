@@ -1,0 +1,1 @@
+"""The commands beside the daemon, which make and replace its certificates."""

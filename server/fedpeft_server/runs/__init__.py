@@ -1,0 +1,1 @@
+"""Runs: the state machine of `fedpeft.rounds.state_machine` with time, storage and clients around it."""

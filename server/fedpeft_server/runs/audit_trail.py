@@ -1,0 +1,57 @@
+"""Entries of the audit log about the tickets of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedpeft.identity.audit import Detail
+from fedpeft.rounds.commit import Outcome
+from fedpeft.rounds.state_machine import Round, Ticket
+from fedpeft_server.store.rows import Deed, UpdateRow
+
+
+def received(current: Round, client: str, update: UpdateRow, by: str) -> Deed:
+    """Says that the update of a client was received."""
+    return Deed(
+        by,
+        "update.received",
+        current.run,
+        {
+            "client": client,
+            "round": current.number,
+            "ticket": update.ticket,
+            "examples": update.examples,
+            "payload_bytes": update.manifest.payload_bytes,
+            "payload_sha256": update.manifest.sha256.hex(),
+        },
+    )
+
+
+def excluded(current: Round, why: Mapping[str, str], by: str) -> list[Deed]:
+    """Says of updates that they are not folded; `why` is by ticket."""
+    return [of_ticket(current, t, "update.excluded", why[t.id], by) for t in current.tickets if t.id in why]
+
+
+def committed(folded: Round, done: Round, outcome: Outcome, aside: Sequence[str], by: str) -> list[Deed]:
+    """Says that a round was committed, without the updates that are not folded; `aside` are clients set aside by it."""
+    details: dict[str, Detail] = {
+        "round": done.number,
+        "updates": len(outcome.weights),
+        "record_sha256": outcome.record_sha256,
+    }
+    return [
+        *excluded(folded, outcome.excluded, by),
+        Deed(by, "round.committed", done.run, details),
+        *(Deed(by, "client.set_aside", done.run, {"client": client}) for client in aside),
+    ]
+
+
+def of_ticket(current: Round, ticket: Ticket, action: str, reason: str, by: str) -> Deed:
+    """Says that something was done with a ticket, and why."""
+    details: dict[str, Detail] = {
+        "client": ticket.client,
+        "round": current.number,
+        "ticket": ticket.id,
+        "reason": reason,
+    }
+    return Deed(by, action, current.run, details)

@@ -1,0 +1,49 @@
+"""Gauges of a run: its state, its round in progress, and the expected bytes of that round."""
+
+from __future__ import annotations
+
+from prometheus_client import Gauge
+
+from fedpeft.rounds.state_machine import Phase, Round
+from fedpeft_server.metrics import Metrics
+from fedpeft_server.store.rows import RunRow, RunState
+
+_PARAMETER_BYTES = 4
+"""A parameter as float32, which is what budgets are counted in, whatever the run's encoding."""
+
+
+def show(metrics: Metrics, run: RunRow, current: Round) -> None:
+    """Shows a run and its round in progress."""
+    config = run.config
+    metrics.run_info.labels(run.id, config.name, config.peft.method, config.model.name).set(1)
+    for state in RunState:
+        metrics.run_state.labels(run.id, state).set(state is run.state)
+    metrics.round.labels(run.id).set(current.number)
+    for phase in Phase:
+        metrics.round_phase.labels(run.id, phase).set(phase is current.phase)
+    under_way = current.phase in (Phase.OPEN, Phase.AGGREGATING) and not current.stopped
+    _set_or_remove(metrics.round_opened, run.id, current.opened_at if under_way else None)
+    _set_or_remove(metrics.round_deadline, run.id, current.deadline)
+    metrics.round_extensions.labels(run.id).set(current.extensions)
+    metrics.round_goal.labels(run.id).set(config.rounds.clients)
+    metrics.round_quorum.labels(run.id).set(config.rounds.needed)
+    metrics.round_available.labels(run.id).set(config.rounds.available)
+    _show_budget(metrics, run, current)
+
+
+def _show_budget(metrics: Metrics, run: RunRow, current: Round) -> None:
+    clients = max(run.config.rounds.sampled, len(current.tickets))
+    sent = {"up": run.spec.sent(current.number), "down": run.spec.shared}
+    for direction, tensors in sent.items():
+        parameters = sum(tensor.size for tensor in tensors)
+        metrics.round_budget_bytes.labels(run.id, direction).set(_PARAMETER_BYTES * parameters * clients)
+    whole = _PARAMETER_BYTES * run.model_parameters * clients
+    _set_or_remove(metrics.full_finetuning_bytes, run.id, whole or None)
+
+
+def _set_or_remove(gauge: Gauge, run: str, value: float | None) -> None:
+    """Sets the gauge of a run, or removes it where there is nothing to show."""
+    if value is None:
+        gauge.remove_by_labels({"run": run})
+    else:
+        gauge.labels(run).set(value)

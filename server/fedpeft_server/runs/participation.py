@@ -1,0 +1,135 @@
+"""Clients' answers to the offers of runs: those that may be sampled, and the others with their reasons.
+
+An answer outlives client and server; a client that registers again is asked again, and until it has answered it is not
+sampled, though its earlier answer is still shown.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from fedpeft.rounds.conduct import GOOD, Conduct
+from fedpeft_server.store.rows import AnswerRow
+
+
+class Answers:
+    """The answers of all clients, by run.
+
+    Args:
+        known: Those of the database; they stand, so that a restart of the server asks nobody again.
+    """
+
+    def __init__(self, known: Iterable[AnswerRow] = ()) -> None:
+        self._given: dict[str, dict[str, AnswerRow]] = defaultdict(dict)
+        self._due: dict[str, set[str]] = defaultdict(set)
+        self._asked: dict[str, set[str]] = defaultdict(set)
+        self._runs_of: dict[str, set[str]] = defaultdict(set)  # by client, those that it answered for
+        self._declines: dict[str, set[str]] = defaultdict(set)  # those whose answer is a decline
+        self._poor: dict[str, dict[str, Conduct]] = defaultdict(dict)  # by run, those that are not GOOD
+        for answer in known:
+            self._keep(answer)
+            if answer.conduct != GOOD:
+                self._poor[answer.run][answer.client] = answer.conduct
+
+    def put(self, answer: AnswerRow) -> None:
+        """Takes an answer that is durable; how the client used its tickets before stands."""
+        answer = replace(answer, conduct=self.conduct(answer.run, answer.client))
+        self._keep(answer)
+        self._due[answer.run].discard(answer.client)
+        self._asked[answer.run].discard(answer.client)
+
+    def ask_again(self, client: str) -> None:
+        """Makes every answer of a client, which began anew, one that is due again."""
+        for run in self._runs_of.get(client, ()):
+            self._due[run].add(client)
+
+    def asked(self, run: str, client: str) -> None:
+        """Notes that a client was offered a run, so that it is named among those whose answer is awaited."""
+        self._asked[run].add(client)
+
+    def dismiss(self, client: str) -> None:
+        """Awaits no answer of a client any more: it left or was revoked."""
+        for asked in self._asked.values():
+            asked.discard(client)
+
+    def is_due(self, run: str, client: str) -> bool:
+        """Returns True if a client has yet to answer for a run."""
+        return client not in self._given.get(run, {}) or client in self._due.get(run, ())
+
+    def accepted(self, run: str, client: str) -> bool:
+        """Returns True if a client takes part in a run."""
+        return not self.is_due(run, client) and self._given[run][client].accepted
+
+    def declined(self, run: str, client: str) -> bool:
+        """Returns True if a client, asked since it began, does not take part in a run."""
+        return not self.is_due(run, client) and not self._given[run][client].accepted
+
+    def declines(self, run: str) -> list[AnswerRow]:
+        """Returns the declines of a run by client, those that are due again included."""
+        return [self._given[run][client] for client in sorted(self._declines.get(run, ()))]
+
+    def declined_by(self, run: str) -> int:
+        """Returns how many clients `declines` names."""
+        return len(self._declines.get(run, ()))
+
+    def awaited(self, run: str) -> list[str]:
+        """Returns the clients that were offered a run and have not answered yet, by id."""
+        return sorted(self._asked.get(run, ()))
+
+    def of(self, client: str, runs: Iterable[str]) -> list[AnswerRow]:
+        """Returns a client's answers for some runs, in the runs' order."""
+        found = (self._given.get(run, {}).get(client) for run in runs)
+        return [answer for answer in found if answer is not None]
+
+    def examples(self, run: str, client: str) -> int:
+        """Returns how many examples a client said it has of a run's classes; 0 if it did not say."""
+        answer = self._given.get(run, {}).get(client)
+        return answer.examples if answer else 0
+
+    def accepted_by(self, client: str) -> list[str]:
+        """Returns the runs that a client accepted the last time that it was asked."""
+        return [run for run in self._runs_of.get(client, ()) if self._given[run][client].accepted]
+
+    def conduct(self, run: str, client: str) -> Conduct:
+        """Returns how a client used its last tickets of a run."""
+        return self._poor.get(run, {}).get(client, GOOD)
+
+    def conducts(self, run: str) -> Mapping[str, Conduct]:
+        """Returns the conduct of the clients that did not use theirs well, by client."""
+        return self._poor.get(run, {})
+
+    def set_aside(self, run: str) -> list[str]:
+        """Returns the clients that are set aside in a run, by id."""
+        return sorted(client for client, conduct in self.conducts(run).items() if conduct.is_aside)
+
+    def put_conducts(self, run: str, conducts: Mapping[str, Conduct]) -> None:
+        """Takes how clients used their tickets, which is durable."""
+        for client, conduct in conducts.items():
+            if client not in self._given.get(run, {}):
+                continue  # so it is not in the database either
+            self._given[run][client] = replace(self._given[run][client], conduct=conduct)
+            if conduct == GOOD:
+                self._poor[run].pop(client, None)
+            else:
+                self._poor[run][client] = conduct
+
+    def forget(self, run: str) -> None:
+        """Forgets a run that was deleted."""
+        for client in self._given.pop(run, {}):
+            self._runs_of[client].discard(run)
+            if not self._runs_of[client]:
+                del self._runs_of[client]
+        self._due.pop(run, None)
+        self._asked.pop(run, None)
+        self._declines.pop(run, None)
+        self._poor.pop(run, None)
+
+    def _keep(self, answer: AnswerRow) -> None:
+        self._given[answer.run][answer.client] = answer
+        self._runs_of[answer.client].add(answer.run)
+        if answer.accepted:
+            self._declines[answer.run].discard(answer.client)
+        else:
+            self._declines[answer.run].add(answer.client)

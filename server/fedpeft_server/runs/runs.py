@@ -1,0 +1,415 @@
+"""All runs of the server: their engines, and who may sample from the lobby next."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+
+import structlog
+
+from fedpeft.errors import DatabaseUnavailable, FedpeftError, RunNotFinished, RunNotFound, StateInvalid, TicketNotFound
+from fedpeft.rounds.conduct import GOOD
+from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
+from fedpeft_server.background import Background
+from fedpeft_server.metrics import Metrics
+from fedpeft_server.runs.engine import ACTIVE, RunEngine
+from fedpeft_server.runs.gathering import Gathering
+from fedpeft_server.runs.lobby import Lobby
+from fedpeft_server.runs.participation import Answers
+from fedpeft_server.runs.progress_watch import ProgressWatch
+from fedpeft_server.runs.scoring import Scoring
+from fedpeft_server.runs.shielded import Steps, unbroken
+from fedpeft_server.runs.ticket_index import TicketIndex
+from fedpeft_server.runs.waiting import NAMED, awaited
+from fedpeft_server.store.rows import AnswerRow, Deed, RoundRow, RunRow, RunState, VersionRow
+from fedpeft_server.store.store import Store
+from fedpeft_server.traffic import Ledger
+
+log = structlog.get_logger()
+
+Age = tuple[float, str]
+"""Time of a run's creation, and its id: the order of runs."""
+
+GLANCE_S = 1.0
+"""Interval at which the lobby is looked at without a reason, seconds: clients that lingered may have gone."""
+
+
+class News:
+    """News of a run that one watcher has not been told yet."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+        self._scored: set[int] = set()
+
+    def tell(self, scored: int | None) -> None:
+        """Notes a change."""
+        if scored is not None:
+            self._scored.add(scored)
+        self._changed.set()
+
+    async def come(self) -> None:
+        """Waits until there is some."""
+        await self._changed.wait()
+
+    def take(self) -> set[int]:
+        """Returns the versions with new figures, and begins anew."""
+        scored, self._scored = self._scored, set()
+        self._changed.clear()
+        return scored
+
+
+class Runs:
+    """The runs, in the order of their creation.
+
+    Attributes:
+        lobby: Who waits to be sampled.
+        answers: What clients said to the offer of a run.
+        progress: How far the clients are that open rounds await.
+        steps: Transitions under way.
+        scoring: Which versions evaluators have scored.
+        in_doubt: Runs of which nobody knows whether they are in the database; their uploads stay, for the next start
+            to find out and remove what there is of one that was never written.
+    """
+
+    def __init__(
+        self, store: Store, ledger: Ledger, metrics: Metrics, background: Background, progress: ProgressWatch
+    ) -> None:
+        self.lobby = Lobby(self.look, lambda run, client: self.answers.accepted(run, client))
+        self.answers = Answers()
+        self.progress = progress
+        self.scoring = Scoring(store)
+        self.steps = Steps()
+        self.in_doubt: set[str] = set()
+        self._store = store
+        self._ledger = ledger
+        self._metrics = metrics
+        self._background = background
+        self._engines: dict[str, RunEngine] = {}
+        self._active: dict[str, RunEngine] = {}  # those with rounds left, oldest first: finished ones stay for months
+        self._tickets = TicketIndex()  # of the active runs
+        self._counted: dict[str, Round] = {}  # of the active runs: the round whose tickets the gauges show
+        self._ages: list[Age] = []
+        self._gathering = Gathering()
+        self._watchers: dict[str, set[News]] = defaultdict(set)
+        self._news = asyncio.Event()
+
+    async def start(self) -> None:
+        """Takes up every run where the last process left it."""
+        self.answers = Answers(await self._store.call(self._store.db.answers))
+        for run in await self._store.call(self._store.db.runs):
+            row = await self._store.call(self._store.db.current_round, run.id)
+            self._add(self._engine(run, _in_progress(run, row)))
+        held = {t.id for e in self._engines.values() if e.active for t in e.round.tickets}
+        sizes = await self._store.compute(self._store.spool.sizes, held)
+        if sizes:
+            await self._store.call(self._store.db.count_spooled, sizes)
+        for engine in self._engines.values():
+            await self._show_again(engine)
+        await self._store.compute(self._store.sweep, self._engines, held)
+        for engine in self._engines.values():
+            self.progress.issued(engine.run.id, engine.awaited())
+            await engine.start()
+        self._background.keep("matching", self._match())
+        self._background.every("progress", self.progress.timing.look_s, self._look_at_progress)
+
+    async def close(self) -> None:
+        """Lets aggregations finish; the background's end sees to it that no new round opens."""
+        self.lobby.close()
+        await self.steps.ended()
+        for engine in self._engines.values():
+            await engine.close()
+
+    @unbroken
+    async def create(self, run: RunRow, first: Callable[[], VersionRow], by: str) -> RunEngine:
+        """Adds a run that `by` asks for; `first` stores its adapter version 0, and is undone if it cannot be added.
+
+        Raises:
+            RequestIdReused: If a run of the same request was added meanwhile.
+        """
+        try:
+            version = await self._store.compute(first)
+            deed = Deed(by, "run.created", run.id, {"name": run.config.name, "adapter_sha256": version.sha256})
+            await self._store.call(self._store.db.create_run, run, version, (deed,))
+        except FedpeftError as error:
+            if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._is_written(run.id)):
+                await self._store.compute(self._store.forget_run, run.id, ())
+                raise
+        return self._begin(run)
+
+    @unbroken
+    async def adopt(self, run_id: str) -> RunEngine:
+        """Returns the engine of a run that is in the database; makes it if the answer to the run's making was lost.
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        return self._begin(await self._store.call(self._store.db.run, run_id))
+
+    @unbroken
+    async def delete(self, run_id: str, by: str) -> None:
+        """Removes a finished run with everything of it but its entries in the audit log; `by` is who asked for it."""
+        engine = self.get(run_id)
+        if engine.active:
+            raise RunNotFinished(f"{run_id} is {engine.run.state}; stop it before it is deleted")
+        await engine.close()
+        tickets = await self._store.call(self._store.db.ticket_ids, run_id)
+        deed = Deed(by, "run.deleted", run_id, {"name": engine.run.config.name})
+        # The files first: while the run is listed its deletion can be repeated, and afterwards nothing finds them.
+        await self._store.compute(self._store.forget_run, run_id, tickets)
+        await self._store.call(self._store.db.delete_run, run_id, (deed,))
+        del self._engines[run_id]
+        self._ages.remove(engine.age)
+        self.answers.forget(run_id)
+        self.scoring.forget(run_id)
+        self.progress.forget(run_id)
+        self._gathering.forget(run_id)
+        self._ledger.forget(run_id)
+        self._metrics.forget(run_id)
+        self._background.forget(run_id)
+        self._changed(engine)
+        log.info("run deleted", run=run_id)
+
+    def get(self, run_id: str) -> RunEngine:
+        """Returns the engine of a run.
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        try:
+            return self._engines[run_id]
+        except KeyError:
+            raise RunNotFound(f"there is no run {run_id[:64]!r}") from None
+
+    def all(self, run_id: str = "") -> list[RunEngine]:
+        """Returns the engines a client that names `run_id` (or nothing) could work for, oldest first."""
+        return [self.get(run_id)] if run_id else list(self._engines.values())
+
+    def state(self, run_id: str) -> RunState | None:
+        """Returns the state of a run; None if there is none of that id."""
+        engine = self._engines.get(run_id)
+        return None if engine is None else engine.run.state
+
+    def active(self, run_id: str = "") -> list[RunEngine]:
+        """Returns, of the engines that `all` returns, those with rounds left to be held."""
+        if run_id:
+            return [engine] if (engine := self.get(run_id)).active else []
+        return list(self._active.values())
+
+    def after(self, age: Age) -> Iterator[RunEngine]:
+        """Yields the engines of the runs that are younger than an age, oldest first.
+
+        A run that is deleted before its turn is left out, so the caller may wait between two of them.
+        """
+        for _, run_id in self._ages[bisect.bisect_right(self._ages, age) :]:
+            if (engine := self._engines.get(run_id)) is not None:
+                yield engine
+
+    async def ticket(self, ticket_id: str) -> tuple[RunEngine, Ticket, int]:
+        """Returns a ticket of any round, with the engine of its run and the number of its round.
+
+        Raises:
+            TicketNotFound: If there is no such ticket.
+        """
+        run = self._tickets.run_of(ticket_id)
+        if run is not None:
+            engine = self._engines[run]
+            return engine, engine.round.ticket(ticket_id), engine.round.number
+        row = await self._store.call(self._store.db.ticket, ticket_id)
+        return self.get(row.run), row.ticket, row.number
+
+    @unbroken
+    async def answer(self, answer: AnswerRow, by: str) -> None:
+        """Takes what `by` says for a client to the offer of a run; a ticket that it holds there goes with a decline.
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        engine = self.get(answer.run)
+        await self._store.call(self._store.db.put_answer, answer)
+        self.answers.put(answer)
+        self.lobby.sort(answer.client)
+        ticket = None if answer.accepted else engine.open_ticket(answer.client)
+        if ticket:
+            with suppress(TicketNotFound):  # its round is over, and with it the ticket
+                await engine.withdraw(ticket, "; ".join(answer.reasons), by)
+        self._changed(engine)
+
+    @unbroken
+    async def readmit(self, client: str, run_id: str, by: str) -> list[str]:
+        """Lets a client back that was set aside, in one run or in all, because `by` asks for it; returns those runs.
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        found = [e for e in self.all(run_id) if self.answers.conduct(e.run.id, client).is_aside]
+        for engine in found:
+            deed = Deed(by, "client.readmitted", engine.run.id, {"client": client})
+            good = {client: GOOD}
+            await self._store.call(self._store.db.put_conducts, engine.run.id, good, (deed,))
+            self.answers.put_conducts(engine.run.id, good)
+            log.info("client readmitted", run=engine.run.id, client=client)
+            self._changed(engine)
+        return [engine.run.id for engine in found]
+
+    def declared_examples(self, run_id: str, client: str) -> int:
+        """Returns how many examples of a run's classes a client said it has; 0 if it did not say."""
+        return self.answers.examples(run_id, client)
+
+    def ask_again(self, client: str) -> None:
+        """Has a client that began anew asked again for each run; until it answers it is sampled for none."""
+        self.answers.ask_again(client)
+        self.lobby.sort(client)
+
+    def ready(self, run_id: str) -> AbstractSet[str]:
+        """Returns the clients that a run may sample: they wait, and they take part in it. Not a copy."""
+        return self.lobby.waiting(run_id) if run_id in self._active else frozenset()
+
+    def why(self, engine: RunEngine, *, for_operator: bool = False) -> str:
+        """Says in words what a run waits for; an operator is told of clients that hang or are slow, too."""
+        run, answers = engine.run.id, self.answers
+        found = self.progress.awaited(engine, NAMED) if for_operator else []
+        ill = {client: verdict.words for client, _, verdict in found if not verdict.state.is_well}
+        return awaited(engine, len(self.ready(run)), answers.declined_by(run), answers.awaited(run), ill)
+
+    def show_backlog(self, engine: RunEngine) -> None:
+        """Shows how many versions of a run are still to be scored by whoever scores them, unless that is unknown."""
+        if (backlog := self.scoring.backlog(engine.run)) is not None:
+            self._metrics.evaluation_backlog.labels(engine.run.id).set(backlog)
+
+    def dismiss_evaluator(self, client: str) -> None:
+        """Awaits no figures of an evaluator any more: it left, was revoked, or trains from now on."""
+        for run in self.scoring.dismiss(client):
+            self.show_backlog(self._engines[run])
+            self.announce(run)
+
+    def look(self) -> None:
+        """Has the lobby looked at soon."""
+        self._news.set()
+
+    def watch(self, run_id: str) -> News:
+        """Returns where the changes of a run are told; end with `unwatch`."""
+        news = News()
+        self._watchers[run_id].add(news)
+        return news
+
+    def unwatch(self, run_id: str, news: News) -> None:
+        """Ends a watch."""
+        self._watchers[run_id].discard(news)
+        if not self._watchers[run_id]:
+            del self._watchers[run_id]
+
+    def announce(self, run_id: str, scored: int | None = None) -> None:
+        """Tells the watchers of a run that it changed; `scored` is the version that has new figures, if one has."""
+        for news in self._watchers.get(run_id, ()):
+            news.tell(scored)
+
+    async def _is_written(self, run_id: str) -> bool:
+        """Says whether a run is in the database, because its transaction may have been made and the answer lost.
+
+        Raises:
+            FedpeftError: If that cannot be found out; then the run is in doubt, and its version must stay.
+        """
+        self.in_doubt.add(run_id)
+        try:
+            await self._store.call(self._store.db.run, run_id)
+            self.in_doubt.remove(run_id)
+        except RunNotFound:
+            self.in_doubt.remove(run_id)
+            return False
+        return True
+
+    def _begin(self, run: RunRow) -> RunEngine:
+        """Returns the engine of a new run, made unless a repetition of its request was there first."""
+        if run.id not in self._engines:
+            self._add(self._engine(run, Round(run.id, 1)))
+            log.info("run created", run=run.id, name=run.config.name, method=run.spec.method)
+            self.lobby.call_all()
+        return self._engines[run.id]
+
+    def _add(self, engine: RunEngine) -> None:
+        self._engines[engine.run.id] = engine
+        bisect.insort(self._ages, engine.age)
+        self._sort(engine)
+
+    def _sort(self, engine: RunEngine) -> None:
+        """Puts a run among the active ones, or takes it out, once its state is another."""
+        if engine.active:
+            self._tickets.follow(engine.round)
+        if engine.active is (engine.run.id in self._active):
+            return
+        if engine.active:
+            self._active = {e.run.id: e for e in sorted((*self._active.values(), engine), key=lambda e: e.age)}
+        else:
+            self._retire(engine.run.id)
+
+    def _retire(self, run: str) -> None:
+        """Takes a run that ended out of what is kept of the active ones; its clients are counted no more."""
+        del self._active[run]
+        self._tickets.forget(run)
+        self.lobby.forget(run)
+        self._counted.pop(run, None)
+        self._metrics.clients.remove_by_labels({"run": run})
+        self._background.forget(run)
+
+    def _engine(self, run: RunRow, current: Round) -> RunEngine:
+        parts = (self._store, self.lobby, self.answers, self._ledger, self._metrics, self._background)
+        return RunEngine(run, current, *parts, self.progress.issued, self._changed)
+
+    async def _show_again(self, engine: RunEngine) -> None:
+        """Sets the gauges that would else be empty until the next round or the next figures."""
+        run = engine.run.id
+        standing = await self._store.call(self._store.db.standing, run, engine.round.number)
+        for split, figures in standing.scored.items():
+            self._metrics.scored(run, split, figures)
+        self._metrics.committed(run, standing.metrics)
+        over = engine.round.phase is Phase.COMMITTED
+        self._ledger.resume(run, engine.round.number + over, standing.current, standing.last)
+
+    def _changed(self, engine: RunEngine) -> None:
+        if engine.run.id in self._engines:
+            self._sort(engine)
+            self.show_backlog(engine)
+        self.announce(engine.run.id)
+        self.look()
+
+    async def _match(self) -> None:
+        """Offers the lobby to the runs, the one that sampled longest ago first."""
+        while True:
+            self._news.clear()
+            for engine in sorted(self._active.values(), key=lambda e: e.opened):
+                with self._background.attempt("matching", engine.run.id):
+                    ready = self.ready(engine.run.id)
+                    await engine.offer(ready, self._gathering.waited_s(engine, len(ready)))
+            with self._background.attempt("matching"):
+                self._count_clients()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(GLANCE_S):
+                    await self._news.wait()
+
+    async def _look_at_progress(self) -> None:
+        await self.progress.look(self._active.values(), self.announce)
+
+    def _count_clients(self) -> None:
+        """Shows what the clients of the active runs do; a run that ended has no such series any more."""
+        gauge, answers = self._metrics.clients, self.answers
+        for run, engine in self._active.items():
+            gauge.labels(run, "waiting").set(len(self.ready(run)))
+            gauge.labels(run, "set_aside").set(len(answers.set_aside(run)))
+            gauge.labels(run, "declined").set(answers.declined_by(run))
+            if self._counted.get(run) is not engine.round:
+                self._counted[run] = engine.round
+                tickets = Counter(ticket.state for ticket in engine.round.tickets)
+                for state in TicketState:
+                    gauge.labels(run, state).set(tickets[state])
+
+
+def _in_progress(run: RunRow, newest: RoundRow | None) -> Round:
+    """Returns the round that a run is in; one that nobody was sampled for is not in the database."""
+    if newest is None:
+        return Round(run.id, 1)
+    over = newest.round.phase is Phase.COMMITTED and run.state in ACTIVE
+    return newest.round.following() if over else newest.round

@@ -1,0 +1,58 @@
+"""Says in words what a run is waiting for, and from whom; no wait is silent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from fedpeft.rounds.state_machine import Phase, TicketState
+from fedpeft_server.runs.engine import RunEngine
+from fedpeft_server.store.rows import RunState
+
+NAMED = 8
+"""Clients that are named."""
+
+
+_NOBODY: Mapping[str, str] = MappingProxyType({})
+
+
+def awaited(
+    engine: RunEngine, ready: int, declined: int = 0, unanswered: Sequence[str] = (), ill: Mapping[str, str] = _NOBODY
+) -> str:
+    """Returns a sentence about a run.
+
+    Args:
+        engine: The run.
+        ready: Clients that wait and take part in it.
+        declined: Clients that declined it; why is for the operator alone.
+        unanswered: Clients that have not answered its offer.
+        ill: Of awaited clients that hang or are slow, what is known of them, those first that are worst; they are
+            named before the others.
+    """
+    run, current, config = engine.run, engine.round, engine.run.config.rounds
+    if run.state is not RunState.RUNNING:
+        return f"{run.id} is {run.state}" + (f": {run.reason}" if run.reason else "")
+    if current.phase is Phase.WAITING:
+        there = f"{ready} of {config.available} available"
+        if config.available > ready >= config.least_available:
+            there += "; it opens without the others if they do not come soon"
+        return f"round {current.number} of {run.id} waits for clients: {there}{_others(declined, unanswered)}"
+    if current.phase is Phase.AGGREGATING:
+        return f"round {current.number} of {run.id} is being folded"
+    names = [f"{client} ({words})" for client, words in ill.items()]
+    names += [t.client for t in current.in_state(TicketState.ISSUED) if t.client not in ill]
+    left = f", {max(0, round(current.deadline - time.time()))} s to the deadline" if current.deadline else ""
+    whom = _some(names) if names else "replacements" + _others(declined, unanswered)
+    return f"round {current.number} of {run.id} awaits {whom}{left}"
+
+
+def _others(declined: int, unanswered: Sequence[str]) -> str:
+    """Returns what is said of the clients that are not there to be sampled."""
+    text = f", {declined} declined" if declined else ""
+    return text + (f", the answer of {_some(unanswered)} is awaited" if unanswered else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

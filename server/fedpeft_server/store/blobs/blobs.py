@@ -1,0 +1,182 @@
+"""Blobs: adapter versions and the strategies' states that belong to them, in a folder or an object store.
+
+Keys are paths such as `runs/RUN/versions/000012.safetensors`; what is under a key stays while anything refers to it.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, from_url
+
+from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid
+from fedpeft.process.durable import refusals, sync
+from fedpeft_server.store.blobs.cache import BlobCache
+
+CHUNK_BYTES = 1024 * 1024
+"""Bytes that are copied from an object store at once."""
+
+
+class Blobs:
+    """A place for blobs.
+
+    Its methods may be called from any thread. Each may raise DiskFull if there is no room, StateInvalid if the place
+    refuses, and those that read BlobCorrupt if nothing is under the key.
+
+    Args:
+        url: A folder, which is made if it does not exist, or a URL: file://, s3://, gs:// or az://.
+        cache: Where `local_path` keeps what an object store holds, emptied at first; a temporary folder if not given.
+
+    Raises:
+        StateInvalid: If the URL is none of these, or the folder cannot be used.
+    """
+
+    def __init__(self, url: str, cache: Path | None = None) -> None:
+        self._url = url
+        self._root: Path | None = None
+        self._cache = BlobCache(cache)
+        self._durable: set[Path] = set()
+        """Folders whose name is known to be durable."""
+        if "://" not in url or url.startswith("file://"):
+            path = unquote(url.removeprefix("file://")) if "://" in url else url
+            self._root = Path(path).absolute()
+            with refusals(f"opening the blob folder {self._root}"):
+                self._root.mkdir(parents=True, exist_ok=True)
+                sync(self._root.parent)
+            self._store: Any = LocalStore(self._root)
+        else:
+            try:
+                self._store = from_url(url)
+            except (BaseError, ValueError) as error:
+                words = str(error).splitlines()[0]
+                raise StateInvalid(
+                    f"blob store {url!r} is not a folder, file://, s3://, gs:// or az://: {words}"
+                ) from None
+
+    def put(self, key: str, data: bytes | Iterable[bytes] | Path) -> None:
+        """Writes a blob, in place of any under the key; readers see the old one or the new one. Durable on return.
+
+        Args:
+            key: Where.
+            data: The bytes, pieces of them, or a file that holds them, which a store that is a folder moves.
+        """
+        with self._translated("writing", key):
+            if not (isinstance(data, Path) and self._root is not None and self._moved(data, self._root / key)):
+                obstore.put(self._store, key, data if isinstance(data, bytes | Path) else iter(data))
+            if self._root is not None:
+                self._sync(self._root, self._root / key)
+        if self._root is None:
+            self._cache.forget(key)
+
+    def _moved(self, source: Path, path: Path) -> bool:
+        """Moves a file into the folder; False if it lies on another file system."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sync(source)
+        try:
+            source.replace(path)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            return False
+        return True
+
+    def _sync(self, root: Path, path: Path) -> None:
+        # The local store renames a finished file into place but syncs neither the file nor its folders (`strace`).
+        sync(path)
+        sync(path.parent)
+        for folder in path.parents:
+            if folder == root or folder in self._durable:
+                break
+            sync(folder.parent)
+            self._durable.add(folder)
+
+    def local_path(self, key: str) -> Path:
+        """Returns a file that holds the blob: its own in a folder, else a copy that may go once others are read."""
+        return self._own(key) if self._root is not None else self._cache.path(key, partial(self._pieces, key))
+
+    @contextmanager
+    def local(self, key: str) -> Iterator[Path]:
+        """Gives a file that holds the blob, which stays for as long as the block lasts."""
+        if self._root is not None:
+            yield self._own(key)
+            return
+        with self._cache.held(key, partial(self._pieces, key)) as path:
+            yield path
+
+    def _own(self, key: str) -> Path:
+        assert self._root is not None
+        path = self._root / key
+        if not path.is_file():
+            raise self._missing(key)
+        return path
+
+    def has(self, key: str) -> bool:
+        """Says whether a blob is under a key, without reading it."""
+        if self._root is not None:
+            return (self._root / key).is_file()
+        with self._translated("looking for", key):
+            try:
+                obstore.head(self._store, key)
+            except FileNotFoundError:
+                return False
+        return True
+
+    def has_any(self, folder: str) -> bool:
+        """Says whether a blob is in a folder, such as `runs`."""
+        with self._translated("looking for", folder):
+            return any(len(batch) > 0 for batch in obstore.list(self._store, folder, chunk_size=1))
+
+    def _pieces(self, key: str) -> Iterator[bytes]:
+        with self._translated("reading", key):
+            yield from map(bytes, obstore.get(self._store, key).stream(CHUNK_BYTES))
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Deletes every blob whose key begins with a folder, such as `runs/RUN/`; those there are none of included."""
+        if self._root is not None:
+            self._delete_folder(self._root / prefix)
+            return
+        with self._translated("deleting", prefix):
+            keys = [found["path"] for batch in obstore.list(self._store, prefix.rstrip("/")) for found in batch]
+            if keys:
+                obstore.delete(self._store, keys)
+        for key in keys:
+            self._cache.forget(key)
+
+    def _delete_folder(self, folder: Path) -> None:
+        # The whole folder, because a process that dies while writing leaves a file that the store does not list.
+        self._durable = {known for known in self._durable if folder not in (known, *known.parents)}
+        with refusals(f"deleting {folder}"):
+            if folder.exists():
+                shutil.rmtree(folder)
+
+    def _missing(self, key: str) -> BlobCorrupt:
+        return BlobCorrupt(f"blob {key} is not in {self._url}; restore it from a backup")
+
+    @contextmanager
+    def _translated(self, doing: str, key: str) -> Iterator[None]:
+        try:
+            with refusals(f"{doing} blob {key} in {self._url}"):
+                try:
+                    yield
+                except (FileNotFoundError, NotADirectoryError):
+                    if doing == "reading":
+                        raise self._missing(key) from None
+                    raise
+        except BaseError as error:
+            raise self._refused(doing, key, error) from error
+
+    def _refused(self, doing: str, key: str, error: BaseError) -> DiskFull | StateInvalid:
+        # obstore gives the system's error only in its text.
+        words = str(error).splitlines()[0]
+        if f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error):
+            return DiskFull(f"{doing} blob {key} in {self._url} failed: there is no room left; free some space")
+        return StateInvalid(f"{doing} blob {key} in {self._url} failed: {words}")

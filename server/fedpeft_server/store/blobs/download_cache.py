@@ -1,0 +1,222 @@
+"""Adapter versions as they go to the clients, encoded once a version.
+
+A float32 version is not encoded at all: the data of its file, in the spec's order, are that payload.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, count
+from pathlib import Path
+
+from fedpeft.adapters import adapter_file, payload
+from fedpeft.adapters.payload import Entry, Manifest
+from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.process.durable import refusals
+from fedpeft.rpc.wire import manifest_to_proto
+from fedpeft.v1 import tensor_pb2
+from fedpeft_server.store.blobs.blobs import Blobs
+from fedpeft_server.store.blobs.open_file import OpenFile
+from fedpeft_server.store.rows import RunRow, VersionRow
+
+KEPT = 256
+"""Encoded versions kept over all runs."""
+
+OWN_BYTES = 2 * 1024**3
+"""Most bytes of files that were made for them; the newest one may be larger."""
+
+_Place = tuple[str, int]
+"""Run and version."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded version: its payload is the file `path`; where that is None, the blob itself from byte `start` on.
+
+    `row` is the version's.
+    """
+
+    row: VersionRow
+    manifest: Manifest
+    path: Path | None = None
+    start: int = 0
+
+    @cached_property
+    def described(self) -> tensor_pb2.Manifest:
+        """The manifest as it is sent; not to be changed."""
+        return manifest_to_proto(self.manifest)
+
+
+@dataclass
+class _Use:
+    """A version in use.
+
+    Attributes:
+        users: Threads that use it, or wait for it.
+        forgotten: Whether it is to be removed after its use.
+        lock: Held by the thread that uses it.
+    """
+
+    users: int = 0
+    forgotten: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Outbound:
+    """The encoded versions. Nothing here needs to be durable, so the folder starts empty.
+
+    Its methods may be called from any thread. Threads wait for each other only where they need the same version, which
+    one of them fetches and encodes.
+    """
+
+    def __init__(self, folder: Path, blobs: Blobs) -> None:
+        self._folder = folder
+        self._blobs = blobs
+        self._lock = threading.Lock()  # of what follows; never held while a version is fetched or encoded
+        self._encoded: OrderedDict[_Place, Encoded] = OrderedDict()
+        self._uses: dict[_Place, _Use] = {}
+        self._unwanted: set[Path] = set()  # files to remove; those that could not be are tried again
+        self._made = count(1)
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.iterdir():
+            leftover.unlink()
+
+    def known(self, run_id: str, version: int) -> Encoded | None:
+        """Returns a version if it is encoded; looks at no file and waits for nothing."""
+        return self._encoded.get((run_id, version))
+
+    def encoded(self, run: RunRow, version: VersionRow, key: str) -> Encoded:
+        """Returns a version in the run's `codec.down`; encodes it on first use.
+
+        Raises:
+            BlobCorrupt: If the stored version is missing or does not have its digest.
+            StateInvalid: If the place of the blobs, or the folder, refuses.
+            DiskFull: If there is no room.
+        """
+        with self._used(run, version, key) as encoded:
+            return encoded
+
+    def open(self, run: RunRow, version: VersionRow, key: str) -> OpenFile:
+        """Opens the payload of what `encoded` returns; raises as that."""
+        with self._used(run, version, key) as encoded, refusals(f"opening version {version.version} of {run.id}"):
+            if encoded.path is not None:
+                return OpenFile(encoded.path)
+            with self._blobs.local(key) as path:
+                return OpenFile(path, encoded.start)
+
+    @contextmanager
+    def _used(self, run: RunRow, version: VersionRow, key: str) -> Iterator[Encoded]:
+        """Gives an encoded version, whose file stays for as long as the block lasts."""
+        place = (run.id, version.version)
+        with self._lock:
+            use = self._uses.setdefault(place, _Use())
+            use.users += 1
+        try:
+            with use.lock:
+                encoded = self._encoded.get(place) or self._encode(run, version, key)
+                with self._lock:
+                    self._encoded[place] = encoded
+                    self._encoded.move_to_end(place)
+                yield encoded
+        finally:
+            with self._lock:
+                use.users -= 1
+                if not use.users:
+                    del self._uses[place]
+                    self._end(place, use)
+
+    def _end(self, place: _Place, use: _Use) -> None:
+        if use.forgotten:
+            self._drop(place)
+        self._evict()
+        self._remove_unwanted()
+
+    def keep_from(self, run_id: str, version: int) -> None:
+        """Forgets the versions of a run before `version`; one in use goes after its use."""
+        with self._lock:
+            for place in [p for p in (*self._encoded, *self._uses) if p[0] == run_id and p[1] < version]:
+                if place in self._uses:
+                    self._uses[place].forgotten = True
+                else:
+                    self._drop(place)
+            self._remove_unwanted()
+
+    def forget(self, run_id: str) -> None:
+        """Forgets all versions of a run."""
+        self.keep_from(run_id, 2**62)
+
+    def clean(self) -> None:
+        """Tries again to remove what could not be removed before.
+
+        Raises:
+            StateInvalid: If something still cannot be removed.
+        """
+        with self._lock:
+            failures = self._remove_unwanted()
+        with refusals(f"cleaning {self._folder}"):
+            if failures:
+                raise failures[0]
+
+    def _evict(self) -> None:
+        """Forgets the versions that were asked for longest ago, until what is left is within bounds."""
+        own = sum(encoded.manifest.payload_bytes for encoded in self._encoded.values() if encoded.path is not None)
+        for place, oldest in list(self._encoded.items())[:-1]:
+            if len(self._encoded) <= KEPT and own <= OWN_BYTES:
+                return
+            if place not in self._uses:
+                own -= oldest.manifest.payload_bytes if oldest.path is not None else 0
+                self._drop(place)
+
+    def _drop(self, place: _Place) -> None:
+        encoded = self._encoded.pop(place, None)
+        if encoded is not None and encoded.path is not None:
+            self._unwanted.add(encoded.path)
+
+    def _remove_unwanted(self) -> list[OSError]:
+        failures = []
+        for path in list(self._unwanted):
+            try:
+                path.unlink(missing_ok=True)
+                self._unwanted.discard(path)
+            except OSError as error:
+                failures.append(error)
+        return failures
+
+    def _encode(self, run: RunRow, version: VersionRow, key: str) -> Encoded:
+        encoding = run.config.codec.down
+        with (
+            self._blobs.local(key) as stored_at,
+            adapter_file.open_adapter(stored_at, version.sha256) as stored,
+        ):
+            if encoding == "float32":
+                return _in_place(stored_at, version, run.spec)
+            # A name of its own: what has the version's earlier one may still be read, or refuse to be removed.
+            path = self._folder / f"{run.id}-{version.version:06}.{next(self._made)}.{encoding}"
+            try:
+                with refusals(f"encoding version {version.version} of {run.id}"), path.open("wb") as file:
+                    return Encoded(version, payload.write(file, stored, run.spec.shared, encoding), path)
+            except BaseException:
+                with self._lock:
+                    self._unwanted.add(path)
+                raise
+
+
+def _in_place(path: Path, version: VersionRow, spec: AdapterSpec) -> Encoded:
+    """Describes the data of an adapter file, which were written tensor after tensor in the spec's order."""
+    sizes = [4 * tensor.size for tensor in spec.shared]
+    offsets = [0, *accumulate(sizes)]
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(start)
+        digest = hashlib.file_digest(file, "sha256").digest()
+    entries = tuple(
+        Entry(tensor.name, tensor.shape, "float32", offset, size)
+        for tensor, offset, size in zip(spec.shared, offsets, sizes, strict=False)
+    )
+    return Encoded(version, Manifest(entries, offsets[-1], digest), None, start)

@@ -1,0 +1,51 @@
+"""SQL about what clients answered to the offer of a run; each function is a part of the caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sqlalchemy import Connection, bindparam, select, update
+
+from fedpeft.rounds.conduct import Conduct
+from fedpeft_server.store import tables
+from fedpeft_server.store.queries.upsert import upsert
+from fedpeft_server.store.rows import AnswerRow
+
+
+def put_answer(connection: Connection, answer: AnswerRow) -> None:
+    """Writes an answer in place of an earlier one; the client's conduct stays as it is."""
+    row = {
+        "run": answer.run,
+        "client": answer.client,
+        "accepted": answer.accepted,
+        "reasons": list(answer.reasons),
+        "examples": answer.examples,
+        "at": answer.at,
+    }
+    upsert(connection, tables.answers, [row], replace=("accepted", "reasons", "examples", "at"))
+
+
+def select_answers(connection: Connection) -> list[AnswerRow]:
+    """Returns all answers."""
+    return [
+        AnswerRow(
+            row.run,
+            row.client,
+            row.accepted,
+            tuple(row.reasons),
+            row.examples,
+            row.at,
+            Conduct(row.missed, row.missed_in, row.refused),
+        )
+        for row in connection.execute(select(tables.answers))
+    ]
+
+
+def put_conducts(connection: Connection, run: str, conducts: Mapping[str, Conduct]) -> None:
+    """Writes how clients used their last tickets of a run."""
+    if conducts:
+        t = tables.answers
+        names = ("missed", "missed_in", "refused")
+        statement = update(t).where(t.c.run == run, t.c.client == bindparam("of"))
+        rows = [{"of": client, **{f"new_{n}": getattr(each, n) for n in names}} for client, each in conducts.items()]
+        connection.execute(statement.values({name: bindparam(f"new_{name}") for name in names}), rows)

@@ -1,0 +1,277 @@
+"""SQL about rounds, tickets and updates; each function is a part of the caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
+
+from fedpeft.errors import RunNotFound, TicketNotFound
+from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
+from fedpeft_server.store import stored, tables
+from fedpeft_server.store.queries.runs import existing
+from fedpeft_server.store.queries.upsert import upsert
+from fedpeft_server.store.rows import RoundRow, TicketRow, Traffic, UpdateRow
+
+_ROUND_COLUMNS = ("phase", "opened_at", "deadline", "extensions", "stopped")
+_TICKET_COLUMNS = ("state", "reason", "generation")
+_IDS = 500
+"""Most values of one IN (...)."""
+
+# Statements of every receipt are built once: that takes several times as long as SQLite takes to execute them.
+_HAVE_UPDATES = select(tables.updates.c.ticket).where(tables.updates.c.ticket.in_(bindparam("ids", expanding=True)))
+_INSERT_UPDATE = insert(tables.updates)
+_OF_CLIENT = update(tables.clients).where(tables.clients.c.id == bindparam("client"))
+_COUNT = _OF_CLIENT.values(updates=tables.clients.c.updates + 1)
+_UNCOUNT = _OF_CLIENT.values(updates=tables.clients.c.updates - 1)
+_TRAFFIC_KEY = {name: tables.traffic.c[name] for name in ("run", "number", "client")}
+_TRAFFIC_BYTES = ("wire_up", "wire_down", "payload_up", "payload_down")
+_COUNTED = select(*(tables.traffic.c[name] for name in _TRAFFIC_BYTES)).where(
+    *(column == bindparam(f"of_{name}") for name, column in _TRAFFIC_KEY.items())
+)
+_UPDATE = select(tables.tickets.c.id, tables.updates).join(
+    tables.updates, tables.updates.c.ticket == tables.tickets.c.id
+)
+_UPDATE_OF_TICKET = _UPDATE.where(tables.tickets.c.id == bindparam("of_ticket"))
+_WEIGH = update(tables.tickets).where(tables.tickets.c.id == bindparam("ticket")).values(weight=bindparam("share"))
+
+
+def put_round(connection: Connection, state: Round, before: Round | None) -> None:
+    """Writes a round and those of its tickets that differ from `before`, what the database is known to hold.
+
+    Raises:
+        RunNotFound: If the round's run does not exist.
+    """
+    if before is None:
+        if not existing(connection, [state.run]):
+            raise RunNotFound(f"there is no run {state.run}")
+        before = _stored_round(connection, state.run, state.number)
+    row = _round_row(state)
+    if before is None or row != _round_row(before):
+        upsert(connection, tables.rounds, [row], replace=_ROUND_COLUMNS)
+    # Most tickets are the very same objects as before, and comparing identities is what makes thousands of them cheap.
+    known = {id(t) for t in before.tickets} if before is not None else set()
+    others = {t.id: t for t in before.tickets} if before is not None else {}
+    changed = [_ticket_row(state, t) for t in state.tickets if id(t) not in known and others.get(t.id) != t]
+    upsert(connection, tables.tickets, changed, replace=_TICKET_COLUMNS)
+    received = {t for t, kept in others.items() if kept.state is TicketState.RECEIVED}
+    _uncount(connection, [row["client"] for row in changed if row["id"] in received])
+
+
+def put_updates(connection: Connection, received: Mapping[str, UpdateRow]) -> None:
+    """Writes what was received of clients, and counts it for them; a repetition changes nothing."""
+    ids = [update.ticket for update in received.values()]
+    there = {
+        ticket
+        for start in range(0, len(ids), _IDS)
+        for ticket in connection.execute(_HAVE_UPDATES, {"ids": ids[start : start + _IDS]}).scalars()
+    }
+    new = {client: update for client, update in received.items() if update.ticket not in there}
+    if new:
+        connection.execute(_INSERT_UPDATE, [_update_row(update) for update in new.values()])
+        connection.execute(_COUNT, [{"client": client} for client in new])
+
+
+def _uncount(connection: Connection, clients: Sequence[str]) -> None:
+    """Takes one update back from what was counted for some clients."""
+    if clients:
+        connection.execute(_UNCOUNT, [{"client": client} for client in clients])
+
+
+def select_norms(connection: Connection, run: str, numbers: Sequence[int]) -> dict[int, list[tuple[float, int]]]:
+    """Returns norm and examples of the updates that count in some rounds of a run, by round number."""
+    t, u = tables.tickets, tables.updates
+    query = select(t.c.number, u.c.norm, u.c.examples).join(u, u.c.ticket == t.c.id)
+    query = query.where(t.c.run == run, t.c.number.in_(numbers), t.c.state == str(TicketState.RECEIVED))
+    found: dict[int, list[tuple[float, int]]] = {}
+    for number, norm, examples in connection.execute(query):
+        found.setdefault(number, []).append((norm, examples))
+    return found
+
+
+def put_result(
+    connection: Connection,
+    state: Round,
+    committed_at: float,
+    weights: Mapping[str, float],
+    record: str,
+    record_sha256: str,
+    metrics: Mapping[str, float],
+) -> None:
+    """Writes what a round's commit adds to it."""
+    table = tables.rounds
+    facts = {"committed_at": committed_at, "record": record, "record_sha256": record_sha256, "metrics": dict(metrics)}
+    connection.execute(update(table).where(table.c.run == state.run, table.c.number == state.number).values(facts))
+    if weights:
+        connection.execute(_WEIGH, [{"ticket": ticket, "share": share} for ticket, share in weights.items()])
+
+
+def has_result(connection: Connection, state: Round, record_sha256: str) -> bool:
+    """Returns True if a round was committed before, with this record."""
+    t = tables.rounds
+    query = select(t.c.record_sha256).where(t.c.run == state.run, t.c.number == state.number)
+    return bool(record_sha256) and connection.execute(query).scalar() == record_sha256
+
+
+def select_current(connection: Connection, run: str) -> RoundRow | None:
+    """Returns the round of the highest number, or None if there is none."""
+    t, tickets, u = tables.rounds, tables.tickets, tables.updates
+    row = connection.execute(select(t).where(t.c.run == run).order_by(t.c.number.desc()).limit(1)).one_or_none()
+    if row is None:
+        return None
+    joined = select(tickets, *(c for c in u.c if c is not u.c.ticket)).join(u, u.c.ticket == tickets.c.id, isouter=True)
+    found = connection.execute(joined.where(tickets.c.run == run, tickets.c.number == row.number)).all()
+    updates = {one.id: _update(one) for one in found if one.received_at is not None}
+    return RoundRow(stored_round(row, [_ticket(one) for one in found]), updates)
+
+
+def select_ticket_ids(connection: Connection, run: str) -> list[str]:
+    """Returns the ids of all tickets of a run."""
+    return list(connection.execute(select(tables.tickets.c.id).where(tables.tickets.c.run == run)).scalars())
+
+
+def select_ticket(connection: Connection, ticket: str) -> TicketRow:
+    """Returns a ticket by id.
+
+    Raises:
+        TicketNotFound: If there is none.
+    """
+    row = connection.execute(select(tables.tickets).where(tables.tickets.c.id == ticket)).one_or_none()
+    if row is None:
+        raise TicketNotFound(f"there is no ticket {ticket}")
+    return TicketRow(row.run, row.number, _ticket(row))
+
+
+def select_update(connection: Connection, ticket: str) -> UpdateRow | None:
+    """Returns what was received for a ticket, or None."""
+    row = connection.execute(_UPDATE_OF_TICKET, {"of_ticket": ticket}).first()
+    return _update(row) if row else None
+
+
+def select_record_sha256(connection: Connection, run: str, number: int) -> str:
+    """Returns the digest of the record of a round, or "" if there is none."""
+    t = tables.rounds
+    query = select(t.c.record_sha256).where(t.c.run == run, t.c.number == number)
+    return connection.execute(query).scalar() or ""
+
+
+def add_traffic(
+    connection: Connection, deltas: Mapping[tuple[str, int, str], Traffic], known: Collection[str] = ()
+) -> None:
+    """Adds bytes to what was counted; those of a run that was deleted meanwhile are dropped.
+
+    Args:
+        connection: In a transaction.
+        deltas: What to add, by run, round and client.
+        known: Runs that exist, which the transaction has seen to.
+    """
+    others = {run for run, _, _ in deltas}.difference(known)
+    known = existing(connection, others).union(known) if others else known
+    rows = [
+        {"run": run, "number": number, "client": client, **_traffic_row(bytes_)}
+        for (run, number, client), bytes_ in deltas.items()
+        if run in known
+    ]
+    upsert(connection, tables.traffic, rows, add=_TRAFFIC_BYTES)
+
+
+def count_at_least(connection: Connection, least: Mapping[tuple[str, int, str], Traffic]) -> None:
+    """Raises the payload bytes that were counted to a least, and the wire bytes by as much; lowers nothing."""
+    raised = {}
+    for (run, number, client), wanted in least.items():
+        key = {"of_run": run, "of_number": number, "of_client": client}
+        found = connection.execute(_COUNTED, key).one_or_none()
+        counted = Traffic(*found) if found else Traffic()
+        more = counted.at_least(wanted.payload_up, wanted.payload_down)
+        if more != counted:
+            raised[run, number, client] = more
+    known = existing(connection, (run for run, _, _ in raised)) if raised else set()
+    rows = [
+        {"run": run, "number": number, "client": client, **_traffic_row(bytes_)}
+        for (run, number, client), bytes_ in raised.items()
+        if run in known
+    ]
+    upsert(connection, tables.traffic, rows, replace=_TRAFFIC_BYTES)
+
+
+def select_places(connection: Connection, tickets: Iterable[str]) -> dict[str, tuple[str, int, str]]:
+    """Returns run, round and client of those of some tickets that exist."""
+    t, wanted, found = tables.tickets, list(tickets), {}
+    for start in range(0, len(wanted), _IDS):
+        some = t.c.id.in_(wanted[start : start + _IDS])
+        for row in connection.execute(select(t.c.id, t.c.run, t.c.number, t.c.client).where(some)):
+            found[row.id] = (row.run, row.number, row.client)
+    return found
+
+
+def stored_round(row: Row[Any], tickets: Iterable[Ticket]) -> Round:
+    """Returns the round of a row, with tickets."""
+    # Sorted here, because databases order text by their own rules.
+    ordered = tuple(sorted(tickets, key=lambda t: t.client))
+    return Round(
+        row.run, row.number, Phase(row.phase), ordered, row.opened_at, row.deadline, row.extensions, row.stopped
+    )
+
+
+def _stored_round(connection: Connection, run: str, number: int) -> Round | None:
+    t, tickets = tables.rounds, tables.tickets
+    row = connection.execute(select(t).where(t.c.run == run, t.c.number == number)).one_or_none()
+    if row is None:
+        return None
+    query = select(tickets).where(tickets.c.run == run, tickets.c.number == number)
+    return stored_round(row, [_ticket(found) for found in connection.execute(query)])
+
+
+def _update_row(received: UpdateRow) -> dict[str, Any]:
+    return {
+        "ticket": received.ticket,
+        "examples": received.examples,
+        "norm": received.norm,
+        "metrics": dict(received.metrics),
+        "layout": stored.dump_layout(received.manifest),
+        "payload_sha256": received.manifest.sha256.hex(),
+        "received_at": received.received_at,
+    }
+
+
+def _traffic_row(traffic: Traffic) -> dict[str, int]:
+    return {
+        "wire_up": traffic.wire_up,
+        "wire_down": traffic.wire_down,
+        "payload_up": traffic.payload_up,
+        "payload_down": traffic.payload_down,
+    }
+
+
+def _round_row(state: Round) -> dict[str, Any]:
+    return {
+        "run": state.run,
+        "number": state.number,
+        "phase": str(state.phase),
+        "opened_at": state.opened_at,
+        "deadline": state.deadline,
+        "extensions": state.extensions,
+        "stopped": state.stopped,
+    }
+
+
+def _ticket_row(state: Round, ticket: Ticket) -> dict[str, Any]:
+    return {
+        "id": ticket.id,
+        "run": state.run,
+        "number": state.number,
+        "client": ticket.client,
+        "state": str(ticket.state),
+        "reason": ticket.reason,
+        "generation": ticket.generation,
+    }
+
+
+def _ticket(row: Row[Any]) -> Ticket:
+    return Ticket(row.id, row.client, TicketState(row.state), row.reason, row.generation)
+
+
+def _update(row: Row[Any]) -> UpdateRow:
+    manifest = stored.load_manifest(row.layout, row.payload_sha256)
+    return UpdateRow(row.id, row.examples, row.norm, row.metrics, manifest, row.received_at)

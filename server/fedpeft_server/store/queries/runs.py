@@ -1,0 +1,195 @@
+"""SQL about runs, their versions and evaluations; each function is a part of the caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
+
+from fedpeft.errors import MetricsInvalid, RunNotFound, VersionNotFound
+from fedpeft_server.store import stored, tables
+from fedpeft_server.store.queries.upsert import upsert
+from fedpeft_server.store.rows import RunRow, RunState, VersionRow
+
+MAX_SPLITS = 16
+"""Most splits of a run, over all its evaluators: each has its own series in Prometheus and figures of every version."""
+
+
+_EXISTING = select(tables.runs.c.id).where(tables.runs.c.id.in_(bindparam("ids", expanding=True)))
+_VERSION = select(tables.versions).where(
+    tables.versions.c.run == bindparam("of_run"), tables.versions.c.version == bindparam("of_version")
+)
+
+
+def insert_run(connection: Connection, run: RunRow) -> None:
+    """Inserts a run."""
+    connection.execute(
+        insert(tables.runs).values(
+            id=run.id,
+            config=stored.dump_config(run.config),
+            spec=stored.dump_spec(run.spec),
+            backbone_fingerprint=run.backbone_fingerprint,
+            state=str(run.state),
+            reason=run.reason,
+            version=run.version,
+            created_at=run.created_at,
+            model_parameters=run.model_parameters,
+            request_id=run.request_id or None,
+            request_digest=run.request_digest,
+        )
+    )
+
+
+def select_run(connection: Connection, run: str) -> RunRow:
+    """Returns a run by id.
+
+    Raises:
+        RunNotFound: If there is none.
+    """
+    row = connection.execute(select(tables.runs).where(tables.runs.c.id == run)).one_or_none()
+    if row is None:
+        raise RunNotFound(f"there is no run {run}")
+    return _run(row)
+
+
+def select_run_by_request(connection: Connection, request_id: str) -> RunRow | None:
+    """Returns the run that a CreateRun call made."""
+    row = connection.execute(select(tables.runs).where(tables.runs.c.request_id == request_id)).one_or_none()
+    return None if row is None else _run(row)
+
+
+def select_runs(connection: Connection) -> list[RunRow]:
+    """Returns all runs, oldest first."""
+    rows = connection.execute(select(tables.runs).order_by(tables.runs.c.created_at, tables.runs.c.id))
+    return [_run(row) for row in rows]
+
+
+def update_run(connection: Connection, run: str, state: RunState, reason: str, version: int | None = None) -> None:
+    """Sets the state of a run, and its newest version if one is given.
+
+    Raises:
+        RunNotFound: If there is none.
+    """
+    values: dict[str, Any] = {"state": str(state), "reason": reason}
+    if version is not None:
+        values["version"] = version
+    if connection.execute(update(tables.runs).where(tables.runs.c.id == run).values(values)).rowcount == 0:
+        raise RunNotFound(f"there is no run {run}")
+
+
+def delete_run(connection: Connection, run: str) -> None:
+    """Deletes a run with everything that points to it.
+
+    Raises:
+        RunNotFound: If there is none.
+    """
+    if connection.execute(delete(tables.runs).where(tables.runs.c.id == run)).rowcount == 0:
+        raise RunNotFound(f"there is no run {run}")
+
+
+def existing(connection: Connection, runs: Iterable[str]) -> set[str]:
+    """Returns those of some run ids that exist."""
+    return set(connection.execute(_EXISTING, {"ids": sorted(set(runs))}).scalars())
+
+
+def put_version(connection: Connection, version: VersionRow) -> None:
+    """Writes a version; writing it again replaces it, so that a commit whose answer was lost can be repeated."""
+    row = {
+        "run": version.run,
+        "version": version.version,
+        "sha256": version.sha256,
+        "size_bytes": version.size_bytes,
+        "state_sha256": version.state_sha256,
+        "created_at": version.created_at,
+    }
+    upsert(connection, tables.versions, [row], replace=("sha256", "size_bytes", "state_sha256", "created_at"))
+
+
+def select_version(connection: Connection, run: str, version: int) -> VersionRow:
+    """Returns a version of a run.
+
+    Raises:
+        RunNotFound: If there is no such run.
+        VersionNotFound: If there is none.
+    """
+    row = connection.execute(_VERSION, {"of_run": run, "of_version": version}).one_or_none()
+    if row is None:
+        if not existing(connection, [run]):
+            raise RunNotFound(f"there is no run {run}")
+        raise VersionNotFound(f"run {run} has no adapter version {version}")
+    return VersionRow(row.run, row.version, row.sha256, row.size_bytes, row.state_sha256, row.created_at)
+
+
+def put_evaluation(
+    connection: Connection, run: str, version: int, evaluator: str, split: str, metrics: Mapping[str, float], at: float
+) -> None:
+    """Writes what an evaluator found on a split, in place of what it found before.
+
+    Raises:
+        MetricsInvalid: If the run has `MAX_SPLITS` others: each is a time series of its own, for ever.
+    """
+    table = tables.evaluations
+    known = select(table.c.split).where(table.c.run == run, table.c.split == split).limit(1)
+    if connection.execute(known).first() is None:
+        others = list(_splits(connection, run))
+        if len(others) >= MAX_SPLITS:
+            fault = f"is new, and {run} has {len(others)} splits, the most a run may have: {', '.join(others)}"
+            raise MetricsInvalid(f"split {split} {fault}", (("split", fault),))
+    row = {"run": run, "version": version, "evaluator": evaluator, "split": split, "metrics": dict(metrics), "at": at}
+    upsert(connection, table, [row], replace=("metrics", "at"))
+
+
+def _splits(connection: Connection, run: str) -> Iterator[str]:
+    """Yields the splits of a run, one look into the index each, however many evaluations there are."""
+    table = tables.evaluations
+    query = select(func.min(table.c.split)).where(table.c.run == run)
+    split = connection.execute(query).scalar()
+    while split is not None:
+        yield split
+        split = connection.execute(query.where(table.c.split > split)).scalar()
+
+
+def select_evaluations(connection: Connection, run: str, first: int, last: int) -> dict[int, list[dict[str, float]]]:
+    """Returns the latest figures of each evaluator, in the evaluators' order, for each scored version in a range."""
+    table = tables.evaluations
+    query = select(table.c.version, table.c.evaluator, table.c.split, table.c.metrics, table.c.at)
+    found: dict[int, dict[str, tuple[float, str, dict[str, float]]]] = {}
+    for row in connection.execute(query.where(table.c.run == run, table.c.version.between(first, last))):
+        latest = found.setdefault(row.version, {})
+        if row.evaluator not in latest or latest[row.evaluator][:2] < (row.at, row.split):
+            latest[row.evaluator] = (row.at, row.split, row.metrics)
+    return {version: [latest[name][2] for name in sorted(latest)] for version, latest in sorted(found.items())}
+
+
+def select_last_scored(connection: Connection, run: str) -> dict[str, dict[str, float]]:
+    """Returns, for each split, the figures that came last."""
+    t = tables.evaluations
+    newest = select(t.c.metrics).order_by(t.c.at.desc(), t.c.version.desc()).limit(1)
+    return {
+        split: connection.execute(newest.where(t.c.run == run, t.c.split == split)).scalar_one()
+        for split in _splits(connection, run)
+    }
+
+
+def select_evaluated(connection: Connection, run: str, evaluator: str) -> set[int]:
+    """Returns the versions that an evaluator scored."""
+    table = tables.evaluations
+    query = select(table.c.version).where(table.c.run == run, table.c.evaluator == evaluator)
+    return set(connection.execute(query).scalars())
+
+
+def _run(row: Row[Any]) -> RunRow:
+    return RunRow(
+        id=row.id,
+        config=stored.load_config(row.config),
+        spec=stored.load_spec(row.spec),
+        backbone_fingerprint=row.backbone_fingerprint,
+        state=RunState(row.state),
+        reason=row.reason,
+        version=row.version,
+        created_at=row.created_at,
+        model_parameters=row.model_parameters,
+        request_id=row.request_id or "",
+        request_digest=row.request_digest,
+    )

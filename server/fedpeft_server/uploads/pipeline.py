@@ -1,0 +1,326 @@
+"""The way of an update: admitted, spooled as it arrives, checked, made durable, counted. One method a step.
+
+What begins once the last byte is here goes to its end, whether its call is still there or not: a disk that needs
+minutes keeps nobody from the receipt, because a client that asks again joins the first attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import Manifest
+from fedpeft.errors import (
+    BeingChecked,
+    ExamplesInvalid,
+    FedpeftError,
+    ManifestInvalid,
+    MetricsInvalid,
+    PayloadInvalid,
+    RoundClosed,
+    TicketClosed,
+    UpdateDiffers,
+    UpdateExcluded,
+)
+from fedpeft.process.mapped_files import releaser
+from fedpeft.rounds import fold, metric_values
+from fedpeft.rounds.state_machine import Phase, Ticket, TicketState
+from fedpeft.rpc.timing import HOLD_S
+from fedpeft.rpc.wire import manifest_from_proto
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft_server.access.call import actor
+from fedpeft_server.access.untrusted_text import MAX_EXAMPLES
+from fedpeft_server.runs.engine import RunEngine
+from fedpeft_server.runs.shielded import Steps
+from fedpeft_server.store.rows import UpdateRow
+from fedpeft_server.store.spool_writer import SpoolWriter
+from fedpeft_server.store.store import Store
+from fedpeft_server.traffic import Ledger
+from fedpeft_server.uploads.chunk_receiver import Arrivals
+from fedpeft_server.uploads.incoming import Context
+from fedpeft_server.uploads.transfer_slots import Turns
+
+log = structlog.get_logger()
+
+MANY_ENTRIES = 500
+"""A manifest of more tensors is checked on a thread: that takes milliseconds."""
+UNDECLARED_EXAMPLES = 100_000
+"""Most examples of an update whose client declared none, neither with its answer to the offer nor as it registered."""
+
+Declared = Callable[[str, str], int]
+"""Returns the examples that a client (second) declared for a run (first); 0 if it did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Conclusion:
+    """An upload that is whole: checked, made durable and counted by a step of its own."""
+
+    sha256: bytes
+    step: asyncio.Task[UpdateRow]
+
+
+class Uploads:
+    """Receives payloads, a limited number at once.
+
+    Args:
+        store: Where they go.
+        ledger: Where their bytes are booked.
+        max_bytes: Largest payload taken.
+        limit: How many updates, and beside them how many first versions of runs, are received at once.
+        declared: What clients answered to the offers of runs.
+    """
+
+    def __init__(self, store: Store, ledger: Ledger, max_bytes: int, limit: int, declared: Declared) -> None:
+        self._declared = declared
+        self._store = store
+        self._ledger = ledger
+        self._arrivals = Arrivals(store, max_bytes)
+        self._turns = Turns(limit)
+        self._creations = Turns(limit)
+        self._steps = Steps()
+        self._concluding: dict[str, _Conclusion] = {}
+
+    def has(self, client: str) -> bool:
+        """Says whether a client's update is arriving."""
+        return self._turns.has(client)
+
+    def drain(self) -> None:
+        """Lets uploads under way finish, and no other begin."""
+        self._turns.close()
+        self._creations.close()
+
+    async def close(self) -> None:
+        """Waits until what was whole is concluded."""
+        await self._steps.ended()
+
+    async def push(
+        self,
+        engine: RunEngine,
+        ticket: Ticket,
+        number: int,
+        header: pb.UpdateHeader,
+        context: Context,
+    ) -> UpdateRow:
+        """Receives one update and counts it; the answer to a repetition is the first one's.
+
+        What arrived of an update that no round will take any more is removed. `number` is that of the ticket's round,
+        which says what is sent: the run may have gone on to another.
+
+        Raises:
+            TransfersBusy: If no turn came for `HOLD_S`.
+            TurnOver: If others wait for the turn; what arrived is kept.
+            BeingChecked: If the upload is whole and has not been concluded for `HOLD_S`.
+            FedpeftError: If the update is refused.
+        """
+        counted = await self._repeated(ticket, header)
+        if counted:
+            return counted
+        self._admit(engine, ticket)
+        declared = await self._declared_by(ticket.client, engine.run.id)
+        if len(header.manifest.tensors) > MANY_ENTRIES:
+            manifest = await self._store.file(self._checked, engine, number, header, declared)
+        else:
+            manifest = self._checked(engine, number, header, declared)
+        booked = partial(self._ledger.payload, "up", engine.run.config.codec.encoding)
+        try:
+            async with self._turns.take(ticket.client) as turn:
+                counted = await self._repeated(_now(engine, ticket), header)  # it may have waited for that one
+                if counted:
+                    return counted
+                writer = await self._arrivals.take(
+                    ticket.id, manifest, context, turn, booked, lambda: self._admit(engine, _now(engine, ticket))
+                )
+                return await self._concluded(self._begin(engine, ticket, header, writer))
+        except BaseException:
+            if not _is_open(engine, ticket) and ticket.id not in self._concluding:
+                self._store.soon(self._store.spool.remove_partial, ticket.id)
+            raise
+
+    async def _repeated(self, ticket: Ticket, header: pb.UpdateHeader) -> UpdateRow | None:
+        """Returns what an earlier upload for the ticket came to; None if there was none.
+
+        Raises:
+            UpdateDiffers: If it was of other bytes, and counted.
+            FedpeftError: As `_joined`.
+        """
+        counted = await self._joined(ticket, header)
+        received = counted or await self.received(ticket)
+        if received and received.manifest.sha256 != header.manifest.sha256:
+            raise _differs(ticket)
+        return received
+
+    async def received(self, ticket: Ticket) -> UpdateRow | None:
+        """Returns what was received for a ticket of any round."""
+        if ticket.state is not TicketState.RECEIVED:
+            return None
+        return await self._store.call(self._store.db.update, ticket.id)
+
+    async def create(self, key: str, manifest: Manifest, context: Context) -> None:
+        """Receives the first version of a run into the spool, checked and durable.
+
+        Such an upload cannot be continued, so it need not give way to others; its turn is none of the clients'.
+
+        Args:
+            key: Names the payload in the spool.
+            manifest: What arrives; fits what is wanted.
+            context: The call.
+
+        Raises:
+            TransfersBusy: If no turn came for `HOLD_S`.
+            FedpeftError: If the payload is refused.
+        """
+        self._arrivals.check_size(manifest)
+        async with self._creations.take(key):
+            writer = await self._arrivals.take(key, manifest, context)
+            try:
+                await asyncio.shield(self._steps.begin(self._store.compute(_finish, writer)))
+            except PayloadInvalid as error:
+                raise error.within("header.manifest") from None
+
+    async def _conclude(
+        self, engine: RunEngine, ticket: Ticket, header: pb.UpdateHeader, writer: SpoolWriter
+    ) -> UpdateRow:
+        """Checks a whole upload, makes it durable and counts it."""
+        async with _refusing(engine, ticket):
+            update = await self._store.compute(self._taken_in, header, writer)
+        try:
+            return await engine.receive(update, actor())
+        except (RoundClosed, TicketClosed):
+            await self._store.compute(self._store.spool.remove, ticket.id)  # its round will not do it any more
+            raise
+
+    def _begin(
+        self, engine: RunEngine, ticket: Ticket, header: pb.UpdateHeader, writer: SpoolWriter
+    ) -> asyncio.Task[UpdateRow]:
+        step = self._steps.begin(self._conclude(engine, ticket, header, writer))
+        self._concluding[ticket.id] = _Conclusion(header.manifest.sha256, step)
+        step.add_done_callback(partial(self._end, ticket.id))
+        return step
+
+    async def _joined(self, ticket: Ticket, header: pb.UpdateHeader) -> UpdateRow | None:
+        """Returns what an earlier call's upload of the same bytes comes to, if one is being concluded.
+
+        Raises:
+            UpdateDiffers: If it was of other bytes, and counted.
+            BeingChecked: If it takes longer than a call may be held.
+            FedpeftError: If it was of the same bytes, and refused.
+        """
+        concluding = self._concluding.get(ticket.id)
+        if concluding is None:
+            return None
+        same = concluding.sha256 == header.manifest.sha256
+        try:
+            counted = await self._concluded(concluding.step)
+        except FedpeftError as error:
+            if same or isinstance(error, BeingChecked):
+                raise
+            return None
+        if not same:
+            raise _differs(ticket)
+        return counted
+
+    async def _concluded(self, step: asyncio.Task[UpdateRow]) -> UpdateRow:
+        """Waits for what an upload comes to, as long as a call may be held.
+
+        Raises:
+            BeingChecked: If that takes longer.
+            FedpeftError: If the update is refused.
+        """
+        await asyncio.wait({step}, timeout=HOLD_S)
+        if not step.done():
+            raise BeingChecked("the update is here and is being checked and made durable; ask again for its receipt")
+        return step.result()
+
+    def _end(self, ticket: str, step: asyncio.Task[UpdateRow]) -> None:
+        concluding = self._concluding.get(ticket)
+        if concluding and concluding.step is step:
+            del self._concluding[ticket]
+        error = None if step.cancelled() else step.exception()
+        if error and not isinstance(error, FedpeftError):
+            log.error("an upload failed with an internal error", ticket=ticket, exc_info=error)
+
+    def _admit(self, engine: RunEngine, ticket: Ticket) -> None:
+        if ticket.state is TicketState.REFUSED and ticket.reason.startswith(UpdateExcluded.reason):
+            raise UpdateExcluded(f"the update of ticket {ticket.id} was not folded: {ticket.reason.partition(': ')[2]}")
+        if ticket.state in (TicketState.WITHDRAWN, TicketState.REFUSED):
+            raise TicketClosed(f"ticket {ticket.id} was {ticket.state}: {ticket.reason or 'no reason given'}")
+        if not _is_open(engine, ticket):
+            raise RoundClosed(f"the round of ticket {ticket.id} has closed; keep the update for the next round")
+
+    async def _declared_by(self, client: str, run: str) -> int:
+        """Returns the most examples that a client may claim for an update."""
+        answered = self._declared(run, client)
+        if answered:
+            return min(answered, MAX_EXAMPLES)
+        row = await self._store.call(self._store.db.client, client)
+        has = pb.Capabilities.FromString(row.capabilities).examples if row else 0
+        return min(has or UNDECLARED_EXAMPLES, MAX_EXAMPLES)
+
+    def _checked(self, engine: RunEngine, number: int, header: pb.UpdateHeader, declared: int) -> Manifest:
+        """Returns the manifest of a header that fits the round of its ticket, before anything of the payload is taken.
+
+        A wrong header leaves the ticket good: nothing was trained or sent in vain, and the next one may be right.
+        """
+        config = engine.run.config
+        try:
+            manifest = manifest_from_proto(header.manifest)
+            payload.check_manifest(manifest, engine.run.spec.sent(number), (config.codec.encoding,))
+        except ManifestInvalid as error:
+            raise error.within("header.manifest") from None
+        self._arrivals.check_size(manifest)
+        if not 1 <= header.examples <= declared:
+            text = f"is {header.examples}; 1 to {declared} are allowed, by what the client declared"
+            raise ExamplesInvalid(f"the update's number of examples {text}", (("header.examples", text),))
+        try:
+            metric_values.check(header.metrics, metric_values.MAX_TRAINING)
+        except MetricsInvalid as error:
+            raise error.within("header") from None
+        return manifest
+
+    def _taken_in(self, header: pb.UpdateHeader, writer: SpoolWriter) -> UpdateRow:
+        """Checks a whole upload and makes it durable; returns what is to be counted."""
+        _finish(writer)
+        with self._store.spool.open(header.ticket) as data:
+            norm = math.sqrt(fold.squared_norm(writer.manifest, data, releaser(data)))
+        return UpdateRow(header.ticket, header.examples, norm, dict(header.metrics), writer.manifest, time.time())
+
+
+def _differs(ticket: Ticket) -> UpdateDiffers:
+    return UpdateDiffers(f"another update was already received for {ticket.id}; that one counts")
+
+
+def _finish(writer: SpoolWriter) -> None:
+    with writer:
+        writer.finish()
+
+
+def _now(engine: RunEngine, ticket: Ticket) -> Ticket:
+    """Returns a ticket as it is now; as it was if its round is over."""
+    return next((t for t in engine.round.tickets if t.id == ticket.id), ticket)
+
+
+def _is_open(engine: RunEngine, ticket: Ticket) -> bool:
+    """Says whether the round of a ticket takes an update for it now, or has taken it and may take others."""
+    if not engine.active or engine.round.phase is not Phase.OPEN:
+        return False
+    held = (TicketState.ISSUED, TicketState.RECEIVED)
+    return any(t.id == ticket.id and t.state in held for t in engine.round.tickets)
+
+
+@asynccontextmanager
+async def _refusing(engine: RunEngine, ticket: Ticket) -> AsyncIterator[None]:
+    """Closes the ticket of an update whose payload arrived whole and is wrong."""
+    try:
+        yield
+    except PayloadInvalid as error:
+        error.within("header.manifest")
+        await engine.refuse(ticket, error, actor())
+        raise

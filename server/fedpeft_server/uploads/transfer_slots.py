@@ -1,0 +1,206 @@
+"""Turns: a limited number of transfers at once, so that the server's memory does not grow with its clients.
+
+First come, first served. A transfer may take as long as it likes while nobody waits; once somebody does, it has TURN_S,
+then gives way after the chunk under way, or at once if nothing comes or is read, lines up again and goes on at the byte
+where it stands. So neither a few slow clients nor silent ones keep the others waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fedpeft.errors import Draining, TransfersBusy, TurnOver
+from fedpeft.rpc.timing import HOLD_S
+
+TURN_S = 10.0
+"""Time that a transfer is served before it gives way to others that wait, seconds."""
+LINGER_S = 5.0
+"""Time for which a client that was told to ask again keeps its place, seconds."""
+
+
+class Turn:
+    """A client's place in the queue, and then its right to be served."""
+
+    def __init__(self, turns: Turns, client: str) -> None:
+        self.client = client
+        self.came = asyncio.Event()
+        """Set when there is no more to wait for."""
+        self.since = 0.0
+        """Its start on the monotonic clock."""
+        self.until = math.inf
+        """Time at which its place is lost, once its call has ended."""
+        self.replaced = False
+        """True once another transfer of the client took its place or turn."""
+        self._turns = turns
+        self._waiting: asyncio.Timeout | None = None
+        self._hurried = False
+
+    @property
+    def here(self) -> bool:
+        """True while its call is still there."""
+        return self.until == math.inf
+
+    def replace(self) -> None:
+        """Gives the place or turn to another transfer of the client; a wait under `bounded` ends at once."""
+        self.replaced = True
+        self.came.set()
+        if self._waiting is not None and not self._waiting.expired():  # one that is just expiring ends by itself
+            self._waiting.reschedule(0)
+
+    @asynccontextmanager
+    async def bounded(self, seconds: float) -> AsyncIterator[None]:
+        """Bounds a wait for the other side.
+
+        Raises:
+            TurnOver: As soon as another transfer of the client takes the turn, or once it had its time and others wait.
+            TimeoutError: After `seconds`.
+        """
+        self._check_place()
+        try:
+            async with asyncio.timeout(seconds) as self._waiting:
+                if self._turns.awaited():
+                    self.hurry()
+                yield
+        except TimeoutError:
+            self._check_place()
+            if self._hurried:
+                raise self._over() from None
+            raise
+        finally:
+            self._waiting, self._hurried = None, False
+
+    def hurry(self) -> None:
+        """Ends a wait under `bounded` when the turn has had its time: others wait for it now."""
+        if self._waiting is None or self._waiting.expired() or self.since == 0:
+            return
+        left = self.since + TURN_S - time.monotonic()
+        ends, loop = self._waiting.when(), asyncio.get_running_loop()
+        if ends is None or ends > loop.time() + left:
+            self._waiting.reschedule(loop.time() + max(left, 0))
+            self._hurried = True
+
+    def check(self) -> None:
+        """Says after a chunk whether there may be another.
+
+        Raises:
+            TurnOver: If there may not.
+        """
+        self._check_place()
+        if time.monotonic() - self.since >= TURN_S and self._turns.awaited():
+            raise self._over()
+
+    def _over(self) -> TurnOver:
+        return TurnOver(
+            f"this transfer had its turn of {TURN_S:g} s and others wait; continue at the first byte missing"
+        )
+
+    def _check_place(self) -> None:
+        if self.replaced:
+            raise TurnOver(
+                f"another transfer of client {self.client} took this one's turn; continue at the first byte missing"
+            )
+
+
+class Turns:
+    """Lets `limit` transfers through at once, one a client, in the order in which they asked.
+
+    Args:
+        limit: How many.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._line: dict[str, Turn] = {}
+        self._held: dict[str, Turn] = {}
+        self._closed = False
+
+    @asynccontextmanager
+    async def take(self, client: str) -> AsyncIterator[Turn]:
+        """Waits for a turn and holds it. A client's newer call ends its older one: that one's connection may be dead.
+
+        Raises:
+            TransfersBusy: If none comes within `HOLD_S`; the place in the queue is kept for `LINGER_S`.
+            TurnOver: If another call of the client took the place.
+            Draining: If the server shuts down before the turn came.
+        """
+        self._refuse_if_closed()
+        turn = Turn(self, client)
+        self._line_up(turn)
+        try:
+            await self._come(turn)
+            yield turn
+        finally:
+            self._leave(turn)
+
+    def close(self) -> None:
+        """Sends those in the line away and takes no more; who has a turn keeps it."""
+        self._closed = True
+        line, self._line = self._line, {}
+        for turn in line.values():
+            turn.came.set()
+
+    def has(self, client: str) -> bool:
+        """Says whether a client's transfer is under way."""
+        return client in self._held
+
+    def awaited(self) -> bool:
+        """Says whether anybody waits for a turn."""
+        now = time.monotonic()
+        return any(turn.until > now for turn in self._line.values())
+
+    def _line_up(self, turn: Turn) -> None:
+        held, waiting = self._held.pop(turn.client, None), self._line.get(turn.client)
+        for older in (held, waiting):
+            if older is not None:
+                older.replace()
+        if waiting is not None and waiting.until <= time.monotonic():
+            del self._line[turn.client]
+        self._line[turn.client] = turn  # in the older one's place, if there was one
+        self._serve()
+        if self._line.get(turn.client) is turn:
+            for other in self._held.values():
+                other.hurry()
+
+    async def _come(self, turn: Turn) -> None:
+        try:
+            async with asyncio.timeout(HOLD_S):
+                await turn.came.wait()
+        except TimeoutError:
+            if not turn.came.is_set():  # it may have come in the same instant
+                transfers = "transfers are" if self._limit > 1 else "transfer is"
+                raise TransfersBusy(
+                    f"{self._limit} other {transfers} under way, the most this server serves at once; "
+                    "ask again at once to keep the place in the queue"
+                ) from None
+        if turn.replaced:
+            raise TurnOver(f"another transfer of client {turn.client} has taken this one's place in the queue")
+        if self._held.get(turn.client) is not turn:
+            self._refuse_if_closed()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise Draining("the server is shutting down; try again after a pause")
+
+    def _leave(self, turn: Turn) -> None:
+        if self._held.get(turn.client) is turn:
+            del self._held[turn.client]
+            self._serve()
+        elif self._line.get(turn.client) is turn:
+            turn.until = time.monotonic() + LINGER_S
+
+    def _serve(self) -> None:
+        """Gives the turns that are free to the first who are there."""
+        now = time.monotonic()
+        while len(self._held) < self._limit:
+            turn = next((t for t in self._line.values() if t.here or t.until <= now), None)
+            if turn is None:
+                return
+            del self._line[turn.client]
+            if turn.here:
+                self._held[turn.client] = turn
+                turn.since = now
+                turn.came.set()
