@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import asyncio, os, signal
-from fedpeft import background
+from fedpeft.api import blocking as background
 
 async def source():
     try:

@@ -98,7 +98,7 @@ def test_nobody_reads_what_is_printed() -> None:
 
 SLEEPS = (
     "import sys, tempfile, time\n"
-    "from fedpeft_operator.cli import app, versions\n"
+    "from fedpeft_operator import app\n"
     "def sleep(**_):\n"
     "    with tempfile.TemporaryDirectory(dir=sys.argv[1]):\n"
     "        print('up', flush=True)\n"
@@ -130,7 +130,7 @@ def test_the_page_has_every_exit_code() -> None:
     assert {code for code, row in codes.items() if row[1]} == set(ClientExit)
 
 
-@pytest.mark.parametrize("program", ["fedpeft", "fedpeft_server", "fedpeft_client"])
+@pytest.mark.parametrize("program", ["fedpeft_operator", "fedpeft_server", "fedpeft_client"])
 def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_traceback(program: str, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time; print('imports', flush=True); time.sleep(60)")
     code = (

@@ -21,7 +21,7 @@ from fedpeft.identity.subject import Role, Subject
 CALL = """
 import asyncio, sys
 from pathlib import Path
-from fedpeft import grpc_core
+from fedpeft.rpc import grpc_core
 grpc_core.configure()
 import grpc
 from fedpeft.rpc.channel import open_channel

@@ -85,7 +85,7 @@ def test_a_folder_takes_the_place_of_none_or_an_empty_one_and_no_other(tmp_path:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fedpeft import durable
+from fedpeft.process import durable
 place = Path(sys.argv[1])
 with durable.writing(place / "report.json") as file, durable.folder(place / "sites") as folder:
     file.write(b"half")

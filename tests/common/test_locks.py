@@ -55,7 +55,7 @@ def test_a_look_shuts_nobody_out(tmp_path: Path) -> None:
 
 def test_the_end_of_a_process_lets_it_go(tmp_path: Path) -> None:
     code = (
-        "import pathlib, sys, time; from fedpeft import locks\n"
+        "import pathlib, sys, time; from fedpeft.process import locks\n"
         "with locks.directory(pathlib.Path(sys.argv[1]), 'it', 'server', ''): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as process:

@@ -8,7 +8,7 @@ import sys
 
 SAYS = """
 import logging, warnings
-from fedpeft import logs
+from fedpeft.process import logs
 logs.configure("json", "info")
 warnings.warn("from a\\nlibrary")
 logging.getLogger("timm.models").warning("said %d times", 3)

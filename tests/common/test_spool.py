@@ -26,7 +26,7 @@ from .test_sources import IMAGE, png, table, write
 
 OPENS = """
 import sys
-from fedpeft.data import parquet
+from fedpeft.data.sources import parquet
 from fedpeft.data.sources.opening import open_source
 parquet.IN_MEMORY_BYTES = 0
 source = open_source(sys.argv[1])
