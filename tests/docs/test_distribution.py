@@ -16,6 +16,7 @@ PACKAGES = {
     "fedpeft": ROOT / "common" / "fedpeft",
     "fedpeft_server": ROOT / "server" / "fedpeft_server",
     "fedpeft_client": ROOT / "client" / "fedpeft_client",
+    "fedpeft_operator": ROOT / "operator" / "fedpeft_operator",
 }
 GENERATED = ("tensor", "run", "federation_service", "operator_service")
 
@@ -69,13 +70,13 @@ def test_the_wheel_has_nothing_else(in_wheel: list[str]) -> None:
 def test_the_sdist_builds_the_wheel_and_has_no_tests_and_no_data(in_sdist: list[str]) -> None:
     tops = {name.split("/")[0] for name in in_sdist}
     extra = {"PKG-INFO", "LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", ".gitignore"}
-    assert tops == {"protos", "common", "server", "client", *extra}
+    assert tops == {"protos", "common", "server", "client", "operator", *extra}
     assert not [name for name in in_sdist if name.endswith((".parquet", ".safetensors", ".pyc"))]
 
 
 def test_licences_lie_beside_what_they_are_for(metadata: Message, in_wheel: list[str]) -> None:
     named = set(metadata.get_all("License-File", []))
-    vendored = {path.relative_to(ROOT).as_posix() for path in PACKAGES["fedpeft"].glob("**/vendor/*/LICENSE")}
+    vendored = {path.relative_to(ROOT).as_posix() for path in PACKAGES["fedpeft_operator"].glob("**/vendor/*/LICENSE")}
     assert named == {"LICENSE", *vendored}
     assert all(any(path.endswith(f".dist-info/licenses/{name}") for path in in_wheel) for name in named)
     assert metadata["License-Expression"].startswith("Apache-2.0 AND")
@@ -83,7 +84,7 @@ def test_licences_lie_beside_what_they_are_for(metadata: Message, in_wheel: list
 
 def test_the_console_comes_with_its_pages(in_wheel: list[str]) -> None:
     for folder, kind in (("templates", ".html"), ("static", ".css"), ("static/vendor", ".js")):
-        assert [n for n in in_wheel if n.startswith(f"fedpeft/console/{folder}/") and n.endswith(kind)], folder
+        assert [n for n in in_wheel if n.startswith(f"fedpeft_operator/console/{folder}/") and n.endswith(kind)], folder
 
 
 def test_the_version_is_one_that_pip_can_order(metadata: Message, sdist: Path) -> None:

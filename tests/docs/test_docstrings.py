@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("benchmarks", "client", "common", "deploy", "docs", "experiments", "server", "tests")
+FOLDERS = ("benchmarks", "client", "common", "deploy", "docs", "experiments", "operator", "server", "tests")
 QUESTIONS = frozenset(("how", "what", "when", "where", "whether", "which", "who", "whom", "whose", "why"))
 
 

@@ -193,7 +193,7 @@ def test_the_table_of_roles_is_the_servers() -> None:
 
 
 def test_the_messages_are_those_that_are_said() -> None:
-    files = [ROOT / "common/fedpeft/identity" / f"{name}.py" for name in ("way", "diagnosis", "token")]
+    files = [ROOT / "common/fedpeft" / f"{name}.py" for name in ("rpc/probe", "rpc/diagnosis", "identity/token")]
     sentences = [said for file in (*files, ROOT / "server/fedpeft_server/rpc/federation.py") for said in texts(file)]
     listed = [row[1].strip("`") for row in rows("What a message means")]
     assert len(listed) > 15

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 LOADS = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "video": "src"}
 """Elements that make a browser fetch something, and the attribute that says what."""
-NAMED = re.compile(r"`((?:tests|docs|common|server|client|protos|deploy|experiments|benchmarks)/[\w./-]+)`")
+NAMED = re.compile(r"`((?:tests|docs|common|server|client|operator|protos|deploy|experiments|benchmarks)/[\w./-]+)`")
 
 MADE = {"benchmarks/results/bench.json"}
 """Files that are there only once somebody made them."""
