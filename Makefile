@@ -24,7 +24,7 @@ test: $(STAMP) ## run the tests, all but the slow ones
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-slow: $(STAMP) ## run the slow tests of processes and the long fuzz (the others have targets of their own)
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m slow tests/e2e tests/server tests/client tests/common
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m slow tests --ignore tests/docs --ignore tests/deploy --ignore tests/interop --ignore tests/console
 
 check: $(STAMP) ## lint, format, types, imports, protocol, and that nothing generated is stale
 	$(BIN)/ruff check .

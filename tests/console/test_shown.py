@@ -25,7 +25,7 @@ from fedpeft_operator.console.shown.run import tiles as run_tiles
 from fedpeft_operator.console.shown.series import MOST_NORMS, MOST_POINTS, series, thinned
 from fedpeft_operator.console.shown.sparkline import sparkline
 
-from ..common.operator_double import a_run
+from ..operator.operator_double import a_run
 
 GOOD = '[model]\nname = "vit"\nclasses = ["a", "b"]\n[peft]\nmethod = "bias"\n'
 

@@ -9,7 +9,7 @@ import pytest
 
 from fedpeft.codecs import codecs
 
-from ..common import protocol_examples as examples
+from ..rpc import protocol_examples as examples
 from .conftest import Node, Refused
 
 

@@ -39,9 +39,9 @@ from .secured_provocations import (
     viewer_who_creates,
     viewer_who_outlives_a_certificate,
 )
-from .test_refusals import CALLERS, REFUSED_FOR_GOOD, TRY_AGAIN, WRONG_HEADERS, bad_and_good
-from .test_turns import Trickle
-from .test_uploads import SlowDisk
+from .uploads.test_refusals import CALLERS, REFUSED_FOR_GOOD, TRY_AGAIN, WRONG_HEADERS, bad_and_good
+from .uploads.test_transfer_slots import Trickle
+from .uploads.test_uploads import SlowDisk
 
 
 @dataclass

@@ -15,8 +15,8 @@ from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server.rpc.access import MOST_CERTIFICATES
 from fedpeft_server.store import tables
 
+from .access.test_access import signed_without_an_id
 from .secured import Federation
-from .test_access import signed_without_an_id
 
 
 async def used_token(secured: Federation) -> object:

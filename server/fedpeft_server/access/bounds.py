@@ -1,7 +1,7 @@
 """Bounds on callers: the one table of how much anybody may ask of this server.
 
 Every bound on calls, messages, connections and log lines is in this module; docs/security.md is made from it, and
-`tests/server/test_bounds.py` tries each at its limit and beyond it. `access.pacing`, `rpc.incoming`,
+`tests/server/access/test_bounds.py` tries each at its limit and beyond it. `access.pacing`, `rpc.incoming`,
 `rpc.interceptors`, `rpc.connections`, `fedpeft.process.metrics_port` and `enrolment.relay` enforce it.
 """
 

@@ -1,0 +1,45 @@
+"""A watch says once that a client hangs, in which way, and that it goes on."""
+
+from __future__ import annotations
+
+from fedpeft.api.following import Picture
+from fedpeft.api.narration import Narrator
+from fedpeft.v1 import run_pb2
+
+from ..operator.operator_double import a_round, a_run
+
+SILENT, STALLED = run_pb2.PROGRESS_STATE_SILENT, run_pb2.PROGRESS_STATE_STALLED
+TRAINING, SLOW = run_pb2.PROGRESS_STATE_TRAINING, run_pb2.PROGRESS_STATE_SLOW
+
+
+def seen(state: run_pb2.ProgressState.ValueType | None, words: str = "") -> Picture:
+    run = a_run()
+    if state is not None:
+        run.awaited.add(client="twemoji", state=state, description=words)
+    return Picture(run, {1: a_round(1, committed=False)})
+
+
+def test_each_way_of_hanging_is_said_once_and_the_end_of_it() -> None:
+    narrator = Narrator()
+    narrator.lines(seen(TRAINING, "training, step 1 of 8, 1 s ago"))
+    said = [
+        narrator.lines(seen(state, words))
+        for state, words in (
+            (TRAINING, "training, step 2 of 8, 1 s ago"),
+            (STALLED, "step 2 of 8 for 46 s"),
+            (STALLED, "step 2 of 8 for 60 s"),
+            (SILENT, "no word for 45 s, last at step 2 of 8"),
+            (TRAINING, "training, step 3 of 8, 0 s ago"),
+            (SLOW, "slower than usual: 95 s, usually 40 s, step 4 of 8"),
+            (None, ""),
+        )
+    ]
+    assert said == [
+        [],
+        ["round 1: twemoji: step 2 of 8 for 46 s"],
+        [],
+        ["round 1: twemoji: no word for 45 s, last at step 2 of 8"],
+        ["round 1: twemoji goes on"],
+        ["round 1: twemoji: slower than usual: 95 s, usually 40 s, step 4 of 8"],
+        [],
+    ]

@@ -1,0 +1,108 @@
+"""`fedpeft.simulate`: the page's example as it stands, and the same run as the command holds it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+
+import fedpeft
+from fedpeft.data import partitions
+from fedpeft.data.parts import write_parts
+from fedpeft.data.sources.opening import open_source
+from fedpeft.errors import ConfigInvalid, SettingsInvalid
+from fedpeft_operator.app import main
+
+from ..data.test_sources import NAMES, table, write
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+(EXAMPLE,) = (code for code in re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S) if "fedpeft.simulate" in code)
+RUN_FILE = f"""
+name = "emoji"
+[model]
+name = "vit_tiny_patch16_224"
+weights = "none"
+image_size = 32
+depth = 1
+classes = {json.dumps(NAMES)}
+[peft]
+method = "bias"
+[rounds]
+count = 2
+clients = 3
+[training]
+batch_size = 8
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the run file and the data that the example names."""
+    whole = write(tmp_path / "test.parquet", table(30))
+    write_parts(whole, partitions.dirichlet(open_source(whole).labels, 3, 1.0, 3), tmp_path / "sites")
+    (tmp_path / "emoji.toml").write_text(RUN_FILE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_page_s_example_runs_and_gives_what_the_command_gives(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: dict[str, object] = {}
+    exec(EXAMPLE, names)
+    done = names["done"]
+    assert isinstance(done, fedpeft.Simulation) and isinstance(names["model"], timm.models.VisionTransformer)
+    printed = capsys.readouterr().out.splitlines()
+    said = [line for line in printed if "[warning" not in line]
+    assert len(said) == 3 and said[-1].endswith(f"bytes up instead of {done.full_bytes:,}")
+    assert (done.state, done.reason, [each.number for each in done.rounds]) == ("completed", "", [1, 2])
+    assert done.accuracy == done.rounds[-1].accuracy is not None and done.loss is not None
+    assert 0 < done.parameters < done.model_parameters and set(done.initial_metrics) >= {"accuracy", "loss"}
+    assert 0 < done.payload_bytes_up < done.full_bytes and done.payload_bytes_down > 0
+
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", "emoji.toml", "--data", "sites", "--out", "other", "--eval", "test.parquet"])
+    assert ended.value.code == 0
+    other = json.loads((here / "other" / "report.json").read_text())
+    assert [row["record_sha256"] for row in other["rounds"]] == [
+        row["record_sha256"] for row in done.report["rounds"]
+    ], "to the same bits"
+    assert json.loads((done.folder / "report.json").read_text()) == done.report
+    tuned = done.load().state()
+    assert all(np.array_equal(tuned[name], values) for name, values in done.adapter().items())
+
+
+def test_rounds_are_told_as_they_come_and_what_is_wrong_is_said(here: Path) -> None:
+    told: list[fedpeft.SimulatedRound] = []
+    done = fedpeft.simulate(fedpeft.load_run_file(Path("emoji.toml")), "sites", "out", committed=told.append)
+    assert told == done.rounds and done.accuracy is None
+    with pytest.raises(ConfigInvalid, match="bias has no peft form"):
+        done.load_peft()
+    with pytest.raises(ConfigInvalid, match=r"peft\.method"):
+        fedpeft.simulate({"model": {"name": "x", "classes": ["a", "b"]}, "peft": {}}, "sites", "out")
+
+
+@pytest.mark.parametrize("argument", ["data", "out", "evaluate", "weights", "label_map"])
+def test_an_argument_that_is_no_path_is_named(here: Path, argument: str) -> None:
+    given: dict[str, object] = {"data": "sites", "out": "out", argument: object()}
+    with pytest.raises(SettingsInvalid, match=rf"^{argument} is a path, .*a object was given"):
+        fedpeft.simulate("emoji.toml", **given)  # type: ignore[arg-type]
+
+
+def test_an_interrupted_simulation_leaves_no_report_of_an_earlier_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fedpeft.simulate("emoji.toml", "sites", "out")
+    assert (here / "out" / "report.json").exists()
+
+    def interrupted(row: fedpeft.SimulatedRound) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedpeft.simulate("emoji.toml", "sites", "out", committed=interrupted)
+    assert sorted(path.name for path in (here / "out").iterdir()) == ["adapter.safetensors", "records.jsonl"]
+    assert len((here / "out" / "records.jsonl").read_text().splitlines()) == 1

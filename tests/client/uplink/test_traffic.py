@@ -1,0 +1,85 @@
+"""The owner's ledger never tells less than the server got, however often a call is repeated."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fedpeft.process import logs
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft_client.egress import departures
+from fedpeft_client.egress.entries import Departure, read
+from fedpeft_client.egress.log import Ledger
+from fedpeft_client.owner.metrics import Metrics
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.uplink import retry as patience
+from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.traffic import Traffic
+
+from ..federation import Federation
+
+REGISTRATION = pb.RegisterRequest(capabilities=pb.Capabilities(software="x" * 100))
+
+
+@dataclass
+class Site:
+    """A client's calls, counted and booked as the agent's are."""
+
+    channel: Channel
+    ledger: Ledger
+    patience: Patience
+
+    async def send(self, departure: Departure, call: Callable[[], Awaitable[object]]) -> None:
+        with self.ledger.booked(departure):
+            await self.patience.keep(call)
+
+    @property
+    def booked_bytes(self) -> int:
+        return sum(each.departure.wire_bytes for each in read(self.ledger.path).booked.values())
+
+
+@pytest.fixture
+async def site(federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
+    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+    with StateDirectory(tmp_path / "state") as directory, Ledger(directory.path, federation.address) as ledger:
+        async with Channel(federation.address, "site-a", directory.instance) as channel:
+            Traffic(channel, ledger, Metrics())
+            yield Site(channel, ledger, Patience(logs.logger(client="site-a"), None))
+
+
+async def test_a_call_that_is_repeated_is_booked_each_time(federation: Federation, site: Site) -> None:
+    federation.unavailable = 9
+    await site.send(departures.registration(REGISTRATION), lambda: site.channel.register(REGISTRATION))
+    assert federation.arrivals.messages["RegisterRequest"] == 10
+    assert site.booked_bytes == 10 * REGISTRATION.ByteSize() == federation.arrivals.wire_bytes
+
+
+async def test_a_repetition_is_in_the_file_before_it_leaves(federation: Federation, site: Site) -> None:
+    federation.unavailable = 9
+    seen: list[bool] = []
+
+    async def register() -> None:
+        await site.channel.register(REGISTRATION)
+
+    async def attempt() -> None:
+        try:
+            await register()
+        finally:
+            seen.append(site.booked_bytes >= federation.arrivals.wire_bytes)
+
+    await site.send(departures.registration(REGISTRATION), attempt)
+    assert seen == [True] * 10, "a process that is killed now tells no less than what left"
+
+
+async def test_questions_that_are_repeated_are_booked_each_time(federation: Federation, site: Site) -> None:
+    await site.send(departures.registration(REGISTRATION), lambda: site.channel.register(REGISTRATION))
+    federation.unavailable = 200
+    await site.patience.keep(lambda: site.channel.await_round("", until_finished=True))
+    assert federation.arrivals.messages["AwaitRoundRequest"] == 201
+    assert site.booked_bytes >= federation.arrivals.wire_bytes
+    assert len(read(site.ledger.path).booked) == 2, "and not each in a line"

@@ -1,0 +1,184 @@
+"""Pull and push against a real server whose connections break."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import CHUNK_BYTES
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.errors import (
+    ChecksumMismatch,
+    ManifestInvalid,
+    ServerUnreachable,
+    VersionNotFound,
+)
+from fedpeft.rpc import wire
+from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import run_pb2
+from fedpeft_client.egress.entries import read
+from fedpeft_client.state.pending import Outcome
+from fedpeft_client.uplink import pull, push
+
+from ..transfer_site import Site
+
+
+async def test_pull_brings_a_version_and_then_nothing_more(site: Site) -> None:
+    held = await site.puller.pull(0)
+    manifest, data = site.federation.run.encoded(0)
+    assert held.payload.read_bytes() == data and held.manifest == manifest
+    assert [e.name for e in manifest.entries] == ["a", "z"], "local tensors do not travel"
+    assert await site.puller.pull(0) == held
+    site.federation.run.versions.append(site.federation.run.versions[0])
+    assert (await site.puller.pull(1)).version == 1
+    assert site.federation.pulled == [(0, 0, False), (0, 0, True), (1, 0, True)]
+
+
+async def test_pull_continues_at_the_byte_where_it_broke_off(site: Site) -> None:
+    site.federation.break_pull_after = [1_500_000, 900_000]
+    held = await site.puller.pull(0)
+    assert held.payload.read_bytes() == site.federation.run.encoded(0)[1]
+    offsets = [offset for _, offset, _ in site.federation.pulled]
+    assert offsets[0] == 0 and offsets[1] >= 1_500_000 and len(offsets) == 3
+    assert offsets == sorted(offsets)
+
+
+async def test_pull_continues_what_a_killed_process_began(site: Site) -> None:
+    data = site.federation.run.encoded(0)[1]
+    site.cache.part(0).write_bytes(data[:1_000_001])
+    held = await site.puller.pull(0)
+    assert held.payload.read_bytes() == data
+    assert site.federation.pulled == [(0, 1_000_001, False)]
+
+
+@pytest.mark.parametrize("part", [b"garbage", bytes(4_000_000)])
+async def test_pull_starts_over_from_a_part_that_is_wrong(site: Site, part: bytes) -> None:
+    site.cache.part(0).write_bytes(part)
+    held = await site.puller.pull(0)
+    assert held.payload.read_bytes() == site.federation.run.encoded(0)[1]
+    assert [offset for _, offset, _ in site.federation.pulled] == [len(part), 0]
+
+
+async def test_pull_of_a_version_that_is_not_there_fails_at_once(site: Site) -> None:
+    with pytest.raises(VersionNotFound):
+        await site.puller.pull(7)
+
+
+async def test_pull_of_an_adapter_that_does_not_fit_the_spec_is_refused(site: Site) -> None:
+    other = AdapterSpec("bias", (TensorSpec("a", (900_001,)),))
+    site.federation.run.spec = other
+    site.federation.run.versions = [{"a": np.zeros(900_001, np.float32)}]
+    with pytest.raises(ManifestInvalid, match="adapter version 0: tensor z is missing"):
+        await site.puller.pull(0)
+    assert site.cache.held() is None
+
+
+async def test_damage_on_the_way_is_seen_and_given_up_after_three_starts(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = site.federation.run.encoded
+
+    def damaged(version: int) -> tuple[payload.Manifest, bytes]:
+        manifest, data = real(version)
+        return manifest, b"\0" + data[1:]
+
+    monkeypatch.setattr(site.federation.run, "encoded", damaged)
+    with pytest.raises(ChecksumMismatch):
+        await site.puller.pull(0)
+    assert len(site.federation.pulled) == pull.STARTS
+
+
+async def test_push_gets_a_receipt_and_settles(site: Site) -> None:
+    pending = site.pending()
+    outcome = await site.pusher.push(pending, site.log)
+    assert outcome is Outcome.COUNTED
+    site.box.settle(pending, outcome)
+    assert site.box.load() is None
+    assert site.ticket.state == run_pb2.TICKET_STATE_RECEIVED
+    assert hashlib.sha256(site.ticket.held).digest() == pending.manifest.sha256
+
+
+async def test_push_continues_at_the_byte_where_it_stopped(site: Site) -> None:
+    site.federation.break_push_after = [1, 1_234_567, CHUNK_BYTES]
+    pending = site.pending()
+    assert await site.pusher.push(pending, site.log) is Outcome.COUNTED
+    assert [p.offset for p in site.federation.pushes] == [0, 1, 1_234_568, 1_234_568 + CHUNK_BYTES]
+    assert sum(p.received for p in site.federation.pushes) == pending.manifest.payload_bytes
+    told = sum(each.departure.wire_bytes for each in read(site.ledger.path).booked.values())
+    assert told >= site.federation.arrivals.wire_bytes, "the ledger never tells less than what left"
+
+
+@pytest.mark.parametrize("direction", ["push", "pull"])
+async def test_patience_does_not_end_while_a_transfer_makes_progress(site: Site, direction: str) -> None:
+    site.patience.give_up_s = 3.0  # pauses that grew over eight breaks would take longer
+    site.federation.break_push_after = [400_000] * 8
+    site.federation.break_pull_after = [400_000 * breaks for breaks in range(1, 9)]
+    if direction == "push":
+        assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
+        assert len(site.federation.pushes) == 9
+    else:
+        assert (await site.puller.pull(0)).payload.read_bytes() == site.federation.run.encoded(0)[1]
+        assert len(site.federation.pulled) == 9
+
+
+async def test_push_whose_answer_was_lost_counts_once(site: Site) -> None:
+    site.federation.receive_but_do_not_answer = 1
+    assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
+    assert len(site.federation.pushes) == 1, "GetUpload had the receipt"
+    assert len(site.federation.run.versions) == 2
+
+
+async def test_push_survives_a_server_that_restarts(site: Site) -> None:
+    site.federation.chunk_pause_s = 0.2
+    pending = site.pending()
+    pushing = asyncio.create_task(site.pusher.push(pending, site.log))
+    while not (site.federation.pushes and site.federation.pushes[0].received):
+        await asyncio.sleep(0.01)
+    with capture_logs() as lines:
+        await site.federation.stop()
+        await asyncio.sleep(1.5)
+        await site.federation.start()
+        assert await pushing is Outcome.COUNTED
+    assert len(site.federation.pushes) > 1, "the first was cut off"
+    assert sum(p.received for p in site.federation.pushes) == pending.manifest.payload_bytes, "no byte went twice"
+    events = [line["event"] for line in lines]
+    assert sum(event.startswith("server is unavailable") for event in events) == 1
+    assert events.count("server is back") == 1
+
+
+async def test_push_that_stalls_is_broken_off_and_continued(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push, "STALL_S", 0.5)
+    site.federation.stall_push_after = [CHUNK_BYTES]
+    pending = site.pending()
+    pushing = asyncio.create_task(site.pusher.push(pending, site.log))
+    while not len(site.federation.pushes) > 1:
+        await asyncio.sleep(0.01)
+    site.federation.stall_push_after = []
+    assert await pushing is Outcome.COUNTED
+    assert sum(p.received for p in site.federation.pushes) == pending.manifest.payload_bytes, "no byte went twice"
+
+
+async def test_pull_that_stalls_is_broken_off(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull, "STALL_S", 0.3)
+    stalled = asyncio.Event()
+    real = site.federation.run.encoded
+
+    async def stall(request: object, context: object) -> AsyncIterator[pb.PullAdapterResponse]:
+        stalled.set()
+        manifest = wire.manifest_to_proto(real(0)[0])
+        yield pb.PullAdapterResponse(header=pb.PullHeader(version=0, manifest=manifest))
+        await asyncio.sleep(3600)
+
+    site.patience.give_up_s = 0.0
+    await site.federation.stop()
+    monkeypatch.setattr(site.federation, "PullAdapter", stall)
+    await site.federation.start()
+    with pytest.raises(ServerUnreachable, match="the pull stalled"):
+        await site.puller.pull(0)
+    assert stalled.is_set()

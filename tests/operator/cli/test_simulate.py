@@ -1,0 +1,125 @@
+"""fedpeft simulate as people run it: what it prints, how it ends, what is left."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fedpeft.data import partitions
+from fedpeft.data.parts import write_parts
+from fedpeft.data.sources.opening import open_source
+from fedpeft_operator.app import main
+from fedpeft_operator.cli.local import simulate as simulate_command
+
+from ...data.test_sources import png, table, write
+from ...simulation.simulated_runs import failing
+
+RUN_FILE = """
+name = "tiny"
+[model]
+name = "vit_tiny_patch16_224"
+weights = "none"
+image_size = 32
+depth = 1
+classes = ["cat", "dog", "emu"]
+[peft]
+method = "head"
+[rounds]
+count = 2
+clients = 2
+[training]
+learning_rate = 0.5
+[simulation]
+clients = 3
+"""
+
+
+def test_the_command_prints_the_report_alone_or_lines_for_people(tmp_path, capfd):
+    threads = torch.get_num_threads()
+    whole = write(tmp_path / "whole.parquet", table(30))
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    command = ["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--eval", str(whole), "--device", "cpu", "--threads", str(threads), "--json"])
+    assert ended.value.code == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out) == json.loads((tmp_path / "out" / "report.json").read_text())
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    said = capfd.readouterr()
+    assert "'tiny' is completed: head, 579 parameters" in said.out
+    assert "3 clients (iid): 10 to 10 rows" in said.out
+    assert re.search(r"^ +1 +2 +- +[\d.]+ +4\.5 KiB +4\.5 KiB +", said.out, re.M)
+    assert re.search(r"^round 2 of 2, 2 updates, training loss [\d.]+, [\d.]+ s$", said.err, re.M)
+
+
+def test_a_long_round_says_how_far_it_is(tmp_path, capfd, monkeypatch):
+    whole = write(tmp_path / "whole.parquet", table(30))
+    (tmp_path / "run.toml").write_text(RUN_FILE.replace("count = 2", "count = 1"))
+    monkeypatch.setattr(simulate_command, "EVERY_S", 0.0)
+    with pytest.raises(SystemExit):
+        main(["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")])
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("round")]
+    assert said[:2] == ["round 1 of 1: 1 of 2 clients had their turn", "round 1 of 1: 2 of 2 clients had their turn"]
+    assert said[2].startswith("round 1 of 1, 2 updates")
+
+
+def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_path):
+    whole = write(tmp_path / "whole.parquet", table(30))
+    (tmp_path / "run.toml").write_text(RUN_FILE.replace("count = 2", "count = 100_000"))
+    asked = ("simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out"))
+    command = [sys.executable, "-m", "fedpeft_operator.app", *asked, "--device", "cpu", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert next(line for line in process.stderr if line.startswith("round 1 of 100000, 2 updates"))
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert second.returncode == 1
+    assert second.stderr == (
+        f"fedpeft: {tmp_path / 'out'} is in use by another simulation (process {process.pid}); stop it first, or name "
+        "another folder\n"
+    )
+    assert process.returncode == 130
+    assert re.search(
+        r"^fedpeft: interrupted: .*/out holds the results of [\d,]+ rounds?; running the command again starts at "
+        r"round 1$",
+        err,
+        re.M,
+    )
+    assert "Traceback" not in err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.safetensors", "records.jsonl"}
+
+
+def test_the_command_ends_with_5_where_the_run_is_paused(tmp_path, capfd, monkeypatch):
+    whole = write(tmp_path / "whole.parquet", table(30))
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    failing(monkeypatch, {"client-0", "client-1", "client-2"})
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")])
+    assert ended.value.code == 5
+    said = capfd.readouterr()
+    assert "the run is paused: round 1 has 0 of the 1 update it needs" in said.err
+    assert "'tiny' is paused" in said.out
+    assert "ticket is given up" in said.err
+    assert "ticket is given up" not in said.out
+
+
+def test_files_that_are_not_read_are_counted_by_reason_for_each_client(tmp_path, capfd):
+    for label in ("cat", "dog", "emu"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        (tmp_path / "photos" / label / "scan.dcm").write_bytes(b"x")
+        for number in range(2):
+            (tmp_path / "photos" / label / f"{number}.png").write_bytes(png(number))
+    whole = open_source(tmp_path / "photos")
+    write_parts(tmp_path / "photos", partitions.iid(len(whole), 2, 0), tmp_path / "sites", index=True)
+    (tmp_path / "run.toml").write_text(RUN_FILE.replace("count = 2", "count = 1").partition("[simulation]")[0])
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", str(tmp_path / "run.toml"), "--data", str(tmp_path / "sites"), "--out", str(tmp_path / "o")])
+    assert ended.value.code == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if "skipped, with suffix .dcm: 3 (cat/scan" in line]
+    assert all(any(client in line for line in lines) for client in ("client-0", "client-1"))

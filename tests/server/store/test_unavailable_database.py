@@ -1,0 +1,221 @@
+"""A database out of reach, read-only or corrupt: callers are told what it is, and it goes on once it is mended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from sqlalchemy import Engine, create_engine, make_url, text
+
+from fedpeft.errors import DatabaseUnavailable
+from fedpeft.rpc.status import from_rpc_error
+from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft_server import app
+from fedpeft_server.runs import engine
+from fedpeft_server.store import connection
+from fedpeft_server.store.database import Database
+
+from ..conftest import Daemon, StartDaemon, config, filled
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "PROBE_S", 0.05)
+    monkeypatch.setattr(engine, "AGAIN_S", 0.05)
+
+
+class PostgreSQL:
+    """A database of the PostgreSQL of the tests, reached by a socket of its own and as a user of its own."""
+
+    def __init__(self, url: str, folder: Path, admin: Engine) -> None:
+        real = make_url(url)
+        self.name = str(real.database)
+        self._socket = folder / ".s.PGSQL.5432"
+        self._real = Path(str(real.query["host"])) / ".s.PGSQL.5432"
+        self._admin = admin
+        self._socket.symlink_to(self._real)
+        self.url = f"postgresql://{self.name}@/{self.name}?host={folder}"
+        self.run(f"CREATE ROLE {self.name} LOGIN", f"ALTER DATABASE {self.name} OWNER TO {self.name}")
+
+    def run(self, *statements: str) -> None:
+        with self._admin.connect() as admin:
+            for each in statements:
+                admin.execute(text(each))
+
+    def end_connections(self) -> None:
+        self.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self.name}'")
+
+    def refuse(self) -> None:
+        self._socket.unlink()
+        self.end_connections()
+
+    def crowd(self) -> None:
+        self.run(f"ALTER DATABASE {self.name} CONNECTION LIMIT 0")
+        self.end_connections()
+
+    def stand_by(self) -> None:
+        self.run(f"ALTER DATABASE {self.name} SET default_transaction_read_only = on")
+        self.end_connections()
+
+    def mend(self) -> None:
+        if not self._socket.is_symlink():
+            self._socket.symlink_to(self._real)
+        self.run(
+            f"ALTER DATABASE {self.name} CONNECTION LIMIT -1",
+            f"ALTER DATABASE {self.name} RESET default_transaction_read_only",
+        )
+        self.end_connections()
+
+
+@pytest.fixture
+def postgresql(postgresql_url: str, postgres: Path, tmp_path: Path) -> Iterator[PostgreSQL]:
+    admin = create_engine(f"postgresql+psycopg://postgres@/postgres?host={postgres}", isolation_level="AUTOCOMMIT")
+    folder = tmp_path / "socket"
+    folder.mkdir()
+    yield PostgreSQL(postgresql_url, folder, admin)
+    admin.dispose()
+
+
+async def unavailable(call: Any, sentence: str) -> None:
+    """Checks that a call is answered with DATABASE_UNAVAILABLE and says what it is."""
+    with pytest.raises(grpc.aio.AioRpcError, match=sentence) as caught:
+        await call
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, DatabaseUnavailable) and ":***@" not in error.message
+
+
+async def until_health(daemon: Daemon, *, well: bool) -> None:
+    stub = health_pb2_grpc.HealthStub(daemon.channel)
+    async with asyncio.timeout(20):
+        while ((await stub.Check(health_pb2.HealthCheckRequest())).status == SERVING) is not well:
+            await asyncio.sleep(0.02)
+
+
+FAULTS: dict[str, tuple[Callable[[PostgreSQL], None], str]] = {
+    "refused": (PostgreSQL.refuse, "cannot be reached .*; start it"),
+    "too many connections": (PostgreSQL.crowd, "(takes no more connections|cannot be reached) .*too many connections"),
+    "a standby": (PostgreSQL.stand_by, "takes nothing written .*read-only transaction.*Name the primary"),
+}
+
+
+@pytest.mark.parametrize(("break_it", "sentence"), FAULTS.values(), ids=FAULTS)
+async def test_postgresql_that_fails_is_said_and_waited_for(
+    start: StartDaemon, postgresql: PostgreSQL, break_it: Callable[[PostgreSQL], None], sentence: str
+) -> None:
+    daemon = await start(database=postgresql.url)
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    task = await a.task()
+    break_it(postgresql)
+    await unavailable(a.push(task.ticket, filled(1.0)), sentence)
+    await unavailable(daemon.client("b").register(), sentence)
+    await until_health(daemon, well=False)
+    postgresql.mend()
+    await until_health(daemon, well=True)
+    receipt = await a.push(task.ticket, filled(1.0))
+    assert receipt.ticket == task.ticket
+    await daemon.until(run.id, lambda r: r.version == 1)
+
+
+async def test_ended_connections_are_replaced(start: StartDaemon, postgresql: PostgreSQL) -> None:
+    daemon = await start(database=postgresql.url)
+    postgresql.end_connections()
+    await daemon.clients("a")
+    listed = await daemon.operator.ListClients(op.ListClientsRequest())
+    assert [client.id for client in listed.clients] == ["a"]
+
+
+async def test_a_round_is_folded_once_the_database_is_back(
+    start: StartDaemon, postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folds: list[int] = []
+    fold = engine.aggregate
+
+    def broken(*args: Any) -> Any:
+        result = fold(*args)
+        if not folds:
+            postgresql.refuse()
+        folds.append(1)
+        return result
+
+    daemon = await start(database=postgresql.url)
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    task = await a.task()
+    monkeypatch.setattr(engine, "aggregate", broken)
+    await a.push(task.ticket, filled(1.0))
+    await until_health(daemon, well=False)
+    postgresql.mend()
+    await until_health(daemon, well=True)
+    done = await daemon.until(run.id, lambda r: r.version == 1)
+    assert len(folds) == 2 and not done.reason
+
+
+def test_a_start_without_postgresql_says_what_to_do(postgresql: PostgreSQL) -> None:
+    postgresql.refuse()
+    with pytest.raises(DatabaseUnavailable, match=r"cannot be reached .*; start it"):
+        Database.open(postgresql.url)
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "sentence"),
+    [
+        ("57014", "did not answer"),
+        ("25006", "takes nothing written"),
+        ("57P01", "cannot be reached"),
+        ("57P03", "cannot be reached"),
+        ("08006", "cannot be reached"),
+        ("53300", "takes no more connections"),
+        ("40P01", "undid a transaction"),
+        ("58030", "its disk fails"),
+        ("XX001", "is corrupt"),
+    ],
+)
+def test_every_state_in_which_postgresql_cannot_be_used_has_a_sentence(sqlstate: str, sentence: str) -> None:
+    psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
+    from sqlalchemy.exc import OperationalError
+
+    cause = psycopg.errors.lookup(sqlstate)("words") if sqlstate != "08006" else psycopg.errors.ConnectionFailure("w")
+    with pytest.raises(DatabaseUnavailable, match=sentence), connection.translated("x"):
+        raise OperationalError("SELECT 1", {}, cause)
+
+
+def read_only(daemon: Daemon) -> None:
+    with daemon.server.store.db.transactions.engine.connect() as sqlite:
+        sqlite.exec_driver_sql("PRAGMA query_only = ON")
+
+
+def corrupt(daemon: Daemon) -> None:
+    with daemon.server.store.db.transactions.engine.connect() as raw:
+        sqlite = raw.connection.driver_connection
+        assert sqlite is not None
+        raw.rollback()
+        sqlite.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        with (daemon.server.settings.data_dir / "fedpeft.db").open("r+b") as file:
+            size = file.seek(0, 2)
+            file.seek(100)
+            file.write(b"\xa5" * (size - 100))
+        sqlite.execute("PRAGMA shrink_memory")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (read_only, "cannot be opened for writing .*readonly database.*mounted read-only"),
+        (corrupt, "is corrupt .*; restore it from a backup"),
+    ],
+)
+async def test_sqlite_that_fails_is_said(start: StartDaemon, break_it: Callable[[Daemon], None], sentence: str) -> None:
+    daemon = await start()
+    await daemon.clients("a")
+    await daemon.server.store.call(break_it, daemon)
+    await unavailable(daemon.client("b").register(), sentence)
+    await until_health(daemon, well=False)
