@@ -35,7 +35,7 @@ def _clients(federation: Federation) -> dict[str, Any]:
 
 def _training(federation: Federation, *names: str) -> bool:
     rows = _clients(federation)
-    return all((rows[name]["progress"] or {}).get("step", 0) > 0 for name in names)
+    return all((rows.get(name, {}).get("progress") or {}).get("step", 0) > 0 for name in names)
 
 
 def _begin(federation: Federation, **changed: object) -> str:

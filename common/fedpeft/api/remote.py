@@ -148,7 +148,7 @@ class Server:
             ConfigInvalid: If the run file is wrong; every field that is, is named.
             ModelInvalid: If the model or its weights cannot be had.
         """
-        from fedpeft.peft.initial_version import first_version
+        from fedpeft.api.initial_version import first_version
 
         config = configured(run)
         first = first_version(config, None if weights is None else path_of(weights, "weights"))
@@ -340,7 +340,7 @@ class Run:
         Raises:
             BackboneMismatch: If the weights here are not those that the run was made with.
         """
-        from fedpeft.peft.restored import restored
+        from fedpeft.api.restored import restored
         from fedpeft.rpc.wire import config_from_proto
 
         with tempfile.TemporaryDirectory() as folder:

@@ -140,7 +140,7 @@ class Simulation:
             BackboneMismatch: If the weights here are not those of the simulation.
             BlobCorrupt: If the adapter file is missing, or has another digest than its record says.
         """
-        from fedpeft.peft.restored import restored
+        from fedpeft.api.restored import restored
 
         fingerprint = str(self.report["backbone_fingerprint"])
         given = None if weights is None else path_of(weights, "weights")

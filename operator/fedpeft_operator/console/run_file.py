@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedpeft import text_files
+from fedpeft.api.initial_version import first_version
 from fedpeft.api.operator_client import Connect
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.config_errors import line_of
 from fedpeft.errors import ConfigInvalid, FedpeftError
-from fedpeft.peft.initial_version import first_version
 from fedpeft.v1 import run_pb2
 
 _LINE = re.compile(r"\(at line ([0-9]+), column [0-9]+\)")

@@ -56,7 +56,7 @@ def export(
     found = _checked(adapter, info, wanted)
     check_form(info.method, form)
     check_needed(config.model, weights)
-    from fedpeft.peft.restored import restored
+    from fedpeft.api.restored import restored
 
     with beside(out) as scratch:
         write(restored(config, info.backbone, adapter, weights, found), form, None, scratch / "whole", out)

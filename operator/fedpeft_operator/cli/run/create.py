@@ -63,7 +63,7 @@ async def created(session: Session, config: RunConfig, weights: Path | None) -> 
     async with session.client() as server:
         await server.runs()  # building takes long; a wrong address is found now
         output.note("building the model ...")
-        from fedpeft.peft.initial_version import first_version
+        from fedpeft.api.initial_version import first_version
 
         first = first_version(config, weights)
         with output.progress("uploading version 0") as progress:
