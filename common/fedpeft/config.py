@@ -248,7 +248,7 @@ class AggregationConfig(_Optioned):
     """`[aggregation]`: how updates are folded; options of the strategy stand beside it."""
 
     strategy: str = "fedavg"
-    """fedavg, fedavgm, fedadam, fedyogi, fedadagrad..."""
+    """fedavg, fedavgm, fedadam, fedyogi, fedadagrad, fednova, median, lora_fair..."""
     norm_factor: Annotated[float, Field(ge=0, le=1e9)] | None = None
     """An update is folded up to so many times the median norm of its round and those before; 30 if absent, 0: any."""
 

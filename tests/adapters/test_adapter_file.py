@@ -17,7 +17,7 @@ from fedpeft.adapters import adapter_file
 from fedpeft.adapters.adapter_file import AdapterInfo
 from fedpeft.adapters.payload import encode
 from fedpeft.adapters.spec import TensorSpec
-from fedpeft.aggregation import strategy
+from fedpeft.aggregation import UpdateFacts, strategy
 from fedpeft.errors import BlobCorrupt, ModelInvalid
 from fedpeft.rounds.fold import Contribution, fold_tensors
 
@@ -66,7 +66,7 @@ def test_the_safetensors_package_reads_it() -> None:
 @pytest.mark.parametrize("name", ["fedadam", "fedavg", "fedavgm"])
 def test_a_fold_is_written_tensor_by_tensor_and_goes_on_from_the_files(name: str, tmp_path: Path) -> None:
     rule, manifest_and_payload = strategy(name, {}), encode(tensors(5), SPECS, "float32")
-    sent = [Contribution("c", 1, manifest_and_payload[0], memoryview(manifest_and_payload[1]))]
+    sent = [Contribution("c", UpdateFacts(1), manifest_and_payload[0], memoryview(manifest_and_payload[1]))]
     base, state = tensors(1), {}
     expected, kept = base, state
     for number in (1, 2):

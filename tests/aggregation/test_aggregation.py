@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pydantic import ValidationError
 
-from fedpeft.aggregation import Doubles, Strategy, strategies, strategy
+from fedpeft.aggregation import Doubles, Strategy, UpdateFacts, strategies, strategy
 from fedpeft.errors import ConfigInvalid
 
 NAMES = ["fedadagrad", "fedadam", "fedavg", "fedavgm", "fedyogi"]
@@ -29,7 +29,7 @@ def test_the_registry_has_the_five() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_examples(name: str) -> None:
-    assert strategy(name, {}).weight(17) == 17.0
+    assert strategy(name, {}).weigh(UpdateFacts(17, 3.0, 0.9)) == 17.0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ import pytest
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.spec import TensorSpec
-from fedpeft.aggregation import strategy
+from fedpeft.aggregation import UpdateFacts, strategy
 from fedpeft.process.mapped_files import mapped, releaser
 from fedpeft.rounds.fold import Contribution, fold
 
@@ -87,11 +87,11 @@ def test_a_round_may_have_more_updates_than_files_may_be_open(tmp_path: Path, en
         (tmp_path / str(number)).write_bytes(data)
         inputs.append((f"client-{number:03}", manifest, data))
     base, rule = {spec.name: np.zeros(spec.shape, np.float32) for spec in SPECS}, strategy("fedavg", {})
-    held = [Contribution(client, 10, manifest, memoryview(data)) for client, manifest, data in inputs]
+    held = [Contribution(client, UpdateFacts(10), manifest, memoryview(data)) for client, manifest, data in inputs]
     with open_files(20):
         views = [mapped(tmp_path / str(number)) for number in range(len(inputs))]
         read = [
-            Contribution(client, 10, manifest, view, releaser(view))
+            Contribution(client, UpdateFacts(10), manifest, view, releaser(view))
             for (client, manifest, _), view in zip(inputs, views, strict=True)
         ]
         found = fold(read, SPECS, rule, base, {})

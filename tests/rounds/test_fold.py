@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.spec import TensorSpec
-from fedpeft.aggregation import Doubles, Options, Strategy, strategy
+from fedpeft.aggregation import BlockStrategy, Doubles, Options, Strategy, UpdateFacts, strategy
 from fedpeft.codecs import BLOCK_ELEMENTS
 from fedpeft.errors import Internal
 from fedpeft.rounds.fold import Contribution, Folded, Overflow, fold, fold_tensors, squared_norm, weigh
@@ -34,7 +34,7 @@ def arrays(seed: int, specs: Sequence[TensorSpec] = SPECS) -> Arrays:
 def contribution(client: str, examples: int, tensors: Arrays, encoding: str = "float32") -> Contribution:
     specs = [TensorSpec(name, values.shape) for name, values in tensors.items()]
     manifest, data = payload.encode(tensors, specs, encoding)
-    return Contribution(client, examples, manifest, memoryview(data))
+    return Contribution(client, UpdateFacts(examples), manifest, memoryview(data))
 
 
 def cohort(n: int, encoding: str = "float32", specs: Sequence[TensorSpec] = SPECS) -> list[Contribution]:
@@ -56,8 +56,8 @@ def reference(
     for name, x in base.items():
         total = np.zeros(x.size)
         for one, tensors in zip(ordered, decoded, strict=True):
-            total = total + tensors[name].reshape(-1).astype(np.float64) * rule.weight(one.examples)
-        delta = total / sum(rule.weight(c.examples) for c in ordered)
+            total = total + tensors[name].reshape(-1).astype(np.float64) * rule.weigh(one.facts)
+        delta = total / sum(rule.weigh(c.facts) for c in ordered)
         old = {s: state[s][name] if s in state else rule.initial(s, x.size) for s in rule.slots}
         stepped, _ = rule.step(x.reshape(-1).astype(np.float64), delta, old)
         out[name] = stepped.astype(np.float32).reshape(x.shape)
@@ -81,7 +81,7 @@ def test_fedavg_is_numpys_weighted_average() -> None:
     sent, base = cohort(8), arrays(99)
     folded = fold(sent, SPECS, strategy("fedavg", {}), base, {})
     for spec in SPECS:
-        mean = np.average([arrays(i)[spec.name] for i in range(8)], axis=0, weights=[c.examples for c in sent])
+        mean = np.average([arrays(i)[spec.name] for i in range(8)], axis=0, weights=[c.facts.examples for c in sent])
         np.testing.assert_allclose(folded.adapter[spec.name], base[spec.name] + mean, rtol=1e-6, atol=1e-6)
     assert folded.weights == {f"client-{i:02}": 10.0 + 7 * i for i in range(8)}
 
@@ -167,9 +167,56 @@ def test_a_value_beyond_float32_is_refused_and_names_the_client_with_the_largest
     assert clipped[0].values.tolist()[1:] == base["a"].tolist()[1:]
 
 
+LORA = (TensorSpec("x.lora_A.weight", (2, 5)), TensorSpec("x.lora_B.weight", (4, 2)), TensorSpec("head.weight", (3, 4)))
+
+
+@pytest.mark.parametrize("name", ["median", "lora_fair", "fednova"])
+def test_a_strategy_that_sees_more_than_the_mean_gives_the_same_bits_in_any_order_and_block(name: str) -> None:
+    rule, base = strategy(name, {}), arrays(99, LORA)
+    sent = cohort(4, specs=LORA)
+    expected = bits(fold(sent, LORA, rule, base, {}))
+    for block in (1, 3, 1000):
+        folded = {each.spec.name: each.values for each in fold_tensors(sent[::-1], LORA, rule, base, {}, block)}
+        assert bits(Folded(folded, {}, {})) == expected
+
+
+def test_the_median_of_a_cohort() -> None:
+    sent = cohort(5)
+    folded = fold(sent, SPECS, strategy("median", {}), arrays(99), {})
+    changes = [payload.decode(each.manifest, each.payload) for each in sent]
+    for name, x in arrays(99).items():
+        wanted = x + np.median(np.stack([change[name] for change in changes]).astype(np.float64), axis=0)
+        np.testing.assert_array_equal(folded.adapter[name], wanted.astype(np.float32))
+
+
+def test_lora_fair_corrects_b_and_leaves_the_other_tensors_to_the_mean() -> None:
+    sent, base = cohort(3, specs=LORA), arrays(99, LORA)
+    fair, average = (fold(sent, LORA, strategy(name, {}), base, {}).adapter for name in ("lora_fair", "fedavg"))
+    same = {name: np.allclose(fair[name], average[name], rtol=1e-6) for name in fair}
+    assert same == {"x.lora_A.weight": True, "x.lora_B.weight": False, "head.weight": True}
+
+
+def test_a_block_of_all_clients_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedpeft.rounds import fold as module
+
+    monkeypatch.setattr(module, "SIDE_BY_SIDE_BYTES", 8 * 5 * 2)
+    sizes = set()
+
+    class Sized(BlockStrategy):
+        def reduce(self, block: Doubles, weights: Doubles) -> Doubles:
+            sizes.add(block.shape)
+            return block[0]
+
+        def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:
+            return x + delta, {}
+
+    fold(cohort(5), SPECS, Sized(Options()), arrays(99), {})
+    assert sizes == {(5, 2), (5, 1)}
+
+
 class Broken(Strategy):
-    def weight(self, examples: int) -> float:
-        return {1: 0.0, 2: float("inf")}.get(examples, 1.0)
+    def weigh(self, facts: UpdateFacts) -> float:
+        return {1: 0.0, 2: float("inf")}.get(facts.examples, 1.0)
 
     def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:
         return x * np.nan, {}
@@ -215,7 +262,7 @@ def test_memory_does_not_grow_with_clients(tmp_path: Path) -> None:
             mapping.madvise(mmap.MADV_DONTNEED)
             released.append(mapping)
 
-        sent = [Contribution(f"c{i:02}", 1, manifest, memoryview(mapping), give_back) for i in range(n)]
+        sent = [Contribution(f"c{i:02}", UpdateFacts(1), manifest, memoryview(mapping), give_back) for i in range(n)]
         tracemalloc.start()
         try:
             digest = hashlib.sha256()

@@ -1,14 +1,21 @@
 """Aggregation strategies: how updates become the next adapter version. One file a strategy; NumPy only.
 
-The fold (`fedpeft.rounds.fold`) computes the weighted mean of the updates in client-id order, in float64;
-a strategy says how much each update weighs and what the mean does to the adapter. The step is
-elementwise, so a block at a time is enough and memory does not grow with clients.
+A strategy weighs the updates, reduces them to one Delta, and steps from version r - 1 to version r. There are three
+kinds, by what `reduce` sees:
+
+    Strategy        nothing: Delta is the weighted mean, read client by client, whose memory does not grow with clients
+    BlockStrategy   the values of all clients side by side, a block of a tensor at a time: robust rules
+    GroupStrategy   whole tensors that belong together, client by client: the A and B of a LoRA layer
+
+All arithmetic is float64 in the order of client ids (`fedpeft.rounds.fold`).
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 import numpy as np
@@ -29,6 +36,21 @@ class Options(BaseModel):
 _Options: TypeAlias = Options  # inside Strategy, `Options` is the class variable
 
 
+@dataclass(frozen=True, slots=True)
+class UpdateFacts:
+    """Facts about an update, from which a strategy makes its weight.
+
+    Attributes:
+        examples: Examples it was trained on, at least 1.
+        steps: Local optimiser steps that those examples make by the run's `[training]`, at least 1.
+        momentum: Momentum of the local SGD; 0 for other optimisers.
+    """
+
+    examples: int
+    steps: float = 1.0
+    momentum: float = 0.0
+
+
 class Strategy(ABC):
     """One rule for the step from version r - 1 to version r.
 
@@ -42,9 +64,17 @@ class Strategy(ABC):
     def __init__(self, options: _Options) -> None:
         self.options = options
 
-    def weight(self, examples: int) -> float:
-        """Returns the unnormalised weight of an update trained on `examples` examples."""
-        return float(examples)
+    def weigh(self, facts: UpdateFacts) -> float:
+        """Returns the weight of an update: the factor of its values in the sum, finite and positive."""
+        return float(facts.examples)
+
+    def divisor(self, cohort: Sequence[UpdateFacts], weights: Sequence[float]) -> float:
+        """Returns by what the weighted sum of the round's updates is divided; their total weight makes it a mean."""
+        return math.fsum(weights)
+
+    def misfit(self, tensors: Mapping[str, tuple[int, ...]]) -> str:
+        """Returns why the strategy cannot fold an adapter of these shapes, by name; empty if it can."""
+        return ""
 
     def initial(self, slot: str, size: int) -> Doubles:
         """Returns the state of `slot` before a tensor's first step.
@@ -63,6 +93,41 @@ class Strategy(ABC):
             delta: Weighted mean of the changes, float64 [block].
             state: By slot, float64 [block], or [1] for what the tensor shares: that is the same for
                 each of its blocks, and so must be what is returned for it.
+        """
+
+
+class BlockStrategy(Strategy):
+    """A strategy whose Delta is not a weighted sum: each value of it is made of that value of all clients."""
+
+    @abstractmethod
+    def reduce(self, block: Doubles, weights: Doubles) -> Doubles:
+        """Returns Delta, float64 [block]; must not change its arguments.
+
+        Args:
+            block: The changes, float64 [clients, block], in the order of client ids.
+            weights: As `weigh` gave them, float64 [clients].
+        """
+
+
+Changes: TypeAlias = Callable[[], Iterator[tuple[float, list[Doubles]]]]
+"""Reads the updates once more, in the order of client ids: each one's share (they sum to 1), and its changes of the
+tensors of a group, float64 in their shapes."""
+
+
+class GroupStrategy(Strategy):
+    """A strategy whose Delta of some tensors depends on whole tensors that belong together."""
+
+    @abstractmethod
+    def groups(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Returns the groups among the tensors that a round sends; every other tensor gets the weighted mean."""
+
+    @abstractmethod
+    def reduce(self, base: Sequence[Doubles], changes: Changes) -> list[Doubles]:
+        """Returns Delta of each tensor of a group, float64 in its shape.
+
+        Args:
+            base: Values of the tensors now, float64.
+            changes: Reads the clients' changes; as often as is needed, one client at a time.
         """
 
 

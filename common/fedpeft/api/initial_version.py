@@ -8,6 +8,7 @@ from pathlib import Path
 from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig
+from fedpeft.rounds.combinations import check_combination
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,12 @@ def first_version(config: RunConfig, weights: Path | None = None) -> FirstVersio
 
     Raises:
         ModelInvalid: If the model or its weights cannot be had.
-        ConfigInvalid: If the PEFT method or an option of it is wrong.
+        ConfigInvalid: If the PEFT method or an option of it is wrong, or the strategy cannot fold its tensors.
     """
     from fedpeft.models.backbones import build, fingerprint
     from fedpeft.peft import tune
 
     backbone = build(config.model, config.rounds.seed, weights)
     tuned = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
+    check_combination(config, tuned.spec)
     return FirstVersion(tuned.spec, fingerprint(backbone, tuned.spec), tuned.state(), backbone.parameters)

@@ -18,7 +18,7 @@ from fedpeft.adapters import adapter_file
 from fedpeft.adapters.adapter_file import AdapterInfo, Written
 from fedpeft.adapters.payload import Manifest, Tensors
 from fedpeft.adapters.spec import AdapterSpec
-from fedpeft.aggregation import Strategy, strategy
+from fedpeft.aggregation import Strategy, UpdateFacts, strategy
 from fedpeft.config import RunConfig
 from fedpeft.errors import Internal, UpdateExcluded
 from fedpeft.process.mapped_files import releaser
@@ -173,8 +173,9 @@ def fold_round(
         updates,
         verdict,
         lambda some: _write(identity, number, some, base, state, rule, folder, create, clips=not screened),
+        lambda update: _facts(identity, update),
     )
-    weights = {u.ticket: rule.weight(u.examples) for u in kept}
+    weights = {u.ticket: rule.weigh(_facts(identity, u)) for u in kept}
     record = Record(
         run=identity.run,
         round=number,
@@ -199,6 +200,13 @@ def fold_round(
 def extents(identity: Identity, updates: Iterable[Update]) -> list[Extent]:
     """Returns the extents of some updates of a run."""
     return [Extent(u.norm, local_steps(u.examples, identity.config.training)) for u in updates]
+
+
+def _facts(identity: Identity, update: Update) -> UpdateFacts:
+    """Returns the facts of an update that decide its weight."""
+    training = identity.config.training
+    momentum = training.momentum if training.optimizer == "sgd" else 0.0
+    return UpdateFacts(update.examples, local_steps(update.examples, training), momentum)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +246,7 @@ def _fold(
     updates: Sequence[Update],
     verdict: _Verdict,
     write: Callable[[Sequence[Contribution]], tuple[Written, str]],
+    facts: Callable[[Update], UpdateFacts],
 ) -> tuple[Written, str, list[Update]]:
     """Folds what is not excluded; what would leave the range of float32 is excluded on the way.
 
@@ -248,7 +257,7 @@ def _fold(
         RoundEmptied: If none is left.
     """
     while kept := [u for u in updates if u.ticket not in verdict.reasons]:
-        contributions = [Contribution(u.client, u.examples, u.manifest, u.payload, releaser(u.payload)) for u in kept]
+        contributions = [Contribution(u.client, facts(u), u.manifest, u.payload, releaser(u.payload)) for u in kept]
         try:
             return *write(contributions), kept
         except Overflow as error:

@@ -1,11 +1,14 @@
 """The fold: the updates of a round, and the adapter before it, become the adapter after it.
 
-    Delta = (w_1 delta_1 + w_2 delta_2 + ...) / (w_1 + w_2 + ...), clients in the order of their ids, in float64
+    Delta = (w_1 delta_1 + w_2 delta_2 + ...) / divisor, clients in the order of their ids, in float64
+
+or as the strategy reduces blocks of all clients, or groups of tensors (`fedpeft.aggregation`).
 
 Promises kept here. The same contributions give the same bits, in whatever order they came, however large the blocks
 are, and in whatever threads the tensors are folded: one value's arithmetic is the same sequence of IEEE 754 operations
-every time, and no value looks at another. Memory does not grow with clients: all updates are read side by side, a block
-of each in turn, so what is held is a few blocks, and the result of one tensor.
+every time. Memory does not grow with clients: all updates are read side by side, a block of each in turn, so what is
+held is a few blocks, and the result of one tensor, or of one group. Where a strategy looks at a block of all clients,
+the block is the smaller, the more clients there are.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedpeft.adapters.payload import Manifest, Tensors, parts
 from fedpeft.adapters.spec import TensorSpec
-from fedpeft.aggregation import Doubles, Strategy
+from fedpeft.aggregation import BlockStrategy, Doubles, GroupStrategy, Strategy, UpdateFacts
 from fedpeft.codecs import BLOCK_ELEMENTS, Values, codecs
 from fedpeft.errors import Internal
 
@@ -28,6 +31,9 @@ RESIDENT_BYTES = 8 * 1024 * 1024
 
 FAULT_BYTES = 64 * 1024
 """Least memory that reading one byte of a mapped file makes resident; the system may map far more."""
+
+SIDE_BY_SIDE_BYTES = 16 * 1024 * 1024
+"""Most bytes of a block of all clients, for strategies that look at one."""
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -53,7 +59,7 @@ class Contribution:
 
     Attributes:
         client: The client's id.
-        examples: Examples it trained on, at least 1.
+        facts: Facts that decide its weight.
         manifest: What the payload holds.
         payload: The payload's bytes, best a mapped file.
         release: Called now and then to give back pages that were read, so that resident memory stays flat; for a
@@ -61,7 +67,7 @@ class Contribution:
     """
 
     client: str
-    examples: int
+    facts: UpdateFacts
     manifest: Manifest
     payload: memoryview
     release: Callable[[], object] | None = None
@@ -140,27 +146,29 @@ def fold_tensors(
     for contribution in ordered:
         if [entry.name for entry in contribution.manifest.entries] != sent:
             raise Internal(f"the update of client {contribution.client} has other tensors than the first one's")
-    mean = _Mean(ordered, weights, block)
+    updates = _Updates(ordered, weights, strategy, block)
+    grouped = _Grouped(strategy, updates, specs, sent, base, block) if isinstance(strategy, GroupStrategy) else None
     for spec in specs:
         before = {slot: _slot(strategy, slot, spec, state) for slot in strategy.slots}
         if spec.name in sent:
             index = sent.index(spec.name)
+            deltas = (grouped.blocks(spec.name) if grouped else None) or updates.deltas(index, spec.size)
             try:
-                yield _step(mean.blocks(index, spec.size), spec, strategy, base[spec.name], before, clips)
+                yield _step(deltas, spec, strategy, base[spec.name], before, clips)
             except _Beyond as beyond:
-                client, value = mean.largest(index, beyond.position)
+                client, value = updates.largest(index, beyond.position)
                 raise Overflow(client, spec.name, value) from None
         else:
             yield FoldedTensor(spec, base[spec.name], before)
 
 
 def weigh(contributions: Sequence[Contribution], strategy: Strategy) -> dict[str, float]:
-    """Returns the strategy's weight of each client, by id in order, not normalised.
+    """Returns the strategy's weight of each client, by id in order, not divided.
 
     Raises:
         Internal: If there is no contribution, a client contributes twice, or a weight is unusable.
     """
-    weights = {c.client: strategy.weight(c.examples) for c in contributions}
+    weights = {c.client: strategy.weigh(c.facts) for c in contributions}
     if not weights or len(weights) != len(contributions):
         raise Internal(f"{len(contributions)} updates of {len(weights)} clients: want one each, and at least one")
     for client, weight in weights.items():
@@ -238,18 +246,28 @@ def _piece(kept: Doubles, size: int, here: slice) -> Doubles:
     return kept[here] if kept.size == size else kept
 
 
-class _Mean:
-    """The weighted mean of all updates, a block at a time.
+class _Updates:
+    """The updates of a round, reduced to one Delta, a block at a time.
 
     Args:
         ordered: The contributions in client-id order, all with the same tensors.
         weights: By client.
+        strategy: The aggregation strategy.
         block: Elements at once.
+
+    Raises:
+        Internal: If the strategy's divisor is not finite and positive.
     """
 
-    def __init__(self, ordered: Sequence[Contribution], weights: Mapping[str, float], block: int) -> None:
-        self._ordered = ordered
+    def __init__(
+        self, ordered: Sequence[Contribution], weights: Mapping[str, float], strategy: Strategy, block: int
+    ) -> None:
+        self.ordered = ordered
         self._factors = [weights[contribution.client] for contribution in ordered]
+        self._divisor = strategy.divisor([contribution.facts for contribution in ordered], self._factors)
+        if not (math.isfinite(self._divisor) and self._divisor > 0):
+            raise Internal(f"the updates' sum is divided by {self._divisor}, not by a finite positive number")
+        self._strategy = strategy
         self._block = block
         share = RESIDENT_BYTES // len(ordered)
         # Where even one fault of each is too much, every block is given back at once.
@@ -257,13 +275,22 @@ class _Mean:
         self._read = [0] * len(ordered)
         self._whole, self._scaled = np.empty((2, block))
 
-    def blocks(self, index: int, size: int) -> Iterator[tuple[int, Doubles]]:
-        """Yields (start, mean, float64 [block]) of the tensor at `index` of the manifests.
+    def deltas(self, index: int, size: int) -> Iterator[tuple[int, Doubles]]:
+        """Yields (start, Delta, float64 [block]) of the tensor at `index` of the manifests.
 
         The array is used again for the next block.
         """
-        readers = [_values(contribution, index, self._block) for contribution in self._ordered]
+        if isinstance(self._strategy, BlockStrategy):
+            return self._reduced(self._strategy, index, size)
+        return self._sums(index, size)
+
+    def shares(self) -> list[float]:
+        """Returns each client's part of all weights, in client-id order."""
         total = math.fsum(self._factors)
+        return [factor / total for factor in self._factors]
+
+    def _sums(self, index: int, size: int) -> Iterator[tuple[int, Doubles]]:
+        readers = [_values(contribution, index, self._block) for contribution in self.ordered]
         for start in range(0, size, self._block):
             mean = self._whole[: min(self._block, size - start)]
             mean.fill(0)
@@ -274,13 +301,25 @@ class _Mean:
                 product *= factor
                 mean += product
                 self._release(place, values.nbytes)
-            mean /= total
+            mean /= self._divisor
             yield start, mean
+
+    def _reduced(self, strategy: BlockStrategy, index: int, size: int) -> Iterator[tuple[int, Doubles]]:
+        block = max(1, min(self._block, SIDE_BY_SIDE_BYTES // (8 * len(self.ordered))))
+        readers = [_values(contribution, index, block) for contribution in self.ordered]
+        weights = np.array(self._factors)
+        for start in range(0, size, block):
+            rows = np.empty((len(readers), min(block, size - start)))
+            for place, (row, reader) in enumerate(zip(rows, readers, strict=True)):
+                _, values = next(reader)
+                row[:] = values
+                self._release(place, values.nbytes)
+            yield start, strategy.reduce(rows, weights)
 
     def largest(self, index: int, position: int) -> tuple[str, float]:
         """Returns the client whose weighted value at a place of a tensor is the largest, and the value."""
         found = ("", 0.0, -1.0)
-        for contribution, factor in zip(self._ordered, self._factors, strict=True):
+        for contribution, factor in zip(self.ordered, self._factors, strict=True):
             for start, values in _values(contribution, index, self._block):
                 if start <= position < start + values.size:
                     value = float(values[position - start])
@@ -290,10 +329,66 @@ class _Mean:
 
     def _release(self, place: int, size_bytes: int) -> None:
         self._read[place] += size_bytes
-        release = self._ordered[place].release
+        release = self.ordered[place].release
         if release is not None and self._read[place] >= self._limit:
             self._read[place] = 0
             release()
+
+
+class _Grouped:
+    """Delta of the tensors of groups: computed when the first tensor of a group is folded, held until the last.
+
+    Args:
+        strategy: The aggregation strategy.
+        updates: The updates of the round.
+        specs: The tensors of an adapter version.
+        sent: Names of those that the round sends, in the order of the manifests.
+        base: The version that the updates started from.
+        block: Elements at once.
+    """
+
+    def __init__(
+        self,
+        strategy: GroupStrategy,
+        updates: _Updates,
+        specs: Sequence[TensorSpec],
+        sent: Sequence[str],
+        base: Tensors,
+        block: int,
+    ) -> None:
+        self._strategy = strategy
+        self._updates = updates
+        self._shapes = {spec.name: spec.shape for spec in specs}
+        self._sent = sent
+        self._base = base
+        self._block = block
+        self._group = {name: group for group in strategy.groups(sent) for name in group}
+        self._ready: dict[str, Doubles] = {}
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Doubles]] | None:
+        """Yields (start, Delta, float64 [block]) of a tensor; None if it is in no group."""
+        group = self._group.get(name)
+        if group is None:
+            return None
+        if name not in self._ready:
+            base = [self._base[each].astype(np.float64) for each in group]
+            deltas = self._strategy.reduce(base, lambda: self._changes(group))
+            self._ready.update({each: delta.reshape(-1) for each, delta in zip(group, deltas, strict=True)})
+        delta = self._ready.pop(name)
+        return ((start, delta[start : start + self._block]) for start in range(0, delta.size, self._block))
+
+    def _changes(self, group: Sequence[str]) -> Iterator[tuple[float, list[Doubles]]]:
+        for contribution, share in zip(self._updates.ordered, self._updates.shares(), strict=True):
+            yield share, [self._whole(contribution, name) for name in group]
+            if contribution.release is not None:
+                contribution.release()
+
+    def _whole(self, contribution: Contribution, name: str) -> Doubles:
+        shape = self._shapes[name]
+        values = np.empty(math.prod(shape))
+        for start, piece in _values(contribution, self._sent.index(name), self._block):
+            values[start : start + piece.size] = piece
+        return values.reshape(shape)
 
 
 def _values(contribution: Contribution, index: int, block: int) -> Iterator[tuple[int, Values]]:

@@ -38,6 +38,7 @@ from fedpeft.errors import (
 from fedpeft.process import durable, locks
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rounds import conduct, state_machine
+from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.commit import Identity, RoundEmptied
 from fedpeft.rounds.fold import squared_norm
 from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
@@ -97,7 +98,8 @@ def simulate(
         `seconds`. `state` is completed, or paused if a round could not get its updates.
 
     Raises:
-        ConfigInvalid: If a round wants more clients than there are, or an option of the PEFT method is wrong.
+        ConfigInvalid: If a round wants more clients than there are, an option of the PEFT method is wrong, or the
+            strategy cannot fold its tensors.
         DataInvalid: If a client's data, or the held-out data, cannot be used.
         ModelInvalid: If the model or its weights cannot be had.
         SettingsInvalid: If there is no such device.
@@ -113,6 +115,7 @@ def simulate(
             memory.mkdir()
             bench = Workbench(config, clients, memory, evaluate, weights, label_map, device, reading)
             shared = leakage(clients, evaluate, config, reading)
+            check_combination(config, bench.spec)
             versions = Versions(Identity(run, config, bench.spec, bench.fingerprint), out, scratch)
             (out / REPORT).unlink(missing_ok=True)  # an earlier simulation's would stand beside what this one leaves
             simulation = _Simulation(config, sorted(clients), bench, versions, run)

@@ -28,6 +28,7 @@ from fedpeft.errors import (
     SpecInvalid,
     VersionNotFound,
 )
+from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.commit import write_first
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rpc.wire import config_from_proto, manifest_from_proto, spec_from_proto
@@ -302,6 +303,7 @@ def _new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
         _check_roles(spec)
     except SpecInvalid as error:
         raise error.within("header.spec") from None
+    check_combination(config, spec)
     try:
         manifest = manifest_from_proto(header.manifest)
         payload.check_manifest(manifest, spec.shared, ("float32",))

@@ -276,3 +276,7 @@ async def test_a_deleted_run_leaves_no_update_behind(start: StartDaemon) -> None
     assert list(spool.glob("*.update"))
     await daemon.operator.DeleteRun(op.DeleteRunRequest(run=run.id))
     assert not list(spool.iterdir())
+
+
+async def test_a_strategy_that_cannot_fold_the_adapter_is_refused(daemon: Daemon) -> None:
+    assert await refused(daemon.create(config(aggregation={"strategy": "lora_fair"}))) == "CONFIG_INVALID"

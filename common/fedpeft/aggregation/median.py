@@ -1,0 +1,44 @@
+"""Coordinate-wise median: each value of Delta is the median of the clients' (1803.01498).
+
+Fewer than half of the clients cannot move a value beyond those of the others. Weights do not enter: examples are what a
+client claims. Of an even number of clients it is the mean of the two in the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from fedpeft.aggregation import BlockStrategy, Doubles, Options, UpdateFacts, strategies
+
+
+class MedianOptions(Options):
+    """Options of the median."""
+
+    server_learning_rate: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """eta of x + eta Delta."""
+
+
+@strategies.register("median")
+class Median(BlockStrategy):
+    """The coordinate-wise median of the clients' changes."""
+
+    Options = MedianOptions
+    options: MedianOptions
+
+    def weigh(self, facts: UpdateFacts) -> float:
+        """See `Strategy.weigh`; all weigh the same."""
+        return 1.0
+
+    def reduce(self, block: Doubles, weights: Doubles) -> Doubles:
+        """See `BlockStrategy.reduce`."""
+        ordered: Doubles = np.sort(block, axis=0)
+        middle: Doubles = ordered[len(block) // 2]
+        return middle.copy() if len(block) % 2 else (ordered[len(block) // 2 - 1] + middle) / 2
+
+    def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:
+        """See `Strategy.step`."""
+        return x + self.options.server_learning_rate * delta, {}
