@@ -27,11 +27,10 @@ from pydantic import (
 )
 
 from fedpeft import text_files
-from fedpeft.aggregation import strategies, strategy
-from fedpeft.codecs import codecs
 from fedpeft.config_errors import faults_of, in_file, nested
 from fedpeft.errors import ConfigInvalid, FedpeftError, ModelInvalid
 from fedpeft.formatting import counted
+from fedpeft.registry import registry_of
 
 
 def _plain(text: str) -> str:
@@ -263,7 +262,7 @@ class AggregationConfig(_Optioned):
     @classmethod
     def _known(cls, name: str) -> str:
         try:
-            strategies.get(name)
+            registry_of("fedpeft.aggregation").get(name)
         except FedpeftError as error:
             raise ValueError(error.message) from None
         return name
@@ -271,7 +270,7 @@ class AggregationConfig(_Optioned):
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
         try:
-            strategy(self.strategy, self.options)
+            registry_of("fedpeft.aggregation").get(self.strategy).Options.model_validate(self.options)
         except ValidationError as error:
             raise nested(error, self.options) from None
         return self
@@ -295,7 +294,7 @@ class CodecConfig(_Section):
     @classmethod
     def _known(cls, name: str) -> str:
         # The registry knows sparse with the encoding of its values; a run file names that beside it.
-        known = sorted({each.partition("+")[0] for each in codecs.names()})
+        known = sorted({each.partition("+")[0] for each in registry_of("fedpeft.codecs").names()})
         if name not in known:
             raise ValueError(f"there is no encoding {name!r}; there are: {', '.join(known)}")
         return name

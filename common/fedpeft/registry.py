@@ -1,6 +1,8 @@
-"""Registries: one file a PEFT method, a strategy, a codec; each registers itself and touches nothing else.
+"""Registries of PEFT methods, strategies and codecs: one file each, which registers itself and touches nothing else.
 
-A registry imports every module of its package on first use, so a new file is found without being named anywhere.
+A name is found in two places. The modules of the registry's own package register when it is first asked, so a new file
+is found without being named anywhere. A package that is installed beside fedpeft names its own under the registry's
+entry point group, and is imported when that name is asked for: what a run names and no package here brings is refused.
 """
 
 from __future__ import annotations
@@ -8,7 +10,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
 
 from fedpeft.errors import ConfigInvalid
 
@@ -16,18 +20,21 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Maps names to the things that modules of one package registered.
+    """Maps names to the things that modules of one package, and packages installed beside it, registered.
 
     Args:
         package: Dotted name of the package whose modules register.
+        group: Entry point group under which other packages name theirs.
         kind: What the things are, for messages ("PEFT method").
     """
 
-    def __init__(self, package: str, kind: str) -> None:
+    def __init__(self, package: str, group: str, kind: str) -> None:
         self._package = package
+        self._group = group
         self._kind = kind
         self._items: dict[str, T] = {}
         self._loaded = False
+        _registries[package] = self
 
     def register(self, name: str) -> Callable[[T], T]:
         """Returns a decorator that registers a class or function under `name`."""
@@ -44,19 +51,34 @@ class Registry(Generic[T]):
         """Returns what is registered under `name`.
 
         Raises:
-            ConfigInvalid: If there is no such name; the message lists those there are.
+            ConfigInvalid: If there is no such name; the message lists those there are. Likewise, if the installed
+                package that brings it cannot be imported.
         """
         self._load()
+        if name not in self._items and name in self._installed:
+            self._items[name] = self._imported(self._installed[name])
         try:
             return self._items[name]
         except KeyError:
-            known = ", ".join(sorted(self._items))
+            known = ", ".join(self.names())
             raise ConfigInvalid(f"there is no {self._kind} {name!r}; there are: {known}") from None
 
     def names(self) -> list[str]:
         """Returns all names, sorted."""
         self._load()
-        return sorted(self._items)
+        return sorted({*self._items, *self._installed})
+
+    @cached_property
+    def _installed(self) -> dict[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=self._group)}
+
+    def _imported(self, point: EntryPoint) -> T:
+        try:
+            item: T = point.load()
+        except Exception as error:  # whatever the import of somebody's package raises
+            cause = f"{type(error).__name__}: {error}"
+            raise ConfigInvalid(f"{self._kind} {point.name!r} ({point.value}): {cause}") from error
+        return item
 
     def _load(self) -> None:
         if not self._loaded:
@@ -64,3 +86,12 @@ class Registry(Generic[T]):
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{self._package}.{module.name}")
             self._loaded = True
+
+
+_registries: dict[str, Registry[Any]] = {}
+
+
+def registry_of(package: str) -> Registry[Any]:
+    """Returns the registry of a package, for modules below it that check the names of a run file."""
+    importlib.import_module(package)
+    return _registries[package]

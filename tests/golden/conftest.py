@@ -30,6 +30,7 @@ class Golden:
 @pytest.fixture(scope="session")
 def golden() -> Iterator[Golden]:
     record = "FEDPEFT_RECORD_GOLDEN" in os.environ
+    assert not (record and "PYTEST_XDIST_WORKER" in os.environ), "record with -n 0: workers would overwrite each other"
     found = Golden(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}, record)
     yield found
     if record:

@@ -131,7 +131,7 @@ class GroupStrategy(Strategy):
         """
 
 
-strategies: Registry[type[Strategy]] = Registry("fedpeft.aggregation", "aggregation strategy")
+strategies: Registry[type[Strategy]] = Registry("fedpeft.aggregation", "fedpeft.strategies", "aggregation strategy")
 
 
 def strategy(name: str, options: Mapping[str, object]) -> Strategy:

@@ -67,4 +67,4 @@ class Codec(ABC):
         return out
 
 
-codecs: Registry[Codec] = Registry("fedpeft.codecs", "encoding")
+codecs: Registry[Codec] = Registry("fedpeft.codecs", "fedpeft.codecs", "encoding")

@@ -75,7 +75,7 @@ class Method(ABC, Generic[OptionsT]):
         return dict(module.state_dict())
 
 
-methods: Registry[type[Method[Any]]] = Registry("fedpeft.peft", "PEFT method")
+methods: Registry[type[Method[Any]]] = Registry("fedpeft.peft", "fedpeft.methods", "PEFT method")
 
 
 def make(name: str, options: Mapping[str, object]) -> Method[Any]:
