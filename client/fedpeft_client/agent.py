@@ -54,7 +54,7 @@ from fedpeft.process.logs import Log
 from fedpeft.untrusted_text import MAX_REASON
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client.egress import departures
+from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.eligibility.rules import Reason, reasons_against_ticket
 from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK, UNFIT
@@ -64,7 +64,7 @@ from fedpeft_client.owner.policy import Policy
 from fedpeft_client.settings import Settings
 from fedpeft_client.state.adapters import AdapterCache, Held
 from fedpeft_client.state.holds import Holds
-from fedpeft_client.state.pending import Outcome, PendingBox
+from fedpeft_client.state.outbox import Outcome, PendingBox
 from fedpeft_client.state.processes import Processes
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
@@ -76,8 +76,8 @@ from fedpeft_client.uplink.pull import Puller
 from fedpeft_client.uplink.push import Pusher
 from fedpeft_client.uplink.recall import Recall
 from fedpeft_client.uplink.retry import AWAY_S, CALL_S, Backoff, Patience
-from fedpeft_client.uplink.steps import Steps
 from fedpeft_client.uplink.ticket_watch import while_it_counts
+from fedpeft_client.uplink.training_progress import Steps
 from fedpeft_client.uplink.wire_checks import said
 from fedpeft_client.uplink.withdrawals import Withdrawals
 from fedpeft_client.worker.evaluator import Evaluator
@@ -168,7 +168,7 @@ class Agent:
         request.earlier_processes.extend(await asyncio.to_thread(self._processes.earlier))
         await asyncio.to_thread(self._processes.registers)
         try:
-            with self._ledger.booked(departures.registration(request)):
+            with self._ledger.booked(message_entries.registration(request)):
                 await self._patience.keep(lambda: self._channel.register(request), faults=None)
         except ClientMoved as error:
             raise self._processes.moved(error) from None
@@ -269,7 +269,7 @@ class Agent:
             examples=verdict.examples,
         )
         try:
-            with self._ledger.booked(departures.answer(request, verdict.name)):
+            with self._ledger.booked(message_entries.answer(request, verdict.name)):
                 await self._patience.keep(lambda: self._channel.answer_offer(request))
         except NotFound as error:
             self._log.info("the run is gone already", run=run, cause=str(error))

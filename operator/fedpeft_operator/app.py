@@ -23,7 +23,7 @@ from fedpeft.process import durable, output
 from fedpeft.process.home import NO_HOME, home_folder
 from fedpeft.untrusted_text import print_anything
 from fedpeft_operator.cli.access import audit, clients, enroll, identities, tokens
-from fedpeft_operator.cli.exits import IN_HELP, Exit, code_of
+from fedpeft_operator.cli.exit_codes import IN_HELP, Exit, code_of
 from fedpeft_operator.cli.local import console, doctor, export, params, partition, simulate, top
 from fedpeft_operator.cli.local import version as versions
 from fedpeft_operator.cli.run import commands

@@ -12,7 +12,7 @@ import timm
 
 import fedpeft
 from fedpeft.data import partitions
-from fedpeft.data.parts import write_parts
+from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import ConfigInvalid, SettingsInvalid
 from fedpeft_operator.app import main

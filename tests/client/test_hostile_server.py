@@ -22,7 +22,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.eligibility.policy_rules import MOST_STEPS, Asked, broken
 from fedpeft_client.owner.policy import NO_LIMITS, Policy
-from fedpeft_client.state.pending import Outcome
+from fedpeft_client.state.outbox import Outcome
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink import pace, retry

@@ -13,7 +13,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state.adapters import AdapterCache
-from fedpeft_client.state.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Pending, PendingBox
+from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Pending, PendingBox
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.channel import Channel

@@ -21,9 +21,9 @@ from fedpeft.api import operator_client
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.process.addresses import Address
 from fedpeft_operator.console import directory
-from fedpeft_operator.console.access import Doorkeeper
 from fedpeft_operator.console.app import console
 from fedpeft_operator.console.serving import login_link
+from fedpeft_operator.console.session_store import Doorkeeper
 from fedpeft_operator.console.settings import Settings
 
 from .federation import Federation, free_port, wait_for

@@ -15,9 +15,9 @@ import pytest
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.errors import SettingsInvalid
 from fedpeft.process.addresses import Address
-from fedpeft_operator.console.access import Doorkeeper
 from fedpeft_operator.console.app import LOOKED_AT, SENT
 from fedpeft_operator.console.serving import login_link, serve
+from fedpeft_operator.console.session_store import Doorkeeper
 from fedpeft_operator.console.settings import Settings
 
 from .federation import Federation

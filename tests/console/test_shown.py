@@ -19,7 +19,7 @@ from fedpeft_operator.console.shown.configuration import MOST_LINES, configurati
 from fedpeft_operator.console.shown.members import members
 from fedpeft_operator.console.shown.outliers import norms, times
 from fedpeft_operator.console.shown.overview import card
-from fedpeft_operator.console.shown.pages import leaf
+from fedpeft_operator.console.shown.pagination import leaf
 from fedpeft_operator.console.shown.run import Tile
 from fedpeft_operator.console.shown.run import tiles as run_tiles
 from fedpeft_operator.console.shown.series import MOST_NORMS, MOST_POINTS, series, thinned

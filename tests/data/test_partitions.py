@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.partitions import Partition, dirichlet, iid, natural, quantity, skew
-from fedpeft.data.parts import write_parts
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import DataInvalid
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from fedpeft.data.labels import map_labels
+from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.partitions import iid
-from fedpeft.data.parts import write_parts
 from fedpeft.data.sources import interface, parquet
 from fedpeft.data.sources.interface import ImageUnreadable
 from fedpeft.data.sources.opening import labels_digest, open_source

@@ -12,8 +12,8 @@ from structlog.testing import capture_logs
 
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.data.client_folders import clients_in
+from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.partitions import iid, natural
-from fedpeft.data.parts import write_parts
 from fedpeft.data.sources.opening import open_source
 from fedpeft.data.sources.splits import split_of, splits_among
 from fedpeft.errors import DataInvalid

@@ -24,7 +24,7 @@ from fedpeft.process.logs import logger
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft_client.commands import enroll, leave, status
-from fedpeft_client.commands.leaving import LEFT, left_at
+from fedpeft_client.commands.left_state import LEFT, left_at
 from fedpeft_client.egress.entries import Departure, Kind, read
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.enrolment.renewal import Renewal

@@ -14,7 +14,7 @@ from fedpeft.adapters import payload
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.state.adapters import AdapterCache, Held
-from fedpeft_client.state.pending import PAYLOAD, Outcome, Pending
+from fedpeft_client.state.outbox import PAYLOAD, Outcome, Pending
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.uplink import pull, push
 from fedpeft_client.uplink.channel import Channel

@@ -16,7 +16,7 @@ from fedpeft.api import views
 from fedpeft.config import load_run_file
 from fedpeft.data import partitions
 from fedpeft.data.dataset import open_dataset
-from fedpeft.data.parts import write_parts
+from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.sources.opening import open_source
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid, StateInvalid

@@ -15,8 +15,8 @@ from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
 from fedpeft.config import ModelConfig, TrainingConfig
 from fedpeft.data import store
 from fedpeft.data.dataset import dataset_of, open_dataset
+from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.partitions import iid
-from fedpeft.data.parts import write_parts
 from fedpeft.data.sources.interface import Selection
 from fedpeft.data.sources.opening import open_source
 from fedpeft.data.transforms import ImageUnreadable, Preprocessing

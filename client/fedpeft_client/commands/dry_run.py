@@ -11,7 +11,7 @@ from fedpeft.formatting import counted
 from fedpeft.process.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.agent import registration
-from fedpeft_client.egress import departures
+from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.owner.limits import Forbidden
 from fedpeft_client.settings import Settings
@@ -63,7 +63,7 @@ async def dry_run(
         request.page_token = page_token
         request.earlier_processes.extend(processes.earlier())
         try:
-            with ledger.booked(departures.registration(request)):
+            with ledger.booked(message_entries.registration(request)):
                 return await Patience(log, FIRST_ANSWER_S).keep(lambda: channel.register(request))
         except ClientMoved as error:
             raise processes.moved(error) from None

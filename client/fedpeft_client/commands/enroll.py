@@ -18,8 +18,8 @@ from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
 from fedpeft.rpc import enrolment
 from fedpeft.v1 import access_service_pb2
-from fedpeft_client.commands import leaving
-from fedpeft_client.egress import departures
+from fedpeft_client.commands import left_state
+from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.enrolment.renewal import check_valid
 from fedpeft_client.error_policy import Exit
@@ -63,7 +63,7 @@ def _enroll(argument: str, state_dir: Path | None, *, keep: bool, replace: bool)
         with Ledger(directory.path, token.enrollment) as ledger:
             around = partial(_booked, ledger)
             identity = asyncio.run(enrolment.enroll(token, into, replace=replace, around=around))
-        leaving.back(directory.path)
+        left_state.back(directory.path)
         Contact(directory.path, identity.server).note()
         _say(identity, state_dir)
 
@@ -102,7 +102,7 @@ def _checked_same(kept: Identity, argument: str) -> bool:
 
 @contextmanager
 def _booked(ledger: Ledger, request: access_service_pb2.EnrollRequest) -> Iterator[None]:
-    with ledger.booked(departures.enrolment(request)):
+    with ledger.booked(message_entries.enrolment(request)):
         ledger.leaving(request.ByteSize())
         yield
 

@@ -21,8 +21,8 @@ from fedpeft.process import logs
 from fedpeft.process.output import note, say
 from fedpeft.untrusted_text import MAX_REASON
 from fedpeft.v1 import access_service_pb2 as pb
-from fedpeft_client.commands import leaving
-from fedpeft_client.egress import departures
+from fedpeft_client.commands import left_state
+from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.enrolment import site_identity
 from fedpeft_client.enrolment.renewal import check_valid
@@ -52,10 +52,10 @@ def main(arguments: list[str]) -> int:
             note(f"the server was not told: ask its operator for fedpeft client revoke {_name(where)}")
         else:
             _tell(Identity.load(where), directory, given.reason)
-        gone = leaving.remove(directory, given.identity) if given.remove else leaving.drop_unsent(directory)
+        gone = left_state.remove(directory, given.identity) if given.remove else left_state.drop_unsent(directory)
         for path, what, size_bytes in gone:
             say(f"removed  {path}: {what}" + (f", {size(size_bytes)}" if size_bytes else ""))
-        for path, what in leaving.kept(directory.path, given.identity):
+        for path, what in left_state.kept(directory.path, given.identity):
             say(f"kept     {path}: {what}")
     _say_rest(state_dir, removed=given.remove)
     return Exit.DONE
@@ -77,7 +77,7 @@ def _tell(identity: Identity, directory: StateDirectory, reason: str) -> None:
         check_valid(identity, datetime.now(UTC))
         tickets = asyncio.run(_left(identity, directory, reason))
     except CertificateRevoked:
-        say(_refused(identity.server, subject, leaving.left_at(directory.path)))
+        say(_refused(identity.server, subject, left_state.left_at(directory.path)))
     except Unavailable as error:
         raise type(error)(
             f"{error.message}. Nothing was changed: repeat this when the server is back, or leave without telling it "
@@ -93,8 +93,8 @@ def _tell(identity: Identity, directory: StateDirectory, reason: str) -> None:
         say(f"left {identity.server} as {subject}: the server refuses this identity from now on")
         if tickets:
             say(f"{counted(tickets, 'open ticket')} given back, so no round waits for this client")
-    if leaving.left_at(directory.path) is None:
-        leaving.note_left(directory.path)
+    if left_state.left_at(directory.path) is None:
+        left_state.note_left(directory.path)
 
 
 def _refused(server: str, subject: Subject, left_at: datetime | None) -> str:
@@ -109,7 +109,7 @@ async def _left(identity: Identity, directory: StateDirectory, reason: str) -> i
     with Ledger(directory.path, identity.server) as ledger:
         async with Channel(identity.server, identity.subject.name, directory.instance, identity) as channel:
             Traffic(channel, ledger, Metrics(), Contact(directory.path, identity.server))
-            with ledger.booked(departures.leave(request)):
+            with ledger.booked(message_entries.leave(request)):
                 return (await Patience(log, CALL_S).keep(lambda: channel.leave(request))).tickets
 
 

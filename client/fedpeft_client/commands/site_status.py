@@ -15,13 +15,13 @@ from fedpeft.errors import FedpeftError
 from fedpeft.identity import certificates
 from fedpeft.identity.folder import Identity
 from fedpeft.process import locks
-from fedpeft_client.commands import leaving
+from fedpeft_client.commands import left_state
 from fedpeft_client.egress.entries import FILE as LEDGER
 from fedpeft_client.egress.entries import Booked, Kind, Outcome, read, unreadable_text
 from fedpeft_client.enrolment import site_identity
 from fedpeft_client.owner.policy import find, noted
 from fedpeft_client.state import contact
-from fedpeft_client.state.pending import BOX
+from fedpeft_client.state.outbox import BOX
 
 DAY = timedelta(days=1)
 
@@ -139,7 +139,7 @@ def look(state_dir: Path, policy: Path | None = None, identity: Path | None = No
         process,
         _identity(site_identity.find(identity, state_dir), now),
         contact.last(state_dir),
-        leaving.left_at(state_dir),
+        left_state.left_at(state_dir),
         contact.server(state_dir),
         refused_at,
         refusal,

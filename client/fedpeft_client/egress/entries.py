@@ -6,7 +6,7 @@
 
     {"at": TIME, "carried": {"names": {RUN: NAME}, "tickets": {RUN: [TICKET, ...]}}}
 
-The last begins a file that goes on where another one was set aside (ledger_file.py): what the client must know of what
+The last begins a file that goes on where another one was set aside (log_file.py): what the client must know of what
 is in that one, so that it need not be read at each start. Where more is about to leave than was booked, because a call
 is repeated, a line of the first kind comes again, with more bytes. If no second one follows, because the process was
 killed, what was booked counts in full: the ledger never tells too little.

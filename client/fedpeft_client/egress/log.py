@@ -3,7 +3,7 @@
 Whoever sends something books it with what is in it; the bytes are counted where messages pass, each time that one is
 sent (traffic.py). A repetition for which there is no room in what was booked is booked before it leaves, and twice as
 much with it: a server that stays away makes few lines. What is in them, and how a crash is read, is said in
-ledger_entries.py.
+entries.py.
 """
 
 from __future__ import annotations

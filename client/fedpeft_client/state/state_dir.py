@@ -11,7 +11,7 @@ identity.next/                the key of an enrolment that did not finish
 ledger.jsonl, ledger-*.jsonl  all that left this device (ledger.py)
 policy.toml                   what its owner allows, if it lies here (policy.py)
 policy-file                   the policy's file, if it lies elsewhere (policy.py)
-pending/                      a trained update that the server has not answered for (pending.py)
+pending/                      a trained update that the server has not answered for (outbox.py)
 pending.new/                  one that is being trained
 settled-OUTCOME@RUN/          one that the server has answered for, until its files are in their places
 set-aside/                    updates that the server could not take, for a person to look at

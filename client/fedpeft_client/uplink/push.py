@@ -28,10 +28,10 @@ from fedpeft.rpc.timing import STALL_S
 from fedpeft.rpc.wire import TURN_KEY
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
-from fedpeft_client.egress import departures
+from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK
-from fedpeft_client.state.pending import Outcome, Pending
+from fedpeft_client.state.outbox import Outcome, Pending
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.retry import Backoff, Patience
 from fedpeft_client.uplink.wire_checks import check_receipt, check_standing
@@ -140,7 +140,7 @@ class Pusher:
             self._patience.heard()
         self._committed = standing.committed_bytes
         log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)
-        with self._ledger.booked(departures.update(pending, standing.committed_bytes)):
+        with self._ledger.booked(message_entries.update(pending, standing.committed_bytes)):
             return await self._stream(pending, standing.committed_bytes)
 
     async def _stream(self, pending: Pending, offset: int) -> pb.PushUpdateResponse:

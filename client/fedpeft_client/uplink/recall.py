@@ -12,7 +12,7 @@ import asyncio
 from fedpeft.errors import NotFound, PermissionDenied, UpdateExcluded
 from fedpeft.process.logs import Log
 from fedpeft.v1 import run_pb2
-from fedpeft_client.state.pending import PendingBox
+from fedpeft_client.state.outbox import PendingBox
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.retry import Patience
 

@@ -11,7 +11,7 @@ from fedpeft.process.race import first_of
 from fedpeft.v1 import run_pb2
 from fedpeft_client.error_policy import FAULT, NOT_NOW
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.steps import Steps
+from fedpeft_client.uplink.training_progress import Steps
 
 ASK_S = 10.0
 """Interval of these questions, seconds: a client of which nothing is heard for 45 s is shown as one that hangs."""

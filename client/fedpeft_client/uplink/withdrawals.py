@@ -7,7 +7,7 @@ from fedpeft.process.logs import Log
 from fedpeft.untrusted_text import MAX_REASON
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client.egress import departures
+from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK
 from fedpeft_client.uplink.channel import Channel
@@ -36,7 +36,7 @@ class Withdrawals:
         """
         request = pb.WithdrawRequest(ticket=ticket, reason=reason[:MAX_REASON])
         try:
-            with self._ledger.booked(departures.withdrawal(request, run, number)):
+            with self._ledger.booked(message_entries.withdrawal(request, run, number)):
                 return (await self._patience.keep(lambda: self._channel.withdraw(request))).state
         except (LocalError, *NOT_ABOUT_THE_TASK):
             raise

@@ -6,7 +6,7 @@ from fedpeft.process.logs import Log
 from fedpeft.rounds import metric_values
 from fedpeft.untrusted_text import MAX_REASON
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client.egress import departures
+from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state.adapters import Held
@@ -36,7 +36,7 @@ class Evaluator:
             FedpeftError: If the server does not take that.
         """
         message = pb.PushEvaluationRequest(run=run, version=version, failure=reason[:MAX_REASON])
-        with self._ledger.booked(departures.evaluation(message)):
+        with self._ledger.booked(message_entries.evaluation(message)):
             await self._patience.keep(lambda: self._channel.push_evaluation(message))
 
     async def evaluate(self, run: KnownRun, held: Held, log: Log) -> None:
@@ -53,7 +53,7 @@ class Evaluator:
         answer = await self._worker.ask(request)
         metrics = sendable(answer["metrics"], metric_values.MAX_EVALUATION, log)
         message = pb.PushEvaluationRequest(run=run.id, version=held.version, metrics=metrics)
-        with self._ledger.booked(departures.evaluation(message)):
+        with self._ledger.booked(message_entries.evaluation(message)):
             await self._patience.keep(lambda: self._channel.push_evaluation(message))
         self._metrics.scored(run.id, metrics)
         whole = {name: value for name, value in metrics.items() if "/" not in name}

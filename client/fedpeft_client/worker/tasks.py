@@ -38,7 +38,7 @@ from fedpeft_client.eligibility.policy_rules import Weights
 from fedpeft_client.eligibility.rules import Built, Reason, Site, reasons_against
 from fedpeft_client.error_policy import UNFIT
 from fedpeft_client.owner.policy import Policy
-from fedpeft_client.state.pending import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD
+from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.worker.survey import survey
 

@@ -16,10 +16,10 @@ from fedpeft.v1 import tensor_pb2
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state import state_dir
 from fedpeft_client.state.adapters import Held
-from fedpeft_client.state.pending import Pending, PendingBox
+from fedpeft_client.state.outbox import Pending, PendingBox
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
-from fedpeft_client.uplink.steps import Steps
+from fedpeft_client.uplink.training_progress import Steps
 from fedpeft_client.uplink.wire_checks import deadline
 from fedpeft_client.worker.handle import Answer, OnProgress, WorkerProcess
 from fedpeft_client.worker.reporter import Reporter

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedpeft import text_files
-from fedpeft.data.parts import RECORD, file_name
+from fedpeft.data.partition_writer import RECORD, file_name
 from fedpeft.data.sources.file_names import is_system, shown
 from fedpeft.data.sources.opening import INDEX_SUFFIX, parquet_files
 from fedpeft.data.sources.splits import one_to_train_on, splits_among

@@ -20,7 +20,7 @@ from fedpeft.adapters.tensor_errors import as_os_errors
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data import partitions
 from fedpeft.data.client_folders import clients_in, refuse_splits, subfolders
-from fedpeft.data.parts import RECORD, file_names
+from fedpeft.data.partition_writer import RECORD, file_names
 from fedpeft.data.reading import MAX_PIXELS, USUAL, Reading
 from fedpeft.data.sources.interface import Source
 from fedpeft.errors import ConfigInvalid, DataInvalid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedpeft_operator.cli.exits import Exit
+from fedpeft_operator.cli.exit_codes import Exit
 
 _MEANING = {
     Exit.DONE: "done",

@@ -17,17 +17,17 @@ from starlette.staticfiles import StaticFiles
 
 from fedpeft.api.operator_client import Connect, for_looking
 from fedpeft.errors import FedpeftError
-from fedpeft_operator.console import mishaps
-from fedpeft_operator.console.access import Doorkeeper
+from fedpeft_operator.console import error_pages
 from fedpeft_operator.console.audit_log import AuditLog
-from fedpeft_operator.console.bell import Bell
-from fedpeft_operator.console.desk import Desk
+from fedpeft_operator.console.change_signal import Bell
+from fedpeft_operator.console.context import Desk
 from fedpeft_operator.console.directory import Directory
 from fedpeft_operator.console.feeds import Feeds
 from fedpeft_operator.console.guard import Guard, Refused
-from fedpeft_operator.console.line import Line
 from fedpeft_operator.console.pages import audit, client, creation, downloads, login, overview, run, steering
-from fedpeft_operator.console.paper import Paper
+from fedpeft_operator.console.renderer import Paper
+from fedpeft_operator.console.server_connection import Line
+from fedpeft_operator.console.session_store import Doorkeeper
 from fedpeft_operator.console.settings import Settings
 
 Page = Callable[[Request], Awaitable[Response]]
@@ -95,12 +95,12 @@ def console(settings: Settings, connect: Connect, door: Doorkeeper) -> Starlette
             *(Route(path, page, methods=["POST"]) for path, page in SENT),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
         ],
-        middleware=[Middleware(Guard, settings=settings, door=door, refusal=mishaps.said)],
+        middleware=[Middleware(Guard, settings=settings, door=door, refusal=error_pages.said)],
         exception_handlers={
-            Refused: mishaps.refused,
-            FedpeftError: mishaps.failed,
-            HTTPException: mishaps.unknown,
-            Exception: mishaps.unexpected,
+            Refused: error_pages.refused,
+            FedpeftError: error_pages.failed,
+            HTTPException: error_pages.unknown,
+            Exception: error_pages.unexpected,
         },
         lifespan=life,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.identity.audit import AuditEntry
-from fedpeft_operator.console.line import Line
+from fedpeft_operator.console.server_connection import Line
 
 
 class AuditLog:

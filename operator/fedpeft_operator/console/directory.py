@@ -13,8 +13,8 @@ import structlog
 from fedpeft.errors import FedpeftError
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_operator.console.bell import Bell
-from fedpeft_operator.console.line import Line
+from fedpeft_operator.console.change_signal import Bell
+from fedpeft_operator.console.server_connection import Line
 
 PAUSE_S = 1.0
 """Pause between two looks, at least `SHARE` times what a look takes: a large federation is not asked all the time."""

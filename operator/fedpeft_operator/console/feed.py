@@ -15,7 +15,7 @@ from fedpeft.api import views
 from fedpeft.api.following import Picture, follow
 from fedpeft.api.operator_client import Connect
 from fedpeft.errors import FedpeftError, Internal, Unavailable
-from fedpeft_operator.console.bell import Bell
+from fedpeft_operator.console.change_signal import Bell
 from fedpeft_operator.console.facts import Reader, RoundFacts
 
 T = TypeVar("T")

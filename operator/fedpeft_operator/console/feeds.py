@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fedpeft.api.operator_client import Connect
-from fedpeft_operator.console.bell import Bell
+from fedpeft_operator.console.change_signal import Bell
 from fedpeft_operator.console.feed import RunFeed
 
 MOST_FEEDS = 64

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedpeft_operator.console.access import NOBODY, Doorkeeper, Session
+from fedpeft_operator.console.session_store import NOBODY, Doorkeeper, Session
 from fedpeft_operator.console.settings import Settings
 
 FIELD = "csrf"

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from fedpeft_operator.console.desk import desk_of
+from fedpeft_operator.console.context import desk_of
 from fedpeft_operator.console.guard import Refused, session_of
-from fedpeft_operator.console.paper import Fragments
+from fedpeft_operator.console.renderer import Fragments
 
 BREATH_S = 0.25
 SIGN_OF_LIFE_S = 15.0

@@ -12,8 +12,8 @@ import uvicorn
 from fedpeft.api.operator_client import Connect
 from fedpeft.errors import SettingsInvalid
 from fedpeft.process.addresses import Address
-from fedpeft_operator.console.access import Doorkeeper
 from fedpeft_operator.console.app import console
+from fedpeft_operator.console.session_store import Doorkeeper
 from fedpeft_operator.console.settings import Settings
 
 BACKLOG = 128

@@ -9,7 +9,7 @@ import typer
 
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import epilog
-from fedpeft_operator.cli.exits import Exit
+from fedpeft_operator.cli.exit_codes import Exit
 from fedpeft_operator.cli.session import require
 
 EPILOG = epilog(

@@ -238,8 +238,8 @@ def _cache(plan: Plan) -> Path:
 def _partition(plan: Plan) -> dict[str, int]:
     """Writes the images of each client, those of the vendors that have most; returns how many each has."""
     from fedpeft.data.overlap import overlap
+    from fedpeft.data.partition_writer import write_parts
     from fedpeft.data.partitions import natural
-    from fedpeft.data.parts import write_parts
     from fedpeft.data.sources.opening import open_source
 
     training = open_source(plan.train)

@@ -17,7 +17,7 @@ from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.state import state_dir
 from fedpeft_client.state.adapters import AdapterCache
-from fedpeft_client.state.pending import IF_COUNTED, IF_NOT, KEPT_ASIDE, LOCAL, PAYLOAD, Outcome, PendingBox
+from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, KEPT_ASIDE, LOCAL, PAYLOAD, Outcome, PendingBox
 from fedpeft_client.state.state_dir import StateDirectory
 
 RUN = "run-000000000001"

@@ -20,7 +20,7 @@ from fedpeft.v1 import run_pb2
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state import state_dir
-from fedpeft_client.state.pending import PendingBox
+from fedpeft_client.state.outbox import PendingBox
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.finished_runs import ASKED, KEPT, MARK, FinishedRuns

@@ -12,7 +12,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.uplink import ticket_watch
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.steps import Steps
+from fedpeft_client.uplink.training_progress import Steps
 
 ISSUED = pb.GetUploadResponse(state=run_pb2.TICKET_STATE_ISSUED)
 LATE = pb.GetUploadResponse(state=run_pb2.TICKET_STATE_LATE)

@@ -10,7 +10,7 @@ import pytest
 
 from fedpeft.process import logs
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client.egress import departures
+from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.entries import Departure, read
 from fedpeft_client.egress.log import Ledger
 from fedpeft_client.owner.metrics import Metrics
@@ -54,7 +54,7 @@ async def site(federation: Federation, tmp_path: Path, monkeypatch: pytest.Monke
 
 async def test_a_call_that_is_repeated_is_booked_each_time(federation: Federation, site: Site) -> None:
     federation.unavailable = 9
-    await site.send(departures.registration(REGISTRATION), lambda: site.channel.register(REGISTRATION))
+    await site.send(message_entries.registration(REGISTRATION), lambda: site.channel.register(REGISTRATION))
     assert federation.arrivals.messages["RegisterRequest"] == 10
     assert site.booked_bytes == 10 * REGISTRATION.ByteSize() == federation.arrivals.wire_bytes
 
@@ -72,12 +72,12 @@ async def test_a_repetition_is_in_the_file_before_it_leaves(federation: Federati
         finally:
             seen.append(site.booked_bytes >= federation.arrivals.wire_bytes)
 
-    await site.send(departures.registration(REGISTRATION), attempt)
+    await site.send(message_entries.registration(REGISTRATION), attempt)
     assert seen == [True] * 10, "a process that is killed now tells no less than what left"
 
 
 async def test_questions_that_are_repeated_are_booked_each_time(federation: Federation, site: Site) -> None:
-    await site.send(departures.registration(REGISTRATION), lambda: site.channel.register(REGISTRATION))
+    await site.send(message_entries.registration(REGISTRATION), lambda: site.channel.register(REGISTRATION))
     federation.unavailable = 200
     await site.patience.keep(lambda: site.channel.await_round("", until_finished=True))
     assert federation.arrivals.messages["AwaitRoundRequest"] == 201

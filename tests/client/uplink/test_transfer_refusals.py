@@ -34,10 +34,10 @@ from fedpeft.errors import (
 )
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client.egress import departures
+from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.entries import Kind, read
 from fedpeft_client.state import state_dir
-from fedpeft_client.state.pending import IF_COUNTED, IF_NOT, PAYLOAD, Outcome
+from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, PAYLOAD, Outcome
 from fedpeft_client.uplink import push, retry
 from fedpeft_client.uplink.recall import Recall
 from fedpeft_client.uplink.retry import Backoff, Patience
@@ -176,7 +176,7 @@ async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) 
     site.federation.refuse_register = [DiskFull("no room"), DiskFull("no room")]
     site.federation.refuse_push = [DiskFull("no room")]
     with capture_logs() as lines:
-        with site.ledger.booked(departures.registration(pb.RegisterRequest())):
+        with site.ledger.booked(message_entries.registration(pb.RegisterRequest())):
             await site.patience.keep(lambda: site.channel.register(pb.RegisterRequest()))
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
     assert site.federation.registrations == 1 and len(site.federation.pushes) == 2
@@ -251,7 +251,7 @@ async def test_a_pull_that_the_server_fails_in_ends_after_a_few_attempts(site: S
 @pytest.mark.usefixtures("no_pauses")
 async def test_calls_beside_which_nothing_else_can_be_done_are_repeated_as_long_as_it_takes(site: Site) -> None:
     site.federation.refuse_register = [Internal("StateInvalid") for _ in range(12)]
-    with site.ledger.booked(departures.registration(pb.RegisterRequest())):
+    with site.ledger.booked(message_entries.registration(pb.RegisterRequest())):
         await site.patience.keep(lambda: site.channel.register(pb.RegisterRequest()), faults=None)
     assert site.federation.registrations == 1
 

@@ -23,7 +23,7 @@ from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.egress.entries import read
-from fedpeft_client.state.pending import Outcome
+from fedpeft_client.state.outbox import Outcome
 from fedpeft_client.uplink import pull, push
 
 from ..transfer_site import Site

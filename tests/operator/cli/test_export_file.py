@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import fedpeft
 from fedpeft.adapters.tensor_errors import as_os_errors
 from fedpeft.data import partitions
-from fedpeft.data.parts import write_parts
+from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import BlobCorrupt, DiskFull
 from fedpeft.models import backbones

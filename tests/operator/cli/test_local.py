@@ -21,7 +21,7 @@ from fedpeft import errors, formatting
 from fedpeft.errors import SettingsInvalid
 from fedpeft.process import output
 from fedpeft_operator import app
-from fedpeft_operator.cli import exits
+from fedpeft_operator.cli import exit_codes
 from fedpeft_operator.cli.session import address
 
 # What ViT-S/16 tunes with 100 classes, as the paper counts.
@@ -55,8 +55,8 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_the_help_names_every_exit_code() -> None:
-    codes = {str(int(code)) for code in exits.Exit}
-    assert set(re.findall(r"(\d+) [a-z]", exits.IN_HELP)) == codes
+    codes = {str(int(code)) for code in exit_codes.Exit}
+    assert set(re.findall(r"(\d+) [a-z]", exit_codes.IN_HELP)) == codes
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_the_help_names_every_exit_code() -> None:
     ],
 )
 def test_exit_code_of_an_error(error: type[errors.FedpeftError], code: int) -> None:
-    assert exits.code_of(error("what")) == code
+    assert exit_codes.code_of(error("what")) == code
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_natural_partition(
 
 
 def test_a_data_set_is_opened_once_to_be_divided(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedpeft.data import parts
+    from fedpeft.data import partition_writer
     from fedpeft.data.sources import opening
 
     opened: list[Path] = []
@@ -189,7 +189,7 @@ def test_a_data_set_is_opened_once_to_be_divided(images: Path, tmp_path: Path, m
         opened.append(path)
         return real(path, *arguments)
 
-    for module in (parts, opening):
+    for module in (partition_writer, opening):
         monkeypatch.setattr(module, "open_source", counted)
     assert fedpeft("partition", str(images), "--clients", "2", "--out", str(tmp_path / "parts")) == 0
     assert opened == [images]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedpeft.data import partitions
-from fedpeft.data.parts import write_parts
+from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.sources.opening import open_source
 from fedpeft_operator.app import main
 from fedpeft_operator.cli.local import simulate as simulate_command

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft_operator.cli.exits import Exit
+from fedpeft_operator.cli.exit_codes import Exit
 
 from ..operator_double import Double, a_run, serving
 

@@ -14,7 +14,7 @@ from fedpeft.errors import SettingsInvalid
 from fedpeft.identity.subject import Role
 from fedpeft.process import durable, output
 from fedpeft_operator.cli.epilogs import OF_NAMED, OF_SERVER, epilog
-from fedpeft_operator.cli.places import check_file
+from fedpeft_operator.cli.path_checks import check_file
 from fedpeft_operator.cli.session import Session, run_async, session_of
 
 app = typer.Typer(no_args_is_help=True, help="Enrolment tokens, each of which enrolls one device or person.")

@@ -13,7 +13,7 @@ from fedpeft.api.caller import parsed
 from fedpeft.process import output
 from fedpeft_operator.cli.columns import ImageColumn, LabelColumn
 from fedpeft_operator.cli.epilogs import epilog
-from fedpeft_operator.cli.exits import Exit
+from fedpeft_operator.cli.exit_codes import Exit
 from fedpeft_operator.cli.session import session_of
 
 if TYPE_CHECKING:

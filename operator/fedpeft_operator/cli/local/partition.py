@@ -76,7 +76,7 @@ def partition(
     law = given or (Law.IID if column is None else Law.NATURAL)
     _check(law, clients, alpha, column)
     require("train", "pyarrow")
-    from fedpeft.data.parts import write_parts
+    from fedpeft.data.partition_writer import write_parts
     from fedpeft.data.sources.inventory import Inventory
     from fedpeft.data.sources.opening import open_source
 

@@ -16,7 +16,7 @@ from fedpeft.api import views
 from fedpeft.process import output
 from fedpeft_operator.cli.columns import ImageColumn, LabelColumn, MaxImagePixels
 from fedpeft_operator.cli.epilogs import epilog
-from fedpeft_operator.cli.exits import Exit
+from fedpeft_operator.cli.exit_codes import Exit
 from fedpeft_operator.cli.session import require
 from fedpeft_operator.cli.weights import Weights, check_needed
 

@@ -13,7 +13,7 @@ from fedpeft.api import views
 from fedpeft.errors import ConfigInvalid, SettingsInvalid
 from fedpeft.process import durable, output
 from fedpeft_operator.cli.epilogs import OF_NAMED, epilog
-from fedpeft_operator.cli.places import check_file, check_folder
+from fedpeft_operator.cli.path_checks import check_file, check_folder
 from fedpeft_operator.cli.session import Session, require, run_async, session_of
 from fedpeft_operator.cli.weights import Weights, check_needed
 

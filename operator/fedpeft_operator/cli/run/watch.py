@@ -11,7 +11,7 @@ from fedpeft.api import views
 from fedpeft.api.narration import Narrator, summary
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import OF_NAMED, epilog
-from fedpeft_operator.cli.exits import Exit
+from fedpeft_operator.cli.exit_codes import Exit
 from fedpeft_operator.cli.session import Session, run_async, session_of
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fedpeft_operator.console.desk import desk_of
-from fedpeft_operator.console.pages.asked import page_number
+from fedpeft_operator.console.context import desk_of
+from fedpeft_operator.console.pages.request_values import page_number
 from fedpeft_operator.console.shown.audit import lines
 
 ENTRIES_A_PAGE = 50

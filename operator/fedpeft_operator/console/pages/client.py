@@ -8,13 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fedpeft.api import views
-from fedpeft_operator.console.desk import Desk, desk_of
+from fedpeft_operator.console.context import Desk, desk_of
 from fedpeft_operator.console.guard import Refused, session_of
 from fedpeft_operator.console.live import stream
-from fedpeft_operator.console.pages.asked import page_number, path_id
-from fedpeft_operator.console.paper import Fragments
+from fedpeft_operator.console.pages.request_values import page_number, path_id
+from fedpeft_operator.console.renderer import Fragments
 from fedpeft_operator.console.shown.client import Followed, chart, history, remarks, tiles
-from fedpeft_operator.console.shown.pages import leaf
+from fedpeft_operator.console.shown.pagination import leaf
 
 CLIENTS_A_PAGE = 50
 ENTRIES_A_PAGE = 50

@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from fedpeft import ids, text_files
 from fedpeft.config import RunConfig
 from fedpeft_operator.console import run_file
-from fedpeft_operator.console.desk import desk_of
+from fedpeft_operator.console.context import desk_of
 from fedpeft_operator.console.examples import EXAMPLES
 from fedpeft_operator.console.guard import Refused, check_writer, session_of
 from fedpeft_operator.console.pages.forms import form_of

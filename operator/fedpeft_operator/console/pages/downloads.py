@@ -10,8 +10,8 @@ from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from fedpeft_operator.console.desk import desk_of
-from fedpeft_operator.console.pages.asked import path_id, path_number
+from fedpeft_operator.console.context import desk_of
+from fedpeft_operator.console.pages.request_values import path_id, path_number
 
 
 async def adapter(request: Request) -> Response:

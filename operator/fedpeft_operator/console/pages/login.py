@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from fedpeft_operator.console.desk import desk_of
+from fedpeft_operator.console.context import desk_of
 from fedpeft_operator.console.guard import Refused, check_writer, cookie_name, session_of
 from fedpeft_operator.console.pages.forms import form_of
 

@@ -6,13 +6,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fedpeft.v1 import run_pb2
-from fedpeft_operator.console.desk import Desk, desk_of
+from fedpeft_operator.console.context import Desk, desk_of
 from fedpeft_operator.console.guard import session_of
 from fedpeft_operator.console.live import stream
-from fedpeft_operator.console.pages.asked import page_number
-from fedpeft_operator.console.paper import Fragments
+from fedpeft_operator.console.pages.request_values import page_number
+from fedpeft_operator.console.renderer import Fragments
 from fedpeft_operator.console.shown.overview import Card, card, tiles
-from fedpeft_operator.console.shown.pages import leaf
+from fedpeft_operator.console.shown.pagination import leaf
 
 RUNS_A_PAGE = 12
 

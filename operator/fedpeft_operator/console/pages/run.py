@@ -6,23 +6,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fedpeft.errors import Unavailable
-from fedpeft_operator.console.desk import Desk, desk_of
+from fedpeft_operator.console.context import Desk, desk_of
 from fedpeft_operator.console.facts import RoundFacts
 from fedpeft_operator.console.feed import RunFeed
 from fedpeft_operator.console.guard import Refused, session_of
 from fedpeft_operator.console.live import stream
-from fedpeft_operator.console.pages.asked import page_number, path_id, path_number
-from fedpeft_operator.console.paper import Fragments
-from fedpeft_operator.console.shown.aside import set_aside
+from fedpeft_operator.console.pages.request_values import page_number, path_id, path_number
+from fedpeft_operator.console.renderer import Fragments
 from fedpeft_operator.console.shown.captions import captions
 from fedpeft_operator.console.shown.configuration import configuration
 from fedpeft_operator.console.shown.evaluation import evaluation
 from fedpeft_operator.console.shown.excluded import Exclusions, exclusions
 from fedpeft_operator.console.shown.members import members
 from fedpeft_operator.console.shown.outliers import WINDOW, norms
-from fedpeft_operator.console.shown.pages import leaf
+from fedpeft_operator.console.shown.pagination import leaf
 from fedpeft_operator.console.shown.run import awaited, declines, head, stage, tiles, versions
 from fedpeft_operator.console.shown.series import series
+from fedpeft_operator.console.shown.set_aside import set_aside
 
 ROUNDS_A_PAGE = 25
 MOST_MEMBERS = 50

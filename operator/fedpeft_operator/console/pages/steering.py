@@ -11,10 +11,10 @@ from starlette.responses import RedirectResponse, Response
 
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.v1 import run_pb2
-from fedpeft_operator.console.desk import desk_of
+from fedpeft_operator.console.context import desk_of
 from fedpeft_operator.console.guard import Refused
-from fedpeft_operator.console.pages.asked import path_id
 from fedpeft_operator.console.pages.forms import form_of
+from fedpeft_operator.console.pages.request_values import path_id
 
 MOST_REASON = 500
 """Characters of a reason that are kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from fedpeft_operator.console.access import (
+from fedpeft_operator.console.session_store import (
     MOST_GUESTS,
     MOST_KEYS,
     MOST_PAGES,

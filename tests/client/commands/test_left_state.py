@@ -8,7 +8,7 @@ import pytest
 
 from fedpeft_client.commands import leave
 from fedpeft_client.state import state_dir
-from fedpeft_client.state.pending import Outcome, PendingBox
+from fedpeft_client.state.outbox import Outcome, PendingBox
 from fedpeft_client.state.state_dir import StateDirectory
 
 from ..state.test_state import RUN, Crash, crash_at, write_draft

@@ -9,13 +9,13 @@ from typing import cast
 
 from starlette.requests import Request
 
-from fedpeft_operator.console.access import Doorkeeper
 from fedpeft_operator.console.audit_log import AuditLog
-from fedpeft_operator.console.bell import Bell
+from fedpeft_operator.console.change_signal import Bell
 from fedpeft_operator.console.directory import Directory
 from fedpeft_operator.console.feeds import Feeds
-from fedpeft_operator.console.line import Line
-from fedpeft_operator.console.paper import Paper
+from fedpeft_operator.console.renderer import Paper
+from fedpeft_operator.console.server_connection import Line
+from fedpeft_operator.console.session_store import Doorkeeper
 from fedpeft_operator.console.settings import Settings
 
 

@@ -10,9 +10,9 @@ from structlog.testing import capture_logs
 from fedpeft.api import operator_client
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.errors import ServerUnreachable
-from fedpeft_operator.console.bell import Bell
+from fedpeft_operator.console.change_signal import Bell
 from fedpeft_operator.console.directory import Directory
-from fedpeft_operator.console.line import Line
+from fedpeft_operator.console.server_connection import Line
 
 from .federation import Federation
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fedpeft import errors
-from fedpeft_operator.console.desk import desk_of
+from fedpeft_operator.console.context import desk_of
 from fedpeft_operator.console.guard import Refused
 from fedpeft_operator.console.sentences import sentence
 

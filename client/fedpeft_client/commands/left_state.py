@@ -17,7 +17,7 @@ from fedpeft_client.enrolment import site_identity
 from fedpeft_client.owner.policy import FILE as POLICY
 from fedpeft_client.owner.policy import NAMED as POLICY_FILE
 from fedpeft_client.state import contact, processes
-from fedpeft_client.state.pending import ASIDE, BOX, DRAFT, PendingBox
+from fedpeft_client.state.outbox import ASIDE, BOX, DRAFT, PendingBox
 from fedpeft_client.state.state_dir import StateDirectory, identity_folder
 
 LEFT = "left"

@@ -9,7 +9,7 @@ from fedpeft.adapters.payload import chunks
 from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.egress.entries import Departure, Kind
-from fedpeft_client.state.pending import Pending
+from fedpeft_client.state.outbox import Pending
 
 CHUNK_OVERHEAD_BYTES = 32
 """Most bytes that a message adds to a chunk."""
