@@ -23,7 +23,7 @@ from fedpeft.process.addresses import Address
 from fedpeft_operator.console import directory
 from fedpeft_operator.console.app import console
 from fedpeft_operator.console.serving import login_link
-from fedpeft_operator.console.session_store import Doorkeeper
+from fedpeft_operator.console.session_store import SessionStore
 from fedpeft_operator.console.settings import Settings
 
 from .federation import Federation, free_port, wait_for
@@ -47,8 +47,8 @@ def browser(own: Federation, monkeypatch: pytest.MonkeyPatch) -> Iterator[Browse
     monkeypatch.setattr(operator_client, "LOOK_S", 1.0)
     monkeypatch.setattr(directory, "LONGEST_PAUSE_S", 1.0)
     settings = Settings(own.address, Address("127.0.0.1", free_port()))
-    door = Doorkeeper(may_write=True)
-    app = console(settings, partial(OperatorClient, own.address), door)
+    sessions = SessionStore(may_write=True)
+    app = console(settings, partial(OperatorClient, own.address), sessions)
     config = uvicorn.Config(
         app, host="127.0.0.1", port=settings.listen.port, log_config=None, timeout_graceful_shutdown=1
     )
@@ -57,7 +57,7 @@ def browser(own: Federation, monkeypatch: pytest.MonkeyPatch) -> Iterator[Browse
     thread.start()
     wait_for(lambda: server.started, "the console")
     found = Browser(f"127.0.0.1:{settings.listen.port}")
-    assert found.log_in(login_link(settings, door)).status == 303
+    assert found.log_in(login_link(settings, sessions)).status == 303
     yield found
     server.should_exit = True
     thread.join()

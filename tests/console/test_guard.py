@@ -17,7 +17,7 @@ from fedpeft.errors import SettingsInvalid
 from fedpeft.process.addresses import Address
 from fedpeft_operator.console.app import LOOKED_AT, SENT
 from fedpeft_operator.console.serving import login_link, serve
-from fedpeft_operator.console.session_store import Doorkeeper
+from fedpeft_operator.console.session_store import SessionStore
 from fedpeft_operator.console.settings import Settings
 
 from .federation import Federation
@@ -245,7 +245,7 @@ def test_the_printed_link_names_a_host_that_can_be_opened_and_is_answered(
     listen: str, names: tuple[str, ...], shown: str
 ) -> None:
     settings = Settings.checked("s:1", listen, names=names, insecure=True)
-    link = urlsplit(login_link(settings, Doorkeeper(may_write=True)))
+    link = urlsplit(login_link(settings, SessionStore(may_write=True)))
     assert link.hostname == shown
     assert settings.is_ours(shown) and settings.is_ours(socket.gethostname()) == (listen != "127.0.0.1:0")
 

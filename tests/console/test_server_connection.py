@@ -10,9 +10,9 @@ from structlog.testing import capture_logs
 from fedpeft.api import operator_client
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.errors import ServerUnreachable
-from fedpeft_operator.console.change_signal import Bell
+from fedpeft_operator.console.change_signal import ChangeSignal
 from fedpeft_operator.console.directory import Directory
-from fedpeft_operator.console.server_connection import Line
+from fedpeft_operator.console.server_connection import ServerConnection
 
 from .federation import Federation
 
@@ -26,7 +26,7 @@ async def test_a_question_that_fails_leaves_those_under_way_their_connection(fed
         opened.append(OperatorClient(federation.address))
         return opened[-1]
 
-    line, asked, failed = Line(connect), asyncio.Event(), asyncio.Event()
+    connection, asked, failed = ServerConnection(connect), asyncio.Event(), asyncio.Event()
 
     async def slow(server: OperatorClient) -> int:
         asked.set()
@@ -37,14 +37,14 @@ async def test_a_question_that_fails_leaves_those_under_way_their_connection(fed
         await asked.wait()
         raise ServerUnreachable("the server is away")
 
-    answer = asyncio.create_task(line.ask(slow))
+    answer = asyncio.create_task(connection.ask(slow))
     with pytest.raises(ServerUnreachable):
-        await line.ask(away)
+        await connection.ask(away)
     failed.set()
     assert await answer >= 0
-    assert await line.ask(lambda server: server.clients()) is not None
+    assert await connection.ask(lambda server: server.clients()) is not None
     assert len(opened) == 2, "the next question takes a new connection"
-    await line.close()
+    await connection.close()
 
 
 async def test_a_connection_is_not_kept_for_ever(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,14 +55,14 @@ async def test_a_connection_is_not_kept_for_ever(federation: Federation, monkeyp
         opened.append(OperatorClient(federation.address))
         return opened[-1]
 
-    line = Line(connect)
+    connection = ServerConnection(connect)
     for _ in range(2):
-        assert await line.ask(lambda server: server.runs()) is not None
+        assert await connection.ask(lambda server: server.runs()) is not None
     assert len(opened) == 1
     await asyncio.sleep(0.6)
-    assert await line.ask(lambda server: server.runs()) is not None
+    assert await connection.ask(lambda server: server.runs()) is not None
     assert len(opened) == 2, "an identity is renewed when a connection is opened"
-    await line.close()
+    await connection.close()
 
 
 async def test_a_fault_in_a_look_is_said_and_the_next_look_is_made() -> None:
@@ -70,9 +70,9 @@ async def test_a_fault_in_a_look_is_said_and_the_next_look_is_made() -> None:
         async def ask(self, _: object) -> list[object]:
             raise RuntimeError("a fault of ours")
 
-    directory = Directory(Faulty(), Bell(), lambda: None)  # type: ignore[arg-type]
+    directory = Directory(Faulty(), ChangeSignal(), lambda: None)  # type: ignore[arg-type]
     with capture_logs() as said:
         await directory.look()
         assert directory.lost == "the console cannot read the server's lists: RuntimeError: a fault of ours"
         await directory.look(again=True)
-    assert [line["event"] for line in said] == ["the lists cannot be read"] * 2
+    assert [connection["event"] for connection in said] == ["the lists cannot be read"] * 2

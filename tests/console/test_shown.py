@@ -19,7 +19,7 @@ from fedpeft_operator.console.shown.configuration import MOST_LINES, configurati
 from fedpeft_operator.console.shown.members import members
 from fedpeft_operator.console.shown.outliers import norms, times
 from fedpeft_operator.console.shown.overview import card
-from fedpeft_operator.console.shown.pagination import leaf
+from fedpeft_operator.console.shown.pagination import paginate
 from fedpeft_operator.console.shown.run import Tile
 from fedpeft_operator.console.shown.run import tiles as run_tiles
 from fedpeft_operator.console.shown.series import MOST_NORMS, MOST_POINTS, series, thinned
@@ -187,10 +187,10 @@ def test_a_sparkline_runs_from_edge_to_edge() -> None:
 
 @pytest.mark.parametrize(("number", "items"), [(0, [0, 1, 2]), (1, [0, 1, 2]), (3, [6]), (9, [6])])
 def test_pages(number: int, items: list[int]) -> None:
-    found = leaf(range(7), number, 3)
+    found = paginate(range(7), number, 3)
     assert list(found.items) == items
     assert (found.last, found.total) == (3, 7)
-    assert leaf([], 1, 3).last == 1
+    assert paginate([], 1, 3).last == 1
 
 
 def test_the_history_of_a_client() -> None:

@@ -28,7 +28,7 @@ from fedpeft.errors import LocalError, SettingsInvalid, StateInvalid
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.cli.run import live
 from fedpeft_operator.demo import federation, process_group, report
-from fedpeft_operator.demo.process_group import Household, free_ports
+from fedpeft_operator.demo.process_group import ProcessGroup, free_ports
 
 from .operator_double import a_round, a_run
 
@@ -66,23 +66,23 @@ async def said(log: Path) -> str:
 
 async def test_household_ends_its_children_and_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_group, "GRACE_S", 0.5)
-    async with Household(tmp_path / "logs", {"SPOKEN": "1"}) as household:
-        pids = [household.start(name, command).pid for name, command in (("a", SLEEPS), ("b", DEAF), ("c", PARENT))]
+    async with ProcessGroup(tmp_path / "logs", {"SPOKEN": "1"}) as processes:
+        pids = [processes.start(name, command).pid for name, command in (("a", SLEEPS), ("b", DEAF), ("c", PARENT))]
         for name in "ab":
             assert await said(tmp_path / "logs" / f"{name}.log") == "up\n"
         pids.append(int(await said(tmp_path / "logs" / "c.log")))
-        household.check()
+        processes.check()
         assert all(map(alive, pids))
     until(lambda: not any(map(alive, pids)), 5)
 
 
 async def test_death_of_a_child_is_told_with_its_last_words(tmp_path: Path) -> None:
-    async with Household(tmp_path, {"WORDS": "last words"}) as household:
-        household.start("alive", SLEEPS)
+    async with ProcessGroup(tmp_path, {"WORDS": "last words"}) as processes:
+        processes.start("alive", SLEEPS)
         dead = "import os; [print('line', k) for k in range(40)]; print(os.environ['WORDS']); raise SystemExit(3)"
-        household.start("noto", ["-c", dead])
+        processes.start("noto", ["-c", dead])
         with pytest.raises(LocalError) as caught:
-            await household.keep()
+            await processes.watch()
     message = caught.value.message
     assert message.startswith(f"noto ended with exit code 3; the end of its log, {tmp_path / 'noto.log'}:\n")
     assert message.endswith("line 39\n  last words")
@@ -90,22 +90,22 @@ async def test_death_of_a_child_is_told_with_its_last_words(tmp_path: Path) -> N
 
 
 async def test_child_that_was_killed_is_told_by_its_signal(tmp_path: Path) -> None:
-    async with Household(tmp_path, {}) as household:
-        child = household.start("noto", SLEEPS)
+    async with ProcessGroup(tmp_path, {}) as processes:
+        child = processes.start("noto", SLEEPS)
         os.kill(child.pid, signal.SIGKILL)
         with pytest.raises(LocalError, match=r"noto was ended by SIGKILL; .*\n  \(it is empty\)"):
-            await household.keep()
+            await processes.watch()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
 def test_children_of_a_killed_process_end(tmp_path: Path) -> None:
     code = (
         "import asyncio, pathlib\n"
-        "from fedpeft_operator.demo.process_group import Household\n"
+        "from fedpeft_operator.demo.process_group import ProcessGroup\n"
         "async def hold():\n"
-        f"    async with Household(pathlib.Path({str(tmp_path)!r}), {{}}) as household:\n"
-        f"        print(household.start('a', {SLEEPS!r}).pid, flush=True)\n"
-        "        await household.keep()\n"
+        f"    async with ProcessGroup(pathlib.Path({str(tmp_path)!r}), {{}}) as processes:\n"
+        f"        print(processes.start('a', {SLEEPS!r}).pid, flush=True)\n"
+        "        await processes.watch()\n"
         "asyncio.run(hold())\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:

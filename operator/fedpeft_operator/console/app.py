@@ -19,15 +19,15 @@ from fedpeft.api.operator_client import Connect, for_looking
 from fedpeft.errors import FedpeftError
 from fedpeft_operator.console import error_pages
 from fedpeft_operator.console.audit_log import AuditLog
-from fedpeft_operator.console.change_signal import Bell
-from fedpeft_operator.console.context import Desk
+from fedpeft_operator.console.change_signal import ChangeSignal
+from fedpeft_operator.console.context import ConsoleContext
 from fedpeft_operator.console.directory import Directory
 from fedpeft_operator.console.feeds import Feeds
 from fedpeft_operator.console.guard import Guard, Refused
 from fedpeft_operator.console.pages import audit, client, creation, downloads, login, overview, run, steering
-from fedpeft_operator.console.renderer import Paper
-from fedpeft_operator.console.server_connection import Line
-from fedpeft_operator.console.session_store import Doorkeeper
+from fedpeft_operator.console.renderer import Renderer
+from fedpeft_operator.console.server_connection import ServerConnection
+from fedpeft_operator.console.session_store import SessionStore
 from fedpeft_operator.console.settings import Settings
 
 Page = Callable[[Request], Awaitable[Response]]
@@ -58,36 +58,36 @@ SENT: tuple[tuple[str, Page], ...] = (
 )
 
 
-def console(settings: Settings, connect: Connect, door: Doorkeeper) -> Starlette:
+def console(settings: Settings, connect: Connect, sessions: SessionStore) -> Starlette:
     """Returns a console as an ASGI application.
 
     Args:
         settings: Where it listens, and what may be done there.
         connect: Makes a client of the server, with the identity of whoever started the console.
-        door: Lets browsers in.
+        sessions: Login keys and sessions.
     """
-    bell, connect = Bell(), for_looking(connect)
-    line, feeds = Line(connect), Feeds(connect, bell)
-    desk = Desk(
+    signal, connect = ChangeSignal(), for_looking(connect)
+    connection, feeds = ServerConnection(connect), Feeds(connect, signal)
+    context = ConsoleContext(
         settings=settings,
-        door=door,
-        paper=Paper(settings.server, settings.secured),
-        bell=bell,
-        line=line,
+        sessions=sessions,
+        renderer=Renderer(settings.server, settings.secured),
+        signal=signal,
+        connection=connection,
         feeds=feeds,
-        directory=Directory(line, bell, feeds.hurry),
-        audit=AuditLog(line),
+        directory=Directory(connection, signal, feeds.hurry),
+        audit=AuditLog(connection),
     )
 
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
-        looking = asyncio.create_task(desk.directory.keep())
+        looking = asyncio.create_task(context.directory.keep())
         try:
             yield
         finally:
             looking.cancel()
-            desk.feeds.close()
-            await line.close()
+            context.feeds.close()
+            await connection.close()
 
     app = Starlette(
         routes=[
@@ -95,7 +95,7 @@ def console(settings: Settings, connect: Connect, door: Doorkeeper) -> Starlette
             *(Route(path, page, methods=["POST"]) for path, page in SENT),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
         ],
-        middleware=[Middleware(Guard, settings=settings, door=door, refusal=error_pages.said)],
+        middleware=[Middleware(Guard, settings=settings, sessions=sessions, refusal=error_pages.error_page)],
         exception_handlers={
             Refused: error_pages.refused,
             FedpeftError: error_pages.failed,
@@ -104,5 +104,5 @@ def console(settings: Settings, connect: Connect, door: Doorkeeper) -> Starlette
         },
         lifespan=life,
     )
-    app.state.desk = desk
+    app.state.context = context
     return app

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.identity.audit import AuditEntry
-from fedpeft_operator.console.server_connection import Line
+from fedpeft_operator.console.server_connection import ServerConnection
 
 
 class AuditLog:
     """The audit log of the server.
 
     Args:
-        line: To the server.
+        connection: Connection to the server.
     """
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
+    def __init__(self, connection: ServerConnection) -> None:
+        self._connection = connection
         self._newest = 0
 
     async def newest(self) -> int:
@@ -46,7 +46,7 @@ class AuditLog:
                 found.append(entry)
             return found
 
-        return await self._line.ask(read) if number else []
+        return await self._connection.ask(read) if number else []
 
     async def _has(self, after: int) -> bool:
         """Returns True if there is an entry after a number."""
@@ -56,4 +56,4 @@ class AuditLog:
                 return True
             return False
 
-        return await self._line.ask(read)
+        return await self._connection.ask(read)

@@ -1,12 +1,12 @@
-"""The bell that wakes everybody who shows something when anything has changed."""
+"""A counter of changes that tasks of one event loop can wait on."""
 
 from __future__ import annotations
 
 import asyncio
 
 
-class Bell:
-    """Counts what has changed, and lets others wait for more; for one event loop.
+class ChangeSignal:
+    """Counts changes, and lets tasks wait for the next one; for one event loop.
 
     Attributes:
         count: Changes so far.
@@ -14,21 +14,21 @@ class Bell:
 
     def __init__(self) -> None:
         self.count = 0
-        self._rung = asyncio.Event()
+        self._changed = asyncio.Event()
 
-    def ring(self) -> None:
-        """Wakes everybody who waits."""
+    def notify(self) -> None:
+        """Counts a change and wakes every task that waits."""
         self.count += 1
-        self._rung.set()
-        self._rung = asyncio.Event()
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    async def after(self, count: int, patience_s: float) -> bool:
-        """Waits until there were more changes than `count`; returns False if there were none for `patience_s`."""
+    async def wait(self, count: int, timeout_s: float) -> bool:
+        """Waits for a change beyond `count`; returns False if none came within `timeout_s`."""
         if self.count > count:
             return True
         try:
-            async with asyncio.timeout(patience_s):
-                await self._rung.wait()
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
         except TimeoutError:
             return False
         return True

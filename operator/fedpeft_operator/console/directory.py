@@ -13,8 +13,8 @@ import structlog
 from fedpeft.errors import FedpeftError
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_operator.console.change_signal import Bell
-from fedpeft_operator.console.server_connection import Line
+from fedpeft_operator.console.change_signal import ChangeSignal
+from fedpeft_operator.console.server_connection import ServerConnection
 
 PAUSE_S = 1.0
 """Pause between two looks, at least `SHARE` times what a look takes: a large federation is not asked all the time."""
@@ -31,8 +31,8 @@ class Directory:
     """The lists of the server as they were at the last look.
 
     Args:
-        line: To the server.
-        bell: Rung when they have changed.
+        connection: Connection to the server.
+        signal: Notified when they have changed.
         back: Called when a server that was away is there again.
 
     Attributes:
@@ -43,13 +43,13 @@ class Directory:
         lookers: How many pages keep them fresh.
     """
 
-    def __init__(self, line: Line, bell: Bell, back: Callable[[], None]) -> None:
+    def __init__(self, connection: ServerConnection, signal: ChangeSignal, back: Callable[[], None]) -> None:
         self.runs: dict[str, run_pb2.Run] = {}
         self.clients: dict[str, pb.Client] = {}
         self.lost = ""
         self.looked_at = False
         self.lookers = 0
-        self._line, self._bell, self._back = line, bell, back
+        self._connection, self._signal, self._back = connection, signal, back
         self._fresh_until = 0.0
         self._looking: asyncio.Task[None] | None = None
         self._wanted = asyncio.Event()
@@ -99,8 +99,8 @@ class Directory:
         began = time.monotonic()
         before = (self.runs, self.clients, self.lost)
         try:
-            runs = await self._line.ask(lambda server: server.runs())
-            clients = await self._line.ask(lambda server: server.clients())
+            runs = await self._connection.ask(lambda server: server.runs())
+            clients = await self._connection.ask(lambda server: server.clients())
             self.runs, self.clients = _by_id(runs), _by_id(clients)
             self.lost, self.looked_at = "", True
         except FedpeftError as error:
@@ -117,7 +117,7 @@ class Directory:
         if before[2] and not self.lost:
             self._back()
         if before != (self.runs, self.clients, self.lost):
-            self._bell.ring()
+            self._signal.notify()
 
 
 def _by_id(items: Sequence[T]) -> dict[str, T]:

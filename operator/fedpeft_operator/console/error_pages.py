@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fedpeft import errors
-from fedpeft_operator.console.context import desk_of
+from fedpeft_operator.console.context import context_of
 from fedpeft_operator.console.guard import Refused
 from fedpeft_operator.console.sentences import sentence
 
@@ -32,36 +32,36 @@ def status_of(error: errors.FedpeftError) -> int:
 
 
 async def refused(request: Request, error: Exception) -> Response:
-    """Says what the console itself refuses."""
+    """Answers a request that the console itself refuses."""
     assert isinstance(error, Refused)
-    return said(request, error)
+    return error_page(request, error)
 
 
 async def failed(request: Request, error: Exception) -> Response:
-    """Says what the server refused, or that it is not there."""
+    """Answers a request that the server refused or that could not reach it."""
     assert isinstance(error, errors.FedpeftError)
-    return said(request, Refused(status_of(error), sentence(error.message)))
+    return error_page(request, Refused(status_of(error), sentence(error.message)))
 
 
 async def unknown(request: Request, error: Exception) -> Response:
-    """Says that there is no such page."""
+    """Answers a request for a page that does not exist."""
     assert isinstance(error, HTTPException)
     message = "There is no such page." if error.status_code == 404 else f"{HTTPStatus(error.status_code).phrase}."
-    return said(request, Refused(error.status_code, message))
+    return error_page(request, Refused(error.status_code, message))
 
 
 async def unexpected(request: Request, error: Exception) -> Response:
-    """Says that the console has a fault; its traceback goes to standard error."""
-    return said(
+    """Answers a request that met an error of the console; the traceback goes to standard error."""
+    return error_page(
         request, Refused(500, f"Unexpected {type(error).__name__}; the console's standard error has the details.")
     )
 
 
-def said(request: Request, refusal: Refused) -> Response:
-    """Returns the page that says a refusal."""
+def error_page(request: Request, refusal: Refused) -> Response:
+    """Returns the error page of a refusal."""
     title = {401: "Not logged in", 404: "Not found", 500: "Internal error", 503: "Not available"}.get(
         refusal.status, "Refused"
     )
-    return desk_of(request).paper.page(
-        request, "mishap.html", title, status=refusal.status, message=refusal.message, code=refusal.status
+    return context_of(request).renderer.page(
+        request, "error.html", title, status=refusal.status, message=refusal.message, code=refusal.status
     )

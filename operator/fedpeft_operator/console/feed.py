@@ -15,7 +15,7 @@ from fedpeft.api import views
 from fedpeft.api.following import Picture, follow
 from fedpeft.api.operator_client import Connect
 from fedpeft.errors import FedpeftError, Internal, Unavailable
-from fedpeft_operator.console.change_signal import Bell
+from fedpeft_operator.console.change_signal import ChangeSignal
 from fedpeft_operator.console.facts import Reader, RoundFacts
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class RunFeed:
         error: Why it is not followed any more; None while it is, and after its end.
     """
 
-    def __init__(self, run: str, connect: Connect, bell: Bell) -> None:
+    def __init__(self, run: str, connect: Connect, signal: ChangeSignal) -> None:
         self.run = run
         self.picture: Picture | None = None
         self.rounds: Sequence[RoundFacts] = ()
@@ -46,7 +46,7 @@ class RunFeed:
         self.error: FedpeftError | None = None
         self._made: dict[Hashable, object] = {}
         self._reader = Reader()
-        self._connect, self._bell = connect, bell
+        self._connect, self._signal = connect, signal
         self._looked = asyncio.Event()
         self._fresh_until = 0.0
         self._telling: asyncio.TimerHandle | None = None
@@ -122,4 +122,4 @@ class RunFeed:
         self._telling = None
         self._made.clear()
         self._looked.set()
-        self._bell.ring()
+        self._signal.notify()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fedpeft.api.operator_client import Connect
-from fedpeft_operator.console.change_signal import Bell
+from fedpeft_operator.console.change_signal import ChangeSignal
 from fedpeft_operator.console.feed import RunFeed
 
 MOST_FEEDS = 64
@@ -22,11 +22,11 @@ class Feeds:
 
     Args:
         connect: Makes a client of the server.
-        bell: Rung at each change of any run.
+        signal: Notified of each change of any run.
     """
 
-    def __init__(self, connect: Connect, bell: Bell) -> None:
-        self._connect, self._bell = connect, bell
+    def __init__(self, connect: Connect, signal: ChangeSignal) -> None:
+        self._connect, self._signal = connect, signal
         self._feeds: OrderedDict[str, RunFeed] = OrderedDict()
         self._held: Counter[str] = Counter()
 
@@ -34,7 +34,7 @@ class Feeds:
         """Returns the feed of a run, begun if it is not there, and if it has failed and is to be tried `again`."""
         feed = self._feeds.get(run)
         if feed is None or (again and feed.error is not None):
-            feed = self._feeds[run] = RunFeed(run, self._connect, self._bell)
+            feed = self._feeds[run] = RunFeed(run, self._connect, self._signal)
         self._feeds.move_to_end(run)
         self._shed()
         return feed

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedpeft_operator.console.session_store import NOBODY, Doorkeeper, Session
+from fedpeft_operator.console.session_store import NOBODY, Session, SessionStore
 from fedpeft_operator.console.settings import Settings
 
 FIELD = "csrf"
@@ -63,12 +63,12 @@ class Guard:
     Args:
         app: What is guarded; it finds the session in `request.state.session`.
         settings: Of the console.
-        door: Knows the sessions.
+        sessions: The sessions.
         refusal: Renders a refusal.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, door: Doorkeeper, refusal: Refusal) -> None:
-        self._app, self._settings, self._door, self._refusal = app, settings, door, refusal
+    def __init__(self, app: ASGIApp, settings: Settings, sessions: SessionStore, refusal: Refusal) -> None:
+        self._app, self._settings, self._sessions, self._refusal = app, settings, sessions, refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -87,7 +87,7 @@ class Guard:
             await send(message)
 
         headers = Headers(scope=scope)
-        session = self._door.session(_cookie(headers, cookie_name(self._settings.listen.port)))
+        session = self._sessions.get(_cookie(headers, cookie_name(self._settings.listen.port)))
         scope.setdefault("state", {})["session"] = session
         try:
             self._check(scope, headers, session)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from fedpeft_operator.console.context import desk_of
+from fedpeft_operator.console.context import context_of
 from fedpeft_operator.console.guard import Refused, session_of
 from fedpeft_operator.console.renderer import Fragments
 
@@ -35,23 +35,23 @@ def stream(request: Request, draw: Draw, runs: Callable[[], Sequence[str]]) -> S
     Raises:
         Refused: If too many pages are open.
     """
-    if not desk_of(request).door.may_open(session_of(request)):
+    if not context_of(request).sessions.may_open(session_of(request)):
         raise Refused(503, "Too many pages are open; close one and reload this page.")
     return StreamingResponse(_events(request, draw, runs), media_type="text/event-stream")
 
 
 async def _events(request: Request, draw: Draw, runs: Callable[[], Sequence[str]]) -> AsyncIterator[str]:
-    desk, session = desk_of(request), session_of(request)
+    context, session = context_of(request), session_of(request)
     sent: dict[str, str] = {}
     with ExitStack() as held:
-        held.enter_context(desk.door.page_open(session))
-        held.enter_context(desk.directory.looking())
-        held.enter_context(desk.feeds.holding(runs()))
-        while desk.door.session(session.id) is not None:
-            count = desk.bell.count
+        held.enter_context(context.sessions.page_open(session))
+        held.enter_context(context.directory.looking())
+        held.enter_context(context.feeds.holding(runs()))
+        while context.sessions.get(session.id) is not None:
+            count = context.signal.count
             for event in _changed(draw(), sent):
                 yield event
-            if not await desk.bell.after(count, SIGN_OF_LIFE_S):
+            if not await context.signal.wait(count, SIGN_OF_LIFE_S):
                 yield ": still here\n\n"
             await asyncio.sleep(BREATH_S)
 

@@ -1,4 +1,4 @@
-"""Turning values into HTML: the one place where templates are rendered, and every value is escaped."""
+"""HTML from templates: every page is rendered here, and every value is escaped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Fragments = Mapping[str, str]
 """Parts of a page that are kept up to date, HTML by the id of the element that holds it."""
 
 
-class Paper:
+class Renderer:
     """Renders pages and their fragments.
 
     Args:

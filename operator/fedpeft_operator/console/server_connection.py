@@ -1,4 +1,4 @@
-"""The console's own line to the server: one connection for everything that is asked again and again."""
+"""The console's shared connection to the server, for the lists and figures that it reads repeatedly."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fedpeft.errors import Unavailable
 T = TypeVar("T")
 
 
-class Line:
-    """Keeps a client of the server while it answers, and takes a new one when it did not: an old channel waits long.
+class ServerConnection:
+    """Reuses one client while the server answers, and replaces it after a failure: a broken channel backs off for long.
 
-    It takes a new one now and then too, for the sake of the identity's renewal.
+    It replaces the client from time to time as well, so that a renewed identity is used.
 
-    A client that was given up is closed by whoever asks over it last, so no question is cut off by another's failure.
+    A replaced client is closed by the last call that uses it, so no call is cut off by the failure of another.
 
     Args:
         connect: Makes a client.

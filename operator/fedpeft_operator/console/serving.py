@@ -13,7 +13,7 @@ from fedpeft.api.operator_client import Connect
 from fedpeft.errors import SettingsInvalid
 from fedpeft.process.addresses import Address
 from fedpeft_operator.console.app import console
-from fedpeft_operator.console.session_store import Doorkeeper
+from fedpeft_operator.console.session_store import SessionStore
 from fedpeft_operator.console.settings import Settings
 
 BACKLOG = 128
@@ -39,9 +39,9 @@ async def serve(settings: Settings, connect: Connect, say: Callable[[str], None]
 async def _serve(listener: socket.socket, settings: Settings, connect: Connect, say: Callable[[str], None]) -> None:
     port = listener.getsockname()[1]
     settings = replace(settings, listen=Address(settings.listen.host, port))
-    door = Doorkeeper(settings.may_write)
+    sessions = SessionStore(settings.may_write)
     config = uvicorn.Config(
-        console(settings, connect, door),
+        console(settings, connect, sessions),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -57,15 +57,15 @@ async def _serve(listener: socket.socket, settings: Settings, connect: Connect, 
         raise SettingsInvalid(
             f"--tls-certificate {settings.certificate} and --tls-key {settings.key} cannot be used: {error}"
         ) from None
-    say(login_link(settings, door))
+    say(login_link(settings, sessions))
     await uvicorn.Server(config).serve(sockets=[listener])
 
 
-def login_link(settings: Settings, door: Doorkeeper) -> str:
+def login_link(settings: Settings, sessions: SessionStore) -> str:
     """Returns an address that lets one browser in, once."""
     host = settings.link_host
     named = f"[{host}]" if ":" in host else host
-    return f"{settings.scheme}://{named}:{settings.listen.port}/login?key={door.new_key(may_write=True)}"
+    return f"{settings.scheme}://{named}:{settings.listen.port}/login?key={sessions.new_key(may_write=True)}"
 
 
 def _listen(address: Address) -> socket.socket:

@@ -1,4 +1,4 @@
-"""Access to the console, to look or to operate: login keys that work once, and the sessions they open.
+"""Login keys that work once, and the sessions, read-only or read-write, that they open.
 
 Notable: a key is random, is known only to whoever reads the console's standard output or asked for it on a page, and is
 spent by its first use; nothing is kept on disk, so every session ends with the process. A viewer's links, and the
@@ -31,7 +31,7 @@ Held = TypeVar("Held")
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One browser that was let in.
+    """The session of one logged-in browser.
 
     Attributes:
         id: What its cookie holds.
@@ -46,25 +46,25 @@ class Session:
     host: str = ""
 
     @property
-    def line(self) -> str:
-        """The holder of the bounds that it shares: a viewer, or empty for the operators."""
+    def viewer(self) -> str:
+        """The viewer whose limits the session counts against; empty for an operator's session."""
         return "" if self.may_write else self.host or self.id
 
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """A login key: whether its session may steer, and the viewer in whose line it is; empty for an operator's."""
+    """A login key: whether its session may write, and the viewer it counts against; empty for an operator's."""
 
     may_write: bool
     host: str
 
 
 NOBODY = Session("", "", may_write=False)
-"""A browser that was not let in."""
+"""The session of a browser that is not logged in."""
 
 
-class Doorkeeper:
-    """Gives out login keys and opens a session for each.
+class SessionStore:
+    """Issues login keys and opens a session for each.
 
     Args:
         may_write: Whether any session of this console may steer.
@@ -85,12 +85,12 @@ class Doorkeeper:
         """
         key, host = secrets.token_urlsafe(32), ""
         if maker and not maker.may_write:
-            may_write, host = False, maker.line
+            may_write, host = False, maker.viewer
         self._keys[key] = _Key(may_write and self.may_write, host)
         _make_room(self._keys, MOST_KEYS, lambda other: other.host == host)
         return key
 
-    def enter(self, key: str) -> Session | None:
+    def redeem(self, key: str) -> Session | None:
         """Spends a key; returns its session, or None for a key that is wrong or was spent."""
         found = [known for known in self._keys if secrets.compare_digest(known.encode(), key.encode())]
         if not found:
@@ -105,7 +105,7 @@ class Doorkeeper:
             _make_room(self._sessions, MOST_SESSIONS, lambda other: other.may_write is same and not other.host)
         return session
 
-    def session(self, cookie: str) -> Session | None:
+    def get(self, cookie: str) -> Session | None:
         """Returns the session of a cookie, or None."""
         return self._sessions.get(cookie)
 
@@ -114,20 +114,20 @@ class Doorkeeper:
         if session.may_write:
             return self._pages[""] < MOST_PAGES
         theirs = self._pages.total() - self._pages[""]
-        return theirs < MOST_PAGES and self._pages[session.line] < MOST_PAGES_OF_A_VIEWER
+        return theirs < MOST_PAGES and self._pages[session.viewer] < MOST_PAGES_OF_A_VIEWER
 
     @contextmanager
     def page_open(self, session: Session) -> Iterator[None]:
         """Counts a page for as long as the block lasts."""
-        self._pages[session.line] += 1
+        self._pages[session.viewer] += 1
         try:
             yield
         finally:
-            self._pages[session.line] -= 1
-            if not self._pages[session.line]:
-                del self._pages[session.line]
+            self._pages[session.viewer] -= 1
+            if not self._pages[session.viewer]:
+                del self._pages[session.viewer]
 
-    def leave(self, session: Session) -> None:
+    def end(self, session: Session) -> None:
         """Ends a session."""
         self._sessions.pop(session.id, None)
 

@@ -30,7 +30,7 @@ from fedpeft_operator.cli.run.create import created
 from fedpeft_operator.cli.run.watch import watched
 from fedpeft_operator.cli.session import Session
 from fedpeft_operator.demo import report
-from fedpeft_operator.demo.process_group import Household, free_ports
+from fedpeft_operator.demo.process_group import ProcessGroup, free_ports
 
 EXPERIMENT = Path("experiments/emoji")
 COLUMN = "vendor"
@@ -133,36 +133,36 @@ async def hold(plan: Plan) -> Picture:
 
 async def _held_in(plan: Plan) -> Picture:
     begun = time.monotonic()
-    household = Household(plan.out / "logs", ONE_THREAD)
+    processes = ProcessGroup(plan.out / "logs", ONE_THREAD)
     try:
-        async with household:
-            return await _held(plan, household, begun)
+        async with processes:
+            return await _held(plan, processes, begun)
     except asyncio.CancelledError:
-        for line in _stopped(plan, household):
+        for line in _stopped(plan, processes):
             output.note(line)
         raise
 
 
-async def _held(plan: Plan, household: Household, begun: float) -> Picture:
-    weights = await _weights(plan, household)
+async def _held(plan: Plan, processes: ProcessGroup, begun: float) -> Picture:
+    weights = await _weights(plan, processes)
     names = _partition(plan)
-    session = await _serve(plan, household)
-    _start_clients(plan, household, session, names, weights)
+    session = await _serve(plan, processes)
+    _start_clients(plan, processes, session, names, weights)
     output.say("building the model and creating the run ...")
     config = _sized(plan.config, len(names))
-    run = await first_of(created(session, config, weights), household.keep())
-    picture = await first_of(watched(session, run.id), household.keep())
+    run = await first_of(created(session, config, weights), processes.watch())
+    picture = await first_of(watched(session, run.id), processes.watch())
     if views.state(picture.run) != "completed":
         raise TrainingFailed(f"{run.id} was {views.state(picture.run)}: {picture.run.reason or 'no reason given'}")
     await _leave(plan, session, picture, names, begun)
     return picture
 
 
-def _stopped(plan: Plan, household: Household) -> list[str]:
+def _stopped(plan: Plan, processes: ProcessGroup) -> list[str]:
     """Returns what is said once a demo was told to stop and all its processes have ended."""
-    ended = ", ".join(child.name for child in household.children) or "nothing had been started"
+    ended = ", ".join(child.name for child in processes.children) or "nothing had been started"
     lines = [f"fedpeft: the demo was stopped, and its processes with it: {ended}"]
-    lines += [f"logs: {plan.out / 'logs'}"] if household.children else []
+    lines += [f"logs: {plan.out / 'logs'}"] if processes.children else []
     if (plan.out / "server").is_dir():
         lines.append(
             f"the adapter versions until now: {plan.out / 'server'}; fedpeft-server --data-dir {plan.out / 'server'} "
@@ -208,16 +208,16 @@ def _usable(out: Path) -> Iterator[None]:
         raise SettingsInvalid(f"--out {out} cannot be used: {error.strerror}") from None
 
 
-async def _weights(plan: Plan, household: Household) -> Path | None:
+async def _weights(plan: Plan, processes: ProcessGroup) -> Path | None:
     """Returns the backbone's file; fetches and converts it the first time. None: no file is needed."""
     if plan.weights is not None or plan.config.model.weights in ("hub", "none"):
         return plan.weights
     path = _cache(plan) / plan.config.model.weights
     if not path.is_file():
         output.say("fetching the backbone (once, about 97 MB) ...")
-    fetching = household.start("backbone", [str(plan.experiment / "backbone.py"), "--out", str(path)])
+    fetching = processes.start("backbone", [str(plan.experiment / "backbone.py"), "--out", str(path)])
     await fetching.until_ended()
-    household.children.remove(fetching)
+    processes.children.remove(fetching)
     if fetching.end() != 0:
         raise fetching.death()
     return path
@@ -260,16 +260,16 @@ def _partition(plan: Plan) -> dict[str, int]:
     return names
 
 
-async def _serve(plan: Plan, household: Household) -> Session:
+async def _serve(plan: Plan, processes: ProcessGroup) -> Session:
     """Starts the server and waits until it answers."""
     free = iter(free_ports(2))
     listen = f"127.0.0.1:{plan.port or next(free)}"
     metrics = f"127.0.0.1:{plan.metrics_port or next(free)}"
     arguments = ["--data-dir", str(plan.out / "server"), "--listen", listen, "--metrics", metrics]
     arguments += FOR_PEOPLE
-    household.start("server", ["-m", "fedpeft_server", *arguments])
+    processes.start("server", ["-m", "fedpeft_server", *arguments])
     session = Session(listen, insecure=True)  # this server speaks plain text, whatever identity this person has
-    await first_of(_ready(session), household.keep())
+    await first_of(_ready(session), processes.watch())
     output.say(f"server on {listen}, metrics on http://{metrics}/metrics, logs in {plan.out / 'logs'}")
     return session
 
@@ -289,7 +289,7 @@ async def _ready(session: Session) -> None:
 
 
 def _start_clients(
-    plan: Plan, household: Household, session: Session, names: Mapping[str, int], weights: Path | None
+    plan: Plan, processes: ProcessGroup, session: Session, names: Mapping[str, int], weights: Path | None
 ) -> None:
     """Starts a client beside each part of the data, and the evaluator beside the held-out images."""
     shared = ["--server", session.server, "--threads", "1", "--device", "cpu", *FOR_PEOPLE]
@@ -299,7 +299,7 @@ def _start_clients(
     for name, data in sites.items():
         own = ["--name", name, "--data", str(data), "--state-dir", str(plan.out / "state" / name)]
         own += ["--evaluate"] if name == EVALUATOR else []
-        household.start(name, ["-m", "fedpeft_client", *shared, *own])
+        processes.start(name, ["-m", "fedpeft_client", *shared, *own])
 
 
 def _sized(config: RunConfig, clients: int) -> RunConfig:

@@ -102,8 +102,8 @@ class Child:
         return LocalError(f"{self.name} {how}; the end of its log, {self.log}:{lines}")
 
 
-class Household:
-    """All children of one command; leaving it ends them, the last started first. An async context manager.
+class ProcessGroup:
+    """The child processes of one command; leaving it ends them, the last started first. An async context manager.
 
     Args:
         logs: Folder of the logs; made if missing.
@@ -137,7 +137,7 @@ class Household:
         self.children.append(child)
         return child
 
-    async def keep(self) -> NoReturn:
+    async def watch(self) -> NoReturn:
         """Raises when a child ends.
 
         Raises:
@@ -167,7 +167,7 @@ class Household:
                     for child in group:
                         await child.until_ended()
             except TimeoutError:
-                continue  # what is left is killed when the household is left
+                continue  # what is left is killed when the group is left
 
 
 def free_ports(count: int) -> list[int]:

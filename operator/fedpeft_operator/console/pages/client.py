@@ -8,13 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fedpeft.api import views
-from fedpeft_operator.console.context import Desk, desk_of
+from fedpeft_operator.console.context import ConsoleContext, context_of
 from fedpeft_operator.console.guard import Refused, session_of
 from fedpeft_operator.console.live import stream
 from fedpeft_operator.console.pages.request_values import page_number, path_id
 from fedpeft_operator.console.renderer import Fragments
 from fedpeft_operator.console.shown.client import Followed, chart, history, remarks, tiles
-from fedpeft_operator.console.shown.pagination import leaf
+from fedpeft_operator.console.shown.pagination import paginate
 
 CLIENTS_A_PAGE = 50
 ENTRIES_A_PAGE = 50
@@ -24,34 +24,34 @@ RUNS_LOOKED_AT = 12
 
 async def clients(request: Request) -> Response:
     """Shows every client that ever registered."""
-    desk, page = desk_of(request), page_number(request)
-    await desk.directory.look()
-    return desk.paper.page(
+    context, page = context_of(request), page_number(request)
+    await context.directory.look()
+    return context.renderer.page(
         request,
         "clients.html",
         "Clients",
-        fragments=draw_list(desk, page),
+        fragments=draw_list(context, page),
         events=f"/clients/events?page={page}",
     )
 
 
 async def clients_events(request: Request) -> Response:
     """Sends what changes of it."""
-    desk, page = desk_of(request), page_number(request)
-    return stream(request, lambda: draw_list(desk, page), list)
+    context, page = context_of(request), page_number(request)
+    return stream(request, lambda: draw_list(context, page), list)
 
 
 async def client(request: Request) -> Response:
     """Shows what a client did."""
-    desk, name, page = desk_of(request), path_id(request, "client"), page_number(request)
-    if not await desk.directory.knows_client(name):
+    context, name, page = context_of(request), path_id(request, "client"), page_number(request)
+    if not await context.directory.knows_client(name):
         raise Refused(404, f"No client {name} has registered; the list of clients shows all that have.")
-    await desk.looked(_runs(desk))
-    return desk.paper.page(
+    await context.looked(_runs(context))
+    return context.renderer.page(
         request,
         "client.html",
         name,
-        fragments=draw(desk, name, page, session_of(request).may_write),
+        fragments=draw(context, name, page, session_of(request).may_write),
         client=name,
         events=f"/clients/{quote(name)}/events?page={page}",
     )
@@ -59,54 +59,54 @@ async def client(request: Request) -> Response:
 
 async def client_events(request: Request) -> Response:
     """Sends what changes of it."""
-    desk, name, page = desk_of(request), path_id(request, "client"), page_number(request)
+    context, name, page = context_of(request), path_id(request, "client"), page_number(request)
     may_write = session_of(request).may_write
-    return stream(request, lambda: draw(desk, name, page, may_write), lambda: _runs(desk))
+    return stream(request, lambda: draw(context, name, page, may_write), lambda: _runs(context))
 
 
-def draw_list(desk: Desk, page: int) -> Fragments:
+def draw_list(context: ConsoleContext, page: int) -> Fragments:
     """Returns the fragments of the list of clients."""
-    directory = desk.directory
-    rows = leaf(list(directory.clients.values()), page, CLIENTS_A_PAGE)
+    directory = context.directory
+    rows = paginate(list(directory.clients.values()), page, CLIENTS_A_PAGE)
     return {
-        "connection": desk.paper.fragment("connection.html", lost=directory.lost),
-        "clients": desk.paper.fragment(
+        "connection": context.renderer.fragment("connection.html", lost=directory.lost),
+        "clients": context.renderer.fragment(
             "client/list.html",
             clients=[views.client_json(client) for client in rows.items],
-            leaf=rows,
+            page=rows,
             asked=directory.looked_at,
         ),
     }
 
 
-def draw(desk: Desk, name: str, page: int, may_write: bool) -> Fragments:
+def draw(context: ConsoleContext, name: str, page: int, may_write: bool) -> Fragments:
     """Returns the fragments of a client's page."""
-    paper, known = desk.paper, desk.directory.clients.get(name)
-    connection = {"connection": paper.fragment("connection.html", lost=desk.directory.lost)}
+    renderer, known = context.renderer, context.directory.clients.get(name)
+    connection = {"connection": renderer.fragment("connection.html", lost=context.directory.lost)}
     if known is None:
         return connection
-    followed = [_followed(desk, run) for run in _runs(desk)]
+    followed = [_followed(context, run) for run in _runs(context)]
     entries, drawn = history(name, followed), chart(name, followed)
     judges = not entries and views.role(known) == "evaluator"
     return {
         **connection,
-        "about": paper.fragment(
+        "about": renderer.fragment(
             "client/about.html", client=views.client_json(known), remarks=remarks(name, followed), may_write=may_write
         ),
-        "tiles": "" if judges else paper.fragment("tiles.html", tiles=tiles(entries)),
-        "series": paper.fragment("series.html", series={"norms": drawn[1]} if drawn else {}),
-        "said-norms": paper.fragment("client/norms.html", followed=drawn[0] if drawn else None, judges=judges),
-        "history": paper.fragment(
-            "client/history.html", leaf=leaf(entries, page, ENTRIES_A_PAGE), client=name, judges=judges
+        "tiles": "" if judges else renderer.fragment("tiles.html", tiles=tiles(entries)),
+        "series": renderer.fragment("series.html", series={"norms": drawn[1]} if drawn else {}),
+        "said-norms": renderer.fragment("client/norms.html", followed=drawn[0] if drawn else None, judges=judges),
+        "history": renderer.fragment(
+            "client/history.html", page=paginate(entries, page, ENTRIES_A_PAGE), client=name, judges=judges
         ),
     }
 
 
-def _runs(desk: Desk) -> list[str]:
+def _runs(context: ConsoleContext) -> list[str]:
     """Returns the runs that are looked at, newest first."""
-    return list(reversed(desk.directory.runs))[:RUNS_LOOKED_AT]
+    return list(reversed(context.directory.runs))[:RUNS_LOOKED_AT]
 
 
-def _followed(desk: Desk, run: str) -> Followed:
-    feed = desk.feeds.of(run)
-    return feed.made("followed", lambda: Followed(run, desk.directory.runs[run].config.name, feed.rounds))
+def _followed(context: ConsoleContext, run: str) -> Followed:
+    feed = context.feeds.of(run)
+    return feed.made("followed", lambda: Followed(run, context.directory.runs[run].config.name, feed.rounds))

@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from fedpeft import ids, text_files
 from fedpeft.config import RunConfig
 from fedpeft_operator.console import run_file
-from fedpeft_operator.console.context import desk_of
+from fedpeft_operator.console.context import context_of
 from fedpeft_operator.console.examples import EXAMPLES
 from fedpeft_operator.console.guard import Refused, check_writer, session_of
 from fedpeft_operator.console.pages.forms import form_of
@@ -41,10 +41,10 @@ async def _of_run(request: Request, run: str) -> str:
         Refused: If there is no such run.
         FedpeftError: If it cannot be read.
     """
-    desk = desk_of(request)
-    if not ids.RUN.fullmatch(run) or not await desk.directory.knows_run(run):
+    context = context_of(request)
+    if not ids.RUN.fullmatch(run) or not await context.directory.knows_run(run):
         raise Refused(404, f"Run {run[:80]} does not exist; the overview lists all runs.")
-    async with desk.line.connect() as server:
+    async with context.connection.connect() as server:
         return whole((await server.run(run))[0])
 
 
@@ -61,7 +61,7 @@ async def create(request: Request) -> Response:
     try:
         if form.get("action") != "create":
             return _form(request, text, valid=run_file.read(text))
-        made = await run_file.create(text, str(form.get("request_id", ""))[:64], desk_of(request).line.connect)
+        made = await run_file.create(text, str(form.get("request_id", ""))[:64], context_of(request).connection.connect)
     except Faulty as faulty:
         return _form(request, text, faults=faulty.faults)
     return RedirectResponse(f"/runs/{made.id}", 303)
@@ -86,7 +86,7 @@ def _form(
     faults: Sequence[Fault] = (),
     valid: RunConfig | None = None,
 ) -> Response:
-    return desk_of(request).paper.page(
+    return context_of(request).renderer.page(
         request,
         "new.html",
         "New run",

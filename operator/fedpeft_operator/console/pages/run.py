@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fedpeft.errors import Unavailable
-from fedpeft_operator.console.context import Desk, desk_of
+from fedpeft_operator.console.context import ConsoleContext, context_of
 from fedpeft_operator.console.facts import RoundFacts
 from fedpeft_operator.console.feed import RunFeed
 from fedpeft_operator.console.guard import Refused, session_of
@@ -19,7 +19,7 @@ from fedpeft_operator.console.shown.evaluation import evaluation
 from fedpeft_operator.console.shown.excluded import Exclusions, exclusions
 from fedpeft_operator.console.shown.members import members
 from fedpeft_operator.console.shown.outliers import WINDOW, norms
-from fedpeft_operator.console.shown.pagination import leaf
+from fedpeft_operator.console.shown.pagination import paginate
 from fedpeft_operator.console.shown.run import awaited, declines, head, stage, tiles, versions
 from fedpeft_operator.console.shown.series import series
 from fedpeft_operator.console.shown.set_aside import set_aside
@@ -31,10 +31,10 @@ MOST_MEMBERS = 50
 
 async def run(request: Request) -> Response:
     """Shows a run."""
-    desk, feed, page = desk_of(request), await _feed(request), page_number(request)
-    fragments = draw(desk, feed, page, session_of(request).may_write)
+    context, feed, page = context_of(request), await _feed(request), page_number(request)
+    fragments = draw(context, feed, page, session_of(request).may_write)
     name = feed.picture.run.config.name if feed.picture else feed.run
-    return desk.paper.page(
+    return context.renderer.page(
         request,
         "run.html",
         name,
@@ -49,32 +49,34 @@ async def run(request: Request) -> Response:
 
 async def events(request: Request) -> Response:
     """Sends what changes of it."""
-    desk, feed, page = desk_of(request), await _feed(request), page_number(request)
+    context, feed, page = context_of(request), await _feed(request), page_number(request)
     may_write = session_of(request).may_write
-    return stream(request, lambda: draw(desk, feed, page, may_write), lambda: [feed.run])
+    return stream(request, lambda: draw(context, feed, page, may_write), lambda: [feed.run])
 
 
-def draw(desk: Desk, feed: RunFeed, page: int, may_write: bool) -> Fragments:
+def draw(context: ConsoleContext, feed: RunFeed, page: int, may_write: bool) -> Fragments:
     """Returns the fragments of a run's page."""
     # A watch may be silent for long; whether the server is there, the directory asks.
-    lost = (feed.lost or desk.directory.lost) if feed.error is None else feed.error.message
-    connection = {"connection": desk.paper.fragment("connection.html", lost=lost)}
+    lost = (feed.lost or context.directory.lost) if feed.error is None else feed.error.message
+    connection = {"connection": context.renderer.fragment("connection.html", lost=lost)}
     if feed.picture is None:
         return connection
-    about_rounds = feed.made(("rounds", page), lambda: _about_rounds(desk, feed, page))
-    about_run = feed.made(("run", may_write), lambda: _about_run(desk, feed, may_write))
+    about_rounds = feed.made(("rounds", page), lambda: _about_rounds(context, feed, page))
+    about_run = feed.made(("run", may_write), lambda: _about_run(context, feed, may_write))
     # How far clients and evaluators are changes all the time: from the last look at all runs, not from the watch.
-    run = desk.directory.runs.get(feed.run, feed.picture.run)
+    run = context.directory.runs.get(feed.run, feed.picture.run)
     far = {
-        "awaited": desk.paper.fragment("run/awaited.html", awaited=awaited(run)),
-        "evaluation": desk.paper.fragment("run/evaluation.html", evaluation=evaluation(run, feed.rounds), run=feed.run),
+        "awaited": context.renderer.fragment("run/awaited.html", awaited=awaited(run)),
+        "evaluation": context.renderer.fragment(
+            "run/evaluation.html", evaluation=evaluation(run, feed.rounds), run=feed.run
+        ),
     }
     return {**connection, **about_rounds, **about_run, **far}
 
 
 async def round_(request: Request) -> Response:
     """Shows one round of a run, with all its tickets."""
-    desk, feed, page = desk_of(request), await _feed(request), page_number(request)
+    context, feed, page = context_of(request), await _feed(request), page_number(request)
     number = path_number(request, "number")
     facts = next((facts for facts in feed.rounds if facts.number == number), None)
     if facts is None or feed.picture is None:
@@ -83,71 +85,73 @@ async def round_(request: Request) -> Response:
     classes = {
         name.removeprefix("accuracy/"): value for name, value in facts.metrics.items() if name.startswith("accuracy/")
     }
-    return desk.paper.page(
+    return context.renderer.page(
         request,
         "round.html",
         f"Round {number} of {feed.picture.run.config.name}",
         run=feed.run,
         name=feed.picture.run.config.name,
         round=facts,
-        tickets=leaf(facts.tickets, page, 100),
-        excluded=await _exclusions(desk, feed.run, facts),
+        tickets=paginate(facts.tickets, page, 100),
+        excluded=await _exclusions(context, feed.run, facts),
         norms=ratios,
         classes=sorted(classes.items(), key=lambda item: item[1]),
         last=len(feed.rounds),
     )
 
 
-async def _exclusions(desk: Desk, run: str, facts: RoundFacts) -> Exclusions | None:
+async def _exclusions(context: ConsoleContext, run: str, facts: RoundFacts) -> Exclusions | None:
     """Returns the excluded updates of a round; its record, which alone has the limit, is read only if there are any."""
     if not facts.of("excluded"):
         return None
     try:
-        found = await desk.line.ask(lambda server: server.round(run, facts.number)) if facts.is_committed else None
+        found = (
+            await context.connection.ask(lambda server: server.round(run, facts.number)) if facts.is_committed else None
+        )
     except Unavailable:  # the page says so already, and has the reasons without it
         found = None
     return exclusions(facts, found.record if found else "")
 
 
-def _about_run(desk: Desk, feed: RunFeed, may_write: bool) -> dict[str, str]:
-    picture, paper = feed.picture, desk.paper
+def _about_run(context: ConsoleContext, feed: RunFeed, may_write: bool) -> dict[str, str]:
+    picture, renderer = feed.picture, context.renderer
     assert picture is not None
     return {
-        "head": paper.fragment("run/head.html", head=head(picture.run), may_write=may_write),
-        "aside": paper.fragment(
+        "head": renderer.fragment("run/head.html", head=head(picture.run), may_write=may_write),
+        "aside": renderer.fragment(
             "run/aside.html", aside=set_aside(picture.run, feed.rounds), run=feed.run, may_write=may_write
         ),
-        "end": paper.fragment("run/end.html", head=head(picture.run), may_write=may_write),
-        "rollback-said": paper.fragment("run/rollback.html", head=head(picture.run)),
-        "configuration": paper.fragment(
+        "end": renderer.fragment("run/end.html", head=head(picture.run), may_write=may_write),
+        "rollback-said": renderer.fragment("run/rollback.html", head=head(picture.run)),
+        "configuration": renderer.fragment(
             "run/configuration.html",
             configuration=configuration(picture.run),
             head=head(picture.run),
             may_write=may_write,
         ),
-        "stage": paper.fragment(
+        "stage": renderer.fragment(
             "run/stage.html", stage=stage(picture, feed.rounds), head=head(picture.run), declines=declines(picture.run)
         ),
-        "tiles": paper.fragment("tiles.html", tiles=tiles(picture, feed.rounds)),
+        "tiles": renderer.fragment("tiles.html", tiles=tiles(picture, feed.rounds)),
     }
 
 
-def _about_rounds(desk: Desk, feed: RunFeed, page: int) -> dict[str, str]:
-    picture, paper = feed.picture, desk.paper
+def _about_rounds(context: ConsoleContext, feed: RunFeed, page: int) -> dict[str, str]:
+    picture, renderer = feed.picture, context.renderer
     assert picture is not None
     initial = dict(picture.run.initial_metrics)
     committed = [facts for facts in feed.rounds if facts.is_committed]
     found = members(feed.rounds)
     said = {f"said-{name}": text for name, text in captions(feed.rounds, initial).items()}
     return {
-        **{name: paper.fragment("text.html", text=text) for name, text in said.items()},
-        "series": paper.fragment("series.html", series=series(feed.rounds, initial)),
-        "members": paper.fragment(
+        **{name: renderer.fragment("text.html", text=text) for name, text in said.items()},
+        "series": renderer.fragment("series.html", series=series(feed.rounds, initial)),
+        "members": renderer.fragment(
             "run/members.html", members=found[:MOST_MEMBERS], hidden=max(0, len(found) - MOST_MEMBERS), run=feed.run
         ),
-        "rounds": paper.fragment(
+        "rounds": renderer.fragment(
             "run/rounds.html",
-            leaf=leaf(list(reversed(committed)), page, ROUNDS_A_PAGE),
+            page=paginate(list(reversed(committed)), page, ROUNDS_A_PAGE),
             run=feed.run,
             initial=initial,
         ),
@@ -160,11 +164,11 @@ async def _feed(request: Request) -> RunFeed:
     Raises:
         FedpeftError: If it cannot be followed.
     """
-    desk, run = desk_of(request), path_id(request, "run")
-    if not await desk.directory.knows_run(run):
+    context, run = context_of(request), path_id(request, "run")
+    if not await context.directory.knows_run(run):
         raise Refused(404, f"Run {run} does not exist; the overview lists all runs.")
-    feed = desk.feeds.of(run, again=True)
-    await desk.looked([run])
+    feed = context.feeds.of(run, again=True)
+    await context.looked([run])
     if feed.error is not None:
         raise feed.error
     return feed

@@ -16,7 +16,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class AuditRow:
     """An entry for people.
 
     Attributes:
@@ -38,14 +38,14 @@ class Line:
     sha256: str
 
 
-def lines(entries: Sequence[AuditEntry]) -> list[Line]:
+def rows(entries: Sequence[AuditEntry]) -> list[AuditRow]:
     """Returns entries for people, newest first."""
-    return [_line(entry) for entry in sorted(entries, key=lambda entry: -entry.number)]
+    return [_row(entry) for entry in sorted(entries, key=lambda entry: -entry.number)]
 
 
-def _line(entry: AuditEntry) -> Line:
+def _row(entry: AuditEntry) -> AuditRow:
     at = datetime.fromtimestamp(entry.at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return Line(entry.number, at, entry.actor, entry.action, entry.object, _details(entry.details), entry.sha256)
+    return AuditRow(entry.number, at, entry.actor, entry.action, entry.object, _details(entry.details), entry.sha256)
 
 
 def _details(text: str) -> tuple[tuple[str, str], ...]:

@@ -1,4 +1,4 @@
-"""A long list in pages."""
+"""Pages of a long list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf(Generic[T]):
+class Page(Generic[T]):
     """One page of a list.
 
     Attributes:
@@ -26,8 +26,8 @@ class Leaf(Generic[T]):
     total: int
 
 
-def leaf(items: Sequence[T], number: int, size: int) -> Leaf[T]:
+def paginate(items: Sequence[T], number: int, size: int) -> Page[T]:
     """Returns page `number` of a list, the nearest one there is."""
     last = max(1, -(-len(items) // size))
     number = min(max(1, number), last)
-    return Leaf(items[(number - 1) * size : number * size], number, last, len(items))
+    return Page(items[(number - 1) * size : number * size], number, last, len(items))
