@@ -45,17 +45,17 @@ from fedpeft_server.rpc.federation import Federation
 from fedpeft_server.rpc.health import Health
 from fedpeft_server.rpc.interceptors import Gate
 from fedpeft_server.rpc.operator import Operator
-from fedpeft_server.rpc.sessions import Callers
+from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.progress import TIMING, Timing
 from fedpeft_server.runs.progress_watch import ProgressWatch
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.settings import Settings
 from fedpeft_server.startup_checks import refuse_lost_certificates, tell_lost_versions
-from fedpeft_server.store.rows import Deed
+from fedpeft_server.store.rows import AuditEvent
 from fedpeft_server.store.store import Store
-from fedpeft_server.traffic import Ledger
+from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.pipeline import Uploads
-from fedpeft_server.uploads.transfer_slots import Turns
+from fedpeft_server.uploads.transfer_slots import TransferSlots
 
 log = structlog.get_logger()
 
@@ -141,17 +141,17 @@ class Server:
         self.metrics.build.labels(__version__).set(1)
         self.metrics.watch_disk(settings.data_dir)
         asyncio.get_running_loop().set_exception_handler(self.background.unhandled)
-        self.ledger = Ledger(self.metrics)
+        self.byte_counter = ByteCounter(self.metrics)
         self.store = Store(settings.data_dir, settings.database, settings.blobs, keep_updates=settings.keep_updates)
-        self.callers = Callers(await self.store.call(self.store.db.clients), settings.max_clients)
+        self.sessions = Sessions(await self.store.transact(self.store.db.clients), settings.max_clients)
         progress = ProgressWatch(
-            self.store, self.metrics, self.callers.heard, lambda client: self.uploads.has(client), self.timing
+            self.store, self.metrics, self.sessions.last_activity, lambda client: self.uploads.has(client), self.timing
         )
-        self.runs = Runs(self.store, self.ledger, self.metrics, self.background, progress)
+        self.runs = Runs(self.store, self.byte_counter, self.metrics, self.background, progress)
         durable.sweep(settings.certificates)
         self.certificates = ServerCertificates.of(settings.certificates)
         if self.certificates is None and not settings.insecure:
-            await self.store.call(refuse_lost_certificates, self.store.db, settings.certificates)
+            await self.store.transact(refuse_lost_certificates, self.store.db, settings.certificates)
         self.admission = await self._admission()
         self.rpc, self.enrolling = self._grpc_servers()
         self._bind()
@@ -160,16 +160,16 @@ class Server:
             self.exporter = self.metrics.serve(where.host, where.port)
         await tell_lost_versions(self.store)
         await self.runs.start()
-        for evaluator in self.callers.evaluators():
-            for run in self.runs.answers.accepted_by(evaluator):
+        for evaluator in self.sessions.evaluators():
+            for run in self.runs.participation.accepted_by(evaluator):
                 self.runs.scoring.takes_part(run, evaluator)
-        await self.store.call(self.store.db.transactions.write, Deed("server", "server.started", __version__))
+        await self.store.transact(self.store.db.transactions.write, AuditEvent("server", "server.started", __version__))
         self._begin_upkeep()
 
     def _begin_upkeep(self) -> None:
         background = self.background
         background.every("traffic", BOOK_S, self._book)
-        background.keep("traffic", self._book_payloads())
+        background.supervise("traffic", self._book_payloads())
         background.every("database", PROBE_S, self._probe_database)
         background.every("certificate", LOOK_S, self._renew_certificate)
         background.every("certificate files", FILES_S, self._take_up_certificates)
@@ -177,12 +177,12 @@ class Server:
         background.every("tokens", PURGE_S, self._purge_tokens)
         background.every("files", CLEAN_S, partial(self.store.compute, self.store.clean))
         background.every("storage", MEASURE_S, self._measure)
-        background.keep("health", self._show_health())
+        background.supervise("health", self._show_health())
         if self.enrolment:
             background.every("enrolment", PAUSE_S, self.enrolment.run)
 
     async def serve(self) -> None:
-        """Answers calls until somebody says stop."""
+        """Participation calls until somebody says stop."""
         await asyncio.gather(self.rpc.start(), self.enrolling.start())
         self.started.set()
         self.background.changed.set()
@@ -205,7 +205,7 @@ class Server:
         self._send_away()
         await asyncio.gather(*(server.stop(self.settings.drain_s) for server in (self.rpc, self.enrolling)))
         await self.uploads.close()
-        await self.access.steps.ended()
+        await self.access.tasks.wait()
         await self.background.close()
         await self.runs.close()
         if self.enrolment:
@@ -231,34 +231,34 @@ class Server:
         """Returns the server for --listen, and that for what the process at --enroll hands on: the same services."""
         limit = self.settings.max_transfers
         self.uploads = Uploads(
-            self.store, self.ledger, self.settings.max_update_bytes, limit, self.runs.declared_examples
+            self.store, self.byte_counter, self.settings.max_update_bytes, limit, self.runs.declared_examples
         )
-        self.downloads = Turns(limit)
+        self.downloads = TransferSlots(limit)
         self.caller_log = CallerLog(self.metrics)
         federation = Federation(
             self.runs,
             self.store,
-            self.callers,
+            self.sessions,
             self.uploads,
             self.downloads,
-            self.ledger,
+            self.byte_counter,
             self.metrics,
             self.caller_log,
         )
-        operator = Operator(self.runs, self.store, self.callers, self.uploads, self.ledger)
+        operator = Operator(self.runs, self.store, self.sessions, self.uploads, self.byte_counter)
         life = timedelta(seconds=self.settings.certificate_life_s)
         self.access = Access(
             self.store,
             self.admission,
             self.runs,
-            self.callers,
+            self.sessions,
             self.certificates,
             self._take_up_certificates,
             self._addresses,
             life,
         )
         self.health = Health()
-        self.gate = Gate(self.admission, self.metrics, self.ledger, self.caller_log)
+        self.gate = Gate(self.admission, self.metrics, self.byte_counter, self.caller_log)
         listening = grpc.aio.server(interceptors=[self.gate], options=connections.options(bounds.MAIN))
         enrolling = grpc.aio.server(interceptors=[self.gate], options=connections.options(bounds.FORWARDED))
         for server in (listening, enrolling):
@@ -271,10 +271,10 @@ class Server:
 
     async def _admission(self) -> Admission:
         """Returns what decides over calls, with what the database knows."""
-        known = await self.store.call(self.store.db.identities.after, ("", ""))
+        known = await self.store.transact(self.store.db.identities.after, ("", ""))
         for row in known:
             if row.is_revoked:
-                self.callers.dismiss(row.subject)
+                self.sessions.dismiss(row.subject)
         own = self.certificates
         return Admission(self.store, known, secured=own is not None, enrolls=bool(own and own.issuing))
 
@@ -347,29 +347,29 @@ class Server:
             await self._renew_certificate()
 
     async def _probe_database(self) -> None:
-        await self.store.call(self.store.db.transactions.probe)
+        await self.store.transact(self.store.db.transactions.probe)
 
     async def _purge_tokens(self) -> None:
-        await self.store.call(self.store.db.identities.purge_tokens, time.time() - TOKENS_KEPT_S)
+        await self.store.transact(self.store.db.identities.purge_tokens, time.time() - TOKENS_KEPT_S)
 
     async def _tell_left_out(self) -> None:
         self.caller_log.tell()
 
     async def _book(self) -> None:
-        self.metrics.registered(self.callers.silences(time.time()))
+        self.metrics.registered(self.sessions.silences(time.time()))
         await self._write_books()
 
     async def _write_books(self) -> None:
-        await self.ledger.write(self.store)
-        await self.callers.write(self.store)
+        await self.byte_counter.write(self.store)
+        await self.sessions.write(self.store)
 
     async def _book_payloads(self) -> None:
         """Writes traffic soon after a payload moved: what is not written is lost if the process is killed."""
         while True:
-            await self.ledger.moved.wait()
+            await self.byte_counter.moved.wait()
             await asyncio.sleep(MOVED_S)
             with self.background.attempt("traffic"):
-                await self.ledger.write(self.store)
+                await self.byte_counter.write(self.store)
 
     async def _measure(self) -> None:
         """Shows how much is stored."""

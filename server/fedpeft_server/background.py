@@ -56,8 +56,8 @@ class Background:
         """True if all of it goes on, and no repeated work fails for an unforeseen reason or for the database."""
         return self.fault is None and not self._failing
 
-    def keep(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Begins work that must last until `close`; `name` is what logs and metrics call it."""
+    def supervise(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Starts work that must last until `close`; its end is a fault. `name` is its name in logs and metrics."""
         task = self.begin(name, work)
         self._kept.add(task)
         return task
@@ -82,7 +82,7 @@ class Background:
                     await step()
                 await asyncio.sleep(seconds)
 
-        return self.keep(name, repeat())
+        return self.supervise(name, repeat())
 
     @contextmanager
     def attempt(self, name: str, run: str = "") -> Iterator[None]:

@@ -48,7 +48,7 @@ async def tell_lost_versions(store: Store) -> None:
 
     Before any run is taken up, for runs make versions; it keeps no server from its other runs.
     """
-    new, needed = await store.call(_expected, store.db)
+    new, needed = await store.transact(_expected, store.db)
     try:
         async with asyncio.timeout(LOOK_S):
             for version in needed:

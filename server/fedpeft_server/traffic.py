@@ -25,7 +25,7 @@ from fedpeft_server.store.rows import Traffic
 from fedpeft_server.store.store import Store
 
 
-class Ledger:
+class ByteCounter:
     """The bytes that are not in the database yet, and their Prometheus counters."""
 
     def __init__(self, metrics: Metrics) -> None:

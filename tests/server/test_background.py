@@ -71,7 +71,7 @@ async def test_work_that_ends_in_a_failure_ends_the_daemon(
         raise RuntimeError("unforeseen")
 
     with capture_logs() as said:
-        (background.keep if kept else background.begin)("matching", work())
+        (background.supervise if kept else background.begin)("matching", work())
         await asyncio.sleep(0.01)
     assert isinstance(background.fault, Internal) and "'matching' failed: RuntimeError: unforeseen" in str(
         background.fault
@@ -89,7 +89,7 @@ async def test_only_what_must_last_may_not_end(background: Background, ended: li
     await asyncio.sleep(0.01)
     assert not ended
     with capture_logs():
-        background.keep("matching", work())
+        background.supervise("matching", work())
         await asyncio.sleep(0.01)
     assert ended
 

@@ -228,14 +228,14 @@ async def test_bytes_that_could_not_be_written_are_written_later(daemon: Daemon)
     task = await a.task()
     db, server = daemon.server.store.db, daemon.server
     db.add_traffic = failing(db.add_traffic)  # type: ignore[method-assign]
-    before = server.ledger.pending(run.id)
+    before = server.byte_counter.pending(run.id)
     assert before
     with pytest.raises(DiskFull):  # which what calls it, again and again, says in the log
         await server._write_books()
-    assert server.ledger.pending(run.id) == before
+    assert server.byte_counter.pending(run.id) == before
     await server._write_books()
-    assert not server.ledger.pending(run.id)
-    (row,), _ = await server.store.call(db.rounds_from, run.id, Place(), 9, 9, {})
+    assert not server.byte_counter.pending(run.id)
+    (row,), _ = await server.store.transact(db.rounds_from, run.id, Place(), 9, 9, {})
     assert [ticket.traffic for ticket in row.tickets] == [before[1, "a"]]
     assert task.round == 1
 

@@ -24,7 +24,7 @@ from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import metrics as metrics_module
 from fedpeft_server.access.files import Files
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.rpc.sessions import Callers, Silence
+from fedpeft_server.rpc.sessions import Sessions, Silence
 from fedpeft_server.runs import gauges
 from fedpeft_server.store.rows import ClientRow, RunState
 
@@ -185,7 +185,7 @@ def test_clients_are_counted_by_when_they_last_called() -> None:
     now = time.time()
     ages = {"a": 5, "b": 119, "c": 121, "d": 86_399, "e": 86_401}
     known = [client_row(name, "trainer", now - age) for name, age in ages.items()]
-    silences = Callers([*known, client_row("judge", "evaluator", now)], 10).silences(now)
+    silences = Sessions([*known, client_row("judge", "evaluator", now)], 10).silences(now)
     counts = Counter(trainer_present=2, trainer_silent=2, trainer_gone=1, evaluator_present=1)
     assert named(silences) == counts
     metrics = Metrics()
@@ -204,7 +204,7 @@ async def test_a_client_whose_call_is_held_is_present_and_one_that_is_heard_no_m
     async with asyncio.timeout(10):
         while not daemon.server.runs.lobby.is_waiting("b"):
             await asyncio.sleep(0.01)
-    silences = daemon.server.callers.silences
+    silences = daemon.server.sessions.silences
     assert named(silences(time.time())) == Counter(trainer_present=2)
     assert named(silences(time.time() + 1000)) == Counter(trainer_present=1, trainer_silent=1)
     held.cancel()

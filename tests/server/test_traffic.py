@@ -19,7 +19,7 @@ from fedpeft.v1 import tensor_pb2
 from fedpeft_server import app
 from fedpeft_server.access.call import Key
 from fedpeft_server.store.rows import Traffic
-from fedpeft_server.traffic import Ledger
+from fedpeft_server.traffic import ByteCounter
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, refused
 from .test_process import running
@@ -206,51 +206,51 @@ async def test_no_byte_is_lost_where_a_transaction_fails_that_its_caller_has_lef
     """The client of a download that is resumed may disconnect while the database refuses what is written for it."""
     daemon = await start()
     store, begun, go = daemon.server.store, threading.Event(), threading.Event()
-    ledger, key, bytes_ = Ledger(daemon.server.metrics), ("run-a", 1, "a"), Traffic(1, 2, 3, 4)
-    ledger._add(key, bytes_)
+    byte_counter, key, bytes_ = ByteCounter(daemon.server.metrics), ("run-a", 1, "a"), Traffic(1, 2, 3, 4)
+    byte_counter._add(key, bytes_)
 
     def refused_later(_: Mapping[Key, Traffic]) -> None:
         begun.set()
         assert go.wait(20)
         raise DiskFull("no room")
 
-    written = asyncio.ensure_future(ledger.hand_out(store, refused_later, run))
+    written = asyncio.ensure_future(byte_counter.hand_out(store, refused_later, run))
     await asyncio.to_thread(begun.wait, 20)
-    assert not ledger.pending("run-a")
-    ledger._add(key, bytes_)
+    assert not byte_counter.pending("run-a")
+    byte_counter._add(key, bytes_)
     written.cancel()
     await asyncio.wait({written})
     go.set()
-    await store.call(lambda: None)  # transactions follow one another
-    assert ledger.pending("run-a") == {(1, "a"): bytes_ + bytes_}
+    await store.transact(lambda: None)  # transactions follow one another
+    assert byte_counter.pending("run-a") == {(1, "a"): bytes_ + bytes_}
 
 
 async def test_bytes_of_a_transaction_whose_caller_has_left_are_written_once(start: StartDaemon) -> None:
     daemon = await start()
     store, begun, go, seen = daemon.server.store, threading.Event(), threading.Event(), list[dict[Key, Traffic]]()
-    ledger = Ledger(daemon.server.metrics)
-    ledger._add(("run-a", 1, "a"), Traffic(1, 2, 3, 4))
+    byte_counter = ByteCounter(daemon.server.metrics)
+    byte_counter._add(("run-a", 1, "a"), Traffic(1, 2, 3, 4))
 
     def slow(traffic: Mapping[Key, Traffic]) -> None:
         begun.set()
         assert go.wait(20)
         seen.append(dict(traffic))
 
-    written = asyncio.ensure_future(ledger.hand_out(store, slow))
+    written = asyncio.ensure_future(byte_counter.hand_out(store, slow))
     await asyncio.to_thread(begun.wait, 20)
     written.cancel()
     go.set()
-    await store.call(lambda: None)
+    await store.transact(lambda: None)
     assert seen == [{("run-a", 1, "a"): Traffic(1, 2, 3, 4)}]
-    assert not ledger.pending("run-a")
+    assert not byte_counter.pending("run-a")
 
 
 async def test_the_time_of_a_call_is_kept_where_it_cannot_be_written_and_who_wanted_it_has_left(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`ListClients` writes it, and its caller may disconnect."""
-    callers, store, begun, go = daemon.server.callers, daemon.server.store, threading.Event(), threading.Event()
-    callers._touched = {"a": 5.0, "b": 5.0}
+    sessions, store, begun, go = daemon.server.sessions, daemon.server.store, threading.Event(), threading.Event()
+    sessions._touched = {"a": 5.0, "b": 5.0}
 
     def refused_later(_: Mapping[str, float]) -> None:
         begun.set()
@@ -258,12 +258,12 @@ async def test_the_time_of_a_call_is_kept_where_it_cannot_be_written_and_who_wan
         raise DiskFull("no room")
 
     monkeypatch.setattr(store.db, "touch_clients", refused_later)
-    written = asyncio.ensure_future(callers.write(store))
+    written = asyncio.ensure_future(sessions.write(store))
     await asyncio.to_thread(begun.wait, 20)
-    callers._touched["a"] = 6.0
+    sessions._touched["a"] = 6.0
     written.cancel()
     await asyncio.wait({written})
     go.set()
-    await store.call(lambda: None)
-    assert callers._touched == {"a": 6.0, "b": 5.0}
-    callers._touched = {}
+    await store.transact(lambda: None)
+    assert sessions._touched == {"a": 6.0, "b": 5.0}
+    sessions._touched = {}

@@ -186,7 +186,7 @@ class Images(Learner[Source, ImageDataset]):
 
 
 class OfKind(Learner[Examples, Examples]):
-    """Whatever an installed kind reads."""
+    """Tasks of an installed kind, with the examples that its `read` returns."""
 
     def __init__(self, kind: Kind) -> None:
         self._kind = kind

@@ -30,7 +30,7 @@ from fedpeft_server.access.pacing import Pacing
 from fedpeft_server.access.peers import FORWARDED_KEY, address_of
 from fedpeft_server.access.rights import RIGHTS
 from fedpeft_server.access.throttle import Throttle
-from fedpeft_server.store.rows import Deed, IdentityRow
+from fedpeft_server.store.rows import AuditEvent, IdentityRow
 from fedpeft_server.store.store import Store
 
 Context = Any
@@ -199,16 +199,18 @@ class Admission:
 
     async def refused(self, call: Call, error: FedpeftError, peer: str) -> None:
         """Writes a refusal into the audit log, unless the same one was written a moment ago."""
-        unsaid = self._refusals.unsaid((str(call.caller), error.reason, call.method))
+        unsaid = self._refusals.suppressed((str(call.caller), error.reason, call.method))
         if unsaid is not None:
             words: dict[str, Detail] = {"reason": error.reason, "message": error.message}
-            deed = Deed(str(call.caller), "call.refused", call.method, {**words, "peer": peer, "unsaid_before": unsaid})
-            await self._store.call(self._store.db.transactions.write, deed)
+            audit_event = AuditEvent(
+                str(call.caller), "call.refused", call.method, {**words, "peer": peer, "unsaid_before": unsaid}
+            )
+            await self._store.transact(self._store.db.transactions.write, audit_event)
 
     async def _write_down(self, subject: Subject) -> None:
         """Sees to it that whoever is let in is in the database, and so can be listed and revoked."""
         if subject not in self._known:
-            await self._store.call(self._store.db.identities.seen, subject)
+            await self._store.transact(self._store.db.identities.seen, subject)
             self._known.add(subject)
 
     def _revocation(self, subject: Subject) -> CertificateRevoked:

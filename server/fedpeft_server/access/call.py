@@ -123,7 +123,7 @@ class Call:
         training: Whether they are a trainer's.
         unbooked: Bytes before that was known.
         ended: Why the server ended it; None while it did not.
-        turn: What bounds the wait for its client to read, where others may wait for its place.
+        slot: What bounds the wait for its client to read, where others may wait for its place.
         moved: Called when a message of it has passed.
     """
 
@@ -135,7 +135,7 @@ class Call:
     training: bool = True
     unbooked: dict[Direction, int] = field(default_factory=lambda: {"up": 0, "down": 0})
     ended: FedpeftError | None = None
-    turn: Bounding | None = None
+    slot: Bounding | None = None
     moved: Callable[[], None] = lambda: None
 
     @property

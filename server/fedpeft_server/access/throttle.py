@@ -26,7 +26,7 @@ class Throttle(Generic[Key]):
         self._clock = clock
         self._said: OrderedDict[Key, tuple[float, int]] = OrderedDict()
 
-    def unsaid(self, key: Key) -> int | None:
+    def suppressed(self, key: Key) -> int | None:
         """Returns how often the kind was left unsaid since it was said, if it is to be said now; None if it is not."""
         now = self._clock()
         last, count = self._said.pop(key, (-math.inf, 0))

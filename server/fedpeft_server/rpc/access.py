@@ -43,9 +43,9 @@ from fedpeft_server.access.call import CALL, actor
 from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.rpc import pages
 from fedpeft_server.rpc.messages import audit_message, identity_message, token_message
-from fedpeft_server.rpc.sessions import Callers
+from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.runs import Runs
-from fedpeft_server.runs.shielded import Steps, unbroken
+from fedpeft_server.runs.shielded import TaskSet, shielded
 from fedpeft_server.store.identities import Issue, Issued
 from fedpeft_server.store.rows import IdentityRow, TokenRow
 from fedpeft_server.store.store import Store
@@ -97,7 +97,7 @@ class Access(pb_grpc.AccessServiceServicer):
         store: Store,
         admission: Admission,
         runs: Runs,
-        callers: Callers,
+        sessions: Sessions,
         own: ServerCertificates | None,
         take_up: Callable[[], Awaitable[None]],
         addresses: Callable[[], Addresses],
@@ -107,13 +107,13 @@ class Access(pb_grpc.AccessServiceServicer):
         self._identities = store.db.identities
         self._admission = admission
         self._runs = runs
-        self._callers = callers
+        self._sessions = sessions
         self._own = own
         self._take_up = take_up
         self._addresses = addresses
         self._life = life
         self._issued_to: dict[Subject, deque[float]] = defaultdict(lambda: deque(maxlen=MOST_CERTIFICATES))
-        self.steps = Steps()
+        self.tasks = TaskSet()
 
     async def Enroll(self, request: pb.EnrollRequest, context: Context) -> pb.EnrollResponse:
         """Gives a device its first certificate."""
@@ -141,7 +141,7 @@ class Access(pb_grpc.AccessServiceServicer):
         if subject is None:
             raise CertificateMissing("a certificate is renewed over a connection that was made with it")
         certificate = self._issue(authority, subject, key, self._admission.refused_until(subject))
-        await self._store.call(self._identities.renewed, subject, _issued(certificate, authority))
+        await self._store.transact(self._identities.renewed, subject, _issued(certificate, authority))
         log.info("certificate renewed", subject=str(subject))
         return pb.RenewResponse(certificate=certificates.to_pem(certificate), authority=self._trusted())
 
@@ -167,7 +167,7 @@ class Access(pb_grpc.AccessServiceServicer):
         where, now = self._addresses(), time.time()
         made = EnrollmentToken.make(where.server, where.enrollment, self._own.root)
         row = TokenRow(made.digest.hex(), subject, now, actor(), now + life_s)
-        await self._store.call(self._identities.add_token, row)
+        await self._store.transact(self._identities.add_token, row)
         log.info("token created", subject=str(subject), token=row.id, by=row.created_by)
         return pb.CreateTokenResponse(token=token_message(row), line=made.encode())
 
@@ -175,7 +175,7 @@ class Access(pb_grpc.AccessServiceServicer):
         """Shows enrolment tokens, a page at a time."""
         most = pages.size(request.page_size)
         place = pages.position(request.page_token, of=("tokens",), first=(0.0, ""))
-        rows = await self._store.call(self._identities.tokens_after, place, most + 1)
+        rows = await self._store.transact(self._identities.tokens_after, place, most + 1)
         tokens = pages.fitting(map(token_message, rows[:most]))
         last = rows[len(tokens) - 1] if len(tokens) < len(rows) else None
         return pb.ListTokensResponse(
@@ -187,7 +187,7 @@ class Access(pb_grpc.AccessServiceServicer):
         """Makes a token worthless."""
         if len(request.id) != TokenRow.ID_DIGITS:
             raise TokenNotFound(f"there is no enrolment token {request.id[:80]!r}")
-        await self._store.call(self._identities.delete_token, request.id, actor())
+        await self._store.transact(self._identities.delete_token, request.id, actor())
         return pb.DeleteTokenResponse()
 
     async def RevokeIdentity(self, request: pb.RevokeIdentityRequest, context: Context) -> pb.RevokeIdentityResponse:
@@ -207,7 +207,7 @@ class Access(pb_grpc.AccessServiceServicer):
         """Shows whoever was enrolled or revoked, a page at a time."""
         most = pages.size(request.page_size)
         place = pages.position(request.page_token, of=("identities",), first=("", ""))
-        rows = await self._store.call(self._identities.after, place, most + 1)
+        rows = await self._store.transact(self._identities.after, place, most + 1)
         identities = pages.fitting(identity_message(row, self._trusts(row)) for row in rows[:most])
         last = rows[len(identities) - 1].subject if len(identities) < len(rows) else None
         return pb.ListIdentitiesResponse(
@@ -221,7 +221,7 @@ class Access(pb_grpc.AccessServiceServicer):
         """Shows the audit log, a page at a time."""
         most, of = pages.size(request.page_size), ("audit", request.after)
         (after,) = pages.position(request.page_token, of=of, first=(min(request.after, pages.NUMBERS - 1),))
-        rows = await self._store.call(self._store.db.transactions.entries_after, after, most + 1)
+        rows = await self._store.transact(self._store.db.transactions.entries_after, after, most + 1)
         entries = pages.fitting(map(audit_message, rows[:most]))
         more = len(entries) < len(rows)
         return pb.ListAuditEntriesResponse(
@@ -230,25 +230,25 @@ class Access(pb_grpc.AccessServiceServicer):
 
     # The database's answers are taken up in its order, so memory ends as it does where two of these meet.
 
-    @unbroken
+    @shielded
     async def _enroll(self, secret: str, public: str, issue: Issue) -> TokenRow:
-        used, row = await self._store.call(self._identities.enroll, secret, public, time.time(), issue)
+        used, row = await self._store.transact(self._identities.enroll, secret, public, time.time(), issue)
         self._admission.know(row)
         return used
 
-    @unbroken
+    @shielded
     async def _restore(self, subject: Subject, by: str) -> IdentityRow:
-        row = await self._store.call(self._identities.restore, subject, time.time(), by)
+        row = await self._store.transact(self._identities.restore, subject, time.time(), by)
         self._admission.know(row)
         log.warning("identity restored", subject=str(subject), by=by)
         return row
 
-    @unbroken
+    @shielded
     async def _revoke(self, subject: Subject, reason: str, by: str, *, unseen: bool) -> IdentityRow:
         before = self._admission.refused_until(subject)
         self._admission.revoke(subject)
         try:
-            row = await self._store.call(self._identities.revoke, subject, time.time(), reason, by, unseen=unseen)
+            row = await self._store.transact(self._identities.revoke, subject, time.time(), reason, by, unseen=unseen)
         except DatabaseUnavailable:  # it may be written: refusing somebody in vain is the smaller harm
             log.error("whether an identity is revoked is unknown; it is refused until a restart", subject=str(subject))
             raise
@@ -260,10 +260,10 @@ class Access(pb_grpc.AccessServiceServicer):
         await self._dismiss(subject, by, "its certificate was revoked")
         return row
 
-    @unbroken
+    @shielded
     async def _leave(self, subject: Subject, reason: str, spared: asyncio.Task[object] | None) -> int:
         """Revokes a subject at its own wish; `spared` is the task of its call. Returns how many tickets were open."""
-        row = await self._store.call(self._identities.revoke, subject, time.time(), reason, str(subject), left=True)
+        row = await self._store.transact(self._identities.revoke, subject, time.time(), reason, str(subject), left=True)
         self._admission.know(row)
         self._admission.revoke(subject, sparing=spared)
         log.warning("client left the federation", subject=str(subject), reason=reason)
@@ -277,10 +277,10 @@ class Access(pb_grpc.AccessServiceServicer):
         """
         if subject.role not in (Role.CLIENT, Role.EVALUATOR):
             return 0
-        self._callers.dismiss(subject)
+        self._sessions.dismiss(subject)
         client = subject.name
-        self._runs.lobby.call(client)
-        self._runs.answers.dismiss(client)
+        self._runs.lobby.wake(client)
+        self._runs.participation.dismiss(client)
         self._runs.dismiss_evaluator(client)
         withdrawn = 0
         for engine in self._runs.active():

@@ -65,7 +65,7 @@ class CallerLog:
 
     def _again(self, call: Call, kind: str) -> dict[str, int] | None:
         """Returns what a line says of those like it that were left out; None if it is to be left out itself."""
-        before = self._refusals.unsaid((call.party, call.method, kind))
+        before = self._refusals.suppressed((call.party, call.method, kind))
         if before is None:
             self._leave_out(call.party)
             return None

@@ -39,16 +39,16 @@ from fedpeft_server.rpc import pages
 from fedpeft_server.rpc.caller_log import CallerLog
 from fedpeft_server.rpc.chunk_cache import ChunkCache
 from fedpeft_server.rpc.messages import ROLES, RUN_STATES, TICKET_STATES, run_message, timestamp
-from fedpeft_server.rpc.sessions import Callers
+from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.download_cache import Encoded
 from fedpeft_server.store.rows import AnswerRow, FailedEvaluation, RunRow, UpdateRow
 from fedpeft_server.store.store import Store, version_key
-from fedpeft_server.traffic import Ledger
+from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.incoming import Context
 from fedpeft_server.uploads.pipeline import Uploads
-from fedpeft_server.uploads.transfer_slots import Turns
+from fedpeft_server.uploads.transfer_slots import TransferSlots
 
 _LISTED = 16
 """Most runs that Register lists; AwaitRound offers all of them, so this is for callers that only want to show some."""
@@ -73,53 +73,53 @@ class Federation(pb_grpc.FederationServiceServicer):
         self,
         runs: Runs,
         store: Store,
-        callers: Callers,
+        sessions: Sessions,
         uploads: Uploads,
-        downloads: Turns,
-        ledger: Ledger,
+        downloads: TransferSlots,
+        byte_counter: ByteCounter,
         metrics: Metrics,
         caller_log: CallerLog,
     ) -> None:
         self._runs = runs
         self._store = store
-        self._callers = callers
+        self._sessions = sessions
         self._uploads = uploads
         self._downloads = downloads
         self._chunks = ChunkCache(store)
-        self._ledger = ledger
+        self._byte_counter = byte_counter
         self._metrics = metrics
         self._log = caller_log
 
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         """Announces a client; a dry run is only told what it would hear."""
-        callers = self._callers
+        sessions = self._sessions
         role = _ROLE_NAMES.get(request.role)
         if role is None:
             raise CapabilitiesInvalid("the role must be trainer or evaluator", (("role", "is unspecified"),))
         earlier = untrusted_text.processes(request.earlier_processes)
         if request.dry_run:
-            client = callers.rehearse(context, role, earlier)
+            client = sessions.check_registration(context, role, earlier)
         else:
-            client = callers.identify(context, registers=True, earlier=earlier)
+            client = sessions.identify(context, registers=True, earlier=earlier)
         _check_protocol(request)
         capabilities = untrusted_text.capabilities(request.capabilities)
         response = self._welcome(request)
         if request.dry_run:
             return response
-        if self._callers.register(client, role) == "evaluator" != role:
+        if self._sessions.register(client, role) == "evaluator" != role:
             self._runs.dismiss_evaluator(client)
         self._runs.ask_again(client)
         if role == "evaluator":
             await self._runs.scoring.try_again(client)
-        (instance, process), said = self._callers.holder(client), capabilities.SerializeToString()
-        await self._store.call(self._store.db.see_client, client, instance, role, said, time.time(), process)
+        (instance, process), said = self._sessions.holder(client), capabilities.SerializeToString()
+        await self._store.transact(self._store.db.see_client, client, instance, role, said, time.time(), process)
         self._log.info("client registered", client=client, role=role, device=capabilities.device)
         return response
 
     async def AwaitRound(self, request: pb.AwaitRoundRequest, context: Context) -> pb.AwaitRoundResponse:
-        """Answers when there is something to do for the client."""
-        client = self._callers.identify(context)
-        role = self._callers.role(client)
+        """Participation when there is something to do for the client."""
+        client = self._sessions.identify(context)
+        role = self._sessions.role(client)
         look = self._evaluation if role == "evaluator" else self._training
         left_out = frozenset(request.left_out[:MAX_LEFT_OUT])
         until = time.monotonic() + HOLD_S
@@ -139,8 +139,8 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def AnswerOffer(self, request: pb.AnswerOfferRequest, context: Context) -> pb.AnswerOfferResponse:
         """Takes what a client says to the offer of a run."""
-        client = self._callers.identify(context)
-        self._callers.role(client)
+        client = self._sessions.identify(context)
+        self._sessions.role(client)
         reasons = untrusted_text.decline(request.reasons)
         accepted = request.answer == pb.ANSWER_ACCEPTED
         if not accepted and request.answer != pb.ANSWER_DECLINED:
@@ -152,7 +152,7 @@ class Federation(pb_grpc.FederationServiceServicer):
             raise AnswerInvalid(f"examples {fault}", (("examples", fault),))
         answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, request.examples, time.time())
         await self._runs.answer(answer, actor())
-        if self._callers.role(client) == "evaluator":
+        if self._sessions.role(client) == "evaluator":
             engine = self._runs.get(answer.run)
             note = self._runs.scoring.takes_part if accepted else self._runs.scoring.leaves
             note(answer.run, client)
@@ -166,14 +166,14 @@ class Federation(pb_grpc.FederationServiceServicer):
         self, request: pb.PullAdapterRequest, context: Context
     ) -> AsyncIterator[pb.PullAdapterResponse]:
         """Sends an adapter version."""
-        client = self._callers.identify(context)
+        client = self._sessions.identify(context)
         _check_digest("have_sha256", request.have_sha256)
         engine = self._runs.get(request.run)
         if request.version > engine.run.version:
             raise VersionNotFound(f"{request.run} has no version {request.version}; the newest is {engine.run.version}")
-        training = self._callers.role(client) == "trainer"
+        training = self._sessions.role(client) == "trainer"
         number = request.version + 1 if training else request.version
-        self._ledger.assign(engine.run.id, number, client, training=training)
+        self._byte_counter.assign(engine.run.id, number, client, training=training)
         encoded = await self._encoded(engine.run, request.version)
         manifest, size = encoded.manifest, encoded.manifest.payload_bytes
         if request.offset > size:
@@ -185,32 +185,32 @@ class Federation(pb_grpc.FederationServiceServicer):
         if held:
             return
         if request.offset:
-            await self._ledger.resumed(self._store, request.offset)
+            await self._byte_counter.resumed(self._store, request.offset)
         opening = partial(
-            self._store.outbound.open, engine.run, encoded.row, version_key(engine.run.id, request.version)
+            self._store.download_cache.open, engine.run, encoded.row, version_key(engine.run.id, request.version)
         )
-        async with self._downloads.take(client) as turn, self._store.opened_late(opening) as file:
-            CALL.get().turn = turn
+        async with self._downloads.take(client) as slot, self._store.opened_late(opening) as file:
+            CALL.get().slot = slot
             for offset, length in chunks(request.offset, size):
                 if offset > request.offset:
-                    turn.check()
+                    slot.check()
                 yield await self._chunks.get(manifest.sha256, file, offset, length)
                 # Only now: were it booked before, a payload could be in the database whose message was never sent.
-                self._ledger.payload("down", engine.run.config.codec.down, length)
+                self._byte_counter.payload("down", engine.run.config.codec.down, length)
 
     async def _encoded(self, run: RunRow, version: int) -> Encoded:
         """Returns a version as it goes to clients; its row never changes, so one that is encoded needs no look."""
-        known = self._store.outbound.known(run.id, version)
+        known = self._store.download_cache.known(run.id, version)
         if known:
             return known
-        row = await self._store.call(self._store.db.version, run.id, version)
-        return await self._store.version(self._store.outbound.encoded, run, row, version_key(run.id, version))
+        row = await self._store.transact(self._store.db.version, run.id, version)
+        return await self._store.version(self._store.download_cache.encoded, run, row, version_key(run.id, version))
 
     async def PushUpdate(
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest], context: Context
     ) -> pb.PushUpdateResponse:
         """Receives an update; the answer means that it is durable."""
-        client = self._callers.identify(context)
+        client = self._sessions.identify(context)
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("header"):
             raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
@@ -221,7 +221,7 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
         """Says where an upload stands."""
-        client = self._callers.identify(context)
+        client = self._sessions.identify(context)
         _check_digest("sha256", request.sha256)
         engine, ticket, _ = await self._ticket(request.ticket, client)
         self._runs.progress.report(ticket.id, request.step, request.steps)
@@ -238,7 +238,7 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:
         """Gives a ticket up."""
-        client = self._callers.identify(context)
+        client = self._sessions.identify(context)
         engine, ticket, _ = await self._ticket(request.ticket, client)
         try:
             state = await engine.withdraw(ticket, untrusted_text.reason(request.reason), actor())
@@ -248,7 +248,7 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def CheckRuns(self, request: pb.CheckRunsRequest, context: Context) -> pb.CheckRunsResponse:
         """Says of some runs in which state they are."""
-        self._callers.identify(context)
+        self._sessions.identify(context)
         if len(request.runs) > MAX_CHECKED:
             fault = f"has {len(request.runs)} ids; at most {MAX_CHECKED} are taken"
             raise RunsInvalid(f"runs {fault}", (("runs", fault),))
@@ -259,13 +259,13 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def PushEvaluation(self, request: pb.PushEvaluationRequest, context: Context) -> pb.PushEvaluationResponse:
         """Takes figures of a version."""
-        client = self._callers.identify(context)
-        if self._callers.role(client) != "evaluator":
+        client = self._sessions.identify(context)
+        if self._sessions.role(client) != "evaluator":
             raise NotAnEvaluator(f"client {client} registered as a trainer; figures come from evaluators")
         engine = self._runs.get(request.run)
         if request.version > engine.run.version:
             raise VersionNotFound(f"{request.run} has no version {request.version}; the newest is {engine.run.version}")
-        self._ledger.assign(engine.run.id, request.version, client, training=False)
+        self._byte_counter.assign(engine.run.id, request.version, client, training=False)
         if request.failure:
             return await self._cannot_score(request, engine, client)
         metric_values.check_evaluation(request.metrics)
@@ -275,8 +275,8 @@ class Federation(pb_grpc.FederationServiceServicer):
             raise MetricsInvalid(f"split {split[:80]!r} {fault}", (("split", fault),))
         metrics = dict(request.metrics)
         put = self._store.db.put_evaluation
-        await self._store.call(put, engine.run.id, request.version, client, split, metrics, time.time())
-        self._callers.scored(client, (engine.run.id, request.version))
+        await self._store.transact(put, engine.run.id, request.version, client, split, metrics, time.time())
+        self._sessions.scored(client, (engine.run.id, request.version))
         await self._runs.scoring.scored(engine.run.id, client, request.version)
         self._runs.show_backlog(engine)
         self._metrics.scored(engine.run.id, split, metrics)
@@ -296,7 +296,7 @@ class Federation(pb_grpc.FederationServiceServicer):
             raise MetricsInvalid(f"metrics {fault}", (("metrics", fault),))
         failure = FailedEvaluation(run, version, client, untrusted_text.reason(request.failure), time.time())
         await self._runs.scoring.failed(failure)
-        self._callers.scored(client, (run, version))
+        self._sessions.scored(client, (run, version))
         self._runs.show_backlog(engine)
         self._metrics.evaluations_failed.labels(run).inc()
         self._log.info("version cannot be scored", run=run, version=version, client=client, reason=failure.reason)
@@ -320,14 +320,14 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def _training(self, client: str, run: str, left_out: Collection[str]) -> pb.AwaitRoundResponse | None:
         """Returns the ticket that the client can use now, in the oldest run that gave it one, or else an offer."""
-        answers = self._runs.answers
+        answers = self._runs.participation
         due: RunEngine | None = None
         for engine in self._runs.active(run):
             if engine.run.id in left_out:
                 continue
             ticket = engine.open_ticket(client)
             if ticket and answers.accepted(engine.run.id, client):
-                self._ledger.assign(engine.run.id, engine.round.number, client)
+                self._byte_counter.assign(engine.run.id, engine.round.number, client)
                 return pb.AwaitRoundResponse(training=_task(engine, ticket))
             # The run whose ticket a restarted client holds comes first: its round waits.
             if answers.is_due(engine.run.id, client) and (due is None or ticket):
@@ -343,22 +343,22 @@ class Federation(pb_grpc.FederationServiceServicer):
         The newest version of a run comes first, of all runs; then, when those are scored, what was missed: of runs that
         go on before finished ones, of older runs before younger ones.
         """
-        answers, best = self._runs.answers, None
+        answers, best = self._runs.participation, None
         for engine in self._runs.all(run):
             if engine.run.id in left_out or answers.declined(engine.run.id, client):
                 continue
-            standing = await self._runs.scoring.standing(engine.run, client)
-            if standing.newest is None:
+            progress = await self._runs.scoring.progress(engine.run, client)
+            if progress.newest is None:
                 continue
             if answers.is_due(engine.run.id, client):
                 return _offer(engine)
-            order = (standing.newest == engine.run.version, engine.active)
+            order = (progress.newest == engine.run.version, engine.active)
             if best is None or order > best[0]:
-                best = order, engine.run.id, standing.newest
-        self._callers.scores(client, best[1:] if best else None)
+                best = order, engine.run.id, progress.newest
+        self._sessions.scores(client, best[1:] if best else None)
         if best is None:
             return None
-        self._ledger.assign(best[1], best[2], client, training=False)
+        self._byte_counter.assign(best[1], best[2], client, training=False)
         return pb.AwaitRoundResponse(evaluation=pb.EvaluationTask(run=best[1], version=best[2]))
 
     def _idle(self, client: str, run: str) -> pb.AwaitRoundResponse:
@@ -374,13 +374,13 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     def _left(self, client: str, run: str) -> list[RunEngine]:
         """Returns the unfinished runs that a client did not decline."""
-        return [e for e in self._runs.active(run) if not self._runs.answers.declined(e.run.id, client)]
+        return [e for e in self._runs.active(run) if not self._runs.participation.declined(e.run.id, client)]
 
     async def _ticket(self, ticket_id: str, client: str) -> tuple[RunEngine, Ticket, int]:
         engine, ticket, number = await self._runs.ticket(ticket_id)
         if ticket.client != client:
             raise TicketOfAnother(f"{ticket_id} was given to another client")
-        self._ledger.assign(engine.run.id, number, client)
+        self._byte_counter.assign(engine.run.id, number, client)
         return engine, ticket, number
 
 

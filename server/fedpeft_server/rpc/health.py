@@ -12,7 +12,7 @@ from fedpeft.rpc.server_info import Greeting
 
 
 class Health(health.aio.HealthServicer):
-    """Answers health checks; `fedpeft doctor` reads what stands beside them."""
+    """Participation health checks; `fedpeft doctor` reads what stands beside them."""
 
     clock = staticmethod(time.time)
 

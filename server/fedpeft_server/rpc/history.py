@@ -12,7 +12,7 @@ from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.store.queries.figures import RECORDS
 from fedpeft_server.store.rows import Place, RoundFigures
 from fedpeft_server.store.store import Store
-from fedpeft_server.traffic import Ledger
+from fedpeft_server.traffic import ByteCounter
 
 TICKETS = 2000
 """Most tickets read for one part."""
@@ -23,11 +23,11 @@ Part = list[run_pb2.Round]
 
 
 class History:
-    """Rounds as the database and the ledger know them."""
+    """Rounds as the database and the byte_counter know them."""
 
-    def __init__(self, store: Store, ledger: Ledger) -> None:
+    def __init__(self, store: Store, byte_counter: ByteCounter) -> None:
         self._store = store
-        self._ledger = ledger
+        self._byte_counter = byte_counter
 
     async def part(
         self, engine: RunEngine, place: Place, most: int = MOST, *, records: bool = True
@@ -41,9 +41,11 @@ class History:
             records: Whether the rounds have their records; they are not read otherwise.
         """
         run, current = engine.run.id, engine.round
-        pending = self._ledger.pending(run)
+        pending = self._byte_counter.pending(run)
         characters = RECORDS if records else 0
-        rows, then = await self._store.call(self._store.db.rounds_from, run, place, most, TICKETS, pending, characters)
+        rows, then = await self._store.transact(
+            self._store.db.rounds_from, run, place, most, TICKETS, pending, characters
+        )
         rounds, cut = _fitting(rows)
         then = cut or then
         last = rows[-1].round.number if rows else place.after
@@ -55,8 +57,8 @@ class History:
 
     async def one(self, engine: RunEngine, current: Round, tickets: Sequence[str] = ()) -> run_pb2.Round:
         """Returns a round without its record, with those of its tickets that are named."""
-        pending = self._ledger.pending(engine.run.id)
-        row = await self._store.call(self._store.db.round_with, engine.run.id, current.number, tickets, pending)
+        pending = self._byte_counter.pending(engine.run.id)
+        row = await self._store.transact(self._store.db.round_with, engine.run.id, current.number, tickets, pending)
         message = round_message(row or RoundFigures(current))
         message.tickets.extend(ticket_message(figures) for figures in (row.tickets if row else ()))
         return message

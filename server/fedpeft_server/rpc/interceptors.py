@@ -38,8 +38,8 @@ from fedpeft_server.access.call import CALL, Call
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc.caller_log import CallerLog
 from fedpeft_server.rpc.requests import Requests
-from fedpeft_server.traffic import Ledger
-from fedpeft_server.uploads.incoming import Context, Incoming, Refused, Slots
+from fedpeft_server.traffic import ByteCounter
+from fedpeft_server.uploads.incoming import Context, Incoming, ReceiveSlots, Refused
 
 log = structlog.get_logger()
 
@@ -55,12 +55,14 @@ class Gate(grpc.aio.ServerInterceptor):
     counts calls by method and code. gRPC's own services (health, reflection) pass through it too.
     """
 
-    def __init__(self, admission: Admission, metrics: Metrics, ledger: Ledger, caller_log: CallerLog) -> None:
+    def __init__(
+        self, admission: Admission, metrics: Metrics, byte_counter: ByteCounter, caller_log: CallerLog
+    ) -> None:
         self.admission = admission
         self.log = caller_log
         self._metrics = metrics
-        self._ledger = ledger
-        self._slots = Slots(bounds.RECEIVING)
+        self._byte_counter = byte_counter
+        self._slots = ReceiveSlots(bounds.RECEIVING)
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler | None:
         """Returns the handler of one call with everything around it."""
@@ -76,7 +78,7 @@ class Gate(grpc.aio.ServerInterceptor):
         requests = _requests(handler, call.method)
 
         def receive(data: bytes) -> Any:
-            self._ledger.wire(call, "up", len(data))
+            self._byte_counter.wire(call, "up", len(data))
             call.moved()
             try:
                 return requests.take(data)
@@ -107,7 +109,7 @@ class Gate(grpc.aio.ServerInterceptor):
                     f"the answer of {name} has {len(data):,} bytes; {MESSAGE_LIMIT_BYTES:,} is the most that a message "
                     "may have. Ask for less at once (a smaller page, one run), or tell the server's operator"
                 )
-            self._ledger.wire(call, "down", len(data))
+            self._byte_counter.wire(call, "down", len(data))
             call.moved()
             return data
 
@@ -129,13 +131,13 @@ class Gate(grpc.aio.ServerInterceptor):
             AnswerTooLarge: If one of them is larger than a message may be.
             CertificateExpired: If the caller's certificate has ended meanwhile.
             TransferStalled: If the client reads nothing for too long.
-            TurnOver: Likewise, once its turn has had its time and others wait.
+            TurnOver: Likewise, once its slot has had its time and others wait.
         """
         async with aclosing(messages):
             async for message in messages:
                 self.admission.check(call)
                 try:
-                    async with call.turn.bounded(STALL_S) if call.turn else asyncio.timeout(STALL_S):
+                    async with call.slot.bounded(STALL_S) if call.slot else asyncio.timeout(STALL_S):
                         await context.write(message)
                 except TimeoutError:
                     raise TransferStalled(
@@ -144,7 +146,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
     def finished(self, call: Call, code: str, seconds: float) -> None:
         """Books a call that has ended."""
-        self._ledger.close(call)
+        self._byte_counter.close(call)
         method = call.method if call.method in bounds.CALLS else "unknown"
         self._metrics.requests.labels(method, code).inc()
         self._metrics.request_seconds.labels(method).observe(seconds)

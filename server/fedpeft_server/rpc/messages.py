@@ -14,7 +14,7 @@ from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES, config_to_proto, spec_to_proto
 from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2
 from fedpeft_server.rpc.pages import fitting
 from fedpeft_server.runs.progress import Progress, State, Verdict
-from fedpeft_server.runs.scoring import Standing
+from fedpeft_server.runs.scoring import EvaluatorProgress
 from fedpeft_server.store.rows import (
     AnswerRow,
     ClientRow,
@@ -150,15 +150,15 @@ def ticket_message(row: TicketFigures) -> run_pb2.Ticket:
     )
 
 
-def scoring_message(standing: Standing, given: int | None) -> run_pb2.Scoring:
+def scoring_message(progress: EvaluatorProgress, given: int | None) -> run_pb2.Scoring:
     """Returns how far an evaluator is; `given` is the version that it was given last and has not answered for."""
     return run_pb2.Scoring(
-        evaluator=standing.evaluator,
-        scored=standing.scored,
-        backlog=standing.missing,
-        next_version=standing.newest,
+        evaluator=progress.evaluator,
+        scored=progress.scored,
+        backlog=progress.missing,
+        next_version=progress.newest,
         scoring_version=given,
-        failed=[run_pb2.FailedVersion(version=number, reason=reason) for number, reason in standing.failed],
+        failed=[run_pb2.FailedVersion(version=number, reason=reason) for number, reason in progress.failed],
     )
 
 

@@ -48,14 +48,14 @@ from fedpeft_server.rpc.messages import (
     run_message,
     scoring_message,
 )
-from fedpeft_server.rpc.sessions import Callers
+from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.aggregation import identity
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.open_file import OpenFile
 from fedpeft_server.store.rows import ClientRow, Place, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key, version_key
-from fedpeft_server.traffic import Ledger
+from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.incoming import Context
 from fedpeft_server.uploads.pipeline import Uploads
 
@@ -70,12 +70,14 @@ _ALPHABET = string.ascii_lowercase + string.digits
 class Operator(pb_grpc.OperatorServiceServicer):
     """The service of the operators."""
 
-    def __init__(self, runs: Runs, store: Store, callers: Callers, uploads: Uploads, ledger: Ledger) -> None:
+    def __init__(
+        self, runs: Runs, store: Store, sessions: Sessions, uploads: Uploads, byte_counter: ByteCounter
+    ) -> None:
         self._runs = runs
         self._store = store
-        self._callers = callers
+        self._sessions = sessions
         self._uploads = uploads
-        self._history = History(store, ledger)
+        self._history = History(store, byte_counter)
 
     async def CreateRun(
         self, request_iterator: AsyncIterator[pb.CreateRunRequest], context: Context
@@ -86,7 +88,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
             raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
         header = first.header
         run, manifest = await self._store.compute(_new_run, header)
-        known = await self._store.call(self._store.db.run_by_request, header.request_id)
+        known = await self._store.transact(self._store.db.run_by_request, header.request_id)
         if known:
             return await self._repeated(known, run)
         key = creation_key(run.id)  # of its own: another call may bring the same request at the same time
@@ -94,7 +96,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
             await self._uploads.create(key, manifest, context)
             engine = await self._runs.create(run, partial(self._first_version, key, run, manifest), actor())
         except RequestIdReused:
-            known = await self._store.call(self._store.db.run_by_request, header.request_id)
+            known = await self._store.transact(self._store.db.run_by_request, header.request_id)
             if known is None:
                 raise
             return await self._repeated(known, run)
@@ -195,7 +197,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         number = request.version if request.HasField("version") else engine.run.version
         if number > engine.run.version:
             raise VersionNotFound(f"{request.run} has no version {number}; the newest is {engine.run.version}")
-        row = await self._store.call(self._store.db.version, engine.run.id, number)
+        row = await self._store.transact(self._store.db.version, engine.run.id, number)
         key = version_key(engine.run.id, number)
         async with self._store.opened(self._checked, key, row) as file:
             if request.offset > row.size_bytes:
@@ -227,8 +229,8 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
         """Shows every client that ever registered, a page at a time."""
         most, (after,) = pages.size(request.page_size), pages.position(request.page_token, of=("clients",), first=("",))
-        await self._callers.write(self._store)
-        rows = await self._store.call(self._store.db.clients_from, after, most + 1)
+        await self._sessions.write(self._store)
+        rows = await self._store.transact(self._store.db.clients_from, after, most + 1)
         active = self._runs.active()
         runs, held = [engine.run.id for engine in active], {t.id for engine in active for t in engine.awaited()}
         clients = pages.fitting(self._client(row, runs, held) for row in rows[:most])
@@ -237,7 +239,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
 
     async def ReadmitClient(self, request: pb.ReadmitClientRequest, context: Context) -> pb.ReadmitClientResponse:
         """Lets a client back that was set aside."""
-        if await self._store.call(self._store.db.client, request.client) is None:
+        if await self._store.transact(self._store.db.client, request.client) is None:
             raise ClientNotFound(
                 f"no client {request.client[:64]!r} ever registered; `fedpeft client list` shows who did"
             )
@@ -246,7 +248,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
     def _client(self, row: ClientRow, runs: Sequence[str], held: Container[str]) -> pb.Client:
         found = self._runs.progress.of(row.id, held)
         progress = progress_message(row.id, *found) if found else None
-        answers, scoring = self._runs.answers.of(row.id, runs), self._callers.scoring(row.id)
+        answers, scoring = self._runs.participation.of(row.id, runs), self._sessions.scoring(row.id)
         return client_message(row, self._activity(row.id, training=bool(found)), answers, scoring, progress)
 
     def _activity(self, client: str, *, training: bool) -> str:
@@ -256,17 +258,17 @@ class Operator(pb_grpc.OperatorServiceServicer):
             return "waiting"
         if training:
             return "training"
-        return "scoring" if self._callers.scoring(client) else "away"
+        return "scoring" if self._sessions.scoring(client) else "away"
 
     async def _run(self, engine: RunEngine) -> run_pb2.Run:
-        figures = await self._store.call(self._store.db.evaluation, engine.run.id, 0)
+        figures = await self._store.transact(self._store.db.evaluation, engine.run.id, 0)
         reason = self._runs.why(engine, for_operator=True) if engine.active else ""
-        answers, run = self._runs.answers, engine.run.id
+        answers, run = self._runs.participation, engine.run.id
         message = run_message(engine.run, reason, figures, answers.declines(run), answers.set_aside(run))
-        for standing in (await self._runs.scoring.standings(engine.run))[:EVALUATORS]:
-            given = self._callers.scoring(standing.evaluator)
+        for scored in (await self._runs.scoring.progress_of_all(engine.run))[:EVALUATORS]:
+            given = self._sessions.scoring(scored.evaluator)
             now = given[1] if given and given[0] == engine.run.id else None
-            message.evaluators.append(scoring_message(standing, now))
+            message.evaluators.append(scoring_message(scored, now))
         for client, progress, verdict in self._runs.progress.awaited(engine, AWAITED):
             message.awaited.append(progress_message(client, run, progress, verdict))
         return message

@@ -1,4 +1,4 @@
-"""Callers: a client's id and instance from the metadata, and whether another live instance holds the id."""
+"""Client sessions: a client's id and instance from the metadata, and the live instance that holds the id."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ class Silence(StrEnum):
 
 
 @dataclass
-class Presence:
-    """State of a client between its calls.
+class Session:
+    """Session of a client: its state between calls.
 
     Attributes:
         instance: Which state directory holds the id.
         process: Which process on it registered last; empty if it did not say.
         role: What it registered as; empty before.
         seen: When its last call began or ended, on the monotonic clock; 0 if none did since this process began.
-        heard: The same in seconds since the epoch, calls to earlier processes included.
+        seen_at: The same in seconds since the epoch, calls to earlier processes included.
         calls: Calls in progress.
         scoring: Run and version that an evaluator was given and has not scored.
         moved: When a call of it last began or a message of one passed, on the monotonic clock; 0 if none did since this
@@ -66,18 +66,18 @@ class Presence:
     process: str = ""
     role: str = ""
     seen: float = 0.0
-    heard: float = 0.0
+    seen_at: float = 0.0
     calls: int = 0
     scoring: tuple[str, int] | None = None
     moved: float = 0.0
 
-    def moves(self) -> None:
-        """Notes that something was heard of the client."""
+    def note_activity(self) -> None:
+        """Records that a call or message of the client arrived."""
         self.moved = time.monotonic()
 
 
-class Callers:
-    """The clients that call, by id.
+class Sessions:
+    """The sessions of the clients, by client id.
 
     Args:
         known: The clients of the database, which need not register again after a restart of the server.
@@ -86,7 +86,7 @@ class Callers:
 
     def __init__(self, known: list[ClientRow], limit: int) -> None:
         self._limit = limit
-        self._presence = {row.id: Presence(row.instance, row.process, row.role, heard=row.last_seen) for row in known}
+        self._sessions = {row.id: Session(row.instance, row.process, row.role, seen_at=row.last_seen) for row in known}
         self._registered = sum(1 for row in known if row.role)
         self._touched: dict[str, float] = {}
 
@@ -106,25 +106,25 @@ class Callers:
         """
         client, instance, process = _caller(context)
         self._refuse_new_option(client)
-        presence = self._presence.setdefault(client, Presence(instance))
-        self._refuse_other_instance(client, presence, instance)
+        session = self._sessions.setdefault(client, Session(instance))
+        self._refuse_other_instance(client, session, instance)
         if registers:
-            _refuse_left_behind(client, presence, instance, process, earlier)
-        if registers or not presence.process or presence.instance != instance:
-            presence.process = process
-        elif process and process != presence.process:
+            _refuse_left_behind(client, session, instance, process, earlier)
+        if registers or not session.process or session.instance != instance:
+            session.process = process
+        elif process and process != session.process:
             theirs = "device a token" if CALL.get().caller.subject else "client an id"
             raise ClientIdInUse(
                 f"another process has registered as client {client} since with the same {INSTANCE_KEY}, as happens on "
                 f"a copy of a state directory; give each {theirs} and a state directory of its own, and do not copy one"
             )
-        presence.instance = instance
-        presence.calls += 1
-        presence.seen = presence.moved = time.monotonic()
-        presence.heard = self._touched[client] = time.time()
-        context.add_done_callback(cast(Any, partial(self._ended, client, presence)))
+        session.instance = instance
+        session.calls += 1
+        session.seen = session.moved = time.monotonic()
+        session.seen_at = self._touched[client] = time.time()
+        context.add_done_callback(cast(Any, partial(self._ended, client, session)))
         call = CALL.get()
-        call.client, call.moved = client, presence.moves
+        call.client, call.moved = client, session.note_activity
         return client
 
     def register(self, client: str, role: str) -> str:
@@ -136,35 +136,35 @@ class Callers:
         """
         _refuse_other_role(client, role)
         self._refuse_one_too_many(client)
-        presence = self._presence[client]
-        before = presence.role
+        session = self._sessions[client]
+        before = session.role
         self._registered += not before
-        presence.role = role
-        presence.scoring = None
+        session.role = role
+        session.scoring = None
         return before
 
     def dismiss(self, subject: Subject) -> None:
         """Counts a client that left or was revoked as registered no more; coming back, it registers again."""
-        presence = self._presence.get(subject.name)
-        if presence and presence.role and _CERTIFIED[presence.role] is subject.role:
-            presence.role = ""
-            presence.scoring = None
+        session = self._sessions.get(subject.name)
+        if session and session.role and _CERTIFIED[session.role] is subject.role:
+            session.role = ""
+            session.scoring = None
             self._registered -= 1
 
-    def rehearse(self, context: Context, role: str, earlier: Collection[str] = ()) -> str:
+    def check_registration(self, context: Context, role: str, earlier: Collection[str] = ()) -> str:
         """Returns the id of the client that calls, raises what `identify` and `register` would, remembers nothing."""
         client, instance, process = _caller(context)
         self._refuse_new_option(client)
-        if client in self._presence:
-            self._refuse_other_instance(client, self._presence[client], instance)
-            _refuse_left_behind(client, self._presence[client], instance, process, earlier)
+        if client in self._sessions:
+            self._refuse_other_instance(client, self._sessions[client], instance)
+            _refuse_left_behind(client, self._sessions[client], instance, process, earlier)
         _refuse_other_role(client, role)
         self._refuse_one_too_many(client)
         return client
 
     def _refuse_new_option(self, client: str) -> None:
         """Refuses a new name that commands take for an option; with a certificate, its token was the place for that."""
-        if ids.is_option(client) and client not in self._presence and CALL.get().caller.subject is None:
+        if ids.is_option(client) and client not in self._sessions and CALL.get().caller.subject is None:
             raise ClientIdInvalid(f"the client id {client!r} begins with a hyphen, which a new one must not")
 
     def role(self, client: str) -> str:
@@ -173,45 +173,45 @@ class Callers:
         Raises:
             NotRegistered: If it did not, or another did by this name with a certificate of the other role.
         """
-        role, subject = self._presence[client].role, CALL.get().caller.subject
+        role, subject = self._sessions[client].role, CALL.get().caller.subject
         if not role or (subject and subject.role is not _CERTIFIED[role]):
             raise NotRegistered(f"client {client} is not registered; call Register first")
         return role
 
     def scores(self, client: str, task: tuple[str, int] | None) -> None:
         """Remembers which version of which run an evaluator was given to score, or that there is none for it."""
-        self._presence[client].scoring = task
+        self._sessions[client].scoring = task
 
     def scored(self, client: str, task: tuple[str, int]) -> None:
         """Forgets what an evaluator was given, if it is this one that it scored."""
-        if self._presence[client].scoring == task:
-            self._presence[client].scoring = None
+        if self._sessions[client].scoring == task:
+            self._sessions[client].scoring = None
 
     def scoring(self, client: str) -> tuple[str, int] | None:
         """Returns the run and the version that an evaluator was given and has not answered for, if there is one."""
-        presence = self._presence.get(client)
-        return None if presence is None else presence.scoring
+        session = self._sessions.get(client)
+        return None if session is None else session.scoring
 
-    def heard(self, client: str) -> float:
-        """Returns when anything was last heard of a client, on the monotonic clock; 0 if nothing was so far."""
-        presence = self._presence.get(client)
-        return 0.0 if presence is None else presence.moved
+    def last_activity(self, client: str) -> float:
+        """Returns the time of a client's last call or message, on the monotonic clock; 0 if there was none."""
+        session = self._sessions.get(client)
+        return 0.0 if session is None else session.moved
 
     def evaluators(self) -> list[str]:
         """Returns the clients that registered as evaluators; looks at every client, so it is for the start."""
-        return [client for client, presence in self._presence.items() if presence.role == "evaluator"]
+        return [client for client, session in self._sessions.items() if session.role == "evaluator"]
 
     def holder(self, client: str) -> tuple[str, str]:
         """Returns the instance that holds the id of a client, and its process; that is empty if it did not say."""
-        presence = self._presence[client]
-        return presence.instance, presence.process
+        session = self._sessions[client]
+        return session.instance, session.process
 
     def silences(self, now: float) -> Counter[tuple[str, str]]:
         """Returns how many clients registered in each role, by how long they have not called at time `now`."""
         silent, gone = now - SILENT_S, now - GONE_S
-        present = Counter(p.role for p in self._presence.values() if p.role and (p.calls or p.heard > silent))
-        lost = Counter(p.role for p in self._presence.values() if p.role and not p.calls and p.heard <= gone)
-        known = Counter(p.role for p in self._presence.values() if p.role)
+        present = Counter(p.role for p in self._sessions.values() if p.role and (p.calls or p.seen_at > silent))
+        lost = Counter(p.role for p in self._sessions.values() if p.role and not p.calls and p.seen_at <= gone)
+        known = Counter(p.role for p in self._sessions.values() if p.role)
         counts: Counter[tuple[str, str]] = Counter()
         for role, number in known.items():
             counts[role, Silence.PRESENT] = present[role]
@@ -238,41 +238,41 @@ class Callers:
         await asyncio.shield(writing)
 
     def _refuse_one_too_many(self, client: str) -> None:
-        known = self._presence.get(client)
+        known = self._sessions.get(client)
         if not (known and known.role) and self._registered >= self._limit:
             raise TooManyClients(
                 f"{self._registered} clients are registered, the most this server takes; its operator can raise that"
             )
 
-    def _refuse_other_instance(self, client: str, presence: Presence, instance: str) -> None:
-        if presence.instance == instance:
+    def _refuse_other_instance(self, client: str, session: Session, instance: str) -> None:
+        if session.instance == instance:
             return
-        since = time.monotonic() - presence.seen
-        if presence.calls or (presence.seen and since < ALIVE_S):
+        since = time.monotonic() - session.seen
+        if session.calls or (session.seen and since < ALIVE_S):
             another = "a token of its own" if CALL.get().caller.subject else "another id"
             raise ClientIdInUse(
                 f"another instance of client {client} is connected, by its {INSTANCE_KEY}; give this one {another}, or "
                 f"stop the other and wait {ALIVE_S:.0f} s"
             )
 
-    def _ended(self, client: str, presence: Presence, _: object) -> None:
-        presence.calls -= 1
-        presence.seen = time.monotonic()
-        presence.heard = time.time()
+    def _ended(self, client: str, session: Session, _: object) -> None:
+        session.calls -= 1
+        session.seen = time.monotonic()
+        session.seen_at = time.time()
         # Who never registered is forgotten, so that made-up ids cost no memory.
-        if not presence.role and not presence.calls and self._presence.get(client) is presence:
-            del self._presence[client]
+        if not session.role and not session.calls and self._sessions.get(client) is session:
+            del self._sessions[client]
 
 
-def _refuse_left_behind(client: str, presence: Presence, instance: str, process: str, earlier: Collection[str]) -> None:
+def _refuse_left_behind(client: str, session: Session, instance: str, process: str, earlier: Collection[str]) -> None:
     """Refuses a state that does not know of the process that registered last: a copy of it has gone on elsewhere."""
-    last = presence.process
-    if not earlier or not last or presence.instance != instance or last in (process, *earlier):
+    last = session.process
+    if not earlier or not last or session.instance != instance or last in (process, *earlier):
         return
-    heard = datetime.fromtimestamp(presence.heard, UTC)
+    seen_at = datetime.fromtimestamp(session.seen_at, UTC)
     raise ClientMoved(
-        f"client {client} has gone on with a copy of this state, which called last at {heard:%Y-%m-%d %H:%M} UTC; this "
-        "copy was left behind, so run the client where it went on"
+        f"client {client} has gone on with a copy of this state, which called last at {seen_at:%Y-%m-%d %H:%M} UTC; "
+        "this copy was left behind, so run the client where it went on"
     )
 
 

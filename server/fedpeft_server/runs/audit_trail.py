@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from fedpeft.identity.audit import Detail
 from fedpeft.rounds.commit import Outcome
 from fedpeft.rounds.state_machine import Round, Ticket
-from fedpeft_server.store.rows import Deed, UpdateRow
+from fedpeft_server.store.rows import AuditEvent, UpdateRow
 
 
-def received(current: Round, client: str, update: UpdateRow, by: str) -> Deed:
+def received(current: Round, client: str, update: UpdateRow, by: str) -> AuditEvent:
     """Says that the update of a client was received."""
-    return Deed(
+    return AuditEvent(
         by,
         "update.received",
         current.run,
@@ -27,12 +27,12 @@ def received(current: Round, client: str, update: UpdateRow, by: str) -> Deed:
     )
 
 
-def excluded(current: Round, why: Mapping[str, str], by: str) -> list[Deed]:
+def excluded(current: Round, why: Mapping[str, str], by: str) -> list[AuditEvent]:
     """Says of updates that they are not folded; `why` is by ticket."""
     return [of_ticket(current, t, "update.excluded", why[t.id], by) for t in current.tickets if t.id in why]
 
 
-def committed(folded: Round, done: Round, outcome: Outcome, aside: Sequence[str], by: str) -> list[Deed]:
+def committed(folded: Round, done: Round, outcome: Outcome, aside: Sequence[str], by: str) -> list[AuditEvent]:
     """Says that a round was committed, without the updates that are not folded; `aside` are clients set aside by it."""
     details: dict[str, Detail] = {
         "round": done.number,
@@ -41,12 +41,12 @@ def committed(folded: Round, done: Round, outcome: Outcome, aside: Sequence[str]
     }
     return [
         *excluded(folded, outcome.excluded, by),
-        Deed(by, "round.committed", done.run, details),
-        *(Deed(by, "client.set_aside", done.run, {"client": client}) for client in aside),
+        AuditEvent(by, "round.committed", done.run, details),
+        *(AuditEvent(by, "client.set_aside", done.run, {"client": client}) for client in aside),
     ]
 
 
-def of_ticket(current: Round, ticket: Ticket, action: str, reason: str, by: str) -> Deed:
+def of_ticket(current: Round, ticket: Ticket, action: str, reason: str, by: str) -> AuditEvent:
     """Says that something was done with a ticket, and why."""
     details: dict[str, Detail] = {
         "client": ticket.client,
@@ -54,4 +54,4 @@ def of_ticket(current: Round, ticket: Ticket, action: str, reason: str, by: str)
         "ticket": ticket.id,
         "reason": reason,
     }
-    return Deed(by, action, current.run, details)
+    return AuditEvent(by, action, current.run, details)

@@ -32,17 +32,16 @@ from fedpeft.rounds.commit import RoundEmptied
 from fedpeft.rounds.state_machine import Phase, Round, TicketState
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.runs import audit_trail as deeds
-from fedpeft_server.runs import gauges, receipts
+from fedpeft_server.runs import audit_trail, gauges, receipts
 from fedpeft_server.runs.aggregation import Result, aggregate, go_back
 from fedpeft_server.runs.lobby import Lobby
-from fedpeft_server.runs.participation import Answers
+from fedpeft_server.runs.participation import Participation
 from fedpeft_server.runs.receipts import Receipt
 from fedpeft_server.runs.round_log import RoundLog
-from fedpeft_server.runs.shielded import Steps, unbroken
-from fedpeft_server.store.rows import Deed, RunRow, RunState, UpdateRow
+from fedpeft_server.runs.shielded import TaskSet, shielded
+from fedpeft_server.store.rows import AuditEvent, RunRow, RunState, UpdateRow
 from fedpeft_server.store.store import Store
-from fedpeft_server.traffic import Ledger
+from fedpeft_server.traffic import ByteCounter
 
 log = structlog.get_logger()
 
@@ -65,7 +64,7 @@ class RunEngine:
         store: Database, blobs and spool.
         lobby: Whom to call when tickets are issued.
         answers: What clients answered, and how they used their tickets.
-        ledger: Bytes of the round.
+        byte_counter: Bytes of the round.
         metrics: Where what happens is counted.
         background: Watches over what no call waits for.
         issued: Told the run and the tickets that are given out.
@@ -78,8 +77,8 @@ class RunEngine:
         current: Round,
         store: Store,
         lobby: Lobby,
-        answers: Answers,
-        ledger: Ledger,
+        answers: Participation,
+        byte_counter: ByteCounter,
         metrics: Metrics,
         background: Background,
         issued: Callable[[str, Sequence[state_machine.Ticket]], None],
@@ -90,8 +89,8 @@ class RunEngine:
         self.opened = 0.0
         self._store = store
         self._lobby = lobby
-        self._answers = answers
-        self._ledger = ledger
+        self._participation = answers
+        self._byte_counter = byte_counter
         self._metrics = metrics
         self._background = background
         self._issued = issued
@@ -101,7 +100,7 @@ class RunEngine:
         self._timer: asyncio.TimerHandle | None = None
         self._folding: asyncio.Task[None] | None = None
         self._closing = False
-        self.steps = Steps()
+        self.tasks = TaskSet()
         self._log = log.bind(run=run.id)
         self._round_log = RoundLog(run.id, metrics)
         if self.active:  # nothing will be counted for the others, which stay for months
@@ -140,20 +139,20 @@ class RunEngine:
         """Lets an aggregation in progress finish and stops the clock."""
         self._closing = True
         self._disarm_timer()
-        await self.steps.ended()
+        await self.tasks.wait()
         if self._folding:
             await asyncio.wait({self._folding})
         self._disarm_timer()
-        await self.steps.ended()  # the removal of a committed round's files is one
+        await self.tasks.wait()  # the removal of a committed round's files is one
 
-    @unbroken
+    @shielded
     async def offer(self, clients: AbstractSet[str], waited_s: float) -> None:
         """Lets the run sample from the clients that wait; for so long at least a quorum has."""
         if self.run.state is RunState.RUNNING:
-            poor = conduct.demerits(self._answers.conducts(self.run.id), self.round.number)
+            poor = conduct.demerits(self._participation.conducts(self.run.id), self.round.number)
             await self._advance(state_machine.Waiting(clients, poor, waited_s))
 
-    @unbroken
+    @shielded
     async def receive(self, update: UpdateRow, by: str) -> UpdateRow:
         """Counts a durable update that `by` sent; one that was counted before is returned as it was then.
 
@@ -175,7 +174,7 @@ class RunEngine:
             batch = receipts.batch(self.round, waiting, self.run.config.rounds, time.time())
             if batch.new:
                 updates = [receipt.update for receipt in batch.new]
-                await self._write(self._store.db.receive, batch.round, updates, deeds=batch.deeds())
+                await self._write(self._store.db.receive, batch.round, updates, audit_events=batch.audit_events())
                 for update in updates:
                     client = batch.round.ticket(update.ticket).client
                     self._metrics.received(self.run.id, update.norm, update.metrics)
@@ -188,7 +187,7 @@ class RunEngine:
             receipts.fail(waiting, None)
             raise
 
-    @unbroken
+    @shielded
     async def refuse(self, ticket: state_machine.Ticket, error: FedpeftError, by: str) -> None:
         """Closes a ticket for which `by` sent what is wrong for good; the round goes on with the others."""
         self._store.soon(self._store.spool.remove_partial, ticket.id)
@@ -196,12 +195,12 @@ class RunEngine:
             words = f"{error.reason}: {error.message}"
             if await self._advance(
                 state_machine.Refused(ticket.id, words),
-                deeds.of_ticket(self.round, ticket, "update.refused", words, by),
+                audit_trail.of_ticket(self.round, ticket, "update.refused", words, by),
             ):
                 self._metrics.updates.labels(self.run.id, "refused").inc()
                 self._log.warning("update refused", client=ticket.client, reason=error.reason, message=error.message)
 
-    @unbroken
+    @shielded
     async def withdraw(self, ticket: state_machine.Ticket, reason: str, by: str) -> TicketState:
         """Closes a ticket that `by`, its client as a rule, gives up; returns its state now.
 
@@ -210,13 +209,13 @@ class RunEngine:
         """
         if await self._advance(
             state_machine.Withdrawn(ticket.id, reason),
-            deeds.of_ticket(self.round, ticket, "ticket.withdrawn", reason, by),
+            audit_trail.of_ticket(self.round, ticket, "ticket.withdrawn", reason, by),
         ):
             self._log.info("ticket withdrawn", client=ticket.client, reason=reason)
         self._store.soon(self._store.spool.remove_partial, ticket.id)
         return self.round.ticket(ticket.id).state
 
-    @unbroken
+    @shielded
     async def pause(self, reason: str, by: str) -> None:
         """Lets no new round open; `by` is who asked for it."""
         async with self._lock:
@@ -224,7 +223,7 @@ class RunEngine:
             new, _ = state_machine.advance(self.round, state_machine.Paused(), self.run.config.rounds, time.time())
             await self._set_run(RunState.PAUSED, reason or "paused by the operator", new, by=by)
 
-    @unbroken
+    @shielded
     async def resume(self, by: str) -> None:
         """Lets rounds open again, a round out of extensions with a fresh deadline; `by` is who asked for it."""
         async with self._lock:
@@ -234,7 +233,7 @@ class RunEngine:
             if new.phase is Phase.AGGREGATING:
                 self._fold()
 
-    @unbroken
+    @shielded
     async def stop(self, reason: str, by: str) -> None:
         """Ends the run for good; an aggregation in progress is let go; `by` is who asked for it."""
         async with self._lock:
@@ -244,10 +243,10 @@ class RunEngine:
             new, _ = state_machine.advance(self.round, state_machine.Stopped(), self.run.config.rounds, time.time())
             await self._set_run(RunState.STOPPED, reason or "stopped by the operator", new, by=by)
             self._metrics.rounds.labels(self.run.id, "stopped").inc()
-            self._lobby.call_all()
-            self._background.watch("files", self.steps.begin(self._forget_stopped(new)))
+            self._lobby.wake_all()
+            self._background.watch("files", self.tasks.start(self._forget_stopped(new)))
 
-    @unbroken
+    @shielded
     async def roll_back(self, to: int, reason: str, by: str) -> None:
         """Takes the run back to the tensors and the state of an earlier version, as a new one that `by` asked for.
 
@@ -268,27 +267,27 @@ class RunEngine:
     async def _roll_back(self, to: int, reason: str, by: str) -> None:
         self._refuse_if_finished()
         db, run = self._store.db, self.run.id
-        newest = await self._store.call(db.round_with, run, self.run.version, (), {})
+        newest = await self._store.transact(db.round_with, run, self.run.version, (), {})
         if newest and newest.metrics.get("rolled_back_to") == to:
             return
         if to >= self.run.version:
             raise VersionNotFound(
                 f"{run} is at version {self.run.version}; it can go back to an earlier one, not to {to}"
             )
-        source = await self._store.call(db.version, run, to)
-        base = await self._store.call(db.version, run, self.run.version)
-        previous = await self._store.call(db.record_sha256, run, self.run.version)
+        source = await self._store.transact(db.version, run, to)
+        base = await self._store.transact(db.version, run, self.run.version)
+        previous = await self._store.transact(db.record_sha256, run, self.run.version)
         number = self.round.number
         result = await self._store.compute(go_back, self.run, number, source, base, previous, self._store)
         ended = self.round
         details: dict[str, Detail] = {"to": to, "version": number, "reason": reason}
         details["record_sha256"] = result.outcome.record_sha256
-        deed = Deed(by, "run.rolled_back", run, details)
+        audit_event = AuditEvent(by, "run.rolled_back", run, details)
         done, _ = state_machine.advance(ended, state_machine.RolledBack(to), self.run.config.rounds, time.time())
-        await self._enter_version(done, result, {}, (deed,))
+        await self._enter_version(done, result, {}, (audit_event,))
         self._metrics.rounds.labels(run, "rolled_back").inc()
         self._log.warning("run rolled back", to=to, version=number, reason=reason)
-        self._background.watch("files", self.steps.begin(self._forget(done)))
+        self._background.watch("files", self.tasks.start(self._forget(done)))
 
     def _refuse_if_finished(self) -> None:
         if not self.active:
@@ -296,14 +295,16 @@ class RunEngine:
             raise RunFinished(f"{self.run.id} is {self.run.state}: {text}")
 
     async def _set_run(self, state: RunState, reason: str, new: Round | None = None, by: str = SERVER) -> None:
-        deed = Deed(by, f"run.{_NOW[state]}", self.run.id, {"reason": reason, "round": self.round.number})
-        await self._write(self._store.db.save_round_and_run, new or self.round, state, reason, deeds=(deed,))
+        audit_event = AuditEvent(by, f"run.{_NOW[state]}", self.run.id, {"reason": reason, "round": self.round.number})
+        await self._write(
+            self._store.db.save_round_and_run, new or self.round, state, reason, audit_events=(audit_event,)
+        )
         self.run = replace(self.run, state=state, reason=reason)
         say = self._log.warning if state is RunState.PAUSED and by == SERVER else self._log.info
         say("run " + state, reason=reason)
         self._enter(new or self.round, ())
 
-    async def _advance(self, event: state_machine.Event, deed: Deed | None = None) -> bool:
+    async def _advance(self, event: state_machine.Event, audit_event: AuditEvent | None = None) -> bool:
         """Makes the transition of an event; returns False if the event changes nothing."""
         async with self._lock:
             new, effects = state_machine.advance(self.round, event, self.run.config.rounds, time.time())
@@ -314,13 +315,17 @@ class RunEngine:
                 await self._set_run(RunState.PAUSED, pauses[0], new)
                 self._metrics.rounds.labels(self.run.id, "paused").inc()
                 return True
-            await self._write(self._store.db.save_round, new, deeds=(deed,) if deed else ())
+            await self._write(self._store.db.save_round, new, audit_events=(audit_event,) if audit_event else ())
             self._enter(new, effects)
             return True
 
-    async def _write(self, method: Callable[..., None], *facts: object, deeds: Sequence[Deed] = ()) -> None:
+    async def _write(
+        self, method: Callable[..., None], *facts: object, audit_events: Sequence[AuditEvent] = ()
+    ) -> None:
         """Makes a transition's transaction, with the bytes that were counted for the run so far."""
-        await self._ledger.hand_out(self._store, lambda traffic: method(*facts, traffic, tuple(deeds)), self.run.id)
+        await self._byte_counter.hand_out(
+            self._store, lambda traffic: method(*facts, traffic, tuple(audit_events)), self.run.id
+        )
 
     def _enter(self, new: Round, effects: tuple[state_machine.Effect, ...]) -> None:
         """Makes a state that is in the database the current one, and does what follows from it."""
@@ -333,7 +338,7 @@ class RunEngine:
                     self.opened = time.time()
                     self._issued(self.run.id, tickets)
                     for ticket in tickets:
-                        self._lobby.call(ticket.client)
+                        self._lobby.wake(ticket.client)
                 case state_machine.Aggregate():
                     self._fold()
         gauges.show(self._metrics, self.run, new)
@@ -373,7 +378,7 @@ class RunEngine:
             await self._aggregation_failed(error)
             return
         # A step of its own: the next round may be there to fold before all files of this one are gone.
-        self._background.watch("files", self.steps.begin(self._forget(folding)))
+        self._background.watch("files", self.tasks.start(self._forget(folding)))
 
     async def _forget(self, done: Round) -> None:
         with self._background.attempt("files"):  # the daemon's work of that name tries again
@@ -389,14 +394,14 @@ class RunEngine:
     async def _fold_round(self, folding: Round) -> Result:
         db = self._store.db
         earlier = screening.comparable(self.run.spec, folding.number)
-        found = await self._store.call(db.to_fold, self.run.id, folding.number, folding.base_version, earlier)
+        found = await self._store.transact(db.fold_inputs, self.run.id, folding.number, folding.base_version, earlier)
         past = [screening.median(found.extents(number, self.run.config.training)) for number in earlier]
         facts = found.updates, found.base, found.previous_sha256, past
         return await self._store.compute(aggregate, self.run, folding, *facts, self._store)
 
     def _fresh_aside(self, conducts: Mapping[str, conduct.Conduct]) -> list[str]:
         """Returns those of some clients that are to be set aside and were not before."""
-        before = self._answers.conducts(self.run.id)
+        before = self._participation.conducts(self.run.id)
         return [c for c, new in conducts.items() if new.is_aside and not before.get(c, conduct.GOOD).is_aside]
 
     async def _reopen(self, excluded: Mapping[str, str]) -> None:
@@ -406,7 +411,9 @@ class RunEngine:
             new, _ = state_machine.advance(self.round, state_machine.Excluded(excluded), config, time.time())
             if new is self.round:
                 return
-            await self._write(self._store.db.save_round, new, deeds=deeds.excluded(self.round, excluded, SERVER))
+            await self._write(
+                self._store.db.save_round, new, audit_events=audit_trail.excluded(self.round, excluded, SERVER)
+            )
             self._round_log.excluded(self.round, excluded)
             self._enter(new, ())
 
@@ -415,9 +422,9 @@ class RunEngine:
         outcome = result.outcome
         screened, _ = state_machine.advance(self.round, state_machine.Excluded(outcome.excluded), config, now)
         done, _ = state_machine.advance(screened, state_machine.Aggregated(), config, now)
-        conducts = conduct.settled(done, config, partial(self._answers.conduct, self.run.id))
+        conducts = conduct.settled(done, config, partial(self._participation.conduct, self.run.id))
         aside = self._fresh_aside(conducts)
-        written = deeds.committed(self.round, done, outcome, aside, SERVER)
+        written = audit_trail.committed(self.round, done, outcome, aside, SERVER)
         folded = self.round
         await self._enter_version(done, result, conducts, written)
         self._round_log.excluded(folded, outcome.excluded)  # only now: what could not be written is folded again
@@ -426,7 +433,7 @@ class RunEngine:
         self._round_log.committed(done, outcome, now, seconds)
 
     async def _enter_version(
-        self, done: Round, result: Result, conducts: Mapping[str, conduct.Conduct], deeds: Sequence[Deed]
+        self, done: Round, result: Result, conducts: Mapping[str, conduct.Conduct], audit_events: Sequence[AuditEvent]
     ) -> None:
         """Writes the version that a round made, and enters the next round, or the end of the run."""
         outcome, last = result.outcome, done.number >= self.run.config.rounds.count
@@ -443,16 +450,16 @@ class RunEngine:
             state,
             reason,
             conducts,
-            deeds=deeds,
+            audit_events=audit_events,
         )
-        self._answers.put_conducts(self.run.id, conducts)
+        self._participation.put_conducts(self.run.id, conducts)
         self.run = replace(self.run, version=done.number, state=state, reason=reason)
-        self._ledger.round_committed(self.run.id, done.number)
+        self._byte_counter.round_committed(self.run.id, done.number)
         self._enter(done if last else done.following(), ())
         if last:
-            self._lobby.call_all()
+            self._lobby.wake_all()
         else:
-            self._lobby.call_evaluators()
+            self._lobby.wake_evaluators()
 
     async def _aggregation_failed(self, error: Exception) -> None:
         if isinstance(error, DatabaseUnavailable | DatabaseLocked):
@@ -492,7 +499,7 @@ class RunEngine:
             self._timer = asyncio.get_running_loop().call_later(delay, self._act_on_deadline)
 
     def _act_on_deadline(self) -> None:
-        self._background.watch("deadline", self.steps.begin(self._deadline()))
+        self._background.watch("deadline", self.tasks.start(self._deadline()))
 
     def _disarm_timer(self) -> None:
         if self._timer:

@@ -1,4 +1,4 @@
-"""The lobby: who waits to be sampled. Presence is a fact of the moment, so it lives in memory and nowhere else."""
+"""The lobby: the clients that wait to be sampled. It is state of the moment, so it is kept in memory only."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LINGER_S = 2.0
 
 
 @dataclass
-class Seat:
+class Waiter:
     """One waiting client; `run` is empty when any run will do but those left out. Only trainers are sampled."""
 
     client: str
     run: str
     trainer: bool
-    called: asyncio.Event
+    woken: asyncio.Event
     left_out: frozenset[str] = frozenset()
     until: float = float("inf")
     replaced: bool = False
@@ -42,8 +42,8 @@ class Lobby:
     def __init__(self, changed: Callable[[], None], takes_part: Callable[[str, str], bool] = _everybody) -> None:
         self._changed = changed
         self._takes_part = takes_part
-        self._seats: dict[str, Seat] = {}
-        self._lingering: dict[str, Seat] = {}  # of the seats: those with an end, the next one to end first
+        self._waiters: dict[str, Waiter] = {}
+        self._lingering: dict[str, Waiter] = {}  # of the seats: those with an end, the next one to end first
         self._waiting: dict[str, set[str]] = {}  # by run that was asked about: the clients that it may sample
         self._closed = False
 
@@ -53,34 +53,34 @@ class Lobby:
         """Waits until the client is called, for at most `hold_s` seconds. A second wait of a client ends its first.
 
         Returns:
-            Whether it was called; False as well if another wait of the client took its seat: were that a call, both
-            would look, find nothing, and take the seat from each other without end.
+            Whether it was called; False as well if another wait of the client took its waiter: were that a call, both
+            would look, find nothing, and take the waiter from each other without end.
 
         Raises:
             Draining: If the server is shutting down.
         """
         if self._closed:
             raise Draining("the server is shutting down; try again after a pause")
-        if client in self._seats:
-            self._seats[client].replaced = True
-            self.call(client)
-        seat = Seat(client, run, trainer, asyncio.Event(), left_out)
-        self._seats[client] = seat
+        if client in self._waiters:
+            self._waiters[client].replaced = True
+            self.wake(client)
+        waiter = Waiter(client, run, trainer, asyncio.Event(), left_out)
+        self._waiters[client] = waiter
         self.sort(client)
         self._changed()
         try:
             async with asyncio.timeout(hold_s):
-                await seat.called.wait()
+                await waiter.woken.wait()
         except TimeoutError:
-            self._linger(seat)
+            self._linger(waiter)
             return False
         except asyncio.CancelledError:
-            self._leave(seat)
+            self._leave(waiter)
             raise
-        self._leave(seat)
+        self._leave(waiter)
         if self._closed:
             raise Draining("the server is shutting down; try again after a pause")
-        return not seat.replaced
+        return not waiter.replaced
 
     def waiting(self, run: str) -> AbstractSet[str]:
         """Returns the clients that a run may sample: not a copy, so they are those of the moment at any time.
@@ -88,17 +88,17 @@ class Lobby:
         Seats are looked through the first time that a run is asked about, and then no more until `forget`.
         """
         now = time.monotonic()
-        while self._lingering and (seat := next(iter(self._lingering.values()))).until < now:
-            self._remove(seat)
+        while self._lingering and (waiter := next(iter(self._lingering.values()))).until < now:
+            self._remove(waiter)
         if run not in self._waiting:
-            self._waiting[run] = {seat.client for seat in self._seats.values() if self._may_sample(run, seat)}
+            self._waiting[run] = {waiter.client for waiter in self._waiters.values() if self._may_sample(run, waiter)}
         return self._waiting[run]
 
     def sort(self, client: str) -> None:
         """Puts a waiting client where it may be sampled: it has just come, or takes part in other runs than before."""
-        seat = self._seats.get(client)
+        waiter = self._waiters.get(client)
         for run, waiting in self._waiting.items():
-            if seat is not None and self._may_sample(run, seat):
+            if waiter is not None and self._may_sample(run, waiter):
                 waiting.add(client)
             else:
                 waiting.discard(client)
@@ -109,47 +109,47 @@ class Lobby:
 
     def is_waiting(self, client: str) -> bool:
         """Says whether a client waits now."""
-        seat = self._seats.get(client)
-        return seat is not None and seat.until >= time.monotonic()
+        waiter = self._waiters.get(client)
+        return waiter is not None and waiter.until >= time.monotonic()
 
-    def call(self, client: str) -> None:
+    def wake(self, client: str) -> None:
         """Tells a waiting client that there is something for it; one that lingers finds out when it asks again."""
-        seat = self._seats.get(client)
-        if seat:
-            self._remove(seat)
-            seat.called.set()
+        waiter = self._waiters.get(client)
+        if waiter:
+            self._remove(waiter)
+            waiter.woken.set()
 
-    def call_evaluators(self) -> None:
+    def wake_evaluators(self) -> None:
         """Tells evaluators that there is a new version."""
-        for seat in [s for s in self._seats.values() if not s.trainer]:
-            self.call(seat.client)
+        for waiter in [s for s in self._waiters.values() if not s.trainer]:
+            self.wake(waiter.client)
 
-    def call_all(self) -> None:
+    def wake_all(self) -> None:
         """Wakes everybody to look again, because runs have begun or ended."""
-        for client in list(self._seats):
-            self.call(client)
+        for client in list(self._waiters):
+            self.wake(client)
 
     def close(self) -> None:
         """Sends everybody away."""
         self._closed = True
-        self.call_all()
+        self.wake_all()
 
-    def _may_sample(self, run: str, seat: Seat) -> bool:
-        here = seat.trainer and seat.run in ("", run) and run not in seat.left_out
-        return here and self._takes_part(run, seat.client)
+    def _may_sample(self, run: str, waiter: Waiter) -> bool:
+        here = waiter.trainer and waiter.run in ("", run) and run not in waiter.left_out
+        return here and self._takes_part(run, waiter.client)
 
-    def _linger(self, seat: Seat) -> None:
-        seat.until = time.monotonic() + LINGER_S
-        if self._seats.get(seat.client) is seat:
-            self._lingering[seat.client] = seat
+    def _linger(self, waiter: Waiter) -> None:
+        waiter.until = time.monotonic() + LINGER_S
+        if self._waiters.get(waiter.client) is waiter:
+            self._lingering[waiter.client] = waiter
 
-    def _leave(self, seat: Seat) -> None:
-        if self._seats.get(seat.client) is seat:
-            self._remove(seat)
+    def _leave(self, waiter: Waiter) -> None:
+        if self._waiters.get(waiter.client) is waiter:
+            self._remove(waiter)
             self._changed()
 
-    def _remove(self, seat: Seat) -> None:
-        del self._seats[seat.client]
-        self._lingering.pop(seat.client, None)
+    def _remove(self, waiter: Waiter) -> None:
+        del self._waiters[waiter.client]
+        self._lingering.pop(waiter.client, None)
         for waiting in self._waiting.values():
-            waiting.discard(seat.client)
+            waiting.discard(waiter.client)

@@ -14,7 +14,7 @@ from fedpeft.rounds.conduct import GOOD, Conduct
 from fedpeft_server.store.rows import AnswerRow
 
 
-class Answers:
+class Participation:
     """The answers of all clients, by run.
 
     Args:

@@ -13,8 +13,8 @@ from fedpeft.config import RoundsConfig
 from fedpeft.errors import FedpeftError, RoundClosed
 from fedpeft.rounds import state_machine
 from fedpeft.rounds.state_machine import Round, TicketState
-from fedpeft_server.runs import audit_trail as deeds
-from fedpeft_server.store.rows import Deed, UpdateRow
+from fedpeft_server.runs import audit_trail
+from fedpeft_server.store.rows import AuditEvent, UpdateRow
 from fedpeft_server.store.store import Store
 
 
@@ -43,10 +43,10 @@ class Batch:
     new: tuple[Receipt, ...]
     repeated: tuple[Receipt, ...]
 
-    def deeds(self) -> list[Deed]:
+    def audit_events(self) -> list[AuditEvent]:
         """Returns what the audit log says of them."""
         return [
-            deeds.received(self.round, self.round.ticket(each.update.ticket).client, each.update, each.by)
+            audit_trail.received(self.round, self.round.ticket(each.update.ticket).client, each.update, each.by)
             for each in self.new
         ]
 
@@ -56,7 +56,7 @@ class Batch:
             receipt.counted.set_result(receipt.update)
         for receipt in self.repeated:
             ticket = receipt.update.ticket
-            counted = await store.call(store.db.update, ticket)
+            counted = await store.transact(store.db.update, ticket)
             if counted is None:
                 text = f"the round of ticket {ticket} has closed; keep the update for the next round"
                 receipt.counted.set_exception(RoundClosed(text))

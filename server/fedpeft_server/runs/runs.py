@@ -19,15 +19,15 @@ from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs.engine import ACTIVE, RunEngine
 from fedpeft_server.runs.gathering import Gathering
 from fedpeft_server.runs.lobby import Lobby
-from fedpeft_server.runs.participation import Answers
+from fedpeft_server.runs.participation import Participation
 from fedpeft_server.runs.progress_watch import ProgressWatch
 from fedpeft_server.runs.scoring import Scoring
-from fedpeft_server.runs.shielded import Steps, unbroken
+from fedpeft_server.runs.shielded import TaskSet, shielded
 from fedpeft_server.runs.ticket_index import TicketIndex
 from fedpeft_server.runs.waiting import NAMED, awaited
-from fedpeft_server.store.rows import AnswerRow, Deed, RoundRow, RunRow, RunState, VersionRow
+from fedpeft_server.store.rows import AnswerRow, AuditEvent, RoundRow, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store
-from fedpeft_server.traffic import Ledger
+from fedpeft_server.traffic import ByteCounter
 
 log = structlog.get_logger()
 
@@ -38,7 +38,7 @@ GLANCE_S = 1.0
 """Interval at which the lobby is looked at without a reason, seconds: clients that lingered may have gone."""
 
 
-class News:
+class Changes:
     """News of a run that one watcher has not been told yet."""
 
     def __init__(self) -> None:
@@ -76,16 +76,16 @@ class Runs:
     """
 
     def __init__(
-        self, store: Store, ledger: Ledger, metrics: Metrics, background: Background, progress: ProgressWatch
+        self, store: Store, byte_counter: ByteCounter, metrics: Metrics, background: Background, progress: ProgressWatch
     ) -> None:
-        self.lobby = Lobby(self.look, lambda run, client: self.answers.accepted(run, client))
-        self.answers = Answers()
+        self.lobby = Lobby(self.look, lambda run, client: self.participation.accepted(run, client))
+        self.participation = Participation()
         self.progress = progress
         self.scoring = Scoring(store)
-        self.steps = Steps()
+        self.tasks = TaskSet()
         self.in_doubt: set[str] = set()
         self._store = store
-        self._ledger = ledger
+        self._byte_counter = byte_counter
         self._metrics = metrics
         self._background = background
         self._engines: dict[str, RunEngine] = {}
@@ -94,36 +94,36 @@ class Runs:
         self._counted: dict[str, Round] = {}  # of the active runs: the round whose tickets the gauges show
         self._ages: list[Age] = []
         self._gathering = Gathering()
-        self._watchers: dict[str, set[News]] = defaultdict(set)
+        self._watchers: dict[str, set[Changes]] = defaultdict(set)
         self._news = asyncio.Event()
 
     async def start(self) -> None:
         """Takes up every run where the last process left it."""
-        self.answers = Answers(await self._store.call(self._store.db.answers))
-        for run in await self._store.call(self._store.db.runs):
-            row = await self._store.call(self._store.db.current_round, run.id)
+        self.participation = Participation(await self._store.transact(self._store.db.answers))
+        for run in await self._store.transact(self._store.db.runs):
+            row = await self._store.transact(self._store.db.current_round, run.id)
             self._add(self._engine(run, _in_progress(run, row)))
         held = {t.id for e in self._engines.values() if e.active for t in e.round.tickets}
         sizes = await self._store.compute(self._store.spool.sizes, held)
         if sizes:
-            await self._store.call(self._store.db.count_spooled, sizes)
+            await self._store.transact(self._store.db.count_spooled, sizes)
         for engine in self._engines.values():
             await self._show_again(engine)
         await self._store.compute(self._store.sweep, self._engines, held)
         for engine in self._engines.values():
             self.progress.issued(engine.run.id, engine.awaited())
             await engine.start()
-        self._background.keep("matching", self._match())
+        self._background.supervise("matching", self._match())
         self._background.every("progress", self.progress.timing.look_s, self._look_at_progress)
 
     async def close(self) -> None:
         """Lets aggregations finish; the background's end sees to it that no new round opens."""
         self.lobby.close()
-        await self.steps.ended()
+        await self.tasks.wait()
         for engine in self._engines.values():
             await engine.close()
 
-    @unbroken
+    @shielded
     async def create(self, run: RunRow, first: Callable[[], VersionRow], by: str) -> RunEngine:
         """Adds a run that `by` asks for; `first` stores its adapter version 0, and is undone if it cannot be added.
 
@@ -132,42 +132,44 @@ class Runs:
         """
         try:
             version = await self._store.compute(first)
-            deed = Deed(by, "run.created", run.id, {"name": run.config.name, "adapter_sha256": version.sha256})
-            await self._store.call(self._store.db.create_run, run, version, (deed,))
+            audit_event = AuditEvent(
+                by, "run.created", run.id, {"name": run.config.name, "adapter_sha256": version.sha256}
+            )
+            await self._store.transact(self._store.db.create_run, run, version, (audit_event,))
         except FedpeftError as error:
             if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._is_written(run.id)):
                 await self._store.compute(self._store.forget_run, run.id, ())
                 raise
         return self._begin(run)
 
-    @unbroken
+    @shielded
     async def adopt(self, run_id: str) -> RunEngine:
         """Returns the engine of a run that is in the database; makes it if the answer to the run's making was lost.
 
         Raises:
             RunNotFound: If there is no such run.
         """
-        return self._begin(await self._store.call(self._store.db.run, run_id))
+        return self._begin(await self._store.transact(self._store.db.run, run_id))
 
-    @unbroken
+    @shielded
     async def delete(self, run_id: str, by: str) -> None:
         """Removes a finished run with everything of it but its entries in the audit log; `by` is who asked for it."""
         engine = self.get(run_id)
         if engine.active:
             raise RunNotFinished(f"{run_id} is {engine.run.state}; stop it before it is deleted")
         await engine.close()
-        tickets = await self._store.call(self._store.db.ticket_ids, run_id)
-        deed = Deed(by, "run.deleted", run_id, {"name": engine.run.config.name})
+        tickets = await self._store.transact(self._store.db.ticket_ids, run_id)
+        audit_event = AuditEvent(by, "run.deleted", run_id, {"name": engine.run.config.name})
         # The files first: while the run is listed its deletion can be repeated, and afterwards nothing finds them.
         await self._store.compute(self._store.forget_run, run_id, tickets)
-        await self._store.call(self._store.db.delete_run, run_id, (deed,))
+        await self._store.transact(self._store.db.delete_run, run_id, (audit_event,))
         del self._engines[run_id]
         self._ages.remove(engine.age)
-        self.answers.forget(run_id)
+        self.participation.forget(run_id)
         self.scoring.forget(run_id)
         self.progress.forget(run_id)
         self._gathering.forget(run_id)
-        self._ledger.forget(run_id)
+        self._byte_counter.forget(run_id)
         self._metrics.forget(run_id)
         self._background.forget(run_id)
         self._changed(engine)
@@ -218,10 +220,10 @@ class Runs:
         if run is not None:
             engine = self._engines[run]
             return engine, engine.round.ticket(ticket_id), engine.round.number
-        row = await self._store.call(self._store.db.ticket, ticket_id)
+        row = await self._store.transact(self._store.db.ticket, ticket_id)
         return self.get(row.run), row.ticket, row.number
 
-    @unbroken
+    @shielded
     async def answer(self, answer: AnswerRow, by: str) -> None:
         """Takes what `by` says for a client to the offer of a run; a ticket that it holds there goes with a decline.
 
@@ -229,8 +231,8 @@ class Runs:
             RunNotFound: If there is no such run.
         """
         engine = self.get(answer.run)
-        await self._store.call(self._store.db.put_answer, answer)
-        self.answers.put(answer)
+        await self._store.transact(self._store.db.put_answer, answer)
+        self.participation.put(answer)
         self.lobby.sort(answer.client)
         ticket = None if answer.accepted else engine.open_ticket(answer.client)
         if ticket:
@@ -238,30 +240,30 @@ class Runs:
                 await engine.withdraw(ticket, "; ".join(answer.reasons), by)
         self._changed(engine)
 
-    @unbroken
+    @shielded
     async def readmit(self, client: str, run_id: str, by: str) -> list[str]:
         """Lets a client back that was set aside, in one run or in all, because `by` asks for it; returns those runs.
 
         Raises:
             RunNotFound: If there is no such run.
         """
-        found = [e for e in self.all(run_id) if self.answers.conduct(e.run.id, client).is_aside]
+        found = [e for e in self.all(run_id) if self.participation.conduct(e.run.id, client).is_aside]
         for engine in found:
-            deed = Deed(by, "client.readmitted", engine.run.id, {"client": client})
+            audit_event = AuditEvent(by, "client.readmitted", engine.run.id, {"client": client})
             good = {client: GOOD}
-            await self._store.call(self._store.db.put_conducts, engine.run.id, good, (deed,))
-            self.answers.put_conducts(engine.run.id, good)
+            await self._store.transact(self._store.db.put_conducts, engine.run.id, good, (audit_event,))
+            self.participation.put_conducts(engine.run.id, good)
             log.info("client readmitted", run=engine.run.id, client=client)
             self._changed(engine)
         return [engine.run.id for engine in found]
 
     def declared_examples(self, run_id: str, client: str) -> int:
         """Returns how many examples of a run's classes a client said it has; 0 if it did not say."""
-        return self.answers.examples(run_id, client)
+        return self.participation.examples(run_id, client)
 
     def ask_again(self, client: str) -> None:
         """Has a client that began anew asked again for each run; until it answers it is sampled for none."""
-        self.answers.ask_again(client)
+        self.participation.ask_again(client)
         self.lobby.sort(client)
 
     def ready(self, run_id: str) -> AbstractSet[str]:
@@ -270,7 +272,7 @@ class Runs:
 
     def why(self, engine: RunEngine, *, for_operator: bool = False) -> str:
         """Says in words what a run waits for; an operator is told of clients that hang or are slow, too."""
-        run, answers = engine.run.id, self.answers
+        run, answers = engine.run.id, self.participation
         found = self.progress.awaited(engine, NAMED) if for_operator else []
         ill = {client: verdict.words for client, _, verdict in found if not verdict.state.is_well}
         return awaited(engine, len(self.ready(run)), answers.declined_by(run), answers.awaited(run), ill)
@@ -290,13 +292,13 @@ class Runs:
         """Has the lobby looked at soon."""
         self._news.set()
 
-    def watch(self, run_id: str) -> News:
+    def watch(self, run_id: str) -> Changes:
         """Returns where the changes of a run are told; end with `unwatch`."""
-        news = News()
+        news = Changes()
         self._watchers[run_id].add(news)
         return news
 
-    def unwatch(self, run_id: str, news: News) -> None:
+    def unwatch(self, run_id: str, news: Changes) -> None:
         """Ends a watch."""
         self._watchers[run_id].discard(news)
         if not self._watchers[run_id]:
@@ -315,7 +317,7 @@ class Runs:
         """
         self.in_doubt.add(run_id)
         try:
-            await self._store.call(self._store.db.run, run_id)
+            await self._store.transact(self._store.db.run, run_id)
             self.in_doubt.remove(run_id)
         except RunNotFound:
             self.in_doubt.remove(run_id)
@@ -327,7 +329,7 @@ class Runs:
         if run.id not in self._engines:
             self._add(self._engine(run, Round(run.id, 1)))
             log.info("run created", run=run.id, name=run.config.name, method=run.spec.method)
-            self.lobby.call_all()
+            self.lobby.wake_all()
         return self._engines[run.id]
 
     def _add(self, engine: RunEngine) -> None:
@@ -356,18 +358,18 @@ class Runs:
         self._background.forget(run)
 
     def _engine(self, run: RunRow, current: Round) -> RunEngine:
-        parts = (self._store, self.lobby, self.answers, self._ledger, self._metrics, self._background)
+        parts = (self._store, self.lobby, self.participation, self._byte_counter, self._metrics, self._background)
         return RunEngine(run, current, *parts, self.progress.issued, self._changed)
 
     async def _show_again(self, engine: RunEngine) -> None:
         """Sets the gauges that would else be empty until the next round or the next figures."""
         run = engine.run.id
-        standing = await self._store.call(self._store.db.standing, run, engine.round.number)
-        for split, figures in standing.scored.items():
+        snapshot = await self._store.transact(self._store.db.gauge_snapshot, run, engine.round.number)
+        for split, figures in snapshot.scored.items():
             self._metrics.scored(run, split, figures)
-        self._metrics.committed(run, standing.metrics)
+        self._metrics.committed(run, snapshot.metrics)
         over = engine.round.phase is Phase.COMMITTED
-        self._ledger.resume(run, engine.round.number + over, standing.current, standing.last)
+        self._byte_counter.resume(run, engine.round.number + over, snapshot.current, snapshot.last)
 
     def _changed(self, engine: RunEngine) -> None:
         if engine.run.id in self._engines:
@@ -395,7 +397,7 @@ class Runs:
 
     def _count_clients(self) -> None:
         """Shows what the clients of the active runs do; a run that ended has no such series any more."""
-        gauge, answers = self._metrics.clients, self.answers
+        gauge, answers = self._metrics.clients, self.participation
         for run, engine in self._active.items():
             gauge.labels(run, "waiting").set(len(self.ready(run)))
             gauge.labels(run, "set_aside").set(len(answers.set_aside(run)))

@@ -33,7 +33,7 @@ class _Book:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class EvaluatorProgress:
     """Progress of an evaluator with a run.
 
     Attributes:
@@ -78,12 +78,12 @@ class Scoring:
             self._evaluators[run].discard(evaluator)
         return left
 
-    async def standing(self, run: RunRow, evaluator: str) -> Standing:
+    async def progress(self, run: RunRow, evaluator: str) -> EvaluatorProgress:
         """Returns how far an evaluator is with a run."""
         book = await self._book(run.id, evaluator)
         missing = book.missing(run.version)
         failed = sorted(book.failed.items(), reverse=True)[:SHOWN]
-        return Standing(
+        return EvaluatorProgress(
             evaluator,
             book.scored.bit_count(),
             missing.bit_count(),
@@ -91,9 +91,9 @@ class Scoring:
             tuple(failed),
         )
 
-    async def standings(self, run: RunRow) -> list[Standing]:
+    async def progress_of_all(self, run: RunRow) -> list[EvaluatorProgress]:
         """Returns how far each evaluator is that takes part in a run, by id."""
-        return [await self.standing(run, evaluator) for evaluator in sorted(self._evaluators.get(run.id, ()))]
+        return [await self.progress(run, evaluator) for evaluator in sorted(self._evaluators.get(run.id, ()))]
 
     def backlog(self, run: RunRow) -> int | None:
         """Returns how many versions the evaluator that is furthest behind has left: 0 without any, None if unknown."""
@@ -103,7 +103,7 @@ class Scoring:
 
     async def scored(self, run: str, evaluator: str, version: int) -> None:
         """Notes that the figures of a version are in the database."""
-        await self._store.call(self._store.db.forget_failed_evaluations, evaluator, run, version)
+        await self._store.transact(self._store.db.forget_failed_evaluations, evaluator, run, version)
         if (
             book := self._books.get(run, {}).get(evaluator)
         ) is not None:  # else it is read, with this, once it is needed
@@ -112,13 +112,13 @@ class Scoring:
 
     async def failed(self, failure: FailedEvaluation) -> None:
         """Writes that an evaluator cannot score a version; it gets others, until it registers again."""
-        await self._store.call(self._store.db.put_failed_evaluation, failure)
+        await self._store.transact(self._store.db.put_failed_evaluation, failure)
         if (book := self._books.get(failure.run, {}).get(failure.evaluator)) is not None:
             book.failed[failure.version] = failure.reason
 
     async def try_again(self, evaluator: str) -> None:
         """Forgets what an evaluator could not score, because it began anew and its site may have changed."""
-        await self._store.call(self._store.db.forget_failed_evaluations, evaluator)
+        await self._store.transact(self._store.db.forget_failed_evaluations, evaluator)
         for books in self._books.values():
             if evaluator in books:
                 books[evaluator].failed.clear()
@@ -131,8 +131,8 @@ class Scoring:
     async def _book(self, run: str, evaluator: str) -> _Book:
         if evaluator not in self._books[run]:
             db = self._store.db
-            scored = await self._store.call(db.evaluated_by, run, evaluator)
-            failed = await self._store.call(db.failed_evaluations, run, evaluator)
+            scored = await self._store.transact(db.evaluated_by, run, evaluator)
+            failed = await self._store.transact(db.failed_evaluations, run, evaluator)
             book = _Book(_bits(scored), failed)
             self._books[run].setdefault(evaluator, book)  # another call may have read it meanwhile
         return self._books[run][evaluator]

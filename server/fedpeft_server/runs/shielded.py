@@ -1,4 +1,4 @@
-"""Steps that go to their end: a call whose client leaves is cancelled, and must not leave half a step behind.
+"""Shielded methods: a call whose client disconnects is cancelled, and must not leave half a transition behind.
 
 What the database was told in the cancelled half would be unknown to the memory, and the other way round.
 """
@@ -20,41 +20,41 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Steps:
-    """The steps of one object that are under way."""
+class TaskSet:
+    """The running tasks of one object."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def begin(self, step: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
-        """Begins a step of its own."""
+    def start(self, step: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
+        """Starts a task and keeps it until it ends."""
         task = asyncio.create_task(step)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def ended(self) -> None:
-        """Waits until no step is under way."""
+    async def wait(self) -> None:
+        """Waits until no task is running."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
 
-class Stepping(Protocol):
-    """An object with steps."""
+class HasTasks(Protocol):
+    """An object with a task set."""
 
-    steps: Steps
+    tasks: TaskSet
 
 
-S = TypeVar("S", bound=Stepping)
+S = TypeVar("S", bound=HasTasks)
 Method = Callable[Concatenate[S, P], Coroutine[Any, Any, R]]
 
 
-def unbroken(method: Method[S, P, R]) -> Method[S, P, R]:
-    """Makes a method go to its end though its caller is cancelled; the caller then leaves at once."""
+def shielded(method: Method[S, P, R]) -> Method[S, P, R]:
+    """Decorates a method to run to its end even if its caller is cancelled; the caller then returns at once."""
 
     @wraps(method)
     async def whole(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        step = self.steps.begin(method(self, *args, **kwargs))
+        step = self.tasks.start(method(self, *args, **kwargs))
         try:
             return await asyncio.shield(step)
         except asyncio.CancelledError:

@@ -120,7 +120,7 @@ def opening(engine: Engine) -> Iterator[None]:
 
 @contextmanager
 def translated(where: str) -> Iterator[None]:
-    """Turns what a driver raises into this project's errors.
+    """TransferSlots what a driver raises into this project's errors.
 
     Raises:
         DiskFull: If the database has no room to grow.

@@ -35,17 +35,17 @@ from fedpeft_server.store.queries.figures import Pending
 from fedpeft_server.store.queries.past import Taken
 from fedpeft_server.store.rows import (
     AnswerRow,
+    AuditEvent,
     ClientRow,
-    Deed,
     FailedEvaluation,
+    FoldInputs,
+    GaugeSnapshot,
     Place,
     RoundFigures,
     RoundRow,
     RunRow,
     RunState,
-    Standing,
     TicketRow,
-    ToFold,
     Traffic,
     UpdateRow,
     VersionRow,
@@ -55,7 +55,7 @@ from fedpeft_server.store.transactions import Transactions
 Bytes = Mapping[tuple[str, int, str], Traffic]
 """Bytes since the last write, by (run, round number, client)."""
 NONE: Bytes = MappingProxyType({})
-Deeds = Sequence[Deed]
+AuditEvents = Sequence[AuditEvent]
 """Entries of a transaction in the audit log."""
 
 
@@ -101,14 +101,14 @@ class Database:
 
     # Runs and versions
 
-    def create_run(self, run: RunRow, version: VersionRow, deeds: Deeds = ()) -> None:
+    def create_run(self, run: RunRow, version: VersionRow, audit_events: AuditEvents = ()) -> None:
         """Writes a new run with its version 0.
 
         Raises:
             RequestIdReused: If a run of the same `request_id` exists.
         """
         try:
-            with self._transaction(*deeds) as connection:
+            with self._transaction(*audit_events) as connection:
                 if run.request_id and run_queries.select_run_by_request(connection, run.request_id):
                     raise RequestIdReused(f"request {run.request_id} already made a run")
                 run_queries.insert_run(connection, run)
@@ -135,14 +135,14 @@ class Database:
         with self._reading() as connection:
             return run_queries.select_runs(connection)
 
-    def delete_run(self, run_id: str, deeds: Deeds = ()) -> None:
+    def delete_run(self, run_id: str, audit_events: AuditEvents = ()) -> None:
         """Deletes a run with its versions, rounds, tickets, updates, traffic and evaluations.
 
         Raises:
             RunNotFound: If there is none of that id.
         """
         self._written.pop(run_id, None)
-        with self._transaction(*deeds) as connection:
+        with self._transaction(*audit_events) as connection:
             run_queries.delete_run(connection, run_id)
 
     def version(self, run_id: str, version: int) -> VersionRow:
@@ -155,30 +155,32 @@ class Database:
         with self._reading() as connection:
             return run_queries.select_version(connection, run_id, version)
 
-    # Rounds, tickets and updates. `traffic`, where it is taken, is added to what was counted, and `deeds` to the audit
-    # log, in the same transaction.
+    # Rounds, tickets and updates. `traffic`, where given, is added to the counted bytes, and `audit_events` to the
+    # audit log, in the same transaction.
 
-    def save_round(self, state: Round, traffic: Bytes = NONE, deeds: Deeds = ()) -> None:
+    def save_round(self, state: Round, traffic: Bytes = NONE, audit_events: AuditEvents = ()) -> None:
         """Writes a round and its tickets.
 
         Raises:
             RunNotFound: If its run does not exist.
         """
-        with self._writing(state, traffic, deeds):
+        with self._writing(state, traffic, audit_events):
             pass
 
     def save_round_and_run(
-        self, state: Round, run_state: RunState, reason: str, traffic: Bytes = NONE, deeds: Deeds = ()
+        self, state: Round, run_state: RunState, reason: str, traffic: Bytes = NONE, audit_events: AuditEvents = ()
     ) -> None:
         """Writes a round, its tickets, and the state of its run.
 
         Raises:
             RunNotFound: If its run does not exist.
         """
-        with self._writing(state, traffic, deeds) as connection:
+        with self._writing(state, traffic, audit_events) as connection:
             run_queries.update_run(connection, state.run, run_state, reason)
 
-    def receive(self, state: Round, updates: Sequence[UpdateRow], traffic: Bytes = NONE, deeds: Deeds = ()) -> None:
+    def receive(
+        self, state: Round, updates: Sequence[UpdateRow], traffic: Bytes = NONE, audit_events: AuditEvents = ()
+    ) -> None:
         """Writes a round, its tickets, and what was received for some; a second update of a ticket is ignored.
 
         Their clients are counted the bytes of the payloads at least.
@@ -191,7 +193,7 @@ class Database:
             (state.run, state.number, client): Traffic(payload_up=update.manifest.payload_bytes)
             for client, update in received.items()
         }
-        with self._writing(state, traffic, deeds) as connection:
+        with self._writing(state, traffic, audit_events) as connection:
             rounds.put_updates(connection, received)
             rounds.count_at_least(connection, least)
 
@@ -208,7 +210,7 @@ class Database:
         reason: str,
         conducts: Mapping[str, Conduct],
         traffic: Bytes = NONE,
-        deeds: Deeds = (),
+        audit_events: AuditEvents = (),
     ) -> None:
         """Writes a committed round with its result, and the run's newest version and state.
 
@@ -226,7 +228,7 @@ class Database:
             reason: Why the run is in that state; may be empty.
             conducts: How clients used their tickets, where that changed.
             traffic: Bytes to add.
-            deeds: What is told of it in the audit log.
+            audit_events: What is told of it in the audit log.
 
         Raises:
             RunNotFound: If its run does not exist.
@@ -238,8 +240,8 @@ class Database:
             run_queries.put_version(connection, version)
             run_queries.update_run(connection, state.run, run_state, reason, version.version)
             participation.put_conducts(connection, state.run, conducts)
-            for deed in deeds:
-                self.transactions.append(connection, deed)
+            for audit_event in audit_events:
+                self.transactions.append(connection, audit_event)
 
     def current_round(self, run_id: str) -> RoundRow | None:
         """Returns the round of the highest number, or None if there is none."""
@@ -277,10 +279,10 @@ class Database:
         with self._reading() as connection:
             return figures.select_with(connection, run_id, number, tickets, pending)
 
-    def standing(self, run_id: str, number: int) -> Standing:
+    def gauge_snapshot(self, run_id: str, number: int) -> GaugeSnapshot:
         """Returns what the gauges of a run show; `number` is its round in progress."""
         with self._reading() as connection:
-            return figures.select_standing(connection, run_id, number)
+            return figures.select_gauge_snapshot(connection, run_id, number)
 
     def ticket_ids(self, run_id: str) -> list[str]:
         """Returns the ids of all tickets of a run."""
@@ -301,7 +303,7 @@ class Database:
         with self._reading() as connection:
             return rounds.select_update(connection, ticket_id)
 
-    def to_fold(self, run_id: str, number: int, base: int, earlier: Sequence[int]) -> ToFold:
+    def fold_inputs(self, run_id: str, number: int, base: int, earlier: Sequence[int]) -> FoldInputs:
         """Returns what round `number` is folded from, and norms and examples of the `earlier` ones.
 
         Raises:
@@ -314,7 +316,7 @@ class Database:
             # That of the round before, not the newest: this one's may be there, if its commit was made, not answered.
             previous = rounds.select_record_sha256(connection, run_id, number - 1)
             norms = rounds.select_norms(connection, run_id, earlier)
-        return ToFold(row.updates if row else {}, version, previous, norms)
+        return FoldInputs(row.updates if row else {}, version, previous, norms)
 
     def pasts(self, run_id: str, number: int, clients: Sequence[str]) -> dict[str, list[Taken]]:
         """Returns what the last rounds before one took some clients, the newest first; see `past_queries`."""
@@ -327,11 +329,11 @@ class Database:
             return rounds.select_record_sha256(connection, run_id, number)
 
     @contextmanager
-    def _writing(self, state: Round, traffic: Bytes, deeds: Deeds) -> Iterator[Connection]:
+    def _writing(self, state: Round, traffic: Bytes, audit_events: AuditEvents) -> Iterator[Connection]:
         """A transaction that writes a round and bytes; what it held before is unknown if it fails."""
         before = self._written.get(state.run)
         try:
-            with self._transaction(*deeds) as connection:
+            with self._transaction(*audit_events) as connection:
                 same = before is not None and before.number == state.number
                 rounds.put_round(connection, state, before if same else None)
                 rounds.add_traffic(connection, traffic, known=(state.run,))
@@ -419,9 +421,9 @@ class Database:
             run_queries.select_run(connection, answer.run)
             participation.put_answer(connection, answer)
 
-    def put_conducts(self, run_id: str, conducts: Mapping[str, Conduct], deeds: Deeds = ()) -> None:
+    def put_conducts(self, run_id: str, conducts: Mapping[str, Conduct], audit_events: AuditEvents = ()) -> None:
         """Writes how clients used their last tickets of a run."""
-        with self._transaction(*deeds) as connection:
+        with self._transaction(*audit_events) as connection:
             participation.put_conducts(connection, run_id, conducts)
 
     def answers(self) -> list[AnswerRow]:

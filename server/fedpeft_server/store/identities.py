@@ -20,7 +20,7 @@ from fedpeft.errors import (
 from fedpeft.identity.audit import Detail
 from fedpeft.identity.subject import Role, Subject
 from fedpeft_server.store.queries import access
-from fedpeft_server.store.rows import Deed, IdentityRow, TokenRow
+from fedpeft_server.store.rows import AuditEvent, IdentityRow, TokenRow
 from fedpeft_server.store.transactions import Transactions
 
 _SHARED_IDS = {Role.CLIENT: Role.EVALUATOR, Role.EVALUATOR: Role.CLIENT}
@@ -65,8 +65,8 @@ class Identities:
             NameInUse: If the name is enrolled in a role that shares ids with the token's.
             SubjectInvalid: If the name is new and begins with a hyphen.
         """
-        deed = Deed(token.created_by, "token.created", str(token.subject), {"token": token.id})
-        with self._transactions.begin(deed) as connection:
+        audit_event = AuditEvent(token.created_by, "token.created", str(token.subject), {"token": token.id})
+        with self._transactions.begin(audit_event) as connection:
             _refuse_shared_id(connection, token.subject)
             _refuse_new_option(connection, token.subject)
             access.insert_token(connection, token)
@@ -82,7 +82,7 @@ class Identities:
         Raises:
             TokenNotFound: If there is none of that id.
         """
-        with self._transactions.begin(Deed(actor, "token.deleted", token_id)) as connection:
+        with self._transactions.begin(AuditEvent(actor, "token.deleted", token_id)) as connection:
             if not access.delete_token(connection, token_id):
                 raise TokenNotFound(f"there is no enrolment token {token_id!r}")
 
@@ -125,14 +125,14 @@ class Identities:
             _put_certificate(connection, token.subject, issued)
             who = str(token.subject)
             self._transactions.append(
-                connection, Deed(who, "identity.enrolled", who, {"token": token.id, **issued.details})
+                connection, AuditEvent(who, "identity.enrolled", who, {"token": token.id, **issued.details})
             )
         return token, known
 
     def renewed(self, subject: Subject, issued: Issued) -> None:
         """Writes that a subject has another certificate."""
-        deed = Deed(str(subject), "identity.renewed", str(subject), issued.details)
-        with self._transactions.begin(deed) as connection:
+        audit_event = AuditEvent(str(subject), "identity.renewed", str(subject), issued.details)
+        with self._transactions.begin(audit_event) as connection:
             _put_certificate(connection, subject, issued)
 
     def seen(self, subject: Subject) -> None:
@@ -145,7 +145,7 @@ class Identities:
             if access.select_identity(connection, subject) is None:
                 _refuse_shared_id(connection, subject)
                 access.insert_identity(connection, subject)
-                self._transactions.append(connection, Deed("server", "identity.seen", str(subject)))
+                self._transactions.append(connection, AuditEvent("server", "identity.seen", str(subject)))
 
     def revoke(
         self, subject: Subject, at: float, reason: str, actor: str, *, unseen: bool = False, left: bool = False
@@ -164,8 +164,8 @@ class Identities:
             IdentityNotFound: If nobody did or was, and that is not meant.
         """
         action = "identity.left" if left else "identity.revoked"
-        deed = Deed(actor, action, str(subject), {"reason": reason})
-        with self._transactions.begin(deed) as connection:
+        audit_event = AuditEvent(actor, action, str(subject), {"reason": reason})
+        with self._transactions.begin(audit_event) as connection:
             known = access.select_identity(connection, subject)
             if not unseen and known is None:
                 raise IdentityNotFound(
@@ -194,7 +194,7 @@ class Identities:
             if found.is_revoked:
                 _refuse_shared_id(connection, subject)
                 access.put_restored(connection, subject, at)
-                self._transactions.append(connection, Deed(actor, "identity.restored", str(subject)))
+                self._transactions.append(connection, AuditEvent(actor, "identity.restored", str(subject)))
                 found = replace(found, restored_at=at)
         return found
 

@@ -114,7 +114,7 @@ class RoundRow:
 
 
 @dataclass(frozen=True, slots=True)
-class ToFold:
+class FoldInputs:
     """The inputs of a round's fold.
 
     Attributes:
@@ -195,7 +195,7 @@ class RoundFigures:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class GaugeSnapshot:
     """Values of the gauges of a run.
 
     Attributes:
@@ -280,8 +280,8 @@ class TicketRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Deed:
-    """A deed for the audit log: an entry of it before it has its place there.
+class AuditEvent:
+    """An event for the audit log: an entry before it has its number there.
 
     Attributes:
         actor: `ROLE NAME`, `local` for plain text, or `server`.

@@ -16,7 +16,7 @@ import structlog
 from fedpeft.errors import DatabaseLocked
 from fedpeft.rounds.state_machine import Round, TicketState
 from fedpeft_server.store.blobs.blobs import Blobs
-from fedpeft_server.store.blobs.download_cache import Outbound
+from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 from fedpeft_server.store.connection import BUSY_TIMEOUT_S
 from fedpeft_server.store.database import Database
@@ -68,7 +68,7 @@ class Store:
         self.db.transactions.wait_at_most(0)  # `call` waits, and keeps the database's thread free meanwhile
         self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache")
         self.spool = Spool(folder / "spool", keep_manifests=keep_updates)
-        self.outbound = Outbound(folder / "outbound", self.blobs)
+        self.download_cache = DownloadCache(folder / "outbound", self.blobs)
         self.scratch = folder / "scratch"
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
@@ -77,7 +77,7 @@ class Store:
         self._files = ThreadPoolExecutor(FILE_THREADS, "files")
         self._versions = ThreadPoolExecutor(VERSION_THREADS, "versions")
 
-    async def call(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def transact(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs one transaction on the database's thread, in the order of the calls; also when its caller leaves.
 
         While another program holds a lock it is tried again and again, and lets the others pass: reading goes on.
@@ -88,10 +88,10 @@ class Store:
         return await asyncio.shield(self.begin(method, *args, **kwargs))
 
     def begin(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Task[R]:
-        """Begins what `call` waits for: the task ends with the transaction's result, or its error."""
-        return asyncio.ensure_future(self._transact(lambda: method(*args, **kwargs)))
+        """Begins what `transact` waits for: the task ends with the transaction's result, or its error."""
+        return asyncio.ensure_future(self._run_transaction(lambda: method(*args, **kwargs)))
 
-    async def _transact(self, transaction: Callable[[], R]) -> R:
+    async def _run_transaction(self, transaction: Callable[[], R]) -> R:
         loop = asyncio.get_running_loop()
         until = loop.time() + BUSY_TIMEOUT_S
         while True:
@@ -153,7 +153,7 @@ class Store:
     async def forget_round(self, done: Round, run_id: str) -> None:
         """Removes what a committed round no longer needs; what arrived and was not counted is never needed."""
         kept = (TicketState.RECEIVED,) if self.keep_updates else ()
-        await self.compute(self.outbound.keep_from, run_id, done.number)
+        await self.compute(self.download_cache.keep_from, run_id, done.number)
         await self.compute(self.spool.remove_all, [t.id for t in done.tickets if t.state not in kept])
 
     async def forget_stopped(self, stopped: Round) -> None:
@@ -169,12 +169,12 @@ class Store:
         try:
             self.spool.clean()
         finally:
-            self.outbound.clean()
+            self.download_cache.clean()
 
     def forget_run(self, run_id: str, tickets: Iterable[str]) -> None:
         """Removes everything of a deleted run, whose tickets these were, but its database rows."""
         self.spool.remove_all(tickets)
-        self.outbound.forget(run_id)
+        self.download_cache.forget(run_id)
         self.blobs.delete_prefix(f"runs/{run_id}/")
 
     def sweep(self, runs: Collection[str], tickets: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Transactions on the database, and the audit log that grows with them: a deed and its entry are written together."""
+"""Transactions on the database, and the audit log that grows with them: an event and its entry are written together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
 from fedpeft_server.store.connection import reading, translated
 from fedpeft_server.store.queries import audit as audit_queries
-from fedpeft_server.store.rows import Deed
+from fedpeft_server.store.rows import AuditEvent
 
 
 class Transactions:
@@ -35,8 +35,8 @@ class Transactions:
         self.unavailable = False
 
     @contextmanager
-    def begin(self, *deeds: Deed) -> Iterator[Connection]:
-        """Makes a transaction of what the block does, and of the entries of `deeds`.
+    def begin(self, *events: AuditEvent) -> Iterator[Connection]:
+        """Makes a transaction of what the block does, and of the entries of `events`.
 
         One whose commit was not answered is looked for, by its last entry in the audit log: repeated, it would be
         told twice, and its bytes counted twice.
@@ -51,8 +51,8 @@ class Transactions:
         try:
             with translated(self._where), self.engine.begin() as connection:
                 yield connection
-                for deed in deeds:
-                    self.append(connection, deed)
+                for event in events:
+                    self.append(connection, event)
                 is_complete = True
             self.unavailable = False
         except BaseException as error:
@@ -99,9 +99,9 @@ class Transactions:
         with self.read() as connection:
             return audit_queries.select_after(connection, number, most)
 
-    def write(self, *deeds: Deed) -> None:
+    def write(self, *events: AuditEvent) -> None:
         """Writes entries for what the database knows nothing else of."""
-        with self.begin(*deeds):
+        with self.begin(*events):
             pass
 
     def close(self) -> None:
@@ -117,9 +117,9 @@ class Transactions:
         except FedpeftError:
             return False
 
-    def append(self, connection: Connection, deed: Deed) -> None:
+    def append(self, connection: Connection, event: AuditEvent) -> None:
         """Writes an entry in a transaction of this object's."""
         previous = self._head or audit_queries.select_last(connection)
-        entry = audit.entry(previous, time.time(), deed.actor, deed.action, deed.object, deed.details)
+        entry = audit.entry(previous, time.time(), event.actor, event.action, event.object, event.details)
         audit_queries.insert_entry(connection, entry)
         self._head = entry

@@ -13,11 +13,11 @@ from fedpeft.rpc.wire import TURN_KEY
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
 from fedpeft_server.uploads.incoming import Context, next_message
-from fedpeft_server.uploads.transfer_slots import Turn
+from fedpeft_server.uploads.transfer_slots import TransferSlot
 
 
-class Arrivals:
-    """Takes payloads into the spool.
+class ChunkReceiver:
+    """Receives payloads into the spool.
 
     Args:
         store: Where they go.
@@ -43,19 +43,19 @@ class Arrivals:
         key: str,
         manifest: Manifest,
         context: Context,
-        turn: Turn | None = None,
+        slot: TransferSlot | None = None,
         booked: Callable[[int], None] = lambda size: None,
         wanted: Callable[[], None] = lambda: None,
     ) -> SpoolWriter:
         """Writes chunks as they arrive until the payload is whole. A broken stream keeps what arrived.
 
-        The initial metadata tell the client that its turn has come.
+        The initial metadata tell the client that its slot has come.
 
         Args:
             key: Names the payload in the spool.
             manifest: What arrives; fits what is wanted.
             context: The call.
-            turn: Asked after each chunk whether there may be another; absent if the upload need not give way.
+            slot: Asked after each chunk whether there may be another; absent if the upload need not give way.
             booked: Told the bytes of each chunk that was taken.
             wanted: Asked once the spool holds a place for it; raises if the payload is not wanted any more.
 
@@ -63,7 +63,7 @@ class Arrivals:
             The writer, to be finished.
 
         Raises:
-            TurnOver: If others wait for the turn, or a newer upload of the client took it.
+            TurnOver: If others wait for the slot, or a newer upload of the client took it.
             TransferStalled: If nothing comes for `STALL_S`.
             FedpeftError: If a chunk is refused.
         """
@@ -72,9 +72,9 @@ class Arrivals:
         try:
             wanted()
             while writer.position < manifest.payload_bytes:
-                await self._write(writer, context, turn, booked)
-                if turn and writer.position < manifest.payload_bytes:
-                    turn.check()
+                await self._write(writer, context, slot, booked)
+                if slot and writer.position < manifest.payload_bytes:
+                    slot.check()
         except BaseException:
             self._store.soon(writer.abandon)
             raise
@@ -94,9 +94,9 @@ class Arrivals:
             self._store.soon(opening.result().abandon)
 
     async def _write(
-        self, writer: SpoolWriter, context: Context, turn: Turn | None, booked: Callable[[int], None]
+        self, writer: SpoolWriter, context: Context, slot: TransferSlot | None, booked: Callable[[int], None]
     ) -> None:
-        message = await _next_chunk(context, turn)
+        message = await _next_chunk(context, slot)
         if message is None:
             text = f"ended at byte {writer.position} of {writer.manifest.payload_bytes}"
             raise UploadIncomplete(
@@ -117,15 +117,15 @@ class Arrivals:
         await asyncio.shield(writing)
 
 
-async def _next_chunk(context: Context, turn: Turn | None) -> Any:
-    """Returns the next message of a transfer that has its turn, None at the end of the stream.
+async def _next_chunk(context: Context, slot: TransferSlot | None) -> Any:
+    """Returns the next message of a transfer that has its slot, None at the end of the stream.
 
     Raises:
         TransferStalled: If none comes for too long.
-        TurnOver: As soon as another transfer of the client takes the `turn`.
+        TurnOver: As soon as another transfer of the client takes the `slot`.
     """
     try:
-        async with turn.bounded(STALL_S) if turn else asyncio.timeout(STALL_S):
+        async with slot.bounded(STALL_S) if slot else asyncio.timeout(STALL_S):
             return await next_message(context)
     except TimeoutError:
         raise TransferStalled(f"nothing arrived for {STALL_S:.0f} s; continue where GetUpload says") from None

@@ -3,7 +3,7 @@
 A message takes memory from the moment at which gRPC is asked for it; until then its sender is let send no more than a
 flow-control window. So a call waits for a slot before it asks, and leaves the slot once the message is there: the
 messages that are on their way at once are bounded, over all callers and for each. The chunks of transfers need no
-slot, since `Turns` bounds the transfers.
+slot, since `TransferSlots` bounds the transfers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Refused:
         self.error = error.with_traceback(None)
 
 
-class Slots:
+class ReceiveSlots:
     """Slots for receiving a message: a few for each caller, and some for all.
 
     Who holds the fewest comes first, then who asked first. A slot that others wait for is held for `hold_s` at most.
@@ -174,7 +174,7 @@ class Incoming:
         context: The same, as gRPC has it.
     """
 
-    def __init__(self, slots: Slots, call: Call, context: Context) -> None:
+    def __init__(self, slots: ReceiveSlots, call: Call, context: Context) -> None:
         self._slots = slots
         self._call = call
         self._context = context

@@ -39,14 +39,14 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_server.access.call import actor
 from fedpeft_server.access.untrusted_text import MAX_EXAMPLES
 from fedpeft_server.runs.engine import RunEngine
-from fedpeft_server.runs.shielded import Steps
+from fedpeft_server.runs.shielded import TaskSet
 from fedpeft_server.store.rows import UpdateRow
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
-from fedpeft_server.traffic import Ledger
-from fedpeft_server.uploads.chunk_receiver import Arrivals
+from fedpeft_server.traffic import ByteCounter
+from fedpeft_server.uploads.chunk_receiver import ChunkReceiver
 from fedpeft_server.uploads.incoming import Context
-from fedpeft_server.uploads.transfer_slots import Turns
+from fedpeft_server.uploads.transfer_slots import TransferSlots
 
 log = structlog.get_logger()
 
@@ -72,34 +72,34 @@ class Uploads:
 
     Args:
         store: Where they go.
-        ledger: Where their bytes are booked.
+        byte_counter: Where their bytes are booked.
         max_bytes: Largest payload taken.
         limit: How many updates, and beside them how many first versions of runs, are received at once.
         declared: What clients answered to the offers of runs.
     """
 
-    def __init__(self, store: Store, ledger: Ledger, max_bytes: int, limit: int, declared: Declared) -> None:
+    def __init__(self, store: Store, byte_counter: ByteCounter, max_bytes: int, limit: int, declared: Declared) -> None:
         self._declared = declared
         self._store = store
-        self._ledger = ledger
-        self._arrivals = Arrivals(store, max_bytes)
-        self._turns = Turns(limit)
-        self._creations = Turns(limit)
-        self._steps = Steps()
+        self._byte_counter = byte_counter
+        self._receiver = ChunkReceiver(store, max_bytes)
+        self._slots = TransferSlots(limit)
+        self._creations = TransferSlots(limit)
+        self._tasks = TaskSet()
         self._concluding: dict[str, _Conclusion] = {}
 
     def has(self, client: str) -> bool:
         """Says whether a client's update is arriving."""
-        return self._turns.has(client)
+        return self._slots.has(client)
 
     def drain(self) -> None:
         """Lets uploads under way finish, and no other begin."""
-        self._turns.close()
+        self._slots.close()
         self._creations.close()
 
     async def close(self) -> None:
         """Waits until what was whole is concluded."""
-        await self._steps.ended()
+        await self._tasks.wait()
 
     async def push(
         self,
@@ -115,8 +115,8 @@ class Uploads:
         which says what is sent: the run may have gone on to another.
 
         Raises:
-            TransfersBusy: If no turn came for `HOLD_S`.
-            TurnOver: If others wait for the turn; what arrived is kept.
+            TransfersBusy: If no slot came for `HOLD_S`.
+            TurnOver: If others wait for the slot; what arrived is kept.
             BeingChecked: If the upload is whole and has not been concluded for `HOLD_S`.
             FedpeftError: If the update is refused.
         """
@@ -129,14 +129,14 @@ class Uploads:
             manifest = await self._store.file(self._checked, engine, number, header, declared)
         else:
             manifest = self._checked(engine, number, header, declared)
-        booked = partial(self._ledger.payload, "up", engine.run.config.codec.encoding)
+        booked = partial(self._byte_counter.payload, "up", engine.run.config.codec.encoding)
         try:
-            async with self._turns.take(ticket.client) as turn:
+            async with self._slots.take(ticket.client) as slot:
                 counted = await self._repeated(_now(engine, ticket), header)  # it may have waited for that one
                 if counted:
                     return counted
-                writer = await self._arrivals.take(
-                    ticket.id, manifest, context, turn, booked, lambda: self._admit(engine, _now(engine, ticket))
+                writer = await self._receiver.take(
+                    ticket.id, manifest, context, slot, booked, lambda: self._admit(engine, _now(engine, ticket))
                 )
                 return await self._concluded(self._begin(engine, ticket, header, writer))
         except BaseException:
@@ -161,12 +161,12 @@ class Uploads:
         """Returns what was received for a ticket of any round."""
         if ticket.state is not TicketState.RECEIVED:
             return None
-        return await self._store.call(self._store.db.update, ticket.id)
+        return await self._store.transact(self._store.db.update, ticket.id)
 
     async def create(self, key: str, manifest: Manifest, context: Context) -> None:
         """Receives the first version of a run into the spool, checked and durable.
 
-        Such an upload cannot be continued, so it need not give way to others; its turn is none of the clients'.
+        Such an upload cannot be continued, so it need not give way to others; its slot is none of the clients'.
 
         Args:
             key: Names the payload in the spool.
@@ -174,14 +174,14 @@ class Uploads:
             context: The call.
 
         Raises:
-            TransfersBusy: If no turn came for `HOLD_S`.
+            TransfersBusy: If no slot came for `HOLD_S`.
             FedpeftError: If the payload is refused.
         """
-        self._arrivals.check_size(manifest)
+        self._receiver.check_size(manifest)
         async with self._creations.take(key):
-            writer = await self._arrivals.take(key, manifest, context)
+            writer = await self._receiver.take(key, manifest, context)
             try:
-                await asyncio.shield(self._steps.begin(self._store.compute(_finish, writer)))
+                await asyncio.shield(self._tasks.start(self._store.compute(_finish, writer)))
             except PayloadInvalid as error:
                 raise error.within("header.manifest") from None
 
@@ -200,7 +200,7 @@ class Uploads:
     def _begin(
         self, engine: RunEngine, ticket: Ticket, header: pb.UpdateHeader, writer: SpoolWriter
     ) -> asyncio.Task[UpdateRow]:
-        step = self._steps.begin(self._conclude(engine, ticket, header, writer))
+        step = self._tasks.start(self._conclude(engine, ticket, header, writer))
         self._concluding[ticket.id] = _Conclusion(header.manifest.sha256, step)
         step.add_done_callback(partial(self._end, ticket.id))
         return step
@@ -260,7 +260,7 @@ class Uploads:
         answered = self._declared(run, client)
         if answered:
             return min(answered, MAX_EXAMPLES)
-        row = await self._store.call(self._store.db.client, client)
+        row = await self._store.transact(self._store.db.client, client)
         has = pb.Capabilities.FromString(row.capabilities).examples if row else 0
         return min(has or UNDECLARED_EXAMPLES, MAX_EXAMPLES)
 
@@ -275,7 +275,7 @@ class Uploads:
             payload.check_manifest(manifest, engine.run.spec.sent(number), (config.codec.encoding,))
         except ManifestInvalid as error:
             raise error.within("header.manifest") from None
-        self._arrivals.check_size(manifest)
+        self._receiver.check_size(manifest)
         if not 1 <= header.examples <= declared:
             text = f"is {header.examples}; 1 to {declared} are allowed, by what the client declared"
             raise ExamplesInvalid(f"the update's number of examples {text}", (("header.examples", text),))

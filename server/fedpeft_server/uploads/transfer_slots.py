@@ -1,4 +1,4 @@
-"""Turns: a limited number of transfers at once, so that the server's memory does not grow with its clients.
+"""Transfer slots: a limited number of transfers at once, so that the server's memory does not grow with its clients.
 
 First come, first served. A transfer may take as long as it likes while nobody waits; once somebody does, it has TURN_S,
 then gives way after the chunk under way, or at once if nothing comes or is read, lines up again and goes on at the byte
@@ -22,10 +22,10 @@ LINGER_S = 5.0
 """Time for which a client that was told to ask again keeps its place, seconds."""
 
 
-class Turn:
+class TransferSlot:
     """A client's place in the queue, and then its right to be served."""
 
-    def __init__(self, turns: Turns, client: str) -> None:
+    def __init__(self, slots: TransferSlots, client: str) -> None:
         self.client = client
         self.came = asyncio.Event()
         """Set when there is no more to wait for."""
@@ -34,8 +34,8 @@ class Turn:
         self.until = math.inf
         """Time at which its place is lost, once its call has ended."""
         self.replaced = False
-        """True once another transfer of the client took its place or turn."""
-        self._turns = turns
+        """True once another transfer of the client took its place or slot."""
+        self._slots = slots
         self._waiting: asyncio.Timeout | None = None
         self._hurried = False
 
@@ -45,7 +45,7 @@ class Turn:
         return self.until == math.inf
 
     def replace(self) -> None:
-        """Gives the place or turn to another transfer of the client; a wait under `bounded` ends at once."""
+        """Gives the place or slot to another transfer of the client; a wait under `bounded` ends at once."""
         self.replaced = True
         self.came.set()
         if self._waiting is not None and not self._waiting.expired():  # one that is just expiring ends by itself
@@ -56,13 +56,13 @@ class Turn:
         """Bounds a wait for the other side.
 
         Raises:
-            TurnOver: As soon as another transfer of the client takes the turn, or once it had its time and others wait.
+            TurnOver: As soon as another transfer of the client takes the slot, or once it had its time and others wait.
             TimeoutError: After `seconds`.
         """
         self._check_place()
         try:
             async with asyncio.timeout(seconds) as self._waiting:
-                if self._turns.awaited():
+                if self._slots.awaited():
                     self.hurry()
                 yield
         except TimeoutError:
@@ -74,7 +74,7 @@ class Turn:
             self._waiting, self._hurried = None, False
 
     def hurry(self) -> None:
-        """Ends a wait under `bounded` when the turn has had its time: others wait for it now."""
+        """Ends a wait under `bounded` when the slot has had its time: others wait for it now."""
         if self._waiting is None or self._waiting.expired() or self.since == 0:
             return
         left = self.since + TURN_S - time.monotonic()
@@ -90,22 +90,22 @@ class Turn:
             TurnOver: If there may not.
         """
         self._check_place()
-        if time.monotonic() - self.since >= TURN_S and self._turns.awaited():
+        if time.monotonic() - self.since >= TURN_S and self._slots.awaited():
             raise self._over()
 
     def _over(self) -> TurnOver:
         return TurnOver(
-            f"this transfer had its turn of {TURN_S:g} s and others wait; continue at the first byte missing"
+            f"this transfer had its slot of {TURN_S:g} s and others wait; continue at the first byte missing"
         )
 
     def _check_place(self) -> None:
         if self.replaced:
             raise TurnOver(
-                f"another transfer of client {self.client} took this one's turn; continue at the first byte missing"
+                f"another transfer of client {self.client} took this one's slot; continue at the first byte missing"
             )
 
 
-class Turns:
+class TransferSlots:
     """Lets `limit` transfers through at once, one a client, in the order in which they asked.
 
     Args:
@@ -114,93 +114,93 @@ class Turns:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._line: dict[str, Turn] = {}
-        self._held: dict[str, Turn] = {}
+        self._line: dict[str, TransferSlot] = {}
+        self._held: dict[str, TransferSlot] = {}
         self._closed = False
 
     @asynccontextmanager
-    async def take(self, client: str) -> AsyncIterator[Turn]:
-        """Waits for a turn and holds it. A client's newer call ends its older one: that one's connection may be dead.
+    async def take(self, client: str) -> AsyncIterator[TransferSlot]:
+        """Waits for a slot and holds it. A client's newer call ends its older one: that one's connection may be dead.
 
         Raises:
             TransfersBusy: If none comes within `HOLD_S`; the place in the queue is kept for `LINGER_S`.
             TurnOver: If another call of the client took the place.
-            Draining: If the server shuts down before the turn came.
+            Draining: If the server shuts down before the slot came.
         """
         self._refuse_if_closed()
-        turn = Turn(self, client)
-        self._line_up(turn)
+        slot = TransferSlot(self, client)
+        self._line_up(slot)
         try:
-            await self._come(turn)
-            yield turn
+            await self._come(slot)
+            yield slot
         finally:
-            self._leave(turn)
+            self._leave(slot)
 
     def close(self) -> None:
-        """Sends those in the line away and takes no more; who has a turn keeps it."""
+        """Sends those in the line away and takes no more; who has a slot keeps it."""
         self._closed = True
         line, self._line = self._line, {}
-        for turn in line.values():
-            turn.came.set()
+        for slot in line.values():
+            slot.came.set()
 
     def has(self, client: str) -> bool:
         """Says whether a client's transfer is under way."""
         return client in self._held
 
     def awaited(self) -> bool:
-        """Says whether anybody waits for a turn."""
+        """Says whether anybody waits for a slot."""
         now = time.monotonic()
-        return any(turn.until > now for turn in self._line.values())
+        return any(slot.until > now for slot in self._line.values())
 
-    def _line_up(self, turn: Turn) -> None:
-        held, waiting = self._held.pop(turn.client, None), self._line.get(turn.client)
+    def _line_up(self, slot: TransferSlot) -> None:
+        held, waiting = self._held.pop(slot.client, None), self._line.get(slot.client)
         for older in (held, waiting):
             if older is not None:
                 older.replace()
         if waiting is not None and waiting.until <= time.monotonic():
-            del self._line[turn.client]
-        self._line[turn.client] = turn  # in the older one's place, if there was one
+            del self._line[slot.client]
+        self._line[slot.client] = slot  # in the older one's place, if there was one
         self._serve()
-        if self._line.get(turn.client) is turn:
+        if self._line.get(slot.client) is slot:
             for other in self._held.values():
                 other.hurry()
 
-    async def _come(self, turn: Turn) -> None:
+    async def _come(self, slot: TransferSlot) -> None:
         try:
             async with asyncio.timeout(HOLD_S):
-                await turn.came.wait()
+                await slot.came.wait()
         except TimeoutError:
-            if not turn.came.is_set():  # it may have come in the same instant
+            if not slot.came.is_set():  # it may have come in the same instant
                 transfers = "transfers are" if self._limit > 1 else "transfer is"
                 raise TransfersBusy(
                     f"{self._limit} other {transfers} under way, the most this server serves at once; "
                     "ask again at once to keep the place in the queue"
                 ) from None
-        if turn.replaced:
-            raise TurnOver(f"another transfer of client {turn.client} has taken this one's place in the queue")
-        if self._held.get(turn.client) is not turn:
+        if slot.replaced:
+            raise TurnOver(f"another transfer of client {slot.client} has taken this one's place in the queue")
+        if self._held.get(slot.client) is not slot:
             self._refuse_if_closed()
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise Draining("the server is shutting down; try again after a pause")
 
-    def _leave(self, turn: Turn) -> None:
-        if self._held.get(turn.client) is turn:
-            del self._held[turn.client]
+    def _leave(self, slot: TransferSlot) -> None:
+        if self._held.get(slot.client) is slot:
+            del self._held[slot.client]
             self._serve()
-        elif self._line.get(turn.client) is turn:
-            turn.until = time.monotonic() + LINGER_S
+        elif self._line.get(slot.client) is slot:
+            slot.until = time.monotonic() + LINGER_S
 
     def _serve(self) -> None:
-        """Gives the turns that are free to the first who are there."""
+        """Gives the _slots that are free to the first who are there."""
         now = time.monotonic()
         while len(self._held) < self._limit:
-            turn = next((t for t in self._line.values() if t.here or t.until <= now), None)
-            if turn is None:
+            slot = next((t for t in self._line.values() if t.here or t.until <= now), None)
+            if slot is None:
                 return
-            del self._line[turn.client]
-            if turn.here:
-                self._held[turn.client] = turn
-                turn.since = now
-                turn.came.set()
+            del self._line[slot.client]
+            if slot.here:
+                self._held[slot.client] = slot
+                slot.since = now
+                slot.came.set()

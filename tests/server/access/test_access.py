@@ -122,7 +122,7 @@ async def test_the_name_is_the_certificates_whatever_the_metadata_say(secured: F
     unsaid = RawClient(channel, "a")
     unsaid.metadata = ((wire.INSTANCE_KEY, "0" * 32),)
     await unsaid.register()
-    assert [row.id for row in await secured.server.store.call(secured.server.store.db.clients)] == ["a"]
+    assert [row.id for row in await secured.server.store.transact(secured.server.store.db.clients)] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ async def test_tokens_that_expired_long_ago_are_forgotten_and_the_audit_log_is_n
             ("good", long_ago + TOKENS_KEPT_S + 60),
         ):
             row = TokenRow(name.ljust(64, "0"), Subject(Role.CLIENT, name), long_ago, "operator ada", expires_at)
-            await before.server.store.call(before.server.store.db.identities.add_token, row)
+            await before.server.store.transact(before.server.store.db.identities.add_token, row)
     async with federation(tmp_path) as after:
         shown = (await after.access().ListTokens(access.ListTokensRequest())).tokens
         assert [token.name for token in shown] == ["good", "late"]

@@ -8,7 +8,7 @@ import pytest
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server.rpc.sessions import Presence
+from fedpeft_server.rpc.sessions import Session
 
 from ..conftest import Daemon
 
@@ -83,8 +83,8 @@ async def test_a_new_id_does_not_begin_with_a_hyphen_and_an_old_one_goes_on(daem
         await daemon.client("-x").register()
     assert from_rpc_error(caught.value).reason == "CLIENT_ID_INVALID"
     assert "begins with a hyphen" in (caught.value.details() or "")
-    callers = daemon.server.callers
-    callers._presence["-old"] = Presence("0" * 32)  # registered with a release that allowed it
+    sessions = daemon.server.sessions
+    sessions._sessions["-old"] = Session("0" * 32)  # registered with a release that allowed it
     await daemon.client("-old").register()
     await known.register()
     listed = (await daemon.operator.ListClients(op.ListClientsRequest())).clients

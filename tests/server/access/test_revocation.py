@@ -62,7 +62,7 @@ async def test_a_stream_that_waits_for_news_is_ended_at_once(secured: Federation
 async def slow_database(secured: Federation) -> AsyncIterator[None]:
     """Holds the database's one thread for as long as the block lasts."""
     go_on = threading.Event()
-    held = asyncio.create_task(secured.server.store.call(go_on.wait))
+    held = asyncio.create_task(secured.server.store.transact(go_on.wait))
     try:
         yield
     finally:
@@ -314,7 +314,7 @@ async def test_who_leaves_is_answered_given_back_and_awaited_no_more(secured: Fe
     assert {t.client: t.reason for t in round_.tickets}["a"] == "it left"
     told = [(e.actor, e.action) for e in await secured.audit() if e.object == "client a"]
     assert told[-1] == ("client a", "identity.left")
-    registered = secured.server.callers.silences(time.time())
+    registered = secured.server.sessions.silences(time.time())
     assert sum(count for (role, _), count in registered.items() if role == "trainer") == 1, "b alone"
     await clients["b"].push(tasks["b"].ticket, filled(1.0))
 
@@ -332,6 +332,6 @@ async def test_who_left_is_not_counted_as_silent_after_a_restart_and_comes_back_
         await RawClient(channel, "a").register()
         await before.access(channel).Leave(access.LeaveRequest())
     async with federation(tmp_path) as after:
-        assert not after.server.callers.silences(time.time())
+        assert not after.server.sessions.silences(time.time())
         await RawClient(await after.enroll(await after.token("a")), "a").register()
-        assert sum(after.server.callers.silences(time.time()).values()) == 1
+        assert sum(after.server.sessions.silences(time.time()).values()) == 1

@@ -109,7 +109,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MOST_REMEMBERED", 10)
     throttle = Throttle[int](clock=Clock())
     for key in range(100):
-        assert throttle.unsaid(key) == 0
+        assert throttle.suppressed(key) == 0
     assert len(throttle._said) == 10
 
 

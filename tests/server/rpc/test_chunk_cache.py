@@ -105,7 +105,7 @@ async def test_a_bucket_that_failed_once_serves_the_next_download(daemon: Daemon
     (a,) = await daemon.clients("a")
     await a.task()
     with (
-        patch.object(daemon.server.store.outbound, "open", side_effect=StateInvalid("no bucket")),
+        patch.object(daemon.server.store.download_cache, "open", side_effect=StateInvalid("no bucket")),
         pytest.raises(grpc.aio.AioRpcError) as failed,
     ):
         await a.pull(run.id, 0)

@@ -18,7 +18,7 @@ from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.runs.scoring import Standing
+from fedpeft_server.runs.scoring import EvaluatorProgress
 from fedpeft_server.store.rows import RunRow
 
 from ..conftest import SPEC, Daemon, StartDaemon, config, fault, filled, header, refused, zeros
@@ -149,14 +149,14 @@ async def test_runs_are_listed_though_one_is_deleted_meanwhile(daemon: Daemon, m
     ids = [(await daemon.create(request_id=str(number))).id for number in range(3)]
     await daemon.operator.StopRun(op.StopRunRequest(run=ids[1]))
     runs, scoring = daemon.server.runs, daemon.server.runs.scoring
-    looked_at, go_on, real = asyncio.Event(), asyncio.Event(), scoring.standings
+    looked_at, go_on, real = asyncio.Event(), asyncio.Event(), scoring.progress_of_all
 
-    async def slow(run: RunRow) -> list[Standing]:
+    async def slow(run: RunRow) -> list[EvaluatorProgress]:
         looked_at.set()
         await go_on.wait()
         return await real(run)
 
-    monkeypatch.setattr(scoring, "standings", slow)
+    monkeypatch.setattr(scoring, "progress_of_all", slow)
     listing = daemon.operator.ListRuns(op.ListRunsRequest())
     await looked_at.wait()
     await runs.delete(ids[1], "a test")

@@ -1,4 +1,4 @@
-"""Answers that are streams: of gRPC's own services too, and to clients that do not read them."""
+"""Participation that are streams: of gRPC's own services too, and to clients that do not read them."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ async def test_whose_updates_are_refused_again_and_again_is_set_aside_until_it_i
     assert list((await daemon.operator.ReadmitClient(request)).runs) == []
     assert await refused(daemon.operator.ReadmitClient(op.ReadmitClientRequest(client="nobody"))) == "CLIENT_NOT_FOUND"
     assert list((await daemon.run(run)).set_aside) == []
-    entries = await daemon.server.store.call(daemon.server.store.db.transactions.entries_after, 0, 10_000)
+    entries = await daemon.server.store.transact(daemon.server.store.db.transactions.entries_after, 0, 10_000)
     assert [e.action for e in entries if e.action.startswith("client.")] == ["client.set_aside", "client.readmitted"]
     later = await held(daemon, run, await three(), before + 12)
     assert any(t.client == "mallory" for r in later[before:] for t in r.tickets), "it is sampled again"

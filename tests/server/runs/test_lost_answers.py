@@ -134,7 +134,7 @@ async def test_a_transition_whose_commit_was_not_answered_counts_once(
     line[0].breaks_at_commit_of = statement
     assert await works(daemon, run.id)
     assert not line[0].breaks_at_commit_of, "it broke"
-    said = await daemon.server.store.call(actions, daemon)
+    said = await daemon.server.store.transact(actions, daemon)
     assert (said.count("update.received"), said.count("round.committed")) == (1, 1)
     (held,) = await daemon.rounds(run.id)
     value = daemon.server.metrics.registry.get_sample_value
@@ -155,4 +155,4 @@ async def test_a_fold_that_is_repeated_once_the_database_is_back_is_told_once(
             await asyncio.sleep(0.01)
         line[0].away = False
         assert await held
-    assert (await daemon.server.store.call(actions, daemon)).count("round.committed") == 1
+    assert (await daemon.server.store.transact(actions, daemon)).count("round.committed") == 1

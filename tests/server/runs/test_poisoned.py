@@ -77,7 +77,7 @@ async def test_the_client_is_told_and_the_operator_sees_it(daemon: Daemon) -> No
     assert again.reason == "UPDATE_EXCLUDED" and "its norm" in again.message
     counted = {c.id: c.updates for c in (await daemon.operator.ListClients(op.ListClientsRequest())).clients}
     assert counted == {"alice": 1, "mallory": 0}
-    entries = await daemon.server.store.call(daemon.server.store.db.transactions.entries_after, 0, 100)
+    entries = await daemon.server.store.transact(daemon.server.store.db.transactions.entries_after, 0, 100)
     (entry,) = [e for e in entries if e.action == "update.excluded"]
     assert json.loads(entry.details)["client"] == "mallory"
 
@@ -155,7 +155,7 @@ class TestExamples:
         await mallory.answer(run, examples=answered)
         task = await mallory.task()
         await mallory.push(task.ticket, one(), examples)
-        return await daemon.server.store.call(daemon.server.store.db.update, task.ticket)
+        return await daemon.server.store.transact(daemon.server.store.db.update, task.ticket)
 
     @pytest.mark.parametrize(
         ("declared", "most"), [({"answered": 40, "registered": 90}, 40), ({"registered": 90}, 90), ({}, 100_000)]

@@ -31,7 +31,7 @@ async def test_a_batch_takes_what_the_round_takes_and_tells_the_others_why() -> 
     assert isinstance(waiting[1].counted.exception(), TicketClosed)
     assert found.round.phase is Phase.AGGREGATING and found.effects == (Aggregate(),)
     assert [t.state for t in found.round.tickets] == [TicketState.RECEIVED] * 3 + [TicketState.WITHDRAWN]
-    assert [deed.details["ticket"] for deed in found.deeds()] == [ids[0], ids[1], ids[2]]
+    assert [audit_event.details["ticket"] for audit_event in found.audit_events()] == [ids[0], ids[1], ids[2]]
 
 
 async def test_what_comes_after_the_last_one_that_was_needed_is_late() -> None:

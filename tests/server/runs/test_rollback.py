@@ -95,7 +95,7 @@ async def test_the_record_the_audit_log_and_the_figures_say_it(daemon: Daemon) -
     written = json.loads(third.record)
     assert (written["format"], written["rolled_back_to"], written["contributions"]) == (2, 1, [])
     assert third.metrics["rolled_back_to"] == 1
-    entries = await daemon.server.store.call(daemon.server.store.db.transactions.entries_after, 0, 100)
+    entries = await daemon.server.store.transact(daemon.server.store.db.transactions.entries_after, 0, 100)
     (entry,) = [e for e in entries if e.action == "run.rolled_back"]
     said = json.loads(entry.details)
     assert (entry.actor, entry.object, said["to"], said["version"], said["reason"]) == ("local", run, 1, 3, "poisoned")

@@ -134,7 +134,7 @@ async def test_a_look_at_the_lobby_costs_the_same_however_many_wait(
     for number in (4, 40):
         names = [f"c{i}" for i in range(number)]
         for name in names:
-            runs.answers.put(AnswerRow(run, name, True, (), 1, 1.0))
+            runs.participation.put(AnswerRow(run, name, True, (), 1, 1.0))
         await sit(runs.lobby, *names)
         assert runs.ready(run) == set(names)
         counted.append((lines(lambda: runs.ready(run))[0], lines(lambda: runs.why(engine))[0]))
@@ -167,18 +167,18 @@ def test_who_may_be_sampled_is_what_all_seats_say(steps: list[tuple[str, str, st
             case "leave out":
                 await sit(lobby, client, left_out=frozenset({run}))
             case "call":
-                lobby.call(client)
+                lobby.wake(client)
             case "answer":
                 accepted.symmetric_difference_update({(run, client)})
                 lobby.sort(client)
             case "end":
                 lobby.forget(run)
             case _:
-                for seat in lobby._seats.values():
+                for seat in lobby._waiters.values():
                     seat.until = time.monotonic() - 1
 
     def expected(run: str) -> set[str]:
-        there = [s for s in lobby._seats.values() if s.until >= time.monotonic() and s.trainer and s.run in ("", run)]
+        there = [s for s in lobby._waiters.values() if s.until >= time.monotonic() and s.trainer and s.run in ("", run)]
         return {s.client for s in there if run not in s.left_out and (run, s.client) in accepted}
 
     async def play() -> None:
@@ -186,7 +186,7 @@ def test_who_may_be_sampled_is_what_all_seats_say(steps: list[tuple[str, str, st
             await take(*step)
             for run in ("run-1", "run-2"):
                 assert lobby.waiting(run) == expected(run)
-            assert set(lobby._lingering) <= set(lobby._seats)
+            assert set(lobby._lingering) <= set(lobby._waiters)
 
     asyncio.run(play())
 
@@ -208,7 +208,7 @@ async def test_a_client_that_registers_again_is_not_ready_until_it_answers(
     assert runs.ready(run) == {"a"}
     await a.answer(run, "no time")
     assert runs.ready(run) == set()
-    assert (runs.answers.declined_by(run), len(runs.answers.declines(run))) == (1, 1)
+    assert (runs.participation.declined_by(run), len(runs.participation.declines(run))) == (1, 1)
     await daemon.operator.StopRun(op.StopRunRequest(run=run))
     assert runs.ready(run) == set()
     assert runs.lobby._waiting == {}

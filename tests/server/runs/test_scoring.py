@@ -126,14 +126,14 @@ async def test_what_an_evaluator_gets_next_of_very_many_versions_costs_no_query(
     daemon = await start()
     judge = await evaluator(daemon)
     queries: list[str] = []
-    real = daemon.server.store.call
+    real = daemon.server.store.transact
 
     async def counted(method: object, *args: object) -> object:
         queries.append(getattr(method, "__name__", ""))
         return await real(method, *args)  # type: ignore[arg-type]
 
     first = (await judge.wait()).evaluation
-    daemon.server.store.call = counted  # type: ignore[method-assign, assignment]
+    daemon.server.store.transact = counted  # type: ignore[method-assign, assignment]
     for _ in range(5):
         assert (await judge.wait()).evaluation == first
     assert "evaluated_by" not in queries

@@ -19,7 +19,7 @@ from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.errors import StateInvalid
 from fedpeft_server.store.blobs import download_cache
 from fedpeft_server.store.blobs.blobs import Blobs
-from fedpeft_server.store.blobs.download_cache import Outbound
+from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 from fedpeft_server.store.rows import RunRow, VersionRow
 from fedpeft_server.store.store import FILE_THREADS, VERSION_THREADS, Store, version_key
@@ -59,8 +59,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def versions(folder: Path, blobs: Slow) -> Outbound:
-    return Outbound(folder, blobs)
+def versions(folder: Path, blobs: Slow) -> DownloadCache:
+    return DownloadCache(folder, blobs)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def content(file: OpenFile) -> list[float]:
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_a_version_that_is_slow_to_come_keeps_no_other_waiting(
-    versions: Outbound, blobs: Slow, pool: ThreadPoolExecutor, run: RunRow
+    versions: DownloadCache, blobs: Slow, pool: ThreadPoolExecutor, run: RunRow
 ) -> None:
     (slow, key), (quick, other) = put(blobs, 1), put(blobs, 2)
     blobs.slow = key
@@ -105,7 +105,7 @@ def test_a_version_that_is_slow_to_come_keeps_no_other_waiting(
 
 
 def test_threads_that_want_one_version_encode_it_once(
-    versions: Outbound, blobs: Slow, pool: ThreadPoolExecutor, folder: Path
+    versions: DownloadCache, blobs: Slow, pool: ThreadPoolExecutor, folder: Path
 ) -> None:
     version, key = put(blobs, 1)
     blobs.slow = key
@@ -117,7 +117,7 @@ def test_threads_that_want_one_version_encode_it_once(
 
 
 def test_a_version_that_is_forgotten_while_it_comes_is_served_and_leaves_nothing(
-    versions: Outbound, blobs: Slow, pool: ThreadPoolExecutor, folder: Path
+    versions: DownloadCache, blobs: Slow, pool: ThreadPoolExecutor, folder: Path
 ) -> None:
     version, key = put(blobs, 1)
     blobs.slow = key
@@ -130,7 +130,7 @@ def test_a_version_that_is_forgotten_while_it_comes_is_served_and_leaves_nothing
 
 
 def test_versions_that_push_each_other_out_are_all_served(
-    versions: Outbound, blobs: Slow, pool: ThreadPoolExecutor, folder: Path, monkeypatch: pytest.MonkeyPatch
+    versions: DownloadCache, blobs: Slow, pool: ThreadPoolExecutor, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download_cache, "OWN_BYTES", 40)
     stored = {number: put(blobs, number) for number in range(1, 5)}
@@ -141,7 +141,7 @@ def test_versions_that_push_each_other_out_are_all_served(
 
 
 def test_a_file_that_cannot_be_removed_hinders_nothing_and_is_tried_again(
-    versions: Outbound, blobs: Slow, folder: Path
+    versions: DownloadCache, blobs: Slow, folder: Path
 ) -> None:
     run, version = RUNS["float16"], put(blobs, 1)
     path = versions.encoded(run, *version).path
@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_removed_hinders_nothing_and_is_tried_again(
 async def store(tmp_path: Path, blobs: Slow) -> AsyncIterator[Store]:
     (tmp_path / "data").mkdir()
     store = Store(tmp_path / "data", "", "", keep_updates=False)
-    store.outbound = Outbound(tmp_path / "outbound", blobs)
+    store.download_cache = DownloadCache(tmp_path / "outbound", blobs)
     yield store
     blobs.go.set()
     await asyncio.to_thread(store.close)
@@ -173,7 +173,7 @@ async def test_downloads_that_wait_for_a_bucket_leave_the_threads_of_uploads_alo
     """More of them than there are threads of either kind; half have disconnected."""
     version, key = put(blobs, 1)
     blobs.slow = key
-    opening = partial(store.outbound.open, RUNS["float16"], version, key)
+    opening = partial(store.download_cache.open, RUNS["float16"], version, key)
 
     async def download(offset: int) -> bytes:
         async with store.opened_late(opening) as file:

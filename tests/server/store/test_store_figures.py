@@ -12,7 +12,7 @@ from fedpeft.errors import RunNotFound, VersionNotFound
 from fedpeft.rounds.state_machine import Phase, Round, Waiting, advance
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.evaluations import merged
-from fedpeft_server.store.rows import Place, RunState, Standing, Traffic
+from fedpeft_server.store.rows import GaugeSnapshot, Place, RunState, Traffic
 
 from ..rows import CONFIG, RUN, shown, version_row
 
@@ -115,11 +115,11 @@ class TestShownRounds:
         assert held.round_with(RUN, 4, [], {}) is None
 
     def test_what_the_gauges_show(self, held: Database) -> None:
-        assert held.standing(RUN, 3) == Standing({}, {}, Traffic(21), Traffic())
+        assert held.gauge_snapshot(RUN, 3) == GaugeSnapshot({}, {}, Traffic(21), Traffic())
         state = replace(shown(held)[1].round, phase=Phase.COMMITTED)
         held.commit_round(state, 1.0, {}, version_row(2), "{}", "e" * 64, {"train_loss": 0.5}, RunState.RUNNING, "", {})
         held.put_evaluation(RUN, 2, "judge", "test", {"accuracy": 0.5}, 2.0)
         held.put_evaluation(RUN, 0, "judge", "test", {"accuracy": 0.1}, 1.0)
-        found = held.standing(RUN, 3)
-        assert found == Standing({"test": {"accuracy": 0.5}}, {"train_loss": 0.5}, Traffic(21), Traffic(14))
-        assert held.standing(RUN, 2).current == Traffic()
+        found = held.gauge_snapshot(RUN, 3)
+        assert found == GaugeSnapshot({"test": {"accuracy": 0.5}}, {"train_loss": 0.5}, Traffic(21), Traffic(14))
+        assert held.gauge_snapshot(RUN, 2).current == Traffic()

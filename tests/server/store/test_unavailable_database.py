@@ -216,6 +216,6 @@ def corrupt(daemon: Daemon) -> None:
 async def test_sqlite_that_fails_is_said(start: StartDaemon, break_it: Callable[[Daemon], None], sentence: str) -> None:
     daemon = await start()
     await daemon.clients("a")
-    await daemon.server.store.call(break_it, daemon)
+    await daemon.server.store.transact(break_it, daemon)
     await unavailable(daemon.client("b").register(), sentence)
     await until_health(daemon, well=False)

@@ -19,7 +19,7 @@ from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import ReceivingBound
 from fedpeft_server.access.call import Party
 from fedpeft_server.uploads import incoming
-from fedpeft_server.uploads.incoming import Slots
+from fedpeft_server.uploads.incoming import ReceiveSlots
 
 from ..access.test_bounds import WHO, padded, sent
 from ..secured import Federation
@@ -30,7 +30,7 @@ LARGE = padded(wire.MESSAGE_LIMIT_BYTES - 64)
 A, B, C = (Party(Role.CLIENT, name) for name in "abc")
 
 
-async def held(slots: Slots, party: Party, leave: asyncio.Event) -> None:
+async def held(slots: ReceiveSlots, party: Party, leave: asyncio.Event) -> None:
     async with slots.take(party):
         await leave.wait()
 
@@ -38,7 +38,7 @@ async def held(slots: Slots, party: Party, leave: asyncio.Event) -> None:
 class Takers:
     """Tasks that hold or await slots."""
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: ReceiveSlots) -> None:
         self.slots = slots
         self._leave: dict[asyncio.Task[None], asyncio.Event] = {}
 
@@ -66,7 +66,7 @@ class Takers:
 
 
 async def test_slots_are_few_for_each_and_for_all_and_go_to_who_has_the_fewest() -> None:
-    async with Takers(Slots(ReceivingBound(3, 2, 60))) as takers:
+    async with Takers(ReceiveSlots(ReceivingBound(3, 2, 60))) as takers:
         slots = takers.slots
         first = [await takers.take(A) for _ in range(4)]
         assert slots.of(A) == 2
@@ -84,7 +84,7 @@ async def test_slots_are_few_for_each_and_for_all_and_go_to_who_has_the_fewest()
 
 
 async def test_who_leaves_while_a_slot_comes_gives_it_on() -> None:
-    async with Takers(Slots(ReceivingBound(1, 1, 60))) as takers:
+    async with Takers(ReceiveSlots(ReceivingBound(1, 1, 60))) as takers:
         holder, second, third = await takers.take(A), await takers.take(B), await takers.take(C)
         await takers.take(B)
         takers._leave[holder].set()
@@ -98,7 +98,7 @@ async def test_who_leaves_while_a_slot_comes_gives_it_on() -> None:
 
 
 async def test_a_slot_ends_in_time_once_others_wait_for_it() -> None:
-    slots = Slots(ReceivingBound(2, 1, 0.05))
+    slots = ReceiveSlots(ReceivingBound(2, 1, 0.05))
     async with Takers(slots) as takers:
         slow, other = await takers.take(A), await takers.take(B)
         await asyncio.sleep(0.1)
@@ -116,7 +116,7 @@ async def test_a_slot_ends_in_time_once_others_wait_for_it() -> None:
 
 
 async def test_a_wait_for_a_slot_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with Takers(Slots(ReceivingBound(2, 1, 60))) as takers:
+    async with Takers(ReceiveSlots(ReceivingBound(2, 1, 60))) as takers:
         await takers.take(A)
         monkeypatch.setattr(incoming, "STALL_S", 0.05)
         with pytest.raises(TransferStalled, match="1 messages of one caller at once, and client a had others"):
@@ -162,7 +162,7 @@ async def test_callers_that_send_nothing_keep_nobody_waiting(
 ) -> None:
     counted = Counted(monkeypatch)
     monkeypatch.setattr(bounds, "RECEIVING", ReceivingBound(4, 2, 0.2))
-    monkeypatch.setattr(secured.server.gate, "_slots", Slots(bounds.RECEIVING))
+    monkeypatch.setattr(secured.server.gate, "_slots", ReceiveSlots(bounds.RECEIVING))
     async with AsyncExitStack() as stack:
         silent = []
         channels = [secured.certificate(Role.CLIENT, name) for name in ("x", "y", "z")]

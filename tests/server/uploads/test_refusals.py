@@ -115,7 +115,7 @@ async def test_a_wrong_header_costs_no_ticket(daemon: Daemon, case: str) -> None
 async def test_an_update_over_the_limit_costs_no_ticket(start: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     daemon = await start()
     bad, *_ = await bad_and_good(daemon)
-    monkeypatch.setattr(daemon.server.uploads._arrivals, "_max_bytes", 8)
+    monkeypatch.setattr(daemon.server.uploads._receiver, "_max_bytes", 8)
     error = await fault(bad.values(1.0))
     assert (error.reason, error.fields[0][0]) == ("UPDATE_TOO_LARGE", "header.manifest.payload_bytes")
     assert (await bad.client.upload(bad.ticket)).state == run_pb2.TICKET_STATE_ISSUED
@@ -345,6 +345,6 @@ async def test_ids_that_never_register_cost_no_memory(daemon: Daemon) -> None:
     assert {await refused(s.upload("ticket-none")) for s in strangers} == {"TICKET_NOT_FOUND"}
     (known,) = await daemon.clients("known")
     async with asyncio.timeout(5):
-        while len(daemon.server.callers._presence) > 1:
+        while len(daemon.server.sessions._sessions) > 1:
             await asyncio.sleep(0.01)
     assert (await known.register()).protocol == 1

@@ -18,7 +18,7 @@ from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft_server.uploads import transfer_slots
-from fedpeft_server.uploads.transfer_slots import Turn, Turns
+from fedpeft_server.uploads.transfer_slots import TransferSlot, TransferSlots
 
 from ..conftest import SPEC, RawClient, StartDaemon, config, filled, header, refused
 
@@ -193,7 +193,7 @@ async def test_an_upload_that_was_cut_off_does_not_keep_its_own_client_waiting(s
 
 
 async def test_a_pull_that_nobody_reads_ends_as_soon_as_its_client_pulls_again(start: StartDaemon) -> None:
-    """Its turn and its file are free at once; its status lies behind what was sent, so the client has it later."""
+    """Its slot and its file are free at once; its status lies behind what was sent, so the client has it later."""
     daemon = await start(max_transfers=1)
     run = await daemon.create(spec=LARGE, arrays={"head.weight": np.zeros(6_000_000, np.float32)})
     (a,) = await daemon.clients("a")
@@ -210,13 +210,13 @@ async def test_a_pull_that_nobody_reads_ends_as_soon_as_its_client_pulls_again(s
     blocked.cancel()
 
 
-async def come(line: Turns, client: str, order: list[str], stack: AsyncExitStack) -> None:
+async def come(line: TransferSlots, client: str, order: list[str], stack: AsyncExitStack) -> None:
     await stack.enter_async_context(line.take(client))
     order.append(client)
 
 
 async def test_turns_come_in_the_order_in_which_they_were_asked_for() -> None:
-    line, order = Turns(1), []
+    line, order = TransferSlots(1), []
     async with AsyncExitStack() as stack:
         stacks = {name: await stack.enter_async_context(AsyncExitStack()) for name in "abcd"}
         await come(line, "a", order, stacks["a"])
@@ -231,7 +231,7 @@ async def test_turns_come_in_the_order_in_which_they_were_asked_for() -> None:
 
 
 async def test_who_asks_again_at_once_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    line, order = Turns(1), []
+    line, order = TransferSlots(1), []
     async with AsyncExitStack() as first, AsyncExitStack() as second, AsyncExitStack() as third:
         await come(line, "a", order, first)
         monkeypatch.setattr(transfer_slots, "HOLD_S", 0.05)
@@ -250,33 +250,33 @@ async def test_who_asks_again_at_once_keeps_its_place(monkeypatch: pytest.Monkey
 
 
 async def test_who_does_not_come_back_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = Turns(1)
+    line = TransferSlots(1)
     monkeypatch.setattr(transfer_slots, "HOLD_S", 0.05)
     monkeypatch.setattr(transfer_slots, "TURN_S", 0.0)
-    async with line.take("a") as turn:
-        turn.check()
+    async with line.take("a") as slot:
+        slot.check()
         with pytest.raises(TransfersBusy):
             await line.take("gone").__aenter__()
         with pytest.raises(TurnOver, match="others wait"):
-            turn.check()
+            slot.check()
         monkeypatch.setattr(transfer_slots, "LINGER_S", 0.0)
         with pytest.raises(TransfersBusy):
             await line.take("gone").__aenter__()
         await asyncio.sleep(0.01)
-        turn.check()
-    async with line.take("c") as turn:
-        turn.check()
+        slot.check()
+    async with line.take("c") as slot:
+        slot.check()
 
 
 async def test_a_wait_that_is_cancelled_takes_no_turn_with_it() -> None:
-    line = Turns(1)
+    line = TransferSlots(1)
     async with line.take("a"):
         waits = asyncio.create_task(line.take("b").__aenter__())
         await asyncio.sleep(0)
         waits.cancel()
         granted = asyncio.create_task(line.take("c").__aenter__())
         await asyncio.sleep(0)
-    granted.cancel()  # in the instant in which its turn comes
+    granted.cancel()  # in the instant in which its slot comes
     await asyncio.wait({waits, granted})
     assert not line.has("b") and not line.has("c")
     async with asyncio.timeout(1), line.take("d"):
@@ -284,7 +284,7 @@ async def test_a_wait_that_is_cancelled_takes_no_turn_with_it() -> None:
 
 
 async def test_a_client_has_one_turn_and_one_place() -> None:
-    line = Turns(2)
+    line = TransferSlots(2)
     async with line.take("a") as first:
         async with line.take("a") as second:
             second.check()
@@ -302,26 +302,26 @@ async def test_a_client_has_one_turn_and_one_place() -> None:
         assert line.has("c") and not line.has("a")
 
 
-@pytest.mark.parametrize("change", [Turn.replace, Turn.hurry])
+@pytest.mark.parametrize("change", [TransferSlot.replace, TransferSlot.hurry])
 async def test_a_wait_that_is_just_ending_cannot_be_ended_again(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[Turn], None]
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[TransferSlot], None]
 ) -> None:
     """The newer transfer or the one in the queue was refused with a RuntimeError in that instant."""
     monkeypatch.setattr(transfer_slots, "TURN_S", -1.0)
-    async with Turns(1).take("a") as turn:
+    async with TransferSlots(1).take("a") as slot:
         ended: list[str] = []
 
         async def wait() -> None:
             try:
-                async with turn.bounded(0.0):
+                async with slot.bounded(0.0):
                     await asyncio.Event().wait()
             except (TimeoutError, TurnOver) as error:
                 ended.append(type(error).__name__)
 
         waits = asyncio.create_task(wait())
-        while turn._waiting is None or not turn._waiting.expired():
+        while slot._waiting is None or not slot._waiting.expired():
             await asyncio.sleep(0)
         assert not ended, "its time is over, and it has not heard of that yet"
-        change(turn)
+        change(slot)
         await waits
-    assert ended == ["TurnOver" if change is Turn.replace else "TimeoutError"]
+    assert ended == ["TurnOver" if change is TransferSlot.replace else "TimeoutError"]

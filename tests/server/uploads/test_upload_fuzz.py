@@ -184,12 +184,12 @@ class World:
 
     def _leftovers(self, files: bool) -> dict[str, list[str]]:
         uploads, spool = self._daemon.server.uploads, self._daemon.server.store.spool
-        presence = self._daemon.server.callers._presence
+        session = self._daemon.server.sessions._sessions
         return {
-            "calls": [name for name in NAMES if presence[name].calls],
+            "calls": [name for name in NAMES if session[name].calls],
             "open files": open_files(self._spool),
             "writers": list(spool._writers),
-            "turns": list(uploads._turns._held),
+            "turns": list(uploads._slots._held),
             "checks": list(uploads._concluding),
             "steps": [step.get_name() for engine in self._daemon.server.runs.all() for step in engine.steps._tasks],
             "files": [path.name for path in self._spool.iterdir()] if files else [],

@@ -68,7 +68,7 @@ class _Use:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class Outbound:
+class DownloadCache:
     """The encoded versions. Nothing here needs to be durable, so the folder starts empty.
 
     Its methods may be called from any thread. Threads wait for each other only where they need the same version, which

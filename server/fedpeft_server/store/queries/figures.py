@@ -18,7 +18,7 @@ from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.queries.collation import bytewise
 from fedpeft_server.store.queries.rounds import stored_round
 from fedpeft_server.store.queries.runs import select_evaluations, select_last_scored
-from fedpeft_server.store.rows import Place, RoundFigures, Standing, TicketFigures, Traffic
+from fedpeft_server.store.rows import GaugeSnapshot, Place, RoundFigures, TicketFigures, Traffic
 
 Pending = Mapping[tuple[int, str], Traffic]
 """Bytes that are not in the database yet, by (round number, client)."""
@@ -112,14 +112,14 @@ def select_with(
     return _figures(connection, run, [head], {number: rows}, pending)[0]
 
 
-def select_standing(connection: Connection, run: str, number: int) -> Standing:
+def select_gauge_snapshot(connection: Connection, run: str, number: int) -> GaugeSnapshot:
     """Returns what the gauges of a run show whose round in progress is `number`."""
     t = tables.rounds
     query = select(t.c.number, t.c.metrics).where(t.c.run == run, t.c.committed_at.is_not(None))
     last = connection.execute(query.order_by(t.c.number.desc()).limit(1)).first()
     committed = last.number if last else 0
     sums = _sums(connection, run, committed, number)
-    return Standing(
+    return GaugeSnapshot(
         scored=select_last_scored(connection, run),
         metrics=last.metrics if last else {},
         current=sums.get(number, Traffic()) if number > committed else Traffic(),
