@@ -55,7 +55,7 @@ from fedpeft.untrusted_text import MAX_REASON
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.egress import message_entries
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.eligibility.rules import Reason, reasons_against_ticket
 from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK, UNFIT
 from fedpeft_client.owner.limits import Limits
@@ -64,26 +64,26 @@ from fedpeft_client.owner.policy import Policy
 from fedpeft_client.settings import Settings
 from fedpeft_client.state.adapters import AdapterCache, Held
 from fedpeft_client.state.holds import Holds
-from fedpeft_client.state.outbox import Outcome, PendingBox
+from fedpeft_client.state.outbox import Outbox, Outcome
 from fedpeft_client.state.processes import Processes
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.attempts import Attempts
 from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.exclusion_check import ExclusionCheck
 from fedpeft_client.uplink.finished_runs import FinishedRuns
 from fedpeft_client.uplink.pace import Pace
 from fedpeft_client.uplink.pull import Puller
 from fedpeft_client.uplink.push import Pusher
-from fedpeft_client.uplink.recall import Recall
-from fedpeft_client.uplink.retry import AWAY_S, CALL_S, Backoff, Patience
-from fedpeft_client.uplink.ticket_watch import while_it_counts
-from fedpeft_client.uplink.training_progress import Steps
+from fedpeft_client.uplink.retry import AWAY_S, CALL_S, Backoff, Retry
+from fedpeft_client.uplink.ticket_watch import run_while_ticket_open
+from fedpeft_client.uplink.training_progress import TrainingProgress
 from fedpeft_client.uplink.wire_checks import said
 from fedpeft_client.uplink.withdrawals import Withdrawals
 from fedpeft_client.worker.evaluator import Evaluator
 from fedpeft_client.worker.handle import Answer, WorkerProcess
 from fedpeft_client.worker.trainer import Trainer
-from fedpeft_client.worker.verdicts import Fitness, Verdict
+from fedpeft_client.worker.verdicts import Verdict, Verdicts
 
 MAX_REASONS = 8
 """Most reasons that the server keeps of one answer."""
@@ -105,7 +105,7 @@ class Agent:
         directory: Its memory, held by this process.
         channel: The server.
         worker: The process that computes.
-        ledger: Where what leaves is booked.
+        egress_log: The log of all that leaves the device.
         metrics: Where what is done is counted.
         log: Carries the client's id.
     """
@@ -117,7 +117,7 @@ class Agent:
         directory: StateDirectory,
         channel: Channel,
         worker: WorkerProcess,
-        ledger: Ledger,
+        egress_log: EgressLog,
         metrics: Metrics,
         log: Log,
     ) -> None:
@@ -126,21 +126,21 @@ class Agent:
         self._directory = directory
         self._channel = channel
         self._worker = worker
-        self._ledger = ledger
+        self._egress_log = egress_log
         self._metrics = metrics
         self._log = log
-        self._box = PendingBox(directory, policy.digest)
+        self._outbox = Outbox(directory, policy.digest)
         self._processes = Processes(directory.path, channel.process)
-        self._patience = Patience(log, CALL_S if settings.once else None)
-        self._limits = Limits(policy, ledger, metrics, log, waits=not settings.once)
-        self._withdrawals = Withdrawals(channel, self._patience, ledger)
-        self._recall = Recall(channel, self._patience, self._box)
-        self._pusher = Pusher(channel, self._patience, ledger)
-        self._trainer = Trainer(directory, self._box, worker, metrics)
-        self._evaluator = Evaluator(channel, self._patience, worker, ledger, metrics)
-        self._fitness = Fitness(worker, log)
+        self._retry = Retry(log, CALL_S if settings.once else None)
+        self._limits = Limits(policy, egress_log, metrics, log, waits=not settings.once)
+        self._withdrawals = Withdrawals(channel, self._retry, egress_log)
+        self._exclusion_check = ExclusionCheck(channel, self._retry, self._outbox)
+        self._pusher = Pusher(channel, self._retry, egress_log)
+        self._trainer = Trainer(directory, self._outbox, worker, metrics)
+        self._evaluator = Evaluator(channel, self._retry, worker, egress_log, metrics)
+        self._verdicts = Verdicts(worker, log)
         self._holds = Holds()
-        self._finished = FinishedRuns(directory, self._box, channel, ledger, metrics.series, log)
+        self._finished = FinishedRuns(directory, self._outbox, channel, egress_log, metrics.series, log)
         self._attempts: Attempts[tuple[str, int]] = Attempts()
         self._setback = Backoff()
         self._pace = Pace()
@@ -155,10 +155,10 @@ class Agent:
         """
         await self._register()
         if self._settings.once:
-            self._patience.give_up_s = AWAY_S
+            self._retry.give_up_s = AWAY_S
         while await self._on_good_terms(self._take_part):
             continue
-        if misfit := self._fitness.nothing_suits():
+        if misfit := self._verdicts.nothing_suits():
             raise misfit
 
     async def _register(self) -> None:
@@ -168,8 +168,8 @@ class Agent:
         request.earlier_processes.extend(await asyncio.to_thread(self._processes.earlier))
         await asyncio.to_thread(self._processes.registers)
         try:
-            with self._ledger.booked(message_entries.registration(request)):
-                await self._patience.keep(lambda: self._channel.register(request), faults=None)
+            with self._egress_log.record(message_entries.registration(request)):
+                await self._retry.call(lambda: self._channel.register(request), faults=None)
         except ClientMoved as error:
             raise self._processes.moved(error) from None
         await asyncio.to_thread(self._processes.registered)
@@ -194,12 +194,12 @@ class Agent:
         """Pushes what is pending, awaits one task and does it; returns False once there is nothing left to do."""
         await self._push_pending()
         await self._finished.look()
-        await self._limits.permit(0 if self._settings.evaluate else self._fitness.least_upload_bytes())
+        await self._limits.permit(0 if self._settings.evaluate else self._verdicts.least_upload_bytes())
         wanted, once = self._settings.run or "", self._settings.once
         self._pace.begin()
         with self._metrics.during(State.WAITING):
             held = self._holds.held()
-            response = await self._patience.keep(
+            response = await self._retry.call(
                 lambda: self._channel.await_round(wanted, until_finished=once, left_out=held), faults=None
             )
         outcome = response.WhichOneof("outcome")
@@ -222,19 +222,19 @@ class Agent:
 
     async def _push_pending(self) -> None:
         """Uploads the update that this process, or one before it, trained; it is not trained again."""
-        await asyncio.to_thread(self._box.finish)
+        await asyncio.to_thread(self._outbox.finish)
         try:
-            pending = await asyncio.to_thread(self._box.load)
+            pending = await asyncio.to_thread(self._outbox.load)
         except StateInvalid as error:
             self._log.error("pending update is damaged and dropped; its ticket is trained again", cause=str(error))
-            self._box.discard()
+            self._outbox.discard()
             return
         if pending is not None:
             log = self._log.bind(run=pending.run, round=pending.round)
             if pending.policy == self._policy.digest:
                 permitted = self._limits.permit_upload(pending.header.manifest.payload_bytes)
                 with suppress(RunFinished, TicketClosed, TicketNotFound):  # the upload finds out what to do with it
-                    await while_it_counts(self._channel, pending.ticket, permitted)
+                    await run_while_ticket_open(self._channel, pending.ticket, permitted)
                 with self._metrics.during(State.PUSHING), tracing.span("push", pending.run, pending.round):
                     outcome = await self._pusher.push(pending, log)
             else:
@@ -242,17 +242,17 @@ class Agent:
                 changed = RefusedByPolicy("the policy of this site changed after the update was trained")
                 outcome = await self._pusher.give_up(pending, changed, log)
             self._metrics.updates.labels(pending.run, outcome).inc()
-            await asyncio.to_thread(self._box.settle, pending, outcome)
+            await asyncio.to_thread(self._outbox.settle, pending, outcome)
             if outcome is Outcome.SET_ASIDE:
-                log.error("the update is kept for a person to look at", folder=str(self._box.aside))
+                log.error("the update is kept for a person to look at", folder=str(self._outbox.aside))
                 self._leave_out(pending.run, surely=True)
             else:
                 self._holds.succeeded(pending.run)
 
     async def _answer(self, run: run_pb2.Run) -> None:
         with self._metrics.during(State.JUDGING):
-            new = not self._fitness.knows(run)
-            verdict = await self._fitness.judge(run)
+            new = not self._verdicts.knows(run)
+            verdict = await self._verdicts.judge(run)
         await self._say(run.id, verdict)
         await self._pace.offered(new=new)
 
@@ -269,8 +269,8 @@ class Agent:
             examples=verdict.examples,
         )
         try:
-            with self._ledger.booked(message_entries.answer(request, verdict.name)):
-                await self._patience.keep(lambda: self._channel.answer_offer(request))
+            with self._egress_log.record(message_entries.answer(request, verdict.name)):
+                await self._retry.call(lambda: self._channel.answer_offer(request))
         except NotFound as error:
             self._log.info("the run is gone already", run=run, cause=str(error))
         except FAULT as error:
@@ -290,13 +290,13 @@ class Agent:
 
         async def train() -> None:
             run, held = await self._pull(task.run, task.version, task.round)
-            await self._recall.settle(run.id, log)
-            steps = Steps()
+            await self._exclusion_check.settle(run.id, log)
+            steps = TrainingProgress()
             training = self._trainer.train(
                 run, task, held, log, steps
             )  # what is pending is pushed next, as after a kill
             with self._metrics.during(State.TRAINING), tracing.span("train", task.run, task.round):
-                await while_it_counts(self._channel, task.ticket, self._limits.while_permitted(training), steps)
+                await run_while_ticket_open(self._channel, task.ticket, self._limits.while_permitted(training), steps)
 
         if failure := self._against(task) or await self._tried(task.run, train):
             log.error("ticket is given up", cause=failure.here)
@@ -310,10 +310,10 @@ class Agent:
         """Returns why a ticket is refused as it stands: it asks for more than the policy allows, or at a wrong time."""
         if task.run in self._holds.held():  # a server that does not know what it is to leave a run out
             return Reason.of(TrainingFailed("this site leaves the run out for a while, because work for it fails"))
-        verdict = self._fitness.verdicts.get(task.run)
+        verdict = self._verdicts.verdicts.get(task.run)
         if verdict is None or verdict.run is None:
             return None  # it was not accepted, which is said where the adapter is pulled
-        run, taken = verdict.run, len(self._ledger.tickets(task.run) - {task.ticket})
+        run, taken = verdict.run, len(self._egress_log.tickets(task.run) - {task.ticket})
         for reason in reasons_against_ticket(self._policy, run, task, verdict.examples, taken):
             return reason
         stop = self._limits.against(run.upload_bounds(task.round)[1])
@@ -373,7 +373,7 @@ class Agent:
         except NOT_ABOUT_THE_TASK:
             raise
         except UNFIT as error:
-            await self._say(run, self._fitness.condemn(run, Reason.of(error)))
+            await self._say(run, self._verdicts.condemn(run, Reason.of(error)))
         except (FedpeftError, OSError) as error:
             return Reason.of(self._named(error))
         else:
@@ -387,12 +387,12 @@ class Agent:
         Raises:
             NotRegistered: If this process did not accept the run; registering has it offered.
         """
-        verdict = self._fitness.verdicts.get(run_id)
+        verdict = self._verdicts.verdicts.get(run_id)
         if verdict is None or verdict.run is None or not verdict.suits:
             raise NotRegistered(f"the server gave work for run {run_id}, which this client did not accept")
         cache = AdapterCache(self._directory.run(run_id))
         with self._metrics.during(State.PULLING), tracing.span("pull", run_id, number):
-            held = await Puller(self._channel, self._patience, verdict.run, cache).pull(version)
+            held = await Puller(self._channel, self._retry, verdict.run, cache).pull(version)
         return verdict.run, held
 
     def _named(self, error: FedpeftError | OSError) -> FedpeftError:

@@ -16,7 +16,7 @@ from fedpeft.process.race import first_of
 from fedpeft.process.tracing import traced
 from fedpeft_client.agent import Agent
 from fedpeft_client.commands.dry_run import dry_run
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.enrolment.renewal import Renewal, check_valid, until
 from fedpeft_client.error_policy import NOT_LET_IN
 from fedpeft_client.owner.limits import Limits
@@ -77,24 +77,24 @@ async def _serve(
     worker, metrics = WorkerProcess(_worker_options(settings, policy), log), Metrics()
     metrics.registry.register(MachineCollector(lambda: str(worker.hello.get("gpu", ""))))
     with (
-        Ledger(directory.path, settings.server) as ledger,
+        EgressLog(directory.path, settings.server) as egress_log,
         metrics.served("" if settings.dry_run else settings.metrics),
     ):
-        if ledger.unreadable:
+        if egress_log.unreadable:
             log.warning(
                 "the ledger has lines that cannot be read; the bytes of the last 24 hours may be more than it counts",
-                lines=ledger.unreadable,
-                ledger=str(ledger.path),
+                lines=egress_log.unreadable,
+                egress_log=str(egress_log.path),
             )
         try:
             async with Channel(settings.server, settings.name, directory.instance, identity) as channel:
-                Traffic(channel, ledger, metrics, Contact(directory.path, settings.server))
+                Traffic(channel, egress_log, metrics, Contact(directory.path, settings.server))
                 if settings.dry_run:
-                    against = Limits(policy, ledger, metrics, log).against()
+                    against = Limits(policy, egress_log, metrics, log).against()
                     processes = Processes(directory.path, channel.process)
-                    work = dry_run(settings, channel, worker, ledger, processes, against, log)
+                    work = dry_run(settings, channel, worker, egress_log, processes, against, log)
                 else:
-                    work = Agent(settings, policy, directory, channel, worker, ledger, metrics, log).live()
+                    work = Agent(settings, policy, directory, channel, worker, egress_log, metrics, log).live()
                     if identity is not None:
                         work = first_of(work, Renewal(identity, channel, log).keep())
                 await _until_stopped(work, log)

@@ -29,9 +29,9 @@ from fedpeft_client.uplink import pace, retry
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.pace import FREE_OFFERS, Pace
 from fedpeft_client.uplink.push import Pusher
-from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.retry import Retry
 from fedpeft_client.worker import verdicts
-from fedpeft_client.worker.verdicts import Fitness
+from fedpeft_client.worker.verdicts import Verdicts
 
 from .conftest import ClientProcess, StartClient, tiny_run, until
 from .federation import FakeRun, Federation
@@ -209,7 +209,7 @@ class TestPace:
                 raise TurnOver("go on")
             return "done"
 
-        assert await Patience(logs.logger(), None).keep(attempt) == "done"
+        assert await Retry(logs.logger(), None).call(attempt) == "done"
         assert len(pauses) == 9
         assert pauses[-1] >= retry.LONGEST_PAUSE_S / 4 > pauses[0]
 
@@ -235,7 +235,7 @@ class TestVerdicts:
     async def test_are_kept_in_a_bounded_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(verdicts, "MOST", 3)
         worker, run = self.Worker(), tiny_run()
-        found = Fitness(worker, logs.logger())  # type: ignore[arg-type]
+        found = Verdicts(worker, logs.logger())  # type: ignore[arg-type]
         for number in range(10):
             assert (await found.judge(self.offer(run, f"run-{number}"))).suits
         assert list(found.verdicts) == ["run-7", "run-8", "run-9"]
@@ -244,7 +244,7 @@ class TestVerdicts:
 
     async def test_the_same_id_with_other_terms_is_declined(self) -> None:
         worker, run = self.Worker(), tiny_run()
-        found = Fitness(worker, logs.logger())  # type: ignore[arg-type]
+        found = Verdicts(worker, logs.logger())  # type: ignore[arg-type]
         assert (await found.judge(self.offer(run, "run-1"))).suits
         assert (await found.judge(self.offer(run, "run-1", version=5, reason="later"))).suits, "these may change"
         again = await found.judge(self.offer(run, "run-1", backbone_fingerprint="f" * 64))
@@ -254,7 +254,7 @@ class TestVerdicts:
 
     async def test_no_verdict_on_a_run_without_an_id(self) -> None:
         worker = self.Worker()
-        found = Fitness(worker, logs.logger())  # type: ignore[arg-type]
+        found = Verdicts(worker, logs.logger())  # type: ignore[arg-type]
         for bad in BAD_IDS:
             with pytest.raises(Internal):
                 await found.judge(run_pb2.Run(id=bad))
@@ -286,7 +286,7 @@ class TestUpload:
         federation.run = a_run()
         with StateDirectory(tmp_path / "state") as directory:
             site = Site(federation, directory, channel)
-            site.pusher = Pusher(channel, Patience(logs.logger(), 0.0), site.ledger)
+            site.pusher = Pusher(channel, Retry(logs.logger(), 0.0), site.egress_log)
             yield site
 
     @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ class TestAgent:
         hostile.answer = lambda: answers[0] if answers else pb.AwaitRoundResponse(idle=pb.Idle(reason="\x1b[2J" * 9999))
         client = await self.started(start_client, hostile)
         await client.said("waiting")
-        worker, ledger = client.worker(), tmp_path / "site-a" / "ledger.jsonl"
+        worker, egress_log = client.worker(), tmp_path / "site-a" / "ledger.jsonl"
         before = hostile.calls["AwaitRound"]
         await asyncio.sleep(3)
         assert hostile.calls["AwaitRound"] - before < 12, "868 a second were counted"
@@ -343,7 +343,7 @@ class TestAgent:
         assert not hostile.accepted and not hostile.declined
         assert client.worker() == worker and not client.events("worker died")
         assert sorted(os.listdir(tmp_path)) == ["images.parquet", "site-a"]
-        assert ledger.stat().st_size < 10_000
+        assert egress_log.stat().st_size < 10_000
         assert all(len(line) < 5000 for line in client.text)
 
         message = run.message()

@@ -99,7 +99,7 @@ async def test_killed_in_upload_uploads_the_same_bytes_and_does_not_train_again(
     held = federation.pushes[0].received
     assert not federation.run.finished
     path = tmp_path / "site-a" / "ledger.jsonl"
-    (before,) = (row for row in rows(read(path).booked.values()) if row.departure.kind is Kind.UPDATE)
+    (before,) = (row for row in rows(read(path).booked.values()) if row.entry.kind is Kind.UPDATE)
     assert before.outcome is Outcome.OPEN and before.wire_bytes > held, "nobody booked what became of it"
     again = await start_client("--once")
     assert await again.ended() == 0, "".join(again.text)
@@ -108,9 +108,9 @@ async def test_killed_in_upload_uploads_the_same_bytes_and_does_not_train_again(
     second = federation.pushes[1]
     assert second.offset is not None and second.offset >= 1024 * 1024 and held <= second.offset + 1024 * 1024
     assert {p.sha256 for p in federation.pushes} == {federation.pushes[0].sha256}
-    (row,) = (row for row in rows(read(path).booked.values()) if row.departure.kind is Kind.UPDATE)
+    (row,) = (row for row in rows(read(path).booked.values()) if row.entry.kind is Kind.UPDATE)
     assert (len(row.attempts), row.outcome) == (2, Outcome.RECEIVED)
-    assert row.departure.said["sha256"] == federation.pushes[0].sha256
+    assert row.entry.said["sha256"] == federation.pushes[0].sha256
     assert row.wire_bytes > sum(push.received for push in federation.pushes), "never less than what left"
 
 
@@ -170,7 +170,7 @@ async def test_server_that_restarts_is_waited_for_without_a_busy_loop(
     assert len(client.events("server is unavailable")) == 1
     assert await client.kill(signal.SIGTERM) == 0
     booked = [read(tmp_path / name / "ledger.jsonl").booked.values() for name in ("site-a", "site-b")]
-    told = sum(each.departure.wire_bytes for both in booked for each in both)
+    told = sum(each.entry.wire_bytes for both in booked for each in both)
     assert told >= federation.arrivals.wire_bytes, "the ledgers never tell less than what left"
 
 
@@ -201,7 +201,7 @@ async def test_a_version_that_cannot_be_scored_is_given_up_and_later_ones_go_on(
     assert federation.run.failures == {0: "METRICS_INVALID: the figure loss is -1"}
     assert "accuracy" in federation.run.evaluations[1]
     booked = read(tmp_path / "site-a" / "ledger.jsonl").booked.values()
-    words = [row.text() for row in rows(booked) if row.departure.kind is Kind.EVALUATION]
+    words = [row.text() for row in rows(booked) if row.entry.kind is Kind.EVALUATION]
     assert words[1] == "version 0 cannot be scored: METRICS_INVALID: the figure loss is -1"
 
 

@@ -10,16 +10,16 @@ from fedpeft.config import parse_config
 from fedpeft.process import logs
 from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state.adapters import AdapterCache
-from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Pending, PendingBox
+from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Outbox, Pending
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.pull import Puller
 from fedpeft_client.uplink.push import Pusher
-from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.retry import Retry
 from fedpeft_client.uplink.traffic import Traffic
 
 from .federation import FakeRun, FakeTicket, Federation
@@ -49,12 +49,12 @@ class Site:
         self.run = KnownRun.of(federation.run.message())
         self.cache = AdapterCache(directory.run(self.run.id))
         self.log = logs.logger(client="site-a")
-        self.patience = Patience(self.log, None)
-        self.puller = Puller(channel, self.patience, self.run, self.cache)
-        self.ledger = Ledger(directory.path, federation.address)
-        Traffic(channel, self.ledger, Metrics())
-        self.pusher = Pusher(channel, self.patience, self.ledger)
-        self.box = PendingBox(directory, "")
+        self.retry = Retry(self.log, None)
+        self.puller = Puller(channel, self.retry, self.run, self.cache)
+        self.egress_log = EgressLog(directory.path, federation.address)
+        Traffic(channel, self.egress_log, Metrics())
+        self.pusher = Pusher(channel, self.retry, self.egress_log)
+        self.outbox = Outbox(directory, "")
 
     def pending(self) -> Pending:
         """Makes an update, and the ticket for it at the server."""
@@ -63,12 +63,12 @@ class Site:
         self.federation.run.tickets["ticket-1"] = FakeTicket("ticket-1", "site-a", 1)
         delta = {"a": np.full(SHAPE, 0.5, np.float32), "z": np.ones(3, np.float32)}
         manifest, data = payload.encode(delta, SPEC.sent(1), "float32")
-        draft = self.box.draft()
+        draft = self.outbox.draft()
         (draft / PAYLOAD).write_bytes(data)
         for name in (IF_COUNTED, IF_NOT, LOCAL):
             (draft / name).write_bytes(name.encode())
         header = pb.UpdateHeader(ticket="ticket-1", manifest=wire.manifest_to_proto(manifest), examples=4)
-        return self.box.commit(self.run.id, 1, header)
+        return self.outbox.commit(self.run.id, 1, header)
 
     @property
     def ticket(self) -> FakeTicket:

@@ -25,8 +25,8 @@ from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft_client.commands import enroll, leave, status
 from fedpeft_client.commands.left_state import LEFT, left_at
-from fedpeft_client.egress.entries import Departure, Kind, read
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.entries import EgressEntry, Kind, read
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.enrolment.renewal import Renewal
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state import processes
@@ -65,16 +65,16 @@ async def enrolled(secured: Federation, state: Path, name: str = "a", role: Role
 
 async def registered(secured: Federation, state: Path) -> None:
     """Starts a client as far as its registration, and stops it: what the agent does, without a model."""
-    with StateDirectory(state) as directory, Ledger(state, secured.address) as ledger:
+    with StateDirectory(state) as directory, EgressLog(state, secured.address) as egress_log:
         identity = at(secured, state)
         async with Channel(secured.address, identity.subject.name, directory.instance, identity) as channel:
-            Traffic(channel, ledger, Metrics(), Contact(state, secured.address))
+            Traffic(channel, egress_log, Metrics(), Contact(state, secured.address))
             own = Processes(state, channel.process)
             request = fed.RegisterRequest(
                 min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER, earlier_processes=own.earlier()
             )
             own.registers()
-            with ledger.booked(Departure(Kind.REGISTRATION, request.ByteSize(), {})):
+            with egress_log.record(EgressEntry(Kind.REGISTRATION, request.ByteSize(), {})):
                 await channel.register(request)
             own.registered()
 
@@ -170,15 +170,15 @@ async def test_status_of_a_site_from_enrolment_to_a_day_of_work(
     assert found["last_contact"], "the server answered as it enrolled"
     (state / "policy.toml").write_text("[transfer]\nmax_bytes_a_day = 5_000\n")
     await registered(secured, state)
-    with Ledger(state, secured.address) as ledger:
+    with EgressLog(state, secured.address) as egress_log:
         answer = {"answer": "declined", "examples": 0, "reasons": ["50 epochs; its owner allows 5"]}
-        with ledger.booked(Departure(Kind.ANSWER, 40, answer, "run-aaaaaaaaaaaa", "long")):
-            ledger.leaving(40)
-        with ledger.booked(Departure(Kind.ANSWER, 20, {"answer": "accepted"}, "run-bbbbbbbbbbbb", "emoji")):
-            ledger.leaving(20)
-        with ledger.booked(Departure(Kind.UPDATE, 900, {}, "run-bbbbbbbbbbbb", round=1, ticket="t")):
-            ledger.leaving(900)
-    booked = sum(each.departure.wire_bytes for each in read(state / "ledger.jsonl").booked.values())
+        with egress_log.record(EgressEntry(Kind.ANSWER, 40, answer, "run-aaaaaaaaaaaa", "long")):
+            egress_log.sending(40)
+        with egress_log.record(EgressEntry(Kind.ANSWER, 20, {"answer": "accepted"}, "run-bbbbbbbbbbbb", "emoji")):
+            egress_log.sending(20)
+        with egress_log.record(EgressEntry(Kind.UPDATE, 900, {}, "run-bbbbbbbbbbbb", round=1, ticket="t")):
+            egress_log.sending(900)
+    booked = sum(each.entry.wire_bytes for each in read(state / "ledger.jsonl").booked.values())
     with StateDirectory(state):
         found = await shown(state, capsys, "--ask")
     assert int(found["process"]) > 0
@@ -272,8 +272,8 @@ async def test_a_site_leaves_for_good(secured: Federation, tmp_path: Path, capsy
     assert f"kept     {state / 'identity'}: key and certificate, which the server refuses now" in said.out
     assert "your data was not touched" in said.err
     assert left_at(state) is not None and not (state / "pending").exists()
-    (entry,) = [e for e in read(state / "ledger.jsonl").booked.values() if e.departure.kind is Kind.LEAVE]
-    assert entry.departure.said == {"reason": "the study is over"} and entry.outcome == "received"
+    (entry,) = [e for e in read(state / "ledger.jsonl").booked.values() if e.entry.kind is Kind.LEAVE]
+    assert entry.entry.said == {"reason": "the study is over"} and entry.outcome == "received"
     (identity,) = [
         one
         for one in (await secured.access().ListIdentities(access.ListIdentitiesRequest())).identities

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.state.adapters import AdapterCache, Held
 from fedpeft_client.state.outbox import PAYLOAD, Outcome, Pending
 from fedpeft_client.state.runs import KnownRun
@@ -20,7 +20,7 @@ from fedpeft_client.uplink import pull, push
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.pull import Puller
 from fedpeft_client.uplink.push import Pusher
-from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.retry import Retry
 from fedpeft_server.rpc import interceptors
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.uploads import chunk_receiver, pipeline, transfer_slots
@@ -45,7 +45,7 @@ class Site:
         self._who = (raw.name, dict(raw.metadata)["fedpeft-instance"])
         self._spec = spec
         self.log = structlog.get_logger(client=raw.name)
-        self.patience = Patience(self.log, 0.0)  # a server that is away even once ends the test
+        self.retry = Retry(self.log, 0.0)  # a server that is away even once ends the test
 
     def pending(self, run: str, ticket: str) -> Pending:
         manifest, data = payload.encode(filled(1.0, self._spec), self._spec.sent(1), "float32")
@@ -55,12 +55,12 @@ class Site:
     async def push(self, run: str, ticket: str, port: int = 0) -> Outcome:
         address = f"127.0.0.1:{port}" if port else self._address
         async with Channel(address, *self._who) as channel:
-            pusher = Pusher(channel, self.patience, Ledger(self.folder, address))
+            pusher = Pusher(channel, self.retry, EgressLog(self.folder, address))
             return await pusher.push(self.pending(run, ticket), self.log)
 
     async def pull(self, run: KnownRun) -> Held:
         async with Channel(self._address, *self._who) as channel:
-            return await Puller(channel, self.patience, run, AdapterCache(self.folder)).pull(0)
+            return await Puller(channel, self.retry, run, AdapterCache(self.folder)).pull(0)
 
 
 async def sites(
@@ -112,7 +112,7 @@ async def test_transfers_on_a_line_too_slow_for_a_large_chunk_come_to_their_end(
     small = AdapterSpec.of("bias", [TensorSpec("head.weight", (150_000,))])
     run, (site,), (ticket,) = await sites(daemon, tmp_path, 1, small)
     link = SlowLink(int(daemon.server.settings.listen.rpartition(":")[2]), 200_000)
-    site.patience.give_up_s = None
+    site.retry.give_up_s = None
     try:
         async with asyncio.timeout(40):
             assert await site.push(run, ticket, link.port) is Outcome.COUNTED

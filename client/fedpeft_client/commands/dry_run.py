@@ -12,17 +12,17 @@ from fedpeft.process.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.agent import registration
 from fedpeft_client.egress import message_entries
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.limits import Forbidden
 from fedpeft_client.settings import Settings
 from fedpeft_client.state.processes import Processes
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import FIRST_ANSWER_S, Patience
+from fedpeft_client.uplink.retry import FIRST_ANSWER_S, Retry
 from fedpeft_client.uplink.wire_checks import check_run, said
 from fedpeft_client.worker.handle import Answer, WorkerProcess
 from fedpeft_client.worker.reporter import Reporter
-from fedpeft_client.worker.verdicts import Fitness, Report, Verdict
+from fedpeft_client.worker.verdicts import Report, Verdict, Verdicts
 
 _NAMED = 20
 """Unreadable images that are named; there may be a million."""
@@ -37,7 +37,7 @@ async def dry_run(
     settings: Settings,
     channel: Channel,
     worker: WorkerProcess,
-    ledger: Ledger,
+    egress_log: EgressLog,
     processes: Processes,
     against: Forbidden | None,
     log: Log,
@@ -48,7 +48,7 @@ async def dry_run(
         settings: What the client was told.
         channel: The server.
         worker: The process that computes.
-        ledger: Where what leaves is booked.
+        egress_log: The log of all that leaves the device.
         processes: The client's processes of before.
         against: Why the policy allows no work now, if it does not.
         log: Where progress is said.
@@ -63,8 +63,8 @@ async def dry_run(
         request.page_token = page_token
         request.earlier_processes.extend(processes.earlier())
         try:
-            with ledger.booked(message_entries.registration(request)):
-                return await Patience(log, FIRST_ANSWER_S).keep(lambda: channel.register(request))
+            with egress_log.record(message_entries.registration(request)):
+                return await Retry(log, FIRST_ANSWER_S).call(lambda: channel.register(request))
         except ClientMoved as error:
             raise processes.moved(error) from None
 
@@ -81,19 +81,19 @@ async def dry_run(
         _line("now", f"no work: {against.told}; next possible after {against.until:%Y-%m-%d %H:%M}")
     surveyed = await worker.ask({"op": "survey"}, Reporter(log, "opening images"))
     _say_readable(surveyed, hello["rows_are"])
-    fitness = Fitness(worker, log)
+    verdicts = Verdicts(worker, log)
     there_are_runs = bool(response.runs)
     for page in count(1):
         for run in response.runs:
             check_run(run)
             print(f"\n{run.id} ({said(run.config.name)})")
-            _describe(await fitness.judge(run), settings.evaluate)
+            _describe(await verdicts.judge(run), settings.evaluate)
         if not response.next_page_token:
             break
         if page == MOST_PAGES:
             raise Internal(f"the server's list of runs does not end within {MOST_PAGES} pages")
         response = await asked(hello, response.next_page_token)
-    if misfit := fitness.nothing_suits():
+    if misfit := verdicts.nothing_suits():
         raise misfit
     if not there_are_runs:
         _line("runs", "there is none to work for; the client would wait for one")

@@ -20,7 +20,7 @@ from fedpeft.rpc import enrolment
 from fedpeft.v1 import access_service_pb2
 from fedpeft_client.commands import left_state
 from fedpeft_client.egress import message_entries
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.enrolment.renewal import check_valid
 from fedpeft_client.error_policy import Exit
 from fedpeft_client.state import state_flag
@@ -60,8 +60,8 @@ def _enroll(argument: str, state_dir: Path | None, *, keep: bool, replace: bool)
     state_dir = state_flag.named(state_dir)
     with StateDirectory(state_dir) as directory:  # a client that runs there must not lose its certificate
         into = identity_folder(directory.path)
-        with Ledger(directory.path, token.enrollment) as ledger:
-            around = partial(_booked, ledger)
+        with EgressLog(directory.path, token.enrollment) as egress_log:
+            around = partial(_booked, egress_log)
             identity = asyncio.run(enrolment.enroll(token, into, replace=replace, around=around))
         left_state.back(directory.path)
         Contact(directory.path, identity.server).note()
@@ -101,9 +101,9 @@ def _checked_same(kept: Identity, argument: str) -> bool:
 
 
 @contextmanager
-def _booked(ledger: Ledger, request: access_service_pb2.EnrollRequest) -> Iterator[None]:
-    with ledger.booked(message_entries.enrolment(request)):
-        ledger.leaving(request.ByteSize())
+def _booked(egress_log: EgressLog, request: access_service_pb2.EnrollRequest) -> Iterator[None]:
+    with egress_log.record(message_entries.enrolment(request)):
+        egress_log.sending(request.ByteSize())
         yield
 
 

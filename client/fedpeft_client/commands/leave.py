@@ -23,7 +23,7 @@ from fedpeft.untrusted_text import MAX_REASON
 from fedpeft.v1 import access_service_pb2 as pb
 from fedpeft_client.commands import left_state
 from fedpeft_client.egress import message_entries
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.enrolment import site_identity
 from fedpeft_client.enrolment.renewal import check_valid
 from fedpeft_client.error_policy import Exit
@@ -32,7 +32,7 @@ from fedpeft_client.state import state_flag
 from fedpeft_client.state.contact import Contact
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import CALL_S, Patience
+from fedpeft_client.uplink.retry import CALL_S, Retry
 from fedpeft_client.uplink.traffic import Traffic
 
 
@@ -106,11 +106,11 @@ def _refused(server: str, subject: Subject, left_at: datetime | None) -> str:
 async def _left(identity: Identity, directory: StateDirectory, reason: str) -> int:
     request = pb.LeaveRequest(reason=reason[:MAX_REASON])
     log = logs.logger(client=identity.subject.name)
-    with Ledger(directory.path, identity.server) as ledger:
+    with EgressLog(directory.path, identity.server) as egress_log:
         async with Channel(identity.server, identity.subject.name, directory.instance, identity) as channel:
-            Traffic(channel, ledger, Metrics(), Contact(directory.path, identity.server))
-            with ledger.booked(message_entries.leave(request)):
-                return (await Patience(log, CALL_S).keep(lambda: channel.leave(request))).tickets
+            Traffic(channel, egress_log, Metrics(), Contact(directory.path, identity.server))
+            with egress_log.record(message_entries.leave(request)):
+                return (await Retry(log, CALL_S).call(lambda: channel.leave(request))).tickets
 
 
 def _name(where: Path) -> str:

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     since = _since(given.since, datetime.now(UTC))
     found = [row for row in rows(contents.booked.values()) if row.at >= since]
     if given.run:
-        found = [row for row in found if row.departure.run == given.run]
+        found = [row for row in found if row.entry.run == given.run]
     sums = totals(found)
     if given.json:
         transfers = [row.as_json() for row in found]

@@ -17,7 +17,7 @@ from fedpeft_client.enrolment import site_identity
 from fedpeft_client.owner.policy import FILE as POLICY
 from fedpeft_client.owner.policy import NAMED as POLICY_FILE
 from fedpeft_client.state import contact, processes
-from fedpeft_client.state.outbox import ASIDE, BOX, DRAFT, PendingBox
+from fedpeft_client.state.outbox import ASIDE, BOX, DRAFT, Outbox
 from fedpeft_client.state.state_dir import StateDirectory, identity_folder
 
 LEFT = "left"
@@ -81,7 +81,7 @@ def drop_unsent(directory: StateDirectory) -> Iterator[tuple[Path, str, int]]:
         StateInvalid: If it cannot be removed, or not be settled.
     """
     with durable.refusals(f"writing {directory.path}"):
-        PendingBox(directory, "").finish()
+        Outbox(directory, "").finish()
     yield from _removed(directory.path, _UNSENT)
 
 

@@ -17,7 +17,7 @@ from fedpeft.identity.folder import Identity
 from fedpeft.process import locks
 from fedpeft_client.commands import left_state
 from fedpeft_client.egress.entries import FILE as LEDGER
-from fedpeft_client.egress.entries import Booked, Kind, Outcome, read, unreadable_text
+from fedpeft_client.egress.entries import Kind, LoggedEntry, Outcome, read, unreadable_text
 from fedpeft_client.enrolment import site_identity
 from fedpeft_client.owner.policy import find, noted
 from fedpeft_client.state import contact
@@ -119,13 +119,13 @@ def look(state_dir: Path, policy: Path | None = None, identity: Path | None = No
     """
     now, problems = datetime.now(UTC), list[str]()
     process = locks.holder_of(state_dir)
-    booked: list[Booked] = []
+    booked: list[LoggedEntry] = []
     if (state_dir / LEDGER).exists():
         try:
-            ledger = read(state_dir / LEDGER)
-            booked = list(ledger.booked.values())
-            if ledger.unreadable:
-                problems.append(f"{unreadable_text(ledger.unreadable)}; more may have left than is counted")
+            egress_log = read(state_dir / LEDGER)
+            booked = list(egress_log.booked.values())
+            if egress_log.unreadable:
+                problems.append(f"{unreadable_text(egress_log.unreadable)}; more may have left than is counted")
         except FedpeftError as error:
             problems.append(error.message)
     rules, file = None, None
@@ -145,7 +145,7 @@ def look(state_dir: Path, policy: Path | None = None, identity: Path | None = No
         refusal,
         _pending(state_dir / BOX, problems),
         tuple(_runs(booked)),
-        sum(each.departure.wire_bytes for each in booked if each.latest >= now - DAY),
+        sum(each.entry.wire_bytes for each in booked if each.latest >= now - DAY),
         rules.transfer.max_bytes_a_day if rules else None,
         file,
         problems,
@@ -175,9 +175,9 @@ def _identity(where: Path | None, now: datetime) -> IdentityStatus | None:
         return IdentityStatus(problem=error.message)
 
 
-def _pending(box: Path, problems: list[str]) -> dict[str, Any] | None:
+def _pending(outbox: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
-        record = json.loads((box / "ticket.json").read_bytes())
+        record = json.loads((outbox / "ticket.json").read_bytes())
         return {
             "run": str(record["run"]),
             "round": int(record["round"]),
@@ -186,16 +186,16 @@ def _pending(box: Path, problems: list[str]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.append(f"the pending update in {box} cannot be read: {error}")
+        problems.append(f"the pending update in {outbox} cannot be read: {error}")
         return None
 
 
-def _runs(booked: Iterable[Booked]) -> list[RunStatus]:
-    answers: dict[str, Booked] = {}
+def _runs(booked: Iterable[LoggedEntry]) -> list[RunStatus]:
+    answers: dict[str, LoggedEntry] = {}
     names: dict[str, str] = {}
     updates: dict[str, set[str]] = {}
     for each in booked:
-        gone = each.departure
+        gone = each.entry
         if gone.name:
             names[gone.run] = gone.name
         if gone.kind is Kind.ANSWER:
@@ -206,8 +206,8 @@ def _runs(booked: Iterable[Booked]) -> list[RunStatus]:
         RunStatus(
             run,
             names.get(run, ""),
-            str(each.departure.said.get("answer", "")),
-            tuple(map(str, each.departure.said.get("reasons", ()))),
+            str(each.entry.said.get("answer", "")),
+            tuple(map(str, each.entry.said.get("reasons", ()))),
             each.at,
             len(updates.get(run, ())),
         )

@@ -1,4 +1,4 @@
-"""Lines of a ledger: one for each departure before it leaves, another one for its outcome; how they are read.
+"""Lines of an egress log: one for each entry before it leaves, another one for its outcome; how they are read.
 
     {"id": ID, "at": TIME, "kind": "update", "server": ..., "run": ..., "name": ..., "round": ..., "ticket": ...,
      "wire_bytes": BOOKED, "payload_bytes": ..., "said": {...}}
@@ -32,7 +32,7 @@ FILE = "ledger.jsonl"
 
 
 class Kind(StrEnum):
-    """Kind of a departure."""
+    """Kind of an entry."""
 
     ENROLMENT = "enrolment"
     """The request for the first certificate, with the token's secret."""
@@ -53,7 +53,7 @@ class Kind(StrEnum):
 
 
 class Outcome(StrEnum):
-    """Outcome of a departure."""
+    """Outcome of an entry."""
 
     RECEIVED = "received"
     """The server has it and said so: for an update, the receipt."""
@@ -66,8 +66,8 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True)
-class Departure:
-    """A departure: something that is about to leave.
+class EgressEntry:
+    """An entry of the egress log: something that is about to leave the device.
 
     Attributes:
         kind: What it is.
@@ -91,11 +91,11 @@ class Departure:
 
 
 @dataclass(frozen=True)
-class Booked:
-    """A departure as the ledger has it.
+class LoggedEntry:
+    """An entry as it stands in the log, with its outcome.
 
     Attributes:
-        departure: What left; `wire_bytes` is what was sent, or booked where that is not known.
+        entry: What left; `wire_bytes` is what was sent, or booked where that is not known.
         at: When it was about to.
         latest: When the last line on it was written.
         server: Where to.
@@ -103,7 +103,7 @@ class Booked:
         words: What the server said of it, if it did not want it.
     """
 
-    departure: Departure
+    entry: EgressEntry
     at: datetime
     latest: datetime
     server: str
@@ -118,16 +118,16 @@ class Booked:
 
 @dataclass
 class Contents:
-    """Contents of a ledger: departures in the order in which they were booked, and the number of unreadable lines.
+    """Contents of an egress log: entries in the order in which they were booked, and the number of unreadable lines.
 
     Attributes:
-        booked: The departures, by number.
+        booked: The entries, by number.
         unreadable: Lines that cannot be read.
         names: Names of runs, as they were carried over from files before.
         tickets: Tickets for which tensors have left, by run, likewise.
     """
 
-    booked: dict[str, Booked] = field(default_factory=dict)
+    booked: dict[str, LoggedEntry] = field(default_factory=dict)
     unreadable: int = 0
     names: dict[str, str] = field(default_factory=dict)
     tickets: dict[str, set[str]] = field(default_factory=dict)
@@ -143,8 +143,8 @@ class Contents:
                 return
             at, before = _moment(data["at"]), self.booked.get(data["id"])
             if "kind" in data:
-                departure = _departure(data)
-                self.booked[data["id"]] = Booked(departure, before.at if before else at, at, str(data["server"]))
+                entry = _entry(data)
+                self.booked[data["id"]] = LoggedEntry(entry, before.at if before else at, at, str(data["server"]))
             else:
                 self.booked[data["id"]] = _closed(self.booked[data["id"]], data, at)
         except (AttributeError, ValueError, KeyError, TypeError):
@@ -196,9 +196,9 @@ def carried(at: datetime, names: Mapping[str, str], tickets: Mapping[str, Iterab
     return {"at": _text(at), "carried": {"names": dict(names), "tickets": known}}
 
 
-def opening(number: str, at: datetime, server: str, departure: Departure) -> Mapping[str, Any]:
+def opening(number: str, at: datetime, server: str, entry: EgressEntry) -> Mapping[str, Any]:
     """Returns the line for what is about to leave."""
-    return {"id": number, "at": _text(at), "server": server, **vars(departure)}
+    return {"id": number, "at": _text(at), "server": server, **vars(entry)}
 
 
 def closing(number: str, at: datetime, outcome: Outcome, wire_bytes: int, words: str) -> Mapping[str, Any]:
@@ -225,8 +225,8 @@ def _text(at: datetime) -> str:
     return at.isoformat(timespec="milliseconds")
 
 
-def _departure(data: Mapping[str, Any]) -> Departure:
-    return Departure(
+def _entry(data: Mapping[str, Any]) -> EgressEntry:
+    return EgressEntry(
         Kind(data["kind"]),
         int(data["wire_bytes"]),
         dict(data["said"]),
@@ -238,6 +238,6 @@ def _departure(data: Mapping[str, Any]) -> Departure:
     )
 
 
-def _closed(before: Booked, data: Mapping[str, Any], at: datetime) -> Booked:
-    sent = replace(before.departure, wire_bytes=int(data["wire_bytes"]))
-    return replace(before, departure=sent, latest=at, outcome=Outcome(data["outcome"]), words=str(data["words"]))
+def _closed(before: LoggedEntry, data: Mapping[str, Any], at: datetime) -> LoggedEntry:
+    sent = replace(before.entry, wire_bytes=int(data["wire_bytes"]))
+    return replace(before, entry=sent, latest=at, outcome=Outcome(data["outcome"]), words=str(data["words"]))

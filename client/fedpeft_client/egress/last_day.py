@@ -9,13 +9,13 @@ DAY = timedelta(days=1)
 
 
 class LastDay:
-    """The departures of the last 24 hours, by when they were over: a last byte may have left as late as that."""
+    """The entries of the last 24 hours, by when they were over: a last byte may have left as late as that."""
 
     def __init__(self) -> None:
         self._recent: OrderedDict[str, tuple[datetime, int]] = OrderedDict()
 
     def count(self, number: str, at: datetime, size_bytes: int) -> None:
-        """Takes what is known of a departure at a time, which is no earlier than that of any other one."""
+        """Takes what is known of an entry at a time, which is no earlier than that of any other one."""
         self._recent.pop(number, None)
         self._recent[number] = at, size_bytes
         while next(iter(self._recent.values()))[0] < at - DAY:

@@ -1,4 +1,4 @@
-"""The ledger: everything that left this device, booked here before it leaves.
+"""The egress log: everything that leaves this device, recorded here before it is sent.
 
 Whoever sends something books it with what is in it; the bytes are counted where messages pass, each time that one is
 sent (traffic.py). A repetition for which there is no room in what was booked is booked before it leaves, and twice as
@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import Self
 
 from fedpeft.errors import FedpeftError, LocalError
-from fedpeft_client.egress.entries import FILE, Departure, Kind, Outcome, carried, closing, opening, read
+from fedpeft_client.egress.entries import FILE, EgressEntry, Kind, Outcome, carried, closing, opening, read
 from fedpeft_client.egress.last_day import DAY, LastDay
-from fedpeft_client.egress.log_file import LedgerFile
+from fedpeft_client.egress.log_file import EgressLogFile
 from fedpeft_client.error_policy import FAULT, NOT_NOW
 from fedpeft_client.state.bounded import Newest
 
@@ -36,20 +36,20 @@ NAMED = 1024
 
 
 @dataclass
-class _Booking:
-    """A departure that is under way: as it is booked, and how many bytes of it have gone."""
+class _OpenEntry:
+    """An entry that is under way: as it is booked, and how many bytes of it have gone."""
 
-    departure: Departure
+    entry: EgressEntry
     sent_bytes: int = 0
     number: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
-class Ledger:
-    """The ledger of a state directory, for the one process that holds it.
+class EgressLog:
+    """The egress log of a state directory, for the one process that holds it.
 
     Args:
         folder: The state directory.
-        server: Where things leave to.
+        server: HOST:PORT of the server that things are sent to.
 
     Attributes:
         day: What left in the last 24 hours.
@@ -63,13 +63,13 @@ class Ledger:
         self.path = folder / FILE
         self.day = LastDay()
         self._server = server
-        self._file = LedgerFile(self.path)
+        self._file = EgressLogFile(self.path)
         self._names: dict[str, str] = {}  # of runs with tickets
         self._offered: Newest[str, str] = Newest(NAMED)  # names of the others
         self._carried_bytes = 0
         self._tickets: defaultdict[str, set[str]] = defaultdict(set)
-        self._under_way: _Booking | None = None
-        self._questions: _Booking | None = None
+        self._under_way: _OpenEntry | None = None
+        self._questions: _OpenEntry | None = None
         known = read(self.path, datetime.now(UTC) - DAY)
         self.unreadable = known.unreadable
         for run, tickets in known.tickets.items():
@@ -77,7 +77,7 @@ class Ledger:
         for run, name in known.names.items():
             self._name(run, name)
         for number, each in sorted(known.booked.items(), key=lambda item: item[1].latest):
-            self._count(number, each.departure, each.latest)
+            self._count(number, each.entry, each.latest)
 
     def __enter__(self) -> Self:
         return self
@@ -95,15 +95,15 @@ class Ledger:
             self._file.close()
 
     @contextmanager
-    def booked(self, departure: Departure) -> Iterator[None]:
-        """Books a departure around the code that sends it, once or again and again; one at a time.
+    def record(self, entry: EgressEntry) -> Iterator[None]:
+        """Books an entry around the code that sends it, once or again and again; one at a time.
 
         Raises:
             StateInvalid: If the ledger cannot be written; then nothing is sent.
         """
         if self._under_way is not None:
-            raise RuntimeError(f"{departure.kind} was booked while {self._under_way.departure.kind} is under way")
-        booking = self._opened(departure)
+            raise RuntimeError(f"{entry.kind} was booked while {self._under_way.entry.kind} is under way")
+        booking = self._opened(entry)
         self._under_way = booking
         outcome, words = Outcome.UNFINISHED, ""
         try:
@@ -118,8 +118,8 @@ class Ledger:
             self._under_way = None
             self._close(booking, outcome, words)
 
-    def leaving(self, size_bytes: int) -> None:
-        """Counts a message of what is booked, which is about to leave.
+    def sending(self, size_bytes: int) -> None:
+        """Counts a message of the recorded entry, which is about to be sent.
 
         Raises:
             StateInvalid: If it needs another line and the ledger cannot be written; then it is not sent.
@@ -127,21 +127,21 @@ class Ledger:
         booking = self._under_way
         if booking is None:
             raise RuntimeError("a message was about to leave without an entry in the ledger")
-        total, before = booking.sent_bytes + size_bytes, booking.departure.wire_bytes
+        total, before = booking.sent_bytes + size_bytes, booking.entry.wire_bytes
         if total > before:
-            booking.departure = replace(booking.departure, wire_bytes=max(total, 2 * before))
+            booking.entry = replace(booking.entry, wire_bytes=max(total, 2 * before))
             self._open(booking)
         booking.sent_bytes = total
 
-    def asked(self, size_bytes: int) -> None:
-        """Counts a question, which is about to be asked.
+    def polling(self, size_bytes: int) -> None:
+        """Counts a small request for work, which is about to be sent.
 
         Raises:
             StateInvalid: If the ledger cannot be written; then it is not asked.
         """
         if self._questions is None or self._questions.sent_bytes + size_bytes > QUESTIONS_BYTES:
             self._settle_questions()
-            self._questions = self._opened(Departure(Kind.QUESTIONS, max(size_bytes, QUESTIONS_BYTES), {}))
+            self._questions = self._opened(EgressEntry(Kind.QUESTIONS, max(size_bytes, QUESTIONS_BYTES), {}))
         self._questions.sent_bytes += size_bytes
 
     def tickets(self, run: str) -> frozenset[str]:
@@ -159,30 +159,30 @@ class Ledger:
             booking, self._questions = self._questions, None
             self._close(booking, Outcome.RECEIVED, "")
 
-    def _opened(self, departure: Departure) -> _Booking:
-        booking = _Booking(replace(departure, name=departure.name or self._name_of(departure.run)))
+    def _opened(self, entry: EgressEntry) -> _OpenEntry:
+        booking = _OpenEntry(replace(entry, name=entry.name or self._name_of(entry.run)))
         self._open(booking)
         return booking
 
-    def _open(self, booking: _Booking) -> None:
+    def _open(self, booking: _OpenEntry) -> None:
         now = datetime.now(UTC)
         if self._file.size_bytes - self._carried_bytes >= FILE_BYTES:  # however much the last one handed on
             self._file.begin_another(carried(now, {**self._offered, **self._names}, self._tickets))
             self._carried_bytes = self._file.size_bytes
-        self._file.add(opening(booking.number, now, self._server, booking.departure))
-        self._count(booking.number, booking.departure, now)
+        self._file.add(opening(booking.number, now, self._server, booking.entry))
+        self._count(booking.number, booking.entry, now)
 
-    def _close(self, booking: _Booking, outcome: Outcome, words: str) -> None:
+    def _close(self, booking: _OpenEntry, outcome: Outcome, words: str) -> None:
         now = datetime.now(UTC)
         self.day.count(booking.number, now, booking.sent_bytes)
         self._file.add(closing(booking.number, now, outcome, booking.sent_bytes, words))
 
-    def _count(self, number: str, departure: Departure, at: datetime) -> None:
-        if departure.kind is Kind.UPDATE:
-            self._tickets[departure.run].add(departure.ticket)
-        if departure.run and (name := departure.name or self._name_of(departure.run)):
-            self._name(departure.run, name)
-        self.day.count(number, at, departure.wire_bytes)
+    def _count(self, number: str, entry: EgressEntry, at: datetime) -> None:
+        if entry.kind is Kind.UPDATE:
+            self._tickets[entry.run].add(entry.ticket)
+        if entry.run and (name := entry.name or self._name_of(entry.run)):
+            self._name(entry.run, name)
+        self.day.count(number, at, entry.wire_bytes)
 
     def _name_of(self, run: str) -> str:
         return self._names.get(run) or self._offered.get(run, "")

@@ -34,7 +34,7 @@ def _bytes(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
-class LedgerFile:
+class EgressLogFile:
     """The file of a ledger, open for writing.
 
     Attributes:

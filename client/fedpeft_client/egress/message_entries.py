@@ -8,19 +8,19 @@ from typing import Any
 from fedpeft.adapters.payload import chunks
 from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client.egress.entries import Departure, Kind
+from fedpeft_client.egress.entries import EgressEntry, Kind
 from fedpeft_client.state.outbox import Pending
 
 CHUNK_OVERHEAD_BYTES = 32
 """Most bytes that a message adds to a chunk."""
 
 
-def enrolment(request: access_pb.EnrollRequest) -> Departure:
+def enrolment(request: access_pb.EnrollRequest) -> EgressEntry:
     """The request for the first certificate; its secret is in no ledger."""
-    return Departure(Kind.ENROLMENT, request.ByteSize(), {"software": request.software})
+    return EgressEntry(Kind.ENROLMENT, request.ByteSize(), {"software": request.software})
 
 
-def registration(request: pb.RegisterRequest) -> Departure:
+def registration(request: pb.RegisterRequest) -> EgressEntry:
     """Returns the entry of a registration."""
     own = request.capabilities
     said = {
@@ -32,20 +32,20 @@ def registration(request: pb.RegisterRequest) -> Departure:
         "encodings": list(own.encodings),
         "dry_run": request.dry_run,
     }
-    return Departure(Kind.REGISTRATION, request.ByteSize(), said, request.run)
+    return EgressEntry(Kind.REGISTRATION, request.ByteSize(), said, request.run)
 
 
-def answer(request: pb.AnswerOfferRequest, name: str) -> Departure:
+def answer(request: pb.AnswerOfferRequest, name: str) -> EgressEntry:
     """Returns the entry of an answer to the offer of a run with that name."""
     said = {
         "answer": pb.Answer.Name(request.answer).removeprefix("ANSWER_").lower(),
         "examples": request.examples,
         "reasons": list(request.reasons),
     }
-    return Departure(Kind.ANSWER, request.ByteSize(), said, request.run, name)
+    return EgressEntry(Kind.ANSWER, request.ByteSize(), said, request.run, name)
 
 
-def update(pending: Pending, offset: int) -> Departure:
+def update(pending: Pending, offset: int) -> EgressEntry:
     """An upload of an update that goes on at byte `offset`."""
     manifest = pending.header.manifest
     pieces = list(chunks(offset, manifest.payload_bytes))
@@ -58,7 +58,7 @@ def update(pending: Pending, offset: int) -> Departure:
         "metrics": dict(sorted(pending.header.metrics.items())),
         "offset": offset,
     }
-    return Departure(
+    return EgressEntry(
         Kind.UPDATE,
         pb.PushUpdateRequest(header=pending.header).ByteSize()
         + sum(length + CHUNK_OVERHEAD_BYTES for _, length in pieces),
@@ -70,20 +70,20 @@ def update(pending: Pending, offset: int) -> Departure:
     )
 
 
-def leave(request: access_pb.LeaveRequest) -> Departure:
+def leave(request: access_pb.LeaveRequest) -> EgressEntry:
     """That this client leaves for good."""
-    return Departure(Kind.LEAVE, request.ByteSize(), {"reason": request.reason})
+    return EgressEntry(Kind.LEAVE, request.ByteSize(), {"reason": request.reason})
 
 
-def withdrawal(request: pb.WithdrawRequest, run: str, number: int) -> Departure:
+def withdrawal(request: pb.WithdrawRequest, run: str, number: int) -> EgressEntry:
     """A ticket of round `number` of a run that is given back."""
     said = {"reason": request.reason}
-    return Departure(Kind.WITHDRAWAL, request.ByteSize(), said, run, round=number, ticket=request.ticket)
+    return EgressEntry(Kind.WITHDRAWAL, request.ByteSize(), said, run, round=number, ticket=request.ticket)
 
 
-def evaluation(request: pb.PushEvaluationRequest) -> Departure:
+def evaluation(request: pb.PushEvaluationRequest) -> EgressEntry:
     """Figures of a version."""
     said: dict[str, Any] = {"version": request.version, "metrics": dict(sorted(request.metrics.items()))}
     if request.failure:
         said["failure"] = request.failure
-    return Departure(Kind.EVALUATION, request.ByteSize(), said, request.run)
+    return EgressEntry(Kind.EVALUATION, request.ByteSize(), said, request.run)

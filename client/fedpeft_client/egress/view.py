@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpeft.formatting import counted, size
 from fedpeft.untrusted_text import plain
-from fedpeft_client.egress.entries import Booked, Departure, Kind, Outcome
+from fedpeft_client.egress.entries import EgressEntry, Kind, LoggedEntry, Outcome
 
 MOST_NAME = 20
 """Characters of a run's name in the table; `--json` has it whole."""
@@ -23,12 +23,12 @@ class Row:
         attempts: Every time that it was begun, in order; an upload that breaks off goes on as another one.
     """
 
-    attempts: tuple[Booked, ...]
+    attempts: tuple[LoggedEntry, ...]
 
     @property
-    def departure(self) -> Departure:
-        """Last departure of all attempts."""
-        return self.attempts[-1].departure
+    def entry(self) -> EgressEntry:
+        """Last entry of all attempts."""
+        return self.attempts[-1].entry
 
     @property
     def at(self) -> datetime:
@@ -38,7 +38,7 @@ class Row:
     @property
     def wire_bytes(self) -> int:
         """Bytes of all attempts; where it is not known how many went, all that were to go."""
-        return sum(each.departure.wire_bytes for each in self.attempts)
+        return sum(each.entry.wire_bytes for each in self.attempts)
 
     @property
     def outcome(self) -> Outcome:
@@ -47,12 +47,12 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """Returns all that the ledger has of it."""
-        last, departure = self.attempts[-1], self.departure
+        last, entry = self.attempts[-1], self.entry
         return {
             "at": self.at.isoformat(),
             "ended": last.ended.isoformat() if last.ended else None,
             "server": last.server,
-            **vars(departure),
+            **vars(entry),
             "wire_bytes": self.wire_bytes,
             "attempts": len(self.attempts),
             "outcome": self.outcome,
@@ -61,13 +61,13 @@ class Row:
 
     def cells(self) -> list[str]:
         """Returns what the table says of it; nothing that came from a server reaches a terminal as it is."""
-        departure = self.departure
+        entry = self.entry
         cells = [
             f"{self.at.astimezone():%Y-%m-%d %H:%M:%S}",
-            departure.kind,
-            _short(departure.name or departure.run),
-            str(departure.round) if departure.round else "",
-            size(departure.payload_bytes) if departure.payload_bytes else "",
+            entry.kind,
+            _short(entry.name or entry.run),
+            str(entry.round) if entry.round else "",
+            size(entry.payload_bytes) if entry.payload_bytes else "",
             size(self.wire_bytes),
             str(self.outcome),
         ]
@@ -75,7 +75,7 @@ class Row:
 
     def text(self) -> str:
         """Returns what left, and what became of it if there is more to say; safe for a terminal as `cells` are."""
-        what = describe(self.departure) + (f" ({len(self.attempts)} attempts)" if len(self.attempts) > 1 else "")
+        what = describe(self.entry) + (f" ({len(self.attempts)} attempts)" if len(self.attempts) > 1 else "")
         words = self.attempts[-1].words
         return plain(f"{what}; {self.outcome}: {words}" if words else what)
 
@@ -84,13 +84,13 @@ def _short(name: str) -> str:
     return name if len(name) <= MOST_NAME else name[: MOST_NAME - 1] + "…"
 
 
-def rows(booked: Iterable[Booked]) -> list[Row]:
+def rows(booked: Iterable[LoggedEntry]) -> list[Row]:
     """Returns the transfers of a ledger: the uploads of one update are one."""
-    found: dict[object, list[Booked]] = {}
+    found: dict[object, list[LoggedEntry]] = {}
     for number, each in enumerate(booked):
-        departure = each.departure
-        update = departure.kind is Kind.UPDATE
-        key = (departure.run, departure.ticket, departure.said.get("sha256")) if update else number
+        entry = each.entry
+        update = entry.kind is Kind.UPDATE
+        key = (entry.run, entry.ticket, entry.said.get("sha256")) if update else number
         found.setdefault(key, []).append(each)
     return [Row(tuple(attempts)) for attempts in found.values()]
 
@@ -99,18 +99,18 @@ def totals(found: Iterable[Row]) -> dict[str, dict[str, int]]:
     """Returns transfers, payload bytes and wire bytes, by kind, for those kinds that there are, and of all."""
     sums: dict[str, dict[str, int]] = {}
     for row in found:
-        for key in (str(row.departure.kind), "all"):
+        for key in (str(row.entry.kind), "all"):
             into = sums.setdefault(key, {"transfers": 0, "payload_bytes": 0, "wire_bytes": 0})
             into["transfers"] += 1
-            into["payload_bytes"] += row.departure.payload_bytes
+            into["payload_bytes"] += row.entry.payload_bytes
             into["wire_bytes"] += row.wire_bytes
     return sums
 
 
-def describe(departure: Departure) -> str:
+def describe(entry: EgressEntry) -> str:
     """Returns what left, in words; where its line was changed by hand, that there are none."""
     try:
-        return _WORDS[departure.kind](departure.said)
+        return _WORDS[entry.kind](entry.said)
     except (KeyError, TypeError, ValueError):
         return "what was in it cannot be read"
 

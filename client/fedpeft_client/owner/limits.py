@@ -15,7 +15,7 @@ from fedpeft.errors import RefusedByPolicy
 from fedpeft.process.logs import Log
 from fedpeft.process.race import first_of
 from fedpeft_client.egress.last_day import DAY
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.metrics import Metrics, State
 from fedpeft_client.owner.policy import Policy, TimeRules, opens_at
 from fedpeft_client.owner.sensors import battery, temperatures
@@ -87,7 +87,7 @@ class Limits:
     def __init__(
         self,
         policy: Policy,
-        ledger: Ledger,
+        egress_log: EgressLog,
         metrics: Metrics,
         log: Log,
         look: Callable[[], Conditions] = conditions,
@@ -95,7 +95,7 @@ class Limits:
         waits: bool = True,
     ) -> None:
         self._policy = policy
-        self._ledger = ledger
+        self._egress_log = egress_log
         self._metrics = metrics
         self._log = log
         self._look = look
@@ -110,9 +110,9 @@ class Limits:
 
     def _over_budget(self, more_bytes: int) -> Forbidden | None:
         most = self._policy.transfer.max_bytes_a_day
-        if most is None or self._ledger.day.left_since(datetime.now(UTC) - DAY) + more_bytes <= most:
+        if most is None or self._egress_log.day.left_since(datetime.now(UTC) - DAY) + more_bytes <= most:
             return None
-        free = self._ledger.day.falls_below(max(most - more_bytes, 0), datetime.now(UTC))
+        free = self._egress_log.day.falls_below(max(most - more_bytes, 0), datetime.now(UTC))
         return Forbidden("the bytes that its owner allows a day are used up", free.astimezone().replace(tzinfo=None))
 
     async def permit(self, more_bytes: int = 0) -> None:

@@ -84,8 +84,8 @@ class Pending:
         return wire.manifest_from_proto(self.header.manifest)
 
 
-class PendingBox:
-    """The one place for a pending update in a state directory, used under a policy of some digest.
+class Outbox:
+    """The outbox of a state directory: it holds one pending update, trained under a policy of some digest.
 
     Attributes:
         aside: The folder of the updates that the server could not take.
@@ -94,7 +94,7 @@ class PendingBox:
     def __init__(self, directory: state_dir.StateDirectory, policy: str) -> None:
         self._directory = directory
         self._policy = policy
-        self._box = directory.path / BOX
+        self._outbox = directory.path / BOX
         self._draft = directory.path / DRAFT
         self.aside = directory.path / ASIDE
 
@@ -112,8 +112,8 @@ class PendingBox:
         for path in self._draft.iterdir():
             durable.sync(path)
         durable.sync(self._draft)
-        durable.move(self._draft, self._box)
-        return Pending(self._box, run, number, header, self._policy)
+        durable.move(self._draft, self._outbox)
+        return Pending(self._outbox, run, number, header, self._policy)
 
     def load(self) -> Pending | None:
         """Returns the pending update, if there is one.
@@ -121,17 +121,17 @@ class PendingBox:
         Raises:
             StateInvalid: If it is damaged; `discard` it and its ticket will be trained again.
         """
-        if not self._box.exists():
+        if not self._outbox.exists():
             return None
         try:
-            record = json.loads((self._box / _RECORD).read_bytes())
+            record = json.loads((self._outbox / _RECORD).read_bytes())
             header = json_format.ParseDict(record["header"], pb.UpdateHeader())
             policy = str(record.get("policy", ""))
-            pending = Pending(self._box, str(record["run"]), int(record["round"]), header, policy)
+            pending = Pending(self._outbox, str(record["run"]), int(record["round"]), header, policy)
             manifest = pending.manifest
             digest = durable.sha256(pending.payload)
         except (OSError, KeyError, TypeError, ValueError, json_format.Error, FedpeftError) as error:
-            raise StateInvalid(f"the pending update in {self._box} is damaged: {error}") from None
+            raise StateInvalid(f"the pending update in {self._outbox} is damaged: {error}") from None
         if digest != manifest.sha256:
             raise StateInvalid(f"{pending.payload} does not have the digest of its manifest")
         return pending
@@ -141,19 +141,19 @@ class PendingBox:
         if any(self._directory.path.glob(f"settled-*@{run}")):
             return True
         try:
-            return bool(json.loads((self._box / _RECORD).read_bytes())["run"] == run)
+            return bool(json.loads((self._outbox / _RECORD).read_bytes())["run"] == run)
         except FileNotFoundError:
-            return self._box.exists()
+            return self._outbox.exists()
         except (OSError, ValueError, KeyError, TypeError):
             return True
 
     def discard(self) -> None:
         """Removes a damaged pending update; the residual stays as it was before it."""
-        shutil.rmtree(self._box, ignore_errors=True)
+        shutil.rmtree(self._outbox, ignore_errors=True)
 
     def settle(self, pending: Pending, outcome: Outcome) -> None:
         """Records what became of the pending update: its residual takes effect, its files go."""
-        durable.move(self._box, self._settled(outcome, pending.run))
+        durable.move(self._outbox, self._settled(outcome, pending.run))
         self.finish()
 
     def finish(self) -> None:

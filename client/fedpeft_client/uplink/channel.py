@@ -59,8 +59,8 @@ class _Unary(Protocol[RequestT, ResponseT]):
 
 
 @dataclass(eq=False)
-class _Line:
-    """One connection, and how many calls are under way on it."""
+class _Connection:
+    """A connection and the number of calls in progress on it."""
 
     channel: grpc.aio.Channel
     calls: int = 0
@@ -97,9 +97,9 @@ class Channel:
     def __init__(self, server: str, name: str, instance: str, identity: Identity | None = None) -> None:
         self._server = server
         self._identity = identity
-        self._line = _Line(open_channel(server, identity, _OPTIONS))
+        self._line = _Connection(open_channel(server, identity, _OPTIONS))
         self._leaving: set[asyncio.Task[None]] = set()
-        self._old: list[_Line] = []
+        self._old: list[_Connection] = []
         self._cause: Fault | None = None
         self._explained_at: float | None = None
         self.sent: Seen = _unseen
@@ -123,7 +123,7 @@ class Channel:
     def reopen(self, identity: Identity) -> None:
         """Makes every later call with another certificate; those under way go on as they are."""
         self._identity = identity
-        old, self._line = self._line, _Line(open_channel(self._server, identity, _OPTIONS))
+        old, self._line = self._line, _Connection(open_channel(self._server, identity, _OPTIONS))
         self._old.append(old)
         self._tidy(old)
 
@@ -225,7 +225,7 @@ class Channel:
         call.add_done_callback(done)
         return call
 
-    def _tidy(self, line: _Line) -> None:
+    def _tidy(self, line: _Connection) -> None:
         """Closes a line that is out of use."""
         if line in self._old and not line.calls:
             self._old.remove(line)

@@ -22,10 +22,10 @@ from fedpeft.process import durable
 from fedpeft.process.logs import Log
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.run_series import RunSeries
 from fedpeft_client.state import state_dir
-from fedpeft_client.state.outbox import PendingBox
+from fedpeft_client.state.outbox import Outbox
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.channel import Channel
 
@@ -49,12 +49,18 @@ class FinishedRuns:
     """Looks now and then which runs of the state directory are over, and removes what nobody needs of them."""
 
     def __init__(
-        self, directory: StateDirectory, box: PendingBox, channel: Channel, ledger: Ledger, series: RunSeries, log: Log
+        self,
+        directory: StateDirectory,
+        outbox: Outbox,
+        channel: Channel,
+        egress_log: EgressLog,
+        series: RunSeries,
+        log: Log,
     ) -> None:
         self._directory = directory
-        self._box = box
+        self._outbox = outbox
         self._channel = channel
-        self._ledger = ledger
+        self._egress_log = egress_log
         self._series = series
         self._runs = directory.path / "runs"
         self._found_over: set[str] = set()
@@ -118,10 +124,10 @@ class FinishedRuns:
         return [name for name in names if ids.RUN.fullmatch(name) and not _is_clean(self._runs / name)]
 
     def _clean(self, run: str, how: str) -> None:
-        if self._box.holds(run):
+        if self._outbox.holds(run):
             return
         folder = self._runs / run
-        self._box.confirm(run)  # its last update was folded, or never will be
+        self._outbox.confirm(run)  # its last update was folded, or never will be
         mark = folder / MARK
         if not mark.exists():
             durable.write(mark, b"")
@@ -135,7 +141,7 @@ class FinishedRuns:
             for file in _files(folder):
                 if file not in (mark, *kept):
                     file.unlink()
-        self._ledger.forget(run)
+        self._egress_log.forget(run)
         self._log.info("run is over; its files are removed", run=run, state=how, kept=[file.name for file in kept])
 
 

@@ -23,7 +23,7 @@ from fedpeft.v1 import tensor_pb2
 from fedpeft_client.state.adapters import AdapterCache, Held
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.retry import Retry
 
 STARTS = 3
 """Most attempts at a pull from its first byte."""
@@ -34,9 +34,9 @@ _Call = grpc.aio.UnaryStreamCall[pb.PullAdapterRequest, pb.PullAdapterResponse]
 class Puller:
     """Brings adapter versions of one run into its cache."""
 
-    def __init__(self, channel: Channel, patience: Patience, run: KnownRun, cache: AdapterCache) -> None:
+    def __init__(self, channel: Channel, retry: Retry, run: KnownRun, cache: AdapterCache) -> None:
         self._channel = channel
-        self._patience = patience
+        self._retry = retry
         self._run = run
         self._cache = cache
 
@@ -52,7 +52,7 @@ class Puller:
         starts = 1
         while True:
             try:
-                return await self._patience.keep(lambda: self._continue(version))
+                return await self._retry.call(lambda: self._continue(version))
             except (ChecksumMismatch, OffsetOutOfRange):
                 self._cache.part(version).unlink(missing_ok=True)
                 if starts == STARTS:
@@ -107,7 +107,7 @@ class Puller:
                 )
             file.write(chunk.data)
             position = end
-            self._patience.heard()
+            self._retry.note_progress()
         if position != manifest.payload_bytes:
             raise ServerUnreachable(f"the pull ended at byte {position} of {manifest.payload_bytes}")
 

@@ -29,11 +29,11 @@ from fedpeft.rpc.wire import TURN_KEY
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft_client.egress import message_entries
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK
 from fedpeft_client.state.outbox import Outcome, Pending
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import Backoff, Patience
+from fedpeft_client.uplink.retry import Backoff, Retry
 from fedpeft_client.uplink.wire_checks import check_receipt, check_standing
 from fedpeft_client.uplink.withdrawals import Withdrawals
 
@@ -46,11 +46,11 @@ _Call = grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]
 class Pusher:
     """Uploads pending updates."""
 
-    def __init__(self, channel: Channel, patience: Patience, ledger: Ledger) -> None:
+    def __init__(self, channel: Channel, retry: Retry, egress_log: EgressLog) -> None:
         self._channel = channel
-        self._patience = patience
-        self._ledger = ledger
-        self._withdrawals = Withdrawals(channel, patience, ledger)
+        self._retry = retry
+        self._egress_log = egress_log
+        self._withdrawals = Withdrawals(channel, retry, egress_log)
         self._committed = 0
         """Bytes that the server held when it was last asked."""
 
@@ -111,7 +111,7 @@ class Pusher:
         backoff, starts = Backoff(), 1
         while True:
             try:
-                return await self._patience.keep(lambda: self._continue(pending, log))
+                return await self._retry.call(lambda: self._continue(pending, log))
             except (ChecksumMismatch, OffsetOutOfRange) as error:
                 if starts == STARTS:
                     raise
@@ -137,10 +137,10 @@ class Pusher:
         if standing.state != run_pb2.TICKET_STATE_ISSUED:
             raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; it takes no update")
         if standing.committed_bytes > self._committed:
-            self._patience.heard()
+            self._retry.note_progress()
         self._committed = standing.committed_bytes
         log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)
-        with self._ledger.booked(message_entries.update(pending, standing.committed_bytes)):
+        with self._egress_log.record(message_entries.update(pending, standing.committed_bytes)):
             return await self._stream(pending, standing.committed_bytes)
 
     async def _stream(self, pending: Pending, offset: int) -> pb.PushUpdateResponse:

@@ -91,24 +91,24 @@ def _event(error: FedpeftError) -> str:
     return LASTS if getattr(error, "lasting", False) else FULL if isinstance(error, DiskFull) else AWAY
 
 
-class Patience:
-    """Repeats calls while the server is away, or asks to be called again; says once that it went and that it is back.
+class Retry:
+    """Retries calls while the server is unreachable or asks for a later retry; logs once that it went and came back.
 
     Args:
-        log: Where that is said.
-        give_up_s: Longest absence that is waited out, in seconds; None: any.
+        log: The log for both messages.
+        give_up_s: Longest outage that is waited out, in seconds; None for no limit.
     """
 
     def __init__(self, log: Log, give_up_s: float | None) -> None:
         self._log = log
-        self._heard = 0.0
+        self._progressed = 0.0
         self.give_up_s = give_up_s
 
-    def heard(self) -> None:
-        """Notes that a transfer moved: no absence is older than that, however often the line breaks."""
-        self._heard = time.monotonic()
+    def note_progress(self) -> None:
+        """Records that a transfer progressed: no outage is older than that, however often the connection breaks."""
+        self._progressed = time.monotonic()
 
-    async def keep(self, attempt: Callable[[], Awaitable[T]], *, faults: int | None = FAULT_ATTEMPTS) -> T:
+    async def call(self, attempt: Callable[[], Awaitable[T]], *, faults: int | None = FAULT_ATTEMPTS) -> T:
         """Returns what `attempt` returns, repeating it after a pause while the server is away, fails or has no room.
 
         A status with a retry hint is no failure: the server is there, and the attempt goes on as the hint says.
@@ -135,8 +135,8 @@ class Patience:
             except (*NOT_NOW, FAULT) as error:
                 now = time.monotonic()
                 since = now if away is None else since
-                if self._heard > since:
-                    since, failed = self._heard, 0
+                if self._progressed > since:
+                    since, failed = self._progressed, 0
                     backoff.reset()
                     slower.reset()
                 failed += isinstance(error, FAULT)
@@ -154,7 +154,7 @@ class Patience:
                     raise
                 self._log.info("retrying as the server asked", reason=error.reason, cause=str(error))
                 backoff.reset()
-                if self._heard > began or time.monotonic() - began >= QUICK_S:
+                if self._progressed > began or time.monotonic() - began >= QUICK_S:
                     asked.reset()
                 await _rest(max(error.retry_s, asked.draw()))  # it may say so at once, for ever
                 continue

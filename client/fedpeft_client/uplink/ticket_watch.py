@@ -1,4 +1,4 @@
-"""Asks the server, during training, whether the result can still count, and reports how far the training is."""
+"""Watch of a ticket during training: asks the server if the result can still count, and reports progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedpeft.process.race import first_of
 from fedpeft.v1 import run_pb2
 from fedpeft_client.error_policy import FAULT, NOT_NOW
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.training_progress import Steps
+from fedpeft_client.uplink.training_progress import TrainingProgress
 
 ASK_S = 10.0
 """Interval of these questions, seconds: a client of which nothing is heard for 45 s is shown as one that hangs."""
@@ -23,8 +23,10 @@ _CLOSED = (run_pb2.TICKET_STATE_WITHDRAWN, run_pb2.TICKET_STATE_REFUSED)
 T = TypeVar("T")
 
 
-async def while_it_counts(channel: Channel, ticket: str, work: Coroutine[Any, Any, T], steps: Steps | None = None) -> T:
-    """Does the work of a ticket; leaves it once nothing of it can count any more.
+async def run_while_ticket_open(
+    channel: Channel, ticket: str, work: Coroutine[Any, Any, T], progress: TrainingProgress | None = None
+) -> T:
+    """Runs the work of a ticket, and cancels it once its result cannot count any more.
 
     A round that has closed is no reason to leave: what comes too late goes into the residual. Nor is a server that is
     away: it will want the update when it is back.
@@ -33,7 +35,7 @@ async def while_it_counts(channel: Channel, ticket: str, work: Coroutine[Any, An
         channel: The server.
         ticket: Whose work it is.
         work: What is done.
-        steps: How far it is, looked at whenever the server is asked; absent if it is not told.
+        progress: Progress of the training, reported with each question; None if it is not reported.
 
     Raises:
         RunFinished: If the run was stopped.
@@ -41,16 +43,16 @@ async def while_it_counts(channel: Channel, ticket: str, work: Coroutine[Any, An
         TicketClosed: If the ticket was given back or refused.
         FedpeftError: Whatever else the server answers, or the work raises.
     """
-    return await first_of(work, _until_it_cannot_count(channel, ticket, steps or Steps()))
+    return await first_of(work, _until_ticket_closed(channel, ticket, progress or TrainingProgress()))
 
 
-async def _until_it_cannot_count(channel: Channel, ticket: str, steps: Steps) -> NoReturn:
+async def _until_ticket_closed(channel: Channel, ticket: str, progress: TrainingProgress) -> NoReturn:
     pause_s = ASK_S
     while True:
         await asyncio.sleep(pause_s)
         pause_s = ASK_S
         try:
-            standing = await channel.get_upload(ticket, b"", steps.step, steps.steps)
+            standing = await channel.get_upload(ticket, b"", progress.step, progress.steps)
         except FedpeftError as error:
             if isinstance(error, (FAULT, *NOT_NOW)) or error.retry_s is not None:  # no word on the ticket
                 pause_s = min(AGAIN_S, ASK_S)

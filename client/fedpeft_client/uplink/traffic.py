@@ -6,7 +6,7 @@ from google.protobuf.message import Message
 
 from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state.contact import Contact
 from fedpeft_client.uplink.channel import Channel
@@ -32,15 +32,17 @@ class Traffic:
         contact: Told that the server answered.
     """
 
-    def __init__(self, channel: Channel, ledger: Ledger, metrics: Metrics, contact: Contact | None = None) -> None:
-        self._ledger = ledger
+    def __init__(
+        self, channel: Channel, egress_log: EgressLog, metrics: Metrics, contact: Contact | None = None
+    ) -> None:
+        self._egress_log = egress_log
         self._metrics = metrics
         self._contact = contact
         channel.sent, channel.received = self._sent, self._received
 
     def _sent(self, message: Message) -> None:
         size = message.ByteSize()
-        (self._ledger.leaving if isinstance(message, BOOKED) else self._ledger.asked)(size)
+        (self._egress_log.sending if isinstance(message, BOOKED) else self._egress_log.polling)(size)
         self._metrics.wire_bytes.labels("up").inc(size)
         if isinstance(message, pb.PushUpdateRequest) and message.HasField("chunk"):
             self._metrics.payload_bytes.labels("up").inc(len(message.chunk.data))

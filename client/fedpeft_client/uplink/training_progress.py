@@ -11,7 +11,7 @@ _LARGEST = 2**32 - 1
 
 
 @dataclass
-class Steps:
+class TrainingProgress:
     """Optimizer steps of one ticket.
 
     Attributes:

@@ -8,19 +8,19 @@ from fedpeft.untrusted_text import MAX_REASON
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.egress import message_entries
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.retry import Retry
 
 
 class Withdrawals:
     """Gives tickets back, each with the words that the operator reads."""
 
-    def __init__(self, channel: Channel, patience: Patience, ledger: Ledger) -> None:
+    def __init__(self, channel: Channel, retry: Retry, egress_log: EgressLog) -> None:
         self._channel = channel
-        self._patience = patience
-        self._ledger = ledger
+        self._retry = retry
+        self._egress_log = egress_log
 
     async def withdraw(
         self, ticket: str, reason: str, run: str, number: int, log: Log
@@ -36,8 +36,8 @@ class Withdrawals:
         """
         request = pb.WithdrawRequest(ticket=ticket, reason=reason[:MAX_REASON])
         try:
-            with self._ledger.booked(message_entries.withdrawal(request, run, number)):
-                return (await self._patience.keep(lambda: self._channel.withdraw(request))).state
+            with self._egress_log.record(message_entries.withdrawal(request, run, number)):
+                return (await self._retry.call(lambda: self._channel.withdraw(request))).state
         except (LocalError, *NOT_ABOUT_THE_TASK):
             raise
         except FAULT as error:

@@ -7,12 +7,12 @@ from fedpeft.rounds import metric_values
 from fedpeft.untrusted_text import MAX_REASON
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.egress import message_entries
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state.adapters import Held
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.retry import Retry
 from fedpeft_client.worker.handle import WorkerProcess
 from fedpeft_client.worker.trainer import adapter_json, sendable
 
@@ -21,12 +21,12 @@ class Evaluator:
     """Scores in the worker and reports."""
 
     def __init__(
-        self, channel: Channel, patience: Patience, worker: WorkerProcess, ledger: Ledger, metrics: Metrics
+        self, channel: Channel, retry: Retry, worker: WorkerProcess, egress_log: EgressLog, metrics: Metrics
     ) -> None:
         self._channel = channel
-        self._patience = patience
+        self._retry = retry
         self._worker = worker
-        self._ledger = ledger
+        self._egress_log = egress_log
         self._metrics = metrics
 
     async def give_up(self, run: str, version: int, reason: str) -> None:
@@ -36,8 +36,8 @@ class Evaluator:
             FedpeftError: If the server does not take that.
         """
         message = pb.PushEvaluationRequest(run=run, version=version, failure=reason[:MAX_REASON])
-        with self._ledger.booked(message_entries.evaluation(message)):
-            await self._patience.keep(lambda: self._channel.push_evaluation(message))
+        with self._egress_log.record(message_entries.evaluation(message)):
+            await self._retry.call(lambda: self._channel.push_evaluation(message))
 
     async def evaluate(self, run: KnownRun, held: Held, log: Log) -> None:
         """Scores a version on this site's data and pushes the figures.
@@ -53,8 +53,8 @@ class Evaluator:
         answer = await self._worker.ask(request)
         metrics = sendable(answer["metrics"], metric_values.MAX_EVALUATION, log)
         message = pb.PushEvaluationRequest(run=run.id, version=held.version, metrics=metrics)
-        with self._ledger.booked(message_entries.evaluation(message)):
-            await self._patience.keep(lambda: self._channel.push_evaluation(message))
+        with self._egress_log.record(message_entries.evaluation(message)):
+            await self._retry.call(lambda: self._channel.push_evaluation(message))
         self._metrics.scored(run.id, metrics)
         whole = {name: value for name, value in metrics.items() if "/" not in name}
         log.info("evaluated", version=held.version, **whole)

@@ -16,10 +16,10 @@ from fedpeft.v1 import tensor_pb2
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state import state_dir
 from fedpeft_client.state.adapters import Held
-from fedpeft_client.state.outbox import Pending, PendingBox
+from fedpeft_client.state.outbox import Outbox, Pending
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
-from fedpeft_client.uplink.training_progress import Steps
+from fedpeft_client.uplink.training_progress import TrainingProgress
 from fedpeft_client.uplink.wire_checks import deadline
 from fedpeft_client.worker.handle import Answer, OnProgress, WorkerProcess
 from fedpeft_client.worker.reporter import Reporter
@@ -28,14 +28,16 @@ from fedpeft_client.worker.reporter import Reporter
 class Trainer:
     """Trains in the worker and keeps what came of it."""
 
-    def __init__(self, directory: StateDirectory, box: PendingBox, worker: WorkerProcess, metrics: Metrics) -> None:
+    def __init__(self, directory: StateDirectory, outbox: Outbox, worker: WorkerProcess, metrics: Metrics) -> None:
         self._directory = directory
-        self._box = box
+        self._outbox = outbox
         self._worker = worker
         self._metrics = metrics
 
-    async def train(self, run: KnownRun, task: pb.TrainingTask, held: Held, log: Log, steps: Steps) -> Pending:
-        """Trains for a ticket and returns the update, on disk for good; `steps` is told how far it is.
+    async def train(
+        self, run: KnownRun, task: pb.TrainingTask, held: Held, log: Log, progress: TrainingProgress
+    ) -> Pending:
+        """Trains for a ticket and returns the update, on disk for good; `progress` is kept up to date.
 
         Raises:
             TrainingFailed: If training ended without an update.
@@ -44,7 +46,7 @@ class Trainer:
             ManifestInvalid: If the update holds anything but the tensors that the run was accepted with.
         """
         log.info("training begins", version=task.version, ticket=task.ticket, deadline=deadline(task))
-        draft = await asyncio.to_thread(self._box.draft)
+        draft = await asyncio.to_thread(self._outbox.draft)
         folder = self._directory.run(run.id)
         request: Answer = {
             "op": "train",
@@ -57,7 +59,7 @@ class Trainer:
             "local": str(state_dir.local(folder)),
             "out": str(draft),
         }
-        answer = await self._worker.ask(request, self._watch(run.id, Reporter(log, "training"), steps))
+        answer = await self._worker.ask(request, self._watch(run.id, Reporter(log, "training"), progress))
         manifest = json_format.ParseDict(answer["manifest"], tensor_pb2.Manifest())
         sent, encoding = run.spec.sent(task.round), run.config.codec.encoding
         check_manifest(wire.manifest_from_proto(manifest), sent, [encoding])  # nothing else ever leaves
@@ -67,16 +69,16 @@ class Trainer:
             examples=answer["examples"],
             metrics=sendable(answer["metrics"], metric_values.MAX_TRAINING, log),
         )
-        pending = await asyncio.to_thread(self._box.commit, run.id, task.round, header)
+        pending = await asyncio.to_thread(self._outbox.commit, run.id, task.round, header)
         self._metrics.trained(run.id, header.metrics)
         log.info("trained", **{**answer["facts"], **header.metrics, "examples": header.examples})
         return pending
 
-    def _watch(self, run: str, report: Reporter, steps: Steps) -> OnProgress:
-        def watch(progress: Answer) -> None:
-            report(progress)
-            steps.take(progress)
-            self._metrics.progressed(run, progress)
+    def _watch(self, run: str, report: Reporter, progress: TrainingProgress) -> OnProgress:
+        def watch(answer: Answer) -> None:
+            report(answer)
+            progress.take(answer)
+            self._metrics.progressed(run, answer)
 
         return watch
 

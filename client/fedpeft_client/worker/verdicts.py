@@ -50,8 +50,8 @@ class Verdict:
         return int(self.report.get("examples", 0))
 
 
-class Fitness:
-    """Reaches verdicts on runs, and keeps the newest `MOST` of them.
+class Verdicts:
+    """The verdicts on runs; the newest `MOST` of them are kept.
 
     Attributes:
         verdicts: By run id, the one that was asked for longest ago first.

@@ -72,10 +72,10 @@ async def test_what_was_sent_for_it_is_in_the_ledger(double: Double, tmp_path: P
     for code in (1, 0):
         assert (await ended(token.encode(), "--state-dir", str(tmp_path)))[0] == code
     first, *later = read(tmp_path / FILE).booked.values()
-    assert {each.departure.kind for each in (first, *later)} == {Kind.ENROLMENT}
+    assert {each.entry.kind for each in (first, *later)} == {Kind.ENROLMENT}
     assert [each.outcome for each in (first, *later)] == [Outcome.UNFINISHED, Outcome.UNFINISHED, Outcome.RECEIVED]
     assert first.server == double.enrollment
-    assert sum(each.departure.wire_bytes for each in (first, *later)) == double.arrived_bytes
+    assert sum(each.entry.wire_bytes for each in (first, *later)) == double.arrived_bytes
     assert token.encode().split(".")[4] not in (tmp_path / FILE).read_text(), "it is no place for a secret"
     _, out, _ = await ended_as("ledger", "--state-dir", str(tmp_path))
     assert "a signing request for a key made here, the token's secret, software fedpeft" in out

@@ -8,7 +8,7 @@ import pytest
 
 from fedpeft_client.commands import leave
 from fedpeft_client.state import state_dir
-from fedpeft_client.state.outbox import Outcome, PendingBox
+from fedpeft_client.state.outbox import Outbox, Outcome
 from fedpeft_client.state.state_dir import StateDirectory
 
 from ..state.test_state import RUN, Crash, crash_at, write_draft
@@ -19,14 +19,14 @@ ASIDE = f"{RUN}-000001-ticket-1"
 def lived_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes a state directory with everything that a client, or its owner, may leave in one."""
     with StateDirectory(path) as directory:
-        box = PendingBox(directory, "")
-        box.settle(box.commit(RUN, 1, write_draft(box)), Outcome.SET_ASIDE)
+        outbox = Outbox(directory, "")
+        outbox.settle(outbox.commit(RUN, 1, write_draft(outbox)), Outcome.SET_ASIDE)
         with monkeypatch.context() as patch, pytest.raises(Crash):
-            pending = box.commit(RUN, 2, write_draft(box))
+            pending = outbox.commit(RUN, 2, write_draft(outbox))
             crash_at(patch, 3)  # the decision is durable, and none of its files is in its place
-            box.settle(pending, Outcome.COUNTED)
-        box.commit(RUN, 3, write_draft(box))
-        write_draft(box)
+            outbox.settle(pending, Outcome.COUNTED)
+        outbox.commit(RUN, 3, write_draft(outbox))
+        write_draft(outbox)
     for name in ("identity.next", "notes"):
         (path / name).mkdir()
     for name in ("processes", "contact", "refused", "ledger.jsonl", "ledger-000001.jsonl", "policy.toml"):

@@ -35,7 +35,7 @@ from fedpeft_client.enrolment import renewal
 from fedpeft_client.enrolment.renewal import Renewal
 from fedpeft_client.uplink import channel as channel_module
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.retry import Retry
 
 from ...operator.access_double import Double, serving
 
@@ -416,7 +416,7 @@ async def test_what_waiting_does_not_mend_is_named_at_each_change(
         port = plain.add_insecure_port("127.0.0.1:0")
         await plain.start()
         async with line.serving() as server, Channel(server, "noto", INSTANCE, double.enrolled(tmp_path)) as channel:
-            waiting = asyncio.create_task(Patience(log[1], None).keep(lambda: channel.register(pb.RegisterRequest())))
+            waiting = asyncio.create_task(Retry(log[1], None).call(lambda: channel.register(pb.RegisterRequest())))
             for cause, following in ((foreigner, f"127.0.0.1:{port}"), (plainly, double.server)):
                 async with asyncio.timeout(20):
                     while not any(cause in entry["cause"] for entry in log[0].entries):

@@ -16,8 +16,8 @@ from fedpeft.config import TrainingConfig
 from fedpeft.errors import RefusedByPolicy
 from fedpeft.process import logs
 from fedpeft_client.__main__ import run
-from fedpeft_client.egress.entries import Departure, Kind
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.entries import EgressEntry, Kind
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner import limits
 from fedpeft_client.owner.limits import Conditions, Limits
 from fedpeft_client.owner.metrics import Metrics, State
@@ -182,10 +182,10 @@ LimitsOf = Callable[[Policy, Weather], Limits]
 @pytest.fixture
 def limits_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LimitsOf:
     monkeypatch.setattr(limits, "LOOK_S", 0.02)
-    ledger = Ledger(tmp_path, "s:1")
-    with ledger.booked(Departure(Kind.UPDATE, 900, {}, "run-1")):
-        ledger.leaving(900)
-    return lambda policy, weather: Limits(policy, ledger, Metrics(), logs.logger(client="a"), weather.look)
+    egress_log = EgressLog(tmp_path, "s:1")
+    with egress_log.record(EgressEntry(Kind.UPDATE, 900, {}, "run-1")):
+        egress_log.sending(900)
+    return lambda policy, weather: Limits(policy, egress_log, Metrics(), logs.logger(client="a"), weather.look)
 
 
 async def test_training_ends_when_it_gets_too_hot_and_goes_on_when_it_is_cool_again(limits_of: LimitsOf) -> None:
@@ -220,7 +220,7 @@ async def test_once_does_not_wait_for_what_is_not_allowed_now(tmp_path: Path) ->
     weather = Weather()
     weather.temperature_c = 81
     policy = Policy.model_validate({"times": {"max_temperature_c": 80}})
-    here = Limits(policy, Ledger(tmp_path, "s:1"), Metrics(), logs.logger(client="a"), weather.look, waits=False)
+    here = Limits(policy, EgressLog(tmp_path, "s:1"), Metrics(), logs.logger(client="a"), weather.look, waits=False)
     with pytest.raises(RefusedByPolicy, match=r"hotter than its owner allows; start it again after .* without --once"):
         await asyncio.wait_for(here.permit(), 5)
     weather.temperature_c = 20

@@ -17,7 +17,7 @@ from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.state import state_dir
 from fedpeft_client.state.adapters import AdapterCache
-from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, KEPT_ASIDE, LOCAL, PAYLOAD, Outcome, PendingBox
+from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, KEPT_ASIDE, LOCAL, PAYLOAD, Outbox, Outcome
 from fedpeft_client.state.state_dir import StateDirectory
 
 RUN = "run-000000000001"
@@ -27,8 +27,8 @@ class Crash(BaseException):
     """Stands for a kill: nothing after it runs."""
 
 
-def write_draft(box: PendingBox, data: bytes = b"abcd") -> pb.UpdateHeader:
-    draft = box.draft()
+def write_draft(outbox: Outbox, data: bytes = b"abcd") -> pb.UpdateHeader:
+    draft = outbox.draft()
     (draft / PAYLOAD).write_bytes(data)
     (draft / IF_COUNTED).write_bytes(b"counted")
     (draft / IF_NOT).write_bytes(b"not")
@@ -101,16 +101,16 @@ def test_crash_while_committing_leaves_all_or_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     with StateDirectory(tmp_path) as directory:
-        box = PendingBox(directory, "")
-        header = write_draft(box)
+        outbox = Outbox(directory, "")
+        header = write_draft(outbox)
         with monkeypatch.context() as patch:
             crash_at(patch, step)
             try:
-                box.commit(RUN, 5, header)
+                outbox.commit(RUN, 5, header)
                 crashed = False
             except Crash:
                 crashed = True
-        found = PendingBox(directory, "").load()
+        found = Outbox(directory, "").load()
         assert found is not None or crashed
         if found is not None:
             assert (found.run, found.round, found.header) == (RUN, 5, header)
@@ -126,19 +126,19 @@ def test_crash_while_settling_is_finished_at_the_next_start(
         folder = directory.run(RUN)
         state_dir.residual(folder).write_bytes(b"old")
         state_dir.local(folder).write_bytes(b"old local")
-        box = PendingBox(directory, "")
-        pending = box.commit(RUN, 5, write_draft(box))
+        outbox = Outbox(directory, "")
+        pending = outbox.commit(RUN, 5, write_draft(outbox))
         with monkeypatch.context() as patch:
             crash_at(patch, step)
             try:
-                box.settle(pending, outcome)
+                outbox.settle(pending, outcome)
             except Crash:
-                again = PendingBox(directory, "")
+                again = Outbox(directory, "")
                 again.finish()
                 if (left := again.load()) is not None:  # the decision was not yet on disk: the server is asked again
                     assert state_dir.residual(folder).read_bytes() == b"old"
                     again.settle(left, outcome)
-        assert PendingBox(directory, "").load() is None
+        assert Outbox(directory, "").load() is None
         kept = ["set-aside"] if outcome is Outcome.SET_ASIDE else []
         assert sorted(p.name for p in tmp_path.iterdir()) == ["instance", "lock", "runs", *kept]
         if kept:
@@ -157,20 +157,20 @@ def test_crash_while_settling_is_finished_at_the_next_start(
 
 def test_updates_that_are_set_aside_do_not_fill_the_disk(tmp_path: Path) -> None:
     with StateDirectory(tmp_path) as directory:
-        box = PendingBox(directory, "")
+        outbox = Outbox(directory, "")
         with capture_logs() as lines:
             for number in range(1, KEPT_ASIDE + 4):
-                box.settle(box.commit(RUN, number, write_draft(box)), Outcome.SET_ASIDE)
+                outbox.settle(outbox.commit(RUN, number, write_draft(outbox)), Outcome.SET_ASIDE)
         assert [Path(line["folder"]).name.split("-")[-3] for line in lines] == ["000001", "000002", "000003"]
-        kept = sorted(path.name.split("-")[-3] for path in box.aside.iterdir())
+        kept = sorted(path.name.split("-")[-3] for path in outbox.aside.iterdir())
         assert len(kept) == KEPT_ASIDE and kept[0] == "000004", "the oldest went"
 
 
 @pytest.mark.parametrize("damage", ["payload", "record", "missing"])
 def test_damaged_pending_update_is_seen_and_can_be_discarded(tmp_path: Path, damage: str) -> None:
     with StateDirectory(tmp_path) as directory:
-        box = PendingBox(directory, "")
-        pending = box.commit(RUN, 5, write_draft(box))
+        outbox = Outbox(directory, "")
+        pending = outbox.commit(RUN, 5, write_draft(outbox))
         if damage == "payload":
             pending.payload.write_bytes(b"abce")
         elif damage == "record":
@@ -178,9 +178,9 @@ def test_damaged_pending_update_is_seen_and_can_be_discarded(tmp_path: Path, dam
         else:
             pending.payload.unlink()
         with pytest.raises(StateInvalid):
-            box.load()
-        box.discard()
-        assert box.load() is None
+            outbox.load()
+        outbox.discard()
+        assert outbox.load() is None
 
 
 def manifest_of(data: bytes) -> payload.Manifest:
@@ -225,22 +225,22 @@ def test_parts_of_other_versions_go(tmp_path: Path) -> None:
 class TestExcludedAfterTheReceipt:
     """A round may exclude an update when it closes; its client finds out before the next ticket."""
 
-    def settled(self, path: Path, ticket: str) -> PendingBox:
-        box = PendingBox(StateDirectory(path), "")
-        header = write_draft(box)
+    def settled(self, path: Path, ticket: str) -> Outbox:
+        outbox = Outbox(StateDirectory(path), "")
+        header = write_draft(outbox)
         header.ticket = ticket
-        box.settle(box.commit(RUN, 1, header), Outcome.COUNTED)
-        assert box.counted(RUN) == ticket
-        return box
+        outbox.settle(outbox.commit(RUN, 1, header), Outcome.COUNTED)
+        assert outbox.counted(RUN) == ticket
+        return outbox
 
     def residual(self, path: Path) -> bytes | None:
         file = state_dir.residual(path / "runs" / RUN)
         return file.read_bytes() if file.exists() else None
 
     def test_one_that_was_folded_leaves_nothing(self, tmp_path: Path) -> None:
-        box = self.settled(tmp_path, "ticket-1")
-        box.confirm(RUN)
-        assert box.counted(RUN) is None
+        outbox = self.settled(tmp_path, "ticket-1")
+        outbox.confirm(RUN)
+        assert outbox.counted(RUN) is None
         assert self.residual(tmp_path) == b"counted"
         assert sorted(p.name for p in (tmp_path / "runs" / RUN).iterdir()) == [
             "local.safetensors",
@@ -249,34 +249,34 @@ class TestExcludedAfterTheReceipt:
 
     def test_the_first_goes_into_the_residual_and_the_second_in_a_row_is_dropped_with_it(self, tmp_path: Path) -> None:
         for ticket, kept in (("ticket-1", True), ("ticket-2", False), ("ticket-3", True)):
-            box = self.settled(tmp_path / "state", ticket)
-            assert box.take_back(RUN) is kept
-            assert box.counted(RUN) is None
+            outbox = self.settled(tmp_path / "state", ticket)
+            assert outbox.take_back(RUN) is kept
+            assert outbox.counted(RUN) is None
             assert self.residual(tmp_path / "state") == (b"not" if kept else None)
-            box._directory.close()
+            outbox._directory.close()
 
     def test_one_that_was_folded_in_between_makes_the_next_the_first(self, tmp_path: Path) -> None:
         for ticket, excluded in (("ticket-1", True), ("ticket-2", False), ("ticket-3", True)):
-            box = self.settled(tmp_path, ticket)
-            assert box.take_back(RUN) if excluded else not box.confirm(RUN)
-            box._directory.close()
+            outbox = self.settled(tmp_path, ticket)
+            assert outbox.take_back(RUN) if excluded else not outbox.confirm(RUN)
+            outbox._directory.close()
         assert self.residual(tmp_path) == b"not"
 
     @pytest.mark.parametrize("step", range(1, 12))
     def test_a_crash_on_the_way_is_mended(self, tmp_path: Path, step: int) -> None:
-        box = self.settled(tmp_path, "ticket-1")
+        outbox = self.settled(tmp_path, "ticket-1")
         with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, step)
             with suppress(Crash):
-                box.take_back(RUN)
-        if box.counted(RUN):
-            assert box.take_back(RUN)
+                outbox.take_back(RUN)
+        if outbox.counted(RUN):
+            assert outbox.take_back(RUN)
         assert self.residual(tmp_path) == b"not"
 
     def test_a_damaged_note_is_as_if_it_had_counted(self, tmp_path: Path) -> None:
-        box = self.settled(tmp_path, "ticket-1")
+        outbox = self.settled(tmp_path, "ticket-1")
         (tmp_path / "runs" / RUN / "counted.json").write_bytes(b"{")
         with capture_logs() as lines:
-            assert box.counted(RUN) is None
+            assert outbox.counted(RUN) is None
         assert [line["file"] for line in lines] == [str(tmp_path / "runs" / RUN / "counted.json")]
         assert self.residual(tmp_path) == b"counted"

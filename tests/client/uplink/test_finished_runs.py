@@ -17,10 +17,10 @@ from structlog.testing import capture_logs
 from fedpeft.process import logs
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state import state_dir
-from fedpeft_client.state.outbox import PendingBox
+from fedpeft_client.state.outbox import Outbox
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.finished_runs import ASKED, KEPT, MARK, FinishedRuns
@@ -37,11 +37,11 @@ class Site:
 
     def __init__(self, directory: StateDirectory, channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.directory = directory
-        self.box = PendingBox(directory, "")
-        self.ledger = Ledger(directory.path, "s:1")
+        self.outbox = Outbox(directory, "")
+        self.egress_log = EgressLog(directory.path, "s:1")
         self.metrics = Metrics()
         self.series = self.metrics.series
-        Traffic(channel, self.ledger, self.metrics)
+        Traffic(channel, self.egress_log, self.metrics)
         self.states: dict[str, run_pb2.RunState.ValueType] = {}
         self.asked: list[list[str]] = []
         self._channel = channel
@@ -64,7 +64,7 @@ class Site:
         return folder
 
     def looks(self) -> FinishedRuns:
-        return FinishedRuns(self.directory, self.box, self._channel, self.ledger, self.series, logs.logger())
+        return FinishedRuns(self.directory, self.outbox, self._channel, self.egress_log, self.series, logs.logger())
 
     async def look(self) -> None:
         await self.looks().look()
@@ -78,7 +78,7 @@ async def site(federation: Federation, tmp_path: Path, monkeypatch: pytest.Monke
             await federation.stop()
             await federation.start()  # with the call that was put in
             yield made
-            made.ledger.close()
+            made.egress_log.close()
 
 
 def names(folder: Path) -> set[str]:
@@ -175,7 +175,7 @@ async def test_no_folder_is_made_for_a_run_that_goes_on(site: Site) -> None:
 async def test_a_run_with_an_update_that_waits_is_left_as_it_is(site: Site, settling: bool) -> None:
     folder = site.run("run-0123456789ab", run_pb2.RUN_STATE_STOPPED, residual=SOME)
     before = names(folder)
-    pending = site.box.commit("run-0123456789ab", 5, write_draft(site.box))
+    pending = site.outbox.commit("run-0123456789ab", 5, write_draft(site.outbox))
     if settling:
         pending.folder.rename(site.directory.path / "settled-not-counted@run-0123456789ab")
     await site.look()
@@ -199,7 +199,7 @@ async def test_a_server_that_does_not_know_the_question_costs_nothing(
             folder = site.run("run-a", run_pb2.RUN_STATE_COMPLETED)
             await site.look()
             assert folder.exists()
-            site.ledger.close()
+            site.egress_log.close()
 
 
 def test_what_a_killed_process_left_half_written_is_swept_at_the_start(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedpeft.errors import ServerUnreachable
 from fedpeft.process import logs
 from fedpeft_client.uplink import retry
-from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.retry import Retry
 
 
 class Clock:
@@ -37,7 +37,7 @@ async def _back_after(clock: Clock, away_s: float) -> float:
             raise ServerUnreachable("nobody listens there")
         return "registered"
 
-    assert await Patience(logs.logger(), None).keep(call) == "registered"
+    assert await Retry(logs.logger(), None).call(call) == "registered"
     return clock.now - away_s
 
 
@@ -76,5 +76,5 @@ def test_a_cause_that_somebody_must_mend_is_not_waited_out(
         raise error
 
     with pytest.raises(ServerUnreachable):
-        asyncio.run(Patience(logs.logger(), 80.0).keep(call))
+        asyncio.run(Retry(logs.logger(), 80.0).call(call))
     assert least_s <= clock.now <= most_s

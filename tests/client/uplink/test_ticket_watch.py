@@ -12,7 +12,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.uplink import ticket_watch
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.training_progress import Steps
+from fedpeft_client.uplink.training_progress import TrainingProgress
 
 ISSUED = pb.GetUploadResponse(state=run_pb2.TICKET_STATE_ISSUED)
 LATE = pb.GetUploadResponse(state=run_pb2.TICKET_STATE_LATE)
@@ -49,7 +49,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_what_says_nothing_of_the_ticket_is_no_reason_to_leave() -> None:
     answers = Answers(ISSUED, ServerUnreachable("away"), TooManyCalls("32 calls are under way"), LATE)
-    assert await ticket_watch.while_it_counts(cast(Channel, answers), "t", answers.work()) == "trained"
+    assert await ticket_watch.run_while_ticket_open(cast(Channel, answers), "t", answers.work()) == "trained"
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ async def test_what_cannot_count_is_left(answer: pb.GetUploadResponse | FedpeftE
             left.set()
 
     with pytest.raises(error):
-        await ticket_watch.while_it_counts(cast(Channel, answers), "t", work())
+        await ticket_watch.run_while_ticket_open(cast(Channel, answers), "t", work())
     assert left.is_set()
 
 
 async def test_each_question_says_how_far_the_training_is() -> None:
-    answers, steps = Answers(ISSUED, ISSUED), Steps()
+    answers, steps = Answers(ISSUED, ISSUED), TrainingProgress()
 
     async def work() -> None:
         steps.take({"step": 0, "steps": 8})
@@ -86,7 +86,7 @@ async def test_each_question_says_how_far_the_training_is() -> None:
         while (3, 8) not in answers.said:
             await asyncio.sleep(0)
 
-    await ticket_watch.while_it_counts(cast(Channel, answers), "t", work(), steps)
+    await ticket_watch.run_while_ticket_open(cast(Channel, answers), "t", work(), steps)
     assert set(answers.said) == {(0, 8), (3, 8)}
 
 
@@ -95,6 +95,6 @@ async def test_each_question_says_how_far_the_training_is() -> None:
     [{}, {"step": 9, "steps": 8}, {"step": -1, "steps": 8}, {"step": 1.5, "steps": 8}, {"step": 0, "steps": 2**32}],
 )
 def test_what_another_kind_of_model_says_is_told_only_if_it_makes_sense(odd: dict[str, object]) -> None:
-    steps = Steps()
+    steps = TrainingProgress()
     steps.take(odd)
     assert (steps.step, steps.steps) == (0, 0)

@@ -11,13 +11,13 @@ import pytest
 from fedpeft.process import logs
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.egress import message_entries
-from fedpeft_client.egress.entries import Departure, read
-from fedpeft_client.egress.log import Ledger
+from fedpeft_client.egress.entries import EgressEntry, read
+from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state.state_dir import StateDirectory
-from fedpeft_client.uplink import retry as patience
+from fedpeft_client.uplink import retry as retry
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.retry import Retry
 from fedpeft_client.uplink.traffic import Traffic
 
 from ..federation import Federation
@@ -30,26 +30,26 @@ class Site:
     """A client's calls, counted and booked as the agent's are."""
 
     channel: Channel
-    ledger: Ledger
-    patience: Patience
+    egress_log: EgressLog
+    retry: Retry
 
-    async def send(self, departure: Departure, call: Callable[[], Awaitable[object]]) -> None:
-        with self.ledger.booked(departure):
-            await self.patience.keep(call)
+    async def send(self, entry: EgressEntry, call: Callable[[], Awaitable[object]]) -> None:
+        with self.egress_log.record(entry):
+            await self.retry.call(call)
 
     @property
     def booked_bytes(self) -> int:
-        return sum(each.departure.wire_bytes for each in read(self.ledger.path).booked.values())
+        return sum(each.entry.wire_bytes for each in read(self.egress_log.path).booked.values())
 
 
 @pytest.fixture
 async def site(federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
-    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.01)
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
-    with StateDirectory(tmp_path / "state") as directory, Ledger(directory.path, federation.address) as ledger:
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
+    with StateDirectory(tmp_path / "state") as directory, EgressLog(directory.path, federation.address) as egress_log:
         async with Channel(federation.address, "site-a", directory.instance) as channel:
-            Traffic(channel, ledger, Metrics())
-            yield Site(channel, ledger, Patience(logs.logger(client="site-a"), None))
+            Traffic(channel, egress_log, Metrics())
+            yield Site(channel, egress_log, Retry(logs.logger(client="site-a"), None))
 
 
 async def test_a_call_that_is_repeated_is_booked_each_time(federation: Federation, site: Site) -> None:
@@ -79,7 +79,7 @@ async def test_a_repetition_is_in_the_file_before_it_leaves(federation: Federati
 async def test_questions_that_are_repeated_are_booked_each_time(federation: Federation, site: Site) -> None:
     await site.send(message_entries.registration(REGISTRATION), lambda: site.channel.register(REGISTRATION))
     federation.unavailable = 200
-    await site.patience.keep(lambda: site.channel.await_round("", until_finished=True))
+    await site.retry.call(lambda: site.channel.await_round("", until_finished=True))
     assert federation.arrivals.messages["AwaitRoundRequest"] == 201
     assert site.booked_bytes >= federation.arrivals.wire_bytes
-    assert len(read(site.ledger.path).booked) == 2, "and not each in a line"
+    assert len(read(site.egress_log.path).booked) == 2, "and not each in a line"

@@ -39,8 +39,8 @@ from fedpeft_client.egress.entries import Kind, read
 from fedpeft_client.state import state_dir
 from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, PAYLOAD, Outcome
 from fedpeft_client.uplink import push, retry
-from fedpeft_client.uplink.recall import Recall
-from fedpeft_client.uplink.retry import Backoff, Patience
+from fedpeft_client.uplink.exclusion_check import ExclusionCheck
+from fedpeft_client.uplink.retry import Backoff, Retry
 
 from ..federation import _CLOSES
 from ..transfer_site import Site
@@ -64,20 +64,20 @@ async def test_refusals(site: Site, error: Exception, outcome: Outcome, withdraw
 
 
 async def test_an_update_that_arrived_stays_pending_when_the_ledger_cannot_say_so(site: Site) -> None:
-    ledger, counted = site.ledger._file._file, site.channel.sent
-    kept, full = os.dup(ledger), os.open("/dev/full", os.O_WRONLY)
+    egress_log, counted = site.egress_log._file._file, site.channel.sent
+    kept, full = os.dup(egress_log), os.open("/dev/full", os.O_WRONLY)
 
     def fill_the_disk(message: Message) -> None:
         counted(message)
         if isinstance(message, pb.PushUpdateRequest) and message.HasField("chunk"):
-            os.dup2(full, ledger)
+            os.dup2(full, egress_log)
 
     site.channel.sent = fill_the_disk
     pending = site.pending()
     with pytest.raises(StateInvalid, match="cannot write the ledger"):
         await site.pusher.push(pending, site.log)
     assert site.ticket.receipt is not None, "the server has it: as a residual it would count twice"
-    os.dup2(kept, ledger)
+    os.dup2(kept, egress_log)
     assert await site.pusher.push(pending, site.log) is Outcome.COUNTED
 
 
@@ -132,7 +132,7 @@ async def test_a_status_with_a_retry_hint_is_no_failure(
         pauses.append(hint_s)
 
     monkeypatch.setattr(retry, "_rest", rest)
-    site.patience.give_up_s = 0.0
+    site.retry.give_up_s = 0.0
     site.federation.refuse_push = [error] * 20
     with capture_logs() as lines:
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
@@ -169,15 +169,15 @@ async def test_refusal_of_the_client_leaves_the_update_pending(site: Site, error
     site.federation.refuse_push = [error]
     with pytest.raises(type(error)):
         await site.pusher.push(site.pending(), site.log)
-    assert site.box.load() is not None
+    assert site.outbox.load() is not None
 
 
 async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) -> None:
     site.federation.refuse_register = [DiskFull("no room"), DiskFull("no room")]
     site.federation.refuse_push = [DiskFull("no room")]
     with capture_logs() as lines:
-        with site.ledger.booked(message_entries.registration(pb.RegisterRequest())):
-            await site.patience.keep(lambda: site.channel.register(pb.RegisterRequest()))
+        with site.egress_log.record(message_entries.registration(pb.RegisterRequest())):
+            await site.retry.call(lambda: site.channel.register(pb.RegisterRequest()))
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
     assert site.federation.registrations == 1 and len(site.federation.pushes) == 2
     full = [line["cause"] for line in lines if line["event"].startswith("the server's disk is full; retrying")]
@@ -208,15 +208,15 @@ async def test_an_update_that_the_server_fails_on_is_set_aside_after_a_few_attem
         "the server cannot take this update; it is set aside, and its content goes into the residual",
     ]
     assert ("ticket could not be given back; its round waits until its deadline" in events) is not withdraws
-    site.box.settle(pending, Outcome.SET_ASIDE)
+    site.outbox.settle(pending, Outcome.SET_ASIDE)
     residual = site.directory.path / "runs" / site.run.id / "residual.safetensors"
     assert residual.read_bytes() == IF_NOT.encode()
-    (kept,) = site.box.aside.iterdir()
+    (kept,) = site.outbox.aside.iterdir()
     assert hashlib.sha256((kept / PAYLOAD).read_bytes()).digest() == pending.manifest.sha256
     booked = list(read(site.directory.path / "ledger.jsonl").booked.values())
-    uploads = [each for each in booked if each.departure.kind is Kind.UPDATE]
+    uploads = [each for each in booked if each.entry.kind is Kind.UPDATE]
     assert uploads and all("INTERNAL" in each.words for each in uploads)
-    assert booked[-1].departure.said["reason"].startswith("set aside: ")
+    assert booked[-1].entry.said["reason"].startswith("set aside: ")
 
 
 @pytest.mark.usefixtures("no_pauses")
@@ -251,8 +251,8 @@ async def test_a_pull_that_the_server_fails_in_ends_after_a_few_attempts(site: S
 @pytest.mark.usefixtures("no_pauses")
 async def test_calls_beside_which_nothing_else_can_be_done_are_repeated_as_long_as_it_takes(site: Site) -> None:
     site.federation.refuse_register = [Internal("StateInvalid") for _ in range(12)]
-    with site.ledger.booked(message_entries.registration(pb.RegisterRequest())):
-        await site.patience.keep(lambda: site.channel.register(pb.RegisterRequest()), faults=None)
+    with site.egress_log.record(message_entries.registration(pb.RegisterRequest())):
+        await site.retry.call(lambda: site.channel.register(pb.RegisterRequest()), faults=None)
     assert site.federation.registrations == 1
 
 
@@ -264,9 +264,9 @@ async def test_checksum_mismatch_starts_over_and_is_then_given_up(site: Site) ->
 
 async def test_patience_ends_when_it_was_told_to(site: Site) -> None:
     await site.federation.stop()
-    patient = Patience(site.log, 2.0)
+    patient = Retry(site.log, 2.0)
     with capture_logs() as lines, pytest.raises(ServerUnreachable, match="nothing listens on port"):
-        await patient.keep(lambda: site.channel.get_upload("t", bytes(32)))
+        await patient.call(lambda: site.channel.get_upload("t", bytes(32)))
     assert [line["event"] for line in lines] == ["server is unavailable; retrying until it answers"]
 
 
@@ -283,33 +283,33 @@ EXCLUDED = "UPDATE_EXCLUDED: its norm 3e+38 is more than 30 times 1"
 
 
 class TestExcludedAfterTheReceipt:
-    async def counted(self, site: Site) -> Recall:
+    async def counted(self, site: Site) -> ExclusionCheck:
         pending = site.pending()
         outcome = await site.pusher.push(pending, site.log)
         assert outcome is Outcome.COUNTED
-        site.box.settle(pending, outcome)
-        return Recall(site.channel, site.patience, site.box)
+        site.outbox.settle(pending, outcome)
+        return ExclusionCheck(site.channel, site.retry, site.outbox)
 
     def residual(self, site: Site) -> str:
         return state_dir.residual(site.directory.run(site.run.id)).read_text()
 
     async def test_it_goes_into_the_residual_before_the_next_training(self, site: Site) -> None:
-        recall = await self.counted(site)
+        check = await self.counted(site)
         site.ticket.state, site.ticket.reason = run_pb2.TICKET_STATE_REFUSED, EXCLUDED
         assert self.residual(site) == IF_COUNTED
-        await recall.settle(site.run.id, site.log)
+        await check.settle(site.run.id, site.log)
         assert self.residual(site) == IF_NOT
-        await recall.settle(site.run.id, site.log)
+        await check.settle(site.run.id, site.log)
         assert self.residual(site) == IF_NOT, "it is asked once"
 
     @pytest.mark.parametrize("gone", [False, True])
     async def test_what_was_folded_or_is_unknown_by_now_stays_as_it_is(self, site: Site, gone: bool) -> None:
-        recall = await self.counted(site)
+        check = await self.counted(site)
         if gone:
             del site.federation.run.tickets["ticket-1"]
-        await recall.settle(site.run.id, site.log)
+        await check.settle(site.run.id, site.log)
         assert self.residual(site) == IF_COUNTED
-        assert site.box.counted(site.run.id) is None
+        assert site.outbox.counted(site.run.id) is None
 
     async def test_an_upload_whose_receipt_was_lost_finds_it_out_as_well(self, site: Site) -> None:
         pending = site.pending()

@@ -98,8 +98,8 @@ async def test_push_gets_a_receipt_and_settles(site: Site) -> None:
     pending = site.pending()
     outcome = await site.pusher.push(pending, site.log)
     assert outcome is Outcome.COUNTED
-    site.box.settle(pending, outcome)
-    assert site.box.load() is None
+    site.outbox.settle(pending, outcome)
+    assert site.outbox.load() is None
     assert site.ticket.state == run_pb2.TICKET_STATE_RECEIVED
     assert hashlib.sha256(site.ticket.held).digest() == pending.manifest.sha256
 
@@ -110,13 +110,13 @@ async def test_push_continues_at_the_byte_where_it_stopped(site: Site) -> None:
     assert await site.pusher.push(pending, site.log) is Outcome.COUNTED
     assert [p.offset for p in site.federation.pushes] == [0, 1, 1_234_568, 1_234_568 + CHUNK_BYTES]
     assert sum(p.received for p in site.federation.pushes) == pending.manifest.payload_bytes
-    told = sum(each.departure.wire_bytes for each in read(site.ledger.path).booked.values())
+    told = sum(each.entry.wire_bytes for each in read(site.egress_log.path).booked.values())
     assert told >= site.federation.arrivals.wire_bytes, "the ledger never tells less than what left"
 
 
 @pytest.mark.parametrize("direction", ["push", "pull"])
 async def test_patience_does_not_end_while_a_transfer_makes_progress(site: Site, direction: str) -> None:
-    site.patience.give_up_s = 3.0  # pauses that grew over eight breaks would take longer
+    site.retry.give_up_s = 3.0  # pauses that grew over eight breaks would take longer
     site.federation.break_push_after = [400_000] * 8
     site.federation.break_pull_after = [400_000 * breaks for breaks in range(1, 9)]
     if direction == "push":
@@ -175,7 +175,7 @@ async def test_pull_that_stalls_is_broken_off(site: Site, monkeypatch: pytest.Mo
         yield pb.PullAdapterResponse(header=pb.PullHeader(version=0, manifest=manifest))
         await asyncio.sleep(3600)
 
-    site.patience.give_up_s = 0.0
+    site.retry.give_up_s = 0.0
     await site.federation.stop()
     monkeypatch.setattr(site.federation, "PullAdapter", stall)
     await site.federation.start()

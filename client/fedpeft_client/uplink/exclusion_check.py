@@ -1,4 +1,4 @@
-"""The fate of the last update that counted: a round may still exclude it when it closes, after the receipt.
+"""Exclusion after the receipt: a round may still exclude an update that was counted, when it closes.
 
 Before a client trains for another ticket of a run it asks for the ticket before. If that update was excluded, it goes
 into the residual, as one does that came too late; if the one before it was excluded too, residual and update are
@@ -12,18 +12,18 @@ import asyncio
 from fedpeft.errors import NotFound, PermissionDenied, UpdateExcluded
 from fedpeft.process.logs import Log
 from fedpeft.v1 import run_pb2
-from fedpeft_client.state.outbox import PendingBox
+from fedpeft_client.state.outbox import Outbox
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import Patience
+from fedpeft_client.uplink.retry import Retry
 
 
-class Recall:
-    """Asks for updates that counted, and takes back those that were excluded."""
+class ExclusionCheck:
+    """Asks for the final state of counted updates, and takes back those that were excluded."""
 
-    def __init__(self, channel: Channel, patience: Patience, box: PendingBox) -> None:
+    def __init__(self, channel: Channel, retry: Retry, outbox: Outbox) -> None:
         self._channel = channel
-        self._patience = patience
-        self._box = box
+        self._retry = retry
+        self._outbox = outbox
 
     async def settle(self, run: str, log: Log) -> None:
         """Settles the last counted update of a run for good, if there is one.
@@ -32,18 +32,18 @@ class Recall:
             StateInvalid: If the state directory cannot be written.
             FedpeftError: If the server refuses this client.
         """
-        ticket = await asyncio.to_thread(self._box.counted, run)
+        ticket = await asyncio.to_thread(self._outbox.counted, run)
         if ticket is None:
             return
         try:
-            standing = await self._patience.keep(lambda: self._channel.get_upload(ticket, b""))
+            standing = await self._retry.call(lambda: self._channel.get_upload(ticket, b""))
             reason = standing.reason if standing.state == run_pb2.TICKET_STATE_REFUSED else ""
         except (NotFound, PermissionDenied):  # the server was set up anew
             reason = ""
         if not reason.startswith(UpdateExcluded.reason):
-            await asyncio.to_thread(self._box.confirm, run)
+            await asyncio.to_thread(self._outbox.confirm, run)
             return
-        kept = await asyncio.to_thread(self._box.take_back, run)
+        kept = await asyncio.to_thread(self._outbox.take_back, run)
         what = (
             "it goes into the residual" if kept else "the one before was not either, so it and the residual are dropped"
         )
