@@ -68,7 +68,7 @@ def _names(methods: Collection[str], place: int) -> dict[str, set[str]]:
 
 
 def test_the_first_failure_of_every_background_task_is_a_change() -> None:
-    used = {name for names in _names(("attempt", "every", "keep"), 0).values() for name in names}
+    used = {name for names in _names(("attempt", "every", "supervise"), 0).values() for name in names}
     assert {"database", "enrolment"} < used
     assert used <= set(metrics_module.BACKGROUND)
 
