@@ -326,7 +326,7 @@ class SimulationConfig(_Section):
     """Engine of the simulated clients. inprocess: one after the other in the process itself."""
 
     @model_validator(mode="after")
-    def _one_law(self) -> Self:
+    def _one_scheme(self) -> Self:
         if self.partition == "natural" and self.column is None:
             raise ValueError("partition natural needs column")
         if self.column is not None and "partition" in self.model_fields_set and self.partition != "natural":
@@ -334,7 +334,7 @@ class SimulationConfig(_Section):
         return self
 
     @property
-    def law(self) -> Literal["iid", "dirichlet", "quantity", "natural"]:
+    def scheme(self) -> Literal["iid", "dirichlet", "quantity", "natural"]:
         """The partition that is meant."""
         return self.partition if self.column is None else "natural"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import Narrator
 from fedpeft.v1 import run_pb2
 
@@ -12,11 +12,11 @@ SILENT, STALLED = run_pb2.PROGRESS_STATE_SILENT, run_pb2.PROGRESS_STATE_STALLED
 TRAINING, SLOW = run_pb2.PROGRESS_STATE_TRAINING, run_pb2.PROGRESS_STATE_SLOW
 
 
-def seen(state: run_pb2.ProgressState.ValueType | None, words: str = "") -> Picture:
+def seen(state: run_pb2.ProgressState.ValueType | None, words: str = "") -> RunSnapshot:
     run = a_run()
     if state is not None:
         run.awaited.add(client="twemoji", state=state, description=words)
-    return Picture(run, {1: a_round(1, committed=False)})
+    return RunSnapshot(run, {1: a_round(1, committed=False)})
 
 
 def test_each_way_of_hanging_is_said_once_and_the_end_of_it() -> None:

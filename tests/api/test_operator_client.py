@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedpeft.adapters.payload import CHUNK_BYTES
-from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.api import operator_client
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.config import parse_config
@@ -52,7 +52,7 @@ def config() -> operator_client.RunConfig:
 async def test_run_is_created_with_every_chunk_and_without_local_tensors(served: Serving) -> None:
     size = CHUNK_BYTES // 4 + 5
     spec = AdapterSpec.of(
-        "bias", [TensorSpec("a", (size,)), TensorSpec("b", (3,), (Role.LOCAL,)), TensorSpec("c", (2,))]
+        "bias", [TensorSpec("a", (size,)), TensorSpec("b", (3,), (TensorRole.LOCAL,)), TensorSpec("c", (2,))]
     )
     tensors = {"a": np.arange(size, dtype=np.float32), "b": np.ones(3, np.float32), "c": np.full(2, 7, np.float32)}
     seen: list[tuple[int, int]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedpeft.adapters import payload
-from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import parse_config
 from fedpeft.process import logs
 from fedpeft.rpc import wire
@@ -25,7 +25,9 @@ from fedpeft_client.uplink.traffic import Traffic
 from .federation import FakeRun, FakeTicket, Federation
 
 SHAPE = (900_000,)  # 3.6 MB: four chunks
-SPEC = AdapterSpec("bias", (TensorSpec("a", SHAPE), TensorSpec("kept", (5,), (Role.LOCAL,)), TensorSpec("z", (3,))))
+SPEC = AdapterSpec(
+    "bias", (TensorSpec("a", SHAPE), TensorSpec("kept", (5,), (TensorRole.LOCAL,)), TensorSpec("z", (3,)))
+)
 
 
 def a_run() -> FakeRun:

@@ -38,13 +38,13 @@ def test_a_viewers_links_and_their_sessions_take_nobodys_place_but_its_own() -> 
     assert sessions.redeem(waiting) is not None, "an operator's link waits all the same"
 
 
-def test_whom_a_viewer_let_in_is_of_its_line_however_far() -> None:
+def test_a_session_from_a_viewers_link_counts_against_that_viewer_however_far() -> None:
     sessions = SessionStore(may_write=True)
     viewer = let_in(sessions, may_write=False)
     last = viewer
     for _ in range(3 * MOST_GUESTS):
         last = let_in(sessions, may_write=False, maker=last)
-        assert last.line == viewer.id
+        assert last.viewer == viewer.id
     assert is_open(sessions, viewer) and len(sessions._sessions) == 1 + MOST_GUESTS
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.rpc import wire
 from fedpeft_operator.console.examples import EXAMPLES
 from fedpeft_operator.console.facts import RoundFacts, TicketFacts
@@ -242,7 +242,7 @@ def test_a_run_without_classes_is_scored_by_its_loss() -> None:
     shown = card(run, None, rounds)
     assert (shown.score, shown.scored_by) == ("0.500", "loss")
     assert shown.line is not None
-    assert run_tiles(Picture(run), rounds)[1] == Tile("Loss", "0.500", "on held-out data, version 2")
+    assert run_tiles(RunSnapshot(run), rounds)[1] == Tile("Loss", "0.500", "on held-out data, version 2")
     assert captions(rounds, {"loss": 1.5})["accuracy"] == "Versions are scored by loss only."
     unscored = card(a_run(), None, [])
     assert (unscored.score, unscored.scored_by) == ("", "")

@@ -11,7 +11,7 @@ import pytest
 
 from fedpeft.adapters import payload, updates
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
-from fedpeft.adapters.spec import Role as TensorRole
+from fedpeft.adapters.spec import TensorRole as TensorRole
 from fedpeft.config import CodecConfig
 from fedpeft.v1 import run_pb2
 

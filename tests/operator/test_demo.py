@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.errors import LocalError, SettingsInvalid, StateInvalid
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.cli.run import live
@@ -64,7 +64,7 @@ async def said(log: Path) -> str:
     return await asyncio.to_thread(log.read_text)
 
 
-async def test_household_ends_its_children_and_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_group_ends_its_children_and_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_group, "GRACE_S", 0.5)
     async with ProcessGroup(tmp_path / "logs", {"SPOKEN": "1"}) as processes:
         pids = [processes.start(name, command).pid for name, command in (("a", SLEEPS), ("b", DEAF), ("c", PARENT))]
@@ -102,11 +102,11 @@ def test_children_of_a_killed_process_end(tmp_path: Path) -> None:
     code = (
         "import asyncio, pathlib\n"
         "from fedpeft_operator.demo.process_group import ProcessGroup\n"
-        "async def hold():\n"
+        "async def run_demo():\n"
         f"    async with ProcessGroup(pathlib.Path({str(tmp_path)!r}), {{}}) as processes:\n"
         f"        print(processes.start('a', {SLEEPS!r}).pid, flush=True)\n"
         "        await processes.watch()\n"
-        "asyncio.run(hold())\n"
+        "asyncio.run(run_demo())\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -120,13 +120,13 @@ def test_free_ports_differ() -> None:
     assert len(set(free_ports(8))) == 8
 
 
-def picture() -> Picture:
+def snapshot() -> RunSnapshot:
     run = a_run(version=3, state=run_pb2.RUN_STATE_COMPLETED, initial_metrics={"accuracy": 0.25, "loss": 2.0})
-    return Picture(run, {n: a_round(n, accuracy=0.25 + n / 10) for n in (1, 2, 3)})
+    return RunSnapshot(run, {n: a_round(n, accuracy=0.25 + n / 10) for n in (1, 2, 3)})
 
 
 def test_report_sums_the_rounds() -> None:
-    made = report.report_of(picture(), {"noto": 10, "twemoji": 20}, 61.23)
+    made = report.report_of(snapshot(), {"noto": 10, "twemoji": 20}, 61.23)
     assert [row["accuracy"] for row in made["rounds"]] == [0.35, 0.45, 0.55]
     assert made["rounds"][0]["four_bytes_a_parameter"] == 60 * 4 * 2
     assert made["totals"] == {
@@ -152,13 +152,13 @@ def test_report_sums_the_rounds() -> None:
 
 def test_summary_rounds_the_share_of_full_fine_tuning_once() -> None:
     """376.52 is 377; by way of the report's 376.5 it would be 376, beside the 377 of the watch."""
-    made = report.report_of(picture(), {"noto": 10}, 61.23)
+    made = report.report_of(snapshot(), {"noto": 10}, 61.23)
     made["totals"] |= {"wire_bytes_up": 1000, "full_bytes_each_way": 376_520, "full_over_wire_up": 376.5}
     assert "full fine-tuning would have sent 367.7 KiB each way, 377 times as much" in report.summary(made)
 
 
 def test_picture_of_the_report(tmp_path: Path) -> None:
-    made = report.report_of(picture(), {"noto": 10, "twemoji": 20}, 61.2)
+    made = report.report_of(snapshot(), {"noto": 10, "twemoji": 20}, 61.2)
     sent, accuracy = report.curve(made)
     assert accuracy == [0.25, 0.35, 0.45, 0.55]
     np.testing.assert_allclose(sent, [0, 1220 / 2**20, 2440 / 2**20, 3660 / 2**20])
@@ -170,7 +170,7 @@ def test_picture_of_the_report(tmp_path: Path) -> None:
 
 
 def test_live_view() -> None:
-    running = Picture(a_run(version=2), {**picture().rounds, 3: a_round(3, committed=False)})
+    running = RunSnapshot(a_run(version=2), {**snapshot().rounds, 3: a_round(3, committed=False)})
     console = Console(file=io.StringIO(), width=100, height=20)
     now = datetime(2026, 1, 1, 0, 1, 0, tzinfo=UTC)
     console.print(live.render(running, now, rows=1))
@@ -225,7 +225,7 @@ async def test_folder_of_somebody_else_is_left_alone(tmp_path: Path, monkeypatch
     out.mkdir()
     (out / "thesis.tex").touch()
     with pytest.raises(SettingsInvalid, match="holds something that is not a demo's"):
-        await federation.hold(federation.plan_of(out, None, None, None, None, 0, 0))
+        await federation.run_demo(federation.plan_of(out, None, None, None, None, 0, 0))
     assert os.listdir(out) == ["thesis.tex"]
 
 
@@ -241,7 +241,7 @@ async def test_a_folder_in_which_a_demo_or_its_server_runs_is_left_alone(
     (out / "report.json").touch()
     with (out / lock).open("w") as held, pytest.raises(StateInvalid, match="is in use by a"):
         fcntl.flock(held, fcntl.LOCK_EX)
-        await federation.hold(federation.plan_of(out, None, None, None, None, 0, 0))
+        await federation.run_demo(federation.plan_of(out, None, None, None, None, 0, 0))
     assert {"server", "report.json"} <= set(os.listdir(out))
 
 

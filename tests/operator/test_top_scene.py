@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.v1 import federation_service_pb2 as federation
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
@@ -27,12 +27,12 @@ from .operator_double import START, Double, a_client, a_round, a_run, a_ticket, 
 NOW = datetime.fromtimestamp(START + 100, UTC)
 
 
-def picture(*rounds: run_pb2.Round, **changes: object) -> Picture:
-    return Picture(a_run(**changes), {each.number: each for each in rounds})
+def snapshot(*rounds: run_pb2.Round, **changes: object) -> RunSnapshot:
+    return RunSnapshot(a_run(**changes), {each.number: each for each in rounds})
 
 
 def test_a_run_in_words() -> None:
-    lines = scene.headline(picture(a_round(1, accuracy=0.5), a_round(2, committed=False), version=1), NOW)
+    lines = scene.headline(snapshot(a_round(1, accuracy=0.5), a_round(2, committed=False), version=1), NOW)
     assert lines == [
         "emoji: bias on vit_tiny, 60 of 1,000,000 parameters (0.01 %)",
         "round 2 of 3: waiting > OPEN > aggregating > committed",
@@ -51,13 +51,13 @@ def test_time_left_is_said_in_its_two_largest_units(seconds: float, said: str) -
 
 
 def test_updates_are_counted_towards_those_wanted_and_not_those_sampled() -> None:
-    known = picture(a_round(1, committed=False))
+    known = snapshot(a_round(1, committed=False))
     known.run.config.rounds.clients, known.run.config.rounds.quorum = 30, 20
     assert scene.waiting_line(known, NOW).startswith("1 of 30 received, quorum 20, ")
 
 
 def test_a_client_that_hangs_comes_first_and_what_the_others_do_is_said_beside_them() -> None:
-    known = picture(a_round(1, committed=False))
+    known = snapshot(a_round(1, committed=False))
     state = run_pb2.PROGRESS_STATE_SILENT
     silent = run_pb2.ClientProgress(client="twemoji", run="run-1", state=state, description="no word for 65 s")
     known.run.awaited.append(silent)
@@ -81,18 +81,19 @@ def test_a_client_that_hangs_comes_first_and_what_the_others_do_is_said_beside_t
 
 
 def test_a_run_that_is_paused_over_or_waits_for_figures() -> None:
-    paused = picture(a_round(1, committed=False), state=run_pb2.RUN_STATE_PAUSED, reason="lunch")
+    paused = snapshot(a_round(1, committed=False), state=run_pb2.RUN_STATE_PAUSED, reason="lunch")
     assert scene.progress_line(paused).startswith("PAUSED; round 1 of 3")
-    done = picture(a_round(3), state=run_pb2.RUN_STATE_COMPLETED, version=3)
+    done = snapshot(a_round(3), state=run_pb2.RUN_STATE_COMPLETED, version=3)
     assert scene.progress_line(done) == "COMPLETED at version 3 of 3"
     assert (
-        scene.waiting_line(Picture(done.run, waiting="waiting for the evaluator"), NOW) == "waiting for the evaluator"
+        scene.waiting_line(RunSnapshot(done.run, waiting="waiting for the evaluator"), NOW)
+        == "waiting for the evaluator"
     )
-    assert scene.scores_line(picture()) == "accuracy: no version is scored yet"
-    by_loss = picture(a_round(1), initial_metrics={"loss": 2.0})
+    assert scene.scores_line(snapshot()) == "accuracy: no version is scored yet"
+    by_loss = snapshot(a_round(1), initial_metrics={"loss": 2.0})
     by_loss.rounds[1].metrics["loss"] = 1.0
     assert scene.scores_line(by_loss).startswith("loss 2.000 █▁ 1.000")
-    assert scene.bytes_line(picture()) == "sent up 0 B, down 0 B"
+    assert scene.bytes_line(snapshot()) == "sent up 0 B, down 0 B"
 
 
 def test_late_and_refused_come_before_the_rest() -> None:
@@ -101,7 +102,7 @@ def test_late_and_refused_come_before_the_rest() -> None:
     round_.tickets.append(a_ticket("wrong", run_pb2.TICKET_STATE_REFUSED, 1))
     round_.tickets[-1].reason = "PAYLOAD_INVALID: not finite"
     clients = [a_client("twemoji", federation.CLIENT_ROLE_TRAINER, "uploading")]
-    table = scene.tickets_table(picture(round_), clients, "state")
+    table = scene.tickets_table(snapshot(round_), clients, "state")
     assert [row[:3] for row in table.rows] == [
         ("wrong", "refused", ""),
         ("slow", "late", ""),
@@ -109,15 +110,15 @@ def test_late_and_refused_come_before_the_rest() -> None:
         ("noto", "received", ""),
     ]
     assert scene.note(table, 0) == "wrong: PAYLOAD_INVALID: not finite" == scene.note(table, 3)
-    assert scene.note(scene.rounds_table(picture(a_round(1))), 0) == ""
-    by_client = scene.tickets_table(picture(round_), clients, "client")
+    assert scene.note(scene.rounds_table(snapshot(a_round(1))), 0) == ""
+    by_client = scene.tickets_table(snapshot(round_), clients, "client")
     assert [row[0] for row in by_client.rows] == ["noto", "slow", "twemoji", "wrong"]
 
 
 def test_of_very_many_only_the_first_are_shown_and_the_rest_counted() -> None:
     round_ = a_round(1, committed=False)
     round_.tickets.extend(a_ticket(f"c{n:05}", run_pb2.TICKET_STATE_ISSUED, 1) for n in range(8000))
-    table = scene.tickets_table(picture(round_), [], "state")
+    table = scene.tickets_table(snapshot(round_), [], "state")
     assert len(table.rows) == scene.MOST_ROWS + 1
     assert table.rows[-1][0] == "and 7,502 more"
 

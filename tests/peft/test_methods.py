@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ModelInvalid, SpecInvalid
 from fedpeft.models import backbones
@@ -242,10 +242,10 @@ def alternating() -> Iterator[str]:
         def tunes(self, name: str) -> bool:
             return name.startswith("norm.")
 
-        def roles(self, name: str) -> tuple[Role, ...]:
+        def roles(self, name: str) -> tuple[TensorRole, ...]:
             if name.startswith("head."):
-                return (Role.LOCAL,)
-            turns = (Role.SENT, Role.FROZEN)
+                return (TensorRole.LOCAL,)
+            turns = (TensorRole.SENT, TensorRole.FROZEN)
             return turns if name.endswith("bias") else turns[::-1]
 
     methods.names()
@@ -270,6 +270,6 @@ def test_roles_choose_what_trains_in_a_round(backbone: Backbone, images: torch.T
 
 def test_a_tensor_may_not_be_local_in_one_round_and_sent_in_another() -> None:
     with pytest.raises(SpecInvalid, match=r"x is local in one round and sent in another"):
-        AdapterSpec.of("own", [TensorSpec("x", (2,), (Role.SENT, Role.LOCAL))])
-    spec = AdapterSpec.of("own", [TensorSpec("x", (2,), (Role.LOCAL, Role.FROZEN)), TensorSpec("y", (2,))])
+        AdapterSpec.of("own", [TensorSpec("x", (2,), (TensorRole.SENT, TensorRole.LOCAL))])
+    spec = AdapterSpec.of("own", [TensorSpec("x", (2,), (TensorRole.LOCAL, TensorRole.FROZEN)), TensorSpec("y", (2,))])
     assert [tensor.name for tensor in spec.shared] == ["y"]  # what stays at the client is in no version

@@ -10,13 +10,13 @@ import pytest
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.config import parse_config
 from fedpeft.rounds import commit
-from fedpeft.rounds.commit import Identity, Update, write_first
+from fedpeft.rounds.commit import RunHeader, Update, write_first
 
 SPEC = AdapterSpec.of("lora", [TensorSpec("head.weight", (2, 3))])
 OPTIONS = {"server_learning_rate": 0.05, "beta1": 0.8, "tau": 0.01}
 
 
-def identity(names: tuple[str, ...]) -> Identity:
+def header(names: tuple[str, ...]) -> RunHeader:
     config = parse_config(
         {
             "model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]},
@@ -24,15 +24,15 @@ def identity(names: tuple[str, ...]) -> Identity:
             "aggregation": {"strategy": "fedadam", **{name: OPTIONS[name] for name in names}},
         }
     )
-    return Identity("run-1", config, SPEC, "ab" * 32)
+    return RunHeader("run-1", config, SPEC, "ab" * 32)
 
 
 def test_a_version_has_the_same_bytes_in_whatever_order_the_options_came(tmp_path: Path) -> None:
     # They pass through a protobuf map, whose order is another one in every process.
     tensors = {"head.weight": np.ones((2, 3), np.float32)}
     orders = list(itertools.permutations(OPTIONS))
-    assert len({write_first(identity(order), tensors, tmp_path / "v").sha256 for order in orders}) == 1
-    config = json.loads(identity(orders[0]).info(0).extra["config"])
+    assert len({write_first(header(order), tensors, tmp_path / "v").sha256 for order in orders}) == 1
+    config = json.loads(header(orders[0]).info(0).extra["config"])
     assert config["aggregation"]["options"] == OPTIONS
     assert "simulation" not in config
 

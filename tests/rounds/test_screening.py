@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import TrainingConfig
 from fedpeft.rounds.screening import (
     FACTOR,
@@ -219,8 +219,8 @@ class TestComparable:
         turns = AdapterSpec.of(
             "x",
             [
-                TensorSpec("a", (2,), (Role.SENT, Role.FROZEN)),
-                TensorSpec("b", (2,), (Role.FROZEN, Role.SENT)),
+                TensorSpec("a", (2,), (TensorRole.SENT, TensorRole.FROZEN)),
+                TensorSpec("b", (2,), (TensorRole.FROZEN, TensorRole.SENT)),
                 TensorSpec("c", (2,)),
             ],
         )

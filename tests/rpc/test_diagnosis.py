@@ -27,7 +27,7 @@ from fedpeft.identity.folder import Identity
 from fedpeft.identity.requests import PublicKey
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.rpc import diagnosis
-from fedpeft.rpc import probe as way
+from fedpeft.rpc import probe as probe
 from fedpeft.rpc.diagnosis import Trust, diagnose
 
 DAY = timedelta(days=1)
@@ -41,7 +41,7 @@ def authority() -> Authority:
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(way, "STEP_S", 0.5)
+    monkeypatch.setattr(probe, "STEP_S", 0.5)
 
 
 def enrolled(authority: Authority, folder: Path, life: timedelta = DAY, *, by: Authority | None = None) -> Identity:
@@ -409,19 +409,19 @@ def test_an_identity_whose_files_are_broken_by_now(
 
 def test_a_server_that_is_away_may_come_back(trust: Trust) -> None:
     found = diagnose("127.0.0.1:1", trust)
-    assert found is not None and not isinstance(found, way.Lasting)
+    assert found is not None and not isinstance(found, probe.PermanentFault)
 
 
 def test_another_federations_server_stays_one(trust: Trust) -> None:
     with grpc_server(Authority.make("another")) as server:
-        assert isinstance(diagnose(server, trust), way.Lasting)
+        assert isinstance(diagnose(server, trust), probe.PermanentFault)
 
 
 def test_plain_text_and_tls_stay_what_they_are(authority: Authority, trust: Trust) -> None:
     with plain_server() as server:
-        assert isinstance(diagnose(server, trust), way.Lasting)
+        assert isinstance(diagnose(server, trust), probe.PermanentFault)
     with grpc_server(authority) as server:
-        assert isinstance(diagnose(server, None), way.Lasting)
+        assert isinstance(diagnose(server, None), probe.PermanentFault)
 
 
 # Beside an event loop

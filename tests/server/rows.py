@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedpeft.adapters.payload import Entry, Manifest
-from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.rounds.state_machine import Received, Round, Waiting, advance
 from fedpeft_server.store.database import Database
@@ -21,7 +21,9 @@ CONFIG: RunConfig = parse_config(
         "simulation": {"clients": 9},
     }
 )
-SPEC = AdapterSpec.of("lora", [TensorSpec("head.bias", (2,)), TensorSpec("lora.A", (8, 4), (Role.SENT, Role.FROZEN))])
+SPEC = AdapterSpec.of(
+    "lora", [TensorSpec("head.bias", (2,)), TensorSpec("lora.A", (8, 4), (TensorRole.SENT, TensorRole.FROZEN))]
+)
 MANIFEST = Manifest(
     (Entry("head.bias", (2,), "float32", 0, 8), Entry("lora.A", (8, 4), "float32", 8, 128)), 136, b"d" * 32
 )

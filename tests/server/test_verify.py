@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from fedpeft.adapters import payload
-from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import RunConfig
 from fedpeft.errors import BlobCorrupt, FedpeftError, StateInvalid
 from fedpeft.rounds import record
@@ -31,9 +31,9 @@ ROUNDS = {"rounds": {"count": 3, "clients": 2, "seed": 3}}
 FREEZING = AdapterSpec.of(
     "bias",
     [
-        TensorSpec("even", (40,), (Role.SENT, Role.FROZEN)),
+        TensorSpec("even", (40,), (TensorRole.SENT, TensorRole.FROZEN)),
         TensorSpec("head.weight", (3, 50)),
-        TensorSpec("odd", (2, 9), (Role.FROZEN, Role.SENT)),
+        TensorSpec("odd", (2, 9), (TensorRole.FROZEN, TensorRole.SENT)),
     ],
 )
 CASES: dict[str, tuple[dict[str, dict[str, object]], AdapterSpec]] = {

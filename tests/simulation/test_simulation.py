@@ -388,7 +388,7 @@ def test_the_run_file_of_the_page_is_valid(tmp_path):
     (example,) = re.findall(r"^```toml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
     (tmp_path / "small.toml").write_text(example)
     settings = load_run_file(tmp_path / "small.toml")
-    assert (settings.simulation.clients, settings.simulation.law) == (16, "dirichlet")
+    assert (settings.simulation.clients, settings.simulation.scheme) == (16, "dirichlet")
 
 
 @pytest.mark.parametrize("said", ["in the run file", "by the caller"])

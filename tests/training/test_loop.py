@@ -11,7 +11,7 @@ from PIL import Image
 from structlog.testing import capture_logs
 from torch import nn
 
-from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import ModelConfig, TrainingConfig
 from fedpeft.data import store
 from fedpeft.data.dataset import dataset_of, open_dataset
@@ -53,7 +53,7 @@ def data(root, count=30, broken=(), **options):
 class StandIn:
     """A linear model with dropout: two tensors, roles as given."""
 
-    def __init__(self, weight=(Role.SENT,), bias=(Role.SENT,), dropout=0.0):
+    def __init__(self, weight=(TensorRole.SENT,), bias=(TensorRole.SENT,), dropout=0.0):
         torch.manual_seed(0)
         self.module = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(192, 2))
         self.spec = AdapterSpec.of("test", [TensorSpec("2.weight", (2, 192), weight), TensorSpec("2.bias", (2,), bias)])
@@ -69,7 +69,7 @@ class StandIn:
     def trainable(self, number):
         roles = {t.name: t.role(number) for t in self.spec.tensors}
         for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(roles[name] is not Role.FROZEN)
+            parameter.requires_grad_(roles[name] is not TensorRole.FROZEN)
             parameter.grad = None
         return {n: p for n, p in sorted(self.module.named_parameters()) if p.requires_grad}
 
@@ -148,7 +148,7 @@ def test_momentum_does_not_leak_from_one_call_to_the_next(tmp_path):
 
 def test_roles_choose_what_is_sent_kept_and_left_in_each_round(tmp_path):
     dataset = data(tmp_path)
-    model = StandIn(weight=(Role.SENT, Role.FROZEN), bias=(Role.LOCAL,))
+    model = StandIn(weight=(TensorRole.SENT, TensorRole.FROZEN), bias=(TensorRole.LOCAL,))
     odd = train(model, dataset, settings(), seed=1, number=1)
     assert odd.delta.keys() == {"2.weight"}
     assert odd.local.keys() == {"2.bias"}
@@ -159,7 +159,7 @@ def test_roles_choose_what_is_sent_kept_and_left_in_each_round(tmp_path):
     assert np.array_equal(model.state()["2.weight"], before["2.weight"])
     assert not np.array_equal(even.local["2.bias"], before["2.bias"])
     with pytest.raises(TrainingFailed, match="trains no tensor in round 1"):
-        train(StandIn((Role.FROZEN,), (Role.FROZEN,)), dataset, settings(), seed=1, number=1)
+        train(StandIn((TensorRole.FROZEN,), (TensorRole.FROZEN,)), dataset, settings(), seed=1, number=1)
 
 
 def test_the_last_smaller_batch_is_trained_and_counted(tmp_path):

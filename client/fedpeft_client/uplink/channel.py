@@ -24,7 +24,7 @@ from fedpeft.identity.folder import Identity
 from fedpeft.rpc import diagnosis, status
 from fedpeft.rpc.channel import NO_RETRIES, open_channel
 from fedpeft.rpc.diagnosis import Trust
-from fedpeft.rpc.probe import Fault, Lasting
+from fedpeft.rpc.probe import Fault, PermanentFault
 from fedpeft.rpc.wire import CLIENT_KEY, INSTANCE_KEY, MESSAGE_LIMIT_BYTES, PROCESS_KEY
 from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import access_service_pb2_grpc as access_pb_grpc
@@ -242,7 +242,7 @@ class Channel:
         if self._cause is None:
             return fault
         found = ServerUnreachable(str(self._cause))
-        found.lasting = isinstance(self._cause, Lasting)
+        found.permanent = isinstance(self._cause, PermanentFault)
         return found
 
 

@@ -25,7 +25,7 @@ FIRST_ANSWER_S = 5.0
 """With `--dry-run`, whose caller waits for it: a server that is away is given up after this time."""
 AWAY_S = 10 * STALL_S
 """With `--once`: the client gives up when the server has been away for this time."""
-LASTING_S = 10.0
+PERMANENT_S = 10.0
 """With `--once`: likewise, where somebody must mend the cause: an authority that is not trusted, a wrong port."""
 
 FAULT_ATTEMPTS = 6
@@ -36,7 +36,7 @@ FIRST_FAULT_PAUSE_S = 0.5
 AWAY = "server is unavailable; retrying until it answers"
 FULL = "the server's disk is full; retrying until there is room"
 FAILS = "server fails at a call; retrying a few times"
-LASTS = "server cannot be used until this is fixed; retrying"
+PERMANENT = "server cannot be used until this is fixed; retrying"
 
 QUICK_S = 1.0
 """An answer that took less came at once."""
@@ -88,7 +88,7 @@ def _event(error: FedpeftError) -> str:
     """Returns what is said of an absence."""
     if isinstance(error, FAULT):
         return FAILS
-    return LASTS if getattr(error, "lasting", False) else FULL if isinstance(error, DiskFull) else AWAY
+    return PERMANENT if getattr(error, "permanent", False) else FULL if isinstance(error, DiskFull) else AWAY
 
 
 class Retry:
@@ -119,7 +119,7 @@ class Retry:
                 meanwhile. A transfer that moved between two failures begins to count anew.
 
         Raises:
-            Unavailable: If the server was away for `give_up_s`, or LASTING_S if that is shorter and the cause lasts.
+            Unavailable: If the server was away for `give_up_s`, or PERMANENT_S if that is shorter and the cause lasts.
             DiskFull: Likewise, if it had no room.
             Internal: Likewise, if it answered with a fault of its own; or if it did so `faults` times.
             FedpeftError: Anything else that `attempt` raises without a retry hint, at once.
@@ -163,12 +163,12 @@ class Retry:
 
     @staticmethod
     def _patient_s(error: FedpeftError, give_up_s: float) -> float:
-        return min(give_up_s, LASTING_S) if getattr(error, "lasting", False) else give_up_s
+        return min(give_up_s, PERMANENT_S) if getattr(error, "permanent", False) else give_up_s
 
     def _say_away(self, error: FedpeftError, before: FedpeftError | None) -> None:
         """Says once that the server is away, and at each change what it is that waiting does not mend."""
         event = _event(error)
-        if before is None or event != _event(before) or (event == LASTS and str(error) != str(before)):
+        if before is None or event != _event(before) or (event == PERMANENT and str(error) != str(before)):
             self._log.warning(event, cause=str(error))
 
     def _say_back(self, away: FedpeftError | None, since: float) -> None:

@@ -26,7 +26,7 @@ DTYPE = "F32"
 """The only element type of an adapter in protocol 1, as the safetensors format writes it."""
 
 
-class Role(StrEnum):
+class TensorRole(StrEnum):
     """Role of a tuned tensor in one round."""
 
     SENT = "sent"
@@ -51,14 +51,14 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    roles: tuple[Role, ...] = (Role.SENT,)
+    roles: tuple[TensorRole, ...] = (TensorRole.SENT,)
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
-    def role(self, number: int) -> Role:
+    def role(self, number: int) -> TensorRole:
         """Returns the role in round `number` (1, 2, ...)."""
         return self.roles[(number - 1) % len(self.roles)]
 
@@ -85,11 +85,11 @@ class AdapterSpec:
     @cached_property
     def shared(self) -> tuple[TensorSpec, ...]:
         """The tensors of an adapter version: all that are local in no round."""
-        return tuple(t for t in self.tensors if Role.LOCAL not in t.roles)
+        return tuple(t for t in self.tensors if TensorRole.LOCAL not in t.roles)
 
     def sent(self, number: int) -> tuple[TensorSpec, ...]:
         """Returns the tensors of an update of round `number` (1, 2, ...)."""
-        return tuple(t for t in self.tensors if t.role(number) is Role.SENT)
+        return tuple(t for t in self.tensors if t.role(number) is TensorRole.SENT)
 
     @property
     def parameters(self) -> int:
@@ -128,7 +128,7 @@ def _check_tensor(i: int, tensor: TensorSpec) -> None:
         raise spec_fault(i, "shape", name, f"has {tensor.size} elements; at most {MAX_ELEMENTS} are allowed")
     if not tensor.roles:
         raise spec_fault(i, "roles", name, "has no role")
-    if {Role.LOCAL, Role.SENT} <= set(tensor.roles):
+    if {TensorRole.LOCAL, TensorRole.SENT} <= set(tensor.roles):
         text = (
             "is local in one round and sent in another, so each client's own values would be lost; "
             "let it be local or frozen in every round, or sent or frozen"

@@ -1,4 +1,4 @@
-"""Following a run: the picture that a watch's changes add up to, kept through restarts of the server.
+"""Following a run: the snapshot that a watch's changes add up to, kept through restarts of the server.
 
 Notable: a watch ends with the run, but the last version is scored after that; where an evaluator is at work, its
 figures are waited for.
@@ -23,7 +23,7 @@ SCORE_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True)
-class Picture:
+class RunSnapshot:
     """A run as it is known now.
 
     Attributes:
@@ -40,16 +40,16 @@ class Picture:
     lost: str = ""
     waiting: str = ""
 
-    def fold(self, change: operator_service_pb2.WatchRunResponse) -> Picture:
-        """Returns the picture after a change."""
+    def fold(self, change: operator_service_pb2.WatchRunResponse) -> RunSnapshot:
+        """Returns the snapshot after a change."""
         return replace(self._with(change.rounds), run=change.run, lost="", waiting="")
 
-    def scored(self, run: run_pb2.Run, rounds: Iterable[run_pb2.Round]) -> Picture:
-        """Returns the picture after a run and its rounds were asked for; changed are those that now have figures."""
+    def scored(self, run: run_pb2.Run, rounds: Iterable[run_pb2.Round]) -> RunSnapshot:
+        """Returns the snapshot after a run and its rounds were asked for; changed are those that now have figures."""
         new = replace(self._with(rounds), run=run, waiting="")
         return replace(new, changed=_scored_versions(new.rounds) - _scored_versions(self.rounds))
 
-    def _with(self, parts: Iterable[run_pb2.Round]) -> Picture:
+    def _with(self, parts: Iterable[run_pb2.Round]) -> RunSnapshot:
         parts = list(parts)
         changed = frozenset(part.number for part in parts)
         return replace(self, rounds=folded(self.rounds, parts), changed=changed)
@@ -84,7 +84,7 @@ class Picture:
         return self.run.state in FINISHED
 
 
-async def follow(connect: Connect, run: str) -> AsyncIterator[Picture]:
+async def follow(connect: Connect, run: str) -> AsyncIterator[RunSnapshot]:
     """Yields the run after every change, and with `lost` set while the server is away, until the run is finished.
 
     Raises:
@@ -93,54 +93,54 @@ async def follow(connect: Connect, run: str) -> AsyncIterator[Picture]:
     """
     async with connect() as server:
         found, _ = await server.run(run)
-    picture = Picture(found)
+    snapshot = RunSnapshot(found)
     pause_s = FIRST_PAUSE_S
-    while not picture.finished or not picture.rounds:
+    while not snapshot.finished or not snapshot.rounds:
         let_in = False
         try:
             async with connect() as server:
-                async for change in server.watch(run, picture.settled(scored=picture.is_scored)):
+                async for change in server.watch(run, snapshot.settled(scored=snapshot.is_scored)):
                     let_in, pause_s = True, FIRST_PAUSE_S
-                    picture = picture.fold(change)
-                    yield picture
+                    snapshot = snapshot.fold(change)
+                    yield snapshot
             break
         except CertificateExpired:
             if not let_in:
                 raise
             continue  # it ended under way: the identity may have the next one by now
         except Unavailable as error:
-            picture = replace(picture, changed=frozenset(), lost=error.in_short)
-            yield picture
+            snapshot = replace(snapshot, changed=frozenset(), lost=error.in_short)
+            yield snapshot
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-    async for scored in _scored(connect, picture):
+    async for scored in _scored(connect, snapshot):
         yield scored
 
 
-async def _scored(connect: Connect, picture: Picture) -> AsyncIterator[Picture]:
-    """Yields the picture as figures come in until the last version has its own, if somebody was at work on them.
+async def _scored(connect: Connect, snapshot: RunSnapshot) -> AsyncIterator[RunSnapshot]:
+    """Yields the snapshot as figures come in until the last version has its own, if somebody was at work on them.
 
     It ends when no version was scored for `PATIENCE_S`: figures that never come are no fault of the run, which is over.
     """
-    last, now = picture.run.version, asyncio.get_running_loop().time
+    last, now = snapshot.run.version, asyncio.get_running_loop().time
     try:
         async with connect() as server:
-            if not last or not await _evaluator_seen(server, picture.run):
+            if not last or not await _evaluator_seen(server, snapshot.run):
                 return
             give_up = now() + PATIENCE_S
-            while last not in _scored_versions(picture.rounds) and now() < give_up:
-                if _given_up(picture.run, last):
+            while last not in _scored_versions(snapshot.rounds) and now() < give_up:
+                if _given_up(snapshot.run, last):
                     return
-                yield (picture := replace(picture, changed=frozenset(), waiting=waiting_line(picture.run)))
+                yield (snapshot := replace(snapshot, changed=frozenset(), waiting=waiting_line(snapshot.run)))
                 await asyncio.sleep(SCORE_PAUSE_S)
-                rounds = await server.rounds(picture.run.id, picture.settled(scored=True), records=False)
+                rounds = await server.rounds(snapshot.run.id, snapshot.settled(scored=True), records=False)
                 # The run too: figures of version 0 stand there. It is asked for last, so it has what was scored before.
-                seen = picture.scored((await server.run(picture.run.id))[0], rounds)
+                seen = snapshot.scored((await server.run(snapshot.run.id))[0], rounds)
                 if seen.changed:
                     give_up = now() + PATIENCE_S
-                    yield (picture := seen)
+                    yield (snapshot := seen)
                 else:
-                    picture = replace(picture, run=seen.run)
+                    snapshot = replace(snapshot, run=seen.run)
     except FedpeftError:
         return
 

@@ -9,7 +9,7 @@ from fedpeft import formatting
 from fedpeft.api import views
 
 if TYPE_CHECKING:
-    from fedpeft.api.following import Picture
+    from fedpeft.api.following import RunSnapshot
     from fedpeft.v1 import run_pb2
 
 MOST_NAMES = 8
@@ -17,7 +17,7 @@ MOST_NAMES = 8
 
 
 class Narrator:
-    """Turns pictures of a run into lines, none of them twice."""
+    """Turns snapshots of a run into lines, none of them twice."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
@@ -25,31 +25,31 @@ class Narrator:
         self._lost = False
         self._ill: dict[str, str] = {}
 
-    def lines(self, picture: Picture) -> list[str]:
-        """Returns what is new in a picture."""
-        if picture.lost:
-            lines = [] if self._lost else [f"{picture.lost}; retrying until it answers"]
+    def lines(self, snapshot: RunSnapshot) -> list[str]:
+        """Returns what is new in a snapshot."""
+        if snapshot.lost:
+            lines = [] if self._lost else [f"{snapshot.lost}; retrying until it answers"]
             self._lost = True
             return lines
         lines = ["the server is back"] if self._lost else []
         self._lost = False
-        lines += self._once(headline(picture.run))
-        lines += self._once(scored_line(0, picture.run.initial_metrics))
-        for round_ in views.committed(picture.rounds[number] for number in picture.changed):
-            lines += self._once(committed_line(round_, picture.run))
+        lines += self._once(headline(snapshot.run))
+        lines += self._once(scored_line(0, snapshot.run.initial_metrics))
+        for round_ in views.committed(snapshot.rounds[number] for number in snapshot.changed):
+            lines += self._once(committed_line(round_, snapshot.run))
             lines += self._once(scored_line(round_.number, round_.metrics))
-        if (current := picture.current) is not None:
+        if (current := snapshot.current) is not None:
             # Once a phase: the reason of a long wait changes with every client that comes.
             key = f"{current.number} {current.phase} {current.extensions}"
-            lines += self._once(phase_line(current, picture.run), key)
-            lines += self._hanging(picture.run, current.number)
-        for decline in picture.run.declines:
+            lines += self._once(phase_line(current, snapshot.run), key)
+            lines += self._hanging(snapshot.run, current.number)
+        for decline in snapshot.run.declines:
             lines += self._once(decline_line(decline))
-        for row in views.evaluators(picture.run):
+        for row in views.evaluators(snapshot.run):
             for line in views.failed_lines(row):
                 lines += self._once(line)
-        lines += self._state_lines(picture.run)
-        return lines + self._once(picture.waiting)
+        lines += self._state_lines(snapshot.run)
+        return lines + self._once(snapshot.waiting)
 
     def _once(self, line: str, key: str = "") -> list[str]:
         if not line or (key or line) in self._said:
@@ -141,9 +141,9 @@ def scored_line(version: int, metrics: Mapping[str, float]) -> str:
     return f"version {version} scored: {', '.join(figures)}" if figures else ""
 
 
-def summary(picture: Picture) -> list[str]:
+def summary(snapshot: RunSnapshot) -> list[str]:
     """Returns the sums over a run that has ended."""
-    final, run = picture.committed, picture.run
+    final, run = snapshot.committed, snapshot.run
     up, down = sum(r.wire_bytes_up for r in final), sum(r.wire_bytes_down for r in final)
     full = sum(views.full_bytes(run, len(views.counted(r))) for r in final)
     lines = [

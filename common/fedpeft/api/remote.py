@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from fedpeft.api import blocking, views
 from fedpeft.api.caller import choose
-from fedpeft.api.following import Picture, follow
+from fedpeft.api.following import RunSnapshot, follow
 from fedpeft.api.narration import Narrator
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.api.tables import rounds_html, runs_html
@@ -127,11 +127,11 @@ class Server:
     @property
     def runs(self) -> list[Run]:
         """Every run, oldest first."""
-        return [Run(self._client, Picture(found)) for found in self._ask(lambda c: c.runs())]
+        return [Run(self._client, RunSnapshot(found)) for found in self._ask(lambda c: c.runs())]
 
     def run(self, run: str) -> Run:
         """Returns a run by its id; raises `RunNotFound`."""
-        return Run(self._client, Picture(self._ask(lambda c: c.run(run))[0])).refresh()
+        return Run(self._client, RunSnapshot(self._ask(lambda c: c.run(run))[0])).refresh()
 
     def clients(self) -> list[operator_service_pb2.Client]:
         """Returns every client that ever registered, by id."""
@@ -155,7 +155,7 @@ class Server:
         made = self._ask(
             lambda c: c.create_run(config, first.spec, first.fingerprint, first.tensors, first.model_parameters)
         )
-        return Run(self._client, Picture(made))
+        return Run(self._client, RunSnapshot(made))
 
     def _ask(self, call: Callable[[OperatorClient], Coroutine[Any, Any, T]]) -> T:
         return blocking.do(_asked(self._client, call))
@@ -170,80 +170,80 @@ class Server:
 class Run:
     """A run, as it was known when it was last asked for: `watch`, `wait` and `refresh` bring it up to date."""
 
-    def __init__(self, client: Callable[[], OperatorClient], picture: Picture) -> None:
+    def __init__(self, client: Callable[[], OperatorClient], snapshot: RunSnapshot) -> None:
         self._client = client
-        self._picture = picture
+        self._snapshot = snapshot
 
     @property
     def id(self) -> str:
         """The server's id of it."""
-        return self._picture.run.id
+        return self._snapshot.run.id
 
     @property
     def name(self) -> str:
         """The label of the run file."""
-        return self._picture.run.config.name
+        return self._snapshot.run.config.name
 
     @property
     def state(self) -> str:
         """running, paused, completed or stopped."""
-        return views.state(self._picture.run)
+        return views.state(self._snapshot.run)
 
     @property
     def finished(self) -> bool:
         """True if it is completed or stopped."""
-        return self._picture.finished
+        return self._snapshot.finished
 
     @property
     def reason(self) -> str:
         """Reason why it is paused, or the event that it waits for; may be empty."""
-        return self._picture.run.reason
+        return self._snapshot.run.reason
 
     @property
     def version(self) -> int:
         """The newest adapter version."""
-        return self._picture.run.version
+        return self._snapshot.run.version
 
     @property
     def created_at(self) -> datetime:
         """Time of its creation, in UTC."""
-        return self._picture.run.created_at.ToDatetime(UTC)
+        return self._snapshot.run.created_at.ToDatetime(UTC)
 
     @property
     def method(self) -> str:
         """The PEFT method."""
-        return self._picture.run.spec.method
+        return self._snapshot.run.spec.method
 
     @property
     def classes(self) -> list[str]:
         """The class names, in the order of the logits."""
-        return list(self._picture.run.config.model.classes)
+        return list(self._snapshot.run.config.model.classes)
 
     @property
     def parameters(self) -> int:
         """Values that are tuned."""
-        return views.adapter_parameters(self._picture.run.spec)
+        return views.adapter_parameters(self._snapshot.run.spec)
 
     @property
     def model_parameters(self) -> int:
         """Values of the whole model."""
-        return self._picture.run.model_parameters
+        return self._snapshot.run.model_parameters
 
     @property
     def initial_metrics(self) -> dict[str, float]:
         """Figures of adapter version 0, as in `Round.metrics`."""
-        return dict(self._picture.run.initial_metrics)
+        return dict(self._snapshot.run.initial_metrics)
 
     @property
     def rounds(self) -> list[Round]:
         """The committed rounds, by number."""
-        return [_round(each, self._picture.run) for each in self._picture.committed]
+        return [_round(each, self._snapshot.run) for each in self._snapshot.committed]
 
     @property
     def current(self) -> Round | None:
         """The round in progress; None once the run is over."""
-        current = self._picture.current
-        return None if current is None else _round(current, self._picture.run)
+        current = self._snapshot.current
+        return None if current is None else _round(current, self._snapshot.run)
 
     @property
     def accuracy(self) -> float | None:
@@ -273,24 +273,24 @@ class Run:
     @property
     def declines(self) -> dict[str, list[str]]:
         """Reasons of the clients that do not take part, by id."""
-        return {decline.client: list(decline.reasons) for decline in self._picture.run.declines}
+        return {decline.client: list(decline.reasons) for decline in self._snapshot.run.declines}
 
     def refresh(self) -> Run:
         """Asks the server once; returns this run."""
         found, rounds = blocking.do(_asked(self._client, partial(_looked, run=self.id)))
-        self._picture = Picture(found, {each.number: each for each in rounds})
+        self._snapshot = RunSnapshot(found, {each.number: each for each in rounds})
         return self
 
     def watch(self) -> Iterator[Change]:
         """Yields what is new, beginning with what is known, until the run is over; goes on when the server restarts."""
         narrator = Narrator()
-        following: AsyncGenerator[Picture, None] = follow(self._client, self.id)  # type: ignore[assignment]
-        for picture in blocking.stream(following):
-            self._picture = picture
-            text = "\n".join(narrator.lines(picture))
-            if text or picture.changed:
-                rounds = tuple(_round(picture.rounds[n], picture.run) for n in sorted(picture.changed))
-                yield Change(text, rounds, not picture.lost)
+        following: AsyncGenerator[RunSnapshot, None] = follow(self._client, self.id)  # type: ignore[assignment]
+        for snapshot in blocking.stream(following):
+            self._snapshot = snapshot
+            text = "\n".join(narrator.lines(snapshot))
+            if text or snapshot.changed:
+                rounds = tuple(_round(snapshot.rounds[n], snapshot.run) for n in sorted(snapshot.changed))
+                yield Change(text, rounds, not snapshot.lost)
 
     def wait(self) -> Run:
         """Returns this run once it is completed or stopped, and scored to the end if there is an evaluator."""
@@ -346,7 +346,7 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "adapter.safetensors")
             self.save(path, version)
-            run, given = self._picture.run, None if weights is None else path_of(weights, "weights")
+            run, given = self._snapshot.run, None if weights is None else path_of(weights, "weights")
             return restored(config_from_proto(run.config), run.backbone_fingerprint, path, given)
 
     def load_timm(self, version: int | None = None, weights: str | Path | None = None) -> nn.Module:
@@ -371,25 +371,25 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what `fedpeft run show --json` prints."""
-        picture = self._picture
-        return views.run_json(picture.run, picture.rounds.values(), picture.current)
+        snapshot = self._snapshot
+        return views.run_json(snapshot.run, snapshot.rounds.values(), snapshot.current)
 
     def _steered(self, call: Callable[[OperatorClient], Coroutine[Any, Any, run_pb2.Run]]) -> Run:
         blocking.do(_asked(self._client, call))
         return self.refresh()
 
     def _newest(self, figure: str) -> float | None:
-        for each in reversed(self._picture.committed):
+        for each in reversed(self._snapshot.committed):
             if figure in each.metrics:
                 return each.metrics[figure]
-        return self._picture.run.initial_metrics.get(figure)
+        return self._snapshot.run.initial_metrics.get(figure)
 
     def __repr__(self) -> str:
         scored = "" if self.accuracy is None else f", accuracy {100 * self.accuracy:.1f} %"
         return f"<fedpeft run {self.id} {self.name!r}: {self.state} at version {self.version}{scored}>"
 
     def _repr_html_(self) -> str:
-        return rounds_html(self._picture)
+        return rounds_html(self._snapshot)
 
 
 def connect(server: str | None = None, *, identity: str | Path | None = None, insecure: bool = False) -> Server:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from fedpeft.api import views
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import headline
 from fedpeft.formatting import percent, size
 from fedpeft.v1 import run_pb2
@@ -20,13 +20,13 @@ def runs_html(address: str, runs: Iterable[run_pb2.Run]) -> str:
     return _table(f"FedPEFT server {address}", ("run", "name", "what", "state", "version"), rows)
 
 
-def rounds_html(picture: Picture) -> str:
+def rounds_html(snapshot: RunSnapshot) -> str:
     """Returns a run with its committed rounds, and the one in progress."""
-    run = picture.run
+    run = snapshot.run
     rows = []
     if "accuracy" in run.initial_metrics:
         rows.append(("0", "", percent(run.initial_metrics["accuracy"]), *_losses(run.initial_metrics), "", "", "", ""))
-    for each in picture.committed:
+    for each in snapshot.committed:
         clients, took = len(views.counted(each)), views.seconds(each)
         rows.append(
             (
@@ -40,7 +40,7 @@ def rounds_html(picture: Picture) -> str:
                 "" if took is None else f"{took:.1f}",
             )
         )
-    if (current := picture.current) is not None:
+    if (current := snapshot.current) is not None:
         done = f"{len(views.counted(current))} of {len(current.tickets)}"
         up, down = size(current.wire_bytes_up), size(current.wire_bytes_down)
         rows.append((f"{current.number}, {views.phase(current)}", done, "", "", "", up, down, "", ""))

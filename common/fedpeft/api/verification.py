@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from fedpeft.adapters.payload import Manifest, check_manifest, check_payload
 from fedpeft.errors import BlobCorrupt, InvalidArgument, StateInvalid
 from fedpeft.process.mapped_files import mapped, releaser
-from fedpeft.rounds.commit import Identity, RoundEmptied, Stored, Update, extents, fold_round, roll_back
+from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, extents, fold_round, roll_back
 from fedpeft.rounds.record import Contributed, Excluded, Record, digest, parse, verify_chain
 from fedpeft.rounds.screening import Extent, comparable, median
 from fedpeft.rpc.wire import manifest_from_proto
@@ -58,11 +58,11 @@ def check_records(run: str, version: int, records: Sequence[tuple[str, str]]) ->
     return read
 
 
-def check_rollback(identity: Identity, record: Record, source: Stored, scratch: Path) -> None:
+def check_rollback(header: RunHeader, record: Record, source: Stored, scratch: Path) -> None:
     """Checks that a version which goes back to an earlier one has its tensors.
 
     Args:
-        identity: The run.
+        header: The run.
         record: Of the round that went back.
         source: The file of the earlier version.
         scratch: A folder.
@@ -73,7 +73,7 @@ def check_rollback(identity: Identity, record: Record, source: Stored, scratch: 
     to = record.rolled_back_to or 0
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         found = roll_back(
-            identity,
+            header,
             record.round,
             to,
             source,
@@ -90,16 +90,16 @@ class Replay:
     """Folds the rounds of a run again, from the first.
 
     Args:
-        identity: The run.
+        header: The run.
         spool: The folder of the updates that were kept.
         scratch: An empty folder; holds one version and one state at a time, and those states that the run goes back to.
         records: Of all rounds.
     """
 
-    def __init__(self, identity: Identity, spool: Path, scratch: Path, records: Sequence[Record]) -> None:
+    def __init__(self, header: RunHeader, spool: Path, scratch: Path, records: Sequence[Record]) -> None:
         self._wanted = {record.rolled_back_to for record in records if record.rolled_back_to}
         self._kept: dict[int, Stored] = {}
-        self._identity = identity
+        self._header = header
         self._spool = spool
         self._scratch = scratch
         self._state: Stored | None = None
@@ -124,14 +124,14 @@ class Replay:
         folder.mkdir()
         folded = [self._update(record.round, counted) for counted in record.contributions]
         left_out = [self._update(record.round, excluded) for excluded in record.excluded]
-        self._extents[record.round] = median(extents(self._identity, folded))
+        self._extents[record.round] = median(extents(self._header, folded))
         start = Stored(base, record.base_sha256)
         nothing = Extent(0.0, 0.0)  # of a round that went back to an earlier version
-        earlier = comparable(self._identity.spec, record.round)
+        earlier = comparable(self._header.spec, record.round)
         past = [self._extents.get(number, nothing) for number in earlier]
         try:
             found = fold_round(
-                self._identity,
+                self._header,
                 record.round,
                 folded + left_out,
                 start,
@@ -181,7 +181,7 @@ class Replay:
         return Update(counted.ticket, counted.client, counted.examples, {}, manifest, payload)
 
     def _manifest(self, described: bytes, number: int, counted: Contributed | Excluded) -> Manifest:
-        config, spec = self._identity.config, self._identity.spec
+        config, spec = self._header.config, self._header.spec
         manifest = manifest_from_proto(tensor_pb2.Manifest.FromString(described))
         check_manifest(manifest, spec.sent(number), (config.codec.encoding,))
         if manifest.sha256.hex() != counted.sha256:

@@ -28,7 +28,7 @@ MAX_DRAWS = 10
 """Draws of a random partition before one whose smallest client is too small is given up; more would bend the law."""
 
 _SMALLEST_ALPHA = 1e-300
-"""Below it logarithms of draws overflow; the law is one-hot long before."""
+"""Below it logarithms of draws overflow; the distribution is one-hot long before."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Partition:
     Attributes:
         parts: Rows of each client, ascending, int64; disjoint, together all rows.
         names: The clients' names.
-        variant: The law, for example "dirichlet/class-first".
+        variant: The scheme, for example "dirichlet/class-first".
         alpha: Its parameter, None where it has none.
         seed: Its seed, None where nothing is drawn.
         draws: How many draws it took.
@@ -67,8 +67,8 @@ class Skew:
 
     Attributes:
         clients: How many have rows.
-        total_variation: Mean over clients of half the L1 distance of their label law to that of all rows, 0..1.
-        jensen_shannon: Mean over clients of the Jensen-Shannon divergence of the same two laws, in bits, 0..1.
+        total_variation: Mean over clients of half the L1 distance of their label shares to those of all rows, 0..1.
+        jensen_shannon: Mean over clients of the Jensen-Shannon divergence of the same two distributions, in bits, 0..1.
         classes_per_client: Mean number of classes that a client has rows of.
         gini: Gini coefficient of the sizes; 0 where all are equal.
         effective_clients: (sum n)^2 / sum n^2.
@@ -111,17 +111,17 @@ def dirichlet(
 ) -> Partition:
     """Skews labels by Dirichlet draws.
 
-    class-first: for each class, shares over clients ~ Dir(alpha 1_clients), and the class is cut so.
+    class-first: for each class, shares over clients ~ Dir(alpha 1_clients), and the class is split accordingly.
     balanced: the same, but a client that has its mean share already gets no more (Yurochkin et al., arXiv 1905.12022).
-    client-first: each client draws its law over classes ~ Dir(alpha 1_classes) and then labels of it until it has its
-    equal share, passing over exhausted classes (Hsu et al., arXiv 1909.06335).
+    client-first: each client draws its shares of classes ~ Dir(alpha 1_classes) and then labels from them until it has
+    its equal share, passing over exhausted classes (Hsu et al., arXiv 1909.06335).
 
     Args:
         labels: int64[rows].
         clients: How many.
         alpha: Concentration, above 0.
         seed: Of the draws.
-        variant: The law.
+        variant: The scheme.
         min_rows: Fewest rows of a client.
 
     Raises:
@@ -129,9 +129,9 @@ def dirichlet(
     """
     if not (alpha > 0 and np.isfinite(alpha)):
         raise DataInvalid(f"alpha is {alpha}; a finite number above 0 is needed")
-    cut = {"class-first": _class_first, "balanced": _balanced, "client-first": _client_first}[variant]
+    split = {"class-first": _class_first, "balanced": _balanced, "client-first": _client_first}[variant]
     return _drawn(
-        len(labels), clients, min_rows, f"dirichlet/{variant}", alpha, seed, lambda g: cut(labels, clients, alpha, g)
+        len(labels), clients, min_rows, f"dirichlet/{variant}", alpha, seed, lambda g: split(labels, clients, alpha, g)
     )
 
 
@@ -145,7 +145,7 @@ def quantity(
         clients: How many.
         alpha: Concentration of sizes ~ Dir(alpha 1), or sigma of sizes ~ lognormal(0, sigma).
         seed: Of the draws.
-        variant: The law of the sizes.
+        variant: The distribution of the sizes.
         min_rows: Fewest rows of a client.
 
     Raises:
@@ -154,13 +154,13 @@ def quantity(
     if not (alpha > 0 and np.isfinite(alpha)):
         raise DataInvalid(f"alpha is {alpha}; a finite number above 0 is needed")
 
-    def cut(generator: np.random.Generator) -> list[Indices]:
+    def split(generator: np.random.Generator) -> list[Indices]:
         logs = (
             _log_gammas(alpha, clients, generator) if variant == "dirichlet" else alpha * generator.normal(size=clients)
         )
-        return _cut(generator.permutation(rows), _softmax(logs))
+        return _split(generator.permutation(rows), _softmax(logs))
 
-    return _drawn(rows, clients, min_rows, f"quantity/{variant}", alpha, seed, cut)
+    return _drawn(rows, clients, min_rows, f"quantity/{variant}", alpha, seed, split)
 
 
 def natural(values: Sequence[object], column: str) -> Partition:
@@ -204,14 +204,14 @@ def skew(labels: Indices, parts: Sequence[Indices], classes: int) -> Skew:
     if not len(counts):
         raise DataInvalid("the partition has no rows")
     sizes = counts.sum(1)
-    laws = counts / sizes[:, None]
+    distributions = counts / sizes[:, None]
     whole = counts.sum(0) / sizes.sum()
-    middle = (laws + whole) / 2
+    middle = (distributions + whole) / 2
     ordered, n = np.sort(sizes), len(sizes)
     return Skew(
         clients=n,
-        total_variation=float(np.abs(laws - whole).sum(1).mean() / 2),
-        jensen_shannon=float(((_divergence(laws, middle) + _divergence(whole, middle)) / 2).mean()),
+        total_variation=float(np.abs(distributions - whole).sum(1).mean() / 2),
+        jensen_shannon=float(((_divergence(distributions, middle) + _divergence(whole, middle)) / 2).mean()),
         classes_per_client=float((counts > 0).sum(1).mean()),
         gini=float(2 * (np.arange(1, n + 1) * ordered).sum() / (n * ordered.sum()) - (n + 1) / n),
         effective_clients=float(sizes.sum() ** 2 / (sizes**2).sum()),
@@ -234,14 +234,14 @@ def _drawn(
     variant: str,
     alpha: float,
     seed: int,
-    cut: Callable[[np.random.Generator], list[Indices]],
+    split: Callable[[np.random.Generator], list[Indices]],
 ) -> Partition:
     """Draws until every client has enough."""
     _enough(rows, clients, min_rows)
     generator = _generator(seed)
     smallest = 0
     for draw in range(1, MAX_DRAWS + 1):
-        parts = cut(generator)
+        parts = split(generator)
         if min(map(len, parts)) >= min_rows:
             return _partition(parts, variant, alpha, seed, draw)
         smallest = max(smallest, min(map(len, parts)))
@@ -274,21 +274,21 @@ def _generator(seed: int) -> np.random.Generator:
 
 
 def _class_first(labels: Indices, clients: int, alpha: float, generator: np.random.Generator) -> list[Indices]:
-    cuts = []
+    splits = []
     for k in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == k))
-        cuts.append(_cut(rows, _softmax(_log_gammas(alpha, clients, generator))))
-    return [np.concatenate(parts) for parts in zip(*cuts, strict=True)]
+        splits.append(_split(rows, _softmax(_log_gammas(alpha, clients, generator))))
+    return [np.concatenate(parts) for parts in zip(*splits, strict=True)]
 
 
 def _balanced(labels: Indices, clients: int, alpha: float, generator: np.random.Generator) -> list[Indices]:
-    cuts, sizes = [], np.zeros(clients, np.int64)
+    splits, sizes = [], np.zeros(clients, np.int64)
     for k in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == k))
         logs = _log_gammas(alpha, clients, generator)
-        cuts.append(_cut(rows, _softmax(np.where(sizes < len(labels) / clients, logs, -np.inf))))
-        sizes += [len(part) for part in cuts[-1]]
-    return [np.concatenate(parts) for parts in zip(*cuts, strict=True)]
+        splits.append(_split(rows, _softmax(np.where(sizes < len(labels) / clients, logs, -np.inf))))
+        sizes += [len(part) for part in splits[-1]]
+    return [np.concatenate(parts) for parts in zip(*splits, strict=True)]
 
 
 def _client_first(labels: Indices, clients: int, alpha: float, generator: np.random.Generator) -> list[Indices]:
@@ -310,10 +310,10 @@ def _client_first(labels: Indices, clients: int, alpha: float, generator: np.ran
     return parts
 
 
-def _cut(rows: Indices, shares: Floats) -> list[Indices]:
+def _split(rows: Indices, shares: Floats) -> list[Indices]:
     """Cuts rows by shares; the cuts are rounded, not floored, so that no client gets the leftovers of all."""
-    cuts = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
-    return np.split(rows, np.clip(cuts, 0, len(rows)))
+    splits = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
+    return np.split(rows, np.clip(splits, 0, len(rows)))
 
 
 def _log_gammas(alpha: float, n: int, generator: np.random.Generator) -> Floats:

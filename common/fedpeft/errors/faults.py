@@ -37,10 +37,10 @@ class DatabaseUnavailable(Unavailable):
     """The server's database cannot be used for now; whether a transaction that it broke off was made may be unknown.
 
     Attributes:
-        lasting: Whether it stays so until somebody mends something: a file that is corrupt, or may not be written.
+        permanent: Whether it stays so until somebody mends something: a file that is corrupt, or may not be written.
     """
 
-    lasting: bool = False
+    permanent: bool = False
 
 
 class TransferStalled(Unavailable):
@@ -51,10 +51,10 @@ class ServerUnreachable(Unavailable):
     """No connection to the server.
 
     Attributes:
-        lasting: Whether it stays so until somebody mends something: what answers is not this server, for example.
+        permanent: Whether it stays so until somebody mends something: what answers is not this server, for example.
     """
 
-    lasting: bool = False
+    permanent: bool = False
 
 
 class Internal(FedpeftError):

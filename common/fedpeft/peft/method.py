@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from fedpeft.adapters.spec import Role
+from fedpeft.adapters.spec import TensorRole
 from fedpeft.config_errors import faults_of
 from fedpeft.errors import ConfigInvalid
 from fedpeft.models.families import Anatomy
@@ -62,9 +62,9 @@ class Method(ABC, Generic[OptionsT]):
     def tunes(self, name: str) -> bool:
         """Returns whether the parameter of this canonical name, not of the head, is tuned."""
 
-    def roles(self, name: str) -> tuple[Role, ...]:
+    def roles(self, name: str) -> tuple[TensorRole, ...]:
         """Returns the roles in turn of a tuned parameter, those of the head included."""
-        return (Role.SENT,)
+        return (TensorRole.SENT,)
 
     def canonical(self, name: str) -> str:
         """Returns the name in the spec of a parameter's name in the tuned model."""

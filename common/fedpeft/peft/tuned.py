@@ -14,7 +14,7 @@ from torch import nn
 
 from fedpeft import seeds
 from fedpeft.adapters.payload import Tensors
-from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ConfigInvalid, ModelInvalid
 from fedpeft.models.backbones import Backbone, skeleton
@@ -92,7 +92,7 @@ class TunedModel:
         chosen = {}
         for tensor in self.spec.tensors:
             parameter = self._tuned[tensor.name]
-            trains = tensor.role(number) is not Role.FROZEN
+            trains = tensor.role(number) is not TensorRole.FROZEN
             parameter.requires_grad_(trains)
             parameter.grad = None
             if trains:

@@ -28,8 +28,8 @@ from fedpeft.rounds.screening import FACTOR, Extent, NormBound, bound, local_ste
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """Facts that all versions of a run share.
+class RunHeader:
+    """The facts of a run that all its versions share.
 
     Attributes:
         run: Id of the run.
@@ -124,14 +124,14 @@ def _create(path: Path) -> BinaryIO:
     return path.open("wb")
 
 
-def write_first(identity: Identity, tensors: Tensors, path: Path) -> Written:
+def write_first(header: RunHeader, tensors: Tensors, path: Path) -> Written:
     """Writes the file of version 0."""
     with path.open("wb") as stream:
-        return adapter_file.write_adapter(stream, identity.info(0), identity.spec.shared, tensors)
+        return adapter_file.write_adapter(stream, header.info(0), header.spec.shared, tensors)
 
 
 def fold_round(
-    identity: Identity,
+    header: RunHeader,
     number: int,
     updates: Sequence[Update],
     base: Stored,
@@ -148,7 +148,7 @@ def fold_round(
     Equal arguments give equal bytes, whatever the order of the updates.
 
     Args:
-        identity: The run.
+        header: The run.
         number: Number of the round, and of the version it makes.
         updates: What was received, checked.
         base: The version that the updates started from.
@@ -165,25 +165,25 @@ def fold_round(
         Internal: If there is no update.
     """
     if not updates:
-        raise Internal(f"round {number} of {identity.run} has nothing to fold")
+        raise Internal(f"round {number} of {header.run} has nothing to fold")
     updates = sorted(updates, key=lambda update: update.client)
-    rule = strategy(identity.config.aggregation.strategy, identity.config.aggregation.options)
-    verdict = _screen(identity, number, updates, past) if screened else _Verdict(None, {}, {})
+    rule = strategy(header.config.aggregation.strategy, header.config.aggregation.options)
+    verdict = _screen(header, number, updates, past) if screened else _Verdict(None, {}, {})
     adapter, state_sha256, kept = _fold(
         updates,
         verdict,
-        lambda some: _write(identity, number, some, base, state, rule, folder, create, clips=not screened),
-        lambda update: _facts(identity, update),
+        lambda some: _write(header, number, some, base, state, rule, folder, create, clips=not screened),
+        lambda update: _facts(header, update),
     )
-    weights = {u.ticket: rule.weigh(_facts(identity, u)) for u in kept}
+    weights = {u.ticket: rule.weigh(_facts(header, u)) for u in kept}
     record = Record(
-        run=identity.run,
+        run=header.run,
         round=number,
         base_sha256=base.sha256,
         contributions=tuple(
             Contributed(u.client, u.ticket, u.examples, weights[u.ticket], u.manifest.sha256.hex()) for u in kept
         ),
-        strategy=identity.config.aggregation.strategy,
+        strategy=header.config.aggregation.strategy,
         options=rule.options.model_dump(mode="json"),
         adapter_sha256=adapter.sha256,
         state_sha256=state_sha256,
@@ -193,18 +193,18 @@ def fold_round(
     ).to_json()
     total = sum(weights.values())
     shares = {ticket: weight / total for ticket, weight in weights.items()}
-    extent = median(extents(identity, kept)) if screened else Extent(0.0, 0.0)
+    extent = median(extents(header, kept)) if screened else Extent(0.0, 0.0)
     return Outcome(adapter, state_sha256, shares, record, digest(record), _figures(kept), verdict.words, extent)
 
 
-def extents(identity: Identity, updates: Iterable[Update]) -> list[Extent]:
+def extents(header: RunHeader, updates: Iterable[Update]) -> list[Extent]:
     """Returns the extents of some updates of a run."""
-    return [Extent(u.norm, local_steps(u.examples, identity.config.training)) for u in updates]
+    return [Extent(u.norm, local_steps(u.examples, header.config.training)) for u in updates]
 
 
-def _facts(identity: Identity, update: Update) -> UpdateFacts:
+def _facts(header: RunHeader, update: Update) -> UpdateFacts:
     """Returns the facts of an update that decide its weight."""
-    training = identity.config.training
+    training = header.config.training
     momentum = training.momentum if training.optimizer == "sgd" else 0.0
     return UpdateFacts(update.examples, local_steps(update.examples, training), momentum)
 
@@ -229,11 +229,11 @@ class _Verdict:
         self.words[ticket] = f"{UpdateExcluded.reason}: {why}"
 
 
-def _screen(identity: Identity, number: int, updates: Sequence[Update], past: Sequence[Extent]) -> _Verdict:
+def _screen(header: RunHeader, number: int, updates: Sequence[Update], past: Sequence[Extent]) -> _Verdict:
     """Judges updates by their norms."""
-    given = identity.config.aggregation.norm_factor
-    values = sum(tensor.size for tensor in identity.spec.sent(number))
-    known = extents(identity, updates)
+    given = header.config.aggregation.norm_factor
+    values = sum(tensor.size for tensor in header.spec.sent(number))
+    known = extents(header, updates)
     limit = bound(known, past, values, FACTOR if given is None else given)
     verdict = _Verdict(limit, {}, {})
     for update, extent in zip(updates, known, strict=True):
@@ -267,7 +267,7 @@ def _fold(
 
 
 def roll_back(
-    identity: Identity,
+    header: RunHeader,
     number: int,
     to: int,
     source: Stored,
@@ -282,7 +282,7 @@ def roll_back(
     The strategy's state is that of the earlier version, to the byte.
 
     Args:
-        identity: The run.
+        header: The run.
         number: Number of the version, and of the round that it takes.
         to: The earlier version.
         source: Its file.
@@ -295,12 +295,12 @@ def roll_back(
     Raises:
         BlobCorrupt: If `source` does not have its digest.
     """
-    aggregation = identity.config.aggregation
+    aggregation = header.config.aggregation
     rule = strategy(aggregation.strategy, aggregation.options)
     with adapter_file.open_adapter(source.path, source.sha256) as old, create(folder / "adapter") as stream:
-        adapter = adapter_file.write_adapter(stream, identity.info(number), identity.spec.shared, old)
+        adapter = adapter_file.write_adapter(stream, header.info(number), header.spec.shared, old)
     record = Record(
-        run=identity.run,
+        run=header.run,
         round=number,
         base_sha256=base_sha256,
         contributions=(),
@@ -322,7 +322,7 @@ def _excluded(update: Update, reason: str) -> Excluded:
 
 
 def _write(
-    identity: Identity,
+    header: RunHeader,
     number: int,
     contributions: Sequence[Contribution],
     base: Stored,
@@ -333,7 +333,7 @@ def _write(
     *,
     clips: bool,
 ) -> tuple[Written, str]:
-    info, specs = identity.info(number), identity.spec.shared
+    info, specs = header.info(number), header.spec.shared
     with ExitStack() as stack:
         old = stack.enter_context(adapter_file.open_adapter(base.path, base.sha256))
         kept: State = {}

@@ -22,7 +22,7 @@ from fedpeft.errors import IdentityInvalid
 from fedpeft.identity import certificates, folder
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
-from fedpeft.rpc.probe import Fault, Lasting, Way
+from fedpeft.rpc.probe import ConnectionProbe, Fault, PermanentFault
 
 BUDGET_S = 5.0
 """Longest that the search for a cause takes."""
@@ -90,50 +90,51 @@ def diagnose(server: str, trust: Trust | None) -> Fault | None:
     Returns:
         A fault, whose text is the sentence; None if a connection is made without fault, now at least.
     """
-    way = Way(server, time.monotonic() + BUDGET_S, secured=trust is not None)
+    probe = ConnectionProbe(server, time.monotonic() + BUDGET_S, secured=trust is not None)
     try:
         if trust is None:
-            _plain(way)
+            _plain(probe)
         else:
-            _tls(way, trust)
+            _tls(probe, trust)
     except Fault as fault:
         return fault
     except OSError as error:
         return Fault(f"the connection to {server} broke ({error.strerror or error}): something between closes it")
     except ValueError as error:  # a certificate is read piece by piece
-        return Lasting(f"the certificate of {server} cannot be read ({error}): have its operator make another")
+        return PermanentFault(f"the certificate of {server} cannot be read ({error}): have its operator make another")
     return None
 
 
-def _plain(way: Way) -> None:
-    first = way.first_bytes()
-    if first[:2] == b"\x15\x03" or (not first and way.shown()):
-        raise Lasting(
-            f"the server at {way.server} speaks TLS and this side has no certificate: ask its operator for a token and "
-            "enroll, or name the folder of its identity with --identity (none is used for another HOST:PORT unnamed)"
+def _plain(probe: ConnectionProbe) -> None:
+    first = probe.first_bytes()
+    if first[:2] == b"\x15\x03" or (not first and probe.shown()):
+        raise PermanentFault(
+            f"the server at {probe.server} speaks TLS and this side has no certificate: ask its operator for a token "
+            "and enroll, or name the folder of its identity with --identity (none is used for another HOST:PORT "
+            "unnamed)"
         )
-    way.judge(first)
+    probe.judge(first)
 
 
-def _tls(way: Way, trust: Trust) -> None:
+def _tls(probe: ConnectionProbe, trust: Trust) -> None:
     """Makes a TLS connection as gRPC would, and waits for the server's first word on it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
     context.load_verify_locations(cadata=certificates.to_pem(*trust.authority).decode())
-    with closing(way.connect()) as line:
+    with closing(probe.connect()) as line:
         if trust.folder is not None:
             _show(context, trust.folder)
         try:
-            secure = context.wrap_socket(line, server_hostname=way.address.host)
+            secure = context.wrap_socket(line, server_hostname=probe.address.host)
         except ssl.SSLCertVerificationError as error:
-            raise _unproven(way, error, trust) from None
+            raise _unproven(probe, error, trust) from None
         except TimeoutError:
-            raise way.silent("does not answer the TLS handshake") from None
+            raise probe.silent("does not answer the TLS handshake") from None
         except (ssl.SSLError, ConnectionError) as error:
-            raise _no_handshake(way, getattr(error, "reason", None) or "", trust) from None
+            raise _no_handshake(probe, getattr(error, "reason", None) or "", trust) from None
     with closing(secure):
-        _first_word(way, secure, trust)
+        _first_word(probe, secure, trust)
 
 
 def _show(context: ssl.SSLContext, identity: Path) -> None:
@@ -142,49 +143,49 @@ def _show(context: ssl.SSLContext, identity: Path) -> None:
         context.load_cert_chain(folder.certificate_path(identity), folder.key_path(identity), password=bytes)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", "") or error
-        raise Lasting(
+        raise PermanentFault(
             f"the key and certificate in {identity} cannot be used any more ({why}): put them back, or enroll "
             "again with a new token"
         ) from None
 
 
-def _no_handshake(way: Way, reason: str, trust: Trust) -> Fault:
+def _no_handshake(probe: ConnectionProbe, reason: str, trust: Trust) -> Fault:
     """Returns why TLS did not come about for a reason other than the server's certificate."""
     if "PROTOCOL_VERSION" in reason or "UNSUPPORTED_PROTOCOL" in reason:
-        return Lasting(
-            f"{way.server} offers only TLS 1.2 or older, and FedPEFT speaks TLS 1.3: a proxy between them "
+        return PermanentFault(
+            f"{probe.server} offers only TLS 1.2 or older, and FedPEFT speaks TLS 1.3: a proxy between them "
             "intercepts TLS, perhaps; let it pass the port through as plain TCP"
         )
     if "ALERT" in reason:
-        return Lasting(f"{way.server} refuses the TLS handshake: {reason.lower().replace('_', ' ')}")
+        return PermanentFault(f"{probe.server} refuses the TLS handshake: {reason.lower().replace('_', ' ')}")
     try:
-        way.judge(way.first_bytes())
+        probe.judge(probe.first_bytes())
     except Fault as fault:
         return fault
     where = f", in {trust.folder}" if trust.folder else ""
-    return Lasting(
-        f"the server at {way.server} serves plain text, and this side has a certificate for TLS{where}: name the port "
-        "with TLS, or have the server set up with `fedpeft-server init`; to go without the certificate, say "
+    return PermanentFault(
+        f"the server at {probe.server} serves plain text, and this side has a certificate for TLS{where}: name the "
+        "port with TLS, or have the server set up with `fedpeft-server init`; to go without the certificate, say "
         "fedpeft --insecure, or give a client another --state-dir"
     )
 
 
-def _unproven(way: Way, error: ssl.SSLCertVerificationError, trust: Trust) -> Lasting:
+def _unproven(probe: ConnectionProbe, error: ssl.SSLCertVerificationError, trust: Trust) -> PermanentFault:
     """Returns why the server's certificate does not prove that it is the one wanted."""
-    shown = way.shown()
-    if error.verify_code in _OUT_OF_TIME and (fault := _out_of_time(way.server, shown, trust)):
+    shown = probe.shown()
+    if error.verify_code in _OUT_OF_TIME and (fault := _out_of_time(probe.server, shown, trust)):
         return fault
     if shown is not None and "match" in error.verify_message:
-        return Lasting(
-            f"the certificate of {way.server} is not made out to {way.address.host!r} but to {_names(shown)}: use one "
-            "of these names, or have the server's certificate made with this one (`fedpeft-server init --host`)"
+        return PermanentFault(
+            f"the certificate of {probe.server} is not made out to {probe.address.host!r} but to {_names(shown)}: use "
+            "one of these names, or have the server's certificate made with this one (`fedpeft-server init --host`)"
         )
     if error.verify_code in _UNKNOWN_ISSUER:
-        return _unknown_issuer(way.server, shown, trust)
-    return Lasting(f"the certificate of {way.server} cannot be trusted: {error.verify_message}")
+        return _unknown_issuer(probe.server, shown, trust)
+    return PermanentFault(f"the certificate of {probe.server} cannot be trusted: {error.verify_message}")
 
 
-def _unknown_issuer(server: str, shown: x509.Certificate | None, trust: Trust) -> Lasting:
+def _unknown_issuer(server: str, shown: x509.Certificate | None, trust: Trust) -> PermanentFault:
     """Returns what to do about a certificate of an authority that is not trusted.
 
     An authority that is replaced keeps its name, as a rule, and a proxy has another; neither is proved by a name.
@@ -194,12 +195,12 @@ def _unknown_issuer(server: str, shown: x509.Certificate | None, trust: Trust) -
     replaced = f"the server's authority was replaced since: {_new_token(trust)}"
     elsewhere = "a proxy between them that intercepts TLS, or another federation's server: check the address"
     if issuer in names:
-        return Lasting(
+        return PermanentFault(
             f"{server} shows a certificate of {issuer!r} with another key than the authority of that name which this "
             f"side trusts. Most likely {replaced}. If its operator knows nothing of that, it is {elsewhere}"
         )
     whose = repr(issuer) if issuer else "an authority that is not trusted here"
-    return Lasting(
+    return PermanentFault(
         f"{server} shows a certificate of {whose}, and this side trusts {', '.join(names)!r}: {elsewhere}. Or "
         f"{replaced}"
     )
@@ -221,13 +222,13 @@ def _new_token(trust: Trust) -> str:
     return again
 
 
-def _out_of_time(server: str, shown: x509.Certificate | None, trust: Trust) -> Lasting | None:
+def _out_of_time(server: str, shown: x509.Certificate | None, trust: Trust) -> PermanentFault | None:
     """Returns whose time is over or has not come: the server's certificate's, or its authority's."""
     now = datetime.now(UTC)
     whose, cure = f"the certificate of {server}", "have its operator renew it"
     for one in (shown, *trust.authority):
         if one is not None and now > one.not_valid_after_utc:
-            return Lasting(
+            return PermanentFault(
                 f"{whose} ended at {one.not_valid_after_utc:{_MOMENT}}, and this machine's clock says {now:{_MOMENT}}: "
                 f"{cure}, or set the clock here if it is that"
             )
@@ -237,48 +238,48 @@ def _out_of_time(server: str, shown: x509.Certificate | None, trust: Trust) -> L
     return None
 
 
-def _first_word(way: Way, secure: ssl.SSLSocket, trust: Trust) -> None:
+def _first_word(probe: ConnectionProbe, secure: ssl.SSLSocket, trust: Trust) -> None:
     """Waits for the server's first word: in TLS 1.3 it refuses a certificate after this side is through."""
     if secure.selected_alpn_protocol() != "h2":
-        raise Lasting(
-            f"what answers at {way.server} speaks TLS but not gRPC: check the port, or let the proxy between pass "
+        raise PermanentFault(
+            f"what answers at {probe.server} speaks TLS but not gRPC: check the port, or let the proxy between pass "
             "HTTP/2 through"
         )
     try:
-        secure.settimeout(way.step_s())
+        secure.settimeout(probe.step_s())
         first = secure.recv(16)
     except TimeoutError:
-        raise way.silent("completes the TLS handshake but sends nothing") from None
+        raise probe.silent("completes the TLS handshake but sends nothing") from None
     except (ssl.SSLError, ConnectionError):  # an alert says no more: gRPC's servers close the line without one
         first = b""
     if not first:
-        raise _refused(way.server, trust)
+        raise _refused(probe.server, trust)
 
 
-def _refused(server: str, trust: Trust) -> Lasting:
+def _refused(server: str, trust: Trust) -> PermanentFault:
     """Returns why the server does not take this side's certificate."""
     own = trust.own
     if own is None:
-        return Lasting(
+        return PermanentFault(
             f"{server} wants a certificate and this side has none yet: it is not the port where devices enroll"
         )
     now, end = datetime.now(UTC), own.not_valid_after_utc
     if now > end:
-        return Lasting(
+        return PermanentFault(
             f"the certificate here ended at {end:{_MOMENT}}, and this machine's clock says {now:{_MOMENT}}: ask the "
             "operator for a new token and enroll again"
         )
     if now < own.not_valid_before_utc:
         return _early("the certificate here", own, now)
-    return Lasting(
+    return PermanentFault(
         f"{server} does not take the certificate here, which {own.issuer.rfc4514_string()} issued until "
         f"{end:{_MOMENT}}: the server trusts another authority, since its own was replaced perhaps, or its clock is "
         f"wrong. If the authority was replaced, {_new_token(trust)}"
     )
 
 
-def _early(whose: str, certificate: x509.Certificate, now: datetime) -> Lasting:
-    return Lasting(
+def _early(whose: str, certificate: x509.Certificate, now: datetime) -> PermanentFault:
+    return PermanentFault(
         f"{whose} begins at {certificate.not_valid_before_utc:{_MOMENT}}, but this machine's clock says "
         f"{now:{_MOMENT}}: the clock is behind; set it (timedatectl)"
     )

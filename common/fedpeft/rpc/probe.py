@@ -27,7 +27,7 @@ class Fault(Exception):
     """Reason why a server is not reached; the message is a sentence that says what to do."""
 
 
-class Lasting(Fault):
+class PermanentFault(Fault):
     """A fault that stays until somebody mends it: the server is not merely away."""
 
 
@@ -36,7 +36,7 @@ class Closed(Fault):
 
 
 @dataclass(frozen=True)
-class Way:
+class ConnectionProbe:
     """The way to one server.
 
     Attributes:
@@ -143,7 +143,7 @@ class Way:
         """
         if first.startswith(b"HTTP/"):
             status = first.split(b"\r\n")[0].decode("ascii", "replace")
-            raise Lasting(
+            raise PermanentFault(
                 f"a web server or HTTP proxy answers at {self.server} ({status!r}), not FedPEFT: check the port, or "
                 "let the proxy pass it through as plain TCP"
             )
@@ -153,7 +153,9 @@ class Way:
                 "has no server behind it, perhaps"
             )
         if first[3:4] != bytes([_SETTINGS]):
-            raise Lasting(f"what answers at {self.server} is not a FedPEFT server: check the address and the port")
+            raise PermanentFault(
+                f"what answers at {self.server} is not a FedPEFT server: check the address and the port"
+            )
 
     def shown(self) -> x509.Certificate | None:
         """Returns the certificate that the server shows, which proves nothing; None if it shows none."""
@@ -192,7 +194,7 @@ def _status(line: socket.socket) -> int:
 def _refused_by(proxy: Proxy, server: str, status: int) -> Fault:
     """Returns the fault of a proxy that makes no connection."""
     if status == 407:
-        return Lasting(
+        return PermanentFault(
             f"the proxy {proxy.address} wants a user and password: HTTPS_PROXY=http://USER:PASSWORD@{proxy.address}"
         )
     return Fault(

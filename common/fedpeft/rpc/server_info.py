@@ -10,7 +10,7 @@ CLOCK_KEY = "fedpeft-clock"
 
 
 @dataclass(frozen=True)
-class Greeting:
+class ServerInfo:
     """A server's protocol and clock.
 
     Attributes:
@@ -26,10 +26,10 @@ class Greeting:
         return (PROTOCOL_KEY, str(self.protocol)), (CLOCK_KEY, f"{self.clock:.3f}")
 
 
-def told(metadata: Iterable[tuple[str, str | bytes]]) -> Greeting | None:
+def parse(metadata: Iterable[tuple[str, str | bytes]]) -> ServerInfo | None:
     """Returns what a server said, None if it said nothing that can be understood."""
     entries = dict(metadata)
     try:
-        return Greeting(int(entries[PROTOCOL_KEY]), float(entries[CLOCK_KEY]))
+        return ServerInfo(int(entries[PROTOCOL_KEY]), float(entries[CLOCK_KEY]))
     except (KeyError, ValueError):
         return None

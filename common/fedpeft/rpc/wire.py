@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf import json_format
 
 from fedpeft.adapters.payload import Entry, Manifest, entry_fault
-from fedpeft.adapters.spec import DTYPE, AdapterSpec, Role, TensorSpec, spec_fault
+from fedpeft.adapters.spec import DTYPE, AdapterSpec, TensorRole, TensorSpec, spec_fault
 from fedpeft.config import DEFAULT_EPOCHS, RunConfig, TrainingConfig, parse_config
 from fedpeft.errors import ManifestInvalid
 from fedpeft.v1 import run_pb2, tensor_pb2
@@ -21,9 +21,9 @@ TURN_KEY = "fedpeft-turn"
 """Entry of the initial metadata that says that an upload may send its chunks; a refusal has none."""
 
 _ROLES = {
-    Role.SENT: tensor_pb2.ROLE_SENT,
-    Role.LOCAL: tensor_pb2.ROLE_LOCAL,
-    Role.FROZEN: tensor_pb2.ROLE_FROZEN,
+    TensorRole.SENT: tensor_pb2.ROLE_SENT,
+    TensorRole.LOCAL: tensor_pb2.ROLE_LOCAL,
+    TensorRole.FROZEN: tensor_pb2.ROLE_FROZEN,
 }
 _ROLES_BACK = {number: role for role, number in _ROLES.items()}
 

@@ -87,17 +87,17 @@ def clients_of(
             f"{path} is one data set and the run file has no [simulation] section that divides it; add one, or give "
             "a folder that fedpeft partition wrote"
         )
-    cut = _cut(source, config.simulation, config.rounds.seed)
-    names = file_names(cut.names)
+    split = _split(source, config.simulation, config.rounds.seed)
+    names = file_names(split.names)
     record = {
-        "variant": cut.variant,
-        "alpha": cut.alpha,
-        "seed": cut.seed,
-        "draws": cut.draws,
-        "digest": cut.digest,
-        "skew": partitions.skew(source.labels, cut.parts, len(source.class_names)).as_dict(),
+        "variant": split.variant,
+        "alpha": split.alpha,
+        "seed": split.seed,
+        "draws": split.draws,
+        "digest": split.digest,
+        "skew": partitions.skew(source.labels, split.parts, len(source.class_names)).as_dict(),
     }
-    return {name: learner.select(source, rows) for name, rows in zip(names, cut.parts, strict=True)}, record
+    return {name: learner.select(source, rows) for name, rows in zip(names, split.parts, strict=True)}, record
 
 
 def _place(path: Path, config: RunConfig) -> Path:
@@ -123,9 +123,9 @@ def _written(path: Path) -> dict[str, Path]:
     return clients_in(path) if path.is_dir() else {}
 
 
-def _cut(source: Data, simulation: SimulationConfig, seed: int) -> partitions.Partition:
+def _split(source: Data, simulation: SimulationConfig, seed: int) -> partitions.Partition:
     """Divides as `fedpeft partition --seed SEED` does."""
-    match simulation.law:
+    match simulation.scheme:
         case "iid":
             return partitions.iid(len(source), simulation.clients, seed)
         case "dirichlet":

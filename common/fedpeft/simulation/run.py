@@ -39,7 +39,7 @@ from fedpeft.process import durable, locks
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rounds import conduct, state_machine
 from fedpeft.rounds.combinations import check_combination
-from fedpeft.rounds.commit import Identity, RoundEmptied
+from fedpeft.rounds.commit import RoundEmptied, RunHeader
 from fedpeft.rounds.fold import squared_norm
 from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
 from fedpeft.rpc import wire
@@ -116,11 +116,11 @@ def simulate(
             bench = Workbench(config, clients, memory, evaluate, weights, label_map, device, reading)
             shared = leakage(clients, evaluate, config, reading)
             check_combination(config, bench.spec)
-            versions = Versions(Identity(run, config, bench.spec, bench.fingerprint), out, scratch)
+            versions = Versions(RunHeader(run, config, bench.spec, bench.fingerprint), out, scratch)
             (out / REPORT).unlink(missing_ok=True)  # an earlier simulation's would stand beside what this one leaves
             simulation = _Simulation(config, sorted(clients), bench, versions, run)
             report = {
-                **simulation.hold(committed, worked),
+                **simulation.run(committed, worked),
                 "partition": None if partition is None else dict(partition),
                 "overlap": None if shared is None else shared.as_dict(),
             }
@@ -166,7 +166,7 @@ class _Simulation:
         self._conducts: dict[str, conduct.Conduct] = {}
         self._began = time.time()
 
-    def hold(self, committed: Callable[[Json], None] | None, worked: Callable[[int, int, int], None] | None) -> Json:
+    def run(self, committed: Callable[[Json], None] | None, worked: Callable[[int, int, int], None] | None) -> Json:
         """Holds all rounds; returns the report."""
         self._worked = worked
         self._versions.begin(self._bench.initial)

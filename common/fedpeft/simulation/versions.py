@@ -9,7 +9,7 @@ from fedpeft.adapters import adapter_file
 from fedpeft.adapters.adapter_file import TensorFile, Written
 from fedpeft.adapters.payload import Tensors
 from fedpeft.process.mapped_files import mapped
-from fedpeft.rounds.commit import Identity, Stored, Update, fold_round, write_first
+from fedpeft.rounds.commit import RunHeader, Stored, Update, fold_round, write_first
 from fedpeft.rounds.screening import Extent, comparable
 from fedpeft.simulation.report import RoundBook
 
@@ -20,13 +20,13 @@ class Versions:
     """The newest version of a run, and the records that led there.
 
     Args:
-        identity: The run.
+        header: The run.
         out: Folder of adapter.safetensors and records.jsonl; those there are replaced.
         scratch: Folder for what passes: payloads of a round by ticket, and the server's state.
     """
 
-    def __init__(self, identity: Identity, out: Path, scratch: Path) -> None:
-        self._identity = identity
+    def __init__(self, header: RunHeader, out: Path, scratch: Path) -> None:
+        self._header = header
         self._adapter, self._log = out / ADAPTER, out / RECORDS
         self._scratch, self._state = scratch, scratch / "kept-state"
         self._newest = Written("", 0)
@@ -38,7 +38,7 @@ class Versions:
         """Writes version 0."""
         self._log.write_bytes(b"")
         path = self._scratch / "adapter"
-        self._newest = write_first(self._identity, tensors, path)
+        self._newest = write_first(self._header, tensors, path)
         os.replace(path, self._adapter)
 
     def newest(self) -> TensorFile:
@@ -61,10 +61,8 @@ class Versions:
         state = Stored(self._state, self._state_sha256) if self._state_sha256 else None
         base = Stored(self._adapter, self._newest.sha256)
         number = book.round.number
-        past = [self._extents[earlier] for earlier in comparable(self._identity.spec, number)]
-        outcome = fold_round(
-            self._identity, number, updates, base, state, self._record_sha256, self._scratch, past=past
-        )
+        past = [self._extents[earlier] for earlier in comparable(self._header.spec, number)]
+        outcome = fold_round(self._header, number, updates, base, state, self._record_sha256, self._scratch, past=past)
         self._extents[number] = outcome.extent
         os.replace(self._scratch / "state", self._state)
         os.replace(self._scratch / "adapter", self._adapter)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from fedpeft.adapters.spec import Role
+from fedpeft.adapters.spec import TensorRole
 from fedpeft.config import TrainingConfig
 from fedpeft.data.dataset import Batch, ImageDataset
 from fedpeft.data.transforms import augment
@@ -307,13 +307,13 @@ def result_of(
     delta, local = {}, {}
     for tensor in model.spec.tensors:
         role = tensor.role(number)
-        if role is not Role.FROZEN and not np.isfinite(trained[tensor.name]).all():
+        if role is not TensorRole.FROZEN and not np.isfinite(trained[tensor.name]).all():
             raise TrainingFailed(
                 f"tensor {tensor.name} is not finite after {counted(metrics['steps'], 'step')}; lower the learning rate"
             )
-        if role is Role.SENT:
+        if role is TensorRole.SENT:
             delta[tensor.name] = trained[tensor.name] - start[tensor.name]
-        elif role is Role.LOCAL:
+        elif role is TensorRole.LOCAL:
             local[tensor.name] = trained[tensor.name]
     return TrainingResult(delta, local, examples, metrics, facts)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fedpeft.api import views
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.errors import UpdateExcluded
 from fedpeft.rounds.state_machine import ROLLED_BACK
 from fedpeft.v1 import run_pb2
@@ -113,13 +113,13 @@ class Reader:
     def __init__(self) -> None:
         self._read: dict[int, tuple[run_pb2.Round, RoundFacts]] = {}
 
-    def rounds(self, picture: Picture) -> list[RoundFacts]:
-        """Returns all rounds of a picture, by number."""
-        for number, message in picture.rounds.items():
+    def rounds(self, snapshot: RunSnapshot) -> list[RoundFacts]:
+        """Returns all rounds of a snapshot, by number."""
+        for number, message in snapshot.rounds.items():
             known = self._read.get(number)
             if known is None or known[0] is not message:
-                self._read[number] = message, round_facts(message, picture.run)
-        return [self._read[number][1] for number in sorted(picture.rounds)]
+                self._read[number] = message, round_facts(message, snapshot.run)
+        return [self._read[number][1] for number in sorted(snapshot.rounds)]
 
 
 def round_facts(message: run_pb2.Round, run: run_pb2.Run) -> RoundFacts:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar, cast
 
 from fedpeft.api import views
-from fedpeft.api.following import Picture, follow
+from fedpeft.api.following import RunSnapshot, follow
 from fedpeft.api.operator_client import Connect
 from fedpeft.errors import FedpeftError, Internal, Unavailable
 from fedpeft_operator.console.change_signal import ChangeSignal
@@ -32,7 +32,7 @@ class RunFeed:
 
     Attributes:
         run: Its id.
-        picture: The run as it is known; None before the first answer.
+        snapshot: The run as it is known; None before the first answer.
         rounds: Its rounds, by number.
         lost: Why there is no connection, in a sentence; empty while there is one.
         error: Why it is not followed any more; None while it is, and after its end.
@@ -40,7 +40,7 @@ class RunFeed:
 
     def __init__(self, run: str, connect: Connect, signal: ChangeSignal) -> None:
         self.run = run
-        self.picture: Picture | None = None
+        self.snapshot: RunSnapshot | None = None
         self.rounds: Sequence[RoundFacts] = ()
         self.lost = ""
         self.error: FedpeftError | None = None
@@ -96,9 +96,9 @@ class RunFeed:
     async def _follow(self) -> None:
         while True:
             try:
-                async for picture in follow(self._connect, self.run):
-                    self.picture, self.lost = picture, picture.lost
-                    self.rounds = self._reader.rounds(picture)
+                async for snapshot in follow(self._connect, self.run):
+                    self.snapshot, self.lost = snapshot, snapshot.lost
+                    self.rounds = self._reader.rounds(snapshot)
                     self._changed()
                 return
             except Unavailable as error:

@@ -52,9 +52,9 @@ def demo(
     report.json, accuracy.png, adapter.safetensors and the logs in --out.
     """
     require("demo", "torch", "timm", "pyarrow", "matplotlib", "sqlalchemy", "obstore")
-    from fedpeft_operator.demo.federation import hold_until_signalled, plan_of
+    from fedpeft_operator.demo.federation import plan_of, run_until_signalled
 
     plan = plan_of(out, rounds, clients, data, weights, port, metrics_port)
-    if not hold_until_signalled(plan):
+    if not run_until_signalled(plan):
         raise typer.Exit(Exit.INTERRUPTED)
     output.say(f"results: {out / 'report.json'}, {out / 'accuracy.png'}, {out / 'adapter.safetensors'}")

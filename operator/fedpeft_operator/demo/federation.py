@@ -1,6 +1,6 @@
 """The demo's federation: where its parts come from, how its processes are started, and what they leave.
 
-The order of things is in `hold`. Notable: whatever ends it, no process stays behind (`demo.process_group`), and a
+The order of things is in `run_demo`. Notable: whatever ends it, no process stays behind (`demo.process_group`), and a
 folder that is not an earlier demo's is never cleared.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import fedpeft
 from fedpeft.api import views
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.api.operator_client import PATIENCE_S
 from fedpeft.config import RunConfig, load_run_file
 from fedpeft.errors import ServerUnreachable, SettingsInvalid, StateInvalid, TrainingFailed
@@ -116,7 +116,7 @@ def plan_of(
     )
 
 
-async def hold(plan: Plan) -> Picture:
+async def run_demo(plan: Plan) -> RunSnapshot:
     """Holds the whole demo; returns the run as it ended.
 
     Raises:
@@ -128,22 +128,22 @@ async def hold(plan: Plan) -> Picture:
     _make(plan.out)
     with locks.results(plan.out, "demo"):
         _clear(plan.out)
-        return await _held_in(plan)
+        return await _run_in(plan)
 
 
-async def _held_in(plan: Plan) -> Picture:
+async def _run_in(plan: Plan) -> RunSnapshot:
     begun = time.monotonic()
     processes = ProcessGroup(plan.out / "logs", ONE_THREAD)
     try:
         async with processes:
-            return await _held(plan, processes, begun)
+            return await _run_processes(plan, processes, begun)
     except asyncio.CancelledError:
         for line in _stopped(plan, processes):
             output.note(line)
         raise
 
 
-async def _held(plan: Plan, processes: ProcessGroup, begun: float) -> Picture:
+async def _run_processes(plan: Plan, processes: ProcessGroup, begun: float) -> RunSnapshot:
     weights = await _weights(plan, processes)
     names = _partition(plan)
     session = await _serve(plan, processes)
@@ -151,11 +151,11 @@ async def _held(plan: Plan, processes: ProcessGroup, begun: float) -> Picture:
     output.say("building the model and creating the run ...")
     config = _sized(plan.config, len(names))
     run = await first_of(created(session, config, weights), processes.watch())
-    picture = await first_of(watched(session, run.id), processes.watch())
-    if views.state(picture.run) != "completed":
-        raise TrainingFailed(f"{run.id} was {views.state(picture.run)}: {picture.run.reason or 'no reason given'}")
-    await _leave(plan, session, picture, names, begun)
-    return picture
+    snapshot = await first_of(watched(session, run.id), processes.watch())
+    if views.state(snapshot.run) != "completed":
+        raise TrainingFailed(f"{run.id} was {views.state(snapshot.run)}: {snapshot.run.reason or 'no reason given'}")
+    await _leave(plan, session, snapshot, names, begun)
+    return snapshot
 
 
 def _stopped(plan: Plan, processes: ProcessGroup) -> list[str]:
@@ -308,18 +308,18 @@ def _sized(config: RunConfig, clients: int) -> RunConfig:
     return config.model_copy(update={"rounds": rounds})
 
 
-async def _leave(plan: Plan, session: Session, picture: Picture, names: Mapping[str, int], begun: float) -> None:
+async def _leave(plan: Plan, session: Session, snapshot: RunSnapshot, names: Mapping[str, int], begun: float) -> None:
     """Writes the results and says what came out."""
     async with session.client() as server:
-        await server.download(picture.run.id, plan.out / "adapter.safetensors")
-    made = report.report_of(picture, names, time.monotonic() - begun)
+        await server.download(snapshot.run.id, plan.out / "adapter.safetensors")
+    made = report.report_of(snapshot, names, time.monotonic() - begun)
     report.write_json(made, plan.out / "report.json")
     report.write_png(made, plan.out / "accuracy.png")
     for line in report.summary(made):
         output.say(line)
 
 
-def hold_until_signalled(plan: Plan) -> bool:
+def run_until_signalled(plan: Plan) -> bool:
     """Holds the demo; returns False if SIGINT, SIGTERM or SIGHUP ended it."""
 
     async def holding() -> None:
@@ -327,7 +327,7 @@ def hold_until_signalled(plan: Plan) -> bool:
         assert task is not None
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(each, task.cancel)
-        await hold(plan)
+        await run_demo(plan)
 
     try:
         asyncio.run(holding())

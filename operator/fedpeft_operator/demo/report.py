@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedpeft import formatting
 from fedpeft.api import views
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.errors import StateInvalid
 from fedpeft.process import durable
 
@@ -23,17 +23,17 @@ SUMMED = (
 """Figures of rounds whose sums are a run's."""
 
 
-def report_of(picture: Picture, clients: Mapping[str, int], seconds: float) -> views.Json:
+def report_of(snapshot: RunSnapshot, clients: Mapping[str, int], seconds: float) -> views.Json:
     """Returns the report of a run.
 
     Args:
-        picture: The run, every round of it.
+        snapshot: The run, every round of it.
         clients: Training examples by client.
         seconds: From the demo's start to the run's end, set-up included.
     """
-    run = picture.run
+    run = snapshot.run
     tuned = views.adapter_parameters(run.spec)
-    rounds = [_round(views.round_json(r, run), tuned) for r in picture.committed]
+    rounds = [_round(views.round_json(r, run), tuned) for r in snapshot.committed]
     last = rounds[-1]["accuracy"] if rounds else None
     return {
         "run": run.id,

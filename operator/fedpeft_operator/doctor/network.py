@@ -16,7 +16,7 @@ from fedpeft.process.addresses import Address
 from fedpeft.rpc import grpc_core
 from fedpeft.rpc.channel import open_channel
 from fedpeft.rpc.diagnosis import Trust, diagnose
-from fedpeft.rpc.server_info import Greeting, told
+from fedpeft.rpc.server_info import ServerInfo, parse
 from fedpeft_operator.doctor.findings import Finding, Setup, fault, ok, warning
 
 ANSWER_S = 5.0
@@ -59,23 +59,23 @@ async def _health(server: str, identity: Identity | None) -> list[Finding]:
             answer = await call
         except grpc.aio.AioRpcError as error:
             return [fault("server", f"refuses the call: {error.details()}", "ask its operator, who has the audit log")]
-        greeting, here = told(await call.trailing_metadata()), time.time()
+        server_info, here = parse(await call.trailing_metadata()), time.time()
     if answer != _SERVING:
         return [warning("server", "it says that it is not serving", "it is starting or stopping: look again soon")]
-    return [ok("server", "it is serving"), *_compared(greeting, here)]
+    return [ok("server", "it is serving"), *_compared(server_info, here)]
 
 
-def _compared(greeting: Greeting | None, here: float) -> Iterator[Finding]:
+def _compared(server_info: ServerInfo | None, here: float) -> Iterator[Finding]:
     """Holds what a server says of itself against this side."""
     same = "install the same version of fedpeft on both sides"
-    if greeting is None:
+    if server_info is None:
         yield warning("protocol", "the server does not say which protocol it speaks: it is older", same)
         return
     agrees = True
-    if greeting.protocol != PROTOCOL:
+    if server_info.protocol != PROTOCOL:
         agrees = False
-        yield fault("protocol", f"the server speaks protocol {greeting.protocol}, fedpeft here {PROTOCOL}", same)
-    ahead = greeting.clock - here
+        yield fault("protocol", f"the server speaks protocol {server_info.protocol}, fedpeft here {PROTOCOL}", same)
+    ahead = server_info.clock - here
     if abs(ahead) > SKEW_S:
         agrees = False
         how = "ahead of" if ahead > 0 else "behind"

@@ -175,8 +175,8 @@ class TopApp(App[None]):
     @property
     def _run(self) -> run_pb2.Run | None:
         """The chosen run, as it was heard of last."""
-        picture = self._feed.picture
-        return None if picture is None else picture.run
+        snapshot = self._feed.snapshot
+        return None if snapshot is None else snapshot.run
 
     def _follow(self, run: str) -> None:
         self._chosen = run
@@ -191,8 +191,8 @@ class TopApp(App[None]):
             self._follow(feed.runs[-1].id)
         self._text("title", f" {self._standing(now)}")
         self._fill("runs", scene.runs_table(feed.runs, self._chosen), key=1)
-        if feed.picture is not None:
-            self._text("head", "\n".join(scene.headline(feed.picture, now)))
+        if feed.snapshot is not None:
+            self._text("head", "\n".join(scene.headline(feed.snapshot, now)))
         elif not feed.answered:
             self._text("head", self._asking)
         elif not feed.lost and not feed.runs:
@@ -201,8 +201,8 @@ class TopApp(App[None]):
         lower = self._lower(now)
         self._fill("detail", lower)
         self._text("note", scene.note(lower, self.query_one("#detail", DataTable).cursor_row))
-        if feed.picture is not None:
-            self._fill("past", scene.rounds_table(feed.picture))
+        if feed.snapshot is not None:
+            self._fill("past", scene.rounds_table(feed.snapshot))
         self._text("side-title", f"clients: {scene.clients_line(feed.clients)}" if feed.answered else "clients")
         self._fill("people", scene.clients_table(feed.clients, self._run, now, self._orders[View.CLIENTS]))
 
@@ -232,11 +232,11 @@ class TopApp(App[None]):
         feed = self._feed
         if self._view is View.CLIENTS:
             return scene.clients_table(feed.clients, self._run, now, self._orders[View.CLIENTS])
-        if feed.picture is None:
+        if feed.snapshot is None:
             return scene.Table(("",), ())
         if self._view is View.ROUND:
-            return scene.tickets_table(feed.picture, feed.clients, self._orders[View.ROUND])
-        return scene.rounds_table(feed.picture)
+            return scene.tickets_table(feed.snapshot, feed.clients, self._orders[View.ROUND])
+        return scene.rounds_table(feed.snapshot)
 
     def _text(self, name: str, text: str) -> None:
         self.query_one(f"#{name}", Static).update(text)

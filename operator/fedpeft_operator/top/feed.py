@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from fedpeft.api.following import Picture, follow
+from fedpeft.api.following import RunSnapshot, follow
 from fedpeft.api.operator_client import Connect, for_looking
 from fedpeft.errors import FedpeftError
 from fedpeft.v1 import operator_service_pb2, run_pb2
@@ -22,7 +22,7 @@ class Feed:
     Attributes:
         runs: All runs, oldest first.
         clients: All clients, by id.
-        picture: The run that is watched; None until it is known.
+        snapshot: The run that is watched; None until it is known.
         answered: Whether the server has said which runs and clients there are.
         lost: Why there is no connection, in a sentence; empty while there is one.
 
@@ -36,7 +36,7 @@ class Feed:
         self._changed = changed
         self.runs: list[run_pb2.Run] = []
         self.clients: list[operator_service_pb2.Client] = []
-        self.picture: Picture | None = None
+        self.snapshot: RunSnapshot | None = None
         self.answered = False
         self.lost = ""
 
@@ -58,14 +58,14 @@ class Feed:
 
     async def watch(self, run: str) -> None:
         """Follows one run until it is over."""
-        self.picture = next((Picture(known) for known in self.runs if known.id == run), None)
+        self.snapshot = next((RunSnapshot(known) for known in self.runs if known.id == run), None)
         self._changed()
         pause_s = FIRST_PAUSE_S
         while True:
             try:
-                async for picture in follow(self._connect, run):
-                    if not picture.lost:
-                        self.picture, pause_s = picture, FIRST_PAUSE_S
+                async for snapshot in follow(self._connect, run):
+                    if not snapshot.lost:
+                        self.snapshot, pause_s = snapshot, FIRST_PAUSE_S
                         self._changed()
                 return
             except FedpeftError as error:

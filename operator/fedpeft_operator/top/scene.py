@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from fedpeft.api import views
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import names
 from fedpeft.formatting import counted, percent, size
 from fedpeft.v1 import operator_service_pb2, run_pb2
@@ -72,25 +72,25 @@ def runs_table(runs: Iterable[run_pb2.Run], chosen: str) -> Table:
     return Table(("", "run", "name", "state", "version", "reason"), tuple(reversed(rows)))
 
 
-def headline(picture: Picture, now: datetime) -> list[str]:
+def headline(snapshot: RunSnapshot, now: datetime) -> list[str]:
     """Returns what is to be known of a run at a glance: what it is, where it is, how good, how many bytes."""
-    run = picture.run
+    run = snapshot.run
     tuned = views.adapter_parameters(run.spec)
     whole = run.model_parameters
     share = f" of {whole:,} parameters ({100 * tuned / whole:.2f} %)" if whole else " parameters"
     return [
         f"{run.config.name}: {run.spec.method} on {run.config.model.name}, {tuned:,}{share}",
-        progress_line(picture),
-        waiting_line(picture, now),
-        scores_line(picture),
-        bytes_line(picture),
+        progress_line(snapshot),
+        waiting_line(snapshot, now),
+        scores_line(snapshot),
+        bytes_line(snapshot),
     ]
 
 
-def progress_line(picture: Picture) -> str:
+def progress_line(snapshot: RunSnapshot) -> str:
     """Returns where the run is: the round in progress with its phase in capitals among all phases."""
-    run, current = picture.run, picture.current
-    if current is None or picture.finished:
+    run, current = snapshot.run, snapshot.current
+    if current is None or snapshot.finished:
         return f"{views.state(run).upper()} at version {run.version} of {run.config.rounds.count}"
     now = views.phase(current)
     steps = " > ".join(phase.upper() if phase == now else phase for phase in PHASES)
@@ -98,11 +98,11 @@ def progress_line(picture: Picture) -> str:
     return f"{paused}round {current.number} of {run.config.rounds.count}: {steps}"
 
 
-def waiting_line(picture: Picture, now: datetime) -> str:
+def waiting_line(snapshot: RunSnapshot, now: datetime) -> str:
     """Returns whom or what the run waits for, and until when."""
-    run, current = picture.run, picture.current
-    if picture.waiting:
-        return picture.waiting
+    run, current = snapshot.run, snapshot.current
+    if snapshot.waiting:
+        return snapshot.waiting
     if current is None or views.phase(current) != "open":
         return run.reason.replace(f" of {run.id}", "")
     awaited, rounds = views.awaited_words(run, current), run.config.rounds
@@ -114,12 +114,12 @@ def waiting_line(picture: Picture, now: datetime) -> str:
     return f"{done}{until}{again}; waiting for {names(awaited)}" if awaited else f"{done}{until}{again}"
 
 
-def scores_line(picture: Picture) -> str:
+def scores_line(snapshot: RunSnapshot) -> str:
     """Returns accuracy and loss from the first version to the newest, and the accuracy's curve."""
-    scored = [dict(picture.run.initial_metrics), *(dict(each.metrics) for each in picture.committed)]
+    scored = [dict(snapshot.run.initial_metrics), *(dict(each.metrics) for each in snapshot.committed)]
     losses = [metrics["loss"] for metrics in scored if "loss" in metrics]
     scored = [metrics for metrics in scored if "accuracy" in metrics]
-    trained = [each.metrics["train_loss"] for each in picture.committed if "train_loss" in each.metrics]
+    trained = [each.metrics["train_loss"] for each in snapshot.committed if "train_loss" in each.metrics]
     parts = []
     if scored:
         first, last = scored[0], scored[-1]
@@ -136,11 +136,11 @@ def scores_line(picture: Picture) -> str:
     return "   ".join(parts)
 
 
-def bytes_line(picture: Picture) -> str:
+def bytes_line(snapshot: RunSnapshot) -> str:
     """Returns the bytes of the committed rounds beside those of full fine-tuning."""
-    final = picture.committed
+    final = snapshot.committed
     up, down = sum(r.wire_bytes_up for r in final), sum(r.wire_bytes_down for r in final)
-    full = sum(views.full_bytes(picture.run, len(views.counted(r))) for r in final)
+    full = sum(views.full_bytes(snapshot.run, len(views.counted(r))) for r in final)
     line = f"sent up {size(up)}, down {size(down)}"
     if full and up:
         return f"{line}; full fine-tuning {size(full)} each way ({full / up:,.0f}x)"
@@ -155,10 +155,10 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
     return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in values)
 
 
-def tickets_table(picture: Picture, clients: Iterable[operator_service_pb2.Client], order: str) -> Table:
+def tickets_table(snapshot: RunSnapshot, clients: Iterable[operator_service_pb2.Client], order: str) -> Table:
     """Returns who was sampled in the newest round, and what became of it."""
     known = {client.id: client for client in clients}
-    current = picture.current or (picture.committed[-1] if picture.committed else None)
+    current = snapshot.current or (snapshot.committed[-1] if snapshot.committed else None)
     tickets = list(current.tickets) if current is not None else []
     rank = {state: number for number, state in enumerate(_TICKETS)}
     keys: dict[str, Callable[[run_pb2.Ticket], object]] = {
@@ -200,10 +200,10 @@ def _doing(client: operator_service_pb2.Client) -> str:
     return f"{client.activity} {far.step}/{far.steps}" if far.steps else client.activity
 
 
-def rounds_table(picture: Picture) -> Table:
+def rounds_table(snapshot: RunSnapshot) -> Table:
     """Returns every committed round, the newest first."""
-    final = picture.committed
-    rows = [_round(each, picture.run) for each in reversed(final[-MOST_ROWS:])]
+    final = snapshot.committed
+    rows = [_round(each, snapshot.run) for each in reversed(final[-MOST_ROWS:])]
     heads = ("round", "clients", "accuracy", "loss", "train", "up", "down", "full", "took")
     return Table(heads, (*rows, *_rest(len(final), len(heads))))
 

@@ -8,7 +8,7 @@ from typing import Any
 from grpc_health.v1 import health, health_pb2
 
 from fedpeft import PROTOCOL
-from fedpeft.rpc.server_info import Greeting
+from fedpeft.rpc.server_info import ServerInfo
 
 
 class Health(health.aio.HealthServicer):
@@ -18,7 +18,7 @@ class Health(health.aio.HealthServicer):
 
     async def Check(self, request: Any, context: Any) -> Any:
         """Says whether the server is well."""
-        context.set_trailing_metadata(Greeting(PROTOCOL, self.clock()).to_metadata())
+        context.set_trailing_metadata(ServerInfo(PROTOCOL, self.clock()).to_metadata())
         return await super().Check(request, context)
 
     async def List(self, request: Any, context: Any) -> Any:

@@ -49,7 +49,7 @@ from fedpeft_server.rpc.messages import (
     scoring_message,
 )
 from fedpeft_server.rpc.sessions import Sessions
-from fedpeft_server.runs.aggregation import identity
+from fedpeft_server.runs.aggregation import run_header
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.open_file import OpenFile
@@ -284,7 +284,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
             tensors = payload.decode(manifest, data)
         with TemporaryDirectory(dir=self._store.scratch) as folder:
             path = Path(folder, "adapter")
-            written = write_first(identity(run), tensors, path)
+            written = write_first(run_header(run), tensors, path)
             self._store.blobs.put(version_key(run.id, 0), path)
         return VersionRow(run.id, 0, written.sha256, written.size_bytes, "", run.created_at)
 

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from fedpeft.adapters import adapter_file
 from fedpeft.process.durable import create_eagerly
-from fedpeft.rounds.commit import Identity, Outcome, Stored, Update, fold_round, roll_back
+from fedpeft.rounds.commit import Outcome, RunHeader, Stored, Update, fold_round, roll_back
 from fedpeft.rounds.screening import Extent
 from fedpeft.rounds.state_machine import Round, TicketState
 from fedpeft_server.store.rows import RunRow, UpdateRow, VersionRow
@@ -31,9 +31,9 @@ class Result:
     outcome: Outcome
 
 
-def identity(run: RunRow) -> Identity:
+def run_header(run: RunRow) -> RunHeader:
     """Returns what all versions of a run have in common."""
-    return Identity(run.id, run.config, run.spec, run.backbone_fingerprint)
+    return RunHeader(run.id, run.config, run.spec, run.backbone_fingerprint)
 
 
 def aggregate(
@@ -73,7 +73,9 @@ def aggregate(
         if base.state_sha256:
             path = stack.enter_context(store.blobs.local(state_key(run.id, base.version)))
             state = Stored(path, base.state_sha256)
-        outcome = fold_round(identity(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past)
+        outcome = fold_round(
+            run_header(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past
+        )
         if outcome.state_sha256:
             store.blobs.put(state_key(run.id, number), Path(scratch, "state"))
         store.blobs.put(version_key(run.id, number), Path(scratch, "adapter"))
@@ -100,7 +102,7 @@ def go_back(run: RunRow, number: int, source: VersionRow, base: VersionRow, prev
     with ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
         old = Stored(stack.enter_context(store.blobs.local(version_key(run.id, source.version))), source.sha256)
         parts = (source.version, old, base.sha256, source.state_sha256, previous, Path(scratch), create_eagerly)
-        outcome = roll_back(identity(run), number, *parts)
+        outcome = roll_back(run_header(run), number, *parts)
         if source.state_sha256:
             kept = stack.enter_context(store.blobs.local(state_key(run.id, source.version)))
             stack.enter_context(adapter_file.open_state(kept, source.state_sha256))

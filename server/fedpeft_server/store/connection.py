@@ -113,7 +113,7 @@ def opening(engine: Engine) -> Iterator[None]:
             yield
     except BaseException as error:
         engine.dispose()
-        if isinstance(error, DatabaseUnavailable) and error.lasting:
+        if isinstance(error, DatabaseUnavailable) and error.permanent:
             raise StateInvalid(error.message) from error
         raise
 
@@ -145,11 +145,11 @@ def _fault(error: DBAPIError | sqlite3.Error, where: str) -> FedpeftError:
     if sqlstate == postgresql.LOCKED:
         return DatabaseLocked(f"database {where} was locked by another session for {postgresql.BUSY_S} s; end that one")
     if cause is not None and not name and (fault := postgresql.fault(cause, sqlstate, words)):
-        return _unavailable(f"database {where} {fault}", lasting=sqlstate in postgresql.CORRUPT)
+        return _unavailable(f"database {where} {fault}", permanent=sqlstate in postgresql.CORRUPT)
     if name.startswith("SQLITE_FULL") or sqlstate == "53100":
         return DiskFull(f"database {where} has no room to grow ({errno.errorcode[errno.ENOSPC]}); free some disk space")
     if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT") or name.startswith("SQLITE_CORRUPT_"):
-        return _unavailable(f"database {where} is corrupt ({words}); restore it from a backup", lasting=True)
+        return _unavailable(f"database {where} is corrupt ({words}); restore it from a backup", permanent=True)
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return DatabaseLocked(
             f"database {where} has been locked by another program for {BUSY_TIMEOUT_S} s (a shell, a backup?); end its "
@@ -159,7 +159,7 @@ def _fault(error: DBAPIError | sqlite3.Error, where: str) -> FedpeftError:
         return _unavailable(
             f"database {where} cannot be opened for writing ({words}); check its folder, its permissions, and whether "
             "the file system was mounted read-only",
-            lasting=True,
+            permanent=True,
         )
     if name.startswith("SQLITE_IOERR"):
         return _unavailable(
@@ -168,7 +168,7 @@ def _fault(error: DBAPIError | sqlite3.Error, where: str) -> FedpeftError:
     return StateInvalid(f"database {where} failed: {words}")
 
 
-def _unavailable(message: str, *, lasting: bool = False) -> DatabaseUnavailable:
+def _unavailable(message: str, *, permanent: bool = False) -> DatabaseUnavailable:
     error = DatabaseUnavailable(message)
-    error.lasting = lasting
+    error.permanent = permanent
     return error

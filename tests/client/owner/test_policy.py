@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.adapters.payload import check_manifest
-from fedpeft.adapters.spec import AdapterSpec, Role, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.adapters.updates import prepare
 from fedpeft.config import CodecConfig, TrainingConfig
 from fedpeft.errors import RefusedByPolicy, SettingsInvalid
@@ -225,8 +225,8 @@ def test_settings_that_are_none_are_refused_in_words_and_not_by_a_crash() -> Non
     assert reason.kind == "CONFIG_INVALID" and "epochs or steps, not both" in reason.told
 
 
-ROLES = st.sampled_from((Role.SENT, Role.LOCAL)).flatmap(  # no tensor is both in turn
-    lambda role: st.lists(st.sampled_from((role, Role.FROZEN)), min_size=1, max_size=4).map(tuple)
+ROLES = st.sampled_from((TensorRole.SENT, TensorRole.LOCAL)).flatmap(  # no tensor is both in turn
+    lambda role: st.lists(st.sampled_from((role, TensorRole.FROZEN)), min_size=1, max_size=4).map(tuple)
 )
 
 
@@ -234,7 +234,7 @@ ROLES = st.sampled_from((Role.SENT, Role.LOCAL)).flatmap(  # no tensor is both i
     roles=st.lists(ROLES, min_size=1, max_size=5), number=st.integers(1, 4), up=st.sampled_from(["float32", "sparse"])
 )
 def test_only_tensors_that_the_offer_named_as_sent_ever_leave(
-    roles: list[tuple[Role, ...]], number: int, up: str
+    roles: list[tuple[TensorRole, ...]], number: int, up: str
 ) -> None:
     spec = AdapterSpec.of("m", [TensorSpec(f"t{k}", (k + 2,), each) for k, each in enumerate(roles)])
     run = replace(RUN, spec=spec, config=RUN.config.model_copy(update={"codec": CodecConfig(up=up)}))
@@ -247,7 +247,7 @@ def test_only_tensors_that_the_offer_named_as_sent_ever_leave(
     made = prepare(trained, kept, sent, run.config.codec)
     check_manifest(made.manifest, sent, [run.config.codec.encoding])
     assert [entry.name for entry in made.manifest.entries] == [
-        t.name for t in spec.tensors if t.role(number) is Role.SENT
+        t.name for t in spec.tensors if t.role(number) is TensorRole.SENT
     ]
     assert len(made.payload) == made.manifest.payload_bytes <= run.upload_bounds(number)[1]
     least = policy(transfer={"max_payload_bytes": made.manifest.payload_bytes})

@@ -64,15 +64,15 @@ def test_after_a_restart_of_four_seconds_each_client_has_three_attempts_within_t
         assert len(attempts) < 40
 
 
-@pytest.mark.parametrize(("lasting", "least_s", "most_s"), [(True, 10.0, 20.0), (False, 80.0, 90.0)])
+@pytest.mark.parametrize(("permanent", "least_s", "most_s"), [(True, 10.0, 20.0), (False, 80.0, 90.0)])
 def test_a_cause_that_somebody_must_mend_is_not_waited_out(
-    lasting: bool, least_s: float, most_s: float, monkeypatch: pytest.MonkeyPatch
+    permanent: bool, least_s: float, most_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, 0.5)
 
     async def call() -> None:
         error = ServerUnreachable("its authority was replaced")
-        error.lasting = lasting
+        error.permanent = permanent
         raise error
 
     with pytest.raises(ServerUnreachable):

@@ -162,10 +162,10 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("law", [("--partition", "natural"), ()])
 def test_natural_partition(
-    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], law: tuple[str, ...]
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], scheme: tuple[str, ...]
 ) -> None:
     out = tmp_path / "parts"
-    arguments = ("partition", str(images), *law, "--column", "maker", "--out", str(out))
+    arguments = ("partition", str(images), *scheme, "--column", "maker", "--out", str(out))
     assert fedpeft(*arguments) == 0
     assert capfd.readouterr().out == (
         f"60 rows for 3 clients (natural/maker) are in {out}\n"
@@ -221,8 +221,8 @@ def test_partition_of_other_columns(images: Path, tmp_path: Path, capfd: pytest.
 
 def test_dirichlet_partition_as_index_files(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "parts"
-    law = ("--partition", "dirichlet", "--clients", "4", "--alpha", "0.5", "--seed", "3")
-    assert fedpeft("partition", str(images), *law, "--out", str(out), "--index", "--json") == 0
+    scheme = ("--partition", "dirichlet", "--clients", "4", "--alpha", "0.5", "--seed", "3")
+    assert fedpeft("partition", str(images), *scheme, "--out", str(out), "--index", "--json") == 0
     record = json.loads(capfd.readouterr().out)
     assert record == json.loads((out / "partition.json").read_text())
     assert (record["seed"], record["alpha"], len(record["clients"])) == (3, 0.5, 4)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load
 
 from fedpeft.adapters import payload
-from fedpeft.adapters.spec import Role, TensorSpec
+from fedpeft.adapters.spec import TensorRole, TensorSpec
 from fedpeft.rpc import wire
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
@@ -237,7 +237,7 @@ async def test_an_evaluator_is_scoring_from_its_task_to_its_figures(daemon: Daem
 
 
 async def test_a_local_tensor_is_in_no_payload(daemon: Daemon) -> None:
-    spec = type(SPEC).of("bias", [*SPEC.tensors, TensorSpec("private", (4,), (Role.LOCAL,))])
+    spec = type(SPEC).of("bias", [*SPEC.tensors, TensorSpec("private", (4,), (TensorRole.LOCAL,))])
     run = await daemon.create(config(rounds={"count": 1, "clients": 1}), spec=spec)
     (a,) = await daemon.clients("a")
     task = await a.task()
@@ -251,7 +251,10 @@ async def test_a_local_tensor_is_in_no_payload(daemon: Daemon) -> None:
 async def test_roles_that_change_with_the_round_are_kept(daemon: Daemon) -> None:
     spec = type(SPEC).of(
         "bias",
-        [TensorSpec("even", (2,), (Role.SENT, Role.FROZEN)), TensorSpec("odd", (2,), (Role.FROZEN, Role.SENT))],
+        [
+            TensorSpec("even", (2,), (TensorRole.SENT, TensorRole.FROZEN)),
+            TensorSpec("odd", (2,), (TensorRole.FROZEN, TensorRole.SENT)),
+        ],
     )
     run = await daemon.create(config(rounds={"count": 2, "clients": 1}), spec=spec)
     (a,) = await daemon.clients("a")

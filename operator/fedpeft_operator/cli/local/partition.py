@@ -29,7 +29,7 @@ EPILOG = epilog(
 )
 
 
-class Law(StrEnum):
+class Scheme(StrEnum):
     """Scheme by which rows are assigned to clients."""
 
     IID = "iid"
@@ -46,7 +46,7 @@ def partition(
         Path, typer.Option("--out", metavar="DIR", help="Folder to write, with a folder or file for each client.")
     ],
     given: Annotated[
-        Law | None,
+        Scheme | None,
         typer.Option(
             "--partition",
             help="iid; dirichlet: label skew; quantity: size skew; natural: one client for each value of "
@@ -73,16 +73,16 @@ def partition(
     as_json: Annotated[bool, typer.Option("--json", help="Print partition.json.")] = False,
 ) -> None:
     """Divide a data set among clients."""
-    law = given or (Law.IID if column is None else Law.NATURAL)
-    _check(law, clients, alpha, column)
+    scheme = given or (Scheme.IID if column is None else Scheme.NATURAL)
+    _check(scheme, clients, alpha, column)
     require("train", "pyarrow")
     from fedpeft.data.partition_writer import write_parts
     from fedpeft.data.sources.inventory import Inventory
     from fedpeft.data.sources.opening import open_source
 
     whole = open_source(source, image_column, label_column)
-    cut = _cut(whole, law, clients or 1, 0.0 if alpha is None else alpha, column or "", seed)
-    record = write_parts(source, cut, out, index=index, image=image_column, label=label_column, source=whole)
+    split = _split(whole, scheme, clients or 1, 0.0 if alpha is None else alpha, column or "", seed)
+    record = write_parts(source, split, out, index=index, image=image_column, label=label_column, source=whole)
     if as_json:
         output.say_json(record)
         return
@@ -90,31 +90,31 @@ def partition(
         output.say(line)
 
 
-def _check(law: Law, clients: int | None, alpha: float | None, column: str | None) -> None:
-    """Finds a flag that is missing for the law, or that it would ignore."""
+def _check(scheme: Scheme, clients: int | None, alpha: float | None, column: str | None) -> None:
+    """Finds a flag that is missing for the scheme, or that it would ignore."""
     wants = {
-        "--clients": (clients, law is not Law.NATURAL),
-        "--alpha": (alpha, law in (Law.DIRICHLET, Law.QUANTITY)),
-        "--column": (column, law is Law.NATURAL),
+        "--clients": (clients, scheme is not Scheme.NATURAL),
+        "--alpha": (alpha, scheme in (Scheme.DIRICHLET, Scheme.QUANTITY)),
+        "--column": (column, scheme is Scheme.NATURAL),
     }
     for flag, (value, wanted) in wants.items():
         if wanted and value is None:
-            raise SettingsInvalid(f"--partition {law} needs {flag}")
+            raise SettingsInvalid(f"--partition {scheme} needs {flag}")
         if value is not None and not wanted:
-            raise SettingsInvalid(f"--partition {law} takes no {flag}; leave it out")
+            raise SettingsInvalid(f"--partition {scheme} takes no {flag}; leave it out")
 
 
-def _cut(source: Source, law: Law, clients: int, alpha: float, column: str, seed: int) -> Partition:
+def _split(source: Source, scheme: Scheme, clients: int, alpha: float, column: str, seed: int) -> Partition:
     from fedpeft.data import partitions
 
-    match law:
-        case Law.IID:
+    match scheme:
+        case Scheme.IID:
             return partitions.iid(len(source), clients, seed)
-        case Law.DIRICHLET:
+        case Scheme.DIRICHLET:
             return partitions.dirichlet(source.labels, clients, alpha, seed)
-        case Law.QUANTITY:
+        case Scheme.QUANTITY:
             return partitions.quantity(len(source), clients, alpha, seed)
-        case Law.NATURAL:
+        case Scheme.NATURAL:
             return partitions.natural(source.column(column), column)
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedpeft import formatting
 from fedpeft.api import views
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import MOST_NAMES, decline_line, headline, names
 from fedpeft.v1 import run_pb2
 
@@ -23,11 +23,11 @@ ROOM_BESIDE_ROWS = 10
 
 
 class LiveView:
-    """Draws the newest picture, several times a second so that the deadline counts down; a context manager."""
+    """Draws the newest snapshot, several times a second so that the deadline counts down; a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
-        self._picture: Picture | None = None
+        self._snapshot: RunSnapshot | None = None
         self._live = Live(
             get_renderable=self._render, console=self._console, refresh_per_second=REFRESH_PER_S, transient=False
         )
@@ -41,43 +41,43 @@ class LiveView:
     ) -> None:
         self._live.__exit__(kind, error, trace)
 
-    def show(self, picture: Picture) -> None:
-        """Draws a picture from now on."""
-        self._picture = picture
+    def show(self, snapshot: RunSnapshot) -> None:
+        """Draws a snapshot from now on."""
+        self._snapshot = snapshot
         self._live.refresh()
 
     def _render(self) -> RenderableType:
-        if self._picture is None:
+        if self._snapshot is None:
             return Text("asking the server ...")
         rows = max(3, self._console.size.height - ROOM_BESIDE_ROWS)
-        return render(self._picture, datetime.now(UTC), rows)
+        return render(self._snapshot, datetime.now(UTC), rows)
 
 
-def render(picture: Picture, now: datetime, rows: int) -> RenderableType:
+def render(snapshot: RunSnapshot, now: datetime, rows: int) -> RenderableType:
     """Returns what stands on the terminal.
 
     Args:
-        picture: The run as it is known.
+        snapshot: The run as it is known.
         now: The time, for the deadline.
         rows: Most rounds shown; older ones give way.
     """
-    parts: list[RenderableType] = [Text(headline(picture.run), style="bold"), _table(picture, rows)]
-    parts += [Text(line) for line in _sums(picture)]
-    declines = picture.run.declines
+    parts: list[RenderableType] = [Text(headline(snapshot.run), style="bold"), _table(snapshot, rows)]
+    parts += [Text(line) for line in _sums(snapshot)]
+    declines = snapshot.run.declines
     parts += [Text(decline_line(d), style="yellow", overflow="ellipsis", no_wrap=True) for d in declines[:MOST_NAMES]]
-    parts.append(_status(picture, now))
+    parts.append(_status(snapshot, now))
     return Group(*parts)
 
 
-def _table(picture: Picture, rows: int) -> Table:
+def _table(snapshot: RunSnapshot, rows: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("round", "clients", "accuracy", "train loss", "up", "down", "full fine-tuning", "seconds"):
         table.add_column(column, justify="right")
-    final = picture.committed
+    final = snapshot.committed
     if len(final) > rows:
         table.add_row("...")
-    elif "accuracy" in picture.run.initial_metrics:
-        table.add_row("0", "", formatting.percent(picture.run.initial_metrics["accuracy"]), style="dim")
+    elif "accuracy" in snapshot.run.initial_metrics:
+        table.add_row("0", "", formatting.percent(snapshot.run.initial_metrics["accuracy"]), style="dim")
     for round_ in final[-rows:]:
         clients, took = len(views.counted(round_)), views.seconds(round_)
         loss = round_.metrics.get("train_loss")
@@ -88,34 +88,34 @@ def _table(picture: Picture, rows: int) -> Table:
             "-" if loss is None else f"{loss:.3f}",
             formatting.size(round_.wire_bytes_up),
             formatting.size(round_.wire_bytes_down),
-            formatting.size(views.full_bytes(picture.run, clients)) if picture.run.model_parameters else "-",
+            formatting.size(views.full_bytes(snapshot.run, clients)) if snapshot.run.model_parameters else "-",
             "-" if took is None else f"{took:.1f}",
         )
-    if (current := picture.current) is not None:
+    if (current := snapshot.current) is not None:
         received, sampled = len(views.counted(current)), len(current.tickets)
         up, down = formatting.size(current.wire_bytes_up), formatting.size(current.wire_bytes_down)
         table.add_row(str(current.number), f"{received}/{sampled}", "", "", up, down, "", "", style="cyan")
     return table
 
 
-def _sums(picture: Picture) -> list[str]:
+def _sums(snapshot: RunSnapshot) -> list[str]:
     """Returns the bytes of all committed rounds beside those of full fine-tuning."""
-    final = picture.committed
+    final = snapshot.committed
     if not final:
         return []
     up, down = sum(r.wire_bytes_up for r in final), sum(r.wire_bytes_down for r in final)
-    full = sum(views.full_bytes(picture.run, len(views.counted(r))) for r in final)
+    full = sum(views.full_bytes(snapshot.run, len(views.counted(r))) for r in final)
     line = f"sent: up {formatting.size(up)}, down {formatting.size(down)}"
     return [line + (f"; full fine-tuning: {formatting.size(full)} each way" if full else "")]
 
 
-def _status(picture: Picture, now: datetime) -> Text:
+def _status(snapshot: RunSnapshot, now: datetime) -> Text:
     """Returns the last line: what is going on, and who is awaited."""
-    run, current = picture.run, picture.current
-    if picture.lost:
-        return Text(f"{picture.lost}; retrying until it answers", style="red")
-    if picture.waiting:
-        return Text(picture.waiting, style="yellow")
+    run, current = snapshot.run, snapshot.current
+    if snapshot.lost:
+        return Text(f"{snapshot.lost}; retrying until it answers", style="red")
+    if snapshot.waiting:
+        return Text(snapshot.waiting, style="yellow")
     if run.state != run_pb2.RUN_STATE_RUNNING:
         done = run.state == run_pb2.RUN_STATE_COMPLETED
         return Text(

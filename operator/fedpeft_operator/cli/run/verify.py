@@ -19,7 +19,7 @@ from fedpeft_operator.cli.session import Session, run_async, session_of
 if TYPE_CHECKING:
     from fedpeft.api.operator_client import OperatorClient
     from fedpeft.api.verification import Replay
-    from fedpeft.rounds.commit import Identity
+    from fedpeft.rounds.commit import RunHeader
     from fedpeft.rounds.record import Record
     from fedpeft.v1 import run_pb2
 
@@ -69,14 +69,14 @@ async def verified(session: Session, run: str, spool: Path | None, say: Callable
         rounds = [r for r in await server.rounds(run) if r.record and r.number <= found.version]
         records = check_records(run, found.version, [(r.record, r.record_sha256) for r in rounds])
         with tempfile.TemporaryDirectory(prefix="fedpeft-verify-") as scratch:
-            identity = _identity(found)
-            replay = _replay(identity, spool, Path(scratch), records) if spool else None
+            header = _header(found)
+            replay = _replay(header, spool, Path(scratch), records) if spool else None
             base = Path(scratch, "version-0")
             if records:
                 await _download(server, run, 0, records[0].base_sha256, base)
             for record in records:
                 if record.rolled_back_to is not None:
-                    await _check_rollback(server, identity, records, record, Path(scratch))
+                    await _check_rollback(server, header, records, record, Path(scratch))
                 base = await _check(server, record, base, replay)
                 say(
                     f"round {record.round}: record, version and replay agree"
@@ -101,7 +101,7 @@ async def _check(server: OperatorClient, record: Record, base: Path, replay: Rep
 
 
 async def _check_rollback(
-    server: OperatorClient, identity: Identity, records: Sequence[Record], record: Record, scratch: Path
+    server: OperatorClient, header: RunHeader, records: Sequence[Record], record: Record, scratch: Path
 ) -> None:
     """Checks that a round which went back to an earlier version made a version of its tensors."""
     from fedpeft.api.verification import check_rollback
@@ -110,7 +110,7 @@ async def _check_rollback(
     to, path = record.rolled_back_to or 0, scratch / "earlier"
     sha256 = records[to - 1].adapter_sha256 if to else records[0].base_sha256
     await _download(server, record.run, to, sha256, path)
-    await asyncio.to_thread(check_rollback, identity, record, Stored(path, sha256), scratch)
+    await asyncio.to_thread(check_rollback, header, record, Stored(path, sha256), scratch)
     await asyncio.to_thread(path.unlink)
 
 
@@ -121,17 +121,17 @@ async def _download(server: OperatorClient, run: str, version: int, sha256: str,
         raise BlobCorrupt(f"round {number}: version {version} of {run} has sha256 {found}; the record says {sha256}")
 
 
-def _identity(run: run_pb2.Run) -> Identity:
-    from fedpeft.rounds.commit import Identity
+def _header(run: run_pb2.Run) -> RunHeader:
+    from fedpeft.rounds.commit import RunHeader
     from fedpeft.rpc.wire import config_from_proto, spec_from_proto
 
-    return Identity(run.id, config_from_proto(run.config), spec_from_proto(run.spec), run.backbone_fingerprint)
+    return RunHeader(run.id, config_from_proto(run.config), spec_from_proto(run.spec), run.backbone_fingerprint)
 
 
-def _replay(identity: Identity, spool: Path, scratch: Path, records: Sequence[Record]) -> Replay:
+def _replay(header: RunHeader, spool: Path, scratch: Path, records: Sequence[Record]) -> Replay:
     from fedpeft.api.verification import Replay
 
-    return Replay(identity, spool, scratch, records)
+    return Replay(header, spool, scratch, records)
 
 
 def _row(record: Record, sha256: str, replayed: bool) -> views.Json:

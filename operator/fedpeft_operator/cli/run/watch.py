@@ -15,7 +15,7 @@ from fedpeft_operator.cli.exit_codes import Exit
 from fedpeft_operator.cli.session import Session, run_async, session_of
 
 if TYPE_CHECKING:
-    from fedpeft.api.following import Picture
+    from fedpeft.api.following import RunSnapshot
 
 EPILOG = epilog(
     "fedpeft run watch run-0a1b2c3d4e5f",
@@ -34,38 +34,38 @@ def watch(
     Ends with 0 when the run is completed and with 5 when it was stopped.
     """
     try:
-        picture = run_async(watched(session_of(context), run, as_json=as_json))
+        snapshot = run_async(watched(session_of(context), run, as_json=as_json))
     except KeyboardInterrupt:
         output.note(f"fedpeft: no longer watching; {run} goes on")
         raise typer.Exit(Exit.INTERRUPTED) from None
-    if views.state(picture.run) != "completed":
+    if views.state(snapshot.run) != "completed":
         raise typer.Exit(Exit.NOT_COMPLETED)
 
 
-async def watched(session: Session, run: str, *, as_json: bool = False) -> Picture:
-    """Shows a run until it ends; returns its last picture."""
+async def watched(session: Session, run: str, *, as_json: bool = False) -> RunSnapshot:
+    """Shows a run until it ends; returns its last snapshot."""
     from fedpeft.api.following import follow
     from fedpeft_operator.cli.run.live import LiveView
 
     narrator, live = Narrator(), output.is_terminal() and not as_json
-    picture: Picture | None = None
+    snapshot: RunSnapshot | None = None
     with LiveView() if live else nullcontext() as view:
-        async for picture in follow(session.client, run):
+        async for snapshot in follow(session.client, run):
             if view is not None:
-                view.show(picture)
+                view.show(snapshot)
                 continue
-            for line in narrator.lines(picture):
+            for line in narrator.lines(snapshot):
                 (output.note if as_json else output.say)(line)
-            if as_json and not (picture.lost or picture.waiting):
-                _say_change(picture)
-    if picture is None:
-        raise AssertionError("unreachable: a run that is found has a picture")
+            if as_json and not (snapshot.lost or snapshot.waiting):
+                _say_change(snapshot)
+    if snapshot is None:
+        raise AssertionError("unreachable: a run that is found has a snapshot")
     if not as_json:
-        for line in summary(picture):
+        for line in summary(snapshot):
             output.say(line)
-    return picture
+    return snapshot
 
 
-def _say_change(picture: Picture) -> None:
-    rounds = [picture.rounds[number] for number in sorted(picture.changed)]
-    output.say_json(views.change_json(picture.run, rounds, picture.current), line=True)
+def _say_change(snapshot: RunSnapshot) -> None:
+    rounds = [snapshot.rounds[number] for number in sorted(snapshot.changed)]
+    output.say_json(views.change_json(snapshot.run, rounds, snapshot.current), line=True)

@@ -50,9 +50,9 @@ def draw(context: ConsoleContext, page: int, may_write: bool) -> Fragments:
 
 def _card(context: ConsoleContext, run: run_pb2.Run) -> Card:
     feed = context.feeds.of(run.id)
-    if feed.picture is None:
+    if feed.snapshot is None:
         return card(run, None, ())
-    return feed.made("card", lambda: card(run, feed.picture, feed.rounds))
+    return feed.made("card", lambda: card(run, feed.snapshot, feed.rounds))
 
 
 def _runs(context: ConsoleContext, page: int) -> list[str]:

@@ -33,7 +33,7 @@ async def run(request: Request) -> Response:
     """Shows a run."""
     context, feed, page = context_of(request), await _feed(request), page_number(request)
     fragments = draw(context, feed, page, session_of(request).may_write)
-    name = feed.picture.run.config.name if feed.picture else feed.run
+    name = feed.snapshot.run.config.name if feed.snapshot else feed.run
     return context.renderer.page(
         request,
         "run.html",
@@ -42,7 +42,7 @@ async def run(request: Request) -> Response:
         run=feed.run,
         name=name,
         window=WINDOW,
-        versions=versions(feed.picture.run, feed.rounds) if feed.picture else [],
+        versions=versions(feed.snapshot.run, feed.rounds) if feed.snapshot else [],
         events=f"/runs/{feed.run}/events?page={page}",
     )
 
@@ -59,12 +59,12 @@ def draw(context: ConsoleContext, feed: RunFeed, page: int, may_write: bool) -> 
     # A watch may be silent for long; whether the server is there, the directory asks.
     lost = (feed.lost or context.directory.lost) if feed.error is None else feed.error.message
     connection = {"connection": context.renderer.fragment("connection.html", lost=lost)}
-    if feed.picture is None:
+    if feed.snapshot is None:
         return connection
     about_rounds = feed.made(("rounds", page), lambda: _about_rounds(context, feed, page))
     about_run = feed.made(("run", may_write), lambda: _about_run(context, feed, may_write))
     # How far clients and evaluators are changes all the time: from the last look at all runs, not from the watch.
-    run = context.directory.runs.get(feed.run, feed.picture.run)
+    run = context.directory.runs.get(feed.run, feed.snapshot.run)
     far = {
         "awaited": context.renderer.fragment("run/awaited.html", awaited=awaited(run)),
         "evaluation": context.renderer.fragment(
@@ -79,7 +79,7 @@ async def round_(request: Request) -> Response:
     context, feed, page = context_of(request), await _feed(request), page_number(request)
     number = path_number(request, "number")
     facts = next((facts for facts in feed.rounds if facts.number == number), None)
-    if facts is None or feed.picture is None:
+    if facts is None or feed.snapshot is None:
         raise Refused(404, f"{feed.run} has no round {number}; its newest round is {len(feed.rounds)}.")
     ratios = {norm.client: norm for norm in norms(feed.rounds) if norm.round == number}
     classes = {
@@ -88,9 +88,9 @@ async def round_(request: Request) -> Response:
     return context.renderer.page(
         request,
         "round.html",
-        f"Round {number} of {feed.picture.run.config.name}",
+        f"Round {number} of {feed.snapshot.run.config.name}",
         run=feed.run,
-        name=feed.picture.run.config.name,
+        name=feed.snapshot.run.config.name,
         round=facts,
         tickets=paginate(facts.tickets, page, 100),
         excluded=await _exclusions(context, feed.run, facts),
@@ -114,32 +114,35 @@ async def _exclusions(context: ConsoleContext, run: str, facts: RoundFacts) -> E
 
 
 def _about_run(context: ConsoleContext, feed: RunFeed, may_write: bool) -> dict[str, str]:
-    picture, renderer = feed.picture, context.renderer
-    assert picture is not None
+    snapshot, renderer = feed.snapshot, context.renderer
+    assert snapshot is not None
     return {
-        "head": renderer.fragment("run/head.html", head=head(picture.run), may_write=may_write),
+        "head": renderer.fragment("run/head.html", head=head(snapshot.run), may_write=may_write),
         "aside": renderer.fragment(
-            "run/aside.html", aside=set_aside(picture.run, feed.rounds), run=feed.run, may_write=may_write
+            "run/aside.html", aside=set_aside(snapshot.run, feed.rounds), run=feed.run, may_write=may_write
         ),
-        "end": renderer.fragment("run/end.html", head=head(picture.run), may_write=may_write),
-        "rollback-said": renderer.fragment("run/rollback.html", head=head(picture.run)),
+        "end": renderer.fragment("run/end.html", head=head(snapshot.run), may_write=may_write),
+        "rollback-said": renderer.fragment("run/rollback.html", head=head(snapshot.run)),
         "configuration": renderer.fragment(
             "run/configuration.html",
-            configuration=configuration(picture.run),
-            head=head(picture.run),
+            configuration=configuration(snapshot.run),
+            head=head(snapshot.run),
             may_write=may_write,
         ),
         "stage": renderer.fragment(
-            "run/stage.html", stage=stage(picture, feed.rounds), head=head(picture.run), declines=declines(picture.run)
+            "run/stage.html",
+            stage=stage(snapshot, feed.rounds),
+            head=head(snapshot.run),
+            declines=declines(snapshot.run),
         ),
-        "tiles": renderer.fragment("tiles.html", tiles=tiles(picture, feed.rounds)),
+        "tiles": renderer.fragment("tiles.html", tiles=tiles(snapshot, feed.rounds)),
     }
 
 
 def _about_rounds(context: ConsoleContext, feed: RunFeed, page: int) -> dict[str, str]:
-    picture, renderer = feed.picture, context.renderer
-    assert picture is not None
-    initial = dict(picture.run.initial_metrics)
+    snapshot, renderer = feed.snapshot, context.renderer
+    assert snapshot is not None
+    initial = dict(snapshot.run.initial_metrics)
     committed = [facts for facts in feed.rounds if facts.is_committed]
     found = members(feed.rounds)
     said = {f"said-{name}": text for name, text in captions(feed.rounds, initial).items()}

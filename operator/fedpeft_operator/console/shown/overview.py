@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedpeft import formatting
 from fedpeft.api import views
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.console.facts import RoundFacts
@@ -59,16 +59,16 @@ class Card:
     aside: tuple[str, ...]
 
 
-def card(run: run_pb2.Run, picture: Picture | None, rounds: Sequence[RoundFacts]) -> Card:
+def card(run: run_pb2.Run, snapshot: RunSnapshot | None, rounds: Sequence[RoundFacts]) -> Card:
     """Returns a run at a glance.
 
     Args:
         run: As it stands in the list of runs.
-        picture: What its watch knows; None before its first answer.
-        rounds: Of the picture.
+        snapshot: What its watch knows; None before its first answer.
+        rounds: Of the snapshot.
     """
-    top = head(picture.run if picture is not None else run)
-    now = stage(picture, rounds) if picture is not None else None
+    top = head(snapshot.run if snapshot is not None else run)
+    now = stage(snapshot, rounds) if snapshot is not None else None
     by, scores = next(((by, found) for by in _FIGURES if (found := _scores(by, run, rounds))), ("", []))
     return Card(
         id=top.id,
@@ -84,7 +84,7 @@ def card(run: run_pb2.Run, picture: Picture | None, rounds: Sequence[RoundFacts]
         line=sparkline(thinned(scores, SPARKLINE_POINTS)),
         sent=_sent([facts for facts in rounds if facts.is_committed]),
         odd=tuple(member.client for member in members(rounds) if member.remarks),
-        aside=tuple((picture.run if picture is not None else run).set_aside),
+        aside=tuple((snapshot.run if snapshot is not None else run).set_aside),
     )
 
 

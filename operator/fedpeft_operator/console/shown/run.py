@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedpeft import formatting
 from fedpeft.api import views
-from fedpeft.api.following import Picture
+from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import names
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.console.facts import RoundFacts, TicketFacts
@@ -132,13 +132,13 @@ def head(run: run_pb2.Run) -> Head:
     )
 
 
-def stage(picture: Picture, rounds: Sequence[RoundFacts]) -> Stage | None:
+def stage(snapshot: RunSnapshot, rounds: Sequence[RoundFacts]) -> Stage | None:
     """Returns the round in progress, or None if the run is over."""
-    current = picture.current
+    current = snapshot.current
     if current is None:
         return None
     facts = next(facts for facts in reversed(rounds) if facts.number == current.number)
-    config = picture.run.config.rounds
+    config = snapshot.run.config.rounds
     places = [name for name, _ in PHASES]
     at = places.index(facts.phase)
     steps = tuple(
@@ -150,7 +150,7 @@ def stage(picture: Picture, rounds: Sequence[RoundFacts]) -> Stage | None:
         number=facts.number,
         phase=facts.phase,
         steps=steps,
-        sentence=_sentence(facts, picture.run),
+        sentence=_sentence(facts, snapshot.run),
         deadline=facts.deadline,
         extensions=facts.extensions,
         received=len(facts.of("received")),
@@ -162,10 +162,10 @@ def stage(picture: Picture, rounds: Sequence[RoundFacts]) -> Stage | None:
     )
 
 
-def tiles(picture: Picture, rounds: Sequence[RoundFacts]) -> list[Tile]:
+def tiles(snapshot: RunSnapshot, rounds: Sequence[RoundFacts]) -> list[Tile]:
     """Returns the figures of a run that matter most."""
     committed = [facts for facts in rounds if facts.is_committed]
-    run = picture.run
+    run = snapshot.run
     return [
         Tile(
             "Rounds",
