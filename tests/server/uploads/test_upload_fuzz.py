@@ -189,9 +189,9 @@ class World:
             "calls": [name for name in NAMES if session[name].calls],
             "open files": open_files(self._spool),
             "writers": list(spool._writers),
-            "turns": list(uploads._slots._held),
+            "slots": list(uploads._slots._held),
             "checks": list(uploads._concluding),
-            "steps": [step.get_name() for engine in self._daemon.server.runs.all() for step in engine.steps._tasks],
+            "tasks": [step.get_name() for engine in self._daemon.server.runs.all() for step in engine.tasks._tasks],
             "files": [path.name for path in self._spool.iterdir()] if files else [],
         }
 

@@ -89,7 +89,7 @@ async def test_a_repetition_joins_the_check_that_is_under_way(daemon: Daemon, mo
 async def test_an_update_whose_round_ends_while_it_is_looked_up_is_late_and_not_wrong(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    odd = specs.TensorSpec("odd", (4,), (specs.Role.SENT, specs.Role.FROZEN))  # sent in every other round
+    odd = specs.TensorSpec("odd", (4,), (specs.TensorRole.SENT, specs.TensorRole.FROZEN))  # sent in every other round
     spec = type(SPEC).of("bias", [*SPEC.tensors, odd])
     run = await daemon.create(config(rounds={"count": 2, "clients": 1}), spec=spec)
     (client,) = await daemon.clients("a")
