@@ -38,7 +38,7 @@ class ChunkReceiver:
             text = f"has {manifest.payload_bytes} bytes; at most {self._max_bytes} are taken"
             raise UpdateTooLarge(f"the payload {text}", (("header.manifest.payload_bytes", text),))
 
-    async def take(
+    async def receive(
         self,
         key: str,
         manifest: Manifest,

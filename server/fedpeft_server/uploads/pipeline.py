@@ -135,7 +135,7 @@ class Uploads:
                 counted = await self._repeated(_now(engine, ticket), header)  # it may have waited for that one
                 if counted:
                     return counted
-                writer = await self._receiver.take(
+                writer = await self._receiver.receive(
                     ticket.id, manifest, context, slot, booked, lambda: self._admit(engine, _now(engine, ticket))
                 )
                 return await self._concluded(self._begin(engine, ticket, header, writer))
@@ -179,7 +179,7 @@ class Uploads:
         """
         self._receiver.check_size(manifest)
         async with self._creations.take(key):
-            writer = await self._receiver.take(key, manifest, context)
+            writer = await self._receiver.receive(key, manifest, context)
             try:
                 await asyncio.shield(self._tasks.start(self._store.compute(_finish, writer)))
             except PayloadInvalid as error:
