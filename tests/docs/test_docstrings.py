@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("benchmarks", "client", "common", "deploy", "docs", "experiments", "operator", "server", "tests")
-QUESTIONS = frozenset(("how", "what", "when", "where", "whether", "which", "who", "whom", "whose", "why"))
+QUESTIONS = frozenset(
+    ("how", "what", "whatever", "when", "where", "whether", "which", "who", "whoever", "whom", "whose", "why")
+)
 
 
 def docstrings(source: str) -> Iterator[tuple[int, str]]:

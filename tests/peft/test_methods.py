@@ -65,7 +65,7 @@ def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def untouched(backbone: Backbone) -> Iterator[None]:
-    """Whatever a test does with tuned models, the backbone stays as it was built, bit for bit."""
+    """Checks that the backbone stays as it was built, bit for bit, in every test with tuned models."""
     before = {n: t.clone() for n, t in backbone.module.state_dict().items()}
     yield
     after = backbone.module.state_dict()

@@ -318,7 +318,7 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class IdentityRow:
-    """Whoever called or was enrolled.
+    """A subject that was enrolled, or that has called.
 
     Attributes:
         subject: Its role and name.
