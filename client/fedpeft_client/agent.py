@@ -193,7 +193,7 @@ class Agent:
     async def _take_part(self) -> bool:
         """Pushes what is pending, awaits one task and does it; returns False once there is nothing left to do."""
         await self._push_pending()
-        await self._finished.look()
+        await self._finished.clean_up()
         await self._limits.permit(0 if self._settings.evaluate else self._verdicts.least_upload_bytes())
         wanted, once = self._settings.run or "", self._settings.once
         self._pace.begin()

@@ -96,7 +96,7 @@ async def _serve(
                 else:
                     work = Agent(settings, policy, directory, channel, worker, egress_log, metrics, log).live()
                     if identity is not None:
-                        work = first_of(work, Renewal(identity, channel, log).keep())
+                        work = first_of(work, Renewal(identity, channel, log).run())
                 await _until_stopped(work, log)
         finally:
             await worker.close()

@@ -99,7 +99,7 @@ class Looked:
         assert [said for said in self.complaints if not said.startswith("Failed to load resource")] == []
 
 
-async def looked_at(browser: Browser, base: str, link: str) -> Looked:
+async def known(browser: Browser, base: str, link: str) -> Looked:
     context = await browser.new_context(viewport=DESK, color_scheme="light")  # type: ignore[arg-type]
     page = await context.new_page()
     await page.goto(link)
@@ -110,7 +110,7 @@ async def looked_at(browser: Browser, base: str, link: str) -> Looked:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def session(browser: Browser, console: Console) -> AsyncIterator[Looked]:
-    looked = await looked_at(browser, console.base, console.link)
+    looked = await known(browser, console.base, console.link)
     yield looked
     await looked.context.close()
 
@@ -131,7 +131,7 @@ async def viewer(operator: Looked, browser: Browser) -> AsyncIterator[Looked]:
     """A viewer's browser, let in by a link that the operator made."""
     page = await operator.page("/access")
     await page.get_by_role("button", name="Link for a viewer").click()
-    looked = await looked_at(browser, operator.base, await page.locator("#link").inner_text())
+    looked = await known(browser, operator.base, await page.locator("#link").inner_text())
     yield looked
     await looked.context.close()
     looked.check()

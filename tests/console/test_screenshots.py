@@ -19,7 +19,7 @@ from playwright.async_api import Browser, expect
 
 from fedpeft.rpc import wire
 
-from .conftest import DESK, PHONE, Looked, looked_at
+from .conftest import DESK, PHONE, Looked, known
 from .federation import Federation, wait_for
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.xdist_group("console"), pytest.mark.timeout(3600)]
@@ -100,7 +100,7 @@ def client(federation: Federation, name: str, data: Path, weights: str, *flags: 
 async def test_pictures_for_the_docs(browser: Browser, folder: Path, emoji: tuple[Federation, str]) -> None:
     federation, run = emoji
     _, link = federation.console()
-    looked = await looked_at(browser, link.partition("/login")[0], link)
+    looked = await known(browser, link.partition("/login")[0], link)
     scored = f"version {SHOWN})"
     for name, path, phone, scheme in (
         ("console-run", f"/runs/{run}", False, "light"),

@@ -72,7 +72,7 @@ async def test_a_fault_in_a_look_is_said_and_the_next_look_is_made() -> None:
 
     directory = Directory(Faulty(), ChangeSignal(), lambda: None)  # type: ignore[arg-type]
     with capture_logs() as said:
-        await directory.look()
+        await directory.refresh()
         assert directory.lost == "the console cannot read the server's lists: RuntimeError: a fault of ours"
-        await directory.look(again=True)
+        await directory.refresh(force=True)
     assert [connection["event"] for connection in said] == ["the lists cannot be read"] * 2

@@ -373,7 +373,7 @@ async def renewed(channels: list[Channel], identities: list[Identity], stop_at: 
     """Lets each client renew as it does half-way, until it trusts so many authorities."""
     for channel, identity in zip(channels, identities, strict=True):
         half = certificates.renewal(identity.certificate) + timedelta(days=2)  # a clock past the half of its life
-        keeping = asyncio.create_task(Renewal(identity, channel, logger(), lambda half=half: half).keep())  # type: ignore[misc]
+        keeping = asyncio.create_task(Renewal(identity, channel, logger(), lambda half=half: half).run())  # type: ignore[misc]
         async with asyncio.timeout(30):
             while len(Identity.load(identity.folder).authority) != stop_at or keeping.done():
                 assert not keeping.done(), keeping

@@ -109,7 +109,7 @@ class SiteStatus:
         return json.loads(json.dumps(asdict(self), default=_plain))  # type: ignore[no-any-return]
 
 
-def look(state_dir: Path, policy: Path | None = None, identity: Path | None = None) -> SiteStatus:
+def read_status(state_dir: Path, policy: Path | None = None, identity: Path | None = None) -> SiteStatus:
     """Reads the state of a client; nothing is written, and a running client is not held up.
 
     Args:

@@ -15,7 +15,7 @@ from fedpeft.process.output import say, say_json
 from fedpeft.rpc import diagnosis
 from fedpeft.rpc.diagnosis import Trust
 from fedpeft.untrusted_text import plain
-from fedpeft_client.commands.site_status import RunStatus, SiteStatus, look
+from fedpeft_client.commands.site_status import RunStatus, SiteStatus, read_status
 from fedpeft_client.enrolment import site_identity
 from fedpeft_client.error_policy import Exit
 from fedpeft_client.state import state_flag
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         StateInvalid: If it is not there.
     """
     given = _parser().parse_args(arguments)
-    found = look(state_flag.existing(given.state_dir), given.policy, given.identity)
+    found = read_status(state_flag.existing(given.state_dir), given.policy, given.identity)
     reached = _reached(found, given.identity) if given.ask else None
     if given.json:
         say_json({**found.as_json(), **({"reached": not reached, "cause": reached} if given.ask else {})})
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         help="its policy, if that is another than the client began with last (FEDPEFT_CLIENT_POLICY)",
     )
     parser.add_argument(
-        "--ask", action="store_true", help="also look whether the server is reached now; 3 if it is not"
+        "--ask", action="store_true", help="also read_status whether the server is reached now; 3 if it is not"
     )
     parser.add_argument("--json", action="store_true", help="JSON in place of text")
     return parser

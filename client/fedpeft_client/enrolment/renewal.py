@@ -50,8 +50,8 @@ class Renewal:
         self._pause_s = FIRST_PAUSE_S
         self._by_another = False
 
-    async def keep(self) -> NoReturn:
-        """Renews for as long as the client lives.
+    async def run(self) -> NoReturn:
+        """Renews the certificate for as long as the client runs.
 
         Raises:
             CertificateExpired: When the certificate has ended all the same: only a new token helps.

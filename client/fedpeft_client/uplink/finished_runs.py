@@ -67,8 +67,8 @@ class FinishedRuns:
         self._log = log
         self._next = 0.0
 
-    async def look(self) -> None:
-        """Looks, if it is time to; whatever stands against it, the next time will do.
+    async def clean_up(self) -> None:
+        """Removes the files of finished runs, if it is time to; after a failure the next call tries again.
 
         Raises:
             LocalError: If the ledger or the state directory cannot be written.

@@ -75,13 +75,13 @@ def console(settings: Settings, connect: Connect, sessions: SessionStore) -> Sta
         signal=signal,
         connection=connection,
         feeds=feeds,
-        directory=Directory(connection, signal, feeds.hurry),
+        directory=Directory(connection, signal, feeds.reconnect),
         audit=AuditLog(connection),
     )
 
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
-        looking = asyncio.create_task(context.directory.keep())
+        looking = asyncio.create_task(context.directory.run())
         try:
             yield
         finally:

@@ -32,10 +32,10 @@ class ConsoleContext:
     directory: Directory
     audit: AuditLog
 
-    async def looked(self, runs: Iterable[str]) -> None:
+    async def ready(self, runs: Iterable[str]) -> None:
         """Waits for the first snapshot of each run, unless the server is known to be unreachable."""
         if not self.directory.lost:
-            await asyncio.gather(*(self.feeds.of(run).looked() for run in runs))
+            await asyncio.gather(*(self.feeds.of(run).ready() for run in runs))
 
 
 def context_of(request: Request) -> ConsoleContext:

@@ -38,7 +38,7 @@ class Directory:
     Attributes:
         runs: Every run by id, oldest first.
         clients: Every client by id.
-        lost: Why the last look failed, in a sentence; empty if it did not.
+        lost: The cause of the last refresh that failed, in a sentence; empty if it succeeded.
         looked_at: Whether there was an answer yet.
         lookers: How many pages keep them fresh.
     """
@@ -47,69 +47,69 @@ class Directory:
         self.runs: dict[str, run_pb2.Run] = {}
         self.clients: dict[str, pb.Client] = {}
         self.lost = ""
-        self.looked_at = False
-        self.lookers = 0
+        self.known = False
+        self.users = 0
         self._connection, self._signal, self._back = connection, signal, back
         self._fresh_until = 0.0
-        self._looking: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
         self._wanted = asyncio.Event()
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
-        """Keeps the lists fresh."""
-        self.lookers += 1
+    def in_use(self) -> Iterator[None]:
+        """Keeps the lists up to date while the block lasts."""
+        self.users += 1
         self._wanted.set()
         try:
             yield
         finally:
-            self.lookers -= 1
+            self.users -= 1
 
-    async def keep(self) -> None:
-        """Looks again and again while anybody looks; never returns."""
+    async def run(self) -> None:
+        """Refreshes the lists repeatedly while a page shows them; never returns."""
         while True:
-            if not self.lookers:
+            if not self.users:
                 self._wanted.clear()
                 await self._wanted.wait()
-            await self.look()
+            await self.refresh()
             await asyncio.sleep(max(PAUSE_S, self._fresh_until - time.monotonic()))
 
     async def knows_run(self, run: str) -> bool:
         """Returns True if there is a run; an unknown one is asked for, and one that cannot be asked for may be."""
-        await self.look(again=run not in self.runs)
+        await self.refresh(force=run not in self.runs)
         return run in self.runs or bool(self.lost)
 
     async def knows_client(self, client: str) -> bool:
         """Returns True if a client ever registered, likewise."""
-        await self.look(again=client not in self.clients)
+        await self.refresh(force=client not in self.clients)
         return client in self.clients or bool(self.lost)
 
-    async def look(self, *, again: bool = False) -> None:
-        """Asks the server, unless the last look is fresh and nothing else is wanted.
+    async def refresh(self, *, force: bool = False) -> None:
+        """Asks the server, unless the last answer is recent; `force` asks all the same.
 
         A server that is known to be away is asked too, but not waited for: what was known can be shown meanwhile.
         """
-        if self._looking is None:
-            if time.monotonic() < self._fresh_until and not again:
+        if self._refreshing is None:
+            if time.monotonic() < self._fresh_until and not force:
                 return
-            self._looking = asyncio.create_task(self._look())
-        if again or not self.lost:
-            await asyncio.shield(self._looking)
+            self._refreshing = asyncio.create_task(self._refresh())
+        if force or not self.lost:
+            await asyncio.shield(self._refreshing)
 
-    async def _look(self) -> None:
+    async def _refresh(self) -> None:
         began = time.monotonic()
         before = (self.runs, self.clients, self.lost)
         try:
             runs = await self._connection.ask(lambda server: server.runs())
             clients = await self._connection.ask(lambda server: server.clients())
             self.runs, self.clients = _by_id(runs), _by_id(clients)
-            self.lost, self.looked_at = "", True
+            self.lost, self.known = "", True
         except FedpeftError as error:
             self.lost = error.in_short
         except Exception as error:  # a fault of ours: said on the pages like any other, until the next look
             log.exception("the lists cannot be read")
             self.lost = f"the console cannot read the server's lists: {type(error).__name__}: {error}"
         finally:
-            self._looking = None
+            self._refreshing = None
         now = time.monotonic()
         # What a look at a server that is away takes says nothing about the federation's size.
         pause_s = PAUSE_S if self.lost else min(max(PAUSE_S, SHARE * (now - began)), LONGEST_PAUSE_S)

@@ -44,16 +44,16 @@ class RunFeed:
         self.rounds: Sequence[RoundFacts] = ()
         self.lost = ""
         self.error: FedpeftError | None = None
-        self._made: dict[Hashable, object] = {}
+        self._cache: dict[Hashable, object] = {}
         self._reader = Reader()
         self._connect, self._signal = connect, signal
-        self._looked = asyncio.Event()
+        self._ready = asyncio.Event()
         self._fresh_until = 0.0
         self._telling: asyncio.TimerHandle | None = None
         self._following = asyncio.create_task(self._follow())
 
-    async def looked(self) -> None:
-        """Waits for the first answer, and not for long.
+    async def ready(self) -> None:
+        """Waits for the first answer, for at most `FIRST_LOOK_S`.
 
         A run that is over, but not scored to its end, is asked for again.
         """
@@ -61,21 +61,21 @@ class RunFeed:
             self._following = asyncio.create_task(self._follow())
         try:
             async with asyncio.timeout(FIRST_LOOK_S):
-                await self._looked.wait()
+                await self._ready.wait()
         except TimeoutError:
             return
 
-    def made(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Returns what a page makes of the run, made once between two changes."""
-        if key not in self._made:
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Returns the value of `make`, computed once between two changes of the run."""
+        if key not in self._cache:
             began = time.monotonic()
-            self._made[key] = make()
+            self._cache[key] = make()
             now = time.monotonic()
             self._fresh_until = max(now, self._fresh_until) + SHARE * (now - began)
-        return cast(T, self._made[key])
+        return cast(T, self._cache[key])
 
-    def hurry(self) -> None:
-        """Asks again at once if the server was away: the pauses of a watch grow with its absence."""
+    def reconnect(self) -> None:
+        """Reconnects at once if the server was unreachable: the pauses of a watch grow with the outage."""
         if self.lost:
             self._following.cancel()
             self._following = asyncio.create_task(self._follow())
@@ -120,6 +120,6 @@ class RunFeed:
 
     def _tell(self) -> None:
         self._telling = None
-        self._made.clear()
-        self._looked.set()
+        self._cache.clear()
+        self._ready.set()
         self._signal.notify()

@@ -30,18 +30,18 @@ class Feeds:
         self._feeds: OrderedDict[str, RunFeed] = OrderedDict()
         self._held: Counter[str] = Counter()
 
-    def of(self, run: str, *, again: bool = False) -> RunFeed:
-        """Returns the feed of a run, begun if it is not there, and if it has failed and is to be tried `again`."""
+    def of(self, run: str, *, force: bool = False) -> RunFeed:
+        """Returns the feed of a run, started if there is none; `force` restarts one that has failed."""
         feed = self._feeds.get(run)
-        if feed is None or (again and feed.error is not None):
+        if feed is None or (force and feed.error is not None):
             feed = self._feeds[run] = RunFeed(run, self._connect, self._signal)
         self._feeds.move_to_end(run)
         self._shed()
         return feed
 
     @contextmanager
-    def holding(self, runs: Sequence[str]) -> Iterator[None]:
-        """Keeps the feeds of some runs while they are looked at."""
+    def in_use(self, runs: Sequence[str]) -> Iterator[None]:
+        """Keeps the feeds of some runs while the block lasts."""
         self._held.update(runs)
         try:
             yield
@@ -49,10 +49,10 @@ class Feeds:
             self._held.subtract(runs)
             self._shed()
 
-    def hurry(self) -> None:
-        """Tells every feed that the server is back."""
+    def reconnect(self) -> None:
+        """Reconnects every feed: the server is back."""
         for feed in self._feeds.values():
-            feed.hurry()
+            feed.reconnect()
 
     def close(self) -> None:
         """Ends every watch."""

@@ -45,8 +45,8 @@ async def _events(request: Request, draw: Draw, runs: Callable[[], Sequence[str]
     sent: dict[str, str] = {}
     with ExitStack() as held:
         held.enter_context(context.sessions.page_open(session))
-        held.enter_context(context.directory.looking())
-        held.enter_context(context.feeds.holding(runs()))
+        held.enter_context(context.directory.in_use())
+        held.enter_context(context.feeds.in_use(runs()))
         while context.sessions.get(session.id) is not None:
             count = context.signal.count
             for event in _changed(draw(), sent):

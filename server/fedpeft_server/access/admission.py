@@ -136,9 +136,9 @@ class Admission:
             if not self._open[subject]:
                 del self._open[subject]
 
-    async def hold(self) -> None:
+    async def delay_refusal(self) -> None:
         """Holds a refusal back, so that who repeats at once what cost the server something does so seldom."""
-        await self._pacing.hold()
+        await self._pacing.delay_refusal()
 
     def check(self, call: Call) -> None:
         """Checks whether a call may be made, or go on.

@@ -55,7 +55,7 @@ class Pacing:
         """
         most = bounds.CALLERS[party.right].under_way
         if self._under_way[party] >= most:
-            await self.hold()
+            await self.delay_refusal()
             raise TooManyCalls(f"{party} has {most} calls under way, the most one may have; end some")
         self._under_way[party] += 1
         try:
@@ -73,7 +73,7 @@ class Pacing:
         buckets = [(rate, self._bucket(party, name, rate, now)) for name, rate in rates]
         wait_s, slowest = max(((bucket.wait_s(now), rate) for rate, bucket in buckets), key=lambda found: found[0])
         if wait_s > bounds.WAIT_S:
-            await self.hold()
+            await self.delay_refusal()
             what = f"{method.rpartition('/')[2]} calls" if slowest is own else "calls"
             raise TooManyCalls(f"{party} makes more than {slowest.per_s:g} {what} a second; call less often")
         for _, bucket in buckets:
@@ -88,8 +88,8 @@ class Pacing:
             self._buckets.popitem(last=False)
         return bucket
 
-    async def hold(self) -> None:
-        """Holds a refusal back, so that who repeats it at once does so seldom."""
+    async def delay_refusal(self) -> None:
+        """Delays a refusal, so that a caller that repeats the call at once does so at a low rate."""
         if self._held >= bounds.MOST_REFUSALS_HELD:
             return
         self._held += 1

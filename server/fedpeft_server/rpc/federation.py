@@ -334,7 +334,7 @@ class Federation(pb_grpc.FederationServiceServicer):
                 due = engine
         if due is None:
             return None
-        answers.asked(due.run.id, client)
+        answers.mark_offered(due.run.id, client)
         return _offer(due)
 
     async def _evaluation(self, client: str, run: str, left_out: Collection[str]) -> pb.AwaitRoundResponse | None:

@@ -177,7 +177,7 @@ class _Boundary:
         code = status.status if status else "OK" if error is None else "CANCELLED"
         self._gate.finished(self._call, code, time.perf_counter() - self._began)
         if isinstance(status, MessageTooLarge):
-            await self._gate.admission.hold()
+            await self._gate.admission.delay_refusal()
         if isinstance(status, Unauthenticated | PermissionDenied):
             await self._gate.audited(self._call, status, peer_of(self._context))
         if status:

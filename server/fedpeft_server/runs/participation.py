@@ -45,8 +45,8 @@ class Participation:
         for run in self._runs_of.get(client, ()):
             self._due[run].add(client)
 
-    def asked(self, run: str, client: str) -> None:
-        """Notes that a client was offered a run, so that it is named among those whose answer is awaited."""
+    def mark_offered(self, run: str, client: str) -> None:
+        """Records that a client was offered a run; its answer is awaited from now on."""
         self._asked[run].add(client)
 
     def dismiss(self, client: str) -> None:

@@ -106,7 +106,7 @@ class ProgressWatch:
         found = [(open_.client, open_.progress, self._judge(open_)) for open_ in known]
         return sorted(found, key=lambda each: (_ORDER.index(each[2].state), each[0]))
 
-    async def look(self, engines: Iterable[RunEngine], changed: Callable[[str], None]) -> None:
+    async def check(self, engines: Iterable[RunEngine], changed: Callable[[str], None]) -> None:
         """Judges every awaited client; logs and shows what is new.
 
         Args:

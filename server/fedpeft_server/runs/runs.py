@@ -78,7 +78,7 @@ class Runs:
     def __init__(
         self, store: Store, byte_counter: ByteCounter, metrics: Metrics, background: Background, progress: ProgressWatch
     ) -> None:
-        self.lobby = Lobby(self.look, lambda run, client: self.participation.accepted(run, client))
+        self.lobby = Lobby(self.wake_matching, lambda run, client: self.participation.accepted(run, client))
         self.participation = Participation()
         self.progress = progress
         self.scoring = Scoring(store)
@@ -288,8 +288,8 @@ class Runs:
             self.show_backlog(self._engines[run])
             self.announce(run)
 
-    def look(self) -> None:
-        """Has the lobby looked at soon."""
+    def wake_matching(self) -> None:
+        """Wakes the matching of waiting clients with runs."""
         self._news.set()
 
     def watch(self, run_id: str) -> Changes:
@@ -376,7 +376,7 @@ class Runs:
             self._sort(engine)
             self.show_backlog(engine)
         self.announce(engine.run.id)
-        self.look()
+        self.wake_matching()
 
     async def _match(self) -> None:
         """Offers the lobby to the runs, the one that sampled longest ago first."""
@@ -393,7 +393,7 @@ class Runs:
                     await self._news.wait()
 
     async def _look_at_progress(self) -> None:
-        await self.progress.look(self._active.values(), self.announce)
+        await self.progress.check(self._active.values(), self.announce)
 
     def _count_clients(self) -> None:
         """Shows what the clients of the active runs do; a run that ended has no such series any more."""

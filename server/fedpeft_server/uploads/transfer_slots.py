@@ -37,7 +37,7 @@ class TransferSlot:
         """True once another transfer of the client took its place or slot."""
         self._slots = slots
         self._waiting: asyncio.Timeout | None = None
-        self._hurried = False
+        self._ended = False
 
     @property
     def here(self) -> bool:
@@ -63,17 +63,17 @@ class TransferSlot:
         try:
             async with asyncio.timeout(seconds) as self._waiting:
                 if self._slots.awaited():
-                    self.hurry()
+                    self.end_if_due()
                 yield
         except TimeoutError:
             self._check_place()
-            if self._hurried:
+            if self._ended:
                 raise self._over() from None
             raise
         finally:
-            self._waiting, self._hurried = None, False
+            self._waiting, self._ended = None, False
 
-    def hurry(self) -> None:
+    def end_if_due(self) -> None:
         """Ends a wait under `bounded` when the slot has had its time: others wait for it now."""
         if self._waiting is None or self._waiting.expired() or self.since == 0:
             return
@@ -81,7 +81,7 @@ class TransferSlot:
         ends, loop = self._waiting.when(), asyncio.get_running_loop()
         if ends is None or ends > loop.time() + left:
             self._waiting.reschedule(loop.time() + max(left, 0))
-            self._hurried = True
+            self._ended = True
 
     def check(self) -> None:
         """Says after a chunk whether there may be another.
@@ -163,7 +163,7 @@ class TransferSlots:
         self._serve()
         if self._line.get(slot.client) is slot:
             for other in self._held.values():
-                other.hurry()
+                other.end_if_due()
 
     async def _come(self, slot: TransferSlot) -> None:
         try:

@@ -22,7 +22,7 @@ from fedpeft.errors import RoundClosed, ServerUnreachable, StateInvalid, TurnOve
 from fedpeft.process import durable
 from fedpeft.process.output import LINE_CHARACTERS
 from fedpeft_client.__main__ import run
-from fedpeft_client.commands.site_status import look
+from fedpeft_client.commands.site_status import read_status
 from fedpeft_client.egress.entries import FILE, EgressEntry, Kind, Outcome, read
 from fedpeft_client.egress.log import QUESTIONS_BYTES, EgressLog
 from fedpeft_client.egress.log_file import EgressLogFile, archives
@@ -436,7 +436,7 @@ def test_lines_that_cannot_be_read_are_known_to_whoever_counts(tmp_path: Path) -
     (tmp_path / FILE).write_text("nonsense\n{}\n")
     with EgressLog(tmp_path, "s:1") as egress_log:
         assert egress_log.unreadable == 2
-    (problem,) = look(tmp_path).problems
+    (problem,) = read_status(tmp_path).problems
     assert problem.startswith("2 lines of the ledger cannot be read") and problem.endswith("than is counted")
 
 

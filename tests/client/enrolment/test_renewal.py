@@ -156,7 +156,7 @@ async def kept(
     double: Double, identity: Identity, log: renewal.Log
 ) -> AsyncIterator[tuple[Channel, asyncio.Task[None]]]:
     async with Channel(double.server, "noto", INSTANCE, identity) as channel:
-        keeping = asyncio.create_task(Renewal(identity, channel, log).keep())
+        keeping = asyncio.create_task(Renewal(identity, channel, log).run())
         yield channel, keeping
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
@@ -226,7 +226,7 @@ async def test_a_certificate_is_renewed_while_an_upload_is_held_up(
 
         uploading = asyncio.create_task(upload())
         await line.held.wait()
-        keeping = asyncio.create_task(Renewal(old, channel, log[1]).keep())
+        keeping = asyncio.create_task(Renewal(old, channel, log[1]).run())
         new = await until_replaced(old)
         await asyncio.sleep(0.05)
         await channel.register(pb.RegisterRequest())

@@ -20,7 +20,7 @@ from fedpeft.config import CodecConfig, TrainingConfig
 from fedpeft.errors import RefusedByPolicy, SettingsInvalid
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client.commands.site_status import look
+from fedpeft_client.commands.site_status import read_status
 from fedpeft_client.eligibility.policy_rules import Asked, broken
 from fedpeft_client.eligibility.rules import Built, Site, reasons_against, reasons_against_ticket
 from fedpeft_client.owner.limits import Conditions, forbidden
@@ -288,12 +288,12 @@ def test_a_policy_outside_the_state_directory_is_noted_for_status(tmp_path: Path
     state, elsewhere = tmp_path / "state", tmp_path / "mine.toml"
     state.mkdir()
     elsewhere.write_text("[training]\nmax_steps = 5\n")
-    assert look(state).policy is None
+    assert read_status(state).policy is None
     note_named(elsewhere, state)
-    assert look(state).policy == elsewhere
+    assert read_status(state).policy == elsewhere
     elsewhere.unlink()
-    assert any(str(elsewhere) in problem for problem in look(state).problems)
+    assert any(str(elsewhere) in problem for problem in read_status(state).problems)
     (state / "policy.toml").write_text("[training]\nmax_steps = 6\n")
     note_named(state / "policy.toml", state)
-    assert look(state).policy == state / "policy.toml"
+    assert read_status(state).policy == state / "policy.toml"
     assert noted(state) is None

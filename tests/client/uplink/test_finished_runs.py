@@ -66,8 +66,8 @@ class Site:
     def looks(self) -> FinishedRuns:
         return FinishedRuns(self.directory, self.outbox, self._channel, self.egress_log, self.series, logs.logger())
 
-    async def look(self) -> None:
-        await self.looks().look()
+    async def clean_up(self) -> None:
+        await self.looks().clean_up()
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ async def test_what_is_over_goes_and_what_goes_on_stays(site: Site) -> None:
     over = [site.run("run-a", run_pb2.RUN_STATE_COMPLETED, residual=ZERO, local={}), site.run("run-b", 4)]
     over.append(site.run("run-gone", run_pb2.RUN_STATE_UNSPECIFIED))
     going = [site.run("run-c", run_pb2.RUN_STATE_RUNNING), site.run("run-d", run_pb2.RUN_STATE_PAUSED, residual=SOME)]
-    await site.look()
+    await site.clean_up()
     assert not any(folder.exists() for folder in over)
     assert all((folder / "adapter-00.payload").exists() for folder in going)
     assert site.asked == [["run-a", "run-b", "run-c", "run-d", "run-gone"]]
@@ -97,21 +97,21 @@ async def test_what_is_over_goes_and_what_goes_on_stays(site: Site) -> None:
 
 async def test_what_was_not_sent_stays_a_month_and_what_is_the_owners_for_good(site: Site) -> None:
     folder = site.run("run-a", run_pb2.RUN_STATE_COMPLETED, residual=SOME, local=SOME)
-    await site.look()
+    await site.clean_up()
     assert names(folder) == {MARK, "residual.safetensors", "local.safetensors"}
-    await site.look()
+    await site.clean_up()
     assert len(site.asked) == 1, "of what is cleaned nothing more is asked"
     old = time.time() - KEPT.total_seconds() - 60
     os.utime(folder / MARK, (old, old))
-    await site.look()
+    await site.clean_up()
     assert names(folder) == {MARK, "local.safetensors"}
 
 
 async def test_a_run_that_goes_on_after_all_is_kept_and_marked_no_more(site: Site) -> None:
     folder = site.run("run-a", run_pb2.RUN_STATE_COMPLETED, residual=SOME)
-    await site.look()
+    await site.clean_up()
     site.run("run-a", run_pb2.RUN_STATE_RUNNING)
-    await site.look()
+    await site.clean_up()
     assert MARK not in names(folder) and "residual.safetensors" in names(folder)
 
 
@@ -124,7 +124,7 @@ async def test_the_metrics_of_a_run_go_at_the_second_look_that_finds_it_over(sit
     left = []
     for _ in range(2):
         looks._next = 0.0
-        await looks.look()
+        await looks.clean_up()
         left.append(site.series.runs)
     assert left == [["run-a", "run-b", "run-c", "no run"], ["run-a", "no run"]]
     value = site.metrics.registry.get_sample_value
@@ -135,9 +135,9 @@ async def test_the_metrics_of_a_run_go_at_the_second_look_that_finds_it_over(sit
 async def test_a_folder_of_somebody_else_stays_and_keeps_nothing_from_being_cleaned(site: Site) -> None:
     folder = site.run("run-a", run_pb2.RUN_STATE_COMPLETED, residual=SOME)
     (folder / "@eaDir").mkdir()
-    await site.look()
+    await site.clean_up()
     assert names(folder) == {MARK, "residual.safetensors", "@eaDir"}
-    await site.look()
+    await site.clean_up()
     assert len(site.asked) == 1, "it is clean"
 
 
@@ -156,18 +156,18 @@ async def test_a_folder_that_cannot_be_cleaned_is_said_and_the_others_are_cleane
 
     with monkeypatch.context() as patch, capture_logs() as lines:
         patch.setattr(Path, "unlink", refuse)
-        await site.look()
+        await site.clean_up()
     warned = {line["run"]: line["cause"] for line in lines if line["log_level"] == "warning"}
     assert set(warned) == {"run-a", "run-c"} and warned["run-a"].endswith("adapter.json: Operation not permitted")
     assert names(other) == {MARK, "residual.safetensors"} and stuck.exists()
-    await site.look()
+    await site.clean_up()
     assert names(stuck) == {MARK, "residual.safetensors"}, "the next time did"
 
 
 async def test_no_folder_is_made_for_a_run_that_goes_on(site: Site) -> None:
     site.states = {"run-a": run_pb2.RUN_STATE_RUNNING}
     site.metrics.rounds.labels("run-a").inc()
-    await site.look()
+    await site.clean_up()
     assert site.asked == [["run-a"]] and not (site.directory.path / "runs").exists()
 
 
@@ -178,14 +178,14 @@ async def test_a_run_with_an_update_that_waits_is_left_as_it_is(site: Site, sett
     pending = site.outbox.commit("run-0123456789ab", 5, write_draft(site.outbox))
     if settling:
         pending.folder.rename(site.directory.path / "settled-not-counted@run-0123456789ab")
-    await site.look()
+    await site.clean_up()
     assert names(folder) == before
 
 
 async def test_very_many_runs_are_asked_for_in_several_calls(site: Site) -> None:
     for number in range(ASKED + 3):
         site.run(f"run-{number:02}", run_pb2.RUN_STATE_RUNNING)
-    await site.look()
+    await site.clean_up()
     assert [len(some) for some in site.asked] == [ASKED, 3]
 
 
@@ -197,7 +197,7 @@ async def test_a_server_that_does_not_know_the_question_costs_nothing(
             site = Site(directory, channel, monkeypatch)
             monkeypatch.undo()
             folder = site.run("run-a", run_pb2.RUN_STATE_COMPLETED)
-            await site.look()
+            await site.clean_up()
             assert folder.exists()
             site.egress_log.close()
 

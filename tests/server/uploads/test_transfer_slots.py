@@ -302,7 +302,7 @@ async def test_a_client_has_one_turn_and_one_place() -> None:
         assert line.has("c") and not line.has("a")
 
 
-@pytest.mark.parametrize("change", [TransferSlot.replace, TransferSlot.hurry])
+@pytest.mark.parametrize("change", [TransferSlot.replace, TransferSlot.end_if_due])
 async def test_a_wait_that_is_just_ending_cannot_be_ended_again(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[TransferSlot], None]
 ) -> None:

@@ -25,7 +25,7 @@ RUNS_LOOKED_AT = 12
 async def clients(request: Request) -> Response:
     """Shows every client that ever registered."""
     context, page = context_of(request), page_number(request)
-    await context.directory.look()
+    await context.directory.refresh()
     return context.renderer.page(
         request,
         "clients.html",
@@ -46,7 +46,7 @@ async def client(request: Request) -> Response:
     context, name, page = context_of(request), path_id(request, "client"), page_number(request)
     if not await context.directory.knows_client(name):
         raise Refused(404, f"No client {name} has registered; the list of clients shows all that have.")
-    await context.looked(_runs(context))
+    await context.ready(_runs(context))
     return context.renderer.page(
         request,
         "client.html",
@@ -74,7 +74,7 @@ def draw_list(context: ConsoleContext, page: int) -> Fragments:
             "client/list.html",
             clients=[views.client_json(client) for client in rows.items],
             page=rows,
-            asked=directory.looked_at,
+            asked=directory.known,
         ),
     }
 
@@ -109,4 +109,4 @@ def _runs(context: ConsoleContext) -> list[str]:
 
 def _followed(context: ConsoleContext, run: str) -> Followed:
     feed = context.feeds.of(run)
-    return feed.made("followed", lambda: Followed(run, context.directory.runs[run].config.name, feed.rounds))
+    return feed.cached("followed", lambda: Followed(run, context.directory.runs[run].config.name, feed.rounds))

@@ -20,8 +20,8 @@ RUNS_A_PAGE = 12
 async def overview(request: Request) -> Response:
     """Shows the runs, newest first."""
     context, page = context_of(request), page_number(request)
-    await context.directory.look()
-    await context.looked(_runs(context, page))
+    await context.directory.refresh()
+    await context.ready(_runs(context, page))
     fragments = draw(context, page, session_of(request).may_write)
     return context.renderer.page(
         request, "overview.html", "Overview", fragments=fragments, events=f"/events?page={page}"
@@ -43,7 +43,7 @@ def draw(context: ConsoleContext, page: int, may_write: bool) -> Fragments:
         "connection": context.renderer.fragment("connection.html", lost=directory.lost),
         "tiles": context.renderer.fragment("tiles.html", tiles=tiles(directory.runs.values(), directory.clients)),
         "runs": context.renderer.fragment(
-            "cards.html", cards=cards, page=shown, may_write=may_write, asked=directory.looked_at
+            "cards.html", cards=cards, page=shown, may_write=may_write, asked=directory.known
         ),
     }
 
@@ -52,7 +52,7 @@ def _card(context: ConsoleContext, run: run_pb2.Run) -> Card:
     feed = context.feeds.of(run.id)
     if feed.snapshot is None:
         return card(run, None, ())
-    return feed.made("card", lambda: card(run, feed.snapshot, feed.rounds))
+    return feed.cached("card", lambda: card(run, feed.snapshot, feed.rounds))
 
 
 def _runs(context: ConsoleContext, page: int) -> list[str]:

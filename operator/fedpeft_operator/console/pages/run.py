@@ -61,8 +61,8 @@ def draw(context: ConsoleContext, feed: RunFeed, page: int, may_write: bool) -> 
     connection = {"connection": context.renderer.fragment("connection.html", lost=lost)}
     if feed.snapshot is None:
         return connection
-    about_rounds = feed.made(("rounds", page), lambda: _about_rounds(context, feed, page))
-    about_run = feed.made(("run", may_write), lambda: _about_run(context, feed, may_write))
+    about_rounds = feed.cached(("rounds", page), lambda: _about_rounds(context, feed, page))
+    about_run = feed.cached(("run", may_write), lambda: _about_run(context, feed, may_write))
     # How far clients and evaluators are changes all the time: from the last look at all runs, not from the watch.
     run = context.directory.runs.get(feed.run, feed.snapshot.run)
     far = {
@@ -170,8 +170,8 @@ async def _feed(request: Request) -> RunFeed:
     context, run = context_of(request), path_id(request, "run")
     if not await context.directory.knows_run(run):
         raise Refused(404, f"Run {run} does not exist; the overview lists all runs.")
-    feed = context.feeds.of(run, again=True)
-    await context.looked([run])
+    feed = context.feeds.of(run, force=True)
+    await context.ready([run])
     if feed.error is not None:
         raise feed.error
     return feed

@@ -64,6 +64,6 @@ async def readmit(request: Request) -> Response:
     client = str(form.get("client", ""))
     async with context.connection.connect() as server:
         await server.readmit(client, run)
-    await context.directory.look(again=True)  # the list of clients says so too
+    await context.directory.refresh(force=True)  # the list of clients says so too
     back = f"/clients/{quote(client, safe='')}" if form.get("back") == "client" else f"/runs/{run}"
     return RedirectResponse(back, 303)
