@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         help="its policy, if that is another than the client began with last (FEDPEFT_CLIENT_POLICY)",
     )
     parser.add_argument(
-        "--ask", action="store_true", help="also read_status whether the server is reached now; 3 if it is not"
+        "--ask", action="store_true", help="also look whether the server is reached now; 3 if it is not"
     )
     parser.add_argument("--json", action="store_true", help="JSON in place of text")
     return parser

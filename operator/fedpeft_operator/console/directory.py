@@ -39,8 +39,8 @@ class Directory:
         runs: Every run by id, oldest first.
         clients: Every client by id.
         lost: The cause of the last refresh that failed, in a sentence; empty if it succeeded.
-        looked_at: Whether there was an answer yet.
-        lookers: How many pages keep them fresh.
+        known: True once the server has answered.
+        users: Open pages that show the lists.
     """
 
     def __init__(self, connection: ServerConnection, signal: ChangeSignal, back: Callable[[], None]) -> None:
