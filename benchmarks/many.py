@@ -1,8 +1,8 @@
 """Many clients that wait, few of them sampled each round: joining, memory, an idle server's work, and rounds.
 
-The clients are `benchmarks/crowd.py`, in a process of their own, 100 on each connection. What gRPC itself takes for a call that waits
-is measured on a bare `grpc.aio` server of the same options, on which as many calls wait, in the same run. Memory is the
-kernel's VmRSS, processor time that of the daemon with all its threads.
+The clients are `benchmarks/crowd.py`, in a process of their own, 100 on each connection. What gRPC itself takes for a
+call that waits is measured on a bare `grpc.aio` server of the same options, on which as many calls wait, in the same
+run. Memory is the kernel's VmRSS, processor time that of the daemon with all its threads.
 
 The server is called idle when all clients have joined, the sampled ones hold their tickets, and nothing arrives.
 """
@@ -54,14 +54,18 @@ def processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def until(met: Callable[[], bool], most_s: float, what: str) -> float:
-    """Waits until something is so; returns how long that took, seconds."""
+def until(child: subprocess.Popen[str], met: Callable[[], bool], most_s: float, what: str) -> float:
+    """Waits until something is so, as long as the clients live; returns how long that took, seconds."""
     began = time.monotonic()
     while not met():
         if time.monotonic() - began > most_s:
             raise RuntimeError(f"{what}: not within {most_s:.0f} s")
+        if child.poll():
+            raise RuntimeError(f"{what}: the clients' process failed with exit code {child.returncode}")
         time.sleep(LOOK_S)
-    return time.monotonic() - began
+    took = time.monotonic() - began
+    print(f"{what}: {took:.1f} s", file=sys.stderr, flush=True)
+    return took
 
 
 def waiting(server: Daemon, run: str) -> int:
@@ -88,6 +92,7 @@ class Bare(pb_grpc.FederationServiceServicer):
     """Calls that wait, and nothing else."""
 
     async def AwaitRound(self, request: Any, context: Any) -> Any:
+        """Waits until the server ends."""
         await asyncio.Event().wait()
 
 
@@ -109,8 +114,8 @@ def measure_bare(clients: int) -> float:
             last.append(resident_bytes(pid))
             return len(last) > 8 and last[-1] > before + 1000 * clients and last[-1] == last[-4]
 
-        with crowd("bare", address, str(clients)):
-            until(is_flat, 300, f"{clients} bare calls")
+        with crowd("bare", address, str(clients)) as child:
+            until(child, is_flat, 300, f"{clients} bare calls")
             return (resident_bytes(pid) - before) / clients
 
 
@@ -129,10 +134,10 @@ def measure(clients: int, sampled: int, rounds: int, idle_s: float, join_s: floa
         file = folder / "spec.bin"
         file.write_bytes(wire.spec_to_proto(spec).SerializeToString())
         with crowd("join", server.address, str(clients), run, str(file)) as child:
-            joined_s = until(lambda: waiting(server, run) >= clients, join_s, f"{clients} clients joined")
+            joined_s = until(child, lambda: waiting(server, run) >= clients, join_s, f"{clients} clients joined")
             joined = resident_bytes(server.pid)
             asyncio.run(_told(server, run, "resume"))
-            until(lambda: waiting(server, run) <= clients - sampled, 60, "the first round opened")
+            until(child, lambda: waiting(server, run) <= clients - sampled, 60, "the first round opened")
             time.sleep(2 * LOOK_S)
             used = processor_s(server.pid)
             time.sleep(idle_s)
@@ -170,7 +175,7 @@ def _hold_rounds(server: Daemon, run: str, child: subprocess.Popen[str], rounds:
             memory.append(resident_bytes(server.pid))
         return held >= rounds
 
-    until(is_finished, 60 + 30 * rounds, f"{rounds} rounds")
+    until(child, is_finished, 60 + 30 * rounds, f"{rounds} rounds")
     return memory
 
 

@@ -43,7 +43,7 @@ from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.download_cache import Encoded
-from fedpeft_server.store.rows import AnswerRow, FailedEvaluation, RunRow, UpdateRow
+from fedpeft_server.store.rows import AnswerRow, ClientRow, FailedEvaluation, RunRow, UpdateRow
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.incoming import Context
@@ -112,7 +112,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         if role == "evaluator":
             await self._runs.scoring.try_again(client)
         (instance, process), said = self._sessions.holder(client), capabilities.SerializeToString()
-        await self._store.transact(self._store.db.see_client, client, instance, role, said, time.time(), process)
+        now = time.time()
+        await self._store.registrations.put(ClientRow(client, instance, role, said, now, now, process=process))
         self._log.info("client registered", client=client, role=role, device=capabilities.device)
         return response
 

@@ -7,6 +7,8 @@ from dataclasses import asdict
 
 from google.protobuf import timestamp_pb2
 
+from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.config import RunConfig
 from fedpeft.identity import roles
 from fedpeft.identity.audit import AuditEntry
 from fedpeft.rounds.state_machine import Phase, TicketState
@@ -73,6 +75,11 @@ ROLES = {
 }
 
 
+_MOST_FIXED = 64
+"""Runs whose config and spec are kept as messages; a spec has tens of kilobytes."""
+_FIXED: dict[str, tuple[RunConfig, AdapterSpec, run_pb2.Run]] = {}  # the one used the longest ago first
+
+
 def timestamp(seconds: float | None) -> timestamp_pb2.Timestamp | None:
     """Returns a point in time, to the microsecond; None stays None."""
     if seconds is None:
@@ -89,10 +96,11 @@ def run_message(
     set_aside: Sequence[str] = (),
 ) -> run_pb2.Run:
     """Returns a run; `reason` says what it waits for, where the row has nothing to say; operators see the last two."""
+    fixed = _fixed(run)
     return run_pb2.Run(
         id=run.id,
-        config=config_to_proto(run.config),
-        spec=spec_to_proto(run.spec),
+        config=fixed.config,
+        spec=fixed.spec,
         backbone_fingerprint=run.backbone_fingerprint,
         state=RUN_STATES[run.state],
         reason=run.reason or reason,
@@ -103,6 +111,17 @@ def run_message(
         declines=fitting((_decline(answer) for answer in declines), DECLINES_BYTES),
         set_aside=set_aside[:MOST_ASIDE],
     )
+
+
+def _fixed(run: RunRow) -> run_pb2.Run:
+    """Returns config and spec of a run, made once: they never change, and every client that registers gets them."""
+    known = _FIXED.pop(run.id, None)
+    if known is None or known[0] is not run.config or known[1] is not run.spec:
+        known = run.config, run.spec, run_pb2.Run(config=config_to_proto(run.config), spec=spec_to_proto(run.spec))
+    _FIXED[run.id] = known
+    if len(_FIXED) > _MOST_FIXED:
+        del _FIXED[next(iter(_FIXED))]
+    return known[2]
 
 
 def _decline(answer: AnswerRow) -> run_pb2.Decline:

@@ -231,7 +231,8 @@ class Runs:
             RunNotFound: If there is no such run.
         """
         engine = self.get(answer.run)
-        await self._store.transact(self._store.db.put_answer, answer)
+        if not await self._store.answers.put(answer):
+            raise RunNotFound(f"there is no run {answer.run}")
         self.participation.put(answer)
         self.lobby.sort(answer.client)
         ticket = None if answer.accepted else engine.open_ticket(answer.client)

@@ -411,15 +411,16 @@ class Database:
 
     # Clients and their answers
 
-    def put_answer(self, answer: AnswerRow) -> None:
-        """Writes what a client answered to the offer of a run, in place of what it answered before.
+    def put_answers(self, answers: Sequence[AnswerRow]) -> list[bool]:
+        """Writes what clients answered to offers of runs, in place of what they answered before.
 
-        Raises:
-            RunNotFound: If there is no such run.
+        Returns:
+            For each answer True if it was written, False if there is no such run.
         """
         with self._transaction() as connection:
-            run_queries.select_run(connection, answer.run)
-            participation.put_answer(connection, answer)
+            known = run_queries.existing(connection, (answer.run for answer in answers))
+            participation.put_answers(connection, [answer for answer in answers if answer.run in known])
+        return [answer.run in known for answer in answers]
 
     def put_conducts(self, run_id: str, conducts: Mapping[str, Conduct], audit_events: AuditEvents = ()) -> None:
         """Writes how clients used their last tickets of a run."""
@@ -431,12 +432,11 @@ class Database:
         with self._reading() as connection:
             return participation.select_answers(connection)
 
-    def see_client(
-        self, client: str, instance: str, role: str, capabilities: bytes, at: float, process: str = ""
-    ) -> None:
-        """Writes who a client is, as it registers."""
+    def see_clients(self, clients: Sequence[ClientRow]) -> list[None]:
+        """Writes who clients are, as they register; when one was first seen and what it contributed stay."""
         with self._transaction() as connection:
-            client_queries.put_client(connection, client, instance, role, capabilities, at, process)
+            client_queries.put_clients(connection, clients)
+        return [None for _ in clients]
 
     def touch_clients(self, seen: Mapping[str, float]) -> None:
         """Writes when clients were last seen."""

@@ -20,6 +20,7 @@ from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 from fedpeft_server.store.connection import BUSY_TIMEOUT_S
 from fedpeft_server.store.database import Database
+from fedpeft_server.store.shared_transaction import SharedTransaction
 from fedpeft_server.store.spool import Spool
 
 log = structlog.get_logger()
@@ -59,6 +60,10 @@ class Store:
         database: SQLAlchemy URL, or empty for SQLite in the folder.
         blobs: URL or folder of the adapter versions, or empty for the data folder.
         keep_updates: Whether counted updates stay in the spool after their round.
+
+    Attributes:
+        registrations: Writes clients as they register.
+        answers: Writes their answers to the offers of runs; the result is False where there is no such run.
     """
 
     def __init__(self, folder: Path, database: str, blobs: str, *, keep_updates: bool) -> None:
@@ -73,6 +78,8 @@ class Store:
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
         self._transactions = ThreadPoolExecutor(1, "database")
+        self.registrations = SharedTransaction(self.transact, self.db.see_clients)
+        self.answers = SharedTransaction(self.transact, self.db.put_answers)
         self._pool = ThreadPoolExecutor(COMPUTE_THREADS, "compute")
         self._files = ThreadPoolExecutor(FILE_THREADS, "files")
         self._versions = ThreadPoolExecutor(VERSION_THREADS, "versions")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from fedpeft_server.store.database import Database
+from fedpeft_server.store.rows import ClientRow
 
 
 class TestClients:
     def test_registering_again_keeps_when_it_was_first_seen(self, database: Database) -> None:
         assert database.client("b") is None
-        database.see_client("b", "0" * 32, "trainer", b"\x00\xff", 1.0)
-        database.see_client("a", "1" * 32, "evaluator", b"", 2.0)
-        database.see_client("b", "2" * 32, "trainer", b"\x01", 3.0)
+        database.see_clients([ClientRow("b", "0" * 32, "trainer", b"\x00\xff", 1.0, 1.0)])
+        database.see_clients([ClientRow("a", "1" * 32, "evaluator", b"", 2.0, 2.0)])
+        database.see_clients([ClientRow("b", "2" * 32, "trainer", b"\x01", 3.0, 3.0)])
         database.touch_clients({"a": 9.0, "stranger": 9.0})
         database.touch_clients({})
         first, second = database.clients()

@@ -13,7 +13,7 @@ import pytest
 from fedpeft.errors import RunNotFound, StateInvalid
 from fedpeft.rounds.state_machine import Aggregated, Phase, Stopped, TicketState, Withdrawn, advance
 from fedpeft_server.store.database import Database
-from fedpeft_server.store.rows import Place, RoundFigures, RunState, TicketFigures, Traffic
+from fedpeft_server.store.rows import ClientRow, Place, RoundFigures, RunState, TicketFigures, Traffic
 
 from ..rows import CONFIG, RUN, after_receipt, opened, run_row, shown, update_row, version_row
 
@@ -54,7 +54,7 @@ class TestRounds:
     def test_an_update_is_written_with_its_round_and_counts_once(self, with_run: Database) -> None:
         state = opened()
         client, ticket = state.tickets[0].client, state.tickets[0].id
-        with_run.see_client(client, "0" * 32, "trainer", b"", 1.0)
+        with_run.see_clients([ClientRow(client, "0" * 32, "trainer", b"", 1.0, 1.0)])
         state = after_receipt(state)
         with_run.receive(state, [update_row(ticket)])
         with_run.receive(state, [update_row(ticket, at=99.0)])
@@ -143,6 +143,7 @@ from fedpeft.config import RoundsConfig
 from fedpeft.adapters.payload import Manifest
 from fedpeft.rounds.state_machine import Received, Round, Waiting, advance
 from fedpeft_server.store.database import Database
+from fedpeft_server.store.rows import ClientRow
 from fedpeft_server.store.rows import Place, RoundFigures, TicketFigures, Traffic, UpdateRow
 database, config = Database.open(sys.argv[1]), RoundsConfig(clients=400)
 state, _ = advance(Round(sys.argv[2], 1), Waiting(frozenset(f"client-{i:03}" for i in range(400))), config, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, select, update
@@ -15,20 +15,22 @@ from fedpeft_server.store.rows import ClientRow
 _CLIENT = select(tables.clients).where(tables.clients.c.id == bindparam("of_client"))
 
 
-def put_client(
-    connection: Connection, client: str, instance: str, role: str, capabilities: bytes, at: float, process: str
-) -> None:
-    """Writes who a client is; when it was first seen and what it contributed stay."""
-    row = {
-        "id": client,
-        "instance": instance,
-        "role": role,
-        "capabilities": capabilities,
-        "first_seen": at,
-        "last_seen": at,
-        "process": process,
+def put_clients(connection: Connection, clients: Sequence[ClientRow]) -> None:
+    """Writes who clients are, the last row of each; when one was first seen and what it contributed stay."""
+    rows = {
+        client.id: {
+            "id": client.id,
+            "instance": client.instance,
+            "role": client.role,
+            "capabilities": client.capabilities,
+            "first_seen": client.first_seen,
+            "last_seen": client.last_seen,
+            "process": client.process,
+        }
+        for client in clients
     }
-    upsert(connection, tables.clients, [row], replace=("instance", "role", "capabilities", "last_seen", "process"))
+    replaced = ("instance", "role", "capabilities", "last_seen", "process")
+    upsert(connection, tables.clients, list(rows.values()), replace=replaced)
 
 
 def touch(connection: Connection, seen: Mapping[str, float]) -> None:

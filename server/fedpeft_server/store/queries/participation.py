@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import Connection, bindparam, select, update
 
@@ -12,17 +12,20 @@ from fedpeft_server.store.queries.upsert import upsert
 from fedpeft_server.store.rows import AnswerRow
 
 
-def put_answer(connection: Connection, answer: AnswerRow) -> None:
-    """Writes an answer in place of an earlier one; the client's conduct stays as it is."""
-    row = {
-        "run": answer.run,
-        "client": answer.client,
-        "accepted": answer.accepted,
-        "reasons": list(answer.reasons),
-        "examples": answer.examples,
-        "at": answer.at,
+def put_answers(connection: Connection, answers: Sequence[AnswerRow]) -> None:
+    """Writes answers in place of earlier ones, the last of a client and run; the clients' conduct stays as it is."""
+    rows = {
+        (answer.run, answer.client): {
+            "run": answer.run,
+            "client": answer.client,
+            "accepted": answer.accepted,
+            "reasons": list(answer.reasons),
+            "examples": answer.examples,
+            "at": answer.at,
+        }
+        for answer in answers
     }
-    upsert(connection, tables.answers, [row], replace=("accepted", "reasons", "examples", "at"))
+    upsert(connection, tables.answers, list(rows.values()), replace=("accepted", "reasons", "examples", "at"))
 
 
 def select_answers(connection: Connection) -> list[AnswerRow]:
