@@ -62,10 +62,10 @@ from fedpeft_client.owner.limits import Limits
 from fedpeft_client.owner.metrics import Metrics, State
 from fedpeft_client.owner.policy import Policy
 from fedpeft_client.settings import Settings
-from fedpeft_client.state.adapters import AdapterCache, Held
-from fedpeft_client.state.holds import Holds
+from fedpeft_client.state.adapters import AdapterCache, CachedAdapter
 from fedpeft_client.state.outbox import Outbox, Outcome
 from fedpeft_client.state.processes import Processes
+from fedpeft_client.state.run_backoff import RunBackoff
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.attempts import Attempts
@@ -139,7 +139,7 @@ class Agent:
         self._trainer = Trainer(directory, self._outbox, worker, metrics)
         self._evaluator = Evaluator(channel, self._retry, worker, egress_log, metrics)
         self._verdicts = Verdicts(worker, log)
-        self._holds = Holds()
+        self._holds = RunBackoff()
         self._finished = FinishedRuns(directory, self._outbox, channel, egress_log, metrics.series, log)
         self._attempts: Attempts[tuple[str, int]] = Attempts()
         self._setback = Backoff()
@@ -264,7 +264,7 @@ class Agent:
         """
         request = pb.AnswerOfferRequest(
             run=run,
-            answer=pb.ANSWER_ACCEPTED if verdict.suits else pb.ANSWER_DECLINED,
+            answer=pb.ANSWER_ACCEPTED if verdict.is_eligible else pb.ANSWER_DECLINED,
             reasons=[reason.told[:MAX_REASON] for reason in verdict.reasons[:MAX_REASONS]],
             examples=verdict.examples,
         )
@@ -277,7 +277,7 @@ class Agent:
             self._log.error("the answer to the offer could not be given", run=run, cause=str(error))
             self._leave_out(run, surely=True)
             return
-        if verdict.suits:
+        if verdict.is_eligible:
             self._metrics.examples.labels(run).set(verdict.examples)
         for reason in verdict.reasons:
             self._metrics.declines.labels(reason.kind).inc()
@@ -381,14 +381,14 @@ class Agent:
             self._pace.worked()
         return None
 
-    async def _pull(self, run_id: str, version: int, number: int) -> tuple[KnownRun, Held]:
+    async def _pull(self, run_id: str, version: int, number: int) -> tuple[KnownRun, CachedAdapter]:
         """Returns a run that this site accepted, and an adapter version of it on disk; `number` is its round.
 
         Raises:
             NotRegistered: If this process did not accept the run; registering has it offered.
         """
         verdict = self._verdicts.verdicts.get(run_id)
-        if verdict is None or verdict.run is None or not verdict.suits:
+        if verdict is None or verdict.run is None or not verdict.is_eligible:
             raise NotRegistered(f"the server gave work for run {run_id}, which this client did not accept")
         cache = AdapterCache(self._directory.run(run_id))
         with self._metrics.during(State.PULLING), tracing.span("pull", run_id, number):

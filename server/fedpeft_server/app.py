@@ -353,7 +353,7 @@ class Server:
         await self.store.transact(self.store.db.identities.purge_tokens, time.time() - TOKENS_KEPT_S)
 
     async def _tell_left_out(self) -> None:
-        self.caller_log.tell()
+        self.caller_log.log_suppressed()
 
     async def _book(self) -> None:
         self.metrics.registered(self.sessions.silences(time.time()))

@@ -155,7 +155,7 @@ async def test_watch_that_ends_before_the_run_is_a_lost_server(served: Serving) 
 async def test_silent_watch_asks_whether_the_server_lives_and_goes_on(
     served: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operator_client, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(operator_client, "RESPONSE_TIMEOUT_S", 0.3)
     served.double.runs = {RUN: a_run()}
     served.double.script = [
         pb.WatchRunResponse(run=a_run(version=1)),
@@ -171,7 +171,7 @@ async def test_silent_watch_asks_whether_the_server_lives_and_goes_on(
 async def test_watch_of_a_server_that_fell_silent_for_good_ends(
     served: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operator_client, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(operator_client, "RESPONSE_TIMEOUT_S", 0.3)
     served.double.runs = {RUN: a_run()}
     served.double.script = [pb.WatchRunResponse(run=a_run()), 30.0]
     served.double.failures["GetRun"] = [Draining("the server is shutting down")] * 4
@@ -254,7 +254,7 @@ async def test_corrupt_download_leaves_no_file(served: Serving, tmp_path: Path) 
 
 
 async def test_server_that_is_silent_is_given_up(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator_client, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(operator_client, "RESPONSE_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listening:  # accepts connections and says nothing
         server = f"127.0.0.1:{listening.getsockname()[1]}"
         async with OperatorClient(server, attempts=1) as client:

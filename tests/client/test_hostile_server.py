@@ -20,7 +20,7 @@ from fedpeft.process import logs
 from fedpeft.rpc.status import MAX_MESSAGE
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_client.eligibility.policy_rules import MOST_STEPS, Asked, broken
+from fedpeft_client.eligibility.policy_rules import MOST_STEPS, RunDemand, broken
 from fedpeft_client.owner.policy import NO_LIMITS, Policy
 from fedpeft_client.state.outbox import Outcome
 from fedpeft_client.state.runs import KnownRun
@@ -237,19 +237,19 @@ class TestVerdicts:
         worker, run = self.Worker(), tiny_run()
         found = Verdicts(worker, logs.logger())  # type: ignore[arg-type]
         for number in range(10):
-            assert (await found.judge(self.offer(run, f"run-{number}"))).suits
+            assert (await found.judge(self.offer(run, f"run-{number}"))).is_eligible
         assert list(found.verdicts) == ["run-7", "run-8", "run-9"]
-        assert (await found.judge(self.offer(run, "run-0"))).suits
+        assert (await found.judge(self.offer(run, "run-0"))).is_eligible
         assert worker.asked.count("run-0") == 2
 
     async def test_the_same_id_with_other_terms_is_declined(self) -> None:
         worker, run = self.Worker(), tiny_run()
         found = Verdicts(worker, logs.logger())  # type: ignore[arg-type]
-        assert (await found.judge(self.offer(run, "run-1"))).suits
-        assert (await found.judge(self.offer(run, "run-1", version=5, reason="later"))).suits, "these may change"
+        assert (await found.judge(self.offer(run, "run-1"))).is_eligible
+        assert (await found.judge(self.offer(run, "run-1", version=5, reason="later"))).is_eligible, "these may change"
         again = await found.judge(self.offer(run, "run-1", backbone_fingerprint="f" * 64))
-        assert not again.suits and "never change" in again.reasons[0].told
-        assert not (await found.judge(self.offer(run, "run-1"))).suits, "nor the first one any more"
+        assert not again.is_eligible and "never change" in again.reasons[0].told
+        assert not (await found.judge(self.offer(run, "run-1"))).is_eligible, "nor the first one any more"
         assert worker.asked == ["run-1"]
 
     async def test_no_verdict_on_a_run_without_an_id(self) -> None:
@@ -264,7 +264,7 @@ class TestVerdicts:
 class TestTraining:
     def rules(self, policy: Policy, examples: int | None = 1000, **settings: Any) -> list[str]:
         training = TrainingConfig.model_validate(settings)
-        asked = Asked(KnownRun.of(tiny_run().message()), training, None, examples)
+        asked = RunDemand(KnownRun.of(tiny_run().message()), training, None, examples)
         return [each.key for each in broken(policy, asked)]
 
     def test_for_ever_is_refused_without_a_policy(self) -> None:

@@ -29,7 +29,7 @@ ROUNDS, SHOWN = 12, 7
 NOISE = "fluent"
 """The client that sends noise in place of updates, in two rounds loud noise."""
 LOUD = 7.0
-PATIENCE_S = 1800.0
+RESPONSE_TIMEOUT_S = 1800.0
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,12 @@ def held(federation: Federation, here: Path, weights: str) -> str:
     run = federation.ask(lambda server: server.runs())[0]
     spec, site = wire.spec_from_proto(run.spec), federation.sites[NOISE]
     for number in range(1, SHOWN + 1):
-        ticket = federation.do(site.ticket(), PATIENCE_S)
-        others = wait_for(lambda: received(federation, run.id), "the others' updates", PATIENCE_S)
+        ticket = federation.do(site.ticket(), RESPONSE_TIMEOUT_S)
+        others = wait_for(lambda: received(federation, run.id), "the others' updates", RESPONSE_TIMEOUT_S)
         norm = median(others) * (LOUD if number in (4, 6) else 1.0)
         federation.do(site.push(ticket, norm, 2.2, number, spec))
-        wait_for(lambda number=number: federation.version(run.id) >= number, f"version {number}", PATIENCE_S)  # type: ignore[misc]
-    federation.do(site.ticket(), PATIENCE_S)
+        wait_for(lambda number=number: federation.version(run.id) >= number, f"version {number}", RESPONSE_TIMEOUT_S)  # type: ignore[misc]
+    federation.do(site.ticket(), RESPONSE_TIMEOUT_S)
     return run.id
 
 
@@ -128,7 +128,7 @@ async def picture(looked: Looked, path: str, file: Path, *, phone: bool, scheme:
     await page.set_viewport_size(PHONE if phone else DESK)  # type: ignore[arg-type]
     await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
     if path.startswith("/runs/"):
-        await expect(page.locator("#said-accuracy")).to_contain_text(awaited, timeout=PATIENCE_S * 1000)
+        await expect(page.locator("#said-accuracy")).to_contain_text(awaited, timeout=RESPONSE_TIMEOUT_S * 1000)
     await page.wait_for_timeout(500)
     await page.screenshot(path=file, full_page=not phone and "/audit" not in path)
     await page.close()

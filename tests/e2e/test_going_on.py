@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from fedpeft.adapters import payload
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft_client.egress.log import EgressLog
-from fedpeft_client.state.adapters import AdapterCache, Held
+from fedpeft_client.state.adapters import AdapterCache, CachedAdapter
 from fedpeft_client.state.outbox import PAYLOAD, Outcome, Pending
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.uplink import pull, push
@@ -58,7 +58,7 @@ class Site:
             pusher = Pusher(channel, self.retry, EgressLog(self.folder, address))
             return await pusher.push(self.pending(run, ticket), self.log)
 
-    async def pull(self, run: KnownRun) -> Held:
+    async def pull(self, run: KnownRun) -> CachedAdapter:
         async with Channel(self._address, *self._who) as channel:
             return await Puller(channel, self.retry, run, AdapterCache(self.folder)).pull(0)
 

@@ -23,7 +23,7 @@ from fedpeft_client.egress.entries import FILE, EgressEntry, Kind, Outcome, carr
 from fedpeft_client.egress.last_day import DAY, LastDay
 from fedpeft_client.egress.log_file import EgressLogFile
 from fedpeft_client.error_policy import FAULT, NOT_NOW
-from fedpeft_client.state.bounded import Newest
+from fedpeft_client.state.bounded import BoundedDict
 
 FILE_BYTES = 4 * 1024 * 1024
 """A file of so many bytes is set aside: what is read at a start is one, and those of the last 24 hours."""
@@ -65,7 +65,7 @@ class EgressLog:
         self._server = server
         self._file = EgressLogFile(self.path)
         self._names: dict[str, str] = {}  # of runs with tickets
-        self._offered: Newest[str, str] = Newest(NAMED)  # names of the others
+        self._offered: BoundedDict[str, str] = BoundedDict(NAMED)  # names of the others
         self._carried_bytes = 0
         self._tickets: defaultdict[str, set[str]] = defaultdict(set)
         self._under_way: _OpenEntry | None = None

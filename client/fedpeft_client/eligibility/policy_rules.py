@@ -27,11 +27,11 @@ MOST_STEPS = 1_000_000
 Weights = Literal["", "file", "folder"]
 """The owner's --weights: nothing, a file that stands for any weights, or a folder to look names up in."""
 
-Rule = Callable[[Policy, "Asked"], "Iterator[Broken]"]
+Rule = Callable[[Policy, "RunDemand"], "Iterator[Violation]"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class RunDemand:
     """A server's request: a run, when it is offered, or the training of a ticket.
 
     Attributes:
@@ -61,38 +61,38 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Broken:
-    """A rule that is broken: its key in the policy file, what the server is told, and what the owner reads."""
+class Violation:
+    """A violated rule: its key in the policy file, the text for the server, and the text for the owner."""
 
     key: str
     told: str
     here: str
 
 
-def broken(policy: Policy, asked: Asked) -> tuple[Broken, ...]:
+def broken(policy: Policy, asked: RunDemand) -> tuple[Violation, ...]:
     """Returns every rule that what is asked for breaks, as far as the facts go."""
     return tuple(each for rule in RULES for each in rule(policy, asked))
 
 
-def _runs(policy: Policy, asked: Asked) -> Iterator[Broken]:
+def _runs(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
     rules, run = policy.runs, asked.run
     if rules.ids is None and rules.names is None:
         return
     if run.id not in (rules.ids or ()) and not matches(rules.names or (), run.config.name):
         key = "runs.ids" if rules.names is None else "runs.names"
         here = f"run {run.id} ({run.config.name!r}) is not among the policy's {key}"
-        yield Broken(key, "its owner allows only certain runs, and this is not one of them", here)
+        yield Violation(key, "its owner allows only certain runs, and this is not one of them", here)
 
 
-def _rounds(policy: Policy, asked: Asked) -> Iterator[Broken]:
+def _rounds(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
     most, count = policy.runs.max_rounds, asked.run.config.rounds.count
     if asked.number is not None and not 1 <= asked.number <= count:
         text = f"the server asks for round {asked.number} of a run that it offered with {counted(count, 'round')}"
-        yield Broken("runs.max_rounds", text, text)
+        yield Violation("runs.max_rounds", text, text)
     elif most is not None and count > most:
         yield _over("runs.max_rounds", "rounds", count, most)
     elif most is not None and asked.taken >= most:
-        yield Broken(
+        yield Violation(
             "runs.max_rounds",
             f"its owner allows {counted(most, 'update')} of a run, and that many were sent",
             f"of run {asked.run.id} {counted(asked.taken, 'update was', 'updates were')} sent; "
@@ -100,21 +100,21 @@ def _rounds(policy: Policy, asked: Asked) -> Iterator[Broken]:
         )
 
 
-def _model(policy: Policy, asked: Asked) -> Iterator[Broken]:
+def _model(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
     rules, run = policy.model, asked.run
     name = run.config.model.name
     if rules.names is not None and not matches(rules.names, name):
         here = f"model {name} is not among the policy's model.names"
-        yield Broken("model.names", f"its owner does not allow the model {name}", here)
+        yield Violation("model.names", f"its owner does not allow the model {name}", here)
     if rules.fingerprints is not None and not any(run.fingerprint.startswith(each) for each in rules.fingerprints):
         here = f"backbone {run.fingerprint} is not among the policy's model.fingerprints"
-        yield Broken("model.fingerprints", "its owner does not allow the run's backbone", here)
+        yield Violation("model.fingerprints", "its owner does not allow the run's backbone", here)
     size = run.config.model.image_size or asked.image_size
     if rules.max_image_size is not None and size is not None and size > rules.max_image_size:
         yield _over("model.max_image_size", "pixels a side", size, rules.max_image_size)
 
 
-def _weights(policy: Policy, asked: Asked) -> Iterator[Broken]:
+def _weights(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
     wanted, folders = asked.run.config.model.weights, policy.model.weights_folders
     if wanted == "none" or asked.weights == "file":
         return
@@ -123,26 +123,28 @@ def _weights(policy: Policy, asked: Asked) -> Iterator[Broken]:
             here = (
                 "the run's weights come from the hub, and the policy's model.hub is false; give a file with --weights"
             )
-            yield Broken("model.hub", "its owner does not allow weights from the hub", here)
+            yield Violation("model.hub", "its owner does not allow weights from the hub", here)
     elif folders is not None and not asked.weights:
         path = Path(wanted).absolute()
         if ".." in path.parts or not any(path.is_relative_to(folder) for folder in folders):
             here = f"the run's weights file {path} is in none of the policy's model.weights_folders"
-            yield Broken("model.weights_folders", "its owner does not allow the folder of the run's weights file", here)
+            yield Violation(
+                "model.weights_folders", "its owner does not allow the folder of the run's weights file", here
+            )
 
 
-def _peft(policy: Policy, asked: Asked) -> Iterator[Broken]:
+def _peft(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
     rules, spec = policy.peft, asked.run.spec
     names = {asked.run.config.peft.method, spec.method}
     if rules.methods is not None and not names.issubset(rules.methods):
         method = next(name for name in sorted(names) if name not in rules.methods)
         here = f"PEFT method {method!r} is not among the policy's peft.methods"
-        yield Broken("peft.methods", f"its owner does not allow the PEFT method {method!r}", here)
+        yield Violation("peft.methods", f"its owner does not allow the PEFT method {method!r}", here)
     if rules.max_parameters is not None and spec.parameters > rules.max_parameters:
         yield _over("peft.max_parameters", "parameters tuned", spec.parameters, rules.max_parameters)
 
 
-def _training(policy: Policy, asked: Asked) -> Iterator[Broken]:
+def _training(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
     rules, training, a_pass = policy.training, asked.training, asked.steps_a_pass
     if training is None:
         return
@@ -169,36 +171,36 @@ def _training(policy: Policy, asked: Asked) -> Iterator[Broken]:
         yield _over("training.max_batch_size", "images in a batch", training.batch_size, rules.max_batch_size)
 
 
-def _for_ever(steps: int) -> Iterator[Broken]:
+def _for_ever(steps: int) -> Iterator[Violation]:
     if steps > MOST_STEPS:
         told = (
             f"the training is longer than the {MOST_STEPS:,} steps that are allowed where an owner sets no other bound"
         )
         here = f"{told}; the policy's training.max_steps or training.max_epochs sets one"
-        yield Broken("training.max_steps", told, here)
+        yield Violation("training.max_steps", told, here)
 
 
-def _data(policy: Policy, asked: Asked) -> Iterator[Broken]:
+def _data(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
     least = policy.data.min_examples
     if least is not None and asked.examples is not None and asked.examples < least:
         images = counted(asked.examples, "image is", "images are")
         here = f"{images} of the run's classes; the policy's data.min_examples is {least:,}"
-        yield Broken("data.min_examples", "it has fewer images of the run's classes than its owner wants", here)
+        yield Violation("data.min_examples", "it has fewer images of the run's classes than its owner wants", here)
 
 
-def _transfer(policy: Policy, asked: Asked) -> Iterator[Broken]:
+def _transfer(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
     rules, run = policy.transfer, asked.run
     encoding = run.config.codec.encoding
     if rules.encodings is not None and encoding not in rules.encodings:
         here = f"encoding {encoding} is not among the policy's transfer.encodings"
-        yield Broken("transfer.encodings", f"its owner does not allow updates as {encoding}", here)
+        yield Violation("transfer.encodings", f"its owner does not allow updates as {encoding}", here)
     limits = {"max_payload_bytes": rules.max_payload_bytes, "max_bytes_a_day": rules.max_bytes_a_day}
     for key, most in limits.items():
         if most is not None and asked.training is not None and (size := _largest(asked)) > most:
             yield _over(f"transfer.{key}", "bytes in an update", size, most)
 
 
-def _largest(asked: Asked) -> int:
+def _largest(asked: RunDemand) -> int:
     """Returns the most bytes of an update: of the ticket's round, or of any round while the roles differ."""
     if asked.number is not None:
         return asked.run.upload_bounds(asked.number)[1]
@@ -211,15 +213,15 @@ def _cycle(spec: AdapterSpec) -> int:
     return min(math.lcm(*{len(tensor.roles) for tensor in spec.tensors}), CYCLE)
 
 
-def _over(key: str, unit: str, wanted: int, most: int) -> Broken:
+def _over(key: str, unit: str, wanted: int, most: int) -> Violation:
     asks = f"the server asks for {wanted:,} {unit}"
-    return Broken(key, f"{asks}; its owner allows {most:,}", f"{asks}; the policy's {key} is {most:,}")
+    return Violation(key, f"{asks}; its owner allows {most:,}", f"{asks}; the policy's {key} is {most:,}")
 
 
-def _longer(key: str, wanted: str, most: int, unit: str) -> Broken:
+def _longer(key: str, wanted: str, most: int, unit: str) -> Violation:
     """Steps held against passes, or the reverse; the factor between them would tell how many images there are."""
     text = f"{wanted} more than the {most:,} {unit} that"
-    return Broken(key, f"{text} its owner allows", f"{text} the policy's {key} allows")
+    return Violation(key, f"{text} its owner allows", f"{text} the policy's {key} allows")
 
 
 RULES: tuple[Rule, ...] = (_runs, _rounds, _model, _weights, _peft, _training, _data, _transfer)

@@ -34,7 +34,7 @@ from fedpeft.errors import (
 )
 from fedpeft.formatting import counted
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft_client.eligibility.policy_rules import Asked, Weights, broken
+from fedpeft_client.eligibility.policy_rules import RunDemand, Weights, broken
 from fedpeft_client.owner.policy import NO_LIMITS, Policy
 from fedpeft_client.state.runs import KnownRun
 
@@ -134,7 +134,7 @@ def reasons_against_ticket(
     except ValidationError as error:
         faults = faults_of(error, settings, "training")
         return (Reason.of(ConfigInvalid("; ".join(f"{path}: {text}" for path, text in faults), faults)),)
-    asked = Asked(run, training, task.round, examples, taken=taken)
+    asked = RunDemand(run, training, task.round, examples, taken=taken)
     return tuple(Reason.of(RefusedByPolicy(each.here), each.told) for each in broken(policy, asked))
 
 
@@ -164,7 +164,7 @@ def _policy(run: KnownRun, site: Site) -> Iterable[Reason]:
         examples = None  # that is a reason of its own
     training = run.config.training if site.trains else None
     size = site.built.image_size if isinstance(site.built, Built) else None
-    for each in broken(site.policy, Asked(run, training, None, examples, size, site.weights)):
+    for each in broken(site.policy, RunDemand(run, training, None, examples, size, site.weights)):
         yield Reason.of(RefusedByPolicy(each.here), each.told)
 
 

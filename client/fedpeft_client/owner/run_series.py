@@ -6,7 +6,7 @@ from typing import Generic, TypeVar, cast
 
 from prometheus_client import Counter, Gauge
 
-from fedpeft_client.state.bounded import Newest
+from fedpeft_client.state.bounded import BoundedDict
 
 MOST = 256
 """Runs with series; of more, those of the run that was used longest ago are dropped."""
@@ -18,7 +18,7 @@ class RunSeries:
     """The runs that have series, and the metrics that those are of."""
 
     def __init__(self) -> None:
-        self._runs: Newest[str, None] = Newest(MOST)
+        self._runs: BoundedDict[str, None] = BoundedDict(MOST)
         self._metrics: list[Counter | Gauge] = []
 
     @property

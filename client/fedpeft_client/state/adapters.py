@@ -23,7 +23,7 @@ _log = logs.logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class CachedAdapter:
     """An adapter version on disk whose digest was checked."""
 
     version: int
@@ -38,13 +38,13 @@ class AdapterCache:
         self._folder = folder
         self._index = folder / "adapter.json"
 
-    def held(self) -> Held | None:
+    def held(self) -> CachedAdapter | None:
         """Returns the version held, or None if there is none or its bytes are damaged (then it is pulled again)."""
         try:
             record = json.loads(self._index.read_bytes())
             message = json_format.ParseDict(record["manifest"], tensor_pb2.Manifest())
             manifest = wire.manifest_from_proto(message)
-            held = Held(int(record["version"]), manifest, self._payload(manifest))
+            held = CachedAdapter(int(record["version"]), manifest, self._payload(manifest))
             if durable.sha256(held.payload) == manifest.sha256:
                 return held
             cause = f"{held.payload.name} does not have the digest of its manifest"
@@ -65,7 +65,7 @@ class AdapterCache:
                 other.unlink()
         return part
 
-    def commit(self, version: int, manifest: Manifest) -> Held:
+    def commit(self, version: int, manifest: Manifest) -> CachedAdapter:
         """Makes the collected bytes the version held.
 
         Raises:
@@ -80,11 +80,11 @@ class AdapterCache:
         durable.move(part, self._payload(manifest))
         return self.relabel(version, manifest)
 
-    def relabel(self, version: int, manifest: Manifest) -> Held:
+    def relabel(self, version: int, manifest: Manifest) -> CachedAdapter:
         """Says that the payload of `manifest`, which is on disk, is adapter version `version`."""
         message = json_format.MessageToDict(wire.manifest_to_proto(manifest))
         durable.write(self._index, json.dumps({"version": version, "manifest": message}).encode())
-        held = Held(version, manifest, self._payload(manifest))
+        held = CachedAdapter(version, manifest, self._payload(manifest))
         for other in self._folder.glob("adapter-*.payload"):
             if other != held.payload:
                 other.unlink()

@@ -10,8 +10,8 @@ Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class Newest(OrderedDict[Key, Value]):
-    """The keys that were put last, the one that was put longest ago first.
+class BoundedDict(OrderedDict[Key, Value]):
+    """A dictionary of the keys that were put last, the oldest first.
 
     Args:
         most: Keys that are kept.

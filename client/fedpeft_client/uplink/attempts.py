@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-from fedpeft_client.state.bounded import Newest
+from fedpeft_client.state.bounded import BoundedDict
 
 MOST = 256
 """Keys that are counted; of more, the one that failed longest ago is forgotten."""
@@ -17,7 +17,7 @@ class Attempts(Generic[Key]):
     """Failed attempts in a row, by key."""
 
     def __init__(self) -> None:
-        self._failed: Newest[Key, int] = Newest(MOST)
+        self._failed: BoundedDict[Key, int] = BoundedDict(MOST)
 
     def failed(self, key: Key) -> int:
         """Counts a failed attempt; returns how many there were."""

@@ -20,7 +20,7 @@ from fedpeft.rpc import wire
 from fedpeft.rpc.timing import STALL_S
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
-from fedpeft_client.state.adapters import AdapterCache, Held
+from fedpeft_client.state.adapters import AdapterCache, CachedAdapter
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.retry import Retry
@@ -40,7 +40,7 @@ class Puller:
         self._run = run
         self._cache = cache
 
-    async def pull(self, version: int) -> Held:
+    async def pull(self, version: int) -> CachedAdapter:
         """Returns an adapter version, on disk and with the digest that the server named.
 
         Raises:
@@ -59,7 +59,7 @@ class Puller:
                     raise
                 starts += 1
 
-    async def _continue(self, version: int) -> Held:
+    async def _continue(self, version: int) -> CachedAdapter:
         """Makes one call, which begins at the first byte that is missing."""
         held = await asyncio.to_thread(self._cache.held)
         part = self._cache.part(version)

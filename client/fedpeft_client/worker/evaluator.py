@@ -9,7 +9,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.metrics import Metrics
-from fedpeft_client.state.adapters import Held
+from fedpeft_client.state.adapters import CachedAdapter
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.retry import Retry
@@ -39,7 +39,7 @@ class Evaluator:
         with self._egress_log.record(message_entries.evaluation(message)):
             await self._retry.call(lambda: self._channel.push_evaluation(message))
 
-    async def evaluate(self, run: KnownRun, held: Held, log: Log) -> None:
+    async def evaluate(self, run: KnownRun, held: CachedAdapter, log: Log) -> None:
         """Scores a version on this site's data and pushes the figures.
 
         Raises:

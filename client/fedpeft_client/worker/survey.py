@@ -22,7 +22,7 @@ _SMALL = Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "nearest")
 
 
 @dataclass(frozen=True)
-class Found:
+class SurveyResult:
     """Findings of a survey.
 
     Attributes:
@@ -36,7 +36,7 @@ class Found:
     bits: int | None = None
 
 
-def survey(source: Source, progress: Callable[[dict[str, Any]], None], max_pixels: int = MAX_PIXELS) -> Found:
+def survey(source: Source, progress: Callable[[dict[str, Any]], None], max_pixels: int = MAX_PIXELS) -> SurveyResult:
     """Opens every image.
 
     Args:
@@ -57,4 +57,4 @@ def survey(source: Source, progress: Callable[[dict[str, Any]], None], max_pixel
     names = source.class_names
     by_class = Counter(names[source.labels[row]] for row in store.unreadable)
     unreadable = [(source.name(row), why) for row, why in sorted(store.unreadable.items())]
-    return Found(unreadable, by_class, store.preprocessing.bits)
+    return SurveyResult(unreadable, by_class, store.preprocessing.bits)

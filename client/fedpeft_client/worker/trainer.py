@@ -15,7 +15,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state import state_dir
-from fedpeft_client.state.adapters import Held
+from fedpeft_client.state.adapters import CachedAdapter
 from fedpeft_client.state.outbox import Outbox, Pending
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
@@ -35,7 +35,7 @@ class Trainer:
         self._metrics = metrics
 
     async def train(
-        self, run: KnownRun, task: pb.TrainingTask, held: Held, log: Log, progress: TrainingProgress
+        self, run: KnownRun, task: pb.TrainingTask, held: CachedAdapter, log: Log, progress: TrainingProgress
     ) -> Pending:
         """Trains for a ticket and returns the update, on disk for good; `progress` is kept up to date.
 
@@ -93,7 +93,7 @@ def sendable(measured: Mapping[str, float], most: int, log: Log) -> dict[str, fl
     return kept
 
 
-def adapter_json(held: Held) -> Answer:
+def adapter_json(held: CachedAdapter) -> Answer:
     """Returns where the worker finds an adapter version."""
     return {
         "payload": str(held.payload),

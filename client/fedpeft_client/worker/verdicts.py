@@ -11,7 +11,7 @@ from fedpeft.process.logs import Log
 from fedpeft.v1 import run_pb2
 from fedpeft_client.eligibility.rules import Reason
 from fedpeft_client.error_policy import NOT_ABOUT_THE_TASK
-from fedpeft_client.state.bounded import Newest
+from fedpeft_client.state.bounded import BoundedDict
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.uplink.wire_checks import check_run, terms_of
 from fedpeft_client.worker.handle import WorkerProcess
@@ -40,7 +40,7 @@ class Verdict:
     name: str = ""
 
     @property
-    def suits(self) -> bool:
+    def is_eligible(self) -> bool:
         """True if nothing speaks against the run."""
         return not self.reasons
 
@@ -60,7 +60,7 @@ class Verdicts:
     def __init__(self, worker: WorkerProcess, log: Log) -> None:
         self._worker = worker
         self._log = log
-        self.verdicts: Newest[str, Verdict] = Newest(MOST)
+        self.verdicts: BoundedDict[str, Verdict] = BoundedDict(MOST)
         self._terms: dict[str, str] = {}  # of each of them, what was judged
 
     async def judge(self, message: run_pb2.Run) -> Verdict:
@@ -99,13 +99,13 @@ class Verdicts:
 
     def least_upload_bytes(self) -> int:
         """Returns how many bytes the smallest update of an accepted run has at most; 0 if none was accepted."""
-        accepted = [verdict.run for verdict in self.verdicts.values() if verdict.suits and verdict.run]
+        accepted = [verdict.run for verdict in self.verdicts.values() if verdict.is_eligible and verdict.run]
         return min((run.upload_bounds(run.version + 1)[1] for run in accepted), default=0)
 
     def nothing_suits(self) -> FedpeftError | None:
         """Returns why, if there were runs and not one of them suits; the run is named where there were several."""
         verdicts = self.verdicts
-        if not verdicts or any(verdict.suits for verdict in verdicts.values()):
+        if not verdicts or any(verdict.is_eligible for verdict in verdicts.values()):
             return None
         first = next(iter(verdicts.values())).reasons[0]
         named: Callable[[str], str] = (lambda run: f"{run}: ") if len(verdicts) > 1 else (lambda _: "")
@@ -124,7 +124,7 @@ class Verdicts:
         if reasons:
             return Verdict(reasons, name=run.config.name)  # nothing of it is needed again, and it may be large
         verdict = Verdict((), run, answer["report"], run.config.name)
-        if verdict.suits:
+        if verdict.is_eligible:
             self._log.info(
                 "run fits this site",
                 run=run.id,

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedpeft.api import views
-from fedpeft.api.operator_client import FINISHED, PATIENCE_S, Connect, OperatorClient
+from fedpeft.api.operator_client import FINISHED, RESPONSE_TIMEOUT_S, Connect, OperatorClient
 from fedpeft.api.round_parts import folded
 from fedpeft.errors import CertificateExpired, FedpeftError, Unavailable
 from fedpeft.v1 import federation_service_pb2, operator_service_pb2, run_pb2
@@ -120,14 +120,14 @@ async def follow(connect: Connect, run: str) -> AsyncIterator[RunSnapshot]:
 async def _scored(connect: Connect, snapshot: RunSnapshot) -> AsyncIterator[RunSnapshot]:
     """Yields the snapshot as figures come in until the last version has its own, if somebody was at work on them.
 
-    It ends when no version was scored for `PATIENCE_S`: figures that never come are no fault of the run, which is over.
+    It ends when no version was scored for `RESPONSE_TIMEOUT_S`: the run is over, and missing figures are no fault of it.
     """
     last, now = snapshot.run.version, asyncio.get_running_loop().time
     try:
         async with connect() as server:
             if not last or not await _evaluator_seen(server, snapshot.run):
                 return
-            give_up = now() + PATIENCE_S
+            give_up = now() + RESPONSE_TIMEOUT_S
             while last not in _scored_versions(snapshot.rounds) and now() < give_up:
                 if _given_up(snapshot.run, last):
                     return
@@ -137,7 +137,7 @@ async def _scored(connect: Connect, snapshot: RunSnapshot) -> AsyncIterator[RunS
                 # The run too: figures of version 0 stand there. It is asked for last, so it has what was scored before.
                 seen = snapshot.scored((await server.run(snapshot.run.id))[0], rounds)
                 if seen.changed:
-                    give_up = now() + PATIENCE_S
+                    give_up = now() + RESPONSE_TIMEOUT_S
                     yield (snapshot := seen)
                 else:
                     snapshot = replace(snapshot, run=seen.run)

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from fedpeft.config import RunConfig
     from fedpeft.identity.folder import Identity
 
-PATIENCE_S = 60.0
+RESPONSE_TIMEOUT_S = 60.0
 """Longest silence of the server that is waited out, in any call."""
 LOOK_S = 5.0
 """Longest that a question takes where somebody looks at a screen; a list asks one question a page."""
@@ -95,11 +95,11 @@ class OperatorClient(AccessCalls):
         attempts: Times a call is made before an unavailable server is given up.
 
     Attributes:
-        patience_s: Longest that a question may take, its repetitions included; None where each may take `PATIENCE_S`.
-            Transfers and watches have the usual patience.
+        timeout_s: Longest time for a call, its retries included; None: `RESPONSE_TIMEOUT_S` for each attempt. Transfers
+            and watches use the default.
     """
 
-    patience_s: float | None = None
+    timeout_s: float | None = None
 
     def __init__(self, server: str, identity: Identity | None = None, *, attempts: int = ATTEMPTS) -> None:
         self._server = server
@@ -144,7 +144,7 @@ class OperatorClient(AccessCalls):
     async def _renew(self, identity: Identity) -> None:
         """Gets the next certificate; one that cannot be had now is had the next time, as there is half a life left."""
         with suppress(FedpeftError, grpc.aio.AioRpcError, TimeoutError):
-            async with asyncio.timeout(min(RENEW_S, self.patience_s or RENEW_S)):
+            async with asyncio.timeout(min(RENEW_S, self.timeout_s or RENEW_S)):
                 renewed = await enrolment.renewed(identity, self._access.Renew)
             await self._channel.close()
             self._open(renewed)
@@ -234,7 +234,7 @@ class OperatorClient(AccessCalls):
         """Yields the run with the rounds above `after`, then what is new of them, until the run ends.
 
         What is new of a round is folded into what was known of it by `fedpeft.api.round_parts`. A server that has had
-        nothing to say for `PATIENCE_S` is asked for the run, so a dead connection is found.
+        nothing to say for `RESPONSE_TIMEOUT_S` is asked for the run, so a dead connection is found.
 
         Raises:
             ServerUnreachable: If the connection is lost; watch again on a new client.
@@ -356,10 +356,10 @@ class OperatorClient(AccessCalls):
             for message, done in _messages(header, data, chunk_bytes):
                 yield message
                 progress(done, len(data))
-                patience.reschedule(asyncio.get_running_loop().time() + PATIENCE_S)
+                patience.reschedule(asyncio.get_running_loop().time() + RESPONSE_TIMEOUT_S)
 
         try:
-            async with asyncio.timeout(PATIENCE_S) as patience:
+            async with asyncio.timeout(RESPONSE_TIMEOUT_S) as patience:
                 call = self._stub.CreateRun(messages(patience))
                 end = EndStatus(call)
                 return (await call).run
@@ -392,11 +392,11 @@ class OperatorClient(AccessCalls):
 
     async def _ask(self, method: Unary[RequestT, ResponseT], request: RequestT) -> ResponseT:
         try:
-            async with asyncio.timeout(self.patience_s):
-                return await self._repeat(lambda: method(request, timeout=PATIENCE_S))
+            async with asyncio.timeout(self.timeout_s):
+                return await self._repeat(lambda: method(request, timeout=RESPONSE_TIMEOUT_S))
         except TimeoutError:
             raise ServerUnreachable(
-                f"no FedPEFT server answers at {self._server} within {self.patience_s:g} s; it is not there, it "
+                f"no FedPEFT server answers at {self._server} within {self.timeout_s:g} s; it is not there, it "
                 "hangs, or something on the path drops what is sent"
             ) from None
 
@@ -425,7 +425,7 @@ class OperatorClient(AccessCalls):
     async def _within(self, step: Awaitable[T]) -> T:
         """Awaits one step of a transfer, and no longer than the server may be silent."""
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(RESPONSE_TIMEOUT_S):
                 return await step
         except TimeoutError:
             raise self._unreachable() from None
@@ -444,7 +444,7 @@ class OperatorClient(AccessCalls):
         """Returns the next message, or None at the end of the stream; a patient one asks whether the server lives."""
         reading = asyncio.ensure_future(call.read())  # a task of its own: a read that is cancelled ends the call
         try:
-            while not (await asyncio.wait({reading}, timeout=PATIENCE_S))[0]:
+            while not (await asyncio.wait({reading}, timeout=RESPONSE_TIMEOUT_S))[0]:
                 if not patient:
                     raise self._unreachable()
                 await self.run(run)
@@ -465,7 +465,7 @@ def for_looking(connect: Connect) -> Connect:
 
     def made() -> OperatorClient:
         client = connect()
-        client.patience_s = LOOK_S
+        client.timeout_s = LOOK_S
         return client
 
     return made

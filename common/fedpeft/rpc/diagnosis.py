@@ -107,7 +107,7 @@ def diagnose(server: str, trust: Trust | None) -> Fault | None:
 
 def _plain(probe: ConnectionProbe) -> None:
     first = probe.first_bytes()
-    if first[:2] == b"\x15\x03" or (not first and probe.shown()):
+    if first[:2] == b"\x15\x03" or (not first and probe.peer_certificate()):
         raise PermanentFault(
             f"the server at {probe.server} speaks TLS and this side has no certificate: ask its operator for a token "
             "and enroll, or name the folder of its identity with --identity (none is used for another HOST:PORT "
@@ -172,7 +172,7 @@ def _no_handshake(probe: ConnectionProbe, reason: str, trust: Trust) -> Fault:
 
 def _unproven(probe: ConnectionProbe, error: ssl.SSLCertVerificationError, trust: Trust) -> PermanentFault:
     """Returns why the server's certificate does not prove that it is the one wanted."""
-    shown = probe.shown()
+    shown = probe.peer_certificate()
     if error.verify_code in _OUT_OF_TIME and (fault := _out_of_time(probe.server, shown, trust)):
         return fault
     if shown is not None and "match" in error.verify_message:

@@ -157,7 +157,7 @@ class ConnectionProbe:
                 f"what answers at {self.server} is not a FedPEFT server: check the address and the port"
             )
 
-    def shown(self) -> x509.Certificate | None:
+    def peer_certificate(self) -> x509.Certificate | None:
         """Returns the certificate that the server shows, which proves nothing; None if it shows none."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

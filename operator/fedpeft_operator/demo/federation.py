@@ -19,7 +19,7 @@ from pathlib import Path
 import fedpeft
 from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
-from fedpeft.api.operator_client import PATIENCE_S
+from fedpeft.api.operator_client import RESPONSE_TIMEOUT_S
 from fedpeft.config import RunConfig, load_run_file
 from fedpeft.errors import ServerUnreachable, SettingsInvalid, StateInvalid, TrainingFailed
 from fedpeft.formatting import counted
@@ -276,7 +276,7 @@ async def _serve(plan: Plan, processes: ProcessGroup) -> Session:
 
 async def _ready(session: Session) -> None:
     """Waits for the server's first answer."""
-    give_up = time.monotonic() + PATIENCE_S
+    give_up = time.monotonic() + RESPONSE_TIMEOUT_S
     while True:
         try:
             async with session.client() as server:

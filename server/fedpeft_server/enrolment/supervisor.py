@@ -141,14 +141,14 @@ class Enrolment:
             self.renewed()
             assert process.stdout is not None
             async for line in _lines(process.stdout):
-                await self._heard(line.decode(errors="replace").rstrip())
+                await self._handle_line(line.decode(errors="replace").rstrip())
             return await process.wait()
         finally:
             self.process = None
             if process.returncode is None:
                 await asyncio.shield(self._end(process))
 
-    async def _heard(self, line: str) -> None:
+    async def _handle_line(self, line: str) -> None:
         """Takes up a line of the process; one that is no report is kept, for it may say why the process ends."""
         try:
             report = json.loads(line)

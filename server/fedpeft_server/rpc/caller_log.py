@@ -44,18 +44,18 @@ class CallerLog:
     def refused(self, error: FedpeftError) -> None:
         """Writes that the current call was refused, the same of the same caller once in `QUIET_S`."""
         call = CALL.get()
-        again = self._again(call, error.reason)
+        again = self._repetition(call, error.reason)
         if again is not None:
             log.info("refused", method=call.method, reason=error.reason, message=error.message, **again)
 
     def failed(self, error: BaseException) -> None:
         """Writes that the current call failed through a fault of the server, likewise."""
         call = CALL.get()
-        again = self._again(call, type(error).__name__)
+        again = self._repetition(call, type(error).__name__)
         if again is not None:
             log.error("a call failed with an internal error", method=call.method, exc_info=error, **again)
 
-    def tell(self) -> None:
+    def log_suppressed(self) -> None:
         """Writes how many lines were left out since the last time, and about whose calls most."""
         if not self._left_out:
             return
@@ -63,7 +63,7 @@ class CallerLog:
         log.warning("log lines about calls were suppressed", lines=self._left_out.total(), most=most)
         self._left_out.clear()
 
-    def _again(self, call: Call, kind: str) -> dict[str, int] | None:
+    def _repetition(self, call: Call, kind: str) -> dict[str, int] | None:
         """Returns what a line says of those like it that were left out; None if it is to be left out itself."""
         before = self._refusals.suppressed((call.party, call.method, kind))
         if before is None:

@@ -21,7 +21,7 @@ from fedpeft.errors import RefusedByPolicy, SettingsInvalid
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.commands.site_status import read_status
-from fedpeft_client.eligibility.policy_rules import Asked, broken
+from fedpeft_client.eligibility.policy_rules import RunDemand, broken
 from fedpeft_client.eligibility.rules import Built, Site, reasons_against, reasons_against_ticket
 from fedpeft_client.owner.limits import Conditions, forbidden
 from fedpeft_client.owner.policy import NO_LIMITS, Policy, find, note_named, noted, opens_at
@@ -37,7 +37,7 @@ def policy(**sections: dict[str, Any]) -> Policy:
     return Policy.model_validate(sections)
 
 
-def keys(rules: Policy, asked: Asked) -> list[str]:
+def keys(rules: Policy, asked: RunDemand) -> list[str]:
     return [each.key for each in broken(rules, asked)]
 
 
@@ -199,7 +199,7 @@ def test_no_training_passes_that_is_longer_or_larger_than_allowed(
         "training.max_batch_size": most[2] is None or batch <= most[2],
     }
     task = pb.TrainingTask(run=RUN.id, round=1, settings=settings(training))
-    asked = Asked(RUN, training, 1, examples)
+    asked = RunDemand(RUN, training, 1, examples)
     assert keys(rules, asked) == [key for key, fits in allowed.items() if not fits]
     reasons = reasons_against_ticket(rules, RUN, task, examples, 0)
     assert (reasons == ()) is all(allowed.values()), "a ticket is held to the same"
@@ -251,7 +251,7 @@ def test_only_tensors_that_the_offer_named_as_sent_ever_leave(
     ]
     assert len(made.payload) == made.manifest.payload_bytes <= run.upload_bounds(number)[1]
     least = policy(transfer={"max_payload_bytes": made.manifest.payload_bytes})
-    beyond = keys(least, Asked(run, run.config.training, number))
+    beyond = keys(least, RunDemand(run, run.config.training, number))
     assert (beyond == []) is (run.upload_bounds(number)[1] <= made.manifest.payload_bytes)
 
 

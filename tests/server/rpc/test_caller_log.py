@@ -92,15 +92,15 @@ def test_a_servers_fault_is_said_once_with_its_place(desk: Desk, lines: list[Eve
 
 
 def test_what_was_left_out_is_told(desk: Desk, lines: list[EventDict]) -> None:
-    desk.log.tell()
+    desk.log.log_suppressed()
     assert not lines, "nothing was"
     for name in ("a", "b", "b"):
         desk.call(name)
         for _ in range(3):
             desk.log.refused(RoleMayNot("no"))
     lines.clear()
-    desk.log.tell()
-    desk.log.tell()
+    desk.log.log_suppressed()
+    desk.log.log_suppressed()
     (line,) = lines
     assert (line["lines"], line["most"]) == (7, {"client b": 5, "client a": 2})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedpeft_client.owner import run_series
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state import holds
-from fedpeft_client.state.holds import FAILURES, FIRST_HOLD_S, LONGEST_HOLD_S, MAX_HELD, Holds
+from fedpeft_client.state.run_backoff import FAILURES, FIRST_HOLD_S, LONGEST_HOLD_S, MAX_HELD, RunBackoff
 from fedpeft_client.uplink import attempts
 from fedpeft_client.uplink.attempts import Attempts
 
@@ -20,7 +20,7 @@ class Clock:
 
 def test_a_run_is_left_out_after_some_failures_in_a_row_and_longer_each_time() -> None:
     clock = Clock()
-    holds = Holds(clock)
+    holds = RunBackoff(clock)
     assert [holds.failed("run-a") for _ in range(FAILURES)] == [0.0] * (FAILURES - 1) + [FIRST_HOLD_S]
     assert holds.held() == ["run-a"]
     clock.now += FIRST_HOLD_S
@@ -34,14 +34,14 @@ def test_a_run_is_left_out_after_some_failures_in_a_row_and_longer_each_time() -
 
 
 def test_a_failure_that_is_sure_to_repeat_leaves_its_run_out_at_once_and_no_other() -> None:
-    holds = Holds(Clock())
+    holds = RunBackoff(Clock())
     assert holds.failed("run-a", surely=True) == FIRST_HOLD_S
     assert holds.failed("run-b") == 0.0
     assert holds.held() == ["run-a"]
 
 
 def test_no_more_runs_are_left_out_than_a_call_takes() -> None:
-    holds = Holds(Clock())
+    holds = RunBackoff(Clock())
     for number in range(MAX_HELD + 5):
         holds.failed(f"run-{number}", surely=True)
     assert len(holds.held()) == MAX_HELD
@@ -49,7 +49,7 @@ def test_no_more_runs_are_left_out_than_a_call_takes() -> None:
 
 def test_invented_runs_do_not_grow_the_client_and_those_used_last_are_kept() -> None:
     """A server that names a new run with every ticket made each of these grow for as long as the client ran."""
-    held, failed, metrics = Holds(Clock()), Attempts[tuple[str, int]](), Metrics()
+    held, failed, metrics = RunBackoff(Clock()), Attempts[tuple[str, int]](), Metrics()
 
     def fails(run: str) -> tuple[float, int]:
         metrics.tickets_given_up.labels(run, "TRAINING_FAILED").inc()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedpeft_client.state.bounded import Newest
+from fedpeft_client.state.bounded import BoundedDict
 
 FAILURES = 3
 """So many failures in a row are taken for more than bad luck."""
@@ -31,8 +31,8 @@ class _Record:
     until: float = 0.0
 
 
-class Holds:
-    """The runs that are left out now.
+class RunBackoff:
+    """Exponential backoff by run: the runs that are left out now.
 
     Args:
         now: The clock, in seconds; monotonic.
@@ -40,7 +40,7 @@ class Holds:
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._records: Newest[str, _Record] = Newest(MOST)
+        self._records: BoundedDict[str, _Record] = BoundedDict(MOST)
 
     def failed(self, run: str, *, surely: bool = False) -> float:
         """Counts a failure of a run; `surely` if trying again at once is known to be of no use.
