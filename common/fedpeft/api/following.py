@@ -120,7 +120,7 @@ async def follow(connect: Connect, run: str) -> AsyncIterator[RunSnapshot]:
 async def _scored(connect: Connect, snapshot: RunSnapshot) -> AsyncIterator[RunSnapshot]:
     """Yields the snapshot as figures come in until the last version has its own, if somebody was at work on them.
 
-    It ends when no version was scored for `RESPONSE_TIMEOUT_S`: the run is over, and missing figures are no fault of it.
+    It ends when no version was scored for `RESPONSE_TIMEOUT_S`: the run is over without them all the same.
     """
     last, now = snapshot.run.version, asyncio.get_running_loop().time
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedpeft_client.owner import run_series
 from fedpeft_client.owner.metrics import Metrics
-from fedpeft_client.state import holds
+from fedpeft_client.state import run_backoff
 from fedpeft_client.state.run_backoff import FAILURES, FIRST_HOLD_S, LONGEST_HOLD_S, MAX_HELD, RunBackoff
 from fedpeft_client.uplink import attempts
 from fedpeft_client.uplink.attempts import Attempts
@@ -21,30 +21,30 @@ class Clock:
 def test_a_run_is_left_out_after_some_failures_in_a_row_and_longer_each_time() -> None:
     clock = Clock()
     holds = RunBackoff(clock)
-    assert [holds.failed("run-a") for _ in range(FAILURES)] == [0.0] * (FAILURES - 1) + [FIRST_HOLD_S]
-    assert holds.held() == ["run-a"]
+    assert [run_backoff.failed("run-a") for _ in range(FAILURES)] == [0.0] * (FAILURES - 1) + [FIRST_HOLD_S]
+    assert run_backoff.held() == ["run-a"]
     clock.now += FIRST_HOLD_S
-    assert holds.held() == [], "it is tried again"
-    assert holds.failed("run-a") == 2 * FIRST_HOLD_S, "once is enough now"
+    assert run_backoff.held() == [], "it is tried again"
+    assert run_backoff.failed("run-a") == 2 * FIRST_HOLD_S, "once is enough now"
     for _ in range(10):
-        assert holds.failed("run-a") <= LONGEST_HOLD_S
+        assert run_backoff.failed("run-a") <= LONGEST_HOLD_S
     clock.now += LONGEST_HOLD_S
-    holds.succeeded("run-a")
-    assert holds.failed("run-a") == 0.0
+    run_backoff.succeeded("run-a")
+    assert run_backoff.failed("run-a") == 0.0
 
 
 def test_a_failure_that_is_sure_to_repeat_leaves_its_run_out_at_once_and_no_other() -> None:
     holds = RunBackoff(Clock())
-    assert holds.failed("run-a", surely=True) == FIRST_HOLD_S
-    assert holds.failed("run-b") == 0.0
-    assert holds.held() == ["run-a"]
+    assert run_backoff.failed("run-a", surely=True) == FIRST_HOLD_S
+    assert run_backoff.failed("run-b") == 0.0
+    assert run_backoff.held() == ["run-a"]
 
 
 def test_no_more_runs_are_left_out_than_a_call_takes() -> None:
     holds = RunBackoff(Clock())
     for number in range(MAX_HELD + 5):
-        holds.failed(f"run-{number}", surely=True)
-    assert len(holds.held()) == MAX_HELD
+        run_backoff.failed(f"run-{number}", surely=True)
+    assert len(run_backoff.held()) == MAX_HELD
 
 
 def test_invented_runs_do_not_grow_the_client_and_those_used_last_are_kept() -> None:
@@ -56,14 +56,14 @@ def test_invented_runs_do_not_grow_the_client_and_those_used_last_are_kept() -> 
         metrics.left_out.labels(run).inc()
         return held.failed(run), failed.failed((run, 1))
 
-    most = max(holds.MOST, attempts.MOST, run_series.MOST)
+    most = max(run_backoff.MOST, attempts.MOST, run_series.MOST)
     fails("run-mine")
     for number in range(3 * most):
         fails(f"run-{number}")
         if number % 100 == 99:
             last = fails("run-mine")
     assert last[0] and last[1] == 3 * most // 100 + 1, "what is used is not forgotten"
-    assert len(held._records) == holds.MOST and len(failed) == attempts.MOST
+    assert len(held._records) == run_backoff.MOST and len(failed) == attempts.MOST
     samples = [sample for metric in metrics.registry.collect() for sample in metric.samples]
     runs = {sample.labels["run"] for sample in samples if "run" in sample.labels}
     assert len(runs) == run_series.MOST and "run-mine" in runs
