@@ -20,31 +20,31 @@ class Clock:
 
 def test_a_run_is_left_out_after_some_failures_in_a_row_and_longer_each_time() -> None:
     clock = Clock()
-    holds = RunBackoff(clock)
-    assert [run_backoff.failed("run-a") for _ in range(FAILURES)] == [0.0] * (FAILURES - 1) + [FIRST_HOLD_S]
-    assert run_backoff.held() == ["run-a"]
+    backoff = RunBackoff(clock)
+    assert [backoff.failed("run-a") for _ in range(FAILURES)] == [0.0] * (FAILURES - 1) + [FIRST_HOLD_S]
+    assert backoff.held() == ["run-a"]
     clock.now += FIRST_HOLD_S
-    assert run_backoff.held() == [], "it is tried again"
-    assert run_backoff.failed("run-a") == 2 * FIRST_HOLD_S, "once is enough now"
+    assert backoff.held() == [], "it is tried again"
+    assert backoff.failed("run-a") == 2 * FIRST_HOLD_S, "once is enough now"
     for _ in range(10):
-        assert run_backoff.failed("run-a") <= LONGEST_HOLD_S
+        assert backoff.failed("run-a") <= LONGEST_HOLD_S
     clock.now += LONGEST_HOLD_S
-    run_backoff.succeeded("run-a")
-    assert run_backoff.failed("run-a") == 0.0
+    backoff.succeeded("run-a")
+    assert backoff.failed("run-a") == 0.0
 
 
 def test_a_failure_that_is_sure_to_repeat_leaves_its_run_out_at_once_and_no_other() -> None:
-    holds = RunBackoff(Clock())
-    assert run_backoff.failed("run-a", surely=True) == FIRST_HOLD_S
-    assert run_backoff.failed("run-b") == 0.0
-    assert run_backoff.held() == ["run-a"]
+    backoff = RunBackoff(Clock())
+    assert backoff.failed("run-a", surely=True) == FIRST_HOLD_S
+    assert backoff.failed("run-b") == 0.0
+    assert backoff.held() == ["run-a"]
 
 
 def test_no_more_runs_are_left_out_than_a_call_takes() -> None:
-    holds = RunBackoff(Clock())
+    backoff = RunBackoff(Clock())
     for number in range(MAX_HELD + 5):
-        run_backoff.failed(f"run-{number}", surely=True)
-    assert len(run_backoff.held()) == MAX_HELD
+        backoff.failed(f"run-{number}", surely=True)
+    assert len(backoff.held()) == MAX_HELD
 
 
 def test_invented_runs_do_not_grow_the_client_and_those_used_last_are_kept() -> None:
