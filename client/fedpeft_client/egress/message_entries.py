@@ -1,4 +1,4 @@
-"""Ledger entries for the messages that leave this device."""
+"""Egress-log entries of the messages that leave this device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK_OVERHEAD_BYTES = 32
 
 
 def enrolment(request: access_pb.EnrollRequest) -> EgressEntry:
-    """The request for the first certificate; its secret is in no ledger."""
+    """Returns the entry of the request for the first certificate; its secret is in no log."""
     return EgressEntry(Kind.ENROLMENT, request.ByteSize(), {"software": request.software})
 
 
@@ -46,7 +46,7 @@ def answer(request: pb.AnswerOfferRequest, name: str) -> EgressEntry:
 
 
 def update(pending: Pending, offset: int) -> EgressEntry:
-    """An upload of an update that goes on at byte `offset`."""
+    """Returns the entry of an upload of an update that goes on at byte `offset`."""
     manifest = pending.header.manifest
     pieces = list(chunks(offset, manifest.payload_bytes))
     said = {
@@ -71,7 +71,7 @@ def update(pending: Pending, offset: int) -> EgressEntry:
 
 
 def leave(request: access_pb.LeaveRequest) -> EgressEntry:
-    """That this client leaves for good."""
+    """Returns the entry of the message that this client leaves for good."""
     return EgressEntry(Kind.LEAVE, request.ByteSize(), {"reason": request.reason})
 
 

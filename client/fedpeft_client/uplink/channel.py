@@ -145,7 +145,7 @@ class Channel:
         return answer
 
     async def answer_offer(self, request: pb.AnswerOfferRequest) -> None:
-        """Says whether this client takes part in a run."""
+        """Sends the answer to an offer: whether this client takes part in the run."""
         await self._call(self._line.federation.AnswerOffer, request)
 
     async def check_runs(self, request: pb.CheckRunsRequest) -> pb.CheckRunsResponse:

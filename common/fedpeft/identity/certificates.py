@@ -75,12 +75,12 @@ def renewal(certificate: x509.Certificate) -> datetime:
 
 
 def is_due(certificate: x509.Certificate, now: datetime) -> bool:
-    """Says whether to make another: past its half, or not begun, for it was made while the clock was ahead."""
+    """Returns True if another is to be made: past its half, or not begun, for it was made while the clock was ahead."""
     return not certificate.not_valid_before_utc <= now < renewal(certificate)
 
 
 def may_sign(certificate: x509.Certificate) -> bool:
-    """Says whether a certificate is an authority's, which may sign others."""
+    """Returns True if a certificate is an authority's, which may sign others."""
     try:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except (x509.ExtensionNotFound, ValueError):

@@ -111,7 +111,7 @@ def _life(identity: Identity) -> tuple[datetime, datetime]:
 
 
 def exists(folder: Path) -> bool:
-    """Says whether somebody was enrolled into a folder."""
+    """Returns True if somebody was enrolled into a folder."""
     return certificate_path(folder).exists()
 
 

@@ -81,7 +81,7 @@ def _settle(answer: asyncio.Future[Fault | None], found: Fault | None) -> None:
 
 
 def diagnose(server: str, trust: Trust | None) -> Fault | None:
-    """Says why a connection to a server fails.
+    """Returns the cause of a failed connection to a server.
 
     Args:
         server: HOST:PORT.

@@ -110,7 +110,7 @@ class SessionStore:
         return self._sessions.get(cookie)
 
     def may_open(self, session: Session) -> bool:
-        """Says whether a session may have one more page that keeps itself fresh."""
+        """Returns True if a session may have one more page that keeps itself fresh."""
         if session.may_write:
             return self._pages[""] < MOST_PAGES
         theirs = self._pages.total() - self._pages[""]

@@ -43,7 +43,7 @@ def check_identity(setup: Setup) -> Iterator[Finding]:
 
 
 def _suits(setup: Setup, identity: Identity) -> Finding:
-    """Says whether the role is one for the side that is examined: a site's, or that of the commands."""
+    """Returns the finding on the role, which must fit the side that is examined: a site's, or that of the commands."""
     subject, where = identity.subject, identity.folder
     takes_part = subject.role in (Role.CLIENT, Role.EVALUATOR)
     at_a_site = setup.state_dir is not None or setup.data is not None

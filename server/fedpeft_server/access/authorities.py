@@ -140,7 +140,7 @@ def _of_key(trusted: Sequence[x509.Certificate], path: Path) -> Authority | None
 
 
 def issued(authority: x509.Certificate, certificate: x509.Certificate) -> bool:
-    """Says whether an authority signed a certificate."""
+    """Returns True if an authority signed a certificate."""
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):

@@ -51,7 +51,7 @@ class Files:
         return self.folder / "server.key"
 
     def exist(self) -> bool:
-        """Says whether the folder was made ready."""
+        """Returns True if the folder was made ready."""
         return self.server.exists()
 
     def stamps(self) -> tuple[tuple[int, int, int] | None, ...]:
@@ -64,7 +64,7 @@ class Files:
         return [] if self.exist() else [file.name for file in others if file.exists()]
 
     def enrols(self) -> bool:
-        """Says whether devices can enroll with it: the authority's key is here."""
+        """Returns True if devices can enroll with it: the authority's key is here."""
         return self.exist() and self.authority_key.exists()
 
 

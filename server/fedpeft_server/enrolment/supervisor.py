@@ -198,7 +198,7 @@ async def _lines(output: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 
 def _is_report(report: Any) -> bool:
-    """Says whether a value has the form that a report of the process has."""
+    """Returns True if a value has the form that a report of the process has."""
     if not isinstance(report, dict) or not report.keys() <= {"ready", "refused"}:
         return False
     refused = report.get("refused", {})

@@ -221,7 +221,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         return _receipt(update)
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
-        """Says where an upload stands."""
+        """Returns the state of an upload."""
         client = self._sessions.identify(context)
         _check_digest("sha256", request.sha256)
         engine, ticket, _ = await self._ticket(request.ticket, client)
@@ -248,7 +248,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         return pb.WithdrawResponse(state=TICKET_STATES[state])
 
     async def CheckRuns(self, request: pb.CheckRunsRequest, context: Context) -> pb.CheckRunsResponse:
-        """Says of some runs in which state they are."""
+        """Returns the states of some runs."""
         self._sessions.identify(context)
         if len(request.runs) > MAX_CHECKED:
             fault = f"has {len(request.runs)} ids; at most {MAX_CHECKED} are taken"

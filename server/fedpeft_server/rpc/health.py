@@ -17,11 +17,11 @@ class Health(health.aio.HealthServicer):
     clock = staticmethod(time.time)
 
     async def Check(self, request: Any, context: Any) -> Any:
-        """Says whether the server is well."""
+        """Returns the health of the server."""
         context.set_trailing_metadata(ServerInfo(PROTOCOL, self.clock()).to_metadata())
         return await super().Check(request, context)
 
     async def List(self, request: Any, context: Any) -> Any:
-        """Says whether the server, and each of its parts that has a name here, is well."""
+        """Returns the health of the server and of each of its named parts."""
         known = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._server_status.items()}
         return health_pb2.HealthListResponse(statuses=known)

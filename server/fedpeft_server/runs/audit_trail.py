@@ -11,7 +11,7 @@ from fedpeft_server.store.rows import AuditEvent, UpdateRow
 
 
 def received(current: Round, client: str, update: UpdateRow, by: str) -> AuditEvent:
-    """Says that the update of a client was received."""
+    """Returns the audit event of a received update."""
     return AuditEvent(
         by,
         "update.received",
@@ -28,12 +28,12 @@ def received(current: Round, client: str, update: UpdateRow, by: str) -> AuditEv
 
 
 def excluded(current: Round, why: Mapping[str, str], by: str) -> list[AuditEvent]:
-    """Says of updates that they are not folded; `why` is by ticket."""
+    """Returns the audit events of updates that are not folded; `why` is by ticket."""
     return [of_ticket(current, t, "update.excluded", why[t.id], by) for t in current.tickets if t.id in why]
 
 
 def committed(folded: Round, done: Round, outcome: Outcome, aside: Sequence[str], by: str) -> list[AuditEvent]:
-    """Says that a round was committed, without the updates that are not folded; `aside` are clients set aside by it."""
+    """Returns the audit events of a committed round, without those of updates not folded; `aside` are set aside by it."""
     details: dict[str, Detail] = {
         "round": done.number,
         "updates": len(outcome.weights),
@@ -47,7 +47,7 @@ def committed(folded: Round, done: Round, outcome: Outcome, aside: Sequence[str]
 
 
 def of_ticket(current: Round, ticket: Ticket, action: str, reason: str, by: str) -> AuditEvent:
-    """Says that something was done with a ticket, and why."""
+    """Returns the audit event of an action on a ticket, with its reason."""
     details: dict[str, Detail] = {
         "client": ticket.client,
         "round": current.number,

@@ -108,7 +108,7 @@ class Lobby:
         self._waiting.pop(run, None)
 
     def is_waiting(self, client: str) -> bool:
-        """Says whether a client waits now."""
+        """Returns True if a client waits now."""
         waiter = self._waiters.get(client)
         return waiter is not None and waiter.until >= time.monotonic()
 

@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 
 class RoundLog:
-    """Says what happens to the rounds of one run.
+    """Logs the events of the rounds of one run.
 
     Args:
         run: Its id.
@@ -54,7 +54,7 @@ class RoundLog:
             tracing.past("open", self._run, new.number, since, now, sampled=[t.client for t in new.tickets])
 
     def excluded(self, folded: Round, reasons: Mapping[str, str]) -> None:
-        """Says which updates were not folded; `reasons` are by ticket."""
+        """Logs the updates that were not folded; `reasons` are by ticket."""
         self._metrics.updates.labels(self._run, "excluded").inc(len(reasons))
         for ticket in folded.tickets:
             if ticket.id in reasons:
@@ -63,7 +63,7 @@ class RoundLog:
                 )
 
     def committed(self, done: Round, outcome: Outcome, at: float, seconds: float) -> None:
-        """Says that a round was committed at a time, seconds since the epoch, and how long its fold took."""
+        """Logs that a round was committed at a time, seconds since the epoch, and the seconds of its fold."""
         self._metrics.rounds.labels(self._run, "committed").inc()
         self._metrics.round_seconds.labels(self._run, "aggregating").observe(seconds)
         self._metrics.committed(self._run, outcome.metrics)

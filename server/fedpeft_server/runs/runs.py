@@ -272,7 +272,7 @@ class Runs:
         return self.lobby.waiting(run_id) if run_id in self._active else frozenset()
 
     def why(self, engine: RunEngine, *, for_operator: bool = False) -> str:
-        """Says in words what a run waits for; an operator is told of clients that hang or are slow, too."""
+        """Returns a sentence on what a run waits for; an operator is told of clients that hang or are slow, too."""
         run, answers = engine.run.id, self.participation
         found = self.progress.awaited(engine, NAMED) if for_operator else []
         ill = {client: verdict.words for client, _, verdict in found if not verdict.state.is_well}
@@ -311,7 +311,7 @@ class Runs:
             news.tell(scored)
 
     async def _is_written(self, run_id: str) -> bool:
-        """Says whether a run is in the database, because its transaction may have been made and the answer lost.
+        """Returns True if a run is in the database, because its transaction may have been made and the answer lost.
 
         Raises:
             FedpeftError: If that cannot be found out; then the run is in doubt, and its version must stay.

@@ -1,4 +1,4 @@
-"""Says in words what a run is waiting for, and from whom; no wait is silent."""
+"""Sentences on what a run waits for, and from whom; no wait is silent."""
 
 from __future__ import annotations
 

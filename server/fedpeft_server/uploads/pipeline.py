@@ -89,7 +89,7 @@ class Uploads:
         self._concluding: dict[str, _Conclusion] = {}
 
     def has(self, client: str) -> bool:
-        """Says whether a client's update is arriving."""
+        """Returns True if a client's update is arriving."""
         return self._slots.has(client)
 
     def drain(self) -> None:
@@ -308,7 +308,7 @@ def _now(engine: RunEngine, ticket: Ticket) -> Ticket:
 
 
 def _is_open(engine: RunEngine, ticket: Ticket) -> bool:
-    """Says whether the round of a ticket takes an update for it now, or has taken it and may take others."""
+    """Returns True if the round of a ticket takes an update for it now, or has taken it and may take others."""
     if not engine.active or engine.round.phase is not Phase.OPEN:
         return False
     held = (TicketState.ISSUED, TicketState.RECEIVED)

@@ -144,11 +144,11 @@ class TransferSlots:
             slot.came.set()
 
     def has(self, client: str) -> bool:
-        """Says whether a client's transfer is under way."""
+        """Returns True if a client's transfer is under way."""
         return client in self._held
 
     def awaited(self) -> bool:
-        """Says whether anybody waits for a slot."""
+        """Returns True if anybody waits for a slot."""
         now = time.monotonic()
         return any(slot.until > now for slot in self._line.values())
 

@@ -52,7 +52,7 @@ def suffix_of(name: str) -> str:
 
 
 def is_system(name: str, *, folder: bool) -> bool:
-    """Says whether a storage system, an operating system or a tool keeps something for itself under a name."""
+    """Returns True if a storage system, an operating system or a tool keeps something for itself under a name."""
     lower = name.lower()
     if folder:
         return lower in _SYSTEM_FOLDERS
@@ -60,7 +60,7 @@ def is_system(name: str, *, folder: bool) -> bool:
 
 
 def is_image(head: bytes) -> bool:
-    """Says whether a file begins as an image of a format that is read does; `head` is 16 bytes or more."""
+    """Returns True if a file begins as an image of a format that is read does; `head` is 16 bytes or more."""
     Image.init()
     accepts = (Image.OPEN[form][1] for form in FORMATS if form in Image.OPEN)
     return any(accept is not None and accept(head[:16]) is True for accept in accepts)

@@ -67,7 +67,7 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def _is_parquet(entry: os.DirEntry[str]) -> bool:
-    """Says whether an entry is read as parquet; a link to nothing is, so that it is named, and a pipe is not opened."""
+    """Returns True if an entry is read as parquet; so is a link to nothing, to be named; a pipe is not opened."""
     named = suffix_of(entry.name) in PARQUET_SUFFIXES
     return named and (entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)))
 

@@ -120,7 +120,7 @@ class Blobs:
         return path
 
     def has(self, key: str) -> bool:
-        """Says whether a blob is under a key, without reading it."""
+        """Returns True if a blob is under a key, without reading it."""
         if self._root is not None:
             return (self._root / key).is_file()
         with self._translated("looking for", key):
@@ -131,7 +131,7 @@ class Blobs:
         return True
 
     def has_any(self, folder: str) -> bool:
-        """Says whether a blob is in a folder, such as `runs`."""
+        """Returns True if a blob is in a folder, such as `runs`."""
         with self._translated("looking for", folder):
             return any(len(batch) > 0 for batch in obstore.list(self._store, folder, chunk_size=1))
 
