@@ -69,7 +69,7 @@ def until(child: subprocess.Popen[str], met: Callable[[], bool], most_s: float, 
 
 
 def waiting(server: Daemon, run: str) -> int:
-    """How many clients a run may sample, from /metrics."""
+    """Returns the number of clients that a run may sample, from /metrics."""
     with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     mine = [line for line in lines if line.startswith("fedpeft_clients{") and run in line and '"waiting"' in line]

@@ -33,7 +33,7 @@ def excluded(current: Round, why: Mapping[str, str], by: str) -> list[AuditEvent
 
 
 def committed(folded: Round, done: Round, outcome: Outcome, aside: Sequence[str], by: str) -> list[AuditEvent]:
-    """Returns the audit events of a committed round, without those of updates not folded; `aside` are set aside by it."""
+    """Returns the audit events of a committed round, those of updates left out excepted; `aside` are set aside."""
     details: dict[str, Detail] = {
         "round": done.number,
         "updates": len(outcome.weights),
