@@ -4,18 +4,21 @@
     crowd.py join SERVER CLIENTS RUN SPEC each registers, accepts the run, waits, and pushes when it is sampled
 
 A line on standard input lets clients that are sampled push; until then they keep their tickets, as one that trains
-does. A line on standard output says how many updates were pushed once the run is finished.
+does. A line of JSON on standard output says what was pushed, and repeated, once the run is finished.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import grpc
-from clients import Update, pull, push, random_update
+from clients import PAUSE_S, Update, pull, push, random_update
 
 from fedpeft import PROTOCOL
 from fedpeft.rpc import wire
@@ -24,8 +27,10 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.v1 import tensor_pb2
 
-SHARED_BY = 100
-"""Clients of one connection; a server takes 128 calls of each at once."""
+SHARED_BY = 50
+"""Clients of one connection; a server takes 128 calls of each at once, those included that it has just answered."""
+AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""What gRPC makes of a call whose connection or stream failed."""
 JOINING = 100
 """Clients that register at once: 10,000 sites do not start in the same instant."""
 
@@ -43,6 +48,7 @@ class Crowd:
     def __init__(self, run: str, update: Update) -> None:
         self.run, self.update = run, update
         self.pushed = 0
+        self.repeated: Counter[str] = Counter()
         self.go = asyncio.Event()
         self._joining = asyncio.Semaphore(JOINING)
 
@@ -53,12 +59,12 @@ class Crowd:
             hello = pb.RegisterRequest(
                 min_protocol=PROTOCOL, max_protocol=PROTOCOL, role=pb.CLIENT_ROLE_TRAINER, run=self.run
             )
-            await stub.Register(hello, metadata=metadata)
-            await stub.AwaitRound(pb.AwaitRoundRequest(run=self.run), metadata=metadata)
+            await self._ask(stub.Register, hello, metadata)
+            await self._ask(stub.AwaitRound, pb.AwaitRoundRequest(run=self.run), metadata)
             accepted = pb.AnswerOfferRequest(run=self.run, answer=pb.ANSWER_ACCEPTED)
-            await stub.AnswerOffer(accepted, metadata=metadata)
+            await self._ask(stub.AnswerOffer, accepted, metadata)
         while True:
-            answer = await stub.AwaitRound(pb.AwaitRoundRequest(run=self.run), metadata=metadata)
+            answer = await self._ask(stub.AwaitRound, pb.AwaitRoundRequest(run=self.run), metadata)
             if answer.HasField("training"):
                 await self.go.wait()
                 await pull(stub, metadata, self.run, answer.training.version)
@@ -67,24 +73,35 @@ class Crowd:
             elif answer.idle.finished:
                 return
 
-    async def listen(self) -> None:
+    async def _ask(self, method: Any, request: Any, metadata: grpc.aio.Metadata) -> Any:
+        """Makes a call, again where the connection failed, as a real client does; that is counted."""
+        while True:
+            try:
+                return await method(request, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in AWAY:
+                    raise
+                self.repeated[error.code().name] += 1
+            await asyncio.sleep(PAUSE_S)
+
+    def listen(self) -> None:
         """Lets sampled clients push once a line comes."""
-        await asyncio.to_thread(sys.stdin.readline)
+        asyncio.get_running_loop().remove_reader(sys.stdin)
         self.go.set()
 
 
-async def join(server: str, count: int, run: str, update: Update) -> int:
-    """All clients until the run is finished; returns the updates pushed."""
+async def join(server: str, count: int, run: str, update: Update) -> dict[str, Any]:
+    """All clients until the run is finished; returns the updates pushed, and the calls that were repeated, by code."""
     crowd = Crowd(run, update)
     channels = [open_channel(server) for _ in range(0, count, SHARED_BY)]
     stubs = [pb_grpc.FederationServiceStub(channel) for channel in channels]
+    asyncio.get_running_loop().add_reader(sys.stdin, crowd.listen)  # no thread: it would outlive a failure
     async with asyncio.TaskGroup() as group:
-        group.create_task(crowd.listen())
         for number in range(count):
-            group.create_task(crowd.client(stubs[number // SHARED_BY], number))
+            group.create_task(crowd.client(stubs[number % len(stubs)], number))
     for channel in channels:
         await channel.close()
-    return crowd.pushed
+    return {"pushed": crowd.pushed, "repeated": dict(crowd.repeated)}
 
 
 async def wait_bare(server: str, count: int) -> None:
@@ -92,7 +109,7 @@ async def wait_bare(server: str, count: int) -> None:
     channels = [open_channel(server) for _ in range(0, count, SHARED_BY)]
     stubs = [pb_grpc.FederationServiceStub(channel) for channel in channels]
     calls = [
-        stubs[number // SHARED_BY].AwaitRound(pb.AwaitRoundRequest(run="run"), metadata=name_of(number)[1])
+        stubs[number % len(stubs)].AwaitRound(pb.AwaitRoundRequest(run="run"), metadata=name_of(number)[1])
         for number in range(count)
     ]
     await asyncio.gather(*calls, return_exceptions=True)
@@ -104,7 +121,7 @@ def main() -> None:
             asyncio.run(wait_bare(server, int(count)))
         case ["join", server, count, run, spec]:
             adapter = wire.spec_from_proto(tensor_pb2.AdapterSpec.FromString(Path(spec).read_bytes()))
-            print(asyncio.run(join(server, int(count), run, random_update(adapter, 0))))
+            print(json.dumps(asyncio.run(join(server, int(count), run, random_update(adapter, 0)))))
         case _:
             raise SystemExit(str(__doc__))
 

@@ -1,6 +1,6 @@
 """Many clients that wait, few of them sampled each round: joining, memory, an idle server's work, and rounds.
 
-The clients are `benchmarks/crowd.py`, in a process of their own, 100 on each connection. What gRPC itself takes for a
+The clients are `benchmarks/crowd.py`, in a process of their own, 50 on each connection. What gRPC itself takes for a
 call that waits is measured on a bare `grpc.aio` server of the same options, on which as many calls wait, in the same
 run. Memory is the kernel's VmRSS, processor time that of the daemon with all its threads.
 
@@ -143,6 +143,7 @@ def measure(clients: int, sampled: int, rounds: int, idle_s: float, join_s: floa
             time.sleep(idle_s)
             used = processor_s(server.pid) - used
             memory = _hold_rounds(server, run, child, rounds)
+            done = json.loads(child.communicate(timeout=60)[0])
         held = rounds_of(server, run)
     ends = [r.committed_at.ToNanoseconds() / 1e9 for r in held]
     cycles = [b - a for a, b in itertools.pairwise(ends)]
@@ -159,6 +160,7 @@ def measure(clients: int, sampled: int, rounds: int, idle_s: float, join_s: floa
         "slowest_round_s": max(cycles),
         "growth_ratio": memory[-1] / memory[0],
         "memory_bytes": memory,
+        **done,
     }
 
 
@@ -166,7 +168,7 @@ def _hold_rounds(server: Daemon, run: str, child: subprocess.Popen[str], rounds:
     """Lets the clients push; returns the server's memory after the first round and at each later look."""
     assert child.stdin is not None and child.stdout is not None
     child.stdin.write("go\n")
-    child.stdin.close()
+    child.stdin.flush()
     memory: list[int] = []
 
     def is_finished() -> bool:
@@ -195,6 +197,7 @@ def show(found: dict[str, Any]) -> None:
         print(f"{title:34}{found[key]:>10.3f}{most:>10.2f}{found[key] / most:>10.2f}")
     print(f"memory each, kB: {found['each_kb']:.1f}, of a bare gRPC server {found['bare_kb']:.1f}; ", end="")
     print(f"slowest round {found['slowest_round_s']:.2f} s")
+    print(f"calls repeated because their stream or connection failed: {found['repeated'] or 'none'}")
 
 
 def main() -> None:
