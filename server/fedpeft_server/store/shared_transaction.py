@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
+from fedpeft.errors import DiskFull, Unavailable
+
 RowT = TypeVar("RowT")
 ResultT = TypeVar("ResultT")
 Writing = Callable[[Sequence[RowT]], Sequence[ResultT]]
@@ -23,8 +25,8 @@ class SharedTransaction(Generic[RowT, ResultT]):
 
     Args:
         call: Calls a function with rows on the database's thread.
-        write: That function: writes rows in one transaction, and returns a result for each. What it raises is raised
-            for each of them.
+        write: That function: writes rows in one transaction, and returns a result for each. If it fails, each row gets
+            a transaction of its own, and what that raises; if the database is away or full, all fail at once.
     """
 
     def __init__(
@@ -61,6 +63,12 @@ class SharedTransaction(Generic[RowT, ResultT]):
         try:
             results = await self._call(self._write, [row for row, _ in batch])
         except Exception as error:
+            if len(batch) > 1 and not isinstance(
+                error, DiskFull | Unavailable
+            ):  # one bad row must not fail those beside it
+                for each in batch:
+                    await self._write_together([each])
+                return
             for _, done in batch:
                 done.set_exception(error)
             return

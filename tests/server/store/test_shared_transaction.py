@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from fedpeft.errors import DiskFull
+from fedpeft.errors import DiskFull, RunNotFound
 from fedpeft_server.store.shared_transaction import AT_ONCE, SharedTransaction
 
 
@@ -18,10 +18,13 @@ class Disk:
         self.made: list[list[int]] = []
         self.may = asyncio.Semaphore(0)
         self.is_full = False
+        self.bad = -1
 
     def write(self, rows: Sequence[int]) -> list[str]:
         if self.is_full:
             raise DiskFull("no room")
+        if self.bad in rows:
+            raise RunNotFound("it was deleted")
         self.made.append(list(rows))
         return [f"row {row}" for row in rows]
 
@@ -63,6 +66,18 @@ async def test_a_failed_transaction_fails_its_rows_and_no_others() -> None:
     disk.is_full = False
     disk.may.release()
     assert await shared.put(9) == "row 9"
+
+
+async def test_a_row_that_cannot_be_written_fails_alone() -> None:
+    disk = Disk()
+    shared = SharedTransaction(disk.call, disk.write)
+    disk.bad = 1
+    tasks = await begun(shared, range(3))
+    for _ in range(4):
+        disk.may.release()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [found[0], found[2]] == ["row 0", "row 2"] and isinstance(found[1], RunNotFound)
+    assert disk.made == [[0], [2]]
 
 
 async def test_a_row_is_written_though_its_caller_has_left() -> None:
