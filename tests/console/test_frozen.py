@@ -20,8 +20,8 @@ import uvicorn
 from fedpeft.api import operator_client
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.process.addresses import Address
-from fedpeft_operator.console import directory
 from fedpeft_operator.console.app import console
+from fedpeft_operator.console.feeds import directory
 from fedpeft_operator.console.serving import login_link
 from fedpeft_operator.console.session_store import SessionStore
 from fedpeft_operator.console.settings import Settings

@@ -10,9 +10,9 @@ from structlog.testing import capture_logs
 from fedpeft.api import operator_client
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.errors import ServerUnreachable
-from fedpeft_operator.console.change_signal import ChangeSignal
-from fedpeft_operator.console.directory import Directory
-from fedpeft_operator.console.server_connection import ServerConnection
+from fedpeft_operator.console.feeds.change_signal import ChangeSignal
+from fedpeft_operator.console.feeds.directory import Directory
+from fedpeft_operator.console.feeds.server_connection import ServerConnection
 
 from .federation import Federation
 

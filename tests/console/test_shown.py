@@ -10,7 +10,7 @@ import pytest
 from fedpeft.api.following import RunSnapshot
 from fedpeft.rpc import wire
 from fedpeft_operator.console.examples import EXAMPLES
-from fedpeft_operator.console.facts import RoundFacts, TicketFacts
+from fedpeft_operator.console.feeds.facts import RoundFacts, TicketFacts
 from fedpeft_operator.console.pages.creation import excerpts
 from fedpeft_operator.console.run_file import Faulty, read
 from fedpeft_operator.console.shown.captions import captions

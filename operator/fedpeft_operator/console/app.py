@@ -18,15 +18,15 @@ from starlette.staticfiles import StaticFiles
 from fedpeft.api.operator_client import Connect, for_looking
 from fedpeft.errors import FedpeftError
 from fedpeft_operator.console import error_pages
-from fedpeft_operator.console.audit_log import AuditLog
-from fedpeft_operator.console.change_signal import ChangeSignal
 from fedpeft_operator.console.context import ConsoleContext
-from fedpeft_operator.console.directory import Directory
-from fedpeft_operator.console.feeds import Feeds
+from fedpeft_operator.console.feeds.audit_log import AuditLog
+from fedpeft_operator.console.feeds.change_signal import ChangeSignal
+from fedpeft_operator.console.feeds.directory import Directory
+from fedpeft_operator.console.feeds.run_feeds import Feeds
+from fedpeft_operator.console.feeds.server_connection import ServerConnection
 from fedpeft_operator.console.guard import Guard, Refused
 from fedpeft_operator.console.pages import audit, client, creation, downloads, login, overview, run, steering
 from fedpeft_operator.console.renderer import Renderer
-from fedpeft_operator.console.server_connection import ServerConnection
 from fedpeft_operator.console.session_store import SessionStore
 from fedpeft_operator.console.settings import Settings
 

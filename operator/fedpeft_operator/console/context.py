@@ -9,12 +9,12 @@ from typing import cast
 
 from starlette.requests import Request
 
-from fedpeft_operator.console.audit_log import AuditLog
-from fedpeft_operator.console.change_signal import ChangeSignal
-from fedpeft_operator.console.directory import Directory
-from fedpeft_operator.console.feeds import Feeds
+from fedpeft_operator.console.feeds.audit_log import AuditLog
+from fedpeft_operator.console.feeds.change_signal import ChangeSignal
+from fedpeft_operator.console.feeds.directory import Directory
+from fedpeft_operator.console.feeds.run_feeds import Feeds
+from fedpeft_operator.console.feeds.server_connection import ServerConnection
 from fedpeft_operator.console.renderer import Renderer
-from fedpeft_operator.console.server_connection import ServerConnection
 from fedpeft_operator.console.session_store import SessionStore
 from fedpeft_operator.console.settings import Settings
 

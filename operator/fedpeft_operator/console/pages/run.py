@@ -7,8 +7,8 @@ from starlette.responses import Response
 
 from fedpeft.errors import Unavailable
 from fedpeft_operator.console.context import ConsoleContext, context_of
-from fedpeft_operator.console.facts import RoundFacts
-from fedpeft_operator.console.feed import RunFeed
+from fedpeft_operator.console.feeds.facts import RoundFacts
+from fedpeft_operator.console.feeds.run_feed import RunFeed
 from fedpeft_operator.console.guard import Refused, session_of
 from fedpeft_operator.console.live import stream
 from fedpeft_operator.console.pages.request_values import page_number, path_id, path_number

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fedpeft import formatting
 from fedpeft.api import views
 from fedpeft.api.narration import names
-from fedpeft_operator.console.facts import RoundFacts
+from fedpeft_operator.console.feeds.facts import RoundFacts
 from fedpeft_operator.console.shown.outliers import FACTOR, norms, times
 from fedpeft_operator.console.shown.series import spent
 

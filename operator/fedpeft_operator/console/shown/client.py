@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fedpeft import formatting
-from fedpeft_operator.console.facts import RoundFacts, TicketFacts
+from fedpeft_operator.console.feeds.facts import RoundFacts, TicketFacts
 from fedpeft_operator.console.shown.members import members
 from fedpeft_operator.console.shown.outliers import Norm, norms
 from fedpeft_operator.console.shown.run import Tile

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedpeft import formatting
 from fedpeft.api import views
 from fedpeft.v1 import run_pb2
-from fedpeft_operator.console.facts import RoundFacts
+from fedpeft_operator.console.feeds.facts import RoundFacts
 
 
 @dataclass(frozen=True, slots=True)

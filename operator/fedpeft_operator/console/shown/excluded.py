@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedpeft.rounds.record import parse
 from fedpeft.rounds.screening import LARGEST_RMS
-from fedpeft_operator.console.facts import RoundFacts
+from fedpeft_operator.console.feeds.facts import RoundFacts
 
 
 @dataclass(frozen=True, slots=True)

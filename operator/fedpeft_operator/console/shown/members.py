@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from fedpeft.formatting import counted
-from fedpeft_operator.console.facts import RoundFacts, TicketFacts
+from fedpeft_operator.console.feeds.facts import RoundFacts, TicketFacts
 from fedpeft_operator.console.shown.outliers import LEAST, WINDOW, Norm, norms, times
 
 UNEVEN = 10.0

@@ -11,7 +11,7 @@ from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_operator.console.facts import RoundFacts
+from fedpeft_operator.console.feeds.facts import RoundFacts
 from fedpeft_operator.console.shown.members import members
 from fedpeft_operator.console.shown.run import Tile, head, stage
 from fedpeft_operator.console.shown.series import thinned

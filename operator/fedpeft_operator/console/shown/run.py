@@ -10,7 +10,7 @@ from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import names
 from fedpeft.v1 import run_pb2
-from fedpeft_operator.console.facts import RoundFacts, TicketFacts
+from fedpeft_operator.console.feeds.facts import RoundFacts, TicketFacts
 from fedpeft_operator.console.sentences import sentence
 
 PHASES = (("waiting", "Waiting"), ("open", "Training"), ("aggregating", "Aggregating"), ("committed", "Committed"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedpeft.v1 import run_pb2
-from fedpeft_operator.console.facts import RoundFacts
+from fedpeft_operator.console.feeds.facts import RoundFacts
 
 MOST = 50
 """Clients that a page lists."""

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fedpeft.api.operator_client import Connect
-from fedpeft_operator.console.change_signal import ChangeSignal
-from fedpeft_operator.console.feed import RunFeed
+from fedpeft_operator.console.feeds.change_signal import ChangeSignal
+from fedpeft_operator.console.feeds.run_feed import RunFeed
 
 MOST_FEEDS = 64
 """Runs that are followed though nobody looks at them."""

@@ -15,8 +15,8 @@ from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot, follow
 from fedpeft.api.operator_client import Connect
 from fedpeft.errors import FedpeftError, Internal, Unavailable
-from fedpeft_operator.console.change_signal import ChangeSignal
-from fedpeft_operator.console.facts import Reader, RoundFacts
+from fedpeft_operator.console.feeds.change_signal import ChangeSignal
+from fedpeft_operator.console.feeds.facts import Reader, RoundFacts
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ import structlog
 from fedpeft.errors import FedpeftError
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
-from fedpeft_operator.console.change_signal import ChangeSignal
-from fedpeft_operator.console.server_connection import ServerConnection
+from fedpeft_operator.console.feeds.change_signal import ChangeSignal
+from fedpeft_operator.console.feeds.server_connection import ServerConnection
 
 PAUSE_S = 1.0
 """Pause between two looks, at least `SHARE` times what a look takes: a large federation is not asked all the time."""

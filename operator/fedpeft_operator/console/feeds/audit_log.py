@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.identity.audit import AuditEntry
-from fedpeft_operator.console.server_connection import ServerConnection
+from fedpeft_operator.console.feeds.server_connection import ServerConnection
 
 
 class AuditLog:
