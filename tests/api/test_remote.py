@@ -189,3 +189,18 @@ def test_figures_without_an_accuracy_are_figures_and_nobody_waits_for_more(serve
     assert time.monotonic() - began < 20, "the evaluator is waited for as long as a silent server"
     assert "version 2 scored: loss 0.500" in said and "waiting for the evaluator" not in said
     assert (run.loss, run.accuracy) == (0.5, None)
+
+
+def test_figures_that_come_between_two_looks_are_shown(served: Serving) -> None:
+    """The evaluator has no version left to score, and its last figures came after the rounds were read."""
+    done = a_run(RUN, state=run_pb2.RUN_STATE_COMPLETED, version=2, initial_metrics={"loss": 1.5})
+    done.evaluators.add(evaluator="eve", backlog=0)
+    first, last = a_round(1), a_round(2)
+    first.metrics["loss"] = 1.0
+    served.double.script = [pb.WatchRunResponse(run=done, rounds=[first, last])]
+    scored = run_pb2.Round()
+    scored.CopyFrom(last)
+    scored.metrics["loss"] = 0.5
+    served.double.runs[RUN], served.double.rounds[RUN] = done, [first, scored]
+    said = "\n".join(map(str, fedpeft.connect(served.address).run(RUN).watch()))
+    assert "version 2 scored: loss 0.500" in said

@@ -129,16 +129,20 @@ async def _scored(connect: Connect, snapshot: RunSnapshot) -> AsyncIterator[RunS
                 return
             give_up = now() + RESPONSE_TIMEOUT_S
             while last not in _scored_versions(snapshot.rounds) and now() < give_up:
-                if _given_up(snapshot.run, last):
-                    return
-                yield (snapshot := replace(snapshot, changed=frozenset(), waiting=waiting_line(snapshot.run)))
-                await asyncio.sleep(SCORE_PAUSE_S)
+                given_up = _given_up(
+                    snapshot.run, last
+                )  # or scored after the rounds were read: they are read once more
+                if not given_up:
+                    yield (snapshot := replace(snapshot, changed=frozenset(), waiting=waiting_line(snapshot.run)))
+                    await asyncio.sleep(SCORE_PAUSE_S)
                 rounds = await server.rounds(snapshot.run.id, snapshot.settled(scored=True), records=False)
                 # The run too: figures of version 0 stand there. It is asked for last, so it has what was scored before.
                 seen = snapshot.scored((await server.run(snapshot.run.id))[0], rounds)
                 if seen.changed:
                     give_up = now() + RESPONSE_TIMEOUT_S
                     yield (snapshot := seen)
+                elif given_up:
+                    return
                 else:
                     snapshot = replace(snapshot, run=seen.run)
     except FedpeftError:
