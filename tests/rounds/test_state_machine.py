@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
@@ -22,6 +24,7 @@ from fedpeft.rounds.state_machine import (
     Resumed,
     Round,
     Stopped,
+    Ticket,
     TicketState,
     TimePassed,
     Waiting,
@@ -311,3 +314,10 @@ def test_rounds_and_tickets_cannot_be_changed_in_place() -> None:
     assert replace(state, extensions=1) is not state
     with pytest.raises(AttributeError):
         state.phase = Phase.COMMITTED  # type: ignore[misc]
+
+
+@given(st.sets(st.text(min_size=1, max_size=3), max_size=9), st.text(max_size=3))
+def test_the_ticket_of_a_client_is_found_among_any(clients: set[str], wanted: str) -> None:
+    tickets = tuple(Ticket(f"ticket-{client}", client) for client in sorted(clients))
+    found = Round("run-a", 1, tickets=tickets).ticket_of(wanted)
+    assert found == next((ticket for ticket in tickets if ticket.client == wanted), None)

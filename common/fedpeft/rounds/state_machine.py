@@ -16,6 +16,7 @@ state in one transaction.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -102,7 +103,9 @@ class Round:
 
     def ticket_of(self, client: str) -> Ticket | None:
         """Returns the ticket of a client, if it was sampled."""
-        return next((t for t in self.tickets if t.client == client), None)
+        place = bisect_left(self.tickets, client, key=lambda ticket: ticket.client)
+        found = self.tickets[place] if place < len(self.tickets) else None
+        return found if found is not None and found.client == client else None
 
 
 @dataclass(frozen=True, slots=True)
