@@ -30,7 +30,7 @@ from fedpeft.v1 import tensor_pb2
 SHARED_BY = 50
 """Clients of one connection; a server takes 128 calls of each at once, those included that it has just answered."""
 AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-"""What gRPC makes of a call whose connection or stream failed."""
+"""Statuses of a call whose connection or stream failed."""
 JOINING = 100
 """Clients that register at once: 10,000 sites do not start in the same instant."""
 

@@ -148,7 +148,7 @@ async def test_the_servers_clock_and_protocol_are_asked(
     assert found.level is Level.FAULT
     assert f"the server speaks protocol {PROTOCOL}, fedpeft here {PROTOCOL + 1}" in found.said
     monkeypatch.setattr(network, "PROTOCOL", PROTOCOL)
-    monkeypatch.setattr(network, "told", lambda metadata: None)
+    monkeypatch.setattr(network, "parse", lambda metadata: None)
     found = await asyncio.to_thread(only, setup, "protocol")
     assert found.level is Level.WARNING and "does not say which protocol it speaks" in found.said
 

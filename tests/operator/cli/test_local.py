@@ -160,7 +160,7 @@ def images(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("law", [("--partition", "natural"), ()])
+@pytest.mark.parametrize("scheme", [("--partition", "natural"), ()])
 def test_natural_partition(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], scheme: tuple[str, ...]
 ) -> None:

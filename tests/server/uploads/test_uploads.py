@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -17,9 +18,10 @@ from fedpeft.identity.subject import Role
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
-from fedpeft_server.access.bounds import CALLERS
+from fedpeft_server.access.bounds import CALLERS, RECEIVING
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.uploads import pipeline
+from fedpeft_server.uploads.incoming import ReceiveSlots
 
 from ..conftest import SPEC, Daemon, RawClient, config, filled, header, refused
 
@@ -187,7 +189,11 @@ async def test_a_client_that_leaves_leaves_no_open_file(
     assert (await client.push(ticket, filled(1.0))).ticket == ticket
 
 
-async def test_a_client_with_a_crowd_of_calls_is_told_so_and_others_are_served(daemon: Daemon) -> None:
+async def test_a_client_with_a_crowd_of_calls_is_told_so_and_others_are_served(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Longer than the test takes: a call that gave way would let in the one that is to be refused.
+    monkeypatch.setattr(daemon.server.gate, "_slots", ReceiveSlots(replace(RECEIVING, hold_s=60.0)))
     run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
     greedy, modest = await daemon.clients("greedy", "modest")
     streams = [greedy.stub.PushUpdate(metadata=greedy.metadata) for _ in range(100)]
