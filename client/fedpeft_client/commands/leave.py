@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -137,13 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: fedpeft-client leave --state-dir /var/lib/fedpeft --remove",
     )
     state_flag.add(parser)
-    parser.add_argument(
-        "--identity",
-        metavar="DIR",
-        type=Path,
-        default=os.environ.get("FEDPEFT_CLIENT_IDENTITY") or None,
-        help="its identity folder, if that is not in the state directory (FEDPEFT_CLIENT_IDENTITY)",
-    )
+    state_flag.add_identity(parser)
     parser.add_argument(
         "--reason", metavar="TEXT", default="", help="the reason, shown to the operator; at most 1,024 characters"
     )

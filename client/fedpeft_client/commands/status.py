@@ -131,13 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: fedpeft-client status --state-dir /var/lib/fedpeft",
     )
     state_flag.add(parser)
-    parser.add_argument(
-        "--identity",
-        metavar="DIR",
-        type=Path,
-        default=os.environ.get("FEDPEFT_CLIENT_IDENTITY") or None,
-        help="its identity folder, if that is not in the state directory (FEDPEFT_CLIENT_IDENTITY)",
-    )
+    state_flag.add_identity(parser)
     parser.add_argument(
         "--policy",
         metavar="FILE",

@@ -1,4 +1,4 @@
-"""The flag `--state-dir` of the commands that work on a state directory, and the checks of what it names."""
+"""The flags `--state-dir` and `--identity` of commands on a state directory, and the checks of what the first names."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ def add(parser: argparse.ArgumentParser, more: str = "") -> None:
         type=_folder,
         default=os.environ.get(VARIABLE) or None,
         help=f"the client's state directory ({VARIABLE}){more}",
+    )
+
+
+def add_identity(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of an identity folder that is not in the state directory."""
+    parser.add_argument(
+        "--identity",
+        metavar="DIR",
+        type=Path,
+        default=os.environ.get("FEDPEFT_CLIENT_IDENTITY") or None,
+        help="its identity folder, if that is not in the state directory (FEDPEFT_CLIENT_IDENTITY)",
     )
 
 

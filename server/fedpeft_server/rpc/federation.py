@@ -118,7 +118,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         return response
 
     async def AwaitRound(self, request: pb.AwaitRoundRequest, context: Context) -> pb.AwaitRoundResponse:
-        """Participation when there is something to do for the client."""
+        """Answers when there is something to do for the client."""
         client = self._sessions.identify(context)
         role = self._sessions.role(client)
         look = self._evaluation if role == "evaluator" else self._training
