@@ -160,6 +160,13 @@ def default_quorum(clients: int) -> int:
     return max(1, min(clients - 1, -(-3 * clients // 4)))
 
 
+SYNCHRONOUS = "synchronous"
+"""The policy of rounds where none is given."""
+
+DEFAULT_STALENESS = 10
+"""`max_staleness` where it is not given."""
+
+
 class RoundsConfig(_Section):
     """`[rounds]`: how many rounds, of how many clients, and when a round closes."""
 
@@ -179,9 +186,28 @@ class RoundsConfig(_Section):
     """Deadlines a round may miss without a quorum before the run is paused."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the run: sampling, initialisation and local training derive from it."""
+    policy: str | None = None
+    """synchronous (if absent): a round's updates all start from the version before it. buffered (only simulated yet):
+    `concurrency` clients always train, and `clients` updates, of whatever age, make a version."""
+    concurrency: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Clients that train at once in buffered rounds; if absent as many as `clients` and `over_selection` say."""
+    max_staleness: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    """Versions that may be made while a client trains before its update is late, in buffered rounds; if absent 10."""
+
+    @field_validator("policy")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        try:
+            registry_of("fedpeft.rounds.policies").get(name or SYNCHRONOUS)
+        except FedpeftError as error:
+            raise ValueError(error.message) from None
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        for key in ("concurrency", "max_staleness"):
+            if getattr(self, key) is not None and self.policy_name == SYNCHRONOUS:
+                raise ValueError(f'{key} is for rounds with policy = "buffered"')
         if self.quorum is not None and self.quorum > self.clients:
             raise ValueError(f"quorum {self.quorum} is more than clients {self.clients}")
         if self.min_available is not None and self.min_available < self.needed:
@@ -191,8 +217,18 @@ class RoundsConfig(_Section):
 
     @property
     def sampled(self) -> int:
-        """Clients given a ticket when a round opens."""
-        return math.ceil(self.clients * (1 + self.over_selection))
+        """Clients given a ticket when a round opens; in buffered rounds those that train at once."""
+        return self.concurrency or math.ceil(self.clients * (1 + self.over_selection))
+
+    @property
+    def policy_name(self) -> str:
+        """The registered policy of the rounds."""
+        return self.policy or SYNCHRONOUS
+
+    @property
+    def most_stale(self) -> int:
+        """Most versions that an update may be behind."""
+        return DEFAULT_STALENESS if self.max_staleness is None else self.max_staleness
 
     @property
     def needed(self) -> int:
@@ -247,7 +283,7 @@ class AggregationConfig(_Optioned):
     """`[aggregation]`: how updates are folded; options of the strategy stand beside it."""
 
     strategy: str = "fedavg"
-    """fedavg, fedavgm, fedadam, fedyogi, fedadagrad, fednova, median, lora_fair..."""
+    """fedavg, fedavgm, fedadam, fedyogi, fedadagrad, fednova, fedbuff, median, lora_fair..."""
     norm_factor: Annotated[float, Field(ge=0, le=1e9)] | None = None
     """An update is folded up to so many times the median norm of its round and those before; 30 if absent, 0: any."""
 

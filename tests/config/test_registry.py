@@ -1,4 +1,4 @@
-"""Methods, strategies and codecs of a package that is installed beside fedpeft: one file each, found by name."""
+"""Parts of a package that is installed beside fedpeft, a method or a strategy for instance: each found by its name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from fedpeft.aggregation import Doubles, Strategy, UpdateFacts
 from fedpeft.codecs import codecs
 from fedpeft.peft import Method
+from fedpeft.rounds.policies import RoundPolicy
 
 
 class Halves(Strategy):
@@ -30,6 +31,17 @@ class Norms(Method):
 
 
 PLAIN = codecs.get("float32")
+
+
+class Everybody(RoundPolicy):
+    def wanted(self, state, config):
+        return 1000
+
+    def lasts(self, state, ticket, config):
+        return False
+
+
+EVERYBODY = Everybody()
 """
 POINTS = """
 [fedpeft.methods]
@@ -39,6 +51,8 @@ halves = outside:Halves
 broken = outside:Absent
 [fedpeft.codecs]
 plain = outside:PLAIN
+[fedpeft.policies]
+everybody = outside:EVERYBODY
 """
 CODE = """
 import json
@@ -47,9 +61,10 @@ from fedpeft.codecs import codecs
 from fedpeft.config import parse_config
 from fedpeft.errors import ConfigInvalid
 from fedpeft.peft import methods
+from fedpeft.rounds.state_machine import Round, Waiting, advance
 
 RUN = {"model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}, "peft": {"method": "norms"},
-       "aggregation": {"strategy": "halves"}, "codec": {"up": "plain"}}
+       "aggregation": {"strategy": "halves"}, "codec": {"up": "plain"}, "rounds": {"clients": 2, "policy": "everybody"}}
 config = parse_config(RUN)
 try:
     parse_config({**RUN, "aggregation": {"strategy": "broken"}})
@@ -60,13 +75,14 @@ print(json.dumps({
     "strategy": type(strategy("halves", {})).__module__,
     "method": methods.get("norms").__module__,
     "encoding": config.codec.encoding,
+    "tickets": len(advance(Round("run", 1), Waiting(frozenset("abcde")), config.rounds, 0.0)[0].tickets),
     "names": ["halves" in strategies.names(), "norms" in methods.names(), "plain" in codecs.names()],
     "refused": refused,
 }))
 """
 
 
-def test_a_package_beside_fedpeft_brings_a_method_a_strategy_and_a_codec(tmp_path: Path) -> None:
+def test_a_package_beside_fedpeft_brings_a_method_a_strategy_a_codec_and_a_round_policy(tmp_path: Path) -> None:
     about = tmp_path / "outside-1.0.dist-info"
     about.mkdir()
     (tmp_path / "outside.py").write_text(PACKAGE)
@@ -84,7 +100,8 @@ def test_a_package_beside_fedpeft_brings_a_method_a_strategy_and_a_codec(tmp_pat
     found = json.loads(done.stdout)
     refused = found.pop("refused")
     assert "aggregation strategy 'broken' (outside:Absent): AttributeError" in refused
-    assert found == {"strategy": "outside", "method": "outside", "encoding": "plain", "names": [True, True, True]}
+    names = [True, True, True]
+    assert found == {"strategy": "outside", "method": "outside", "encoding": "plain", "tickets": 5, "names": names}
 
 
 def test_a_name_is_registered_once() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import parse_config
 from fedpeft.errors import ConfigInvalid
-from fedpeft.rounds.combinations import check_combination
+from fedpeft.rounds.combinations import check_combination, check_served
 
 RUN = {"model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}, "aggregation": {"strategy": "lora_fair"}}
 
@@ -18,3 +18,27 @@ def test_lora_fair_needs_the_factors_of_lora() -> None:
         check_combination(parse_config({**RUN, "peft": {"method": "bias"}}), bias)
     lora = AdapterSpec.of("lora", [TensorSpec(f"qkv.lora_{x}.weight", (2, 2)) for x in "AB"])
     check_combination(parse_config({**RUN, "peft": {"method": "lora"}}), lora)
+
+
+BUFFERED = {**RUN, "peft": {"method": "lora"}, "rounds": {"policy": "buffered"}}
+
+
+def test_buffered_rounds_need_a_strategy_that_takes_stale_updates() -> None:
+    lora = AdapterSpec.of("lora", [TensorSpec(f"qkv.lora_{x}.weight", (2, 2)) for x in "AB"])
+    with pytest.raises(ConfigInvalid, match=r"rounds\.policy is 'buffered': strategy 'lora_fair' needs updates"):
+        check_combination(parse_config(BUFFERED), lora)
+    check_combination(parse_config({**BUFFERED, "aggregation": {"strategy": "fedbuff"}}), lora)
+
+
+def test_buffered_rounds_send_the_same_tensors_in_every_round() -> None:
+    sent = TensorRole.SENT
+    roles = [TensorSpec("a", (2,), (sent, TensorRole.FROZEN)), TensorSpec("b", (2,), (TensorRole.FROZEN, sent))]
+    with pytest.raises(ConfigInvalid, match=r"rounds\.policy is 'buffered': method 'lora' sends other tensors"):
+        config = parse_config({**BUFFERED, "aggregation": {"strategy": "fedbuff"}})
+        check_combination(config, AdapterSpec.of("lora", roles))
+
+
+def test_buffered_rounds_are_only_simulated() -> None:
+    with pytest.raises(ConfigInvalid, match=r"rounds\.policy is 'buffered': these rounds can only be simulated yet"):
+        check_served(parse_config(BUFFERED))
+    check_served(parse_config({**BUFFERED, "rounds": {}}))

@@ -55,6 +55,18 @@ def test_canonical_json() -> None:
     assert turned.to_json() == text
 
 
+def test_staleness_is_said_only_where_there_is_some() -> None:
+    fresh = chain(2)[1]
+    assert "staleness" not in fresh.to_json() and '"format":1' in fresh.to_json()
+    late = (replace(fresh.contributions[0], staleness=1), *fresh.contributions[1:])
+    stale = replace(fresh, contributions=late).to_json()
+    assert stale.count('"staleness":1') == 1 and stale.count("staleness") == 1 and '"format":3' in stale
+    assert parse(stale).contributions == late
+    never = replace(fresh, contributions=(replace(fresh.contributions[0], staleness=2), *fresh.contributions[1:]))
+    with pytest.raises(BlobCorrupt, match="an update starts from a version that never was"):
+        verify_chain([chain(1)[0].to_json(), never.to_json()])
+
+
 def test_the_digest_is_of_these_very_bytes() -> None:
     small = replace(chain(1)[0], contributions=(Contributed("c", "t", 1, 0.1, hexadecimal(7)),), options={})
     assert small.to_json() == (
@@ -128,8 +140,8 @@ def test_a_record_in_another_order_is_not_canonical() -> None:
     record = chain(1)[0]
     with pytest.raises(BlobCorrupt, match="not in canonical form"):
         parse(json.dumps(json.loads(record.to_json()), separators=(",", ":"), indent=1))
-    with pytest.raises(BlobCorrupt, match="format 3"):
-        parse(record.to_json().replace('"format":1', '"format":3'))
+    with pytest.raises(BlobCorrupt, match="format 4"):
+        parse(record.to_json().replace('"format":1', '"format":4'))
     with pytest.raises(BlobCorrupt, match="not in canonical form"):
         parse(record.to_json().replace('"format":1', '"format":2'))
 

@@ -44,11 +44,13 @@ class UpdateFacts:
         examples: Examples it was trained on, at least 1.
         steps: Local optimiser steps that those examples make by the run's `[training]`, at least 1.
         momentum: Momentum of the local SGD; 0 for other optimisers.
+        staleness: Versions made since the one that it starts from; 0 in synchronous rounds.
     """
 
     examples: int
     steps: float = 1.0
     momentum: float = 0.0
+    staleness: int = 0
 
 
 class Strategy(ABC):

@@ -8,7 +8,7 @@ from pathlib import Path
 from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig
-from fedpeft.rounds.combinations import check_combination
+from fedpeft.rounds.combinations import check_combination, check_served
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,10 @@ def first_version(config: RunConfig, weights: Path | None = None) -> FirstVersio
 
     Raises:
         ModelInvalid: If the model or its weights cannot be had.
-        ConfigInvalid: If the PEFT method or an option of it is wrong, or the strategy cannot fold its tensors.
+        ConfigInvalid: If the PEFT method or an option of it is wrong, the strategy cannot fold its
+            tensors, or a server cannot hold such rounds.
     """
+    check_served(config)
     from fedpeft.models.backbones import build, fingerprint
     from fedpeft.peft import tune
 

@@ -178,7 +178,8 @@ class Replay:
             check_payload(manifest, payload, releaser(payload))
         except (DecodeError, InvalidArgument) as error:
             raise BlobCorrupt(f"{who} is not what {path.with_suffix('.manifest')} describes: {error}") from None
-        return Update(counted.ticket, counted.client, counted.examples, {}, manifest, payload)
+        stale = counted.staleness if isinstance(counted, Contributed) else 0  # what is not folded has no weight
+        return Update(counted.ticket, counted.client, counted.examples, {}, manifest, payload, staleness=stale)
 
     def _manifest(self, described: bytes, number: int, counted: Contributed | Excluded) -> Manifest:
         config, spec = self._header.config, self._header.spec

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from fedpeft.adapters.spec import AdapterSpec
-from fedpeft.aggregation import strategy
-from fedpeft.config import RunConfig
+from fedpeft.aggregation import GroupStrategy, strategy
+from fedpeft.config import SYNCHRONOUS, RunConfig
 from fedpeft.errors import ConfigInvalid
 
 
 def check_combination(config: RunConfig, spec: AdapterSpec) -> None:
-    """Checks that the strategy of a run can fold its adapter.
+    """Checks that the strategy of a run can fold its adapter, and that its rounds suit both.
 
     Raises:
-        ConfigInvalid: If it cannot.
+        ConfigInvalid: If not.
     """
     name = config.aggregation.strategy
     rule = strategy(name, config.aggregation.options)
     if reason := rule.misfit({tensor.name: tensor.shape for tensor in spec.shared}):
-        fault = f"is {name!r}: {reason}; method is {config.peft.method!r}"
-        raise ConfigInvalid(f"aggregation.strategy {fault}", (("aggregation.strategy", fault),))
+        _refuse("aggregation.strategy", f"is {name!r}: {reason}; method is {config.peft.method!r}")
+    if config.rounds.policy_name == SYNCHRONOUS:
+        return
+    policy = f"is {config.rounds.policy_name!r}"
+    if isinstance(rule, GroupStrategy):
+        _refuse("rounds.policy", f"{policy}: strategy {name!r} needs updates that start from the same version")
+    if any(tensor.roles != tensor.roles[:1] for tensor in spec.tensors):
+        _refuse("rounds.policy", f"{policy}: method {config.peft.method!r} sends other tensors in every round")
+
+
+def check_served(config: RunConfig) -> None:
+    """Checks that a server can hold a run, which a simulation might.
+
+    Raises:
+        ConfigInvalid: If its rounds are only simulated yet.
+    """
+    if config.rounds.policy_name != SYNCHRONOUS:
+        _refuse("rounds.policy", f"is {config.rounds.policy_name!r}: these rounds can only be simulated yet")
+
+
+def _refuse(key: str, fault: str) -> None:
+    raise ConfigInvalid(f"{key} {fault}", ((key, fault),))

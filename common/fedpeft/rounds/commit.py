@@ -64,7 +64,8 @@ class Stored:
 class Update:
     """A received update: `payload` holds the bytes that `manifest` describes; `metrics` are the client's figures.
 
-    `measured` is its norm, if that was computed before; a fold then need not read the payload twice.
+    `measured` is its norm, if that was computed before; a fold then need not read the payload twice. `staleness` is the
+    number of versions made since the one that it starts from.
     """
 
     ticket: str
@@ -74,6 +75,7 @@ class Update:
     manifest: Manifest
     payload: memoryview
     measured: float | None = None
+    staleness: int = 0
 
     @cached_property
     def norm(self) -> float:
@@ -151,7 +153,7 @@ def fold_round(
         header: The run.
         number: Number of the round, and of the version it makes.
         updates: What was received, checked.
-        base: The version that the updates started from.
+        base: The version before, from which the updates started that are not stale.
         state: The strategy's state of that version, if it keeps any.
         previous: Digest of the record before; empty for round 1.
         folder: Where to write; both files are made, the state's empty of tensors if the strategy keeps none.
@@ -181,7 +183,8 @@ def fold_round(
         round=number,
         base_sha256=base.sha256,
         contributions=tuple(
-            Contributed(u.client, u.ticket, u.examples, weights[u.ticket], u.manifest.sha256.hex()) for u in kept
+            Contributed(u.client, u.ticket, u.examples, weights[u.ticket], u.manifest.sha256.hex(), u.staleness)
+            for u in kept
         ),
         strategy=header.config.aggregation.strategy,
         options=rule.options.model_dump(mode="json"),
@@ -206,7 +209,7 @@ def _facts(header: RunHeader, update: Update) -> UpdateFacts:
     """Returns the facts of an update that decide its weight."""
     training = header.config.training
     momentum = training.momentum if training.optimizer == "sgd" else 0.0
-    return UpdateFacts(update.examples, local_steps(update.examples, training), momentum)
+    return UpdateFacts(update.examples, local_steps(update.examples, training), momentum, update.staleness)
 
 
 @dataclass(frozen=True, slots=True)

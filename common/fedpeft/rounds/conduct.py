@@ -88,6 +88,8 @@ def _after(before: Conduct, ticket: Ticket, number: int, *, met: bool) -> Conduc
             return Conduct(before.missed + 1, number, before.refused + 1)
         case TicketState.LATE if met:
             return before
+        case TicketState.ISSUED:  # it stays good in the round after
+            return before
         case _:
             return Conduct(before.missed + 1, number, before.refused)
 

@@ -19,8 +19,9 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from fedpeft.errors import BlobCorrupt
 from fedpeft.rounds.screening import NormBound
 
-PLAIN, FORMAT = 1, 2
-"""Format 1 has no keys but those of a round of which everything was folded; 2 is for the others."""
+PLAIN, PARTLY, FORMAT = 1, 2, 3
+"""Format 1 has no keys but those of a round of which everything was folded; 2 is for the others, 3 for rounds with a
+stale update."""
 _OPTIONAL = ("excluded", "bound", "rolled_back_to")
 """Keys that a record has only where there is something to say."""
 
@@ -37,6 +38,8 @@ class Contributed:
         examples: Examples it was trained on.
         weight: What the strategy made of them, not normalised: the factor that enters the fold.
         sha256: Digest of the payload, hexadecimal.
+        staleness: Versions made since the one that it starts from, which is the one before the round if this is 0; a
+            key only where it is not.
     """
 
     client: str
@@ -44,6 +47,7 @@ class Contributed:
     examples: int
     weight: float
     sha256: str
+    staleness: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class Record:
     Attributes:
         run: Id of the run.
         round: Number of the round, 1, 2, ...; the result is adapter version `round`.
-        base_sha256: Digest of the adapter file the updates started from.
+        base_sha256: Digest of the adapter file before, from which the updates started that are not stale.
         contributions: What was folded, sorted by client.
         strategy: Name of the aggregation strategy.
         options: All its options, defaults included.
@@ -103,7 +107,12 @@ class Record:
         """Returns the canonical JSON."""
         data = asdict(self)
         unsaid = [key for key in _OPTIONAL if data[key] in (None, ())]
-        form = PLAIN if len(unsaid) == len(_OPTIONAL) else FORMAT
+        form = PLAIN if len(unsaid) == len(_OPTIONAL) else PARTLY
+        for contribution in data["contributions"]:
+            if contribution["staleness"]:
+                form = FORMAT
+            else:
+                del contribution["staleness"]
         return json.dumps(
             {"format": form, **{key: value for key, value in data.items() if key not in unsaid}},
             sort_keys=True,
@@ -133,8 +142,8 @@ def parse(record_json: str) -> Record:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise BlobCorrupt(f"this is not the record of a round: {fault}") from None
-    if form not in (PLAIN, FORMAT):
-        raise BlobCorrupt(f"the record has format {form!r}; this version reads {PLAIN} and {FORMAT}")
+    if form not in (PLAIN, PARTLY, FORMAT):
+        raise BlobCorrupt(f"the record has format {form!r}; this version reads {PLAIN} to {FORMAT}")
     if record.to_json() != record_json:
         raise BlobCorrupt(f"the record of round {record.round} is not in canonical form")
     return record
@@ -178,6 +187,9 @@ def _fault(record: Record, number: int, previous: str, before: Record | None) ->
         "a client's update is both folded and excluded": not set(clients).isdisjoint(left_out),
         "an update is excluded for a norm within the limit": any(
             e.reason == "norm" and (record.bound is None or e.norm <= record.bound.limit) for e in record.excluded
+        ),
+        "an update starts from a version that never was": any(
+            not 0 <= c.staleness < record.round for c in record.contributions
         ),
         "a digest has not 64 hexadecimal digits": not all(map(_DIGEST.fullmatch, digests)),
         "a weight or an example count is not positive": any(

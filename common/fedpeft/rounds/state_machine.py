@@ -6,18 +6,21 @@ WAITING opens once enough clients wait: a seeded sample of them gets tickets. If
 are, it opens without those that are missing once a quorum has waited for a while: a client that never comes back holds
 nobody up, and one that comes late gets its ticket then. OPEN takes updates until as many are there as the round wants
 (the goal); until no ticket is left to wait for, nobody is there to replace the missing, and the quorum is met; or until
-the deadline with a quorum. A deadline without a quorum extends the round: what was received stays, replacements are
-sampled beside the stragglers, whose tickets stay good. After the last extension the run is paused. AGGREGATING takes
-nothing more; an update that turns out not to be one that can be folded is excluded, and where none is left the round is
-OPEN again. A round that was stopped stays as it is, whatever comes after. Whoever drives the machine writes each new
-state in one transaction.
+the deadline with a quorum. A deadline without a quorum extends the round: what was received stays,
+replacements are sampled, and tickets stay good. After the last extension the run is paused. AGGREGATING takes nothing
+more; an update that turns out not to be one that can be folded is excluded, and where none is left the round is OPEN
+again. A round that was stopped stays as it is, whatever comes after. Whoever drives the machine writes each new state
+in one transaction.
+
+Who gets tickets, and what becomes of those still out when a round closes, is the run's policy (`RoundPolicy`).
 """
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -26,6 +29,7 @@ from fedpeft import seeds
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
 from fedpeft.formatting import counted
+from fedpeft.registry import Registry
 
 GATHER_S = 60.0
 """A quorum that waits for so long need not wait for more clients; before the first round, while people start the sites,
@@ -55,13 +59,24 @@ class TicketState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A client's right to contribute to one round; `generation` is the number of extensions when it was issued."""
+    """A client's right to contribute one update.
+
+    Attributes:
+        id: See `ticket_id`.
+        client: The client's id.
+        state: Where it stands.
+        reason: Why it is no longer good, if it is not.
+        generation: The round's extensions when it was issued.
+        base_version: The adapter version that its update starts from. It was issued in the round after that version,
+            whose number chooses the seed and the roles of the tensors.
+    """
 
     id: str
     client: str
     state: TicketState = TicketState.ISSUED
     reason: str = ""
     generation: int = 0
+    base_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +94,16 @@ class Round:
 
     @property
     def base_version(self) -> int:
-        """The adapter version that clients start from."""
+        """The adapter version that tickets issued in this round start from."""
         return self.number - 1
 
-    def following(self) -> Round:
+    def staleness(self, ticket: Ticket) -> int:
+        """Returns how many versions were made since the one that a ticket starts from."""
+        return self.base_version - ticket.base_version
+
+    def following(self, config: RoundsConfig) -> Round:
         """Returns the round after this one, as it begins."""
-        return Round(self.run, self.number + 1)
+        return Round(self.run, self.number + 1, tickets=policies.get(config.policy_name).carried(self))
 
     def in_state(self, state: TicketState) -> tuple[Ticket, ...]:
         """Returns the tickets in one state."""
@@ -240,6 +259,25 @@ def sample(
     return sorted(ranked[:count])
 
 
+class RoundPolicy(ABC):
+    """Who works for a round, and what becomes of the tickets that are out when it closes. Pure, without state."""
+
+    @abstractmethod
+    def wanted(self, state: Round, config: RoundsConfig) -> int:
+        """Returns how many more clients an open round would give tickets to."""
+
+    @abstractmethod
+    def lasts(self, state: Round, ticket: Ticket, config: RoundsConfig) -> bool:
+        """Returns whether a ticket that is out stays good when its round closes; if not it is LATE."""
+
+    def carried(self, closed: Round) -> tuple[Ticket, ...]:
+        """Returns the tickets with which the round after a closed one begins."""
+        return tuple(replace(ticket, generation=0) for ticket in closed.in_state(TicketState.ISSUED))
+
+
+policies: Registry[RoundPolicy] = Registry("fedpeft.rounds.policies", "fedpeft.policies", "round policy")
+
+
 def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Step:
     """Returns the round after an event at time `now`, and what must be done because of it.
 
@@ -281,34 +319,39 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
 
 
 def _waiting(state: Round, event: Waiting, config: RoundsConfig, now: float) -> Step:
-    clients, demerits = event.clients, event.demerits
-    if state.phase is Phase.WAITING and _enough(state, event, config):
+    policy = policies.get(config.policy_name)
+    fresh = event.clients - {ticket.client for ticket in state.tickets}
+    if state.phase is Phase.WAITING and _enough(state, len(fresh), event, config):
         opened = replace(state, phase=Phase.OPEN, opened_at=now, deadline=now + config.deadline_s)
-        return _issue(opened, clients, config.sampled, config, demerits)
+        return _issue(opened, fresh, policy.wanted(opened, config), config, event.demerits)
     if state.phase is not Phase.OPEN:
         return state, ()
-    current = [t for t in state.in_state(TicketState.ISSUED) if t.generation == state.extensions]
-    missing = config.sampled - len(state.in_state(TicketState.RECEIVED)) - len(current)
-    if missing > 0 and (fresh := clients - {t.client for t in state.tickets}):
-        return _issue(state, fresh, missing, config, demerits)
+    if (missing := policy.wanted(state, config)) > 0 and fresh:
+        return _issue(state, fresh, missing, config, event.demerits)
     nobody_left = not state.in_state(TicketState.ISSUED)
     if nobody_left and len(state.in_state(TicketState.RECEIVED)) >= config.needed:
-        return _aggregate(state)
+        return _aggregate(state, config)
     return state, ()
 
 
-def _enough(state: Round, event: Waiting, config: RoundsConfig) -> bool:
-    if len(event.clients) >= config.available:
+def _enough(state: Round, fresh: int, event: Waiting, config: RoundsConfig) -> bool:
+    there = fresh + len(state.tickets)
+    if there >= config.available:
         return True
     gather_s = GATHER_S if state.number > 1 else max(GATHER_S, config.deadline_s)
-    return len(event.clients) >= config.least_available and event.waited_s >= gather_s
+    return there >= config.least_available and event.waited_s >= gather_s
 
 
 def _issue(
     state: Round, candidates: Iterable[str], count: int, config: RoundsConfig, demerits: Mapping[str, int]
 ) -> Step:
     new = tuple(
-        Ticket(ticket_id(state.run, state.number, client), client, generation=state.extensions)
+        Ticket(
+            ticket_id(state.run, state.number, client),
+            client,
+            generation=state.extensions,
+            base_version=state.base_version,
+        )
         for client in sample(candidates, count, config.seed, state.number, demerits)
     )
     tickets = tuple(sorted((*state.tickets, *new), key=lambda t: t.client))
@@ -325,7 +368,7 @@ def _received(state: Round, ticket_id: str, config: RoundsConfig) -> Step:
         raise RoundClosed(f"round {state.number} of {state.run} has closed; keep the update for the next round")
     state = _set_ticket(state, replace(ticket, state=TicketState.RECEIVED))
     if len(state.in_state(TicketState.RECEIVED)) >= config.clients:
-        return _aggregate(state)
+        return _aggregate(state, config)
     return state, ()
 
 
@@ -341,7 +384,7 @@ def _time_passed(state: Round, config: RoundsConfig, now: float) -> Step:
         return state, ()
     received = len(state.in_state(TicketState.RECEIVED))
     if received >= config.needed:
-        return _aggregate(state)
+        return _aggregate(state, config)
     if state.extensions >= config.max_extensions:
         awaited = ", ".join(t.client for t in state.in_state(TicketState.ISSUED)) or "nobody"
         reason = (
@@ -396,15 +439,18 @@ def _stopped(state: Round) -> Step:
     return replace(_late(state), stopped=True), ()
 
 
-def _aggregate(state: Round) -> Step:
-    return replace(_late(state), phase=Phase.AGGREGATING), (Aggregate(),)
+def _aggregate(state: Round, config: RoundsConfig) -> Step:
+    policy = policies.get(config.policy_name)
+    closed = _late(state, lambda ticket: policy.lasts(state, ticket, config))
+    return replace(closed, phase=Phase.AGGREGATING), (Aggregate(),)
 
 
-def _late(state: Round) -> Round:
-    """Closes every open ticket; the updates that come for them go into their clients' residuals."""
+def _late(state: Round, lasts: Callable[[Ticket], bool] = lambda ticket: False) -> Round:
+    """Closes the tickets that are out and do not last; updates that come for them go into their clients' residuals."""
     reason = f"round {state.number} closed before the update came"
     tickets = tuple(
-        replace(t, state=TicketState.LATE, reason=reason) if t.state is TicketState.ISSUED else t for t in state.tickets
+        replace(t, state=TicketState.LATE, reason=reason) if t.state is TicketState.ISSUED and not lasts(t) else t
+        for t in state.tickets
     )
     return replace(state, tickets=tickets, deadline=None)
 

@@ -56,7 +56,16 @@ class Versions:
             RoundEmptied: If none of them can be folded.
         """
         updates = [
-            Update(t.id, t.client, a.examples, a.metrics, a.manifest, mapped(self.spool(t.id))) for t, a in book.counted
+            Update(
+                t.id,
+                t.client,
+                a.examples,
+                a.metrics,
+                a.manifest,
+                mapped(self.spool(t.id)),
+                staleness=book.round.staleness(t),
+            )
+            for t, a in book.counted
         ]
         state = Stored(self._state, self._state_sha256) if self._state_sha256 else None
         base = Stored(self._adapter, self._newest.sha256)

@@ -333,6 +333,9 @@ class RoundsConfig(_message.Message):
     OVER_SELECTION_FIELD_NUMBER: _builtins.int
     MAX_EXTENSIONS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
+    MAX_STALENESS_FIELD_NUMBER: _builtins.int
     count: _builtins.int
     """Number of rounds of the run, at least 1."""
     clients: _builtins.int
@@ -351,6 +354,12 @@ class RoundsConfig(_message.Message):
     """Deadlines a round may miss without a quorum before the run is paused."""
     seed: _builtins.int
     """Seed of the run: sampling, initialisation and local training derive from it."""
+    policy: _builtins.str
+    """Policy of the rounds: `synchronous`, where it is absent, or `buffered` (only simulated yet)."""
+    concurrency: _builtins.int
+    """Clients that train at once in buffered rounds; absent: as many as `clients` and `over_selection` say."""
+    max_staleness: _builtins.int
+    """Versions that may be made while a client trains before its update is late, in buffered rounds; absent: 10."""
     def __init__(
         self,
         *,
@@ -362,23 +371,32 @@ class RoundsConfig(_message.Message):
         over_selection: _builtins.float | None = ...,
         max_extensions: _builtins.int | None = ...,
         seed: _builtins.int | None = ...,
+        policy: _builtins.str | None = ...,
+        concurrency: _builtins.int | None = ...,
+        max_staleness: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_count", b"_count", "_deadline_s", b"_deadline_s", "_max_extensions", b"_max_extensions", "_min_available", b"_min_available", "_over_selection", b"_over_selection", "_quorum", b"_quorum", "_seed", b"_seed", "clients", b"clients", "count", b"count", "deadline_s", b"deadline_s", "max_extensions", b"max_extensions", "min_available", b"min_available", "over_selection", b"over_selection", "quorum", b"quorum", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_concurrency", b"_concurrency", "_count", b"_count", "_deadline_s", b"_deadline_s", "_max_extensions", b"_max_extensions", "_max_staleness", b"_max_staleness", "_min_available", b"_min_available", "_over_selection", b"_over_selection", "_policy", b"_policy", "_quorum", b"_quorum", "_seed", b"_seed", "clients", b"clients", "concurrency", b"concurrency", "count", b"count", "deadline_s", b"deadline_s", "max_extensions", b"max_extensions", "max_staleness", b"max_staleness", "min_available", b"min_available", "over_selection", b"over_selection", "policy", b"policy", "quorum", b"quorum", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_count", b"_count", "_deadline_s", b"_deadline_s", "_max_extensions", b"_max_extensions", "_min_available", b"_min_available", "_over_selection", b"_over_selection", "_quorum", b"_quorum", "_seed", b"_seed", "clients", b"clients", "count", b"count", "deadline_s", b"deadline_s", "max_extensions", b"max_extensions", "min_available", b"min_available", "over_selection", b"over_selection", "quorum", b"quorum", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_concurrency", b"_concurrency", "_count", b"_count", "_deadline_s", b"_deadline_s", "_max_extensions", b"_max_extensions", "_max_staleness", b"_max_staleness", "_min_available", b"_min_available", "_over_selection", b"_over_selection", "_policy", b"_policy", "_quorum", b"_quorum", "_seed", b"_seed", "clients", b"clients", "concurrency", b"concurrency", "count", b"count", "deadline_s", b"deadline_s", "max_extensions", b"max_extensions", "max_staleness", b"max_staleness", "min_available", b"min_available", "over_selection", b"over_selection", "policy", b"policy", "quorum", b"quorum", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clients: _TypeAlias = _typing.Literal["clients"]  # noqa: Y015
     _WhichOneofArgType__clients: _TypeAlias = _typing.Literal["_clients", b"_clients"]  # noqa: Y015
+    _WhichOneofReturnType__concurrency: _TypeAlias = _typing.Literal["concurrency"]  # noqa: Y015
+    _WhichOneofArgType__concurrency: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency"]  # noqa: Y015
     _WhichOneofReturnType__count: _TypeAlias = _typing.Literal["count"]  # noqa: Y015
     _WhichOneofArgType__count: _TypeAlias = _typing.Literal["_count", b"_count"]  # noqa: Y015
     _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
     _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
     _WhichOneofReturnType__max_extensions: _TypeAlias = _typing.Literal["max_extensions"]  # noqa: Y015
     _WhichOneofArgType__max_extensions: _TypeAlias = _typing.Literal["_max_extensions", b"_max_extensions"]  # noqa: Y015
+    _WhichOneofReturnType__max_staleness: _TypeAlias = _typing.Literal["max_staleness"]  # noqa: Y015
+    _WhichOneofArgType__max_staleness: _TypeAlias = _typing.Literal["_max_staleness", b"_max_staleness"]  # noqa: Y015
     _WhichOneofReturnType__min_available: _TypeAlias = _typing.Literal["min_available"]  # noqa: Y015
     _WhichOneofArgType__min_available: _TypeAlias = _typing.Literal["_min_available", b"_min_available"]  # noqa: Y015
     _WhichOneofReturnType__over_selection: _TypeAlias = _typing.Literal["over_selection"]  # noqa: Y015
     _WhichOneofArgType__over_selection: _TypeAlias = _typing.Literal["_over_selection", b"_over_selection"]  # noqa: Y015
+    _WhichOneofReturnType__policy: _TypeAlias = _typing.Literal["policy"]  # noqa: Y015
+    _WhichOneofArgType__policy: _TypeAlias = _typing.Literal["_policy", b"_policy"]  # noqa: Y015
     _WhichOneofReturnType__quorum: _TypeAlias = _typing.Literal["quorum"]  # noqa: Y015
     _WhichOneofArgType__quorum: _TypeAlias = _typing.Literal["_quorum", b"_quorum"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
@@ -386,15 +404,21 @@ class RoundsConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clients) -> _WhichOneofReturnType__clients | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__concurrency) -> _WhichOneofReturnType__concurrency | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__count) -> _WhichOneofReturnType__count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_extensions) -> _WhichOneofReturnType__max_extensions | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_staleness) -> _WhichOneofReturnType__max_staleness | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_available) -> _WhichOneofReturnType__min_available | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__over_selection) -> _WhichOneofReturnType__over_selection | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__policy) -> _WhichOneofReturnType__policy | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__quorum) -> _WhichOneofReturnType__quorum | None: ...
     @_typing.overload

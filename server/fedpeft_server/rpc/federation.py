@@ -408,7 +408,7 @@ def _task(engine: RunEngine, ticket: Ticket) -> pb.TrainingTask:
         ticket=ticket.id,
         run=engine.run.id,
         round=current.number,
-        version=current.base_version,
+        version=ticket.base_version,
         deadline=timestamp(current.deadline),
         seed=seeds.training(config.rounds.seed, current.number, ticket.client),
         settings=training_to_proto(config.training),

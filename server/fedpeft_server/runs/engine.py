@@ -455,7 +455,7 @@ class RunEngine:
         self._participation.put_conducts(self.run.id, conducts)
         self.run = replace(self.run, version=done.number, state=state, reason=reason)
         self._byte_counter.round_committed(self.run.id, done.number)
-        self._enter(done if last else done.following(), ())
+        self._enter(done if last else done.following(self.run.config.rounds), ())
         if last:
             self._lobby.wake_all()
         else:

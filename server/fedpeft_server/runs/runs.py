@@ -415,4 +415,4 @@ def _in_progress(run: RunRow, newest: RoundRow | None) -> Round:
     if newest is None:
         return Round(run.id, 1)
     over = newest.round.phase is Phase.COMMITTED and run.state in ACTIVE
-    return newest.round.following() if over else newest.round
+    return newest.round.following(run.config.rounds) if over else newest.round

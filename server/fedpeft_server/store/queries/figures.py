@@ -207,7 +207,7 @@ def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _ticket(row: Row[Any], pending: Pending) -> TicketFigures:
-    ticket = Ticket(row.id, row.client, TicketState(row.state), row.reason, row.generation)
+    ticket = Ticket(row.id, row.client, TicketState(row.state), row.reason, row.generation, row.number - 1)
     counted = Traffic(row.wire_up or 0, row.wire_down or 0, row.payload_up or 0, row.payload_down or 0)
     traffic = counted + pending.get((row.number, row.client), Traffic())
     if row.examples is None:

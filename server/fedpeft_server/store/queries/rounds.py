@@ -269,7 +269,7 @@ def _ticket_row(state: Round, ticket: Ticket) -> dict[str, Any]:
 
 
 def _ticket(row: Row[Any]) -> Ticket:
-    return Ticket(row.id, row.client, TicketState(row.state), row.reason, row.generation)
+    return Ticket(row.id, row.client, TicketState(row.state), row.reason, row.generation, row.number - 1)
 
 
 def _update(row: Row[Any]) -> UpdateRow:

@@ -1,0 +1,26 @@
+"""Synchronous rounds: all updates of a round start from the version before it."""
+
+from __future__ import annotations
+
+from fedpeft.config import RoundsConfig
+from fedpeft.rounds.policies import RoundPolicy, policies
+from fedpeft.rounds.state_machine import Round, Ticket, TicketState
+
+
+class Synchronous(RoundPolicy):
+    """A sample of the clients works for one round; whoever is late when it closes has worked in vain.
+
+    After an extension, replacements are sampled beside the stragglers, whose tickets stay good.
+    """
+
+    def wanted(self, state: Round, config: RoundsConfig) -> int:
+        """See `RoundPolicy.wanted`."""
+        current = [t for t in state.in_state(TicketState.ISSUED) if t.generation == state.extensions]
+        return config.sampled - len(state.in_state(TicketState.RECEIVED)) - len(current)
+
+    def lasts(self, state: Round, ticket: Ticket, config: RoundsConfig) -> bool:
+        """See `RoundPolicy.lasts`."""
+        return False
+
+
+policies.register("synchronous")(Synchronous())
