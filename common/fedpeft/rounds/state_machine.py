@@ -260,7 +260,7 @@ def sample(
 
 
 class RoundPolicy(ABC):
-    """Who works for a round, and what becomes of the tickets that are out when it closes. Pure, without state."""
+    """Chooses the clients of a round, and the fate of the tickets that are out when it closes. Pure, without state."""
 
     @abstractmethod
     def wanted(self, state: Round, config: RoundsConfig) -> int:
