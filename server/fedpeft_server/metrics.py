@@ -161,7 +161,8 @@ class Metrics:
         )
         self.round_budget_bytes = Gauge(
             "fedpeft_round_budget_bytes",
-            "Expected size of the round in progress, bytes: 4 bytes per parameter sent, for each sampled client.",
+            "Expected size of the round in progress, bytes: 4 bytes per parameter sent, for each sampled client; "
+            "downwards to clients that hold the version before.",
             direction,
             registry=r,
         )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import CHUNK_BYTES, FIRST_CHUNK_BYTES, Entry, Manifest, chunks
-from fedpeft.adapters.spec import TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.errors import ManifestInvalid, PayloadInvalid
 
 SPECS = (TensorSpec("a", (2, 3)), TensorSpec("b", ()), TensorSpec("c.bias", (5,)))
@@ -122,3 +122,39 @@ def test_chunks_cover_a_transfer_once_and_begin_small(offset: int, length: int) 
     assert [begin for begin, _ in pieces] == list(accumulate([offset, *(size for _, size in pieces)]))[: len(pieces)]
     assert sum(size for _, size in pieces) == length
     assert all(1 <= size <= min(FIRST_CHUNK_BYTES << number, CHUNK_BYTES) for number, (_, size) in enumerate(pieces))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    seed=st.integers(0, 255),
+    offset=st.integers(0, 80),
+    length=st.integers(0, 80),
+)
+def test_a_selection_is_the_bytes_of_its_tensors(lengths: list[int], seed: int, offset: int, length: int) -> None:
+    data, starts = bytes(range(sum(lengths))), [0, *accumulate(lengths)]
+    entries = tuple(Entry(str(i), (n,), "float32", starts[i], n) for i, n in enumerate(lengths))
+    chosen = [i for i in range(len(lengths)) if seed >> i & 1]
+    selection = payload.Selection.of(Manifest(entries, len(data), b""), chosen)
+    stream = b"".join(data[starts[i] : starts[i + 1]] for i in chosen)
+    assert selection.size_bytes == len(stream)
+    pieces = list(selection.pieces(offset, length))
+    assert b"".join(data[at : at + n] for at, n in pieces) == stream[offset : offset + length]
+    assert all(n > 0 for _, n in pieces), "no read of nothing"
+    ends = [at + n for at, n in pieces]
+    assert all(end != at for end, (at, _) in zip(ends, pieces[1:], strict=False)), "neighbours are read as one"
+
+
+def test_what_is_missing_is_what_rounds_changed() -> None:
+    turns = (TensorRole.SENT, TensorRole.FROZEN)
+    fixed, local = TensorSpec("c", (1,), (TensorRole.FROZEN,)), TensorSpec("d", (1,), (TensorRole.LOCAL,))
+    spec = AdapterSpec("m", (TensorSpec("a", (1,), turns), TensorSpec("b", (1,), turns[::-1]), fixed, local))
+    manifest, _ = payload.encode({n: np.zeros(1, np.float32) for n in "abc"}, spec.shared, "float32")
+    found = {
+        (have, version): payload.missing(manifest, spec, version, have) for have in range(4) for version in range(4)
+    }
+    assert found[0, 1] == found[1, 0] == found[2, 3] == (0,)
+    assert found[1, 2] == (1,)
+    assert found[0, 2] == found[1, 3] == found[3, 0] == (0, 1)
+    assert found[2, 2] == payload.missing(manifest, spec, 3, None) == (0, 1, 2), "all, where nothing can have changed"
+    assert payload.missing(manifest, spec, 2**32 - 1, 0) == (0, 1), "in no time"
+    assert spec.parameters == 3 and spec.largest_update == 1

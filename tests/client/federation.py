@@ -153,6 +153,11 @@ class Federation(pb_grpc.FederationServiceServicer):
         self.registrations = 0
         self.awaited: list[float] = []
         self.pulled: list[tuple[int, int, bool]] = []
+        self.pulled_bytes: list[int] = []
+        """Bytes that each pull would bring if it were not interrupted."""
+        self.on_pull: Callable[[pb.PullAdapterRequest], None] = lambda request: None
+        self.sends_parts = True
+        """False as a server is that knows of no `have_version`."""
         self.pushes: list[Push] = []
         self.withdrawn: list[FakeTicket] = []
         self.answers: dict[tuple[str, str], pb.AnswerOfferRequest] = {}
@@ -296,6 +301,7 @@ class Federation(pb_grpc.FederationServiceServicer):
     ) -> AsyncIterator[pb.PullAdapterResponse]:
         await self._caller(context)
         await self._fail("PullAdapter", context)
+        self.on_pull(request)
         assert self.run is not None
         try:
             manifest, data = self.run.encoded(request.version)
@@ -303,9 +309,16 @@ class Federation(pb_grpc.FederationServiceServicer):
             await status.abort(context, error)
         held = request.have_sha256 == manifest.sha256
         self.pulled.append((request.version, request.offset, held))
+        header = pb.PullHeader(version=request.version, manifest=wire.manifest_to_proto(manifest), up_to_date=held)
+        if self.sends_parts and request.HasField("have_version"):
+            needed = payload.missing(manifest, self.run.spec, request.version, request.have_version)
+            if len(needed) < len(manifest.entries):
+                header.tensors.extend(needed)
+                entries = [entry for i, entry in enumerate(manifest.entries) if i in needed]
+                data = b"".join(data[entry.offset : entry.offset + entry.length] for entry in entries)
+        self.pulled_bytes.append(0 if held else len(data) - request.offset)
         if request.offset > len(data):
             await status.abort(context, OffsetOutOfRange(f"the payload has {len(data)} bytes"))
-        header = pb.PullHeader(version=request.version, manifest=wire.manifest_to_proto(manifest), up_to_date=held)
         yield pb.PullAdapterResponse(header=header)
         limit = self.break_pull_after.pop(0) if self.break_pull_after else None
         size = CHUNK_BYTES if limit is None else max(1, limit // 3)

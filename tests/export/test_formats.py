@@ -50,7 +50,7 @@ def logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("method", ["full", "head", "bias", "lora"])
+@pytest.mark.parametrize("method", ["full", "head", "bias", "lora", "ffa_lora"])
 def test_timm_loads_the_whole_model_strictly(
     tmp_path: Path, backbone: Backbone, images: torch.Tensor, method: str
 ) -> None:
@@ -62,7 +62,7 @@ def test_timm_loads_the_whole_model_strictly(
     assert about["classes"] == ["a", "b", "c"]
     plain = timm.create_model(about["name"], **about["arguments"])
     plain.load_state_dict(load_file(path), strict=True)
-    tolerance = 1e-5 if method == "lora" else 0  # merged weights round once more
+    tolerance = 1e-5 if method.endswith("lora") else 0  # merged weights round once more
     assert torch.allclose(logits(plain, images), logits(model.module, images), 0, tolerance)
     assert not torch.allclose(logits(plain, images), logits(backbone.module, images), 0, 1e-2)
 
@@ -119,6 +119,18 @@ def test_the_peft_library_loads_a_lora(
     again.load(tensors)
     assert again.spec.sha256 == model.spec.sha256
     assert torch.equal(logits(again.module, images), logits(model.module, images))
+
+
+@pytest.mark.parametrize("method", ["ffa_lora", "rolora"])
+def test_the_peft_library_loads_variants_of_lora(
+    tmp_path: Path, backbone: Backbone, images: torch.Tensor, method: str
+) -> None:
+    model = trained(backbone, method, rank=4)
+    formats.as_peft(model, tmp_path / "lora")
+    plain = timm.create_model(CONFIG.name, **backbone.arguments)
+    plain.load_state_dict(backbone.module.state_dict())
+    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "lora"))
+    assert torch.allclose(logits(loaded, images), logits(model.module, images), 0, 1e-6)
 
 
 def test_the_card_says_how_the_adapter_came_about_and_how_to_load_it(

@@ -110,7 +110,7 @@ def test_bad_options_name_the_field(method: str, options: dict[str, object], pat
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ConfigInvalid, match="there are: adapter, bias, full, head, lora, prompt"):
+    with pytest.raises(ConfigInvalid, match="there are: adapter, bias, ffa_lora, full, head, lora, prompt, rolora"):
         count(SMALL, "lore", {}, 2)
     with pytest.raises(ModelInvalid, match="near it are vit_small_patch16_224"):
         count("vit_smal_patch16_224", "bias", {}, 2)

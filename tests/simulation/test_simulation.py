@@ -21,7 +21,7 @@ from fedpeft.data.sources.opening import open_source
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid, StateInvalid
 from fedpeft.models.backbones import build
-from fedpeft.peft import tune
+from fedpeft.peft import spec_of, tune
 from fedpeft.rounds import conduct, record, state_machine
 from fedpeft.simulation import bench, clients_of, simulate
 from fedpeft.simulation.clients import ClientData, reading_of
@@ -442,3 +442,23 @@ def test_a_client_whose_updates_are_refused_again_and_again_is_set_aside(tmp_pat
     states = [next(t["state"] for t in row["tickets"] if t["client"] == "client-1") for row in report["rounds"]]
     assert states == ["refused"] * 5
     assert report["set_aside"] == ["client-1"]
+
+
+def test_a_tensor_that_no_round_changed_is_not_sent_again(tmp_path, folders):
+    """Each client gets all of its first version, and then what rounds changed since the last that it held."""
+    rounds = {"count": 5, "clients": 2, "quorum": 2, "seed": 3}
+    run = config(rounds=rounds, peft={"method": "rolora", "rank": 2}, training={"steps": 1, "batch_size": 2})
+    report = simulate(run, clients(folders), tmp_path / "out")
+    spec = spec_of(run.model, "rolora", {"rank": 2})
+    holds, missed = dict[str, int](), 0
+    for number, row in enumerate(report["rounds"], 1):
+        down = 0
+        for client in row["clients"]:
+            have = holds.get(client)
+            down += sum(4 * t.size for t in (spec.shared if have is None else spec.changed(have, number - 1)))
+            missed += have is not None and have < number - 2
+            holds[client] = number - 1
+        assert row["payload_bytes_down"] == down
+        assert row["payload_bytes_up"] == 2 * sum(4 * t.size for t in spec.sent(number))
+    assert missed, "the seed lets no client miss a round"
+    assert spec.changed(1, 3) == spec.shared

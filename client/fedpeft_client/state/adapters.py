@@ -3,6 +3,7 @@
 adapter.json              {"version", "manifest"}; replaced in one rename, which is what makes a payload held
 adapter-SHA256.payload    the bytes
 adapter-VERSION.part      the first bytes of a version that is being pulled; continued after an interruption
+adapter-VERSION-from-HELD.part  likewise, of the tensors that changed since version HELD, which is held
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from google.protobuf import json_format
 
-from fedpeft.adapters.payload import Manifest
+from fedpeft.adapters.payload import CHUNK_BYTES, Manifest, Selection
 from fedpeft.errors import ChecksumMismatch, FedpeftError
 from fedpeft.process import durable, logs
 from fedpeft.rpc import wire
@@ -57,13 +59,48 @@ class AdapterCache:
         _log.warning("the adapter version on disk is damaged; it is pulled again", file=str(self._index), cause=cause)
         return None
 
-    def part(self, version: int) -> Path:
-        """Returns the file that collects the bytes of a version; parts of other versions are removed."""
-        part = self._folder / f"adapter-{version}.part"
+    def part(self, version: int, since: int | None = None) -> Path:
+        """Returns the file that collects the bytes of a version, or of what changed in it since another one.
+
+        Parts of other versions are removed.
+        """
+        mine = self._parts(version)
         for other in self._folder.glob("adapter-*.part"):
-            if other != part:
+            if other not in mine:
                 other.unlink()
-        return part
+        return self._folder / (f"adapter-{version}.part" if since is None else f"adapter-{version}-from-{since}.part")
+
+    def discard(self, version: int) -> None:
+        """Removes what was collected of a version."""
+        for part in self._parts(version):
+            part.unlink(missing_ok=True)
+
+    def _parts(self, version: int) -> list[Path]:
+        return list(self._folder.glob(f"adapter-{version}[-.]*part"))
+
+    def complete(self, version: int, manifest: Manifest, selection: Selection, held: CachedAdapter) -> None:
+        """Collects the bytes of a version from those of the tensors that changed and, for the others, what is held.
+
+        Raises:
+            ChecksumMismatch: If a tensor is held in another form than the version has it.
+        """
+        known, chosen = {entry.name: entry for entry in held.manifest.entries}, set(selection.tensors)
+        path = self._folder / f"adapter-{version}-whole.part"
+        with (
+            self.part(version, held.version).open("rb") as changed,
+            held.payload.open("rb") as old,
+            path.open("wb") as whole,
+        ):
+            for i, entry in enumerate(manifest.entries):
+                if i in chosen:
+                    _copy(changed, whole, entry.length)
+                    continue
+                mine = known.get(entry.name)
+                if mine is None or (mine.encoding, mine.length) != (entry.encoding, entry.length):
+                    raise ChecksumMismatch(f"version {held.version}, which is held, has no such tensor {entry.name}")
+                old.seek(mine.offset)
+                _copy(old, whole, entry.length)
+        path.replace(self.part(version))
 
     def commit(self, version: int, manifest: Manifest) -> CachedAdapter:
         """Makes the collected bytes the version held.
@@ -74,10 +111,11 @@ class AdapterCache:
         part = self.part(version)
         part.touch()
         if durable.sha256(part) != manifest.sha256:
-            part.unlink()
+            self.discard(version)
             raise ChecksumMismatch(f"adapter version {version} did not arrive as it was sent")
         durable.sync(part)
         durable.move(part, self._payload(manifest))
+        self.discard(version)
         return self.relabel(version, manifest)
 
     def relabel(self, version: int, manifest: Manifest) -> CachedAdapter:
@@ -92,3 +130,10 @@ class AdapterCache:
 
     def _payload(self, manifest: Manifest) -> Path:
         return self._folder / f"adapter-{manifest.sha256.hex()}.payload"
+
+
+def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
+    """Copies so many bytes; fewer where the source ends, which the digest of the whole shows."""
+    while length > 0 and (data := source.read(min(length, CHUNK_BYTES))):
+        target.write(data)
+        length -= len(data)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.adapters.spec import TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.codecs import codecs
 from fedpeft.errors import ManifestInvalid, PayloadInvalid
 
@@ -47,6 +50,60 @@ class Manifest:
     entries: tuple[Entry, ...]
     payload_bytes: int
     sha256: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Some tensors of a payload as a stream: the bytes of one after the other. Selections are told apart by identity.
+
+    Attributes:
+        tensors: Their positions in the manifest, ascending.
+        ranges: Their bytes in the payload as (offset, length), in order; neighbours are one range.
+    """
+
+    tensors: tuple[int, ...]
+    ranges: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest, tensors: Sequence[int]) -> Selection:
+        """Selects the tensors at these ascending positions of a manifest."""
+        ranges: list[tuple[int, int]] = []
+        for entry in (manifest.entries[i] for i in tensors):
+            if ranges and sum(ranges[-1]) == entry.offset:
+                ranges[-1] = ranges[-1][0], ranges[-1][1] + entry.length
+            else:
+                ranges.append((entry.offset, entry.length))
+        return cls(tuple(tensors), tuple(ranges))
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where each range begins in the stream, and where the last one ends."""
+        return [0, *accumulate(length for _, length in self.ranges)]
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the stream."""
+        return self._starts[-1]
+
+    def pieces(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yields where bytes `offset` to `offset + length` of the stream lie in the payload, as (offset, length)."""
+        place = bisect_right(self._starts, offset) - 1
+        while length > 0 and place < len(self.ranges):
+            at, size = self.ranges[place]
+            skipped = offset - self._starts[place]
+            taken = min(length, size - skipped)
+            yield at + skipped, taken
+            offset, length, place = offset + taken, length - taken, place + 1
+
+
+def missing(manifest: Manifest, spec: AdapterSpec, version: int, have: int | None) -> tuple[int, ...]:
+    """Returns the positions in a version's manifest of the tensors that a client needs that holds another version.
+
+    All of them, where it holds none, or where none can have changed and its bytes differ nevertheless.
+    """
+    changed = set() if have is None else {tensor.name for tensor in spec.changed(have, version)}
+    needed = tuple(i for i, entry in enumerate(manifest.entries) if entry.name in changed)
+    return needed or tuple(range(len(manifest.entries)))
 
 
 def chunks(offset: int, end: int) -> Iterator[tuple[int, int]]:

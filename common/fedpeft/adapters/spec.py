@@ -91,10 +91,33 @@ class AdapterSpec:
         """Returns the tensors of an update of round `number` (1, 2, ...)."""
         return tuple(t for t in self.tensors if t.role(number) is TensorRole.SENT)
 
+    def changed(self, have: int, version: int) -> tuple[TensorSpec, ...]:
+        """Returns the shared tensors in which two versions can differ: those that a round between them sends.
+
+        After a rollback between them, others may differ too.
+        """
+        first, last = min(have, version) + 1, max(have, version)
+        return tuple(
+            t
+            for t in self.shared
+            if any(t.role(n) is TensorRole.SENT for n in range(first, min(last, first + len(t.roles) - 1) + 1))
+        )
+
     @property
     def parameters(self) -> int:
-        """Number of tuned values, local ones included."""
-        return sum(t.size for t in self.tensors)
+        """Number of tuned values, local ones included; tensors that are frozen in every round are not tuned."""
+        return sum(t.size for t in self.tensors if set(t.roles) != {TensorRole.FROZEN})
+
+    @cached_property
+    def largest_update(self) -> int:
+        """Number of values in the largest update of a round."""
+        return max(sum(t.size for t in self.sent(n)) for n in range(1, self._period + 1))
+
+    @property
+    def _period(self) -> int:
+        """Rounds after which the roles of all tensors repeat, or the longest list of roles if that is more than 64."""
+        lengths = [len(t.roles) for t in self.tensors]
+        return min(math.lcm(*lengths), max(64, *lengths))
 
     @cached_property
     def sha256(self) -> str:

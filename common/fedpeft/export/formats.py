@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
@@ -25,11 +25,12 @@ from fedpeft.errors import BackboneMismatch, ConfigInvalid, ModelInvalid
 from fedpeft.export.model_card import Provenance, card
 from fedpeft.models.backbones import Backbone, fingerprint
 from fedpeft.models.checkpoints import read_checkpoint
-from fedpeft.peft.lora import Lora, target_layers
+from fedpeft.peft.lora import NAME
 from fedpeft.peft.tuned import TunedModel, tune
+from fedpeft.peft.tuner import target_layers
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -122,29 +123,35 @@ def from_timm(path: Path, tuned: TunedModel) -> Arrays:
 
 
 def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = None) -> None:
-    """Writes a LoRA as a directory of the `peft` library: adapter_config.json, adapter_model.safetensors, README.md.
+    """Writes a directory of the `peft` library: adapter_config.json, adapter_model.safetensors, README.md.
 
     `peft.PeftModel.from_pretrained(model, folder)` loads it, where model is the backbone's timm model; the head goes
     along as a module to save.
 
     Args:
-        tuned: Under method lora.
+        tuned: Under a method of that library: LoRA and its variants.
         folder: Made if missing.
         provenance: How the adapter came about, for its card.
 
     Raises:
-        ConfigInvalid: If the method is not LoRA.
+        ConfigInvalid: If the library does not have the method.
         OSError: If a file cannot be written.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
     _check_timm(tuned.backbone)
-    config, layers = _lora_config(tuned)
+    backbone = tuned.backbone
+    if not tuned.method.has_peft_form:
+        raise ConfigInvalid(
+            f"an adapter of method {tuned.spec.method} has no peft form; export it as safetensors or timm"
+        )
+    config: Any = tuned.method.peft_config(backbone.module, backbone.anatomy)
+    layers = list(config.target_modules)  # the library shortens a long list
     config.modules_to_save = [tuned.backbone.anatomy.head]
     plain = copy.deepcopy(tuned.backbone.module).cpu()
     model = get_peft_model(plain, config)
     wrapped = {name for name, _ in model.named_modules()}
-    assert all(f"{PREFIX}{layer}.lora_A" in wrapped for layer in layers)
+    assert all(f"{PREFIX}{layer}" in wrapped for layer in layers)
     state = {f"{PREFIX}{name}": torch.from_numpy(values) for name, values in tuned.state().items()}
     set_peft_model_state_dict(model, state)
     config.base_model_name_or_path = tuned.backbone.config.name
@@ -165,7 +172,8 @@ def from_peft(folder: Path, backbone: Backbone) -> tuple[dict[str, object], Arra
         backbone: What it is for.
 
     Returns:
-        The options of method lora, and the adapter's tensors: `tune(backbone, "lora", options, seed).load(tensors)`.
+        The options of method `fedpeft.peft.lora.NAME`, and the adapter's tensors, for
+        `tune(backbone, NAME, options, seed).load(tensors)`.
 
     Raises:
         ModelInvalid: If the directory cannot be read, or is not a plain LoRA with a head for this model.
@@ -185,7 +193,7 @@ def from_peft(folder: Path, backbone: Backbone) -> tuple[dict[str, object], Arra
         "targets": _targets(layers, backbone),
     }
     try:
-        spec = tune(backbone, "lora", options, 0).spec
+        spec = tune(backbone, NAME, options, 0).spec
     except ConfigInvalid as error:
         raise ModelInvalid(f"{folder} does not fit {backbone.config.name}: {error.message}") from error
     shapes = {tensor.name: tensor.shape for tensor in spec.tensors}
@@ -214,16 +222,6 @@ def _plain(tuned: TunedModel) -> dict[str, torch.Tensor]:
 def _check_timm(backbone: Backbone) -> None:
     if backbone.config.kind:
         raise ConfigInvalid(f"{backbone.config.name} is no model of timm; export its adapter as safetensors")
-
-
-def _lora_config(tuned: TunedModel) -> tuple[LoraConfig, list[str]]:
-    if not isinstance(tuned.method, Lora):
-        raise ConfigInvalid(
-            f"an adapter of method {tuned.spec.method} has no peft form; export it as safetensors or timm"
-        )
-    backbone = tuned.backbone
-    layers = target_layers(backbone.module, backbone.anatomy, tuned.method.options.targets)
-    return tuned.method.config(layers), layers
 
 
 def _check_plain_lora(data: Mapping[str, object], folder: Path) -> None:

@@ -4,6 +4,6 @@
 """
 
 from fedpeft.peft.method import Method, MethodOptions, make, methods
-from fedpeft.peft.tuned import TunedModel, count, spec_of, tune
+from fedpeft.peft.tuned import TunedModel, count, spec_of, timm_spec, tune
 
-__all__ = ["Method", "MethodOptions", "TunedModel", "count", "make", "methods", "spec_of", "tune"]
+__all__ = ["Method", "MethodOptions", "TunedModel", "count", "make", "methods", "spec_of", "timm_spec", "tune"]

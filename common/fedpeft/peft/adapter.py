@@ -7,6 +7,7 @@ one bottleneck serves all blocks unless `shared` is false.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Annotated
 
 import torch
@@ -62,6 +63,7 @@ class Adapter(Method[AdapterOptions]):
 
     Options = AdapterOptions
     needs = ("mlps",)
+    variants = MappingProxyType({"adapter-per-block": {"shared": False}})
 
     def inject(self, module: nn.Module, anatomy: Anatomy, generator: torch.Generator) -> Sequence[nn.Module]:
         """See `Method.inject`; `adapter`, or `adapter` in each block."""

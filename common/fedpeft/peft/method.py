@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +16,9 @@ from fedpeft.config_errors import faults_of
 from fedpeft.errors import ConfigInvalid
 from fedpeft.models.families import Anatomy
 from fedpeft.registry import Registry
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class MethodOptions(BaseModel):
@@ -38,6 +42,11 @@ class Method(ABC, Generic[OptionsT]):
     """Puts the whole backbone in training mode while training; else only the injected modules are."""
     needs: ClassVar[tuple[str, ...]] = ()
     """The parts of an `Anatomy` that the method attaches to; a model that names none of them cannot be tuned so."""
+
+    has_peft_form: ClassVar[bool] = False
+    """Whether the Hugging Face `peft` library can hold the adapter; then `peft_config` says as what."""
+    variants: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({})
+    """Options beside the defaults that `fedpeft params` counts, by the name that it shows."""
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -69,6 +78,14 @@ class Method(ABC, Generic[OptionsT]):
     def canonical(self, name: str) -> str:
         """Returns the name in the spec of a parameter's name in the tuned model."""
         return name
+
+    def peft_config(self, module: nn.Module, anatomy: Anatomy) -> PeftConfig:
+        """Returns the configuration with which the `peft` library builds the method's modules on the plain model.
+
+        Raises:
+            ConfigInvalid: If the library has none.
+        """
+        raise ConfigInvalid("the method has no peft form; export its adapter as safetensors or timm")
 
     def plain(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Returns the state dict of a tuned model, with all that can be merged into the plain model merged."""

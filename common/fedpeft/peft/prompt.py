@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -57,6 +58,7 @@ class PromptTuning(Method[PromptOptions]):
 
     Options = PromptOptions
     needs = ("blocks",)
+    variants = MappingProxyType({"prompt-shallow": {"deep": False}})
 
     def inject(self, module: nn.Module, anatomy: Anatomy, generator: torch.Generator) -> Sequence[nn.Module]:
         """See `Method.inject`; `prompt` in each block, or in the first."""

@@ -170,8 +170,8 @@ def spec_of(config: ModelConfig, method: str, options: Mapping[str, object]) -> 
     return _spec(method, chosen, module, anatomy)
 
 
-def count(model_name: str, method: str, options: Mapping[str, object], classes: int) -> int:
-    """Returns how many values a method tunes in a timm model with `classes` classes, the head included.
+def timm_spec(model_name: str, method: str, options: Mapping[str, object], classes: int) -> AdapterSpec:
+    """Returns the adapter spec of a method on a timm model with `classes` classes; needs no weights.
 
     Raises:
         ModelInvalid: As `spec_of`.
@@ -183,7 +183,12 @@ def count(model_name: str, method: str, options: Mapping[str, object], classes: 
         raise ConfigInvalid(
             f"model {model_name!r} with {classes} classes: {error.errors(include_url=False)[0]['msg']}"
         ) from None
-    return spec_of(config, method, options).parameters
+    return spec_of(config, method, options)
+
+
+def count(model_name: str, method: str, options: Mapping[str, object], classes: int) -> int:
+    """Returns how many values a method tunes in a timm model, the head included; raises as `timm_spec`."""
+    return timm_spec(model_name, method, options, classes).parameters
 
 
 def _inject(name: str, chosen: Method[Any], module: nn.Module, anatomy: Anatomy, seed: int) -> Sequence[nn.Module]:

@@ -160,7 +160,7 @@ class _Simulation:
         self._bench = bench
         self._versions = versions
         self._run = run
-        self._holds: dict[str, bytes] = {}
+        self._holds: dict[str, tuple[int, bytes]] = {}
         self._facts: dict[str, str] = {}
         self._excluded: set[str] = set()
         self._conducts: dict[str, conduct.Conduct] = {}
@@ -304,10 +304,12 @@ class _Simulation:
         return trained
 
     def _pull(self, book: RoundBook, ticket: Ticket, version: Version) -> None:
-        """Books what a server would send: nothing to who holds these bytes already."""
-        held, manifest = self._holds.get(ticket.client), version.manifest
-        book.down[ticket.client] = 0 if held == manifest.sha256 else manifest.payload_bytes
-        self._holds[ticket.client] = manifest.sha256
+        """Books what a server would send: nothing to who holds these bytes already, else what changed since."""
+        manifest, number = version.manifest, book.round.base_version
+        have, sha256 = self._holds.get(ticket.client, (None, b""))
+        needed = payload.missing(manifest, self._bench.spec, number, have)
+        book.down[ticket.client] = 0 if sha256 == manifest.sha256 else sum(manifest.entries[i].length for i in needed)
+        self._holds[ticket.client] = number, manifest.sha256
 
     def _late(self, book: RoundBook, version: Version) -> None:
         """Lets those who are too late finish: what they trained goes into their residuals, if there are any."""

@@ -474,6 +474,7 @@ class PullAdapterRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     HAVE_SHA256_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    HAVE_VERSION_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Id of the run."""
     version: _builtins.int
@@ -481,7 +482,11 @@ class PullAdapterRequest(_message.Message):
     have_sha256: _builtins.bytes
     """Digest of a payload the client holds, 32 bytes, or empty."""
     offset: _builtins.int
-    """First byte wanted."""
+    """First byte wanted, of what the server sends: of the whole payload, or of the tensors that PullHeader.tensors names."""
+    have_version: _builtins.int
+    """The version whose payload has the digest `have_sha256`. Absent: the client wants the whole payload. Present: it can
+    complete a payload from the one that it holds. To continue an interrupted pull it repeats the same value.
+    """
     def __init__(
         self,
         *,
@@ -489,12 +494,15 @@ class PullAdapterRequest(_message.Message):
         version: _builtins.int = ...,
         have_sha256: _builtins.bytes = ...,
         offset: _builtins.int = ...,
+        have_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_have_version", b"_have_version", "have_version", b"have_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["have_sha256", b"have_sha256", "offset", b"offset", "run", b"run", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_have_version", b"_have_version", "have_sha256", b"have_sha256", "have_version", b"have_version", "offset", b"offset", "run", b"run", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__have_version: _TypeAlias = _typing.Literal["have_version"]  # noqa: Y015
+    _WhichOneofArgType__have_version: _TypeAlias = _typing.Literal["_have_version", b"_have_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__have_version) -> _WhichOneofReturnType__have_version | None: ...
 
 Global___PullAdapterRequest: _TypeAlias = PullAdapterRequest  # noqa: Y015
 
@@ -539,13 +547,27 @@ class PullHeader(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     UP_TO_DATE_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version sent."""
     up_to_date: _builtins.bool
     """True if the client already holds this payload; no chunk follows."""
     @_builtins.property
     def manifest(self) -> _tensor_pb2.Manifest:
-        """Its tensors."""
+        """All of its tensors, whatever follows; its digest is that of the whole payload."""
+
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Empty: the whole payload follows. Else the positions in `manifest.tensors`, ascending, of the tensors whose bytes follow,
+        one after the other, because their role was SENT in a round between `have_version` and `version`; only where the request
+        has `have_version`. The client takes the bytes of the others from the payload that it holds. If the result does not have
+        the digest, which is so after a rollback, it pulls again without `have_version`.
+
+        Of four tensors of 8 bytes each, `a` and `c` SENT in odd rounds, `b` in even ones, and `d` FROZEN in all of them:
+
+            have_version 4, version 5: tensors 0, 2 = 2202 0002 (field 4, packed), then 16 bytes: those of a, those of c
+            have_version 3, version 5: tensors 0, 1, 2 = 2203 000102, then 24 bytes
+        """
 
     def __init__(
         self,
@@ -553,10 +575,11 @@ class PullHeader(_message.Message):
         version: _builtins.int = ...,
         manifest: _tensor_pb2.Manifest | None = ...,
         up_to_date: _builtins.bool = ...,
+        tensors: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "up_to_date", b"up_to_date", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "tensors", b"tensors", "up_to_date", b"up_to_date", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

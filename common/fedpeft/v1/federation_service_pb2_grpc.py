@@ -271,7 +271,8 @@ class FederationServiceServicer:
 
     def PullAdapter(self, request, context):
         """PullAdapter sends an adapter version: a header, then the payload from `offset` on in chunks. Tensors whose role is
-        local are not in it. If `have_sha256` equals the payload's, only the header is sent.
+        local are not in it. If `have_sha256` equals the payload's, only the header is sent. If `have_version` is given, the
+        server may send only the tensors that rounds changed since then (PullHeader.tensors).
         An interrupted pull is continued by calling again with `offset` at the first byte missing. While others wait, the
         server ends a pull that has had 10 seconds with TURN_OVER, also in the middle of a chunk that is not read.
         INVALID_ARGUMENT     DIGEST_INVALID       `have_sha256` is neither empty nor 32 bytes

@@ -122,7 +122,8 @@ class FederationServiceStub:
     """
     PullAdapter: _aio.UnaryStreamMultiCallable[_federation_service_pb2.PullAdapterRequest, _federation_service_pb2.PullAdapterResponse]
     """PullAdapter sends an adapter version: a header, then the payload from `offset` on in chunks. Tensors whose role is
-    local are not in it. If `have_sha256` equals the payload's, only the header is sent.
+    local are not in it. If `have_sha256` equals the payload's, only the header is sent. If `have_version` is given, the
+    server may send only the tensors that rounds changed since then (PullHeader.tensors).
     An interrupted pull is continued by calling again with `offset` at the first byte missing. While others wait, the
     server ends a pull that has had 10 seconds with TURN_OVER, also in the middle of a chunk that is not read.
       INVALID_ARGUMENT     DIGEST_INVALID       `have_sha256` is neither empty nor 32 bytes
@@ -338,7 +339,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_federation_service_pb2.PullAdapterRequest, _abc.AsyncIterator[_federation_service_pb2.PullAdapterResponse]],
     ) -> _abc.AsyncIterator[_federation_service_pb2.PullAdapterResponse]:
         """PullAdapter sends an adapter version: a header, then the payload from `offset` on in chunks. Tensors whose role is
-        local are not in it. If `have_sha256` equals the payload's, only the header is sent.
+        local are not in it. If `have_sha256` equals the payload's, only the header is sent. If `have_version` is given, the
+        server may send only the tensors that rounds changed since then (PullHeader.tensors).
         An interrupted pull is continued by calling again with `offset` at the first byte missing. While others wait, the
         server ends a pull that has had 10 seconds with TURN_OVER, also in the middle of a chunk that is not read.
           INVALID_ARGUMENT     DIGEST_INVALID       `have_sha256` is neither empty nor 32 bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Hashable
 from contextlib import suppress
 from functools import partial
 
@@ -16,8 +17,8 @@ CHUNKS = 16
 """Chunks kept in memory."""
 
 _Reading = asyncio.Future[pb.PullAdapterResponse]
-_Key = tuple[bytes, int, int]
-"""Digest of a payload, offset and length."""
+_Key = tuple[Hashable, int, int]
+"""Source, offset and length."""
 
 
 class ChunkCache:
@@ -31,14 +32,16 @@ class ChunkCache:
         self._store = store
         self._readings: OrderedDict[_Key, _Reading] = OrderedDict()
 
-    async def get(self, sha256: bytes, file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:
-        """Returns the chunk of `length` bytes at `offset` of the payload with a digest, which `file` holds.
+    async def get(self, source: Hashable, file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:
+        """Returns the chunk of `length` bytes at `offset` of a source, which `file` holds.
+
+        A source is named by the digest of a payload and the selection of its tensors; the clients of a round pull few.
 
         Raises:
             FedpeftError, OSError or ValueError: If it cannot be read from `file`; another call's failure is not passed
                 on.
         """
-        key = (sha256, offset, length)
+        key = (source, offset, length)
         reading = self._readings.get(key)
         if reading is not None:
             # Another call's file may be closed, since its client left, or have met a fault that is over by now.

@@ -176,26 +176,29 @@ class Federation(pb_grpc.FederationServiceServicer):
         number = request.version + 1 if training else request.version
         self._byte_counter.assign(engine.run.id, number, client, training=training)
         encoded = await self._encoded(engine.run, request.version)
-        manifest, size = encoded.manifest, encoded.manifest.payload_bytes
+        have = request.have_version if request.HasField("have_version") else None
+        manifest, selection = encoded.manifest, encoded.selection(engine.run.spec, have)
+        size = selection.size_bytes
         if request.offset > size:
-            text = f"is {request.offset}; the payload has {size} bytes"
+            text = f"is {request.offset}; {size} bytes are sent"
             raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
         held = request.have_sha256 == manifest.sha256
         header = pb.PullHeader(version=request.version, manifest=encoded.described, up_to_date=held)
+        if size < manifest.payload_bytes and not held:
+            header.tensors.extend(selection.tensors)
         yield pb.PullAdapterResponse(header=header)
         if held:
             return
         if request.offset:
             await self._byte_counter.resumed(self._store, request.offset)
-        opening = partial(
-            self._store.download_cache.open, engine.run, encoded.row, version_key(engine.run.id, request.version)
-        )
+        key = version_key(engine.run.id, request.version)
+        opening = partial(self._store.download_cache.open, engine.run, encoded.row, key, selection)
         async with self._downloads.take(client) as slot, self._store.opened_late(opening) as file:
             CALL.get().slot = slot
             for offset, length in chunks(request.offset, size):
                 if offset > request.offset:
                     slot.check()
-                yield await self._chunks.get(manifest.sha256, file, offset, length)
+                yield await self._chunks.get((manifest.sha256, selection), file, offset, length)
                 # Only now: were it booked before, a payload could be in the database whose message was never sent.
                 self._byte_counter.payload("down", engine.run.config.codec.down, length)
 

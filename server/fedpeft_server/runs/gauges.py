@@ -33,7 +33,9 @@ def show(metrics: Metrics, run: RunRow, current: Round) -> None:
 
 def _show_budget(metrics: Metrics, run: RunRow, current: Round) -> None:
     clients = max(run.config.rounds.sampled, len(current.tickets))
-    sent = {"up": run.spec.sent(current.number), "down": run.spec.shared}
+    base = current.base_version
+    # A client of the round before holds its base; nobody holds anything before the first one.
+    sent = {"up": run.spec.sent(current.number), "down": run.spec.changed(base - 1, base) if base else run.spec.shared}
     for direction, tensors in sent.items():
         parameters = sum(tensor.size for tensor in tensors)
         metrics.round_budget_bytes.labels(run.id, direction).set(_PARAMETER_BYTES * parameters * clients)

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import CHUNK_BYTES
-from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.errors import (
     ChecksumMismatch,
     ManifestInvalid,
@@ -24,6 +24,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.egress.entries import read
 from fedpeft_client.state.outbox import Outcome
+from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.uplink import pull, push
 
 from ..transfer_site import Site
@@ -92,6 +93,86 @@ async def test_damage_on_the_way_is_seen_and_given_up_after_three_starts(
     with pytest.raises(ChecksumMismatch):
         await site.puller.pull(0)
     assert len(site.federation.pulled) == pull.STARTS
+
+
+TURNS = (TensorRole.SENT, TensorRole.FROZEN)
+TWO_HALVES = AdapterSpec(
+    "rolora", (TensorSpec("a", (500_000,), TURNS[::-1]), TensorSpec("b", (400_000,), TURNS), TensorSpec("head", (3,)))
+)
+B, A, HEAD, WHOLE = 1_600_000, 2_000_000, 12, 3_600_012
+"""Bytes of the tensors."""
+
+
+class TestAVersionOfWhichAPartChanged:
+    """The version held is completed: round 1 changes b and the head, round 2 a and the head."""
+
+    @pytest.fixture
+    def partly(self, site: Site) -> Site:
+        fake, draw = site.federation.run, np.random.default_rng(1)
+        versions = [{t.name: draw.standard_normal(t.shape).astype(np.float32) for t in TWO_HALVES.tensors}]
+        for number in (1, 2, 3):
+            changed = {t.name: versions[-1][t.name] + 1 for t in TWO_HALVES.sent(number)}
+            versions.append({**versions[-1], **changed})
+        fake.spec, fake.versions = TWO_HALVES, versions
+        site.run = KnownRun.of(fake.message())
+        site.puller = pull.Puller(site.channel, site.retry, site.run, site.cache)
+        return site
+
+    def holds(self, site: Site, version: int) -> bool:
+        held = site.cache.held()
+        assert held is not None and [path.name for path in held.payload.parent.glob("*.part")] == []
+        return (held.version, held.payload.read_bytes()) == (version, site.federation.run.encoded(version)[1])
+
+    async def test_costs_that_part_up_to_a_client_that_missed_a_round(self, partly: Site) -> None:
+        for version, cost in ((0, WHOLE), (1, B + HEAD), (3, WHOLE), (2, B + HEAD), (3, B + HEAD)):
+            await partly.puller.pull(version)
+            assert self.holds(partly, version)
+            assert partly.federation.pulled_bytes[-1] == cost
+
+    async def test_is_continued_where_it_broke_off(self, partly: Site) -> None:
+        await partly.puller.pull(0)
+        partly.federation.break_pull_after = [500_000, 600_000]
+        await partly.puller.pull(1)
+        assert self.holds(partly, 1)
+        pulls = [offset for version, offset, _ in partly.federation.pulled if version == 1]
+        assert pulls[0] == 0 and pulls[1] >= 500_000 and len(pulls) == 3
+        assert [offset + n for offset, n in zip(pulls, partly.federation.pulled_bytes[1:], strict=True)] == [
+            B + HEAD
+        ] * 3
+
+    async def test_comes_whole_from_a_server_that_knows_no_parts(self, partly: Site) -> None:
+        partly.federation.sends_parts = False
+        await partly.puller.pull(0)
+        partly.federation.break_pull_after = [900_000]
+        await partly.puller.pull(1)
+        assert self.holds(partly, 1)
+        pulls, left = partly.federation.pulled, partly.federation.pulled_bytes
+        assert [offset + n for (_, offset, _), n in zip(pulls, left, strict=True)] == [WHOLE] * 3
+
+    async def test_comes_whole_where_the_server_is_replaced_by_an_old_one_in_the_middle(self, partly: Site) -> None:
+        await partly.puller.pull(0)
+        partly.federation.break_pull_after = [500_000]
+        partly.federation.on_pull = lambda request: setattr(partly.federation, "sends_parts", not request.offset)
+        await partly.puller.pull(1)
+        assert self.holds(partly, 1)
+
+    async def test_comes_whole_where_what_is_held_does_not_complete_it(self, partly: Site) -> None:
+        await partly.puller.pull(1)
+        partly.federation.run.versions[2] = partly.federation.run.versions[0]  # rolled back: b differs too
+        with capture_logs() as logs:
+            await partly.puller.pull(2)
+        assert self.holds(partly, 2)
+        assert partly.federation.pulled_bytes == [WHOLE, A + HEAD, WHOLE]
+        assert [line["version"] for line in logs if "pulled again" in line["event"]] == [2]
+
+    async def test_is_refused_where_the_server_names_tensors_that_are_none(
+        self, partly: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await partly.puller.pull(0)
+        for wrong in ((0, 0), (1, 0), (0, 3), (7,)):
+            monkeypatch.setattr(payload, "missing", lambda *_, wrong=wrong: wrong)
+            with pytest.raises(ManifestInvalid, match="not ascending positions of 3 tensors"):
+                await partly.puller.pull(1)
 
 
 async def test_push_gets_a_receipt_and_settles(site: Site) -> None:

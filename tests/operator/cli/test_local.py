@@ -128,7 +128,9 @@ def test_params(capfd: pytest.CaptureFixture[str]) -> None:
     assert fedpeft(*arguments, "--json") == 0
     rows = {row["method"]: row for row in json.loads(capfd.readouterr().out)}
     assert {name: rows[name]["parameters"] for name in VIT_S} == VIT_S
-    assert all(row["payload_bytes"] == 4 * row["parameters"] for row in rows.values())
+    factor = 4 * 12 * 8 * 3 * 384  # bytes of B, the larger factor, in all layers
+    assert rows["rolora"]["payload_bytes"] == factor + 4 * 38_500, "a round of RoLoRA sends one factor"
+    assert all(row["payload_bytes"] == 4 * row["parameters"] for name, row in rows.items() if name != "rolora")
     assert rows["adapter-per-block"]["parameters"] > rows["adapter"]["parameters"]
     assert rows["prompt-shallow"]["parameters"] == 38_500 + 10 * 384
     assert "lora" in rows

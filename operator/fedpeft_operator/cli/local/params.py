@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -13,12 +12,6 @@ from fedpeft.errors import ModelInvalid, SettingsInvalid
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import epilog
 from fedpeft_operator.cli.session import require
-
-VARIANTS: tuple[tuple[str, str, Mapping[str, object]], ...] = (
-    ("adapter-per-block", "adapter", {"shared": False}),
-    ("prompt-shallow", "prompt", {"deep": False}),
-)
-"""Beside every method with its defaults: (name shown, method, options)."""
 
 EPILOG = epilog("fedpeft params --model vit_base_patch16_224 --classes 100")
 
@@ -37,7 +30,7 @@ def params(
     if as_json:
         output.say_json(rows)
         return
-    full = next(int(row["parameters"]) for row in rows if row["method"] == "full")
+    full = rows[0]["parameters"]  # nothing tunes more than the whole model
     output.say_table(
         ("METHOD", "PARAMETERS", "MIB ONE WAY", "OF FULL"),
         [
@@ -54,17 +47,24 @@ def params(
 
 
 def counted(model: str, classes: int) -> list[views.Json]:
-    """Returns method, parameters and payload bytes (dense float32, one way) of every method and variant, largest first.
+    """Returns method, parameters and payload bytes of every method and variant, largest first.
+
+    The bytes are those of a round's largest update, dense float32.
 
     Raises:
         ModelInvalid: If timm has no such model, or no method fits it.
     """
-    from fedpeft.peft import count, methods
+    from fedpeft.peft import methods, timm_spec
 
-    cases = [(name, name, dict[str, object]()) for name in methods.names()] + list(VARIANTS)
+    cases = [(name, name, dict[str, object]()) for name in methods.names()]
+    cases += [
+        (shown, name, dict(options))
+        for name in methods.names()
+        for shown, options in methods.get(name).variants.items()
+    ]
     rows = []
     for shown, method, options in cases:
-        parameters = count(model, method, options, classes)
-        payload_bytes = parameters * views.BYTES_PER_PARAMETER
-        rows.append({"method": shown, "parameters": parameters, "payload_bytes": payload_bytes})
+        spec = timm_spec(model, method, options, classes)
+        payload_bytes = spec.largest_update * views.BYTES_PER_PARAMETER
+        rows.append({"method": shown, "parameters": spec.parameters, "payload_bytes": payload_bytes})
     return sorted(rows, key=lambda row: -row["parameters"])

@@ -106,8 +106,13 @@ def check_place(out: Path, form: Format) -> None:
 
 def check_form(method: str, form: Format) -> None:
     """Finds a form that a method does not have before anything is downloaded."""
-    if form is Format.PEFT and method != "lora":
-        raise ConfigInvalid(f"--format peft is for lora, and this run tunes {method}; take safetensors or timm")
+    if form is not Format.PEFT:
+        return
+    from fedpeft.peft import methods
+
+    if not methods.get(method).has_peft_form:
+        with_form = ", ".join(name for name in methods.names() if methods.get(name).has_peft_form)
+        raise ConfigInvalid(f"--format peft is for {with_form}; this run tunes {method}: take safetensors or timm")
 
 
 @contextmanager

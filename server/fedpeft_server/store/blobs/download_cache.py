@@ -16,7 +16,7 @@ from itertools import accumulate, count
 from pathlib import Path
 
 from fedpeft.adapters import adapter_file, payload
-from fedpeft.adapters.payload import Entry, Manifest
+from fedpeft.adapters.payload import Entry, Manifest, Selection
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.process.durable import refusals
 from fedpeft.rpc.wire import manifest_to_proto
@@ -46,6 +46,14 @@ class Encoded:
     manifest: Manifest
     path: Path | None = None
     start: int = 0
+    _selections: dict[tuple[int, ...], Selection] = field(default_factory=dict, compare=False)
+
+    def selection(self, spec: AdapterSpec, have: int | None) -> Selection:
+        """Returns what is sent to a client that holds version `have`, or none; equal selections are one object."""
+        needed = payload.missing(self.manifest, spec, self.row.version, have)
+        if needed not in self._selections:
+            self._selections[needed] = Selection.of(self.manifest, needed)
+        return self._selections[needed]
 
     @cached_property
     def described(self) -> tensor_pb2.Manifest:
@@ -102,13 +110,13 @@ class DownloadCache:
         with self._used(run, version, key) as encoded:
             return encoded
 
-    def open(self, run: RunRow, version: VersionRow, key: str) -> OpenFile:
-        """Opens the payload of what `encoded` returns; raises as that."""
+    def open(self, run: RunRow, version: VersionRow, key: str, selection: Selection | None = None) -> OpenFile:
+        """Opens the payload of what `encoded` returns, or a selection of its tensors; raises as that."""
         with self._used(run, version, key) as encoded, refusals(f"opening version {version.version} of {run.id}"):
             if encoded.path is not None:
-                return OpenFile(encoded.path)
+                return OpenFile(encoded.path, 0, selection)
             with self._blobs.local(key) as path:
-                return OpenFile(path, encoded.start)
+                return OpenFile(path, encoded.start, selection)
 
     @contextmanager
     def _used(self, run: RunRow, version: VersionRow, key: str) -> Iterator[Encoded]:

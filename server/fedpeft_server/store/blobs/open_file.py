@@ -9,6 +9,8 @@ from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
+from fedpeft.adapters.payload import Selection
+
 
 class OpenFile:
     """An open file, or the part of it from a byte on. Each method may wait for the disk and belongs in a thread.
@@ -16,14 +18,16 @@ class OpenFile:
     Args:
         path: The file.
         start: Where the part begins.
+        selection: The bytes of the part that are read, as if there were no others; None: all.
 
     Raises:
         OSError: If it cannot be opened.
     """
 
-    def __init__(self, path: Path, start: int = 0) -> None:
+    def __init__(self, path: Path, start: int = 0, selection: Selection | None = None) -> None:
         self._file = FileIO(path)
         self._start = start
+        self._selection = selection
         self._lock = threading.Lock()
 
     def read(self, offset: int, length: int) -> bytes:
@@ -32,8 +36,9 @@ class OpenFile:
         Raises:
             ValueError: If it was closed.
         """
+        pieces = self._selection.pieces(offset, length) if self._selection else [(offset, length)]
         with self._lock:
-            return os.pread(self._file.fileno(), length, self._start + offset)
+            return b"".join(os.pread(self._file.fileno(), size, self._start + at) for at, size in pieces)
 
     def sha256(self) -> str:
         """Returns the digest of the whole file, hexadecimal."""

@@ -1,0 +1,112 @@
+"""Tuners of the Hugging Face `peft` library as methods: linear layers of the blocks are wrapped by the library.
+
+The library takes seconds to import, so only those who use such a method wait for it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fedpeft.errors import ConfigInvalid
+from fedpeft.models.families import Anatomy
+from fedpeft.peft.method import Method, OptionsT
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+ADAPTER = "default"
+"""The library's name for an only adapter; it stands in its parameter names and not in canonical ones."""
+
+Pattern = Annotated[str, Field(min_length=1, max_length=128)]
+Targets = Pattern | Annotated[tuple[Pattern, ...], Field(strict=False)]
+"""Linear layers of the blocks, as shell patterns for the end of a layer's name, such as qkv, attn.*, mlp.fc?."""
+
+
+def target_layers(module: nn.Module, anatomy: Anatomy, targets: str | tuple[str, ...]) -> list[str]:
+    """Returns the names of the linear layers in the blocks that a pattern fits, in the model's order.
+
+    Raises:
+        ConfigInvalid: If a pattern fits none.
+    """
+    layers = [
+        f"{block}.{name}"
+        for block, part in anatomy.blocks.items()
+        for name, layer in part.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    chosen = set()
+    for pattern in [targets] if isinstance(targets, str) else targets:
+        fits = {n for n in layers if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")}
+        if not fits:
+            ends = sorted({n.partition(".")[2].partition(".")[2] for n in layers})
+            fault = f"{pattern!r} fits no linear layer of a block; there are: {', '.join(ends)}"
+            raise ConfigInvalid(f"peft.targets: {fault}", (("peft.targets", fault),))
+        chosen |= fits
+    return [name for name in layers if name in chosen]
+
+
+class Tuner(Method[OptionsT]):
+    """A tuner of the library: a subclass gives its configuration and its initial values."""
+
+    needs = ("blocks",)
+    has_peft_form = True
+    parameters: ClassVar[frozenset[str]]
+    """The library's names of the modules that it adds to a wrapped layer; their parameters are tuned."""
+
+    @property
+    @abstractmethod
+    def targets(self) -> Targets:
+        """The layers that are wrapped."""
+
+    @abstractmethod
+    def config(self, layers: Sequence[str]) -> PeftConfig:
+        """Returns the library's configuration for target layers of these names."""
+
+    @abstractmethod
+    def start(self, layer: nn.Module, generator: torch.Generator) -> None:
+        """Sets the initial values of a wrapped layer, drawn on the CPU; called without gradients."""
+
+    def peft_config(self, module: nn.Module, anatomy: Anatomy) -> PeftConfig:
+        """See `Method.peft_config`."""
+        return self.config(target_layers(module, anatomy, self.targets))
+
+    def inject(self, module: nn.Module, anatomy: Anatomy, generator: torch.Generator) -> Sequence[nn.Module]:
+        """See `Method.inject`; target layers are wrapped."""
+        from peft import inject_adapter_in_model
+
+        names = target_layers(module, anatomy, self.targets)
+        inject_adapter_in_model(self.config(names), module, adapter_name=ADAPTER)
+        layers = [module.get_submodule(name) for name in names]
+        with torch.no_grad():
+            for layer in layers:
+                self.start(layer, generator)
+        return layers
+
+    def tunes(self, name: str) -> bool:
+        """See `Method.tunes`."""
+        return not self.parameters.isdisjoint(name.split("."))
+
+    def canonical(self, name: str) -> str:
+        """See `Method.canonical`; the library renames wrapped weights and puts its adapter's name into its own."""
+        parts = name.split(".")
+        if self.tunes(name):
+            parts.remove(ADAPTER)
+        return ".".join(part for part in parts if part != "base_layer")
+
+    def plain(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """See `Method.plain`; what a layer adds to its weight is merged into it."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        state = {self.canonical(name): tensor for name, tensor in module.state_dict().items() if not self.tunes(name)}
+        for name, layer in module.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                wrapped: Any = layer  # the library's layers that merge have this method, their base class has not
+                state[f"{name}.weight"] = state[f"{name}.weight"] + wrapped.get_delta_weight(ADAPTER)
+        return state
