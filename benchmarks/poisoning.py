@@ -20,11 +20,13 @@ import numpy as np
 from norms import first_blocks, quiet, run_file
 from numpy.typing import NDArray
 
+from fedpeft import seeds
 from fedpeft.adapters import payload
 from fedpeft.data import partitions
 from fedpeft.data.sources.interface import Selection
 from fedpeft.data.sources.opening import open_source
-from fedpeft.simulation.bench import Workbench
+from fedpeft.rounds.local_job import LocalJob, LocalUpdate, Version
+from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
 
 Arrays = dict[str, NDArray[Any]]
 CLIENTS, ROWS, TEST_ROWS, HONEST = 10, 800, 500, 6
@@ -37,21 +39,24 @@ class Run:
     """A federation whose rounds are averaged here, with an attacker or without.
 
     Args:
-        bench: Its clients.
+        trainer: Trains for its clients, and scores.
         names: Theirs; the last one may attack.
+        folder: For versions.
     """
 
-    def __init__(self, bench: Workbench, names: list[str]) -> None:
-        self._bench, self._names = bench, names
+    def __init__(self, trainer: LocalTrainer, names: list[str], folder: Path) -> None:
+        self._trainer, self._names, self._folder = trainer, names, folder
 
     def round(self, number: int, x: Arrays, factor: float | None = None) -> Arrays:
         """Returns the version that a round makes; the last client attacks with a factor, and is honest without."""
         if factor == 0:
             factor = None
-        version = self._bench.version(x)
+        version = self.version(x)
         honest = self._names if factor is None else self._names[:-1]
-        trained = [self._bench.train(name, number, version) for name in honest]
-        deltas = [payload.decode(t.update.manifest, memoryview(t.update.payload)) for t in trained]
+        settings = self._trainer.inputs.config.training
+        jobs = [LocalJob(name, number, seeds.training(0, number, name), settings, version) for name in honest]
+        trained = [update for job in jobs if isinstance(update := self._trainer.train(job), LocalUpdate)]
+        deltas = [payload.decode(t.prepared.manifest, memoryview(t.prepared.payload)) for t in trained]
         return self.folded(x, deltas, [t.examples for t in trained], factor)
 
     def folded(self, x: Arrays, deltas: list[Any], examples: list[int], factor: float | None) -> Arrays:
@@ -67,7 +72,13 @@ class Run:
 
     def accuracy(self, x: Arrays) -> float:
         """Returns the accuracy of a version on the held-out images."""
-        return self._bench.score(self._bench.version(x))["accuracy"]
+        return self._trainer.evaluate(self.version(x))["accuracy"]
+
+    def version(self, x: Arrays) -> Version:
+        """Returns tensors as clients receive them."""
+        manifest, data = payload.encode(x, self._trainer.run.model.spec.shared, "float32")
+        (self._folder / "version").write_bytes(data)
+        return Version(manifest, self._folder / "version")
 
 
 def norm(arrays: Any) -> float:
@@ -100,10 +111,10 @@ def main() -> None:
         sections = {"peft": {"method": args.method}, "training": training}
         config = run_file(sections, CLIENTS, 1, source.class_names, weights)
         clients = {f"c{i}": Selection(source, rows) for i, rows in enumerate(parts)}
-        bench = Workbench(config, clients, Path(folder), None, None, None, "cpu")
+        trainer = LocalTrainer(Inputs(config, clients))
         held_out = Selection(test, np.arange(TEST_ROWS))
-        bench._test = bench._data.open(held_out, "held-out images")[0]
-        run, x = Run(bench, sorted(clients)), dict(bench.initial)
+        trainer._test = trainer._data.open(held_out, "held-out images")[0]
+        run, x = Run(trainer, sorted(clients), Path(folder)), dict(trainer.run.model.state())
         before = [run.accuracy(x)]
         for number in range(1, HONEST + 1):
             x = run.round(number, x)

@@ -13,7 +13,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state.adapters import AdapterCache
-from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD, Outbox, Pending
+from fedpeft_client.state.outbox import PAYLOAD, Outbox, Pending
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.channel import Channel
@@ -24,6 +24,7 @@ from fedpeft_client.uplink.traffic import Traffic
 
 from .federation import FakeRun, FakeTicket, Federation
 
+IF_COUNTED, IF_NOT, LOCAL = "residual_if_counted.safetensors", "residual_if_not.safetensors", "local.safetensors"
 SHAPE = (900_000,)  # 3.6 MB: four chunks
 SPEC = AdapterSpec(
     "bias", (TensorSpec("a", SHAPE), TensorSpec("kept", (5,), (TensorRole.LOCAL,)), TensorSpec("z", (3,)))

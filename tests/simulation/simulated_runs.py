@@ -5,7 +5,8 @@ import numpy as np
 from fedpeft.adapters.adapter_file import open_adapter
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.errors import TrainingFailed
-from fedpeft.simulation import bench, clients_of
+from fedpeft.simulation import clients_of
+from fedpeft.training.local_round import LoadedRun
 
 from ..data.test_sources import NAMES
 
@@ -47,11 +48,11 @@ def without_clock(value):
 
 def failing(monkeypatch, names, numbers=range(100)):
     """Makes training fail for some clients, as it does where the loss is not finite."""
-    real = bench.Workbench.train
+    real = LoadedRun.train
 
-    def train(self, client, number, version):
-        if client in names and number in numbers:
+    def train(self, job, *arguments, **options):
+        if job.client in names and job.round in numbers:
             raise TrainingFailed("the loss is nan in step 1; lower the learning rate")
-        return real(self, client, number, version)
+        return real(self, job, *arguments, **options)
 
-    monkeypatch.setattr(bench.Workbench, "train", train)
+    monkeypatch.setattr(LoadedRun, "train", train)

@@ -23,8 +23,11 @@ from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid, StateInv
 from fedpeft.models.backbones import build
 from fedpeft.peft import spec_of, tune
 from fedpeft.rounds import conduct, record, state_machine
-from fedpeft.simulation import bench, clients_of, simulate
+from fedpeft.rounds.commit import RoundEmptied
+from fedpeft.simulation import clients_of, simulate
 from fedpeft.simulation.clients import ClientData, reading_of
+from fedpeft.simulation.versions import Versions
+from fedpeft.training import local_round
 from fedpeft.training.evaluation import evaluate
 from fedpeft.training.loop import train
 from fedpeft.v1 import run_pb2
@@ -131,7 +134,7 @@ def test_each_round_samples_some_of_all_as_a_server_would(tmp_path, folders):
 def test_sparse_updates_with_error_feedback_are_smaller_and_the_residual_is_added(tmp_path, folders, monkeypatch):
     names = clients(folders)
     residuals = []
-    real = bench.prepare
+    real = local_round.prepare
 
     def watched(delta, residual, specs, codec):
         update = real(delta, residual, specs, codec)
@@ -143,7 +146,7 @@ def test_sparse_updates_with_error_feedback_are_smaller_and_the_residual_is_adde
         residuals.append(sum(float(np.abs(r).sum()) for r in residual.values()))
         return update
 
-    monkeypatch.setattr(bench, "prepare", watched)
+    monkeypatch.setattr(local_round, "prepare", watched)
     settings = config(codec={"up": "sparse", "density": 0.05}, rounds={"count": 3, "clients": 4})
     report = simulate(settings, names, tmp_path / "sparse")
     assert residuals[:4] == [0.0] * 4
@@ -157,7 +160,7 @@ def test_sparse_updates_with_error_feedback_are_smaller_and_the_residual_is_adde
         assert small["payload_bytes_up"] == sum(t["payload_bytes_up"] for t in small["tickets"])
     # Without feedback the runs part as soon as there is something left over.
     deaf = config(codec={"up": "sparse", "density": 0.05, "error_feedback": False}, rounds={"count": 3, "clients": 4})
-    monkeypatch.setattr(bench, "prepare", real)
+    monkeypatch.setattr(local_round, "prepare", real)
     simulate(deaf, names, tmp_path / "deaf")
     assert not same(tensors(tmp_path / "sparse")[1], tensors(tmp_path / "deaf")[1])
 
@@ -271,13 +274,13 @@ def test_a_run_that_says_no_quorum_goes_on_without_one_of_its_clients_as_a_serve
 
 def test_who_is_late_is_drawn_from_the_seed_and_keeps_the_update_for_later(tmp_path, folders, monkeypatch):
     kept = {}
-    real = bench.prepare
+    real = local_round.prepare
 
     def watched(delta, residual, specs, codec):
         kept.setdefault("residuals", []).append(bool(residual))
         return real(delta, residual, specs, codec)
 
-    monkeypatch.setattr(bench, "prepare", watched)
+    monkeypatch.setattr(local_round, "prepare", watched)
     over = {"count": 6, "clients": 2, "over_selection": 1.0}
     report = simulate(config(rounds=over), clients(folders), tmp_path / "feedback")
     late = [{t["client"] for t in row["tickets"] if t["state"] == "late"} for row in report["rounds"]]
@@ -294,7 +297,7 @@ def test_who_is_late_is_drawn_from_the_seed_and_keeps_the_update_for_later(tmp_p
 
 
 def test_an_update_that_is_wrong_is_refused_and_its_residual_dropped(tmp_path, folders, monkeypatch):
-    names, real = clients(folders), bench.prepare
+    names, real = clients(folders), local_round.prepare
     calls: list[bool] = []
 
     def spoiled(delta, residual, specs, codec):
@@ -306,7 +309,7 @@ def test_an_update_that_is_wrong_is_refused_and_its_residual_dropped(tmp_path, f
             object.__setattr__(update, "payload", bytes(wrong))
         return update
 
-    monkeypatch.setattr(bench, "prepare", spoiled)
+    monkeypatch.setattr(local_round, "prepare", spoiled)
     settings = config(rounds={"count": 3, "clients": 4, "quorum": 3}, codec={"up": "sparse", "density": 0.1})
     report = simulate(settings, names, tmp_path)
     (refused,) = [t for t in report["rounds"][1]["tickets"] if t["state"] == "refused"]
@@ -373,10 +376,10 @@ def test_what_cannot_be_simulated_is_said_at_once(tmp_path, folders):
         clients_of(hollow, config())
 
 
-def test_a_run_file_takes_only_the_engine_there_is_and_one_law(tmp_path):
+def test_a_simulation_takes_only_an_engine_that_is_registered_and_one_scheme(tmp_path, folders):
     for engine in ("processes", "ray"):
-        with pytest.raises(ConfigInvalid, match=r"simulation\.engine: Input should be 'inprocess'"):
-            config(simulation={"engine": engine})
+        with pytest.raises(ConfigInvalid, match=rf"there is no engine '{engine}'; there are: inprocess"):
+            simulate(config(simulation={"engine": engine}), clients(folders), tmp_path)
     with pytest.raises(ConfigInvalid, match="partition natural needs column"):
         config(simulation={"partition": "natural"})
     with pytest.raises(ConfigInvalid, match="column 'vendor' is for partition natural, not iid"):
@@ -428,16 +431,16 @@ def test_a_client_that_did_not_deliver_is_sampled_last_as_on_a_server(tmp_path, 
 
 def test_a_client_whose_updates_are_refused_again_and_again_is_set_aside(tmp_path, folders, monkeypatch):
     settings, names = config(rounds={"count": 5, "clients": 4, "quorum": 3, "seed": 1}), clients(folders)
-    real = bench.Workbench.train
+    real = local_round.LoadedRun.train
 
-    def spoiled(self, client, number, version):
-        trained = real(self, client, number, version)
-        if client == "client-1":
+    def spoiled(self, job, *arguments, **options):
+        trained = real(self, job, *arguments, **options)
+        if job.client == "client-1":
             nan = np.float32(np.nan).tobytes()
-            object.__setattr__(trained.update, "payload", trained.update.payload[:-4] + nan)
+            object.__setattr__(trained.prepared, "payload", trained.prepared.payload[:-4] + nan)
         return trained
 
-    monkeypatch.setattr(bench.Workbench, "train", spoiled)
+    monkeypatch.setattr(local_round.LoadedRun, "train", spoiled)
     report = simulate(settings, names, tmp_path)
     states = [next(t["state"] for t in row["tickets"] if t["client"] == "client-1") for row in report["rounds"]]
     assert states == ["refused"] * 5
@@ -462,3 +465,29 @@ def test_a_tensor_that_no_round_changed_is_not_sent_again(tmp_path, folders):
         assert row["payload_bytes_up"] == 2 * sum(4 * t.size for t in spec.sent(number))
     assert missed, "the seed lets no client miss a round"
     assert spec.changed(1, 3) == spec.shared
+
+
+def test_a_late_client_trains_once_though_its_round_is_folded_twice(tmp_path, folders, monkeypatch):
+    real, trained = Versions.fold, []
+    emptied = []
+
+    def empty_at_first(self, book):
+        if not emptied:
+            emptied.extend(ticket.client for ticket, _ in book.counted)
+            raise RoundEmptied({ticket.id: "too large" for ticket, _ in book.counted})
+        real(self, book)
+
+    train = local_round.LoadedRun.train
+
+    def counted(self, job, *arguments, **options):
+        trained.append(job.client)
+        return train(self, job, *arguments, **options)
+
+    monkeypatch.setattr(Versions, "fold", empty_at_first)
+    monkeypatch.setattr(local_round.LoadedRun, "train", counted)
+    settings = config(rounds={"count": 1, "clients": 2, "over_selection": 0.5, "quorum": 1})
+    report = simulate(settings, clients(folders), tmp_path)
+    states = {ticket["client"]: ticket["state"] for ticket in report["rounds"][0]["tickets"]}
+    assert sorted(states.values()) == ["late", "received", "refused", "refused"]
+    assert all(states[client] == "refused" for client in emptied)
+    assert sorted(trained) == sorted(states)

@@ -1,13 +1,19 @@
 """The update that was trained and that the server has not answered for; it survives a kill at any instant.
 
 The worker writes the files into a draft folder; one rename to `pending` commits them. Once the server has answered, one
-rename to `settled-OUTCOME` commits the decision, the right residual and the local tensors are renamed into the run's
-folder, and the rest is removed. A crash between any two steps is finished by `finish` at the next start: a file that
-is no longer in the settled folder has already been moved, so nothing is lost and nothing is counted twice.
+rename to `settled-OUTCOME` commits the decision, the client's state for that outcome is renamed into the run's folder,
+and the rest is removed. A crash between any two steps is finished by `finish` at the next start: a file that is no
+longer in the settled folder has already been moved, so nothing is lost and nothing is counted twice.
 
-A counted update may still be excluded when its round closes. So its ticket, and the residual for that case, stay in the
-run's folder (`counted.json`, `counted.safetensors`) until the next ticket of the run; `excluded` there names the ticket
-of an excluded update that was the last one.
+A counted update may still be excluded when its round closes. So its ticket, and the state for that case, stay in the
+run's folder (`counted.json`, `counted.safetensors` of the residual, `counted-GROUP.safetensors` of another group) until
+the next ticket of the run; `excluded` there names the ticket of an excluded update that was the last one.
+
+update.payload                the encoded tensors
+ticket.json                   the run, the round, the policy, the header of the upload
+GROUP.safetensors             a group of the client's state (fedpeft.rounds.local_job), the same in either outcome
+GROUP_if_counted.safetensors  one that holds if the server counts the update
+GROUP_if_not.safetensors      the same group if it does not
 
 set-aside/RUN-ROUND-TICKET/   updates that the server could not take; the oldest go where there are more than KEPT_ASIDE
 """
@@ -16,6 +22,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -23,19 +30,18 @@ from pathlib import Path
 from google.protobuf import json_format
 
 from fedpeft import ids
-from fedpeft.adapters.payload import Manifest
+from fedpeft.adapters.payload import Manifest, Tensors
 from fedpeft.errors import FedpeftError, StateInvalid
 from fedpeft.process import durable, logs
+from fedpeft.rounds.local_job import RESIDUAL, LocalUpdate
 from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.state import state_dir
 
 PAYLOAD = "update.payload"
-IF_COUNTED = "residual_if_counted.safetensors"
-IF_NOT = "residual_if_not.safetensors"
-LOCAL = "local.safetensors"
+_SUFFIX, _IF_COUNTED, _IF_NOT = ".safetensors", "_if_counted", "_if_not"
 _RECORD = "ticket.json"
-_COUNTED, _IF_EXCLUDED, _EXCLUDED = "counted.json", "counted.safetensors", "excluded"
+_COUNTED, _EXCLUDED = "counted.json", "excluded"
 BOX, DRAFT, ASIDE = "pending", "pending.new", "set-aside"
 KEPT_ASIDE = 8
 """Updates that are kept aside: each is as large as any other, and nobody may be there to look at them."""
@@ -55,6 +61,25 @@ class Outcome(StrEnum):
     kept in `set-aside/`, for a person to look at."""
     DROPPED = "dropped"
     """It was wrong: it is forgotten, and with it the residual that it was made from."""
+
+
+def state_files(update: LocalUpdate) -> dict[str, Tensors]:
+    """Returns the files of a draft that hold the client's state after an update, by name."""
+    files: dict[str, Tensors] = {}
+    for group in sorted({*update.if_counted, *update.if_not}):
+        counted, other = update.if_counted.get(group), update.if_not.get(group)
+        cases = {"": counted} if counted is other else {_IF_COUNTED: counted, _IF_NOT: other}
+        files |= {f"{group}{case}{_SUFFIX}": tensors for case, tensors in cases.items() if tensors is not None}
+    return files
+
+
+def _place(file: Path, folder: Path, *, counted: bool) -> Path | None:
+    """Returns where a file of `state_files` belongs in a run's folder, by the outcome; None if nowhere."""
+    stem = file.name.removesuffix(_SUFFIX)
+    if stem.endswith(_IF_COUNTED):
+        return state_dir.group(folder, stem.removesuffix(_IF_COUNTED)) if counted else None
+    group = stem.removesuffix(_IF_NOT)
+    return state_dir.if_excluded(folder, group) if counted and group != stem else state_dir.group(folder, group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +203,7 @@ class Outbox:
     def confirm(self, run: str) -> None:
         """Settles that the last update of a run was folded."""
         folder = self._directory.run(run)
-        for name in (_EXCLUDED, _IF_EXCLUDED, _COUNTED):
-            (folder / name).unlink(missing_ok=True)
-        durable.sync(folder)
+        self._forget(folder, (_EXCLUDED, _COUNTED))
 
     def take_back(self, run: str) -> bool:
         """Settles that the last update of a run was excluded; a crash in the middle is mended by calling it again.
@@ -194,45 +217,49 @@ class Outbox:
         last = before.read_text("ascii") if before.exists() else ""
         second = last not in ("", ticket)
         if second:
-            state_dir.residual(folder).unlink(missing_ok=True)
+            state_dir.group(folder, RESIDUAL).unlink(missing_ok=True)
+            state_dir.if_excluded(folder, RESIDUAL).unlink(missing_ok=True)
         else:
             durable.write(before, ticket.encode())
-            if (folder / _IF_EXCLUDED).exists():
-                durable.move(folder / _IF_EXCLUDED, state_dir.residual(folder))
-        left = (_IF_EXCLUDED, _COUNTED, _EXCLUDED) if second else (_IF_EXCLUDED, _COUNTED)
-        for name in left:
-            (folder / name).unlink(missing_ok=True)
-        durable.sync(folder)
+        for group, file in state_dir.groups_if_excluded(folder).items():
+            durable.move(file, state_dir.group(folder, group))
+        self._forget(folder, (_COUNTED, _EXCLUDED) if second else (_COUNTED,))
         return not second
+
+    def _forget(self, folder: Path, notes: Iterable[str]) -> None:
+        """Removes what is kept of a counted update until it is settled for good, and notes on it."""
+        for file in (*state_dir.groups_if_excluded(folder).values(), *(folder / name for name in notes)):
+            file.unlink(missing_ok=True)
+        durable.sync(folder)
 
     def _settled(self, outcome: Outcome, run: str) -> Path:
         return self._directory.path / f"settled-{outcome}@{run}"
 
     def _apply(self, settled: Path, outcome: Outcome, folder: Path) -> None:
-        moves = {LOCAL: state_dir.local(folder)}
-        if outcome is Outcome.COUNTED:
-            moves[IF_COUNTED] = state_dir.residual(folder)
-            moves[IF_NOT] = folder / _IF_EXCLUDED
-            moves[_RECORD] = folder / _COUNTED  # last: it says that there is the other
-        elif outcome in (Outcome.NOT_COUNTED, Outcome.SET_ASIDE):
-            moves[IF_NOT] = state_dir.residual(folder)
-        else:
-            moves = {}
-            state_dir.residual(folder).unlink(missing_ok=True)
+        if outcome is Outcome.DROPPED:
+            state_dir.group(folder, RESIDUAL).unlink(missing_ok=True)
             durable.sync(folder)
-        for name, target in moves.items():
-            if (settled / name).exists():
-                durable.move(settled / name, target)
+        else:
+            self._take_effect(settled, folder, counted=outcome is Outcome.COUNTED)
         if outcome is Outcome.SET_ASIDE:
             self._keep(settled, folder.name)
         else:
             shutil.rmtree(settled)
             durable.sync(settled.parent)
 
+    def _take_effect(self, settled: Path, folder: Path, *, counted: bool) -> None:
+        """Moves the client's state for an outcome to where the next training finds it."""
+        for file in sorted(settled.glob(f"*{_SUFFIX}")):
+            if (place := _place(file, folder, counted=counted)) is not None:
+                durable.move(file, place)
+        if counted and (settled / _RECORD).exists():
+            durable.move(settled / _RECORD, folder / _COUNTED)  # last: it says that the rest is there
+
     def _keep(self, settled: Path, run: str) -> None:
         """Moves what is left of a settled update to those that are kept aside."""
         self.aside.mkdir(mode=0o700, exist_ok=True)
-        (settled / IF_COUNTED).unlink(missing_ok=True)
+        for file in settled.glob(f"*{_SUFFIX}"):
+            file.unlink()
         record = json.loads((settled / _RECORD).read_bytes())
         ticket = str(record["header"]["ticket"])
         named = ticket if ids.TICKET.fullmatch(ticket) else "ticket"  # the server chose it

@@ -18,6 +18,8 @@ set-aside/                    updates that the server could not take, for a pers
 runs/RUN/adapter.json, ...    the adapter version held last (adapters.py)
 runs/RUN/residual.safetensors what earlier updates left unsent (error feedback)
 runs/RUN/local.safetensors    tensors that are trained here and never sent
+runs/RUN/GROUP.safetensors    any other group of tensors that is kept from round to round (fedpeft.rounds.local_job)
+runs/RUN/counted*             what holds if the last update was excluded (outbox.py)
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from typing import Self
 from fedpeft import ids
 from fedpeft.errors import StateInvalid
 from fedpeft.process import durable, locks
+from fedpeft.rounds.local_job import RESIDUAL
 
+IF_EXCLUDED = "counted"
+"""Begins the name of a file that replaces a group if a counted update is excluded; it is the residual's whole name."""
 VARIABLE = "FEDPEFT_CLIENT_STATE_DIR"
 """The environment variable that names it."""
 
@@ -110,11 +115,23 @@ def identity_folder(path: Path) -> Path:
     return path / "identity"
 
 
-def residual(folder: Path) -> Path:
-    """Returns the file of what earlier updates of a run left unsent."""
-    return folder / "residual.safetensors"
+def group(folder: Path, name: str) -> Path:
+    """Returns the file of a group of tensors that a client keeps from round to round of a run."""
+    return folder / f"{name}.safetensors"
 
 
-def local(folder: Path) -> Path:
-    """Returns the file of a run's local tensors."""
-    return folder / "local.safetensors"
+def groups(folder: Path) -> dict[str, Path]:
+    """Returns the files of all groups in a run's folder, by group."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {file.stem: file for file in files if not file.stem.startswith(IF_EXCLUDED)}
+
+
+def if_excluded(folder: Path, name: str) -> Path:
+    """Returns the file that replaces a group if the last update, which was counted, turns out to be excluded."""
+    return folder / (f"{IF_EXCLUDED}.safetensors" if name == RESIDUAL else f"{IF_EXCLUDED}-{name}.safetensors")
+
+
+def groups_if_excluded(folder: Path) -> dict[str, Path]:
+    """Returns those files by group."""
+    files = sorted(folder.glob(f"{IF_EXCLUDED}*.safetensors"))
+    return {file.stem.removeprefix(IF_EXCLUDED).removeprefix("-") or RESIDUAL: file for file in files}

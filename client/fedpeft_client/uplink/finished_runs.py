@@ -20,6 +20,7 @@ from fedpeft import ids
 from fedpeft.errors import FedpeftError, LocalError
 from fedpeft.process import durable
 from fedpeft.process.logs import Log
+from fedpeft.rounds.local_job import LOCAL
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.egress.log import EgressLog
@@ -34,7 +35,7 @@ LOOK_S = 3600.0
 ASKED = 32
 """Most runs of one question."""
 KEPT = timedelta(days=30)
-"""Time for which the residual of a finished run is kept."""
+"""Time for which the residual of a finished run is kept, and any state but the local tensors."""
 MARK = "finished"
 """Says in a run's folder that the run is over, and by its time of modification since when that is known; empty."""
 
@@ -131,9 +132,9 @@ class FinishedRuns:
         mark = folder / MARK
         if not mark.exists():
             durable.write(mark, b"")
-        kept = [file for file in (state_dir.local(folder), state_dir.residual(folder)) if _holds_values(file)]
-        if state_dir.residual(folder) in kept and _since(mark) > KEPT:
-            kept.remove(state_dir.residual(folder))
+        lasting = _since(mark) <= KEPT
+        groups = state_dir.groups(folder).items()
+        kept = [file for group, file in groups if (group == LOCAL or lasting) and _holds_values(file)]
         if not kept:
             shutil.rmtree(folder)
             durable.sync(folder.parent)
@@ -151,11 +152,11 @@ def _is_clean(folder: Path) -> bool:
         names = {file.name for file in _files(folder)}
     except OSError:
         return False
-    residual = state_dir.residual(folder).name
+    groups = state_dir.groups(folder)
     return (
         MARK in names
-        and names <= {MARK, residual, state_dir.local(folder).name}
-        and not (residual in names and _since(folder / MARK) > KEPT)
+        and names <= {MARK, *(file.name for file in groups.values())}
+        and not (groups.keys() - {LOCAL} and _since(folder / MARK) > KEPT)
     )
 
 

@@ -69,7 +69,7 @@ class _Worker:
     def __init__(self, answers: TextIO, stopping: Callable[[], bool]) -> None:
         self._answers = answers
         self._stopping = stopping
-        self._bench: Any = None
+        self._site: Any = None
 
     def answer(self, request: Message) -> None:
         """Does what is asked and sends the result, or the error; ends the process after an unforeseen one."""
@@ -90,25 +90,25 @@ class _Worker:
         if op == "open":
             return self._open(request)
         if op == "survey":
-            surveyed: Message = self._bench.survey(self._progress)
+            surveyed: Message = self._site.survey(self._progress)
             return surveyed
         structlog.contextvars.bind_contextvars(run=request["run"]["id"])
         if op == "check":
-            result: Message = self._bench.check(request)
+            result: Message = self._site.check(request)
         elif op == "evaluate":
-            result = self._bench.evaluate(request)
+            result = self._site.evaluate(request)
         else:
             with structlog.contextvars.bound_contextvars(round=request["round"]):
-                result = self._bench.train(request, self._progress, self._stopping)
+                result = self._site.train(request, self._progress, self._stopping)
         return result
 
     def _open(self, request: Message) -> Message:
         logs.configure(request["log_format"], "debug" if request["verbose"] else "info")
         structlog.contextvars.bind_contextvars(client=request["client"])
-        from fedpeft_client.worker.tasks import Workbench  # torch: seconds, and it may print
+        from fedpeft_client.worker.tasks import SiteWorker  # torch: seconds, and it may print
 
-        self._bench = Workbench(request)
-        hello: Message = self._bench.hello()
+        self._site = SiteWorker(request)
+        hello: Message = self._site.hello()
         return hello
 
     def _progress(self, progress: Message) -> None:

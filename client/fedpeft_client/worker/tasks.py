@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,29 @@ import safetensors.numpy
 import structlog
 import torch
 from google.protobuf import json_format
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from fedpeft.adapters.payload import check_payload, decode
+from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.tensor_errors import as_os_errors
-from fedpeft.adapters.updates import prepare
+from fedpeft.adapters.updates import Arrays
 from fedpeft.config import TrainingConfig
 from fedpeft.data.labels import read_label_map
 from fedpeft.data.reading import Reading
 from fedpeft.data.sources.inventory import EMPTY
 from fedpeft.errors import StateInvalid
-from fedpeft.models import backbones
-from fedpeft.peft import TunedModel, methods, tune
+from fedpeft.peft import methods
+from fedpeft.rounds.local_job import LocalJob, Version
 from fedpeft.rpc import wire
 from fedpeft.training.devices import device_of
 from fedpeft.training.learning import IMAGES, learner_of, where
+from fedpeft.training.local_round import LoadedRun, load_run
 from fedpeft.training.loop import Progress
 from fedpeft.v1 import tensor_pb2
 from fedpeft_client.eligibility.policy_rules import Weights
 from fedpeft_client.eligibility.rules import Built, Reason, Site, reasons_against
 from fedpeft_client.error_policy import UNFIT
 from fedpeft_client.owner.policy import Policy
-from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, LOCAL, PAYLOAD
+from fedpeft_client.state.outbox import PAYLOAD, state_files
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.worker.survey import survey
 
@@ -50,30 +50,14 @@ NAMED_UNREADABLE = 100
 
 _log = structlog.get_logger(__name__)
 
-Arrays = dict[str, NDArray[np.float32]]
 Message = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A run that this site was proved to fit.
-
-    Attributes:
-        model: The tuned model; its tensors are whatever the last request left.
-        dataset: This site's data with the run's labels.
-        local: Initial values of the tensors that stay at the client: those that are local in some round.
-    """
-
-    model: TunedModel
-    dataset: Any
-    local: Arrays
-
-
-class Workbench:
+class SiteWorker:
     """Data and models of one site.
 
     Args:
-        options: The `open` request: data, reading, label_map, weights, device, threads, checkpointing, policy,
+        options: The `open` request: client, data, reading, label_map, weights, device, threads, checkpointing, policy,
             evaluate.
 
     Raises:
@@ -84,6 +68,7 @@ class Workbench:
     def __init__(self, options: Message) -> None:
         if options["threads"] is not None:
             torch.set_num_threads(options["threads"])
+        self._client = str(options["client"])
         self._device = device_of(options["device"])
         kind, path = where(options["data"])
         self._reading = Reading(**options["reading"])
@@ -104,7 +89,7 @@ class Workbench:
             weights=_weights(self._weights),
             trains=not options["evaluate"],
         )
-        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self._loaded: OrderedDict[str, tuple[LoadedRun, Any]] = OrderedDict()
 
     def hello(self) -> Message:
         """Returns what this worker is and has.
@@ -139,7 +124,7 @@ class Workbench:
         reasons = self._prove(run)
         return {
             "reasons": [reason.as_json() for reason in reasons],
-            "report": {} if reasons else self._report(run, self._loaded[run.id]),
+            "report": {} if reasons else self._report(*self._loaded[run.id]),
         }
 
     def survey(self, progress: Callable[[Message], None]) -> Message:
@@ -161,60 +146,47 @@ class Workbench:
             "bits": found.bits,
         }
 
-    def _report(self, run: KnownRun, loaded: Loaded) -> Message:
-        examples, labels = self._learner.usable(loaded.dataset)
-        counts = np.bincount(labels, minlength=len(run.config.model.classes))
+    def _report(self, loaded: LoadedRun, dataset: Any) -> Message:
+        examples, labels = self._learner.usable(dataset)
+        classes = loaded.config.model.classes
+        counts = np.bincount(labels, minlength=len(classes))
         return {
             "examples": examples,
-            "classes": dict(zip(run.config.model.classes, counts.tolist(), strict=True)),
+            "classes": dict(zip(classes, counts.tolist(), strict=True)),
             "dropped": len(self._source) - len(labels),
             "model_parameters": loaded.model.backbone.parameters,
         }
 
     def train(self, request: Message, progress: Callable[[Message], None], stop: Callable[[], bool]) -> Message:
-        """Trains for a ticket and writes payload, both residuals and local tensors into `out`."""
-        run, number = KnownRun.from_json(request["run"]), int(request["round"])
-        loaded = self._load(run)
-        kept = _read(Path(request["local"]), run)
-        _set(loaded, request["adapter"], kept)
-        on_gpu = self._device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self._device)
-        result = self._learner.train(
-            loaded.model,
-            loaded.dataset,
-            TrainingConfig.model_validate(request["settings"]),
+        """Trains for a ticket; writes the payload and the client's state in either outcome into `out`."""
+        run = KnownRun.from_json(request["run"])
+        loaded, dataset = self._load(run)
+        job = LocalJob(
+            self._client,
+            int(request["round"]),
             int(request["seed"]),
-            number,
-            self._device,
-            progress=lambda p: progress(_shown(p)),
-            stop=stop,
+            TrainingConfig.model_validate(request["settings"]),
+            _version(request["adapter"]),
+            {group: _read(Path(path), run) for group, path in request["state"].items()},
         )
-        memory = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(self._device))} if on_gpu else {}
-        residual = _read(Path(request["residual"]), run)
-        update = prepare(result.delta, residual, run.spec.sent(number), run.config.codec)
+        update = loaded.train(job, dataset, progress=lambda p: progress(_shown(p)), stop=stop)
         out = Path(request["out"])
-        (out / PAYLOAD).write_bytes(update.payload)
-        _write(out / IF_COUNTED, update.residual_if_counted)
-        _write(out / IF_NOT, update.residual_if_not)
-        stays = {name: result.local[name] for name in loaded.local if name in result.local}
-        _write(out / LOCAL, {**kept, **stays})
+        (out / PAYLOAD).write_bytes(update.prepared.payload)
+        for name, arrays in state_files(update).items():
+            _write(out / name, arrays)
         return {
-            "manifest": json_format.MessageToDict(wire.manifest_to_proto(update.manifest)),
-            "examples": result.examples,
-            "metrics": {**result.metrics, **memory},
-            "facts": result.facts,
+            "manifest": json_format.MessageToDict(wire.manifest_to_proto(update.prepared.manifest)),
+            "examples": update.examples,
+            "metrics": update.metrics,
+            "facts": update.facts,
         }
 
     def evaluate(self, request: Message) -> Message:
         """Scores an adapter version on all of the data."""
-        run = KnownRun.from_json(request["run"])
-        loaded = self._load(run)
-        _set(loaded, request["adapter"], {})
-        wanted = run.config.training.precision
-        return {"metrics": self._learner.evaluate(loaded.model, loaded.dataset, self._device, wanted)}
+        loaded, dataset = self._load(KnownRun.from_json(request["run"]))
+        return {"metrics": loaded.evaluate(_version(request["adapter"]), dataset)}
 
-    def _load(self, run: KnownRun) -> Loaded:
+    def _load(self, run: KnownRun) -> tuple[LoadedRun, Any]:
         """Returns a run's model and data, proved to fit; loads them if they are not loaded."""
         for reason in self._prove(run):
             raise reason.error
@@ -233,22 +205,17 @@ class Workbench:
 
     def _open(self, run: KnownRun) -> tuple[Reason, ...]:
         """Builds a run's model, and loads it if it suits; nothing spoke against the run before."""
-        config, seed = run.config, run.config.rounds.seed
         try:
-            backbone = backbones.build(config.model, seed, self._weights, str(self._device))
-            model = tune(backbone, config.peft.method, config.peft.options, seed)
+            loaded = load_run(run.config, self._learner, self._weights, self._device)
         except UNFIT as error:
             return reasons_against(run, replace(self._site, built=error))
-        size = None if backbone.images is None else backbone.images.image_size
-        built = Built(model.spec, backbones.fingerprint(backbone, model.spec), size)
+        model, images = loaded.model, loaded.model.backbone.images
+        built = Built(model.spec, loaded.fingerprint, None if images is None else images.image_size)
         reasons = reasons_against(run, replace(self._site, built=built))
         if not reasons:
             if self._checkpointing and not model.checkpoint():
-                _log.warning("no_checkpointing", model=config.model.name, cause="it has no set_grad_checkpointing")
-            dataset = self._learner.dataset(self._source, backbone, self._site.label_map)
-            shared = {tensor.name for tensor in run.spec.shared}
-            local = {name: values for name, values in model.state().items() if name not in shared}
-            self._loaded[run.id] = Loaded(model, dataset, local)
+                _log.warning("no_checkpointing", model=run.config.model.name, cause="it has no set_grad_checkpointing")
+            self._loaded[run.id] = loaded, loaded.dataset(self._source, self._site.label_map)
         return reasons
 
 
@@ -264,24 +231,18 @@ def _weights(given: Path | None) -> Weights:
     return "folder" if given.is_dir() else "file"
 
 
-def _set(loaded: Loaded, adapter: Message, local: Arrays) -> None:
-    """Puts an adapter version, and this site's local tensors, into the model."""
+def _version(adapter: Message) -> Version:
     message = json_format.ParseDict(adapter["manifest"], tensor_pb2.Manifest())
-    manifest = wire.manifest_from_proto(message)
-    payload = memoryview(Path(adapter["payload"]).read_bytes())
-    check_payload(manifest, payload)
-    loaded.model.load({**decode(manifest, payload), **loaded.local, **local})
+    return Version(wire.manifest_from_proto(message), Path(adapter["payload"]))
 
 
-def _write(path: Path, arrays: Arrays) -> None:
+def _write(path: Path, arrays: Tensors) -> None:
     with as_os_errors(path):
-        safetensors.numpy.save_file(arrays, path)
+        safetensors.numpy.save_file(dict(arrays), path)
 
 
 def _read(path: Path, run: KnownRun) -> Arrays:
-    """Returns the tensors of a file of the state directory; none if it is not there."""
-    if not path.exists():
-        return {}
+    """Returns the tensors of a file of the state directory."""
     try:
         arrays: Arrays = safetensors.numpy.load_file(path)
     except (SafetensorError, OSError) as error:

@@ -55,8 +55,7 @@ class Trainer:
             "seed": task.seed,
             "settings": json_format.MessageToDict(task.settings, preserving_proto_field_name=True),
             "adapter": adapter_json(held),
-            "residual": str(state_dir.residual(folder)),
-            "local": str(state_dir.local(folder)),
+            "state": {group: str(file) for group, file in state_dir.groups(folder).items()},
             "out": str(draft),
         }
         answer = await self._worker.ask(request, self._watch(run.id, Reporter(log, "training"), progress))

@@ -7,6 +7,7 @@ tensors) lies in files, as an agent's does, so memory does not grow with clients
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,17 +17,19 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.tensor_errors import as_os_errors
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data import partitions
 from fedpeft.data.client_folders import clients_in, refuse_splits, subfolders
 from fedpeft.data.partition_writer import RECORD, file_names
-from fedpeft.data.reading import MAX_PIXELS, USUAL, Reading
+from fedpeft.data.reading import MAX_PIXELS, Reading
 from fedpeft.data.sources.interface import Source
 from fedpeft.errors import ConfigInvalid, DataInvalid
-from fedpeft.models.backbones import Backbone
 from fedpeft.models.kind import Examples
+from fedpeft.rounds.local_job import RESIDUAL, Groups
 from fedpeft.training.learning import learner_of, where
+from fedpeft.training.local_round import LoadedRun
 
 CACHE_BYTES = 1024 * 1024 * 1024
 """Decoded and encoded images kept of all clients together; whose turn was longest ago goes first."""
@@ -143,26 +146,20 @@ class ClientData:
 
     Args:
         clients: Data by client.
-        config: The run file.
-        backbone: Whose model the data are for.
+        run: The run that the data are for.
         label_map: Own class names to the run's, for all clients.
-        reading: How images are read.
         cache_bytes: Images kept, decoded and encoded; examples of another kind.
     """
 
     def __init__(
         self,
         clients: Clients,
-        config: RunConfig,
-        backbone: Backbone,
+        run: LoadedRun,
         label_map: Mapping[str, str | None] | None,
-        reading: Reading = USUAL,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._clients = clients
-        self._config = config
-        self._learner = learner_of(config.model.kind, reading)
-        self._backbone = backbone
+        self._run = run
         self._label_map = label_map or {}
         self._cache_bytes = cache_bytes
         self._open: OrderedDict[str, tuple[Any, int]] = OrderedDict()
@@ -190,13 +187,13 @@ class ClientData:
             DataInvalid: If it cannot be used; `who` begins the sentence.
         """
         try:
-            source = self._learner.read(_place(data, self._config)) if isinstance(data, Path) else data
-            dataset = self._learner.dataset(source, self._backbone, self._label_map, self._cache_bytes)
+            source = self._run.learner.read(_place(data, self._run.config)) if isinstance(data, Path) else data
+            dataset = self._run.dataset(source, self._label_map, self._cache_bytes)
         except DataInvalid as error:
             raise DataInvalid(f"{who}: {error.message}") from None
         if isinstance(source, Examples):
             return dataset, 2 * source.values.nbytes
-        images = self._backbone.images
+        images = self._run.model.backbone.images
         assert images is not None  # or the learner had raised
         pixels = 3 * images.image_size**2 * len(source)
         kept = pixels if pixels <= self._cache_bytes else 0
@@ -204,8 +201,11 @@ class ClientData:
         return dataset, kept + (source.image_bytes_total if isinstance(data, Path) else 0)
 
 
+_IF_EXCLUDED = "if-excluded"
+
+
 class ClientMemory:
-    """State of every client from round to round, in files of a folder, by its name.
+    """State of every client from round to round: a folder for each, with a file for each group of tensors.
 
     Args:
         folder: An empty folder.
@@ -214,34 +214,50 @@ class ClientMemory:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def residual(self, client: str) -> Arrays:
-        """Returns what the client's earlier updates left unsent, float32 by tensor."""
-        return self._read(client, "residual")
+    def state(self, client: str) -> dict[str, Arrays]:
+        """Returns what a client keeps, float32 by group and tensor."""
+        files = sorted((self._folder / client).glob("*.safetensors"))
+        return {file.stem: safetensors.numpy.load_file(file) for file in files}
 
-    def local(self, client: str) -> Arrays:
-        """Returns the client's own tensors, float32 by tensor."""
-        return self._read(client, "local")
+    def keep(self, client: str, state: Groups, if_excluded: Groups | None = None) -> None:
+        """Replaces the groups that `state` has; an empty one is removed.
 
-    def keep(self, client: str, *, residual: Mapping[str, Any], local: Mapping[str, Any]) -> None:
-        """Replaces both."""
-        self._write(client, "residual", residual)
-        self._write(client, "local", local)
+        Args:
+            client: The client's id.
+            state: What it keeps now, by group.
+            if_excluded: What it keeps instead if its update is excluded: held until `confirm` or `take_back`.
+        """
+        folder = self._folder / client
+        for group, arrays in state.items():
+            if arrays:
+                _write(folder, group, arrays)
+            else:
+                _file(folder, group).unlink(missing_ok=True)
+        for group, arrays in (if_excluded or {}).items():
+            now = state.get(group)
+            if arrays is not now and (arrays or now):
+                _write(folder / _IF_EXCLUDED, group, arrays)
+
+    def confirm(self, client: str) -> None:
+        """Settles that a client's last update was folded."""
+        shutil.rmtree(self._folder / client / _IF_EXCLUDED, ignore_errors=True)
+
+    def take_back(self, client: str) -> None:
+        """Settles that a client's last update was excluded: what was held for that takes effect."""
+        for file in (self._folder / client / _IF_EXCLUDED).glob("*.safetensors"):
+            file.replace(self._folder / client / file.name)
 
     def forget_residual(self, client: str) -> None:
         """Drops the residual, as an agent does whose update was refused as wrong."""
-        self._file(client, "residual").unlink(missing_ok=True)
+        self.keep(client, {RESIDUAL: {}})
 
-    def _file(self, client: str, kind: str) -> Path:
-        return self._folder / f"{client}.{kind}.safetensors"
 
-    def _read(self, client: str, kind: str) -> Arrays:
-        file = self._file(client, kind)
-        return safetensors.numpy.load_file(file) if file.exists() else {}
+def _file(folder: Path, group: str) -> Path:
+    return folder / f"{group}.safetensors"
 
-    def _write(self, client: str, kind: str, arrays: Mapping[str, Any]) -> None:
-        if arrays:
-            file = self._file(client, kind)
-            with as_os_errors(file):
-                safetensors.numpy.save_file(dict(arrays), file)
-        else:
-            self._file(client, kind).unlink(missing_ok=True)
+
+def _write(folder: Path, group: str, arrays: Tensors) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _file(folder, group)
+    with as_os_errors(file):
+        safetensors.numpy.save_file(dict(arrays), file)

@@ -4,11 +4,11 @@ Notable: nothing of a round is written twice. Rounds follow `fedpeft.rounds.stat
 `fedpeft.training.loop` and `fedpeft.adapters.updates`, updates are folded by `fedpeft.rounds.fold`, so with the same
 run file, client names, data and number of torch's threads the adapter has the bits that a server and its agents give.
 
-What is different: clients work one after the other, and no deadline runs out while one works. Where a round wants more
-clients than it counts (`over_selection`), who is late is drawn from the seed. A client that trains in vain gives its
-ticket back, as an agent does; the round's deadline passes only once nobody is left to work. How clients used their
-tickets has the consequences that it has on a server (`fedpeft.rounds.conduct`): those who did not deliver are sampled
-last.
+What is different: no deadline runs out while a client works, and updates arrive in an order that is drawn from the
+seed, which says who is late where a round wants more clients than it counts (`over_selection`). A client that trains in
+vain gives its ticket back, as an agent does; the round's deadline passes only once nobody is left to work. How clients
+used their tickets has the consequences that it has on a server (`fedpeft.rounds.conduct`): those who did not deliver
+are sampled last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from google.protobuf import json_format
 
 from fedpeft import ids, seeds
 from fedpeft.adapters import payload
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data.reading import Reading
 from fedpeft.errors import (
     ConfigInvalid,
@@ -33,19 +33,19 @@ from fedpeft.errors import (
     ManifestInvalid,
     PayloadInvalid,
     StateInvalid,
-    TrainingFailed,
 )
 from fedpeft.process import durable, locks
-from fedpeft.process.mapped_files import mapped
 from fedpeft.rounds import conduct, state_machine
 from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.commit import RoundEmptied, RunHeader
 from fedpeft.rounds.fold import squared_norm
-from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
+from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome, LocalUpdate, Version
+from fedpeft.rounds.state_machine import Phase, Round, TicketState
 from fedpeft.rpc import wire
-from fedpeft.simulation.bench import Trained, Version, Workbench
-from fedpeft.simulation.clients import Clients, reading_of
+from fedpeft.simulation.clients import ClientMemory, Clients, reading_of
+from fedpeft.simulation.engines import Engine, engine_named
 from fedpeft.simulation.leakage import leakage
+from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
 from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
 from fedpeft.simulation.versions import Versions
 
@@ -93,37 +93,34 @@ def simulate(
 
     Returns:
         The report, as in report.json: what `fedpeft run show --json` says of a run, `wire_bytes_up` and
-        `wire_bytes_down` None because nothing was sent; besides `facts` (torch's version, device, precision, threads),
-        `partition`, `overlap` (held-out images that are training images too, see `fedpeft.data.overlap.Overlap`) and
-        `seconds`. `state` is completed, or paused if a round could not get its updates.
+        `wire_bytes_down` None; besides `facts` (torch's version, device, precision, threads), `partition`, `overlap`
+        (see `fedpeft.data.overlap.Overlap`) and `seconds`. `state` is paused if a round could not get its updates.
 
     Raises:
-        ConfigInvalid: If a round wants more clients than there are, an option of the PEFT method is wrong, or the
-            strategy cannot fold its tensors.
+        ConfigInvalid: If a round wants more clients than there are, there is no such engine, an option of the PEFT
+            method is wrong, or the strategy cannot fold its tensors.
         DataInvalid: If a client's data, or the held-out data, cannot be used.
         ModelInvalid: If the model or its weights cannot be had.
         SettingsInvalid: If there is no such device.
         StateInvalid: If `out` cannot be written, or another simulation writes there.
     """
     _check(config, clients)
-    reading = reading or reading_of(config)
+    reading, settings = reading or reading_of(config), config.simulation or SimulationConfig()
+    engine = engine_named(settings.engine)
     config = wire.config_from_proto(wire.config_to_proto(config))  # as a server gets it: without [simulation]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locks.results(out, "simulation"), durable.scratch(out / "simulation") as scratch:
-            memory = scratch / "memory"
-            memory.mkdir()
-            bench = Workbench(config, clients, memory, evaluate, weights, label_map, device, reading)
+            trainer = LocalTrainer(Inputs(config, clients, evaluate, weights, label_map, device, reading))
             shared = leakage(clients, evaluate, config, reading)
-            check_combination(config, bench.spec)
-            versions = Versions(RunHeader(run, config, bench.spec, bench.fingerprint), out, scratch)
+            header = RunHeader(run, config, trainer.run.model.spec, trainer.run.fingerprint)
+            check_combination(config, header.spec)
             (out / REPORT).unlink(missing_ok=True)  # an earlier simulation's would stand beside what this one leaves
-            simulation = _Simulation(config, sorted(clients), bench, versions, run)
-            report = {
-                **simulation.run(committed, worked),
-                "partition": None if partition is None else dict(partition),
-                "overlap": None if shared is None else shared.as_dict(),
-            }
+            memory, versions = ClientMemory(scratch / "memory"), Versions(header, out, scratch)
+            with engine(trainer, settings.workers) as started:
+                report = _Simulation(header, started, memory, versions).run(committed, worked)
+            report["partition"] = None if partition is None else dict(partition)
+            report["overlap"] = None if shared is None else shared.as_dict()
             durable.write_text(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise StateInvalid(f"cannot use {error.filename or out}: {error.strerror or error}") from None
@@ -147,19 +144,20 @@ class _Simulation:
     """One run.
 
     Args:
-        config: The run file, as a server has it.
-        names: All clients.
-        bench: The client half.
+        header: The run.
+        engine: Computes what clients do.
+        memory: What clients keep from round to round.
         versions: The server half.
-        run: The run's id.
     """
 
-    def __init__(self, config: RunConfig, names: Sequence[str], bench: Workbench, versions: Versions, run: str) -> None:
-        self._config = config
-        self._everybody = frozenset(names)
-        self._bench = bench
+    def __init__(self, header: RunHeader, engine: Engine, memory: ClientMemory, versions: Versions) -> None:
+        self._config = header.config
+        self._header = header
+        self._everybody = frozenset(engine.trainer.inputs.clients)
+        self._engine = engine
+        self._trainer = engine.trainer
+        self._memory = memory
         self._versions = versions
-        self._run = run
         self._holds: dict[str, tuple[int, bytes]] = {}
         self._facts: dict[str, str] = {}
         self._excluded: set[str] = set()
@@ -169,9 +167,9 @@ class _Simulation:
     def run(self, committed: Callable[[Json], None] | None, worked: Callable[[int, int, int], None] | None) -> Json:
         """Holds all rounds; returns the report."""
         self._worked = worked
-        self._versions.begin(self._bench.initial)
-        version = self._newest()
-        initial = self._bench.score(version)
+        self._versions.begin(self._trainer.run.model.state())
+        version = self._versions.newest()
+        initial = self._trainer.evaluate(version)
         done: list[Json] = []
         for number in range(1, self._config.rounds.count + 1):
             book, reason = self._folded(number, version)
@@ -180,9 +178,9 @@ class _Simulation:
             book.round = self._advance(book.round, state_machine.Aggregated())
             book.committed_at = time.time()
             self._settle(book.round)
-            version = self._newest()
-            book.metrics = {**book.metrics, **self._bench.score(version)}
-            done.append(round_json(book, self._bench.parameters))
+            version = self._versions.newest()
+            book.metrics = {**book.metrics, **self._trainer.evaluate(version)}
+            done.append(round_json(book, self._trainer.run.model.backbone.parameters))
             if committed is not None:
                 committed(done[-1])
         return self._report(initial, done, None, "")
@@ -195,13 +193,9 @@ class _Simulation:
                 log.warning("client set aside", round=done.number, client=client, refused=new.refused)
             known[client] = new
 
-    def _newest(self) -> Version:
-        with self._versions.newest() as adapter:
-            return self._bench.version(adapter)
-
     def _folded(self, number: int, version: Version) -> tuple[RoundBook, str]:
         """Holds a round up to its commit; or returns why it cannot get there."""
-        book = RoundBook(Round(self._run, number))
+        book = RoundBook(Round(self._header.run, number))
         while not (reason := self._close(book, version)):
             try:
                 self._versions.fold(book)
@@ -215,35 +209,27 @@ class _Simulation:
 
     def _exclude(self, book: RoundBook, excluded: Mapping[str, str]) -> None:
         """Takes updates out of a round; each goes into its client's residual, as it would at a site."""
-        for ticket in book.round.tickets:
+        for ticket in book.round.in_state(TicketState.RECEIVED):
             if ticket.id in excluded:
                 log.warning("update excluded", round=book.round.number, client=ticket.client, cause=excluded[ticket.id])
-                self._take_back(book, ticket)
-            elif ticket.state is TicketState.RECEIVED:
+                self._take_back(ticket.client)
+            else:
                 self._excluded.discard(ticket.client)
+                self._memory.confirm(ticket.client)
         book.round = self._advance(book.round, state_machine.Excluded(excluded))
 
-    def _take_back(self, book: RoundBook, ticket: Ticket) -> None:
-        memory, client = self._bench.memory, ticket.client
+    def _take_back(self, client: str) -> None:
+        self._memory.take_back(client)
         if client in self._excluded:  # what it was made from was excluded before: it would be so for ever
-            self._excluded.discard(client)
-            memory.forget_residual(client)
-            return
-        self._excluded.add(client)
-        if self._bench.remembers:
-            manifest, left = book.arrivals[ticket.id].manifest, memory.residual(client)
-            sent = payload.decode(manifest, mapped(self._versions.spool(ticket.id)))
-            whole = {name: values + left[name] if name in left else values for name, values in sent.items()}
-            memory.keep(client, residual={**left, **whole}, local=memory.local(client))
+            self._memory.forget_residual(client)
+        self._excluded ^= {client}
 
     def _close(self, book: RoundBook, version: Version) -> str:
         """Brings a round to its fold; or returns why it cannot get there."""
         settings = self._config.rounds
         while book.round.phase is not Phase.AGGREGATING:
-            ticket = self._next(book.round)
-            if ticket is not None:
-                book.round = self._work(book, ticket, version)
-                self._say_worked(book.round)
+            if book.round.in_state(TicketState.ISSUED):
+                self._train(book, version)
                 continue
             here, now = book.round, book.round.deadline or time.time()
             waiting = state_machine.Waiting(self._everybody, conduct.demerits(self._conducts, here.number), math.inf)
@@ -254,90 +240,93 @@ class _Simulation:
             for effect in effects:
                 if isinstance(effect, state_machine.Pause):
                     return effect.reason
-        self._late(book, version)
         return ""
+
+    def _train(self, book: RoundBook, version: Version) -> None:
+        """Lets all clients with a ticket use it; those who are too late keep what they trained for the next round."""
+        seed, number = self._config.rounds.seed, book.round.number
+        waiting = sorted(
+            (ticket.client for ticket in book.round.in_state(TicketState.ISSUED)),
+            key=lambda client: (seeds.derive(seed, "arrival", number, client), client),
+        )
+        for outcome in self._engine.run(self._jobs(book, waiting, version)):
+            if isinstance(outcome, LocalUpdate):
+                self._facts = outcome.facts
+            if book.round.phase is Phase.OPEN:
+                self._arrive(book, outcome)
+                self._say_worked(book.round)
+            elif isinstance(outcome, LocalUpdate):
+                self._memory.keep(outcome.client, outcome.if_not)
+        for client in waiting:
+            self._pull(book, client, version)
+
+    def _jobs(self, book: RoundBook, clients: Sequence[str], version: Version) -> Iterator[LocalJob]:
+        """Yields the work of clients in the order of their arrival, until nothing more of it could be of use."""
+        seed, number = self._config.rounds.seed, book.round.number
+        for client in clients:
+            if book.round.phase is not Phase.OPEN and not self._trainer.run.keeps_state:
+                return
+            self._pull(book, client, version)
+            state = self._memory.state(client)
+            yield LocalJob(client, number, seeds.training(seed, number, client), self._config.training, version, state)
+
+    def _arrive(self, book: RoundBook, outcome: LocalOutcome) -> None:
+        """Takes what came of a client's work into an open round."""
+        client, number = outcome.client, book.round.number
+        ticket = state_machine.ticket_id(self._header.run, number, client)
+        if isinstance(outcome, LocalFailure):
+            log.warning("ticket is given up", round=number, client=client, cause=outcome.error.message)
+            reason = f"{outcome.error.reason}: {outcome.error.message}"
+            book.round = self._advance(book.round, state_machine.Withdrawn(ticket, reason))
+            return
+        manifest, data = outcome.prepared.manifest, outcome.prepared.payload
+        book.up[client] = len(data)
+        try:
+            payload.check_manifest(manifest, self._header.spec.sent(number), (self._config.codec.encoding,))
+            payload.check_payload(manifest, memoryview(data))
+        except (ManifestInvalid, PayloadInvalid) as error:
+            log.warning("update refused", round=number, client=client, cause=error.message)
+            self._memory.forget_residual(client)
+            book.round = self._advance(book.round, state_machine.Refused(ticket, f"{error.reason}: {error.message}"))
+            return
+        self._versions.spool(ticket).write_bytes(data)
+        norm = math.sqrt(squared_norm(manifest, memoryview(data)))
+        book.arrivals[ticket] = Arrival(outcome.examples, norm, manifest, outcome.metrics)
+        self._memory.keep(client, outcome.if_counted, outcome.if_not)
+        book.round = self._advance(book.round, state_machine.Received(ticket))
+
+    def _pull(self, book: RoundBook, client: str, version: Version) -> None:
+        """Books what a server would send, once a round: nothing to who holds these bytes already, else what changed."""
+        if client in book.down:
+            return
+        manifest, number = version.manifest, book.round.base_version
+        have, sha256 = self._holds.get(client, (None, b""))
+        needed = payload.missing(manifest, self._header.spec, number, have)
+        book.down[client] = 0 if sha256 == manifest.sha256 else sum(manifest.entries[i].length for i in needed)
+        self._holds[client] = number, manifest.sha256
 
     def _say_worked(self, current: Round) -> None:
         if self._worked is not None:
             left = len(current.in_state(TicketState.ISSUED))
             self._worked(current.number, len(current.tickets) - left, len(current.tickets))
 
-    def _next(self, current: Round) -> Ticket | None:
-        """Returns whose turn it is: an order of arrival that the seed draws anew for each round."""
-        seed, number = self._config.rounds.seed, current.number
-        return min(
-            current.in_state(TicketState.ISSUED),
-            key=lambda t: (seeds.derive(seed, "arrival", number, t.client), t.client),
-            default=None,
-        )
-
-    def _work(self, book: RoundBook, ticket: Ticket, version: Version) -> Round:
-        """Lets a client use its ticket; returns the round after it."""
-        trained = self._train(book, ticket, version)
-        if isinstance(trained, str):
-            return self._advance(book.round, state_machine.Withdrawn(ticket.id, trained))
-        manifest, data = trained.update.manifest, trained.update.payload
-        book.up[ticket.client] = len(data)
-        try:
-            payload.check_manifest(manifest, self._bench.spec.sent(book.round.number), (self._config.codec.encoding,))
-            payload.check_payload(manifest, memoryview(data))
-        except (ManifestInvalid, PayloadInvalid) as error:
-            log.warning("update refused", round=book.round.number, client=ticket.client, cause=error.message)
-            self._bench.memory.forget_residual(ticket.client)
-            return self._advance(book.round, state_machine.Refused(ticket.id, f"{error.reason}: {error.message}"))
-        after = self._advance(book.round, state_machine.Received(ticket.id))
-        self._versions.spool(ticket.id).write_bytes(data)
-        norm = math.sqrt(squared_norm(manifest, memoryview(data)))
-        book.arrivals[ticket.id] = Arrival(trained.examples, norm, manifest, trained.metrics)
-        self._bench.memory.keep(ticket.client, residual=trained.update.residual_if_counted, local=trained.local)
-        return after
-
-    def _train(self, book: RoundBook, ticket: Ticket, version: Version) -> Trained | str:
-        """Returns what a client trained, or why it could not."""
-        self._pull(book, ticket, version)
-        try:
-            trained = self._bench.train(ticket.client, book.round.number, version)
-        except TrainingFailed as error:
-            log.warning("ticket is given up", round=book.round.number, client=ticket.client, cause=error.message)
-            return f"{error.reason}: {error.message}"
-        self._facts = trained.facts
-        return trained
-
-    def _pull(self, book: RoundBook, ticket: Ticket, version: Version) -> None:
-        """Books what a server would send: nothing to who holds these bytes already, else what changed since."""
-        manifest, number = version.manifest, book.round.base_version
-        have, sha256 = self._holds.get(ticket.client, (None, b""))
-        needed = payload.missing(manifest, self._bench.spec, number, have)
-        book.down[ticket.client] = 0 if sha256 == manifest.sha256 else sum(manifest.entries[i].length for i in needed)
-        self._holds[ticket.client] = number, manifest.sha256
-
-    def _late(self, book: RoundBook, version: Version) -> None:
-        """Lets those who are too late finish: what they trained goes into their residuals, if there are any."""
-        for ticket in book.round.in_state(TicketState.LATE):
-            if not self._bench.remembers:
-                self._pull(book, ticket, version)
-                continue
-            trained = self._train(book, ticket, version)
-            if not isinstance(trained, str):
-                self._bench.memory.keep(ticket.client, residual=trained.update.residual_if_not, local=trained.local)
-
     def _advance(self, current: Round, event: state_machine.Event) -> Round:
         return state_machine.advance(current, event, self._config.rounds, time.time())[0]
 
     def _report(self, initial: Mapping[str, float], done: list[Json], paused: RoundBook | None, reason: str) -> Json:
-        bench = self._bench
+        run = self._trainer.run
         return {
-            "run": self._run,
+            "run": self._header.run,
             "name": self._config.name,
             "state": "paused" if paused else "completed",
             "reason": reason,
             "round": paused.round.number if paused else len(done),
             "version": len(done),
             "created_at": moment(self._began),
-            "method": bench.spec.method,
-            "adapter_parameters": bench.spec.parameters,
-            "model_parameters": bench.parameters,
-            "backbone_fingerprint": bench.fingerprint,
+            "method": run.model.spec.method,
+            "adapter_parameters": run.model.spec.parameters,
+            "model_parameters": run.model.backbone.parameters,
+            "backbone_fingerprint": run.fingerprint,
             "initial_metrics": dict(sorted(initial.items())),
             "config": json_format.MessageToDict(wire.config_to_proto(self._config), preserving_proto_field_name=True),
             "rounds": done,

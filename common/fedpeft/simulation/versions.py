@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fedpeft.adapters import adapter_file
-from fedpeft.adapters.adapter_file import TensorFile, Written
+from fedpeft.adapters import adapter_file, payload
+from fedpeft.adapters.adapter_file import Written
 from fedpeft.adapters.payload import Tensors
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rounds.commit import RunHeader, Stored, Update, fold_round, write_first
+from fedpeft.rounds.local_job import Version
 from fedpeft.rounds.screening import Extent, comparable
 from fedpeft.simulation.report import RoundBook
 
@@ -41,9 +42,12 @@ class Versions:
         self._newest = write_first(self._header, tensors, path)
         os.replace(path, self._adapter)
 
-    def newest(self) -> TensorFile:
-        """Opens the newest version."""
-        return adapter_file.open_adapter(self._adapter, self._newest.sha256)
+    def newest(self) -> Version:
+        """Returns the newest version as clients receive it, through `codec.down`; its file replaces the last one's."""
+        path, new = self._scratch / "version", self._scratch / "version.new"
+        with adapter_file.open_adapter(self._adapter, self._newest.sha256) as tensors, new.open("wb") as stream:
+            manifest = payload.write(stream, tensors, self._header.spec.shared, self._header.config.codec.down)
+        return Version(manifest, new.replace(path))
 
     def spool(self, ticket: str) -> Path:
         """Returns where the payload of a ticket is kept until it is folded."""

@@ -66,5 +66,5 @@ def test_without_remove_what_was_settled_takes_effect_and_what_is_dropped_is_sai
     kept = ("runs", "set-aside", "identity.next", "ledger.jsonl", "policy.toml", "notes")
     assert all(f"kept     {path / name}: " in said for name in kept)
     assert not list(path.glob("settled-*")) and not list(path.glob("pending*"))
-    assert state_dir.residual(path / "runs" / RUN).read_bytes() == b"counted"
-    assert state_dir.local(path / "runs" / RUN).read_bytes() == b"new local"
+    assert state_dir.group(path / "runs" / RUN, "residual").read_bytes() == b"counted"
+    assert state_dir.group(path / "runs" / RUN, "local").read_bytes() == b"new local"

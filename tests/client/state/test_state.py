@@ -7,20 +7,25 @@ import resource
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from structlog.testing import capture_logs
 
 from fedpeft.adapters import payload
+from fedpeft.adapters.updates import PreparedUpdate
 from fedpeft.errors import ChecksumMismatch, StateInvalid
 from fedpeft.process import durable
+from fedpeft.rounds.local_job import LocalUpdate
 from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.state import state_dir
 from fedpeft_client.state.adapters import AdapterCache
-from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, KEPT_ASIDE, LOCAL, PAYLOAD, Outbox, Outcome
+from fedpeft_client.state.outbox import KEPT_ASIDE, PAYLOAD, Outbox, Outcome, state_files
 from fedpeft_client.state.state_dir import StateDirectory
 
 RUN = "run-000000000001"
+IF_COUNTED, IF_NOT, LOCAL = "residual_if_counted.safetensors", "residual_if_not.safetensors", "local.safetensors"
 
 
 class Crash(BaseException):
@@ -124,8 +129,8 @@ def test_crash_while_settling_is_finished_at_the_next_start(
 ) -> None:
     with StateDirectory(tmp_path) as directory:
         folder = directory.run(RUN)
-        state_dir.residual(folder).write_bytes(b"old")
-        state_dir.local(folder).write_bytes(b"old local")
+        state_dir.group(folder, "residual").write_bytes(b"old")
+        state_dir.group(folder, "local").write_bytes(b"old local")
         outbox = Outbox(directory, "")
         pending = outbox.commit(RUN, 5, write_draft(outbox))
         with monkeypatch.context() as patch:
@@ -136,7 +141,7 @@ def test_crash_while_settling_is_finished_at_the_next_start(
                 again = Outbox(directory, "")
                 again.finish()
                 if (left := again.load()) is not None:  # the decision was not yet on disk: the server is asked again
-                    assert state_dir.residual(folder).read_bytes() == b"old"
+                    assert state_dir.group(folder, "residual").read_bytes() == b"old"
                     again.settle(left, outcome)
         assert Outbox(directory, "").load() is None
         kept = ["set-aside"] if outcome is Outcome.SET_ASIDE else []
@@ -147,12 +152,12 @@ def test_crash_while_settling_is_finished_at_the_next_start(
             assert sorted(p.name for p in aside.iterdir()) == ["ticket.json", PAYLOAD]
             assert (aside / PAYLOAD).read_bytes() == b"abcd"
         if outcome is Outcome.DROPPED:
-            assert not state_dir.residual(folder).exists()
-            assert state_dir.local(folder).read_bytes() == b"old local"
+            assert not state_dir.group(folder, "residual").exists()
+            assert state_dir.group(folder, "local").read_bytes() == b"old local"
         else:
             expected = b"counted" if outcome is Outcome.COUNTED else b"not"
-            assert state_dir.residual(folder).read_bytes() == expected
-            assert state_dir.local(folder).read_bytes() == b"new local"
+            assert state_dir.group(folder, "residual").read_bytes() == expected
+            assert state_dir.group(folder, "local").read_bytes() == b"new local"
 
 
 def test_updates_that_are_set_aside_do_not_fill_the_disk(tmp_path: Path) -> None:
@@ -234,7 +239,7 @@ class TestExcludedAfterTheReceipt:
         return outbox
 
     def residual(self, path: Path) -> bytes | None:
-        file = state_dir.residual(path / "runs" / RUN)
+        file = state_dir.group(path / "runs" / RUN, "residual")
         return file.read_bytes() if file.exists() else None
 
     def test_one_that_was_folded_leaves_nothing(self, tmp_path: Path) -> None:
@@ -280,3 +285,50 @@ class TestExcludedAfterTheReceipt:
             assert outbox.counted(RUN) is None
         assert [line["file"] for line in lines] == [str(tmp_path / "runs" / RUN / "counted.json")]
         assert self.residual(tmp_path) == b"counted"
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+@pytest.mark.parametrize("step", [*range(1, 24), 1000])
+def test_any_group_of_a_clients_state_follows_the_outcome_through_a_crash_at_any_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, outcome: Outcome
+) -> None:
+    def value(of: float) -> dict[str, np.ndarray]:
+        return {"a": np.full(2, of, np.float32)}
+
+    local = value(3)
+    update = LocalUpdate(
+        "site-a",
+        PreparedUpdate(payload.Manifest((), 0, b""), b"", {}, {}),
+        {"residual": value(1), "local": local, "algorithm": value(4)},
+        {"residual": value(2), "local": local, "algorithm": value(5)},
+        1,
+        {},
+        {},
+    )
+    with StateDirectory(tmp_path) as directory:
+        folder, outbox = directory.run(RUN), Outbox(directory, "")
+        for group in ("residual", "local", "algorithm"):
+            save_file(value(0), state_dir.group(folder, group))
+        header = write_draft(outbox)
+        for file in (draft := tmp_path / "pending.new").glob("*.safetensors"):
+            file.unlink()
+        for name, tensors in state_files(update).items():
+            save_file(dict(tensors), draft / name)
+        pending = outbox.commit(RUN, 5, header)
+        with monkeypatch.context() as patch:
+            crash_at(patch, step)
+            with suppress(Crash):
+                outbox.settle(pending, outcome)
+                if outcome is Outcome.COUNTED:
+                    outbox.take_back(RUN)
+        again = Outbox(directory, "")
+        again.finish()
+        if (left := again.load()) is not None:
+            again.settle(left, outcome)
+        if again.counted(RUN):
+            again.take_back(RUN)
+        found = {group: load_file(file)["a"][0] for group, file in state_dir.groups(folder).items()}
+        # A counted update was taken back: every group is what it would be had the update never counted.
+        dropped = outcome is Outcome.DROPPED
+        assert found == ({"local": 0, "algorithm": 0} if dropped else {"residual": 2, "local": 3, "algorithm": 5})
+        assert not state_dir.groups_if_excluded(folder)

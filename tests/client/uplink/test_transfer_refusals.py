@@ -37,13 +37,13 @@ from fedpeft.v1 import run_pb2
 from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.entries import Kind, read
 from fedpeft_client.state import state_dir
-from fedpeft_client.state.outbox import IF_COUNTED, IF_NOT, PAYLOAD, Outcome
+from fedpeft_client.state.outbox import PAYLOAD, Outcome
 from fedpeft_client.uplink import push, retry
 from fedpeft_client.uplink.exclusion_check import ExclusionCheck
 from fedpeft_client.uplink.retry import Backoff, Retry
 
 from ..federation import _CLOSES
-from ..transfer_site import Site
+from ..transfer_site import IF_COUNTED, IF_NOT, Site
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ class TestExcludedAfterTheReceipt:
         return ExclusionCheck(site.channel, site.retry, site.outbox)
 
     def residual(self, site: Site) -> str:
-        return state_dir.residual(site.directory.run(site.run.id)).read_text()
+        return state_dir.group(site.directory.run(site.run.id), "residual").read_text()
 
     async def test_it_goes_into_the_residual_before_the_next_training(self, site: Site) -> None:
         check = await self.counted(site)

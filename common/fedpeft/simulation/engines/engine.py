@@ -1,0 +1,65 @@
+"""The interface of an engine, and the registry by which `[simulation] engine` finds one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Self
+
+from fedpeft.errors import ConfigInvalid
+from fedpeft.registry import Registry
+from fedpeft.rounds.local_job import LocalJob, LocalOutcome
+from fedpeft.simulation.local_trainer import LocalTrainer
+
+
+class Engine(ABC):
+    """Computes jobs, anywhere, to the bits of `trainer.train`. A context manager, entered once.
+
+    Args:
+        trainer: This process's trainer, which scores versions too; its `inputs` are what another process would load.
+        workers: `[simulation] workers`; None if the run file leaves it to the engine.
+    """
+
+    def __init__(self, trainer: LocalTrainer, workers: int | None = None) -> None:
+        self.trainer = trainer
+        self.workers = workers
+
+    @abstractmethod
+    def run(self, jobs: Iterable[LocalJob]) -> Iterator[LocalOutcome]:
+        """Yields the outcome of every job, in the order of the jobs.
+
+        Args:
+            jobs: Taken one by one, when there is somebody to compute them: whether there is a next one may depend on
+                the outcomes yielded before. Not more than a few per worker are taken before their outcomes are yielded.
+
+        Raises:
+            DataInvalid: If a client's data cannot be used; the message names the client.
+            FedpeftError: Anything else that ends the simulation.
+        """
+
+    def close(self) -> None:  # noqa: B027  # most hold nothing
+        """Releases what the engine holds; jobs under way are dropped."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+engines: Registry[type[Engine]] = Registry("fedpeft.simulation.engines", "fedpeft.engines", "engine")
+
+
+def engine_named(name: str) -> type[Engine]:
+    """Returns the engine that `[simulation] engine` names.
+
+    Raises:
+        ConfigInvalid: If there is none of that name.
+    """
+    try:
+        return engines.get(name)
+    except ConfigInvalid as error:
+        raise ConfigInvalid(error.message, (("simulation.engine", error.message),)) from None

@@ -1,0 +1,103 @@
+"""The client half of a simulation in one process: a loaded model, and the data of the clients whose turn it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+
+from fedpeft.config import RunConfig
+from fedpeft.data.labels import read_label_map
+from fedpeft.data.reading import USUAL, Reading
+from fedpeft.errors import DataInvalid, TrainingFailed
+from fedpeft.rounds import metric_values
+from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome, Version
+from fedpeft.simulation.clients import ClientData, Clients
+from fedpeft.training.devices import device_of
+from fedpeft.training.learning import learner_of
+from fedpeft.training.local_round import load_run
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of a simulation, picklable: every process that trains loads model and data from them.
+
+    Attributes:
+        config: The run file.
+        clients: Data by client.
+        evaluation: Held-out data, if versions are scored.
+        weights: A file that stands for the weights that the run names.
+        label_map: A file that renames classes, for all data.
+        device: auto, cpu, cuda or cuda:N.
+        reading: How images are read.
+    """
+
+    config: RunConfig
+    clients: Clients
+    evaluation: Path | None = None
+    weights: Path | None = None
+    label_map: Path | None = None
+    device: str = "cpu"
+    reading: Reading = USUAL
+
+
+class LocalTrainer:
+    """Trains and scores for all clients, one after the other.
+
+    Args:
+        inputs: What to load.
+
+    Attributes:
+        inputs: Those.
+        run: The loaded model.
+
+    Raises:
+        ConfigInvalid: If an option of the PEFT method is wrong.
+        DataInvalid: If the held-out data, or the label map, cannot be used.
+        ModelInvalid: If the model or its weights cannot be had.
+        SettingsInvalid: If there is no such device.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        config = inputs.config
+        self.inputs = inputs
+        learner = learner_of(config.model.kind, inputs.reading)
+        self.run = load_run(config, learner, inputs.weights, device_of(inputs.device))
+        renamed = None if inputs.label_map is None else read_label_map(inputs.label_map)
+        self._data = ClientData(inputs.clients, self.run, renamed)
+        held_out = inputs.evaluation
+        self._test = None if held_out is None else self._data.open(held_out, f"evaluation data {held_out}")[0]
+
+    def train(self, job: LocalJob) -> LocalOutcome:
+        """Trains a client's round as an agent does.
+
+        Raises:
+            DataInvalid: If the client's data cannot be used.
+        """
+        dataset = self._data.of(job.client)
+        try:
+            update = self.run.train(job, dataset)
+        except DataInvalid as error:
+            raise DataInvalid(f"client {job.client}: {error.message}") from None
+        except TrainingFailed as error:
+            return LocalFailure(job.client, error)
+        return replace(update, metrics=_sendable(update.metrics, metric_values.MAX_TRAINING, job.client))
+
+    def evaluate(self, version: Version) -> dict[str, float]:
+        """Returns the figures of a version on the held-out data; none without such data."""
+        if self._test is None:
+            return {}
+        return _sendable(self.run.evaluate(version, self._test), metric_values.MAX_EVALUATION, "evaluator")
+
+
+def _sendable(measured: Mapping[str, float], most: int, client: str) -> dict[str, float]:
+    """Returns the figures that a client would send; logs how many are left out, and why the first are."""
+    kept, dropped = metric_values.sendable(measured, most)
+    if dropped:
+        cause = "; ".join(dropped[: metric_values.FAULTS_NAMED])
+        _log.warning("figures are not kept", client=client, dropped=len(dropped), cause=cause)
+    return kept

@@ -1,0 +1,127 @@
+"""A client's round: a model that stays loaded, and the one function that turns a `LocalJob` into a `LocalUpdate`.
+
+A client's worker and every engine of a simulation call it, so a simulated client and a real one compute the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpeft.adapters.updates import Arrays, prepare
+from fedpeft.config import RunConfig
+from fedpeft.data.store import CACHE_BYTES
+from fedpeft.models import backbones
+from fedpeft.peft import TunedModel, tune
+from fedpeft.rounds.local_job import LOCAL, RESIDUAL, LocalJob, LocalUpdate, Version
+from fedpeft.training.learning import LabelMap, Learner
+from fedpeft.training.loop import Progress
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's model, loaded on a device. Made by `load_run`.
+
+    Attributes:
+        config: The run file.
+        learner: Reads the data of the model's kind, trains and scores.
+        model: The tuned model; its tensors are those of the last job.
+        fingerprint: Of the frozen parameters, hexadecimal.
+        own: Initial values of the tensors that the server does not have: those that are local in some round.
+        device: Where it computes.
+    """
+
+    config: RunConfig
+    learner: Learner[Any, Any]
+    model: TunedModel
+    fingerprint: str
+    own: Arrays
+    device: torch.device
+
+    @property
+    def keeps_state(self) -> bool:
+        """True if a client keeps anything from round to round."""
+        return self.config.codec.error_feedback or bool(self.own)
+
+    def dataset(self, source: Any, label_map: LabelMap, cache_bytes: int = CACHE_BYTES) -> Any:
+        """Returns a client's data as a data set of this run; see `Learner.dataset`."""
+        return self.learner.dataset(source, self.model.backbone, label_map, cache_bytes)
+
+    def train(
+        self,
+        job: LocalJob,
+        dataset: Any,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> LocalUpdate:
+        """Trains a client's round and prepares its update.
+
+        Args:
+            job: The work; pickling it does not change the result.
+            dataset: The client's data, from `dataset`.
+            progress: Called at the beginning, about once a second, and at the end.
+            stop: Asked between steps; once true, training ends without a result.
+
+        Raises:
+            DataInvalid: If too few examples can be read.
+            ModelInvalid: If the version or the local tensors are not of this run's model.
+            OSError: If the version's file cannot be read.
+            PayloadInvalid: If the version is not what its manifest says.
+            StateInvalid: If the residual is of another run.
+            TrainingFailed: If training ended without an update.
+        """
+        kept = job.state.get(LOCAL, {})
+        self._set(job.version, kept)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        result = self.learner.train(
+            self.model, dataset, job.settings, job.seed, job.round, self.device, progress=progress, stop=stop
+        )
+        memory = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(self.device))} if on_gpu else {}
+        sent = self.model.spec.sent(job.round)
+        update = prepare(result.delta, job.state.get(RESIDUAL, {}), sent, self.config.codec)
+        local = {**kept, **{name: result.local[name] for name in self.own if name in result.local}}
+        return LocalUpdate(
+            job.client,
+            update,
+            {RESIDUAL: update.residual_if_counted, LOCAL: local},
+            {RESIDUAL: update.residual_if_not, LOCAL: local},
+            result.examples,
+            {**result.metrics, **memory},
+            {**result.facts, "threads": str(torch.get_num_threads())},
+        )
+
+    def evaluate(self, version: Version, dataset: Any) -> dict[str, float]:
+        """Scores a version on held-out data, local tensors at their initial values; see `Learner.evaluate`."""
+        self._set(version, {})
+        return self.learner.evaluate(self.model, dataset, self.device, self.config.training.precision)
+
+    def _set(self, version: Version, local: Mapping[str, Any]) -> None:
+        self.model.load({**version.tensors(), **self.own, **local})
+
+
+def load_run(config: RunConfig, learner: Learner[Any, Any], weights: Path | None, device: torch.device) -> LoadedRun:
+    """Builds a run's model.
+
+    Args:
+        config: The run file.
+        learner: That of the model's kind.
+        weights: A file, or a folder of files, that stands for the weights that the run names.
+        device: Where to compute.
+
+    Raises:
+        ConfigInvalid: If an option of the PEFT method is wrong.
+        ModelInvalid: If the model or its weights cannot be had.
+    """
+    seed = config.rounds.seed
+    backbone = backbones.build(config.model, seed, weights, str(device))
+    model = tune(backbone, config.peft.method, config.peft.options, seed)
+    shared = {tensor.name for tensor in model.spec.shared}
+    own = {name: values for name, values in model.state().items() if name not in shared}
+    return LoadedRun(config, learner, model, backbones.fingerprint(backbone, model.spec), own, device)

@@ -1,0 +1,114 @@
+"""A client's round as a value: the same bits wherever it is computed, and state for either outcome."""
+
+import pickle
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft import seeds
+from fedpeft.adapters import payload
+from fedpeft.config import PeftConfig, parse_config
+from fedpeft.errors import ModelInvalid, PayloadInvalid
+from fedpeft.rounds.local_job import LOCAL, RESIDUAL, LocalJob, Version
+from fedpeft.training.learning import learner_of
+from fedpeft.training.local_round import load_run
+
+from ..outside_package import PRIVATE_HEAD, install
+from .test_loop import CLASSES, write_images
+
+RUN = parse_config(
+    {
+        "model": {
+            "name": "vit_tiny_patch16_224",
+            "weights": "none",
+            "image_size": 32,
+            "depth": 1,
+            "classes": list(CLASSES),
+        },
+        "peft": {"method": "lora", "rank": 2, "dropout": 0.1},
+        "training": {"batch_size": 8, "learning_rate": 0.05, "augmentation": "crop"},
+        "codec": {"up": "sparse", "density": 0.1, "values": "float16"},
+    }
+)
+ELSEWHERE = """
+import pickle, sys, torch
+torch.set_num_threads(1)
+from fedpeft.training.learning import learner_of
+from fedpeft.training.local_round import load_run
+config, data, job = pickle.load(sys.stdin.buffer)
+run = load_run(config, learner_of(""), None, torch.device("cpu"))
+update = run.train(job, run.dataset(run.learner.read(data), {}))
+pickle.dump(update, sys.stdout.buffer)
+"""
+
+
+def loaded(config=RUN):
+    return load_run(config, learner_of(""), None, torch.device("cpu"))
+
+
+def job_of(run, folder, **parts):
+    manifest, data = payload.encode(run.model.state(), run.model.spec.shared, "float32")
+    (folder / "version").write_bytes(data)
+    seed = seeds.training(0, 3, "site-a")
+    return LocalJob("site-a", 3, seed, run.config.training, Version(manifest, folder / "version"), **parts)
+
+
+def same_groups(one, other):
+    return one.keys() == other.keys() and all(
+        one[g].keys() == other[g].keys() and all(np.array_equal(one[g][n], other[g][n]) for n in one[g]) for g in one
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "private_head"])
+def test_another_process_makes_the_same_bits_of_a_pickled_job(tmp_path, monkeypatch, method):
+    config = RUN
+    if method == "private_head":
+        install(tmp_path / "outside", monkeypatch, PRIVATE_HEAD, {"fedpeft.peft/private_head": "PrivateHead"})
+        config = RUN.model_copy(update={"peft": PeftConfig(method=method)})
+    data = write_images(tmp_path / "images", 20)
+    run = loaded(config)
+    job = job_of(run, tmp_path)
+    dataset = run.dataset(run.learner.read(data), {})
+    first = run.train(job, dataset)
+    job = replace(job, round=4, state=first.if_not)  # a late client: all of its update is in the residual
+    here = run.train(job, dataset)
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], input=pickle.dumps((config, data, job)), stdout=subprocess.PIPE, check=True
+    )
+    there = pickle.loads(done.stdout)
+    assert there.prepared.payload == here.prepared.payload
+    assert (there.client, there.prepared.manifest, there.facts) == ("site-a", here.prepared.manifest, here.facts)
+    assert same_groups(there.if_counted, here.if_counted) and same_groups(there.if_not, here.if_not)
+    assert there.examples == 20 and there.facts["threads"] == "1"
+    assert there.metrics["loss"] == here.metrics["loss"]
+    assert not same_groups(first.if_not, here.if_not)
+    assert sorted(here.if_not[LOCAL]) == (["head.bias", "head.weight"] if method == "private_head" else [])
+
+
+def test_a_group_that_does_not_depend_on_the_outcome_is_one_object_and_a_job_is_frozen(tmp_path):
+    run = loaded()
+    job = job_of(run, tmp_path)
+    update = run.train(job, run.dataset(run.learner.read(write_images(tmp_path / "images", 8)), {}))
+    assert update.if_counted[LOCAL] is update.if_not[LOCAL] == {}
+    assert update.if_counted[RESIDUAL].keys() == update.if_not[RESIDUAL].keys()
+    back = pickle.loads(pickle.dumps(update))
+    assert back.if_counted[LOCAL] is back.if_not[LOCAL]
+    with pytest.raises(FrozenInstanceError):
+        job.round = 2
+
+
+def test_a_version_that_is_not_what_its_manifest_says_is_refused(tmp_path):
+    run = loaded()
+    job = job_of(run, tmp_path)
+    dataset = run.dataset(run.learner.read(write_images(tmp_path / "images", 8)), {})
+    whole = job.version.payload.read_bytes()
+    job.version.payload.write_bytes(whole[:-4])
+    with pytest.raises(PayloadInvalid, match="its manifest says"):
+        run.train(job, dataset)
+    job.version.payload.write_bytes(whole)
+    with pytest.raises(ModelInvalid, match="tensor other is not of adapter lora"):
+        run.train(replace(job, state={LOCAL: {"other": np.zeros(2, np.float32)}}), dataset)
