@@ -18,6 +18,7 @@ from fedpeft.data.sources import disks
 from fedpeft.data.sources.interface import ImageUnreadable, Source
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import DataInvalid
+from fedpeft.process.mounts import Mount
 
 
 def refused(real: Callable[..., Any], part: str, code: int) -> Callable[..., Any]:
@@ -87,15 +88,8 @@ def test_an_image_beside_parquet_on_a_failing_disk_is_an_error(tmp_path: Path, m
         all_read(source)
 
 
-def test_the_disk_of_a_path_is_that_with_the_longest_mount_point(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mounts = tmp_path / "mounts"
-    mounts.write_text(
-        f"/dev/root / ext4 rw 0 0\nnas:/x {tmp_path}/a\\040share nfs rw 0 0\n/dev/b {tmp_path}/a xfs rw 0 0\n"
-    )
-    monkeypatch.setattr(disks, "_MOUNTS", mounts)
-    assert disks._disk(tmp_path / "a share" / "x.png") == f"disk nas:/x, mounted at {tmp_path}/a share,"
-    assert disks._disk(tmp_path / "ab" / "x.png") == "disk /dev/root, mounted at /,"
-    monkeypatch.setattr(disks, "_MOUNTS", tmp_path / "nothing")
+def test_a_failing_disk_is_named_as_far_as_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disks, "mount_of", lambda path: Mount("nas:/x", "/a share", "nfs"))
+    assert disks._disk(tmp_path) == "disk nas:/x, mounted at /a share,"
+    monkeypatch.setattr(disks, "mount_of", lambda path: None)
     assert disks._disk(tmp_path) == "the disk"

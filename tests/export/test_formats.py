@@ -144,7 +144,7 @@ def test_the_card_says_how_the_adapter_came_about_and_how_to_load_it(
     formats.as_peft(model, tmp_path / "lora", made)
     text = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
     for line in (
-        'base_model: "timm/vit_tiny_patch16_224"',
+        "base_model: timm/vit_tiny_patch16_224",
         "# license: yours to say",
         '| method | lora, rank 4, alpha 16.0, targets "qkv", dropout 0.0 |',
         '| classes | 3: `["a", "b", "c"]` |',

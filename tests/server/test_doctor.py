@@ -20,6 +20,7 @@ from fedpeft.identity import authority as authority_module
 from fedpeft.identity import folder, keys
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.subject import Role, Subject
+from fedpeft.process.mounts import Mount
 from fedpeft_operator.app import main
 from fedpeft_operator.doctor import client_side, disk, findings, network, server_side, versions
 from fedpeft_operator.doctor.checks import examine
@@ -265,11 +266,8 @@ def test_a_disk_that_is_full_is_not_given_to_another_user(small_disk: Path) -> N
 def test_a_slow_disk_and_a_remote_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "SLOW_S", 0.0)
     assert any("every update waits for one" in f.cure for f in bad(Setup(state_dir=tmp_path)))
-    mounts = tmp_path / "mounts"
-    mounts.write_text(f"/dev/a / ext4 rw 0 0\nserver:/export {tmp_path} nfs4 rw 0 0\n")
-    assert disk.file_system(tmp_path / "x", mounts) == "nfs4"
-    assert disk.file_system(Path("/usr"), mounts) == "ext4"
-    assert disk.file_system(tmp_path, tmp_path / "none") == ""
+    monkeypatch.setattr(disk, "mount_of", lambda folder: Mount("server:/export", "/", "nfs4"))
+    assert any(f"{tmp_path} is on nfs4" in f.said for f in bad(Setup(state_dir=tmp_path)))
 
 
 def test_few_open_files(tmp_path: Path) -> None:

@@ -15,6 +15,22 @@ from fedpeft.v1 import access_service_pb2_grpc as pb_grpc
 RequestT = TypeVar("RequestT", contravariant=True)
 ResponseT = TypeVar("ResponseT", covariant=True)
 
+
+class Question(Protocol):
+    """A request for a page of a list."""
+
+    page_token: str
+
+
+class Page(Protocol):
+    """A page of a list."""
+
+    next_page_token: str
+
+
+QuestionT = TypeVar("QuestionT", bound=Question)
+PageT = TypeVar("PageT", bound=Page)
+
 MAX_NUMBER = 2**63 - 1
 """No entry of the audit log has a higher number."""
 
@@ -36,6 +52,15 @@ class AccessCalls(ABC):
     async def _ask(self, method: Unary[RequestT, ResponseT], request: RequestT) -> ResponseT:
         """Makes a call, again if the server is away for a moment."""
 
+    async def _pages(self, method: Unary[QuestionT, PageT], request: QuestionT) -> AsyncIterator[PageT]:
+        """Yields the pages of a list, each asked for when it is wanted; `request` is that of the first."""
+        while True:
+            page = await self._ask(method, request)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
     async def create_token(self, name: str, role: Role, life_s: int = 0) -> pb.CreateTokenResponse:
         """Makes an enrolment token; its line is in the answer and nowhere else.
 
@@ -49,13 +74,8 @@ class AccessCalls(ABC):
 
     async def tokens(self) -> list[pb.Token]:
         """Returns the enrolment tokens that were not deleted, oldest first."""
-        request, found = pb.ListTokensRequest(), list[pb.Token]()
-        while True:
-            answer = await self._ask(self._access.ListTokens, request)
-            found += answer.tokens
-            if not answer.next_page_token:
-                return found
-            request.page_token = answer.next_page_token
+        pages = self._pages(self._access.ListTokens, pb.ListTokensRequest())
+        return [token async for page in pages for token in page.tokens]
 
     async def delete_token(self, token: str) -> None:
         """Makes a token worthless, by its id."""
@@ -80,20 +100,14 @@ class AccessCalls(ABC):
 
     async def identities(self) -> list[pb.Identity]:
         """Returns whoever was enrolled or revoked, by role and name."""
-        request, found = pb.ListIdentitiesRequest(), list[pb.Identity]()
-        while True:
-            answer = await self._ask(self._access.ListIdentities, request)
-            found += answer.identities
-            if not answer.next_page_token:
-                return found
-            request.page_token = answer.next_page_token
+        pages = self._pages(self._access.ListIdentities, pb.ListIdentitiesRequest())
+        return [identity async for page in pages for identity in page.identities]
 
     async def audit(self, after: int = 0) -> AsyncIterator[AuditEntry]:
         """Yields the entries of the audit log whose number is above `after`, oldest first, a page at a time."""
         request = pb.ListAuditEntriesRequest(after=min(after, MAX_NUMBER))
-        while True:
-            answer = await self._ask(self._access.ListAuditEntries, request)
-            for one in answer.entries:
+        async for page in self._pages(self._access.ListAuditEntries, request):
+            for one in page.entries:
                 yield AuditEntry(
                     one.number,
                     one.at,
@@ -104,6 +118,3 @@ class AccessCalls(ABC):
                     one.previous_sha256,
                     one.sha256,
                 )
-            if not answer.next_page_token:
-                return
-            request.page_token = answer.next_page_token

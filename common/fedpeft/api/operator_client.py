@@ -196,14 +196,7 @@ class OperatorClient(AccessCalls):
 
     async def runs(self) -> list[run_pb2.Run]:
         """Returns all runs, oldest first."""
-        request = pb.ListRunsRequest()
-        found: list[run_pb2.Run] = []
-        while True:
-            answer = await self._ask(self._stub.ListRuns, request)
-            found += answer.runs
-            if not answer.next_page_token:
-                return found
-            request.page_token = answer.next_page_token
+        return [run async for page in self._pages(self._stub.ListRuns, pb.ListRunsRequest()) for run in page.runs]
 
     async def rounds(self, run: str, after: int = 0, *, records: bool = True) -> list[run_pb2.Round]:
         """Returns the rounds of a run whose number is above `after`, by number, the one in progress included.
@@ -211,24 +204,18 @@ class OperatorClient(AccessCalls):
         Their records are most of the bytes where a round has very many clients; without `records` none is read or sent.
         """
         request = pb.ListRoundsRequest(run=run, after=min(after, MAX_VERSION), without_records=not records)
-        parts: list[run_pb2.Round] = []
-        while True:
-            answer = await self._ask(self._stub.ListRounds, request)
-            parts += answer.rounds
-            if not answer.next_page_token:
-                return list(folded({}, parts).values())
-            request.page_token = answer.next_page_token
+        parts = [part async for page in self._pages(self._stub.ListRounds, request) for part in page.rounds]
+        return list(folded({}, parts).values())
 
     async def round(self, run: str, number: int) -> run_pb2.Round | None:
         """Returns one round of a run with its record and all its tickets, or None if there is no such round."""
         request = pb.ListRoundsRequest(run=run, after=number - 1, page_size=1)
         parts: list[run_pb2.Round] = []
-        while True:
-            answer = await self._ask(self._stub.ListRounds, request)
-            parts += answer.rounds
-            if not answer.next_page_token or any(part.number > number for part in answer.rounds):
-                return folded({}, parts).get(number)
-            request.page_token = answer.next_page_token
+        async for page in self._pages(self._stub.ListRounds, request):
+            parts += page.rounds
+            if any(part.number > number for part in page.rounds):
+                break
+        return folded({}, parts).get(number)
 
     async def watch(self, run: str, after: int = 0) -> AsyncIterator[pb.WatchRunResponse]:
         """Yields the run with the rounds above `after`, then what is new of them, until the run ends.
@@ -289,14 +276,8 @@ class OperatorClient(AccessCalls):
 
     async def clients(self) -> list[pb.Client]:
         """Returns every client that ever registered, by id."""
-        request = pb.ListClientsRequest()
-        found: list[pb.Client] = []
-        while True:
-            answer = await self._ask(self._stub.ListClients, request)
-            found += answer.clients
-            if not answer.next_page_token:
-                return found
-            request.page_token = answer.next_page_token
+        pages = self._pages(self._stub.ListClients, pb.ListClientsRequest())
+        return [client async for page in pages for client in page.clients]
 
     async def readmit(self, client: str, run: str = "") -> list[str]:
         """Lets a client back that was set aside, in one run or in all; returns the runs in which it was."""

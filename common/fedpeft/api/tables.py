@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
-from fedpeft.api import views
+from fedpeft.api import round_table, views
 from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import headline
 from fedpeft.formatting import percent, size
@@ -23,39 +23,21 @@ def runs_html(address: str, runs: Iterable[run_pb2.Run]) -> str:
 def rounds_html(snapshot: RunSnapshot) -> str:
     """Returns a run with its committed rounds, and the one in progress."""
     run = snapshot.run
-    rows = []
+    rows: list[tuple[str, ...]] = []
     if "accuracy" in run.initial_metrics:
-        rows.append(("0", "", percent(run.initial_metrics["accuracy"]), *_losses(run.initial_metrics), "", "", "", ""))
+        rows.append(("0", "", percent(run.initial_metrics["accuracy"]), "", "", "", "", "", ""))
     for each in snapshot.committed:
-        clients, took = len(views.counted(each)), views.seconds(each)
-        rows.append(
-            (
-                str(each.number),
-                str(clients),
-                percent(each.metrics.get("accuracy")),
-                *_losses(each.metrics),
-                size(each.wire_bytes_up),
-                size(each.wire_bytes_down),
-                size(views.full_bytes(run, clients)),
-                "" if took is None else f"{took:.1f}",
-            )
-        )
+        rows.append(round_table.of_message(each, run).cells())
     if (current := snapshot.current) is not None:
         done = f"{len(views.counted(current))} of {len(current.tickets)}"
         up, down = size(current.wire_bytes_up), size(current.wire_bytes_down)
         rows.append((f"{current.number}, {views.phase(current)}", done, "", "", "", up, down, "", ""))
-    heads = ("round", "clients", "accuracy", "loss", "train loss", "up", "down", "full fine-tuning", "seconds")
     state = views.state(run) + (f": {run.reason}" if run.reason else "")
-    return _table(f"{headline(run)}; {state}", heads, rows)
+    return _table(f"{headline(run)}; {state}", round_table.COLUMNS, rows)
 
 
 def _progress(run: run_pb2.Run) -> str:
     return f"{run.version} of {run.config.rounds.count}"
-
-
-def _losses(metrics: Mapping[str, float]) -> tuple[str, str]:
-    loss, train_loss = (f"{metrics[name]:.3f}" if name in metrics else "" for name in ("loss", "train_loss"))
-    return loss, train_loss
 
 
 def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from huggingface_hub import ModelCardData
+
 from fedpeft.formatting import counted
 
 if TYPE_CHECKING:
@@ -53,13 +55,16 @@ def card(tuned: TunedModel, fingerprint: str, provenance: Provenance | None = No
     """
     model = tuned.backbone.config
     title = "A LoRA for image classification, tuned by federated learning"
+    about = ModelCardData(
+        base_model=f"timm/{model.name}",
+        library_name="peft",
+        pipeline_tag="image-classification",
+        tags=["federated-learning", "lora", "timm", "fedpeft"],
+    )
     return "\n".join(
         [
             "---",
-            f"base_model: {json.dumps('timm/' + model.name)}",
-            "library_name: peft",
-            "pipeline_tag: image-classification",
-            "tags: [federated-learning, lora, timm, fedpeft]",
+            about.to_yaml(),
             "# license: yours to say, once you share this adapter; the base model's own licence goes with it",
             "---",
             "",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedpeft.formatting import size
+from fedpeft.process.mounts import mount_of
 from fedpeft_operator.doctor.findings import Finding, Setup, fault, ok, warning
 
 GIB = 1024**3
@@ -49,8 +50,10 @@ def _check(name: str, folder: Path, least: int) -> Iterator[Finding]:
         yield ok(name, said)
     if took_s > SLOW_S:
         yield warning(name, f"a sync takes {1000 * took_s:.0f} ms", "take a local disk: every update waits for one")
-    if (kind := file_system(there)) in REMOTE:
-        yield warning(name, f"{there} is on {kind}", "take a local disk, or PostgreSQL and a bucket for the server")
+    if (mount := mount_of(there)) is not None and mount.type in REMOTE:
+        yield warning(
+            name, f"{there} is on {mount.type}", "take a local disk, or PostgreSQL and a bucket for the server"
+        )
 
 
 def sync_s(folder: Path) -> float:
@@ -64,18 +67,3 @@ def sync_s(folder: Path) -> float:
             os.fsync(file.fileno())
             took.append(time.monotonic() - began)
     return statistics.median(took)
-
-
-def file_system(folder: Path, mounts: Path = Path("/proc/mounts")) -> str:
-    """Returns the kind of file system that a folder is on; empty where that is not known."""
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    path, best, kind = str(folder.resolve()), -1, ""
-    for line in lines:
-        _, mounted, its_kind, *_ = line.split(" ")
-        inside = mounted == "/" or path == mounted or path.startswith(mounted + "/")
-        if inside and len(mounted) >= best:
-            best, kind = len(mounted), its_kind
-    return kind

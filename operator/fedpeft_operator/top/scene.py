@@ -13,6 +13,7 @@ from enum import StrEnum
 from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import names
+from fedpeft.api.round_table import of_message
 from fedpeft.formatting import counted, percent, size
 from fedpeft.v1 import operator_service_pb2, run_pb2
 
@@ -203,24 +204,9 @@ def _doing(client: operator_service_pb2.Client) -> str:
 def rounds_table(snapshot: RunSnapshot) -> Table:
     """Returns every committed round, the newest first."""
     final = snapshot.committed
-    rows = [_round(each, snapshot.run) for each in reversed(final[-MOST_ROWS:])]
+    rows = [of_message(each, snapshot.run).cells() for each in reversed(final[-MOST_ROWS:])]
     heads = ("round", "clients", "accuracy", "loss", "train", "up", "down", "full", "took")
     return Table(heads, (*rows, *_rest(len(final), len(heads))))
-
-
-def _round(round_: run_pb2.Round, run: run_pb2.Run) -> Row:
-    took, counted = views.seconds(round_), len(views.counted(round_))
-    return (
-        str(round_.number),
-        str(counted),
-        percent(round_.metrics.get("accuracy")),
-        _figure(round_.metrics, "loss"),
-        _figure(round_.metrics, "train_loss"),
-        size(round_.wire_bytes_up),
-        size(round_.wire_bytes_down),
-        size(views.full_bytes(run, counted)) if run.model_parameters else "-",
-        "-" if took is None else f"{took:.1f}",
-    )
 
 
 def clients_table(

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-from pathlib import Path
 
 from fedpeft.data.sources.file_names import shown
 from fedpeft.errors import DataInvalid
+from fedpeft.process.mounts import mount_of
 
 FAILING = frozenset(
     {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EUCLEAN, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT}
 )
 """Errors that every further file on the disk may meet as well."""
-
-_MOUNTS = Path("/proc/self/mounts")
-_ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 def check(error: OSError, path: str | os.PathLike[str]) -> None:
@@ -34,18 +30,5 @@ def check(error: OSError, path: str | os.PathLike[str]) -> None:
 
 def _disk(path: str | os.PathLike[str]) -> str:
     """Returns the device and the mount point that a path is on, as far as the system says."""
-    place = Path(os.path.realpath(path))
-    try:
-        lines = _MOUNTS.read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return "the disk"
-    mounts = [(_plain(at), _plain(device)) for device, at, *_ in map(str.split, lines)]
-    on = [(at, device) for at, device in mounts if place.is_relative_to(at)]
-    if not on:
-        return "the disk"
-    at, device = max(on, key=lambda each: len(each[0]))
-    return f"disk {shown(device)}, mounted at {shown(at)},"
-
-
-def _plain(word: str) -> str:
-    return _ESCAPED.sub(lambda found: chr(int(found[1], 8)), word)
+    mount = mount_of(path)
+    return "the disk" if mount is None else f"disk {shown(mount.device)}, mounted at {shown(mount.place)},"

@@ -13,6 +13,7 @@ import typer
 
 from fedpeft import formatting
 from fedpeft.api import views
+from fedpeft.api.round_table import of_json
 from fedpeft.process import output
 from fedpeft_operator.cli.columns import ImageColumn, LabelColumn, MaxImagePixels
 from fedpeft_operator.cli.epilogs import epilog
@@ -22,7 +23,7 @@ from fedpeft_operator.cli.weights import Weights, check_needed
 
 EVERY_S = 10.0
 """A round that takes longer says so often how far it is."""
-COLUMNS = ("ROUND", "CLIENTS", "ACCURACY", "TRAIN LOSS", "UP", "DOWN", "FULL FINE-TUNING", "SECONDS")
+COLUMNS = ("round", "clients", "accuracy", "train loss", "up", "down", "full fine-tuning", "seconds")
 
 EPILOG = epilog(
     "fedpeft simulate emoji.toml --data sites --eval test.parquet --out simulated",
@@ -187,7 +188,8 @@ def _say(report: views.Json, out: Path) -> None:
     if "accuracy" in report["initial_metrics"]:
         output.say(f"  accuracy of version 0: {formatting.percent(report['initial_metrics']['accuracy'])}")
     if report["rounds"]:
-        output.say_table(COLUMNS, [_row(row) for row in report["rounds"]], right=COLUMNS)
+        heads = tuple(column.upper() for column in COLUMNS)
+        output.say_table(heads, [of_json(row, "payload").cells(COLUMNS) for row in report["rounds"]], right=heads)
     if report["overlap"]:
         _say_overlap(report["overlap"])
     output.say(f"results: {out / 'adapter.safetensors'}, {out / 'report.json'}, {out / 'records.jsonl'}")
@@ -206,17 +208,3 @@ def _say_overlap(found: views.Json) -> None:
         )
     if shared.not_compared:
         output.say(f"training and held-out images: {shared.not_compared}")
-
-
-def _row(row: views.Json) -> tuple[object, ...]:
-    metrics = row["metrics"]
-    return (
-        row["version"],
-        len(row["clients"]),
-        formatting.percent(metrics.get("accuracy")),
-        f"{metrics['train_loss']:.3f}" if "train_loss" in metrics else "-",
-        formatting.size(row["payload_bytes_up"]),
-        formatting.size(row["payload_bytes_down"]),
-        formatting.size(row["full_bytes_each_way"]),
-        f"{row['seconds']:.1f}",
-    )

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpeft import formatting
 from fedpeft.api import views
+from fedpeft.api.round_table import of_json
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import OF_NAMED, OF_SERVER, epilog
 from fedpeft_operator.cli.run import create, export, verify, watch
@@ -15,6 +15,8 @@ from fedpeft_operator.cli.session import Session, run_async, session_of
 
 if TYPE_CHECKING:
     from fedpeft.v1 import run_pb2
+
+COLUMNS = ("round", "clients", "accuracy", "up", "down", "full fine-tuning", "seconds")
 
 app = typer.Typer(no_args_is_help=True, help="Runs: create, watch, control and export.")
 
@@ -184,22 +186,8 @@ def _headline(whole: views.Json) -> list[str]:
 
 
 def _say_rounds(rounds: list[views.Json]) -> None:
-    output.say_table(
-        ("ROUND", "CLIENTS", "ACCURACY", "UP", "DOWN", "FULL FINE-TUNING", "SECONDS"),
-        [
-            (
-                row["version"],
-                len(row["clients"]),
-                formatting.percent(row["metrics"].get("accuracy")),
-                formatting.size(row["wire_bytes_up"]),
-                formatting.size(row["wire_bytes_down"]),
-                formatting.size(row["full_bytes_each_way"]) if row["full_bytes_each_way"] else "-",
-                "-" if row["seconds"] is None else f"{row['seconds']:.1f}",
-            )
-            for row in rounds
-        ],
-        right=("ROUND", "CLIENTS", "ACCURACY", "UP", "DOWN", "FULL FINE-TUNING", "SECONDS"),
-    )
+    heads = tuple(column.upper() for column in COLUMNS)
+    output.say_table(heads, [of_json(row).cells(COLUMNS) for row in rounds], right=heads)
     for row in rounds:
         if (to := row["metrics"].get(views.ROLLED_BACK_TO)) is not None:
             output.say(f"round {row['version']} folded no update: it rolled the run back to version {to:.0f}")

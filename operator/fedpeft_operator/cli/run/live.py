@@ -15,8 +15,10 @@ from fedpeft import formatting
 from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import MOST_NAMES, decline_line, headline, names
+from fedpeft.api.round_table import of_message
 from fedpeft.v1 import run_pb2
 
+COLUMNS = ("round", "clients", "accuracy", "train loss", "up", "down", "full fine-tuning", "seconds")
 REFRESH_PER_S = 4
 ROOM_BESIDE_ROWS = 10
 """Lines of the terminal that are not rounds."""
@@ -71,7 +73,7 @@ def render(snapshot: RunSnapshot, now: datetime, rows: int) -> RenderableType:
 
 def _table(snapshot: RunSnapshot, rows: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("round", "clients", "accuracy", "train loss", "up", "down", "full fine-tuning", "seconds"):
+    for column in COLUMNS:
         table.add_column(column, justify="right")
     final = snapshot.committed
     if len(final) > rows:
@@ -79,18 +81,7 @@ def _table(snapshot: RunSnapshot, rows: int) -> Table:
     elif "accuracy" in snapshot.run.initial_metrics:
         table.add_row("0", "", formatting.percent(snapshot.run.initial_metrics["accuracy"]), style="dim")
     for round_ in final[-rows:]:
-        clients, took = len(views.counted(round_)), views.seconds(round_)
-        loss = round_.metrics.get("train_loss")
-        table.add_row(
-            str(round_.number),
-            str(clients),
-            formatting.percent(round_.metrics.get("accuracy")),
-            "-" if loss is None else f"{loss:.3f}",
-            formatting.size(round_.wire_bytes_up),
-            formatting.size(round_.wire_bytes_down),
-            formatting.size(views.full_bytes(snapshot.run, clients)) if snapshot.run.model_parameters else "-",
-            "-" if took is None else f"{took:.1f}",
-        )
+        table.add_row(*of_message(round_, snapshot.run).cells(COLUMNS))
     if (current := snapshot.current) is not None:
         received, sampled = len(views.counted(current)), len(current.tickets)
         up, down = formatting.size(current.wire_bytes_up), formatting.size(current.wire_bytes_down)
