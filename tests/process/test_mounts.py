@@ -19,10 +19,10 @@ def mounted(proc: Path, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_that_with_the_longest_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = f"/dev/root / ext4 rw 0 0\nnas:/x {tmp_path}/a\\040share nfs rw 0 0\n/dev/b {tmp_path}/a xfs rw 0 0\n"
+    lines = f"/dev/a / ext4 rw 0 0\nnas:/x {tmp_path}/a\\040share nfs rw 0 0\n/dev/b {tmp_path}/a xfs rw 0 0\n"
     mounted(tmp_path, lines, monkeypatch)
     assert mount_of(tmp_path / "a share" / "x.png") == Mount("nas:/x", f"{tmp_path}/a share", "nfs")
-    assert mount_of(tmp_path / "ab" / "x.png") == Mount("/dev/root", "/", "ext4")
+    assert mount_of(tmp_path / "ab" / "x.png") == Mount("/dev/a", "/", "ext4")
 
 
 def test_of_two_at_one_place_it_is_the_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
