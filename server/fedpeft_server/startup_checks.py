@@ -12,7 +12,7 @@ from pathlib import Path
 import structlog
 
 from fedpeft.errors import FedpeftError, SettingsInvalid
-from fedpeft_server.runs.engine import ACTIVE
+from fedpeft.rounds.transitions import ACTIVE
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import VersionRow

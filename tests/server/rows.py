@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from fedpeft.adapters.adapter_file import Written
 from fedpeft.adapters.payload import Entry, Manifest
 from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import RunConfig, parse_config
+from fedpeft.rounds.commit import Outcome
 from fedpeft.rounds.state_machine import Received, Round, Waiting, advance
-from fedpeft_server.store.database import Database
-from fedpeft_server.store.rows import Place, RoundFigures, RunRow, RunState, UpdateRow, VersionRow
+from fedpeft.rounds.transitions import RunStatus, changes
+from fedpeft_server.store.database import NONE, Bytes, Database
+from fedpeft_server.store.rows import Place, RoundFigures, RunRow, RunState, Transition, UpdateRow, VersionRow
 
 RUN = "run-000000000001"
 CONFIG: RunConfig = parse_config(
@@ -50,6 +55,26 @@ def opened(number: int = 1, run: str = RUN, clients: int = 3) -> Round:
 
 def after_receipt(state: Round, position: int = 0) -> Round:
     return advance(state, Received(state.tickets[position].id), CONFIG.rounds, 1001.0)[0]
+
+
+def running(state: Round) -> RunStatus:
+    """The status of a running run at this round."""
+    return RunStatus(0, RunState.RUNNING, "", state.number - 1, state)
+
+
+def outcome(record: str = "{}", weights: Mapping[str, float] = {}, **metrics: float) -> Outcome:
+    adapter = Written("a" * 64, 1)
+    return Outcome(adapter, "", weights, record, "e" * 64, metrics, {}, None)
+
+
+def write(database: Database, state: Round, /, *updates: UpdateRow, traffic: Bytes = NONE, **facts: Any) -> None:
+    """Writes a round as the transition from what the database has; `facts` are of the run, or the transition's own."""
+    run, current = database.standings(state.run)[0]
+    of_run = {name: facts.pop(name) for name in ("state", "reason", "version") if name in facts}
+    known = current if current.number == state.number else Round(state.run, state.number)
+    before = RunStatus(run.revision, run.state, run.reason, run.version, known)
+    made = changes(before, replace(before, round=state, **of_run), run.config.rounds)
+    database.transit(Transition(made, updates, **facts), traffic)
 
 
 BEGINNING = Place()

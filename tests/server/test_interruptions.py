@@ -16,19 +16,39 @@ from fedpeft.adapters import payload
 from fedpeft.errors import DiskFull, StateInvalid
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.store.rows import Place
+from fedpeft_server.store.rows import Place, Transition
 from fedpeft_server.store.store import Store, creation_key, version_key
 
 from .conftest import SPEC, Daemon, StartDaemon, config, filled, refused
 
+Kind = Callable[[Any], bool]
+"""Chooses transitions, or whatever a method is called with first."""
 
-def failing(method: Callable[..., Any], times: int = 1) -> Callable[..., Any]:
+
+def anything(_: Any) -> bool:
+    return True
+
+
+def receipts(made: Transition) -> bool:
+    return bool(made.updates)
+
+
+def commits(made: Transition) -> bool:
+    return made.result is not None
+
+
+def of_run(made: Transition) -> bool:
+    """Chooses pauses, resumptions and ends of a run."""
+    return made.changes.before.state is not made.changes.after.state
+
+
+def failing(method: Callable[..., Any], kind: Kind = anything, times: int = 1) -> Callable[..., Any]:
     """Returns a transaction that finds the disk full a few times."""
     left = times
 
     def transaction(*args: Any) -> Any:
         nonlocal left
-        if left:
+        if left and kind(args[0]):
             left -= 1
             raise DiskFull("no room")
         return method(*args)
@@ -51,14 +71,16 @@ class SlowClock:
 class Held:
     """A transaction that waits, once begun, until it is let go."""
 
-    def __init__(self, method: Callable[..., Any]) -> None:
+    def __init__(self, method: Callable[..., Any], kind: Kind = anything) -> None:
         self._method = method
+        self._kind = kind
         self.begun = threading.Event()
         self.go = threading.Event()
 
     def __call__(self, *args: Any) -> Any:
-        self.begun.set()
-        assert self.go.wait(10)
+        if self._kind(args[0]):
+            self.begun.set()
+            assert self.go.wait(10)
         return self._method(*args)
 
 
@@ -98,8 +120,8 @@ async def test_an_update_counts_though_its_client_leaves_while_it_is_written(dae
     (a,) = await daemon.clients("a")
     task = await a.task()
     db = daemon.server.store.db
-    held = Held(db.receive)
-    db.receive = held  # type: ignore[method-assign]
+    held = Held(db.transit, receipts)
+    db.transit = held  # type: ignore[method-assign]
     push = asyncio.ensure_future(a.push(task.ticket, filled(1.0)))
     await asyncio.to_thread(held.begun.wait, 10)
     push.cancel()
@@ -129,8 +151,8 @@ async def test_a_resumed_run_has_its_deadline_though_the_operator_leaves(daemon:
     await a.task()
     await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
     db = daemon.server.store.db
-    held = Held(db.save_round_and_run)
-    db.save_round_and_run = held  # type: ignore[method-assign]
+    held = Held(db.transit, of_run)
+    db.transit = held  # type: ignore[method-assign]
     resume = asyncio.ensure_future(daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id)))
     await asyncio.to_thread(held.begun.wait, 10)
     resume.cancel()
@@ -152,7 +174,7 @@ async def test_a_deadline_that_could_not_be_written_is_tried_again(
     tasks = await asyncio.gather(a.task(), b.task())
     await a.push(tasks[0].ticket, filled(1.0))
     db = daemon.server.store.db
-    db.save_round = failing(db.save_round)  # type: ignore[method-assign]
+    db.transit = failing(db.transit)  # type: ignore[method-assign]
     done = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
     assert done.version == 1
     assert await tickets(daemon, run.id) == {"a": run_pb2.TICKET_STATE_RECEIVED, "b": run_pb2.TICKET_STATE_LATE}
@@ -166,7 +188,8 @@ async def test_a_clock_that_is_set_back_only_puts_a_deadline_off(
     tasks = await asyncio.gather(a.task(), b.task())
     await a.push(tasks[0].ticket, filled(1.0))
     deadline = (await daemon.rounds(run.id))[-1].deadline.ToNanoseconds() / 1e9
-    monkeypatch.setattr("fedpeft_server.runs.engine.time", SlowClock(0.7))
+    for module in ("engine", "actor"):
+        monkeypatch.setattr(f"fedpeft_server.runs.{module}.time", SlowClock(0.7))
     done = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
     assert done.version == 1 and time.time() >= deadline + 0.7
     assert await tickets(daemon, run.id) == {"a": run_pb2.TICKET_STATE_RECEIVED, "b": run_pb2.TICKET_STATE_LATE}
@@ -180,9 +203,9 @@ async def test_a_commit_that_could_not_be_written_pauses_the_run_and_a_resume_re
     (a,) = await daemon.clients("a")
     task = await a.task()
     db = daemon.server.store.db
-    db.commit_round = failing(db.commit_round)  # type: ignore[method-assign]
+    db.transit = failing(db.transit, commits)  # type: ignore[method-assign]
     if times == 2:
-        db.save_round_and_run = failing(db.save_round_and_run)  # type: ignore[method-assign]
+        db.transit = failing(db.transit, lambda made: of_run(made) and not commits(made))  # type: ignore[method-assign]
     await a.push(task.ticket, filled(1.0))
     paused = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
     assert "make room and resume the run" in paused.reason
@@ -194,17 +217,16 @@ async def test_a_commit_that_was_made_though_its_answer_was_lost_gives_the_same_
     """As when the connection to a PostgreSQL breaks in the instant of the commit."""
     run = await daemon.create(config(rounds={"count": 2, "clients": 1}))
     (a,) = await daemon.clients("a")
-    db, commit = daemon.server.store.db, daemon.server.store.db.commit_round
+    db, transit = daemon.server.store.db, daemon.server.store.db.transit
 
-    def made(*args: Any) -> None:
-        commit(*args)
-        db.commit_round = commit  # type: ignore[method-assign]
-        raise StateInvalid("the connection broke")
+    def unanswered(made: Transition, *rest: Any) -> None:
+        transit(made, *rest)
+        if commits(made):
+            db.transit = transit  # type: ignore[method-assign]
+            raise StateInvalid("the connection broke")
 
-    db.commit_round = made  # type: ignore[method-assign]
+    db.transit = unanswered  # type: ignore[method-assign]
     await a.push((await a.task()).ticket, filled(1.0))
-    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
-    await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
     await daemon.until(run.id, lambda r: r.version == 1)
     await a.push((await a.task()).ticket, filled(1.0))
     await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
@@ -216,7 +238,7 @@ async def test_a_commit_that_was_made_though_its_answer_was_lost_gives_the_same_
 async def test_a_pause_that_could_not_be_written_did_not_happen(daemon: Daemon) -> None:
     run = await daemon.create()
     db = daemon.server.store.db
-    db.save_round_and_run = failing(db.save_round_and_run)  # type: ignore[method-assign]
+    db.transit = failing(db.transit, of_run)  # type: ignore[method-assign]
     with pytest.raises(Exception, match="no room"):
         await daemon.operator.PauseRun(op.PauseRunRequest(run=run.id))
     assert (await daemon.run(run.id)).state == run_pb2.RUN_STATE_RUNNING

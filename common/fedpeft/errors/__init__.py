@@ -85,6 +85,7 @@
         ├── ModelInvalid          a model or its weights
         ├── BackboneMismatch      the frozen tensors differ from the run's
         ├── StateInvalid          a state or data directory
+        ├── RevisionMoved         another process changed the run meanwhile
         ├── IdentityInvalid       a key, a certificate, an enrolment token
         ├── AuditBroken           an audit log was changed
         ├── TrainingFailed        local training ended without an update
@@ -180,6 +181,7 @@ from fedpeft.errors.local import (
     LocalError,
     ModelInvalid,
     RefusedByPolicy,
+    RevisionMoved,
     SettingsInvalid,
     StateInvalid,
     TrainingFailed,
@@ -259,6 +261,7 @@ __all__ = [
     "RefusedByPolicy",
     "RequestIdReused",
     "ResourceExhausted",
+    "RevisionMoved",
     "RoleMayNot",
     "RoundClosed",
     "RunFinished",

@@ -9,8 +9,8 @@ nobody up, and one that comes late gets its ticket then. OPEN takes updates unti
 the deadline with a quorum. A deadline without a quorum extends the round: what was received stays,
 replacements are sampled, and tickets stay good. After the last extension the run is paused. AGGREGATING takes nothing
 more; an update that turns out not to be one that can be folded is excluded, and where none is left the round is OPEN
-again. A round that was stopped stays as it is, whatever comes after. Whoever drives the machine writes each new state
-in one transaction.
+again. A round that was stopped stays as it is, whatever comes after. `fedpeft.rounds.transitions` says what each step
+changes of the run.
 
 Who gets tickets, and what becomes of those still out when a round closes, is the run's policy (`RoundPolicy`).
 """
@@ -171,6 +171,8 @@ class TimePassed:
 class Paused:
     """The run was paused: an open round takes what comes, and no deadline runs out meanwhile."""
 
+    reason: str = ""
+
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
@@ -199,6 +201,8 @@ class RolledBack:
 @dataclass(frozen=True, slots=True)
 class Stopped:
     """The run was stopped: nothing more is taken and nothing will be folded, whatever comes after."""
+
+    reason: str = ""
 
 
 Event = (

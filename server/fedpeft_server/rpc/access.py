@@ -45,10 +45,10 @@ from fedpeft_server.rpc import pages
 from fedpeft_server.rpc.messages import audit_message, identity_message, token_message
 from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.runs import Runs
-from fedpeft_server.runs.shielded import TaskSet, shielded
 from fedpeft_server.store.identities import Issue, Issued
 from fedpeft_server.store.rows import IdentityRow, TokenRow
 from fedpeft_server.store.store import Store
+from fedpeft_server.tasks import TaskSet, shielded
 from fedpeft_server.uploads.incoming import Context
 
 log = structlog.get_logger()

@@ -94,15 +94,16 @@ class Operator(pb_grpc.OperatorServiceServicer):
         key = creation_key(run.id)  # of its own: another call may bring the same request at the same time
         try:
             await self._uploads.create(key, manifest, context)
+        except BaseException:
+            await self._store.compute(self._store.spool.remove, key)  # it must not keep a disk full
+            raise
+        try:
             engine = await self._runs.create(run, partial(self._first_version, key, run, manifest), actor())
         except RequestIdReused:
             known = await self._store.transact(self._store.db.run_by_request, header.request_id)
             if known is None:
                 raise
             return await self._repeated(known, run)
-        finally:
-            if run.id not in self._runs.in_doubt:
-                await self._store.compute(self._store.spool.remove, key)  # a failed one must not keep a disk full
         return pb.CreateRunResponse(run=await self._run(engine))
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:

@@ -1,34 +1,41 @@
-"""Folding one round of the daemon: spooled updates and version r - 1 become version r in the blobs.
+"""Folding the rounds of a run: spooled updates and version r - 1 become version r in the blobs, then in the database.
 
-Runs in a thread and touches nothing but blobs and spool; doing it twice gives the same bytes under the same keys, so a
-daemon that died in the middle just does it again.
+The fold runs in a thread and touches nothing but blobs and spool; doing it twice gives the same bytes under the same
+keys, so a daemon that died in the middle just does it again, and two daemons may do it at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import structlog
+
 from fedpeft.adapters import adapter_file
+from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError
+from fedpeft.process import tracing
 from fedpeft.process.durable import create_eagerly
-from fedpeft.rounds.commit import Outcome, RunHeader, Stored, Update, fold_round, roll_back
+from fedpeft.rounds import conduct, screening
+from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, fold_round, roll_back
 from fedpeft.rounds.screening import Extent
-from fedpeft.rounds.state_machine import Round, TicketState
-from fedpeft_server.store.rows import RunRow, UpdateRow, VersionRow
+from fedpeft.rounds.state_machine import Aggregated, Excluded, Paused, Round, TicketState
+from fedpeft.rounds.transitions import RunState, RunStatus
+from fedpeft_server.background import Background
+from fedpeft_server.runs import audit_trail
+from fedpeft_server.runs.actor import SERVER, RunActor
+from fedpeft_server.runs.round_log import RoundLog
+from fedpeft_server.store.rows import Result, RunRow, Transition, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, state_key, version_key
 
+log = structlog.get_logger()
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A folded round: the row of the stored version, and what folding gave."""
-
-    version: VersionRow
-    outcome: Outcome
+AGAIN_S = 5.0
+"""A fold that the database did not allow is tried again after this pause."""
 
 
 def run_header(run: RunRow) -> RunHeader:
@@ -111,3 +118,163 @@ def go_back(run: RunRow, number: int, source: VersionRow, base: VersionRow, prev
     adapter = outcome.adapter
     version = VersionRow(run.id, number, adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time())
     return Result(version, outcome)
+
+
+class Folding:
+    """Folds and commits the rounds of one run as their time comes; any number of servers may fold the same round.
+
+    Args:
+        actor: The run.
+        store: Database, blobs and spool.
+        background: Watches over what no call waits for.
+        round_log: Told of what was folded.
+    """
+
+    def __init__(self, actor: RunActor, store: Store, background: Background, round_log: RoundLog) -> None:
+        self._actor = actor
+        self._store = store
+        self._background = background
+        self._round_log = round_log
+        self._task: asyncio.Task[None] | None = None
+        self._due = False
+        self._closing = False
+        self._log = log.bind(run=actor.run.id)
+
+    def begin(self) -> None:
+        """Begins the fold of the round in progress; one that is at work goes on with it."""
+        self._due = True
+        if self._task is None or self._task.done():
+            self._task = self._background.begin("fold", self._fold())
+
+    async def idle(self) -> None:
+        """Waits until nothing is folded."""
+        if self._task:
+            await asyncio.wait({self._task})
+
+    async def close(self) -> None:
+        """Lets a fold at work finish; no other begins."""
+        self._closing = True
+        await self.idle()
+
+    async def _fold(self) -> None:
+        """Folds the round and commits it, once the database can be used; folding it twice gives the same bits."""
+        while self._due and self._actor.status.folds and not self._closing:
+            self._due = False
+            try:
+                await self._fold_and_commit(self._actor.round)
+            except (DatabaseUnavailable, DatabaseLocked) as error:
+                self._due = True
+                self._log.error(
+                    "the round cannot be aggregated yet", round=self._actor.round.number, message=error.message
+                )
+                await asyncio.sleep(AGAIN_S)
+
+    async def _fold_and_commit(self, folding: Round) -> None:
+        """Folds a round in a thread and commits it; a fault pauses the run and leaves the round as it is.
+
+        Raises:
+            DatabaseUnavailable: If the database is out of reach; DatabaseLocked if another program holds a lock.
+        """
+        began = time.perf_counter()
+        try:
+            with tracing.span("fold", self._actor.run.id, folding.number):
+                result = await self._fold_round(folding)
+                committed = await self._actor.call(lambda: self._commit(folding, result, began))
+        except RoundEmptied as emptied:
+            excluded = emptied.excluded
+            try:
+                await self._actor.call(lambda: self._reopen(folding, excluded))
+            except Exception as error:
+                await self._fail(folding, error)
+            return
+        except Exception as error:
+            await self._fail(folding, error)
+            return
+        if committed:  # a step of its own: the next round may be there to fold before all files of this one are gone
+            self._background.watch("files", self._actor.tasks.start(self.forget(folding)))
+
+    async def _fold_round(self, folding: Round) -> Result:
+        db = self._store.db
+        earlier = screening.comparable(self._actor.run.spec, folding.number)
+        found = await self._store.transact(
+            db.fold_inputs, self._actor.run.id, folding.number, folding.base_version, earlier
+        )
+        past = [screening.median(found.extents(number, self._actor.run.config.training)) for number in earlier]
+        facts = found.updates, found.base, found.previous_sha256, past
+        return await self._store.compute(aggregate, self._actor.run, folding, *facts, self._store)
+
+    async def _commit(self, folding: Round, result: Result, began: float) -> bool:
+        """Writes the version that a round made; returns False if another engine did, or the run was stopped."""
+        outcome, config = result.outcome, self._actor.run.config.rounds
+        seconds = time.perf_counter() - began
+
+        async def decide(status: RunStatus) -> Transition | None:
+            if not _is_folding(status, folding):
+                return None
+            events = Excluded(outcome.excluded), Aggregated()
+            if (changes := self._actor.changes(status, *events)) is None:
+                return None
+            clients = [ticket.client for ticket in folding.tickets]
+            known = await self._store.transact(self._store.db.conducts, self._actor.run.id, clients)
+            after = conduct.settled(changes.round, config, lambda client: known.get(client, conduct.GOOD))
+            aside = [c for c, new in after.items() if new.is_aside and not known.get(c, conduct.GOOD).is_aside]
+            said = audit_trail.committed(status.round, changes.round, outcome, aside, SERVER)
+            return Transition(changes, result=result, conducts=after, audit_events=said)
+
+        made = await self._actor.transit(decide)
+        if made is None:
+            return False
+        self._round_log.excluded(folding, outcome.excluded)  # only now: what could not be written is folded again
+        for event in made.audit_events:
+            if event.action == audit_trail.SET_ASIDE:
+                client = str(event.details["client"])
+                self._log.warning("client set aside", client=client, refused=made.conducts[client].refused)
+        self._round_log.committed(made.changes.round, outcome, result.version.created_at, seconds)
+        return True
+
+    async def _reopen(self, folding: Round, excluded: Mapping[str, str]) -> None:
+        """Goes on with a round of which no update can be folded: others are sampled, as for any that was refused."""
+
+        async def decide(status: RunStatus) -> Transition | None:
+            if not _is_folding(status, folding) or not (changes := self._actor.changes(status, Excluded(excluded))):
+                return None
+            return Transition(changes, audit_events=audit_trail.excluded(status.round, excluded, SERVER))
+
+        if await self._actor.transit(decide):
+            self._round_log.excluded(folding, excluded)
+
+    async def _fail(self, folding: Round, error: Exception) -> None:
+        """Pauses the run, because its round cannot be folded here."""
+        if isinstance(error, DatabaseUnavailable | DatabaseLocked):
+            raise error
+        message = error.message if isinstance(error, FedpeftError) else f"{type(error).__name__}: {error}"
+        self._log.error("aggregation failed", round=folding.number, exc_info=error)
+        hint = "make room and resume the run" if isinstance(error, DiskFull) else "see the log, then resume the run"
+        reason = f"round {folding.number} could not be folded: {message}; {hint}"
+        await self._actor.call(lambda: self._pause(folding, reason))
+
+    async def _pause(self, folding: Round, reason: str) -> None:
+        try:
+            await self._actor.refresh()
+            if _is_folding(self._actor.status, folding):  # else another server has folded it
+                await self._actor.advance(Paused(reason))
+        except FedpeftError as fault:
+            # Better known to this process alone than a wait that nobody explains; a restart folds anyway.
+            self._log.error("cannot write the pause to the database", message=fault.message)
+            self._actor.presume(RunState.PAUSED, reason)
+
+    async def forget(self, done: Round) -> None:
+        """Removes what a round that is over no longer needs."""
+        with self._background.attempt("files"):  # the daemon's work of that name tries again
+            await self._store.forget_round(done, self._actor.run.id)
+
+    async def forget_stopped(self, stopped: Round) -> None:
+        """Removes what arrived for a round that will never be folded, once nothing reads it any more."""
+        await self.idle()
+        with self._background.attempt("files"):
+            await self._store.forget_stopped(stopped)
+
+
+def _is_folding(status: RunStatus, folding: Round) -> bool:
+    """Returns True if a run is still at the round that was folded."""
+    return status.folds and status.round.number == folding.number

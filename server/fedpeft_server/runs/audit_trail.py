@@ -9,6 +9,9 @@ from fedpeft.rounds.commit import Outcome
 from fedpeft.rounds.state_machine import Round, Ticket
 from fedpeft_server.store.rows import AuditEvent, UpdateRow
 
+SET_ASIDE = "client.set_aside"
+"""The action of an entry about a client that is sampled last from now on."""
+
 
 def received(current: Round, client: str, update: UpdateRow, by: str) -> AuditEvent:
     """Returns the audit event of a received update."""
@@ -42,7 +45,7 @@ def committed(folded: Round, done: Round, outcome: Outcome, aside: Sequence[str]
     return [
         *excluded(folded, outcome.excluded, by),
         AuditEvent(by, "round.committed", done.run, details),
-        *(AuditEvent(by, "client.set_aside", done.run, {"client": client}) for client in aside),
+        *(AuditEvent(by, SET_ASIDE, done.run, {"client": client}) for client in aside),
     ]
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedpeft.config import RoundsConfig
-from fedpeft.errors import FedpeftError, RoundClosed
-from fedpeft.rounds import state_machine
-from fedpeft.rounds.state_machine import Round, TicketState
+from fedpeft.errors import FedpeftError, RoundClosed, UpdateDiffers
+from fedpeft.rounds.state_machine import Received, TicketState
+from fedpeft.rounds.transitions import Changes, RunStatus, changes, transition
 from fedpeft_server.runs import audit_trail
-from fedpeft_server.store.rows import AuditEvent, UpdateRow
+from fedpeft_server.store.rows import Transition, UpdateRow
 from fedpeft_server.store.store import Store
 
 
@@ -29,58 +29,66 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Change of a round by updates that waited together.
+    """Updates that waited together, applied to a run.
 
     Attributes:
-        round: The round after them.
-        effects: What follows from it.
-        new: Receipts to be given once the round is written.
+        changes: What they change; None if nothing.
+        new: Receipts to be given once that is written.
         repeated: Receipts of tickets that had an update before, or whose round is over.
+        refused: The others, each with its error.
     """
 
-    round: Round
-    effects: tuple[state_machine.Effect, ...]
+    changes: Changes | None
     new: tuple[Receipt, ...]
     repeated: tuple[Receipt, ...]
+    refused: tuple[tuple[Receipt, FedpeftError], ...]
 
-    def audit_events(self) -> list[AuditEvent]:
-        """Returns what the audit log says of them."""
-        return [
-            audit_trail.received(self.round, self.round.ticket(each.update.ticket).client, each.update, each.by)
-            for each in self.new
-        ]
+    def transition(self) -> Transition | None:
+        """Returns what is to be written; None if nothing is."""
+        if self.changes is None:
+            return None
+        done = self.changes.round
+        said = [audit_trail.received(done, done.ticket(e.update.ticket).client, e.update, e.by) for e in self.new]
+        return Transition(self.changes, [each.update for each in self.new], audit_events=said)
 
     async def settle(self, store: Store) -> None:
-        """Gives the receipts, once the round is written."""
+        """Gives the receipts, once the transition is written."""
         for receipt in self.new:
             receipt.counted.set_result(receipt.update)
+        for receipt, error in self.refused:
+            receipt.counted.set_exception(error)
         for receipt in self.repeated:
             ticket = receipt.update.ticket
             counted = await store.transact(store.db.update, ticket)
             if counted is None:
                 text = f"the round of ticket {ticket} has closed; keep the update for the next round"
                 receipt.counted.set_exception(RoundClosed(text))
+            elif counted.manifest.sha256 != receipt.update.manifest.sha256:
+                text = f"another update was already received for {ticket}; that one counts"
+                receipt.counted.set_exception(UpdateDiffers(text))
             else:
                 receipt.counted.set_result(counted)
 
 
-def batch(current: Round, waiting: Sequence[Receipt], config: RoundsConfig, now: float) -> Batch:
-    """Applies updates to a round in the order in which they came; those that it does not take are told so."""
-    state, effects = current, list[state_machine.Effect]()
-    new, repeated = list[Receipt](), list[Receipt]()
+def batch(status: RunStatus, waiting: Sequence[Receipt], config: RoundsConfig, now: float) -> Batch:
+    """Applies updates to a run in the order in which they came."""
+    after, new, repeated = status, list[Receipt](), list[Receipt]()
+    refused = list[tuple[Receipt, FedpeftError]]()
     for receipt in waiting:
-        ticket = next((t for t in state.tickets if t.id == receipt.update.ticket), None)
+        ticket = next((t for t in after.round.tickets if t.id == receipt.update.ticket), None)
         if ticket is None or ticket.state is TicketState.RECEIVED:
             repeated.append(receipt)
             continue
         try:
-            state, follow = state_machine.advance(state, state_machine.Received(ticket.id), config, now)
+            made = transition(after, [Received(ticket.id)], config, now)
         except FedpeftError as error:
-            receipt.counted.set_exception(error)
+            refused.append((receipt, error))
             continue
-        new.append(receipt)
-        effects += follow
-    return Batch(state, tuple(effects), tuple(new), tuple(repeated))
+        if made is not None:
+            after = made.after
+            new.append(receipt)
+    found = changes(status, after, config) if new else None
+    return Batch(found, tuple(new), tuple(repeated), tuple(refused))
 
 
 def fail(waiting: Sequence[Receipt], error: Exception | None) -> None:

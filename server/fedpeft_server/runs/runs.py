@@ -12,21 +12,20 @@ from contextlib import suppress
 import structlog
 
 from fedpeft.errors import DatabaseUnavailable, FedpeftError, RunNotFinished, RunNotFound, StateInvalid, TicketNotFound
-from fedpeft.rounds.conduct import GOOD
 from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.runs.engine import ACTIVE, RunEngine
+from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.gathering import Gathering
 from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.runs.participation import Participation
 from fedpeft_server.runs.progress_watch import ProgressWatch
 from fedpeft_server.runs.scoring import Scoring
-from fedpeft_server.runs.shielded import TaskSet, shielded
 from fedpeft_server.runs.ticket_index import TicketIndex
 from fedpeft_server.runs.waiting import NAMED, awaited
-from fedpeft_server.store.rows import AnswerRow, AuditEvent, RoundRow, RunRow, RunState, VersionRow
-from fedpeft_server.store.store import Store
+from fedpeft_server.store.rows import AnswerRow, AuditEvent, RunRow, RunState, VersionRow
+from fedpeft_server.store.store import Store, creation_key
+from fedpeft_server.tasks import TaskSet, shielded
 from fedpeft_server.traffic import ByteCounter
 
 log = structlog.get_logger()
@@ -71,8 +70,6 @@ class Runs:
         progress: How far the clients are that open rounds await.
         steps: Transitions under way.
         scoring: Which versions evaluators have scored.
-        in_doubt: Runs of which nobody knows whether they are in the database; their uploads stay, for the next start
-            to find out and remove what there is of one that was never written.
     """
 
     def __init__(
@@ -83,7 +80,6 @@ class Runs:
         self.progress = progress
         self.scoring = Scoring(store)
         self.tasks = TaskSet()
-        self.in_doubt: set[str] = set()
         self._store = store
         self._byte_counter = byte_counter
         self._metrics = metrics
@@ -100,9 +96,8 @@ class Runs:
     async def start(self) -> None:
         """Takes up every run where the last process left it."""
         self.participation = Participation(await self._store.transact(self._store.db.answers))
-        for run in await self._store.transact(self._store.db.runs):
-            row = await self._store.transact(self._store.db.current_round, run.id)
-            self._add(self._engine(run, _in_progress(run, row)))
+        for run, current in await self._store.transact(self._store.db.standings):
+            self._add(self._engine(run, current))
         held = {t.id for e in self._engines.values() if e.active for t in e.round.tickets}
         sizes = await self._store.compute(self._store.spool.sizes, held)
         if sizes:
@@ -127,8 +122,12 @@ class Runs:
     async def create(self, run: RunRow, first: Callable[[], VersionRow], by: str) -> RunEngine:
         """Adds a run that `by` asks for; `first` stores its adapter version 0, and is undone if it cannot be added.
 
+        The upload of that version is removed once it is known what became of the run: until then it tells the next
+        start of the server that something of it may be left.
+
         Raises:
             RequestIdReused: If a run of the same request was added meanwhile.
+            DatabaseUnavailable: If it may have been added or not; then all files of it stay.
         """
         try:
             version = await self._store.compute(first)
@@ -136,10 +135,12 @@ class Runs:
                 by, "run.created", run.id, {"name": run.config.name, "adapter_sha256": version.sha256}
             )
             await self._store.transact(self._store.db.create_run, run, version, (audit_event,))
-        except FedpeftError as error:
+        except Exception as error:
             if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._is_written(run.id)):
                 await self._store.compute(self._store.forget_run, run.id, ())
+                await self._store.compute(self._store.spool.remove, creation_key(run.id))
                 raise
+        await self._store.compute(self._store.spool.remove, creation_key(run.id))
         return self._begin(run)
 
     @shielded
@@ -250,12 +251,7 @@ class Runs:
         """
         found = [e for e in self.all(run_id) if self.participation.conduct(e.run.id, client).is_aside]
         for engine in found:
-            audit_event = AuditEvent(by, "client.readmitted", engine.run.id, {"client": client})
-            good = {client: GOOD}
-            await self._store.transact(self._store.db.put_conducts, engine.run.id, good, (audit_event,))
-            self.participation.put_conducts(engine.run.id, good)
-            log.info("client readmitted", run=engine.run.id, client=client)
-            self._changed(engine)
+            await engine.readmit(client, by)
         return [engine.run.id for engine in found]
 
     def declared_examples(self, run_id: str, client: str) -> int:
@@ -314,14 +310,11 @@ class Runs:
         """Returns True if a run is in the database, because its transaction may have been made and the answer lost.
 
         Raises:
-            FedpeftError: If that cannot be found out; then the run is in doubt, and its version must stay.
+            FedpeftError: If that cannot be found out; its version must stay.
         """
-        self.in_doubt.add(run_id)
         try:
             await self._store.transact(self._store.db.run, run_id)
-            self.in_doubt.remove(run_id)
         except RunNotFound:
-            self.in_doubt.remove(run_id)
             return False
         return True
 
@@ -408,11 +401,3 @@ class Runs:
                 tickets = Counter(ticket.state for ticket in engine.round.tickets)
                 for state in TicketState:
                     gauge.labels(run, state).set(tickets[state])
-
-
-def _in_progress(run: RunRow, newest: RoundRow | None) -> Round:
-    """Returns the round that a run is in; one that nobody was sampled for is not in the database."""
-    if newest is None:
-        return Round(run.id, 1)
-    over = newest.round.phase is Phase.COMMITTED and run.state in ACTIVE
-    return newest.round.following(run.config.rounds) if over else newest.round

@@ -120,7 +120,7 @@ def opening(engine: Engine) -> Iterator[None]:
 
 @contextmanager
 def translated(where: str) -> Iterator[None]:
-    """TransferSlots what a driver raises into this project's errors.
+    """Translates what a driver raises into this project's errors.
 
     Raises:
         DiskFull: If the database has no room to grow.
@@ -144,6 +144,8 @@ def _fault(error: DBAPIError | sqlite3.Error, where: str) -> FedpeftError:
     words, sqlstate = " ".join(str(cause).split()), getattr(cause, "sqlstate", "") or ""
     if sqlstate == postgresql.LOCKED:
         return DatabaseLocked(f"database {where} was locked by another session for {postgresql.BUSY_S} s; end that one")
+    if sqlstate in postgresql.UNDONE:
+        return DatabaseLocked(f"database {where} undid a transaction in favour of another session's ({words})")
     if cause is not None and not name and (fault := postgresql.fault(cause, sqlstate, words)):
         return _unavailable(f"database {where} {fault}", permanent=sqlstate in postgresql.CORRUPT)
     if name.startswith("SQLITE_FULL") or sqlstate == "53100":

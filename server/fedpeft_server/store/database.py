@@ -5,15 +5,15 @@ Synchronous, and called from one thread; the SQL is in `run_queries`, `round_que
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
 from fedpeft.errors import RequestIdReused
 from fedpeft.rounds.conduct import Conduct
 from fedpeft.rounds.state_machine import Round
+from fedpeft.rounds.transitions import ACTIVE, in_progress
 from fedpeft_server.store.connection import connect, opening
 from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.identities import Identities
@@ -42,11 +42,10 @@ from fedpeft_server.store.rows import (
     GaugeSnapshot,
     Place,
     RoundFigures,
-    RoundRow,
     RunRow,
-    RunState,
     TicketRow,
     Traffic,
+    Transition,
     UpdateRow,
     VersionRow,
 )
@@ -78,9 +77,6 @@ class Database:
         self.identities = Identities(self.transactions)
         self._transaction = self.transactions.begin
         self._reading = self.transactions.read
-        # The round last written of each run: what need not be written again, so that a receipt costs one row of a
-        # round's tickets and not all.
-        self._written: dict[str, Round] = {}
 
     @classmethod
     def open(cls, url: str) -> Database:
@@ -107,14 +103,11 @@ class Database:
         Raises:
             RequestIdReused: If a run of the same `request_id` exists.
         """
-        try:
-            with self._transaction(*audit_events) as connection:
-                if run.request_id and run_queries.select_run_by_request(connection, run.request_id):
-                    raise RequestIdReused(f"request {run.request_id} already made a run")
-                run_queries.insert_run(connection, run)
-                run_queries.put_version(connection, version)
-        finally:
-            self._written.pop(run.id, None)
+        with self._transaction(*audit_events) as connection:
+            if run.request_id and run_queries.select_run_by_request(connection, run.request_id):
+                raise RequestIdReused(f"request {run.request_id} already made a run")
+            run_queries.insert_run(connection, run)
+            run_queries.insert_version(connection, version)
 
     def run_by_request(self, request_id: str) -> RunRow | None:
         """Returns the run that a CreateRun call made, or None."""
@@ -141,7 +134,6 @@ class Database:
         Raises:
             RunNotFound: If there is none of that id.
         """
-        self._written.pop(run_id, None)
         with self._transaction(*audit_events) as connection:
             run_queries.delete_run(connection, run_id)
 
@@ -155,98 +147,58 @@ class Database:
         with self._reading() as connection:
             return run_queries.select_version(connection, run_id, version)
 
-    # Rounds, tickets and updates. `traffic`, where given, is added to the counted bytes, and `audit_events` to the
-    # audit log, in the same transaction.
+    # Transitions; the rounds, tickets and updates that they write
 
-    def save_round(self, state: Round, traffic: Bytes = NONE, audit_events: AuditEvents = ()) -> None:
-        """Writes a round and its tickets.
+    def transit(self, made: Transition, traffic: Bytes = NONE) -> None:
+        """Writes a transition, and adds `traffic` to the counted bytes; nothing if another one was written meanwhile.
 
-        Raises:
-            RunNotFound: If its run does not exist.
-        """
-        with self._writing(state, traffic, audit_events):
-            pass
-
-    def save_round_and_run(
-        self, state: Round, run_state: RunState, reason: str, traffic: Bytes = NONE, audit_events: AuditEvents = ()
-    ) -> None:
-        """Writes a round, its tickets, and the state of its run.
+        Clients of updates are counted the bytes of the payloads at least.
 
         Raises:
             RunNotFound: If its run does not exist.
+            RevisionMoved: If the run is not at the revision at which the transition begins.
         """
-        with self._writing(state, traffic, audit_events) as connection:
-            run_queries.update_run(connection, state.run, run_state, reason)
-
-    def receive(
-        self, state: Round, updates: Sequence[UpdateRow], traffic: Bytes = NONE, audit_events: AuditEvents = ()
-    ) -> None:
-        """Writes a round, its tickets, and what was received for some; a second update of a ticket is ignored.
-
-        Their clients are counted the bytes of the payloads at least.
-
-        Raises:
-            RunNotFound: If its run does not exist.
-        """
-        received = {state.ticket(update.ticket).client: update for update in updates}
+        changes, state = made.changes, made.changes.round
+        received = {state.ticket(update.ticket).client: update for update in made.updates}
         least = {
             (state.run, state.number, client): Traffic(payload_up=update.manifest.payload_bytes)
             for client, update in received.items()
         }
-        with self._writing(state, traffic, audit_events) as connection:
-            rounds.put_updates(connection, received)
+        with self._transaction(*made.audit_events) as connection:
+            run_queries.move(connection, changes)
+            rounds.put_changes(connection, changes)
+            rounds.insert_updates(connection, received)
+            rounds.add_traffic(connection, traffic, known=(state.run,))
             rounds.count_at_least(connection, least)
+            if made.result is not None:
+                version = made.result.version
+                rounds.put_result(connection, state, version.created_at, made.result.outcome)
+                run_queries.insert_version(connection, version)
+            participation.put_conducts(connection, state.run, made.conducts)
 
-    def commit_round(
-        self,
-        state: Round,
-        committed_at: float,
-        weights: Mapping[str, float],
-        version: VersionRow,
-        record: str,
-        record_sha256: str,
-        metrics: Mapping[str, float],
-        run_state: RunState,
-        reason: str,
-        conducts: Mapping[str, Conduct],
-        traffic: Bytes = NONE,
-        audit_events: AuditEvents = (),
-    ) -> None:
-        """Writes a committed round with its result, and the run's newest version and state.
-
-        A repetition, by a caller that could not learn the outcome of its first attempt, writes nothing but the bytes.
-
-        Args:
-            state: The round, its phase COMMITTED.
-            committed_at: When.
-            weights: Share of each folded ticket in the mean.
-            version: The result.
-            record: Canonical JSON.
-            record_sha256: Its digest, hexadecimal.
-            metrics: Figures of the round.
-            run_state: COMPLETED after the last round.
-            reason: Why the run is in that state; may be empty.
-            conducts: How clients used their tickets, where that changed.
-            traffic: Bytes to add.
-            audit_events: What is told of it in the audit log.
+    def revision(self, run_id: str) -> int:
+        """Returns the revision of a run.
 
         Raises:
-            RunNotFound: If its run does not exist.
+            RunNotFound: If there is none of that id.
         """
-        with self._writing(state, traffic, ()) as connection:
-            if rounds.has_result(connection, state, record_sha256):
-                return
-            rounds.put_result(connection, state, committed_at, weights, record, record_sha256, metrics)
-            run_queries.put_version(connection, version)
-            run_queries.update_run(connection, state.run, run_state, reason, version.version)
-            participation.put_conducts(connection, state.run, conducts)
-            for audit_event in audit_events:
-                self.transactions.append(connection, audit_event)
-
-    def current_round(self, run_id: str) -> RoundRow | None:
-        """Returns the round of the highest number, or None if there is none."""
         with self._reading() as connection:
-            return rounds.select_current(connection, run_id)
+            return run_queries.select_revision(connection, run_id)
+
+    def standings(self, run_id: str = "") -> list[tuple[RunRow, Round]]:
+        """Returns all runs, oldest first, or the one that is named, each with the round that it is in.
+
+        Raises:
+            RunNotFound: If there is none of that id.
+        """
+        with self._reading() as connection:
+            found = [run_queries.select_run(connection, run_id)] if run_id else run_queries.select_runs(connection)
+            return [(run, _in_progress(run, rounds.select_newest(connection, run.id))) for run in found]
+
+    def conducts(self, run_id: str, clients: Sequence[str]) -> dict[str, Conduct]:
+        """Returns how clients used their last tickets of a run; nothing of those that never answered its offer."""
+        with self._reading() as connection:
+            return participation.select_conducts(connection, run_id, clients)
 
     def rounds_from(
         self,
@@ -303,6 +255,11 @@ class Database:
         with self._reading() as connection:
             return rounds.select_update(connection, ticket_id)
 
+    def updates(self, run_id: str, number: int) -> dict[str, UpdateRow]:
+        """Returns what was received in a round, by ticket."""
+        with self._reading() as connection:
+            return rounds.select_updates(connection, run_id, number)
+
     def fold_inputs(self, run_id: str, number: int, base: int, earlier: Sequence[int]) -> FoldInputs:
         """Returns what round `number` is folded from, and norms and examples of the `earlier` ones.
 
@@ -311,12 +268,12 @@ class Database:
             VersionNotFound: If the run has no version `base`.
         """
         with self._reading() as connection:
-            row = rounds.select_current(connection, run_id)
+            updates = rounds.select_updates(connection, run_id, number)
             version = run_queries.select_version(connection, run_id, base)
-            # That of the round before, not the newest: this one's may be there, if its commit was made, not answered.
+            # That of the round before, not the newest: another server may have committed this one.
             previous = rounds.select_record_sha256(connection, run_id, number - 1)
             norms = rounds.select_norms(connection, run_id, earlier)
-        return FoldInputs(row.updates if row else {}, version, previous, norms)
+        return FoldInputs(updates, version, previous, norms)
 
     def pasts(self, run_id: str, number: int, clients: Sequence[str]) -> dict[str, list[Taken]]:
         """Returns what the last rounds before one took some clients, the newest first; see `past_queries`."""
@@ -327,21 +284,6 @@ class Database:
         """Returns the digest of the record of a round, hexadecimal, or "" if there is none."""
         with self._reading() as connection:
             return rounds.select_record_sha256(connection, run_id, number)
-
-    @contextmanager
-    def _writing(self, state: Round, traffic: Bytes, audit_events: AuditEvents) -> Iterator[Connection]:
-        """A transaction that writes a round and bytes; what it held before is unknown if it fails."""
-        before = self._written.get(state.run)
-        try:
-            with self._transaction(*audit_events) as connection:
-                same = before is not None and before.number == state.number
-                rounds.put_round(connection, state, before if same else None)
-                rounds.add_traffic(connection, traffic, known=(state.run,))
-                yield connection
-        except BaseException:
-            self._written.pop(state.run, None)
-            raise
-        self._written[state.run] = state
 
     # Traffic and evaluations
 
@@ -422,11 +364,6 @@ class Database:
             participation.put_answers(connection, [answer for answer in answers if answer.run in known])
         return [answer.run in known for answer in answers]
 
-    def put_conducts(self, run_id: str, conducts: Mapping[str, Conduct], audit_events: AuditEvents = ()) -> None:
-        """Writes how clients used their last tickets of a run."""
-        with self._transaction(*audit_events) as connection:
-            participation.put_conducts(connection, run_id, conducts)
-
     def answers(self) -> list[AnswerRow]:
         """Returns what clients answered, of all runs."""
         with self._reading() as connection:
@@ -457,3 +394,8 @@ class Database:
         """Returns all clients by id."""
         with self._reading() as connection:
             return client_queries.select_clients(connection)
+
+
+def _in_progress(run: RunRow, newest: Round | None) -> Round:
+    """Returns the round that a run is in; one that nobody was sampled for is not in the database."""
+    return Round(run.id, 1) if newest is None else in_progress(newest, run.config.rounds, active=run.state in ACTIVE)

@@ -16,6 +16,8 @@ _PROBES = 3
 
 LOCKED = "55P03"
 """The state with which PostgreSQL says that another session held a lock for too long."""
+UNDONE = ("40001", "40P01")
+"""The states of a transaction that was undone in favour of another session's; it can be made again."""
 
 
 def engine(url: URL) -> Engine:
@@ -73,8 +75,6 @@ def fault(cause: BaseException, sqlstate: str, words: str) -> str:
             return f"takes nothing written ({words}): a standby after a failover? Name the primary with --database"
         case "53300":
             return f"takes no more connections ({words}); raise max_connections, or end some"
-        case "40001" | "40P01":
-            return f"undid a transaction because of another one ({words}); let nobody else write to it"
         case "53200" | "53400" | "58000" | "58030":
             return f"has no memory, or its disk fails ({words}); see its log"
         case _ if sqlstate in CORRUPT:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import ClassVar
 
 from fedpeft.adapters.payload import Manifest
@@ -13,18 +12,12 @@ from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig, TrainingConfig
 from fedpeft.identity.audit import Detail
 from fedpeft.identity.subject import Subject
+from fedpeft.rounds.commit import Outcome
 from fedpeft.rounds.conduct import GOOD, Conduct
 from fedpeft.rounds.screening import Extent, local_steps
 from fedpeft.rounds.state_machine import Round, Ticket
-
-
-class RunState(StrEnum):
-    """State of a run."""
-
-    RUNNING = "running"
-    PAUSED = "paused"
-    COMPLETED = "completed"
-    STOPPED = "stopped"
+from fedpeft.rounds.transitions import Changes
+from fedpeft.rounds.transitions import RunState as RunState
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +36,7 @@ class RunRow:
         model_parameters: Parameters of the whole model; 0 if the creator did not say.
         request_id: The caller's id of the CreateRun call; may be empty.
         request_digest: Digest of what that call asked for; may be empty.
+        revision: Number of transitions so far.
     """
 
     id: str
@@ -56,6 +50,7 @@ class RunRow:
     model_parameters: int = 0
     request_id: str = ""
     request_digest: str = ""
+    revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +101,30 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundRow:
-    """A round as it is driven: the state machine's state, and what was received, by ticket."""
+class Result:
+    """A folded round: the row of the stored version, and what folding gave."""
 
-    round: Round
-    updates: Mapping[str, UpdateRow]
+    version: VersionRow
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A transition of a run with all that is written together with it.
+
+    Attributes:
+        changes: What changes of the run, its round and its tickets.
+        updates: What was received for some of them.
+        result: The version that the transition commits, if it commits one.
+        conducts: How clients used their tickets, where that changed.
+        audit_events: What is told of it in the audit log.
+    """
+
+    changes: Changes
+    updates: Sequence[UpdateRow] = ()
+    result: Result | None = None
+    conducts: Mapping[str, Conduct] = field(default_factory=dict)
+    audit_events: Sequence[AuditEvent] = ()
 
 
 @dataclass(frozen=True, slots=True)

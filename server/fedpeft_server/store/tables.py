@@ -51,6 +51,8 @@ runs = Table(
     # Null where the caller gave none: any number of those may exist, but only one run a request.
     Column("request_id", String(256), nullable=True, unique=True),
     Column("request_digest", String(64), nullable=False),
+    # Number of transitions so far; each is written only where it is the one that it began at.
+    Column("revision", BigInteger, nullable=False, server_default="0"),
 )
 
 versions = Table(

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import IntegrityError
 
-from fedpeft.errors import DatabaseUnavailable, FedpeftError
+from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, FedpeftError
 from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
 from fedpeft_server.store.connection import reading, translated
@@ -43,7 +44,7 @@ class Transactions:
 
         Raises:
             DiskFull: If there is no room; the transaction is undone.
-            DatabaseLocked: If another program holds a lock; nothing was done.
+            DatabaseLocked: If another program holds a lock, or wrote to the audit log meanwhile; nothing was done.
             DatabaseUnavailable: If the database is corrupt or out of reach; the transaction is undone, or its outcome
                 unknown.
         """
@@ -118,8 +119,16 @@ class Transactions:
             return False
 
     def append(self, connection: Connection, event: AuditEvent) -> None:
-        """Writes an entry in a transaction of this object's."""
+        """Writes an entry in a transaction of this object's.
+
+        Raises:
+            DatabaseLocked: If another server has written an entry since the newest that is known here.
+        """
         previous = self._head or audit_queries.select_last(connection)
         entry = audit.entry(previous, time.time(), event.actor, event.action, event.object, event.details)
-        audit_queries.insert_entry(connection, entry)
+        try:
+            audit_queries.insert_entry(connection, entry)
+        except IntegrityError:
+            text = f"entry {entry.number} of the audit log of {self._where} was written by another server meanwhile"
+            raise DatabaseLocked(text) from None
         self._head = entry

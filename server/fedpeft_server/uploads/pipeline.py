@@ -39,10 +39,10 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_server.access.call import actor
 from fedpeft_server.access.untrusted_text import MAX_EXAMPLES
 from fedpeft_server.runs.engine import RunEngine
-from fedpeft_server.runs.shielded import TaskSet
 from fedpeft_server.store.rows import UpdateRow
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
+from fedpeft_server.tasks import TaskSet
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.chunk_receiver import ChunkReceiver
 from fedpeft_server.uploads.incoming import Context

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from fedpeft.errors import DiskFull, RoundClosed, TicketClosed
-from fedpeft.rounds.state_machine import Aggregate, Phase, TicketState, Withdrawn, advance
+from fedpeft.rounds.state_machine import Phase, TicketState, Withdrawn, advance
+from fedpeft.rounds.transitions import effects
 from fedpeft_server.runs.receipts import Receipt, batch
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
+from fedpeft_server.store.rows import Transition
 
 from ..conftest import Daemon, config, filled, refused
-from ..rows import CONFIG, opened, update_row
+from ..rows import CONFIG, opened, running, update_row
 
 
 async def test_a_batch_takes_what_the_round_takes_and_tells_the_others_why() -> None:
@@ -25,28 +27,35 @@ async def test_a_batch_takes_what_the_round_takes_and_tells_the_others_why() -> 
     state = advance(state, Withdrawn(ids[3], "no power"), CONFIG.rounds, 1001.0)[0]
     given = [ids[0], ids[3], ids[0], "another", ids[1], ids[2]]
     waiting = [Receipt(update_row(ticket), "local") for ticket in given]
-    found = batch(state, waiting, CONFIG.rounds, 1002.0)
+    before = running(state)
+    found = batch(before, waiting, CONFIG.rounds, 1002.0)
     assert found.new == (waiting[0], waiting[4], waiting[5])
     assert found.repeated == (waiting[2], waiting[3])
-    assert isinstance(waiting[1].counted.exception(), TicketClosed)
-    assert found.round.phase is Phase.AGGREGATING and found.effects == (Aggregate(),)
-    assert [t.state for t in found.round.tickets] == [TicketState.RECEIVED] * 3 + [TicketState.WITHDRAWN]
-    assert [audit_event.details["ticket"] for audit_event in found.audit_events()] == [ids[0], ids[1], ids[2]]
+    ((refused, error),) = found.refused
+    assert refused is waiting[1] and isinstance(error, TicketClosed)
+    assert not any(receipt.counted.done() for receipt in waiting), "nothing is written yet"
+    made = found.transition()
+    assert made is not None and made.changes.after.revision == before.revision + 1
+    after = made.changes.after.round
+    assert after.phase is Phase.AGGREGATING and effects(before, made.changes.after).fold
+    assert [t.state for t in after.tickets] == [TicketState.RECEIVED] * 3 + [TicketState.WITHDRAWN]
+    assert [audit_event.details["ticket"] for audit_event in made.audit_events] == [ids[0], ids[1], ids[2]]
 
 
 async def test_what_comes_after_the_last_one_that_was_needed_is_late() -> None:
     rounds = CONFIG.rounds.model_copy(update={"clients": 1})
     state = opened(clients=2)
     waiting = [Receipt(update_row(ticket.id), "local") for ticket in state.tickets]
-    found = batch(state, waiting, rounds, 1002.0)
+    found = batch(running(state), waiting, rounds, 1002.0)
     assert found.new == (waiting[0],)
-    assert isinstance(waiting[1].counted.exception(), RoundClosed)
+    assert [(receipt, type(error)) for receipt, error in found.refused] == [(waiting[1], RoundClosed)]
 
 
 def counted(method: Callable[..., None], calls: list[int]) -> Callable[..., None]:
-    def call(state: Any, updates: list[Any], *rest: Any) -> None:
-        calls.append(len(updates))
-        method(state, updates, *rest)
+    def call(made: Transition, *rest: Any) -> None:
+        if made.updates:
+            calls.append(len(made.updates))
+        method(made, *rest)
 
     return call
 
@@ -56,21 +65,23 @@ async def pushed_together(daemon: Daemon, run: str, count: int) -> list[asyncio.
     clients = await daemon.clients(*(f"c{i}" for i in range(count)))
     tasks = await asyncio.gather(*(client.task() for client in clients))
     engine = daemon.server.runs.get(run)
-    async with engine._lock:
-        calls = [
-            asyncio.create_task(client.push(task.ticket, filled(1.0)))
-            for client, task in zip(clients, tasks, strict=True)
-        ]
-        async with asyncio.timeout(20):
-            while len(engine._waiting) < count:
-                await asyncio.sleep(0.01)
+    over = asyncio.Event()
+    under_way = asyncio.create_task(engine.actor.call(over.wait))
+    calls = [
+        asyncio.create_task(client.push(task.ticket, filled(1.0))) for client, task in zip(clients, tasks, strict=True)
+    ]
+    async with asyncio.timeout(20):
+        while len(engine._waiting) < count:
+            await asyncio.sleep(0.01)
+    over.set()
+    await under_way
     return calls
 
 
 async def test_updates_that_wait_share_one_transaction(daemon: Daemon) -> None:
     run = await daemon.create(config(rounds={"count": 1, "clients": 4}))
     db, calls = daemon.server.store.db, list[int]()
-    db.receive = counted(db.receive, calls)  # type: ignore[method-assign]
+    db.transit = counted(db.transit, calls)  # type: ignore[method-assign]
     answers = await asyncio.gather(*await pushed_together(daemon, run.id, 4))
     assert calls == [4]
     assert len({answer.ticket for answer in answers}) == 4
@@ -83,15 +94,15 @@ async def test_updates_that_wait_share_one_transaction(daemon: Daemon) -> None:
 async def test_a_transaction_that_fails_gives_no_receipt_and_all_may_push_again(daemon: Daemon) -> None:
     run = await daemon.create(config(rounds={"count": 1, "clients": 3}))
     db, once = daemon.server.store.db, [True]
-    written = db.receive
+    written = db.transit
 
-    def receive(*facts: Any) -> None:
-        if once:
+    def transit(made: Transition, *rest: Any) -> None:
+        if made.updates and once:
             once.clear()
             raise DiskFull("no room")
-        written(*facts)
+        written(made, *rest)
 
-    db.receive = receive  # type: ignore[method-assign]
+    db.transit = transit  # type: ignore[method-assign]
     for call in await pushed_together(daemon, run.id, 3):
         assert await refused(call) == DiskFull.reason
     engine = daemon.server.runs.get(run.id)

@@ -12,16 +12,16 @@ from fedpeft.errors import RunNotFound, VersionNotFound
 from fedpeft.rounds.state_machine import Phase, Round, Waiting, advance
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.evaluations import merged
-from fedpeft_server.store.rows import GaugeSnapshot, Place, RunState, Traffic
+from fedpeft_server.store.rows import GaugeSnapshot, Place, Result, Traffic
 
-from ..rows import CONFIG, RUN, shown, version_row
+from ..rows import CONFIG, RUN, outcome, shown, version_row, write
 
 
 class TestFigures:
     def test_traffic_adds_up(self, with_run: Database) -> None:
         two = CONFIG.rounds.model_copy(update={"clients": 2})
         state = advance(Round(RUN, 1), Waiting(frozenset("ab")), two, 1.0)[0]
-        with_run.save_round(state)
+        write(with_run, state)
         with_run.add_traffic({})
         for _ in range(3):
             with_run.add_traffic(
@@ -82,7 +82,8 @@ class TestShownRounds:
         rounds = CONFIG.rounds.model_copy(update={"clients": 7})
         for number in (1, 2, 3):
             state = advance(Round(RUN, number), Waiting(frozenset(self.NAMES)), rounds, 1.0)[0]
-            with_run.save_round(state, {(RUN, number, name): Traffic(number) for name in (*self.NAMES, "stranger")})
+            traffic = {(RUN, number, name): Traffic(number) for name in (*self.NAMES, "stranger")}
+            write(with_run, state, traffic=traffic)
         return with_run
 
     def test_pages_of_any_size_have_every_ticket_once_and_in_order(self, held: Database) -> None:
@@ -117,7 +118,7 @@ class TestShownRounds:
     def test_what_the_gauges_show(self, held: Database) -> None:
         assert held.gauge_snapshot(RUN, 3) == GaugeSnapshot({}, {}, Traffic(21), Traffic())
         state = replace(shown(held)[1].round, phase=Phase.COMMITTED)
-        held.commit_round(state, 1.0, {}, version_row(2), "{}", "e" * 64, {"train_loss": 0.5}, RunState.RUNNING, "", {})
+        write(held, state, version=2, result=Result(version_row(2), outcome(train_loss=0.5)))
         held.put_evaluation(RUN, 2, "judge", "test", {"accuracy": 0.5}, 2.0)
         held.put_evaluation(RUN, 0, "judge", "test", {"accuracy": 0.1}, 1.0)
         found = held.gauge_snapshot(RUN, 3)

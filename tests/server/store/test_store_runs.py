@@ -10,7 +10,7 @@ from fedpeft_server.store import tables
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import RunState, Traffic
 
-from ..rows import RUN, after_receipt, opened, run_row, update_row, version_row
+from ..rows import RUN, after_receipt, opened, run_row, update_row, version_row, write
 
 
 class TestRuns:
@@ -28,7 +28,7 @@ class TestRuns:
         with pytest.raises(RunNotFound):
             with_run.version("run-x", 0)
         with pytest.raises(RunNotFound):
-            with_run.save_round(opened(run="run-x"))
+            write(with_run, opened(run="run-x"))
         with pytest.raises(VersionNotFound, match="version 7"):
             with_run.version(RUN, 7)
         with pytest.raises(TicketNotFound, match="ticket-x"):
@@ -45,14 +45,14 @@ class TestRuns:
         assert with_run.run("run-3").request_id == ""
 
     def test_its_state_changes_with_a_reason(self, with_run: Database) -> None:
-        with_run.save_round_and_run(opened(), RunState.PAUSED, "asked to")
-        assert with_run.run(RUN) == run_row(state=RunState.PAUSED, reason="asked to")
+        write(with_run, opened(), state=RunState.PAUSED, reason="asked to")
+        assert with_run.run(RUN) == run_row(state=RunState.PAUSED, reason="asked to", revision=1)
 
     def test_deleting_takes_everything_of_it_and_nothing_of_others(self, with_run: Database) -> None:
         with_run.create_run(run_row("run-2"), version_row(0, "run-2"))
         for run in (RUN, "run-2"):
             state = opened(run=run)
-            with_run.receive(after_receipt(state), [update_row(state.tickets[0].id)])
+            write(with_run, after_receipt(state), update_row(state.tickets[0].id))
             with_run.add_traffic({(run, 1, "client-00000"): Traffic(1, 2, 3, 4)})
             with_run.put_evaluation(run, 0, "judge", "test", {"accuracy": 0.5}, 1.0)
         with_run.delete_run(RUN)
@@ -62,5 +62,5 @@ class TestRuns:
                 assert set(connection.execute(select(table.c.run)).scalars()) == {"run-2"}
             assert len(connection.execute(select(tables.updates)).all()) == 1
         with_run.create_run(run_row(), version_row(0))
-        assert with_run.current_round(RUN) is None
-        with_run.save_round(opened())
+        assert with_run.standings(RUN)[0][1].tickets == ()
+        write(with_run, opened())

@@ -18,7 +18,7 @@ from fedpeft_server.store import tables
 from fedpeft_server.store.connection import connect
 from fedpeft_server.store.database import Database
 
-from ..rows import RUN, opened, run_row, version_row
+from ..rows import RUN, opened, run_row, version_row, write
 
 
 class TestSchema:
@@ -94,7 +94,7 @@ class TestFaults:
     def test_a_database_with_overwritten_pages(self, tmp_path: Path, sqlite_url: str) -> None:
         database = Database.open(sqlite_url)
         database.create_run(run_row(), version_row(0))
-        database.save_round(opened(clients=500))
+        write(database, opened(clients=500))
         database.close()
         with (tmp_path / "server.db").open("r+b") as file:
             file.seek(8 * 4096)
@@ -109,11 +109,11 @@ class TestFaults:
             connection.execute(text("PRAGMA max_page_count = 1"))
             connection.rollback()
         with pytest.raises(DiskFull, match="no room"):
-            database.save_round(opened(clients=2000))
+            write(database, opened(clients=2000))
         with database.transactions.engine.connect() as connection:
             connection.execute(text("PRAGMA max_page_count = 100000"))
             connection.rollback()
-        database.save_round(opened(clients=2000))
+        write(database, opened(clients=2000))
         database.close()
 
     def test_a_lock_held_elsewhere(self, tmp_path: Path, sqlite_url: str) -> None:

@@ -12,11 +12,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sqlalchemy import Engine, create_engine, make_url, text
 
-from fedpeft.errors import DatabaseUnavailable
+from fedpeft.errors import DatabaseLocked, DatabaseUnavailable
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import app
-from fedpeft_server.runs import engine
+from fedpeft_server.runs import aggregation
 from fedpeft_server.store import connection
 from fedpeft_server.store.database import Database
 
@@ -28,7 +28,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "PROBE_S", 0.05)
-    monkeypatch.setattr(engine, "AGAIN_S", 0.05)
+    monkeypatch.setattr(aggregation, "AGAIN_S", 0.05)
 
 
 class PostgreSQL:
@@ -137,7 +137,7 @@ async def test_a_round_is_folded_once_the_database_is_back(
     start: StartDaemon, postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folds: list[int] = []
-    fold = engine.aggregate
+    fold = aggregation.aggregate
 
     def broken(*args: Any) -> Any:
         result = fold(*args)
@@ -150,7 +150,7 @@ async def test_a_round_is_folded_once_the_database_is_back(
     run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
     (a,) = await daemon.clients("a")
     task = await a.task()
-    monkeypatch.setattr(engine, "aggregate", broken)
+    monkeypatch.setattr(aggregation, "aggregate", broken)
     await a.push(task.ticket, filled(1.0))
     await until_health(daemon, well=False)
     postgresql.mend()
@@ -174,7 +174,6 @@ def test_a_start_without_postgresql_says_what_to_do(postgresql: PostgreSQL) -> N
         ("57P03", "cannot be reached"),
         ("08006", "cannot be reached"),
         ("53300", "takes no more connections"),
-        ("40P01", "undid a transaction"),
         ("58030", "its disk fails"),
         ("XX001", "is corrupt"),
     ],
@@ -186,6 +185,15 @@ def test_every_state_in_which_postgresql_cannot_be_used_has_a_sentence(sqlstate:
     cause = psycopg.errors.lookup(sqlstate)("words") if sqlstate != "08006" else psycopg.errors.ConnectionFailure("w")
     with pytest.raises(DatabaseUnavailable, match=sentence), connection.translated("x"):
         raise OperationalError("SELECT 1", {}, cause)
+
+
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
+def test_a_transaction_that_postgresql_undid_for_another_one_is_made_again(sqlstate: str) -> None:
+    psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
+    from sqlalchemy.exc import OperationalError
+
+    with pytest.raises(DatabaseLocked, match="undid a transaction"), connection.translated("x"):
+        raise OperationalError("SELECT 1", {}, psycopg.errors.lookup(sqlstate)("words"))
 
 
 def read_only(daemon: Daemon) -> None:

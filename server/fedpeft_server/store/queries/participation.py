@@ -11,6 +11,9 @@ from fedpeft_server.store import tables
 from fedpeft_server.store.queries.upsert import upsert
 from fedpeft_server.store.rows import AnswerRow
 
+_CLIENTS = 500
+"""Most values of one IN (...)."""
+
 
 def put_answers(connection: Connection, answers: Sequence[AnswerRow]) -> None:
     """Writes answers in place of earlier ones, the last of a client and run; the clients' conduct stays as it is."""
@@ -42,6 +45,18 @@ def select_answers(connection: Connection) -> list[AnswerRow]:
         )
         for row in connection.execute(select(tables.answers))
     ]
+
+
+def select_conducts(connection: Connection, run: str, clients: Sequence[str]) -> dict[str, Conduct]:
+    """Returns how clients, that answered the offer of a run, used their last tickets of it."""
+    t, found = tables.answers, dict[str, Conduct]()
+    for start in range(0, len(clients), _CLIENTS):
+        some = t.c.client.in_(clients[start : start + _CLIENTS])
+        for row in connection.execute(
+            select(t.c.client, t.c.missed, t.c.missed_in, t.c.refused).where(t.c.run == run, some)
+        ):
+            found[row.client] = Conduct(row.missed, row.missed_in, row.refused)
+    return found
 
 
 def put_conducts(connection: Connection, run: str, conducts: Mapping[str, Conduct]) -> None:

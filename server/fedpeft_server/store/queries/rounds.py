@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, insert, select, update
 
-from fedpeft.errors import RunNotFound, TicketNotFound
+from fedpeft.errors import TicketNotFound
+from fedpeft.rounds.commit import Outcome
 from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
+from fedpeft.rounds.transitions import Changes
 from fedpeft_server.store import stored, tables
 from fedpeft_server.store.queries.runs import existing
 from fedpeft_server.store.queries.upsert import upsert
-from fedpeft_server.store.rows import RoundRow, TicketRow, Traffic, UpdateRow
+from fedpeft_server.store.rows import TicketRow, Traffic, UpdateRow
 
 _ROUND_COLUMNS = ("phase", "opened_at", "deadline", "extensions", "stopped")
 _TICKET_COLUMNS = ("state", "reason", "generation")
@@ -20,7 +23,6 @@ _IDS = 500
 """Most values of one IN (...)."""
 
 # Statements of every receipt are built once: that takes several times as long as SQLite takes to execute them.
-_HAVE_UPDATES = select(tables.updates.c.ticket).where(tables.updates.c.ticket.in_(bindparam("ids", expanding=True)))
 _INSERT_UPDATE = insert(tables.updates)
 _OF_CLIENT = update(tables.clients).where(tables.clients.c.id == bindparam("client"))
 _COUNT = _OF_CLIENT.values(updates=tables.clients.c.updates + 1)
@@ -37,46 +39,21 @@ _UPDATE_OF_TICKET = _UPDATE.where(tables.tickets.c.id == bindparam("of_ticket"))
 _WEIGH = update(tables.tickets).where(tables.tickets.c.id == bindparam("ticket")).values(weight=bindparam("share"))
 
 
-def put_round(connection: Connection, state: Round, before: Round | None) -> None:
-    """Writes a round and those of its tickets that differ from `before`, what the database is known to hold.
-
-    Raises:
-        RunNotFound: If the round's run does not exist.
-    """
-    if before is None:
-        if not existing(connection, [state.run]):
-            raise RunNotFound(f"there is no run {state.run}")
-        before = _stored_round(connection, state.run, state.number)
-    row = _round_row(state)
-    if before is None or row != _round_row(before):
-        upsert(connection, tables.rounds, [row], replace=_ROUND_COLUMNS)
-    # Most tickets are the very same objects as before, and comparing identities is what makes thousands of them cheap.
-    known = {id(t) for t in before.tickets} if before is not None else set()
-    others = {t.id: t for t in before.tickets} if before is not None else {}
-    changed = [_ticket_row(state, t) for t in state.tickets if id(t) not in known and others.get(t.id) != t]
-    upsert(connection, tables.tickets, changed, replace=_TICKET_COLUMNS)
-    received = {t for t, kept in others.items() if kept.state is TicketState.RECEIVED}
-    _uncount(connection, [row["client"] for row in changed if row["id"] in received])
+def put_changes(connection: Connection, changes: Changes) -> None:
+    """Writes what a transition, for which the run was moved to its next revision, changes of the round."""
+    if changes.writes_round:
+        upsert(connection, tables.rounds, [_round_row(changes.round)], replace=_ROUND_COLUMNS)
+    rows = [_ticket_row(changes.round, ticket) for ticket in changes.tickets]
+    upsert(connection, tables.tickets, rows, replace=_TICKET_COLUMNS)
+    if changes.uncounted:
+        connection.execute(_UNCOUNT, [{"client": client} for client in changes.uncounted])
 
 
-def put_updates(connection: Connection, received: Mapping[str, UpdateRow]) -> None:
-    """Writes what was received of clients, and counts it for them; a repetition changes nothing."""
-    ids = [update.ticket for update in received.values()]
-    there = {
-        ticket
-        for start in range(0, len(ids), _IDS)
-        for ticket in connection.execute(_HAVE_UPDATES, {"ids": ids[start : start + _IDS]}).scalars()
-    }
-    new = {client: update for client, update in received.items() if update.ticket not in there}
-    if new:
-        connection.execute(_INSERT_UPDATE, [_update_row(update) for update in new.values()])
-        connection.execute(_COUNT, [{"client": client} for client in new])
-
-
-def _uncount(connection: Connection, clients: Sequence[str]) -> None:
-    """Takes one update back from what was counted for some clients."""
-    if clients:
-        connection.execute(_UNCOUNT, [{"client": client} for client in clients])
+def insert_updates(connection: Connection, received: Mapping[str, UpdateRow]) -> None:
+    """Inserts what was received of clients, and counts it for them."""
+    if received:
+        connection.execute(_INSERT_UPDATE, [_update_row(update) for update in received.values()])
+        connection.execute(_COUNT, [{"client": client} for client in sorted(received)])
 
 
 def select_norms(connection: Connection, run: str, numbers: Sequence[int]) -> dict[int, list[tuple[float, int]]]:
@@ -90,40 +67,32 @@ def select_norms(connection: Connection, run: str, numbers: Sequence[int]) -> di
     return found
 
 
-def put_result(
-    connection: Connection,
-    state: Round,
-    committed_at: float,
-    weights: Mapping[str, float],
-    record: str,
-    record_sha256: str,
-    metrics: Mapping[str, float],
-) -> None:
+def put_result(connection: Connection, state: Round, committed_at: float, outcome: Outcome) -> None:
     """Writes what a round's commit adds to it."""
     table = tables.rounds
-    facts = {"committed_at": committed_at, "record": record, "record_sha256": record_sha256, "metrics": dict(metrics)}
+    facts = {"committed_at": committed_at, "record": outcome.record, "record_sha256": outcome.record_sha256}
+    facts["metrics"] = dict(outcome.metrics)
     connection.execute(update(table).where(table.c.run == state.run, table.c.number == state.number).values(facts))
-    if weights:
-        connection.execute(_WEIGH, [{"ticket": ticket, "share": share} for ticket, share in weights.items()])
+    if outcome.weights:
+        shares = [{"ticket": ticket, "share": share} for ticket, share in outcome.weights.items()]
+        connection.execute(_WEIGH, shares)
 
 
-def has_result(connection: Connection, state: Round, record_sha256: str) -> bool:
-    """Returns True if a round was committed before, with this record."""
-    t = tables.rounds
-    query = select(t.c.record_sha256).where(t.c.run == state.run, t.c.number == state.number)
-    return bool(record_sha256) and connection.execute(query).scalar() == record_sha256
-
-
-def select_current(connection: Connection, run: str) -> RoundRow | None:
+def select_newest(connection: Connection, run: str) -> Round | None:
     """Returns the round of the highest number, or None if there is none."""
-    t, tickets, u = tables.rounds, tables.tickets, tables.updates
+    t, tickets = tables.rounds, tables.tickets
     row = connection.execute(select(t).where(t.c.run == run).order_by(t.c.number.desc()).limit(1)).one_or_none()
     if row is None:
         return None
-    joined = select(tickets, *(c for c in u.c if c is not u.c.ticket)).join(u, u.c.ticket == tickets.c.id, isouter=True)
-    found = connection.execute(joined.where(tickets.c.run == run, tickets.c.number == row.number)).all()
-    updates = {one.id: _update(one) for one in found if one.received_at is not None}
-    return RoundRow(stored_round(row, [_ticket(one) for one in found]), updates)
+    found = connection.execute(select(tickets).where(tickets.c.run == run, tickets.c.number == row.number))
+    return stored_round(row, [_ticket(one) for one in found])
+
+
+def select_updates(connection: Connection, run: str, number: int) -> dict[str, UpdateRow]:
+    """Returns what was received in a round, by ticket."""
+    t = tables.tickets
+    rows = connection.execute(_UPDATE.where(t.c.run == run, t.c.number == number))
+    return {row.id: _update(row) for row in rows}
 
 
 def select_ticket_ids(connection: Connection, run: str) -> list[str]:
@@ -170,7 +139,7 @@ def add_traffic(
     known = existing(connection, others).union(known) if others else known
     rows = [
         {"run": run, "number": number, "client": client, **_traffic_row(bytes_)}
-        for (run, number, client), bytes_ in deltas.items()
+        for (run, number, client), bytes_ in sorted(deltas.items(), key=itemgetter(0))  # two servers lock alike
         if run in known
     ]
     upsert(connection, tables.traffic, rows, add=_TRAFFIC_BYTES)
@@ -212,15 +181,6 @@ def stored_round(row: Row[Any], tickets: Iterable[Ticket]) -> Round:
     return Round(
         row.run, row.number, Phase(row.phase), ordered, row.opened_at, row.deadline, row.extensions, row.stopped
     )
-
-
-def _stored_round(connection: Connection, run: str, number: int) -> Round | None:
-    t, tickets = tables.rounds, tables.tickets
-    row = connection.execute(select(t).where(t.c.run == run, t.c.number == number)).one_or_none()
-    if row is None:
-        return None
-    query = select(tickets).where(tickets.c.run == run, tickets.c.number == number)
-    return stored_round(row, [_ticket(found) for found in connection.execute(query)])
 
 
 def _update_row(received: UpdateRow) -> dict[str, Any]:

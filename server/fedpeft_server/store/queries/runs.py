@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
-from fedpeft.errors import MetricsInvalid, RunNotFound, VersionNotFound
+from fedpeft.errors import MetricsInvalid, RevisionMoved, RunNotFound, VersionNotFound
+from fedpeft.rounds.transitions import Changes
 from fedpeft_server.store import stored, tables
 from fedpeft_server.store.queries.upsert import upsert
 from fedpeft_server.store.rows import RunRow, RunState, VersionRow
@@ -20,6 +22,12 @@ _EXISTING = select(tables.runs.c.id).where(tables.runs.c.id.in_(bindparam("ids",
 _VERSION = select(tables.versions).where(
     tables.versions.c.run == bindparam("of_run"), tables.versions.c.version == bindparam("of_version")
 )
+_MOVE = (
+    update(tables.runs)
+    .where(tables.runs.c.id == bindparam("of_run"), tables.runs.c.revision == bindparam("at"))
+    .values({name: bindparam(f"to_{name}") for name in ("revision", "state", "reason", "version")})
+)
+_REVISION = select(tables.runs.c.revision).where(tables.runs.c.id == bindparam("of_run"))
 
 
 def insert_run(connection: Connection, run: RunRow) -> None:
@@ -65,17 +73,31 @@ def select_runs(connection: Connection) -> list[RunRow]:
     return [_run(row) for row in rows]
 
 
-def update_run(connection: Connection, run: str, state: RunState, reason: str, version: int | None = None) -> None:
-    """Sets the state of a run, and its newest version if one is given.
+def move(connection: Connection, changes: Changes) -> None:
+    """Takes a run to its next revision: its state, the reason and its newest version.
+
+    Raises:
+        RunNotFound: If there is none.
+        RevisionMoved: If the run is not at the revision that the changes begin at.
+    """
+    run, after = changes.round.run, changes.after
+    values = {"of_run": run, "at": changes.before.revision, "to_revision": after.revision}
+    values |= {"to_state": str(after.state), "to_reason": after.reason, "to_version": after.version}
+    if connection.execute(_MOVE, values).rowcount == 0:
+        at = select_revision(connection, run)
+        raise RevisionMoved(f"{run} is at revision {at}, not at {changes.before.revision}")
+
+
+def select_revision(connection: Connection, run: str) -> int:
+    """Returns the revision of a run.
 
     Raises:
         RunNotFound: If there is none.
     """
-    values: dict[str, Any] = {"state": str(state), "reason": reason}
-    if version is not None:
-        values["version"] = version
-    if connection.execute(update(tables.runs).where(tables.runs.c.id == run).values(values)).rowcount == 0:
+    revision = connection.execute(_REVISION, {"of_run": run}).scalar()
+    if revision is None:
         raise RunNotFound(f"there is no run {run}")
+    return int(revision)
 
 
 def delete_run(connection: Connection, run: str) -> None:
@@ -93,17 +115,9 @@ def existing(connection: Connection, runs: Iterable[str]) -> set[str]:
     return set(connection.execute(_EXISTING, {"ids": sorted(set(runs))}).scalars())
 
 
-def put_version(connection: Connection, version: VersionRow) -> None:
-    """Writes a version; writing it again replaces it, so that a commit whose answer was lost can be repeated."""
-    row = {
-        "run": version.run,
-        "version": version.version,
-        "sha256": version.sha256,
-        "size_bytes": version.size_bytes,
-        "state_sha256": version.state_sha256,
-        "created_at": version.created_at,
-    }
-    upsert(connection, tables.versions, [row], replace=("sha256", "size_bytes", "state_sha256", "created_at"))
+def insert_version(connection: Connection, version: VersionRow) -> None:
+    """Inserts a version."""
+    connection.execute(insert(tables.versions).values(asdict(version)))
 
 
 def select_version(connection: Connection, run: str, version: int) -> VersionRow:
@@ -192,4 +206,5 @@ def _run(row: Row[Any]) -> RunRow:
         model_parameters=row.model_parameters,
         request_id=row.request_id or "",
         request_digest=row.request_digest,
+        revision=row.revision,
     )

@@ -1,6 +1,7 @@
-"""Shielded methods: a call whose client disconnects is cancelled, and must not leave half a transition behind.
+"""Tasks that go to their end: they outlive the calls that began them.
 
-What the database was told in the cancelled half would be unknown to the memory, and the other way round.
+A call whose client disconnects is cancelled, and must not leave half a transition behind: what the database was told in
+the cancelled half would be unknown to the memory, and the other way round.
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ class TaskSet:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def start(self, step: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
+    def start(self, work: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
         """Starts a task and keeps it until it ends."""
-        task = asyncio.create_task(step)
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def ended(self, task: asyncio.Task[R]) -> R:
+        """Returns the result of a task; if the caller is cancelled it returns at once, and the task goes on."""
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_tell_failure)  # which nobody would see: its caller has left
+            raise
 
     async def wait(self) -> None:
         """Waits until no task is running."""
@@ -54,12 +63,7 @@ def shielded(method: Method[S, P, R]) -> Method[S, P, R]:
 
     @wraps(method)
     async def whole(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        step = self.tasks.start(method(self, *args, **kwargs))
-        try:
-            return await asyncio.shield(step)
-        except asyncio.CancelledError:
-            step.add_done_callback(_tell_failure)  # which nobody would see: its caller has left
-            raise
+        return await self.tasks.ended(self.tasks.start(method(self, *args, **kwargs)))
 
     return whole
 

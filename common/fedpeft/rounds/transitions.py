@@ -1,0 +1,189 @@
+"""Transitions of a run, pure: ``(status at a revision, events) -> changes``, which lead to the next revision.
+
+A run has a revision, which each transition raises by one. Whoever keeps runs writes the changes in one transaction that
+fails if the revision moved meanwhile, then reads the run again and asks here again: so each transition happens once,
+whoever tries, and what a process holds in memory is a copy that may be old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from fedpeft.config import RoundsConfig
+from fedpeft.errors import RunFinished
+from fedpeft.rounds.state_machine import (
+    Aggregated,
+    Event,
+    Pause,
+    Paused,
+    Phase,
+    Resumed,
+    RolledBack,
+    Round,
+    Stopped,
+    Ticket,
+    TicketState,
+    Waiting,
+    advance,
+)
+
+
+class RunState(StrEnum):
+    """State of a run."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    COMPLETED = "completed"
+    STOPPED = "stopped"
+
+
+ACTIVE = (RunState.RUNNING, RunState.PAUSED)
+"""The states in which rounds are left to be held."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """The part of a run that transitions change, at a revision.
+
+    Attributes:
+        revision: Number of transitions before.
+        state: Where the run is in its life.
+        reason: Why, in a sentence; may be empty.
+        version: Newest committed adapter version.
+        round: The round in progress; the last one where the run is over.
+    """
+
+    revision: int
+    state: RunState
+    reason: str
+    version: int
+    round: Round
+
+    @property
+    def is_active(self) -> bool:
+        """True if rounds are left to be held."""
+        return self.state in ACTIVE
+
+    @property
+    def folds(self) -> bool:
+        """True if the round in progress is to be folded."""
+        return self.is_active and self.round.phase is Phase.AGGREGATING
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What follows from a status in place of another one, whoever made the transitions between.
+
+    Attributes:
+        issued: Tickets that are new, and can be used.
+        fold: True if the round is to be folded from now on.
+        committed: True if there is a newer version.
+        ended: True if the run is over since then.
+    """
+
+    issued: tuple[Ticket, ...]
+    fold: bool
+    committed: bool
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a transition writes.
+
+    Attributes:
+        before: The status that it begins at.
+        after: The status that it leads to.
+        round: The round that it writes; where it commits a round, that one, and `after` has the one that follows.
+        writes_round: False if nothing of the round changes but tickets.
+        tickets: The tickets that are new, or changed.
+        uncounted: Clients whose updates had been received and do not count any more.
+    """
+
+    before: RunStatus
+    after: RunStatus
+    round: Round
+    writes_round: bool
+    tickets: tuple[Ticket, ...]
+    uncounted: tuple[str, ...]
+
+
+def transition(status: RunStatus, events: Iterable[Event], config: RoundsConfig, now: float) -> Changes | None:
+    """Returns the changes of events that happen together, one after the other, at time `now`; None if there are none.
+
+    Raises:
+        RunFinished: If a run that is over is to be paused, resumed, stopped or rolled back.
+        FedpeftError: As `state_machine.advance`.
+    """
+    after = status
+    for event in events:
+        after = _after(after, event, config, now)
+    return None if after is status else changes(status, after, config)
+
+
+def changes(before: RunStatus, after: RunStatus, config: RoundsConfig) -> Changes:
+    """Returns what leads from a status to another one of the same round; its revision is the next in any case."""
+    changed = [(old, new) for old, new in _pairs(before.round, after.round) if old is not new and old != new]
+    uncounted = tuple(new.client for old, new in changed if old is not None and old.state is TicketState.RECEIVED)
+    is_other = (before.state, before.reason, before.version) != (after.state, after.reason, after.version)
+    writes = is_other or replace(before.round, tickets=()) != replace(after.round, tickets=())
+    moved = replace(after, revision=before.revision + 1, round=in_progress(after.round, config, active=after.is_active))
+    return Changes(before, moved, after.round, writes, tuple(new for _, new in changed), uncounted)
+
+
+def in_progress(newest: Round, config: RoundsConfig, *, active: bool) -> Round:
+    """Returns the round that a run is in, given its newest one: after a committed round the next, if there is one."""
+    return newest.following(config) if active and newest.phase is Phase.COMMITTED else newest
+
+
+def effects(before: RunStatus, after: RunStatus) -> Effects:
+    """Returns what follows from a status in place of another one."""
+    known = {ticket.id for ticket in before.round.tickets}
+    usable = after.is_active and after.round.phase is Phase.OPEN
+    issued = tuple(t for t in after.round.tickets if t.state is TicketState.ISSUED and t.id not in known)
+    resumed = before.state is RunState.PAUSED and after.state is RunState.RUNNING
+    newly = not before.folds or before.round.number != after.round.number
+    return Effects(
+        issued if usable else (),
+        after.folds and (newly or resumed),
+        after.version > before.version,
+        before.is_active and not after.is_active,
+    )
+
+
+def _pairs(before: Round, after: Round) -> Iterable[tuple[Ticket | None, Ticket]]:
+    """Yields each ticket with what it was before; a round only ever gains tickets."""
+    if len(before.tickets) == len(after.tickets):
+        return zip(before.tickets, after.tickets, strict=True)
+    known = {ticket.id: ticket for ticket in before.tickets}
+    return ((known.get(ticket.id), ticket) for ticket in after.tickets)
+
+
+def _after(status: RunStatus, event: Event, config: RoundsConfig, now: float) -> RunStatus:
+    match event:
+        case Waiting() if status.state is not RunState.RUNNING:
+            return status
+        case Stopped() if status.state is RunState.STOPPED:
+            return status
+        case Paused() | Resumed() | Stopped() | RolledBack() if not status.is_active:
+            text = "it cannot be paused, resumed, stopped or rolled back any more"
+            raise RunFinished(f"{status.round.run} is {status.state}: {text}")
+    new, follow = advance(status.round, event, config, now)
+    after = status if new is status.round else replace(status, round=new)
+    match event:
+        case Paused(reason):
+            after = replace(after, state=RunState.PAUSED, reason=reason)
+        case Resumed():
+            after = replace(after, state=RunState.RUNNING, reason="")
+        case Stopped(reason):
+            after = replace(after, state=RunState.STOPPED, reason=reason)
+        case Aggregated() | RolledBack() if new is not status.round:
+            over = new.number >= config.count
+            after = replace(after, version=new.number)
+            after = replace(after, state=RunState.COMPLETED, reason="") if over else after
+    for effect in follow:
+        if isinstance(effect, Pause):
+            after = replace(after, state=RunState.PAUSED, reason=effect.reason)
+    return after
