@@ -74,7 +74,7 @@ class RunStatus:
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What follows from a status in place of another one, whoever made the transitions between.
+    """Consequences of a status in place of another one, whoever made the transitions between.
 
     Attributes:
         issued: Tickets that are new, and can be used.
@@ -91,7 +91,7 @@ class Effects:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What a transition writes.
+    """Changes of a transition, as they are written.
 
     Attributes:
         before: The status that it begins at.

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import structlog
 
-from fedpeft.errors import DatabaseUnavailable, FedpeftError, RunNotFinished, RunNotFound, StateInvalid, TicketNotFound
+from fedpeft.errors import DatabaseUnavailable, RunNotFinished, RunNotFound, StateInvalid, TicketNotFound
 from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
