@@ -29,6 +29,7 @@ from fedpeft.config import ModelConfig, TrainingConfig
 from fedpeft.data.dataset import open_dataset
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.models.backbones import build
+from fedpeft.models.tasks import task_of
 from fedpeft.peft import tune
 from fedpeft.process import durable
 from fedpeft.training.loop import train
@@ -59,7 +60,7 @@ def measure(model: str, batch: int, method: str, checkpointing: bool) -> dict[st
     def cpu_s(steps: int, size: int) -> float:
         settings = TrainingConfig(steps=steps, batch_size=size, learning_rate=0.001)
         begun = time.process_time()
-        train(tuned, dataset, settings, seed=0, number=1)
+        train(task_of(""), tuned, dataset, settings, seed=0, number=1)
         return time.process_time() - begun
 
     cpu_s(1, 2)  # what only the first step does

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedpeft.registry import registry_of
+from fedpeft.registry import Registry, registry_of
 
 PRIVATE_HEAD = """
 from fedpeft.adapters.spec import TensorRole
@@ -52,3 +54,16 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, points: 
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", ""))))
     monkeypatch.delitem(importlib.sys.modules, "outside_package", raising=False)
+
+
+@contextmanager
+def looked_up_anew(registry: Registry[Any]) -> Iterator[None]:
+    """Lets a registry look at what is installed now, and again afterwards: it remembers both."""
+    registry.names()  # the modules of its own package register once in a process
+    before = dict(registry._items)
+    registry.__dict__.pop("_installed", None)
+    try:
+        yield
+    finally:
+        registry._items = before
+        registry.__dict__.pop("_installed", None)

@@ -46,7 +46,7 @@ DenseEncoding = Literal["float32", "float16", "bfloat16"]
 
 
 UNLABELLED = "examples"
-"""The one class of a kind of model that has none."""
+"""The one class of a task that has none."""
 
 
 def split_kind(text: str) -> tuple[str, str]:
@@ -68,19 +68,19 @@ class ModelConfig(_Section):
     """`[model]`: the pre-trained model."""
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
-    """timm's name, for example vit_base_patch16_224; or KIND:NAME of a kind that is installed beside fedpeft."""
+    """timm's name, for example vit_base_patch16_224; or KIND:NAME of a task that is installed beside fedpeft."""
     weights: Annotated[str, Field(min_length=1, max_length=1024)] = "hub"
     """hub, none (random, seeded), or a file that each client resolves and proves by fingerprint."""
     image_size: Annotated[int, Field(ge=8, le=2048)] | None = None
     """Side of the square input in pixels; the model's own if absent."""
     classes: Annotated[tuple[ClassName, ...], Field(strict=False)]  # TOML and JSON have lists only
-    """Class names, in the order of the logits; a site maps its own labels to these. A kind may have none."""
+    """Class names, in the order of the logits; a site maps its own labels to these. A task may have none."""
     depth: Annotated[int, Field(ge=1, le=256)] | None = None
     """Number of transformer blocks, cut from the front; the model's own if absent."""
     pooling: Literal["token", "avg", "avgmax", "max"] | None = None
     """timm's global pooling; the model's own if absent."""
     options: dict[str, JsonValue] | None = None
-    """Of a kind that is installed beside fedpeft, which alone knows and checks them: the table `[model.options]`."""
+    """Of a task that is installed beside fedpeft, which alone knows and checks them: the table `[model.options]`."""
 
     @property
     def kind(self) -> str:

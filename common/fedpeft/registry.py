@@ -1,4 +1,4 @@
-"""Registries of PEFT methods, strategies and codecs: one file each, which registers itself and touches nothing else.
+"""Registries of PEFT methods, strategies, codecs and tasks: one file each, which registers itself and touches no other.
 
 A name is found in two places. The modules of the registry's own package register when it is first asked, so a new file
 is found without being named anywhere. A package that is installed beside fedpeft names its own under the registry's
@@ -26,11 +26,12 @@ class Registry(Generic[T]):
         package: Dotted name of the package whose modules register.
         group: Entry point group under which other packages name theirs.
         kind: What the things are, for messages ("PEFT method").
+        former: An earlier name of the group, which is still read; empty for none.
     """
 
-    def __init__(self, package: str, group: str, kind: str) -> None:
+    def __init__(self, package: str, group: str, kind: str, former: str = "") -> None:
         self._package = package
-        self._group = group
+        self._group, self._former = group, former
         self._kind = kind
         self._items: dict[str, T] = {}
         self._loaded = False
@@ -60,7 +61,7 @@ class Registry(Generic[T]):
         try:
             return self._items[name]
         except KeyError:
-            known = ", ".join(self.names())
+            known = ", ".join(filter(None, self.names())) or "none"
             raise ConfigInvalid(f"there is no {self._kind} {name!r}; there are: {known}") from None
 
     def names(self) -> list[str]:
@@ -70,7 +71,8 @@ class Registry(Generic[T]):
 
     @cached_property
     def _installed(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self._group)}
+        groups = (self._former, self._group) if self._former else (self._group,)
+        return {point.name: point for group in groups for point in entry_points(group=group)}
 
     def _imported(self, point: EntryPoint) -> T:
         try:

@@ -33,6 +33,7 @@ from fedpeft.identity.authority import Authority
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
 from fedpeft.models.backbones import build, fingerprint
+from fedpeft.models.tasks import task_of
 from fedpeft.peft import tune
 from fedpeft.process import locks
 from fedpeft.training.loop import train
@@ -332,13 +333,13 @@ def diverging(world: World) -> object:
     tuned = tune(backbone, "full", {}, 0)
     dataset = open_dataset(world.images(0), ("cat", "dog"), Preprocessing.of(backbone))
     settings = TrainingConfig(steps=20, batch_size=8, learning_rate=100.0)
-    return train(tuned, dataset, settings, seed=0, number=1)
+    return train(task_of(""), tuned, dataset, settings, seed=0, number=1)
 
 
 def unreadable(world: World) -> object:
     backbone = build(load_run_file(world.run_file).model, 0)
     dataset = open_dataset(world.images(2), ("cat", "dog"), Preprocessing.of(backbone))
-    return train(tune(backbone, "bias", {}, 0), dataset, TrainingConfig(batch_size=8), seed=0, number=1)
+    return train(task_of(""), tune(backbone, "bias", {}, 0), dataset, TrainingConfig(batch_size=8), seed=0, number=1)
 
 
 def exported_with_another_backbone(world: World) -> object:

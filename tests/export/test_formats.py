@@ -19,6 +19,7 @@ from fedpeft.errors import BackboneMismatch, ConfigInvalid, ModelInvalid
 from fedpeft.export import formats
 from fedpeft.export.model_card import Provenance
 from fedpeft.models.backbones import Backbone, build, fingerprint
+from fedpeft.models.families import timm_arguments
 from fedpeft.peft import TunedModel, tune
 
 CONFIG = ModelConfig(
@@ -109,7 +110,7 @@ def test_the_peft_library_loads_a_lora(
 ) -> None:
     model = trained(backbone, "lora", rank=4, alpha=6, targets=targets)
     formats.as_peft(model, tmp_path / "lora")
-    plain = timm.create_model(CONFIG.name, **backbone.arguments)
+    plain = timm.create_model(CONFIG.name, **timm_arguments(backbone.config))
     plain.load_state_dict(backbone.module.state_dict())
     loaded = PeftModel.from_pretrained(plain, str(tmp_path / "lora"))
     assert torch.allclose(logits(loaded, images), logits(model.module, images), 0, 1e-6)

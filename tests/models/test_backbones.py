@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from fedpeft.config import ModelConfig
+from fedpeft.data.transforms import ImageInputs
 from fedpeft.errors import ModelInvalid
-from fedpeft.models.architectures import ImageInputs
 from fedpeft.models.backbones import build, fingerprint, resolve_weights
 from fedpeft.peft import spec_of, tune
 
@@ -59,7 +59,7 @@ def test_a_backbone_is_described_by_timm() -> None:
     assert backbone.device == torch.device("cpu")
     own = build(ModelConfig(name=NAME, weights="none", classes=("a", "b")), 0)
     assert own.images is not None and own.images.image_size == 224
-    assert len(own.anatomy.blocks) == 12
+    assert len(own.structure.blocks) == 12
     assert own.module(torch.zeros(1, 3, 224, 224)).shape == (1, 2)
 
 
@@ -131,7 +131,7 @@ def test_a_file_must_fit(tmp_path: Path, checkpoint: dict[str, torch.Tensor], ho
 def test_blocks_may_be_left_out_only_by_depth(weights: Path) -> None:
     with pytest.raises(ModelInvalid, match=r"it lacks blocks\.10\.attn.* and \d+ more"):
         build(config(weights=str(weights), depth=None), 0)
-    assert len(build(config(weights=str(weights), depth=3), 0).anatomy.blocks) == 3
+    assert len(build(config(weights=str(weights), depth=3), 0).structure.blocks) == 3
     with pytest.raises(ModelInvalid, match=r"model\.depth: 13 is more than the 12 blocks"):
         build(config(depth=13), 0)
 

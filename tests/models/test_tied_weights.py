@@ -9,11 +9,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedpeft.config import ModelConfig, TrainingConfig
+from fedpeft.data.examples import Examples
 from fedpeft.errors import ModelInvalid
-from fedpeft.models import architectures, backbones
-from fedpeft.models.kind import Anatomy, Examples, Kind, Task
+from fedpeft.models import backbones
+from fedpeft.models.structure import ModelStructure
+from fedpeft.models.tasks import Classification
 from fedpeft.peft import spec_of, tune
-from fedpeft.training.learning import OfKind
+from fedpeft.training.loop import train
 
 CLASSES = tuple("abcdef")
 CPU = torch.device("cpu")
@@ -34,33 +36,20 @@ class Tied(nn.Module):
         return logits
 
 
-class Letters(Kind):
+class Letters(Classification):
     def module(self, config: ModelConfig) -> nn.Module:
         return Tied(config.variant == "head-first")
 
-    def anatomy(self, module: nn.Module) -> Anatomy:
-        return Anatomy(head="head")
+    def structure(self, module: nn.Module, config: ModelConfig) -> ModelStructure:
+        return ModelStructure(head="head")
 
     def read(self, path: object) -> Examples:
-        raise NotImplementedError
-
-    def train(self, task: Task) -> None:
-        for batch in task.batches:
-            loss = nn.functional.cross_entropy(
-                task.module(torch.from_numpy(batch.values)), torch.from_numpy(batch.labels)
-            )
-            loss.backward()
-            task.optimizer.step()
-            task.optimizer.zero_grad()
-            task.step(loss)
-
-    def evaluate(self, module: nn.Module, examples: Examples, device: torch.device) -> dict[str, float]:
         raise NotImplementedError
 
 
 @pytest.fixture(autouse=True)
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architectures, "kind_of", lambda name: Letters())
+    monkeypatch.setattr(backbones, "task_of", lambda name: Letters())
 
 
 def config(variant: str, weights: str = "none") -> ModelConfig:
@@ -78,7 +67,7 @@ def test_a_tied_weight_is_one_tensor_and_stays_tied_in_training(variant: str, na
     assert model.module.head.weight is model.module.embed.weight
     assert model.module.head.weight is not backbone.module.head.weight
     data = Examples(np.arange(6).repeat(4), (np.arange(6).repeat(4) + 1) % 6, CLASSES)
-    result = OfKind(Letters()).train(model, data, TrainingConfig(epochs=3, batch_size=8), 1, 1, CPU)
+    result = train(Letters(), model, data, TrainingConfig(epochs=3, batch_size=8), 1, 1, CPU)
     assert np.abs(result.delta[name]).max() > 0
     assert model.module.head.weight is model.module.embed.weight
     copy = tune(backbone, method, {}, 3)

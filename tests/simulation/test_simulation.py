@@ -21,6 +21,7 @@ from fedpeft.data.sources.opening import open_source
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid, StateInvalid
 from fedpeft.models.backbones import build
+from fedpeft.models.tasks import task_of
 from fedpeft.peft import spec_of, tune
 from fedpeft.rounds import conduct, record, state_machine
 from fedpeft.rounds.commit import RoundEmptied
@@ -80,7 +81,8 @@ def test_it_is_plain_fedavg_bit_for_bit(tmp_path, folders, method):
         deltas = {}
         for name, model in models.items():
             model.load(adapter)
-            deltas[name] = train(model, data[name], settings.training, seeds.training(7, number, name), number)
+            seed = seeds.training(7, number, name)
+            deltas[name] = train(task_of(""), model, data[name], settings.training, seed, number)
         total = sum(d.examples for d in deltas.values())
         for key, base in adapter.items():
             mean = np.zeros(base.shape)
@@ -88,7 +90,7 @@ def test_it_is_plain_fedavg_bit_for_bit(tmp_path, folders, method):
                 mean += deltas[name].delta[key].astype(np.float64) * float(deltas[name].examples)
             adapter[key] = (base.astype(np.float64) + 1.0 * (mean / total)).astype(np.float32)
         models["client-0"].load(adapter)
-        scores.append(evaluate(models["client-0"], data["client-0"])["accuracy"])
+        scores.append(evaluate(task_of(""), models["client-0"], data["client-0"])["accuracy"])
     info, found = tensors(tmp_path)
     assert same(found, adapter)
     assert (info.run, info.version, info.method) == ("simulation", 3, method)

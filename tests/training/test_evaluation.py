@@ -1,12 +1,17 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from fedpeft.data.dataset import open_dataset
 from fedpeft.errors import DataInvalid, TrainingFailed
-from fedpeft.training.evaluation import evaluate
+from fedpeft.models.tasks import task_of
+from fedpeft.training import evaluation
 
-from .test_loop import CLASSES, INPUT, StandIn, data, vit, write_images
+from .test_loop import CLASSES, INPUT, StandIn, data, train, vit, write_images
+
+evaluate = partial(evaluation.evaluate, task_of(""))
 
 
 def test_figures_are_those_of_a_plain_loop(tmp_path):
@@ -65,8 +70,6 @@ def test_memory_that_holds_fewer_images(tmp_path):
 
 
 def test_a_real_model_is_scored_and_can_train_afterwards(tmp_path):
-    from fedpeft.training.loop import train
-
     from .test_loop import settings
 
     model, dataset = vit("lora"), data(tmp_path, 30)

@@ -13,8 +13,8 @@ from fedpeft import seeds
 from fedpeft.adapters import payload
 from fedpeft.config import PeftConfig, parse_config
 from fedpeft.errors import ModelInvalid, PayloadInvalid
+from fedpeft.models.tasks import task_of
 from fedpeft.rounds.local_job import LOCAL, RESIDUAL, LocalJob, Version
-from fedpeft.training.learning import learner_of
 from fedpeft.training.local_round import load_run
 
 from ..outside_package import PRIVATE_HEAD, install
@@ -37,17 +37,17 @@ RUN = parse_config(
 ELSEWHERE = """
 import pickle, sys, torch
 torch.set_num_threads(1)
-from fedpeft.training.learning import learner_of
+from fedpeft.models.tasks import task_of
 from fedpeft.training.local_round import load_run
 config, data, job = pickle.load(sys.stdin.buffer)
-run = load_run(config, learner_of(""), None, torch.device("cpu"))
-update = run.train(job, run.dataset(run.learner.read(data), {}))
+run = load_run(config, task_of(""), None, torch.device("cpu"))
+update = run.train(job, run.dataset(run.task.read(data), {}))
 pickle.dump(update, sys.stdout.buffer)
 """
 
 
 def loaded(config=RUN):
-    return load_run(config, learner_of(""), None, torch.device("cpu"))
+    return load_run(config, task_of(""), None, torch.device("cpu"))
 
 
 def job_of(run, folder, **parts):
@@ -72,7 +72,7 @@ def test_another_process_makes_the_same_bits_of_a_pickled_job(tmp_path, monkeypa
     data = write_images(tmp_path / "images", 20)
     run = loaded(config)
     job = job_of(run, tmp_path)
-    dataset = run.dataset(run.learner.read(data), {})
+    dataset = run.dataset(run.task.read(data), {})
     first = run.train(job, dataset)
     job = replace(job, round=4, state=first.if_not)  # a late client: all of its update is in the residual
     here = run.train(job, dataset)
@@ -92,7 +92,7 @@ def test_another_process_makes_the_same_bits_of_a_pickled_job(tmp_path, monkeypa
 def test_a_group_that_does_not_depend_on_the_outcome_is_one_object_and_a_job_is_frozen(tmp_path):
     run = loaded()
     job = job_of(run, tmp_path)
-    update = run.train(job, run.dataset(run.learner.read(write_images(tmp_path / "images", 8)), {}))
+    update = run.train(job, run.dataset(run.task.read(write_images(tmp_path / "images", 8)), {}))
     assert update.if_counted[LOCAL] is update.if_not[LOCAL] == {}
     assert update.if_counted[RESIDUAL].keys() == update.if_not[RESIDUAL].keys()
     back = pickle.loads(pickle.dumps(update))
@@ -104,7 +104,7 @@ def test_a_group_that_does_not_depend_on_the_outcome_is_one_object_and_a_job_is_
 def test_a_version_that_is_not_what_its_manifest_says_is_refused(tmp_path):
     run = loaded()
     job = job_of(run, tmp_path)
-    dataset = run.dataset(run.learner.read(write_images(tmp_path / "images", 8)), {})
+    dataset = run.dataset(run.task.read(write_images(tmp_path / "images", 8)), {})
     whole = job.version.payload.read_bytes()
     job.version.payload.write_bytes(whole[:-4])
     with pytest.raises(PayloadInvalid, match="its manifest says"):

@@ -2,6 +2,7 @@
 
 import io
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,14 +23,16 @@ from fedpeft.data.sources.opening import open_source
 from fedpeft.data.transforms import ImageUnreadable, Preprocessing
 from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.models.backbones import build
+from fedpeft.models.tasks import task_of
 from fedpeft.peft import tune
 from fedpeft.training import loop
 from fedpeft.training import precision as precision_module
-from fedpeft.training.batches import Orders
-from fedpeft.training.loop import train
+from fedpeft.training.batches import BatchOrder
+from fedpeft.training.loss_meter import LossMeter
 from fedpeft.training.precision import precision
 
 CLASSES = ("dark", "light")
+train = partial(loop.train, task_of(""))
 INPUT = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -173,12 +176,12 @@ def test_the_last_smaller_batch_is_trained_and_counted(tmp_path):
 
 def test_every_pass_has_every_image_once_in_another_order(tmp_path):
     dataset = data(tmp_path, 30)
-    orders = Orders(settings(epochs=3), 30, 7)
+    orders = BatchOrder(settings(epochs=3), 30, 7)
     passes = [np.concatenate(list(orders)[k * 4 : k * 4 + 4]).tolist() for k in range(3)]
     assert all(sorted(p) == list(range(30)) for p in passes)
     assert len({tuple(p) for p in passes}) == 3
-    assert Orders(settings(steps=3), 30, 7).steps == 3
-    assert len(list(Orders(settings(steps=9), 30, 7))) == 9
+    assert BatchOrder(settings(steps=3), 30, 7).steps == 3
+    assert len(list(BatchOrder(settings(steps=9), 30, 7))) == 9
     assert train(StandIn(), dataset, settings(steps=9), seed=7, number=1).metrics["steps"] == 9
 
 
@@ -342,11 +345,11 @@ def test_a_tensor_that_is_not_finite_is_no_update(tmp_path):
 
 
 def test_losses_looked_at_late_name_the_right_step():
-    losses = loop.Losses(every=10)
+    losses = LossMeter(every=10)
     for value in (1.0, 2.0, float("inf"), 1.0):
         losses.add(torch.tensor(value), 4, True)
     with pytest.raises(TrainingFailed, match="inf in step 3"):
-        losses.look()
+        losses.flush()
 
 
 def test_an_empty_data_set(tmp_path):

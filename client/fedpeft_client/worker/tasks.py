@@ -26,11 +26,11 @@ from fedpeft.data.labels import read_label_map
 from fedpeft.data.reading import Reading
 from fedpeft.data.sources.inventory import EMPTY
 from fedpeft.errors import StateInvalid
+from fedpeft.models.tasks import IMAGES, split_data, task_of
 from fedpeft.peft import methods
 from fedpeft.rounds.local_job import LocalJob, Version
 from fedpeft.rpc import wire
 from fedpeft.training.devices import device_of
-from fedpeft.training.learning import IMAGES, learner_of, where
 from fedpeft.training.local_round import LoadedRun, load_run
 from fedpeft.training.loop import Progress
 from fedpeft.v1 import tensor_pb2
@@ -70,10 +70,10 @@ class SiteWorker:
             torch.set_num_threads(options["threads"])
         self._client = str(options["client"])
         self._device = device_of(options["device"])
-        kind, path = where(options["data"])
+        kind, path = split_data(options["data"])
         self._reading = Reading(**options["reading"])
-        self._learner = learner_of(kind, self._reading)
-        self._source = self._learner.read(path)
+        self._task = task_of(kind).reading(self._reading)
+        self._source = self._task.read(Path(path))
         self._inventory = getattr(self._source, "inventory", EMPTY)  # another kind of model has data of its own form
         label_map, weights = options["label_map"], options["weights"]
         self._weights = None if weights is None else Path(weights)
@@ -147,7 +147,7 @@ class SiteWorker:
         }
 
     def _report(self, loaded: LoadedRun, dataset: Any) -> Message:
-        examples, labels = self._learner.usable(dataset)
+        examples, labels = dataset.examples, dataset.labels
         classes = loaded.config.model.classes
         counts = np.bincount(labels, minlength=len(classes))
         return {
@@ -206,7 +206,7 @@ class SiteWorker:
     def _open(self, run: KnownRun) -> tuple[Reason, ...]:
         """Builds a run's model, and loads it if it suits; nothing spoke against the run before."""
         try:
-            loaded = load_run(run.config, self._learner, self._weights, self._device)
+            loaded = load_run(run.config, self._task, self._weights, self._device)
         except UNFIT as error:
             return reasons_against(run, replace(self._site, built=error))
         model, images = loaded.model, loaded.model.backbone.images

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from fedpeft.config import ModelConfig
 from fedpeft.data.images import MAX_PIXELS, ImageUnreadable, read_rgb
 from fedpeft.data.sources.interface import DEEP_BITS, Indices
 from fedpeft.errors import DataInvalid
 
-if TYPE_CHECKING:  # a worker process decodes images and needs no models
-    from fedpeft.models.backbones import Backbone
-
-__all__ = ["Augmentation", "ImageUnreadable", "Pixels", "Preprocessing", "augment"]
+__all__ = ["Augmentation", "ImageInputs", "ImageUnreadable", "Pixels", "Preprocessing", "RunModel", "augment"]
 
 Augmentation = Literal["none", "flip", "crop"]
 Pixels = NDArray[np.uint8]
@@ -37,6 +35,37 @@ _RESAMPLING = {
 }
 _PADDING_SHARE = 8
 """Random crop pads by an eighth of the side: 4 pixels at 32, as the paper does on CIFAR-100."""
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """The images that a model takes.
+
+    Attributes:
+        image_size: Side of the square input in pixels.
+        mean: Of each channel, for inputs scaled to 0..1.
+        std: Likewise.
+        interpolation: How images are resized: bicubic, bilinear...
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+
+class RunModel(Protocol):
+    """A run's model, as far as its data depend on it; `fedpeft.models.backbones.Backbone` is one."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """`[model]`."""
+        ...
+
+    @property
+    def images(self) -> ImageInputs | None:
+        """The images that it takes; None if it takes something else."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +93,7 @@ class Preprocessing:
             raise DataInvalid(f"there is no interpolation {self.interpolation!r}; there are: {', '.join(_RESAMPLING)}")
 
     @classmethod
-    def of(cls, backbone: Backbone, max_pixels: int = MAX_PIXELS) -> Self:
+    def of(cls, backbone: RunModel, max_pixels: int = MAX_PIXELS) -> Self:
         """Returns what a backbone wants, of images that have at most so many pixels.
 
         Raises:

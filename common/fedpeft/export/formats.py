@@ -25,6 +25,7 @@ from fedpeft.errors import BackboneMismatch, ConfigInvalid, ModelInvalid
 from fedpeft.export.model_card import Provenance, card
 from fedpeft.models.backbones import Backbone, fingerprint
 from fedpeft.models.checkpoints import read_checkpoint
+from fedpeft.models.families import timm_arguments
 from fedpeft.peft.lora import NAME
 from fedpeft.peft.tuned import TunedModel, tune
 from fedpeft.peft.tuner import target_layers
@@ -56,7 +57,7 @@ def as_timm(tuned: TunedModel, path: Path) -> None:
     state = _plain(tuned)
     about = {
         "name": backbone.config.name,
-        "arguments": dict(backbone.arguments),
+        "arguments": timm_arguments(backbone.config),
         "classes": backbone.config.classes,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -71,7 +72,7 @@ def timm_model(tuned: TunedModel) -> nn.Module:
     """Returns the tuned model as timm builds it, in evaluation mode on the CPU; arguments and errors as `as_timm`."""
     backbone = tuned.backbone
     state = {name: tensor.detach().cpu() for name, tensor in _plain(tuned).items()}
-    model: nn.Module = timm.create_model(backbone.config.name, **backbone.arguments)
+    model: nn.Module = timm.create_model(backbone.config.name, **timm_arguments(backbone.config))
     model.load_state_dict(state, strict=True)
     return model.eval()
 
@@ -145,9 +146,9 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
         raise ConfigInvalid(
             f"an adapter of method {tuned.spec.method} has no peft form; export it as safetensors or timm"
         )
-    config: Any = tuned.method.peft_config(backbone.module, backbone.anatomy)
+    config: Any = tuned.method.peft_config(backbone.module, backbone.structure)
     layers = list(config.target_modules)  # the library shortens a long list
-    config.modules_to_save = [tuned.backbone.anatomy.head]
+    config.modules_to_save = [tuned.backbone.structure.head]
     plain = copy.deepcopy(tuned.backbone.module).cpu()
     model = get_peft_model(plain, config)
     wrapped = {name for name, _ in model.named_modules()}
@@ -184,7 +185,7 @@ def from_peft(folder: Path, backbone: Backbone) -> tuple[dict[str, object], Arra
         raise ModelInvalid(f"{folder} is not a directory of the peft library: {error}") from error
     _check_plain_lora(data, folder)
     state = read_checkpoint(folder / "adapter_model.safetensors")
-    tensors = {_unwrapped(name, backbone.anatomy.head): _array(t) for name, t in state.items()}
+    tensors = {_unwrapped(name, backbone.structure.head): _array(t) for name, t in state.items()}
     layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     options: dict[str, object] = {
         "rank": data["r"],
@@ -244,7 +245,7 @@ def _targets(layers: list[str], backbone: Backbone) -> tuple[str, ...]:
     """Returns the shortest patterns that fit exactly these layers: their ends where every block has them."""
     ends = tuple(sorted({layer.split(".", 2)[2] for layer in layers if layer.count(".") > 1}))
     try:
-        fits = target_layers(backbone.module, backbone.anatomy, ends)
+        fits = target_layers(backbone.module, backbone.structure, ends)
     except ConfigInvalid:
         fits = []
     return ends if ends and set(fits) == set(layers) else tuple(layers)

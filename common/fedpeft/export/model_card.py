@@ -134,8 +134,10 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _code(tuned: TunedModel) -> list[str]:
+    from fedpeft.models.families import timm_arguments
+
     config = tuned.backbone.config
-    arguments = "".join(f", {key}={value!r}" for key, value in tuned.backbone.arguments.items())
+    arguments = "".join(f", {key}={value!r}" for key, value in timm_arguments(config).items())
     source = {"hub": ", pretrained=True", "none": ""}.get(
         config.weights, ', pretrained=True, pretrained_cfg_overlay={"file": "BACKBONE"}'
     )

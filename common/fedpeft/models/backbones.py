@@ -10,7 +10,6 @@ import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +17,11 @@ from torch import nn
 from fedpeft import seeds
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import ModelConfig
-from fedpeft.models.architectures import Architecture, ImageInputs, architecture_of
+from fedpeft.data.transforms import ImageInputs
+from fedpeft.errors import FedpeftError, ModelInvalid
 from fedpeft.models.checkpoints import DTYPES, fit, inside, read_checkpoint, resolve_weights, under_own_names
-from fedpeft.models.families import Anatomy
+from fedpeft.models.structure import ModelStructure, State
+from fedpeft.models.tasks import Task, task_of
 from fedpeft.models.tied_weights import aliases_of, names_of, put, spread, tied_beyond
 
 __all__ = ["Backbone", "StoredTensor", "build", "check_weights", "fingerprint", "resolve_weights", "skeleton"]
@@ -51,16 +52,14 @@ class Backbone:
     Attributes:
         config: What the run wanted.
         module: The model; timm's map float32 [batch, 3, image_size, image_size] to logits [batch, classes].
-        anatomy: Where its parts lie.
-        arguments: timm's keyword arguments that build it; none for another kind of model.
-        images: The images it takes; None for another kind of model.
+        structure: Where its parts lie.
+        images: The images it takes; None if it takes something else.
         stored: The tensors as the checkpoint has them, by name.
     """
 
     config: ModelConfig
     module: nn.Module = field(repr=False)
-    anatomy: Anatomy = field(repr=False)
-    arguments: Mapping[str, Any]
+    structure: ModelStructure = field(repr=False)
     images: ImageInputs | None
     stored: Mapping[str, StoredTensor] = field(repr=False)
 
@@ -87,40 +86,40 @@ def build(config: ModelConfig, seed: int, weights: Path | None = None, device: s
     Raises:
         ModelInvalid: If there is no such model, or the weights are missing or do not fit it.
     """
-    architecture = architecture_of(config)
+    task = task_of(config.kind)
     path = resolve_weights(config.weights, weights)
-    checkpoint = architecture.pretrained() if path is None and config.weights == "hub" else None
+    checkpoint = task.pretrained(config) if path is None and config.weights == "hub" else None
     if path is not None:
         checkpoint = read_checkpoint(path)
-    module = _random(architecture, seed) if checkpoint is None else _empty(architecture)
-    anatomy = architecture.anatomy(module)
-    tied = tied_beyond(module, anatomy.head)
-    _fresh_head(module, anatomy.head, tied, seed)
+    module = _random(task, config, seed) if checkpoint is None else _empty(task, config)
+    structure = _structure(task, module, config)
+    tied = tied_beyond(module, structure.head)
+    _fresh_head(module, structure.head, tied, seed)
     fresh = module.state_dict()
     if checkpoint is None:
         stored = fresh
     else:
         checkpoint = under_own_names(checkpoint, module)
-        state = fit(architecture, checkpoint, module, anatomy.head, str(path or "the hub's checkpoint"))
+        state = _fit(task, checkpoint, module, config, structure.head, str(path or "the hub's checkpoint"))
         stored = {name: checkpoint.get(name, tensor) for name, tensor in state.items()}
-        head = {name: fresh[name] for name in fresh if inside(name, anatomy.head) and name not in tied}
+        head = {name: fresh[name] for name in fresh if inside(name, structure.head) and name not in tied}
         stored |= head
         module.load_state_dict(spread(state | head, module), strict=True)
     aliases = aliases_of(module)
     digests = {name: _digest(tensor) for name, tensor in spread(stored, module).items() if name not in aliases}
     module.requires_grad_(False).eval().to(device)
-    return Backbone(config, module, anatomy, architecture.arguments, architecture.inputs(module), digests)
+    return Backbone(config, module, structure, task.images(module, config), digests)
 
 
-def skeleton(config: ModelConfig) -> tuple[nn.Module, Anatomy]:
+def skeleton(config: ModelConfig) -> tuple[nn.Module, ModelStructure]:
     """Returns a run's model without values (meta device) and where its parts lie; needs no weights.
 
     Raises:
         ModelInvalid: If there is no such model, or not in this size or depth.
     """
-    architecture = architecture_of(config)
-    module = architecture.create("meta").requires_grad_(False)
-    return module, architecture.anatomy(module)
+    task = task_of(config.kind)
+    module = _created(task, config, "meta").requires_grad_(False)
+    return module, _structure(task, module, config)
 
 
 def check_weights(config: ModelConfig, weights: Path | None = None) -> Path | None:
@@ -135,9 +134,9 @@ def check_weights(config: ModelConfig, weights: Path | None = None) -> Path | No
     """
     path = resolve_weights(config.weights, weights)
     if path is not None:
-        module, anatomy = skeleton(config)
+        module, structure = skeleton(config)
         checkpoint = under_own_names(read_checkpoint(path), module)
-        fit(architecture_of(config), checkpoint, module, anatomy.head, str(path))
+        _fit(task_of(config.kind), checkpoint, module, config, structure.head, str(path))
     return path
 
 
@@ -161,27 +160,53 @@ def fingerprint(backbone: Backbone, spec: AdapterSpec) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _random(architecture: Architecture, seed: int) -> nn.Module:
+def _created(task: Task, config: ModelConfig, device: str) -> nn.Module:
+    """Returns a task's model with its initial random values, on a device; `meta` for none."""
+    try:
+        with torch.device(device):
+            return task.module(config)
+    except FedpeftError:
+        raise
+    except Exception as error:  # whatever somebody's class raises
+        text = f"{config.name!r} cannot be built: {type(error).__name__}: {error}"
+        raise ModelInvalid(text, (("model.name", text),)) from error
+
+
+def _structure(task: Task, module: nn.Module, config: ModelConfig) -> ModelStructure:
+    """Returns where the parts of a model lie; raises `ModelInvalid` if it names a head that is not there."""
+    structure = task.structure(module, config)
+    if structure.head not in dict(module.named_modules()):
+        raise ModelInvalid(f"{config.name!r} names {structure.head!r} as its head and has no such module")
+    return structure
+
+
+def _fit(task: Task, checkpoint: State, module: nn.Module, config: ModelConfig, head: str, source: str) -> State:
+    return fit(lambda state, model: task.convert(state, model, config), checkpoint, module, head, source)
+
+
+def _random(task: Task, config: ModelConfig, seed: int) -> nn.Module:
     """Returns a model with its own initial values, which derive from the seed; no other generator is touched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seeds.derive(seed, "backbone"))
-        return architecture.create("cpu")
+        return _created(task, config, "cpu")
 
 
-def _empty(architecture: Architecture) -> nn.Module:
+def _empty(task: Task, config: ModelConfig) -> nn.Module:
     """Returns a model to be filled from a state dict: for a ViT-B 0.1 s instead of 3 s for values that go at once."""
-    module = architecture.create("meta")
+    module = _created(task, config, "meta")
     if module.state_dict().keys() >= {buffer for buffer, _ in module.named_buffers()}:
         names = names_of(module)
         filled = module.to_empty(device="cpu")  # which gives a tied parameter another tensor under each name
         for first, others in names.items():
             put(filled, others[1:], filled.get_parameter(first))
         return filled
-    return architecture.create("cpu")  # buffers that no state dict holds need their values
+    return _created(task, config, "cpu")  # buffers that no state dict holds need their values
 
 
 def _fresh_head(module: nn.Module, head: str, tied: Container[str], seed: int) -> None:
     """Gives the head its initial values, but for those of its parameters that are the backbone's too."""
+    if not head:
+        return
     generator = torch.Generator().manual_seed(seeds.derive(seeds.initialisation(seed), "head"))
     with torch.no_grad():
         for name, parameter in module.get_submodule(head).named_parameters(prefix=head):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import timm
 import torch
@@ -14,21 +14,11 @@ from torch import nn
 from fedpeft.errors import ModelInvalid
 from fedpeft.formatting import counted
 from fedpeft.models.checkpoint_file import read_tensors, some
-from fedpeft.models.families import State
+from fedpeft.models.structure import State
 from fedpeft.models.tied_weights import spread
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 """The element types a checkpoint may have, as safetensors names them."""
-
-
-class Fitting(Protocol):
-    """Maps a checkpoint's tensors to a model's: see `fedpeft.models.architectures.Architecture`."""
-
-    def convert(self, checkpoint: State, module: nn.Module) -> State:
-        """Returns them under the names and in the shapes of `module`."""
-
-    def beyond(self, name: str, module: nn.Module) -> bool:
-        """Returns whether a tensor belongs to a block that `module` was cut short of."""
 
 
 def resolve_weights(weights: str, given: Path | None) -> Path | None:
@@ -98,15 +88,26 @@ def under_own_names(checkpoint: State, module: nn.Module) -> State:
     return best
 
 
-def fit(fitting: Fitting, checkpoint: State, module: nn.Module, head: str, source: str) -> State:
-    """Returns a checkpoint's tensors as `module` takes them, without the head; nothing else may differ."""
+def fit(
+    convert: Callable[[State, nn.Module], State], checkpoint: State, module: nn.Module, head: str, source: str
+) -> State:
+    """Returns a checkpoint's tensors as `module` takes them, without the head; nothing else may differ.
+
+    Args:
+        convert: See `fedpeft.models.tasks.Task.convert`.
+        checkpoint: The tensors as the file names them.
+        module: The model.
+        head: Name of its head.
+        source: The file, for messages.
+
+    Raises:
+        ModelInvalid: If a tensor is missing, unknown, of another shape, not dense, or not finite.
+    """
     try:
-        state = spread(fitting.convert(checkpoint, module), module)
+        state = spread(convert(checkpoint, module), module)
     except (RuntimeError, KeyError, ValueError, AttributeError) as error:
         raise ModelInvalid(f"{source} does not fit the model: {error}") from error
-    state = {
-        name: tensor for name, tensor in state.items() if not inside(name, head) and not fitting.beyond(name, module)
-    }
+    state = {name: tensor for name, tensor in state.items() if not inside(name, head)}
     wanted = {n: t for n, t in module.state_dict().items() if not inside(n, head)}
     if missing := sorted(wanted.keys() - state.keys()):
         raise ModelInvalid(f"{source} does not fit the model: it lacks {some(missing)}{_whose(checkpoint, source)}")

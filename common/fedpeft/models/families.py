@@ -2,14 +2,16 @@
 
 Everything else asks the family: how a run's settings become timm's arguments, how a checkpoint becomes the model's
 state dict, and where the parts lie that PEFT methods attach to. To add a family, write a `Family` and name it in
-`FAMILIES` under the timm module that defines its models. A model that is not timm's is a kind (`fedpeft.models.kind`).
+`FAMILIES` under the timm module that defines its models. A model that is not timm's has a task of its own
+(`fedpeft.models.tasks`).
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import timm
@@ -19,27 +21,7 @@ from torch import nn
 
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ModelInvalid
-
-State = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Places where PEFT methods attach. A model without blocks can be tuned by full, head and bias.
-
-    Attributes:
-        head: Name of the classifier.
-        blocks: The transformer blocks by name, in order; each maps float [batch, tokens, width] to the same shape.
-        mlps: The MLP of each block; the same shapes.
-        width: Size of a token.
-        patch_values: Input values under one patch: channels x height x width. Prompts start smaller where it is larger.
-    """
-
-    head: str
-    blocks: dict[str, nn.Module] = field(default_factory=dict)
-    mlps: tuple[nn.Module, ...] = ()
-    width: int = 0
-    patch_values: int = 0
+from fedpeft.models.structure import ModelStructure, State
 
 
 class Family(ABC):
@@ -59,14 +41,10 @@ class Family(ABC):
 
     @abstractmethod
     def convert(self, checkpoint: State, module: nn.Module) -> State:
-        """Returns a checkpoint's tensors under the names and in the shapes of `module`."""
+        """Returns a checkpoint's tensors under the names and in the shapes of `module`, less the blocks it lacks."""
 
     @abstractmethod
-    def beyond(self, name: str, module: nn.Module) -> bool:
-        """Returns whether a tensor belongs to a block that `module` was cut short of."""
-
-    @abstractmethod
-    def anatomy(self, module: nn.Module) -> Anatomy:
+    def structure(self, module: nn.Module) -> ModelStructure:
         """Returns where the parts of `module` lie.
 
         Raises:
@@ -104,17 +82,11 @@ class VisionTransformers(Family):
         """See `Family.convert`; the position embedding is resampled to the model's grid."""
         assert isinstance(module, VisionTransformer)
         converted: State = checkpoint_filter_fn(dict(checkpoint), module)
-        return converted
+        blocks = {name: re.match(r"blocks\.(\d+)\.", name) for name in converted}
+        return {name: converted[name] for name, at in blocks.items() if not at or int(at[1]) < len(module.blocks)}
 
-    def beyond(self, name: str, module: nn.Module) -> bool:
-        """See `Family.beyond`."""
-        assert isinstance(module, VisionTransformer)
-        kind, _, rest = name.partition(".")
-        index = rest.partition(".")[0]
-        return kind == "blocks" and index.isdecimal() and int(index) >= len(module.blocks)
-
-    def anatomy(self, module: nn.Module) -> Anatomy:
-        """See `Family.anatomy`."""
+    def structure(self, module: nn.Module) -> ModelStructure:
+        """See `Family.structure`."""
         if not isinstance(module, VisionTransformer):
             raise ModelInvalid(f"{type(module).__name__} is not a VisionTransformer of timm")
         classifier = module.get_classifier()
@@ -124,7 +96,7 @@ class VisionTransformers(Family):
         if head is None or None in mlps:
             raise ModelInvalid("the model has no classifier, or a block of it has no MLP")
         height, width = module.patch_embed.patch_size
-        return Anatomy(
+        return ModelStructure(
             head=head,
             blocks=blocks,
             mlps=tuple(mlp for mlp in mlps if mlp is not None),
@@ -152,6 +124,28 @@ def family_of(name: str) -> Family:
     if module not in FAMILIES:
         raise _wrong("name", f"{name!r} is of {module}; the families that work are: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[module]
+
+
+def timm_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Returns timm's keyword arguments for a run's model; raises `ModelInvalid` if there is none of that kind."""
+    return family_of(config.name).arguments(config, _native(config.name))
+
+
+def timm_model(name: str, **arguments: Any) -> nn.Module:
+    """Returns a model of timm on torch's default device; raises `ModelInvalid` if timm cannot build it."""
+    try:
+        module: nn.Module = timm.create_model(name, **arguments)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        text = f"timm cannot build model {name!r} with {arguments}: {error}"
+        raise ModelInvalid(text, (("model", text),)) from error
+    return module
+
+
+@lru_cache(maxsize=16)
+def _native(name: str) -> nn.Module:
+    """Returns the model as timm has it, without values; it is only looked at."""
+    with torch.device("meta"):
+        return timm_model(name)
 
 
 def _wrong(key: str, text: str) -> ModelInvalid:

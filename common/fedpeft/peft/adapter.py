@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fedpeft.models.families import Anatomy
+from fedpeft.models.structure import ModelStructure
 from fedpeft.peft.method import Method, MethodOptions, methods
 
 REDUCTION = 8
@@ -65,17 +65,17 @@ class Adapter(Method[AdapterOptions]):
     needs = ("mlps",)
     variants = MappingProxyType({"adapter-per-block": {"shared": False}})
 
-    def inject(self, module: nn.Module, anatomy: Anatomy, generator: torch.Generator) -> Sequence[nn.Module]:
+    def inject(self, module: nn.Module, structure: ModelStructure, generator: torch.Generator) -> Sequence[nn.Module]:
         """See `Method.inject`; `adapter`, or `adapter` in each block."""
-        width = self.options.width or max(1, anatomy.width // REDUCTION)
+        width = self.options.width or max(1, structure.width // REDUCTION)
         if self.options.shared:
-            bottlenecks = [Bottleneck(anatomy.width, width, generator)] * len(anatomy.mlps)
+            bottlenecks = [Bottleneck(structure.width, width, generator)] * len(structure.mlps)
             module.add_module("adapter", bottlenecks[0])
         else:
-            bottlenecks = [Bottleneck(anatomy.width, width, generator) for _ in anatomy.mlps]
-            for block, bottleneck in zip(anatomy.blocks.values(), bottlenecks, strict=True):
+            bottlenecks = [Bottleneck(structure.width, width, generator) for _ in structure.mlps]
+            for block, bottleneck in zip(structure.blocks.values(), bottlenecks, strict=True):
                 block.add_module("adapter", bottleneck)
-        for mlp, bottleneck in zip(anatomy.mlps, bottlenecks, strict=True):
+        for mlp, bottleneck in zip(structure.mlps, bottlenecks, strict=True):
             mlp.register_forward_hook(bottleneck.after)
         return bottlenecks
 

@@ -9,6 +9,8 @@ from fedpeft.peft.method import Method, MethodOptions, methods
 class Head(Method[MethodOptions]):
     """Tunes nothing beside the head."""
 
+    needs = ("head",)
+
     def tunes(self, name: str) -> bool:
         """See `Method.tunes`."""
         return False

@@ -14,7 +14,7 @@ from torch import nn
 from fedpeft.adapters.spec import TensorRole
 from fedpeft.config_errors import faults_of
 from fedpeft.errors import ConfigInvalid
-from fedpeft.models.families import Anatomy
+from fedpeft.models.structure import ModelStructure
 from fedpeft.registry import Registry
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Method(ABC, Generic[OptionsT]):
     whole_model_trains: ClassVar[bool] = False
     """Puts the whole backbone in training mode while training; else only the injected modules are."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """The parts of an `Anatomy` that the method attaches to; a model that names none of them cannot be tuned so."""
+    """The parts of a `ModelStructure` that the method attaches to; a model that lacks one cannot be tuned so."""
 
     has_peft_form: ClassVar[bool] = False
     """Whether the Hugging Face `peft` library can hold the adapter; then `peft_config` says as what."""
@@ -51,7 +51,7 @@ class Method(ABC, Generic[OptionsT]):
     def __init__(self, options: OptionsT) -> None:
         self.options = options
 
-    def inject(self, module: nn.Module, anatomy: Anatomy, generator: torch.Generator) -> Sequence[nn.Module]:
+    def inject(self, module: nn.Module, structure: ModelStructure, generator: torch.Generator) -> Sequence[nn.Module]:
         """Adds modules to `module` and hooks them in.
 
         Hooks must be bound methods of the injected modules: those are copied rightly with the model. Initial values are
@@ -59,7 +59,7 @@ class Method(ABC, Generic[OptionsT]):
 
         Args:
             module: The model, on any device, the meta device included.
-            anatomy: Where its parts lie.
+            structure: Where its parts lie.
             generator: A CPU generator, seeded from the run.
 
         Returns:
@@ -79,7 +79,7 @@ class Method(ABC, Generic[OptionsT]):
         """Returns the name in the spec of a parameter's name in the tuned model."""
         return name
 
-    def peft_config(self, module: nn.Module, anatomy: Anatomy) -> PeftConfig:
+    def peft_config(self, module: nn.Module, structure: ModelStructure) -> PeftConfig:
         """Returns the configuration with which the `peft` library builds the method's modules on the plain model.
 
         Raises:

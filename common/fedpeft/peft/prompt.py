@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fedpeft.models.families import Anatomy
+from fedpeft.models.structure import ModelStructure
 from fedpeft.peft.method import Method, MethodOptions, methods
 
 
@@ -34,10 +34,10 @@ class PromptOptions(MethodOptions):
 class Prompt(nn.Module):
     """Learned tokens, float32 [tokens, width], uniform(-v, v) with v = sqrt(6 / (patch values + width)) (Xavier)."""
 
-    def __init__(self, count: int, anatomy: Anatomy, dropout: float, generator: torch.Generator) -> None:
+    def __init__(self, count: int, structure: ModelStructure, dropout: float, generator: torch.Generator) -> None:
         super().__init__()
-        bound = math.sqrt(6 / (anatomy.patch_values + anatomy.width))
-        start = torch.empty(count, anatomy.width).uniform_(-bound, bound, generator=generator)
+        bound = math.sqrt(6 / (structure.patch_values + structure.width))
+        start = torch.empty(count, structure.width).uniform_(-bound, bound, generator=generator)
         self.tokens = nn.Parameter(start)
         self.dropout = nn.Dropout(dropout)
 
@@ -60,14 +60,14 @@ class PromptTuning(Method[PromptOptions]):
     needs = ("blocks",)
     variants = MappingProxyType({"prompt-shallow": {"deep": False}})
 
-    def inject(self, module: nn.Module, anatomy: Anatomy, generator: torch.Generator) -> Sequence[nn.Module]:
+    def inject(self, module: nn.Module, structure: ModelStructure, generator: torch.Generator) -> Sequence[nn.Module]:
         """See `Method.inject`; `prompt` in each block, or in the first."""
         options = self.options
-        blocks = list(anatomy.blocks.values())
+        blocks = list(structure.blocks.values())
         spans = [(b, b) for b in blocks] if options.deep else [(blocks[0], blocks[-1])]
         prompts = []
         for first, last in spans:
-            prompt = Prompt(options.tokens, anatomy, options.dropout, generator)
+            prompt = Prompt(options.tokens, structure, options.dropout, generator)
             first.add_module("prompt", prompt)
             first.register_forward_pre_hook(prompt.append)
             last.register_forward_hook(prompt.remove)

@@ -19,7 +19,7 @@ from fedpeft.config import ModelConfig
 from fedpeft.errors import ConfigInvalid, ModelInvalid
 from fedpeft.models.backbones import Backbone, skeleton
 from fedpeft.models.checkpoints import inside
-from fedpeft.models.families import Anatomy
+from fedpeft.models.structure import ModelStructure
 from fedpeft.models.tied_weights import names_of, put
 from fedpeft.peft.method import Method, make
 
@@ -140,10 +140,10 @@ def tune(backbone: Backbone, method: str, options: Mapping[str, object], seed: i
     """
     chosen = make(method, options)
     shared = {id(p): p for p in backbone.module.parameters()}
-    module, anatomy = copy.deepcopy((backbone.module, backbone.anatomy), dict(shared))
-    injected = _inject(method, chosen, module, anatomy, seed)
+    module, structure = copy.deepcopy((backbone.module, backbone.structure), dict(shared))
+    injected = _inject(method, chosen, module, structure, seed)
     module.to(backbone.device)
-    spec = _spec(method, chosen, module, anatomy)
+    spec = _spec(method, chosen, module, structure)
     tuned = {tensor.name for tensor in spec.tensors}
     names = names_of(module)
     for own, parameter in list(module.named_parameters()):
@@ -165,9 +165,9 @@ def spec_of(config: ModelConfig, method: str, options: Mapping[str, object]) -> 
         ConfigInvalid: If there is no such method, or an option is wrong or fits nothing in this model.
     """
     chosen = make(method, options)
-    module, anatomy = skeleton(config)
-    _inject(method, chosen, module, anatomy, 0)
-    return _spec(method, chosen, module, anatomy)
+    module, structure = skeleton(config)
+    _inject(method, chosen, module, structure, 0)
+    return _spec(method, chosen, module, structure)
 
 
 def timm_spec(model_name: str, method: str, options: Mapping[str, object], classes: int) -> AdapterSpec:
@@ -191,19 +191,21 @@ def count(model_name: str, method: str, options: Mapping[str, object], classes: 
     return timm_spec(model_name, method, options, classes).parameters
 
 
-def _inject(name: str, chosen: Method[Any], module: nn.Module, anatomy: Anatomy, seed: int) -> Sequence[nn.Module]:
+def _inject(
+    name: str, chosen: Method[Any], module: nn.Module, structure: ModelStructure, seed: int
+) -> Sequence[nn.Module]:
     for part in chosen.needs:
-        if not getattr(anatomy, part):
+        if not getattr(structure, part):
             text = f"{name} attaches to a model's {part}, and this model names none"
             raise ConfigInvalid(f"peft.method: {text}", (("peft.method", text),))
-    return chosen.inject(module, anatomy, torch.Generator().manual_seed(seeds.initialisation(seed)))
+    return chosen.inject(module, structure, torch.Generator().manual_seed(seeds.initialisation(seed)))
 
 
-def _spec(name: str, chosen: Method[Any], module: nn.Module, anatomy: Anatomy) -> AdapterSpec:
+def _spec(name: str, chosen: Method[Any], module: nn.Module, structure: ModelStructure) -> AdapterSpec:
     """Returns the tuned tensors: a tied parameter is one, and is tuned if it is under any of its names."""
 
     def tuned(names: Iterable[str]) -> bool:
-        return any(inside(n, anatomy.head) or chosen.tunes(n) for n in map(chosen.canonical, names))
+        return any(inside(n, structure.head) or chosen.tunes(n) for n in map(chosen.canonical, names))
 
     names, parameters = names_of(module), dict(module.named_parameters())
     found = [(chosen.canonical(first), tuple(parameters[first].shape)) for first in names if tuned(names[first])]

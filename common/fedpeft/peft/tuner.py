@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from fedpeft.errors import ConfigInvalid
-from fedpeft.models.families import Anatomy
+from fedpeft.models.structure import ModelStructure
 from fedpeft.peft.method import Method, OptionsT
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Targets = Pattern | Annotated[tuple[Pattern, ...], Field(strict=False)]
 """Linear layers of the blocks, as shell patterns for the end of a layer's name, such as qkv, attn.*, mlp.fc?."""
 
 
-def target_layers(module: nn.Module, anatomy: Anatomy, targets: str | tuple[str, ...]) -> list[str]:
+def target_layers(module: nn.Module, structure: ModelStructure, targets: str | tuple[str, ...]) -> list[str]:
     """Returns the names of the linear layers in the blocks that a pattern fits, in the model's order.
 
     Raises:
@@ -37,7 +37,7 @@ def target_layers(module: nn.Module, anatomy: Anatomy, targets: str | tuple[str,
     """
     layers = [
         f"{block}.{name}"
-        for block, part in anatomy.blocks.items()
+        for block, part in structure.blocks.items()
         for name, layer in part.named_modules()
         if isinstance(layer, nn.Linear)
     ]
@@ -73,15 +73,15 @@ class Tuner(Method[OptionsT]):
     def start(self, layer: nn.Module, generator: torch.Generator) -> None:
         """Sets the initial values of a wrapped layer, drawn on the CPU; called without gradients."""
 
-    def peft_config(self, module: nn.Module, anatomy: Anatomy) -> PeftConfig:
+    def peft_config(self, module: nn.Module, structure: ModelStructure) -> PeftConfig:
         """See `Method.peft_config`."""
-        return self.config(target_layers(module, anatomy, self.targets))
+        return self.config(target_layers(module, structure, self.targets))
 
-    def inject(self, module: nn.Module, anatomy: Anatomy, generator: torch.Generator) -> Sequence[nn.Module]:
+    def inject(self, module: nn.Module, structure: ModelStructure, generator: torch.Generator) -> Sequence[nn.Module]:
         """See `Method.inject`; target layers are wrapped."""
         from peft import inject_adapter_in_model
 
-        names = target_layers(module, anatomy, self.targets)
+        names = target_layers(module, structure, self.targets)
         inject_adapter_in_model(self.config(names), module, adapter_name=ADAPTER)
         layers = [module.get_submodule(name) for name in names]
         with torch.no_grad():

@@ -22,13 +22,13 @@ from fedpeft.adapters.tensor_errors import as_os_errors
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data import partitions
 from fedpeft.data.client_folders import clients_in, refuse_splits, subfolders
+from fedpeft.data.examples import Examples
 from fedpeft.data.partition_writer import RECORD, file_names
 from fedpeft.data.reading import MAX_PIXELS, Reading
 from fedpeft.data.sources.interface import Source
 from fedpeft.errors import ConfigInvalid, DataInvalid
-from fedpeft.models.kind import Examples
+from fedpeft.models.tasks import split_data, task_of
 from fedpeft.rounds.local_job import RESIDUAL, Groups
-from fedpeft.training.learning import learner_of, where
 from fedpeft.training.local_round import LoadedRun
 
 CACHE_BYTES = 1024 * 1024 * 1024
@@ -83,8 +83,8 @@ def clients_of(
         raise DataInvalid(f"cannot read {error.filename or path}: {error.strerror}") from None
     if folders:
         return dict(folders), None
-    learner = learner_of(config.model.kind, reading or reading_of(config))
-    source = learner.read(path)
+    task = task_of(config.model.kind).reading(reading or reading_of(config))
+    source = task.read(path)
     if config.simulation is None:
         raise ConfigInvalid(
             f"{path} is one data set and the run file has no [simulation] section that divides it; add one, or give "
@@ -100,12 +100,12 @@ def clients_of(
         "digest": split.digest,
         "skew": partitions.skew(source.labels, split.parts, len(source.class_names)).as_dict(),
     }
-    return {name: learner.select(source, rows) for name, rows in zip(names, split.parts, strict=True)}, record
+    return {name: task.select(source, rows) for name, rows in zip(names, split.parts, strict=True)}, record
 
 
 def _place(path: Path, config: RunConfig) -> Path:
     """Returns data without the kind before it; raises `DataInvalid` if that is not the run's."""
-    kind, place = where(str(path))
+    kind, place = split_data(str(path))
     if kind not in ("", config.model.kind):
         raise DataInvalid(f"{path} is data for {kind}; the run's model {config.model.name} is not of that kind")
     return Path(place)
@@ -181,20 +181,20 @@ class ClientData:
         return self._open[client][0]
 
     def open(self, data: Path | Data, who: str) -> tuple[Any, int]:
-        """Opens a data set of this run as its learner wants it, and says how many bytes it may come to hold.
+        """Opens a data set of this run as its task wants it, and says how many bytes it may come to hold.
 
         Raises:
             DataInvalid: If it cannot be used; `who` begins the sentence.
         """
         try:
-            source = self._run.learner.read(_place(data, self._run.config)) if isinstance(data, Path) else data
+            source = self._run.task.read(_place(data, self._run.config)) if isinstance(data, Path) else data
             dataset = self._run.dataset(source, self._label_map, self._cache_bytes)
         except DataInvalid as error:
             raise DataInvalid(f"{who}: {error.message}") from None
         if isinstance(source, Examples):
             return dataset, 2 * source.values.nbytes
         images = self._run.model.backbone.images
-        assert images is not None  # or the learner had raised
+        assert images is not None  # or the task had raised
         pixels = 3 * images.image_size**2 * len(source)
         kept = pixels if pixels <= self._cache_bytes else 0
         # The parts of one data set share its encoded images, which are there anyway.

@@ -9,14 +9,14 @@ from pathlib import Path
 import structlog
 
 from fedpeft.config import RunConfig
+from fedpeft.data.examples import Examples
 from fedpeft.data.overlap import Overlap, overlap
 from fedpeft.data.reading import Reading
 from fedpeft.data.sources.interface import Source
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import DataInvalid
-from fedpeft.models.kind import Examples
+from fedpeft.models.tasks import split_data
 from fedpeft.simulation.clients import Clients, Data
-from fedpeft.training.learning import where
 
 NAMED = 5
 """Clients whose data cannot be opened that are named; all are counted."""
@@ -73,4 +73,4 @@ def _opened(data: Path | Data, reading: Reading) -> Source | None:
         return None
     if not isinstance(data, Path):
         return data
-    return open_source(where(str(data))[1], reading.image_column, reading.label_column)
+    return open_source(split_data(str(data))[1], reading.image_column, reading.label_column)

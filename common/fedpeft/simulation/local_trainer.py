@@ -12,11 +12,11 @@ from fedpeft.config import RunConfig
 from fedpeft.data.labels import read_label_map
 from fedpeft.data.reading import USUAL, Reading
 from fedpeft.errors import DataInvalid, TrainingFailed
+from fedpeft.models.tasks import task_of
 from fedpeft.rounds import metric_values
 from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome, Version
 from fedpeft.simulation.clients import ClientData, Clients
 from fedpeft.training.devices import device_of
-from fedpeft.training.learning import learner_of
 from fedpeft.training.local_round import load_run
 
 _log = structlog.get_logger(__name__)
@@ -65,8 +65,8 @@ class LocalTrainer:
     def __init__(self, inputs: Inputs) -> None:
         config = inputs.config
         self.inputs = inputs
-        learner = learner_of(config.model.kind, inputs.reading)
-        self.run = load_run(config, learner, inputs.weights, device_of(inputs.device))
+        task = task_of(config.model.kind).reading(inputs.reading)
+        self.run = load_run(config, task, inputs.weights, device_of(inputs.device))
         renamed = None if inputs.label_map is None else read_label_map(inputs.label_map)
         self._data = ClientData(inputs.clients, self.run, renamed)
         held_out = inputs.evaluation

@@ -79,7 +79,7 @@ def simulate(
 
     Args:
         config: The run file; its `[simulation]` has done its work by now, see `fedpeft.simulation.clients.clients_of`.
-        clients: Data by client: a path, or what the model's learner read. The order means nothing, names do.
+        clients: Data by client: a path, or what the model's task read. The order means nothing, names do.
         out: The folder; made if it is not there.
         evaluate: Held-out data on which every version is scored.
         weights: A file, or a folder of files, that stands for the weights that the run names.

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedpeft import seeds
 from fedpeft.config import TrainingConfig
+from fedpeft.models.tasks import Batch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,27 +23,48 @@ AHEAD = 2
 """Batches that are ready while one is computed."""
 
 
-class Orders:
+class BatchOrder:
     """The positions of every batch, a new order in each pass; made as they are asked for, as often as wanted.
 
     Attributes:
         steps: Batches in all.
-        a_pass: Batches in one pass over the data.
+        batches_per_pass: Batches in one pass over the data.
     """
 
-    def __init__(self, settings: TrainingConfig, images: int, seed: int) -> None:
-        self._images, self._size, self._seed = images, settings.batch_size, seed
-        self.a_pass = math.ceil(images / settings.batch_size)
-        self.steps = settings.steps or (settings.epochs or 1) * self.a_pass
+    def __init__(self, settings: TrainingConfig, examples: int, seed: int) -> None:
+        self._examples, self._size, self._seed = examples, settings.batch_size, seed
+        self.batches_per_pass = math.ceil(examples / settings.batch_size)
+        self.steps = settings.steps or (settings.epochs or 1) * self.batches_per_pass
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         order = np.empty(0, np.int64)
         for step in range(self.steps):
-            epoch, at = step // self.a_pass, step % self.a_pass * self._size
+            epoch, at = step // self.batches_per_pass, step % self.batches_per_pass * self._size
             if at == 0:
                 generator = np.random.Generator(np.random.PCG64(seeds.derive(self._seed, "shuffle", epoch)))
-                order = generator.permutation(self._images)
+                order = generator.permutation(self._examples)
             yield order[at : at + self._size]
+
+
+def size(batch: Batch) -> int:
+    """Returns the number of examples in a batch."""
+    return len(next(iter(batch.values())))
+
+
+def split(batch: Batch, most: int) -> Iterator[Batch]:
+    """Yields a batch in parts of at most so many examples: views, not copies."""
+    for at in range(0, size(batch), most):
+        yield {name: tensor[at : at + most] for name, tensor in batch.items()}
+
+
+def pinned(batch: Batch) -> Batch:
+    """Returns a batch in memory from which copies to a GPU need not be waited for."""
+    return {name: tensor.pin_memory() for name, tensor in batch.items()}
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """Returns a batch on a device; a copy from pinned memory is not waited for."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def ahead(items: Iterable[T], prepare: Callable[[T], R], depth: int = AHEAD) -> Iterator[R]:

@@ -14,12 +14,12 @@ import torch
 
 from fedpeft.adapters.updates import Arrays, prepare
 from fedpeft.config import RunConfig
-from fedpeft.data.store import CACHE_BYTES
 from fedpeft.models import backbones
+from fedpeft.models.tasks import Dataset, LabelMap, Task
 from fedpeft.peft import TunedModel, tune
 from fedpeft.rounds.local_job import LOCAL, RESIDUAL, LocalJob, LocalUpdate, Version
-from fedpeft.training.learning import LabelMap, Learner
-from fedpeft.training.loop import Progress
+from fedpeft.training.evaluation import evaluate
+from fedpeft.training.loop import Progress, train
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LoadedRun:
 
     Attributes:
         config: The run file.
-        learner: Reads the data of the model's kind, trains and scores.
+        task: The model's; it reads the data.
         model: The tuned model; its tensors are those of the last job.
         fingerprint: Of the frozen parameters, hexadecimal.
         own: Initial values of the tensors that the server does not have: those that are local in some round.
@@ -36,7 +36,7 @@ class LoadedRun:
     """
 
     config: RunConfig
-    learner: Learner[Any, Any]
+    task: Task
     model: TunedModel
     fingerprint: str
     own: Arrays
@@ -47,14 +47,14 @@ class LoadedRun:
         """True if a client keeps anything from round to round."""
         return self.config.codec.error_feedback or bool(self.own)
 
-    def dataset(self, source: Any, label_map: LabelMap, cache_bytes: int = CACHE_BYTES) -> Any:
-        """Returns a client's data as a data set of this run; see `Learner.dataset`."""
-        return self.learner.dataset(source, self.model.backbone, label_map, cache_bytes)
+    def dataset(self, source: Any, label_map: LabelMap, cache_bytes: int | None = None) -> Any:
+        """Returns a client's data as a data set of this run; see `Task.dataset`."""
+        return self.task.dataset(source, self.model.backbone, label_map, cache_bytes)
 
     def train(
         self,
         job: LocalJob,
-        dataset: Any,
+        dataset: Dataset,
         *,
         progress: Callable[[Progress], None] | None = None,
         stop: Callable[[], bool] | None = None,
@@ -80,8 +80,16 @@ class LoadedRun:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        result = self.learner.train(
-            self.model, dataset, job.settings, job.seed, job.round, self.device, progress=progress, stop=stop
+        result = train(
+            self.task,
+            self.model,
+            dataset,
+            job.settings,
+            job.seed,
+            job.round,
+            self.device,
+            progress=progress,
+            stop=stop,
         )
         memory = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(self.device))} if on_gpu else {}
         sent = self.model.spec.sent(job.round)
@@ -97,21 +105,22 @@ class LoadedRun:
             {**result.facts, "threads": str(torch.get_num_threads())},
         )
 
-    def evaluate(self, version: Version, dataset: Any) -> dict[str, float]:
-        """Scores a version on held-out data, local tensors at their initial values; see `Learner.evaluate`."""
+    def evaluate(self, version: Version, dataset: Dataset) -> dict[str, float]:
+        """Scores a version on held-out data, local tensors at their initial values; figures and errors of `evaluate`."""
         self._set(version, {})
-        return self.learner.evaluate(self.model, dataset, self.device, self.config.training.precision)
+        wanted = self.config.training.precision
+        return evaluate(self.task, self.model, dataset, device=self.device, wanted=wanted)
 
     def _set(self, version: Version, local: Mapping[str, Any]) -> None:
         self.model.load({**version.tensors(), **self.own, **local})
 
 
-def load_run(config: RunConfig, learner: Learner[Any, Any], weights: Path | None, device: torch.device) -> LoadedRun:
+def load_run(config: RunConfig, task: Task, weights: Path | None, device: torch.device) -> LoadedRun:
     """Builds a run's model.
 
     Args:
         config: The run file.
-        learner: That of the model's kind.
+        task: The model's.
         weights: A file, or a folder of files, that stands for the weights that the run names.
         device: Where to compute.
 
@@ -124,4 +133,4 @@ def load_run(config: RunConfig, learner: Learner[Any, Any], weights: Path | None
     model = tune(backbone, config.peft.method, config.peft.options, seed)
     shared = {tensor.name for tensor in model.spec.shared}
     own = {name: values for name, values in model.state().items() if name not in shared}
-    return LoadedRun(config, learner, model, backbones.fingerprint(backbone, model.spec), own, device)
+    return LoadedRun(config, task, model, backbones.fingerprint(backbone, model.spec), own, device)

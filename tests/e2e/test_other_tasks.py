@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import fedpeft
-from fedpeft.models.kind import kind_of
+from fedpeft.models.tasks import tasks
 from fedpeft.simulation import clients_of, simulate
 
+from ..outside_package import looked_up_anew
 from .conftest import WAIT_S, Process, free_port, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,9 +92,13 @@ def ended(process: Process, code: int) -> None:
 
 def test_a_text_classifier_learns_in_a_federation(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(world.folder / "packages"))
-    kind_of.cache_clear()
     path = [str(world.folder / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    with looked_up_anew(tasks):
+        learns(world)
+
+
+def learns(world: World) -> None:
     clients = [world.text_client("held-out", "--evaluate"), world.text_client("library"), world.text_client("workshop")]
     run = fedpeft.connect(f"127.0.0.1:{world.port}").create(world.folder / "run.toml")
     for client in clients:

@@ -1,0 +1,30 @@
+"""The places of a model that PEFT methods and the head's initial values look for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+State = dict[str, torch.Tensor]
+"""Tensors of a model or a checkpoint by name."""
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """Places where PEFT methods attach. A model without blocks can be tuned by full, head and bias.
+
+    Attributes:
+        head: Name of the module that is always tuned and begins with fresh values, a linear layer; empty for none.
+        blocks: The transformer blocks by name, in order; each maps float [batch, tokens, width] to the same shape.
+        mlps: The MLP of each block; the same shapes.
+        width: Size of a token.
+        patch_values: Input values under one patch: channels x height x width. Prompts start smaller where it is larger.
+    """
+
+    head: str = ""
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    mlps: tuple[nn.Module, ...] = ()
+    width: int = 0
+    patch_values: int = 0

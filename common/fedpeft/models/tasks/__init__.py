@@ -1,0 +1,6 @@
+"""Tasks, the uses of models: one file each; those that are installed beside fedpeft are the same."""
+
+from fedpeft.models.tasks.registry import IMAGES, split_data, task_of, tasks
+from fedpeft.models.tasks.task import Batch, Classification, Dataset, LabelMap, Pass, Task
+
+__all__ = ["IMAGES", "Batch", "Classification", "Dataset", "LabelMap", "Pass", "Task", "split_data", "task_of", "tasks"]
