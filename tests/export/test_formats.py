@@ -128,7 +128,7 @@ def test_the_peft_library_loads_variants_of_lora(
 ) -> None:
     model = trained(backbone, method, rank=4)
     formats.as_peft(model, tmp_path / "lora")
-    plain = timm.create_model(CONFIG.name, **backbone.arguments)
+    plain = timm.create_model(CONFIG.name, **timm_arguments(backbone.config))
     plain.load_state_dict(backbone.module.state_dict())
     loaded = PeftModel.from_pretrained(plain, str(tmp_path / "lora"))
     assert torch.allclose(logits(loaded, images), logits(model.module, images), 0, 1e-6)

@@ -106,7 +106,7 @@ class LoadedRun:
         )
 
     def evaluate(self, version: Version, dataset: Dataset) -> dict[str, float]:
-        """Scores a version on held-out data, local tensors at their initial values; figures and errors of `evaluate`."""
+        """Scores a version on held-out data, local tensors at their first values; figures and errors of `evaluate`."""
         self._set(version, {})
         wanted = self.config.training.precision
         return evaluate(self.task, self.model, dataset, device=self.device, wanted=wanted)
