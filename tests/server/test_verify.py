@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from fedpeft.adapters import payload
-from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
+from fedpeft.adapters.sections import with_sections
+from fedpeft.adapters.spec import AdapterSpec, Section, TensorRole, TensorSpec
 from fedpeft.config import RunConfig
 from fedpeft.errors import BlobCorrupt, FedpeftError, StateInvalid
 from fedpeft.rounds import record
@@ -44,6 +45,10 @@ CASES: dict[str, tuple[dict[str, dict[str, object]], AdapterSpec]] = {
     "sparse, fedyogi, tensors that take turns": (
         {"codec": {"up": "sparse"}, "aggregation": {"strategy": "fedyogi"}, "peft": {"method": "bias"}},
         FREEZING,
+    ),
+    "sparse, fedadam, a section": (
+        {"codec": {"up": "sparse"}, "aggregation": {"strategy": "fedadam"}},
+        with_sections(FREEZING, [Section("control", 7.0, "float32")]),
     ),
 }
 

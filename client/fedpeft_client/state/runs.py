@@ -62,6 +62,7 @@ class KnownRun:
 
     def upload_bounds(self, number: int) -> tuple[int, int]:
         """Returns the fewest and most bytes of an update's payload in round `number` (1, 2, ...)."""
-        codec = codecs.get(self.config.codec.encoding)
-        bounds = [codec.length_bounds(tensor.size) for tensor in self.spec.sent(number)]
+        own = self.config.codec.encoding
+        sent = self.spec.sent(number)
+        bounds = [codecs.get(tensor.section.encoding or own).length_bounds(tensor.size) for tensor in sent]
         return sum(low for low, _ in bounds), sum(high for _, high in bounds)

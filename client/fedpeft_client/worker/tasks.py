@@ -210,7 +210,7 @@ class SiteWorker:
         except UNFIT as error:
             return reasons_against(run, replace(self._site, built=error))
         model, images = loaded.model, loaded.model.backbone.images
-        built = Built(model.spec, loaded.fingerprint, None if images is None else images.image_size)
+        built = Built(loaded.spec, loaded.fingerprint, None if images is None else images.image_size)
         reasons = reasons_against(run, replace(self._site, built=built))
         if not reasons:
             if self._checkpointing and not model.checkpoint():

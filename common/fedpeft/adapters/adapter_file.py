@@ -26,6 +26,9 @@ from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import Doubles, Strategy
 from fedpeft.errors import BlobCorrupt, ModelInvalid
 
+SECTIONS = "sections"
+"""Key of `AdapterInfo.extra`: names of the sections beside the adapter, a JSON list; absent if there are none."""
+
 ADAPTER, STATE = "fedpeft-adapter", "fedpeft-state"
 FORMAT_VERSION = "1"
 
@@ -217,6 +220,11 @@ class TensorFile(Mapping[str, NDArray[Any]]):
             if part.get_dtype() != _DTYPES[kind][0]:
                 raise ValueError(f"tensor {name} is {part.get_dtype()}, not {_DTYPES[kind][0]}")
         return {name: tuple(part.get_shape()) for name, part in slices.items()}, AdapterInfo.from_metadata(found)
+
+    def adapter(self) -> dict[str, NDArray[Any]]:
+        """Returns the tensors without those of other sections than the adapter."""
+        others = tuple(f"{section}/" for section in json.loads(self.info.extra.get(SECTIONS, "[]")))
+        return {name: self[name] for name in self if not name.startswith(others)}
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self._shapes:

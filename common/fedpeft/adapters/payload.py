@@ -77,7 +77,7 @@ class Selection:
 
     @cached_property
     def _starts(self) -> list[int]:
-        """Where each range begins in the stream, and where the last one ends."""
+        """Positions in the stream at which the ranges begin, and at which the last one ends."""
         return [0, *accumulate(length for _, length in self.ranges)]
 
     @property
@@ -121,7 +121,7 @@ def chunks(offset: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def encode(tensors: Tensors, specs: Sequence[TensorSpec], encoding: str) -> tuple[Manifest, bytes]:
-    """Writes the tensors that `specs` names, in that order, with one codec.
+    """Writes the tensors that `specs` names, in that order, with one codec, or that of their section.
 
     Returns:
         The manifest and the payload.
@@ -136,9 +136,10 @@ def encode(tensors: Tensors, specs: Sequence[TensorSpec], encoding: str) -> tupl
 
 def write(stream: BinaryIO, tensors: Tensors, specs: Sequence[TensorSpec], encoding: str) -> Manifest:
     """Writes a payload to `stream`, holding one encoded tensor at a time; else as `encode`."""
-    codec, digest = codecs.get(encoding), hashlib.sha256()
+    digest = hashlib.sha256()
     entries, offset = [], 0
     for spec in specs:
+        own = spec.section.encoding or encoding
         if spec.name not in tensors:
             raise ManifestInvalid(f"tensor {spec.name} is missing")
         values = np.ascontiguousarray(tensors[spec.name], np.float32)
@@ -146,10 +147,10 @@ def write(stream: BinaryIO, tensors: Tensors, specs: Sequence[TensorSpec], encod
             raise ManifestInvalid(
                 f"tensor {spec.name} has shape {np.shape(tensors[spec.name])}; the spec says {spec.shape}"
             )
-        part = codec.encode(values.reshape(-1))
+        part = codecs.get(own).encode(values.reshape(-1))
         stream.write(part)
         digest.update(part)
-        entries.append(Entry(spec.name, spec.shape, encoding, offset, len(part)))
+        entries.append(Entry(spec.name, spec.shape, own, offset, len(part)))
         offset += len(part)
     return Manifest(tuple(entries), offset, digest.digest())
 
@@ -168,8 +169,9 @@ def check_manifest(manifest: Manifest, specs: Sequence[TensorSpec], encodings: S
     for i, (entry, spec) in enumerate(zip(manifest.entries, specs, strict=True)):
         if entry.shape != spec.shape:
             raise entry_fault(i, "shape", spec.name, f"has shape {entry.shape}; the spec says {spec.shape}")
-        if entry.encoding not in encodings:
-            text = f"is encoded as {entry.encoding[:32]!r}; this run takes {', '.join(encodings)}"
+        allowed = (spec.section.encoding,) if spec.section.encoding else encodings
+        if entry.encoding not in allowed:
+            text = f"is encoded as {entry.encoding[:32]!r}; this run takes {', '.join(allowed)}"
             raise entry_fault(i, "encoding", spec.name, text)
         if entry.offset != offset:
             raise entry_fault(i, "offset", spec.name, f"begins at byte {entry.offset}, not at {offset}")

@@ -9,18 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
+from typing import get_args
 
+from fedpeft.config import DenseEncoding
 from fedpeft.errors import SpecInvalid
 
 MAX_TENSORS = 4096
 MAX_NAME_BYTES = 256
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 2**31
+
+_SECTION = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 DTYPE = "F32"
 """The only element type of an adapter in protocol 1, as the safetensors format writes it."""
@@ -40,18 +45,44 @@ class TensorRole(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One tuned tensor (float32).
+class Section:
+    """A part of versions and updates, with an encoding and a weighting of its own.
 
     Attributes:
-        name: The parameter's name inside the tuned model.
+        name: Its name; the tensors of every section but the adapter are named NAME/MEMBER.
+        divisor: The server adds the plain sum of the clients' changes, divided by this; None: it folds by the strategy.
+        encoding: The codec in both directions; None: as the run file says.
+    """
+
+    name: str
+    divisor: float | None = None
+    encoding: str | None = None
+
+
+ADAPTER = Section("adapter")
+"""The section of the tuned tensors, the only one of most runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a run (float32).
+
+    Attributes:
+        name: The parameter's name inside the tuned model, or in another section than the adapter SECTION/MEMBER.
         shape: Extents, outermost first.
         roles: The roles in turn; round r (1, 2, ...) uses ``roles[(r - 1) % len(roles)]``.
+        section: The part of the payload that it belongs to.
     """
 
     name: str
     shape: tuple[int, ...]
     roles: tuple[TensorRole, ...] = (TensorRole.SENT,)
+    section: Section = ADAPTER
+
+    @property
+    def member(self) -> str:
+        """Its name inside the section."""
+        return self.name if self.section == ADAPTER else self.name.removeprefix(f"{self.section.name}/")
 
     @property
     def size(self) -> int:
@@ -65,7 +96,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Every tuned tensor of a run, sorted by name.
+    """Every tuned tensor of a run, and those of its other sections, sorted by name.
 
     Raises:
         SpecInvalid: If the tensors are none, too many, unsorted, or one of them breaks a limit.
@@ -81,6 +112,18 @@ class AdapterSpec:
     def of(cls, method: str, tensors: Iterable[TensorSpec]) -> AdapterSpec:
         """Builds a spec from tensors in any order."""
         return cls(method, tuple(sorted(tensors, key=lambda t: t.name)))
+
+    @cached_property
+    def sections(self) -> tuple[Section, ...]:
+        """The sections beside the adapter, sorted by name."""
+        return tuple(sorted({t.section for t in self.tensors} - {ADAPTER}, key=lambda s: s.name))
+
+    @cached_property
+    def adapter(self) -> AdapterSpec:
+        """The spec without other sections than the adapter."""
+        if not self.sections:
+            return self
+        return AdapterSpec(self.method, tuple(t for t in self.tensors if t.section == ADAPTER))
 
     @cached_property
     def shared(self) -> tuple[TensorSpec, ...]:
@@ -106,7 +149,7 @@ class AdapterSpec:
     @property
     def parameters(self) -> int:
         """Number of tuned values, local ones included; tensors that are frozen in every round are not tuned."""
-        return sum(t.size for t in self.tensors if set(t.roles) != {TensorRole.FROZEN})
+        return sum(t.size for t in self.adapter.tensors if set(t.roles) != {TensorRole.FROZEN})
 
     @cached_property
     def largest_update(self) -> int:
@@ -121,9 +164,10 @@ class AdapterSpec:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of the method, names, shapes and roles, hexadecimal."""
+        """Digest of the method, names, shapes, roles and sections, hexadecimal."""
         rows = [[t.name, list(t.shape), [str(r) for r in t.roles]] for t in self.tensors]
-        return hashlib.sha256(json.dumps([self.method, rows]).encode()).hexdigest()
+        beside = [[[s.name, s.divisor, s.encoding] for s in self.sections]] if self.sections else []
+        return hashlib.sha256(json.dumps([self.method, rows, *beside]).encode()).hexdigest()
 
 
 def _check(spec: AdapterSpec) -> None:
@@ -137,6 +181,10 @@ def _check(spec: AdapterSpec) -> None:
             raise spec_fault(i, "name", other.name, "is not sorted behind the one before it, or occurs twice")
     for i, tensor in enumerate(spec.tensors):
         _check_tensor(i, tensor)
+        if tensor.section != ADAPTER:
+            _check_section(i, tensor, spec.sections)
+    if all(tensor.section != ADAPTER for tensor in spec.tensors):
+        raise SpecInvalid("the adapter spec has no tuned tensor", (("tensors", "are all of other sections"),))
 
 
 def _check_tensor(i: int, tensor: TensorSpec) -> None:
@@ -157,6 +205,26 @@ def _check_tensor(i: int, tensor: TensorSpec) -> None:
             "let it be local or frozen in every round, or sent or frozen"
         )
         raise spec_fault(i, "roles", name, text)
+
+
+def _check_section(i: int, tensor: TensorSpec, known: tuple[Section, ...]) -> None:
+    """Checks a tensor of another section than the adapter."""
+    section, name = tensor.section, tensor.name
+    if not _SECTION.fullmatch(section.name) or section.name == ADAPTER.name:
+        text = "is of a section that is not named by 1 to 32 of lower-case letters, digits and '_', or is 'adapter'"
+        raise spec_fault(i, "section", name, text)
+    if sum(each.name == section.name for each in known) > 1:
+        raise spec_fault(i, "section", name, f"is of section {section.name}, which is declared in two ways")
+    if section.divisor is None or not (math.isfinite(section.divisor) and section.divisor > 0):
+        text = f"is of section {section.name}, whose divisor is {section.divisor}, not a finite number above 0"
+        raise spec_fault(i, "section", name, text)
+    if section.encoding not in get_args(DenseEncoding):
+        text = f"is of section {section.name}, whose encoding is {str(section.encoding)[:32]!r}, not a dense one"
+        raise spec_fault(i, "section", name, text)
+    if not tensor.member or tensor.member == name:
+        raise spec_fault(i, "name", name, f"is of section {section.name} and not named {section.name}/MEMBER")
+    if TensorRole.LOCAL in tensor.roles:
+        raise spec_fault(i, "roles", name, f"is of section {section.name} and local, so it has no place there")
 
 
 def spec_fault(i: int, field: str, name: str, text: str) -> SpecInvalid:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest, Tensors
-from fedpeft.adapters.spec import TensorSpec
+from fedpeft.adapters.spec import ADAPTER, TensorSpec
 from fedpeft.codecs import BLOCK_ELEMENTS, Values
 from fedpeft.config import CodecConfig
 from fedpeft.errors import StateInvalid, TrainingFailed
@@ -54,7 +54,8 @@ def prepare(
     """Encodes a client's change and works out both residuals.
 
     Args:
-        delta: Trained minus received, by name, float32.
+        delta: Trained minus received, by name, float32; of other sections than the adapter what the server shall add.
+            Those go whole: sparsity and error feedback are the adapter's.
         residual: What earlier updates left, by name; None or an absent tensor is zero. Ignored
             without error feedback.
         specs: The tensors of this round's update, in order.
@@ -65,11 +66,13 @@ def prepare(
         StateInvalid: If the residual has a wrong shape.
     """
     kept = residual if residual is not None and codec.error_feedback else {}
-    target = {spec.name: _target(spec, delta, kept) for spec in specs}
+    tuned = [spec for spec in specs if spec.section == ADAPTER]
+    target = {spec.name: _target(spec, delta, kept) for spec in tuned}
     sent = target
     if codec.up == "sparse":
-        total = sum(spec.size for spec in specs)
-        sent = top_k(target, specs, max(1, round(codec.density * total)))
+        total = sum(spec.size for spec in tuned)
+        sent = top_k(target, tuned, max(1, round(codec.density * total)))
+    sent = sent | {spec.name: _target(spec, delta, {}) for spec in specs if spec.section != ADAPTER}
     manifest, data = payload.encode(sent, specs, codec.encoding)
     if not codec.error_feedback:
         return PreparedUpdate(manifest, data, {}, {})

@@ -16,7 +16,7 @@ class FirstVersion:
     """Adapter version 0 of a run.
 
     Attributes:
-        spec: Every tuned tensor.
+        spec: Every tuned tensor, and those of other sections.
         fingerprint: SHA-256 of the frozen tensors, 64 hexadecimal digits.
         tensors: Float32 by name, all of `spec`.
         model_parameters: Parameters of the whole model.
@@ -43,8 +43,10 @@ def first_version(config: RunConfig, weights: Path | None = None) -> FirstVersio
     check_served(config)
     from fedpeft.models.backbones import build, fingerprint
     from fedpeft.peft import tune
+    from fedpeft.training.run_spec import run_spec, version_0
 
     backbone = build(config.model, config.rounds.seed, weights)
     tuned = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
-    check_combination(config, tuned.spec)
-    return FirstVersion(tuned.spec, fingerprint(backbone, tuned.spec), tuned.state(), backbone.parameters)
+    spec = run_spec(config, tuned)
+    check_combination(config, spec)
+    return FirstVersion(spec, fingerprint(backbone, tuned.spec), version_0(spec, tuned), backbone.parameters)

@@ -42,5 +42,5 @@ def restored(
             "name the right weights file with --weights"
         )
     with open_adapter(adapter, sha256) as tensors:
-        tuned.load(dict(tensors))
+        tuned.load(tensors.adapter())
     return tuned

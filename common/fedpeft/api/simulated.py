@@ -128,7 +128,7 @@ class Simulation:
         from fedpeft.adapters.adapter_file import open_adapter
 
         with open_adapter(self._file, self._sha256()) as tensors:
-            return dict(tensors)
+            return tensors.adapter()
 
     def load(self, weights: str | Path | None = None) -> TunedModel:
         """Returns the run's model with the newest version in it, as `Run.load` does.

@@ -6,6 +6,7 @@ are bytes; a version's figures stand with the round that made it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -103,14 +104,10 @@ def remaining_s(round_: run_pb2.Round, now: datetime) -> float | None:
 
 
 def adapter_parameters(spec: tensor_pb2.AdapterSpec) -> int:
-    """Returns the number of tuned values."""
-    total = 0
-    for tensor in spec.tensors:
-        size = 1
-        for extent in tensor.shape:
-            size *= extent
-        total += size
-    return total
+    """Returns the number of tuned values; see `AdapterSpec.parameters`."""
+    always_frozen = {tensor_pb2.ROLE_FROZEN}
+    tuned = (t for t in spec.tensors if not t.section and set(t.roles) != always_frozen)
+    return sum(math.prod(tensor.shape) for tensor in tuned)
 
 
 def full_bytes(run: run_pb2.Run, clients: int) -> int:

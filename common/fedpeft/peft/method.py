@@ -11,7 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from fedpeft.adapters.spec import TensorRole
+from fedpeft.adapters.spec import Section, TensorRole
+from fedpeft.config import RunConfig
 from fedpeft.config_errors import faults_of
 from fedpeft.errors import ConfigInvalid
 from fedpeft.models.structure import ModelStructure
@@ -44,7 +45,7 @@ class Method(ABC, Generic[OptionsT]):
     """The parts of a `ModelStructure` that the method attaches to; a model that lacks one cannot be tuned so."""
 
     has_peft_form: ClassVar[bool] = False
-    """Whether the Hugging Face `peft` library can hold the adapter; then `peft_config` says as what."""
+    """True if the Hugging Face `peft` library can hold the adapter; `peft_config` says as what."""
     variants: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({})
     """Options beside the defaults that `fedpeft params` counts, by the name that it shows."""
 
@@ -74,6 +75,10 @@ class Method(ABC, Generic[OptionsT]):
     def roles(self, name: str) -> tuple[TensorRole, ...]:
         """Returns the roles in turn of a tuned parameter, those of the head included."""
         return (TensorRole.SENT,)
+
+    def sections(self, config: RunConfig) -> tuple[Section, ...]:
+        """Returns the sections beside the adapter that a run with this method needs."""
+        return ()
 
     def canonical(self, name: str) -> str:
         """Returns the name in the spec of a parameter's name in the tuned model."""

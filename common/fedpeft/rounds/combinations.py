@@ -16,7 +16,7 @@ def check_combination(config: RunConfig, spec: AdapterSpec) -> None:
     """
     name = config.aggregation.strategy
     rule = strategy(name, config.aggregation.options)
-    if reason := rule.misfit({tensor.name: tensor.shape for tensor in spec.shared}):
+    if reason := rule.misfit({tensor.name: tensor.shape for tensor in spec.adapter.shared}):
         _refuse("aggregation.strategy", f"is {name!r}: {reason}; method is {config.peft.method!r}")
     if config.rounds.policy_name == SYNCHRONOUS:
         return

@@ -49,6 +49,8 @@ class RunHeader:
         # Sorted, because options come in the order of a protobuf map, which is another one in every process.
         config = json.dumps(self.config.model_dump(mode="json", exclude_none=True), sort_keys=True)
         extra = {"name": self.config.name, "config": config}
+        if self.spec.sections:
+            extra[adapter_file.SECTIONS] = json.dumps([section.name for section in self.spec.sections])
         return AdapterInfo(self.run, version, self.spec.method, self.fingerprint, model.name, model.classes, extra)
 
 
@@ -193,6 +195,7 @@ def fold_round(
         previous_sha256=previous,
         excluded=tuple(_excluded(u, verdict.reasons[u.ticket]) for u in updates if u.ticket in verdict.reasons),
         bound=verdict.bound if verdict.reasons else None,
+        sections=header.spec.sections,
     ).to_json()
     total = sum(weights.values())
     shares = {ticket: weight / total for ticket, weight in weights.items()}
@@ -313,6 +316,7 @@ def roll_back(
         state_sha256=state_sha256,
         previous_sha256=previous,
         rolled_back_to=to,
+        sections=header.spec.sections,
     ).to_json()
     return Outcome(
         adapter, state_sha256, {}, record, digest(record), {"rolled_back_to": float(to)}, {}, Extent(0.0, 0.0)
@@ -345,10 +349,10 @@ def _write(
         to_adapter = stack.enter_context(create(folder / "adapter"))
         to_state = stack.enter_context(create(folder / "state"))
         adapter_out = adapter_file.adapter_writer(to_adapter, info, specs)
-        state_out = adapter_file.state_writer(to_state, info, specs, rule)
+        state_out = adapter_file.state_writer(to_state, info, header.spec.adapter.shared, rule)
         for tensor in fold_tensors(contributions, specs, rule, old, kept, clips=clips):
             adapter_out.add(tensor.values)
-            for slot in rule.slots:
+            for slot in tensor.state:  # in the strategy's order; other sections than the adapter have none
                 state_out.add(tensor.state[slot])
     return adapter_out.finish(), state_out.finish().sha256 if rule.slots else ""
 

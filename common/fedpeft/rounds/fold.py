@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.adapters.payload import Manifest, Tensors, parts
-from fedpeft.adapters.spec import TensorSpec
-from fedpeft.aggregation import BlockStrategy, Doubles, GroupStrategy, Strategy, UpdateFacts
+from fedpeft.adapters.spec import ADAPTER, Section, TensorSpec
+from fedpeft.aggregation import BlockStrategy, Doubles, GroupStrategy, Options, Strategy, UpdateFacts
 from fedpeft.codecs import BLOCK_ELEMENTS, Values, codecs
 from fedpeft.errors import Internal
 
@@ -123,6 +123,7 @@ def fold_tensors(
 ) -> Iterator[FoldedTensor]:
     """Yields the tensors of the next version in the order of `specs`.
 
+    Tensors of another section than the adapter are folded by `SectionSum` and have no state.
     A tensor that the updates do not hold (its role in this round is frozen) is carried over with its
     state, unchanged.
 
@@ -146,17 +147,24 @@ def fold_tensors(
     for contribution in ordered:
         if [entry.name for entry in contribution.manifest.entries] != sent:
             raise Internal(f"the update of client {contribution.client} has other tensors than the first one's")
-    updates = _Updates(ordered, weights, strategy, block)
-    grouped = _Grouped(strategy, updates, specs, sent, base, block) if isinstance(strategy, GroupStrategy) else None
+    updates = {ADAPTER: _Updates(ordered, weights, strategy, block)}
+    for section in {spec.section for spec in specs} - {ADAPTER}:
+        updates[section] = _Updates(ordered, dict.fromkeys(weights, 1.0), SectionSum(section), block)
+    tuned = {spec.name for spec in specs if spec.section == ADAPTER}
+    adapter = [name for name in sent if name in tuned]
+    grouped = None
+    if isinstance(strategy, GroupStrategy):
+        grouped = _Grouped(strategy, updates[ADAPTER], specs, adapter, sent, base, block)
     for spec in specs:
-        before = {slot: _slot(strategy, slot, spec, state) for slot in strategy.slots}
+        own = updates[spec.section]
+        before = {slot: _slot(own.strategy, slot, spec, state) for slot in own.strategy.slots}
         if spec.name in sent:
             index = sent.index(spec.name)
-            deltas = (grouped.blocks(spec.name) if grouped else None) or updates.deltas(index, spec.size)
+            deltas = (grouped.blocks(spec.name) if grouped else None) or own.deltas(index, spec.size)
             try:
-                yield _step(deltas, spec, strategy, base[spec.name], before, clips)
+                yield _step(deltas, spec, own.strategy, base[spec.name], before, clips)
             except _Beyond as beyond:
-                client, value = updates.largest(index, beyond.position)
+                client, value = own.largest(index, beyond.position)
                 raise Overflow(client, spec.name, value) from None
         else:
             yield FoldedTensor(spec, base[spec.name], before)
@@ -246,6 +254,22 @@ def _piece(kept: Doubles, size: int, here: slice) -> Doubles:
     return kept[here] if kept.size == size else kept
 
 
+class SectionSum(Strategy):
+    """The rule of another section than the adapter: x + the sum of the changes / the section's divisor."""
+
+    def __init__(self, section: Section) -> None:
+        super().__init__(Options())
+        self._divisor = section.divisor or 1.0  # the spec was checked: it has one
+
+    def divisor(self, cohort: Sequence[UpdateFacts], weights: Sequence[float]) -> float:
+        """See `Strategy.divisor`."""
+        return self._divisor
+
+    def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:
+        """See `Strategy.step`."""
+        return x + delta, {}
+
+
 class _Updates:
     """The updates of a round, reduced to one Delta, a block at a time.
 
@@ -267,7 +291,7 @@ class _Updates:
         self._divisor = strategy.divisor([contribution.facts for contribution in ordered], self._factors)
         if not (math.isfinite(self._divisor) and self._divisor > 0):
             raise Internal(f"the updates' sum is divided by {self._divisor}, not by a finite positive number")
-        self._strategy = strategy
+        self.strategy = strategy
         self._block = block
         share = RESIDENT_BYTES // len(ordered)
         # Where even one fault of each is too much, every block is given back at once.
@@ -280,8 +304,8 @@ class _Updates:
 
         The array is used again for the next block.
         """
-        if isinstance(self._strategy, BlockStrategy):
-            return self._reduced(self._strategy, index, size)
+        if isinstance(self.strategy, BlockStrategy):
+            return self._reduced(self.strategy, index, size)
         return self._sums(index, size)
 
     def shares(self) -> list[float]:
@@ -342,7 +366,8 @@ class _Grouped:
         strategy: The aggregation strategy.
         updates: The updates of the round.
         specs: The tensors of an adapter version.
-        sent: Names of those that the round sends, in the order of the manifests.
+        adapter: Names of the adapter's that the round sends, in the order of the manifests.
+        sent: Names of all that the round sends, likewise.
         base: The version that the updates started from.
         block: Elements at once.
     """
@@ -352,6 +377,7 @@ class _Grouped:
         strategy: GroupStrategy,
         updates: _Updates,
         specs: Sequence[TensorSpec],
+        adapter: Sequence[str],
         sent: Sequence[str],
         base: Tensors,
         block: int,
@@ -362,7 +388,7 @@ class _Grouped:
         self._sent = sent
         self._base = base
         self._block = block
-        self._group = {name: group for group in strategy.groups(sent) for name in group}
+        self._group = {name: group for group in strategy.groups(adapter) for name in group}
         self._ready: dict[str, Doubles] = {}
 
     def blocks(self, name: str) -> Iterator[tuple[int, Doubles]] | None:

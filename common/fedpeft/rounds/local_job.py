@@ -39,7 +39,7 @@ class Version:
     payload: Path
 
     def tensors(self) -> Arrays:
-        """Reads the version's tensors, float32.
+        """Reads the version's tensors, float32, those of all sections.
 
         Raises:
             OSError: If the file cannot be read.
@@ -61,7 +61,6 @@ class LocalJob:
         settings: `[training]` of this round.
         version: The adapter version to train from.
         state: What the client kept, by group; an absent group is empty.
-        sections: Tensors that came beside the adapter, by section.
     """
 
     client: str
@@ -70,7 +69,6 @@ class LocalJob:
     settings: TrainingConfig
     version: Version
     state: Groups = field(default_factory=dict)
-    sections: Groups = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,6 @@ class LocalUpdate:
         examples: Examples that were trained on: the weight of the update.
         metrics: Figures of the training, see `fedpeft.training.loop.TrainingResult`; on a GPU also gpu_memory_bytes.
         facts: What the bits depend on beside the job: torch's version, device, precision, threads.
-        sections: Tensors that go beside the adapter, by section.
     """
 
     client: str
@@ -96,7 +93,6 @@ class LocalUpdate:
     examples: int
     metrics: dict[str, float]
     facts: dict[str, str]
-    sections: Groups = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,14 @@ from typing import Any
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from fedpeft.adapters.spec import Section
 from fedpeft.errors import BlobCorrupt
 from fedpeft.rounds.screening import NormBound
 
 PLAIN, PARTLY, FORMAT = 1, 2, 3
 """Format 1 has no keys but those of a round of which everything was folded; 2 is for the others, 3 for rounds with a
-stale update."""
-_OPTIONAL = ("excluded", "bound", "rolled_back_to")
+stale update, or with sections beside the adapter."""
+_OPTIONAL = ("excluded", "bound", "rolled_back_to", "sections")
 """Keys that a record has only where there is something to say."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -87,6 +88,7 @@ class Record:
         previous_sha256: Digest of the record before; empty for round 1.
         excluded: What was received and not folded, sorted by client.
         bound: The limit of the norms; only where something was excluded, and the run has one.
+        sections: The sections beside the adapter, sorted by name, each with its divisor and encoding.
         rolled_back_to: The version whose tensors and state this one has, where nothing was folded; else None.
     """
 
@@ -102,12 +104,15 @@ class Record:
     excluded: tuple[Excluded, ...] = ()
     bound: NormBound | None = None
     rolled_back_to: int | None = None
+    sections: tuple[Section, ...] = ()
 
     def to_json(self) -> str:
         """Returns the canonical JSON."""
         data = asdict(self)
         unsaid = [key for key in _OPTIONAL if data[key] in (None, ())]
         form = PLAIN if len(unsaid) == len(_OPTIONAL) else PARTLY
+        if self.sections:
+            form = FORMAT
         for contribution in data["contributions"]:
             if contribution["staleness"]:
                 form = FORMAT

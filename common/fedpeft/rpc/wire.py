@@ -7,9 +7,9 @@ from typing import Any
 from google.protobuf import json_format
 
 from fedpeft.adapters.payload import Entry, Manifest, entry_fault
-from fedpeft.adapters.spec import DTYPE, AdapterSpec, TensorRole, TensorSpec, spec_fault
+from fedpeft.adapters.spec import ADAPTER, DTYPE, AdapterSpec, Section, TensorRole, TensorSpec, spec_fault
 from fedpeft.config import DEFAULT_EPOCHS, RunConfig, TrainingConfig, parse_config
-from fedpeft.errors import ManifestInvalid
+from fedpeft.errors import ManifestInvalid, SpecInvalid
 from fedpeft.v1 import run_pb2, tensor_pb2
 
 MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024
@@ -69,10 +69,19 @@ def training_to_proto(config: TrainingConfig) -> run_pb2.TrainingConfig:
 def spec_to_proto(spec: AdapterSpec) -> tensor_pb2.AdapterSpec:
     """Returns the message of an adapter spec."""
     tensors = [
-        tensor_pb2.TensorSpec(name=t.name, dtype=DTYPE, shape=t.shape, roles=[_ROLES[r] for r in t.roles])
+        tensor_pb2.TensorSpec(
+            name=t.name,
+            dtype=DTYPE,
+            shape=t.shape,
+            roles=[_ROLES[r] for r in t.roles],
+            section="" if t.section == ADAPTER else t.section.name,
+        )
         for t in spec.tensors
     ]
-    return tensor_pb2.AdapterSpec(method=spec.method, tensors=tensors)
+    sections = [
+        tensor_pb2.Section(name=s.name, divisor=s.divisor or 0.0, encoding=s.encoding or "") for s in spec.sections
+    ]
+    return tensor_pb2.AdapterSpec(method=spec.method, tensors=tensors, sections=sections)
 
 
 def spec_from_proto(message: tensor_pb2.AdapterSpec) -> AdapterSpec:
@@ -81,12 +90,19 @@ def spec_from_proto(message: tensor_pb2.AdapterSpec) -> AdapterSpec:
     Raises:
         SpecInvalid: If a dtype or role is not one of this protocol's, or the spec breaks a limit.
     """
+    sections = {"": ADAPTER} | {s.name: Section(s.name, s.divisor, s.encoding) for s in message.sections}
+    if sorted(s.name for s in message.sections) != sorted({t.section for t in message.tensors} - {""}):
+        text = "are not those of its tensors, each once"
+        raise SpecInvalid(f"the sections of the adapter spec {text}", (("sections", text),))
     for i, t in enumerate(message.tensors):
         if t.dtype != DTYPE:
             raise spec_fault(i, "dtype", t.name, f"has dtype {t.dtype[:16]!r}; only {DTYPE} is allowed")
         if any(r not in _ROLES_BACK for r in t.roles):
             raise spec_fault(i, "roles", t.name, "has a role that is not sent, local or frozen")
-    tensors = tuple(TensorSpec(t.name, tuple(t.shape), tuple(_ROLES_BACK[r] for r in t.roles)) for t in message.tensors)
+    tensors = tuple(
+        TensorSpec(t.name, tuple(t.shape), tuple(_ROLES_BACK[r] for r in t.roles), sections[t.section])
+        for t in message.tensors
+    )
     return AdapterSpec(message.method, tensors)
 
 

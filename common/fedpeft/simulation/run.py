@@ -48,6 +48,7 @@ from fedpeft.simulation.leakage import leakage
 from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
 from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
 from fedpeft.simulation.versions import Versions
+from fedpeft.training.run_spec import version_0
 
 REPORT = "report.json"
 RUN = "simulation"
@@ -113,7 +114,7 @@ def simulate(
         with locks.results(out, "simulation"), durable.scratch(out / "simulation") as scratch:
             trainer = LocalTrainer(Inputs(config, clients, evaluate, weights, label_map, device, reading))
             shared = leakage(clients, evaluate, config, reading)
-            header = RunHeader(run, config, trainer.run.model.spec, trainer.run.fingerprint)
+            header = RunHeader(run, config, trainer.run.spec, trainer.run.fingerprint)
             check_combination(config, header.spec)
             (out / REPORT).unlink(missing_ok=True)  # an earlier simulation's would stand beside what this one leaves
             memory, versions = ClientMemory(scratch / "memory"), Versions(header, out, scratch)
@@ -167,7 +168,7 @@ class _Simulation:
     def run(self, committed: Callable[[Json], None] | None, worked: Callable[[int, int, int], None] | None) -> Json:
         """Holds all rounds; returns the report."""
         self._worked = worked
-        self._versions.begin(self._trainer.run.model.state())
+        self._versions.begin(version_0(self._trainer.run.spec, self._trainer.run.model))
         version = self._versions.newest()
         initial = self._trainer.evaluate(version)
         done: list[Json] = []

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fedpeft.adapters.sections import join, split
+from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.adapters.updates import Arrays, prepare
 from fedpeft.config import RunConfig
 from fedpeft.models import backbones
@@ -20,6 +22,7 @@ from fedpeft.peft import TunedModel, tune
 from fedpeft.rounds.local_job import LOCAL, RESIDUAL, LocalJob, LocalUpdate, Version
 from fedpeft.training.evaluation import evaluate
 from fedpeft.training.loop import Progress, train
+from fedpeft.training.run_spec import run_spec
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class LoadedRun:
         config: The run file.
         task: The model's; it reads the data.
         model: The tuned model; its tensors are those of the last job.
+        spec: The tensors of versions and updates: the model's, and those of other sections.
         fingerprint: Of the frozen parameters, hexadecimal.
         own: Initial values of the tensors that the server does not have: those that are local in some round.
         device: Where it computes.
@@ -38,6 +42,7 @@ class LoadedRun:
     config: RunConfig
     task: Task
     model: TunedModel
+    spec: AdapterSpec
     fingerprint: str
     own: Arrays
     device: torch.device
@@ -92,8 +97,8 @@ class LoadedRun:
             stop=stop,
         )
         memory = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(self.device))} if on_gpu else {}
-        sent = self.model.spec.sent(job.round)
-        update = prepare(result.delta, job.state.get(RESIDUAL, {}), sent, self.config.codec)
+        sent = self.spec.sent(job.round)
+        update = prepare(join(result.delta, result.sections), job.state.get(RESIDUAL, {}), sent, self.config.codec)
         local = {**kept, **{name: result.local[name] for name in self.own if name in result.local}}
         return LocalUpdate(
             job.client,
@@ -111,8 +116,11 @@ class LoadedRun:
         wanted = self.config.training.precision
         return evaluate(self.task, self.model, dataset, device=self.device, wanted=wanted)
 
-    def _set(self, version: Version, local: Mapping[str, Any]) -> None:
-        self.model.load({**version.tensors(), **self.own, **local})
+    def _set(self, version: Version, local: Mapping[str, Any]) -> dict[str, Arrays]:
+        """Puts a version into the model; returns its other sections."""
+        adapter, beside = split(self.spec, version.tensors())
+        self.model.load({**adapter, **self.own, **local})
+        return beside
 
 
 def load_run(config: RunConfig, task: Task, weights: Path | None, device: torch.device) -> LoadedRun:
@@ -133,4 +141,5 @@ def load_run(config: RunConfig, task: Task, weights: Path | None, device: torch.
     model = tune(backbone, config.peft.method, config.peft.options, seed)
     shared = {tensor.name for tensor in model.spec.shared}
     own = {name: values for name, values in model.state().items() if name not in shared}
-    return LoadedRun(config, task, model, backbones.fingerprint(backbone, model.spec), own, device)
+    proof = backbones.fingerprint(backbone, model.spec)
+    return LoadedRun(config, task, model, run_spec(config, model), proof, own, device)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedpeft.adapters.sections import Groups
 from fedpeft.adapters.spec import TensorRole
 from fedpeft.errors import TrainingFailed
 from fedpeft.formatting import counted
@@ -27,6 +28,7 @@ class TrainingResult:
         metrics: loss (mean over the last pass), loss_first, loss_last (of single steps), seconds, images_per_second,
             steps, skipped_images, micro_batch (examples that went through the model at once), threads.
         facts: torch's version, device and precision.
+        sections: Changes of the run's other sections than the adapter, by section and member.
     """
 
     delta: Arrays
@@ -34,6 +36,7 @@ class TrainingResult:
     examples: int
     metrics: dict[str, float]
     facts: dict[str, str]
+    sections: Groups = field(default_factory=dict)
 
 
 def result_of(

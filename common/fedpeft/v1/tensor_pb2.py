@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64peft/v1/tensor.proto\x12\nfedpeft.v1\"Y\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x1f\n\x05roles\x18\x04 \x03(\x0e\x32\x10.fedpeft.v1.Role\"F\n\x0b\x41\x64\x61pterSpec\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\'\n\x07tensors\x18\x02 \x03(\x0b\x32\x16.fedpeft.v1.TensorSpec\"k\n\x0bTensorEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x10\n\x08\x65ncoding\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0e\n\x06length\x18\x06 \x01(\x04\"[\n\x08Manifest\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.fedpeft.v1.TensorEntry\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*L\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_SENT\x10\x01\x12\x0e\n\nROLE_LOCAL\x10\x02\x12\x0f\n\x0bROLE_FROZEN\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64peft/v1/tensor.proto\x12\nfedpeft.v1\"j\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x1f\n\x05roles\x18\x04 \x03(\x0e\x32\x10.fedpeft.v1.Role\x12\x0f\n\x07section\x18\x05 \x01(\t\":\n\x07Section\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64ivisor\x18\x02 \x01(\x01\x12\x10\n\x08\x65ncoding\x18\x03 \x01(\t\"m\n\x0b\x41\x64\x61pterSpec\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\'\n\x07tensors\x18\x02 \x03(\x0b\x32\x16.fedpeft.v1.TensorSpec\x12%\n\x08sections\x18\x03 \x03(\x0b\x32\x13.fedpeft.v1.Section\"k\n\x0bTensorEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x10\n\x08\x65ncoding\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0e\n\x06length\x18\x06 \x01(\x04\"[\n\x08Manifest\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.fedpeft.v1.TensorEntry\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*L\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_SENT\x10\x01\x12\x0e\n\nROLE_LOCAL\x10\x02\x12\x0f\n\x0bROLE_FROZEN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedpeft.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=443
-  _globals['_ROLE']._serialized_end=519
+  _globals['_ROLE']._serialized_start=559
+  _globals['_ROLE']._serialized_end=635
   _globals['_TENSORSPEC']._serialized_start=39
-  _globals['_TENSORSPEC']._serialized_end=128
-  _globals['_ADAPTERSPEC']._serialized_start=130
-  _globals['_ADAPTERSPEC']._serialized_end=200
-  _globals['_TENSORENTRY']._serialized_start=202
-  _globals['_TENSORENTRY']._serialized_end=309
-  _globals['_MANIFEST']._serialized_start=311
-  _globals['_MANIFEST']._serialized_end=402
-  _globals['_CHUNK']._serialized_start=404
-  _globals['_CHUNK']._serialized_end=441
+  _globals['_TENSORSPEC']._serialized_end=145
+  _globals['_SECTION']._serialized_start=147
+  _globals['_SECTION']._serialized_end=205
+  _globals['_ADAPTERSPEC']._serialized_start=207
+  _globals['_ADAPTERSPEC']._serialized_end=316
+  _globals['_TENSORENTRY']._serialized_start=318
+  _globals['_TENSORENTRY']._serialized_end=425
+  _globals['_MANIFEST']._serialized_start=427
+  _globals['_MANIFEST']._serialized_end=518
+  _globals['_CHUNK']._serialized_start=520
+  _globals['_CHUNK']._serialized_end=557
 # @@protoc_insertion_point(module_scope)

@@ -61,10 +61,15 @@ class TensorSpec(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
+    SECTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The parameter's name inside the tuned model, for example `blocks.0.attn.qkv.bias`. At most 256 bytes, printable ASCII."""
     dtype: _builtins.str
     """Element type as the safetensors format writes it. Only `F32` in this version of the protocol."""
+    section: _builtins.str
+    """Name of the section that it belongs to, one of AdapterSpec.sections; empty: the adapter. A tensor of section `control`
+    that belongs to the tuned tensor `head.bias` is named `control/head.bias`, has its shape, and no role LOCAL.
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Extents, outermost first. At most 8 extents; the product is at most 2^31."""
@@ -80,18 +85,56 @@ class TensorSpec(_message.Message):
         dtype: _builtins.str = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
+        section: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "roles", b"roles", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "roles", b"roles", "section", b"section", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TensorSpec: _TypeAlias = TensorSpec  # noqa: Y015
 
 @_typing.final
+class Section(_message.Message):
+    """Section is a part of versions and updates beside the adapter, such as a control variate of SCAFFOLD. Its tensors are
+    entries of payloads like any other; what differs is how they are encoded and folded. A client whose software does not know
+    the section declines the run: the spec is not the one that it would build itself.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIVISOR_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """1 to 32 of a to z, 0 to 9 and `_`, the first a letter; not `adapter`."""
+    divisor: _builtins.float
+    """Finite, above 0. In an update each value is a change; the server adds the sum of the clients' changes, not weighted and in
+    the order of their ids, divided by this: in float64, rounded to float32.
+
+        divisor 4, value 1.0, changes 0.5, -2, 1 of three clients: 0.875
+    """
+    encoding: _builtins.str
+    """Encoding of its tensors in updates and versions, whatever CodecConfig says: `float32`, `float16` or `bfloat16`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        divisor: _builtins.float = ...,
+        encoding: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["divisor", b"divisor", "encoding", b"encoding", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Section: _TypeAlias = Section  # noqa: Y015
+
+@_typing.final
 class AdapterSpec(_message.Message):
-    """AdapterSpec names every tuned tensor. Payloads are built from this list and from nothing else:
+    """AdapterSpec names every tuned tensor, and those of other sections. Payloads are built from this list and from nothing else:
     an update of round r has the tensors whose role in round r is SENT; an adapter version, the same for every round, has
     the tensors that are not LOCAL in every round. Both keep the order of this list.
     """
@@ -100,21 +143,27 @@ class AdapterSpec(_message.Message):
 
     METHOD_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
+    SECTIONS_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """The PEFT method's registered name, for example `bias` or `lora`. The client runs its own code of that name."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """Sorted by name, in the order of the names' bytes; names unique; 1 to 4,096."""
 
+    @_builtins.property
+    def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Section]:
+        """The sections beside the adapter, each with at least one tensor; none in most runs."""
+
     def __init__(
         self,
         *,
         method: _builtins.str = ...,
         tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
+        sections: _abc.Iterable[Global___Section] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "sections", b"sections", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -202,7 +202,7 @@ class DownloadCache:
             self._blobs.local(key) as stored_at,
             adapter_file.open_adapter(stored_at, version.sha256) as stored,
         ):
-            if encoding == "float32":
+            if all((tensor.section.encoding or encoding) == "float32" for tensor in run.spec.shared):
                 return _in_place(stored_at, version, run.spec)
             # A name of its own: what has the version's earlier one may still be read, or refuse to be removed.
             path = self._folder / f"{run.id}-{version.version:06}.{next(self._made)}.{encoding}"
