@@ -148,6 +148,23 @@ class _Optioned(_Section):
         return {**own, "options": {**options, **beside}} if isinstance(options, Mapping) else dict(data)
 
 
+def _registered(package: str, name: str) -> str:
+    """Returns a name that a package's registry knows; raises `ValueError` for another."""
+    try:
+        registry_of(package).get(name)
+    except FedpeftError as error:
+        raise ValueError(error.message) from None
+    return name
+
+
+def _check_options(package: str, name: str, options: Mapping[str, Any]) -> None:
+    """Checks the options of what is registered under a name; raises the faults of keys below `options`."""
+    try:
+        registry_of(package).get(name).Options.model_validate(options)
+    except ValidationError as error:
+        raise nested(error, options) from None
+
+
 class PeftConfig(_Optioned):
     """`[peft]`: the method; its options stand beside it and are checked by the method itself."""
 
@@ -250,6 +267,23 @@ DEFAULT_EPOCHS = 1
 """Passes over the local data where neither epochs nor steps is given."""
 
 
+class AlgorithmConfig(_Optioned):
+    """`[training.algorithm]`: the rule that local training follows; its options stand beside `name`."""
+
+    name: str = "plain"
+    """plain, fedprox, scaffold..."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _registered("fedpeft.algorithms", name)
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        _check_options("fedpeft.algorithms", self.name, self.options)
+        return self
+
+
 class TrainingConfig(_Section):
     """`[training]`: what a client does with its data in a round."""
 
@@ -271,6 +305,8 @@ class TrainingConfig(_Section):
     """auto is bfloat16 where a GPU has it, else float32."""
     augmentation: Literal["none", "flip", "crop"] = "flip"
     """flip: horizontal; crop: random crop with padding 4 (at 32 px, scaled) and flip, the paper's CIFAR-100 setting."""
+    algorithm: AlgorithmConfig | None = None
+    """The table `[training.algorithm]`: a rule beside the loss, such as FedProx; plain if absent."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -297,18 +333,11 @@ class AggregationConfig(_Optioned):
     @field_validator("strategy")
     @classmethod
     def _known(cls, name: str) -> str:
-        try:
-            registry_of("fedpeft.aggregation").get(name)
-        except FedpeftError as error:
-            raise ValueError(error.message) from None
-        return name
+        return _registered("fedpeft.aggregation", name)
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        try:
-            registry_of("fedpeft.aggregation").get(self.strategy).Options.model_validate(self.options)
-        except ValidationError as error:
-            raise nested(error, self.options) from None
+        _check_options("fedpeft.aggregation", self.strategy, self.options)
         return self
 
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import numpy as np
-from google.protobuf import json_format
 from pydantic import ValidationError
 
 from fedpeft.adapters.spec import AdapterSpec
@@ -33,6 +32,7 @@ from fedpeft.errors import (
     of_reason,
 )
 from fedpeft.formatting import counted
+from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.eligibility.policy_rules import RunDemand, Weights, broken
 from fedpeft_client.owner.policy import NO_LIMITS, Policy
@@ -128,7 +128,7 @@ def reasons_against_ticket(
         examples: Images of the run's classes.
         taken: Other tickets of the run that this device has sent updates for.
     """
-    settings = json_format.MessageToDict(task.settings, preserving_proto_field_name=True)
+    settings = wire.training_data(task.settings)
     try:
         training = TrainingConfig.model_validate(settings)
     except ValidationError as error:

@@ -53,7 +53,7 @@ class Trainer:
             "run": run.as_json(),
             "round": task.round,
             "seed": task.seed,
-            "settings": json_format.MessageToDict(task.settings, preserving_proto_field_name=True),
+            "settings": wire.training_data(task.settings),
             "adapter": adapter_json(held),
             "state": {group: str(file) for group, file in state_dir.groups(folder).items()},
             "out": str(draft),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.aggregation import GroupStrategy, strategy
+from fedpeft.algorithms import algorithm
 from fedpeft.config import SYNCHRONOUS, RunConfig
 from fedpeft.errors import ConfigInvalid
 
 
 def check_combination(config: RunConfig, spec: AdapterSpec) -> None:
-    """Checks that the strategy of a run can fold its adapter, and that its rounds suit both.
+    """Checks that the strategy of a run can fold its adapter, and that its local algorithm and its rounds suit both.
 
     Raises:
         ConfigInvalid: If not.
@@ -18,6 +19,10 @@ def check_combination(config: RunConfig, spec: AdapterSpec) -> None:
     rule = strategy(name, config.aggregation.options)
     if reason := rule.misfit({tensor.name: tensor.shape for tensor in spec.adapter.shared}):
         _refuse("aggregation.strategy", f"is {name!r}: {reason}; method is {config.peft.method!r}")
+    chosen = config.training.algorithm
+    key, fault = algorithm(chosen).misfit(config)
+    if chosen is not None and key:
+        _refuse(key, f"{fault}; training.algorithm is {chosen.name!r}")
     if config.rounds.policy_name == SYNCHRONOUS:
         return
     policy = f"is {config.rounds.policy_name!r}"

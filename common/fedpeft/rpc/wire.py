@@ -44,9 +44,19 @@ def config_from_proto(message: run_pb2.RunConfig) -> RunConfig:
     for section in ("model", "peft", "aggregation"):
         if "options" in data.get(section, {}):
             data[section]["options"] = _whole(data[section]["options"])
+    if "training" in data:
+        data["training"] = training_data(message.training)
     if "seed" in data.get("rounds", {}):
         data["rounds"]["seed"] = int(data["rounds"]["seed"])  # JSON writes whole numbers of 64 bits as text
     return parse_config(data)
+
+
+def training_data(message: run_pb2.TrainingConfig) -> dict[str, Any]:
+    """Returns the settings of a message as they are validated and stored: names of the run file, plain values."""
+    data = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    if "options" in data.get("algorithm", {}):
+        data["algorithm"]["options"] = _whole(data["algorithm"]["options"])
+    return data
 
 
 def _whole(value: Any) -> Any:

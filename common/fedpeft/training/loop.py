@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -24,11 +24,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedpeft.algorithms import RoundStart, algorithm
 from fedpeft.config import TrainingConfig
 from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.formatting import counted
 from fedpeft.models.tasks import Batch, Dataset, Pass, Task
 from fedpeft.peft import TunedModel
+from fedpeft.rounds.local_job import Groups
+from fedpeft.training.algorithm_state import to_arrays, to_tensors
 from fedpeft.training.batches import BatchOrder, ahead, moved, pinned, size, split
 from fedpeft.training.loss_meter import LossMeter
 from fedpeft.training.precision import Steps, autocast, lowered, multiplying, precision
@@ -70,6 +73,8 @@ def train(
     number: int,
     device: torch.device | str = "cpu",
     *,
+    state: Groups | None = None,
+    sections: Groups | None = None,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> TrainingResult:
@@ -79,10 +84,12 @@ def train(
         task: The model's.
         model: The model, its tensors those of the adapter version to start from; it ends trained, in evaluation mode.
         dataset: The client's data.
-        settings: Epochs or steps, optimizer, precision, augmentation.
+        settings: Epochs or steps, optimizer, precision, augmentation, local algorithm.
         seed: Seed of this training, see `fedpeft.seeds.training`. Torch's global generators are left as they were.
         number: The round (1, 2, ...): it chooses each tensor's role.
         device: Where to train.
+        state: What the client kept for the local algorithm, by group and tensor; an absent group is zeros.
+        sections: What came beside the adapter, by section and tensor; likewise.
         progress: Called at the beginning, about once a second, and at the end.
         stop: Asked between steps; once true, training ends without a result.
 
@@ -95,7 +102,7 @@ def train(
     training = _Training(task, model, dataset, settings, seed, number, device)
     with seeded(seed, device), multiplying(settings.precision, device):
         try:
-            return training.run(progress, stop)
+            return training.run(state or {}, sections or {}, progress, stop)
         finally:
             model.eval()
 
@@ -147,19 +154,41 @@ class _Training:
         self._on_gpu = device.type == "cuda"
         placed(model.module, device)
         self._dtype = precision(settings.precision, device)
-        parameters = list(model.trainable(number).values())
+        parameters = model.trainable(number)
         if not parameters:
             raise TrainingFailed(f"adapter {model.spec.method} trains no tensor in round {number}")
-        self._steps = Steps(optimizer_of(settings, parameters), self._dtype, device)
+        self._sent = {tensor.name: parameters[tensor.name] for tensor in model.spec.sent(number)}
+        self._algorithm = algorithm(settings.algorithm)
+        optimizer = optimizer_of(settings, list(parameters.values()))
+        self._steps = Steps(optimizer, self._dtype, device, self._algorithm.after_gradient)
         self._micro = settings.batch_size
         self._losses = LossMeter(LOSS_STEPS if self._on_gpu else 1)
         self._order = BatchOrder(settings, len(dataset), seed)
 
-    def run(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool] | None) -> TrainingResult:
+    def run(
+        self,
+        state: Groups,
+        sections: Groups,
+        progress: Callable[[Progress], None] | None,
+        stop: Callable[[], bool] | None,
+    ) -> TrainingResult:
         """Trains and returns the result."""
-        steps = self._order.steps
         start = self._model.state()
         self._model.train()
+        kept, beside = (
+            to_tensors(names, groups, self._sent)
+            for names, groups in ((self._algorithm.groups, state), (self._algorithm.sections, sections))
+        )
+        self._algorithm.start(RoundStart(self._sent, self._settings.learning_rate, kept, beside))
+        metrics = self._train(progress, stop)
+        end = self._algorithm.finish(int(metrics["steps"]))
+        facts = facts_of(self._device, self._dtype)
+        result = result_of(self._model, start, self._number, self._dataset.examples, metrics, facts)
+        return replace(result, state=to_arrays(end.state), sections=to_arrays(end.sections))
+
+    def _train(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool] | None) -> dict[str, float]:
+        """Makes all steps and returns their figures."""
+        steps = self._order.steps
         began = reported = time.perf_counter()
         done = examples = 0
         if progress is not None:
@@ -182,7 +211,7 @@ class _Training:
         seconds = time.perf_counter() - began
         if not done:
             raise DataInvalid(f"none of the {len(self._dataset)} {self._task.example}s can be read")
-        metrics = {
+        return {
             **self._losses.metrics(),
             "seconds": seconds,
             "images_per_second": examples / seconds,
@@ -191,8 +220,6 @@ class _Training:
             "micro_batch": float(self._micro),
             "threads": float(torch.get_num_threads()),
         }
-        facts = facts_of(self._device, self._dtype)
-        return result_of(self._model, start, self._number, self._dataset.examples, metrics, facts)
 
     def _batches(self) -> Generator[_Ready]:
         """Yields every batch collated; on a GPU by a thread, so that the GPU does not wait for it."""

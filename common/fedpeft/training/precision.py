@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -86,10 +86,18 @@ class Steps:
         optimizer: Of the tuned parameters.
         dtype: In which the forward pass computes.
         device: Where.
+        after_gradient: Called before each step, with the gradients unscaled.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype,
+        device: torch.device,
+        after_gradient: Callable[[], None],
+    ) -> None:
         self._optimizer = optimizer
+        self._after_gradient = after_gradient
         self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=dtype is torch.float16)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -102,6 +110,8 @@ class Steps:
         Raises:
             TrainingFailed: If they overflow float16 however small the scale is.
         """
+        self._scaler.unscale_(self._optimizer)
+        self._after_gradient()
         self._scaler.step(self._optimizer)
         before = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
         self._scaler.update()

@@ -13,6 +13,7 @@ from fedpeft.adapters.spec import TensorRole
 from fedpeft.errors import TrainingFailed
 from fedpeft.formatting import counted
 from fedpeft.peft import TunedModel
+from fedpeft.rounds.local_job import Groups
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -28,6 +29,7 @@ class TrainingResult:
         metrics: loss (mean over the last pass), loss_first, loss_last (of single steps), seconds, images_per_second,
             steps, skipped_images, micro_batch (examples that went through the model at once), threads.
         facts: torch's version, device and precision.
+        state: What the client keeps for the local algorithm if the update counts, by group and tensor, float32.
         sections: Changes of the run's other sections than the adapter, by section and member.
     """
 
@@ -36,6 +38,7 @@ class TrainingResult:
     examples: int
     metrics: dict[str, float]
     facts: dict[str, str]
+    state: Groups = field(default_factory=dict)
     sections: Groups = field(default_factory=dict)
 
 

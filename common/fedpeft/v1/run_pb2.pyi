@@ -443,6 +443,7 @@ class TrainingConfig(_message.Message):
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     AUGMENTATION_FIELD_NUMBER: _builtins.int
+    ALGORITHM_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     """Passes over the local data, at least 1."""
     steps: _builtins.int
@@ -461,6 +462,10 @@ class TrainingConfig(_message.Message):
     """`auto` (bfloat16 where the GPU has it), `float32`, `bfloat16` or `float16`."""
     augmentation: _builtins.str
     """`none`, `flip` or `crop` (random crop with padding and flip, the paper's CIFAR-100 setting)."""
+    @_builtins.property
+    def algorithm(self) -> Global___AlgorithmConfig:
+        """The rule that local training follows beside its loss; absent: `plain`."""
+
     def __init__(
         self,
         *,
@@ -473,10 +478,11 @@ class TrainingConfig(_message.Message):
         weight_decay: _builtins.float | None = ...,
         precision: _builtins.str | None = ...,
         augmentation: _builtins.str | None = ...,
+        algorithm: Global___AlgorithmConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_momentum", b"_momentum", "_optimizer", b"_optimizer", "_precision", b"_precision", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "augmentation", b"augmentation", "batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "precision", b"precision", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_momentum", b"_momentum", "_optimizer", b"_optimizer", "_precision", b"_precision", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "augmentation", b"augmentation", "batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "precision", b"precision", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_momentum", b"_momentum", "_optimizer", b"_optimizer", "_precision", b"_precision", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "augmentation", b"augmentation", "batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "precision", b"precision", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_momentum", b"_momentum", "_optimizer", b"_optimizer", "_precision", b"_precision", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "augmentation", b"augmentation", "batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "precision", b"precision", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__augmentation: _TypeAlias = _typing.Literal["augmentation"]  # noqa: Y015
     _WhichOneofArgType__augmentation: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation"]  # noqa: Y015
@@ -516,6 +522,36 @@ class TrainingConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
 Global___TrainingConfig: _TypeAlias = TrainingConfig  # noqa: Y015
+
+@_typing.final
+class AlgorithmConfig(_message.Message):
+    """A local algorithm."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Registered name, for example `fedprox`."""
+    @_builtins.property
+    def options(self) -> _struct_pb2.Struct:
+        """The algorithm's own options, for example mu."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str | None = ...,
+        options: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "name", b"name", "options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "name", b"name", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
+    _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+
+Global___AlgorithmConfig: _TypeAlias = AlgorithmConfig  # noqa: Y015
 
 @_typing.final
 class AggregationConfig(_message.Message):

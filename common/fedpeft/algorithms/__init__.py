@@ -1,0 +1,108 @@
+"""Local algorithms: rules that a client's training follows beside its loss. One file each, which registers itself.
+
+An algorithm has hooks in the one training loop: it starts from the received values, changes gradients before each
+optimizer step, and finishes with what the client keeps for its next round and what it sends beside its update. The
+tensors that it gets are torch's; nothing here imports torch, because servers check the options of runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+from pydantic import BaseModel, ConfigDict
+
+from fedpeft.config import AlgorithmConfig, RunConfig
+from fedpeft.registry import Registry
+
+Tensors = Mapping[str, Any]
+"""torch.Tensor float32 by the adapter's tensor names."""
+TensorGroups = Mapping[str, Tensors]
+
+
+class AlgorithmOptions(BaseModel):
+    """Options of an algorithm, written beside `name` in `[training.algorithm]`; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+_Options: TypeAlias = AlgorithmOptions
+
+
+@dataclass(frozen=True)
+class RoundStart:
+    """The beginning of a client's round, as an algorithm gets it.
+
+    Attributes:
+        parameters: The parameters that the round trains and sends, with the received values; on the device of training.
+        learning_rate: Of the local optimizer.
+        state: What the client kept, by group and tensor, float32 on that device; zeros where it kept nothing.
+        sections: What came beside the adapter, by section and tensor; likewise.
+    """
+
+    parameters: Tensors
+    learning_rate: float
+    state: TensorGroups
+    sections: TensorGroups
+
+
+@dataclass(frozen=True)
+class RoundEnd:
+    """What remains of a client's round, float32.
+
+    Attributes:
+        state: What the client keeps if the server counts its update, by group and tensor.
+        sections: Changes that are sent beside the update, by section and tensor.
+    """
+
+    state: TensorGroups = field(default_factory=dict)
+    sections: TensorGroups = field(default_factory=dict)
+
+
+class LocalAlgorithm:
+    """One rule of local training; one object serves one client's round.
+
+    Tensors that stay at the client, or are frozen in the round, are none of its business.
+    """
+
+    Options: ClassVar[type[_Options]] = AlgorithmOptions
+    groups: ClassVar[tuple[str, ...]] = ()
+    """Groups of state that a client keeps from round to round, each with a value for every value that is sent."""
+    sections: ClassVar[tuple[str, ...]] = ()
+    """Sections that come with a version and go with an update, of the same shape; the server adds up the changes."""
+
+    def __init__(self, options: _Options) -> None:
+        self.options = options
+
+    def divisor(self, section: str) -> float:
+        """Returns by what the server divides the sum of the changes of a section."""
+        return 1.0
+
+    def misfit(self, config: RunConfig) -> tuple[str, str]:
+        """Returns a field of a run that does not go with the algorithm, and why; both empty if all do."""
+        return "", ""
+
+    def start(self, start: RoundStart) -> None:
+        """Takes the beginning of the round."""
+
+    def after_gradient(self) -> None:
+        """Changes the gradients, `parameter.grad`, of a whole batch in place; they are unscaled, also in float16."""
+
+    def finish(self, steps: int) -> RoundEnd:
+        """Returns what remains after so many optimizer steps; the parameters are trained now."""
+        return RoundEnd()
+
+
+algorithms: Registry[type[LocalAlgorithm]] = Registry("fedpeft.algorithms", "fedpeft.algorithms", "local algorithm")
+
+
+def algorithm(config: AlgorithmConfig | None) -> LocalAlgorithm:
+    """Builds an algorithm as `[training.algorithm]` says; None is plain.
+
+    Raises:
+        ConfigInvalid: If there is no such algorithm.
+        pydantic.ValidationError: If an option is unknown or out of range.
+    """
+    cls = algorithms.get(config.name if config else "plain")
+    return cls(cls.Options.model_validate(dict(config.options) if config else {}))
