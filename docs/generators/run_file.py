@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fedpeft.aggregation import strategies
-from fedpeft.config import RunConfig
+from fedpeft.algorithms import algorithms
+from fedpeft.config import AlgorithmConfig, RunConfig
 from fedpeft.peft import methods
 
 PAGE = "run-file.md"
@@ -99,9 +100,14 @@ def lines() -> Iterator[str]:
             _, _, text = (model.__doc__ or "").partition(": ")
             yield from (f"## `[{name}]`", "", text[:1].upper() + text[1:], "")
             beside = ("options",) if name in ("peft", "aggregation") else ()  # these stand in the section itself
-            yield from (*rows(model, skip=beside), "")
+            yield from (*rows(model, skip=(*beside, "algorithm")), "")
             if name == "peft":
                 yield from options("Method", {n: methods.get(n).Options for n in methods.names()})
+            if name == "training":
+                _, _, text = (AlgorithmConfig.__doc__ or "").partition(": ")
+                yield from ("## `[training.algorithm]`", "", text[:1].upper() + text[1:], "")
+                yield from (*rows(AlgorithmConfig, skip=("options",)), "")
+                yield from options("Algorithm", {n: algorithms.get(n).Options for n in algorithms.names()})
             if name == "aggregation":
                 yield from options("Strategy", {n: strategies.get(n).Options for n in strategies.names()})
 
@@ -115,7 +121,7 @@ def _model(annotation: Any) -> type[BaseModel] | None:
 
 
 def options(kind: str, classes: dict[str, type[BaseModel]]) -> Iterator[str]:
-    """Yields what may stand beside the name of a method or strategy."""
+    """Yields what may stand beside the name of a method, an algorithm or a strategy."""
     without = [f"`{n}`" for n, cls in classes.items() if not cls.model_fields]
     if without:
         yield from (f"Without options: {', '.join(without)}.", "")

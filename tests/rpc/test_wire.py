@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedpeft.config import TrainingConfig
-from fedpeft.rpc.wire import training_to_proto
+from fedpeft.config import TrainingConfig, parse_config
+from fedpeft.rpc.wire import config_from_proto, config_to_proto, training_data, training_to_proto
 
 
 @pytest.mark.parametrize(
@@ -15,3 +15,15 @@ def test_settings_have_either_epochs_or_steps(given: dict[str, int], epochs: int
     message = training_to_proto(TrainingConfig.model_validate(given))
     said = {name: getattr(message, name) if message.HasField(name) else None for name in ("epochs", "steps")}
     assert said == {"epochs": epochs, "steps": steps}
+
+
+def test_a_local_algorithm_goes_with_the_run_and_with_every_ticket_and_its_whole_numbers_stay_whole() -> None:
+    said = {"name": "scaffold", "population": 64}
+    model = {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}
+    run = parse_config({"model": model, "peft": {"method": "bias"}, "training": {"algorithm": said}})
+    assert config_from_proto(config_to_proto(run)) == run
+    settings = TrainingConfig.model_validate(training_data(training_to_proto(run.training)))
+    assert settings.algorithm == run.training.algorithm
+    assert settings.algorithm is not None and settings.algorithm.options == {"population": 64}
+    plain = parse_config({"model": model, "peft": {"method": "bias"}})
+    assert not config_to_proto(plain).training.HasField("algorithm"), "a run without one has the bytes that it had"

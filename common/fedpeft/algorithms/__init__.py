@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
+from fedpeft.adapters.spec import Section
 from fedpeft.config import AlgorithmConfig, RunConfig
 from fedpeft.registry import Registry
 
@@ -69,15 +70,13 @@ class LocalAlgorithm:
     Options: ClassVar[type[_Options]] = AlgorithmOptions
     groups: ClassVar[tuple[str, ...]] = ()
     """Groups of state that a client keeps from round to round, each with a value for every value that is sent."""
-    sections: ClassVar[tuple[str, ...]] = ()
-    """Sections that come with a version and go with an update, of the same shape; the server adds up the changes."""
 
     def __init__(self, options: _Options) -> None:
         self.options = options
 
-    def divisor(self, section: str) -> float:
-        """Returns by what the server divides the sum of the changes of a section."""
-        return 1.0
+    def sections(self) -> tuple[Section, ...]:
+        """Returns the sections that come with a version and, as changes, go with an update."""
+        return ()
 
     def misfit(self, config: RunConfig) -> tuple[str, str]:
         """Returns a field of a run that does not go with the algorithm, and why; both empty if all do."""

@@ -15,6 +15,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fedpeft.adapters.spec import Section
 from fedpeft.algorithms import AlgorithmOptions, LocalAlgorithm, RoundEnd, RoundStart, algorithms
 from fedpeft.config import SYNCHRONOUS, RunConfig
 
@@ -37,11 +38,10 @@ class Scaffold(LocalAlgorithm):
     Options = ScaffoldOptions
     options: ScaffoldOptions
     groups = (CONTROL,)
-    sections = (CONTROL,)
 
-    def divisor(self, section: str) -> float:
-        """See `LocalAlgorithm.divisor`."""
-        return float(self.options.population)
+    def sections(self) -> tuple[Section, ...]:
+        """See `LocalAlgorithm.sections`; exact, so that c stays the mean of what the clients hold."""
+        return (Section(CONTROL, float(self.options.population), "float32"),)
 
     def misfit(self, config: RunConfig) -> tuple[str, str]:
         """See `LocalAlgorithm.misfit`."""

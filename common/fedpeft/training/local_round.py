@@ -15,7 +15,8 @@ import torch
 from fedpeft.adapters.sections import join, split
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.adapters.updates import Arrays, prepare
-from fedpeft.config import RunConfig
+from fedpeft.algorithms import algorithm
+from fedpeft.config import RunConfig, TrainingConfig
 from fedpeft.models import backbones
 from fedpeft.models.tasks import Dataset, LabelMap, Task
 from fedpeft.peft import TunedModel, tune
@@ -81,7 +82,8 @@ class LoadedRun:
             TrainingFailed: If training ended without an update.
         """
         kept = job.state.get(LOCAL, {})
-        self._set(job.version, kept)
+        beside = self._set(job.version, kept)
+        groups = _groups(job.settings)
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -93,6 +95,8 @@ class LoadedRun:
             job.seed,
             job.round,
             self.device,
+            state={name: job.state.get(key, {}) for name, key in groups.items()},
+            sections=beside,
             progress=progress,
             stop=stop,
         )
@@ -100,11 +104,13 @@ class LoadedRun:
         sent = self.spec.sent(job.round)
         update = prepare(join(result.delta, result.sections), job.state.get(RESIDUAL, {}), sent, self.config.codec)
         local = {**kept, **{name: result.local[name] for name in self.own if name in result.local}}
+        counted = {key: result.state[name] for name, key in groups.items()}
+        before = {key: job.state.get(key, {}) for key in groups.values()}
         return LocalUpdate(
             job.client,
             update,
-            {RESIDUAL: update.residual_if_counted, LOCAL: local},
-            {RESIDUAL: update.residual_if_not, LOCAL: local},
+            {RESIDUAL: update.residual_if_counted, LOCAL: local, **counted},
+            {RESIDUAL: update.residual_if_not, LOCAL: local, **before},
             result.examples,
             {**result.metrics, **memory},
             {**result.facts, "threads": str(torch.get_num_threads())},
@@ -121,6 +127,12 @@ class LoadedRun:
         adapter, beside = split(self.spec, version.tensors())
         self.model.load({**adapter, **self.own, **local})
         return beside
+
+
+def _groups(settings: TrainingConfig) -> dict[str, str]:
+    """Returns the groups of state of the local algorithm, each with the name under which the client keeps it."""
+    chosen = settings.algorithm
+    return {name: f"{chosen.name}-{name}" for name in algorithm(chosen).groups} if chosen else {}
 
 
 def load_run(config: RunConfig, task: Task, weights: Path | None, device: torch.device) -> LoadedRun:

@@ -175,10 +175,8 @@ class _Training:
         """Trains and returns the result."""
         start = self._model.state()
         self._model.train()
-        kept, beside = (
-            to_tensors(names, groups, self._sent)
-            for names, groups in ((self._algorithm.groups, state), (self._algorithm.sections, sections))
-        )
+        kept = to_tensors(self._algorithm.groups, state, self._sent)
+        beside = to_tensors((each.name for each in self._algorithm.sections()), sections, self._sent)
         self._algorithm.start(RoundStart(self._sent, self._settings.learning_rate, kept, beside))
         metrics = self._train(progress, stop)
         end = self._algorithm.finish(int(metrics["steps"]))

@@ -13,7 +13,6 @@ from fedpeft.adapters.spec import TensorRole
 from fedpeft.errors import TrainingFailed
 from fedpeft.formatting import counted
 from fedpeft.peft import TunedModel
-from fedpeft.rounds.local_job import Groups
 
 Arrays = dict[str, NDArray[np.float32]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.sections import initial, with_sections
 from fedpeft.adapters.spec import AdapterSpec, Section
+from fedpeft.algorithms import algorithm
 from fedpeft.config import RunConfig
 from fedpeft.peft import TunedModel
 
@@ -14,7 +15,7 @@ def sections_of(config: RunConfig, model: TunedModel) -> tuple[Section, ...]:
 
     Whoever creates a run and whoever trains for it ask this; the server takes them from the spec.
     """
-    return model.method.sections(config)
+    return (*model.method.sections(config), *algorithm(config.training.algorithm).sections())
 
 
 def run_spec(config: RunConfig, model: TunedModel) -> AdapterSpec:
