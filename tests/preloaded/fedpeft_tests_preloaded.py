@@ -33,6 +33,7 @@ def main() -> None:
         "fedpeft_client.worker.process",
         "fedpeft_client.worker.tasks",
         "fedpeft.simulation",
+        "fedpeft.simulation.local_trainer",
         "timm",
         "torch._dynamo",
     ):

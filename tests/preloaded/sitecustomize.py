@@ -12,6 +12,7 @@ if _folder and sys.orig_argv[1:2] == ["-m"]:
     _module, _arguments = sys.orig_argv[2], sys.orig_argv[3:]
     _torch_wanted = {
         "fedpeft_client.worker.process": True,
+        "fedpeft.simulation.worker": True,
         "fedpeft_operator.app": bool({"create", "simulate"} & {*_arguments}),
     }
     if _torch_wanted.get(_module):

@@ -1,10 +1,13 @@
 """fedpeft simulate as people run it: what it prints, how it ends, what is left."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,15 +72,32 @@ def test_a_long_round_says_how_far_it_is(tmp_path, capfd, monkeypatch):
     assert said[2].startswith("round 1 of 1, 2 updates")
 
 
-def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_path):
+def workers_of(pid):
+    """Returns the worker processes that a simulation has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"fedpeft.simulation.worker" in (folder / "cmdline").read_bytes():
+                found.append(folder)
+    return found
+
+
+@pytest.mark.parametrize("engine", ["inprocess", "processes"])
+def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_path, engine):
     whole = write(tmp_path / "whole.parquet", table(30))
-    (tmp_path / "run.toml").write_text(RUN_FILE.replace("count = 2", "count = 100_000"))
+    run_file = RUN_FILE.replace("count = 2", "count = 100_000") + f'engine = "{engine}"\nworkers = 2\n'
+    (tmp_path / "run.toml").write_text(run_file)
     asked = ("simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out"))
     command = [sys.executable, "-m", "fedpeft_operator.app", *asked, "--device", "cpu", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         assert next(line for line in process.stderr if line.startswith("round 1 of 100000, 2 updates"))
         second = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        process.send_signal(signal.SIGINT)
+        workers = workers_of(process.pid)
+        assert len(workers) == (2 if engine == "processes" else 0)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, err = process.communicate(timeout=60)
     assert second.returncode == 1
     assert second.stderr == (
@@ -92,6 +112,7 @@ def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_
         re.M,
     )
     assert "Traceback" not in err
+    assert not any(folder.exists() for folder in workers)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.safetensors", "records.jsonl"}
 
 

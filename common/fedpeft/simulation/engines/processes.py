@@ -1,0 +1,143 @@
+"""processes: several worker processes, each with the model loaded, and with as many of torch's threads as this one.
+
+The number of threads is part of the bits: with the same number, `inprocess` computes the same. So this process's number
+(`--threads`) says how many workers the machine has cores for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+
+import structlog
+import torch
+
+from fedpeft.errors import TrainingFailed
+from fedpeft.rounds.local_job import LocalJob, LocalOutcome
+from fedpeft.simulation.engines.engine import Engine, engines
+from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
+
+AHEAD = 2
+"""Most jobs a worker that were taken and whose outcomes are not yielded: an outcome waits for those before it."""
+LEAVE_S = 5.0
+"""Time that a worker has to end before it is killed, seconds."""
+
+_COMMAND = (sys.executable, "-m", "fedpeft.simulation.worker")
+_log = structlog.get_logger(__name__)
+
+
+class _Worker:
+    """A worker process; `client` is the one whose job it has, if it has one."""
+
+    def __init__(self, inputs: Inputs, threads: int) -> None:
+        ours, theirs = socket.socketpair()
+        path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), *(each or os.getcwd() for each in sys.path)])
+        with theirs:  # its standard output is this one's standard error: ours may carry results
+            self._process = subprocess.Popen(
+                _COMMAND, stdin=theirs.fileno(), stdout=2, env={**os.environ, "PYTHONPATH": path}
+            )
+        self.connection = Connection(ours.detach())
+        self.client = ""
+        self._send((inputs, threads))
+
+    def begin(self, job: LocalJob) -> None:
+        """Gives it a job."""
+        self.client = job.client
+        self._send(job)
+
+    def outcome(self) -> LocalOutcome:
+        """Waits for the outcome of its job.
+
+        Raises:
+            TrainingFailed: If it died.
+            FedpeftError: What it raised instead, such as `DataInvalid`.
+        """
+        try:
+            found = self.connection.recv()
+        except (EOFError, OSError):
+            raise TrainingFailed(f"client {self.client}: the worker process that trained it {self._end()}") from None
+        if isinstance(found, Exception):
+            raise found
+        self.client = ""
+        outcome: LocalOutcome = found
+        return outcome
+
+    def stop(self) -> None:
+        """Ends it, in the middle of a job too; `close` waits for that."""
+        self._process.terminate()
+
+    def close(self) -> None:
+        """Waits until it has ended, and kills it if it does not."""
+        self._end()
+        self.connection.close()
+
+    def _send(self, message: object) -> None:
+        with suppress(OSError):  # then the end of its answers says what happened
+            self.connection.send(message)
+
+    def _end(self) -> str:
+        try:
+            code = self._process.wait(LEAVE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+@engines.register("processes")
+class Processes(Engine):
+    """Hands jobs to worker processes as they become free; they are started with the first job."""
+
+    def __init__(self, trainer: LocalTrainer, workers: int | None = None) -> None:
+        super().__init__(trainer, workers)
+        self._threads = torch.get_num_threads()
+        self._count = workers or max(1, len(os.sched_getaffinity(0)) // self._threads)
+        self._workers: list[_Worker] = []
+
+    def run(self, jobs: Iterable[LocalJob]) -> Iterator[LocalOutcome]:
+        """See `Engine.run`."""
+        source, order, done = iter(jobs), deque[str](), dict[str, LocalOutcome]()
+        while True:
+            while self._has_room(len(order)) and (job := next(source, None)) is not None:
+                self._free().begin(job)
+                order.append(job.client)
+            if not order:
+                return
+            if order[0] in done:
+                yield done.pop(order.popleft())
+                continue
+            busy = {worker.connection: worker for worker in self._workers if worker.client}
+            for connection in wait(list(busy)):
+                outcome = busy[connection].outcome()  # type: ignore[index]  # those that were given
+                done[outcome.client] = outcome
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+
+    def _has_room(self, waiting: int) -> bool:
+        """Returns True if a worker is free, or may be started, and few outcomes wait."""
+        busy = sum(bool(worker.client) for worker in self._workers)
+        return busy < self._count and waiting < AHEAD * self._count
+
+    def _free(self) -> _Worker:
+        """Returns a worker without a job; starts one if there is none."""
+        for worker in self._workers:
+            if not worker.client:
+                return worker
+        if self._count == 1:
+            _log.warning("one worker trains", cores=len(os.sched_getaffinity(0)), threads=self._threads)
+        self._workers.append(_Worker(replace(self.trainer.inputs, evaluation=None), self._threads))
+        return self._workers[-1]
