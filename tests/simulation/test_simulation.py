@@ -378,10 +378,7 @@ def test_what_cannot_be_simulated_is_said_at_once(tmp_path, folders):
         clients_of(hollow, config())
 
 
-def test_a_simulation_takes_only_an_engine_that_is_registered_and_one_scheme(tmp_path, folders):
-    for engine in ("processes", "ray"):
-        with pytest.raises(ConfigInvalid, match=rf"there is no engine '{engine}'; there are: inprocess"):
-            simulate(config(simulation={"engine": engine}), clients(folders), tmp_path)
+def test_a_run_file_takes_only_one_scheme():
     with pytest.raises(ConfigInvalid, match="partition natural needs column"):
         config(simulation={"partition": "natural"})
     with pytest.raises(ConfigInvalid, match="column 'vendor' is for partition natural, not iid"):

@@ -1,4 +1,4 @@
-"""Simulation: a run file's federation in one process, without a network, with the code of server and client.
+"""Simulation: a run file's federation on one machine, without a network, with the code of server and client.
 
 `clients_of` finds the clients in the data, `reading_of` how it is read, `simulate` holds the run.
 """
