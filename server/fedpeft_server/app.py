@@ -142,7 +142,9 @@ class Server:
         self.metrics.watch_disk(settings.data_dir)
         asyncio.get_running_loop().set_exception_handler(self.background.unhandled)
         self.byte_counter = ByteCounter(self.metrics)
-        self.store = Store(settings.data_dir, settings.database, settings.blobs, keep_updates=settings.keep_updates)
+        self.store = Store(
+            settings.data_dir, settings.database, settings.blobs, settings.updates, keep_updates=settings.keep_updates
+        )
         self.sessions = Sessions(await self.store.transact(self.store.db.clients), settings.max_clients)
         progress = ProgressWatch(
             self.store, self.metrics, self.sessions.last_activity, lambda client: self.uploads.has(client), self.timing

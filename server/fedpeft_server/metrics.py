@@ -104,8 +104,8 @@ class Metrics:
         self.stored_bytes = Gauge(
             "fedpeft_stored_bytes",
             "Size of the files in the data folder, bytes: `spool` (updates being received, waiting for aggregation, or "
-            "kept by --keep-updates), `outbound` (encoded versions), `cache` (copies of objects in a bucket), "
-            "`scratch` (aggregation in progress), `database` (SQLite). Measured once a minute.",
+            "kept by --keep-updates), `outbound` (encoded versions), `cache` and `fetched` (copies of objects in a "
+            "bucket), `scratch` (aggregation in progress), `database` (SQLite). Measured once a minute.",
             ("place",),
             registry=r,
         )

@@ -44,6 +44,11 @@ class Settings(ProcessSettings):
     blobs: str = Field(
         "", description="Where adapter versions are kept: folder, s3://, gs:// or az://; empty: data folder."
     )
+    updates: str = Field(
+        "",
+        description="Where received updates are kept too until their round is over, so that they outlive this machine: "
+        "folder, s3://, gs:// or az://; empty: data folder alone.",
+    )
     identity: Path | None = Field(
         None,
         description="Folder of the server's certificates, as fedpeft-server init makes it; absent: identity in the "

@@ -237,7 +237,7 @@ class Federation(pb_grpc.FederationServiceServicer):
             answer.committed_bytes = received.manifest.payload_bytes
             answer.receipt.CopyFrom(_receipt(received))
             return answer
-        answer.committed_bytes = await self._store.file(self._store.spool.position, ticket.id, request.sha256)
+        answer.committed_bytes = await self._store.file(self._store.updates.position, ticket.id, request.sha256)
         return answer
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:

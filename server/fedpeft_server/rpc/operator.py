@@ -95,7 +95,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         try:
             await self._uploads.create(key, manifest, context)
         except BaseException:
-            await self._store.compute(self._store.spool.remove, key)  # it must not keep a disk full
+            await self._store.compute(self._store.updates.remove_all, (key,))  # it must not keep a disk full
             raise
         try:
             engine = await self._runs.create(run, partial(self._first_version, key, run, manifest), actor())
@@ -281,7 +281,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
 
     def _first_version(self, key: str, run: RunRow, manifest: Manifest) -> VersionRow:
         """Stores the uploaded payload as the adapter file of version 0."""
-        with self._store.spool.open(key) as data:
+        with self._store.updates.open(key, manifest.sha256) as data:
             tensors = payload.decode(manifest, data)
         with TemporaryDirectory(dir=self._store.scratch) as folder:
             path = Path(folder, "adapter")

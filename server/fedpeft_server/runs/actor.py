@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ import structlog
 
 from fedpeft.errors import DatabaseLocked, FedpeftError, RevisionMoved
 from fedpeft.identity.audit import Detail
+from fedpeft.rounds.conduct import Conduct
 from fedpeft.rounds.state_machine import (
     Event,
     Paused,
@@ -49,8 +50,9 @@ ATTEMPTS = 100
 
 Decide = Callable[[RunStatus], Awaitable[Transition | None]]
 """Returns the transition that a command makes of a status; None if there is nothing to change."""
-Entered = Callable[[RunStatus, Transition | None], None]
-"""Told the status before the one that is known now, and the transition between; None if others made it."""
+Entered = Callable[[RunStatus, Mapping[str, Conduct], bool], None]
+"""Told the status before the one that is known now, the conduct of clients, and False if others made what lies between.
+"""
 
 
 class RunActor:
@@ -146,7 +148,7 @@ class RunActor:
 
     def presume(self, state: RunState, reason: str) -> None:
         """Makes a state the known one that could not be written; a restart does not know it."""
-        self._enter(replace(self.status, state=state, reason=reason), None)
+        self._enter(replace(self.status, state=state, reason=reason), {}, here=True)
 
     async def _write(self, made: Transition) -> bool:
         """Writes a transition, with the bytes counted for the run; returns False if the run is at another revision."""
@@ -155,7 +157,7 @@ class RunActor:
         except RevisionMoved:
             await self._reload()
             return False
-        self._enter(made.changes.after, made)
+        self._enter(made.changes.after, made.conducts, here=True)
         return True
 
     async def refresh(self) -> bool:
@@ -167,15 +169,16 @@ class RunActor:
 
     async def _reload(self) -> None:
         ((run, current),) = await self._store.transact(self._store.db.standings, self.run.id)
+        conducts = await self._store.transact(self._store.db.conducts, self.run.id)
         self._log.info("run changed by another server", revision=run.revision, round=current.number)
-        self._enter(RunStatus(run.revision, run.state, run.reason, run.version, current), None)
+        self._enter(RunStatus(run.revision, run.state, run.reason, run.version, current), conducts, here=False)
 
-    def _enter(self, after: RunStatus, made: Transition | None) -> None:
+    def _enter(self, after: RunStatus, conducts: Mapping[str, Conduct], *, here: bool) -> None:
         before, self.round = self.status, after.round
         self.run = replace(
             self.run, revision=after.revision, state=after.state, reason=after.reason, version=after.version
         )
-        self._entered(before, made)
+        self._entered(before, conducts, here)
 
 
 def _audit_events(changes: Changes, event: Event, action: str, by: str) -> list[AuditEvent]:

@@ -73,7 +73,7 @@ def aggregate(
         updates = []
         for ticket in current.in_state(TicketState.RECEIVED):
             row = received[ticket.id]
-            data = stack.enter_context(store.spool.open(ticket.id))
+            data = stack.enter_context(store.updates.open(ticket.id, row.manifest.sha256))
             updates.append(Update(ticket.id, ticket.client, row.examples, row.metrics, row.manifest, data, row.norm))
         old = Stored(stack.enter_context(store.blobs.local(version_key(run.id, base.version))), base.sha256)
         state = None

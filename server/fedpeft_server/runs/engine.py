@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 
@@ -187,7 +187,7 @@ class RunEngine:
 
     async def refuse(self, ticket: state_machine.Ticket, error: FedpeftError, by: str) -> None:
         """Closes a ticket for which `by` sent what is wrong for good; the round goes on with the others."""
-        self._store.soon(self._store.spool.remove_partial, ticket.id)
+        self._store.soon(self._store.updates.remove_partial, ticket.id)
         words = f"{error.reason}: {error.message}"
         event = state_machine.Refused(ticket.id, words)
         with suppress(TicketNotFound):  # its round is over, and with it the ticket
@@ -206,7 +206,7 @@ class RunEngine:
     async def _withdraw(self, ticket: state_machine.Ticket, reason: str, by: str) -> TicketState:
         if await self.actor.advance(state_machine.Withdrawn(ticket.id, reason), "ticket.withdrawn", by):
             self._log.info("ticket withdrawn", client=ticket.client, reason=reason)
-        self._store.soon(self._store.spool.remove_partial, ticket.id)
+        self._store.soon(self._store.updates.remove_partial, ticket.id)
         return self.round.ticket(ticket.id).state
 
     async def pause(self, reason: str, by: str) -> None:
@@ -275,11 +275,11 @@ class RunEngine:
         details["record_sha256"] = result.outcome.record_sha256
         return Transition(changes, result=result, audit_events=(AuditEvent(by, "run.rolled_back", run, details),))
 
-    def _entered(self, before: RunStatus, made: Transition | None) -> None:
+    def _entered(self, before: RunStatus, conducts: Mapping[str, conduct.Conduct], here: bool) -> None:
         """Does what follows from a change of the run, whoever made it."""
         run, current, follow = self.run, self.round, effects(before, self.actor.status)
-        if made:
-            self._participation.put_conducts(run.id, made.conducts)
+        self._participation.put_conducts(run.id, conducts)
+        if here:  # else the server that made the transition has counted and logged it
             self._round_log.entered(before.round, current)
         if follow.committed:
             self._byte_counter.round_committed(run.id, run.version)

@@ -138,9 +138,9 @@ class Runs:
         except Exception as error:
             if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._is_written(run.id)):
                 await self._store.compute(self._store.forget_run, run.id, ())
-                await self._store.compute(self._store.spool.remove, creation_key(run.id))
+                await self._store.compute(self._store.updates.remove_all, (creation_key(run.id),))
                 raise
-        await self._store.compute(self._store.spool.remove, creation_key(run.id))
+        await self._store.compute(self._store.updates.remove_all, (creation_key(run.id),))
         return self._begin(run)
 
     @shielded

@@ -195,8 +195,8 @@ class Database:
             found = [run_queries.select_run(connection, run_id)] if run_id else run_queries.select_runs(connection)
             return [(run, _in_progress(run, rounds.select_newest(connection, run.id))) for run in found]
 
-    def conducts(self, run_id: str, clients: Sequence[str]) -> dict[str, Conduct]:
-        """Returns how clients used their last tickets of a run; nothing of those that never answered its offer."""
+    def conducts(self, run_id: str, clients: Sequence[str] | None = None) -> dict[str, Conduct]:
+        """Returns how clients, or all, used their last tickets of a run; nothing of those that never answered."""
         with self._reading() as connection:
             return participation.select_conducts(connection, run_id, clients)
 

@@ -26,7 +26,7 @@ from fedpeft.errors import StateInvalid, TicketNotFound, UpdateDiffers
 from fedpeft.process.durable import refusals, sync
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rpc.wire import manifest_to_proto
-from fedpeft_server.store.spool_writer import SpoolWriter
+from fedpeft_server.store.spool_writer import Owner, SpoolWriter
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -129,11 +129,11 @@ class Spool:
         except FileNotFoundError:
             return 0
 
-    def writer(self, ticket: str, manifest: Manifest) -> SpoolWriter:
+    def writer(self, ticket: str, manifest: Manifest, owner: Owner | None = None) -> SpoolWriter:
         """Returns a writer that goes on where the upload stands. An older writer of the ticket may write no more.
 
         What is held of another payload is discarded. The manifest must have passed `payload.check_manifest`, and the
-        ticket must have no receipt.
+        ticket must have no receipt. `owner` takes the place of the spool towards the writer.
 
         Raises:
             UpdateDiffers: If another payload of this ticket became whole in this process.
@@ -149,7 +149,7 @@ class Spool:
             if held is None:
                 path = self._folder / f"{ticket}.{manifest.sha256.hex()}.part"
                 held = _Held(path, manifest.sha256.hex(), whole=False)
-            writer = self._open(ticket, manifest, held)
+            writer = self._open(ticket, manifest, held, owner or self)
             self._unwanted.discard(ticket)
             self._held[ticket], self._writers[ticket] = held, writer
             return writer
@@ -164,10 +164,10 @@ class Spool:
         self._digests.pop(ticket, None)
         del self._held[ticket]
 
-    def _open(self, ticket: str, manifest: Manifest, held: _Held) -> SpoolWriter:
+    def _open(self, ticket: str, manifest: Manifest, held: _Held, owner: Owner) -> SpoolWriter:
         lock = self._lock_of(ticket)
         if held.whole:
-            return SpoolWriter(self, lock, ticket, manifest, held.path, None, manifest.payload_bytes, None)
+            return SpoolWriter(owner, lock, ticket, manifest, held.path, None, manifest.payload_bytes, None)
         descriptor = os.open(held.path, os.O_RDWR | os.O_CREAT, 0o600)
         position = os.fstat(descriptor).st_size
         if position > manifest.payload_bytes:
@@ -179,7 +179,7 @@ class Spool:
         digest = hashlib.sha256() if position == 0 else None
         if known is not None and known[0] == position:
             digest = known[1].copy()
-        return SpoolWriter(self, lock, ticket, manifest, held.path, descriptor, position, digest)
+        return SpoolWriter(owner, lock, ticket, manifest, held.path, descriptor, position, digest)
 
     def is_current(self, writer: SpoolWriter) -> bool:
         """Returns whether a writer is the newest of its ticket, so that it may write."""
@@ -221,15 +221,20 @@ class Spool:
             self._remove(writer.ticket)
             return True
 
+    def is_whole(self, ticket: str, sha256: bytes) -> bool:
+        """Returns True if the whole payload with a digest is held."""
+        held = self._held.get(ticket)
+        return held is not None and held.whole and held.digest == sha256.hex()
+
     @contextmanager
-    def open(self, ticket: str) -> Iterator[memoryview]:
+    def open(self, ticket: str, sha256: bytes) -> Iterator[memoryview]:
         """Maps the whole update of a ticket into memory, read-only.
 
         Raises:
-            StateInvalid: If it is not there.
+            StateInvalid: If it is not there, or has another digest.
         """
         held = self._held.get(ticket)
-        if held is None or not held.whole:
+        if held is None or not self.is_whole(ticket, sha256):
             raise StateInvalid(f"the update of ticket {ticket} is not in {self._folder}; restore the data directory")
         with refusals(f"reading the update of {ticket}"):
             view = mapped(held.path)
@@ -274,15 +279,14 @@ class Spool:
             if held is not None and not held.whole:
                 self._remove(ticket)
 
-    def sweep(self, keep: Collection[str], *, whole: bool = True) -> None:
-        """Removes what is held of all tickets but those in `keep`; for the start of the server.
+    def others(self, keep: Collection[str], *, whole: bool = True) -> list[str]:
+        """Returns the tickets of which anything is held and that are not in `keep`; for the start of the server.
 
         Args:
             keep: Tickets whose uploads may still be wanted.
-            whole: Whether whole updates go too; else only partial ones do.
+            whole: True for those of whole updates too; else only those of partial ones.
         """
-        unwanted = [(ticket, held) for ticket, held in self._held.items() if ticket not in keep]
-        self.remove_all([ticket for ticket, held in unwanted if whole or not held.whole])
+        return [ticket for ticket, held in self._held.items() if ticket not in keep and (whole or not held.whole)]
 
     def _remove(self, ticket: str) -> None:
         self._writers.pop(ticket, None)

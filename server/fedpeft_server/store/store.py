@@ -22,6 +22,7 @@ from fedpeft_server.store.connection import BUSY_TIMEOUT_S
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.shared_transaction import SharedTransaction
 from fedpeft_server.store.spool import Spool
+from fedpeft_server.store.update_store import BucketUpdates, UpdateStore
 
 log = structlog.get_logger()
 
@@ -59,20 +60,26 @@ class Store:
         folder: The data folder, locked by this process.
         database: SQLAlchemy URL, or empty for SQLite in the folder.
         blobs: URL or folder of the adapter versions, or empty for the data folder.
+        updates: URL or folder of an object store where whole updates lie too, or empty for the data folder alone.
         keep_updates: Whether counted updates stay in the spool after their round.
 
     Attributes:
+        spool: Where updates arrive.
+        updates: Where they lie until nothing needs them.
         registrations: Writes clients as they register.
         answers: Writes their answers to the offers of runs; the result is False where there is no such run.
     """
 
-    def __init__(self, folder: Path, database: str, blobs: str, *, keep_updates: bool) -> None:
+    def __init__(self, folder: Path, database: str, blobs: str, updates: str = "", *, keep_updates: bool) -> None:
         self._folder = folder
         self.keep_updates = keep_updates
         self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}")
         self.db.transactions.wait_at_most(0)  # `call` waits, and keeps the database's thread free meanwhile
         self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache")
         self.spool = Spool(folder / "spool", keep_manifests=keep_updates)
+        self.updates: UpdateStore = self.spool
+        if updates:
+            self.updates = BucketUpdates(self.spool, Blobs(updates, folder / "fetched"))
         self.download_cache = DownloadCache(folder / "outbound", self.blobs)
         self.scratch = folder / "scratch"
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -161,11 +168,11 @@ class Store:
         """Removes what a committed round no longer needs; what arrived and was not counted is never needed."""
         kept = (TicketState.RECEIVED,) if self.keep_updates else ()
         await self.compute(self.download_cache.keep_from, run_id, done.number)
-        await self.compute(self.spool.remove_all, [t.id for t in done.tickets if t.state not in kept])
+        await self.compute(self.updates.remove_all, [t.id for t in done.tickets if t.state not in kept])
 
     async def forget_stopped(self, stopped: Round) -> None:
         """Removes what arrived for a round that was stopped: nothing of it counted, so nothing is kept."""
-        await self.compute(self.spool.remove_all, [ticket.id for ticket in stopped.tickets])
+        await self.compute(self.updates.remove_all, [ticket.id for ticket in stopped.tickets])
 
     def clean(self) -> None:
         """Tries again to remove files that could not be removed.
@@ -174,13 +181,13 @@ class Store:
             StateInvalid: If some still cannot be.
         """
         try:
-            self.spool.clean()
+            self.updates.clean()
         finally:
             self.download_cache.clean()
 
     def forget_run(self, run_id: str, tickets: Iterable[str]) -> None:
         """Removes everything of a deleted run, whose tickets these were, but its database rows."""
-        self.spool.remove_all(tickets)
+        self.updates.remove_all(tickets)
         self.download_cache.forget(run_id)
         self.blobs.delete_prefix(f"runs/{run_id}/")
 
@@ -199,12 +206,14 @@ class Store:
                 run = key.removeprefix(_CREATION)
                 if run not in runs:
                     self.forget_run(run, ())
-                self.spool.remove(key)
-        self.spool.sweep(set(tickets), whole=not self.keep_updates)
+                self.updates.remove_all((key,))
+        self.updates.remove_all(self.spool.others(set(tickets), whole=not self.keep_updates))
 
     def sizes(self) -> dict[str, int]:
         """Returns the bytes of the files in the data folder, by place; adapter versions apart, which are for good."""
-        places = {name: _tree_bytes(self._folder / name) for name in ("spool", "outbound", "cache", "scratch")}
+        places = {
+            name: _tree_bytes(self._folder / name) for name in ("spool", "outbound", "cache", "fetched", "scratch")
+        }
         places["database"] = sum(_file_bytes(path) for path in self._folder.glob("fedpeft.db*"))
         return places
 

@@ -81,7 +81,7 @@ class ChunkReceiver:
         return writer
 
     async def _opened(self, key: str, manifest: Manifest) -> SpoolWriter:
-        opening = asyncio.ensure_future(self._store.file(self._store.spool.writer, key, manifest))
+        opening = asyncio.ensure_future(self._store.file(self._store.updates.writer, key, manifest))
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:

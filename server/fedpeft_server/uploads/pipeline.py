@@ -141,7 +141,7 @@ class Uploads:
                 return await self._concluded(self._begin(engine, ticket, header, writer))
         except BaseException:
             if not _is_open(engine, ticket) and ticket.id not in self._concluding:
-                self._store.soon(self._store.spool.remove_partial, ticket.id)
+                self._store.soon(self._store.updates.remove_partial, ticket.id)
             raise
 
     async def _repeated(self, ticket: Ticket, header: pb.UpdateHeader) -> UpdateRow | None:
@@ -194,7 +194,7 @@ class Uploads:
         try:
             return await engine.receive(update, actor())
         except (RoundClosed, TicketClosed):
-            await self._store.compute(self._store.spool.remove, ticket.id)  # its round will not do it any more
+            await self._store.compute(self._store.updates.remove_all, (ticket.id,))  # its round will not do it any more
             raise
 
     def _begin(
@@ -288,7 +288,7 @@ class Uploads:
     def _taken_in(self, header: pb.UpdateHeader, writer: SpoolWriter) -> UpdateRow:
         """Checks a whole upload and makes it durable; returns what is to be counted."""
         _finish(writer)
-        with self._store.spool.open(header.ticket) as data:
+        with self._store.updates.open(header.ticket, writer.manifest.sha256) as data:
             norm = math.sqrt(fold.squared_norm(writer.manifest, data, releaser(data)))
         return UpdateRow(header.ticket, header.examples, norm, dict(header.metrics), writer.manifest, time.time())
 

@@ -72,7 +72,7 @@ class TestUploading:
         assert path.read_bytes() == data
         assert files(folder) == [".update"]
         assert spool.position(TICKET, manifest.sha256) == len(data)
-        with spool.open(TICKET) as view:
+        with spool.open(TICKET, manifest.sha256) as view:
             assert bytes(view) == data and view.readonly
             values = np.frombuffer(view, np.float32)
         assert values.tobytes() == data
@@ -86,7 +86,7 @@ class TestUploading:
     def test_an_update_without_tensors_is_whole_at_once(self, spool: Spool) -> None:
         manifest, data = encode({}, [], "float32")
         send(spool, manifest, data)
-        with spool.open(TICKET) as view:
+        with spool.open(TICKET, manifest.sha256) as view:
             assert bytes(view) == b""
 
     def test_kept_updates_have_their_manifest_beside_them(self, folder: Path) -> None:
@@ -97,7 +97,7 @@ class TestUploading:
         assert files(folder) == [".manifest", ".update"]
         spool = Spool(folder)
         assert spool.position(TICKET, manifest.sha256) == len(data)
-        spool.sweep(set())
+        spool.remove_all(spool.others(set()))
         assert files(folder) == []
 
     def test_a_manifest_is_written_where_an_update_has_none(self, spool: Spool, folder: Path) -> None:
@@ -119,14 +119,14 @@ class TestUploading:
         manifest, data = update()
         for ticket in ("a", "b", "c"):
             send(spool, manifest, data, ticket=ticket)
-        with spool.open("b") as view:
+        with spool.open("b", manifest.sha256) as view:
             spool.remove("b")
             assert bytes(view) == data
         spool.remove_all(["a", "nobody"])
         assert spool.position("a", manifest.sha256) == 0
         with pytest.raises(StateInvalid, match="ticket a is not in"):
-            spool.open("a").__enter__()
-        spool.sweep(set())
+            spool.open("a", manifest.sha256).__enter__()
+        spool.remove_all(spool.others(set()))
         assert files(folder) == []
 
     @given(cuts=st.lists(st.integers(0, 8000), max_size=12), restart=st.booleans())
@@ -157,7 +157,7 @@ class TestSweeping:
         again = Spool(folder, keep_manifests=True)
         assert again.sizes({"whole"}) == {"whole": len(data), "wanted": 1000, "unwanted": 1000}
         assert again.sizes(()).keys() == {"wanted", "unwanted"}
-        again.sweep({"wanted"}, whole=False)
+        again.remove_all(again.others({"wanted"}, whole=False))
         assert sorted(again.tickets()) == ["wanted", "whole"]
         assert files(folder) == [".manifest", ".part", ".update"]
 
@@ -370,9 +370,9 @@ class TestStarting:
             send(spool, manifest, data, ticket=ticket)
         (folder / "notes.txt").write_text("not ours")
         spool = Spool(folder)
-        spool.sweep({"kept", "partly", "new"})
+        spool.remove_all(spool.others({"kept", "partly", "new"}))
         assert [p.name.split(".")[0] for p in sorted(folder.iterdir())] == ["kept", "notes", "partly"]
-        with spool.open("kept") as view:
+        with spool.open("kept", manifest.sha256) as view:
             assert bytes(view) == data
 
     def test_of_two_files_of_a_ticket_the_whole_one_is_kept(self, folder: Path) -> None:

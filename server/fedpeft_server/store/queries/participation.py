@@ -47,15 +47,15 @@ def select_answers(connection: Connection) -> list[AnswerRow]:
     ]
 
 
-def select_conducts(connection: Connection, run: str, clients: Sequence[str]) -> dict[str, Conduct]:
-    """Returns how clients, that answered the offer of a run, used their last tickets of it."""
+def select_conducts(connection: Connection, run: str, clients: Sequence[str] | None) -> dict[str, Conduct]:
+    """Returns how clients, or all, that answered the offer of a run used their last tickets of it."""
     t, found = tables.answers, dict[str, Conduct]()
-    for start in range(0, len(clients), _CLIENTS):
-        some = t.c.client.in_(clients[start : start + _CLIENTS])
-        for row in connection.execute(
-            select(t.c.client, t.c.missed, t.c.missed_in, t.c.refused).where(t.c.run == run, some)
-        ):
-            found[row.client] = Conduct(row.missed, row.missed_in, row.refused)
+    query = select(t.c.client, t.c.missed, t.c.missed_in, t.c.refused).where(t.c.run == run)
+    queries = [query]
+    if clients is not None:
+        queries = [query.where(t.c.client.in_(clients[i : i + _CLIENTS])) for i in range(0, len(clients), _CLIENTS)]
+    for each in queries:
+        found |= {row.client: Conduct(row.missed, row.missed_in, row.refused) for row in connection.execute(each)}
     return found
 
 
