@@ -191,7 +191,7 @@ class Federation(pb_grpc.FederationServiceServicer):
             return
         if request.offset:
             await self._byte_counter.resumed(self._store, request.offset)
-        key = version_key(engine.run.id, request.version)
+        key = version_key(engine.run.id, request.version, encoded.row.source)
         opening = partial(self._store.download_cache.open, engine.run, encoded.row, key, selection)
         async with self._downloads.take(client) as slot, self._store.opened_late(opening) as file:
             CALL.get().slot = slot
@@ -208,7 +208,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         if known:
             return known
         row = await self._store.transact(self._store.db.version, run.id, version)
-        return await self._store.version(self._store.download_cache.encoded, run, row, version_key(run.id, version))
+        key = version_key(run.id, version, row.source)
+        return await self._store.version(self._store.download_cache.encoded, run, row, key)
 
     async def PushUpdate(
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest], context: Context

@@ -199,7 +199,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         if number > engine.run.version:
             raise VersionNotFound(f"{request.run} has no version {number}; the newest is {engine.run.version}")
         row = await self._store.transact(self._store.db.version, engine.run.id, number)
-        key = version_key(engine.run.id, number)
+        key = version_key(engine.run.id, number, row.source)
         async with self._store.opened(self._checked, key, row) as file:
             if request.offset > row.size_bytes:
                 text = f"is {request.offset}; the file has {row.size_bytes} bytes"

@@ -75,10 +75,12 @@ def aggregate(
             row = received[ticket.id]
             data = stack.enter_context(store.updates.open(ticket.id, row.manifest.sha256))
             updates.append(Update(ticket.id, ticket.client, row.examples, row.metrics, row.manifest, data, row.norm))
-        old = Stored(stack.enter_context(store.blobs.local(version_key(run.id, base.version))), base.sha256)
+        old = Stored(
+            stack.enter_context(store.blobs.local(version_key(run.id, base.version, base.source))), base.sha256
+        )
         state = None
         if base.state_sha256:
-            path = stack.enter_context(store.blobs.local(state_key(run.id, base.version)))
+            path = stack.enter_context(store.blobs.local(state_key(run.id, base.version, base.source)))
             state = Stored(path, base.state_sha256)
         outcome = fold_round(
             run_header(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past
@@ -107,17 +109,19 @@ def go_back(run: RunRow, number: int, source: VersionRow, base: VersionRow, prev
         DiskFull: If there is no room for the result.
     """
     with ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
-        old = Stored(stack.enter_context(store.blobs.local(version_key(run.id, source.version))), source.sha256)
+        old = Stored(
+            stack.enter_context(store.blobs.local(version_key(run.id, source.version, source.source))), source.sha256
+        )
         parts = (source.version, old, base.sha256, source.state_sha256, previous, Path(scratch), create_eagerly)
         outcome = roll_back(run_header(run), number, *parts)
         if source.state_sha256:
-            kept = stack.enter_context(store.blobs.local(state_key(run.id, source.version)))
+            kept = stack.enter_context(store.blobs.local(state_key(run.id, source.version, source.source)))
             stack.enter_context(adapter_file.open_state(kept, source.state_sha256))
-            store.blobs.put(state_key(run.id, number), shutil.copyfile(kept, Path(scratch, "state")))
-        store.blobs.put(version_key(run.id, number), Path(scratch, "adapter"))
+            store.blobs.put(state_key(run.id, number, source.version), shutil.copyfile(kept, Path(scratch, "state")))
+        store.blobs.put(version_key(run.id, number, source.version), Path(scratch, "adapter"))
     adapter = outcome.adapter
-    version = VersionRow(run.id, number, adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time())
-    return Result(version, outcome)
+    facts = adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time(), source.version
+    return Result(VersionRow(run.id, number, *facts), outcome)
 
 
 class Folding:

@@ -222,7 +222,10 @@ class Runs:
             engine = self._engines[run]
             return engine, engine.round.ticket(ticket_id), engine.round.number
         row = await self._store.transact(self._store.db.ticket, ticket_id)
-        return self.get(row.run), row.ticket, row.number
+        engine = self.get(row.run)
+        if row.ticket.state is TicketState.ISSUED:
+            await engine.refresh()  # another server has given it out
+        return engine, row.ticket, row.number
 
     @shielded
     async def answer(self, answer: AnswerRow, by: str) -> None:

@@ -55,7 +55,10 @@ class RunRow:
 
 @dataclass(frozen=True, slots=True)
 class VersionRow:
-    """A stored adapter version. Digests are hexadecimal; `state_sha256` is empty if the strategy keeps no state."""
+    """A stored adapter version. Digests are hexadecimal; `state_sha256` is empty if the strategy keeps no state.
+
+    `source` is the earlier version that a rollback made it of; None for all others.
+    """
 
     run: str
     version: int
@@ -63,6 +66,7 @@ class VersionRow:
     size_bytes: int
     state_sha256: str
     created_at: float
+    source: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,11 +249,18 @@ def creation_key(run_id: str) -> str:
     return _CREATION + run_id
 
 
-def version_key(run_id: str, version: int) -> str:
-    """Returns the blob key of an adapter version."""
-    return f"runs/{run_id}/versions/{version:06}.safetensors"
+def version_key(run_id: str, version: int, source: int | None = None) -> str:
+    """Returns the blob key of an adapter version; `source` is the version that a rollback made it of.
+
+    One key has one content: another server may be folding the round that a rollback ends, and writes what it has.
+    """
+    return f"runs/{run_id}/versions/{_name(version, source)}.safetensors"
 
 
-def state_key(run_id: str, version: int) -> str:
+def state_key(run_id: str, version: int, source: int | None = None) -> str:
     """Returns the blob key of the strategy's state that belongs to an adapter version."""
-    return f"runs/{run_id}/state/{version:06}.safetensors"
+    return f"runs/{run_id}/state/{_name(version, source)}.safetensors"
+
+
+def _name(version: int, source: int | None) -> str:
+    return f"{version:06}" if source is None else f"{version:06}-of-{source:06}"

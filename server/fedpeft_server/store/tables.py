@@ -64,6 +64,8 @@ versions = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("state_sha256", String(64), nullable=False),
     Column("created_at", Double, nullable=False),
+    # The earlier version that a rollback made it of. Null where it was folded, and in rows that older servers wrote.
+    Column("source", Integer, nullable=True),
 )
 
 rounds = Table(

@@ -185,4 +185,4 @@ async def lie(daemon: Daemon, run: str, scratch: Path) -> None:
         )
         sizes = (written.sha256, written.size_bytes)
         connection.exec_driver_sql("UPDATE versions SET sha256 = ?, size_bytes = ? WHERE version = 3", sizes)
-    store.blobs.put(version_key(run, 3), forged)
+    store.blobs.put(version_key(run, 3, 1), forged)

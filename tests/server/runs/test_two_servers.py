@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import secrets
 from collections import Counter
@@ -223,8 +224,8 @@ def check(store: Store, run: str, receipts: Sequence[tuple[str, str]]) -> None:
         assert contributions == {t.ticket.id for t in shown_round.tickets if t.weight}
     for version in range(row.version + 1):
         stored = store.db.version(run, version)
-        with store.blobs.local(version_key(run, version)) as path:
-            assert path.stat().st_size == stored.size_bytes
+        with store.blobs.local(version_key(run, version, stored.source)) as path, path.open("rb") as file:
+            assert hashlib.file_digest(file, "sha256").hexdigest() == stored.sha256
 
 
 async def test_both_receive_both_see_the_deadline_and_both_fold_and_commit(cluster: Cluster) -> None:
@@ -310,6 +311,37 @@ async def test_a_fold_that_finds_its_updates_removed_finds_that_it_is_done(
     check(cluster.stores[0], run, [])
 
 
+async def test_a_rollback_ends_a_round_that_another_server_folds(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the fold still writes once the rollback is there, the version stays what the rollback made."""
+    run = (await cluster.create()).id
+    one, two = [await Server.of(store, run) for store in cluster.stores]
+    await one.offer("ab")
+    await one.receive("a", 1)
+    await one.receive("b", 1)
+    await one.idle()
+    begun, go, fold = asyncio.Event(), asyncio.Event(), aggregation.Folding._fold_round
+
+    async def late(self: aggregation.Folding, folding: Round) -> Any:
+        begun.set()
+        await go.wait()
+        return await fold(self, folding)
+
+    monkeypatch.setattr(aggregation.Folding, "_fold_round", late)
+    await one.offer("ab")
+    await one.receive("a", 2)
+    await one.receive("b", 2)
+    await begun.wait()
+    assert await two.command("roll_back", 0, "poisoned") == ""
+    go.set()
+    await one.idle()
+    assert (one.engine.run.version, one.engine.run.state, one.engine.round.number) == (2, RunState.RUNNING, 3)
+    await asyncio.gather(one.close(), two.close())
+    check(cluster.stores[0], run, [])
+    assert cluster.database.version(run, 2).source == 0
+
+
 async def test_of_two_updates_of_one_ticket_one_counts_and_the_other_is_told(cluster: Cluster) -> None:
     run = (await cluster.create()).id
     one, two = [await Server.of(store, run) for store in cluster.stores]
@@ -353,9 +385,7 @@ Step = tuple[str, str, int]
 """Event, client, and the server that hears it: 0 or 1, 2 for both one after the other, 3 for both at once."""
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(
-            ("offer", "receive", "receive", "all", "withdraw", "refuse", "deadline", "pause", "resume")
-        ),
+        st.sampled_from(("offer", "receive", "receive", "all", "withdraw", "refuse", "deadline", "pause", "resume")),
         st.sampled_from(CLIENTS),
         st.integers(0, 3),
     ),
