@@ -1,0 +1,84 @@
+"""SCAFFOLD over the network: a client that is killed goes on with its control variate, to the bits of a simulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedpeft import simulation
+from fedpeft.config import load_run_file
+from fedpeft.rounds import state_machine
+
+from .conftest import Federation, SlowLink, wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded"), pytest.mark.timeout(600)]
+
+RUN_FILE = """
+name = "scaffold"
+[model]
+name = "vit_tiny_patch16_224"
+weights = "none"
+image_size = 32
+depth = 1
+classes = ["cat", "dog"]
+[peft]
+method = "full"
+[rounds]
+count = 3
+clients = 2
+quorum = 2
+deadline_s = 300
+seed = 5
+[training]
+steps = 6
+batch_size = 4
+learning_rate = 0.05
+momentum = 0.0
+[training.algorithm]
+name = "scaffold"
+population = 2
+"""
+SLOW = 1_000_000
+"""Bytes a second on the slow link: an update and its control variate take some seconds."""
+
+
+def simulated(run_file: Path, federation: Federation, name: str) -> dict[str, np.ndarray]:
+    clients = {name: federation.folder / name / "data.parquet" for name in ("alice", "bob")}
+    simulation.simulate(load_run_file(run_file), clients, federation.folder / name)
+    return load_file(federation.folder / name / "adapter.safetensors")
+
+
+def test_a_killed_client_keeps_its_control_variate(federation: Federation) -> None:
+    federation.run_file.write_text(RUN_FILE)
+    federation.server()
+    link = SlowLink(federation.port, SLOW)
+    federation.client("bob")
+    alice = federation.client("alice", link.port)
+    run = federation.create()
+    ticket = state_machine.ticket_id(run, 1, "alice")
+    wait_for(lambda: federation.partial_upload(300_000, ticket), "an upload under way", 0.005)
+    federation.kill(alice)  # its c_i of round 1 is in the outbox, and takes effect with the receipt
+    pending = {file.name for file in (federation.folder / "alice" / "state" / "pending").iterdir()}
+    assert {"scaffold-control_if_counted.safetensors", "scaffold-control_if_not.safetensors"} <= pending
+    link.hurry.set()
+    again = federation.client("alice", link.port)
+    wait_for(lambda: [e for e in again.events("training begins") if e["round"] == 3], "its last training", 0.005)
+    federation.kill(again)
+    assert [line["round"] for line in again.events("training begins")] == [2, 3]
+    federation.client("alice", link.port)
+    found = federation.finish(run)
+    link.close()
+
+    alone = simulated(federation.run_file, federation, "simulated")
+    control = {name for name in alone if name.startswith("control/")}
+    assert control and all(np.abs(alone[name]).max() > 0 for name in control if "qkv.weight" in name)
+    assert found.keys() == alone.keys()
+    assert [name for name in found if found[name].tobytes() != alone[name].tobytes()] == []
+
+    plain_file = federation.folder / "plain.toml"
+    plain_file.write_text(RUN_FILE.partition("[training.algorithm]")[0])
+    plain = simulated(plain_file, federation, "plain")
+    assert not np.array_equal(plain["head.weight"], alone["head.weight"]), "the correction has an effect"
