@@ -21,7 +21,7 @@ package.__path__.append({folder!r})  # as if the new file lay in the package
 
 
 def test_every_kind_of_extension_has_an_example() -> None:
-    assert [path.split("/")[2] for path in FILES] == ["aggregation", "codecs", "peft"]
+    assert [path.split("/")[2] for path in FILES] == ["aggregation", "algorithms", "codecs", "peft"]
 
 
 @pytest.mark.parametrize("path", FILES)

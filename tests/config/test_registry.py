@@ -104,6 +104,110 @@ def test_a_package_beside_fedpeft_brings_a_method_a_strategy_a_codec_and_a_round
     assert found == {"strategy": "outside", "method": "outside", "encoding": "plain", "tickets": 5, "names": names}
 
 
+TASK = """
+import numpy as np
+from fedpeft.data.examples import Examples
+from fedpeft.models.structure import ModelStructure
+from fedpeft.models.tasks import Task
+from torch import nn
+
+
+class Line(Task):
+    def module(self, config):
+        return nn.Sequential(nn.Linear(1, 1))
+
+    def structure(self, module, config):
+        return ModelStructure("0")
+
+    def read(self, path):
+        return Examples.unlabelled(np.loadtxt(path, dtype=np.float32))
+
+    def loss(self, module, batch):
+        x, y = batch["values"].split(1, 1)
+        return (module(x) - y).square().sum(1)
+"""
+ALGORITHM = """
+from fedpeft.algorithms import AlgorithmOptions, LocalAlgorithm, RoundEnd
+
+
+class GentleOptions(AlgorithmOptions):
+    factor: float = 0.5
+
+
+class Gentle(LocalAlgorithm):
+    Options = GentleOptions
+    groups = ("seen",)
+
+    def start(self, start):
+        self.parameters, self.seen = start.parameters, start.state["seen"]
+
+    def after_gradient(self):
+        for parameter in self.parameters.values():
+            parameter.grad.mul_(self.options.factor)
+
+    def finish(self, steps):
+        return RoundEnd({"seen": {name: seen + steps for name, seen in self.seen.items()}})
+"""
+AT_WORK = """
+import json, pathlib, sys
+import numpy as np
+from fedpeft.config import parse_config
+from fedpeft.errors import ConfigInvalid
+from fedpeft.models.tasks import task_of
+from fedpeft.simulation import simulate
+from fedpeft.simulation.clients import ClientMemory
+
+folder = pathlib.Path(sys.argv[1])
+x = np.linspace(-1, 1, 16)
+np.savetxt(folder / "line.txt", np.stack([x, 3 * x + 1], 1))
+kept = []
+keep = ClientMemory.keep
+ClientMemory.keep = lambda self, client, state, *rest: (kept.append(state), keep(self, client, state, *rest))[1]
+
+
+def losses(algorithm):
+    config = parse_config({"model": {"name": "line:any", "weights": "none"}, "peft": {"method": "full"},
+                           "rounds": {"count": 2, "clients": 1}, "training": {"momentum": 0.0, "algorithm": algorithm}})
+    report = simulate(config, {"a": task_of("line").read(folder / "line.txt")}, folder / "out", device="cpu")
+    return [each["metrics"]["train_loss"] for each in report["rounds"]]
+
+
+plain, gentle = losses({"name": "plain"}), losses({"name": "gentle", "factor": 0.25})
+seen = [float(state["gentle-seen"]["0.bias"][0]) for state in kept if "gentle-seen" in state]
+try:
+    losses({"name": "gentle", "fact": 1.0})
+    refused = ""
+except ConfigInvalid as error:
+    refused = str(error)
+print(json.dumps({"plain": plain, "gentle": gentle, "seen": seen, "refused": refused}))
+"""
+
+
+def test_packages_beside_fedpeft_bring_a_task_and_a_local_algorithm_that_work_together(tmp_path: Path) -> None:
+    for module, source, point in (
+        ("line", TASK, "[fedpeft.tasks]\nline = line:Line\n"),
+        ("gentle", ALGORITHM, "[fedpeft.algorithms]\ngentle = gentle:Gentle\n"),
+    ):
+        about = tmp_path / f"{module}-1.0.dist-info"
+        about.mkdir()
+        (tmp_path / f"{module}.py").write_text(source)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(point)
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [sys.executable, "-c", AT_WORK, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["plain"][1] < found["gentle"][1] < found["gentle"][0] == found["plain"][0]
+    assert found["seen"] == [1.0, 2.0], "its state comes back in the next round"
+    assert "training.algorithm.fact: is not a known key" in found["refused"]
+
+
 def test_a_name_is_registered_once() -> None:
     registry: Registry[int] = Registry("fedpeft.ids", "fedpeft.nothing", "number")
     registry.register("one")(1)
