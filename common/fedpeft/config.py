@@ -370,6 +370,13 @@ class CodecConfig(_Section):
         return f"sparse+{self.values}" if self.up == "sparse" else self.up
 
 
+class PrivacyConfig(_Section):
+    """`[privacy]`: bounds on what one client can contribute; none if absent."""
+
+    clip_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Largest Euclidean norm of an update over all its tensors: the client scales it down, the server refuses more."""
+
+
 class SimulationConfig(_Section):
     """`[simulation]`: ignored by a daemon."""
 
@@ -417,6 +424,7 @@ class RunConfig(_Section):
     training: TrainingConfig = TrainingConfig()
     aggregation: AggregationConfig = AggregationConfig()
     codec: CodecConfig = CodecConfig()
+    privacy: PrivacyConfig | None = None
     simulation: SimulationConfig | None = None
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
+from fedpeft.adapters.sections import with_sections
+from fedpeft.adapters.spec import AdapterSpec, Section, TensorRole, TensorSpec
 from fedpeft.config import parse_config
 from fedpeft.errors import ConfigInvalid
 from fedpeft.rounds.combinations import check_combination, check_served
@@ -42,3 +43,12 @@ def test_buffered_rounds_are_only_simulated() -> None:
     with pytest.raises(ConfigInvalid, match=r"rounds\.policy is 'buffered': these rounds can only be simulated yet"):
         check_served(parse_config(BUFFERED))
     check_served(parse_config({**BUFFERED, "rounds": {}}))
+
+
+def test_clipping_and_sections_do_not_go_together() -> None:
+    """A client adds all of its change to its own control variate; the server would add what clipping left of it."""
+    clipped = parse_config({**RUN, "aggregation": {}, "peft": {"method": "bias"}, "privacy": {"clip_norm": 1.0}})
+    bias = AdapterSpec.of("bias", [TensorSpec("head.weight", (2, 3))])
+    check_combination(clipped, bias)
+    with pytest.raises(ConfigInvalid, match=r"privacy\.clip_norm cannot be kept with section 'control'"):
+        check_combination(clipped, with_sections(bias, [Section("control", 2.0, "float32")]))

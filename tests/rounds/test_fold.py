@@ -17,7 +17,7 @@ from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import BlockStrategy, Doubles, Options, Strategy, UpdateFacts, strategy
 from fedpeft.codecs import BLOCK_ELEMENTS
 from fedpeft.errors import Internal
-from fedpeft.rounds.fold import Contribution, Folded, Overflow, fold, fold_tensors, squared_norm, weigh
+from fedpeft.rounds.fold import Contribution, Folded, Overflow, fold, fold_tensors, weigh
 
 SPECS = (TensorSpec("a", (7, 3)), TensorSpec("b", ()), TensorSpec("c", (50,)))
 NAMES = ["fedadagrad", "fedadam", "fedavg", "fedavgm", "fedyogi"]
@@ -243,7 +243,7 @@ def test_squared_norm(encoding: str) -> None:
     one = cohort(1, encoding, specs)[0]
     decoded = payload.decode(one.manifest, one.payload)
     expected = sum(float((a.astype(np.float64) ** 2).sum()) for a in decoded.values())
-    assert squared_norm(one.manifest, one.payload) == pytest.approx(expected, rel=1e-12)
+    assert payload.squared_norm(one.manifest, one.payload) == pytest.approx(expected, rel=1e-12)
 
 
 def test_memory_does_not_grow_with_clients(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedpeft.errors import MetricsInvalid
 from fedpeft.rounds import metric_values
 
-COUNTS = metric_values.RANGES.keys() - {"accuracy"}
+COUNTS = metric_values.RANGES.keys() - {"accuracy", "clip_factor"}
 
 
 @given(st.dictionaries(st.text(max_size=200), st.floats(), max_size=70))
@@ -50,6 +50,7 @@ def test_figures_beyond_the_limit_are_dropped_with_the_reason() -> None:
         ({"loss": -math.inf}, "the figure loss is -inf"),
         ({"loss": -0.5}, "the figure loss is -0.5; 0 or more is taken"),
         ({"accuracy": 7.0}, "the figure accuracy is 7; 0 to 1 is taken"),
+        ({"clip_factor": 1.5}, "the figure clip_factor is 1.5; 0 to 1 is taken"),
         ({"accuracy/cat": -0.1}, "the figure accuracy/cat is -0.1; 0 to 1 is taken"),
         *[({name: -1.0}, f"the figure {name} is -1; 0 or more is taken") for name in sorted(COUNTS)],
     ],

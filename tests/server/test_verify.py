@@ -46,6 +46,7 @@ CASES: dict[str, tuple[dict[str, dict[str, object]], AdapterSpec]] = {
         {"codec": {"up": "sparse"}, "aggregation": {"strategy": "fedyogi"}, "peft": {"method": "bias"}},
         FREEZING,
     ),
+    "float16, clipped": ({"codec": {"up": "float16"}, "privacy": {"clip_norm": 30.0}}, SPEC),
     "sparse, fedadam, a section": (
         {"codec": {"up": "sparse"}, "aggregation": {"strategy": "fedadam"}},
         with_sections(FREEZING, [Section("control", 7.0, "float32")]),

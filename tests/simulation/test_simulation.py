@@ -23,6 +23,7 @@ from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid, StateInv
 from fedpeft.models.backbones import build
 from fedpeft.models.tasks import task_of
 from fedpeft.peft import spec_of, tune
+from fedpeft.privacy.events import Clipped
 from fedpeft.rounds import conduct, record, state_machine
 from fedpeft.rounds.commit import RoundEmptied
 from fedpeft.simulation import clients_of, simulate
@@ -490,3 +491,22 @@ def test_a_late_client_trains_once_though_its_round_is_folded_twice(tmp_path, fo
     assert sorted(states.values()) == ["late", "received", "refused", "refused"]
     assert all(states[client] == "refused" for client in emptied)
     assert sorted(trained) == sorted(states)
+
+
+def test_clipped_updates_are_within_the_bound_and_say_by_how_much(tmp_path, folders):
+    sections = {"codec": {"up": "float16"}, "privacy": {"clip_norm": 0.01}}
+    report = simulate(config(**sections), clients(folders), tmp_path / "out")
+    plain = simulate(config(codec={"up": "float16"}), clients(folders), tmp_path / "plain")
+    assert report["state"] == "completed"
+    records = [record.parse(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    for number, row in enumerate(report["rounds"], 1):
+        norms = [ticket["update_norm"] for ticket in row["tickets"]]
+        assert all(0.0099 < norm <= 0.01 for norm in norms)
+        assert row["metrics"]["clipped_updates"] == len(norms) == 3
+        assert row["events"] == [{"kind": "clipped", "bound": 0.01, "count": 3}]
+        assert record.ledger(records)[number - 1] == (number, Clipped(0.01, 3))
+    first = {t["client"]: t for t in plain["rounds"][0]["tickets"]}
+    for ticket in report["rounds"][0]["tickets"]:  # both trained from version 0
+        factor = 0.01 / first[ticket["client"]]["update_norm"]
+        assert ticket["metrics"]["clip_factor"] == pytest.approx(factor, rel=1e-2)
+    assert "events" not in plain["rounds"][0] and "clip_factor" not in plain["rounds"][0]["tickets"][0]["metrics"]

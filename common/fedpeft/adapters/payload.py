@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
-from fedpeft.codecs import codecs
+from fedpeft.codecs import BLOCK_ELEMENTS, codecs
 from fedpeft.errors import ManifestInvalid, PayloadInvalid
 
 CHUNK_BYTES = 1024 * 1024
@@ -226,6 +226,29 @@ def check_payload(manifest: Manifest, payload: memoryview, release: Callable[[],
         if release and resident > RESIDENT_BYTES:
             release()
             resident = 0
+
+
+def squared_norm(manifest: Manifest, payload: memoryview, release: Callable[[], object] | None = None) -> float:
+    """Returns the sum of the squares of all values of a checked payload, in float64.
+
+    Args:
+        manifest: What the payload holds.
+        payload: Its bytes.
+        release: Called now and then to give back what was read of a mapped file.
+    """
+    total, resident, wide = 0.0, 0, np.empty(BLOCK_ELEMENTS)
+    for entry, data in parts(manifest, payload):
+        for _, values in codecs.get(entry.encoding).blocks(data, math.prod(entry.shape)):
+            # Not np.dot: BLAS would start threads of its own for every block.
+            square = wide[: values.size]
+            np.copyto(square, values)
+            square *= square
+            total += float(square.sum())
+        resident += entry.length
+        if release and resident > RESIDENT_BYTES:
+            release()
+            resident = 0
+    return total
 
 
 def decode(manifest: Manifest, payload: memoryview) -> dict[str, NDArray[np.float32]]:

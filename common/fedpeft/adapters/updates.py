@@ -6,12 +6,17 @@ With `sparse`, the largest changes by magnitude over the whole update go up (top
     target = delta + residual,  sent = decode(encode(top-k(target))),  residual = target - sent
 
 Whether an update counted is known only later, so both residuals are made: if it did not, all of the target is left.
+
+The transforms of a run (`fedpeft.privacy.transforms`) stand between target and encoding, and both residuals are made of
+what passed them. What clipping took away is in neither: kept, it would go up in later rounds, so that the bound would
+hold a client's part back and not hold it down, and the residual of a client that is always clipped would grow for ever.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +26,16 @@ from fedpeft.adapters.payload import Manifest, Tensors
 from fedpeft.adapters.spec import ADAPTER, TensorSpec
 from fedpeft.codecs import BLOCK_ELEMENTS, Values
 from fedpeft.config import CodecConfig
-from fedpeft.errors import StateInvalid, TrainingFailed
+from fedpeft.errors import PayloadInvalid, StateInvalid, TrainingFailed
+from fedpeft.privacy.transforms import Transform
 
 Arrays = dict[str, NDArray[np.float32]]
 
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 _HALF_BITS = 16
+
+_SLACKS = (0.0, 2.0**-20, 2.0**-10, 2.0**-6, 0.25, 0.75)
+"""Parts of a bound that are tried, one after the other, to stay below it although the encoding rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +48,25 @@ class PreparedUpdate:
         residual_if_counted: What is left if the server counts it, float32 in the specs' shapes. A
             tensor of which nothing is left is absent. Tensors of the earlier residual that this
             round does not send stay as they were.
-        residual_if_not: The same if the server does not count it: the whole target.
+        residual_if_not: The same if the server does not count it: all that passed the transforms.
+        figures: Figures of the transforms, for the update's metrics.
     """
 
     manifest: Manifest
     payload: bytes
     residual_if_counted: Arrays
     residual_if_not: Arrays
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 def prepare(
-    delta: Tensors, residual: Tensors | None, specs: Sequence[TensorSpec], codec: CodecConfig
+    delta: Tensors,
+    residual: Tensors | None,
+    specs: Sequence[TensorSpec],
+    codec: CodecConfig,
+    transforms: Sequence[Transform] = (),
 ) -> PreparedUpdate:
-    """Encodes a client's change and works out both residuals.
+    """Takes a client's change through the run's transforms, encodes it, and works out both residuals.
 
     Args:
         delta: Trained minus received, by name, float32; of other sections than the adapter what the server shall add.
@@ -60,26 +75,53 @@ def prepare(
             without error feedback.
         specs: The tensors of this round's update, in order.
         codec: The run's codec settings.
+        transforms: The steps before the encoding, see `fedpeft.privacy.transforms`.
 
     Raises:
-        TrainingFailed: If a change is missing, has a wrong shape, or is not finite.
+        TrainingFailed: If a change is missing, has a wrong shape, or is not finite, or its encoding cannot keep a
+            bound.
         StateInvalid: If the residual has a wrong shape.
     """
     kept = residual if residual is not None and codec.error_feedback else {}
-    tuned = [spec for spec in specs if spec.section == ADAPTER]
-    target = {spec.name: _target(spec, delta, kept) for spec in tuned}
-    sent = target
-    if codec.up == "sparse":
-        total = sum(spec.size for spec in tuned)
-        sent = top_k(target, tuned, max(1, round(codec.density * total)))
-    sent = sent | {spec.name: _target(spec, delta, {}) for spec in specs if spec.section != ADAPTER}
-    manifest, data = payload.encode(sent, specs, codec.encoding)
+    target = {spec.name: _target(spec, delta, kept if spec.section == ADAPTER else {}) for spec in specs}
+    passed, figures, manifest, data = _encoded(target, specs, codec, transforms)
     if not codec.error_feedback:
-        return PreparedUpdate(manifest, data, {}, {})
-    idle = {name: np.array(a, np.float32) for name, a in kept.items() if name not in target}
+        return PreparedUpdate(manifest, data, {}, {}, figures)
+    own = {spec.name: passed[spec.name] for spec in specs if spec.section == ADAPTER}
+    idle = {name: np.array(a, np.float32) for name, a in kept.items() if name not in own}
     decoded = payload.decode(manifest, memoryview(data))
-    left = {name: values - decoded[name] for name, values in target.items()}
-    return PreparedUpdate(manifest, data, _nonzero(idle | left), _nonzero(idle | target))
+    left = {name: values - decoded[name] for name, values in own.items()}
+    return PreparedUpdate(manifest, data, _nonzero(idle | left), _nonzero(idle | own), figures)
+
+
+def _encoded(
+    target: Arrays, specs: Sequence[TensorSpec], codec: CodecConfig, transforms: Sequence[Transform]
+) -> tuple[Arrays, dict[str, float], Manifest, bytes]:
+    """Returns what passed the transforms, their figures, and the payload of it, which keeps their bounds."""
+    for slack in _SLACKS:
+        passed, figures = target, dict[str, float]()
+        for transform in transforms:
+            passed, found = transform.apply(passed, slack)
+            figures |= found
+        manifest, data = payload.encode(_sparse(passed, specs, codec), specs, codec.encoding)
+        try:
+            if transforms:
+                norm = math.sqrt(payload.squared_norm(manifest, memoryview(data)))
+                for transform in transforms:
+                    transform.check(norm)
+            return passed, figures, manifest, data
+        except PayloadInvalid as error:
+            fault = error.message
+    raise TrainingFailed(f"encoded as {codec.encoding}, {fault}")
+
+
+def _sparse(tensors: Arrays, specs: Sequence[TensorSpec], codec: CodecConfig) -> Arrays:
+    """Returns the tensors as they are encoded: with `sparse` the largest changes only; other sections whole."""
+    if codec.up != "sparse":
+        return tensors
+    tuned = [spec for spec in specs if spec.section == ADAPTER]
+    k = max(1, round(codec.density * sum(spec.size for spec in tuned)))
+    return tensors | top_k(tensors, tuned, k)
 
 
 def _target(spec: TensorSpec, delta: Tensors, residual: Tensors) -> NDArray[np.float32]:

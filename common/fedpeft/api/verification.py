@@ -8,6 +8,7 @@ the strategy's state begins empty and is carried from round to round.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from fedpeft.adapters.payload import Manifest, check_manifest, check_payload
+from fedpeft.adapters.payload import Manifest, check_manifest, check_payload, squared_norm
 from fedpeft.errors import BlobCorrupt, InvalidArgument, StateInvalid
+from fedpeft.privacy.transforms import transforms_of
 from fedpeft.process.mapped_files import mapped, releaser
 from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, extents, fold_round, roll_back
 from fedpeft.rounds.record import Contributed, Excluded, Record, digest, parse, verify_chain
@@ -176,10 +178,13 @@ class Replay:
         try:
             manifest = self._manifest(described, number, counted)
             check_payload(manifest, payload, releaser(payload))
+            norm = math.sqrt(squared_norm(manifest, payload, releaser(payload)))
+            for transform in transforms_of(self._header.config):
+                transform.check(norm)
         except (DecodeError, InvalidArgument) as error:
             raise BlobCorrupt(f"{who} is not what {path.with_suffix('.manifest')} describes: {error}") from None
         stale = counted.staleness if isinstance(counted, Contributed) else 0  # what is not folded has no weight
-        return Update(counted.ticket, counted.client, counted.examples, {}, manifest, payload, staleness=stale)
+        return Update(counted.ticket, counted.client, counted.examples, {}, manifest, payload, norm, staleness=stale)
 
     def _manifest(self, described: bytes, number: int, counted: Contributed | Excluded) -> Manifest:
         config, spec = self._header.config, self._header.spec

@@ -6,6 +6,7 @@ are bytes; a version's figures stand with the round that made it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -179,7 +180,14 @@ def round_json(round_: run_pb2.Round, run: run_pb2.Run) -> Json:
         "committed_at": moment(round_.committed_at),
         "seconds": seconds(round_),
         "record_sha256": round_.record_sha256,
+        **_events(round_),
     }
+
+
+def _events(round_: run_pb2.Round) -> Json:
+    """Returns the events of a round under "events", if it came with its record and that holds some."""
+    events = json.loads(round_.record).get("events") if round_.record else None
+    return {"events": events} if events else {}
 
 
 def progress_json(round_: run_pb2.Round) -> Json:

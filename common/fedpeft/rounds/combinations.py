@@ -23,6 +23,9 @@ def check_combination(config: RunConfig, spec: AdapterSpec) -> None:
     key, fault = algorithm(chosen).misfit(config)
     if chosen is not None and key:
         _refuse(key, f"{fault}; training.algorithm is {chosen.name!r}")
+    if config.privacy is not None and config.privacy.clip_norm is not None and spec.sections:
+        text = f"cannot be kept with section {spec.sections[0].name!r}: clients keep the whole of what it would scale"
+        _refuse("privacy.clip_norm", text)
     if config.rounds.policy_name == SYNCHRONOUS:
         return
     policy = f"is {config.rounds.policy_name!r}"

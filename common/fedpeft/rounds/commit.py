@@ -16,13 +16,15 @@ from typing import BinaryIO
 
 from fedpeft.adapters import adapter_file
 from fedpeft.adapters.adapter_file import AdapterInfo, Written
-from fedpeft.adapters.payload import Manifest, Tensors
+from fedpeft.adapters.payload import Manifest, Tensors, squared_norm
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.aggregation import Strategy, UpdateFacts, strategy
 from fedpeft.config import RunConfig
 from fedpeft.errors import Internal, UpdateExcluded
+from fedpeft.privacy.events import Event
+from fedpeft.privacy.transforms import transforms_of
 from fedpeft.process.mapped_files import releaser
-from fedpeft.rounds.fold import Contribution, Overflow, State, fold_tensors, squared_norm
+from fedpeft.rounds.fold import Contribution, Overflow, State, fold_tensors
 from fedpeft.rounds.record import Contributed, Excluded, Record, digest
 from fedpeft.rounds.screening import FACTOR, Extent, NormBound, bound, local_steps, median
 
@@ -100,6 +102,7 @@ class Outcome:
         metrics: `train_examples`, and `train_loss` in nats, a mean by examples.
         excluded: By ticket, why an update was not folded, as its ticket says it.
         extent: Medians of what was folded; see `fedpeft.rounds.screening`.
+        events: What was done to the updates that were folded.
     """
 
     adapter: Written
@@ -110,6 +113,7 @@ class Outcome:
     metrics: dict[str, float]
     excluded: dict[str, str]
     extent: Extent
+    events: tuple[Event, ...] = ()
 
 
 class RoundEmptied(Exception):
@@ -180,6 +184,7 @@ def fold_round(
         lambda update: _facts(header, update),
     )
     weights = {u.ticket: rule.weigh(_facts(header, u)) for u in kept}
+    events = tuple(transform.event(len(kept)) for transform in transforms_of(header.config))
     record = Record(
         run=header.run,
         round=number,
@@ -196,11 +201,12 @@ def fold_round(
         excluded=tuple(_excluded(u, verdict.reasons[u.ticket]) for u in updates if u.ticket in verdict.reasons),
         bound=verdict.bound if verdict.reasons else None,
         sections=header.spec.sections,
+        events=events,
     ).to_json()
     total = sum(weights.values())
     shares = {ticket: weight / total for ticket, weight in weights.items()}
     extent = median(extents(header, kept)) if screened else Extent(0.0, 0.0)
-    return Outcome(adapter, state_sha256, shares, record, digest(record), _figures(kept), verdict.words, extent)
+    return Outcome(adapter, state_sha256, shares, record, digest(record), _figures(kept), verdict.words, extent, events)
 
 
 def extents(header: RunHeader, updates: Iterable[Update]) -> list[Extent]:
@@ -359,6 +365,9 @@ def _write(
 
 def _figures(updates: Sequence[Update]) -> dict[str, float]:
     figures = {"train_examples": float(sum(u.examples for u in updates))}
+    factors = [u.metrics["clip_factor"] for u in updates if "clip_factor" in u.metrics]
+    if factors:
+        figures["clipped_updates"] = float(sum(factor < 1 for factor in factors))
     losses = [(u.metrics["loss"], u.examples) for u in updates if "loss" in u.metrics]
     if losses:
         total = sum(n for _, n in losses)

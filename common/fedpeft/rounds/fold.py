@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.adapters.payload import Manifest, Tensors, parts
+from fedpeft.adapters.payload import Manifest, Tensors
 from fedpeft.adapters.spec import ADAPTER, Section, TensorSpec
 from fedpeft.aggregation import BlockStrategy, Doubles, GroupStrategy, Options, Strategy, UpdateFacts
 from fedpeft.codecs import BLOCK_ELEMENTS, Values, codecs
@@ -183,29 +183,6 @@ def weigh(contributions: Sequence[Contribution], strategy: Strategy) -> dict[str
         if not (math.isfinite(weight) and weight > 0):
             raise Internal(f"the update of client {client} weighs {weight}, not a finite positive number")
     return dict(sorted(weights.items()))
-
-
-def squared_norm(manifest: Manifest, payload: memoryview, release: Callable[[], object] | None = None) -> float:
-    """Returns the sum of the squares of all values of a checked payload, in float64.
-
-    Args:
-        manifest: What the payload holds.
-        payload: Its bytes.
-        release: Called now and then to give back what was read of a mapped file.
-    """
-    total, resident, wide = 0.0, 0, np.empty(BLOCK_ELEMENTS)
-    for entry, data in parts(manifest, payload):
-        for _, values in codecs.get(entry.encoding).blocks(data, math.prod(entry.shape)):
-            # Not np.dot: BLAS would start threads of its own for every block.
-            square = wide[: values.size]
-            np.copyto(square, values)
-            square *= square
-            total += float(square.sum())
-        resident += entry.length
-        if release and resident > RESIDENT_BYTES:
-            release()
-            resident = 0
-    return total
 
 
 def _slot(strategy: Strategy, slot: str, spec: TensorSpec, state: State) -> Doubles:

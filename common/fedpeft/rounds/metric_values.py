@@ -23,6 +23,7 @@ SHARE = (0.0, 1.0)
 NOT_NEGATIVE = (0.0, math.inf)
 RANGES: Mapping[str, tuple[float, float]] = {
     "accuracy": SHARE,
+    "clip_factor": SHARE,
     "loss": NOT_NEGATIVE,
     "loss_first": NOT_NEGATIVE,
     "loss_last": NOT_NEGATIVE,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,12 +18,13 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from fedpeft.adapters.spec import Section
 from fedpeft.errors import BlobCorrupt
+from fedpeft.privacy.events import Event
 from fedpeft.rounds.screening import NormBound
 
 PLAIN, PARTLY, FORMAT = 1, 2, 3
 """Format 1 has no keys but those of a round of which everything was folded; 2 is for the others, 3 for rounds with a
-stale update, or with sections beside the adapter."""
-_OPTIONAL = ("excluded", "bound", "rolled_back_to", "sections")
+stale update, sections beside the adapter, or events."""
+_OPTIONAL = ("excluded", "bound", "rolled_back_to", "sections", "events")
 """Keys that a record has only where there is something to say."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -89,6 +90,7 @@ class Record:
         excluded: What was received and not folded, sorted by client.
         bound: The limit of the norms; only where something was excluded, and the run has one.
         sections: The sections beside the adapter, sorted by name, each with its divisor and encoding.
+        events: What was done to the updates that were folded; see `fedpeft.privacy.events`.
         rolled_back_to: The version whose tensors and state this one has, where nothing was folded; else None.
     """
 
@@ -105,13 +107,14 @@ class Record:
     bound: NormBound | None = None
     rolled_back_to: int | None = None
     sections: tuple[Section, ...] = ()
+    events: tuple[Event, ...] = ()
 
     def to_json(self) -> str:
         """Returns the canonical JSON."""
         data = asdict(self)
         unsaid = [key for key in _OPTIONAL if data[key] in (None, ())]
         form = PLAIN if len(unsaid) == len(_OPTIONAL) else PARTLY
-        if self.sections:
+        if self.sections or self.events:
             form = FORMAT
         for contribution in data["contributions"]:
             if contribution["staleness"]:
@@ -152,6 +155,11 @@ def parse(record_json: str) -> Record:
     if record.to_json() != record_json:
         raise BlobCorrupt(f"the record of round {record.round} is not in canonical form")
     return record
+
+
+def ledger(records: Iterable[Record]) -> list[tuple[int, Event]]:
+    """Returns the events of a run, each with its round, in order: what an accountant folds over."""
+    return [(record.round, event) for record in records for event in record.events]
 
 
 def verify_chain(records: Sequence[str]) -> None:

@@ -7,11 +7,12 @@ those that a server would book: a client that holds the adapter's bytes already 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from fedpeft.adapters.payload import Manifest
+from fedpeft.privacy.events import Event
 from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
 
 Json = dict[str, Any]
@@ -51,6 +52,7 @@ class RoundBook:
         committed_at: Seconds since the epoch.
         record_sha256: Digest of its record.
         excluded: Why updates were not folded, by ticket.
+        events: Of its record.
     """
 
     round: Round
@@ -62,6 +64,7 @@ class RoundBook:
     committed_at: float | None = None
     record_sha256: str = ""
     excluded: Mapping[str, str] = field(default_factory=dict)
+    events: tuple[Event, ...] = ()
 
     @property
     def counted(self) -> list[tuple[Ticket, Arrival]]:
@@ -85,6 +88,7 @@ def round_json(book: RoundBook, model_parameters: int) -> Json:
         "committed_at": moment(committed),
         "seconds": None if opened is None or committed is None else round(committed - opened, 3),
         "record_sha256": book.record_sha256,
+        **({"events": [asdict(event) for event in book.events]} if book.events else {}),
     }
 
 

@@ -34,11 +34,11 @@ from fedpeft.errors import (
     PayloadInvalid,
     StateInvalid,
 )
+from fedpeft.privacy.transforms import transforms_of
 from fedpeft.process import durable, locks
 from fedpeft.rounds import conduct, state_machine
 from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.commit import RoundEmptied, RunHeader
-from fedpeft.rounds.fold import squared_norm
 from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome, LocalUpdate, Version
 from fedpeft.rounds.state_machine import Phase, Round, TicketState
 from fedpeft.rpc import wire
@@ -285,13 +285,15 @@ class _Simulation:
         try:
             payload.check_manifest(manifest, self._header.spec.sent(number), (self._config.codec.encoding,))
             payload.check_payload(manifest, memoryview(data))
+            norm = math.sqrt(payload.squared_norm(manifest, memoryview(data)))
+            for transform in transforms_of(self._config):
+                transform.check(norm)
         except (ManifestInvalid, PayloadInvalid) as error:
             log.warning("update refused", round=number, client=client, cause=error.message)
             self._memory.forget_residual(client)
             book.round = self._advance(book.round, state_machine.Refused(ticket, f"{error.reason}: {error.message}"))
             return
         self._versions.spool(ticket).write_bytes(data)
-        norm = math.sqrt(squared_norm(manifest, memoryview(data)))
         book.arrivals[ticket] = Arrival(outcome.examples, norm, manifest, outcome.metrics)
         self._memory.keep(client, outcome.if_counted, outcome.if_not)
         book.round = self._advance(book.round, state_machine.Received(ticket))

@@ -84,6 +84,7 @@ class Versions:
         self._newest, self._state_sha256 = outcome.adapter, outcome.state_sha256
         self._record_sha256 = book.record_sha256 = outcome.record_sha256
         book.weights, book.metrics, book.excluded = outcome.weights, outcome.metrics, outcome.excluded
+        book.events = outcome.events
 
     def forget(self, book: RoundBook) -> None:
         """Removes the payloads of a round."""

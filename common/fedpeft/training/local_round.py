@@ -20,6 +20,7 @@ from fedpeft.config import RunConfig, TrainingConfig
 from fedpeft.models import backbones
 from fedpeft.models.tasks import Dataset, LabelMap, Task
 from fedpeft.peft import TunedModel, tune
+from fedpeft.privacy.transforms import transforms_of
 from fedpeft.rounds.local_job import LOCAL, RESIDUAL, LocalJob, LocalUpdate, Version
 from fedpeft.training.evaluation import evaluate
 from fedpeft.training.loop import Progress, train
@@ -102,7 +103,8 @@ class LoadedRun:
         )
         memory = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(self.device))} if on_gpu else {}
         sent = self.spec.sent(job.round)
-        update = prepare(join(result.delta, result.sections), job.state.get(RESIDUAL, {}), sent, self.config.codec)
+        changes, residual = join(result.delta, result.sections), job.state.get(RESIDUAL, {})
+        update = prepare(changes, residual, sent, self.config.codec, transforms_of(self.config))
         local = {**kept, **{name: result.local[name] for name in self.own if name in result.local}}
         counted = {key: result.state[name] for name, key in groups.items()}
         before = {key: job.state.get(key, {}) for key in groups.values()}
@@ -112,7 +114,7 @@ class LoadedRun:
             {RESIDUAL: update.residual_if_counted, LOCAL: local, **counted},
             {RESIDUAL: update.residual_if_not, LOCAL: local, **before},
             result.examples,
-            {**result.metrics, **memory},
+            {**result.metrics, **update.figures, **memory},
             {**result.facts, "threads": str(torch.get_num_threads())},
         )
 

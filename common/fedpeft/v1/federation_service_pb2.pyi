@@ -663,7 +663,8 @@ class UpdateHeader(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Training figures, finite; at most 64, names at most 128 bytes. The server computes with `loss` alone, the mean over the
         last pass over the data: it is what Round.metrics' `train_loss` is made of. The others are kept and shown.
-        Each of `loss`, `loss_first`, `loss_last` (nats), `seconds`, `images_per_second`, `steps`, `skipped_images`, `micro_batch`, `threads`, `gpu_memory_bytes` is at least 0.
+        Each of `loss`, `loss_first`, `loss_last` (nats), `seconds`, `images_per_second`, `steps`, `skipped_images`, `micro_batch`, `threads`, `gpu_memory_bytes` is at least 0;
+        `clip_factor`, by which PrivacyConfig.clip_norm had the update multiplied, is 0 to 1.
         """
 
     def __init__(

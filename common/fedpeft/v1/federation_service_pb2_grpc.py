@@ -312,7 +312,8 @@ class FederationServiceServicer:
         INVALID_ARGUMENT     METRICS_INVALID      not finite, outside the range of its name, more than 64, or a name over 128 bytes
         INVALID_ARGUMENT     CHUNK_INVALID        empty, too large, beyond the end, or where the header belongs
         INVALID_ARGUMENT     UPLOAD_INCOMPLETE    the stream was half-closed before the last byte; continue where GetUpload says
-        INVALID_ARGUMENT     PAYLOAD_INVALID      a value is not finite, or sparse data is malformed; the ticket is closed
+        INVALID_ARGUMENT     PAYLOAD_INVALID      a value is not finite, sparse data is malformed, or the norm is above
+        PrivacyConfig.clip_norm; the ticket is closed
         OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  not at the byte where the upload stands; ask GetUpload
         DATA_LOSS            CHECKSUM_MISMATCH    the bytes do not have the manifest's digest; the upload starts over
         RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, TRANSFERS_BUSY, DISK_FULL

@@ -171,6 +171,7 @@ class RunConfig(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     AGGREGATION_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A label for people; need not be unique. 1 to 64 characters."""
     @_builtins.property
@@ -197,6 +198,10 @@ class RunConfig(_message.Message):
     def codec(self) -> Global___CodecConfig:
         """How tensors are encoded."""
 
+    @_builtins.property
+    def privacy(self) -> Global___PrivacyConfig:
+        """Bounds on what one client can contribute; absent: none."""
+
     def __init__(
         self,
         *,
@@ -207,10 +212,11 @@ class RunConfig(_message.Message):
         training: Global___TrainingConfig | None = ...,
         aggregation: Global___AggregationConfig | None = ...,
         codec: Global___CodecConfig | None = ...,
+        privacy: Global___PrivacyConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "aggregation", b"aggregation", "codec", b"codec", "model", b"model", "name", b"name", "peft", b"peft", "rounds", b"rounds", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "aggregation", b"aggregation", "codec", b"codec", "model", b"model", "name", b"name", "peft", b"peft", "privacy", b"privacy", "rounds", b"rounds", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "aggregation", b"aggregation", "codec", b"codec", "model", b"model", "name", b"name", "peft", b"peft", "rounds", b"rounds", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "aggregation", b"aggregation", "codec", b"codec", "model", b"model", "name", b"name", "peft", b"peft", "privacy", b"privacy", "rounds", b"rounds", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
     _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
@@ -288,6 +294,33 @@ class ModelConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weights) -> _WhichOneofReturnType__weights | None: ...
 
 Global___ModelConfig: _TypeAlias = ModelConfig  # noqa: Y015
+
+@_typing.final
+class PrivacyConfig(_message.Message):
+    """PrivacyConfig bounds what one client can contribute to a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIP_NORM_FIELD_NUMBER: _builtins.int
+    clip_norm: _builtins.float
+    """Largest Euclidean norm of an update, over the decoded values of all its tensors, in float64; absent: none. The client
+    scales its change and residual down to it before it encodes, so that the decoded values are within it after rounding too.
+    The server refuses a larger update (PAYLOAD_INVALID). What scaling took away is in no residual. Above 0.
+    """
+    def __init__(
+        self,
+        *,
+        clip_norm: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "clip_norm", b"clip_norm"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "clip_norm", b"clip_norm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clip_norm: _TypeAlias = _typing.Literal["clip_norm"]  # noqa: Y015
+    _WhichOneofArgType__clip_norm: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_norm) -> _WhichOneofReturnType__clip_norm | None: ...
+
+Global___PrivacyConfig: _TypeAlias = PrivacyConfig  # noqa: Y015
 
 @_typing.final
 class PeftConfig(_message.Message):

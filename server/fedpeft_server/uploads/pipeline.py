@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +30,9 @@ from fedpeft.errors import (
     UpdateDiffers,
     UpdateExcluded,
 )
+from fedpeft.privacy.transforms import Transform, transforms_of
 from fedpeft.process.mapped_files import releaser
-from fedpeft.rounds import fold, metric_values
+from fedpeft.rounds import metric_values
 from fedpeft.rounds.state_machine import Phase, Ticket, TicketState
 from fedpeft.rpc.timing import HOLD_S
 from fedpeft.rpc.wire import manifest_from_proto
@@ -190,7 +191,8 @@ class Uploads:
     ) -> UpdateRow:
         """Checks a whole upload, makes it durable and counts it."""
         async with _refusing(engine, ticket):
-            update = await self._store.compute(self._taken_in, header, writer)
+            transforms = transforms_of(engine.run.config)
+            update = await self._store.compute(self._taken_in, header, writer, transforms)
         try:
             return await engine.receive(update, actor())
         except (RoundClosed, TicketClosed):
@@ -285,11 +287,21 @@ class Uploads:
             raise error.within("header") from None
         return manifest
 
-    def _taken_in(self, header: pb.UpdateHeader, writer: SpoolWriter) -> UpdateRow:
-        """Checks a whole upload and makes it durable; returns what is to be counted."""
+    def _taken_in(self, header: pb.UpdateHeader, writer: SpoolWriter, transforms: Sequence[Transform]) -> UpdateRow:
+        """Checks a whole upload and makes it durable; returns what is to be counted.
+
+        Raises:
+            PayloadInvalid: If it is wrong, or cannot have passed the run's transforms; its bytes are removed.
+        """
         _finish(writer)
         with self._store.updates.open(header.ticket, writer.manifest.sha256) as data:
-            norm = math.sqrt(fold.squared_norm(writer.manifest, data, releaser(data)))
+            norm = math.sqrt(payload.squared_norm(writer.manifest, data, releaser(data)))
+        try:
+            for transform in transforms:
+                transform.check(norm)
+        except PayloadInvalid:
+            self._store.updates.remove_all((header.ticket,))
+            raise
         return UpdateRow(header.ticket, header.examples, norm, dict(header.metrics), writer.manifest, time.time())
 
 

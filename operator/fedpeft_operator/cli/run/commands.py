@@ -138,7 +138,7 @@ async def _rows(session: Session) -> list[views.Json]:
 async def _whole(session: Session, run: str) -> views.Json:
     async with session.client() as server:
         found, _ = await server.run(run)
-        rounds = await server.rounds(run, records=False)
+        rounds = await server.rounds(run, records=found.config.HasField("privacy"))  # they hold the events
         return views.run_json(found, rounds, views.in_progress(found, rounds))
 
 

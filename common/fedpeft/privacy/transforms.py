@@ -1,0 +1,92 @@
+"""Transforms: steps of an update between training and its encoding, each with its counterpart at the server.
+
+    client   change + residual -> transform -> ... -> encoding -> payload
+    server   payload -> check of every transform -> fold -> event of every transform in the round's record
+
+A transform sees all tensors of an update together, those of every section. The client runs them in order, then encodes;
+the server, which sees only the result, refuses what cannot have passed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import PayloadInvalid
+from fedpeft.privacy.events import Clipped, Event
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+class Transform(ABC):
+    """One step."""
+
+    @abstractmethod
+    def apply(self, tensors: Arrays, slack: float) -> tuple[Arrays, dict[str, float]]:
+        """Returns the tensors after the step, and figures of it for the update's metrics; changes no argument.
+
+        Args:
+            tensors: By name, float32, finite.
+            slack: The part of a bound, 0 to 1, to stay below it, so that the rounding of the encoding does not lead
+                beyond.
+        """
+
+    @abstractmethod
+    def check(self, norm: float) -> None:
+        """Checks an encoded update.
+
+        Args:
+            norm: Its Euclidean norm as decoded, by `fedpeft.adapters.payload.squared_norm`.
+
+        Raises:
+            PayloadInvalid: If it cannot have passed the step.
+        """
+
+    @abstractmethod
+    def event(self, count: int) -> Event:
+        """Returns the event of a round that folded `count` updates."""
+
+
+class Clip(Transform):
+    """Scales an update down to a norm: delta * min(1, C / ||delta||), arXiv 1710.06963.
+
+    Args:
+        bound: C, above 0.
+    """
+
+    def __init__(self, bound: float) -> None:
+        self._bound = bound
+
+    def apply(self, tensors: Arrays, slack: float) -> tuple[Arrays, dict[str, float]]:
+        """See `Transform.apply`; `clip_factor` is what the update was multiplied by, 1 if it was within the bound."""
+        norm, most = euclidean(tensors), self._bound * (1 - slack)
+        if norm <= most:
+            return tensors, {"clip_factor": 1.0}
+        factor = most / norm
+        scaled = {name: (values.astype(np.float64) * factor).astype(np.float32) for name, values in tensors.items()}
+        return scaled, {"clip_factor": factor}
+
+    def check(self, norm: float) -> None:
+        """See `Transform.check`."""
+        if norm > self._bound:
+            text = f"have a norm of {norm:.9g}; privacy.clip_norm of this run is {self._bound:g}"
+            raise PayloadInvalid(f"the values of the update {text}: the client did not clip it", (("tensors", text),))
+
+    def event(self, count: int) -> Event:
+        """See `Transform.event`."""
+        return Clipped(self._bound, count)
+
+
+def transforms_of(config: RunConfig) -> tuple[Transform, ...]:
+    """Returns the transforms of a run's updates, in the order in which a client applies them."""
+    privacy = config.privacy
+    return () if privacy is None or privacy.clip_norm is None else (Clip(privacy.clip_norm),)
+
+
+def euclidean(tensors: Mapping[str, NDArray[np.float32]]) -> float:
+    """Returns the Euclidean norm over all tensors, in float64."""
+    return float(np.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in tensors.values())))
