@@ -21,6 +21,14 @@ def test_lora_fair_needs_the_factors_of_lora() -> None:
     check_combination(parse_config({**RUN, "peft": {"method": "lora"}}), lora)
 
 
+@pytest.mark.parametrize("turns", [(TensorRole.FROZEN,), (TensorRole.FROZEN, TensorRole.SENT)])
+def test_lora_fair_needs_both_factors_in_every_round(turns: tuple[TensorRole, ...]) -> None:
+    """With one A for all clients the mean of the B is exact, and nothing is left to correct."""
+    factors = [TensorSpec("qkv.lora_A.weight", (2, 2), turns), TensorSpec("qkv.lora_B.weight", (2, 2))]
+    with pytest.raises(ConfigInvalid, match=r"aggregation\.strategy is 'lora_fair': .* has none; method is 'lora'"):
+        check_combination(parse_config({**RUN, "peft": {"method": "lora"}}), AdapterSpec.of("lora", factors))
+
+
 BUFFERED = {**RUN, "peft": {"method": "lora"}, "rounds": {"policy": "buffered"}}
 
 

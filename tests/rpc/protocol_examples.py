@@ -96,6 +96,22 @@ def stored(example: dict[str, str]) -> list[dict[str, object]]:
     return found
 
 
+def section() -> dict[str, str]:
+    """Returns the example of a section's fold."""
+    return fields(comment("tensor.proto", "message Section {")[0])
+
+
+def pulls() -> list[tuple[int, int, list[int], str, int]]:
+    """Returns (version held, version, positions, hexadecimal digits, bytes) of every example of a partial pull."""
+    found = []
+    for line in comment("federation_service.proto", "message PullHeader {")[0]:
+        parts = re.fullmatch(r"have_version (\d+), version (\d+): ([0-9, ]+) = ([0-9a-f]+), (\d+) bytes", line)
+        assert parts is not None, line
+        positions = [int(position) for position in parts[3].split(", ")]
+        found.append((int(parts[1]), int(parts[2]), positions, parts[4], int(parts[5])))
+    return found
+
+
 def token() -> dict[str, str]:
     """Returns the example of an enrolment token."""
     return fields(comment("access_service.proto", "message CreateTokenResponse {")[0])

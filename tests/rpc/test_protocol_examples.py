@@ -12,13 +12,16 @@ from google.rpc import code_pb2, status_pb2
 
 from fedpeft import errors
 from fedpeft.adapters import payload, updates
-from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, Section, TensorRole, TensorSpec
+from fedpeft.aggregation import UpdateFacts, strategy
 from fedpeft.codecs import codecs
 from fedpeft.config import CodecConfig
 from fedpeft.errors import PayloadInvalid
 from fedpeft.identity import audit
 from fedpeft.identity.token import EnrollmentToken
+from fedpeft.rounds.fold import Contribution, fold
 from fedpeft.rpc.status import to_status
+from fedpeft.v1 import federation_service_pb2
 
 from . import protocol_examples as examples
 
@@ -97,7 +100,7 @@ def test_a_fingerprint() -> None:
     class Model:
         name = said["model"]
 
-    backbone = backbones.Backbone(Model(), None, None, {}, Images(), tensors)  # type: ignore[arg-type]
+    backbone = backbones.Backbone(Model(), None, None, Images(), tensors)  # type: ignore[arg-type]
     tuned = AdapterSpec.of("head", [TensorSpec("head.bias", (2,))])
     assert backbones.fingerprint(backbone, tuned) == said["fingerprint"]
 
@@ -132,3 +135,29 @@ def test_a_status(block: list[str]) -> None:
     data = bytes.fromhex(details.removeprefix("details: "))
     assert status_pb2.Status.FromString(data) == to_status(error)
     assert code_pb2.Code.Name(status_pb2.Status.FromString(data).code) == code == cls.status
+
+
+@pytest.mark.parametrize(("have", "version", "positions", "digits", "size"), examples.pulls())
+def test_a_pull_of_what_changed(have: int, version: int, positions: list[int], digits: str, size: int) -> None:
+    odd = (TensorRole.SENT, TensorRole.FROZEN)
+    roles = {"a": odd, "b": odd[::-1], "c": odd, "d": (TensorRole.FROZEN,)}
+    spec = AdapterSpec("m", tuple(TensorSpec(name, (2,), turns) for name, turns in roles.items()))
+    manifest, _ = payload.encode({name: np.zeros(2, np.float32) for name in roles}, spec.shared, "float32")
+    found = payload.missing(manifest, spec, version, have)
+    assert list(found) == positions
+    assert federation_service_pb2.PullHeader(tensors=found).SerializeToString().hex() == digits
+    assert payload.Selection.of(manifest, found).size_bytes == size
+
+
+def test_the_fold_of_a_section() -> None:
+    example = examples.section()
+    section = Section("control", float(example["divisor"]), "float32")
+    specs = (TensorSpec("a", ()), TensorSpec("control/a", (), section=section))
+    contributions = []
+    for i, change in enumerate(examples.numbers(example["changes"])):
+        arrays = {"a": np.float32(0), "control/a": np.array(change, np.float32)}
+        manifest, data = payload.encode(arrays, specs, "float32")
+        contributions.append(Contribution(f"c{i}", UpdateFacts(10 + i), manifest, memoryview(data)))
+    base = {"a": np.zeros((), np.float32), "control/a": np.array(float(example["value before"]), np.float32)}
+    folded = fold(contributions, specs, strategy("fedavg", {}), base, {})
+    assert folded.adapter["control/a"] == float(example["value after"])

@@ -21,6 +21,7 @@ from fedpeft.adapters.sections import with_sections
 from fedpeft.adapters.spec import AdapterSpec, Section, TensorRole, TensorSpec
 from fedpeft.config import RunConfig
 from fedpeft.errors import BlobCorrupt, FedpeftError, StateInvalid
+from fedpeft.privacy.events import Clipped
 from fedpeft.rounds import record
 from fedpeft.v1 import tensor_pb2
 from fedpeft_operator.cli.run.verify import verified
@@ -211,6 +212,21 @@ FORGERIES: dict[str, tuple[Callable[[Forger], object], type[FedpeftError], str]]
     ),
     "a weight": (lambda f: f.lighter(2), BlobCorrupt, r"round 2: the strategy gives .* alice weight 10\.0; 1\.0 is"),
     "the strategy": (lambda f: f.rewrite(2, digest=True, strategy="fedavgm"), BlobCorrupt, "its strategy is 'fedavg'"),
+    "an event": (
+        lambda f: f.rewrite(2, digest=True, events=(Clipped(1.0, 2),)),
+        BlobCorrupt,
+        r"round 2: folded again, its events is \(\); .*'bound': 1\.0",
+    ),
+    "an event of other updates": (
+        lambda f: f.rewrite(2, digest=True, events=(Clipped(1.0, 3),)),
+        BlobCorrupt,
+        "record 2 of 2: an event is of other updates than were folded",
+    ),
+    "a section": (
+        lambda f: f.rewrite(2, digest=True, sections=(Section("control", 2.0, "float32"),)),
+        BlobCorrupt,
+        r"its sections is \(\)",
+    ),
     "a version": (lambda f: f.blob(1, digest=False), BlobCorrupt, "version 1 .* does not have its recorded digest"),
     "a version with its digest": (lambda f: f.blob(1, digest=True), BlobCorrupt, "round 1: version 1 of"),
     "version 0 with its digest": (lambda f: f.blob(0, digest=True), BlobCorrupt, "round 1: version 0 of"),

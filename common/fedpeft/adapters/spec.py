@@ -154,11 +154,11 @@ class AdapterSpec:
     @cached_property
     def largest_update(self) -> int:
         """Number of values in the largest update of a round."""
-        return max(sum(t.size for t in self.sent(n)) for n in range(1, self._period + 1))
+        return max(sum(t.size for t in self.sent(n)) for n in range(1, self.period + 1))
 
     @property
-    def _period(self) -> int:
-        """Rounds after which the roles of all tensors repeat, or the longest list of roles if that is more than 64."""
+    def period(self) -> int:
+        """Rounds after which the roles of all tensors repeat; if those are more than 64, the longest list of roles."""
         lengths = [len(t.roles) for t in self.tensors]
         return min(math.lcm(*lengths), max(64, *lengths))
 

@@ -75,7 +75,7 @@ class Strategy(ABC):
         return math.fsum(weights)
 
     def misfit(self, tensors: Mapping[str, tuple[int, ...]]) -> str:
-        """Returns why the strategy cannot fold an adapter of these shapes, by name; empty if it can."""
+        """Returns why the strategy cannot fold updates of tensors of these shapes, by name; empty if it can."""
         return ""
 
     def initial(self, slot: str, size: int) -> Doubles:

@@ -37,7 +37,11 @@ class LoraFair(GroupStrategy):
 
     def misfit(self, tensors: Mapping[str, tuple[int, ...]]) -> str:
         """See `Strategy.misfit`."""
-        return "" if self.groups(list(tensors)) else "it corrects the factors of LoRA, and the adapter has none"
+        return (
+            ""
+            if self.groups(list(tensors))
+            else "it needs A and B of LoRA layers in every update, and one here has none"
+        )
 
     def groups(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         """See `GroupStrategy.groups`; one (A, B) a layer."""

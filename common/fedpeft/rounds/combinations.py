@@ -17,8 +17,9 @@ def check_combination(config: RunConfig, spec: AdapterSpec) -> None:
     """
     name = config.aggregation.strategy
     rule = strategy(name, config.aggregation.options)
-    if reason := rule.misfit({tensor.name: tensor.shape for tensor in spec.adapter.shared}):
-        _refuse("aggregation.strategy", f"is {name!r}: {reason}; method is {config.peft.method!r}")
+    for number in range(1, spec.period + 1):
+        if reason := rule.misfit({tensor.name: tensor.shape for tensor in spec.adapter.sent(number)}):
+            _refuse("aggregation.strategy", f"is {name!r}: {reason}; method is {config.peft.method!r}")
     chosen = config.training.algorithm
     key, fault = algorithm(chosen).misfit(config)
     if chosen is not None and key:

@@ -201,6 +201,7 @@ def _fault(record: Record, number: int, previous: str, before: Record | None) ->
         "an update is excluded for a norm within the limit": any(
             e.reason == "norm" and (record.bound is None or e.norm <= record.bound.limit) for e in record.excluded
         ),
+        "an event is of other updates than were folded": any(event.count != len(clients) for event in record.events),
         "an update starts from a version that never was": any(
             not 0 <= c.staleness < record.round for c in record.contributions
         ),

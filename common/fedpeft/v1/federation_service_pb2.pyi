@@ -540,7 +540,15 @@ Global___PullAdapterResponse: _TypeAlias = PullAdapterResponse  # noqa: Y015
 
 @_typing.final
 class PullHeader(_message.Message):
-    """PullHeader describes the payload."""
+    """PullHeader describes the payload.
+
+    Of four tensors of 8 bytes each, `a` and `c` SENT in odd rounds, `b` in even ones, and `d` FROZEN in all of them, the positions
+    of those that follow, the serialized field `tensors`, and how many bytes follow:
+
+        have_version 4, version 5: 0, 2 = 22020002, 16 bytes
+        have_version 3, version 5: 0, 1, 2 = 2203000102, 24 bytes
+        have_version 6, version 5: 1 = 220101, 8 bytes
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -559,14 +567,9 @@ class PullHeader(_message.Message):
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Empty: the whole payload follows. Else the positions in `manifest.tensors`, ascending, of the tensors whose bytes follow,
-        one after the other, because their role was SENT in a round between `have_version` and `version`; only where the request
-        has `have_version`. The client takes the bytes of the others from the payload that it holds. If the result does not have
-        the digest, which is so after a rollback, it pulls again without `have_version`.
-
-        Of four tensors of 8 bytes each, `a` and `c` SENT in odd rounds, `b` in even ones, and `d` FROZEN in all of them:
-
-            have_version 4, version 5: tensors 0, 2 = 2202 0002 (field 4, packed), then 16 bytes: those of a, those of c
-            have_version 3, version 5: tensors 0, 1, 2 = 2203 000102, then 24 bytes
+        one after the other: those that are SENT in a round after the older of `have_version` and `version`, up to the newer; only
+        where the request has `have_version`. The client takes the bytes of the others from the payload that it holds. If the result does not have
+        the digest, as may be after a rollback, it pulls again without `have_version`.
         """
 
     def __init__(

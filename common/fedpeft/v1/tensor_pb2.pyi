@@ -100,6 +100,11 @@ class Section(_message.Message):
     """Section is a part of versions and updates beside the adapter, such as a control variate of SCAFFOLD. Its tensors are
     entries of payloads like any other; what differs is how they are encoded and folded. A client whose software does not know
     the section declines the run: the spec is not the one that it would build itself.
+
+        divisor: 4
+        value before: 1
+        changes: 0.5, -2, 1
+        value after: 0.875
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -112,8 +117,6 @@ class Section(_message.Message):
     divisor: _builtins.float
     """Finite, above 0. In an update each value is a change; the server adds the sum of the clients' changes, not weighted and in
     the order of their ids, divided by this: in float64, rounded to float32.
-
-        divisor 4, value 1.0, changes 0.5, -2, 1 of three clients: 0.875
     """
     encoding: _builtins.str
     """Encoding of its tensors in updates and versions, whatever CodecConfig says: `float32`, `float16` or `bfloat16`."""
