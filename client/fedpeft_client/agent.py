@@ -75,7 +75,7 @@ from fedpeft_client.uplink.finished_runs import FinishedRuns
 from fedpeft_client.uplink.pace import Pace
 from fedpeft_client.uplink.pull import Puller
 from fedpeft_client.uplink.push import Pusher
-from fedpeft_client.uplink.retry import AWAY_S, CALL_S, Backoff, Retry
+from fedpeft_client.uplink.retry import Retry
 from fedpeft_client.uplink.ticket_watch import run_while_ticket_open
 from fedpeft_client.uplink.training_progress import TrainingProgress
 from fedpeft_client.uplink.wire_checks import said
@@ -131,19 +131,19 @@ class Agent:
         self._log = log
         self._outbox = Outbox(directory, policy.digest)
         self._processes = Processes(directory.path, channel.process)
-        self._retry = Retry(log, CALL_S if settings.once else None)
-        self._limits = Limits(policy, egress_log, metrics, log, waits=not settings.once)
+        self._retry = Retry(log, channel.timing.call_s if settings.once else None, channel.timing)
+        self._limits = Limits(policy, egress_log, metrics, log, waits=not settings.once, timing=channel.timing)
         self._withdrawals = Withdrawals(channel, self._retry, egress_log)
         self._exclusion_check = ExclusionCheck(channel, self._retry, self._outbox)
         self._pusher = Pusher(channel, self._retry, egress_log)
         self._trainer = Trainer(directory, self._outbox, worker, metrics)
         self._evaluator = Evaluator(channel, self._retry, worker, egress_log, metrics)
         self._verdicts = Verdicts(worker, log)
-        self._holds = RunBackoff()
+        self._holds = RunBackoff(timing=channel.timing)
         self._finished = FinishedRuns(directory, self._outbox, channel, egress_log, metrics.series, log)
         self._attempts: Attempts[tuple[str, int]] = Attempts()
-        self._setback = Backoff()
-        self._pace = Pace()
+        self._setback = self._retry.backoff()
+        self._pace = Pace(channel.timing)
         self._said_idle = False
 
     async def live(self) -> None:
@@ -155,7 +155,7 @@ class Agent:
         """
         await self._register()
         if self._settings.once:
-            self._retry.give_up_s = AWAY_S
+            self._retry.give_up_s = self._channel.timing.away_s
         while await self._on_good_terms(self._take_part):
             continue
         if misfit := self._verdicts.nothing_suits():

@@ -28,6 +28,7 @@ from fedpeft_client.state import contact
 from fedpeft_client.state.contact import Contact
 from fedpeft_client.state.processes import Processes
 from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.traffic import Traffic
 from fedpeft_client.worker.handle import Answer, WorkerProcess
@@ -74,7 +75,7 @@ def _identity(settings: Settings, log: Log) -> Identity | None:
 async def _serve(
     settings: Settings, policy: Policy, directory: StateDirectory, identity: Identity | None, log: Log
 ) -> None:
-    worker, metrics = WorkerProcess(_worker_options(settings, policy), log), Metrics()
+    worker, metrics = WorkerProcess(_worker_options(settings, policy), log, TIMING), Metrics()
     metrics.registry.register(MachineCollector(lambda: str(worker.hello.get("gpu", ""))))
     with (
         EgressLog(directory.path, settings.server) as egress_log,
@@ -87,8 +88,8 @@ async def _serve(
                 egress_log=str(egress_log.path),
             )
         try:
-            async with Channel(settings.server, settings.name, directory.instance, identity) as channel:
-                Traffic(channel, egress_log, metrics, Contact(directory.path, settings.server))
+            async with Channel(settings.server, settings.name, directory.instance, identity, TIMING) as channel:
+                Traffic(channel, egress_log, metrics, Contact(directory.path, settings.server, TIMING))
                 if settings.dry_run:
                     against = Limits(policy, egress_log, metrics, log).against()
                     processes = Processes(directory.path, channel.process)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from fedpeft_client.owner.policy import NO_LIMITS, Policy
 from fedpeft_client.state.outbox import Outcome
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
-from fedpeft_client.uplink import pace, retry
+from fedpeft_client.timing import TIMING
+from fedpeft_client.uplink import retry
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.pace import FREE_OFFERS, Pace
 from fedpeft_client.uplink.push import Pusher
@@ -174,13 +176,10 @@ class TestPace:
             found.begin()
             await found.nothing()
         assert len(pauses) == 8
-        assert pauses[0] <= retry.FIRST_PAUSE_S and pauses[-1] >= retry.LONGEST_PAUSE_S / 2
+        assert pauses[0] <= TIMING.first_pause_s and pauses[-1] >= TIMING.longest_pause_s / 2
 
-    async def test_an_answer_that_was_held_back_is_followed_by_none(
-        self, pauses: list[float], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(pace, "QUICK_S", -1.0)
-        found = Pace()
+    async def test_an_answer_that_was_held_back_is_followed_by_none(self, pauses: list[float]) -> None:
+        found = Pace(replace(TIMING, quick_s=-1.0))
         found.begin()
         await found.nothing()
         assert pauses == []
@@ -211,7 +210,7 @@ class TestPace:
 
         assert await Retry(logs.logger(), None).call(attempt) == "done"
         assert len(pauses) == 9
-        assert pauses[-1] >= retry.LONGEST_PAUSE_S / 4 > pauses[0]
+        assert pauses[-1] >= TIMING.longest_pause_s / 4 > pauses[0]
 
 
 class TestVerdicts:

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from fedpeft_client.state import processes
 from fedpeft_client.state.contact import Contact
 from fedpeft_client.state.processes import Processes
 from fedpeft_client.state.state_dir import StateDirectory, identity_folder
+from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.traffic import Traffic
 from fedpeft_server.access.authorities import Authorities
@@ -309,7 +311,7 @@ async def test_who_cannot_tell_the_server_keeps_everything_unless_told_otherwise
     async with federation(tmp_path) as gone:
         state = await enrolled(gone, tmp_path / "state")
         authority, key = gone.authority, Identity.load(identity_folder(state)).key
-    monkeypatch.setattr(leave, "CALL_S", 0.5)
+    monkeypatch.setattr(leave, "TIMING", replace(TIMING, call_s=0.5))
     with pytest.raises(ServerUnreachable, match="Nothing was changed: repeat this when the server is back"):
         await run(leave.main, "--state-dir", state, "--remove")
     assert folder.exists(identity_folder(state)) and left_at(state) is None

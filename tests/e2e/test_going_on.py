@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.state.adapters import AdapterCache, CachedAdapter
 from fedpeft_client.state.outbox import PAYLOAD, Outcome, Pending
 from fedpeft_client.state.runs import KnownRun
-from fedpeft_client.uplink import pull, push
+from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.pull import Puller
 from fedpeft_client.uplink.push import Pusher
@@ -45,6 +46,7 @@ class Site:
         self._who = (raw.name, dict(raw.metadata)["fedpeft-instance"])
         self._spec = spec
         self.log = structlog.get_logger(client=raw.name)
+        self.timing = TIMING
         self.retry = Retry(self.log, 0.0)  # a server that is away even once ends the test
 
     def pending(self, run: str, ticket: str) -> Pending:
@@ -54,12 +56,12 @@ class Site:
 
     async def push(self, run: str, ticket: str, port: int = 0) -> Outcome:
         address = f"127.0.0.1:{port}" if port else self._address
-        async with Channel(address, *self._who) as channel:
+        async with Channel(address, *self._who, timing=self.timing) as channel:
             pusher = Pusher(channel, self.retry, EgressLog(self.folder, address))
             return await pusher.push(self.pending(run, ticket), self.log)
 
     async def pull(self, run: KnownRun) -> CachedAdapter:
-        async with Channel(self._address, *self._who) as channel:
+        async with Channel(self._address, *self._who, timing=self.timing) as channel:
             return await Puller(channel, self.retry, run, AdapterCache(self.folder)).pull(0)
 
 
@@ -106,13 +108,13 @@ async def test_transfers_on_a_line_too_slow_for_a_large_chunk_come_to_their_end(
     start: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk counts as progress only when it is whole; at 200 kB/s one of 600 kB takes three stall limits."""
-    for module in (chunk_receiver, interceptors, push, pull):
+    for module in (chunk_receiver, interceptors):
         monkeypatch.setattr(module, "STALL_S", 1.0)
     daemon = await start()
     small = AdapterSpec.of("bias", [TensorSpec("head.weight", (150_000,))])
     run, (site,), (ticket,) = await sites(daemon, tmp_path, 1, small)
     link = SlowLink(int(daemon.server.settings.listen.rpartition(":")[2]), 200_000)
-    site.retry.give_up_s = None
+    site.retry.give_up_s, site.timing = None, replace(TIMING, stall_s=1.0)
     try:
         async with asyncio.timeout(40):
             assert await site.push(run, ticket, link.port) is Outcome.COUNTED

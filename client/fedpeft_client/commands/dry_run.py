@@ -18,7 +18,7 @@ from fedpeft_client.settings import Settings
 from fedpeft_client.state.processes import Processes
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import FIRST_ANSWER_S, Retry
+from fedpeft_client.uplink.retry import Retry
 from fedpeft_client.uplink.wire_checks import check_run, said
 from fedpeft_client.worker.handle import Answer, WorkerProcess
 from fedpeft_client.worker.reporter import Reporter
@@ -64,7 +64,8 @@ async def dry_run(
         request.earlier_processes.extend(processes.earlier())
         try:
             with egress_log.record(message_entries.registration(request)):
-                return await Retry(log, FIRST_ANSWER_S).call(lambda: channel.register(request))
+                retry = Retry(log, channel.timing.first_answer_s, channel.timing)
+                return await retry.call(lambda: channel.register(request))
         except ClientMoved as error:
             raise processes.moved(error) from None
 
@@ -79,7 +80,7 @@ async def dry_run(
         _line("", line)
     if against is not None:
         _line("now", f"no work: {against.told}; next possible after {against.until:%Y-%m-%d %H:%M}")
-    surveyed = await worker.ask({"op": "survey"}, Reporter(log, "opening images"))
+    surveyed = await worker.ask({"op": "survey"}, Reporter(log, "opening images", worker.timing))
     _say_readable(surveyed, hello["rows_are"])
     verdicts = Verdicts(worker, log)
     there_are_runs = bool(response.runs)

@@ -30,8 +30,9 @@ from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state import state_flag
 from fedpeft_client.state.contact import Contact
 from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import CALL_S, Retry
+from fedpeft_client.uplink.retry import Retry
 from fedpeft_client.uplink.traffic import Traffic
 
 
@@ -106,10 +107,11 @@ async def _left(identity: Identity, directory: StateDirectory, reason: str) -> i
     request = pb.LeaveRequest(reason=reason[:MAX_REASON])
     log = logs.logger(client=identity.subject.name)
     with EgressLog(directory.path, identity.server) as egress_log:
-        async with Channel(identity.server, identity.subject.name, directory.instance, identity) as channel:
+        async with Channel(identity.server, identity.subject.name, directory.instance, identity, TIMING) as channel:
             Traffic(channel, egress_log, Metrics(), Contact(directory.path, identity.server))
             with egress_log.record(message_entries.leave(request)):
-                return (await Retry(log, CALL_S).call(lambda: channel.leave(request))).tickets
+                retry = Retry(log, channel.timing.call_s, channel.timing)
+                return (await retry.call(lambda: channel.leave(request))).tickets
 
 
 def _name(where: Path) -> str:

@@ -20,11 +20,6 @@ from fedpeft.rpc import enrolment
 from fedpeft_client.error_policy import NOT_LET_IN
 from fedpeft_client.uplink.channel import Channel
 
-LOOK_S = 30.0
-"""Interval at which clock and folder are looked at, seconds: a machine that slept is late by no more than this."""
-FIRST_PAUSE_S = 5.0
-LONGEST_PAUSE_S = 600.0
-"""Between attempts that fail; doubled from the one to the other."""
 SPREAD = 0.05
 """Share of the time that is left by which the moment is put off at random: a thousand sites enrolled at once."""
 
@@ -47,7 +42,7 @@ class Renewal:
         self._log = log
         self._now = now
         self._due = self._put_off(certificates.renewal(identity.certificate))
-        self._pause_s = FIRST_PAUSE_S
+        self._pause_s = channel.timing.renewal_first_pause_s
         self._by_another = False
 
     async def run(self) -> NoReturn:
@@ -68,7 +63,7 @@ class Renewal:
     def _wait_s(self) -> float:
         end = self._identity.certificate.not_valid_after_utc
         left = (end if self._by_another else min(self._due, end)) - self._now()
-        return min(max(left.total_seconds(), 0.01), LOOK_S)
+        return min(max(left.total_seconds(), 0.01), self._channel.timing.renewal_check_s)
 
     async def _attempt(self) -> None:
         try:
@@ -87,7 +82,7 @@ class Renewal:
                 "certificate was not renewed; trying again", cause=str(error), until=until(self._identity)
             )
             self._due = self._now() + timedelta(seconds=self._pause_s * random.uniform(0.5, 1.0))
-            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            self._pause_s = min(2 * self._pause_s, self._channel.timing.renewal_longest_pause_s)
         else:
             self._take(identity)
 
@@ -97,7 +92,7 @@ class Renewal:
 
     def _take(self, identity: Identity) -> None:
         self._identity = identity
-        self._pause_s = FIRST_PAUSE_S
+        self._pause_s = self._channel.timing.renewal_first_pause_s
         end, now = identity.certificate.not_valid_after_utc, self._now()
         self._due = self._put_off(now + (end - now) / 2)
         self._channel.reopen(identity)

@@ -19,9 +19,8 @@ from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.metrics import Metrics, State
 from fedpeft_client.owner.policy import Policy, TimeRules, opens_at
 from fedpeft_client.owner.sensors import battery, temperatures
+from fedpeft_client.timing import TIMING, Timing
 
-LOOK_S = 5.0
-"""Interval of the checks, while waiting and while working, seconds."""
 SENSORS_AGAIN = timedelta(minutes=1)
 """Time until a battery or a sensor that forbade work is looked at again."""
 
@@ -82,6 +81,7 @@ class Limits:
         log: Where waiting is said.
         look: What tells what the machine is like.
         waits: Whether work that is not allowed now is waited for; else that ends it.
+        timing: The client's.
     """
 
     def __init__(
@@ -93,7 +93,9 @@ class Limits:
         look: Callable[[], Conditions] = conditions,
         *,
         waits: bool = True,
+        timing: Timing = TIMING,
     ) -> None:
+        self._check_s = timing.limits_check_s
         self._policy = policy
         self._egress_log = egress_log
         self._metrics = metrics
@@ -138,7 +140,7 @@ class Limits:
                 said = stop.told
                 self._log.info("paused by the policy", reason=said, until=stop.until.isoformat(" ", "minutes"))
             with self._metrics.during(State.RESTING):
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(self._check_s)
         if said:
             self._log.info("resumed")
 
@@ -154,4 +156,4 @@ class Limits:
         while True:
             if (stop := self._forbidden()) is not None:
                 raise RefusedByPolicy(stop.told)
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(self._check_s)

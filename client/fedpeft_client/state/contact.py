@@ -11,9 +11,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedpeft_client.timing import TIMING, Timing
+
 FILE, REFUSED = "contact", "refused"
-EVERY_S = 5.0
-"""It is touched no more often."""
 
 
 class Contact:
@@ -22,16 +22,18 @@ class Contact:
     Args:
         folder: The state directory.
         server: HOST:PORT of the server.
+        timing: The client's.
     """
 
-    def __init__(self, folder: Path, server: str) -> None:
+    def __init__(self, folder: Path, server: str, timing: Timing = TIMING) -> None:
+        self._every_s = timing.contact_s
         self._path = folder / FILE
         self._server = server
         self._touched = float("-inf")
 
     def note(self) -> None:
         """Notes it. A folder that cannot be written is the ledger's to say, which comes before every call."""
-        if time.monotonic() - self._touched >= EVERY_S:
+        if time.monotonic() - self._touched >= self._every_s:
             self._touched = time.monotonic()
             with suppress(OSError):
                 self._path.touch(0o600)

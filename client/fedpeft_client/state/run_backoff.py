@@ -1,7 +1,7 @@
 """Runs that this client leaves out for a while: work for them failed, and others must not wait for that.
 
-A run is left out after FAILURES in a row, or at once if its server failed in every attempt at a call; for FIRST_HOLD_S,
-and for twice as long each time that it fails again afterwards. It is tried again when that is over.
+A run is left out after FAILURES in a row, or at once if its server failed in every attempt at a call; for a
+minute, and for twice as long each time that it fails again afterwards. It is tried again when that is over.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedpeft_client.state.bounded import BoundedDict
+from fedpeft_client.timing import TIMING, Timing
 
 FAILURES = 3
 """So many failures in a row are taken for more than bad luck."""
-FIRST_HOLD_S = 60.0
-LONGEST_HOLD_S = 3600.0
 MAX_HELD = 32
 """Runs that AwaitRound takes as left out."""
 MOST = 256
@@ -36,9 +35,11 @@ class RunBackoff:
 
     Args:
         now: The clock, in seconds; monotonic.
+        timing: The client's.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic, timing: Timing = TIMING) -> None:
+        self._timing = timing
         self._now = now
         self._records: BoundedDict[str, _Record] = BoundedDict(MOST)
 
@@ -53,7 +54,7 @@ class RunBackoff:
         record.failures += 1
         if record.failures < FAILURES and not surely and not record.hold_s:
             return 0.0
-        record.hold_s = min(2 * record.hold_s or FIRST_HOLD_S, LONGEST_HOLD_S)
+        record.hold_s = min(2 * record.hold_s or self._timing.first_hold_s, self._timing.longest_hold_s)
         record.until = self._now() + record.hold_s
         return record.hold_s
 

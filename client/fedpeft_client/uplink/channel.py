@@ -30,7 +30,7 @@ from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import access_service_pb2_grpc as access_pb_grpc
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
-from fedpeft_client.uplink.retry import AWAIT_S, CALL_S
+from fedpeft_client.timing import TIMING, Timing
 from fedpeft_client.uplink.wire_checks import check_answer
 
 _OPTIONS: list[tuple[str, str | int]] = [
@@ -44,8 +44,6 @@ _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
 
-EXPLAIN_EVERY_S = 60.0
-"""Seconds between two searches for the cause while the server stays away."""
 
 RequestT = TypeVar("RequestT", contravariant=True)
 ResponseT = TypeVar("ResponseT", covariant=True)
@@ -94,7 +92,10 @@ class Channel:
         process: Names this process to the server, 32 hexadecimal digits.
     """
 
-    def __init__(self, server: str, name: str, instance: str, identity: Identity | None = None) -> None:
+    def __init__(
+        self, server: str, name: str, instance: str, identity: Identity | None = None, timing: Timing = TIMING
+    ) -> None:
+        self.timing = timing
         self._server = server
         self._identity = identity
         self._line = _Connection(open_channel(server, identity, _OPTIONS))
@@ -140,7 +141,7 @@ class Channel:
     ) -> pb.AwaitRoundResponse:
         """Asks for work, not for that of some runs; the server holds the answer back for a while if there is none."""
         request = pb.AwaitRoundRequest(run=run, until_finished=until_finished, left_out=left_out)
-        answer = await self._call(self._line.federation.AwaitRound, request, AWAIT_S)
+        answer = await self._call(self._line.federation.AwaitRound, request, self.timing.await_s)
         check_answer(answer, run)
         return answer
 
@@ -196,13 +197,13 @@ class Channel:
         self,
         method: _Unary[RequestT, ResponseT],
         request: RequestT,
-        timeout_s: float = CALL_S,
+        timeout_s: float | None = None,
     ) -> ResponseT:
         self.sent(cast(Message, request))
         line = self._line
         line.calls += 1
         try:
-            answer = await method(request, timeout=timeout_s, metadata=self._metadata)
+            answer = await method(request, timeout=timeout_s or self.timing.call_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             fault = self.error(error)
             raise (await self._explained(fault) if isinstance(fault, ServerUnreachable) else fault) from error
@@ -236,7 +237,7 @@ class Channel:
     async def _explained(self, fault: ServerUnreachable) -> ServerUnreachable:
         """Returns the fault with its cause, as it was found the last time that it was looked for."""
         now = time.monotonic()
-        if self._explained_at is None or now - self._explained_at > EXPLAIN_EVERY_S:
+        if self._explained_at is None or now - self._explained_at > self.timing.explain_every_s:
             self._explained_at = now
             self._cause = await diagnosis.explain(self._server, Trust.of(self._identity) if self._identity else None)
         if self._cause is None:

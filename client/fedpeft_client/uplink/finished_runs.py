@@ -30,8 +30,6 @@ from fedpeft_client.state.outbox import Outbox
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.channel import Channel
 
-LOOK_S = 3600.0
-"""Interval of the search for finished runs, seconds; the first one is at the start."""
 ASKED = 32
 """Most runs of one question."""
 KEPT = timedelta(days=30)
@@ -76,7 +74,7 @@ class FinishedRuns:
         """
         if time.monotonic() < self._next:
             return
-        self._next = time.monotonic() + LOOK_S
+        self._next = time.monotonic() + self._channel.timing.finished_check_s
         there = await asyncio.to_thread(self._there)
         runs = sorted({*there, *filter(ids.RUN.fullmatch, self._series.runs)})
         for start in range(0, len(runs), ASKED):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 
-from fedpeft_client.uplink.retry import QUICK_S, Backoff
+from fedpeft_client.timing import TIMING, Timing
+from fedpeft_client.uplink.retry import Backoff
 
 FREE_OFFERS = 64
 """Offers in a row that are judged without a pause: a server has so many runs after a start of the client."""
@@ -18,8 +19,9 @@ FREE_OFFERS = 64
 class Pace:
     """Pauses between steps that brought nothing; each pause in a row is twice as long as the one before, up to 10 s."""
 
-    def __init__(self) -> None:
-        self._backoff = Backoff()
+    def __init__(self, timing: Timing = TIMING) -> None:
+        self._quick_s = timing.quick_s
+        self._backoff = Backoff(timing.first_pause_s, timing.longest_pause_s)
         self._offers = 0
         self._began = 0.0
 
@@ -41,7 +43,7 @@ class Pace:
     async def nothing(self) -> None:
         """Ends a step that brought nothing: pauses if it did so at once."""
         self._offers = 0
-        if time.monotonic() - self._began < QUICK_S:
+        if time.monotonic() - self._began < self._quick_s:
             await self._backoff.pause()
         else:
             self._backoff.reset()

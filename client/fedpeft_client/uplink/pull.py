@@ -24,7 +24,6 @@ from fedpeft.errors import (
 )
 from fedpeft.process import logs
 from fedpeft.rpc import wire
-from fedpeft.rpc.timing import STALL_S
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
 from fedpeft_client.state.adapters import AdapterCache, CachedAdapter
@@ -137,11 +136,12 @@ class Puller:
 
     async def _read(self, call: _Call) -> pb.PullAdapterResponse | None:
         """Returns the next message, or None at the end of the stream."""
+        stall_s = self._channel.timing.stall_s
         try:
-            async with asyncio.timeout(STALL_S):
+            async with asyncio.timeout(stall_s):
                 message = await call.read()
         except TimeoutError:
-            raise ServerUnreachable(f"the pull stalled: no byte for {STALL_S:.0f} seconds") from None
+            raise ServerUnreachable(f"the pull stalled: no byte for {stall_s:.0f} seconds") from None
         except grpc.aio.AioRpcError as error:
             raise self._channel.error(error) from error
         if not isinstance(message, pb.PullAdapterResponse):

@@ -24,7 +24,6 @@ from fedpeft.errors import (
 )
 from fedpeft.process.logs import Log
 from fedpeft.rpc.end_status import EndStatus
-from fedpeft.rpc.timing import STALL_S
 from fedpeft.rpc.wire import TURN_KEY
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
@@ -33,7 +32,7 @@ from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK
 from fedpeft_client.state.outbox import Outcome, Pending
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.retry import Backoff, Retry
+from fedpeft_client.uplink.retry import Retry
 from fedpeft_client.uplink.wire_checks import check_receipt, check_standing
 from fedpeft_client.uplink.withdrawals import Withdrawals
 
@@ -108,7 +107,7 @@ class Pusher:
 
     async def _insist(self, pending: Pending, log: Log) -> pb.PushUpdateResponse:
         """Repeats the upload while a repetition can help."""
-        backoff, starts = Backoff(), 1
+        backoff, starts = self._retry.backoff(), 1
         while True:
             try:
                 return await self._retry.call(lambda: self._continue(pending, log))
@@ -145,25 +144,25 @@ class Pusher:
 
     async def _stream(self, pending: Pending, offset: int) -> pb.PushUpdateResponse:
         call = self._channel.push_update()
-        end = EndStatus(call)
+        end, stall_s = EndStatus(call), self._channel.timing.stall_s
         try:
             try:
                 header = pb.PushUpdateRequest(header=pending.header)
                 self._channel.sent(header)
                 await call.write(header)
-                async with asyncio.timeout(STALL_S):
+                async with asyncio.timeout(stall_s):
                     turn = TURN_KEY in dict(await call.initial_metadata())
                 if turn:  # else the call has ended: refused, or received before
                     await self._send(call, pending, offset)
             except asyncio.InvalidStateError:
                 pass  # the server answered before the last chunk; what it said comes from the call itself
-            async with asyncio.timeout(STALL_S):
+            async with asyncio.timeout(stall_s):
                 receipt = await call
             self._channel.received(receipt)
             check_receipt(receipt, pending.ticket, pending.header.manifest.sha256)
             return receipt
         except TimeoutError:
-            raise ServerUnreachable(f"the upload stalled: no progress for {STALL_S:.0f} seconds") from None
+            raise ServerUnreachable(f"the upload stalled: no progress for {stall_s:.0f} seconds") from None
         except grpc.aio.AioRpcError as error:
             raise self._channel.error(await end.error()) from error
         finally:
@@ -174,9 +173,9 @@ class Pusher:
         for chunk in _chunks(pending, offset):
             message = pb.PushUpdateRequest(chunk=chunk)
             self._channel.sent(message)
-            async with asyncio.timeout(STALL_S):
+            async with asyncio.timeout(self._channel.timing.stall_s):
                 await call.write(message)
-        async with asyncio.timeout(STALL_S):
+        async with asyncio.timeout(self._channel.timing.stall_s):
             await call.done_writing()
 
 

@@ -1,7 +1,4 @@
-"""Limits on waiting for a server, and the retries while it is away.
-
-All timeouts of the client are here; those that the server has too come from `fedpeft.rpc.timing`.
-"""
+"""Retries of calls while the server is away, fails, or asks for a later one."""
 
 from __future__ import annotations
 
@@ -13,35 +10,17 @@ from typing import TypeVar
 
 from fedpeft.errors import DiskFull, FedpeftError
 from fedpeft.process.logs import Log
-from fedpeft.rpc.timing import HOLD_S
-from fedpeft.rpc.timing import STALL_S as STALL_S
 from fedpeft_client.error_policy import FAULT, NOT_NOW
-
-CALL_S = 30.0
-"""An ordinary call is answered in this time."""
-AWAIT_S = CALL_S + HOLD_S
-"""AwaitRound is answered in this time."""
-FIRST_ANSWER_S = 5.0
-"""With `--dry-run`, whose caller waits for it: a server that is away is given up after this time."""
-AWAY_S = 10 * STALL_S
-"""With `--once`: the client gives up when the server has been away for this time."""
-PERMANENT_S = 10.0
-"""With `--once`: likewise, where somebody must mend the cause: an authority that is not trusted, a wrong port."""
+from fedpeft_client.timing import TIMING, Timing
 
 FAULT_ATTEMPTS = 6
 """Attempts at a call that the server fails at, before the fault is taken for one of the request."""
-FIRST_FAULT_PAUSE_S = 0.5
-"""The first pause between two such calls, some ten seconds in all: a proxy before a restarted server says the same."""
 
 AWAY = "server is unavailable; retrying until it answers"
 FULL = "the server's disk is full; retrying until there is room"
 FAILS = "server fails at a call; retrying a few times"
 PERMANENT = "server cannot be used until this is fixed; retrying"
 
-QUICK_S = 1.0
-"""An answer that took less came at once."""
-FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 10.0
 AWAY_GROWTH = 1.25
 """Growth of the pauses while the server is away: each is about a third of the absence so far. So after a restart of a
 few seconds clients are back within seconds, and a server that is away for long is asked every ten."""
@@ -50,24 +29,26 @@ T = TypeVar("T")
 
 
 class Backoff:
-    """Pauses that grow from `first_s` to LONGEST_PAUSE_S, each drawn from its upper half.
+    """Pauses that grow from `first_s` to `longest_s`, each drawn from its upper half.
 
     The jitter keeps a thousand clients from returning to a restarted server in the same instant.
 
     Args:
         first_s: The first pause.
+        longest_s: The longest.
         growth: How many times as long each is as the one before.
     """
 
-    def __init__(self, first_s: float = FIRST_PAUSE_S, growth: float = 2.0) -> None:
+    def __init__(self, first_s: float, longest_s: float, growth: float = 2.0) -> None:
         self._first_s = first_s
+        self._longest_s = longest_s
         self._growth = growth
         self._next_s = first_s
 
     def draw(self) -> float:
         """Returns the next pause in seconds."""
         pause_s = self._next_s * random.uniform(0.5, 1.0)
-        self._next_s = min(self._growth * self._next_s, LONGEST_PAUSE_S)
+        self._next_s = min(self._growth * self._next_s, self._longest_s)
         return pause_s
 
     async def pause(self) -> None:
@@ -77,11 +58,6 @@ class Backoff:
     def reset(self) -> None:
         """Starts again with the shortest pause."""
         self._next_s = self._first_s
-
-
-async def _rest(hint_s: float) -> None:
-    """Sleeps as the server asks, within the bounds of a pause: a hint of 0 must not become a busy loop."""
-    await asyncio.sleep(random.uniform(0.5, 1.0) * min(max(hint_s, FIRST_PAUSE_S), LONGEST_PAUSE_S))
 
 
 def _event(error: FedpeftError) -> str:
@@ -97,12 +73,18 @@ class Retry:
     Args:
         log: The log for both messages.
         give_up_s: Longest outage that is waited out, in seconds; None for no limit.
+        timing: The client's.
     """
 
-    def __init__(self, log: Log, give_up_s: float | None) -> None:
+    def __init__(self, log: Log, give_up_s: float | None, timing: Timing = TIMING) -> None:
         self._log = log
+        self.timing = timing
         self._progressed = 0.0
         self.give_up_s = give_up_s
+
+    def backoff(self, growth: float = 2.0) -> Backoff:
+        """Returns new pauses, of the usual lengths."""
+        return Backoff(self.timing.first_pause_s, self.timing.longest_pause_s, growth)
 
     def note_progress(self) -> None:
         """Records that a transfer progressed: no outage is older than that, however often the connection breaks."""
@@ -119,14 +101,15 @@ class Retry:
                 meanwhile. A transfer that moved between two failures begins to count anew.
 
         Raises:
-            Unavailable: If the server was away for `give_up_s`, or PERMANENT_S if that is shorter and the cause lasts.
+            Unavailable: If the server was away for `give_up_s`, or `permanent_s` if shorter and the cause lasts.
             DiskFull: Likewise, if it had no room.
             Internal: Likewise, if it answered with a fault of its own; or if it did so `faults` times.
             FedpeftError: Anything else that `attempt` raises without a retry hint, at once.
         """
-        backoff, slower = Backoff(growth=AWAY_GROWTH), Backoff(FIRST_FAULT_PAUSE_S)
+        timing = self.timing
+        backoff, slower = self.backoff(AWAY_GROWTH), Backoff(timing.first_fault_pause_s, timing.longest_pause_s)
         failed, since = 0, 0.0
-        asked = Backoff()
+        asked = self.backoff()
         away: FedpeftError | None = None
         while True:
             began = time.monotonic()
@@ -154,16 +137,20 @@ class Retry:
                     raise
                 self._log.info("retrying as the server asked", reason=error.reason, cause=str(error))
                 backoff.reset()
-                if self._progressed > began or time.monotonic() - began >= QUICK_S:
+                if self._progressed > began or time.monotonic() - began >= timing.quick_s:
                     asked.reset()
-                await _rest(max(error.retry_s, asked.draw()))  # it may say so at once, for ever
+                await self._rest(max(error.retry_s, asked.draw()))  # it may say so at once, for ever
                 continue
             self._say_back(away, since)
             return result
 
-    @staticmethod
-    def _patient_s(error: FedpeftError, give_up_s: float) -> float:
-        return min(give_up_s, PERMANENT_S) if getattr(error, "permanent", False) else give_up_s
+    async def _rest(self, hint_s: float) -> None:
+        """Sleeps as the server asks, within the bounds of a pause: a hint of 0 must not become a busy loop."""
+        bounded_s = min(max(hint_s, self.timing.first_pause_s), self.timing.longest_pause_s)
+        await asyncio.sleep(random.uniform(0.5, 1.0) * bounded_s)
+
+    def _patient_s(self, error: FedpeftError, give_up_s: float) -> float:
+        return min(give_up_s, self.timing.permanent_s) if getattr(error, "permanent", False) else give_up_s
 
     def _say_away(self, error: FedpeftError, before: FedpeftError | None) -> None:
         """Says once that the server is away, and at each change what it is that waiting does not mend."""

@@ -13,11 +13,6 @@ from fedpeft_client.error_policy import FAULT, NOT_NOW
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.training_progress import TrainingProgress
 
-ASK_S = 10.0
-"""Interval of these questions, seconds: a client of which nothing is heard for 45 s is shown as one that hangs."""
-AGAIN_S = 3.0
-"""Interval while the server is away, seconds: it expects to hear of this client once it is back."""
-
 _CLOSED = (run_pb2.TICKET_STATE_WITHDRAWN, run_pb2.TICKET_STATE_REFUSED)
 
 T = TypeVar("T")
@@ -47,15 +42,16 @@ async def run_while_ticket_open(
 
 
 async def _until_ticket_closed(channel: Channel, ticket: str, progress: TrainingProgress) -> NoReturn:
-    pause_s = ASK_S
+    timing = channel.timing
+    pause_s = timing.ticket_check_s
     while True:
         await asyncio.sleep(pause_s)
-        pause_s = ASK_S
+        pause_s = timing.ticket_check_s
         try:
             standing = await channel.get_upload(ticket, b"", progress.step, progress.steps)
         except FedpeftError as error:
             if isinstance(error, (FAULT, *NOT_NOW)) or error.retry_s is not None:  # no word on the ticket
-                pause_s = min(AGAIN_S, ASK_S)
+                pause_s = min(timing.ticket_check_again_s, timing.ticket_check_s)
                 continue
             raise
         if standing.run_finished:

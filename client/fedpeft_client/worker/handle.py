@@ -18,12 +18,10 @@ from typing import Any
 from fedpeft import errors
 from fedpeft.errors import FedpeftError, TrainingFailed
 from fedpeft.process.logs import Log
-from fedpeft_client.uplink.retry import AWAY_S, STALL_S
+from fedpeft_client.timing import TIMING, Timing
 
 ATTEMPTS = 3
 """Most attempts at a request of which the worker dies."""
-LEAVE_S = 5.0
-"""Time that a worker has to end between two steps before it is killed, seconds."""
 LINE_LIMIT_BYTES = 64 * 1024 * 1024
 """Longest answer; figures of 100,000 classes are well below."""
 
@@ -43,9 +41,11 @@ class WorkerProcess:
     Args:
         options: The `open` request, see `worker.py`.
         log: Where crashes are said.
+        timing: The client's.
     """
 
-    def __init__(self, options: Answer, log: Log) -> None:
+    def __init__(self, options: Answer, log: Log, timing: Timing = TIMING) -> None:
+        self.timing = timing
         self._options = options
         self._log = log
         self._process: asyncio.subprocess.Process | None = None
@@ -71,7 +71,7 @@ class WorkerProcess:
         return await self._insist(request, on_progress)
 
     async def close(self) -> None:
-        """Asks the worker to stop at its next step; kills it if it does not within LEAVE_S."""
+        """Asks the worker to stop at its next step; kills it if it does not in time."""
         process, self._process = self._process, None
         if process is None or process.stdin is None:
             return
@@ -79,7 +79,7 @@ class WorkerProcess:
             process.stdin.write(b'{"op": "stop"}\n')
             await process.stdin.drain()
         try:
-            async with asyncio.timeout(LEAVE_S):
+            async with asyncio.timeout(self.timing.worker_leave_s):
                 await process.wait()
         except TimeoutError:
             process.kill()
@@ -150,13 +150,13 @@ class WorkerProcess:
         silent_s = 0.0
         while True:
             try:
-                async with asyncio.timeout(STALL_S):
+                async with asyncio.timeout(self.timing.stall_s):
                     line = await stream.readline()
                     return line if line.endswith(b"\n") else b""
             except TimeoutError:
-                silent_s += STALL_S
+                silent_s += self.timing.stall_s
                 self._log.warning("worker is silent", seconds=silent_s)
-            if self._moving and silent_s >= AWAY_S:
+            if self._moving and silent_s >= self.timing.away_s:
                 process.kill()
 
 

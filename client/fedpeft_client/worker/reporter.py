@@ -6,20 +6,20 @@ import time
 from typing import Any
 
 from fedpeft.process.logs import Log
-
-EVERY_S = 10.0
-"""A line this often; every step only with --verbose."""
+from fedpeft_client.timing import TIMING, Timing
 
 
 class Reporter:
-    """Says how far something is every EVERY_S seconds, so nothing of what is done sooner.
+    """Says how far something is now and then, so nothing of what is done sooner.
 
     Args:
         log: Where it is said.
         what: What is being done.
+        timing: The client's.
     """
 
-    def __init__(self, log: Log, what: str) -> None:
+    def __init__(self, log: Log, what: str, timing: Timing = TIMING) -> None:
+        self._every_s = timing.report_s
         self._log = log
         self._what = what
         self._said = time.monotonic()
@@ -27,7 +27,7 @@ class Reporter:
     def __call__(self, progress: dict[str, Any]) -> None:
         """Takes one progress event of the worker."""
         now = time.monotonic()
-        if now - self._said >= EVERY_S:
+        if now - self._said >= self._every_s:
             self._said = now
             self._log.info(self._what, **progress)
         else:

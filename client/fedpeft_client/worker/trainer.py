@@ -58,7 +58,8 @@ class Trainer:
             "state": {group: str(file) for group, file in state_dir.groups(folder).items()},
             "out": str(draft),
         }
-        answer = await self._worker.ask(request, self._watch(run.id, Reporter(log, "training"), progress))
+        report = Reporter(log, "training", self._worker.timing)
+        answer = await self._worker.ask(request, self._watch(run.id, report, progress))
         manifest = json_format.ParseDict(answer["manifest"], tensor_pb2.Manifest())
         sent, encoding = run.spec.sent(task.round), run.config.codec.encoding
         check_manifest(wire.manifest_from_proto(manifest), sent, [encoding])  # nothing else ever leaves

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft.v1 import tensor_pb2
 from fedpeft_client.enrolment import renewal
 from fedpeft_client.enrolment.renewal import Renewal
-from fedpeft_client.uplink import channel as channel_module
+from fedpeft_client.timing import TIMING, Timing
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.retry import Retry
 
@@ -153,9 +154,9 @@ def short(double: Double, where: Path, seconds: float) -> Identity:
 
 @asynccontextmanager
 async def kept(
-    double: Double, identity: Identity, log: renewal.Log
+    double: Double, identity: Identity, log: renewal.Log, timing: Timing = TIMING
 ) -> AsyncIterator[tuple[Channel, asyncio.Task[None]]]:
-    async with Channel(double.server, "noto", INSTANCE, identity) as channel:
+    async with Channel(double.server, "noto", INSTANCE, identity, timing) as channel:
         keeping = asyncio.create_task(Renewal(identity, channel, log).run())
         yield channel, keeping
         keeping.cancel()
@@ -266,10 +267,9 @@ async def test_an_unused_connection_is_closed_at_once(double: Double, tmp_path: 
 async def test_failures_are_said_and_tried_again(
     double: Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: tuple[LogCapture, renewal.Log]
 ) -> None:
-    monkeypatch.setattr(renewal, "FIRST_PAUSE_S", 0.02)
     double.failures = [Internal("the disk is on fire")] * 3
     old = short(double, tmp_path, 30)
-    async with kept(double, old, log[1]):
+    async with kept(double, old, log[1], replace(TIMING, renewal_first_pause_s=0.02)):
         await until_replaced(old)
         await asyncio.sleep(0.05)
     assert double.asked == ["Renew"] * 4
@@ -299,10 +299,9 @@ async def test_an_authority_elsewhere_replaces_the_file(
     monkeypatch: pytest.MonkeyPatch,
     log: tuple[LogCapture, renewal.Log],
 ) -> None:
-    monkeypatch.setattr(renewal, "LOOK_S", 0.05)
     double.failures = [NoAuthority("the server has no key to sign with")] * 9
     old = short(double, tmp_path, 30)
-    async with kept(double, old, log[1]) as (channel, _):
+    async with kept(double, old, log[1], replace(TIMING, renewal_check_s=0.05)) as (channel, _):
         await asyncio.sleep(0.3)
         assert double.asked == ["Renew"], "asked once"
         chain = [double.authority.issue(Subject(Role.CLIENT, "noto"), old.key.public_key(), timedelta(hours=1))]
@@ -409,13 +408,14 @@ async def test_a_lost_server_is_looked_into_once(
 async def test_what_waiting_does_not_mend_is_named_at_each_change(
     double: Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: tuple[LogCapture, renewal.Log]
 ) -> None:
-    monkeypatch.setattr(channel_module, "EXPLAIN_EVERY_S", 0.0)
+    timing = replace(TIMING, explain_every_s=0.0)
     foreigner, plainly = "another federation's server", "serves plain text"
     async with serving(Double()) as foreign:
         line, plain = Line(foreign.server), grpc.aio.server()
         port = plain.add_insecure_port("127.0.0.1:0")
         await plain.start()
-        async with line.serving() as server, Channel(server, "noto", INSTANCE, double.enrolled(tmp_path)) as channel:
+        identity = double.enrolled(tmp_path)
+        async with line.serving() as server, Channel(server, "noto", INSTANCE, identity, timing) as channel:
             waiting = asyncio.create_task(Retry(log[1], None).call(lambda: channel.register(pb.RegisterRequest())))
             for cause, following in ((foreigner, f"127.0.0.1:{port}"), (plainly, double.server)):
                 async with asyncio.timeout(20):

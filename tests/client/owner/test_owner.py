@@ -8,6 +8,7 @@ import resource
 import socket
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from fedpeft_client.owner import limits
 from fedpeft_client.owner.limits import Conditions, Limits
 from fedpeft_client.owner.metrics import Metrics, State
 from fedpeft_client.owner.policy import Policy
+from fedpeft_client.timing import TIMING
 
 from ..conftest import StartClient, tiny_run, until
 from ..federation import Federation
@@ -180,12 +182,14 @@ LimitsOf = Callable[[Policy, Weather], Limits]
 
 
 @pytest.fixture
-def limits_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LimitsOf:
-    monkeypatch.setattr(limits, "LOOK_S", 0.02)
+def limits_of(tmp_path: Path) -> LimitsOf:
+    timing = replace(TIMING, limits_check_s=0.02)
     egress_log = EgressLog(tmp_path, "s:1")
     with egress_log.record(EgressEntry(Kind.UPDATE, 900, {}, "run-1")):
         egress_log.sending(900)
-    return lambda policy, weather: Limits(policy, egress_log, Metrics(), logs.logger(client="a"), weather.look)
+    return lambda policy, weather: Limits(
+        policy, egress_log, Metrics(), logs.logger(client="a"), weather.look, timing=timing
+    )
 
 
 async def test_training_ends_when_it_gets_too_hot_and_goes_on_when_it_is_cool_again(limits_of: LimitsOf) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fedpeft_client.owner import run_series
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state import run_backoff
-from fedpeft_client.state.run_backoff import FAILURES, FIRST_HOLD_S, LONGEST_HOLD_S, MAX_HELD, RunBackoff
+from fedpeft_client.state.run_backoff import FAILURES, MAX_HELD, RunBackoff
+from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink import attempts
 from fedpeft_client.uplink.attempts import Attempts
 
@@ -21,21 +22,21 @@ class Clock:
 def test_a_run_is_left_out_after_some_failures_in_a_row_and_longer_each_time() -> None:
     clock = Clock()
     backoff = RunBackoff(clock)
-    assert [backoff.failed("run-a") for _ in range(FAILURES)] == [0.0] * (FAILURES - 1) + [FIRST_HOLD_S]
+    assert [backoff.failed("run-a") for _ in range(FAILURES)] == [0.0] * (FAILURES - 1) + [TIMING.first_hold_s]
     assert backoff.held() == ["run-a"]
-    clock.now += FIRST_HOLD_S
+    clock.now += TIMING.first_hold_s
     assert backoff.held() == [], "it is tried again"
-    assert backoff.failed("run-a") == 2 * FIRST_HOLD_S, "once is enough now"
+    assert backoff.failed("run-a") == 2 * TIMING.first_hold_s, "once is enough now"
     for _ in range(10):
-        assert backoff.failed("run-a") <= LONGEST_HOLD_S
-    clock.now += LONGEST_HOLD_S
+        assert backoff.failed("run-a") <= TIMING.longest_hold_s
+    clock.now += TIMING.longest_hold_s
     backoff.succeeded("run-a")
     assert backoff.failed("run-a") == 0.0
 
 
 def test_a_failure_that_is_sure_to_repeat_leaves_its_run_out_at_once_and_no_other() -> None:
     backoff = RunBackoff(Clock())
-    assert backoff.failed("run-a", surely=True) == FIRST_HOLD_S
+    assert backoff.failed("run-a", surely=True) == TIMING.first_hold_s
     assert backoff.failed("run-b") == 0.0
     assert backoff.held() == ["run-a"]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fedpeft.errors import ServerUnreachable
 from fedpeft.process import logs
+from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink import retry
 from fedpeft_client.uplink.retry import Retry
 
@@ -47,7 +48,7 @@ def test_a_client_is_back_within_half_of_the_absence_and_no_pause_is_over_ten_se
 ) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         clock = Clock(monkeypatch, draw)
-        assert asyncio.run(_back_after(clock, away_s)) <= min(0.5 * away_s + 0.2, retry.LONGEST_PAUSE_S)
+        assert asyncio.run(_back_after(clock, away_s)) <= min(0.5 * away_s + 0.2, TIMING.longest_pause_s)
 
 
 @given(draw=st.floats(0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from fedpeft.errors import FedpeftError, RunFinished, ServerUnreachable, TicketClosed, TicketNotFound, TooManyCalls
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
+from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink import ticket_watch
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.training_progress import TrainingProgress
@@ -19,7 +21,9 @@ LATE = pb.GetUploadResponse(state=run_pb2.TICKET_STATE_LATE)
 
 
 class Answers:
-    """Answers one question after the other; then none is left."""
+    """Answers one question after the other, asked at once; then none is left."""
+
+    timing = replace(TIMING, ticket_check_s=0.001)
 
     def __init__(self, *answers: pb.GetUploadResponse | FedpeftError) -> None:
         self.left = list(answers)
@@ -40,11 +44,6 @@ class Answers:
     async def work(self) -> str:
         await self.through.wait()
         return "trained"
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ticket_watch, "ASK_S", 0.001)
 
 
 async def test_what_says_nothing_of_the_ticket_is_no_reason_to_leave() -> None:

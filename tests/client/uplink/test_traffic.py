@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from fedpeft_client.egress.entries import EgressEntry, read
 from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.owner.metrics import Metrics
 from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink import retry as retry
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.retry import Retry
@@ -43,13 +44,12 @@ class Site:
 
 
 @pytest.fixture
-async def site(federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
-    monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 0.01)
-    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
+async def site(federation: Federation, tmp_path: Path) -> AsyncIterator[Site]:
+    timing = replace(TIMING, first_pause_s=0.01, longest_pause_s=0.01)
     with StateDirectory(tmp_path / "state") as directory, EgressLog(directory.path, federation.address) as egress_log:
         async with Channel(federation.address, "site-a", directory.instance) as channel:
             Traffic(channel, egress_log, Metrics())
-            yield Site(channel, egress_log, Retry(logs.logger(client="site-a"), None))
+            yield Site(channel, egress_log, Retry(logs.logger(client="site-a"), None, timing))
 
 
 async def test_a_call_that_is_repeated_is_booked_each_time(federation: Federation, site: Site) -> None:

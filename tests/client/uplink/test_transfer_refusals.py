@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from dataclasses import replace
 
 import pytest
 from google.protobuf.message import Message
@@ -38,6 +39,7 @@ from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.entries import Kind, read
 from fedpeft_client.state import state_dir
 from fedpeft_client.state.outbox import PAYLOAD, Outcome
+from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink import push, retry
 from fedpeft_client.uplink.exclusion_check import ExclusionCheck
 from fedpeft_client.uplink.retry import Backoff, Retry
@@ -89,10 +91,8 @@ async def test_an_upload_that_was_given_up_and_counted_after_all_is_not_kept_as_
     assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
 
 
-async def test_a_server_that_gives_neither_turn_nor_answer_is_not_waited_for_without_end(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(push, "STALL_S", 0.3)
+async def test_a_server_that_gives_neither_turn_nor_answer_is_not_waited_for_without_end(site: Site) -> None:
+    site.channel.timing = replace(TIMING, stall_s=0.3)
     site.federation.hang_before_turn = 1
     async with asyncio.timeout(5):
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
@@ -137,9 +137,9 @@ async def test_a_status_with_a_retry_hint_is_no_failure(
     with capture_logs() as lines:
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
     assert len(pauses) == 20 and len(site.federation.pushes) == 21
-    assert error.retry_s <= pauses[0] <= max(error.retry_s, retry.FIRST_PAUSE_S)
-    assert all(error.retry_s <= pause <= retry.LONGEST_PAUSE_S for pause in pauses)
-    assert pauses[-1] >= retry.LONGEST_PAUSE_S / 2, "it said so at once"
+    assert error.retry_s <= pauses[0] <= max(error.retry_s, TIMING.first_pause_s)
+    assert all(error.retry_s <= pause <= TIMING.longest_pause_s for pause in pauses)
+    assert pauses[-1] >= TIMING.longest_pause_s / 2, "it said so at once"
     said = [line["reason"] for line in lines if line["event"] == "retrying as the server asked"]
     assert said == [error.reason] * 20
     assert not [line for line in lines if line["log_level"] == "warning"]
@@ -186,8 +186,8 @@ async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) 
 
 
 @pytest.fixture
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_FAULT_PAUSE_S", 0.001)
+def no_pauses(site: Site) -> None:
+    site.retry.timing = replace(TIMING, first_fault_pause_s=0.001)
 
 
 @pytest.mark.usefixtures("no_pauses")
@@ -271,12 +271,12 @@ async def test_patience_ends_when_it_was_told_to(site: Site) -> None:
 
 
 def test_pauses_grow_to_a_cap_and_are_never_none() -> None:
-    backoff = Backoff()
+    backoff = Backoff(TIMING.first_pause_s, TIMING.longest_pause_s)
     pauses = [backoff.draw() for _ in range(12)]
-    assert all(0 < pause <= retry.LONGEST_PAUSE_S for pause in pauses)
-    assert pauses[0] <= retry.FIRST_PAUSE_S and pauses[-1] >= retry.LONGEST_PAUSE_S / 2
+    assert all(0 < pause <= TIMING.longest_pause_s for pause in pauses)
+    assert pauses[0] <= TIMING.first_pause_s and pauses[-1] >= TIMING.longest_pause_s / 2
     backoff.reset()
-    assert backoff.draw() <= retry.FIRST_PAUSE_S
+    assert backoff.draw() <= TIMING.first_pause_s
 
 
 EXCLUDED = "UPDATE_EXCLUDED: its norm 3e+38 is more than 30 times 1"

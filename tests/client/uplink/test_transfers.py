@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ from fedpeft.v1 import run_pb2
 from fedpeft_client.egress.entries import read
 from fedpeft_client.state.outbox import Outcome
 from fedpeft_client.state.runs import KnownRun
-from fedpeft_client.uplink import pull, push
+from fedpeft_client.timing import TIMING
+from fedpeft_client.uplink import pull
 
 from ..transfer_site import Site
 
@@ -233,8 +235,8 @@ async def test_push_survives_a_server_that_restarts(site: Site) -> None:
     assert events.count("server is back") == 1
 
 
-async def test_push_that_stalls_is_broken_off_and_continued(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push, "STALL_S", 0.5)
+async def test_push_that_stalls_is_broken_off_and_continued(site: Site) -> None:
+    site.channel.timing = replace(TIMING, stall_s=0.5)
     site.federation.stall_push_after = [CHUNK_BYTES]
     pending = site.pending()
     pushing = asyncio.create_task(site.pusher.push(pending, site.log))
@@ -246,7 +248,7 @@ async def test_push_that_stalls_is_broken_off_and_continued(site: Site, monkeypa
 
 
 async def test_pull_that_stalls_is_broken_off(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull, "STALL_S", 0.3)
+    site.channel.timing = replace(TIMING, stall_s=0.3)
     stalled = asyncio.Event()
     real = site.federation.run.encoded
 
