@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from fedpeft.v1 import run_pb2
 from fedpeft_client.__main__ import run
 from fedpeft_client.egress.entries import Kind, Outcome, read
 from fedpeft_client.egress.view import rows
+from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink.retry import FAULT_ATTEMPTS
 
 from .conftest import StartClient, alive, tiny_run, until, write_images
@@ -224,7 +226,7 @@ async def test_late_update_grows_the_residual_and_the_next_update(
 def test_unreachable_server_ends_a_dry_run_with_code_3(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fedpeft_client.commands.dry_run.FIRST_ANSWER_S", 0.5)
+    monkeypatch.setattr("fedpeft_client.app.TIMING", replace(TIMING, first_answer_s=0.5))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     flags = ["--server", f"127.0.0.1:{port}", "--name", "site-a", "--data", str(data), "--dry-run"]

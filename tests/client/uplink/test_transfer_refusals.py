@@ -131,7 +131,7 @@ async def test_a_status_with_a_retry_hint_is_no_failure(
     async def rest(hint_s: float) -> None:
         pauses.append(hint_s)
 
-    monkeypatch.setattr(retry, "_rest", rest)
+    monkeypatch.setattr(site.retry, "_rest", rest)
     site.retry.give_up_s = 0.0
     site.federation.refuse_push = [error] * 20
     with capture_logs() as lines:
@@ -153,7 +153,7 @@ async def test_a_hint_to_go_on_at_once_makes_no_busy_loop(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     for hint_s in (0.0, 5.0, 3600.0):
-        await retry._rest(hint_s)
+        await Retry(logs.logger(), None)._rest(hint_s)
     assert 0.1 <= slept[0] <= 0.2 and 2.5 <= slept[1] <= 5.0 and 5.0 <= slept[2] <= 10.0
 
 
