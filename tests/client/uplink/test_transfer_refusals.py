@@ -33,6 +33,7 @@ from fedpeft.errors import (
     TurnOver,
     UpdateTooLarge,
 )
+from fedpeft.process import logs
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.egress import message_entries
