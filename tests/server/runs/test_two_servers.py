@@ -314,7 +314,7 @@ async def test_a_fold_that_finds_its_updates_removed_finds_that_it_is_done(
 async def test_a_rollback_ends_a_round_that_another_server_folds(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the fold still writes once the rollback is there, the version stays what the rollback made."""
+    """The version stays what the rollback made, though the fold writes its own file afterwards."""
     run = (await cluster.create()).id
     one, two = [await Server.of(store, run) for store in cluster.stores]
     await one.offer("ab")
