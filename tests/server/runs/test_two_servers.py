@@ -30,7 +30,16 @@ from fedpeft_server.runs.aggregation import run_header
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.runs.participation import Participation
-from fedpeft_server.store.rows import AnswerRow, Place, RoundFigures, RunRow, RunState, UpdateRow, VersionRow
+from fedpeft_server.store.rows import (
+    AnswerRow,
+    Place,
+    RoundFigures,
+    RunRow,
+    RunState,
+    Transition,
+    UpdateRow,
+    VersionRow,
+)
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import ByteCounter
 
@@ -376,6 +385,62 @@ async def test_nothing_is_refused_by_what_one_server_remembers(cluster: Cluster)
     assert (one.engine.run.version, one.engine.run.state) == (2, RunState.RUNNING)
     await asyncio.gather(one.close(), two.close())
     check(cluster.stores[0], run, [])
+
+
+class Died(BaseException):
+    """The end of a process in the middle of an instruction: nothing of it handles this."""
+
+
+def dying(store: Store, at: int, *, written: bool) -> Callable[..., None]:
+    """Returns a `transit` in whose call number `at` the process dies, before the transaction or right after it."""
+    transit, calls = store.db.transit, iter(range(at + 1))
+
+    def call(made: Transition, *rest: Any) -> None:
+        last = next(calls, None) in (at, None)  # a process that is dead writes nothing more
+        if not last or written:
+            transit(made, *rest)
+        if last:
+            raise Died
+
+    return call
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("at", range(5))
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+async def test_a_server_that_dies_at_any_transition_is_followed_by_another(
+    cluster: Cluster, at: int, written: bool
+) -> None:
+    """The clients repeat to the second server what the first one did not answer."""
+    run = (await cluster.create()).id
+    first, receipts = await Server.of(cluster.stores[0], run), list[tuple[str, str]]()
+    cluster.stores[0].db.transit = dying(cluster.stores[0], at, written=written)  # type: ignore[method-assign]
+    try:
+        for number in (1, 2, 3):
+            await first.offer("ab")
+            for client in "ab":
+                receipts.append((first.ticket(client, number), await first.receive(client, number)))
+            await first.idle()
+            if first.faults:  # its fold died
+                break
+    except (Died, asyncio.CancelledError):
+        pass  # the caller of a command that died is told nothing, or that it is over
+    first.engine._disarm_timer()
+    cluster.clock.now += 1.0
+    second = await Server.of(cluster.stores[1], run)
+    for number in range(second.engine.round.number, 4):
+        await second.idle()
+        await second.offer("ab")
+        for client in "ab":
+            answer = await second.receive(client, number)
+            receipts += [(second.ticket(client, number), answer)] if len(answer) == 64 else []
+        await second.idle()
+    await second.close()
+    assert cluster.database.run(run).state is RunState.COMPLETED
+    check(cluster.stores[1], run, [(ticket, answer) for ticket, answer in receipts if len(answer) == 64])
+    assert [[t.ticket.state for t in r.tickets] for r in shown(cluster.stores[1], run)] == [
+        [TicketState.RECEIVED] * 2
+    ] * 3
 
 
 # A random history, told to one server, or to two of which each hears some events, some both, at once or one after
