@@ -10,6 +10,7 @@ import pytest
 from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import operator_service_pb2 as op
 
 from ..conftest import Arrays, Daemon, RawClient, config, refused
 
@@ -93,6 +94,16 @@ async def test_what_changed_completes_what_is_held(daemon: Daemon, holder: Holde
     assert values == {"a": {2 + 4}, "b": {1 + 3}, "fixed": {0}, "head": {1 + 2 + 3 + 4}}
 
 
+async def test_a_rollback_costs_what_it_takes_back(daemon: Daemon, holder: Holder) -> None:
+    run = await rounds_of(daemon, 3)
+    await holder.pull(run, 3)
+    await daemon.operator.RollbackRun(op.RollbackRunRequest(run=run, version=2))
+    assert await holder.pull(run, 4) == B, "round 3 changed b and the head"
+    values = {name: set(array.tolist()) for name, array in holder.arrays().items()}
+    assert values == {"a": {2}, "b": {1}, "fixed": {0}, "head": {1 + 2}}
+    assert await holder.pull(run, 2) == 0, "the same bytes"
+
+
 async def test_a_client_that_does_not_say_what_it_holds_gets_all(daemon: Daemon, holder: Holder) -> None:
     run = await rounds_of(daemon, 2)
     assert [await holder.pull(run, version, announces=False) for version in (0, 1, 2, 2)] == [WHOLE] * 3 + [0]
@@ -103,6 +114,10 @@ async def test_bytes_are_counted_as_they_pass(daemon: Daemon) -> None:
     holders = [Holder(client) for client in await daemon.clients("x", "y")]
     for number in (1, 2):
         tasks = await asyncio.gather(*(each.raw.task(created.id) for each in holders))
+        budget = daemon.server.metrics.round_budget_bytes
+        found = {each: budget.labels(created.id, each)._value.get() for each in ("down", "up")}
+        # Downwards to those who hold the version before: in round 2 what round 1 changed.
+        assert found == ({"down": 2 * WHOLE, "up": 2 * B} if number == 1 else {"down": 2 * B, "up": 2 * A})
         for each, task in zip(holders, tasks, strict=True):
             assert task.version == number - 1
             await each.pull(created.id, task.version)

@@ -50,7 +50,8 @@ class Encoded:
 
     def selection(self, spec: AdapterSpec, have: int | None) -> Selection:
         """Returns what is sent to a client that holds version `have`, or none; equal selections are one object."""
-        needed = payload.missing(self.manifest, spec, self.row.version, have)
+        content = self.row.version if self.row.source is None else self.row.source
+        needed = payload.missing(self.manifest, spec, content, have)
         if needed not in self._selections:
             self._selections[needed] = Selection.of(self.manifest, needed)
         return self._selections[needed]
