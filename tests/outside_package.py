@@ -52,6 +52,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, points: 
         text += f"[{registry._group}]\n{name} = outside_package:{thing}\n"
     (about / "entry_points.txt").write_text(text)
     monkeypatch.syspath_prepend(folder)
+    monkeypatch.delenv("FEDPEFT_TESTS_PRELOADED", raising=False)  # a fork of that process would not find it
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", ""))))
     monkeypatch.delitem(importlib.sys.modules, "outside_package", raising=False)
 

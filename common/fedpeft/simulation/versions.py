@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from fedpeft.adapters import adapter_file, payload
@@ -31,6 +32,7 @@ class Versions:
         self._adapter, self._log = out / ADAPTER, out / RECORDS
         self._scratch, self._state = scratch, scratch / "kept-state"
         self._newest = Written("", 0)
+        self._published: dict[int, Version] = {}
         self._state_sha256 = ""
         self._record_sha256 = ""
         self._extents: dict[int, Extent] = {}
@@ -42,12 +44,18 @@ class Versions:
         self._newest = write_first(self._header, tensors, path)
         os.replace(path, self._adapter)
 
-    def newest(self) -> Version:
-        """Returns the newest version as clients receive it, through `codec.down`; its file replaces the last one's."""
-        path, new = self._scratch / "version", self._scratch / "version.new"
-        with adapter_file.open_adapter(self._adapter, self._newest.sha256) as tensors, new.open("wb") as stream:
+    def publish(self, number: int) -> Version:
+        """Writes the newest version, which has this number, as clients receive it: through `codec.down`."""
+        path = self._scratch / f"version-{number}"
+        with adapter_file.open_adapter(self._adapter, self._newest.sha256) as tensors, path.open("wb") as stream:
             manifest = payload.write(stream, tensors, self._header.spec.shared, self._header.config.codec.down)
-        return Version(manifest, new.replace(path))
+        self._published[number] = Version(manifest, path)
+        return self._published[number]
+
+    def keep_published(self, numbers: AbstractSet[int]) -> None:
+        """Removes the published versions that nobody trains from any more."""
+        for number in self._published.keys() - numbers:
+            self._published.pop(number).payload.unlink()
 
     def spool(self, ticket: str) -> Path:
         """Returns where the payload of a ticket is kept until it is folded."""

@@ -50,8 +50,8 @@ class LoadedRun:
     device: torch.device
 
     @property
-    def keeps_state(self) -> bool:
-        """True if a client keeps anything from round to round."""
+    def keeps_uncounted(self) -> bool:
+        """True if an update that is not counted changes what its client keeps."""
         return self.config.codec.error_feedback or bool(self.own)
 
     def dataset(self, source: Any, label_map: LabelMap, cache_bytes: int | None = None) -> Any:

@@ -1,0 +1,243 @@
+"""A simulated run, from its first round to its report.
+
+Notable: nothing of a round is written twice. Rounds follow `fedpeft.rounds.state_machine`, clients train through
+`fedpeft.training.loop` and `fedpeft.adapters.updates`, updates are folded by `fedpeft.rounds.fold`, so with the same
+run file, client names, data and number of torch's threads the adapter has the bits that a server and its agents give.
+
+What is different: no deadline runs out while a client works, and updates arrive in an order that is drawn from the
+seed, which says who is late where a round wants more clients than it counts (`over_selection`). A client that trains in
+vain gives its ticket back, as an agent does; the round's deadline passes only once nobody is left to work. How clients
+used their tickets has the consequences that it has on a server (`fedpeft.rounds.conduct`): those who did not deliver
+are sampled last. In buffered rounds a free place is given away at once, and a simulated clock says whose update is next
+(`fedpeft.simulation.at_work`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+
+import structlog
+from google.protobuf import json_format
+
+from fedpeft.adapters import payload
+from fedpeft.errors import (
+    ManifestInvalid,
+    PayloadInvalid,
+)
+from fedpeft.privacy.transforms import transforms_of
+from fedpeft.rounds import conduct, state_machine
+from fedpeft.rounds.commit import RoundEmptied, RunHeader
+from fedpeft.rounds.local_job import LocalFailure, LocalOutcome, LocalUpdate
+from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
+from fedpeft.rpc import wire
+from fedpeft.simulation.at_work import ClientsAtWork
+from fedpeft.simulation.clients import ClientMemory
+from fedpeft.simulation.engines import Engine
+from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
+from fedpeft.simulation.versions import Versions
+from fedpeft.training.run_spec import version_0
+
+log = structlog.get_logger(__name__)
+
+
+class SimulatedRun:
+    """One run.
+
+    Args:
+        header: The run.
+        engine: Computes what clients do.
+        memory: What clients keep from round to round.
+        versions: The server half.
+    """
+
+    def __init__(self, header: RunHeader, engine: Engine, memory: ClientMemory, versions: Versions) -> None:
+        self._config = header.config
+        self._header = header
+        self._everybody = frozenset(engine.trainer.inputs.clients)
+        self._trainer = engine.trainer
+        self._at_work = ClientsAtWork(header.config, engine, memory)
+        self._memory = memory
+        self._versions = versions
+        self._holds: dict[str, tuple[int, bytes]] = {}
+        self._facts: dict[str, str] = {}
+        self._excluded: set[str] = set()
+        self._conducts: dict[str, conduct.Conduct] = {}
+        self._clock: list[float] = []
+        self._began = time.time()
+
+    def run(self, committed: Callable[[Json], None] | None, worked: Callable[[int, int, int], None] | None) -> Json:
+        """Holds all rounds; returns the report."""
+        self._worked = worked
+        self._versions.begin(version_0(self._trainer.run.spec, self._trainer.run.model))
+        self._version = self._versions.publish(0)
+        initial = self._trainer.evaluate(self._version)
+        done: list[Json] = []
+        current = Round(self._header.run, 1)
+        while current.number <= self._config.rounds.count:
+            book, reason = self._folded(current)
+            if reason:
+                return self._report(initial, done, book, reason)
+            book.round = self._advance(book.round, state_machine.Aggregated())
+            book.committed_at = time.time()
+            self._clock.append(self._at_work.now)
+            self._settle(book.round)
+            self._version = self._versions.publish(current.number)
+            book.metrics = {**book.metrics, **self._trainer.evaluate(self._version)}
+            done.append(round_json(book, self._trainer.run.model.backbone.parameters))
+            if committed is not None:
+                committed(done[-1])
+            current = book.round.following(self._config.rounds)
+            self._versions.keep_published({current.base_version, *(t.base_version for t in current.tickets)})
+        return self._report(initial, done, None, "")
+
+    def _settle(self, done: Round) -> None:
+        """Notes how clients used their tickets of a committed round; those who did not deliver are sampled last."""
+        known = self._conducts
+        for client, new in conduct.settled(done, self._config.rounds, lambda c: known.get(c, conduct.GOOD)).items():
+            if new.is_aside and not known.get(client, conduct.GOOD).is_aside:
+                log.warning("client set aside", round=done.number, client=client, refused=new.refused)
+            known[client] = new
+
+    def _folded(self, current: Round) -> tuple[RoundBook, str]:
+        """Holds a round up to its commit; or returns why it cannot get there."""
+        book = RoundBook(current)
+        while not (reason := self._close(book)):
+            try:
+                self._versions.fold(book)
+            except RoundEmptied as emptied:
+                self._exclude(book, emptied.excluded)
+                continue
+            self._exclude(book, book.excluded)
+            break
+        self._versions.forget(book)
+        return book, reason
+
+    def _exclude(self, book: RoundBook, excluded: Mapping[str, str]) -> None:
+        """Takes updates out of a round; each goes into its client's residual, as it would at a site."""
+        for ticket in book.round.in_state(TicketState.RECEIVED):
+            if ticket.id in excluded:
+                log.warning("update excluded", round=book.round.number, client=ticket.client, cause=excluded[ticket.id])
+                self._take_back(ticket.client)
+            else:
+                self._excluded.discard(ticket.client)
+                self._memory.confirm(ticket.client)
+        book.round = self._advance(book.round, state_machine.Excluded(excluded))
+
+    def _take_back(self, client: str) -> None:
+        self._memory.take_back(client)
+        if client in self._excluded:  # what it was made from was excluded before: it would be so for ever
+            self._memory.forget_residual(client)
+        self._excluded ^= {client}
+
+    def _close(self, book: RoundBook) -> str:
+        """Brings a round to its fold; or returns why it cannot get there."""
+        while book.round.phase is not Phase.AGGREGATING:
+            if book.round.phase is Phase.OPEN and book.round.in_state(TicketState.ISSUED):
+                self._work(book)
+            elif not self._sample(book):
+                now = book.round.deadline or time.time()
+                book.round, effects = state_machine.advance(
+                    book.round, state_machine.TimePassed(), self._config.rounds, now
+                )
+                for effect in effects:
+                    if isinstance(effect, state_machine.Pause):
+                        return effect.reason
+        return ""
+
+    def _sample(self, book: RoundBook) -> bool:
+        """Offers all clients to a round, and sets those to work that get a ticket; returns whether that changed it."""
+        here, now = book.round, book.round.deadline or time.time()
+        waiting = state_machine.Waiting(self._everybody, conduct.demerits(self._conducts, here.number), math.inf)
+        book.round, effects = state_machine.advance(here, waiting, self._config.rounds, now)
+        for effect in effects:
+            for ticket in effect.tickets if isinstance(effect, state_machine.Issue) else ():
+                self._pull(book, ticket.client)
+                self._at_work.begin(ticket, self._version)
+        return book.round is not here
+
+    def _work(self, book: RoundBook) -> None:
+        """Lets clients use their tickets, until the round closes or nobody is at work."""
+        for ticket, outcome in self._at_work.arrivals(book):
+            if isinstance(outcome, LocalUpdate):
+                self._facts = outcome.facts
+            if ticket.state is TicketState.LATE:
+                if isinstance(outcome, LocalUpdate):
+                    self._memory.keep(ticket.client, outcome.if_not)
+                continue
+            self._arrive(book, ticket, outcome)
+            self._say_worked(book.round)
+            if self._at_work.has_clock:  # a free place is given away at once, and not when nobody is at work
+                self._sample(book)
+
+    def _arrive(self, book: RoundBook, ticket: Ticket, outcome: LocalOutcome) -> None:
+        """Takes what came of a client's work into an open round."""
+        client, number = ticket.client, book.round.number
+        if isinstance(outcome, LocalFailure):
+            log.warning("ticket is given up", round=number, client=client, cause=outcome.error.message)
+            reason = f"{outcome.error.reason}: {outcome.error.message}"
+            book.round = self._advance(book.round, state_machine.Withdrawn(ticket.id, reason))
+            return
+        manifest, data = outcome.prepared.manifest, outcome.prepared.payload
+        book.up[client] = len(data)
+        try:
+            sent = self._header.spec.sent(ticket.base_version + 1)
+            payload.check_manifest(manifest, sent, (self._config.codec.encoding,))
+            payload.check_payload(manifest, memoryview(data))
+            norm = math.sqrt(payload.squared_norm(manifest, memoryview(data)))
+            for transform in transforms_of(self._config):
+                transform.check(norm)
+        except (ManifestInvalid, PayloadInvalid) as error:
+            log.warning("update refused", round=number, client=client, cause=error.message)
+            self._memory.forget_residual(client)
+            refused = state_machine.Refused(ticket.id, f"{error.reason}: {error.message}")
+            book.round = self._advance(book.round, refused)
+            return
+        self._versions.spool(ticket.id).write_bytes(data)
+        book.arrivals[ticket.id] = Arrival(outcome.examples, norm, manifest, outcome.metrics)
+        self._memory.keep(client, outcome.if_counted, outcome.if_not)
+        book.round = self._advance(book.round, state_machine.Received(ticket.id))
+
+    def _pull(self, book: RoundBook, client: str) -> None:
+        """Books what a server would send: nothing to who holds these bytes already, else what changed since."""
+        manifest, number = self._version.manifest, book.round.base_version
+        have, sha256 = self._holds.get(client, (None, b""))
+        needed = payload.missing(manifest, self._header.spec, number, have)
+        book.down[client] = 0 if sha256 == manifest.sha256 else sum(manifest.entries[i].length for i in needed)
+        self._holds[client] = number, manifest.sha256
+
+    def _say_worked(self, current: Round) -> None:
+        if self._worked is not None:
+            left = len(current.in_state(TicketState.ISSUED))
+            self._worked(current.number, len(current.tickets) - left, len(current.tickets))
+
+    def _advance(self, current: Round, event: state_machine.Event) -> Round:
+        return state_machine.advance(current, event, self._config.rounds, time.time())[0]
+
+    def _report(self, initial: Mapping[str, float], done: list[Json], paused: RoundBook | None, reason: str) -> Json:
+        run = self._trainer.run
+        return {
+            "run": self._header.run,
+            "name": self._config.name,
+            "state": "paused" if paused else "completed",
+            "reason": reason,
+            "round": paused.round.number if paused else len(done),
+            "version": len(done),
+            "created_at": moment(self._began),
+            "method": run.model.spec.method,
+            "adapter_parameters": run.model.spec.parameters,
+            "model_parameters": run.model.backbone.parameters,
+            "backbone_fingerprint": run.fingerprint,
+            "initial_metrics": dict(sorted(initial.items())),
+            "config": json_format.MessageToDict(wire.config_to_proto(self._config), preserving_proto_field_name=True),
+            "rounds": done,
+            "set_aside": sorted(client for client, each in self._conducts.items() if each.is_aside),
+            "declines": [],  # a simulated client takes what it is given
+            "evaluators": [],  # versions are scored here
+            "progress": [],  # nobody is awaited
+            "in_progress": progress_json(paused) if paused else None,
+            "facts": self._facts,
+            "seconds": round(time.time() - self._began, 3),
+            **({"clock": self._clock} if self._at_work.has_clock else {}),
+        }
