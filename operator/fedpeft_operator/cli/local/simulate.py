@@ -1,4 +1,4 @@
-"""`fedpeft simulate`: a run file's federation in one process, without a server."""
+"""`fedpeft simulate`: a run file's federation on one machine, without a server."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def simulate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
 ) -> None:
-    """Hold a run's federation in this process, client after client, with the code of server and client.
+    """Hold a run's federation on this machine, without a network, with the code of server and client.
 
     The adapter has the bits that a server and its agents give. Ends with 5 if a round could not get its updates.
     """
