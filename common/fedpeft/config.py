@@ -50,7 +50,7 @@ UNLABELLED = "examples"
 
 
 def split_kind(text: str) -> tuple[str, str]:
-    """Returns the kind of model before the colon, or nothing, and what stands behind it."""
+    """Returns the task before the colon, or nothing, and what stands behind it."""
     kind, colon, rest = text.partition(":")
     return (kind, rest) if colon else ("", text)
 
@@ -84,7 +84,7 @@ class ModelConfig(_Section):
 
     @property
     def kind(self) -> str:
-        """The part of `name` before the colon; empty for an image classifier of timm."""
+        """The task: the part of `name` before the colon; empty for an image classifier of timm."""
         return split_kind(self.name)[0]
 
     @property
@@ -101,7 +101,7 @@ class ModelConfig(_Section):
             raise ValueError("is a place, not a model; say the model's name in timm here, and its file in weights")
         if _MODEL_NAME.fullmatch(name):
             return name
-        raise ValueError("is not a name in timm, such as vit_base_patch16_224, nor KIND:NAME of an installed kind")
+        raise ValueError("is not a name in timm, such as vit_base_patch16_224, nor KIND:NAME of an installed task")
 
     @model_validator(mode="before")
     @classmethod

@@ -77,5 +77,5 @@ def test_each_wrong_figure_is_named_as_a_field_and_nothing_of_it_reaches_a_termi
 def test_an_evaluation_has_a_result(nothing: dict[str, float]) -> None:
     with pytest.raises(MetricsInvalid, match="no result"):
         metric_values.check_evaluation(nothing)
-    metric_values.check_evaluation({**nothing, "perplexity": -3.5})  # a kind of model may report what it likes
+    metric_values.check_evaluation({**nothing, "perplexity": -3.5})  # a task may report what it likes
     metric_values.check({}, metric_values.MAX_TRAINING)  # an update may come without figures

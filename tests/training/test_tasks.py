@@ -229,9 +229,9 @@ def test_options_for_images_are_refused_for_other_data() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("speech:tiny", "there is no kind of model 'speech'; there are: broken, odd, text"),
-        ("broken:x", "kind of model 'broken' (fedpeft_text:Absent): AttributeError"),
-        ("odd:x", "kind of model 'odd' is a int, not a fedpeft.models.tasks.Task"),
+        ("speech:tiny", "there is no task 'speech'; there are: broken, odd, text"),
+        ("broken:x", "task 'broken' (fedpeft_text:Absent): AttributeError"),
+        ("odd:x", "task 'odd' is a int, not a fedpeft.models.tasks.Task"),
         ("text:huge", "there is no text:huge; there are: tiny, small"),
     ],
 )

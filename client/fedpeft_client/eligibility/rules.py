@@ -94,7 +94,7 @@ class Site:
         label_map: Own class name to run class, None to drop the class.
         unreadable: Of the images of each class, how many cannot be read; None if they were not looked through.
         built: The run's model, or why it could not be built; None if that was not tried.
-        kind: The kind of model that the data are for; empty for images.
+        kind: The task that the data are for; empty for images.
         policy: What its owner allows.
         weights: What its owner gave as --weights.
         trains: Whether it trains; otherwise it scores.

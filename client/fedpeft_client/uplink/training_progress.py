@@ -23,7 +23,7 @@ class TrainingProgress:
     steps: int = 0
 
     def take(self, progress: Mapping[str, Any]) -> None:
-        """Takes what the worker says; it may be of another kind of model, whose loop is not ours."""
+        """Takes what the worker says; its figures may be of another task and not make sense."""
         step, steps = progress.get("step"), progress.get("steps")
         if isinstance(step, int) and isinstance(steps, int) and 0 <= step <= steps <= _LARGEST:
             self.step, self.steps = step, steps

@@ -74,7 +74,7 @@ class SiteWorker:
         self._reading = Reading(**options["reading"])
         self._task = task_of(kind).reading(self._reading)
         self._source = self._task.read(Path(path))
-        self._inventory = getattr(self._source, "inventory", EMPTY)  # another kind of model has data of its own form
+        self._inventory = getattr(self._source, "inventory", EMPTY)  # another task has data of its own form
         label_map, weights = options["label_map"], options["weights"]
         self._weights = None if weights is None else Path(weights)
         self._checkpointing = bool(options["checkpointing"])

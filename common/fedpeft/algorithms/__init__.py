@@ -50,7 +50,7 @@ class RoundStart:
 
 @dataclass(frozen=True)
 class RoundEnd:
-    """What remains of a client's round, float32.
+    """Result of a client's round, float32.
 
     Attributes:
         state: What the client keeps if the server counts its update, by group and tensor.

@@ -1,6 +1,6 @@
 """Figures: what training and evaluation report, a number by name; how many, what they are called, what they range over.
 
-Names that this version knows have a range (`RANGES`); a kind of model may report others, which are finite and no more.
+Names that this version knows have a range (`RANGES`); a task may report others, which are finite and no more.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def clients_of(
 
     Args:
         path: A folder of clients as `fedpeft partition` writes it: each is a client by its name. Anything else that
-            `open_source` takes is one data set, which `[simulation]` divides. For another kind of model (`KIND:PATH`,
+            `open_source` takes is one data set, which `[simulation]` divides. For another task (`KIND:PATH`,
             or just the path) each folder in it is a client, or with `[simulation]` all of it is one data set.
         config: The run file.
         reading: How images are read; as `[simulation]` says if absent.
@@ -112,7 +112,7 @@ def _place(path: Path, config: RunConfig) -> Path:
 
 
 def _folders(path: Path, config: RunConfig) -> dict[str, Path]:
-    """Returns the clients of another kind of model: the folders in `path`, unless `[simulation]` divides it."""
+    """Returns the clients of another task than images: the folders in `path`, unless `[simulation]` divides it."""
     if config.simulation is not None or not path.is_dir():
         return {}
     found = {sub.name: sub for sub in subfolders(path)}
@@ -148,7 +148,7 @@ class ClientData:
         clients: Data by client.
         run: The run that the data are for.
         label_map: Own class names to the run's, for all clients.
-        cache_bytes: Images kept, decoded and encoded; examples of another kind.
+        cache_bytes: Images kept, decoded and encoded; examples of another task.
     """
 
     def __init__(

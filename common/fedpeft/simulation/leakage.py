@@ -68,7 +68,7 @@ def leakage(clients: Clients, evaluate: Path | None, config: RunConfig, reading:
 
 
 def _opened(data: Path | Data, reading: Reading) -> Source | None:
-    """Opens data of images; returns None for those of another kind."""
+    """Opens data of images; returns None for those of another task."""
     if isinstance(data, Examples):
         return None
     if not isinstance(data, Path):

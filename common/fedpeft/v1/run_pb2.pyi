@@ -238,7 +238,7 @@ class ModelConfig(_message.Message):
     POOLING_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """timm's name, for example `vit_base_patch16_224`; or `kind:name` of a kind of model that clients have installed."""
+    """timm's name, for example `vit_base_patch16_224`; or `kind:name` of a task that clients have installed."""
     weights: _builtins.str
     """`hub`, `none` (random, seeded by rounds.seed), or a file that each client resolves and proves by fingerprint."""
     image_size: _builtins.int
@@ -249,13 +249,13 @@ class ModelConfig(_message.Message):
     """timm's global pooling (`token`, `avg`, ...); absent: the model's own."""
     @_builtins.property
     def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Class names; a site maps its own labels to these. Their order is the order of the logits. A kind of model without
+        """Class names; a site maps its own labels to these. Their order is the order of the logits. A task without
         classes has the one class `examples`.
         """
 
     @_builtins.property
     def options(self) -> _struct_pb2.Struct:
-        """Options of a kind of model that clients have installed, which alone knows them; absent: none, and always for timm."""
+        """Options of a task that clients have installed, which alone knows them; absent: none, and always for timm."""
 
     def __init__(
         self,
@@ -774,7 +774,7 @@ class Run(_message.Message):
 
     It is JSON in one form: a comma and one blank between items, no other white space; in strings all but ASCII written as
     \\uXXXX with lower-case digits, in pairs of surrogates beyond U+FFFF. MODEL is `config.model.name`. SIZE is the side of
-    the input in pixels, or null for a kind of model without images. The tensors are sorted by NAME, in the order of code
+    the input in pixels, or null for a task without images. The tensors are sorted by NAME, in the order of code
     points. DTYPE is F32, F16, BF16 or F64, SHAPE the list of extents, SHA256 that of the little-endian bytes, as hexadecimal
     digits. For two tensors, beside a head that is tuned, the text being one line:
 

@@ -17,7 +17,7 @@ from fedpeft.registry import Registry
 IMAGES = ""
 """The name of the task that needs none: images for timm's classifiers."""
 
-tasks: Registry[type[Task]] = Registry("fedpeft.models.tasks", "fedpeft.tasks", "kind of model", former="fedpeft.kinds")
+tasks: Registry[type[Task]] = Registry("fedpeft.models.tasks", "fedpeft.tasks", "task", former="fedpeft.kinds")
 
 
 def task_of(kind: str) -> Task:
@@ -33,9 +33,9 @@ def task_of(kind: str) -> Task:
     try:
         made = found()
     except Exception as error:  # whatever somebody's class raises
-        raise ModelInvalid(f"kind of model {kind!r}: {type(error).__name__}: {error}") from error
+        raise ModelInvalid(f"task {kind!r}: {type(error).__name__}: {error}") from error
     if not isinstance(made, Task):
-        raise ModelInvalid(f"kind of model {kind!r} is a {type(made).__name__}, not a fedpeft.models.tasks.Task")
+        raise ModelInvalid(f"task {kind!r} is a {type(made).__name__}, not a fedpeft.models.tasks.Task")
     return made
 
 
