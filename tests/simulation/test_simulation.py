@@ -139,8 +139,8 @@ def test_sparse_updates_with_error_feedback_are_smaller_and_the_residual_is_adde
     residuals = []
     real = local_round.prepare
 
-    def watched(delta, residual, specs, codec):
-        update = real(delta, residual, specs, codec)
+    def watched(delta, residual, specs, codec, transforms):
+        update = real(delta, residual, specs, codec, transforms)
         sent = payload.decode(update.manifest, memoryview(update.payload))
         for spec in specs:
             target = delta[spec.name] + residual.get(spec.name, np.float32(0))
@@ -279,9 +279,9 @@ def test_who_is_late_is_drawn_from_the_seed_and_keeps_the_update_for_later(tmp_p
     kept = {}
     real = local_round.prepare
 
-    def watched(delta, residual, specs, codec):
+    def watched(delta, residual, specs, codec, transforms):
         kept.setdefault("residuals", []).append(bool(residual))
-        return real(delta, residual, specs, codec)
+        return real(delta, residual, specs, codec, transforms)
 
     monkeypatch.setattr(local_round, "prepare", watched)
     over = {"count": 6, "clients": 2, "over_selection": 1.0}
@@ -303,8 +303,8 @@ def test_an_update_that_is_wrong_is_refused_and_its_residual_dropped(tmp_path, f
     names, real = clients(folders), local_round.prepare
     calls: list[bool] = []
 
-    def spoiled(delta, residual, specs, codec):
-        update = real(delta, residual, specs, codec)
+    def spoiled(delta, residual, specs, codec, transforms):
+        update = real(delta, residual, specs, codec, transforms)
         calls.append(bool(residual))
         if len(calls) == 5:
             wrong = bytearray(update.payload)
