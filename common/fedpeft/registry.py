@@ -31,7 +31,7 @@ class Registry(Generic[T]):
 
     def __init__(self, package: str, group: str, kind: str, former: str = "") -> None:
         self._package = package
-        self._group, self._former = group, former
+        self.group, self._former = group, former
         self._kind = kind
         self._items: dict[str, T] = {}
         self._loaded = False
@@ -71,7 +71,7 @@ class Registry(Generic[T]):
 
     @cached_property
     def _installed(self) -> dict[str, EntryPoint]:
-        groups = (self._former, self._group) if self._former else (self._group,)
+        groups = (self._former, self.group) if self._former else (self.group,)
         return {point.name: point for group in groups for point in entry_points(group=group)}
 
     def _imported(self, point: EntryPoint) -> T:

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from pkgutil import resolve_name
 
+from fedpeft.registry import registry_of
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 STOPS = re.findall(r"^(\d+)\. `(fedpeft[\w.]+)`", PAGE, re.MULTILINE)
@@ -36,3 +38,12 @@ def test_the_page_names_every_room() -> None:
 
 def test_no_package_has_more_modules_than_one_sees_at_a_glance() -> None:
     assert {folder: len(modules) for folder, modules in packages().items() if len(modules) > MOST} == {}
+
+
+def test_every_interface_with_entry_points_names_all_that_is_registered() -> None:
+    rows = re.findall(r"^\| `\w+`: [^|]+ \| `([\w/]+)/` \| `(fedpeft\.\w+)` \| ([^|]+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 7
+    for folder, group, residents in rows:
+        registry = registry_of(folder.replace("/", "."))
+        assert registry.group == group
+        assert residents.split(", ") == registry.names() or group == "fedpeft.tasks"
