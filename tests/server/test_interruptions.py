@@ -165,6 +165,28 @@ async def test_a_resumed_run_has_its_deadline_though_the_operator_leaves(daemon:
     assert await tickets(daemon, run.id) == {"a": run_pb2.TICKET_STATE_ISSUED}
 
 
+async def test_a_stopped_run_leaves_no_updates_though_the_operator_leaves(daemon: Daemon) -> None:
+    run = await daemon.create(config(rounds={"count": 1, "clients": 2}))
+    a, b = await daemon.clients("a", "b")
+    task, _ = await asyncio.gather(a.task(), b.task())
+    await a.push(task.ticket, filled(1.0))
+    spool = daemon.server.settings.data_dir / "spool"
+    assert len(list(spool.iterdir())) == 1
+    db = daemon.server.store.db
+    held = Held(db.transit, of_run)
+    db.transit = held  # type: ignore[method-assign]
+    stop = asyncio.ensure_future(daemon.operator.StopRun(op.StopRunRequest(run=run.id)))
+    await asyncio.to_thread(held.begun.wait, 10)
+    stop.cancel()
+    await asyncio.sleep(0.2)
+    held.go.set()
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_STOPPED)
+    async with asyncio.timeout(10):
+        while list(spool.iterdir()):
+            await asyncio.sleep(0.01)
+    assert daemon.server.metrics.rounds.labels(run.id, "stopped")._value.get() == 1
+
+
 async def test_a_deadline_that_could_not_be_written_is_tried_again(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,10 +155,9 @@ class Folding:
         if self._task:
             await asyncio.wait({self._task})
 
-    async def close(self) -> None:
-        """Lets a fold at work finish; no other begins."""
+    def drain(self) -> None:
+        """Lets a fold at work finish; no other begins, and one that the database did not allow is not tried again."""
         self._closing = True
-        await self.idle()
 
     async def _fold(self) -> None:
         """Folds the round and commits it, once the database can be used; folding it twice gives the same bits."""

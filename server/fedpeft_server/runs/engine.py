@@ -29,6 +29,7 @@ from fedpeft_server.runs.receipts import Receipt
 from fedpeft_server.runs.round_log import RoundLog
 from fedpeft_server.store.rows import AuditEvent, RunRow, RunState, Transition, UpdateRow
 from fedpeft_server.store.store import Store
+from fedpeft_server.tasks import shielded
 from fedpeft_server.traffic import ByteCounter
 
 log = structlog.get_logger()
@@ -68,6 +69,7 @@ class RunEngine:
     ) -> None:
         self.opened = 0.0
         self.actor = RunActor(run, current, store, byte_counter, self._entered)
+        self.tasks = self.actor.tasks
         self._store = store
         self._lobby = lobby
         self._participation = answers
@@ -126,10 +128,11 @@ class RunEngine:
     async def close(self) -> None:
         """Lets an aggregation in progress finish and stops the clock."""
         self._disarm_timer()
-        await self.actor.tasks.wait()
-        await self._folding.close()
+        self._folding.drain()
+        await self.tasks.wait()
+        await self._folding.idle()
         self._disarm_timer()
-        await self.actor.tasks.wait()  # the removal of a committed round's files is one
+        await self.tasks.wait()  # the removal of a committed round's files is one
 
     async def refresh(self) -> bool:
         """Takes over what another server has changed since this engine last looked; returns False if nothing was."""
@@ -185,6 +188,7 @@ class RunEngine:
             self._log.info("update received", round=state.number, client=client, examples=update.examples)
         await found.settle(self._store)
 
+    @shielded
     async def refuse(self, ticket: state_machine.Ticket, error: FedpeftError, by: str) -> None:
         """Closes a ticket for which `by` sent what is wrong for good; the round goes on with the others."""
         self._store.soon(self._store.updates.remove_partial, ticket.id)
@@ -218,13 +222,15 @@ class RunEngine:
         """Lets rounds open again, a round out of extensions with a fresh deadline; `by` is who asked for it."""
         await self.actor.call(lambda: self.actor.advance(state_machine.Resumed(), by=by))
 
+    @shielded
     async def stop(self, reason: str, by: str) -> None:
         """Ends the run for good; an aggregation in progress is let go; `by` is who asked for it."""
         event = state_machine.Stopped(reason or "stopped by the operator")
         if made := await self.actor.call(lambda: self.actor.advance(event, by=by)):
             self._metrics.rounds.labels(self.run.id, "stopped").inc()
-            self._background.watch("files", self.actor.tasks.start(self._folding.forget_stopped(made.changes.round)))
+            self._background.watch("files", self.tasks.start(self._folding.forget_stopped(made.changes.round)))
 
+    @shielded
     async def readmit(self, client: str, by: str) -> None:
         """Lets a client back that was set aside; `by` is who asked for it."""
         good = {client: conduct.GOOD}
@@ -236,6 +242,7 @@ class RunEngine:
         await self.actor.call(lambda: self.actor.transit(decide))
         self._log.info("client readmitted", client=client)
 
+    @shielded
     async def roll_back(self, to: int, reason: str, by: str) -> None:
         """Takes the run back to the tensors and the state of an earlier version, as a new one that `by` asked for.
 
@@ -255,7 +262,7 @@ class RunEngine:
             number = made.changes.after.version
             self._metrics.rounds.labels(self.run.id, "rolled_back").inc()
             self._log.warning("run rolled back", to=to, version=number, reason=reason)
-            self._background.watch("files", self.actor.tasks.start(self._folding.forget(made.changes.round)))
+            self._background.watch("files", self.tasks.start(self._folding.forget(made.changes.round)))
 
     async def _rolled_back(self, status: RunStatus, to: int, reason: str, by: str) -> Transition | None:
         """Stores the next version, which is an earlier one; returns the transition, None if it was made last."""
@@ -315,7 +322,7 @@ class RunEngine:
             self._timer = asyncio.get_running_loop().call_later(delay, self._act_on_deadline)
 
     def _act_on_deadline(self) -> None:
-        self._background.watch("deadline", self.actor.tasks.start(self._deadline()))
+        self._background.watch("deadline", self.tasks.start(self._deadline()))
 
     def _disarm_timer(self) -> None:
         if self._timer:
