@@ -63,8 +63,11 @@ class Crowd:
             await self._ask(stub.AwaitRound, pb.AwaitRoundRequest(run=self.run), metadata)
             accepted = pb.AnswerOfferRequest(run=self.run, answer=pb.ANSWER_ACCEPTED)
             await self._ask(stub.AnswerOffer, accepted, metadata)
+        hold_s = 0
         while True:
-            answer = await self._ask(stub.AwaitRound, pb.AwaitRoundRequest(run=self.run), metadata)
+            question = pb.AwaitRoundRequest(run=self.run, hold_s=hold_s)
+            answer = await self._ask(stub.AwaitRound, question, metadata)
+            hold_s = answer.idle.hold_s
             if answer.HasField("training"):
                 await self.go.wait()
                 await pull(stub, metadata, self.run, answer.training.version)

@@ -4,7 +4,8 @@ The clients are `benchmarks/crowd.py`, in a process of their own, 50 on each con
 call that waits is measured on a bare `grpc.aio` server of the same options, on which as many calls wait, in the same
 run. Memory is the kernel's VmRSS, processor time that of the daemon with all its threads.
 
-The server is called idle when all clients have joined, the sampled ones hold their tickets, and nothing arrives.
+The server is called idle when all clients have joined, the sampled ones hold their tickets, and nothing arrives but the
+calls of those who wait, each held as long as the server asked for.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from fedpeft_server.rpc import connections
 TARGETS = {"joined_s": 60.0, "beyond_grpc_kb": 20.0, "idle_share": 0.03, "round_s": 1.5, "growth_ratio": 1.05}
 """The most of each figure; `growth_ratio` is the memory after the last round by that after the first."""
 LOOK_S = 0.5
+SETTLE_S = 30.0
+"""Time after which every waiting client has heard how long its calls are held: the first is held for 20 seconds."""
 
 
 def resident_bytes(pid: int) -> int:
@@ -138,11 +141,13 @@ def measure(clients: int, sampled: int, rounds: int, idle_s: float, join_s: floa
             joined = resident_bytes(server.pid)
             asyncio.run(_told(server, run, "resume"))
             until(child, lambda: waiting(server, run) <= clients - sampled, 60, "the first round opened")
-            time.sleep(2 * LOOK_S)
+            time.sleep(SETTLE_S)
             used = processor_s(server.pid)
             time.sleep(idle_s)
             used = processor_s(server.pid) - used
+            began_s = processor_s(server.pid)
             memory = _hold_rounds(server, run, child, rounds)
+            worked = processor_s(server.pid) - began_s
             done = json.loads(child.communicate(timeout=60)[0])
         held = rounds_of(server, run)
     ends = [r.committed_at.ToNanoseconds() / 1e9 for r in held]
@@ -156,6 +161,8 @@ def measure(clients: int, sampled: int, rounds: int, idle_s: float, join_s: floa
         "each_kb": (joined - before) / clients / 1000,
         "beyond_grpc_kb": ((joined - before) / clients - bare) / 1000,
         "idle_share": used / idle_s,
+        "round_processor_s": worked / rounds,
+        "load": os.getloadavg()[0],
         "round_s": statistics.median(cycles),
         "slowest_round_s": max(cycles),
         "growth_ratio": memory[-1] / memory[0],
@@ -197,6 +204,8 @@ def show(found: dict[str, Any]) -> None:
         print(f"{title:34}{found[key]:>10.3f}{most:>10.2f}{found[key] / most:>10.2f}")
     print(f"memory each, kB: {found['each_kb']:.1f}, of a bare gRPC server {found['bare_kb']:.1f}; ", end="")
     print(f"slowest round {found['slowest_round_s']:.2f} s")
+    print(f"server's processor time a round: {found['round_processor_s']:.2f} s; ", end="")
+    print(f"load of the machine at the end: {found['load']:.1f}")
     print(f"calls repeated because their stream or connection failed: {found['repeated'] or 'none'}")
 
 

@@ -25,6 +25,7 @@ from fedpeft.rpc import diagnosis, status
 from fedpeft.rpc.channel import NO_RETRIES, open_channel
 from fedpeft.rpc.diagnosis import Trust
 from fedpeft.rpc.probe import Fault, PermanentFault
+from fedpeft.rpc.timing import LONGEST_HOLD_S
 from fedpeft.rpc.wire import CLIENT_KEY, INSTANCE_KEY, MESSAGE_LIMIT_BYTES, PROCESS_KEY
 from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import access_service_pb2_grpc as access_pb_grpc
@@ -103,6 +104,7 @@ class Channel:
         self._old: list[_Connection] = []
         self._cause: Fault | None = None
         self._explained_at: float | None = None
+        self._hold_s = 0
         self.sent: Seen = _unseen
         self.received: Seen = _unseen
         self.process = process = secrets.token_hex(16)
@@ -139,10 +141,16 @@ class Channel:
     async def await_round(
         self, run: str, *, until_finished: bool, left_out: Iterable[str] = ()
     ) -> pb.AwaitRoundResponse:
-        """Asks for work, not for that of some runs; the server holds the answer back for a while if there is none."""
-        request = pb.AwaitRoundRequest(run=run, until_finished=until_finished, left_out=left_out)
-        answer = await self._call(self._line.federation.AwaitRound, request, self.timing.await_s)
+        """Asks for work, not for that of some runs; the server holds the answer back for a while if there is none.
+
+        Where many clients wait, its last answer says for how long; after a call that failed nothing is known of that.
+        """
+        hold_s, self._hold_s = self._hold_s, 0
+        request = pb.AwaitRoundRequest(run=run, until_finished=until_finished, left_out=left_out, hold_s=hold_s)
+        await_s = max(self.timing.await_s, self.timing.call_s + hold_s)
+        answer = await self._call(self._line.federation.AwaitRound, request, await_s)
         check_answer(answer, run)
+        self._hold_s = min(answer.idle.hold_s, int(LONGEST_HOLD_S))
         return answer
 
     async def answer_offer(self, request: pb.AnswerOfferRequest) -> None:

@@ -214,10 +214,15 @@ class AwaitRoundRequest(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     UNTIL_FINISHED_FIELD_NUMBER: _builtins.int
     LEFT_OUT_FIELD_NUMBER: _builtins.int
+    HOLD_S_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Work only for this run; empty: for any."""
     until_finished: _builtins.bool
     """The client ends once no run is left for it (`--once`): then it is answered without delay."""
+    hold_s: _builtins.int
+    """For so many seconds the server may hold this call, 600 at most: `Idle.hold_s` of the answer before, where the call
+    before was answered; 20 if absent or less.
+    """
     @_builtins.property
     def left_out(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Runs that the client leaves out of this call, because work for them fails: it gets no ticket, version or offer of them,
@@ -230,10 +235,11 @@ class AwaitRoundRequest(_message.Message):
         run: _builtins.str = ...,
         until_finished: _builtins.bool = ...,
         left_out: _abc.Iterable[_builtins.str] | None = ...,
+        hold_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out", b"left_out", "run", b"run", "until_finished", b"until_finished"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_s", b"hold_s", "left_out", b"left_out", "run", b"run", "until_finished", b"until_finished"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -391,19 +397,25 @@ class Idle(_message.Message):
 
     REASON_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    HOLD_S_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """In a sentence: what is awaited, and from whom."""
     finished: _builtins.bool
     """True once runs exist and every unfinished one was declined by this client: `--once` clients stop here."""
+    hold_s: _builtins.int
+    """The server would hold the next call for so many seconds, because many clients wait; 0: for 20, as ever. A client that
+    agrees says the same number in its next call, and waits for the answer so much longer.
+    """
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
         finished: _builtins.bool = ...,
+        hold_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "hold_s", b"hold_s", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

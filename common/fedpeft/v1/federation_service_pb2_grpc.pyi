@@ -32,7 +32,8 @@ class FederationServiceStub:
 
     A client's life is: Register; then again and again AwaitRound, and what it answers: an offer (AnswerOffer), a training
     task (PullAdapter of `version`, training, GetUpload, PushUpdate) or a version to score (PullAdapter, PushEvaluation).
-    A client makes one call to AwaitRound at a time. Unary calls are answered within 20 seconds and the time of the network.
+    A client makes one call to AwaitRound at a time. Unary calls are answered within 20 seconds and the time of the network,
+    AwaitRound later where the client agreed to it (`hold_s`).
     No answer is larger than 4 MiB; a message to the server has at most 64 KiB, in PushUpdate 2 MiB, in PushEvaluation
     512 KiB, in AwaitRound, PullAdapter and GetUpload 4 KiB. A client makes 50 calls a second at most. The trailing metadata of `grpc.health.v1.Health/Check` have the server's protocol
     (`fedpeft-protocol`) and its clock, in seconds since 1970 (`fedpeft-clock`).
@@ -101,8 +102,8 @@ class FederationServiceStub:
     """
     AwaitRound: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.AwaitRoundRequest, _federation_service_pb2.AwaitRoundResponse]
     """AwaitRound puts the client among those that can be sampled for the runs it accepted, and answers when there is
-    something to do, or after at most 20 seconds with `idle`, which says in words what is being waited for. A client that
-    already holds an open ticket gets that ticket again. A run that the client has not answered for since it registered
+    something to do, or after at most 20 seconds (or `hold_s`) with `idle`, which says in words what is being waited for. A
+    client that already holds an open ticket gets that ticket again. A run that the client has not answered for since it registered
     is offered at once, and again at every call until it is answered: to a trainer while the run is unfinished, to an
     evaluator while it has versions left to score.
     A newer call of a client takes the place of its older one, which is answered with `idle` at once: a client whose
@@ -228,7 +229,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
 
     A client's life is: Register; then again and again AwaitRound, and what it answers: an offer (AnswerOffer), a training
     task (PullAdapter of `version`, training, GetUpload, PushUpdate) or a version to score (PullAdapter, PushEvaluation).
-    A client makes one call to AwaitRound at a time. Unary calls are answered within 20 seconds and the time of the network.
+    A client makes one call to AwaitRound at a time. Unary calls are answered within 20 seconds and the time of the network,
+    AwaitRound later where the client agreed to it (`hold_s`).
     No answer is larger than 4 MiB; a message to the server has at most 64 KiB, in PushUpdate 2 MiB, in PushEvaluation
     512 KiB, in AwaitRound, PullAdapter and GetUpload 4 KiB. A client makes 50 calls a second at most. The trailing metadata of `grpc.health.v1.Health/Check` have the server's protocol
     (`fedpeft-protocol`) and its clock, in seconds since 1970 (`fedpeft-clock`).
@@ -307,8 +309,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_federation_service_pb2.AwaitRoundRequest, _abc.Awaitable[_federation_service_pb2.AwaitRoundResponse]],
     ) -> _abc.Awaitable[_federation_service_pb2.AwaitRoundResponse]:
         """AwaitRound puts the client among those that can be sampled for the runs it accepted, and answers when there is
-        something to do, or after at most 20 seconds with `idle`, which says in words what is being waited for. A client that
-        already holds an open ticket gets that ticket again. A run that the client has not answered for since it registered
+        something to do, or after at most 20 seconds (or `hold_s`) with `idle`, which says in words what is being waited for. A
+        client that already holds an open ticket gets that ticket again. A run that the client has not answered for since it registered
         is offered at once, and again at every call until it is answered: to a trainer while the run is unfinished, to an
         evaluator while it has versions left to score.
         A newer call of a client takes the place of its older one, which is answered with `idle` at once: a client whose

@@ -27,7 +27,7 @@ from fedpeft.errors import (
 from fedpeft.process import tracing
 from fedpeft.rounds import metric_values
 from fedpeft.rounds.state_machine import Ticket
-from fedpeft.rpc.timing import HOLD_S
+from fedpeft.rpc.timing import HOLD_S, LONGEST_HOLD_S
 from fedpeft.rpc.wire import training_to_proto
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
@@ -123,7 +123,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         role = self._sessions.role(client)
         look = self._evaluation if role == "evaluator" else self._training
         left_out = frozenset(request.left_out[:MAX_LEFT_OUT])
-        until = time.monotonic() + HOLD_S
+        until = time.monotonic() + max(HOLD_S, min(request.hold_s, LONGEST_HOLD_S))
         while True:
             found = await look(client, request.run, left_out)
             if found:
@@ -372,7 +372,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         reason = "; ".join(self._runs.why(e) for e in left[:_EXPLAINED]) + more
         nothing = _ALL_DECLINED if self._runs.active(run) else _NOTHING_LEFT
         finished = self._finished(client, run)
-        return pb.AwaitRoundResponse(idle=pb.Idle(reason=reason or nothing, finished=finished))
+        return pb.AwaitRoundResponse(
+            idle=pb.Idle(reason=reason or nothing, finished=finished, hold_s=self._runs.lobby.longer_hold_s())
+        )
 
     def _finished(self, client: str, run: str) -> bool:
         return bool(self._runs.all(run)) and not self._left(client, run)

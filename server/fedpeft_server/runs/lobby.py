@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from fedpeft.errors import Draining
+from fedpeft.rpc.timing import HOLD_S, LONGEST_HOLD_S
 
 LINGER_S = 2.0
 """A client whose poll was just answered with `idle` still counts as waiting for so long: it is about to ask again."""
+POLLS_PER_S = 10.0
+"""Polls a second of all waiting clients together, by which the time grows that each of them is asked to be held."""
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Waiter:
-    """One waiting client; `run` is empty when any run will do but those left out. Only trainers are sampled."""
+    """One waiting client; `run` is empty when any run will do but those left out. Only trainers are sampled.
+
+    `called` is its poll in progress: True once there is something for it, False once the poll is over without that.
+    """
 
     client: str
     run: str
     trainer: bool
-    woken: asyncio.Event
-    left_out: frozenset[str] = frozenset()
+    left_out: frozenset[str]
+    called: asyncio.Future[bool]
     until: float = float("inf")
-    replaced: bool = False
 
 
 def _everybody(_run: str, _client: str) -> bool:
@@ -35,17 +41,26 @@ class Lobby:
     """The waiting clients, and which of them each run may sample: kept as they come and go, never gathered anew.
 
     Args:
-        changed: Called whenever somebody comes or goes.
+        changed: Called with a run whenever somebody comes or goes that it may sample.
         takes_part: Says of a run and a client whether it takes part; `sort` must be called when that changes.
     """
 
-    def __init__(self, changed: Callable[[], None], takes_part: Callable[[str, str], bool] = _everybody) -> None:
+    def __init__(self, changed: Callable[[str], None], takes_part: Callable[[str, str], bool] = _everybody) -> None:
         self._changed = changed
         self._takes_part = takes_part
         self._waiters: dict[str, Waiter] = {}
-        self._lingering: dict[str, Waiter] = {}  # of the seats: those with an end, the next one to end first
+        self._evaluators: dict[str, Waiter] = {}  # those that are not trainers
+        self._lingering: dict[str, Waiter] = {}  # those with an end, the next one to end first
         self._waiting: dict[str, set[str]] = {}  # by run that was asked about: the clients that it may sample
         self._closed = False
+
+    def longer_hold_s(self) -> int:
+        """Returns for how many seconds a poll should be held, so that those of all who wait are POLLS_PER_S; 0: HOLD_S.
+
+        The upper part of it is drawn, so that those who came at once do not come again at once.
+        """
+        hold_s = min(len(self._waiters) / POLLS_PER_S, LONGEST_HOLD_S) * random.uniform(0.8, 1.0)
+        return round(hold_s) if hold_s > HOLD_S else 0
 
     async def wait(
         self, client: str, run: str, *, trainer: bool, hold_s: float, left_out: frozenset[str] = frozenset()
@@ -59,49 +74,44 @@ class Lobby:
         Raises:
             Draining: If the server is shutting down.
         """
-        if self._closed:
-            raise Draining("the server is shutting down; try again after a pause")
-        if client in self._waiters:
-            self._waiters[client].replaced = True
-            self.wake(client)
-        waiter = Waiter(client, run, trainer, asyncio.Event(), left_out)
-        self._waiters[client] = waiter
-        self.sort(client)
-        self._changed()
+        loop = asyncio.get_running_loop()
+        waiter = self._sit(Waiter(client, run, trainer, left_out, loop.create_future()))
+        called = waiter.called
+        timer = loop.call_later(hold_s, self._end_poll, waiter, called)
         try:
-            async with asyncio.timeout(hold_s):
-                await waiter.woken.wait()
-        except TimeoutError:
-            self._linger(waiter)
-            return False
+            found = await called
         except asyncio.CancelledError:
-            self._leave(waiter)
+            if waiter.called is called:
+                self._leave(waiter)
             raise
-        self._leave(waiter)
-        if self._closed:
-            raise Draining("the server is shutting down; try again after a pause")
-        return not waiter.replaced
+        finally:
+            timer.cancel()
+        self._refuse_if_closed()
+        return found
 
     def waiting(self, run: str) -> AbstractSet[str]:
         """Returns the clients that a run may sample: not a copy, so they are those of the moment at any time.
 
-        Seats are looked through the first time that a run is asked about, and then no more until `forget`.
+        Waiters are looked through the first time that a run is asked about, and then no more until `forget`.
         """
-        now = time.monotonic()
-        while self._lingering and (waiter := next(iter(self._lingering.values()))).until < now:
-            self._remove(waiter)
+        self.expire()
         if run not in self._waiting:
             self._waiting[run] = {waiter.client for waiter in self._waiters.values() if self._may_sample(run, waiter)}
         return self._waiting[run]
+
+    def expire(self) -> None:
+        """Takes out those whose poll ended and who did not ask again."""
+        now = time.monotonic()
+        while self._lingering and (waiter := next(iter(self._lingering.values()))).until < now:
+            self._remove(waiter)
 
     def sort(self, client: str) -> None:
         """Puts a waiting client where it may be sampled: it has just come, or takes part in other runs than before."""
         waiter = self._waiters.get(client)
         for run, waiting in self._waiting.items():
-            if waiter is not None and self._may_sample(run, waiter):
-                waiting.add(client)
-            else:
-                waiting.discard(client)
+            if (waiter is not None and self._may_sample(run, waiter)) is not (client in waiting):
+                waiting.symmetric_difference_update((client,))
+                self._changed(run)
 
     def forget(self, run: str) -> None:
         """Drops what is kept of a run that samples nobody any more."""
@@ -117,12 +127,12 @@ class Lobby:
         waiter = self._waiters.get(client)
         if waiter:
             self._remove(waiter)
-            waiter.woken.set()
+            _answer(waiter.called, found=True)
 
     def wake_evaluators(self) -> None:
         """Tells evaluators that there is a new version."""
-        for waiter in [s for s in self._waiters.values() if not s.trainer]:
-            self.wake(waiter.client)
+        for client in list(self._evaluators):
+            self.wake(client)
 
     def wake_all(self) -> None:
         """Wakes everybody to look again, because runs have begun or ended."""
@@ -134,22 +144,52 @@ class Lobby:
         self._closed = True
         self.wake_all()
 
+    def _sit(self, new: Waiter) -> Waiter:
+        """Returns the waiter of a poll: the one before, still in its place, if the client asks for the same again."""
+        self._refuse_if_closed()
+        before = self._waiters.get(new.client)
+        if before is not None:
+            _answer(before.called, found=False)
+            if (before.run, before.trainer, before.left_out) == (new.run, new.trainer, new.left_out):
+                before.called, before.until = new.called, new.until
+                self._lingering.pop(new.client, None)
+                return before
+            self._remove(before)
+        self._waiters[new.client] = new
+        if not new.trainer:
+            self._evaluators[new.client] = new
+        self.sort(new.client)
+        return new
+
+    def _end_poll(self, waiter: Waiter, called: asyncio.Future[bool]) -> None:
+        """Ends a poll whose time is over; its client lingers."""
+        if not called.done():
+            called.set_result(False)
+            waiter.until = time.monotonic() + LINGER_S
+            self._lingering[waiter.client] = waiter
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise Draining("the server is shutting down; try again after a pause")
+
     def _may_sample(self, run: str, waiter: Waiter) -> bool:
         here = waiter.trainer and waiter.run in ("", run) and run not in waiter.left_out
         return here and self._takes_part(run, waiter.client)
 
-    def _linger(self, waiter: Waiter) -> None:
-        waiter.until = time.monotonic() + LINGER_S
-        if self._waiters.get(waiter.client) is waiter:
-            self._lingering[waiter.client] = waiter
-
     def _leave(self, waiter: Waiter) -> None:
         if self._waiters.get(waiter.client) is waiter:
             self._remove(waiter)
-            self._changed()
 
     def _remove(self, waiter: Waiter) -> None:
         del self._waiters[waiter.client]
         self._lingering.pop(waiter.client, None)
-        for waiting in self._waiting.values():
-            waiting.discard(waiter.client)
+        self._evaluators.pop(waiter.client, None)
+        for run, waiting in self._waiting.items():
+            if waiter.client in waiting:
+                waiting.discard(waiter.client)
+                self._changed(run)
+
+
+def _answer(called: asyncio.Future[bool], *, found: bool) -> None:
+    if not called.done():
+        called.set_result(found)

@@ -6,8 +6,9 @@ sampled, though its earlier answer is still shown.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fedpeft.rounds.conduct import GOOD, Conduct
@@ -24,21 +25,21 @@ class Participation:
     def __init__(self, known: Iterable[AnswerRow] = ()) -> None:
         self._given: dict[str, dict[str, AnswerRow]] = defaultdict(dict)
         self._due: dict[str, set[str]] = defaultdict(set)
-        self._asked: dict[str, set[str]] = defaultdict(set)
+        self._asked: dict[str, list[str]] = defaultdict(list)  # sorted
         self._runs_of: dict[str, set[str]] = defaultdict(set)  # by client, those that it answered for
         self._declines: dict[str, set[str]] = defaultdict(set)  # those whose answer is a decline
         self._poor: dict[str, dict[str, Conduct]] = defaultdict(dict)  # by run, those that are not GOOD
+        self._aside: dict[str, set[str]] = defaultdict(set)  # of those, the ones that are set aside
         for answer in known:
             self._keep(answer)
-            if answer.conduct != GOOD:
-                self._poor[answer.run][answer.client] = answer.conduct
+            self._judge(answer.run, answer.client, answer.conduct)
 
     def put(self, answer: AnswerRow) -> None:
         """Takes an answer that is durable; how the client used its tickets before stands."""
         answer = replace(answer, conduct=self.conduct(answer.run, answer.client))
         self._keep(answer)
         self._due[answer.run].discard(answer.client)
-        self._asked[answer.run].discard(answer.client)
+        _discard(self._asked[answer.run], answer.client)
 
     def ask_again(self, client: str) -> None:
         """Makes every answer of a client, which began anew, one that is due again."""
@@ -47,12 +48,15 @@ class Participation:
 
     def mark_offered(self, run: str, client: str) -> None:
         """Records that a client was offered a run; its answer is awaited from now on."""
-        self._asked[run].add(client)
+        asked = self._asked[run]
+        place = bisect_left(asked, client)
+        if place == len(asked) or asked[place] != client:
+            asked.insert(place, client)
 
     def dismiss(self, client: str) -> None:
         """Awaits no answer of a client any more: it left or was revoked."""
         for asked in self._asked.values():
-            asked.discard(client)
+            _discard(asked, client)
 
     def is_due(self, run: str, client: str) -> bool:
         """Returns True if a client has yet to answer for a run."""
@@ -74,9 +78,9 @@ class Participation:
         """Returns how many clients `declines` names."""
         return len(self._declines.get(run, ()))
 
-    def awaited(self, run: str) -> list[str]:
-        """Returns the clients that were offered a run and have not answered yet, by id."""
-        return sorted(self._asked.get(run, ()))
+    def awaited(self, run: str) -> Sequence[str]:
+        """Returns the clients that were offered a run and have not answered yet, by id; not a copy."""
+        return self._asked.get(run, ())
 
     def of(self, client: str, runs: Iterable[str]) -> list[AnswerRow]:
         """Returns a client's answers for some runs, in the runs' order."""
@@ -102,7 +106,11 @@ class Participation:
 
     def set_aside(self, run: str) -> list[str]:
         """Returns the clients that are set aside in a run, by id."""
-        return sorted(client for client, conduct in self.conducts(run).items() if conduct.is_aside)
+        return sorted(self._aside.get(run, ()))
+
+    def aside(self, run: str) -> int:
+        """Returns how many clients are set aside in a run."""
+        return len(self._aside.get(run, ()))
 
     def put_conducts(self, run: str, conducts: Mapping[str, Conduct]) -> None:
         """Takes how clients used their tickets, which is durable."""
@@ -110,10 +118,7 @@ class Participation:
             if client not in self._given.get(run, {}):
                 continue  # so it is not in the database either
             self._given[run][client] = replace(self._given[run][client], conduct=conduct)
-            if conduct == GOOD:
-                self._poor[run].pop(client, None)
-            else:
-                self._poor[run][client] = conduct
+            self._judge(run, client, conduct)
 
     def forget(self, run: str) -> None:
         """Forgets a run that was deleted."""
@@ -125,6 +130,14 @@ class Participation:
         self._asked.pop(run, None)
         self._declines.pop(run, None)
         self._poor.pop(run, None)
+        self._aside.pop(run, None)
+
+    def _judge(self, run: str, client: str, conduct: Conduct) -> None:
+        if conduct == GOOD:
+            self._poor[run].pop(client, None)
+        else:
+            self._poor[run][client] = conduct
+        (self._aside[run].add if conduct.is_aside else self._aside[run].discard)(client)
 
     def _keep(self, answer: AnswerRow) -> None:
         self._given[answer.run][answer.client] = answer
@@ -133,3 +146,10 @@ class Participation:
             self._declines[answer.run].discard(answer.client)
         else:
             self._declines[answer.run].add(answer.client)
+
+
+def _discard(names: list[str], name: str) -> None:
+    """Removes a name from a sorted list, if it is in it."""
+    place = bisect_left(names, name)
+    if place < len(names) and names[place] == name:
+        del names[place]

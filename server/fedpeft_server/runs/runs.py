@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 
@@ -22,7 +23,7 @@ from fedpeft_server.runs.participation import Participation
 from fedpeft_server.runs.progress_watch import ProgressWatch
 from fedpeft_server.runs.scoring import Scoring
 from fedpeft_server.runs.ticket_index import TicketIndex
-from fedpeft_server.runs.waiting import NAMED, awaited
+from fedpeft_server.runs.waiting import NAMED, Reasons, awaited
 from fedpeft_server.store.rows import AnswerRow, AuditEvent, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key
 from fedpeft_server.tasks import TaskSet, shielded
@@ -90,8 +91,10 @@ class Runs:
         self._counted: dict[str, Round] = {}  # of the active runs: the round whose tickets the gauges show
         self._ages: list[Age] = []
         self._gathering = Gathering()
+        self._reasons = Reasons()
         self._watchers: dict[str, set[Changes]] = defaultdict(set)
         self._news = asyncio.Event()
+        self._changed_runs: set[str] = set()  # since the lobby was offered to them
 
     async def start(self) -> None:
         """Takes up every run where the last process left it."""
@@ -170,6 +173,7 @@ class Runs:
         self.scoring.forget(run_id)
         self.progress.forget(run_id)
         self._gathering.forget(run_id)
+        self._reasons.forget(run_id)
         self._byte_counter.forget(run_id)
         self._metrics.forget(run_id)
         self._background.forget(run_id)
@@ -273,9 +277,11 @@ class Runs:
     def why(self, engine: RunEngine, *, for_operator: bool = False) -> str:
         """Returns a sentence on what a run waits for; an operator is told of clients that hang or are slow, too."""
         run, answers = engine.run.id, self.participation
-        found = self.progress.awaited(engine, NAMED) if for_operator else []
-        ill = {client: verdict.words for client, _, verdict in found if not verdict.state.is_well}
-        return awaited(engine, len(self.ready(run)), answers.declined_by(run), answers.awaited(run), ill)
+        facts = engine, len(self.ready(run)), answers.declined_by(run), answers.awaited(run)
+        if not for_operator:
+            return self._reasons.of(*facts)
+        found = self.progress.awaited(engine, NAMED)
+        return awaited(*facts, {client: verdict.words for client, _, verdict in found if not verdict.state.is_well})
 
     def show_backlog(self, engine: RunEngine) -> None:
         """Shows how many versions of a run are still to be scored by whoever scores them, unless that is unknown."""
@@ -288,8 +294,9 @@ class Runs:
             self.show_backlog(self._engines[run])
             self.announce(run)
 
-    def wake_matching(self) -> None:
-        """Wakes the matching of waiting clients with runs."""
+    def wake_matching(self, run: str) -> None:
+        """Wakes the matching of waiting clients with a run that changed, or whose clients did."""
+        self._changed_runs.add(run)
         self._news.set()
 
     def watch(self, run_id: str) -> Changes:
@@ -373,34 +380,44 @@ class Runs:
             self._sort(engine)
             self.show_backlog(engine)
         self.announce(engine.run.id)
-        self.wake_matching()
+        self.wake_matching(engine.run.id)
 
     async def _match(self) -> None:
-        """Offers the lobby to the runs, the one that sampled longest ago first."""
+        """Offers the lobby to the runs that changed, or whose clients did; to all of them once in GLANCE_S."""
+        glanced = 0.0
         while True:
             self._news.clear()
-            for engine in sorted(self._active.values(), key=lambda e: e.opened):
-                with self._background.attempt("matching", engine.run.id):
-                    ready = self.ready(engine.run.id)
-                    await engine.offer(ready, self._gathering.waited_s(engine, len(ready)))
-            with self._background.attempt("matching"):
-                self._count_clients()
+            changed, self._changed_runs = self._changed_runs, set()
+            if time.monotonic() >= glanced + GLANCE_S:
+                glanced, changed = time.monotonic(), set(self._active)
+            await self._offer([self._active[run] for run in changed if run in self._active])
             with suppress(TimeoutError):
-                async with asyncio.timeout(GLANCE_S):
+                async with asyncio.timeout(max(0.0, glanced + GLANCE_S - time.monotonic())):
                     await self._news.wait()
+
+    async def _offer(self, engines: Iterable[RunEngine]) -> None:
+        """Offers the lobby to some runs, the one that sampled longest ago first."""
+        for engine in sorted(engines, key=lambda e: e.opened):
+            with self._background.attempt("matching", engine.run.id):
+                ready = self.ready(engine.run.id)
+                await engine.offer(ready, self._gathering.waited_s(engine, len(ready)))
+        with self._background.attempt("matching"):
+            for engine in engines:
+                self._count_clients(engine)
 
     async def _look_at_progress(self) -> None:
         await self.progress.check(self._active.values(), self.announce)
 
-    def _count_clients(self) -> None:
-        """Shows what the clients of the active runs do; a run that ended has no such series any more."""
-        gauge, answers = self._metrics.clients, self.participation
-        for run, engine in self._active.items():
-            gauge.labels(run, "waiting").set(len(self.ready(run)))
-            gauge.labels(run, "set_aside").set(len(answers.set_aside(run)))
-            gauge.labels(run, "declined").set(answers.declined_by(run))
-            if self._counted.get(run) is not engine.round:
-                self._counted[run] = engine.round
-                tickets = Counter(ticket.state for ticket in engine.round.tickets)
-                for state in TicketState:
-                    gauge.labels(run, state).set(tickets[state])
+    def _count_clients(self, engine: RunEngine) -> None:
+        """Shows what the clients of a run do; one that ended has no such series any more."""
+        gauge, answers, run = self._metrics.clients, self.participation, engine.run.id
+        if run not in self._active:
+            return
+        gauge.labels(run, "waiting").set(len(self.ready(run)))
+        gauge.labels(run, "set_aside").set(answers.aside(run))
+        gauge.labels(run, "declined").set(answers.declined_by(run))
+        if self._counted.get(run) is not engine.round:
+            self._counted[run] = engine.round
+            tickets = Counter(ticket.state for ticket in engine.round.tickets)
+            for state in TicketState:
+                gauge.labels(run, state).set(tickets[state])

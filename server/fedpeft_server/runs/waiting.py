@@ -47,6 +47,33 @@ def awaited(
     return f"round {current.number} of {run.id} awaits {whom}{left}"
 
 
+class Reasons:
+    """The sentences for those who wait: each is made anew only when its facts are others, or a second is over."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[tuple[object, ...], str]] = {}
+
+    def of(self, engine: RunEngine, ready: int, declined: int, unanswered: Sequence[str]) -> str:
+        """Returns the sentence about a run; the arguments are those of `awaited`."""
+        facts = (
+            engine.run,
+            engine.round,
+            ready,
+            declined,
+            len(unanswered),
+            tuple(unanswered[:NAMED]),
+            int(time.time()),
+        )
+        made = self._made.get(engine.run.id)
+        if made is None or made[0] != facts:
+            made = self._made[engine.run.id] = facts, awaited(engine, ready, declined, unanswered)
+        return made[1]
+
+    def forget(self, run: str) -> None:
+        """Forgets a run that was deleted."""
+        self._made.pop(run, None)
+
+
 def _others(declined: int, unanswered: Sequence[str]) -> str:
     """Returns what is said of the clients that are not there to be sampled."""
     text = f", {declined} declined" if declined else ""

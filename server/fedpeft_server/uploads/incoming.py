@@ -44,21 +44,20 @@ class ReceiveSlots:
 
     Args:
         bound: How many.
+
+    Attributes:
+        held: Number of slots held now.
     """
 
     def __init__(self, bound: ReceivingBound) -> None:
         self._bound = bound
+        self.held = 0
         self._held: Counter[Party] = Counter()
         self._limits: dict[asyncio.Timeout, tuple[Party, float]] = {}  # of each slot: its holder, and since when
         # By how many slots they hold: those who wait, each in the order in which its calls asked.
         self._waiting: list[OrderedDict[Party, deque[asyncio.Future[None]]]] = [
             OrderedDict() for _ in range(bound.of_one + 1)
         ]
-
-    @property
-    def held(self) -> int:
-        """Number of slots held now."""
-        return self._held.total()
 
     def of(self, party: Party) -> int:
         """Returns the number of slots that one caller holds now."""
@@ -120,6 +119,7 @@ class ReceiveSlots:
         """Counts a slot of a caller, and lines its calls up by that."""
         turns = self._waiting[self._held[party]].pop(party, None)
         self._held[party] += more
+        self.held += more
         if turns:
             self._waiting[self._held[party]][party] = turns
         if not self._held[party]:

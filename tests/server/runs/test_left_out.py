@@ -41,7 +41,7 @@ async def test_no_offer_no_ticket_and_no_version_of_a_run_that_is_left_out(
 
 
 async def test_a_seat_is_not_for_the_runs_that_are_left_out() -> None:
-    lobby = Lobby(lambda: None)
+    lobby = Lobby(lambda _: None)
     await lobby.wait("a", "", trainer=True, hold_s=0.0, left_out=frozenset({"run-a"}))
     assert lobby.waiting("run-a") == frozenset() and lobby.waiting("run-b") == {"a"}
 

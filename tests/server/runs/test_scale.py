@@ -108,10 +108,11 @@ async def test_clients_are_counted_for_the_active_runs_alone(daemon: Daemon, mon
         return labels(run, state)
 
     monkeypatch.setattr(gauge, "labels", spy)
-    runs._count_clients()
+    for run in (over, going):
+        runs._count_clients(runs.get(run))
     assert set(looked) == {going}
     looked.clear()
-    runs._count_clients()
+    runs._count_clients(runs.get(going))
     assert len(looked) == 3, "a round that is the same has the same tickets"
 
 
@@ -154,7 +155,7 @@ async def test_a_look_at_the_lobby_costs_the_same_however_many_wait(
 )
 def test_who_may_be_sampled_is_what_all_seats_say(steps: list[tuple[str, str, str]]) -> None:
     accepted: set[tuple[str, str]] = set()
-    lobby = Lobby(lambda: None, lambda run, client: (run, client) in accepted)
+    lobby = Lobby(lambda _: None, lambda run, client: (run, client) in accepted)
 
     async def take(step: str, client: str, run: str) -> None:
         match step:
