@@ -1,4 +1,4 @@
-"""A simulation in a program or a notebook: the federation of a run file in this process, and what came of it.
+"""A simulation in a program or a notebook: the federation of a run file on this machine, and what came of it.
 
     done = fedpeft.simulate("emoji.toml", data="sites", out="simulated", evaluate="test.parquet")
     print(done.accuracy, done.payload_bytes_up)
@@ -185,7 +185,7 @@ def simulate(
     max_image_pixels: int | None = None,
     committed: Callable[[SimulatedRound], None] | None = None,
 ) -> Simulation:
-    """Holds a run's federation in this process, client after client, to the bits that a server and agents give.
+    """Holds a run's federation on this machine, to the bits that a server and agents give.
 
     Args:
         run: A run file, what one says as nested mappings, or a `RunConfig`.
