@@ -267,6 +267,7 @@ class Agent:
             answer=pb.ANSWER_ACCEPTED if verdict.is_eligible else pb.ANSWER_DECLINED,
             reasons=[reason.told[:MAX_REASON] for reason in verdict.reasons[:MAX_REASONS]],
             examples=verdict.examples,
+            algorithm=verdict.algorithm,
         )
         try:
             with self._egress_log.record(message_entries.answer(request, verdict.name)):

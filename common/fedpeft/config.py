@@ -267,10 +267,14 @@ DEFAULT_EPOCHS = 1
 """Passes over the local data where neither epochs nor steps is given."""
 
 
+PLAIN = "plain"
+"""The local algorithm where none is given."""
+
+
 class AlgorithmConfig(_Optioned):
     """`[training.algorithm]`: the rule that local training follows; its options stand beside `name`."""
 
-    name: str = "plain"
+    name: str = PLAIN
     """plain, fedprox, scaffold..."""
 
     @field_validator("name")

@@ -97,10 +97,12 @@ class RawClient:
         request = fed.AwaitRoundRequest(run=run, until_finished=until_finished)
         return await self.stub.AwaitRound(request, metadata=self.metadata)
 
-    async def answer(self, run: str, *reasons: str, examples: int = 0) -> None:
+    async def answer(self, run: str, *reasons: str, examples: int = 0, algorithm: str = "") -> None:
         """Accepts a run, or declines it if there are reasons."""
         verdict = fed.ANSWER_DECLINED if reasons else fed.ANSWER_ACCEPTED
-        request = fed.AnswerOfferRequest(run=run, answer=verdict, reasons=reasons, examples=examples)
+        request = fed.AnswerOfferRequest(
+            run=run, answer=verdict, reasons=reasons, examples=examples, algorithm=algorithm
+        )
         await self.stub.AnswerOffer(request, metadata=self.metadata)
 
     async def task(self, run: str = "") -> fed.TrainingTask:

@@ -45,6 +45,12 @@ class Verdict:
         return not self.reasons
 
     @property
+    def algorithm(self) -> str:
+        """The local algorithm that the run will be trained by; empty if it is plain training."""
+        chosen = None if self.run is None else self.run.config.training.algorithm
+        return "" if chosen is None else chosen.name
+
+    @property
     def examples(self) -> int:
         """Examples of the run's classes; 0 if it does not suit."""
         return int(self.report.get("examples", 0))

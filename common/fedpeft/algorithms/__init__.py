@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeAlias
 from pydantic import BaseModel, ConfigDict
 
 from fedpeft.adapters.spec import Section
-from fedpeft.config import AlgorithmConfig, RunConfig
+from fedpeft.config import PLAIN, AlgorithmConfig, RunConfig
 from fedpeft.registry import Registry
 
 Tensors = Mapping[str, Any]
@@ -103,5 +103,5 @@ def algorithm(config: AlgorithmConfig | None) -> LocalAlgorithm:
         ConfigInvalid: If there is no such algorithm.
         pydantic.ValidationError: If an option is unknown or out of range.
     """
-    cls = algorithms.get(config.name if config else "plain")
+    cls = algorithms.get(config.name if config else PLAIN)
     return cls(cls.Options.model_validate(dict(config.options) if config else {}))

@@ -431,12 +431,18 @@ class AnswerOfferRequest(_message.Message):
     ANSWER_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
+    ALGORITHM_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Id of the run."""
     answer: Global___Answer.ValueType
     """Accepted or declined."""
     examples: _builtins.int
     """Examples the client has of the run's classes, 10^9 at most; 0: not said."""
+    algorithm: _builtins.str
+    """The local algorithm that the client will follow, the `name` in the run's `training.algorithm`; empty: none, plain training.
+    A trainer that accepts a run and names another one than the run does, because it is older than the algorithm for
+    example, counts as one that declined: it would train otherwise than all others, and nothing would show it.
+    """
     @_builtins.property
     def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why it is declined, a sentence each, for the operator: at least one, and the first 8 are kept, of each the first 512
@@ -450,10 +456,11 @@ class AnswerOfferRequest(_message.Message):
         answer: Global___Answer.ValueType = ...,
         reasons: _abc.Iterable[_builtins.str] | None = ...,
         examples: _builtins.int = ...,
+        algorithm: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "examples", b"examples", "reasons", b"reasons", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "answer", b"answer", "examples", b"examples", "reasons", b"reasons", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ from functools import partial
 
 from fedpeft import PROTOCOL, __version__, seeds
 from fedpeft.adapters.payload import chunks
+from fedpeft.config import PLAIN
 from fedpeft.errors import (
     AnswerInvalid,
     CapabilitiesInvalid,
@@ -151,6 +152,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         if request.examples > untrusted_text.MAX_EXAMPLES:
             fault = f"is {request.examples}; at most {untrusted_text.MAX_EXAMPLES} are taken"
             raise AnswerInvalid(f"examples {fault}", (("examples", fault),))
+        if accepted and (unable := self._unable(client, request)):
+            accepted, reasons = False, (unable,)
         answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, request.examples, time.time())
         await self._runs.answer(answer, actor())
         if self._sessions.role(client) == "evaluator":
@@ -162,6 +165,16 @@ class Federation(pb_grpc.FederationServiceServicer):
             "run accepted" if accepted else "run declined", client=client, run=request.run, reasons=answer.reasons
         )
         return pb.AnswerOfferResponse()
+
+    def _unable(self, client: str, request: pb.AnswerOfferRequest) -> str:
+        """Returns why a client that accepts a run cannot train as all others do; empty if it can."""
+        algorithm = self._runs.get(request.run).run.config.training.algorithm
+        if algorithm is None or self._sessions.role(client) == "evaluator":
+            return ""
+        said = untrusted_text.software(request.algorithm) or PLAIN
+        if said == algorithm.name:
+            return ""
+        return f"it would train by the algorithm {said!r}, and the run's is {algorithm.name!r}; update its software"
 
     async def PullAdapter(
         self, request: pb.PullAdapterRequest, context: Context

@@ -68,6 +68,20 @@ async def test_who_declined_is_not_sampled_and_the_operator_sees_why(daemon: Dae
     assert [(d.client, list(d.reasons)) for d in shown.declines] == [("b", [WHY])]
 
 
+async def test_who_would_train_by_another_algorithm_counts_as_one_that_declined(daemon: Daemon) -> None:
+    proximal = {"algorithm": {"name": "fedprox", "mu": 0.1}}
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1, "deadline_s": 60}, training=proximal))
+    new, old = await daemon.clients("new", "old")
+    await offered(old)
+    await old.answer(run.id, examples=5)
+    shown = await daemon.run(run.id)
+    why = "it would train by the algorithm 'plain', and the run's is 'fedprox'; update its software"
+    assert [(d.client, list(d.reasons)) for d in shown.declines] == [("old", [why])]
+    await offered(new)
+    await new.answer(run.id, algorithm="fedprox")
+    assert (await new.look()).training.run == run.id
+
+
 async def test_the_wait_names_how_many_declined_but_tells_no_client_why(daemon: Daemon) -> None:
     run = await daemon.create()
     a, b = await daemon.clients("a", "b")
