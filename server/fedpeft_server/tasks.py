@@ -21,6 +21,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+async def ended(task: asyncio.Task[R]) -> R:
+    """Returns the result of a task; if the caller is cancelled it returns at once, and the task goes on."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_tell_failure)  # which nobody would see: its caller has left
+        raise
+
+
 class TaskSet:
     """The running tasks of one object."""
 
@@ -33,14 +42,6 @@ class TaskSet:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    async def ended(self, task: asyncio.Task[R]) -> R:
-        """Returns the result of a task; if the caller is cancelled it returns at once, and the task goes on."""
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(_tell_failure)  # which nobody would see: its caller has left
-            raise
 
     async def wait(self) -> None:
         """Waits until no task is running."""
@@ -63,7 +64,7 @@ def shielded(method: Method[S, P, R]) -> Method[S, P, R]:
 
     @wraps(method)
     async def whole(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await self.tasks.ended(self.tasks.start(method(self, *args, **kwargs)))
+        return await ended(self.tasks.start(method(self, *args, **kwargs)))
 
     return whole
 

@@ -34,7 +34,7 @@ from fedpeft.rounds.transitions import Changes, RunState, RunStatus, transition
 from fedpeft_server.runs import audit_trail
 from fedpeft_server.store.rows import AuditEvent, RunRow, Transition
 from fedpeft_server.store.store import Store
-from fedpeft_server.tasks import TaskSet
+from fedpeft_server.tasks import TaskSet, ended
 from fedpeft_server.traffic import ByteCounter
 
 log = structlog.get_logger()
@@ -90,7 +90,7 @@ class RunActor:
     async def call(self, command: Callable[[], Coroutine[Any, Any, R]]) -> R:
         """Returns the result of a command, which goes to its end even if the caller is cancelled."""
         self._last = task = self.tasks.start(self._run(self._last, command))
-        return await self.tasks.ended(task)
+        return await ended(task)
 
     async def _run(self, previous: asyncio.Task[Any] | None, command: Callable[[], Coroutine[Any, Any, R]]) -> R:
         if previous is not None:

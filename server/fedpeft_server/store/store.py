@@ -23,6 +23,7 @@ from fedpeft_server.store.database import Database
 from fedpeft_server.store.shared_transaction import SharedTransaction
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.update_store import BucketUpdates, UpdateStore
+from fedpeft_server.tasks import ended
 
 log = structlog.get_logger()
 
@@ -99,7 +100,7 @@ class Store:
         Raises:
             DatabaseLocked: If that lasts for `BUSY_TIMEOUT_S`.
         """
-        return await asyncio.shield(self.begin(method, *args, **kwargs))
+        return await ended(self.begin(method, *args, **kwargs))
 
     def begin(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Task[R]:
         """Begins what `transact` waits for: the task ends with the transaction's result, or its error."""
