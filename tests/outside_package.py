@@ -49,7 +49,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, points: 
         monkeypatch.delitem(registry.__dict__, "_installed", raising=False)
         monkeypatch.setitem(registry._items, name, None)  # so that it is undone
         del registry._items[name]
-        text += f"[{registry._group}]\n{name} = outside_package:{thing}\n"
+        text += f"[{registry.group}]\n{name} = outside_package:{thing}\n"
     (about / "entry_points.txt").write_text(text)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delenv("FEDPEFT_TESTS_PRELOADED", raising=False)  # a fork of that process would not find it

@@ -455,7 +455,7 @@ def test_every_field_of_a_run_file_is_named_with_its_line(tmp_path: Path, sectio
     assert f"{file}:{number + 1}: {path}" in caught.value.message
 
 
-FREE = {"data_dir", "database", "blobs", "data", "state_dir", "identity", "policy", "weights", "label_map"}
+FREE = {"data_dir", "database", "blobs", "updates", "data", "state_dir", "identity", "policy", "weights", "label_map"}
 FREE |= {"image_column", "label_column"}
 """Settings that any text may be the value of; what it names is looked for later."""
 

@@ -13,12 +13,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
 from fedpeft.errors import DiskFull, Internal
-from fedpeft.rounds.state_machine import TimePassed
+from fedpeft.rounds.state_machine import Event, TimePassed
 from fedpeft.v1 import run_pb2
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs import engine as engines
+from fedpeft_server.runs.actor import RunActor
 from fedpeft_server.runs.engine import RunEngine
+from fedpeft_server.store.rows import Transition
 
 from .conftest import Daemon, config, filled, free_port
 
@@ -133,15 +135,15 @@ async def test_a_deadline_that_fails_shows_in_health_until_it_was_acted_on(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "AGAIN_S", 0.05)
-    advance = RunEngine._advance
+    advance = RunActor.advance
     failing = True
 
-    async def faulty(self: RunEngine, event: object, *rest: object) -> None:
+    async def faulty(self: RunActor, event: Event, *rest: str, **named: str) -> Transition | None:
         if failing and isinstance(event, TimePassed):
             raise RuntimeError("unforeseen")
-        await advance(self, event, *rest)  # type: ignore[arg-type]
+        return await advance(self, event, *rest, **named)
 
-    monkeypatch.setattr(RunEngine, "_advance", faulty)
+    monkeypatch.setattr(RunActor, "advance", faulty)
     run = await daemon.create(config(rounds={"count": 1, "clients": 1, "deadline_s": 1, "max_extensions": 0}))
     (a,) = await daemon.clients("a")
     await a.task()

@@ -85,7 +85,6 @@
         ├── ModelInvalid          a model or its weights
         ├── BackboneMismatch      the frozen tensors differ from the run's
         ├── StateInvalid          a state or data directory
-        ├── RevisionMoved         another process changed the run meanwhile
         ├── IdentityInvalid       a key, a certificate, an enrolment token
         ├── AuditBroken           an audit log was changed
         ├── TrainingFailed        local training ended without an update
@@ -181,7 +180,6 @@ from fedpeft.errors.local import (
     LocalError,
     ModelInvalid,
     RefusedByPolicy,
-    RevisionMoved,
     SettingsInvalid,
     StateInvalid,
     TrainingFailed,
@@ -261,7 +259,6 @@ __all__ = [
     "RefusedByPolicy",
     "RequestIdReused",
     "ResourceExhausted",
-    "RevisionMoved",
     "RoleMayNot",
     "RoundClosed",
     "RunFinished",

@@ -29,10 +29,6 @@ class StateInvalid(LocalError):
     """A state or data directory cannot be used."""
 
 
-class RevisionMoved(LocalError):
-    """Another process changed the run since it was read; what was to be written of it was not."""
-
-
 class IdentityInvalid(LocalError):
     """A key, a certificate, a signing request or an enrolment token cannot be used."""
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from fedpeft.errors import DatabaseLocked, FedpeftError, RevisionMoved
+from fedpeft.errors import DatabaseLocked, FedpeftError
 from fedpeft.identity.audit import Detail
 from fedpeft.rounds.conduct import Conduct
 from fedpeft.rounds.state_machine import (
@@ -32,7 +32,7 @@ from fedpeft.rounds.state_machine import (
 )
 from fedpeft.rounds.transitions import Changes, RunState, RunStatus, transition
 from fedpeft_server.runs import audit_trail
-from fedpeft_server.store.rows import AuditEvent, RunRow, Transition
+from fedpeft_server.store.rows import AuditEvent, RevisionMoved, RunRow, Transition
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import TaskSet, ended
 from fedpeft_server.traffic import ByteCounter

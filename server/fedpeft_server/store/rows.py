@@ -112,6 +112,10 @@ class Result:
     outcome: Outcome
 
 
+class RevisionMoved(Exception):
+    """A transition was not written: another process changed the run since it was read. Its actor decides anew."""
+
+
 @dataclass(frozen=True, slots=True)
 class Transition:
     """A transition of a run with all that is written together with it.

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedpeft.errors import RevisionMoved, StateInvalid
+from fedpeft.errors import StateInvalid
 from fedpeft.rounds.state_machine import Aggregated, Phase, Received, Round, Stopped, TicketState, Withdrawn, advance
 from fedpeft.rounds.transitions import RunStatus, transition
 from fedpeft_server.store.database import Database
@@ -18,6 +18,7 @@ from fedpeft_server.store.rows import (
     ClientRow,
     Place,
     Result,
+    RevisionMoved,
     RoundFigures,
     RunState,
     TicketFigures,

@@ -8,11 +8,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
-from fedpeft.errors import MetricsInvalid, RevisionMoved, RunNotFound, VersionNotFound
+from fedpeft.errors import MetricsInvalid, RunNotFound, VersionNotFound
 from fedpeft.rounds.transitions import Changes
 from fedpeft_server.store import stored, tables
 from fedpeft_server.store.queries.upsert import upsert
-from fedpeft_server.store.rows import RunRow, RunState, VersionRow
+from fedpeft_server.store.rows import RevisionMoved, RunRow, RunState, VersionRow
 
 MAX_SPLITS = 16
 """Most splits of a run, over all its evaluators: each has its own series in Prometheus and figures of every version."""
