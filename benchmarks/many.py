@@ -71,12 +71,17 @@ def until(child: subprocess.Popen[str], met: Callable[[], bool], most_s: float, 
     return took
 
 
-def waiting(server: Daemon, run: str) -> int:
-    """Returns the number of clients that a run may sample, from /metrics."""
+def gauge(server: Daemon, run: str, name: str, label: str = "") -> int:
+    """Returns a value of a run from /metrics, 0 before there is one; no call of the operator's service is made."""
     with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
-    mine = [line for line in lines if line.startswith("fedpeft_clients{") and run in line and '"waiting"' in line]
+    mine = [line for line in lines if line.startswith(f"{name}{{") and run in line and label in line]
     return int(float(mine[0].rpartition(" ")[2])) if mine else 0
+
+
+def waiting(server: Daemon, run: str) -> int:
+    """Returns the number of clients that a run may sample."""
+    return gauge(server, run, "fedpeft_clients", '"waiting"')
 
 
 @contextmanager
@@ -179,7 +184,7 @@ def _hold_rounds(server: Daemon, run: str, child: subprocess.Popen[str], rounds:
     memory: list[int] = []
 
     def is_finished() -> bool:
-        held = len(rounds_of(server, run))
+        held = int(gauge(server, run, "fedpeft_rounds_total", '"committed"'))
         if held:
             memory.append(resident_bytes(server.pid))
         return held >= rounds

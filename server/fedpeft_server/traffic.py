@@ -19,7 +19,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
-from fedpeft_server.access.call import CALL, Call, Direction, Key
+from prometheus_client import Counter
+
+from fedpeft_server.access.call import CALL, DIRECTIONS, Call, Direction, Key
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.rows import Traffic
 from fedpeft_server.store.store import Store
@@ -32,6 +34,7 @@ class ByteCounter:
         self._metrics = metrics
         self._pending: dict[Key, Traffic] = {}
         self._rounds: dict[str, _Rounds] = {}
+        self._wire: dict[tuple[str, Direction], Counter] = {}
         self.moved = asyncio.Event()
         """Set once a payload passed that is not in the database yet."""
 
@@ -118,26 +121,23 @@ class ByteCounter:
 
     def resume(self, run: str, number: int, current: Traffic, last: Traffic) -> None:
         """Sets the gauges of the round in progress, `number`, and of the one before to what the database has."""
-        self._rounds[run] = _Rounds(number, {number: _both(current), number - 1: _both(last)})
-        self._show(run)
+        known = {number: _both(current), number - 1: _both(last)}
+        self._rounds[run] = _Rounds(self._metrics, run, number, known)
 
     def round_committed(self, run: str, number: int) -> None:
         """Makes a round the last one, and the one after it the one in progress."""
-        self._rounds.setdefault(run, _Rounds(number)).go_on(number + 1)
-        self._show(run)
+        self._rounds_of(run).go_on(number + 1)
 
     def forget(self, run: str) -> None:
         """Forgets a run that was deleted."""
         self._rounds.pop(run, None)
+        for direction in DIRECTIONS:
+            self._wire.pop((run, direction), None)
 
-    def _show(self, run: str) -> None:
-        rounds = self._rounds[run]
-        for gauge, number in (
-            (self._metrics.round_bytes, rounds.number),
-            (self._metrics.last_round_bytes, rounds.number - 1),
-        ):
-            for direction, size_bytes in rounds.of(number).items():
-                gauge.labels(run, direction).set(size_bytes)
+    def _rounds_of(self, run: str) -> _Rounds:
+        if run not in self._rounds:
+            self._rounds[run] = _Rounds(self._metrics, run, 1)
+        return self._rounds[run]
 
     def _settle(self, call: Call, key: Key, *, training: bool) -> None:
         call.key, call.training = key, training
@@ -147,12 +147,12 @@ class ByteCounter:
         call.unbooked = {"up": 0, "down": 0}
 
     def _book_wire(self, key: Key, training: bool, direction: Direction, size_bytes: int) -> None:
-        run = key[0]
-        self._metrics.wire_bytes.labels(run, direction).inc(size_bytes)
+        run, number, _ = key
+        if (run, direction) not in self._wire:
+            self._wire[run, direction] = self._metrics.wire_bytes.labels(run, direction)
+        self._wire[run, direction].inc(size_bytes)
         if training:
-            rounds = self._rounds.setdefault(run, _Rounds(1))
-            if rounds.add(key[1], direction, size_bytes):
-                self._show(run)
+            self._rounds_of(run).add(number, direction, size_bytes)
             up, down = (size_bytes, 0) if direction == "up" else (0, size_bytes)
             self._add(key, Traffic(up, down, 0, 0))
 
@@ -163,30 +163,38 @@ class ByteCounter:
 class _Rounds:
     """Wire bytes of a run's round in progress and of the one before, which may still get what comes too late.
 
+    Its series are looked up once: by their labels that takes longer than to count a message.
+
     Args:
+        metrics: Those that show both rounds.
+        run: The run's id.
         number: The round in progress.
         known: What is known of both, by number and direction.
     """
 
-    def __init__(self, number: int, known: Mapping[int, dict[Direction, int]] = MappingProxyType({})) -> None:
-        self.number = number
+    def __init__(
+        self, metrics: Metrics, run: str, number: int, known: Mapping[int, dict[Direction, int]] = MappingProxyType({})
+    ) -> None:
+        self._number = number
         self._sums = dict(known)
+        self._current = {d: metrics.round_bytes.labels(run, d) for d in DIRECTIONS}
+        self._last = {d: metrics.last_round_bytes.labels(run, d) for d in DIRECTIONS}
+        self.go_on(number)
 
-    def of(self, number: int) -> dict[Direction, int]:
-        """Returns the bytes of one of both rounds."""
-        return self._sums.setdefault(number, {"up": 0, "down": 0})
-
-    def add(self, number: int, direction: Direction, size_bytes: int) -> bool:
-        """Adds bytes to a round; False if it is another one, which no gauge shows."""
-        shown = number in (self.number, self.number - 1)
-        if shown:
-            self.of(number)[direction] += size_bytes
-        return shown
+    def add(self, number: int, direction: Direction, size_bytes: int) -> None:
+        """Adds bytes to a round; those of others no gauge shows."""
+        shown = {self._number: self._current, self._number - 1: self._last}.get(number)
+        if shown is not None:
+            self._sums[number][direction] += size_bytes
+            shown[direction].set(self._sums[number][direction])
 
     def go_on(self, number: int) -> None:
-        """Makes another round the one in progress."""
-        self.number = number
-        self._sums = {n: sums for n, sums in self._sums.items() if n in (number, number - 1)}
+        """Makes a round the one in progress."""
+        self._number = number
+        self._sums = {n: self._sums.get(n, {"up": 0, "down": 0}) for n in (number, number - 1)}
+        for n, gauges in ((number, self._current), (number - 1, self._last)):
+            for direction, gauge in gauges.items():
+                gauge.set(self._sums[n][direction])
 
 
 def _both(traffic: Traffic) -> dict[Direction, int]:

@@ -7,12 +7,13 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import CHUNK_BYTES, FIRST_CHUNK_BYTES, Entry, Manifest, chunks
 from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
+from fedpeft.codecs import BLOCK_ELEMENTS, codecs
 from fedpeft.errors import ManifestInvalid, PayloadInvalid
 
 SPECS = (TensorSpec("a", (2, 3)), TensorSpec("b", ()), TensorSpec("c.bias", (5,)))
@@ -114,6 +115,45 @@ def test_damaged_payloads_decode_to_finite_values_or_are_refused(place: int, fli
     except PayloadInvalid:
         return
     assert all(np.isfinite(a).all() for a in payload.decode(manifest, memoryview(damaged)).values())
+
+
+def mixed(sizes: list[int], encodings: list[str]) -> tuple[Manifest, bytes]:
+    """A payload of tensors of these sizes, each in its own encoding."""
+    rng, entries, data = np.random.default_rng(0), list[Entry](), b""
+    for i, (size, encoding) in enumerate(zip(sizes, encodings, strict=True)):
+        part = codecs.get(encoding).encode(rng.standard_normal(size, np.float32))
+        entries.append(Entry(f"t{i}", (size,), encoding, len(data), len(part)))
+        data += part
+    return Manifest(tuple(entries), len(data), hashlib.sha256(data).digest()), data
+
+
+SIZES = st.lists(
+    st.sampled_from([1, 3, 200, 2400, BLOCK_ELEMENTS - 3, BLOCK_ELEMENTS, 2 * BLOCK_ELEMENTS + 1]),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=40)
+@given(sizes=SIZES, given_data=st.data())
+def test_neighbours_read_together_are_read_as_each_alone(sizes: list[int], given_data: st.DataObject) -> None:
+    encodings = [given_data.draw(st.sampled_from(["float32", "bfloat16", "sparse+float32"])) for _ in sizes]
+    manifest, data = mixed(sizes, encodings)
+    payload.check_payload(manifest, memoryview(data))
+    norm = 0.0
+    for entry, part in payload.parts(manifest, memoryview(data)):
+        for _, values in codecs.get(entry.encoding).blocks(part, entry.shape[0]):
+            norm += float((values.astype(np.float64) ** 2).sum())
+    assert payload.squared_norm(manifest, memoryview(data)) == norm  # to the last bit: records name it
+
+
+def test_of_neighbours_read_together_the_wrong_one_is_named() -> None:
+    manifest, data = mixed([200, 300, 400], ["float32"] * 3)
+    values = np.frombuffer(data, "<f4").copy()
+    values[200 + 17] = np.inf
+    with pytest.raises(PayloadInvalid, match=r"tensor t1: value 17 is not finite") as caught:
+        payload.check_payload(manifest, memoryview(values.tobytes()))
+    assert caught.value.fields == (("tensors[1]", "value 17 is not finite"),)
 
 
 @given(st.integers(0, 2**32), st.integers(0, 2**24))

@@ -216,16 +216,26 @@ def check_payload(manifest: Manifest, payload: memoryview, release: Callable[[],
     if len(payload) != manifest.payload_bytes:
         raise PayloadInvalid(f"the payload has {len(payload)} bytes; its manifest says {manifest.payload_bytes}")
     resident = 0
-    for i, (entry, data) in enumerate(parts(manifest, payload)):
+    for group, data in _groups(manifest, payload):
         try:
-            codecs.get(entry.encoding).check(data, math.prod(entry.shape))
-        except PayloadInvalid as error:
-            fields = ((f"tensors[{i}]", error.message),)
-            raise PayloadInvalid(f"tensor {entry.name}: {error.message}", fields) from None
-        resident += entry.length
+            codecs.get(group[0].encoding).check(data, sum(math.prod(entry.shape) for entry in group))
+        except PayloadInvalid:
+            _refuse(manifest, payload, group)
+            raise
+        resident += len(data)
         if release and resident > RESIDENT_BYTES:
             release()
             resident = 0
+
+
+def _refuse(manifest: Manifest, payload: memoryview, group: Sequence[Entry]) -> None:
+    """Raises PayloadInvalid for the first tensor of a group that is wrong by itself."""
+    for entry in group:
+        try:
+            codecs.get(entry.encoding).check(_bytes_of(entry, payload), math.prod(entry.shape))
+        except PayloadInvalid as error:
+            fields = ((f"tensors[{manifest.entries.index(entry)}]", error.message),)
+            raise PayloadInvalid(f"tensor {entry.name}: {error.message}", fields) from None
 
 
 def squared_norm(manifest: Manifest, payload: memoryview, release: Callable[[], object] | None = None) -> float:
@@ -237,14 +247,16 @@ def squared_norm(manifest: Manifest, payload: memoryview, release: Callable[[], 
         release: Called now and then to give back what was read of a mapped file.
     """
     total, resident, wide = 0.0, 0, np.empty(BLOCK_ELEMENTS)
-    for entry, data in parts(manifest, payload):
-        for _, values in codecs.get(entry.encoding).blocks(data, math.prod(entry.shape)):
+    for group, data in _groups(manifest, payload):
+        ends = list(accumulate(math.prod(entry.shape) for entry in group))
+        for _, values in codecs.get(group[0].encoding).blocks(data, ends[-1]):
             # Not np.dot: BLAS would start threads of its own for every block.
             square = wide[: values.size]
             np.copyto(square, values)
             square *= square
-            total += float(square.sum())
-        resident += entry.length
+            for tensor in np.split(square, ends[:-1]):  # a group of several tensors is one block
+                total += float(tensor.sum())
+        resident += len(data)
         if release and resident > RESIDENT_BYTES:
             release()
             resident = 0
@@ -262,4 +274,32 @@ def decode(manifest: Manifest, payload: memoryview) -> dict[str, NDArray[np.floa
 def parts(manifest: Manifest, payload: memoryview) -> Iterator[tuple[Entry, memoryview]]:
     """Yields each entry with its bytes, uncopied."""
     for entry in manifest.entries:
-        yield entry, payload[entry.offset : entry.offset + entry.length]
+        yield entry, _bytes_of(entry, payload)
+
+
+def _bytes_of(entry: Entry, payload: memoryview) -> memoryview:
+    return payload[entry.offset : entry.offset + entry.length]
+
+
+def _groups(manifest: Manifest, payload: memoryview) -> Iterator[tuple[list[Entry], memoryview]]:
+    """Yields each entry with its bytes, or neighbours with theirs that a codec reads like one tensor of one block.
+
+    NumPy gives the interpreter's lock back in every operation, and a server's threads wait for it each time: of an
+    adapter of a hundred small tensors, one by one, a thread spent most of its time so.
+    """
+    group: list[Entry] = []
+    elements = 0
+    for entry in manifest.entries:
+        n = math.prod(entry.shape)
+        joins = group and entry.encoding == group[0].encoding and codecs.get(entry.encoding).joins
+        if group and not (joins and elements + n <= BLOCK_ELEMENTS):
+            yield group, _joined(group, payload)
+            group, elements = [], 0
+        group.append(entry)
+        elements += n
+    if group:
+        yield group, _joined(group, payload)
+
+
+def _joined(group: Sequence[Entry], payload: memoryview) -> memoryview:
+    return payload[group[0].offset : group[-1].offset + group[-1].length]

@@ -31,6 +31,8 @@ class Codec(ABC):
 
     name: str
     """The registered name, as the manifest writes it."""
+    joins: bool = False
+    """True if the encodings of some tensors one after the other are that of all their values."""
 
     @abstractmethod
     def encode(self, values: Values) -> bytes:

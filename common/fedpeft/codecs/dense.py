@@ -24,6 +24,8 @@ class Dense(Codec):
         exponent: The bits of the exponent: all set in infinities and NaN, and in nothing else.
     """
 
+    joins = True
+
     def __init__(self, name: str, bits: str, exponent: int) -> None:
         self.name = name
         self.bits = np.dtype(bits)

@@ -324,18 +324,25 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
 
 def _waiting(state: Round, event: Waiting, config: RoundsConfig, now: float) -> Step:
     policy = policies.get(config.policy_name)
-    fresh = event.clients - {ticket.client for ticket in state.tickets}
-    if state.phase is Phase.WAITING and _enough(state, len(fresh), event, config):
+    if state.phase is Phase.WAITING:
+        fresh = _fresh(state, event)
+        if not _enough(state, len(fresh), event, config):
+            return state, ()
         opened = replace(state, phase=Phase.OPEN, opened_at=now, deadline=now + config.deadline_s)
         return _issue(opened, fresh, policy.wanted(opened, config), config, event.demerits)
     if state.phase is not Phase.OPEN:
         return state, ()
-    if (missing := policy.wanted(state, config)) > 0 and fresh:
+    missing = policy.wanted(state, config)
+    if missing > 0 and (fresh := _fresh(state, event)):  # as a rule nobody is missing, and none need be looked for
         return _issue(state, fresh, missing, config, event.demerits)
     nobody_left = not state.in_state(TicketState.ISSUED)
     if nobody_left and len(state.in_state(TicketState.RECEIVED)) >= config.needed:
         return _aggregate(state, config)
     return state, ()
+
+
+def _fresh(state: Round, event: Waiting) -> AbstractSet[str]:
+    return event.clients - {ticket.client for ticket in state.tickets}
 
 
 def _enough(state: Round, fresh: int, event: Waiting, config: RoundsConfig) -> bool:

@@ -15,6 +15,7 @@ from fedpeft.identity import certificates
 from fedpeft.identity.subject import Role, Subject
 
 Direction = Literal["up", "down"]
+DIRECTIONS: tuple[Direction, ...] = ("up", "down")
 Key = tuple[str, int, str]
 """(run, round number, client)."""
 Properties = Mapping[str, Iterable[bytes]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 from urllib.parse import unquote
 
 FORWARDED_KEY = "fedpeft-peer"
@@ -23,6 +24,7 @@ def address_of(peer: str) -> str:
     return of_host(rest.rpartition(":")[0].strip("[]"))
 
 
+@lru_cache(maxsize=4096)  # it is asked for in every call, and clients call again and again
 def of_host(host: str) -> str:
     """Returns the address of a host as bounds count it."""
     try:

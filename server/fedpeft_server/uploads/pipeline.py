@@ -316,15 +316,16 @@ def _finish(writer: SpoolWriter) -> None:
 
 def _now(engine: RunEngine, ticket: Ticket) -> Ticket:
     """Returns a ticket as it is now; as it was if its round is over."""
-    return next((t for t in engine.round.tickets if t.id == ticket.id), ticket)
+    found = engine.round.ticket_of(ticket.client)
+    return found if found is not None and found.id == ticket.id else ticket
 
 
 def _is_open(engine: RunEngine, ticket: Ticket) -> bool:
     """Returns True if the round of a ticket takes an update for it now, or has taken it and may take others."""
     if not engine.active or engine.round.phase is not Phase.OPEN:
         return False
-    held = (TicketState.ISSUED, TicketState.RECEIVED)
-    return any(t.id == ticket.id and t.state in held for t in engine.round.tickets)
+    found = engine.round.ticket_of(ticket.client)
+    return found is not None and found.id == ticket.id and found.state in (TicketState.ISSUED, TicketState.RECEIVED)
 
 
 @asynccontextmanager
