@@ -18,6 +18,11 @@ from pathlib import Path
 
 STATUS_BYTES = 4
 START_S = 60.0
+IGNORED = {
+    "fedpeft_client.worker.process": (signal.SIGINT, signal.SIGTERM),
+    "fedpeft.simulation.worker": (signal.SIGINT,),
+}
+"""Signals that a module ignores: any other ends this process, and the fork with it."""
 LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 
 
@@ -29,8 +34,8 @@ def launch(folder: str, module: str, arguments: list[str]) -> None:
     """
     if not _same_place(Path(folder)):
         return
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # as the worker does
+    for each in IGNORED.get(module, ()):
+        signal.signal(each, signal.SIG_IGN)
     line = _connect(Path(folder))
     limits = [(limit, resource.getrlimit(limit)) for limit in set(LIMITS.values())]
     started = {"module": module, "arguments": arguments, "folder": os.getcwd()}
@@ -84,9 +89,8 @@ def _start(folder: Path) -> None:
     server = Path(__file__).with_name("fedpeft_tests_preloaded.py")
     nothing = subprocess.DEVNULL
     with (folder / "log").open("wb") as log:
-        subprocess.Popen(
-            [sys.executable, str(server), str(folder)], stdin=nothing, stdout=log, stderr=log, start_new_session=True
-        )
+        command = [sys.executable, str(server), str(folder)]
+        subprocess.run(command, stdin=nothing, stdout=log, stderr=log, start_new_session=True, check=True)
     until = time.monotonic() + START_S
     while not (folder / "socket").exists():
         if time.monotonic() > until:

@@ -1,6 +1,7 @@
 """The preloaded process: it has imported what a worker and `fedpeft run create` import, and forks one for each.
 
-It ends when its folder is removed, or the process of the tests is gone.
+It ends when its folder is removed, or the process of the tests is gone. It is nobody's child: the first worker of all
+starts it, and a test that looks whether all descendants of a command have ended must not find it among them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ LOOK_S = 1.0
 
 def main() -> None:
     """Serves until the folder that it was given is removed."""
+    if os.fork():
+        os._exit(0)
     folder = Path(sys.argv[1])
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket.new"))

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -105,6 +108,14 @@ def test_data_that_a_worker_cannot_use_ends_the_simulation_with_the_name_of_its_
     with pytest.raises(DataInvalid, match=r"client odd: class 'yak' \(2 rows\) is not among the run's"):
         simulate(run, {"good": whole, "odd": odd}, tmp_path / "out")
     assert gone(started)
+
+
+def test_a_worker_ends_with_its_parent():
+    ours, theirs = socket.socketpair()
+    with theirs:
+        worker = subprocess.Popen([sys.executable, "-m", "fedpeft.simulation.worker"], stdin=theirs.fileno())
+    ours.close()  # as when the parent is killed
+    assert worker.wait(60) == 0
 
 
 def test_an_interrupt_leaves_no_process(tmp_path, whole, started):

@@ -38,6 +38,7 @@ def main() -> None:
     worker = _Worker(answers, stopping.is_set)
     while (request := inbox.get()) is not None and not stopping.is_set():
         worker.answer(request)
+    os._exit(0)  # as at the end of stdin: nothing is left to write, and to take torch down takes seconds
 
 
 def _take_streams() -> tuple[TextIO, TextIO]:
