@@ -18,12 +18,12 @@ from fedpeft.process import output
 from fedpeft_operator.cli.columns import ImageColumn, LabelColumn, MaxImagePixels
 from fedpeft_operator.cli.epilogs import epilog
 from fedpeft_operator.cli.exit_codes import Exit
+from fedpeft_operator.cli.round_rows import say_rounds
 from fedpeft_operator.cli.session import require
 from fedpeft_operator.cli.weights import Weights, check_needed
 
 EVERY_S = 10.0
 """A round that takes longer says so often how far it is."""
-COLUMNS = ("round", "clients", "accuracy", "train loss", "up", "down", "full fine-tuning", "seconds")
 
 EPILOG = epilog(
     "fedpeft simulate emoji.toml --data sites --eval test.parquet --out simulated",
@@ -188,8 +188,7 @@ def _say(report: views.Json, out: Path) -> None:
     if "accuracy" in report["initial_metrics"]:
         output.say(f"  accuracy of version 0: {formatting.percent(report['initial_metrics']['accuracy'])}")
     if report["rounds"]:
-        heads = tuple(column.upper() for column in COLUMNS)
-        output.say_table(heads, [of_json(row, "payload").cells(COLUMNS) for row in report["rounds"]], right=heads)
+        say_rounds(of_json(row, "payload") for row in report["rounds"])
     if report["overlap"]:
         _say_overlap(report["overlap"])
     output.say(f"results: {out / 'adapter.safetensors'}, {out / 'report.json'}, {out / 'records.jsonl'}")

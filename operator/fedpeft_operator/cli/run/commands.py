@@ -10,13 +10,12 @@ from fedpeft.api import views
 from fedpeft.api.round_table import of_json
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import OF_NAMED, OF_SERVER, epilog
+from fedpeft_operator.cli.round_rows import OF_SHOW, say_rounds
 from fedpeft_operator.cli.run import create, export, verify, watch
 from fedpeft_operator.cli.session import Session, run_async, session_of
 
 if TYPE_CHECKING:
     from fedpeft.v1 import run_pb2
-
-COLUMNS = ("round", "clients", "accuracy", "up", "down", "full fine-tuning", "seconds")
 
 app = typer.Typer(no_args_is_help=True, help="Runs: create, watch, control and export.")
 
@@ -186,8 +185,7 @@ def _headline(whole: views.Json) -> list[str]:
 
 
 def _say_rounds(rounds: list[views.Json]) -> None:
-    heads = tuple(column.upper() for column in COLUMNS)
-    output.say_table(heads, [of_json(row).cells(COLUMNS) for row in rounds], right=heads)
+    say_rounds(map(of_json, rounds), OF_SHOW)
     for row in rounds:
         if (to := row["metrics"].get(views.ROLLED_BACK_TO)) is not None:
             output.say(f"round {row['version']} folded no update: it rolled the run back to version {to:.0f}")

@@ -17,8 +17,8 @@ from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import MOST_NAMES, decline_line, headline, names
 from fedpeft.api.round_table import of_message
 from fedpeft.v1 import run_pb2
+from fedpeft_operator.cli.round_rows import COLUMNS
 
-COLUMNS = ("round", "clients", "accuracy", "train loss", "up", "down", "full fine-tuning", "seconds")
 REFRESH_PER_S = 4
 ROOM_BESIDE_ROWS = 10
 """Lines of the terminal that are not rounds."""
