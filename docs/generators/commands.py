@@ -90,7 +90,7 @@ def _section(command: Any, context: typer.Context, path: str, level: int) -> Ite
 
 
 def _parameters(command: Any, context: typer.Context) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yields (argument or option, (how it is written, what is said of it)) for each that is not hidden."""
+    """Yields (kind, (usage, help)) for each parameter that is not hidden; the kind is `argument` or `option`."""
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is not None:
@@ -98,12 +98,12 @@ def _parameters(command: Any, context: typer.Context) -> Iterator[tuple[str, tup
 
 
 def _help(action: argparse.Action) -> str:
-    """Returns what is said of an argument, with its default in it where that is said."""
+    """Returns the help of an argument, its default filled in."""
     return ((action.help or "") % {"default": action.default}).replace("/home/you", "~")
 
 
 def _epilog(text: str) -> Iterator[str]:
-    """Yields what stands below the options; examples become a block."""
+    """Yields the epilog's paragraphs; examples become a block of code."""
     for is_example, group in itertools.groupby(text.split("\n\n"), lambda line: line.startswith("$ ")):
         if is_example:
             yield from ("```sh", *(line.removeprefix("$ ") for line in group), "```", "")

@@ -9,19 +9,15 @@ import pytest
 from playwright.async_api import Dialog, Page, expect
 from safetensors.numpy import load_file
 
+from ..run_files import TINY_MODEL
 from .conftest import AXE, DESK, PHONE, Looked
 from .story import NASTY, WRONG, Story
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.xdist_group("console")]
 
-RUN_FILE = """
+RUN_FILE = f"""
 name = "from the browser"
-[model]
-name = "vit_tiny_patch16_224"
-weights = "none"
-image_size = 32
-depth = 1
-classes = ["cat", "dog"]
+{TINY_MODEL}
 [peft]
 method = "bias"
 [rounds]

@@ -12,17 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from ..run_files import TINY_MODEL
 from .conftest import WAIT_S, Process, free_port, wait_for, write_site
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
-RUN_FILE = """
-[model]
-name = "vit_tiny_patch16_224"
-weights = "none"
-image_size = 32
-depth = 1
-classes = ["cat", "dog"]
+RUN_FILE = f"""
+{TINY_MODEL}
 [peft]
 method = "bias"
 [rounds]

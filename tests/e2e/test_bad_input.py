@@ -50,6 +50,7 @@ from fedpeft_server.app import Server
 from fedpeft_server.settings import Settings as ServerSettings
 
 from ..conftest import mounted_mib
+from ..run_files import TINY_MODEL
 from .conftest import Process, free_port, wait_for, write_site
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded")]
@@ -58,13 +59,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="ut
 ROWS = re.findall(r"^\| (.+?) \| `(.+)` \| (\d) \|$", PAGE.partition("## What bad input gets")[2], re.M)
 LOCAL = set(re.findall(r"^\| `([A-Z_]+)` \|", PAGE.partition("## On this machine only")[2], re.M))
 
-RUN_FILE = """
-[model]
-name = "vit_tiny_patch16_224"
-weights = "none"
-image_size = 32
-depth = 1
-classes = ["cat", "dog"]
+RUN_FILE = f"""
+{TINY_MODEL}
 [peft]
 method = "bias"
 [rounds]

@@ -10,18 +10,14 @@ from fedpeft import simulation
 from fedpeft.config import load_run_file
 from fedpeft.peft import spec_of
 
+from ..run_files import TINY_MODEL
 from .conftest import Federation, write_site
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded"), pytest.mark.timeout(600)]
 
-RUN_FILE = """
+RUN_FILE = f"""
 name = "turns"
-[model]
-name = "vit_tiny_patch16_224"
-weights = "none"
-image_size = 32
-depth = 1
-classes = ["cat", "dog"]
+{TINY_MODEL}
 [peft]
 method = "rolora"
 rank = 4

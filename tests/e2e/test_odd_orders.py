@@ -11,6 +11,7 @@ import pytest
 
 from fedpeft.api.operator_client import OperatorClient
 
+from ..run_files import TINY_MODEL
 from .conftest import Federation, Process, wait_for
 
 pytestmark = [
@@ -20,14 +21,9 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-ONE_CLIENT = """
+ONE_CLIENT = f"""
 name = "odd"
-[model]
-name = "vit_tiny_patch16_224"
-weights = "none"
-image_size = 32
-depth = 1
-classes = ["cat", "dog"]
+{TINY_MODEL}
 [peft]
 method = "bias"
 [rounds]

@@ -12,18 +12,14 @@ from fedpeft import simulation
 from fedpeft.config import load_run_file
 from fedpeft.rounds import state_machine
 
+from ..run_files import TINY_MODEL
 from .conftest import Federation, SlowLink, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded"), pytest.mark.timeout(600)]
 
-RUN_FILE = """
+RUN_FILE = f"""
 name = "scaffold"
-[model]
-name = "vit_tiny_patch16_224"
-weights = "none"
-image_size = 32
-depth = 1
-classes = ["cat", "dog"]
+{TINY_MODEL}
 [peft]
 method = "full"
 [rounds]

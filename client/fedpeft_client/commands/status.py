@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from fedpeft.errors import FedpeftError
 from fedpeft.formatting import counted, size
 from fedpeft.identity.folder import Identity
+from fedpeft.process import flags
 from fedpeft.process.output import say, say_json
 from fedpeft.rpc import diagnosis
 from fedpeft.rpc.diagnosis import Trust
@@ -132,13 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     state_flag.add(parser)
     state_flag.add_identity(parser)
-    parser.add_argument(
-        "--policy",
-        metavar="FILE",
-        type=Path,
-        default=os.environ.get("FEDPEFT_CLIENT_POLICY") or None,
-        help="its policy, if that is another than the client began with last (FEDPEFT_CLIENT_POLICY)",
-    )
+    said = "its policy, if that is another than the client began with last ({})"
+    flags.add_path(parser, "--policy", "FEDPEFT_CLIENT_POLICY", said, metavar="FILE")
     parser.add_argument(
         "--ask", action="store_true", help="also look whether the server is reached now; 3 if it is not"
     )

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from fedpeft.errors import SettingsInvalid, StateInvalid
+from fedpeft.process import flags
 from fedpeft_client.state.state_dir import VARIABLE
 
 
 def add(parser: argparse.ArgumentParser, more: str = "") -> None:
     """Adds the flag; `more` ends its help."""
-    parser.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        type=_folder,
-        default=os.environ.get(VARIABLE) or None,
-        help=f"the client's state directory ({VARIABLE}){more}",
-    )
+    flags.add_path(parser, "--state-dir", VARIABLE, "the client's state directory ({})" + more)
 
 
 def add_identity(parser: argparse.ArgumentParser) -> None:
     """Adds the flag of an identity folder that is not in the state directory."""
-    parser.add_argument(
-        "--identity",
-        metavar="DIR",
-        type=Path,
-        default=os.environ.get("FEDPEFT_CLIENT_IDENTITY") or None,
-        help="its identity folder, if that is not in the state directory (FEDPEFT_CLIENT_IDENTITY)",
-    )
-
-
-def _folder(text: str) -> Path | None:
-    """Returns a folder that was named; an empty name is none, and not the current folder."""
-    return Path(text) if text else None
+    said = "its identity folder, if that is not in the state directory ({})"
+    flags.add_path(parser, "--identity", "FEDPEFT_CLIENT_IDENTITY", said)
 
 
 def named(state_dir: Path | None) -> Path:

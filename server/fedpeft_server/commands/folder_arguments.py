@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from pathlib import Path
 
 from fedpeft.errors import SettingsInvalid
+from fedpeft.process import flags
 from fedpeft_server.access.files import Files
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds --data-dir and --identity to a command."""
-    parser.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        type=folder,
-        default=os.environ.get("FEDPEFT_SERVER_DATA_DIR") or None,
-        help="the server's data folder (FEDPEFT_SERVER_DATA_DIR)",
-    )
-    parser.add_argument(
-        "--identity",
-        metavar="DIR",
-        type=folder,
-        default=os.environ.get("FEDPEFT_SERVER_IDENTITY") or None,
-        help="the folder of the certificates, if it is not identity in the data folder (FEDPEFT_SERVER_IDENTITY)",
-    )
+    flags.add_path(parser, "--data-dir", "FEDPEFT_SERVER_DATA_DIR", "the server's data folder ({})")
+    said = "the folder of the certificates, if it is not identity in the data folder ({})"
+    flags.add_path(parser, "--identity", "FEDPEFT_SERVER_IDENTITY", said)
 
 
 def add_authority(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +28,6 @@ def words(given: argparse.Namespace) -> str:
     """Returns the flags that name the same folders to another command."""
     named = (("--data-dir", given.data_dir), ("--identity", given.identity))
     return " ".join(f"{flag} {shlex.quote(str(where))}" for flag, where in named if where)
-
-
-def folder(text: str) -> Path | None:
-    """Returns a folder that was named; an empty name is none, and not the current folder."""
-    return Path(text) if text else None
 
 
 def files(given: argparse.Namespace) -> Files:

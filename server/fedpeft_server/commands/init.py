@@ -20,7 +20,7 @@ from fedpeft.identity import certificates, folder, keys
 from fedpeft.identity.authority import Authority, check_host
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role, Subject
-from fedpeft.process import durable
+from fedpeft.process import durable, flags
 from fedpeft.process.addresses import Address, without_root
 from fedpeft_server.access.authorities import Authorities, issued, replaced
 from fedpeft_server.access.certificates import hosts_of, issue_server, read_authority
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--operator-identity",
         metavar="DIR",
-        type=folder_arguments.folder,
+        type=flags.path_or_none,
         help=f"where the operator's identity goes ({folder.personal() or 'to be named, for want of a home folder'})",
     )
     folder_arguments.add_authority(parser)
