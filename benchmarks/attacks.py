@@ -20,8 +20,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import closing, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,12 @@ async def repeat(
     async def one(channel: grpc.aio.Channel) -> None:
         nonlocal done
         while time.monotonic() < end:
-            with suppress(grpc.aio.AioRpcError):
+            with suppress(grpc.aio.AioRpcError):  # a refusal is an answer: what counts is what it costs
                 await asyncio.wait_for(call(channel), max(0.1, end - time.monotonic()))
             done += 1
 
     opened = [open_channel(target.address, target.identity(number % callers)) for number in range(channels)]
-    with suppress(TimeoutError):
+    with suppress(TimeoutError):  # the time of the attack is over
         await asyncio.gather(*(one(channel) for channel in opened for _ in range(at_once // channels)))
     for channel in opened:
         await channel.close()
@@ -147,7 +147,7 @@ async def strangers(target: Target) -> int:
         nonlocal done
         async with open_unnamed(target.enroll, authority) as channel:
             while (left := end - time.monotonic()) > 0:
-                with suppress(grpc.aio.AioRpcError, TimeoutError):
+                with suppress(grpc.aio.AioRpcError, TimeoutError):  # a refusal is an answer, and then the time is over
                     await asyncio.wait_for(channel.unary_unary("/fedpeft.v1.OperatorService/ListRuns")(b""), left)
                 done += 1
 
@@ -182,6 +182,7 @@ def _headers_without_end(target: Target) -> int:
     begin = b"\x00\x01x" + b"\x7f" + _varint(2**28 - 127)
     piece = struct.pack(">I", 16_384)[1:] + b"\x09\x00" + struct.pack(">I", 1) + b"\x61" * 16_384
     while time.monotonic() < end:
+        # An end of the connection is what the attack provokes; it opens the next one.
         with suppress(OSError), closing(context.wrap_socket(_connect(target.enroll), server_hostname=host)) as line:
             line.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
             line.sendall(struct.pack(">I", len(begin))[1:] + b"\x01\x00" + struct.pack(">I", 1) + begin)
@@ -229,6 +230,16 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@contextmanager
+def attacking(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """The attacker's process; it is ended with the block, should the block end before it does."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as attacker:
+        try:
+            yield attacker
+        finally:
+            attacker.kill()
+
+
 def observe(target: Target, server: Daemon, log: Path, attack: str) -> dict[str, Any]:
     """Runs one attack and returns what was seen beside it."""
     command = [sys.executable, __file__, "--attack", attack, "--target", json.dumps(asdict(target))]
@@ -238,25 +249,25 @@ def observe(target: Target, server: Daemon, log: Path, attack: str) -> dict[str,
         check = health_pb2_grpc.HealthStub(channel).Check
         check(health_pb2.HealthCheckRequest(), timeout=10)
         before, begun = log.stat().st_size, time.monotonic()
-        attacker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        while attacker.poll() is None:
-            at = time.monotonic()
-            try:
-                check(health_pb2.HealthCheckRequest(), timeout=10)
-                latencies.append(time.monotonic() - at)
-            except grpc.RpcError:
-                failures += 1
-            with suppress(OSError):
-                everyone = processes(server.pid)
-                memory = max(memory, sum(map(resident, everyone)))
-                files = max(files, len(os.listdir(f"/proc/{server.pid}/fd")))
-            time.sleep(PROBE_S)
-        took = time.monotonic() - begun
-        written = log.stat().st_size - before
-    assert attacker.stdout is not None
+        with attacking(command) as attacker:
+            while attacker.poll() is None:
+                at = time.monotonic()
+                try:
+                    check(health_pb2.HealthCheckRequest(), timeout=10)
+                    latencies.append(time.monotonic() - at)
+                except grpc.RpcError:
+                    failures += 1
+                with suppress(OSError):  # a process of it ended in between; the next look sees the others
+                    everyone = processes(server.pid)
+                    memory = max(memory, sum(map(resident, everyone)))
+                    files = max(files, len(os.listdir(f"/proc/{server.pid}/fd")))
+                time.sleep(PROBE_S)
+            took = time.monotonic() - begun
+            written = log.stat().st_size - before
+            done, _ = attacker.communicate()
     return {
         "attack": attack,
-        "done": attacker.stdout.read().strip(),
+        "done": done.strip(),
         "checks": len(latencies),
         "failed": failures,
         "median_s": round(statistics.median(latencies), 4) if latencies else None,

@@ -77,7 +77,7 @@ def memory_bytes(pid: int) -> int:
     """Returns the proportional set sizes of a process and its children."""
     total = 0
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):  # it has ended
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if pid in (parent, int(folder.name)):
                 lines = (folder / "smaps_rollup").read_text().splitlines()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import structlog
@@ -125,9 +125,8 @@ class Background:
         kept, self._kept = self._kept, set()
         for task in kept:
             task.cancel()
-        for task in list(self._tasks):
-            with suppress(asyncio.CancelledError, Exception):  # `_done` has said it
-                await task
+        if self._tasks:
+            await asyncio.wait(self._tasks)  # `_done` says what failed
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

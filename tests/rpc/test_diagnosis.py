@@ -68,7 +68,7 @@ def listening(talk: Talk) -> Iterator[str]:
         while not over.is_set():
             try:
                 caller, _ = line.accept()
-            except TimeoutError:
+            except TimeoutError:  # nobody came; is the test over?
                 continue
             with caller:
                 caller.settimeout(3)

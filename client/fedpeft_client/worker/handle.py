@@ -75,7 +75,7 @@ class WorkerProcess:
         process, self._process = self._process, None
         if process is None or process.stdin is None:
             return
-        with suppress(ConnectionError):
+        with suppress(ConnectionError):  # it has ended already
             process.stdin.write(b'{"op": "stop"}\n')
             await process.stdin.drain()
         try:
@@ -174,6 +174,6 @@ def _error(data: Answer) -> FedpeftError:
 
 def _cause(code: int) -> str:
     if code < 0:
-        with suppress(ValueError):
+        with suppress(ValueError):  # a real-time signal has no name
             return f"it was ended by {signal.Signals(-code).name}"
     return f"it ended with exit code {code}"

@@ -65,7 +65,7 @@ def highest_value(source: Source, preprocessing: Preprocessing, rows: Indices) -
     """
     highest = 0
     for row in map(int, rows):
-        with suppress(ImageUnreadable):
+        with suppress(ImageUnreadable):  # counted and named when it is decoded
             highest = max(highest, peak(source.image_bytes(row), preprocessing.max_pixels))
     return highest
 

@@ -129,6 +129,7 @@ def sweep(place: Path, name: str | None = None) -> None:
         name: Only what was to become this; everything if None.
     """
     wanted = None if name is None else _short(name)
+    # Neither does a file that cannot be removed keep anybody from writing: it is tried again the next time.
     with suppress(OSError), os.scandir(place) as entries:
         for entry in entries:
             found = _ASIDE.fullmatch(entry.name)

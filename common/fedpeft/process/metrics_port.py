@@ -170,5 +170,5 @@ def serve(registry: CollectorRegistry, host: str, port: int, within: Limits = DE
 
 
 def _interrupt(request: socket.socket) -> None:
-    with suppress(OSError):
+    with suppress(OSError):  # its caller has ended it already
         request.shutdown(socket.SHUT_RDWR)

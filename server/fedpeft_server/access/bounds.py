@@ -110,6 +110,7 @@ class Refusal(StrEnum):
     NO_DATA = "no data"
     TOO_MUCH_DATA = "too much data"
     OPEN_TOO_LONG = "open too long"
+    NOT_SERVED = "not served"
 
 
 _SMALL = CallBound(message_bytes=4 * KIB, elements=64)

@@ -69,7 +69,7 @@ async def main(fd: int, daemon: str) -> None:
                         newer[:] = [json.loads(line)]
                     waiting.cancel()
             except* _Idle:
-                pass
+                pass  # the end of this process; the daemon starts another for the next connection
             for task in (serving, reporting):
                 task.cancel()
             await server.stop(0)
@@ -102,7 +102,7 @@ async def _standard_input() -> asyncio.StreamReader:
 
 
 def _say(report: dict[str, object]) -> None:
-    with suppress(OSError):
+    with suppress(OSError):  # the daemon is gone, which the end of standard input says too
         print(json.dumps(report), flush=True)
 
 

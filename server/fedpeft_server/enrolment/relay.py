@@ -11,7 +11,7 @@ import socket
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from fedpeft_server.access import bounds
@@ -85,7 +85,7 @@ class Relay:
         while True:
             try:
                 line, where = await loop.sock_accept(listening)
-            except OSError:
+            except OSError:  # the caller left at once, or waits in the queue until a file is closed
                 await asyncio.sleep(PAUSE_S)
                 continue
             self._taken_at = self._clock()
@@ -133,11 +133,13 @@ class Relay:
         name = f"fedpeft-{id(self):x}-{self._numbers}"
         self._peers[name] = connection
         try:
-            with closing(socket.socket(socket.AF_UNIX)) as up, suppress(OSError):
+            with closing(socket.socket(socket.AF_UNIX)) as up:
                 up.setblocking(False)
                 up.bind("\0" + name)
                 await asyncio.get_running_loop().sock_connect(up, self._upstream)
                 await self._passed(line, up)
+        except OSError:  # no open file is left, or gRPC takes no connection
+            self.refused[Refusal.NOT_SERVED] += 1
         finally:
             del self._peers[name]
 

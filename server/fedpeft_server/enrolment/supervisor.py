@@ -172,7 +172,7 @@ class Enrolment:
         """Ends a process: by the end of its input, or by force."""
         if process.stdin:
             process.stdin.close()
-        with suppress(TimeoutError):
+        with suppress(TimeoutError):  # then by force
             async with asyncio.timeout(END_S):
                 await process.wait()
         if process.returncode is None:

@@ -96,8 +96,16 @@ async def until_closed(reader: asyncio.StreamReader) -> int:
             while data := await reader.read(65_536):
                 count += len(data)
     except ConnectionError:
-        pass
+        pass  # a reset is an end too
     return count
+
+
+async def test_a_connection_that_grpc_does_not_take_is_counted(tmp_path: Path) -> None:
+    async with echoing(tmp_path) as echo:
+        (tmp_path / "echo").unlink()
+        reader, _ = await echo.open()
+        assert await until_closed(reader) == 0
+        assert echo.relay.refused == {"not served": 1}
 
 
 async def test_one_address_has_so_many_connections_and_the_oldest_gives_way(tmp_path: Path) -> None:
@@ -338,7 +346,7 @@ def headers_without_end(federation: Federation) -> int:
                 line.sendall(piece)
                 sent += len(piece)
     except OSError:
-        pass
+        pass  # it was cut off, which the caller sees by the bytes
     return sent
 
 

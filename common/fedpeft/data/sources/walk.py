@@ -208,7 +208,7 @@ def _around(root: str) -> set[_Identity]:
     found, folder = {_identity(root)}, os.path.realpath(root)
     while (above := os.path.dirname(folder)) != folder:
         folder = above
-        with suppress(OSError):
+        with suppress(OSError):  # what may not be looked at from here, no link is followed into
             found.add(_identity(folder))
     return found
 
