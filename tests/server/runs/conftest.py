@@ -1,0 +1,33 @@
+"""Servers that share a database, at a clock of the test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedpeft_server.runs import actor, aggregation, engine
+from fedpeft_server.store.store import Store
+
+from .two_servers import Clock, Cluster
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (actor, engine, aggregation):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, url: str, clock: Clock) -> Iterator[Cluster]:
+    shared = f"file://{tmp_path / 'versions'}", f"file://{tmp_path / 'updates'}"
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    stores = [Store(folder, url, *shared, keep_updates=False) for folder in folders]
+    yield Cluster(stores, clock)
+    for store in stores:
+        store.close()

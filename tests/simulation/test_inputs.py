@@ -1,0 +1,149 @@
+"""Inputs of a simulation: folders of clients, partitions of one data set, columns, and what is refused at once."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fedpeft.config import load_run_file
+from fedpeft.data import partitions
+from fedpeft.data.partition_writer import write_parts
+from fedpeft.data.sources.opening import open_source
+from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid, StateInvalid
+from fedpeft.simulation import clients_of, simulate
+from fedpeft.simulation.clients import reading_of
+
+from ..data.test_sources import table, write
+from .simulated_runs import clients, config, same, tensors, without_clock
+
+
+def test_a_partition_of_one_data_set_is_what_fedpeft_partition_writes(tmp_path):
+    whole = write(tmp_path / "whole.parquet", table(60))
+    settings = config(simulation={"clients": 4, "partition": "dirichlet", "alpha": 0.5})
+    inside, about = clients_of(whole, settings)
+    cut = partitions.dirichlet(open_source(whole).labels, 4, 0.5, 7)
+    written = write_parts(whole, cut, tmp_path / "parts")
+    assert about["digest"] == written["digest"]
+    assert about["skew"] == written["skew"]
+    assert about["skew"]["total_variation"] > 0.1
+    assert {name: len(source) for name, source in inside.items()} == {
+        c["name"]: c["examples"] for c in written["clients"]
+    }
+    report = simulate(settings, inside, tmp_path / "inside", partition=about)
+    outside, nothing = clients_of(tmp_path / "parts", settings)
+    assert nothing is None
+    assert sorted(outside) == sorted(inside) == ["client-0", "client-1", "client-2", "client-3"]
+    simulate(settings, outside, tmp_path / "outside")
+    assert same(tensors(tmp_path / "inside")[1], tensors(tmp_path / "outside")[1])
+    assert report["partition"]["variant"] == "dirichlet/class-first"
+    write_parts(whole, cut, tmp_path / "indexed", index=True)
+    simulate(settings, clients_of(tmp_path / "indexed", settings)[0], tmp_path / "by-index")
+    assert same(tensors(tmp_path / "inside")[1], tensors(tmp_path / "by-index")[1])
+
+
+@pytest.mark.parametrize(
+    ("simulation", "sizes"),
+    [
+        ({"clients": 7}, {f"client-{k}": n for k, n in enumerate([9, 9, 9, 9, 8, 8, 8])}),
+        ({"column": "vendor"}, {"v0": 30, "v1": 30}),
+    ],
+)
+def test_other_partitions(tmp_path, simulation, sizes):
+    whole = write(tmp_path / "whole.parquet", table(60))
+    found, _ = clients_of(whole, config(simulation=simulation))
+    assert {name: len(source) for name, source in found.items()} == sizes
+    skewed, about = clients_of(whole, config(simulation={"clients": 3, "partition": "quantity", "alpha": 0.5}))
+    assert sum(map(len, skewed.values())) == 60
+    assert about["skew"]["gini"] > 0
+
+
+def test_a_second_simulation_in_one_folder_is_refused_and_the_first_is_unharmed(tmp_path, folders):
+    names, out = clients(folders), tmp_path / "out"
+    (tmp_path / "link").symlink_to(out)
+    (out).mkdir()
+    (out / ".lock").write_text("1")  # of a process that was killed
+    refusals = []
+
+    def another(_row):
+        for place in (out, tmp_path / "link"):
+            with pytest.raises(
+                StateInvalid, match=rf"is in use by another simulation \(process {os.getpid()}\)"
+            ) as told:
+                simulate(config(), names, place)
+            refusals.append(told)
+
+    report = simulate(config(), names, out, committed=another)
+    assert len(refusals) == 2 * len(report["rounds"])
+    assert report["state"] == "completed"
+    assert len((out / "records.jsonl").read_text().splitlines()) == len(report["rounds"])
+    assert sorted(p.name for p in out.iterdir()) == ["adapter.safetensors", "records.jsonl", "report.json"]
+    again = simulate(config(), names, out)
+    assert without_clock(again) == without_clock(report)
+
+
+def test_what_cannot_be_simulated_is_said_at_once(tmp_path, folders):
+    names = clients(folders)
+    with pytest.raises(ConfigInvalid, match=r"a round needs 5 clients .* and there are 4"):
+        simulate(config(rounds={"clients": 6}), names, tmp_path)
+    with pytest.raises(DataInvalid, match="client name 'a/b' is not"):
+        simulate(config(), {"a/b": folders / "client-0"}, tmp_path)
+    with pytest.raises(SettingsInvalid, match=r"there is no device cuda:\d+"):
+        simulate(config(), names, tmp_path, device="cuda:99")
+    with pytest.raises(SettingsInvalid, match="there is no device 'abacus'"):
+        simulate(config(), names, tmp_path, device="abacus")
+    whole = write(tmp_path / "whole.parquet", table(12))
+    with pytest.raises(ConfigInvalid, match=r"no \[simulation\] section"):
+        clients_of(whole, config())
+    with pytest.raises(DataInvalid, match=r"there is no data at .*nowhere"):
+        clients_of(tmp_path / "nowhere", config())
+    odd = write(tmp_path / "odd" / "data.parquet", table(6, names=("cat", "dog", "yak")))
+    with pytest.raises(DataInvalid, match=r"client odd: class 'yak' \(2 rows\) is not among the run's"):
+        simulate(config(rounds={"count": 1, "clients": 1}), {"odd": odd}, tmp_path / "out")
+    hollow = tmp_path / "hollow"
+    hollow.mkdir()
+    shutil.copy(folders / "partition.json", hollow)
+    with pytest.raises(DataInvalid, match=r"has a partition\.json and no client"):
+        clients_of(hollow, config())
+
+
+def test_a_run_file_takes_only_one_scheme():
+    with pytest.raises(ConfigInvalid, match="partition natural needs column"):
+        config(simulation={"partition": "natural"})
+    with pytest.raises(ConfigInvalid, match="column 'vendor' is for partition natural, not iid"):
+        config(simulation={"partition": "iid", "column": "vendor"})
+
+
+def test_the_run_file_of_the_page_is_valid(tmp_path):
+    page = Path(__file__).resolve().parents[2] / "docs" / "simulate.md"
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    (tmp_path / "small.toml").write_text(example)
+    settings = load_run_file(tmp_path / "small.toml")
+    assert (settings.simulation.clients, settings.simulation.scheme) == (16, "dirichlet")
+
+
+@pytest.mark.parametrize("said", ["in the run file", "by the caller"])
+def test_columns_are_named_for_all_data_of_a_simulation(tmp_path, said):
+    usual = write(tmp_path / "usual.parquet", table(60))
+    odd = write(tmp_path / "odd.parquet", table(60, label="fine_label", image="photo"))
+    plain = config(simulation={"clients": 3})
+    simulate(plain, clients_of(usual, plain)[0], tmp_path / "plain", usual)
+    with pytest.raises(DataInvalid, match=r"no image column 'image' or 'img'.*photo, fine_label.*--image-column"):
+        clients_of(odd, plain)
+    columns = {"image_column": "photo", "label_column": "fine_label"}
+    settings = config(simulation={"clients": 3, **(columns if said == "in the run file" else {})})
+    reading = None if said == "in the run file" else reading_of(settings, **columns)
+    simulate(settings, clients_of(odd, settings, reading)[0], tmp_path / "odd", odd, reading=reading)
+    assert same(tensors(tmp_path / "plain")[1], tensors(tmp_path / "odd")[1])
+    cut = partitions.iid(60, 3, 7)
+    write_parts(odd, cut, tmp_path / "parts", image="photo", label="fine_label")
+    simulate(settings, clients_of(tmp_path / "parts", settings)[0], tmp_path / "written", odd, reading=reading)
+    assert same(tensors(tmp_path / "plain")[1], tensors(tmp_path / "written")[1])
+
+
+def test_a_limit_of_pixels_is_followed(tmp_path):
+    whole = write(tmp_path / "whole.parquet", table(60))
+    settings = config(simulation={"clients": 3, "max_image_pixels": 15})
+    with pytest.raises(DataInvalid, match="4 x 4 pixels, more than 15 pixels; --max-image-pixels"):
+        simulate(settings, clients_of(whole, settings)[0], tmp_path / "out")
