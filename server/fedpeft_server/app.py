@@ -177,7 +177,7 @@ class Server:
         background.every("certificate files", FILES_S, self._take_up_certificates)
         background.every("log", bounds.QUIET_S, self._tell_left_out)
         background.every("tokens", PURGE_S, self._purge_tokens)
-        background.every("files", CLEAN_S, partial(self.store.compute, self.store.clean))
+        background.every("files", CLEAN_S, partial(self.store.fold, self.store.clean))
         background.every("storage", MEASURE_S, self._measure)
         background.supervise("health", self._show_health())
         if self.enrolment:
@@ -375,7 +375,7 @@ class Server:
 
     async def _measure(self) -> None:
         """Shows how much is stored."""
-        for place, size_bytes in (await self.store.compute(self.store.sizes)).items():
+        for place, size_bytes in (await self.store.fold(self.store.sizes)).items():
             self.metrics.stored_bytes.labels(place).set(size_bytes)
 
     async def _show_health(self) -> None:

@@ -204,7 +204,7 @@ class Folding:
         )
         past = [screening.median(found.extents(number, self._actor.run.config.training)) for number in earlier]
         facts = found.updates, found.base, found.previous_sha256, past
-        return await self._store.compute(aggregate, self._actor.run, folding, *facts, self._store)
+        return await self._store.fold(aggregate, self._actor.run, folding, *facts, self._store)
 
     async def _commit(self, folding: Round, result: Result, began: float) -> bool:
         """Writes the version that a round made; returns False if another engine did, or the run was stopped."""

@@ -277,7 +277,7 @@ class RunEngine:
         base = await self._store.transact(db.version, run, version)
         previous = await self._store.transact(db.record_sha256, run, version)
         number = changes.round.number
-        result = await self._store.compute(go_back, self.run, number, source, base, previous, self._store)
+        result = await self._store.version(go_back, self.run, number, source, base, previous, self._store)
         details: dict[str, Detail] = {"to": to, "version": number, "reason": reason}
         details["record_sha256"] = result.outcome.record_sha256
         return Transition(changes, result=result, audit_events=(AuditEvent(by, "run.rolled_back", run, details),))

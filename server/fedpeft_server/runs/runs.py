@@ -133,17 +133,17 @@ class Runs:
             DatabaseUnavailable: If it may have been added or not; then all files of it stay.
         """
         try:
-            version = await self._store.compute(first)
+            version = await self._store.version(first)
             audit_event = AuditEvent(
                 by, "run.created", run.id, {"name": run.config.name, "adapter_sha256": version.sha256}
             )
             await self._store.transact(self._store.db.create_run, run, version, (audit_event,))
         except Exception as error:
             if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._is_written(run.id)):
-                await self._store.compute(self._store.forget_run, run.id, ())
-                await self._store.compute(self._store.updates.remove_all, (creation_key(run.id),))
+                await self._store.version(self._store.forget_run, run.id, ())
+                await self._store.version(self._store.updates.remove_all, (creation_key(run.id),))
                 raise
-        await self._store.compute(self._store.updates.remove_all, (creation_key(run.id),))
+        await self._store.version(self._store.updates.remove_all, (creation_key(run.id),))
         return self._begin(run)
 
     @shielded
@@ -165,7 +165,7 @@ class Runs:
         tickets = await self._store.transact(self._store.db.ticket_ids, run_id)
         audit_event = AuditEvent(by, "run.deleted", run_id, {"name": engine.run.config.name})
         # The files first: while the run is listed its deletion can be repeated, and afterwards nothing finds them.
-        await self._store.compute(self._store.forget_run, run_id, tickets)
+        await self._store.version(self._store.forget_run, run_id, tickets)
         await self._store.transact(self._store.db.delete_run, run_id, (audit_event,))
         del self._engines[run_id]
         self._ages.remove(engine.age)

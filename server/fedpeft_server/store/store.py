@@ -45,13 +45,18 @@ LOCKED_S = 0.05
 """Pause between two attempts at a transaction while another program holds a lock on the database."""
 
 COMPUTE_THREADS = 4
-"""Threads that hash, check, sync and fold; all of it releases the interpreter's lock."""
+"""Threads that check uploads and sync them; all of it releases the interpreter's lock. A receipt waits for nothing
+else's."""
+FOLD_THREADS = 4
+"""Threads that fold rounds, and remove what those leave behind: work that no call waits for. A fold takes long, and a
+bucket that hangs may take all of them."""
 FILE_THREADS = 8
 """Threads for what takes a moment as a rule: a chunk of a transfer written or read, a file opened or removed. They are
 apart from the others, so that no chunk waits for the check of another upload."""
 VERSION_THREADS = 8
-"""Threads that make adapter versions ready to be sent: fetched from a bucket, encoded, opened. A bucket that hangs may
-take all of them, and holds up neither an upload nor a fold."""
+"""Threads that store adapter versions but those of folds, make them ready to be sent (fetched from a bucket, hashed,
+encoded, opened), and remove those of deleted runs. A bucket that hangs may take all of them, and holds up neither an
+upload nor a fold."""
 
 
 class Store:
@@ -89,6 +94,7 @@ class Store:
         self.registrations = SharedTransaction(self.transact, self.db.see_clients)
         self.answers = SharedTransaction(self.transact, self.db.put_answers)
         self._pool = ThreadPoolExecutor(COMPUTE_THREADS, "compute")
+        self._folds = ThreadPoolExecutor(FOLD_THREADS, "fold")
         self._files = ThreadPoolExecutor(FILE_THREADS, "files")
         self._versions = ThreadPoolExecutor(VERSION_THREADS, "versions")
 
@@ -118,9 +124,14 @@ class Store:
             await asyncio.sleep(LOCKED_S)
 
     async def compute(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Runs work that takes long on one of the other threads."""
+        """Checks an upload, makes it durable, or does other work on what has arrived, on a thread of its own kind."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
+
+    async def fold(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Folds a round, or removes what one left behind, on a thread of its own kind."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._folds, lambda: function(*args, **kwargs))
 
     async def file(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs a short piece of work on files on a thread of its own kind."""
@@ -128,7 +139,7 @@ class Store:
         return await loop.run_in_executor(self._files, lambda: function(*args, **kwargs))
 
     async def version(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Makes an adapter version ready on a thread of its own kind."""
+        """Stores an adapter version, makes it ready or removes it on a thread of its own kind."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._versions, lambda: function(*args, **kwargs))
 
@@ -145,7 +156,7 @@ class Store:
     @asynccontextmanager
     async def opened(self, function: Callable[P, C], *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[C]:
         """Gives what a function opens; it is closed on a thread too, also where the caller leaves meanwhile."""
-        opening = asyncio.ensure_future(self.compute(function, *args, **kwargs))
+        opening = asyncio.ensure_future(self.version(function, *args, **kwargs))
         try:
             yield await asyncio.shield(opening)
         finally:
@@ -168,12 +179,12 @@ class Store:
     async def forget_round(self, done: Round, run_id: str) -> None:
         """Removes what a committed round no longer needs; what arrived and was not counted is never needed."""
         kept = (TicketState.RECEIVED,) if self.keep_updates else ()
-        await self.compute(self.download_cache.keep_from, run_id, done.number)
-        await self.compute(self.updates.remove_all, [t.id for t in done.tickets if t.state not in kept])
+        await self.fold(self.download_cache.keep_from, run_id, done.number)
+        await self.fold(self.updates.remove_all, [t.id for t in done.tickets if t.state not in kept])
 
     async def forget_stopped(self, stopped: Round) -> None:
         """Removes what arrived for a round that was stopped: nothing of it counted, so nothing is kept."""
-        await self.compute(self.updates.remove_all, [ticket.id for ticket in stopped.tickets])
+        await self.fold(self.updates.remove_all, [ticket.id for ticket in stopped.tickets])
 
     def clean(self) -> None:
         """Tries again to remove files that could not be removed.
@@ -220,6 +231,7 @@ class Store:
 
     def close(self) -> None:
         """Ends the threads, then the database."""
+        self._folds.shutdown()
         self._pool.shutdown()
         self._versions.shutdown()
         self._files.shutdown()
