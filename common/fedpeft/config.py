@@ -424,10 +424,10 @@ class RunConfig(_Section):
     """A label for people; need not be unique."""
     model: ModelConfig
     peft: PeftConfig
-    rounds: RoundsConfig = RoundsConfig()
-    training: TrainingConfig = TrainingConfig()
-    aggregation: AggregationConfig = AggregationConfig()
-    codec: CodecConfig = CodecConfig()
+    rounds: RoundsConfig = Field(default_factory=RoundsConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    aggregation: AggregationConfig = Field(default_factory=AggregationConfig)
+    codec: CodecConfig = Field(default_factory=CodecConfig)
     privacy: PrivacyConfig | None = None
     simulation: SimulationConfig | None = None
 

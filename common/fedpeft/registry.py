@@ -3,6 +3,7 @@
 A name is found in two places. The modules of the registry's own package register when it is first asked, so a new file
 is found without being named anywhere. A package that is installed beside fedpeft names its own under the registry's
 entry point group, and is imported when that name is asked for: what a run names and no package here brings is refused.
+So is a name that means two things, built in and installed or from two packages: neither is chosen.
 """
 
 from __future__ import annotations
@@ -53,11 +54,12 @@ class Registry(Generic[T]):
 
         Raises:
             ConfigInvalid: If there is no such name; the message lists those there are. Likewise, if the installed
-                package that brings it cannot be imported.
+                package that brings it cannot be imported, or the name means two things; both are named.
         """
         self._load()
-        if name not in self._items and name in self._installed:
-            self._items[name] = self._imported(self._installed[name])
+        for point in self._installed.get(name, ()):
+            self._add(point)
+        self._installed.pop(name, None)  # of a name that is refused they stay, and it is refused again
         try:
             return self._items[name]
         except KeyError:
@@ -70,9 +72,22 @@ class Registry(Generic[T]):
         return sorted({*self._items, *self._installed})
 
     @cached_property
-    def _installed(self) -> dict[str, EntryPoint]:
-        groups = (self._former, self.group) if self._former else (self.group,)
-        return {point.name: point for group in groups for point in entry_points(group=group)}
+    def _installed(self) -> dict[str, list[EntryPoint]]:
+        """The entry points by name, until it is asked for; a package may have one under the former group beside."""
+        found: dict[str, dict[str, EntryPoint]] = {}
+        for group in filter(None, (self._former, self.group)):
+            for point in entry_points(group=group):
+                found.setdefault(point.name, {})[_package(point)] = point
+        return {name: list(points.values()) for name, points in found.items()}
+
+    def _add(self, point: EntryPoint) -> None:
+        item = self._imported(point)
+        known = self._items.setdefault(point.name, item)
+        if known is not item:
+            brought = f"{point.value} of the installed package {_package(point)}"
+            raise ConfigInvalid(
+                f"{self._kind} {point.name!r} is both {_origin(known)} and {brought}; name that entry point otherwise"
+            )
 
     def _imported(self, point: EntryPoint) -> T:
         try:
@@ -88,6 +103,16 @@ class Registry(Generic[T]):
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{self._package}.{module.name}")
             self._loaded = True
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.module
+
+
+def _origin(item: object) -> str:
+    """Returns a class or an object as an entry point writes it."""
+    cls = item if isinstance(item, type) else type(item)
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 _registries: dict[str, Registry[Any]] = {}

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,22 +83,33 @@ print(json.dumps({
 """
 
 
-def test_a_package_beside_fedpeft_brings_a_method_a_strategy_a_codec_and_a_round_policy(tmp_path: Path) -> None:
-    about = tmp_path / "outside-1.0.dist-info"
+def install(folder: Path, name: str, source: str, points: str) -> None:
+    """Puts a package of one module where `run` finds it."""
+    about = folder / f"{name}-1.0.dist-info"
     about.mkdir()
-    (tmp_path / "outside.py").write_text(PACKAGE)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(POINTS)
-    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    (folder / f"{name}.py").write_text(source)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(points)
+
+
+def run(folder: Path, code: str) -> dict[str, Any]:
+    """Runs a program with the packages of a folder installed; returns the JSON of its last line."""
+    path = os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run(
-        [sys.executable, "-c", CODE],
+        [sys.executable, "-c", code, str(folder)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_package_beside_fedpeft_brings_a_method_a_strategy_a_codec_and_a_round_policy(tmp_path: Path) -> None:
+    install(tmp_path, "outside", PACKAGE, POINTS)
+    found = run(tmp_path, CODE)
     refused = found.pop("refused")
     assert "aggregation strategy 'broken' (outside:Absent): AttributeError" in refused
     names = [True, True, True]
@@ -184,28 +196,60 @@ print(json.dumps({"plain": plain, "gentle": gentle, "seen": seen, "refused": ref
 
 
 def test_packages_beside_fedpeft_bring_a_task_and_a_local_algorithm_that_work_together(tmp_path: Path) -> None:
-    for module, source, point in (
-        ("line", TASK, "[fedpeft.tasks]\nline = line:Line\n"),
-        ("gentle", ALGORITHM, "[fedpeft.algorithms]\ngentle = gentle:Gentle\n"),
-    ):
-        about = tmp_path / f"{module}-1.0.dist-info"
-        about.mkdir()
-        (tmp_path / f"{module}.py").write_text(source)
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-        (about / "entry_points.txt").write_text(point)
-    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
-    done = subprocess.run(
-        [sys.executable, "-c", AT_WORK, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    install(tmp_path, "line", TASK, "[fedpeft.tasks]\nline = line:Line\n")
+    install(tmp_path, "gentle", ALGORITHM, "[fedpeft.algorithms]\ngentle = gentle:Gentle\n")
+    found = run(tmp_path, AT_WORK)
     assert found["plain"][1] < found["gentle"][1] < found["gentle"][0] == found["plain"][0]
     assert found["seen"] == [1.0, 2.0], "its state comes back in the next round"
     assert "training.algorithm.fact: is not a known key" in found["refused"]
+
+
+CLASH = """
+import json
+from fedpeft.aggregation import strategies
+from fedpeft.errors import ConfigInvalid
+from fedpeft.models.tasks import tasks
+
+
+def asked(registry, name):
+    try:
+        return registry.get(name).__module__
+    except ConfigInvalid as error:
+        return str(error)
+
+
+print(json.dumps({
+    "built in": asked(strategies, "fedavg"), "again": asked(strategies, "fedavg"), "twice": asked(strategies, "halves"),
+    "other": asked(strategies, "median"), "thirds": asked(strategies, "thirds"), "both groups": asked(tasks, "line"),
+}))
+"""
+REGISTERS = """
+from fedpeft.aggregation import strategies
+from fedpeft.aggregation.fedavg import FedAvg
+
+
+@strategies.register("thirds")
+class Thirds(FedAvg):
+    pass
+
+
+class Halves(FedAvg):
+    pass
+"""
+
+
+def test_a_name_that_is_built_in_and_installed_or_installed_twice_is_refused(tmp_path: Path) -> None:
+    install(tmp_path, "outside", PACKAGE, "[fedpeft.strategies]\nhalves = outside:Halves\nfedavg = outside:Halves\n")
+    points = "[fedpeft.strategies]\nhalves = twin:Halves\nthirds = twin:Thirds\n"
+    install(tmp_path, "twin", REGISTERS, points)
+    install(tmp_path, "line", TASK, "[fedpeft.kinds]\nline = line:Old\n[fedpeft.tasks]\nline = line:Line\n")
+    found = run(tmp_path, CLASH)
+    fedavg = "strategy 'fedavg' is both fedpeft.aggregation.fedavg:FedAvg and outside:Halves of the installed package"
+    assert fedavg in found["built in"] and found["again"] == found["built in"]
+    assert all(each in found["twice"] for each in ("'halves' is both", "outside:Halves", "twin:Halves"))
+    assert found["other"] == "fedpeft.aggregation.median", "of another name nothing is in doubt"
+    assert found["thirds"] == "twin", "its module may register it as well"
+    assert found["both groups"] == "line", "the new group counts where one package names both"
 
 
 def test_a_name_is_registered_once() -> None:

@@ -15,9 +15,17 @@ T = TypeVar("T")
 _END: Final = object()
 
 
-@cache
+_starting = threading.Lock()
+
+
 def _loop() -> asyncio.AbstractEventLoop:
     """Returns the loop, one for the process; its thread ends with it."""
+    with _starting:  # `cache` alone would let the first calls of two threads start two
+        return _started()
+
+
+@cache
+def _started() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="fedpeft", daemon=True).start()
     return loop
