@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -42,8 +43,6 @@ def _plain(text: str) -> str:
 
 Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_plain)]
 ClassName = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_plain)]
-DenseEncoding = Literal["float32", "float16", "bfloat16"]
-
 
 UNLABELLED = "examples"
 """The one class of a task that has none."""
@@ -157,6 +156,11 @@ def _registered(package: str, name: str) -> str:
     return name
 
 
+def _known(package: str) -> AfterValidator:
+    """Returns what refuses a name that a package's registry does not know."""
+    return AfterValidator(partial(_registered, package))
+
+
 def _check_options(package: str, name: str, options: Mapping[str, Any]) -> None:
     """Checks the options of what is registered under a name; raises the faults of keys below `options`."""
     try:
@@ -177,7 +181,7 @@ def default_quorum(clients: int) -> int:
     return max(1, min(clients - 1, -(-3 * clients // 4)))
 
 
-SYNCHRONOUS = "synchronous"
+DEFAULT_POLICY = "synchronous"
 """The policy of rounds where none is given."""
 
 DEFAULT_STALENESS = 10
@@ -203,7 +207,7 @@ class RoundsConfig(_Section):
     """Deadlines a round may miss without a quorum before the run is paused."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the run: sampling, initialisation and local training derive from it."""
-    policy: str | None = None
+    policy: Annotated[str, _known("fedpeft.rounds.policies")] | None = None
     """synchronous (if absent): a round's updates all start from the version before it. buffered (only simulated yet):
     `concurrency` clients always train, and `clients` updates, of whatever age, make a version."""
     concurrency: Annotated[int, Field(ge=1, le=100_000)] | None = None
@@ -211,20 +215,12 @@ class RoundsConfig(_Section):
     max_staleness: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     """Versions that may be made while a client trains before its update is late, in buffered rounds; if absent 10."""
 
-    @field_validator("policy")
-    @classmethod
-    def _known(cls, name: str | None) -> str | None:
-        try:
-            registry_of("fedpeft.rounds.policies").get(name or SYNCHRONOUS)
-        except FedpeftError as error:
-            raise ValueError(error.message) from None
-        return name
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for key in ("concurrency", "max_staleness"):
-            if getattr(self, key) is not None and self.policy_name == SYNCHRONOUS:
-                raise ValueError(f'{key} is for rounds with policy = "buffered"')
+        given = (key for key in ("concurrency", "max_staleness") if getattr(self, key) is not None)
+        for key in given:  # as a rule there is none, and no policy need be imported
+            if key not in registry_of("fedpeft.rounds.policies").get(self.policy_name).settings:
+                raise ValueError(f'{key} is not a setting of rounds with policy = "{self.policy_name}"')
         if self.quorum is not None and self.quorum > self.clients:
             raise ValueError(f"quorum {self.quorum} is more than clients {self.clients}")
         if self.min_available is not None and self.min_available < self.needed:
@@ -240,7 +236,7 @@ class RoundsConfig(_Section):
     @property
     def policy_name(self) -> str:
         """The registered policy of the rounds."""
-        return self.policy or SYNCHRONOUS
+        return self.policy or DEFAULT_POLICY
 
     @property
     def most_stale(self) -> int:
@@ -274,13 +270,8 @@ PLAIN = "plain"
 class AlgorithmConfig(_Optioned):
     """`[training.algorithm]`: the rule that local training follows; its options stand beside `name`."""
 
-    name: str = PLAIN
+    name: Annotated[str, _known("fedpeft.algorithms")] = PLAIN
     """plain, fedprox, scaffold..."""
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return _registered("fedpeft.algorithms", name)
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
@@ -322,7 +313,7 @@ class TrainingConfig(_Section):
 class AggregationConfig(_Optioned):
     """`[aggregation]`: how updates are folded; options of the strategy stand beside it."""
 
-    strategy: str = "fedavg"
+    strategy: Annotated[str, _known("fedpeft.aggregation")] = "fedavg"
     """fedavg, fedavgm, fedadam, fedyogi, fedadagrad, fednova, fedbuff, median, lora_fair..."""
     norm_factor: Annotated[float, Field(ge=0, le=1e9)] | None = None
     """An update is folded up to so many times the median norm of its round and those before; 30 if absent, 0: any."""
@@ -334,11 +325,6 @@ class AggregationConfig(_Optioned):
             raise ValueError("must be at least 1, or 0 for no limit")
         return factor
 
-    @field_validator("strategy")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return _registered("fedpeft.aggregation", name)
-
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
         _check_options("fedpeft.aggregation", self.strategy, self.options)
@@ -349,29 +335,53 @@ class CodecConfig(_Section):
     """`[codec]`: how tensors travel."""
 
     up: str = "float32"
-    """float32, float16, bfloat16, or sparse."""
-    down: DenseEncoding = "float32"
-    """Encoding of adapter versions on their way to clients."""
+    """float32, float16, bfloat16, or sparse; or a codec that is installed beside fedpeft."""
+    down: str = "float32"
+    """Encoding of adapter versions on their way to clients: as `up`, but for those that are sparse."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of values kept by sparse: the largest by magnitude over the whole update."""
-    values: DenseEncoding = "float32"
-    """Encoding of the values that sparse keeps."""
+    values: str = "float32"
+    """Encoding of the values that sparse keeps: float32, float16 or bfloat16."""
     error_feedback: bool = True
     """Adds what was not sent, or not counted, to the client's next update."""
 
     @field_validator("up")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _of_updates(cls, name: str) -> str:
         # The registry knows sparse with the encoding of its values; a run file names that beside it.
         known = sorted({each.partition("+")[0] for each in registry_of("fedpeft.codecs").names()})
         if name not in known:
             raise ValueError(f"there is no encoding {name!r}; there are: {', '.join(known)}")
         return name
 
+    @field_validator("down")
+    @classmethod
+    def _whole(cls, name: str) -> str:
+        registry = registry_of("fedpeft.codecs")
+        if any(each.startswith(f"{name}+") for each in registry.names()) or (
+            registry.get(_registered("fedpeft.codecs", name)).is_sparse
+        ):
+            raise ValueError(f"{name!r} is sparse, and a version has all of its values")
+        return name
+
+    @field_validator("values")
+    @classmethod
+    def _of_sparse(cls, name: str) -> str:
+        known = sorted({each.partition("+")[2] for each in registry_of("fedpeft.codecs").names()} - {""})
+        if name not in known:
+            raise ValueError(f"there is no encoding {name!r} of kept values; there are: {', '.join(known)}")
+        return name
+
+    @model_validator(mode="after")
+    def _composes(self) -> Self:
+        _registered("fedpeft.codecs", self.encoding)
+        return self
+
     @property
     def encoding(self) -> str:
-        """The registered codec of updates: `up`, with the encoding of the values behind `sparse`."""
-        return f"sparse+{self.values}" if self.up == "sparse" else self.up
+        """The registered codec of updates: `up`, or with `values` behind it where such a one is (`sparse+float32`)."""
+        composed = f"{self.up}+{self.values}"
+        return composed if composed in registry_of("fedpeft.codecs") else self.up
 
 
 class PrivacyConfig(_Section):

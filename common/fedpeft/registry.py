@@ -66,6 +66,11 @@ class Registry(Generic[T]):
             known = ", ".join(filter(None, self.names())) or "none"
             raise ConfigInvalid(f"there is no {self._kind} {name!r}; there are: {known}") from None
 
+    def __contains__(self, name: str) -> bool:
+        """Returns whether `get` knows a name, without importing what a package installed beside brings."""
+        self._load()
+        return name in self._items or name in self._installed
+
     def names(self) -> list[str]:
         """Returns all names, sorted."""
         self._load()

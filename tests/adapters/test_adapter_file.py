@@ -80,14 +80,14 @@ def test_a_fold_is_written_tensor_by_tensor_and_goes_on_from_the_files(name: str
         expected, kept = values, memory
         with paths[0].open("wb") as a, paths[1].open("wb") as b:
             adapter = adapter_file.adapter_writer(a, replace(INFO, version=number), SPECS)
-            states = adapter_file.state_writer(b, replace(INFO, version=number), SPECS, rule)
+            states = adapter_file.state_writer(b, replace(INFO, version=number), SPECS, rule.slots, rule.shared_slots)
             for folded in fold_tensors(sent, SPECS, rule, base, state):
                 adapter.add(folded.values)
                 for slot in rule.slots:
                     states.add(folded.state[slot])
             digests = adapter.finish().sha256, states.finish().sha256
         base = adapter_file.open_adapter(paths[0], digests[0])
-        state = adapter_file.slots(adapter_file.open_state(paths[1], digests[1]), rule)
+        state = adapter_file.slots(adapter_file.open_state(paths[1], digests[1]), rule.slots)
     for spec in SPECS:
         np.testing.assert_array_equal(base[spec.name], expected[spec.name])
         for slot in rule.slots:

@@ -105,7 +105,7 @@ def broken(**changes: Any) -> AdapterSpec:
             "divisor is 0.0, not a finite",
         ),
         ({"section": Section("other", float("inf"), "float32"), "name": "other/b"}, "divisor is inf"),
-        ({"section": Section("other", 4.0, "sparse+float32"), "name": "other/b"}, "not a dense one"),
+        ({"section": Section("other", 4.0, "sparse+float32"), "name": "other/b"}, "one is needed that is not sparse"),
         ({"roles": (TensorRole.LOCAL,)}, "and local, so it has no place there"),
         ({"name": "control/"}, "not named control/MEMBER"),
     ],

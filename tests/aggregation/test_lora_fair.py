@@ -7,10 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.aggregation import Doubles, GroupStrategy, strategy
+from fedpeft.config import parse_config
 
 RANK, INPUTS, OUTPUTS = 3, 11, 7
 SHARES = (0.2, 0.5, 0.3)
+RUN = parse_config({"model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}, "peft": {"method": "lora"}})
 
 
 def rule(regularization: float = 1e-9) -> GroupStrategy:
@@ -77,5 +80,7 @@ def test_factors_of_zero_are_left_alone() -> None:
 def test_pairs_are_found_by_name_and_an_adapter_without_any_is_refused() -> None:
     names = ["b.lora_A.weight", "b.lora_B.weight", "head.weight", "c.lora_A.weight"]
     assert rule().groups(names) == [("b.lora_A.weight", "b.lora_B.weight")]
-    assert rule().misfit({"head.weight": (2, 3)})
-    assert not rule().misfit({name: (1, 1) for name in names})
+    with_pair, without = (AdapterSpec.of("lora", [TensorSpec(n, (1, 1)) for n in some]) for some in (names, names[2:]))
+    assert rule().misfit(RUN, with_pair) is None
+    field, why = rule().misfit(RUN, without) or ("", "")
+    assert field == "aggregation.strategy" and "needs A and B of a LoRA layer" in why

@@ -96,7 +96,7 @@ def test_clients_with_other_curvatures_find_the_optimum_with_it_only(tmp_path, a
         ({"training": {"momentum": 0.9}}, "training.momentum is 0.9"),
         ({"training": {"optimizer": "adamw"}}, "training.optimizer is 'adamw'"),
         ({"rounds": {"clients": 4, "quorum": 2}}, "training.algorithm.population is 3, fewer than the 4 clients"),
-        ({"aggregation": {"strategy": "median"}}, "aggregation.strategy is 'median'; a weighted mean is needed"),
+        ({"aggregation": {"strategy": "median"}}, "aggregation.strategy is 'median'; one that takes the weighted mean"),
         ({"codec": {"up": "sparse"}}, "codec.up is 'sparse'"),
         ({"rounds": {"clients": 2, "policy": "buffered"}}, "rounds.policy is 'buffered'"),
     ],

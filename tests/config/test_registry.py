@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedpeft.registry import Registry
+
+from .installed import LINE, install, run
 
 PACKAGE = """
 from collections.abc import Mapping
@@ -83,30 +80,6 @@ print(json.dumps({
 """
 
 
-def install(folder: Path, name: str, source: str, points: str) -> None:
-    """Puts a package of one module where `run` finds it."""
-    about = folder / f"{name}-1.0.dist-info"
-    about.mkdir()
-    (folder / f"{name}.py").write_text(source)
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(points)
-
-
-def run(folder: Path, code: str) -> dict[str, Any]:
-    """Runs a program with the packages of a folder installed; returns the JSON of its last line."""
-    path = os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def test_a_package_beside_fedpeft_brings_a_method_a_strategy_a_codec_and_a_round_policy(tmp_path: Path) -> None:
     install(tmp_path, "outside", PACKAGE, POINTS)
     found = run(tmp_path, CODE)
@@ -116,28 +89,6 @@ def test_a_package_beside_fedpeft_brings_a_method_a_strategy_a_codec_and_a_round
     assert found == {"strategy": "outside", "method": "outside", "encoding": "plain", "tickets": 5, "names": names}
 
 
-TASK = """
-import numpy as np
-from fedpeft.data.examples import Examples
-from fedpeft.models.structure import ModelStructure
-from fedpeft.models.tasks import Task
-from torch import nn
-
-
-class Line(Task):
-    def module(self, config):
-        return nn.Sequential(nn.Linear(1, 1))
-
-    def structure(self, module, config):
-        return ModelStructure("0")
-
-    def read(self, path):
-        return Examples.unlabelled(np.loadtxt(path, dtype=np.float32))
-
-    def loss(self, module, batch):
-        x, y = batch["values"].split(1, 1)
-        return (module(x) - y).square().sum(1)
-"""
 ALGORITHM = """
 from fedpeft.algorithms import AlgorithmOptions, LocalAlgorithm, RoundEnd
 
@@ -196,7 +147,7 @@ print(json.dumps({"plain": plain, "gentle": gentle, "seen": seen, "refused": ref
 
 
 def test_packages_beside_fedpeft_bring_a_task_and_a_local_algorithm_that_work_together(tmp_path: Path) -> None:
-    install(tmp_path, "line", TASK, "[fedpeft.tasks]\nline = line:Line\n")
+    install(tmp_path, "line", LINE, "[fedpeft.tasks]\nline = line:Line\n")
     install(tmp_path, "gentle", ALGORITHM, "[fedpeft.algorithms]\ngentle = gentle:Gentle\n")
     found = run(tmp_path, AT_WORK)
     assert found["plain"][1] < found["gentle"][1] < found["gentle"][0] == found["plain"][0]
@@ -242,7 +193,7 @@ def test_a_name_that_is_built_in_and_installed_or_installed_twice_is_refused(tmp
     install(tmp_path, "outside", PACKAGE, "[fedpeft.strategies]\nhalves = outside:Halves\nfedavg = outside:Halves\n")
     points = "[fedpeft.strategies]\nhalves = twin:Halves\nthirds = twin:Thirds\n"
     install(tmp_path, "twin", REGISTERS, points)
-    install(tmp_path, "line", TASK, "[fedpeft.kinds]\nline = line:Old\n[fedpeft.tasks]\nline = line:Line\n")
+    install(tmp_path, "line", LINE, "[fedpeft.kinds]\nline = line:Old\n[fedpeft.tasks]\nline = line:Line\n")
     found = run(tmp_path, CLASH)
     fedavg = "strategy 'fedavg' is both fedpeft.aggregation.fedavg:FedAvg and outside:Halves of the installed package"
     assert fedavg in found["built in"] and found["again"] == found["built in"]

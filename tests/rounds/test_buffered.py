@@ -121,8 +121,8 @@ RUN_FILE = {"model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}, "p
     ("rounds", "text"),
     [
         ({"policy": "chaotic"}, "there is no round policy 'chaotic'; there are: buffered, synchronous"),
-        ({"concurrency": 3}, 'concurrency is for rounds with policy = "buffered"'),
-        ({"policy": "synchronous", "max_staleness": 3}, 'max_staleness is for rounds with policy = "buffered"'),
+        ({"concurrency": 3}, 'concurrency is not a setting of rounds with policy = "synchronous"'),
+        ({"policy": "synchronous", "max_staleness": 3}, 'is not a setting of rounds with policy = "synchronous"'),
     ],
 )
 def test_what_is_wrong_with_a_policy_is_said(rounds: dict[str, object], text: str) -> None:

@@ -15,7 +15,7 @@ RUN = {"model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}, "aggreg
 
 def test_lora_fair_needs_the_factors_of_lora() -> None:
     bias = AdapterSpec.of("bias", [TensorSpec("head.weight", (2, 3))])
-    with pytest.raises(ConfigInvalid, match=r"aggregation\.strategy is 'lora_fair': .* has none; method is 'bias'"):
+    with pytest.raises(ConfigInvalid, match=r"strategy is 'lora_fair', .* updates of method 'bias' do not have"):
         check_combination(parse_config({**RUN, "peft": {"method": "bias"}}), bias)
     lora = AdapterSpec.of("lora", [TensorSpec(f"qkv.lora_{x}.weight", (2, 2)) for x in "AB"])
     check_combination(parse_config({**RUN, "peft": {"method": "lora"}}), lora)
@@ -25,7 +25,7 @@ def test_lora_fair_needs_the_factors_of_lora() -> None:
 def test_lora_fair_needs_both_factors_in_every_round(turns: tuple[TensorRole, ...]) -> None:
     """With one A for all clients the mean of the B is exact, and nothing is left to correct."""
     factors = [TensorSpec("qkv.lora_A.weight", (2, 2), turns), TensorSpec("qkv.lora_B.weight", (2, 2))]
-    with pytest.raises(ConfigInvalid, match=r"aggregation\.strategy is 'lora_fair': .* has none; method is 'lora'"):
+    with pytest.raises(ConfigInvalid, match=r"strategy is 'lora_fair', .* updates of method 'lora' do not have"):
         check_combination(parse_config({**RUN, "peft": {"method": "lora"}}), AdapterSpec.of("lora", factors))
 
 
@@ -34,7 +34,7 @@ BUFFERED = {**RUN, "peft": {"method": "lora"}, "rounds": {"policy": "buffered"}}
 
 def test_buffered_rounds_need_a_strategy_that_takes_stale_updates() -> None:
     lora = AdapterSpec.of("lora", [TensorSpec(f"qkv.lora_{x}.weight", (2, 2)) for x in "AB"])
-    with pytest.raises(ConfigInvalid, match=r"rounds\.policy is 'buffered': strategy 'lora_fair' needs updates"):
+    with pytest.raises(ConfigInvalid, match=r"policy is 'buffered', .*; strategy 'lora_fair' needs those of one"):
         check_combination(parse_config(BUFFERED), lora)
     check_combination(parse_config({**BUFFERED, "aggregation": {"strategy": "fedbuff"}}), lora)
 
@@ -42,7 +42,7 @@ def test_buffered_rounds_need_a_strategy_that_takes_stale_updates() -> None:
 def test_buffered_rounds_send_the_same_tensors_in_every_round() -> None:
     sent = TensorRole.SENT
     roles = [TensorSpec("a", (2,), (sent, TensorRole.FROZEN)), TensorSpec("b", (2,), (TensorRole.FROZEN, sent))]
-    with pytest.raises(ConfigInvalid, match=r"rounds\.policy is 'buffered': method 'lora' sends other tensors"):
+    with pytest.raises(ConfigInvalid, match=r"rounds\.policy is 'buffered', .*; method 'lora' sends other tensors"):
         config = parse_config({**BUFFERED, "aggregation": {"strategy": "fedbuff"}})
         check_combination(config, AdapterSpec.of("lora", roles))
 
@@ -58,5 +58,5 @@ def test_clipping_and_sections_do_not_go_together() -> None:
     clipped = parse_config({**RUN, "aggregation": {}, "peft": {"method": "bias"}, "privacy": {"clip_norm": 1.0}})
     bias = AdapterSpec.of("bias", [TensorSpec("head.weight", (2, 3))])
     check_combination(clipped, bias)
-    with pytest.raises(ConfigInvalid, match=r"privacy\.clip_norm cannot be kept with section 'control'"):
+    with pytest.raises(ConfigInvalid, match=r"privacy\.clip_norm does not go with section 'control'"):
         check_combination(clipped, with_sections(bias, [Section("control", 2.0, "float32")]))

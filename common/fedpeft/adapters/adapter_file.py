@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -23,7 +24,6 @@ from safetensors import SafetensorError, safe_open
 
 from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.spec import TensorSpec
-from fedpeft.aggregation import Doubles, Strategy
 from fedpeft.errors import BlobCorrupt, ModelInvalid
 
 SECTIONS = "sections"
@@ -158,16 +158,12 @@ def adapter_writer(stream: BinaryIO, info: AdapterInfo, specs: Sequence[TensorSp
     return TensorWriter(stream, ADAPTER, info, {spec.name: spec.shape for spec in specs})
 
 
-def state_writer(stream: BinaryIO, info: AdapterInfo, specs: Sequence[TensorSpec], strategy: Strategy) -> TensorWriter:
-    """Returns a writer of a state file; for each of `specs`, add the slots in the strategy's order."""
-    # A slot that is shared by a whole tensor shows itself at any size.
-    shared = {slot for slot in strategy.slots if strategy.initial(slot, 2).size == 1}
-    return TensorWriter(
-        stream,
-        STATE,
-        info,
-        {f"{slot}/{spec.name}": (1,) if slot in shared else (spec.size,) for spec in specs for slot in strategy.slots},
-    )
+def state_writer(
+    stream: BinaryIO, info: AdapterInfo, specs: Sequence[TensorSpec], slots: Sequence[str], shared: AbstractSet[str]
+) -> TensorWriter:
+    """Returns a writer of a state file; for each of `specs`, add the slots in their order, of a shared one 1 value."""
+    shapes = {f"{slot}/{spec.name}": (1,) if slot in shared else (spec.size,) for spec in specs for slot in slots}
+    return TensorWriter(stream, STATE, info, shapes)
 
 
 def write_adapter(stream: BinaryIO, info: AdapterInfo, specs: Sequence[TensorSpec], tensors: Tensors) -> Written:
@@ -255,14 +251,14 @@ def open_state(path: Path, sha256: str | None = None) -> TensorFile:
     return TensorFile(path, STATE, sha256)
 
 
-class Slot(Mapping[str, Doubles]):
+class Slot(Mapping[str, NDArray[np.float64]]):
     """One slot of a state file by tensor name, read when asked for: what `fedpeft.rounds.fold` takes."""
 
     def __init__(self, file: TensorFile, slot: str) -> None:
         self._file = file
         self._prefix = f"{slot}/"
 
-    def __getitem__(self, name: str) -> Doubles:
+    def __getitem__(self, name: str) -> NDArray[np.float64]:
         return self._file[self._prefix + name]
 
     def __iter__(self) -> Iterator[str]:
@@ -272,9 +268,9 @@ class Slot(Mapping[str, Doubles]):
         return sum(1 for _ in self)
 
 
-def slots(file: TensorFile, strategy: Strategy) -> dict[str, Slot]:
+def slots(file: TensorFile, names: Iterable[str]) -> dict[str, Slot]:
     """Returns the state in a file as the fold takes it."""
-    return {slot: Slot(file, slot) for slot in strategy.slots}
+    return {name: Slot(file, name) for name in names}
 
 
 def _check_digest(path: Path, sha256: str) -> None:

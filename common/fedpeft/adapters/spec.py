@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
-from typing import get_args
 
-from fedpeft.config import DenseEncoding
+from fedpeft.codecs import codecs
 from fedpeft.errors import SpecInvalid
 
 MAX_TENSORS = 4096
@@ -218,8 +217,9 @@ def _check_section(i: int, tensor: TensorSpec, known: tuple[Section, ...]) -> No
     if section.divisor is None or not (math.isfinite(section.divisor) and section.divisor > 0):
         text = f"is of section {section.name}, whose divisor is {section.divisor}, not a finite number above 0"
         raise spec_fault(i, "section", name, text)
-    if section.encoding not in get_args(DenseEncoding):
-        text = f"is of section {section.name}, whose encoding is {str(section.encoding)[:32]!r}, not a dense one"
+    if section.encoding is None or section.encoding not in codecs or codecs.get(section.encoding).is_sparse:
+        shown = str(section.encoding)[:32]
+        text = f"is of section {section.name}, whose encoding is {shown!r}; one is needed that is not sparse"
         raise spec_fault(i, "section", name, text)
     if not tensor.member or tensor.member == name:
         raise spec_fault(i, "name", name, f"is of section {section.name} and not named {section.name}/MEMBER")

@@ -1,6 +1,6 @@
 """Updates: what a client sends for a ticket, and what it keeps for the next one.
 
-With `sparse`, the largest changes by magnitude over the whole update go up (top-k); with error feedback
+With a sparse codec, the largest changes by magnitude over the whole update go up (top-k); with error feedback
 (1809.07599) what did not go up, by sparsity or by rounding, is added to the client's next change:
 
     target = delta + residual,  sent = decode(encode(top-k(target))),  residual = target - sent
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest, Tensors
 from fedpeft.adapters.spec import ADAPTER, TensorSpec
-from fedpeft.codecs import BLOCK_ELEMENTS, Values
+from fedpeft.codecs import BLOCK_ELEMENTS, Values, codecs
 from fedpeft.config import CodecConfig
 from fedpeft.errors import PayloadInvalid, StateInvalid, TrainingFailed
 from fedpeft.privacy.transforms import Transform
@@ -116,8 +116,8 @@ def _encoded(
 
 
 def _sparse(tensors: Arrays, specs: Sequence[TensorSpec], codec: CodecConfig) -> Arrays:
-    """Returns the tensors as they are encoded: with `sparse` the largest changes only; other sections whole."""
-    if codec.up != "sparse":
+    """Returns the tensors as they are encoded: by a sparse codec the largest changes only; other sections whole."""
+    if not codecs.get(codec.encoding).is_sparse:
         return tensors
     tuned = [spec for spec in specs if spec.section == ADAPTER]
     k = max(1, round(codec.density * sum(spec.size for spec in tuned)))

@@ -22,6 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.config import RunConfig
+from fedpeft.config_errors import Fault
 from fedpeft.registry import Registry
 
 Doubles = NDArray[np.float64]
@@ -62,6 +65,10 @@ class Strategy(ABC):
     Options: ClassVar[type[_Options]] = Options
     slots: ClassVar[tuple[str, ...]] = ()
     """Names of the server state kept for each tensor (float64), versioned with the adapter."""
+    normalises_by_steps: ClassVar[bool] = False
+    """True if a change counts by the optimizer steps behind it: nothing else may shorten those."""
+    needs_one_version: ClassVar[bool] = False
+    """True if the updates of a round must all start from the same version."""
 
     def __init__(self, options: _Options) -> None:
         self.options = options
@@ -74,9 +81,19 @@ class Strategy(ABC):
         """Returns by what the weighted sum of the round's updates is divided; their total weight makes it a mean."""
         return math.fsum(weights)
 
-    def misfit(self, tensors: Mapping[str, tuple[int, ...]]) -> str:
-        """Returns why the strategy cannot fold updates of tensors of these shapes, by name; empty if it can."""
-        return ""
+    @property
+    def is_weighted_mean(self) -> bool:
+        """True if Delta is the weighted mean of the changes, and not another sum or anything else."""
+        return type(self).divisor is Strategy.divisor
+
+    def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
+        """Returns a field of a run with which the strategy cannot work, and why; None if there is none."""
+        return None
+
+    @property
+    def shared_slots(self) -> frozenset[str]:
+        """The slots of which a tensor has one value, and not one for each of its own."""
+        return frozenset(slot for slot in self.slots if self.initial(slot, 2).size == 1)
 
     def initial(self, slot: str, size: int) -> Doubles:
         """Returns the state of `slot` before a tensor's first step.
@@ -101,6 +118,11 @@ class Strategy(ABC):
 class BlockStrategy(Strategy):
     """A strategy whose Delta is not a weighted sum: each value of it is made of that value of all clients."""
 
+    @property
+    def is_weighted_mean(self) -> bool:
+        """See `Strategy.is_weighted_mean`."""
+        return False
+
     @abstractmethod
     def reduce(self, block: Doubles, weights: Doubles) -> Doubles:
         """Returns Delta, float64 [block]; must not change its arguments.
@@ -118,6 +140,13 @@ tensors of a group, float64 in their shapes."""
 
 class GroupStrategy(Strategy):
     """A strategy whose Delta of some tensors depends on whole tensors that belong together."""
+
+    needs_one_version = True
+
+    @property
+    def is_weighted_mean(self) -> bool:
+        """See `Strategy.is_weighted_mean`."""
+        return False
 
     @abstractmethod
     def groups(self, names: Sequence[str]) -> list[tuple[str, ...]]:

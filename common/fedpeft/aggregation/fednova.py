@@ -40,6 +40,7 @@ class FedNova(Strategy):
 
     Options = FedNovaOptions
     options: FedNovaOptions
+    normalises_by_steps = True
 
     def weigh(self, facts: UpdateFacts) -> float:
         """See `Strategy.weigh`."""

@@ -15,7 +15,10 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.aggregation import Changes, Doubles, GroupStrategy, Options, strategies
+from fedpeft.config import RunConfig
+from fedpeft.config_errors import Fault
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 """Ends of the names of A [rank, in] and B [out, rank], as the `peft` library gives them."""
@@ -35,13 +38,13 @@ class LoraFair(GroupStrategy):
     Options = LoraFairOptions
     options: LoraFairOptions
 
-    def misfit(self, tensors: Mapping[str, tuple[int, ...]]) -> str:
+    def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
         """See `Strategy.misfit`."""
-        return (
-            ""
-            if self.groups(list(tensors))
-            else "it needs A and B of LoRA layers in every update, and one here has none"
-        )
+        rounds = range(1, spec.period + 1)
+        if all(self.groups([tensor.name for tensor in spec.adapter.sent(number)]) for number in rounds):
+            return None
+        needed = "A and B of a LoRA layer in every round, which updates"
+        return "aggregation.strategy", f"is 'lora_fair', which needs {needed} of method {spec.method!r} do not have"
 
     def groups(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         """See `GroupStrategy.groups`; one (A, B) a layer."""

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
-from fedpeft.adapters.spec import Section
+from fedpeft.adapters.spec import AdapterSpec, Section
 from fedpeft.config import PLAIN, AlgorithmConfig, RunConfig
+from fedpeft.config_errors import Fault
 from fedpeft.registry import Registry
 
 Tensors = Mapping[str, Any]
@@ -70,6 +71,8 @@ class LocalAlgorithm:
     Options: ClassVar[type[_Options]] = AlgorithmOptions
     groups: ClassVar[tuple[str, ...]] = ()
     """Groups of state that a client keeps from round to round, each with a value for every value that is sent."""
+    needs_one_version: ClassVar[bool] = False
+    """True if the clients of a round must all start from the same version."""
 
     def __init__(self, options: _Options) -> None:
         self.options = options
@@ -78,9 +81,9 @@ class LocalAlgorithm:
         """Returns the sections that come with a version and, as changes, go with an update."""
         return ()
 
-    def misfit(self, config: RunConfig) -> tuple[str, str]:
-        """Returns a field of a run that does not go with the algorithm, and why; both empty if all do."""
-        return "", ""
+    def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
+        """Returns a field of a run with which the algorithm cannot work, and why; None if there is none."""
+        return None
 
     def start(self, start: RoundStart) -> None:
         """Takes the beginning of the round."""

@@ -10,8 +10,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.aggregation import strategies
 from fedpeft.algorithms import AlgorithmOptions, LocalAlgorithm, RoundStart, algorithms
 from fedpeft.config import RunConfig
+from fedpeft.config_errors import Fault
 
 
 class FedProxOptions(AlgorithmOptions):
@@ -28,11 +31,12 @@ class FedProx(LocalAlgorithm):
     Options = FedProxOptions
     options: FedProxOptions
 
-    def misfit(self, config: RunConfig) -> tuple[str, str]:
+    def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
         """See `LocalAlgorithm.misfit`."""
-        if config.aggregation.strategy == "fednova":
-            return "aggregation.strategy", "is 'fednova', which normalises by steps that no proximal term shortens"
-        return "", ""
+        name = config.aggregation.strategy
+        if not strategies.get(name).normalises_by_steps:
+            return None
+        return "aggregation.strategy", f"is {name!r}, which normalises by steps that no proximal term shortens"
 
     def start(self, start: RoundStart) -> None:
         """See `LocalAlgorithm.start`."""

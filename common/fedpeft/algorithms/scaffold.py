@@ -15,13 +15,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fedpeft.adapters.spec import Section
+from fedpeft.adapters.spec import AdapterSpec, Section
+from fedpeft.aggregation import strategy
 from fedpeft.algorithms import AlgorithmOptions, LocalAlgorithm, RoundEnd, RoundStart, algorithms
-from fedpeft.config import SYNCHRONOUS, RunConfig
+from fedpeft.codecs import codecs
+from fedpeft.config import RunConfig
+from fedpeft.config_errors import Fault
 
 CONTROL = "control"
-WEIGHTED_MEANS = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
-"""Strategies whose Delta is the mean of the clients' changes, which c corrects."""
 
 
 class ScaffoldOptions(AlgorithmOptions):
@@ -38,28 +39,27 @@ class Scaffold(LocalAlgorithm):
     Options = ScaffoldOptions
     options: ScaffoldOptions
     groups = (CONTROL,)
+    needs_one_version = True
 
     def sections(self) -> tuple[Section, ...]:
         """See `LocalAlgorithm.sections`; exact, so that c stays the mean of what the clients hold."""
         return (Section(CONTROL, float(self.options.population), "float32"),)
 
-    def misfit(self, config: RunConfig) -> tuple[str, str]:
-        """See `LocalAlgorithm.misfit`."""
+    def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
+        """See `LocalAlgorithm.misfit`; c corrects the mean of the clients' changes, and whole ones."""
         training, rounds = config.training, config.rounds
         if training.optimizer != "sgd" or training.momentum:
             said = "optimizer" if training.optimizer != "sgd" else "momentum"
             return f"training.{said}", f'is {getattr(training, said)!r}; plain steps are needed: "sgd", momentum = 0.0'
-        if rounds.policy_name != SYNCHRONOUS:
-            return "rounds.policy", f"is {rounds.policy_name!r}; control variates need rounds of one version"
-        if config.aggregation.strategy not in WEIGHTED_MEANS:
-            strategy = config.aggregation.strategy
-            return "aggregation.strategy", f"is {strategy!r}; a weighted mean is needed: {', '.join(WEIGHTED_MEANS)}"
-        if config.codec.up == "sparse":
-            return "codec.up", "is 'sparse'; what it leaves out would be corrected twice, by residual and by c"
+        name, up = config.aggregation.strategy, config.codec.up
+        if not strategy(name, config.aggregation.options).is_weighted_mean:
+            return "aggregation.strategy", f"is {name!r}; one that takes the weighted mean is needed, as fedavg does"
+        if codecs.get(config.codec.encoding).is_sparse:
+            return "codec.up", f"is {up!r}; what it leaves out would be corrected twice, by residual and by c"
         if self.options.population < rounds.clients:
             population = f"is {self.options.population}, fewer than the {rounds.clients} clients of a round"
             return "training.algorithm.population", population
-        return "", ""
+        return None
 
     def start(self, start: RoundStart) -> None:
         """See `LocalAlgorithm.start`."""

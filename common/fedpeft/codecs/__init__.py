@@ -31,6 +31,9 @@ class Codec(ABC):
 
     name: str
     """The registered name, as the manifest writes it."""
+    is_sparse: bool = False
+    """True if zeros take no bytes: all but the largest values of an update become zero first (`codec.density`). An
+    adapter version, and a section beside it, go in another encoding."""
     joins: bool = False
     """True if the encodings of some tensors one after the other are that of all their values."""
 

@@ -45,6 +45,8 @@ class _Sections:
 class Sparse(Codec):
     """The values that are not zero, in a dense encoding, and where they are."""
 
+    is_sparse = True
+
     def __init__(self, dense: Dense) -> None:
         self.name = f"sparse+{dense.name}"
         self._dense = dense

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ Arrays = dict[str, NDArray[np.float32]]
 
 class Transform(ABC):
     """One step."""
+
+    field: ClassVar[str]
+    """The field of a run file that asks for it."""
 
     @abstractmethod
     def apply(self, tensors: Arrays, slack: float) -> tuple[Arrays, dict[str, float]]:
@@ -57,6 +61,8 @@ class Clip(Transform):
     Args:
         bound: C, above 0.
     """
+
+    field = "privacy.clip_norm"
 
     def __init__(self, bound: float) -> None:
         self._bound = bound

@@ -1,39 +1,30 @@
-"""Combinations of a run's parts that cannot work, refused when the run is created."""
+"""Combinations of a run's parts that cannot work, refused when the run is created: the one table of them.
+
+Every part is asked (`misfit`); beside that stand the rules that concern several parts, by what those say of themselves.
+Nothing here knows a part by its name.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fedpeft.adapters.spec import AdapterSpec
-from fedpeft.aggregation import GroupStrategy, strategy
-from fedpeft.algorithms import algorithm
-from fedpeft.config import SYNCHRONOUS, RunConfig
+from fedpeft.aggregation import Strategy, strategy
+from fedpeft.algorithms import LocalAlgorithm, algorithm
+from fedpeft.config import PLAIN, RunConfig
+from fedpeft.config_errors import Fault
 from fedpeft.errors import ConfigInvalid
+from fedpeft.privacy.transforms import transforms_of
+from fedpeft.rounds.state_machine import RoundPolicy, policies
 
 
 def check_combination(config: RunConfig, spec: AdapterSpec) -> None:
-    """Checks that the strategy of a run can fold its adapter, and that its local algorithm and its rounds suit both.
+    """Checks that the parts of a run work with each other, and with the tensors that it tunes.
 
     Raises:
-        ConfigInvalid: If not.
+        ConfigInvalid: If not; with a field-level fault for each combination that cannot work.
     """
-    name = config.aggregation.strategy
-    rule = strategy(name, config.aggregation.options)
-    for number in range(1, spec.period + 1):
-        if reason := rule.misfit({tensor.name: tensor.shape for tensor in spec.adapter.sent(number)}):
-            _refuse("aggregation.strategy", f"is {name!r}: {reason}; method is {config.peft.method!r}")
-    chosen = config.training.algorithm
-    key, fault = algorithm(chosen).misfit(config)
-    if chosen is not None and key:
-        _refuse(key, f"{fault}; training.algorithm is {chosen.name!r}")
-    if config.privacy is not None and config.privacy.clip_norm is not None and spec.sections:
-        text = f"cannot be kept with section {spec.sections[0].name!r}: clients keep the whole of what it would scale"
-        _refuse("privacy.clip_norm", text)
-    if config.rounds.policy_name == SYNCHRONOUS:
-        return
-    policy = f"is {config.rounds.policy_name!r}"
-    if isinstance(rule, GroupStrategy):
-        _refuse("rounds.policy", f"{policy}: strategy {name!r} needs updates that start from the same version")
-    if any(tensor.roles != tensor.roles[:1] for tensor in spec.tensors):
-        _refuse("rounds.policy", f"{policy}: method {config.peft.method!r} sends other tensors in every round")
+    _refuse([fault for rule in _RULES for fault in rule(config, spec)])
 
 
 def check_served(config: RunConfig) -> None:
@@ -42,9 +33,57 @@ def check_served(config: RunConfig) -> None:
     Raises:
         ConfigInvalid: If its rounds are only simulated yet.
     """
-    if config.rounds.policy_name != SYNCHRONOUS:
-        _refuse("rounds.policy", f"is {config.rounds.policy_name!r}: these rounds can only be simulated yet")
+    if not _policy(config).one_version:
+        _refuse([("rounds.policy", f"is {config.rounds.policy_name!r}: these rounds can only be simulated yet")])
 
 
-def _refuse(key: str, fault: str) -> None:
-    raise ConfigInvalid(f"{key} {fault}", ((key, fault),))
+def _asked(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
+    """Asks each part."""
+    parts: list[tuple[str, str, Strategy | LocalAlgorithm | RoundPolicy]] = [
+        ("aggregation.strategy", config.aggregation.strategy, _strategy(config)),
+        ("training.algorithm", _algorithm_name(config), algorithm(config.training.algorithm)),
+        ("rounds.policy", config.rounds.policy_name, _policy(config)),
+    ]
+    for field, name, part in parts:
+        if fault := part.misfit(config, spec):
+            yield fault if fault[0] == field else (fault[0], f"{fault[1]}; {field} is {name!r}")
+
+
+def _stale(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
+    """Finds what does not take updates of one round that start from different versions."""
+    if _policy(config).one_version:
+        return
+    policy = f"is {config.rounds.policy_name!r}, whose updates start from different versions"
+    if _strategy(config).needs_one_version:
+        yield "rounds.policy", f"{policy}; strategy {config.aggregation.strategy!r} needs those of one"
+    if algorithm(config.training.algorithm).needs_one_version:
+        yield "rounds.policy", f"{policy}; algorithm {_algorithm_name(config)!r} needs those of one"
+    if any(tensor.roles != tensor.roles[:1] for tensor in spec.tensors):
+        yield "rounds.policy", f"{policy}; method {config.peft.method!r} sends other tensors in every round"
+
+
+def _scaled(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
+    """Finds transforms of what a client keeps whole."""
+    for transform in transforms_of(config) if spec.sections else ():
+        name = spec.sections[0].name
+        yield transform.field, f"does not go with section {name!r}: clients keep the whole of what it would change"
+
+
+_RULES = (_asked, _stale, _scaled)
+
+
+def _strategy(config: RunConfig) -> Strategy:
+    return strategy(config.aggregation.strategy, config.aggregation.options)
+
+
+def _policy(config: RunConfig) -> RoundPolicy:
+    return policies.get(config.rounds.policy_name)
+
+
+def _algorithm_name(config: RunConfig) -> str:
+    return config.training.algorithm.name if config.training.algorithm else PLAIN
+
+
+def _refuse(faults: list[Fault]) -> None:
+    if faults:
+        raise ConfigInvalid("; ".join(f"{field} {text}" for field, text in faults), tuple(faults))

@@ -351,11 +351,13 @@ def _write(
         old = stack.enter_context(adapter_file.open_adapter(base.path, base.sha256))
         kept: State = {}
         if state:
-            kept = adapter_file.slots(stack.enter_context(adapter_file.open_state(state.path, state.sha256)), rule)
+            file = stack.enter_context(adapter_file.open_state(state.path, state.sha256))
+            kept = adapter_file.slots(file, rule.slots)
         to_adapter = stack.enter_context(create(folder / "adapter"))
         to_state = stack.enter_context(create(folder / "state"))
         adapter_out = adapter_file.adapter_writer(to_adapter, info, specs)
-        state_out = adapter_file.state_writer(to_state, info, header.spec.adapter.shared, rule)
+        shared = header.spec.adapter.shared
+        state_out = adapter_file.state_writer(to_state, info, shared, rule.slots, rule.shared_slots)
         for tensor in fold_tensors(contributions, specs, rule, old, kept, clips=clips):
             adapter_out.add(tensor.values)
             for slot in tensor.state:  # in the strategy's order; other sections than the adapter have none

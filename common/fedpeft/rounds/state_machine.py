@@ -24,9 +24,12 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import ClassVar
 
 from fedpeft import seeds
-from fedpeft.config import RoundsConfig
+from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.config import RoundsConfig, RunConfig
+from fedpeft.config_errors import Fault
 from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
 from fedpeft.formatting import counted
 from fedpeft.registry import Registry
@@ -67,8 +70,7 @@ class Ticket:
         state: Where it stands.
         reason: Why it is no longer good, if it is not.
         generation: The round's extensions when it was issued.
-        base_version: The adapter version that its update starts from. It was issued in the round after that version,
-            whose number chooses the seed and the roles of the tensors.
+        base_version: The adapter version that its update starts from.
     """
 
     id: str
@@ -77,6 +79,16 @@ class Ticket:
     reason: str = ""
     generation: int = 0
     base_version: int = 0
+
+    @property
+    def issued_in(self) -> int:
+        """Number of the round that it was issued in, which chooses the seed and the roles of the tensors."""
+        return round_from(self.base_version)
+
+
+def round_from(version: int) -> int:
+    """Returns the number of the round whose tickets start from a version: the one that follows it."""
+    return version + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,13 +278,25 @@ def sample(
 class RoundPolicy(ABC):
     """Chooses the clients of a round, and the fate of the tickets that are out when it closes. Pure, without state."""
 
+    one_version: ClassVar[bool] = True
+    """True if all updates of a round start from the version before it: tickets that are out when it closes are LATE."""
+    has_clock: ClassVar[bool] = False
+    """True if a simulation of the rounds has a clock: clients are at work for a time that is drawn, and a free place
+    is given away at once. If not, the clients of a round arrive in an order that is drawn anew."""
+    settings: ClassVar[frozenset[str]] = frozenset()
+    """Keys of `[rounds]` that only rounds of some policies have (`concurrency`, `max_staleness`), and these do."""
+
+    def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
+        """Returns a field of a run with which such rounds cannot work, and why; None if there is none."""
+        return None
+
     @abstractmethod
     def wanted(self, state: Round, config: RoundsConfig) -> int:
         """Returns how many more clients an open round would give tickets to."""
 
-    @abstractmethod
     def lasts(self, state: Round, ticket: Ticket, config: RoundsConfig) -> bool:
-        """Returns whether a ticket that is out stays good when its round closes; if not it is LATE."""
+        """Returns whether a ticket that is out stays good when its round closes; not asked if `one_version`."""
+        return not self.one_version
 
     def carried(self, closed: Round) -> tuple[Ticket, ...]:
         """Returns the tickets with which the round after a closed one begins."""
@@ -452,7 +476,7 @@ def _stopped(state: Round) -> Step:
 
 def _aggregate(state: Round, config: RoundsConfig) -> Step:
     policy = policies.get(config.policy_name)
-    closed = _late(state, lambda ticket: policy.lasts(state, ticket, config))
+    closed = _late(state, lambda ticket: not policy.one_version and policy.lasts(state, ticket, config))
     return replace(closed, phase=Phase.AGGREGATING), (Aggregate(),)
 
 

@@ -1,9 +1,9 @@
 """The clients at work in a simulated run: the order in which their updates arrive, and the engine that computes them.
 
-Synchronous rounds: who has a ticket arrives in an order that the seed draws anew for each round. Other rounds have a
-clock: a client is at work from the moment that it gets its ticket, for a time of the half-normal distribution
-|N(0, 1)|, drawn from the seed by round and client. The order never depends on what is computed, or on how long that
-really takes.
+Clients with a ticket arrive in an order that the seed draws anew for each round. Rounds of a policy that has a clock
+(`RoundPolicy.has_clock`) are held on it: a client is at work from the moment that it gets its ticket, for a time of the
+half-normal distribution |N(0, 1)|, drawn from the seed by round and client. The order never depends on what is
+computed, or on how long that really takes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from itertools import chain
 from statistics import NormalDist
 
 from fedpeft import seeds
-from fedpeft.config import SYNCHRONOUS, RunConfig
+from fedpeft.config import RunConfig
 from fedpeft.rounds.local_job import LocalJob, LocalOutcome, Version
-from fedpeft.rounds.state_machine import Phase, Ticket, TicketState
+from fedpeft.rounds.state_machine import Phase, Ticket, TicketState, policies
 from fedpeft.simulation.clients import ClientMemory
 from fedpeft.simulation.engines import Engine
 from fedpeft.simulation.report import RoundBook
@@ -40,7 +40,7 @@ class ClientsAtWork:
         memory: What clients keep from round to round.
 
     Attributes:
-        now: The simulated clock; it stands still in synchronous rounds.
+        now: The simulated clock; it stands still in rounds that have none.
     """
 
     def __init__(self, config: RunConfig, engine: Engine, memory: ClientMemory) -> None:
@@ -51,12 +51,12 @@ class ClientsAtWork:
         self._to_begin: list[_Due] = []
         self._to_arrive: list[_Due] = []
         self._computed: dict[str, LocalOutcome] = {}
-        self.has_clock = config.rounds.policy_name != SYNCHRONOUS
+        self.has_clock = policies.get(config.rounds.policy_name).has_clock
         self.now = 0.0
 
     def begin(self, ticket: Ticket, version: Version) -> None:
         """Sets a client to work on a ticket, from the version that it pulled."""
-        seed, number, client = self._config.rounds.seed, ticket.base_version + 1, ticket.client
+        seed, number, client = self._config.rounds.seed, ticket.issued_in, ticket.client
         due = (
             self.now + duration(seed, number, client)
             if self.has_clock
@@ -115,7 +115,7 @@ class ClientsAtWork:
                 yield self._job(ticket)
 
     def _job(self, ticket: Ticket) -> LocalJob:
-        number, client = ticket.base_version + 1, ticket.client
+        number, client = ticket.issued_in, ticket.client
         seed = seeds.training(self._config.rounds.seed, number, client)
         version, state = self._not_begun.pop(ticket.id), self._memory.state(client)
         return LocalJob(client, number, seed, self._config.training, version, state)

@@ -15,6 +15,10 @@ class Buffered(RoundPolicy):
     a version.
     """
 
+    one_version = False
+    has_clock = True
+    settings = frozenset({"concurrency", "max_staleness"})
+
     def wanted(self, state: Round, config: RoundsConfig) -> int:
         """See `RoundPolicy.wanted`."""
         return config.sampled - len(state.in_state(TicketState.ISSUED))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedpeft.config import RoundsConfig
 from fedpeft.rounds.policies import RoundPolicy, policies
-from fedpeft.rounds.state_machine import Round, Ticket, TicketState
+from fedpeft.rounds.state_machine import Round, TicketState
 
 
 class Synchronous(RoundPolicy):
@@ -17,10 +17,6 @@ class Synchronous(RoundPolicy):
         """See `RoundPolicy.wanted`."""
         current = [t for t in state.in_state(TicketState.ISSUED) if t.generation == state.extensions]
         return config.sampled - len(state.in_state(TicketState.RECEIVED)) - len(current)
-
-    def lasts(self, state: Round, ticket: Ticket, config: RoundsConfig) -> bool:
-        """See `RoundPolicy.lasts`."""
-        return False
 
 
 policies.register("synchronous")(Synchronous())
