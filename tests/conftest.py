@@ -65,7 +65,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def preloaded() -> Iterator[None]:
-    """Has the clients' workers, and the commands that need torch, forked from one process that imported it once.
+    """Has the clients' workers, and commands that end by themselves, forked from one process that imported all once.
 
     Without it, they begin as a user's do: for tests of how they begin or are interrupted, or of their memory.
     """
@@ -75,6 +75,12 @@ def preloaded() -> Iterator[None]:
             patch.setenv(PRELOADED, os.environ[_FOLDER])
             patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
         yield
+
+
+@pytest.fixture
+def unforked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the processes of one test begin as a user's do, in a module that uses `preloaded`."""
+    monkeypatch.delenv(PRELOADED, raising=False)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -23,6 +23,8 @@ from ..server.secured import Federation, federation
 from .federation import LINK
 from .test_guard import Browser
 
+pytestmark = pytest.mark.usefixtures("preloaded")
+
 HOUR = timedelta(hours=1)
 
 

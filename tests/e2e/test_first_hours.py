@@ -45,7 +45,7 @@ from ..server.conftest import RawClient
 from ..server.secured import Federation, federation, held
 from .conftest import write_site
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded")]
 
 
 @pytest.fixture

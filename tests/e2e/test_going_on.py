@@ -31,7 +31,7 @@ from .conftest import SlowLink
 
 __all__ = ["start"]  # a fixture, used by name
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded")]
 
 SPEC = AdapterSpec.of("bias", [TensorSpec("head.weight", (2_000_000,))])  # 8 MB: eight chunks
 

@@ -18,11 +18,8 @@ from pathlib import Path
 
 STATUS_BYTES = 4
 START_S = 60.0
-IGNORED = {
-    "fedpeft_client.worker.process": (signal.SIGINT, signal.SIGTERM),
-    "fedpeft.simulation.worker": (signal.SIGINT,),
-}
-"""Signals that a module ignores: any other ends this process, and the fork with it."""
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that the fork gets in place of this process."""
 LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 
 
@@ -34,17 +31,22 @@ def launch(folder: str, module: str, arguments: list[str]) -> None:
     """
     if not _same_place(Path(folder)):
         return
-    for each in IGNORED.get(module, ()):
-        signal.signal(each, signal.SIG_IGN)
+    ignored = [each for each in PASSED_ON if signal.getsignal(each) is signal.SIG_IGN]
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until it is known to whom
     line = _connect(Path(folder))
     limits = [(limit, resource.getrlimit(limit)) for limit in set(LIMITS.values())]
     started = {"module": module, "arguments": arguments, "folder": os.getcwd()}
-    facts = json.dumps({**started, "environment": dict(os.environ), "limits": limits}).encode()
+    told = {**started, "environment": dict(os.environ), "limits": limits, "ignored": ignored}
+    facts = json.dumps(told).encode()
     socket.send_fds(line, [len(facts).to_bytes(STATUS_BYTES, "little")], [0, 1, 2])
     line.sendall(facts)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):
         os.dup2(nothing, stream)  # the ends of both are the fork's to close
+    fork = int.from_bytes(line.recv(STATUS_BYTES, socket.MSG_WAITALL), "little")
+    for each in PASSED_ON if fork else ():
+        signal.signal(each, lambda number, _: os.kill(fork, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     status = line.recv(STATUS_BYTES, socket.MSG_WAITALL)
     code = int.from_bytes(status, "little", signed=True) if len(status) == STATUS_BYTES else 1
     if code < 0:

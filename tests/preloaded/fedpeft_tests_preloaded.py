@@ -1,4 +1,4 @@
-"""The preloaded process: it has imported what a worker and `fedpeft run create` import, and forks one for each.
+"""The preloaded process: it has imported what workers and short commands import, and forks one for each.
 
 It ends when its folder is removed, or the process of the tests is gone. It is nobody's child: the first worker of all
 starts it, and a test that looks whether all descendants of a command have ended must not find it among them.
@@ -16,7 +16,9 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 STATUS_BYTES = 4
@@ -32,7 +34,16 @@ def main() -> None:
     listener.bind(str(folder / "socket.new"))
     listener.listen(64)
     (folder / "socket.new").rename(folder / "socket")
+    from fedpeft.rpc import grpc_core
+
+    grpc_core.configure()  # as each command does before it imports gRPC
     for module in (
+        "fedpeft_client.commands.enroll",
+        "fedpeft_client.commands.leave",
+        "fedpeft_client.commands.ledger",
+        "fedpeft_client.commands.status",
+        "fedpeft_operator.app",
+        "fedpeft.api.operator_client",
         "fedpeft_client.worker.process",
         "fedpeft_client.worker.tasks",
         "fedpeft.simulation",
@@ -90,10 +101,18 @@ def _fork(line: socket.socket, children: dict[int, socket.socket], own: tuple[so
         for stream in streams:
             os.close(stream)
         children[pid] = line
+        with suppress(OSError):  # it was killed meanwhile, which the end of the line says
+            line.sendall(pid.to_bytes(STATUS_BYTES, "little"))
         return
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_DFL)
+        for each in facts["ignored"]:
+            signal.signal(each, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         for each in (line, *own, *children.values()):
             each.close()
         for number, stream in enumerate(streams):
@@ -107,6 +126,7 @@ def _fork(line: socket.socket, children: dict[int, socket.socket], own: tuple[so
             resource.setrlimit(limit, (soft, hard))
         os.environ.clear()
         os.environ.update(facts["environment"])
+        time.tzset()
         os._exit(_run(facts["module"], facts["arguments"]))
     except BaseException:
         traceback.print_exc()
@@ -117,8 +137,9 @@ def _fork(line: socket.socket, children: dict[int, socket.socket], own: tuple[so
 def _run(module: str, arguments: list[str]) -> int:
     """Runs a module as `python -m` does; returns its exit code."""
     sys.argv = [module, *arguments]
+    sys.orig_argv = [sys.executable, "-m", *sys.argv]
     try:
-        sys.modules.pop(module, None)
+        sys.modules.pop(f"{module}.__main__" if hasattr(sys.modules.get(module), "__path__") else module, None)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -30,6 +30,8 @@ from fedpeft_server.commands import init
 from .conftest import StartDaemon, free_port
 from .secured import Federation
 
+pytestmark = pytest.mark.usefixtures("preloaded")
+
 DAY = timedelta(days=1)
 
 

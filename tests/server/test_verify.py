@@ -29,6 +29,8 @@ from fedpeft_operator.cli.session import Session
 
 from .conftest import SPEC, Arrays, Daemon, StartDaemon, config, header
 
+pytestmark = pytest.mark.usefixtures("preloaded")
+
 ROUNDS = {"rounds": {"count": 3, "clients": 2, "seed": 3}}
 FREEZING = AdapterSpec.of(
     "bias",

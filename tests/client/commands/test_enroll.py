@@ -26,6 +26,8 @@ from fedpeft_client.state.state_dir import StateDirectory
 
 from ...operator.access_double import Double, serving
 
+pytestmark = pytest.mark.usefixtures("preloaded")
+
 
 @pytest.fixture
 async def double() -> AsyncIterator[Double]:
@@ -93,6 +95,7 @@ async def test_what_comes_next_depends_on_the_role(double: Double, tmp_path: Pat
         assert said in out
 
 
+@pytest.mark.usefixtures("unforked")
 async def test_no_command_line_has_the_token(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -150,6 +153,7 @@ async def test_a_prompt_that_is_left(tmp_path: Path, key: str) -> None:
     os.close(theirs)
 
 
+@pytest.mark.usefixtures("unforked")
 async def test_an_interrupted_enrolment_says_how_to_go_on(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"

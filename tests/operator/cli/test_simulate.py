@@ -84,7 +84,7 @@ def workers_of(pid):
 
 
 @pytest.mark.parametrize("engine", ["inprocess", "processes"])
-def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_path, engine):
+def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_path, capfd, engine):
     whole = write(tmp_path / "whole.parquet", table(30))
     run_file = RUN_FILE.replace("count = 2", "count = 100_000") + f'engine = "{engine}"\nworkers = 2\n'
     (tmp_path / "run.toml").write_text(run_file)
@@ -94,13 +94,14 @@ def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         assert next(line for line in process.stderr if line.startswith("round 1 of 100000, 2 updates"))
-        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        with pytest.raises(SystemExit) as refused:
+            main([*asked, "--device", "cpu"])
         workers = workers_of(process.pid)
         assert len(workers) == (2 if engine == "processes" else 0)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, err = process.communicate(timeout=60)
-    assert second.returncode == 1
-    assert second.stderr == (
+    assert refused.value.code == 1
+    assert capfd.readouterr().err == (
         f"fedpeft: {tmp_path / 'out'} is in use by another simulation (process {process.pid}); stop it first, or name "
         "another folder\n"
     )

@@ -30,6 +30,8 @@ from fedpeft.v1 import run_pb2
 from ..conftest import StartDaemon, config
 from ..secured import HOUR, Federation, federation
 
+pytestmark = pytest.mark.usefixtures("preloaded")
+
 
 @dataclass
 class Ended:
@@ -166,6 +168,7 @@ async def test_a_time_that_is_too_short_or_too_long(text: str, tmp_path: Path) -
     assert done.err == f"fedpeft: --expires: {text} is not between 1m and 30d, the lifetimes allowed\n"
 
 
+@pytest.mark.usefixtures("unforked")
 async def test_an_interrupted_enrolment_says_how_to_go_on(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
