@@ -1,8 +1,9 @@
 """A simulated run, from its first round to its report.
 
 Notable: nothing of a round is written twice. Rounds follow `fedpeft.rounds.state_machine`, clients train through
-`fedpeft.training.loop` and `fedpeft.adapters.updates`, updates are folded by `fedpeft.rounds.fold`, so with the same
-run file, client names, data and number of torch's threads the adapter has the bits that a server and its agents give.
+`fedpeft.training.loop` and `fedpeft.adapters.updates`, updates are accepted by `fedpeft.rounds.acceptance` and folded
+by `fedpeft.rounds.fold`, so with the same run file, client names, data and number of torch's threads the adapter has
+the bits that a server and its agents give.
 
 What is different: no deadline runs out while a client works, and updates arrive in an order that is drawn from the
 seed, which says who is late where a round wants more clients than it counts (`over_selection`). A client that trains in
@@ -22,12 +23,8 @@ import structlog
 from google.protobuf import json_format
 
 from fedpeft.adapters import payload
-from fedpeft.errors import (
-    ManifestInvalid,
-    PayloadInvalid,
-)
-from fedpeft.privacy.transforms import transforms_of
-from fedpeft.rounds import conduct, state_machine
+from fedpeft.errors import InvalidArgument
+from fedpeft.rounds import acceptance, conduct, state_machine
 from fedpeft.rounds.commit import RoundEmptied, RunHeader
 from fedpeft.rounds.local_job import LocalFailure, LocalOutcome, LocalUpdate
 from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
@@ -182,13 +179,12 @@ class SimulatedRun:
         manifest, data = outcome.prepared.manifest, outcome.prepared.payload
         book.up[client] = len(data)
         try:
-            sent = self._header.spec.sent(ticket.base_version + 1)
-            payload.check_manifest(manifest, sent, (self._config.codec.encoding,))
+            said = manifest, outcome.examples, outcome.metrics
+            acceptance.check_header(ticket, *said, self._config, self._header.spec)
             payload.check_payload(manifest, memoryview(data))
             norm = math.sqrt(payload.squared_norm(manifest, memoryview(data)))
-            for transform in transforms_of(self._config):
-                transform.check(norm)
-        except (ManifestInvalid, PayloadInvalid) as error:
+            acceptance.check_norm(norm, self._config)
+        except InvalidArgument as error:
             log.warning("update refused", round=number, client=client, cause=error.message)
             self._memory.forget_residual(client)
             refused = state_machine.Refused(ticket.id, f"{error.reason}: {error.message}")

@@ -27,7 +27,7 @@ from fedpeft.errors import (
 )
 from fedpeft.process import tracing
 from fedpeft.rounds import metric_values
-from fedpeft.rounds.state_machine import Ticket
+from fedpeft.rounds.state_machine import Ticket, round_from
 from fedpeft.rpc.timing import HOLD_S, LONGEST_HOLD_S
 from fedpeft.rpc.wire import training_to_proto
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -186,7 +186,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         if request.version > engine.run.version:
             raise VersionNotFound(f"{request.run} has no version {request.version}; the newest is {engine.run.version}")
         training = self._sessions.role(client) == "trainer"
-        number = request.version + 1 if training else request.version
+        number = round_from(request.version) if training else request.version
         self._byte_counter.assign(engine.run.id, number, client, training=training)
         encoded = await self._encoded(engine.run, request.version)
         have = request.have_version if request.HasField("have_version") else None
@@ -232,16 +232,16 @@ class Federation(pb_grpc.FederationServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("header"):
             raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
-        engine, ticket, number = await self._ticket(first.header.ticket, client)
-        with tracing.span("receive", engine.run.id, number, client=client):
-            update = await self._uploads.push(engine, ticket, number, first.header, context)
+        engine, ticket = await self._ticket(first.header.ticket, client)
+        with tracing.span("receive", engine.run.id, ticket.issued_in, client=client):
+            update = await self._uploads.push(engine, ticket, first.header, context)
         return _receipt(update)
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
         """Returns the state of an upload."""
         client = self._sessions.identify(context)
         _check_digest("sha256", request.sha256)
-        engine, ticket, _ = await self._ticket(request.ticket, client)
+        engine, ticket = await self._ticket(request.ticket, client)
         self._runs.progress.report(ticket.id, request.step, request.steps)
         received = await self._uploads.received(ticket)
         answer = pb.GetUploadResponse(
@@ -257,7 +257,7 @@ class Federation(pb_grpc.FederationServiceServicer):
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:
         """Gives a ticket up."""
         client = self._sessions.identify(context)
-        engine, ticket, _ = await self._ticket(request.ticket, client)
+        engine, ticket = await self._ticket(request.ticket, client)
         try:
             state = await engine.withdraw(ticket, untrusted_text.reason(request.reason), actor())
         except TicketNotFound:  # its round is over
@@ -396,12 +396,12 @@ class Federation(pb_grpc.FederationServiceServicer):
         """Returns the unfinished runs that a client did not decline."""
         return [e for e in self._runs.active(run) if not self._runs.participation.declined(e.run.id, client)]
 
-    async def _ticket(self, ticket_id: str, client: str) -> tuple[RunEngine, Ticket, int]:
-        engine, ticket, number = await self._runs.ticket(ticket_id)
+    async def _ticket(self, ticket_id: str, client: str) -> tuple[RunEngine, Ticket]:
+        engine, ticket = await self._runs.ticket(ticket_id)
         if ticket.client != client:
             raise TicketOfAnother(f"{ticket_id} was given to another client")
-        self._byte_counter.assign(engine.run.id, number, client)
-        return engine, ticket, number
+        self._byte_counter.assign(engine.run.id, ticket.issued_in, client)
+        return engine, ticket
 
 
 def _check_protocol(request: pb.RegisterRequest) -> None:

@@ -215,8 +215,8 @@ class Runs:
             if (engine := self._engines.get(run_id)) is not None:
                 yield engine
 
-    async def ticket(self, ticket_id: str) -> tuple[RunEngine, Ticket, int]:
-        """Returns a ticket of any round, with the engine of its run and the number of its round.
+    async def ticket(self, ticket_id: str) -> tuple[RunEngine, Ticket]:
+        """Returns a ticket of any round, with the engine of its run.
 
         Raises:
             TicketNotFound: If there is no such ticket.
@@ -224,12 +224,12 @@ class Runs:
         run = self._tickets.run_of(ticket_id)
         if run is not None:
             engine = self._engines[run]
-            return engine, engine.round.ticket(ticket_id), engine.round.number
+            return engine, engine.round.ticket(ticket_id)
         row = await self._store.transact(self._store.db.ticket, ticket_id)
         engine = self.get(row.run)
         if row.ticket.state is TicketState.ISSUED:
             await engine.refresh()  # another server has given it out
-        return engine, row.ticket, row.number
+        return engine, row.ticket
 
     @shielded
     async def answer(self, answer: AnswerRow, by: str) -> None:

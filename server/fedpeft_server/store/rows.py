@@ -294,10 +294,9 @@ class FailedEvaluation:
 
 @dataclass(frozen=True, slots=True)
 class TicketRow:
-    """A ticket with the run and the round that it is for."""
+    """A ticket with the run that it is for."""
 
     run: str
-    number: int
     ticket: Ticket
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,21 +18,20 @@ import structlog
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest
+from fedpeft.config import RunConfig
 from fedpeft.errors import (
     BeingChecked,
-    ExamplesInvalid,
     FedpeftError,
+    InvalidArgument,
     ManifestInvalid,
-    MetricsInvalid,
     PayloadInvalid,
     RoundClosed,
     TicketClosed,
     UpdateDiffers,
     UpdateExcluded,
 )
-from fedpeft.privacy.transforms import Transform, transforms_of
 from fedpeft.process.mapped_files import releaser
-from fedpeft.rounds import metric_values
+from fedpeft.rounds import acceptance
 from fedpeft.rounds.state_machine import Phase, Ticket, TicketState
 from fedpeft.rpc.timing import HOLD_S
 from fedpeft.rpc.wire import manifest_from_proto
@@ -106,14 +105,12 @@ class Uploads:
         self,
         engine: RunEngine,
         ticket: Ticket,
-        number: int,
         header: pb.UpdateHeader,
         context: Context,
     ) -> UpdateRow:
         """Receives one update and counts it; the answer to a repetition is the first one's.
 
-        What arrived of an update that no round will take any more is removed. `number` is that of the ticket's round,
-        which says what is sent: the run may have gone on to another.
+        What arrived of an update that no round will take any more is removed.
 
         Raises:
             TransfersBusy: If no slot came for `HOLD_S`.
@@ -127,9 +124,9 @@ class Uploads:
         self._admit(engine, ticket)
         declared = await self._declared_by(ticket.client, engine.run.id)
         if len(header.manifest.tensors) > MANY_ENTRIES:
-            manifest = await self._store.file(self._checked, engine, number, header, declared)
+            manifest = await self._store.file(self._checked, engine, ticket, header, declared)
         else:
-            manifest = self._checked(engine, number, header, declared)
+            manifest = self._checked(engine, ticket, header, declared)
         booked = partial(self._byte_counter.payload, "up", engine.run.config.codec.encoding)
         try:
             async with self._slots.take(ticket.client) as slot:
@@ -191,8 +188,7 @@ class Uploads:
     ) -> UpdateRow:
         """Checks a whole upload, makes it durable and counts it."""
         async with _refusing(engine, ticket):
-            transforms = transforms_of(engine.run.config)
-            update = await self._store.compute(self._taken_in, header, writer, transforms)
+            update = await self._store.compute(self._taken_in, header, writer, engine.run.config)
         try:
             return await engine.receive(update, actor())
         except (RoundClosed, TicketClosed):
@@ -266,28 +262,24 @@ class Uploads:
         has = pb.Capabilities.FromString(row.capabilities).examples if row else 0
         return min(has or UNDECLARED_EXAMPLES, MAX_EXAMPLES)
 
-    def _checked(self, engine: RunEngine, number: int, header: pb.UpdateHeader, declared: int) -> Manifest:
+    def _checked(self, engine: RunEngine, ticket: Ticket, header: pb.UpdateHeader, declared: int) -> Manifest:
         """Returns the manifest of a header that fits the round of its ticket, before anything of the payload is taken.
 
         A wrong header leaves the ticket good: nothing was trained or sent in vain, and the next one may be right.
         """
-        config = engine.run.config
+        run, said = engine.run, (header.examples, header.metrics)
         try:
             manifest = manifest_from_proto(header.manifest)
-            payload.check_manifest(manifest, engine.run.spec.sent(number), (config.codec.encoding,))
         except ManifestInvalid as error:
             raise error.within("header.manifest") from None
-        self._receiver.check_size(manifest)
-        if not 1 <= header.examples <= declared:
-            text = f"is {header.examples}; 1 to {declared} are allowed, by what the client declared"
-            raise ExamplesInvalid(f"the update's number of examples {text}", (("header.examples", text),))
         try:
-            metric_values.check(header.metrics, metric_values.MAX_TRAINING)
-        except MetricsInvalid as error:
+            acceptance.check_header(ticket, manifest, *said, run.config, run.spec, declared)
+        except InvalidArgument as error:
             raise error.within("header") from None
+        self._receiver.check_size(manifest)
         return manifest
 
-    def _taken_in(self, header: pb.UpdateHeader, writer: SpoolWriter, transforms: Sequence[Transform]) -> UpdateRow:
+    def _taken_in(self, header: pb.UpdateHeader, writer: SpoolWriter, config: RunConfig) -> UpdateRow:
         """Checks a whole upload and makes it durable; returns what is to be counted.
 
         Raises:
@@ -297,8 +289,7 @@ class Uploads:
         with self._store.updates.open(header.ticket, writer.manifest.sha256) as data:
             norm = math.sqrt(payload.squared_norm(writer.manifest, data, releaser(data)))
         try:
-            for transform in transforms:
-                transform.check(norm)
+            acceptance.check_norm(norm, config)
         except PayloadInvalid:
             self._store.updates.remove_all((header.ticket,))
             raise

@@ -109,7 +109,7 @@ def select_ticket(connection: Connection, ticket: str) -> TicketRow:
     row = connection.execute(select(tables.tickets).where(tables.tickets.c.id == ticket)).one_or_none()
     if row is None:
         raise TicketNotFound(f"there is no ticket {ticket}")
-    return TicketRow(row.run, row.number, _ticket(row))
+    return TicketRow(row.run, _ticket(row))
 
 
 def select_update(connection: Connection, ticket: str) -> UpdateRow | None:

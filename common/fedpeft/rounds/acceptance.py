@@ -1,0 +1,68 @@
+"""Acceptance of an update: the rules for what comes for a ticket, the same on a server and in a simulation. Pure.
+
+Three steps, in this order, because a server has the header of an update before its payload:
+
+    check_header                                  what is said of the update, before a byte of it is taken
+    fedpeft.adapters.payload.check_payload        every value of the payload, before it is durable
+    check_norm                                    that the update passed the run's transforms
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import Manifest
+from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.config import RunConfig
+from fedpeft.errors import ExamplesInvalid, ManifestInvalid
+from fedpeft.privacy.transforms import transforms_of
+from fedpeft.rounds import metric_values
+from fedpeft.rounds.state_machine import Ticket
+
+
+def check_header(
+    ticket: Ticket,
+    manifest: Manifest,
+    examples: int,
+    metrics: Mapping[str, float],
+    config: RunConfig,
+    spec: AdapterSpec,
+    declared: int | None = None,
+) -> None:
+    """Checks what is said of an update.
+
+    Args:
+        ticket: The ticket that it comes for; the round that it was issued in says which tensors are sent.
+        manifest: What its payload holds.
+        examples: Examples that it was trained on.
+        metrics: Figures of its training.
+        config: The run file.
+        spec: The tensors of the run.
+        declared: Most examples that the client may claim; None: any number.
+
+    Raises:
+        ManifestInvalid: If its tensors or encodings are not those of the ticket's round, below `manifest`.
+        ExamplesInvalid: If it was trained on none, or on more than declared.
+        MetricsInvalid: If a figure is wrong.
+    """
+    try:
+        payload.check_manifest(manifest, spec.sent(ticket.issued_in), (config.codec.encoding,))
+    except ManifestInvalid as error:
+        raise error.within("manifest") from None
+    if examples < 1 or (declared is not None and examples > declared):
+        text = f"is {examples}; " + (
+            "at least 1 is needed" if declared is None else f"1 to {declared} are allowed, by what the client declared"
+        )
+        raise ExamplesInvalid(f"the update's number of examples {text}", (("examples", text),))
+    metric_values.check(metrics, metric_values.MAX_TRAINING)
+
+
+def check_norm(norm: float, config: RunConfig) -> None:
+    """Checks the Euclidean norm of an update, whose payload was checked (`fedpeft.adapters.payload.squared_norm`).
+
+    Raises:
+        PayloadInvalid: If it cannot have passed the run's transforms.
+    """
+    for transform in transforms_of(config):
+        transform.check(norm)
