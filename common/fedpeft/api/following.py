@@ -120,7 +120,8 @@ async def follow(connect: Connect, run: str) -> AsyncIterator[RunSnapshot]:
 async def _scored(connect: Connect, snapshot: RunSnapshot) -> AsyncIterator[RunSnapshot]:
     """Yields the snapshot as figures come in until the last version has its own, if somebody was at work on them.
 
-    It ends when no version was scored for `RESPONSE_TIMEOUT_S`: the run is over without them all the same.
+    It ends when no version was scored for `RESPONSE_TIMEOUT_S`, or the server fails: the run is over without them all
+    the same, and `waiting` says that they are awaited no longer.
     """
     last, now = snapshot.run.version, asyncio.get_running_loop().time
     try:
@@ -129,9 +130,7 @@ async def _scored(connect: Connect, snapshot: RunSnapshot) -> AsyncIterator[RunS
                 return
             give_up = now() + RESPONSE_TIMEOUT_S
             while last not in _scored_versions(snapshot.rounds) and now() < give_up:
-                given_up = _given_up(
-                    snapshot.run, last
-                )  # or scored after the rounds were read: they are read once more
+                given_up = _given_up(snapshot.run, last)  # or scored since the rounds were read: they are read again
                 if not given_up:
                     yield (snapshot := replace(snapshot, changed=frozenset(), waiting=waiting_line(snapshot.run)))
                     await asyncio.sleep(SCORE_PAUSE_S)
@@ -145,8 +144,12 @@ async def _scored(connect: Connect, snapshot: RunSnapshot) -> AsyncIterator[RunS
                     return
                 else:
                     snapshot = replace(snapshot, run=seen.run)
-    except FedpeftError:
-        return
+            if last in _scored_versions(snapshot.rounds):
+                return
+            why = f"none came for {RESPONSE_TIMEOUT_S:g} s"
+    except FedpeftError as error:
+        why = error.message
+    yield replace(snapshot, changed=frozenset(), waiting=f"figures of version {last} are awaited no longer: {why}")
 
 
 def waiting_line(run: run_pb2.Run) -> str:

@@ -19,7 +19,7 @@ import pytest
 
 from fedpeft.api import following, operator_client
 from fedpeft.api.narration import committed_line
-from fedpeft.errors import Draining, Internal
+from fedpeft.errors import Draining, Internal, RunNotFound
 from fedpeft.v1 import federation_service_pb2 as federation
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
@@ -297,6 +297,17 @@ def test_watch_waits_for_the_last_figures(served: Serving, fedpeft: Command) -> 
     scoring.join()
     assert "version 1 scored: accuracy 60.0 %" in ended.out
     assert "0 scored: accuracy 10.0 %" in ended.out
+
+
+def test_watch_says_why_the_last_figures_are_awaited_no_longer(served: Serving, fedpeft: Command) -> None:
+    run = a_run(version=1, state=COMPLETED)
+    served.double.runs, served.double.rounds = {RUN: run}, {RUN: [a_round(1)]}
+    served.double.clients = [a_client("eve", federation.CLIENT_ROLE_EVALUATOR)]
+    served.double.script = [pb.WatchRunResponse(run=run, rounds=[a_round(1)])]
+    served.double.failures["ListRounds"] = [RunNotFound(f"there is no run {RUN}")]
+    ended = fedpeft("run", "watch", RUN)
+    assert ended.code == 0
+    assert f"figures of version 1 are awaited no longer: there is no run {RUN}\n" in ended.out
 
 
 def test_watch_survives_a_server_that_restarts(served: Serving, fedpeft: Command) -> None:
