@@ -115,8 +115,8 @@ def test_the_peft_library_loads_a_lora(
     loaded = PeftModel.from_pretrained(plain, str(tmp_path / "lora"))
     assert torch.allclose(logits(loaded, images), logits(model.module, images), 0, 1e-6)
 
-    options, tensors = formats.from_peft(tmp_path / "lora", backbone)
-    again = tune(backbone, "lora", options, 5)
+    method, options, tensors = formats.from_peft(tmp_path / "lora", backbone)
+    again = tune(backbone, method, options, 5)
     again.load(tensors)
     assert again.spec.sha256 == model.spec.sha256
     assert torch.equal(logits(again.module, images), logits(model.module, images))
@@ -133,6 +133,14 @@ def test_the_peft_library_loads_variants_of_lora(
     loaded = PeftModel.from_pretrained(plain, str(tmp_path / "lora"))
     assert torch.allclose(logits(loaded, images), logits(model.module, images), 0, 1e-6)
 
+    assert formats.from_peft(tmp_path / "lora", backbone).method == "lora"
+    read = formats.from_peft(tmp_path / "lora", backbone, method)
+    again = tune(backbone, read.method, read.options, 5)
+    again.load(read.tensors)
+    assert again.spec.sha256 == model.spec.sha256 and read.method == method
+    with pytest.raises(ModelInvalid, match="holds a LORA adapter, which method bias cannot read"):
+        formats.from_peft(tmp_path / "lora", backbone, "bias")
+
 
 def test_the_card_says_how_the_adapter_came_about_and_how_to_load_it(
     tmp_path: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
@@ -147,6 +155,9 @@ def test_the_card_says_how_the_adapter_came_about_and_how_to_load_it(
     for line in (
         "base_model: timm/vit_tiny_patch16_224",
         "# license: yours to say",
+        "- lora",
+        "# A LoRA for image classification, tuned by federated learning",
+        "The data of the clients never left them: they trained a low-rank change and the head of one frozen model,",
         '| method | lora, rank 4, alpha 16.0, targets "qkv", dropout 0.0 |',
         '| classes | 3: `["a", "b", "c"]` |',
         "| run | `run-1`, version 3 of 10 rounds |",
@@ -187,7 +198,7 @@ def test_many_layers_survive_the_library_shortening_their_names(tmp_path: Path) 
     backbone = build(CONFIG.model_copy(update={"depth": 12, "pooling": None}), 0)
     model = trained(backbone, "lora", targets=["qkv", "proj"])
     formats.as_peft(model, tmp_path)
-    options, tensors = formats.from_peft(tmp_path, backbone)
+    _, options, tensors = formats.from_peft(tmp_path, backbone)
     assert options["targets"] == ("attn.proj", "attn.qkv")
     assert tensors.keys() == model.state().keys()
 
@@ -203,8 +214,12 @@ def test_from_peft_refuses_what_it_cannot_be(tmp_path: Path, backbone: Backbone)
     formats.as_peft(trained(backbone, "lora"), tmp_path)
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     data, state = json.loads(config.read_text()), load_file(weights)
+    config.write_text("[]")
+    with pytest.raises(ModelInvalid, match="its configuration is not a JSON object"):
+        formats.from_peft(tmp_path, backbone)
     for change, says in (
-        ({"peft_type": "IA3"}, "holds a IA3 adapter"),
+        ({"peft_type": "IA3"}, "holds a IA3 adapter; only LORA can be read"),
+        ({"r": None}, "does not fit vit_tiny"),
         ({"use_dora": True}, "uses use_dora"),
         ({"bias": "all"}, "uses bias"),
         ({"r": 5}, r"is \(8, 192\) there, \(5, 192\) in the model"),

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -26,9 +25,9 @@ from fedpeft.export.model_card import Provenance, card
 from fedpeft.models.backbones import Backbone, fingerprint
 from fedpeft.models.checkpoints import read_checkpoint
 from fedpeft.models.families import timm_arguments
-from fedpeft.peft.lora import NAME
+from fedpeft.peft.method import methods
 from fedpeft.peft.tuned import TunedModel, tune
-from fedpeft.peft.tuner import target_layers
+from fedpeft.peft.tuner import Tuner, target_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,7 +45,7 @@ def as_timm(tuned: TunedModel, path: Path) -> None:
     metadata, as JSON under "timm".
 
     Args:
-        tuned: Under a method that adds nothing to the model (full, head, bias) or whose additions merge (lora).
+        tuned: Under a method that adds nothing to the model (full, head, bias) or whose additions merge into it (lora).
         path: The file; replaced if it exists.
 
     Raises:
@@ -78,7 +77,7 @@ def timm_model(tuned: TunedModel) -> nn.Module:
 
 
 def peft_model(tuned: TunedModel) -> PeftModel:
-    """Returns a LoRA as the `peft` library loads it, on its timm model; arguments and errors as `as_peft`."""
+    """Returns an adapter as the `peft` library loads it, on its timm model; arguments and errors as `as_peft`."""
     from peft import PeftModel
 
     with TemporaryDirectory() as folder:
@@ -101,14 +100,14 @@ def from_timm(path: Path, tuned: TunedModel) -> Arrays:
     Raises:
         ModelInvalid: If the file cannot be read, or lacks a tensor or has another shape.
         BackboneMismatch: If a frozen tensor differs from the backbone's.
-        ConfigInvalid: If the method's tensors are not in such a file, or were merged in it (lora).
+        ConfigInvalid: If the method's tensors are not in such a file, or were merged in it.
     """
     plain = tuned.backbone.module.state_dict()
     names = [tensor.name for tensor in tuned.spec.tensors]
     if not plain.keys() >= set(names):
         raise ConfigInvalid(
             f"an adapter of method {tuned.spec.method} cannot be read from a timm state dict, which has no {names[0]}; "
-            "read it from its safetensors file, or a LoRA from its peft directory"
+            "read it from its safetensors file, or from its peft directory if it has one"
         )
     state = read_checkpoint(path)
     for name, own in plain.items():
@@ -130,7 +129,7 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
     along as a module to save.
 
     Args:
-        tuned: Under a method of that library: LoRA and its variants.
+        tuned: Under a method that is a tuner of that library.
         folder: Made if missing.
         provenance: How the adapter came about, for its card.
 
@@ -142,7 +141,7 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
 
     _check_timm(tuned.backbone)
     backbone = tuned.backbone
-    if not tuned.method.has_peft_form:
+    if tuned.method.peft_form is None:
         raise ConfigInvalid(
             f"an adapter of method {tuned.spec.method} has no peft form; export it as safetensors or timm"
         )
@@ -165,36 +164,47 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
     (folder / "adapter_model.safetensors").chmod(mode)  # as in as_timm
 
 
-def from_peft(folder: Path, backbone: Backbone) -> tuple[dict[str, object], Arrays]:
-    """Reads a LoRA from a directory of the `peft` library.
+class ReadAdapter(NamedTuple):
+    """An adapter of the `peft` library, for `tune(backbone, method, options, seed).load(tensors)`."""
+
+    method: str
+    options: dict[str, object]
+    tensors: Arrays
+
+
+def from_peft(folder: Path, backbone: Backbone, method: str | None = None) -> ReadAdapter:
+    """Reads an adapter from a directory of the `peft` library.
 
     Args:
         folder: As `as_peft` writes it, or the library itself for a timm model of this family.
         backbone: What it is for.
-
-    Returns:
-        The options of method `fedpeft.peft.lora.NAME`, and the adapter's tensors, for
-        `tune(backbone, NAME, options, seed).load(tensors)`.
+        method: Registered name of the method to read it as; if absent the one of its type that is no variant of another
+            (`lora`, not `rolora`).
 
     Raises:
-        ModelInvalid: If the directory cannot be read, or is not a plain LoRA with a head for this model.
+        ModelInvalid: If the directory cannot be read, is of a type that no method has, uses what the method does not
+            have, or does not fit the model.
+        ConfigInvalid: If there is no such method, or several of the type are no variant of another.
     """
     try:
         data = text_files.json_of(text_files.read(folder / "adapter_config.json"))
+        if not isinstance(data, dict):
+            raise ValueError("its configuration is not a JSON object")
     except (OSError, ValueError) as error:
         raise ModelInvalid(f"{folder} is not a directory of the peft library: {error}") from error
-    _check_plain_lora(data, folder)
+    name = method or _method_of(data.get("peft_type"), folder)
+    cls = methods.get(name)
+    if cls.peft_form is None or not issubclass(cls, Tuner) or cls.peft_form.type != data.get("peft_type"):
+        raise ModelInvalid(f"{folder} holds a {data.get('peft_type')} adapter, which method {name} cannot read")
     state = read_checkpoint(folder / "adapter_model.safetensors")
-    tensors = {_unwrapped(name, backbone.structure.head): _array(t) for name, t in state.items()}
-    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    options: dict[str, object] = {
-        "rank": data["r"],
-        "alpha": data["lora_alpha"],
-        "dropout": data.get("lora_dropout", 0.0),
-        "targets": _targets(layers, backbone),
-    }
+    tensors = {_unwrapped(key, backbone.structure.head): _array(t) for key, t in state.items()}
+    layers = list(dict.fromkeys(filter(None, map(cls.layer_of, tensors))))
     try:
-        spec = tune(backbone, NAME, options, 0).spec
+        options = cls.from_peft_config(data, _targets(layers, backbone))
+    except ConfigInvalid as error:
+        raise ModelInvalid(f"{folder} {error.message}") from error
+    try:
+        spec = tune(backbone, name, options, 0).spec
     except ConfigInvalid as error:
         raise ModelInvalid(f"{folder} does not fit {backbone.config.name}: {error.message}") from error
     shapes = {tensor.name: tensor.shape for tensor in spec.tensors}
@@ -205,7 +215,21 @@ def from_peft(folder: Path, backbone: Backbone) -> tuple[dict[str, object], Arra
             f"{folder} does not fit {backbone.config.name}: {odd} is {found.get(odd, 'missing')} there, "
             f"{shapes.get(odd, 'unknown')} in the model"
         )
-    return options, tensors
+    return ReadAdapter(name, options, tensors)
+
+
+def _method_of(peft_type: object, folder: Path) -> str:
+    """Returns the method of a tuner's type of which all others of that type are variants."""
+    known = {name: methods.get(name) for name in methods.names()}
+    forms = {name: cls.peft_form for name, cls in known.items() if cls.peft_form is not None}
+    found = [name for name, form in forms.items() if form.type == peft_type]
+    if not found:
+        types = ", ".join(sorted({form.type for form in forms.values()}))
+        raise ModelInvalid(f"{folder} holds a {peft_type} adapter; only {types} can be read")
+    plainest = [name for name in found if all(issubclass(known[other], known[name]) for other in found)]
+    if not plainest:
+        raise ConfigInvalid(f"{folder} holds a {peft_type} adapter; say which method reads it: {', '.join(found)}")
+    return plainest[0]
 
 
 def _plain(tuned: TunedModel) -> dict[str, torch.Tensor]:
@@ -223,16 +247,6 @@ def _plain(tuned: TunedModel) -> dict[str, torch.Tensor]:
 def _check_timm(backbone: Backbone) -> None:
     if backbone.config.kind:
         raise ConfigInvalid(f"{backbone.config.name} is no model of timm; export its adapter as safetensors")
-
-
-def _check_plain_lora(data: Mapping[str, object], folder: Path) -> None:
-    if data.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= data.keys():
-        raise ModelInvalid(f"{folder} holds a {data.get('peft_type')} adapter; only LORA can be read")
-    other = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if data.get(k)]
-    if data.get("bias", "none") != "none":
-        other.append("bias")
-    if other:
-        raise ModelInvalid(f"{folder} uses {', '.join(other)}, which method lora does not have")
 
 
 def _unwrapped(name: str, head: str) -> str:

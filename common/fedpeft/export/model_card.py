@@ -46,20 +46,21 @@ class Provenance:
 
 
 def card(tuned: TunedModel, fingerprint: str, provenance: Provenance | None = None) -> str:
-    """Returns the Markdown of a LoRA's card, with the front matter that model hubs read.
+    """Returns the Markdown of an adapter's card, with the front matter that model hubs read.
 
     Args:
-        tuned: The model and its method.
+        tuned: The model and its method, which has a form in the `peft` library.
         fingerprint: Of the backbone, hexadecimal.
         provenance: How the adapter came about, where that is known.
     """
-    model = tuned.backbone.config
-    title = "A LoRA for image classification, tuned by federated learning"
+    model, form = tuned.backbone.config, tuned.method.peft_form
+    assert form is not None
+    title = f"{form.noun[0].upper()}{form.noun[1:]} for image classification, tuned by federated learning"
     about = ModelCardData(
         base_model=f"timm/{model.name}",
         library_name="peft",
         pipeline_tag="image-classification",
-        tags=["federated-learning", "lora", "timm", "fedpeft"],
+        tags=["federated-learning", form.tag, "timm", "fedpeft"],
     )
     return "\n".join(
         [
@@ -70,7 +71,7 @@ def card(tuned: TunedModel, fingerprint: str, provenance: Provenance | None = No
             "",
             f"# {title}",
             "",
-            "The data of the clients never left them: they trained a low-rank change and the head of one frozen model,",
+            f"The data of the clients never left them: they trained {form.change} and the head of one frozen model,",
             "and a server averaged their changes. Made with FedPEFT.",
             "",
             "| | |",

@@ -6,14 +6,15 @@ serves query, key and value, with one B of [3 width, rank].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from fedpeft.peft.method import MethodOptions, methods
+from fedpeft.errors import ConfigInvalid
+from fedpeft.peft.method import MethodOptions, PeftForm, methods
 from fedpeft.peft.tuner import ADAPTER, Targets, Tuner
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 NAME = "lora"
 A, B = "lora_A", "lora_B"
 """The library's names of the two factors."""
+_VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+"""Keys of the library's configuration that make something else of a LoRA."""
 
 
 class LoraOptions(MethodOptions):
@@ -43,6 +46,7 @@ class Lora(Tuner[LoraOptions]):
 
     Options = LoraOptions
     parameters = frozenset({A, B})
+    peft_form = PeftForm("LORA", "a LoRA", "a low-rank change", "lora")
 
     @property
     def targets(self) -> Targets:
@@ -61,6 +65,19 @@ class Lora(Tuner[LoraOptions]):
             target_modules=list(layers),
             bias="none",
         )
+
+    @classmethod
+    def from_peft_config(cls, config: Mapping[str, Any], targets: tuple[str, ...]) -> dict[str, object]:
+        """See `Method.from_peft_config`."""
+        if missing := sorted({"r", "lora_alpha"} - config.keys()):
+            raise ConfigInvalid(f"has no {missing[0]}, which every LoRA has")
+        other = [key for key in _VARIANTS if config.get(key)]
+        if config.get("bias", "none") != "none":
+            other.append("bias")
+        if other:
+            raise ConfigInvalid(f"uses {', '.join(other)}, which method {NAME} does not have")
+        dropout = config.get("lora_dropout", 0.0)
+        return {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": dropout, "targets": targets}
 
     def start(self, layer: nn.Module, generator: torch.Generator) -> None:
         """See `Tuner.start`."""

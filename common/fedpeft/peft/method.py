@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -20,6 +21,23 @@ from fedpeft.registry import Registry
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PeftForm:
+    """The form in which the Hugging Face `peft` library holds the adapters of a method.
+
+    Attributes:
+        type: The library's name of the tuner, `peft_type` of its configurations.
+        noun: An adapter's name in a sentence of its model card, with the article: "a LoRA".
+        change: The clients' part beside the head, likewise: "a low-rank change".
+        tag: The card's tag for model hubs: "lora".
+    """
+
+    type: str
+    noun: str
+    change: str
+    tag: str
 
 
 class MethodOptions(BaseModel):
@@ -44,8 +62,8 @@ class Method(ABC, Generic[OptionsT]):
     needs: ClassVar[tuple[str, ...]] = ()
     """The parts of a `ModelStructure` that the method attaches to; a model that lacks one cannot be tuned so."""
 
-    has_peft_form: ClassVar[bool] = False
-    """True if the Hugging Face `peft` library can hold the adapter; `peft_config` says as what."""
+    peft_form: ClassVar[PeftForm | None] = None
+    """The form that the Hugging Face `peft` library has for the adapter (`peft_config`); None if it has none."""
     variants: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({})
     """Options beside the defaults that `fedpeft params` counts, by the name that it shows."""
 
@@ -91,6 +109,19 @@ class Method(ABC, Generic[OptionsT]):
             ConfigInvalid: If the library has none.
         """
         raise ConfigInvalid("the method has no peft form; export its adapter as safetensors or timm")
+
+    @classmethod
+    def from_peft_config(cls, config: Mapping[str, Any], targets: tuple[str, ...]) -> dict[str, object]:
+        """Returns the options under which the method builds the modules of a configuration of the `peft` library.
+
+        Args:
+            config: A configuration of the method's `peft_form`, as adapter_config.json holds it.
+            targets: Patterns that fit the wrapped layers, and no other.
+
+        Raises:
+            ConfigInvalid: If the method cannot build them; the message goes on after the name of the place.
+        """
+        raise ConfigInvalid("holds an adapter that the method cannot read")
 
     def plain(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Returns the state dict of a tuned model, with all that can be merged into the plain model merged."""

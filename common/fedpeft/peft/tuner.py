@@ -53,10 +53,9 @@ def target_layers(module: nn.Module, structure: ModelStructure, targets: str | t
 
 
 class Tuner(Method[OptionsT]):
-    """A tuner of the library: a subclass gives its configuration and its initial values."""
+    """A tuner of the library: a subclass gives its `peft_form`, its configuration and back, and its initial values."""
 
     needs = ("blocks",)
-    has_peft_form = True
     parameters: ClassVar[frozenset[str]]
     """The library's names of the modules that it adds to a wrapped layer; their parameters are tuned."""
 
@@ -64,6 +63,12 @@ class Tuner(Method[OptionsT]):
     @abstractmethod
     def targets(self) -> Targets:
         """The layers that are wrapped."""
+
+    @classmethod
+    def layer_of(cls, name: str) -> str:
+        """Returns the layer to which a tensor of this canonical name was added; empty if it was added to none."""
+        parts = name.split(".")
+        return ".".join(parts[: next((i for i, part in enumerate(parts) if part in cls.parameters), 0)])
 
     @abstractmethod
     def config(self, layers: Sequence[str]) -> PeftConfig:

@@ -110,8 +110,8 @@ def check_form(method: str, form: Format) -> None:
         return
     from fedpeft.peft import methods
 
-    if not methods.get(method).has_peft_form:
-        with_form = ", ".join(name for name in methods.names() if methods.get(name).has_peft_form)
+    if methods.get(method).peft_form is None:
+        with_form = ", ".join(name for name in methods.names() if methods.get(name).peft_form)
         raise ConfigInvalid(f"--format peft is for {with_form}; this run tunes {method}: take safetensors or timm")
 
 
