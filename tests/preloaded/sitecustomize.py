@@ -15,7 +15,7 @@ if _folder and sys.orig_argv[1:2] == ["-m"]:
         "fedpeft_client": _arguments[:1] in (["enroll"], ["leave"], ["ledger"], ["status"]),
         "fedpeft_client.worker.process": True,
         "fedpeft.simulation.worker": True,
-        "fedpeft_operator.app": not {"console", "demo", "top"} & {*_arguments},
+        "fedpeft_operator.app": not {"console", "top"} & {*_arguments},
     }
     if _forked.get(_module):
         from fedpeft_tests_launcher import launch
