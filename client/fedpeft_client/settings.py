@@ -54,7 +54,7 @@ class Settings(ProcessSettings):
     """Id of this client: 1 to 64 letters, digits, dots, underscores, hyphens; no two clients of a server share one; not
     needed where this client was enrolled."""
     data: Path
-    """The images: parquet (a file, or a folder of files), or a folder of class folders; or KIND:PATH (extending.md)."""
+    """The images: parquet (a file, or a folder of files), or a folder of class folders; or TASK:PATH (extending.md)."""
     state_dir: Path
     """Folder that is this client's memory: its ticket, update, residual and local tensors."""
     identity: Path | None = None

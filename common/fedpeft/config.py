@@ -48,10 +48,10 @@ UNLABELLED = "examples"
 """The one class of a task that has none."""
 
 
-def split_kind(text: str) -> tuple[str, str]:
+def split_task(text: str) -> tuple[str, str]:
     """Returns the task before the colon, or nothing, and what stands behind it."""
-    kind, colon, rest = text.partition(":")
-    return (kind, rest) if colon else ("", text)
+    task, colon, rest = text.partition(":")
+    return (task, rest) if colon else ("", text)
 
 
 _MODEL_NAME = re.compile(r"([a-z][a-z0-9_\-]*:)?[A-Za-z0-9_.\-]+")
@@ -67,7 +67,7 @@ class ModelConfig(_Section):
     """`[model]`: the pre-trained model."""
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
-    """timm's name, for example vit_base_patch16_224; or KIND:NAME of a task that is installed beside fedpeft."""
+    """timm's name, for example vit_base_patch16_224; or TASK:NAME of a task that is installed beside fedpeft."""
     weights: Annotated[str, Field(min_length=1, max_length=1024)] = "hub"
     """hub, none (random, seeded), or a file that each client resolves and proves by fingerprint."""
     image_size: Annotated[int, Field(ge=8, le=2048)] | None = None
@@ -82,14 +82,14 @@ class ModelConfig(_Section):
     """Of a task that is installed beside fedpeft, which alone knows and checks them: the table `[model.options]`."""
 
     @property
-    def kind(self) -> str:
-        """The task: the part of `name` before the colon; empty for an image classifier of timm."""
-        return split_kind(self.name)[0]
+    def task(self) -> str:
+        """The name of the task: the part of `name` before the colon; empty for an image classifier of timm."""
+        return split_task(self.name)[0]
 
     @property
     def variant(self) -> str:
         """The part of `name` behind the colon: `tiny` of `text:tiny`."""
-        return split_kind(self.name)[1]
+        return split_task(self.name)[1]
 
     @field_validator("name")
     @classmethod
@@ -100,26 +100,26 @@ class ModelConfig(_Section):
             raise ValueError("is a place, not a model; say the model's name in timm here, and its file in weights")
         if _MODEL_NAME.fullmatch(name):
             return name
-        raise ValueError("is not a name in timm, such as vit_base_patch16_224, nor KIND:NAME of an installed task")
+        raise ValueError("is not a name in timm, such as vit_base_patch16_224, nor TASK:NAME of an installed task")
 
     @model_validator(mode="before")
     @classmethod
     def _without_classes(cls, data: Any) -> Any:
-        """Gives a kind that names no classes the one that all of its examples are of."""
-        if isinstance(data, Mapping) and "classes" not in data and split_kind(str(data.get("name", "")))[0]:
+        """Gives a task that names no classes the one that all of its examples are of."""
+        if isinstance(data, Mapping) and "classes" not in data and split_task(str(data.get("name", "")))[0]:
             return {**data, "classes": [UNLABELLED]}
         return data
 
     @model_validator(mode="after")
-    def _options_of_a_kind(self) -> Self:
-        if self.options is not None and not self.kind:
-            raise ValueError(f"options are of KIND:NAME; {self.name!r} is timm's and has none")
+    def _options_of_a_task(self) -> Self:
+        if self.options is not None and not self.task:
+            raise ValueError(f"options are of TASK:NAME; {self.name!r} is timm's and has none")
         return self
 
     @field_validator("classes")
     @classmethod
     def _distinct(cls, classes: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        least = 1 if split_kind(info.data.get("name", ""))[0] else 2
+        least = 1 if split_task(info.data.get("name", ""))[0] else 2
         if not least <= len(classes) <= 100_000:
             raise ValueError(
                 f"{counted(len(classes), 'class', 'classes')}; at least {least} (and at most 100,000) are needed"

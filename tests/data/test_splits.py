@@ -95,12 +95,17 @@ def test_index_files_of_splits_are_refused_likewise(tmp_path):
         clients_in(tmp_path)
 
 
-def test_folders_of_another_kind_of_model_are_refused_likewise(tmp_path):
+def test_folders_of_another_task_are_refused_likewise(tmp_path):
     for name in ("train", "test"):
         (tmp_path / name).mkdir()
-    kind = config(model={"name": "text:tiny", "classes": ["cat", "dog"]})
+    text = config(model={"name": "text:tiny", "classes": ["cat", "dog"]})
     with pytest.raises(DataInvalid, match="not like clients"):
-        clients_of(tmp_path, kind)
+        clients_of(tmp_path, text)
+
+
+def test_data_of_another_task_than_the_run_s_are_refused(tmp_path):
+    with pytest.raises(DataInvalid, match=r"is data for task text; the run's model is vit_tiny_patch16_224"):
+        clients_of(Path(f"text:{tmp_path}"), config(model={"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}))
 
 
 def test_clients_are_folders_that_are_nobody_elses(tmp_path):

@@ -212,7 +212,7 @@ def test_labels_go_by_name_and_read_says_what_is_missing(tmp_path: Path, package
         task.read(tmp_path / "site" / "b")
 
 
-def test_data_says_its_kind_before_a_colon(tmp_path: Path) -> None:
+def test_data_says_its_task_before_a_colon(tmp_path: Path) -> None:
     odd = tmp_path / "text:x"
     odd.mkdir()
     assert split_data(str(odd)) == ("", str(odd)), "a path that is there is a path"
@@ -308,7 +308,7 @@ def next_run(**model: object) -> RunConfig:
     return parse_config({"model": said, "peft": {"method": "full"}, "rounds": {"count": 2, "clients": 2}})
 
 
-def test_a_kind_without_classes_names_none_and_has_options(package: types.ModuleType, tmp_path: Path) -> None:
+def test_a_task_without_classes_names_none_and_has_options(package: types.ModuleType, tmp_path: Path) -> None:
     package.Text = Next
     config = next_run(options={"layers": 3})
     assert config.model.classes == ("examples",)
@@ -321,12 +321,12 @@ def test_a_kind_without_classes_names_none_and_has_options(package: types.Module
     assert report["rounds"][1]["metrics"]["train_loss"] < report["rounds"][0]["metrics"]["train_loss"]
 
 
-def test_options_are_a_kind_s_own_and_it_says_what_is_wrong_with_them(package: types.ModuleType) -> None:
+def test_options_are_a_task_s_own_and_it_says_what_is_wrong_with_them(package: types.ModuleType) -> None:
     package.Text = Next
     with pytest.raises(ModelInvalid, match=r"model\.options\.layers: 'many' is no whole number") as caught:
         backbones.build(next_run(options={"layers": "many"}).model, 0)
     assert caught.value.fields[0][0] == "model.options.layers"
-    with pytest.raises(ConfigInvalid, match=r"model: options are of KIND:NAME; 'vit_tiny_patch16_224' is timm's"):
+    with pytest.raises(ConfigInvalid, match=r"model: options are of TASK:NAME; 'vit_tiny_patch16_224' is timm's"):
         next_run(name="vit_tiny_patch16_224", classes=["a", "b"], options={"layers": 3})
     with pytest.raises(ConfigInvalid, match=r"model\.classes"):
         next_run(name="vit_tiny_patch16_224")

@@ -94,7 +94,7 @@ class Site:
         label_map: Own class name to run class, None to drop the class.
         unreadable: Of the images of each class, how many cannot be read; None if they were not looked through.
         built: The run's model, or why it could not be built; None if that was not tried.
-        kind: The task that the data are for; empty for images.
+        task: Name of the task that the data are for; empty for images.
         policy: What its owner allows.
         weights: What its owner gave as --weights.
         trains: Whether it trains; otherwise it scores.
@@ -105,7 +105,7 @@ class Site:
     label_map: Mapping[str, str | None] = field(default_factory=dict)
     unreadable: Mapping[str, int] | None = None
     built: Built | FedpeftError | None = None
-    kind: str = ""
+    task: str = ""
     policy: Policy = NO_LIMITS
     weights: Weights = ""
     trains: bool = True
@@ -148,10 +148,10 @@ def mapped(run: KnownRun, site: Site) -> MappedLabels:
     return map_labels(tuple(site.classes), labels, run.config.model.classes, site.label_map)
 
 
-def _kind(run: KnownRun, site: Site) -> Iterable[Reason]:
-    wanted = run.config.model.kind
-    if wanted != site.kind:
-        theirs, own = (kind or "images" for kind in (wanted, site.kind))
+def _task(run: KnownRun, site: Site) -> Iterable[Reason]:
+    wanted = run.config.model.task
+    if wanted != site.task:
+        theirs, own = (task or "images" for task in (wanted, site.task))
         told = f"the run's model {run.config.model.name} is for {theirs}, its data are for {own}"
         start = f"--data {wanted}:PATH" if wanted else "--data PATH"
         yield Reason.of(ModelInvalid(f"{told}; a client with data for it is started with {start}"), told)
@@ -241,7 +241,7 @@ def _other_spec(own: AdapterSpec, wanted: AdapterSpec) -> str:
 
 CHECKS: tuple[Callable[[KnownRun, Site], Iterable[Reason]], ...] = (
     _policy,
-    _kind,
+    _task,
     _method,
     _labels,
     _images,

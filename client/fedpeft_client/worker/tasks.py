@@ -70,9 +70,9 @@ class SiteWorker:
             torch.set_num_threads(options["threads"])
         self._client = str(options["client"])
         self._device = device_of(options["device"])
-        kind, path = split_data(options["data"])
+        task, path = split_data(options["data"])
         self._reading = Reading(**options["reading"])
-        self._task = task_of(kind).reading(self._reading)
+        self._task = task_of(task).reading(self._reading)
         self._source = self._task.read(Path(path))
         self._inventory = getattr(self._source, "inventory", EMPTY)  # another task has data of its own form
         label_map, weights = options["label_map"], options["weights"]
@@ -84,7 +84,7 @@ class SiteWorker:
             dict(zip(self._source.class_names, counts, strict=True)),
             {} if label_map is None else read_label_map(Path(label_map)),
             unreadable=_by_class(self._source),
-            kind=kind,
+            task=task,
             policy=Policy.model_validate(options["policy"]),
             weights=_weights(self._weights),
             trains=not options["evaluate"],
@@ -107,7 +107,7 @@ class SiteWorker:
             "threads": torch.get_num_threads(),
             "methods": methods.names(),
             "rows": len(self._source),
-            "rows_are": "examples" if self._site.kind else "images",
+            "rows_are": "examples" if self._site.task else "images",
             "labels": list(self._source.class_names),
             "inventory": self._inventory.as_dict(),
         }
@@ -134,7 +134,7 @@ class SiteWorker:
 
         What is no image was read when it was opened.
         """
-        if self._site.kind != IMAGES:
+        if self._site.task != IMAGES:
             return {"images": len(self._source), "unreadable": 0, "named": [], "bits": None}
         found = survey(self._source, progress, self._reading.max_image_pixels)
         self._site = replace(self._site, unreadable=found.by_class)

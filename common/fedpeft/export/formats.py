@@ -245,7 +245,7 @@ def _plain(tuned: TunedModel) -> dict[str, torch.Tensor]:
 
 
 def _check_timm(backbone: Backbone) -> None:
-    if backbone.config.kind:
+    if backbone.config.task:
         raise ConfigInvalid(f"{backbone.config.name} is no model of timm; export its adapter as safetensors")
 
 

@@ -86,7 +86,7 @@ def build(config: ModelConfig, seed: int, weights: Path | None = None, device: s
     Raises:
         ModelInvalid: If there is no such model, or the weights are missing or do not fit it.
     """
-    task = task_of(config.kind)
+    task = task_of(config.task)
     path = resolve_weights(config.weights, weights)
     checkpoint = task.pretrained(config) if path is None and config.weights == "hub" else None
     if path is not None:
@@ -117,7 +117,7 @@ def skeleton(config: ModelConfig) -> tuple[nn.Module, ModelStructure]:
     Raises:
         ModelInvalid: If there is no such model, or not in this size or depth.
     """
-    task = task_of(config.kind)
+    task = task_of(config.task)
     module = _created(task, config, "meta").requires_grad_(False)
     return module, _structure(task, module, config)
 
@@ -136,7 +136,7 @@ def check_weights(config: ModelConfig, weights: Path | None = None) -> Path | No
     if path is not None:
         module, structure = skeleton(config)
         checkpoint = under_own_names(read_checkpoint(path), module)
-        _fit(task_of(config.kind), checkpoint, module, config, structure.head, str(path))
+        _fit(task_of(config.task), checkpoint, module, config, structure.head, str(path))
     return path
 
 

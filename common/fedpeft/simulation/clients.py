@@ -64,7 +64,7 @@ def clients_of(
 
     Args:
         path: A folder of clients as `fedpeft partition` writes it: each is a client by its name. Anything else that
-            `open_source` takes is one data set, which `[simulation]` divides. For another task (`KIND:PATH`,
+            `open_source` takes is one data set, which `[simulation]` divides. For another task (`TASK:PATH`,
             or just the path) each folder in it is a client, or with `[simulation]` all of it is one data set.
         config: The run file.
         reading: How images are read; as `[simulation]` says if absent.
@@ -78,12 +78,12 @@ def clients_of(
     """
     path = _place(path, config)
     try:
-        folders = _folders(path, config) if config.model.kind else _written(path)
+        folders = _folders(path, config) if config.model.task else _written(path)
     except OSError as error:
         raise DataInvalid(f"cannot read {error.filename or path}: {error.strerror}") from None
     if folders:
         return dict(folders), None
-    task = task_of(config.model.kind).reading(reading or reading_of(config))
+    task = task_of(config.model.task).reading(reading or reading_of(config))
     source = task.read(path)
     if config.simulation is None:
         raise ConfigInvalid(
@@ -104,10 +104,10 @@ def clients_of(
 
 
 def _place(path: Path, config: RunConfig) -> Path:
-    """Returns data without the kind before it; raises `DataInvalid` if that is not the run's."""
-    kind, place = split_data(str(path))
-    if kind not in ("", config.model.kind):
-        raise DataInvalid(f"{path} is data for {kind}; the run's model {config.model.name} is not of that kind")
+    """Returns data without the task before it; raises `DataInvalid` if that is not the run's."""
+    task, place = split_data(str(path))
+    if task not in ("", config.model.task):
+        raise DataInvalid(f"{path} is data for task {task}; the run's model is {config.model.name}")
     return Path(place)
 
 
@@ -137,7 +137,7 @@ def _split(source: Data, simulation: SimulationConfig, seed: int) -> partitions.
             return partitions.quantity(len(source), simulation.clients, simulation.alpha, seed)
         case "natural":
             if isinstance(source, Examples):
-                raise ConfigInvalid(f"simulation.column {simulation.column!r}: data of this kind have no columns")
+                raise ConfigInvalid(f"simulation.column {simulation.column!r}: only images can have columns")
             return partitions.natural(source.column(str(simulation.column)), str(simulation.column))
 
 

@@ -39,7 +39,7 @@ def leakage(clients: Clients, evaluate: Path | None, config: RunConfig, reading:
     Raises:
         DataInvalid: If the held-out data cannot be opened.
     """
-    if evaluate is None or config.model.kind:
+    if evaluate is None or config.model.task:
         return None
 
     unopened = 0

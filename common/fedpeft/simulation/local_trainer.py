@@ -65,7 +65,7 @@ class LocalTrainer:
     def __init__(self, inputs: Inputs) -> None:
         config = inputs.config
         self.inputs = inputs
-        task = task_of(config.model.kind).reading(inputs.reading)
+        task = task_of(config.model.task).reading(inputs.reading)
         self.run = load_run(config, task, inputs.weights, device_of(inputs.device))
         renamed = None if inputs.label_map is None else read_label_map(inputs.label_map)
         self._data = ClientData(inputs.clients, self.run, renamed)

@@ -238,7 +238,7 @@ class ModelConfig(_message.Message):
     POOLING_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """timm's name, for example `vit_base_patch16_224`; or `kind:name` of a task that clients have installed."""
+    """timm's name, for example `vit_base_patch16_224`; or `task:name` of a task that clients have installed."""
     weights: _builtins.str
     """`hub`, `none` (random, seeded by rounds.seed), or a file that each client resolves and proves by fingerprint."""
     image_size: _builtins.int

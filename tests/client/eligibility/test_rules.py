@@ -38,8 +38,8 @@ def test_a_site_that_has_what_the_run_wants_is_suited_before_and_after_the_model
     assert reasons_against(run, replace(SITE, built=Built(run.spec, run.fingerprint), unreadable={"cat": 6})) == ()
 
 
-def test_data_for_another_kind_of_model(run: KnownRun) -> None:
-    reason = only(reasons_against(run, replace(SITE, kind="text")))
+def test_data_for_another_task(run: KnownRun) -> None:
+    reason = only(reasons_against(run, replace(SITE, task="text")))
     assert reason.kind == "MODEL_INVALID"
     assert reason.told == f"the run's model {run.config.model.name} is for images, its data are for text"
     assert "started with --data PATH" in reason.here

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedpeft.config import split_kind
+from fedpeft.config import split_task
 from fedpeft.errors import ConfigInvalid, ModelInvalid
 from fedpeft.models.tasks.task import Task
 from fedpeft.registry import Registry
@@ -20,25 +20,25 @@ IMAGES = ""
 tasks: Registry[type[Task]] = Registry("fedpeft.models.tasks", "fedpeft.tasks", "task", former="fedpeft.kinds")
 
 
-def task_of(kind: str) -> Task:
+def task_of(name: str) -> Task:
     """Returns the task of this name.
 
     Raises:
         ModelInvalid: If no package here brings it, or its class cannot be made.
     """
     try:
-        found = tasks.get(kind)
+        found = tasks.get(name)
     except ConfigInvalid as error:
         raise ModelInvalid(f"model.name: {error.message}", (("model.name", error.message),)) from None
     try:
         made = found()
     except Exception as error:  # whatever somebody's class raises
-        raise ModelInvalid(f"task {kind!r}: {type(error).__name__}: {error}") from error
+        raise ModelInvalid(f"task {name!r}: {type(error).__name__}: {error}") from error
     if not isinstance(made, Task):
-        raise ModelInvalid(f"task {kind!r} is a {type(made).__name__}, not a fedpeft.models.tasks.Task")
+        raise ModelInvalid(f"task {name!r} is a {type(made).__name__}, not a fedpeft.models.tasks.Task")
     return made
 
 
 def split_data(data: str) -> tuple[str, str]:
-    """Returns the task and the path of `KIND:PATH`; a path that exists is taken as it is, colons and all."""
-    return (IMAGES, data) if Path(data).exists() else split_kind(data)
+    """Returns the task and the path of `TASK:PATH`; a path that exists is taken as it is, colons and all."""
+    return (IMAGES, data) if Path(data).exists() else split_task(data)
