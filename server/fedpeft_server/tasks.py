@@ -21,12 +21,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-async def ended(task: asyncio.Task[R]) -> R:
-    """Returns the result of a task; if the caller is cancelled it returns at once, and the task goes on."""
+async def ended(work: asyncio.Future[R]) -> R:
+    """Returns the result of a task or future; if the caller is cancelled it returns at once, and the work goes on.
+
+    Work that must not stop with its caller is awaited through this function and no bare `asyncio.shield`, which drops
+    a failure that comes once the caller has left: here it is logged.
+    """
     try:
-        return await asyncio.shield(task)
+        return await asyncio.shield(work)
     except asyncio.CancelledError:
-        task.add_done_callback(_tell_failure)  # which nobody would see: its caller has left
+        work.add_done_callback(_tell_failure)  # which nobody would see: its caller has left
         raise
 
 
@@ -69,7 +73,7 @@ def shielded(method: Method[S, P, R]) -> Method[S, P, R]:
     return whole
 
 
-def _tell_failure(step: asyncio.Task[Any]) -> None:
+def _tell_failure(step: asyncio.Future[Any]) -> None:
     error = None if step.cancelled() else step.exception()
     if isinstance(error, FedpeftError):
         log.warning("a step failed after its caller had disconnected", message=error.message)

@@ -25,6 +25,7 @@ from fedpeft_server.access.call import CALL, DIRECTIONS, Call, Direction, Key
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.rows import Traffic
 from fedpeft_server.store.store import Store
+from fedpeft_server.tasks import ended
 
 
 class ByteCounter:
@@ -32,7 +33,8 @@ class ByteCounter:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._pending: dict[Key, Traffic] = {}
+        self._pending: dict[str, dict[Key, Traffic]] = {}  # by run, so that a transition looks at its own run's alone
+        self._least: dict[Key, Traffic] = {}  # what was counted at least, where that could not be written
         self._rounds: dict[str, _Rounds] = {}
         self._wire: dict[tuple[str, Direction], Counter] = {}
         self.moved = asyncio.Event()
@@ -63,6 +65,8 @@ class ByteCounter:
         if call.training:
             up, down = (size_bytes, 0) if direction == "up" else (0, size_bytes)
             self._add(call.key, Traffic(0, 0, up, down))
+            if call.key in self._least:  # which was counted up to where this call began
+                self._least[call.key] += Traffic(0, 0, up, down)
             self.moved.set()
 
     async def resumed(self, store: Store, position: int) -> None:
@@ -70,13 +74,15 @@ class ByteCounter:
 
         A process that was killed took the last part of what it had sent with it.
 
+        What cannot be written now is written with what is pending, also where the caller has left.
+
         Raises:
             FedpeftError: If it cannot be written.
         """
         call = CALL.get()
         if call.key is not None and call.training:
             least = {call.key: Traffic(payload_down=position)}
-            await self.hand_out(store, partial(store.db.count_at_least, least), call.key[0])
+            await self.hand_out(store, partial(store.db.count_at_least, least), call.key[0], least)
 
     async def write(self, store: Store) -> None:
         """Writes what is not in the database yet; what could not be written waits for the next time.
@@ -86,30 +92,42 @@ class ByteCounter:
             StateInvalid: If the database is out of reach.
         """
         self.moved.clear()
-        if self._pending:
+        least, self._least = self._least, {}
+        if least:
+            await self.hand_out(store, partial(store.db.count_at_least, least), least=least)
+        elif self._pending:
             await self.hand_out(store, store.db.add_traffic)
 
     async def hand_out(
-        self, store: Store, transaction: Callable[[Mapping[Key, Traffic]], None], run: str | None = None
+        self,
+        store: Store,
+        transaction: Callable[[Mapping[Key, Traffic]], None],
+        run: str | None = None,
+        least: Mapping[Key, Traffic] = MappingProxyType({}),
     ) -> None:
         """Makes a transaction with what is not in the database yet, of one run or of all.
 
-        If the transaction fails, the bytes wait for the next one. A caller that is cancelled leaves the transaction to
-        the database's thread, which ends it in either way.
+        If the transaction fails, the bytes wait for the next one, and so does what it was to count at `least`. A caller
+        that is cancelled leaves the transaction to the database's thread, which ends it in either way.
 
         Raises:
             FedpeftError: If it fails.
         """
-        taken = {key: self._pending.pop(key) for key in list(self._pending) if run in (None, key[0])}
+        taken: dict[Key, Traffic] = {}
+        for each in list(self._pending) if run is None else (run,):
+            taken.update(self._pending.pop(each, {}))
         made = store.begin(transaction, taken)
-        made.add_done_callback(partial(self._take_back, taken))
-        await asyncio.shield(made)
+        made.add_done_callback(partial(self._take_back, taken, least))
+        await ended(made)
 
-    def _take_back(self, taken: Mapping[Key, Traffic], made: asyncio.Task[None]) -> None:
+    def _take_back(self, taken: Mapping[Key, Traffic], least: Mapping[Key, Traffic], made: asyncio.Task[None]) -> None:
         """Keeps the bytes of a transaction that failed."""
         if made.cancelled() or made.exception() is not None:
             for key, traffic in taken.items():
                 self._add(key, traffic)
+            for key, wanted in least.items():
+                known = self._least.get(key, Traffic())
+                self._least[key] = known.at_least(wanted.payload_up, wanted.payload_down)
 
     def pending(self, run: str) -> dict[tuple[int, str], Traffic]:
         """Returns what is not in the database yet for one run, by (round number, client).
@@ -117,7 +135,7 @@ class ByteCounter:
         A caller that adds it to what it reads asks right before the reading, with no `await` between: transactions are
         made in the order in which they were asked for, so each byte is then either here or there.
         """
-        return {(key[1], key[2]): traffic for key, traffic in self._pending.items() if key[0] == run}
+        return {(number, client): traffic for (_, number, client), traffic in self._pending.get(run, {}).items()}
 
     def resume(self, run: str, number: int, current: Traffic, last: Traffic) -> None:
         """Sets the gauges of the round in progress, `number`, and of the one before to what the database has."""
@@ -157,7 +175,8 @@ class ByteCounter:
             self._add(key, Traffic(up, down, 0, 0))
 
     def _add(self, key: Key, traffic: Traffic) -> None:
-        self._pending[key] = self._pending[key] + traffic if key in self._pending else traffic
+        pending = self._pending.setdefault(key[0], {})
+        pending[key] = pending[key] + traffic if key in pending else traffic
 
 
 class _Rounds:

@@ -27,6 +27,7 @@ from fedpeft_server.access.bounds import Refusal
 from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc.health import Health
+from fedpeft_server.tasks import ended
 
 log = structlog.get_logger()
 
@@ -146,7 +147,7 @@ class Enrolment:
         finally:
             self.process = None
             if process.returncode is None:
-                await asyncio.shield(self._end(process))
+                await ended(asyncio.ensure_future(self._end(process)))
 
     async def _handle_line(self, line: str) -> None:
         """Takes up a line of the process; one that is no report is kept, for it may say why the process ends."""

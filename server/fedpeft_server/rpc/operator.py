@@ -219,13 +219,16 @@ class Operator(pb_grpc.OperatorServiceServicer):
         """
         with self._store.blobs.local(key) as path:
             file = OpenFile(path)
-        if file.sha256() == row.sha256:
-            return file
-        file.close()
-        raise BlobCorrupt(
-            f"the stored version {row.version} of {row.run} does not have its recorded digest; "
-            f"restore blob {key} from a backup"
-        )
+        try:
+            if file.sha256() == row.sha256:
+                return file
+            raise BlobCorrupt(
+                f"the stored version {row.version} of {row.run} does not have its recorded digest; "
+                f"restore blob {key} from a backup"
+            )
+        except BaseException:
+            file.close()
+            raise
 
     async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
         """Shows every client that ever registered, a page at a time."""

@@ -26,6 +26,7 @@ from fedpeft.rpc.wire import CLIENT_KEY, INSTANCE_KEY, PROCESS_KEY
 from fedpeft_server.access.call import CALL
 from fedpeft_server.store.rows import ClientRow
 from fedpeft_server.store.store import Store
+from fedpeft_server.tasks import ended
 from fedpeft_server.uploads.incoming import Context
 
 ALIVE_S = 30.0
@@ -235,7 +236,7 @@ class Sessions:
 
         writing = store.begin(store.db.touch_clients, touched)
         writing.add_done_callback(take_back)  # also where the caller has left by then
-        await asyncio.shield(writing)
+        await ended(writing)
 
     def _refuse_one_too_many(self, client: str) -> None:
         known = self._sessions.get(client)

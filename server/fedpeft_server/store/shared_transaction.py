@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 from fedpeft.errors import DiskFull, Unavailable
+from fedpeft_server.tasks import ended
 
 RowT = TypeVar("RowT")
 ResultT = TypeVar("ResultT")
@@ -49,7 +50,7 @@ class SharedTransaction(Generic[RowT, ResultT]):
         self._waiting.append((row, done))
         if self._writing is None:
             self._writing = asyncio.create_task(self._write_all())
-        return await asyncio.shield(done)
+        return await ended(done)
 
     async def _write_all(self) -> None:
         try:

@@ -158,7 +158,7 @@ class Store:
         """Gives what a function opens; it is closed on a thread too, also where the caller leaves meanwhile."""
         opening = asyncio.ensure_future(self.version(function, *args, **kwargs))
         try:
-            yield await asyncio.shield(opening)
+            yield await ended(opening)
         finally:
             opening.add_done_callback(self._close)
 

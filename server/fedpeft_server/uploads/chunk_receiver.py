@@ -12,6 +12,7 @@ from fedpeft.rpc.timing import STALL_S
 from fedpeft.rpc.wire import TURN_KEY
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
+from fedpeft_server.tasks import ended
 from fedpeft_server.uploads.incoming import Context, next_message
 from fedpeft_server.uploads.transfer_slots import TransferSlot
 
@@ -83,7 +84,7 @@ class ChunkReceiver:
     async def _opened(self, key: str, manifest: Manifest) -> SpoolWriter:
         opening = asyncio.ensure_future(self._store.file(self._store.updates.writer, key, manifest))
         try:
-            return await asyncio.shield(opening)
+            return await ended(opening)
         except asyncio.CancelledError:
             opening.add_done_callback(self._abandon)  # the thread opens it all the same
             raise
@@ -114,7 +115,7 @@ class ChunkReceiver:
 
         writing = asyncio.ensure_future(self._store.file(writer.write, offset, data))
         writing.add_done_callback(taken)  # also where the call is gone by then: the bytes are there
-        await asyncio.shield(writing)
+        await ended(writing)
 
 
 async def _next_chunk(context: Context, slot: TransferSlot | None) -> Any:

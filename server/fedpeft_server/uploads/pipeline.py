@@ -42,7 +42,7 @@ from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.store.rows import UpdateRow
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
-from fedpeft_server.tasks import TaskSet
+from fedpeft_server.tasks import TaskSet, ended
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.chunk_receiver import ChunkReceiver
 from fedpeft_server.uploads.incoming import Context
@@ -179,7 +179,7 @@ class Uploads:
         async with self._creations.take(key):
             writer = await self._receiver.receive(key, manifest, context)
             try:
-                await asyncio.shield(self._tasks.start(self._store.compute(_finish, writer)))
+                await ended(self._tasks.start(self._store.compute(_finish, writer)))
             except PayloadInvalid as error:
                 raise error.within("header.manifest") from None
 
