@@ -132,8 +132,9 @@ class ByteCounter:
     def pending(self, run: str) -> dict[tuple[int, str], Traffic]:
         """Returns what is not in the database yet for one run, by (round number, client).
 
-        A caller that adds it to what it reads asks right before the reading, with no `await` between: transactions are
-        made in the order in which they were asked for, so each byte is then either here or there.
+        A caller that adds it to what it reads asks right before the reading, with no `await` between, as in the
+        preparation of `Store.read_prepared`: a reading sees what was written by the transactions that were asked for
+        before it, and by no other, so each byte is then either here or there.
         """
         return {(number, client): traffic for (_, number, client), traffic in self._pending.get(run, {}).items()}
 

@@ -175,7 +175,7 @@ class Access(pb_grpc.AccessServiceServicer):
         """Shows enrolment tokens, a page at a time."""
         most = pages.size(request.page_size)
         place = pages.position(request.page_token, of=("tokens",), first=(0.0, ""))
-        rows = await self._store.transact(self._identities.tokens_after, place, most + 1)
+        rows = await self._store.read(self._identities.tokens_after, place, most + 1)
         tokens = pages.fitting(map(token_message, rows[:most]))
         last = rows[len(tokens) - 1] if len(tokens) < len(rows) else None
         return pb.ListTokensResponse(
@@ -207,7 +207,7 @@ class Access(pb_grpc.AccessServiceServicer):
         """Shows whoever was enrolled or revoked, a page at a time."""
         most = pages.size(request.page_size)
         place = pages.position(request.page_token, of=("identities",), first=("", ""))
-        rows = await self._store.transact(self._identities.after, place, most + 1)
+        rows = await self._store.read(self._identities.after, place, most + 1)
         identities = pages.fitting(identity_message(row, self._trusts(row)) for row in rows[:most])
         last = rows[len(identities) - 1].subject if len(identities) < len(rows) else None
         return pb.ListIdentitiesResponse(
@@ -221,7 +221,7 @@ class Access(pb_grpc.AccessServiceServicer):
         """Shows the audit log, a page at a time."""
         most, of = pages.size(request.page_size), ("audit", request.after)
         (after,) = pages.position(request.page_token, of=of, first=(min(request.after, pages.NUMBERS - 1),))
-        rows = await self._store.transact(self._store.db.transactions.entries_after, after, most + 1)
+        rows = await self._store.read(self._store.db.transactions.entries_after, after, most + 1)
         entries = pages.fitting(map(audit_message, rows[:most]))
         more = len(entries) < len(rows)
         return pb.ListAuditEntriesResponse(

@@ -63,5 +63,5 @@ class ChunkCache:
             del self._readings[key]
 
     async def _read(self, file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:
-        data = await self._store.read(file, offset, length)
+        data = await self._store.read_file(file, offset, length)
         return pb.PullAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from functools import partial
 
 from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.v1 import run_pb2
@@ -41,10 +42,11 @@ class History:
             records: Whether the rounds have their records; they are not read otherwise.
         """
         run, current = engine.run.id, engine.round
-        pending = self._byte_counter.pending(run)
         characters = RECORDS if records else 0
-        rows, then = await self._store.transact(
-            self._store.db.rounds_from, run, place, most, TICKETS, pending, characters
+        rows, then = await self._store.read_prepared(
+            lambda: partial(
+                self._store.db.rounds_from, run, place, most, TICKETS, self._byte_counter.pending(run), characters
+            )
         )
         rounds, cut = _fitting(rows)
         then = cut or then
@@ -57,8 +59,10 @@ class History:
 
     async def one(self, engine: RunEngine, current: Round, tickets: Sequence[str] = ()) -> run_pb2.Round:
         """Returns a round without its record, with those of its tickets that are named."""
-        pending = self._byte_counter.pending(engine.run.id)
-        row = await self._store.transact(self._store.db.round_with, engine.run.id, current.number, tickets, pending)
+        run = engine.run.id
+        row = await self._store.read_prepared(
+            lambda: partial(self._store.db.round_with, run, current.number, tickets, self._byte_counter.pending(run))
+        )
         message = round_message(row or RoundFigures(current))
         message.tickets.extend(ticket_message(figures) for figures in (row.tickets if row else ()))
         return message

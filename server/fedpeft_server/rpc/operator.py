@@ -234,7 +234,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         """Shows every client that ever registered, a page at a time."""
         most, (after,) = pages.size(request.page_size), pages.position(request.page_token, of=("clients",), first=("",))
         await self._sessions.write(self._store)
-        rows = await self._store.transact(self._store.db.clients_from, after, most + 1)
+        rows = await self._store.read(self._store.db.clients_from, after, most + 1)
         active = self._runs.active()
         runs, held = [engine.run.id for engine in active], {t.id for engine in active for t in engine.awaited()}
         clients = pages.fitting(self._client(row, runs, held) for row in rows[:most])
@@ -265,7 +265,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         return "scoring" if self._sessions.scoring(client) else "away"
 
     async def _run(self, engine: RunEngine) -> run_pb2.Run:
-        figures = await self._store.transact(self._store.db.evaluation, engine.run.id, 0)
+        figures = await self._store.read(self._store.db.evaluation, engine.run.id, 0)
         reason = self._runs.why(engine, for_operator=True) if engine.active else ""
         answers, run = self._runs.participation, engine.run.id
         message = run_message(engine.run, reason, figures, answers.declines(run), answers.set_aside(run))

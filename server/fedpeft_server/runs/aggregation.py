@@ -199,7 +199,7 @@ class Folding:
     async def _fold_round(self, folding: Round) -> Result:
         db = self._store.db
         earlier = screening.comparable(self._actor.run.spec, folding.number)
-        found = await self._store.transact(
+        found = await self._store.read(
             db.fold_inputs, self._actor.run.id, folding.number, folding.base_version, earlier
         )
         past = [screening.median(found.extents(number, self._actor.run.config.training)) for number in earlier]

@@ -168,7 +168,7 @@ class ProgressWatch:
         if not wanted:
             return
         names = [open_.client for open_ in wanted]
-        pasts = await self._store.transact(self._store.db.pasts, engine.run.id, engine.round.number, names)
+        pasts = await self._store.read(self._store.db.pasts, engine.run.id, engine.round.number, names)
         for open_ in wanted:
             taken = pasts.get(open_.client, [])
             open_.past = Past([each for each, _ in taken], [each for _, each in taken if each is not None])

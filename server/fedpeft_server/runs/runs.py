@@ -162,7 +162,7 @@ class Runs:
         if engine.active:
             raise RunNotFinished(f"{run_id} is {engine.run.state}; stop it before it is deleted")
         await engine.close()
-        tickets = await self._store.transact(self._store.db.ticket_ids, run_id)
+        tickets = await self._store.read(self._store.db.ticket_ids, run_id)
         audit_event = AuditEvent(by, "run.deleted", run_id, {"name": engine.run.config.name})
         # The files first: while the run is listed its deletion can be repeated, and afterwards nothing finds them.
         await self._store.version(self._store.forget_run, run_id, tickets)

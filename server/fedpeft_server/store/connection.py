@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import QueuePool, StaticPool
 
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, StateInvalid
 from fedpeft_server.store import postgresql
@@ -75,12 +75,41 @@ def _sqlite(url: URL) -> Engine:
         for pragma in PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
 
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        # A transaction that only reads takes no lock that another program's writing could keep from it (WAL).
-        connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get(_READS) else "BEGIN IMMEDIATE")
-
+    event.listen(engine, "begin", _begin)
     return engine
+
+
+def readers(engine: Engine, most: int) -> Engine:
+    """Returns an engine for at most so many transactions at once that only read, beside those of `engine`.
+
+    All statements of one see the same state, and it can write nothing. It waits for no lock of SQLite's: that is the
+    caller's.
+    """
+    if engine.dialect.name != "sqlite":
+        read_only = {"postgresql_readonly": True}
+        return postgresql.engine(
+            engine.url, pool_size=most, isolation_level="REPEATABLE READ", execution_options=read_only
+        )
+    made = create_engine(
+        engine.url,
+        poolclass=QueuePool,
+        pool_size=most,
+        connect_args={"check_same_thread": False, "timeout": 0},
+        execution_options={_READS: True},
+    )
+
+    @event.listens_for(made, "connect")
+    def _configure(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.isolation_level = None
+        connection.execute("PRAGMA query_only = ON")
+
+    event.listen(made, "begin", _begin)
+    return made
+
+
+def _begin(connection: Connection) -> None:
+    # A transaction that only reads takes no lock that another program's writing could keep from it (WAL).
+    connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get(_READS) else "BEGIN IMMEDIATE")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ UNDONE = ("40001", "40P01")
 """The states of a transaction that was undone in favour of another session's; it can be made again."""
 
 
-def engine(url: URL) -> Engine:
+def engine(url: URL, **options: Any) -> Engine:
     """Returns an engine for a URL of PostgreSQL; what the URL says itself about waits counts."""
     pause_s = max(1, LOST_S // (2 * _PROBES))
     defaults = {
@@ -31,7 +31,7 @@ def engine(url: URL) -> Engine:
         "tcp_user_timeout": LOST_S * 1000,
     }
     arguments = {name: value for name, value in defaults.items() if name not in url.query}
-    made = create_engine(url, pool_pre_ping=True, connect_args=arguments)
+    made = create_engine(url, pool_pre_ping=True, connect_args=arguments, **options)
     limits = {
         "lock_timeout": BUSY_S * 1000,
         "statement_timeout": LOST_S * 1000,

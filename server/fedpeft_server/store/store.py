@@ -8,6 +8,7 @@ import shutil
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -22,6 +23,7 @@ from fedpeft_server.store.connection import BUSY_TIMEOUT_S
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.shared_transaction import SharedTransaction
 from fedpeft_server.store.spool import Spool
+from fedpeft_server.store.transactions import READERS
 from fedpeft_server.store.update_store import BucketUpdates, UpdateStore
 from fedpeft_server.tasks import ended
 
@@ -93,6 +95,8 @@ class Store:
         self._transactions = ThreadPoolExecutor(1, "database")
         self.registrations = SharedTransaction(self.transact, self.db.see_clients)
         self.answers = SharedTransaction(self.transact, self.db.put_answers)
+        self._readers = ThreadPoolExecutor(READERS, "reading")
+        self._reads = asyncio.Semaphore(READERS)
         self._pool = ThreadPoolExecutor(COMPUTE_THREADS, "compute")
         self._folds = ThreadPoolExecutor(FOLD_THREADS, "fold")
         self._files = ThreadPoolExecutor(FILE_THREADS, "files")
@@ -123,6 +127,28 @@ class Store:
                     raise
             await asyncio.sleep(LOCKED_S)
 
+    async def read(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs a transaction that only reads, and may take long: it holds up no other, on a thread of its own kind.
+
+        It sees what all transactions wrote that were asked for before it, and nothing of those after.
+
+        Raises:
+            DatabaseLocked: As `transact`.
+        """
+        return await self.read_prepared(lambda: lambda: method(*args, **kwargs))
+
+    async def read_prepared(self, prepare: Callable[[], Callable[[], R]]) -> R:
+        """Runs what `prepare` returns as `read` does; `prepare` is called at the moment whose state will be read."""
+        return await ended(asyncio.ensure_future(self._read(prepare)))
+
+    async def _read(self, prepare: Callable[[], Callable[[], R]]) -> R:
+        transactions = self.db.transactions
+        async with self._reads:  # so that a connection is free, and the database's thread waits for none
+            method = prepare()
+            snapshot = await self.begin(transactions.snapshot)
+            reading = partial(transactions.read_from, snapshot, method)
+            return await asyncio.get_running_loop().run_in_executor(self._readers, reading)
+
     async def compute(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Checks an upload, makes it durable, or does other work on what has arrived, on a thread of its own kind."""
         loop = asyncio.get_running_loop()
@@ -143,7 +169,7 @@ class Store:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._versions, lambda: function(*args, **kwargs))
 
-    async def read(self, file: LateFile, offset: int, length: int) -> bytes:
+    async def read_file(self, file: LateFile, offset: int, length: int) -> bytes:
         """Returns bytes of a version that `opened_late` gave, and opens it before the first; raises as its `read`."""
         if not file.is_open:
             await self.version(file.open)
@@ -235,6 +261,7 @@ class Store:
         self._pool.shutdown()
         self._versions.shutdown()
         self._files.shutdown()
+        self._readers.shutdown()
         self._transactions.shutdown()
         self.db.close()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import IntegrityError
@@ -12,18 +14,25 @@ from sqlalchemy.exc import IntegrityError
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, FedpeftError
 from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
-from fedpeft_server.store.connection import reading, translated
+from fedpeft_server.store.connection import readers, reading, translated
 from fedpeft_server.store.queries import audit as audit_queries
 from fedpeft_server.store.rows import AuditEvent
 
+R = TypeVar("R")
+
+READERS = 3
+"""Connections for reading beside the one that writes."""
+
 
 class Transactions:
-    """Makes transactions on one database, one at a time.
+    """Makes transactions on one database, one at a time, and lets up to READERS that only read go on beside them.
 
     Args:
         engine: Connected, its schema the newest.
 
     Attributes:
+        engine: For the one that writes.
+        readers: For those that only read, each on a connection of its own.
         unavailable: Whether the newest transaction but those that only read failed because the database was.
     """
 
@@ -34,6 +43,8 @@ class Transactions:
         # written is not known.
         self._head: AuditEntry | None = None
         self.unavailable = False
+        self.readers = readers(engine, READERS)
+        self._reading = threading.local()
 
     @contextmanager
     def begin(self, *events: AuditEvent) -> Iterator[Connection]:
@@ -48,6 +59,8 @@ class Transactions:
             DatabaseUnavailable: If the database is corrupt or out of reach; the transaction is undone, or its outcome
                 unknown.
         """
+        if self._snapshot is not None:
+            raise RuntimeError("a method that writes was called where only reading is possible; use `Store.transact`")
         before, is_complete = self._head, False
         try:
             with translated(self._where), self.engine.begin() as connection:
@@ -67,14 +80,55 @@ class Transactions:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """Makes a transaction that only reads: it waits for no program that writes.
+        """Makes a transaction that only reads, or goes on with the snapshot of `read_from`.
+
+        It waits for no program that writes.
 
         Raises:
             DatabaseLocked: If another program lets nobody read.
             DatabaseUnavailable: If the database is corrupt or out of reach.
         """
-        with translated(self._where), reading(self.engine) as connection:
-            yield connection
+        with translated(self._where):
+            if self._snapshot is not None:
+                yield self._snapshot
+                return
+            with reading(self.engine) as connection:
+                yield connection
+
+    @property
+    def _snapshot(self) -> Connection | None:
+        """The snapshot that this thread reads from; None if it reads from none."""
+        return getattr(self._reading, "snapshot", None)
+
+    def snapshot(self) -> Connection:
+        """Begins a transaction that only reads, on a connection of its own: it sees what is written by now.
+
+        To be called between the other transactions, and to be used and closed by `read_from`, on any thread.
+
+        Raises:
+            FedpeftError: As `read`.
+        """
+        with translated(self._where):
+            connection = self.readers.connect()
+            try:
+                connection.execute(text("SELECT id FROM runs LIMIT 1"))  # only a statement fixes what is seen
+            except BaseException:
+                connection.close()
+                raise
+        return connection
+
+    def read_from(self, snapshot: Connection, method: Callable[[], R]) -> R:
+        """Calls a method whose transaction only reads, has it read from a snapshot, and closes that.
+
+        Raises:
+            FedpeftError: As `read`.
+        """
+        self._reading.snapshot = snapshot
+        try:
+            return method()
+        finally:
+            self._reading.snapshot = None
+            snapshot.close()
 
     def probe(self) -> None:
         """Reads from the database; writes as well, though no row, if it was unavailable.
@@ -107,7 +161,8 @@ class Transactions:
 
     def close(self) -> None:
         """Closes all connections."""
-        self.engine.dispose()
+        self.readers.dispose()
+        self.engine.dispose()  # the last one to close a SQLite database tidies it up
 
     def _has(self, entry: AuditEntry) -> bool:
         """Returns True if an entry, whose transaction was not answered, is in the database; False if nobody can say."""

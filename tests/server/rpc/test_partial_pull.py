@@ -155,14 +155,14 @@ async def test_chunks_are_shared_by_those_who_pull_the_same_part(daemon: Daemon)
     for each in holders[3:]:
         await each.pull(run, 1)
     reads = 0
-    read = daemon.server.store.read
+    read = daemon.server.store.read_file
 
     async def counted(*args: object) -> bytes:
         nonlocal reads
         reads += 1
         return await read(*args)  # type: ignore[arg-type]
 
-    daemon.server.store.read = counted  # type: ignore[method-assign]
+    daemon.server.store.read_file = counted  # type: ignore[method-assign]
     for each in holders:  # those of version 0 need both halves, those of version 1 too: rounds 2 and 3
         await each.pull(run, 3)
     assert reads == 1

@@ -20,6 +20,7 @@ from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import Place, RunState
 
 from ..conftest import Daemon, StartDaemon
+from ..connections import on_each_connection
 from ..long_history import write_run
 
 RUN = "run-records0"
@@ -58,9 +59,7 @@ class ReadsOfRecords:
 
     def __init__(self, daemon: Daemon) -> None:
         self.count = 0
-        connection = daemon.server.store.db.transactions.engine.raw_connection().driver_connection
-        assert isinstance(connection, sqlite3.Connection)
-        connection.set_authorizer(self._asked)
+        on_each_connection(daemon, lambda connection: connection.set_authorizer(self._asked))
 
     def _asked(self, action: int, table: str | None, column: str | None, *_: object) -> int:
         self.count += action == sqlite3.SQLITE_READ and (table, column) == ("rounds", "record")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fedpeft_server.rpc import history
 from fedpeft_server.store.rows import RunState
 
 from ..conftest import Daemon, StartDaemon, config, filled
+from ..connections import on_each_connection
 from ..long_history import write_run
 
 RUN = "run-long00"
@@ -114,13 +114,11 @@ async def test_the_first_answer_begins_where_the_reader_left_off_and_fits_into_m
 
 
 class Work:
-    """Counts what SQLite does, in hundreds of its machine's instructions."""
+    """Counts what SQLite does, in tens of its machine's instructions."""
 
     def __init__(self, daemon: Daemon) -> None:
         self.steps = 0
-        connection = daemon.server.store.db.transactions.engine.raw_connection().driver_connection
-        assert isinstance(connection, sqlite3.Connection)
-        connection.set_progress_handler(self._step, 100)
+        on_each_connection(daemon, lambda connection: connection.set_progress_handler(self._step, 10))
 
     def _step(self) -> int:
         self.steps += 1

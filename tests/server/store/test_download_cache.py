@@ -177,7 +177,7 @@ async def test_downloads_that_wait_for_a_bucket_leave_the_threads_of_uploads_alo
 
     async def download(offset: int) -> bytes:
         async with store.opened_late(opening) as file:
-            return await store.read(file, offset, 2)
+            return await store.read_file(file, offset, 2)
 
     downloads = [asyncio.ensure_future(download(2 * at)) for at in range(2 * (FILE_THREADS + VERSION_THREADS))]
     await asyncio.to_thread(blobs.asked.wait, 20)
