@@ -13,7 +13,8 @@ from torch import nn
 
 from fedpeft.errors import ModelInvalid
 from fedpeft.formatting import counted
-from fedpeft.models.checkpoint_file import read_tensors, some
+from fedpeft.models.checkpoint_errors import some
+from fedpeft.models.checkpoint_file import read_tensors
 from fedpeft.models.structure import State
 from fedpeft.models.tied_weights import spread
 
