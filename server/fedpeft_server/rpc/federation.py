@@ -129,14 +129,13 @@ class Federation(pb_grpc.FederationServiceServicer):
             found = await look(client, request.run, left_out)
             if found:
                 return found
-            left = until - time.monotonic()
-            if left <= 0 or (request.until_finished and self._finished(client, request.run)):
-                return self._idle(client, request.run)
-            if not await self._runs.lobby.wait(
-                client, request.run, trainer=role == "trainer", hold_s=left, left_out=left_out
+            hold_s = until - time.monotonic()
+            over = hold_s <= 0 or (request.until_finished and self._finished(client, request.run))
+            if over or not await self._runs.lobby.wait(
+                client, request.run, trainer=role == "trainer", hold_s=hold_s, left_out=left_out
             ):
                 return self._idle(client, request.run)
-            if self._finished(client, request.run) and role == "trainer":
+            if role == "trainer" and self._finished(client, request.run):
                 return self._idle(client, request.run)
 
     async def AnswerOffer(self, request: pb.AnswerOfferRequest, context: Context) -> pb.AnswerOfferResponse:
@@ -361,18 +360,21 @@ class Federation(pb_grpc.FederationServiceServicer):
         The newest version of a run comes first, of all runs; then, when those are scored, what was missed: of runs that
         go on before finished ones, of older runs before younger ones.
         """
+        if run:
+            self._runs.get(run)
         answers, best = self._runs.participation, None
-        for engine in self._runs.all(run):
-            if engine.run.id in left_out or answers.declined(engine.run.id, client):
-                continue
-            progress = await self._runs.scoring.progress(engine.run, client)
-            if progress.newest is None:
+        missing = await self._runs.scoring.missing(client)
+        wanted = [each for each in ((run,) if run else missing) if each in missing and each not in left_out]
+        for engine in sorted(map(self._runs.get, wanted), key=lambda e: e.age):
+            newest = missing[engine.run.id]
+            if answers.declined(engine.run.id, client):
+                self._runs.scoring.leaves(engine.run.id, client)
                 continue
             if answers.is_due(engine.run.id, client):
                 return _offer(engine)
-            order = (progress.newest == engine.run.version, engine.active)
+            order = (newest == engine.run.version, engine.active)
             if best is None or order > best[0]:
-                best = order, engine.run.id, progress.newest
+                best = order, engine.run.id, newest
         self._sessions.scores(client, best[1:] if best else None)
         if best is None:
             return None
@@ -380,21 +382,23 @@ class Federation(pb_grpc.FederationServiceServicer):
         return pb.AwaitRoundResponse(evaluation=pb.EvaluationTask(run=best[1], version=best[2]))
 
     def _idle(self, client: str, run: str) -> pb.AwaitRoundResponse:
-        left = self._left(client, run)
+        active = self._runs.active(run)
+        left = [engine for engine in active if self._is_left(engine, client)]
         more = f"; and {len(left) - _EXPLAINED} more runs" if len(left) > _EXPLAINED else ""
         reason = "; ".join(self._runs.why(e) for e in left[:_EXPLAINED]) + more
-        nothing = _ALL_DECLINED if self._runs.active(run) else _NOTHING_LEFT
-        finished = self._finished(client, run)
+        nothing = _ALL_DECLINED if active else _NOTHING_LEFT
+        finished = not left and self._runs.exist(run)
         return pb.AwaitRoundResponse(
             idle=pb.Idle(reason=reason or nothing, finished=finished, hold_s=self._runs.lobby.longer_hold_s())
         )
 
     def _finished(self, client: str, run: str) -> bool:
-        return bool(self._runs.all(run)) and not self._left(client, run)
+        left = any(self._is_left(engine, client) for engine in self._runs.active(run))
+        return not left and self._runs.exist(run)
 
-    def _left(self, client: str, run: str) -> list[RunEngine]:
-        """Returns the unfinished runs that a client did not decline."""
-        return [e for e in self._runs.active(run) if not self._runs.participation.declined(e.run.id, client)]
+    def _is_left(self, engine: RunEngine, client: str) -> bool:
+        """Returns True if a client did not decline an unfinished run."""
+        return not self._runs.participation.declined(engine.run.id, client)
 
     async def _ticket(self, ticket_id: str, client: str) -> tuple[RunEngine, Ticket]:
         engine, ticket = await self._runs.ticket(ticket_id)

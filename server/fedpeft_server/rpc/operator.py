@@ -8,7 +8,7 @@ import re
 import secrets
 import string
 import time
-from collections.abc import AsyncIterator, Container, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -117,13 +117,15 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         """Shows runs, a page at a time."""
         most, place = pages.size(request.page_size), pages.position(request.page_token, of=("runs",), first=(0.0, ""))
-        shown = pages.Filling[run_pb2.Run]()
-        last, more = place, False
-        for engine in self._runs.after(place):  # one by one: each costs a query, and few of a page of large ones fit
-            if len(shown.taken) == most or not shown.takes(await self._run(engine)):
+        shown, listed = pages.Filling[run_pb2.Run](), self._runs.after(place, most + 1)
+        figures = await self._store.read(self._store.db.initial_evaluations, [run for _, run in listed[:most]])
+        last, more = place, len(listed) > most
+        for age in listed[:most]:
+            engine = self._runs.find(age[1])  # one may be deleted while evaluators' work is read
+            if engine is not None and not shown.takes(await self._message(engine, figures.get(age[1], {}))):
                 more = True
                 break
-            last = engine.age
+            last = age
         return pb.ListRunsResponse(runs=shown.taken, next_page_token=pages.token(last, of=("runs",)) if more else "")
 
     async def ListRounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
@@ -236,8 +238,8 @@ class Operator(pb_grpc.OperatorServiceServicer):
         await self._sessions.write(self._store)
         rows = await self._store.read(self._store.db.clients_from, after, most + 1)
         active = self._runs.active()
-        runs, held = [engine.run.id for engine in active], {t.id for engine in active for t in engine.awaited()}
-        clients = pages.fitting(self._client(row, runs, held) for row in rows[:most])
+        order = {engine.run.id: number for number, engine in enumerate(active)}
+        clients = pages.fitting(self._client(row, order) for row in rows[:most])
         token = pages.token((clients[-1].id,), of=("clients",)) if len(clients) < len(rows) else ""
         return pb.ListClientsResponse(clients=clients, next_page_token=token)
 
@@ -249,10 +251,10 @@ class Operator(pb_grpc.OperatorServiceServicer):
             )
         return pb.ReadmitClientResponse(runs=await self._runs.readmit(request.client, request.run, actor()))
 
-    def _client(self, row: ClientRow, runs: Sequence[str], held: Container[str]) -> pb.Client:
-        found = self._runs.progress.of(row.id, held)
+    def _client(self, row: ClientRow, order: Mapping[str, int]) -> pb.Client:
+        found = self._runs.progress.of(row.id, self._runs.is_usable)
         progress = progress_message(row.id, *found) if found else None
-        answers, scoring = self._runs.participation.of(row.id, runs), self._sessions.scoring(row.id)
+        answers, scoring = self._runs.participation.of(row.id, order), self._sessions.scoring(row.id)
         return client_message(row, self._activity(row.id, training=bool(found)), answers, scoring, progress)
 
     def _activity(self, client: str, *, training: bool) -> str:
@@ -265,7 +267,12 @@ class Operator(pb_grpc.OperatorServiceServicer):
         return "scoring" if self._sessions.scoring(client) else "away"
 
     async def _run(self, engine: RunEngine) -> run_pb2.Run:
-        figures = await self._store.read(self._store.db.evaluation, engine.run.id, 0)
+        run = engine.run.id
+        found = await self._store.read(self._store.db.initial_evaluations, [run])
+        return await self._message(engine, found.get(run, {}))
+
+    async def _message(self, engine: RunEngine, figures: Mapping[str, float]) -> run_pb2.Run:
+        """Returns a run as operators see it; `figures` are those of its version 0."""
         reason = self._runs.why(engine, for_operator=True) if engine.active else ""
         answers, run = self._runs.participation, engine.run.id
         message = run_message(engine.run, reason, figures, answers.declines(run), answers.set_aside(run))

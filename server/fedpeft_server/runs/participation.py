@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fedpeft.rounds.conduct import GOOD, Conduct
@@ -27,9 +27,9 @@ class Participation:
         self._due: dict[str, set[str]] = defaultdict(set)
         self._asked: dict[str, list[str]] = defaultdict(list)  # sorted
         self._runs_of: dict[str, set[str]] = defaultdict(set)  # by client, those that it answered for
-        self._declines: dict[str, set[str]] = defaultdict(set)  # those whose answer is a decline
+        self._declines: dict[str, list[str]] = defaultdict(list)  # sorted: those whose answer is a decline
         self._poor: dict[str, dict[str, Conduct]] = defaultdict(dict)  # by run, those that are not GOOD
-        self._aside: dict[str, set[str]] = defaultdict(set)  # of those, the ones that are set aside
+        self._aside: dict[str, list[str]] = defaultdict(list)  # sorted: of those, the ones that are set aside
         for answer in known:
             self._keep(answer)
             self._judge(answer.run, answer.client, answer.conduct)
@@ -48,10 +48,7 @@ class Participation:
 
     def mark_offered(self, run: str, client: str) -> None:
         """Records that a client was offered a run; its answer is awaited from now on."""
-        asked = self._asked[run]
-        place = bisect_left(asked, client)
-        if place == len(asked) or asked[place] != client:
-            asked.insert(place, client)
+        _add(self._asked[run], client)
 
     def dismiss(self, client: str) -> None:
         """Awaits no answer of a client any more: it left or was revoked."""
@@ -70,9 +67,9 @@ class Participation:
         """Returns True if a client, asked since it began, does not take part in a run."""
         return not self.is_due(run, client) and not self._given[run][client].accepted
 
-    def declines(self, run: str) -> list[AnswerRow]:
-        """Returns the declines of a run by client, those that are due again included."""
-        return [self._given[run][client] for client in sorted(self._declines.get(run, ()))]
+    def declines(self, run: str) -> Iterator[AnswerRow]:
+        """Yields the declines of a run by client, those that are due again included; each is looked up in its turn."""
+        return (self._given[run][client] for client in self._declines.get(run, ()))
 
     def declined_by(self, run: str) -> int:
         """Returns how many clients `declines` names."""
@@ -82,10 +79,10 @@ class Participation:
         """Returns the clients that were offered a run and have not answered yet, by id; not a copy."""
         return self._asked.get(run, ())
 
-    def of(self, client: str, runs: Iterable[str]) -> list[AnswerRow]:
-        """Returns a client's answers for some runs, in the runs' order."""
-        found = (self._given.get(run, {}).get(client) for run in runs)
-        return [answer for answer in found if answer is not None]
+    def of(self, client: str, order: Mapping[str, int]) -> list[AnswerRow]:
+        """Returns a client's answers for the runs that have a place in an order, in that order."""
+        found = [run for run in self._runs_of.get(client, ()) if run in order]
+        return [self._given[run][client] for run in sorted(found, key=order.__getitem__)]
 
     def examples(self, run: str, client: str) -> int:
         """Returns how many examples a client said it has of a run's classes; 0 if it did not say."""
@@ -104,9 +101,9 @@ class Participation:
         """Returns the conduct of the clients that did not use theirs well, by client."""
         return self._poor.get(run, {})
 
-    def set_aside(self, run: str) -> list[str]:
-        """Returns the clients that are set aside in a run, by id."""
-        return sorted(self._aside.get(run, ()))
+    def set_aside(self, run: str) -> Sequence[str]:
+        """Returns the clients that are set aside in a run, by id; not a copy."""
+        return self._aside.get(run, ())
 
     def aside(self, run: str) -> int:
         """Returns how many clients are set aside in a run."""
@@ -137,15 +134,19 @@ class Participation:
             self._poor[run].pop(client, None)
         else:
             self._poor[run][client] = conduct
-        (self._aside[run].add if conduct.is_aside else self._aside[run].discard)(client)
+        (_add if conduct.is_aside else _discard)(self._aside[run], client)
 
     def _keep(self, answer: AnswerRow) -> None:
         self._given[answer.run][answer.client] = answer
         self._runs_of[answer.client].add(answer.run)
-        if answer.accepted:
-            self._declines[answer.run].discard(answer.client)
-        else:
-            self._declines[answer.run].add(answer.client)
+        (_discard if answer.accepted else _add)(self._declines[answer.run], answer.client)
+
+
+def _add(names: list[str], name: str) -> None:
+    """Adds a name to a sorted list, if it is not in it."""
+    place = bisect_left(names, name)
+    if place == len(names) or names[place] != name:
+        names.insert(place, name)
 
 
 def _discard(names: list[str], name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -85,14 +85,16 @@ class ProgressWatch:
         if (open_ := self._open.get(ticket)) is not None:
             open_.progress = open_.progress.reported(step, steps, time.monotonic())
 
-    def of(self, client: str, held: Container[str]) -> tuple[str, Progress, Verdict] | None:
+    def of(self, client: str, usable: Callable[[str, str, str], bool]) -> tuple[str, Progress, Verdict] | None:
         """Returns run, progress and verdict of a client: of several open tickets of the one that is worst.
 
         Args:
             client: Whose.
-            held: All open tickets; those that were closed since the last look are still known here.
+            usable: Says of run, client and ticket whether it is open; those that were closed since the last look are
+                still known here.
         """
-        mine = [self._open[ticket] for ticket in self._of.get(client, ()) if ticket in held]
+        known = ((ticket, self._open[ticket]) for ticket in self._of.get(client, ()))
+        mine = [open_ for ticket, open_ in known if usable(open_.run, client, ticket)]
         found = [(open_.run, open_.progress, self._judge(open_)) for open_ in mine]
         return min(found, key=lambda each: (_ORDER.index(each[2].state), each[1].issued), default=None)
 

@@ -6,7 +6,7 @@ import asyncio
 import bisect
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 
@@ -195,6 +195,14 @@ class Runs:
         """Returns the engines a client that names `run_id` (or nothing) could work for, oldest first."""
         return [self.get(run_id)] if run_id else list(self._engines.values())
 
+    def exist(self, run_id: str = "") -> bool:
+        """Returns True if there are runs that a client could work for that names `run_id` (or nothing).
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        return bool(self.get(run_id) if run_id else self._engines)
+
     def state(self, run_id: str) -> RunState | None:
         """Returns the state of a run; None if there is none of that id."""
         engine = self._engines.get(run_id)
@@ -206,14 +214,20 @@ class Runs:
             return [engine] if (engine := self.get(run_id)).active else []
         return list(self._active.values())
 
-    def after(self, age: Age) -> Iterator[RunEngine]:
-        """Yields the engines of the runs that are younger than an age, oldest first.
+    def after(self, age: Age, most: int) -> list[Age]:
+        """Returns the first so many runs that are younger than an age, oldest first."""
+        first = bisect.bisect_right(self._ages, age)
+        return self._ages[first : first + most]
 
-        A run that is deleted before its turn is left out, so the caller may wait between two of them.
-        """
-        for _, run_id in self._ages[bisect.bisect_right(self._ages, age) :]:
-            if (engine := self._engines.get(run_id)) is not None:
-                yield engine
+    def find(self, run_id: str) -> RunEngine | None:
+        """Returns the engine of a run; None if there is none of that id."""
+        return self._engines.get(run_id)
+
+    def is_usable(self, run_id: str, client: str, ticket_id: str) -> bool:
+        """Returns True if a client can use a ticket of a run now."""
+        engine = self._engines.get(run_id)
+        ticket = None if engine is None else engine.open_ticket(client)
+        return ticket is not None and ticket.id == ticket_id
 
     async def ticket(self, ticket_id: str) -> tuple[RunEngine, Ticket]:
         """Returns a ticket of any round, with the engine of its run.
@@ -339,6 +353,7 @@ class Runs:
     def _add(self, engine: RunEngine) -> None:
         self._engines[engine.run.id] = engine
         bisect.insort(self._ages, engine.age)
+        self.scoring.follow(engine.run)
         self._sort(engine)
 
     def _sort(self, engine: RunEngine) -> None:
@@ -378,6 +393,7 @@ class Runs:
     def _changed(self, engine: RunEngine) -> None:
         if engine.run.id in self._engines:
             self._sort(engine)
+            self.scoring.follow(engine.run)
             self.show_backlog(engine)
         self.announce(engine.run.id)
         self.wake_matching(engine.run.id)

@@ -319,16 +319,17 @@ class Database:
             run_queries.select_version(connection, run, version)
             run_queries.put_evaluation(connection, run, version, evaluator, split, metrics, at)
 
-    def evaluation(self, run_id: str, version: int) -> dict[str, float]:
-        """Returns the figures of a version: the latest of each evaluator, merged; empty if it was not scored."""
+    def initial_evaluations(self, runs: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Returns the figures of version 0 of those runs that have some: the latest of each evaluator, merged."""
         with self._reading() as connection:
-            found = run_queries.select_evaluations(connection, run_id, version, version)
-        return merged(found.get(version, ()))
+            found = run_queries.select_initial_evaluations(connection, runs)
+        return {run: merged(latest) for run, latest in found.items()}
 
-    def evaluated_by(self, run_id: str, evaluator: str) -> set[int]:
-        """Returns the versions that an evaluator scored."""
+    def evaluations_by(self, evaluator: str) -> tuple[list[tuple[str, int]], list[tuple[str, int, str]]]:
+        """Returns the versions, as (run, version), that an evaluator scored, and those that it could not, with why."""
         with self._reading() as connection:
-            return run_queries.select_evaluated(connection, run_id, evaluator)
+            scored = run_queries.select_evaluated(connection, evaluator)
+            return scored, evaluations.select_failed(connection, evaluator)
 
     def put_failed_evaluation(self, failure: FailedEvaluation) -> None:
         """Writes that an evaluator could not score a version, in place of what it said before.
@@ -340,11 +341,6 @@ class Database:
         with self._transaction() as connection:
             run_queries.select_version(connection, failure.run, failure.version)
             evaluations.put_failed(connection, failure)
-
-    def failed_evaluations(self, run_id: str, evaluator: str) -> dict[int, str]:
-        """Returns why an evaluator could not score versions of a run, by version."""
-        with self._reading() as connection:
-            return evaluations.select_failed(connection, run_id, evaluator)
 
     def forget_failed_evaluations(self, evaluator: str, run_id: str = "", version: int = 0) -> None:
         """Deletes what an evaluator could not score: everything, or one version of a run."""

@@ -210,7 +210,7 @@ async def test_a_client_that_registers_again_is_not_ready_until_it_answers(
     assert runs.ready(run) == {"a"}
     await a.answer(run, "no time")
     assert runs.ready(run) == set()
-    assert (runs.participation.declined_by(run), len(runs.participation.declines(run))) == (1, 1)
+    assert (runs.participation.declined_by(run), len([*runs.participation.declines(run)])) == (1, 1)
     await daemon.operator.StopRun(op.StopRunRequest(run=run))
     assert runs.ready(run) == set()
     assert runs.lobby._waiting == {}

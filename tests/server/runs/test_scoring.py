@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+import asyncio
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 
@@ -11,6 +15,8 @@ from fedpeft.api import views
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
+from fedpeft_server.runs.scoring import _Work
+from fedpeft_server.store.database import Database
 
 from ..conftest import Daemon, RawClient, StartDaemon, config, filled, refused
 from ..long_history import write_run
@@ -125,18 +131,113 @@ async def test_what_an_evaluator_gets_next_of_very_many_versions_costs_no_query(
     write_run(tmp_path / "data", "run-long00", 1000, 1)
     daemon = await start()
     judge = await evaluator(daemon)
-    queries: list[str] = []
-    real = daemon.server.store.transact
-
-    async def counted(method: object, *args: object) -> object:
-        queries.append(getattr(method, "__name__", ""))
-        return await real(method, *args)  # type: ignore[arg-type]
-
     first = (await judge.wait()).evaluation
-    daemon.server.store.transact = counted  # type: ignore[method-assign, assignment]
-    for _ in range(5):
-        assert (await judge.wait()).evaluation == first
-    assert "evaluated_by" not in queries
+    with counted_queries(daemon) as queries:
+        for _ in range(5):
+            assert (await judge.wait()).evaluation == first
+    assert queries == []
+
+
+@contextmanager
+def counted_queries(daemon: Daemon) -> Iterator[list[str]]:
+    """Gives the names of the database's methods that are called meanwhile."""
+    store, names = daemon.server.store, list[str]()
+    transact, read = store.transact, store.read
+
+    def counted(call: Any) -> Any:
+        async def count(method: Any, *args: Any, **kwargs: Any) -> Any:
+            names.append(method.__name__)
+            return await call(method, *args, **kwargs)
+
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "transact", counted(transact))
+        patch.setattr(store, "read", counted(read))
+        yield names
+
+
+async def finished(daemon: Daemon, number: int) -> list[str]:
+    """Makes so many runs that ended without a round."""
+    ids = []
+    for each in range(number):
+        ids.append((await daemon.create(config(rounds=ONE), request_id=f"finished {each}")).id)
+        await daemon.operator.StopRun(op.StopRunRequest(run=ids[-1]))
+    return ids
+
+
+@pytest.mark.parametrize("declines", [False, True], ids=["scored", "declined"])
+async def test_a_poll_with_nothing_to_do_looks_at_no_finished_run(daemon: Daemon, declines: bool) -> None:
+    ids, judge = await finished(daemon, 5), await evaluator(daemon)
+    with counted_queries(daemon) as queries:
+        for run in ids:
+            assert (await judge.look()).offer.run.id == run
+            await judge.answer(run, *(["no data of its classes"] if declines else []))
+        for run in () if declines else ids:
+            assert (await judge.look()).evaluation.run == run
+            await push(judge, run, 0)
+        assert queries.count("_books") == 0, "what an evaluator scored is read once, as it registers"
+    asked: list[object] = []
+    participation = daemon.server.runs.participation
+    with pytest.MonkeyPatch.context() as patch, counted_queries(daemon) as queries:
+        for name in ("declined", "is_due"):
+            real = getattr(participation, name)
+            patch.setattr(participation, name, lambda *args, real=real: (asked.append(args), real(*args))[1])
+        assert (await judge.look(until_finished=True)).idle.finished
+    assert (asked, queries) == ([], [])
+    (client,) = await daemon.clients("a")
+    new = (await daemon.create(config(rounds=ONE), request_id="new")).id
+    await rounds(daemon, new, client, 1)
+    assert (await judge.look()).offer.run.id == new
+    await judge.register(fed.CLIENT_ROLE_EVALUATOR)
+    first = (await judge.look()).offer.run.id
+    assert first == (ids[0] if declines else new), "one that began anew is asked again for what it declined"
+
+
+async def test_a_version_that_is_scored_while_the_evaluators_work_is_read_is_not_lost(
+    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon, reached, go_on = await start(), Event(), Event()
+    run = (await daemon.create(config(rounds=ONE))).id
+    judge = await evaluator(daemon)
+    assert (await judge.wait()).evaluation.version == 0
+    await daemon.end()
+    daemon, read = await start(), Database.evaluations_by
+
+    def slow(db: Database, name: str) -> object:
+        found = read(db, name)
+        reached.set()
+        go_on.wait()
+        return found
+
+    monkeypatch.setattr(Database, "evaluations_by", slow)
+    judge = daemon.client("judge")
+    polling = asyncio.ensure_future(judge.look())
+    try:
+        async with asyncio.timeout(10):
+            while not reached.is_set():
+                await asyncio.sleep(0.01)
+        pushing = asyncio.ensure_future(push(judge, run, 0))
+        async with asyncio.timeout(10):
+            while not await daemon.server.store.transact(daemon.server.store.db.initial_evaluations, [run]):
+                await asyncio.sleep(0.01)
+    finally:
+        go_on.set()
+    await pushing
+    polling.cancel()
+    scoring = await shown(daemon, run)
+    assert (scoring.scored, scoring.backlog) == (1, 0)
+
+
+async def test_runs_are_listed_with_one_query_a_page(daemon: Daemon) -> None:
+    ids, judge = await finished(daemon, 4), await evaluator(daemon)
+    for run in ids:
+        await judge.answer(run)
+        await push(judge, run, 0)
+    with counted_queries(daemon) as queries:
+        listed = (await daemon.operator.ListRuns(op.ListRunsRequest(page_size=3))).runs
+    assert [run.initial_metrics["accuracy"] for run in listed] == [0.0] * 3
+    assert queries == ["initial_evaluations"]
 
 
 @pytest.mark.parametrize("declines", [True, False], ids=["declines", "trains"])
@@ -159,4 +260,4 @@ async def test_nothing_is_kept_of_a_deleted_run(daemon: Daemon) -> None:
     await daemon.operator.StopRun(op.StopRunRequest(run=run))
     await daemon.operator.DeleteRun(op.DeleteRunRequest(run=run))
     scoring = daemon.server.runs.scoring
-    assert (scoring._evaluators, scoring._books) == ({}, {})
+    assert (scoring._evaluators, scoring._versions, scoring._work["judge"]) == ({}, {}, _Work({}))

@@ -40,16 +40,18 @@ class TestFigures:
     def test_an_evaluation_replaces_the_one_before(self, with_run: Database) -> None:
         for accuracy, at in ((0.25, 1.0), (0.5, 2.0)):
             with_run.put_evaluation(RUN, 0, "judge", "test", {"accuracy": accuracy}, at)
-        assert with_run.evaluation(RUN, 0) == {"accuracy": 0.5}
+        assert with_run.initial_evaluations([RUN, "another"]) == {RUN: {"accuracy": 0.5}}
         with_run.put_evaluation(RUN, 0, "judge", "validation", {"accuracy": 0.75}, 3.0)
-        assert with_run.evaluation(RUN, 0) == {"accuracy": 0.75}
-        assert with_run.evaluated_by(RUN, "judge") == {0}
-        assert with_run.evaluated_by(RUN, "nobody") == set()
+        assert with_run.initial_evaluations([RUN, "another"]) == {RUN: {"accuracy": 0.75}}
+        assert with_run.evaluations_by("judge") == ([(RUN, 0)], [])
+        assert with_run.evaluations_by("nobody") == ([], [])
 
     def test_several_evaluators_are_weighed_by_their_examples(self, with_run: Database) -> None:
         with_run.put_evaluation(RUN, 0, "a", "test", {"accuracy": 0.0, "examples": 100.0}, 1.0)
         with_run.put_evaluation(RUN, 0, "b", "test", {"accuracy": 1.0, "examples": 300.0, "loss": 2.0}, 1.0)
-        assert with_run.evaluation(RUN, 0) == {"accuracy": 0.75, "examples": 400.0, "loss": 2.0}
+        assert with_run.initial_evaluations([RUN, "another"]) == {
+            RUN: {"accuracy": 0.75, "examples": 400.0, "loss": 2.0}
+        }
 
     def test_only_versions_that_exist_are_evaluated(self, with_run: Database) -> None:
         with pytest.raises(VersionNotFound):

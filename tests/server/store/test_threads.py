@@ -88,7 +88,7 @@ class Gate:
 LISTS: list[tuple[type, str, Callable[[Daemon, str], Awaitable[object]]]] = [
     (Database, "rounds_from", lambda d, run: d.rounds(run)),
     (Database, "clients_from", lambda d, run: d.operator.ListClients(op.ListClientsRequest())),
-    (Database, "evaluation", lambda d, run: d.operator.ListRuns(op.ListRunsRequest())),
+    (Database, "initial_evaluations", lambda d, run: d.operator.ListRuns(op.ListRunsRequest())),
     (
         Transactions,
         "entries_after",

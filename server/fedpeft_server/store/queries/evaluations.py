@@ -21,11 +21,11 @@ def put_failed(connection: Connection, failure: FailedEvaluation) -> None:
     upsert(connection, tables.failed_evaluations, [row], replace=("reason", "at"))
 
 
-def select_failed(connection: Connection, run: str, evaluator: str) -> dict[int, str]:
-    """Returns why an evaluator could not score versions of a run, by version."""
+def select_failed(connection: Connection, evaluator: str) -> list[tuple[str, int, str]]:
+    """Returns run and version of what an evaluator could not score, and why."""
     t = tables.failed_evaluations
-    query = select(t.c.version, t.c.reason).where(t.c.evaluator == evaluator, t.c.run == run)
-    return {row.version: row.reason for row in connection.execute(query)}
+    query = select(t.c.run, t.c.version, t.c.reason).where(t.c.evaluator == evaluator)
+    return [(row.run, row.version, row.reason) for row in connection.execute(query)]
 
 
 def delete_failed(connection: Connection, evaluator: str, run: str = "", version: int = 0) -> None:

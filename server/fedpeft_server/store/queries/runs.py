@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -168,12 +168,10 @@ def select_evaluations(connection: Connection, run: str, first: int, last: int) 
     """Returns the latest figures of each evaluator, in the evaluators' order, for each scored version in a range."""
     table = tables.evaluations
     query = select(table.c.version, table.c.evaluator, table.c.split, table.c.metrics, table.c.at)
-    found: dict[int, dict[str, tuple[float, str, dict[str, float]]]] = {}
+    found: dict[int, list[Any]] = {}
     for row in connection.execute(query.where(table.c.run == run, table.c.version.between(first, last))):
-        latest = found.setdefault(row.version, {})
-        if row.evaluator not in latest or latest[row.evaluator][:2] < (row.at, row.split):
-            latest[row.evaluator] = (row.at, row.split, row.metrics)
-    return {version: [latest[name][2] for name in sorted(latest)] for version, latest in sorted(found.items())}
+        found.setdefault(row.version, []).append(row)
+    return {version: _latest(found[version]) for version in sorted(found)}
 
 
 def select_last_scored(connection: Connection, run: str) -> dict[str, dict[str, float]]:
@@ -186,11 +184,31 @@ def select_last_scored(connection: Connection, run: str) -> dict[str, dict[str, 
     }
 
 
-def select_evaluated(connection: Connection, run: str, evaluator: str) -> set[int]:
-    """Returns the versions that an evaluator scored."""
-    table = tables.evaluations
-    query = select(table.c.version).where(table.c.run == run, table.c.evaluator == evaluator)
-    return set(connection.execute(query).scalars())
+def select_initial_evaluations(connection: Connection, runs: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+    """Returns the latest figures of each evaluator, in their order, for version 0 of those runs that have some."""
+    t = tables.evaluations
+    query = select(t.c.run, t.c.evaluator, t.c.split, t.c.metrics, t.c.at)
+    found: dict[str, list[Any]] = {}
+    for row in connection.execute(query.where(t.c.run.in_(runs), t.c.version == 0)):
+        found.setdefault(row.run, []).append(row)
+    return {run: _latest(rows) for run, rows in found.items()}
+
+
+def _latest(rows: Iterable[Any]) -> list[dict[str, float]]:
+    """Returns the figures that came last of each evaluator, in their order, of rows about one version."""
+    latest: dict[str, Any] = {}
+    for row in rows:
+        known = latest.get(row.evaluator)
+        if known is None or (known.at, known.split) < (row.at, row.split):
+            latest[row.evaluator] = row
+    return [latest[name].metrics for name in sorted(latest)]
+
+
+def select_evaluated(connection: Connection, evaluator: str) -> list[tuple[str, int]]:
+    """Returns the runs and versions that an evaluator scored."""
+    t = tables.evaluations
+    query = select(t.c.run, t.c.version).where(t.c.evaluator == evaluator).distinct()
+    return [(row.run, row.version) for row in connection.execute(query)]
 
 
 def _run(row: Row[Any]) -> RunRow:
