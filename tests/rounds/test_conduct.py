@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.config import RoundsConfig
-from fedpeft.rounds.conduct import ASIDE_AFTER, GOOD, LONGEST_REST, REST_ROUNDS, Conduct, demerits, settled
+from fedpeft.rounds.conduct import ASIDE_AFTER, GOOD, LONGEST_REST, REST_ROUNDS, Conduct, Demerits, settled
 from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState, Waiting, advance, sample
 
 NAMES = [f"client-{i:02}" for i in range(12)]
@@ -56,7 +56,15 @@ class TestDemerit:
         assert aside.demerit(10**6) > missing.demerit(11)
 
     def test_only_those_who_have_one_are_named(self) -> None:
-        assert demerits({"a": Conduct(1, 1), "b": Conduct(2, 99)}, 100) == {"b": 2}
+        found = Demerits({"a": Conduct(1, 1), "b": Conduct(2, 99)}, 100)
+        assert (found, len(found), found.get("a", 0), found.get("c", 0)) == ({"b": 2}, 1, 0, 0)
+
+    def test_only_the_conduct_of_candidates_is_looked_at(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[Conduct] = []
+        monkeypatch.setattr(Conduct, "demerit", lambda conduct, number: asked.append(conduct) or 1)
+        many = {f"client {number}": Conduct(2, number) for number in range(1000)}
+        sample(["client 1", "client 7", "another"], 2, 0, 1, Demerits(many, 100))
+        assert asked == [many["client 1"], many["client 7"]]
 
 
 class TestSampling:

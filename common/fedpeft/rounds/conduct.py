@@ -10,7 +10,7 @@ No ticket counts against a client that the round did not wait for: late because 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from fedpeft.config import RoundsConfig
@@ -74,10 +74,37 @@ def settled(done: Round, config: RoundsConfig, known: Callable[[str], Conduct]) 
     return {client: conduct for client, conduct in after.items() if conduct != known(client)}
 
 
-def demerits(known: Mapping[str, Conduct], number: int) -> dict[str, int]:
-    """Returns the demerits of the clients that have one in a round."""
-    found = {client: conduct.demerit(number) for client, conduct in known.items()}
-    return {client: demerit for client, demerit in found.items() if demerit}
+class Demerits(Mapping[str, int]):
+    """The demerits of the clients that have one in a round; each is worked out when it is asked for.
+
+    As a rule nobody is sampled, and then none is.
+
+    Args:
+        known: The conduct of clients; not copied.
+        number: The round.
+    """
+
+    def __init__(self, known: Mapping[str, Conduct], number: int) -> None:
+        self._known = known
+        self._number = number
+
+    def __getitem__(self, client: str) -> int:
+        """Returns the demerit of a client.
+
+        Raises:
+            KeyError: If it has none.
+        """
+        if demerit := self._known[client].demerit(self._number):
+            return demerit
+        raise KeyError(client)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the clients that have a demerit."""
+        return (client for client, conduct in self._known.items() if conduct.demerit(self._number))
+
+    def __len__(self) -> int:
+        """Returns how many clients have a demerit."""
+        return sum(1 for _ in self)
 
 
 def _after(before: Conduct, ticket: Ticket, number: int, *, met: bool) -> Conduct:

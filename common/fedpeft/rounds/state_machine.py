@@ -491,4 +491,5 @@ def _late(state: Round, lasts: Callable[[Ticket], bool] = lambda ticket: False) 
 
 
 def _set_ticket(state: Round, ticket: Ticket) -> Round:
-    return replace(state, tickets=tuple(ticket if t.id == ticket.id else t for t in state.tickets))
+    place = bisect_left(state.tickets, ticket.client, key=lambda each: each.client)
+    return replace(state, tickets=(*state.tickets[:place], ticket, *state.tickets[place + 1 :]))

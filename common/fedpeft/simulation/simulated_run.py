@@ -146,7 +146,7 @@ class SimulatedRun:
     def _sample(self, book: RoundBook) -> bool:
         """Offers all clients to a round, and sets those to work that get a ticket; returns whether that changed it."""
         here, now = book.round, book.round.deadline or time.time()
-        waiting = state_machine.Waiting(self._everybody, conduct.demerits(self._conducts, here.number), math.inf)
+        waiting = state_machine.Waiting(self._everybody, conduct.Demerits(self._conducts, here.number), math.inf)
         book.round, effects = state_machine.advance(here, waiting, self._config.rounds, now)
         for effect in effects:
             for ticket in effect.tickets if isinstance(effect, state_machine.Issue) else ():

@@ -142,7 +142,7 @@ class RunEngine:
         """Lets the run sample from the clients that wait; for so long at least a quorum has."""
         if self.run.state is not RunState.RUNNING:
             return
-        poor = conduct.demerits(self._participation.conducts(self.run.id), self.round.number)
+        poor = conduct.Demerits(self._participation.conducts(self.run.id), self.round.number)
         waiting = state_machine.Waiting(clients, poor, waited_s)
         if self.actor.changes(self.actor.status, waiting):  # as a rule there are none
             await self.actor.call(lambda: self.actor.advance(waiting))

@@ -74,8 +74,10 @@ def batch(status: RunStatus, waiting: Sequence[Receipt], config: RoundsConfig, n
     """Applies updates to a run in the order in which they came."""
     after, new, repeated = status, list[Receipt](), list[Receipt]()
     refused = list[tuple[Receipt, FedpeftError]]()
+    places = {ticket.id: place for place, ticket in enumerate(status.round.tickets)}
     for receipt in waiting:
-        ticket = next((t for t in after.round.tickets if t.id == receipt.update.ticket), None)
+        place = places.get(receipt.update.ticket)
+        ticket = None if place is None else after.round.tickets[place]
         if ticket is None or ticket.state is TicketState.RECEIVED:
             repeated.append(receipt)
             continue

@@ -67,8 +67,8 @@ async def test_a_ticket_is_found_without_a_look_at_the_other_runs(daemon: Daemon
     tickets = await begin(daemon, client, 6)
     runs = daemon.server.runs
     found = [lines(lambda ticket=ticket: at_once(runs.ticket(ticket))) for ticket in tickets]  # type: ignore[misc]
-    assert [ticket.id for _, (_, ticket, _) in found] == tickets
-    assert len({engine.run.id for _, (engine, _, _) in found}) == 6
+    assert [ticket.id for _, (_, ticket) in found] == tickets
+    assert len({engine.run.id for _, (engine, _) in found}) == 6
     assert len({counted for counted, _ in found}) == 1, "the last run's ticket costs what the first one's does"
 
 
@@ -82,7 +82,7 @@ async def test_the_index_of_tickets_holds_those_of_rounds_in_progress(daemon: Da
         await client.push(ticket, filled(1.0))
         await daemon.until(run, lambda state, version=number: state.version == version)  # type: ignore[misc]
         assert runs._tickets.run_of(ticket) is None
-        assert (await runs.ticket(ticket))[2] == number, "it is in the database"
+        assert (await runs.ticket(ticket))[1].issued_in == number, "it is in the database"
     assert (runs._tickets._runs, runs._tickets._indexed) == ({}, {})
     with pytest.raises(TicketNotFound):
         await runs.ticket("ticket-none")
