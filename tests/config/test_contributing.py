@@ -34,7 +34,7 @@ def test_example(path: str, tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(
         CONFTEST.format(package=".".join(package.parts), folder=str(folder)), encoding="utf-8"
     )
-    test = BLOCKS[f"tests/common/{package.name}/test_{Path(path).name}"]
+    test = BLOCKS[f"tests/{package.name}/test_{Path(path).name}"]
     (tmp_path / "test_example.py").write_text(test, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     done = subprocess.run(
