@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import CALLERS, CALLS, PortBound, Rate
+from fedpeft_server.timing import TIMING
 from generators.tables import table
 
 PAGE = "security.md"
@@ -16,9 +17,9 @@ def lines() -> Iterator[str]:
     yield from table(("caller", "calls", "at once"), _callers())
     yield from (
         "",
-        f"A call that comes too fast waits, {bounds.WAIT_S:.0f} s at most; if that would not be enough it is refused, "
-        f"{bounds.REFUSAL_S:.0f} s later. Log lines about one caller: {_rate(bounds.LOG_LINES)}; the same refusal "
-        f"once in {bounds.QUIET_S:.0f} s, there and in the audit log.",
+        f"A call that comes too fast waits, {TIMING.call_wait_s:.0f} s at most; if that would not be enough it is "
+        f"refused, {TIMING.refusal_delay_s:.0f} s later. Log lines about one caller: {_rate(bounds.LOG_LINES)}; the "
+        f"same refusal once in {TIMING.refusal_quiet_s:.0f} s, there and in the audit log.",
         "",
     )
     yield from ("### Calls", "")

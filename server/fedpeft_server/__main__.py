@@ -45,10 +45,10 @@ def main() -> None:
             settings = _settings(arguments)
         configure(settings.log_format, settings.log_level)
         grpc_core.configure()
-        from fedpeft_server.app import Server  # only now: gRPC reads the environment as it is imported
+        from fedpeft_server.app import run  # only now: gRPC reads the environment as it is imported
 
         gc.set_threshold(*COLLECTED)
-        asyncio.run(Server(settings).run())
+        asyncio.run(run(settings))
     except KeyboardInterrupt:  # before the daemon itself looks after its signals
         sys.exit(130)
     except (SettingsInvalid, StateInvalid, IdentityInvalid) as error:

@@ -2,11 +2,11 @@
 
 Everything that runs beside the calls is begun here, in one of three ways.
 
-    keep    must last as long as the daemon: one that ends ends the daemon, with an exit code other than 0
-    begin   ends by itself; a failure that it did not deal with ends the daemon likewise
-    every   a step that is repeated; a failed step is repeated too, and meanwhile health says NOT_SERVING if nobody
-            foresaw the failure (it is none of FedPEFT's errors: no full disk, no locked database), or the database
-            is out of reach
+    supervise  must last as long as the daemon: one that ends ends the daemon, with an exit code other than 0
+    begin      ends by itself; a failure that it did not deal with ends the daemon likewise
+    every      a step that is repeated; a failed step is repeated too, and meanwhile health says NOT_SERVING if nobody
+               foresaw the failure (it is none of FedPEFT's errors: no full disk, no locked database), or the database
+               is out of reach
 
 Every failure is in the log and in `fedpeft_background_failures_total`. Ending is right where work cannot go on: all
 that counts is durable, so a service manager that starts the daemon again loses nothing, while one that only seems to
@@ -113,8 +113,19 @@ class Background:
         self._failing = {failing for failing in self._failing if failing[1] != run}
         self.changed.set()
 
-    def unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Takes what the event loop has no other place for: a callback that raised, a task that nobody asked for."""
+    @contextmanager
+    def taking_unhandled(self) -> Iterator[None]:
+        """Takes, while the block lasts, what the event loop has no other place for."""
+        loop = asyncio.get_running_loop()
+        before = loop.get_exception_handler()
+        loop.set_exception_handler(self._unhandled)
+        try:
+            yield
+        finally:
+            loop.set_exception_handler(before)
+
+    def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Counts and logs a callback that raised, or a task that failed and that nobody asked for."""
         self._metrics.background_failures.labels("event loop").inc()
         log.error(
             "background work failed", work="event loop", what=context["message"], exc_info=context.get("exception")

@@ -20,9 +20,6 @@ from fedpeft_server.store.store import Store, state_key, version_key
 
 log = structlog.get_logger()
 
-LOOK_S = 10.0
-"""Time that an object store has at the start to say what it has, seconds."""
-
 
 def refuse_lost_certificates(database: Database, folder: Path) -> None:
     """Refuses to serve plain text where certificates were in use; for a server that has none.
@@ -43,14 +40,18 @@ def refuse_lost_certificates(database: Database, folder: Path) -> None:
         )
 
 
-async def tell_lost_versions(store: Store) -> None:
+async def tell_lost_versions(store: Store, timeout_s: float) -> None:
     """Logs what runs need and the blobs have not, and versions of runs that a new database cannot know.
 
     Before any run is taken up, for runs make versions; it keeps no server from its other runs.
+
+    Args:
+        store: Of the server.
+        timeout_s: Time in which an object store must say what it has, seconds.
     """
     new, needed = await store.transact(_expected, store.db)
     try:
-        async with asyncio.timeout(LOOK_S):
+        async with asyncio.timeout(timeout_s):
             for version in needed:
                 if missing := await store.compute(_missing, store.blobs, version):
                     said = "adapter versions that the next round needs are lost; restore the blobs from the backup"
@@ -61,7 +62,7 @@ async def tell_lost_versions(store: Store) -> None:
                     "this server's, restore the database from the backup or name it with --database"
                 )
     except TimeoutError:
-        log.error("could not check whether adapter versions are lost", message=f"no answer in {LOOK_S:g} seconds")
+        log.error("could not check whether adapter versions are lost", message=f"no answer in {timeout_s:g} seconds")
     except FedpeftError as error:
         log.error("could not check whether adapter versions are lost", message=error.message)
 

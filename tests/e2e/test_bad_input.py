@@ -46,7 +46,7 @@ from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_operator.cli.run.export import Format, exported
 from fedpeft_operator.cli.session import Session
-from fedpeft_server.app import Server
+from fedpeft_server import app
 from fedpeft_server.settings import Settings as ServerSettings
 
 from ..conftest import mounted_mib
@@ -359,7 +359,7 @@ def against_the_policy(world: World) -> object:
 
 def served(world: World, **settings: object) -> object:
     given = {"data_dir": world.folder / "fresh", "listen": f"127.0.0.1:{world.port}", "metrics": "", **settings}
-    return asyncio.run(Server(ServerSettings.model_validate(given)).run())
+    return asyncio.run(app.run(ServerSettings.model_validate(given)))
 
 
 def held_twice(world: World) -> object:

@@ -24,7 +24,7 @@ from fedpeft_client.uplink.push import Pusher
 from fedpeft_client.uplink.retry import Retry
 from fedpeft_server.rpc import interceptors
 from fedpeft_server.store.spool_writer import SpoolWriter
-from fedpeft_server.uploads import chunk_receiver, pipeline, transfer_slots
+from fedpeft_server.uploads import chunk_receiver, pipeline
 
 from ..server.conftest import Daemon, RawClient, StartDaemon, config, filled, header, start, zeros
 from .conftest import SlowLink
@@ -74,10 +74,8 @@ async def sites(
     return run.id, [Site(daemon, client, folder, spec) for client in raw], [task.ticket for task in tasks]
 
 
-async def test_agents_that_share_one_turn_all_come_to_their_receipts(
-    start: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transfer_slots, "TURN_S", 0.0)  # a chunk each
+@pytest.mark.timed(transfer_turn_s=0.0)  # a chunk each
+async def test_agents_that_share_one_turn_all_come_to_their_receipts(start: StartDaemon, tmp_path: Path) -> None:
     daemon = await start(max_transfers=1)
     run, everybody, tickets = await sites(daemon, tmp_path, 3)
     with capture_logs() as lines:
@@ -92,10 +90,8 @@ async def test_agents_that_share_one_turn_all_come_to_their_receipts(
     assert all((x == 1.0).all() for x in (await daemon.adapter(run, 1)).values())
 
 
-async def test_agents_that_share_one_turn_all_pull_the_version(
-    start: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transfer_slots, "TURN_S", 0.0)
+@pytest.mark.timed(transfer_turn_s=0.0)  # a chunk each
+async def test_agents_that_share_one_turn_all_pull_the_version(start: StartDaemon, tmp_path: Path) -> None:
     daemon = await start(max_transfers=1)
     run, everybody, _ = await sites(daemon, tmp_path, 3)
     known = KnownRun.of(await daemon.run(run))

@@ -97,7 +97,7 @@ async def node(program: str) -> AsyncIterator[Node]:
             stack.push_async_callback(end)
             client = NodeClient(process)
             if server is not None:
-                await client("connect", server=f"127.0.0.1:{server.server.port}", name=name)
+                await client("connect", server=f"127.0.0.1:{server.server.ports.port}", name=name)
             return client
 
         yield begin

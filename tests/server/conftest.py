@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,10 +35,11 @@ from fedpeft.v1 import federation_service_pb2_grpc as fed_grpc
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import operator_service_pb2_grpc as op_grpc
 from fedpeft.v1 import run_pb2, tensor_pb2
-from fedpeft_server.app import Server
-from fedpeft_server.runs.progress import TIMING, Timing
+from fedpeft_server import app
+from fedpeft_server.parts import Parts
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.database import Database
+from fedpeft_server.timing import TIMING, Timing
 
 from .rows import run_row, version_row
 
@@ -166,7 +168,7 @@ async def answered(call: grpc.aio.StreamUnaryCall[Any, T]) -> T:
 class Daemon:
     """A running server with a channel to it."""
 
-    def __init__(self, server: Server, channel: grpc.aio.Channel, end: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, server: Parts, channel: grpc.aio.Channel, end: Callable[[], Awaitable[None]]) -> None:
         self.server = server
         self.end = end
         self.channel = channel
@@ -233,12 +235,41 @@ class Daemon:
 StartDaemon = Callable[..., Awaitable[Daemon]]
 
 
+async def begin_life(settings: Settings, timing: Timing = TIMING) -> tuple[Parts, Callable[[], Awaitable[None]]]:
+    """Starts a daemon; returns its parts once it serves, and what ends it."""
+    begun: asyncio.Future[Parts] = asyncio.get_running_loop().create_future()
+
+    async def live() -> None:
+        async with app.serving(settings, timing) as parts:
+            begun.set_result(parts)
+            await parts.stopping.wait()
+
+    living = asyncio.create_task(live())
+    await asyncio.wait({living, begun}, return_when=asyncio.FIRST_COMPLETED)
+    if not begun.done():
+        await living
+    parts = begun.result()
+
+    async def end() -> None:
+        parts.stopping.set()
+        await living
+
+    return parts, end
+
+
+def timing_of(request: pytest.FixtureRequest) -> Timing:
+    """Returns the durations of the daemons that a test starts: the server's own but those of its mark `timed`."""
+    marks = list(request.node.iter_markers("timed"))
+    return replace(TIMING, **{name: value for mark in reversed(marks) for name, value in mark.kwargs.items()})
+
+
 @pytest.fixture
-async def start(tmp_path: Path) -> AsyncIterator[StartDaemon]:
+async def start(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[StartDaemon]:
     """Starts daemons; the same folder may be given again once the one before was stopped."""
+    usual = timing_of(request)
     async with AsyncExitStack() as stack:
 
-        async def begin(folder: Path | None = None, timing: Timing = TIMING, **settings: object) -> Daemon:
+        async def begin(folder: Path | None = None, timing: Timing = usual, **settings: object) -> Daemon:
             port = free_port()
             values = {
                 "data_dir": folder or tmp_path / "data",
@@ -246,22 +277,12 @@ async def start(tmp_path: Path) -> AsyncIterator[StartDaemon]:
                 "metrics": "",
                 "drain_s": 1.0,
             }
-            server = Server(Settings.model_validate({**values, **settings}), timing)
-            living = asyncio.create_task(server.run())
-
-            async def end() -> None:
-                server.stopping.set()
-                await living
-
+            server, end = await begin_life(Settings.model_validate({**values, **settings}), timing)
             stack.push_async_callback(end)
             channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
             stack.push_async_callback(channel.close)
             async with asyncio.timeout(10):
-                await asyncio.wait(
-                    {living, asyncio.create_task(channel.channel_ready())}, return_when="FIRST_COMPLETED"
-                )
-            if living.done():
-                await living
+                await channel.channel_ready()
             return Daemon(server, channel, end)
 
         yield begin
@@ -351,9 +372,9 @@ def sqlite_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-async def secured(tmp_path: Path) -> AsyncIterator[object]:
+async def secured(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[object]:
     """A `secured.Federation`: a daemon over TLS."""
     from .secured import federation  # which needs what is above
 
-    async with federation(tmp_path) as running:
+    async with federation(tmp_path, timing_of(request)) as running:
         yield running

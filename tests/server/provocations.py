@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -22,7 +22,7 @@ from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import tensor_pb2
 from fedpeft_server.access import bounds
 from fedpeft_server.rpc import interceptors
-from fedpeft_server.store import store
+from fedpeft_server.timing import TIMING
 from fedpeft_server.uploads import chunk_receiver, pipeline, transfer_slots
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, zeros
@@ -235,8 +235,7 @@ async def busy_server(world: World) -> object:
 
 
 async def slow_upload(world: World) -> object:
-    world.monkeypatch.setattr(transfer_slots, "TURN_S", 0.0)
-    _, _, (a, b) = await world.run(2, max_transfers=1)
+    _, _, (a, b) = await world.run(2, max_transfers=1, timing=replace(TIMING, transfer_turn_s=0.0))
     tasks = await asyncio.gather(a.task(), b.task())
     trickle = Trickle(a, tasks[0].ticket)
     first = asyncio.create_task(trickle.push())
@@ -344,8 +343,7 @@ async def ending_server(world: World) -> object:
 
 
 async def locked_database(world: World) -> object:
-    daemon = await world.start()
-    world.monkeypatch.setattr(store, "BUSY_TIMEOUT_S", 0.2)
+    daemon = await world.start(timing=replace(TIMING, database_busy_s=0.2))
     other = sqlite3.connect(daemon.server.settings.data_dir / "fedpeft.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     try:

@@ -29,11 +29,12 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server.access.certificates import read_authority
 from fedpeft_server.access.files import Files
-from fedpeft_server.app import Server
 from fedpeft_server.commands import init
+from fedpeft_server.parts import Parts
 from fedpeft_server.settings import Settings
+from fedpeft_server.timing import TIMING, Timing
 
-from .conftest import Daemon, RawClient, config
+from .conftest import Daemon, RawClient, begin_life, config
 
 HOUR = timedelta(hours=1)
 
@@ -50,12 +51,12 @@ METHODS = {
 class Federation:
     """A daemon with certificates, and its authority, which the tests have the key of."""
 
-    def __init__(self, server: Server, authority: Authority, operator: Identity, stack: AsyncExitStack) -> None:
+    def __init__(self, server: Parts, authority: Authority, operator: Identity, stack: AsyncExitStack) -> None:
         self.server = server
         self.authority = authority
         self.operator = operator
-        self.address = f"127.0.0.1:{server.port}"
-        self.enrollment = server.enrollment
+        self.address = f"127.0.0.1:{server.ports.port}"
+        self.enrollment = server.ports.enrollment
         self._stack = stack
 
     def certificate(
@@ -132,7 +133,7 @@ class Federation:
 
 
 @asynccontextmanager
-async def federation(folder: Path, **settings: object) -> AsyncIterator[Federation]:
+async def federation(folder: Path, timing: Timing = TIMING, **settings: object) -> AsyncIterator[Federation]:
     """Starts a daemon over TLS on free ports; the same folder may be given again afterwards."""
     data, person = folder / "data", folder / "operator"
     init.main(["--data-dir", str(data), "--operator", "ada", "--operator-identity", str(person), "--port", "7070"])
@@ -140,19 +141,8 @@ async def federation(folder: Path, **settings: object) -> AsyncIterator[Federati
     assert authority is not None
     async with AsyncExitStack() as stack:
         values = {"data_dir": data, "listen": "127.0.0.1:0", "metrics": "", "drain_s": 1.0}
-        server = Server(Settings.model_validate({**values, **settings}))
-        living = asyncio.create_task(server.run())
-
-        async def end() -> None:
-            server.stopping.set()
-            await living
-
+        server, end = await begin_life(Settings.model_validate({**values, **settings}), timing)
         stack.push_async_callback(end)
-        started = asyncio.create_task(server.started.wait())
-        await asyncio.wait({started, living}, return_when=asyncio.FIRST_COMPLETED)
-        started.cancel()
-        if living.done():
-            await living
         yield Federation(server, authority, Identity.load(person), stack)
 
 

@@ -17,7 +17,6 @@ from fedpeft.rounds.state_machine import Event, TimePassed
 from fedpeft.v1 import run_pb2
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.runs import engine as engines
 from fedpeft_server.runs.actor import RunActor
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.store.rows import Transition
@@ -131,10 +130,10 @@ async def test_a_run_whose_rounds_cannot_be_opened_shows_in_health_and_hinders_n
     await until_status(daemon, SERVING)
 
 
+@pytest.mark.timed(deadline_retry_s=0.05)
 async def test_a_deadline_that_fails_shows_in_health_until_it_was_acted_on(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "AGAIN_S", 0.05)
     advance = RunActor.advance
     failing = True
 
@@ -157,9 +156,9 @@ async def test_a_deadline_that_fails_shows_in_health_until_it_was_acted_on(
 def test_a_daemon_whose_matching_fails_ends_with_1(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from fedpeft_server.runs.runs import Runs\n"
+        "from fedpeft_server.runs.matching import Matching\n"
         "async def match(self): raise RuntimeError('unforeseen')\n"
-        "Runs._match = match\n"
+        "Matching._match = match\n"
         "from fedpeft_server.__main__ import main\n"
         "main()\n"
     )

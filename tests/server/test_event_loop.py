@@ -20,7 +20,6 @@ from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import tensor_pb2
-from fedpeft_server import app
 from fedpeft_server.store.transactions import Transactions
 
 from .conftest import Daemon, RawClient, StartDaemon, config, filled, header
@@ -114,13 +113,12 @@ async def hold_a_round(daemon: Daemon, run: str, a: RawClient, b: RawClient) -> 
     await daemon.until(run, lambda r: r.version == tasks[0].round)
 
 
+@pytest.mark.timed(traffic_write_s=0.05, payload_write_delay_s=0.05, storage_measure_s=0.05)
 @pytest.mark.parametrize("blobs", ["", "memory:///"])
 @pytest.mark.parametrize("down", ["float32", "float16"])
 async def test_nothing_is_done_with_files_or_the_database_on_the_loop(
-    start: StartDaemon, monkeypatch: pytest.MonkeyPatch, guard: Guard, blobs: str, down: str
+    start: StartDaemon, guard: Guard, blobs: str, down: str
 ) -> None:
-    for name in ("BOOK_S", "MOVED_S", "MEASURE_S"):
-        monkeypatch.setattr(app, name, 0.05)
     daemon = await start(blobs=blobs)
     guard.folder, guard.thread = str(daemon.server.settings.data_dir), threading.get_ident()
     run = await daemon.create(config(rounds={"count": 3, "clients": 2}, codec={"down": down}), LARGE)

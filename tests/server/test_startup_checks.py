@@ -16,7 +16,7 @@ from fedpeft.identity.subject import Role, Subject
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server.app import Server
+from fedpeft_server import app
 from fedpeft_server.commands import init
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.database import Database
@@ -111,4 +111,4 @@ async def test_a_new_database_beside_versions_of_runs_is_noticed(
 async def run_on(folder: Path) -> None:
     """Lives on a data folder for as long as a server does; tests expect that to be short."""
     async with asyncio.timeout(10):
-        await Server(Settings(data_dir=folder, listen="127.0.0.1:0", metrics="", drain_s=0.0)).run()
+        await app.run(Settings(data_dir=folder, listen="127.0.0.1:0", metrics="", drain_s=0.0))

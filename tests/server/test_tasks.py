@@ -13,7 +13,6 @@ from structlog.testing import capture_logs
 
 from fedpeft.errors import DiskFull, StateInvalid
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server import app
 from fedpeft_server.store.blobs.open_file import OpenFile
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.spool import Spool
@@ -92,11 +91,11 @@ OUTLIVING: list[tuple[type, str, CallMade]] = [
 ]
 
 
+@pytest.mark.timed(traffic_write_s=3600.0)
 @pytest.mark.parametrize(("owner", "method", "make"), OUTLIVING, ids=[name for _, name, _ in OUTLIVING])
 async def test_work_of_a_call_that_fails_after_its_client_left_is_said_once(
     owner: type, method: str, make: CallMade, start: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "BOOK_S", 3600.0)
     daemon = await start()
     run = (await daemon.create(config(rounds={"count": 1, "clients": 1}))).id
     (client,) = await daemon.clients("a")
@@ -127,10 +126,10 @@ async def test_work_of_a_call_that_fails_after_its_client_left_is_said_once(
     assert [(line["log_level"], line["message"]) for line in said] == [("warning", "the disk is gone")]
 
 
+@pytest.mark.timed(traffic_write_s=3600.0)
 async def test_bytes_of_a_resumed_download_are_written_later_if_its_client_left_and_the_disk_failed(
     start: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "BOOK_S", 3600.0)
     daemon = await start()
     run = (await daemon.create(config(rounds={"count": 1, "clients": 1}))).id
     (client,) = await daemon.clients("a")

@@ -16,7 +16,6 @@ from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.errors import DiskFull
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import tensor_pb2
-from fedpeft_server import app
 from fedpeft_server.access.call import Key
 from fedpeft_server.store.rows import Traffic
 from fedpeft_server.traffic import ByteCounter
@@ -54,10 +53,8 @@ async def test_what_was_counted_before_a_receipt_survives_a_kill(tmp_path: Path)
     assert wire_up > SIZE and wire_down > SIZE
 
 
-async def test_a_withdrawal_a_refusal_and_a_commit_write_what_was_counted_too(
-    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(app, "BOOK_S", 3600.0)
+@pytest.mark.timed(traffic_write_s=3600.0)
+async def test_a_withdrawal_a_refusal_and_a_commit_write_what_was_counted_too(start: StartDaemon) -> None:
     daemon = await start()
     folder = daemon.server.settings.data_dir
     run = await daemon.create(config(rounds={"count": 1, "clients": 3, "quorum": 1}))

@@ -76,7 +76,7 @@ class Limits:
 
     Args:
         policy: The policy.
-        ledger: What left already.
+        egress_log: What left already.
         metrics: Where waiting is shown.
         log: Where waiting is said.
         look: What tells what the machine is like.

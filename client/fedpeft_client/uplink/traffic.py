@@ -27,7 +27,7 @@ class Traffic:
 
     Args:
         channel: The channel.
-        ledger: Where what leaves is counted, before it leaves.
+        egress_log: Where what leaves is counted, before it leaves.
         metrics: Where all is counted.
         contact: Told that the server answered.
     """

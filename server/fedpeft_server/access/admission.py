@@ -32,6 +32,7 @@ from fedpeft_server.access.rights import RIGHTS
 from fedpeft_server.access.throttle import Throttle
 from fedpeft_server.store.rows import AuditEvent, IdentityRow
 from fedpeft_server.store.store import Store
+from fedpeft_server.timing import Timing
 
 Context = Any
 """gRPC's context of a call, of which the connection and the metadata are looked at."""
@@ -55,11 +56,14 @@ class Admission:
     Args:
         store: Where who called and who was refused is written.
         known: The identities of the database.
+        timing: How long calls and refusals are held back, and for how long a refusal is not written again.
         secured: Whether the server has certificates; without, everybody may do everything but enroll.
         enrolls: Whether it issues those of the callers, so that who was revoked is told how to come back.
     """
 
-    def __init__(self, store: Store, known: Iterable[IdentityRow], *, secured: bool, enrolls: bool) -> None:
+    def __init__(
+        self, store: Store, known: Iterable[IdentityRow], timing: Timing, *, secured: bool, enrolls: bool
+    ) -> None:
         self._store = store
         self._secured = secured
         self._enrolls = enrolls
@@ -69,8 +73,8 @@ class Admission:
             self.know(row)
         self._open: dict[Subject | None, dict[asyncio.Task[object], Call]] = defaultdict(dict)
         self._draining = False
-        self._refusals: Throttle[tuple[str, str, str]] = Throttle()
-        self._pacing = Pacing()
+        self._refusals: Throttle[tuple[str, str, str]] = Throttle(timing.refusal_quiet_s)
+        self._pacing = Pacing(timing=timing)
 
     @asynccontextmanager
     async def paced(self, call: Call, context: Context) -> AsyncIterator[None]:

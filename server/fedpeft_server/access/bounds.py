@@ -176,10 +176,6 @@ RECEIVING = ReceivingBound(at_once=16, of_one=2, hold_s=2.0)
 """gRPC receives up to `MESSAGE_LIMIT_BYTES` before the size of a message is known, whatever its method takes; of the
 others no more than a flow-control window of 64 KiB arrives. Chunks of updates are bounded by `--max-transfers`."""
 
-WAIT_S = 5.0
-"""A call over its rate waits for its turn at most so long, and is refused if that is not enough."""
-REFUSAL_S = 1.0
-"""A call that is refused for a bound on calls is answered after so long, so that repeating it at once gains nothing."""
 MOST_REFUSALS_HELD = 1000
 """Refusals that are held back at once; more are answered at once, since each takes some memory."""
 MOST_CALLERS = 10_000
@@ -207,7 +203,5 @@ ENROLMENT_MEMORY = 128 * KIB * KIB
 
 LOG_LINES = Rate(2, 100)
 """Log lines about the calls of one caller; more are counted, and the number is said."""
-QUIET_S = 60.0
-"""The same refusal of the same caller is in the log and in the audit log once in so long; repetitions are counted."""
 MOST_REMEMBERED = 1000
 """Kinds of refusals that are remembered for that."""

@@ -12,6 +12,7 @@ from fedpeft.errors import TooManyCalls
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import Rate
 from fedpeft_server.access.call import Party
+from fedpeft_server.timing import TIMING, Timing
 
 
 class Bucket:
@@ -38,10 +39,12 @@ class Pacing:
 
     Args:
         clock: Monotonic seconds.
+        timing: How long a call waits at most, and a refusal is held back.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, timing: Timing = TIMING) -> None:
         self._clock = clock
+        self._timing = timing
         self._under_way: Counter[Party] = Counter()
         self._buckets: OrderedDict[tuple[Party, str], Bucket] = OrderedDict()
         self._held = 0
@@ -72,7 +75,7 @@ class Pacing:
         rates = [("", bounds.CALLERS[party.right].rate), *([(method, own)] if own else [])]
         buckets = [(rate, self._bucket(party, name, rate, now)) for name, rate in rates]
         wait_s, slowest = max(((bucket.wait_s(now), rate) for rate, bucket in buckets), key=lambda found: found[0])
-        if wait_s > bounds.WAIT_S:
+        if wait_s > self._timing.call_wait_s:
             await self.delay_refusal()
             what = f"{method.rpartition('/')[2]} calls" if slowest is own else "calls"
             raise TooManyCalls(f"{party} makes more than {slowest.per_s:g} {what} a second; call less often")
@@ -94,6 +97,6 @@ class Pacing:
             return
         self._held += 1
         try:
-            await asyncio.sleep(bounds.REFUSAL_S)
+            await asyncio.sleep(self._timing.refusal_delay_s)
         finally:
             self._held -= 1

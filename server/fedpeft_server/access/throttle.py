@@ -21,7 +21,7 @@ class Throttle(Generic[Key]):
         clock: Monotonic seconds.
     """
 
-    def __init__(self, quiet_s: float = bounds.QUIET_S, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, quiet_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._quiet_s = quiet_s
         self._clock = clock
         self._said: OrderedDict[Key, tuple[float, int]] = OrderedDict()

@@ -28,6 +28,7 @@ from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc.health import Health
 from fedpeft_server.tasks import ended
+from fedpeft_server.timing import TIMING, Timing
 
 log = structlog.get_logger()
 
@@ -36,10 +37,6 @@ SERVICE = "enrolment"
 FOLDER = "fedpeft-enrolment"
 """Name, within that of a folder for temporary files, of the folder with the sockets of the daemon and the process."""
 BACKLOG = 128
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-"""Pause before the process is started again; doubled each time, and short again after a life of `WELL_S`."""
-WELL_S = 60.0
-END_S = 5.0
 LINES_KEPT = 20
 LINE_BYTES = 64 * 1024
 LINE_LOGGED = 200
@@ -66,17 +63,26 @@ class Enrolment:
         own: What it proves itself with.
         health: Says whether it serves.
         metrics: Count how often it ended, and the connections that it refused.
+        timing: Pauses before it is started again, and its time to end.
 
     Attributes:
         socket: Path of the socket on which the daemon takes the calls that the process hands on.
         process: The process; None while there is none.
     """
 
-    def __init__(self, listening: socket.socket, own: ServerCertificates, health: Health, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        listening: socket.socket,
+        own: ServerCertificates,
+        health: Health,
+        metrics: Metrics,
+        timing: Timing = TIMING,
+    ) -> None:
         self._listening = listening
         self._own = own
         self._health = health
         self._metrics = metrics
+        self._timing = timing
         self._folder = ExitStack()
         # Of mode 0700, so that only the daemon's user connects; what a killed daemon left is removed first.
         private = self._folder.enter_context(durable.scratch(Path(tempfile.gettempdir(), FOLDER)))
@@ -87,21 +93,21 @@ class Enrolment:
     async def run(self) -> None:
         """Keeps a process there while it is needed, until cancelled."""
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        pause_s = FIRST_PAUSE_S
+        pause_s = self._timing.enrolment_first_pause_s
         while True:
             await self._somebody()
             begun = time.monotonic()
             code = await self._one_life()
             if code == 0:  # nobody came for long
                 continue
-            if time.monotonic() - begun > WELL_S:
-                pause_s = FIRST_PAUSE_S
+            if time.monotonic() - begun > self._timing.enrolment_well_s:
+                pause_s = self._timing.enrolment_first_pause_s
             self._metrics.enrolment_ends.inc()
             log.error("enrolment process ended; restarting", code=code, again_in_s=pause_s, last="\n".join(self._last))
             await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
             await asyncio.sleep(pause_s)
             await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)  # the port is, once somebody comes
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            pause_s = min(2 * pause_s, self._timing.enrolment_longest_pause_s)
 
     def renewed(self) -> None:
         """Tells the process of the certificate to serve from now on."""
@@ -174,7 +180,7 @@ class Enrolment:
         if process.stdin:
             process.stdin.close()
         with suppress(TimeoutError):  # then by force
-            async with asyncio.timeout(END_S):
+            async with asyncio.timeout(self._timing.enrolment_leave_s):
                 await process.wait()
         if process.returncode is None:
             process.kill()

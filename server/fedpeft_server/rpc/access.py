@@ -82,14 +82,14 @@ class Access(pb_grpc.AccessServiceServicer):
         store: Where tokens and identities are.
         admission: Told of revocations.
         runs: Told of clients that will not come back.
-        callers: Likewise.
+        sessions: Likewise.
         own: The server's certificates; None if it has none.
         take_up: Has `own` follow its files, so that a command that replaced one holds for the next certificate.
-        addresses: Where the server is reached; asked when a token is made, for only then its ports are bound.
+        addresses: Returns where the server is reached; asked for each token, as the certificate's names may change.
         life: How long the certificates of clients and evaluators are valid.
 
     Attributes:
-        steps: Revocations that are under way.
+        tasks: Revocations that are under way.
     """
 
     def __init__(

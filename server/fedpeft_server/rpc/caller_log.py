@@ -14,6 +14,7 @@ from fedpeft_server.access.call import CALL, Call, Party
 from fedpeft_server.access.pacing import Bucket
 from fedpeft_server.access.throttle import Throttle
 from fedpeft_server.metrics import Metrics
+from fedpeft_server.timing import TIMING, Timing
 
 log = structlog.get_logger()
 
@@ -27,12 +28,13 @@ class CallerLog:
     Args:
         metrics: Counts the lines that are left out.
         clock: Monotonic seconds.
+        timing: For how long a refusal is not logged again.
     """
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic, timing: Timing = TIMING) -> None:
         self._metrics = metrics
         self._clock = clock
-        self._refusals: Throttle[tuple[Party, str, str]] = Throttle(clock=clock)
+        self._refusals: Throttle[tuple[Party, str, str]] = Throttle(timing.refusal_quiet_s, clock)
         self._buckets: OrderedDict[Party, Bucket] = OrderedDict()
         self._left_out: Counter[str] = Counter()
 
@@ -42,7 +44,7 @@ class CallerLog:
             log.info(event, **words)
 
     def refused(self, error: FedpeftError) -> None:
-        """Writes that the current call was refused, the same of the same caller once in `QUIET_S`."""
+        """Writes that the current call was refused, the same of the same caller once in a while."""
         call = CALL.get()
         again = self._repetition(call, error.reason)
         if again is not None:

@@ -300,7 +300,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._log.info(
             "version evaluated", run=engine.run.id, version=request.version, accuracy=metrics.get("accuracy")
         )
-        self._runs.announce(engine.run.id, request.version)
+        self._runs.watchers.announce(engine.run.id, request.version)
         return pb.PushEvaluationResponse()
 
     async def _cannot_score(
@@ -317,7 +317,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._runs.show_backlog(engine)
         self._metrics.evaluations_failed.labels(run).inc()
         self._log.info("version cannot be scored", run=run, version=version, client=client, reason=failure.reason)
-        self._runs.announce(run)
+        self._runs.watchers.announce(run)
         return pb.PushEvaluationResponse()
 
     def _welcome(self, request: pb.RegisterRequest) -> pb.RegisterResponse:

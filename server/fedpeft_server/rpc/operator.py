@@ -55,12 +55,10 @@ from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.open_file import OpenFile
 from fedpeft_server.store.rows import ClientRow, Place, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key, version_key
+from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.incoming import Context
 from fedpeft_server.uploads.pipeline import Uploads
-
-WATCH_S = 0.1
-"""Changes of a run that come within this time are told as one."""
 
 FINISHED = (run_pb2.RUN_STATE_COMPLETED, run_pb2.RUN_STATE_STOPPED)
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -71,12 +69,19 @@ class Operator(pb_grpc.OperatorServiceServicer):
     """The service of the operators."""
 
     def __init__(
-        self, runs: Runs, store: Store, sessions: Sessions, uploads: Uploads, byte_counter: ByteCounter
+        self,
+        runs: Runs,
+        store: Store,
+        sessions: Sessions,
+        uploads: Uploads,
+        byte_counter: ByteCounter,
+        timing: Timing,
     ) -> None:
         self._runs = runs
         self._store = store
         self._sessions = sessions
         self._uploads = uploads
+        self._timing = timing
         self._history = History(store, byte_counter)
 
     async def CreateRun(
@@ -141,7 +146,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         """Sends a run, and after every change what is new of it."""
         engine = self._runs.get(request.run)
-        news = self._runs.watch(request.run)
+        news = self._runs.watchers.watch(request.run)
         told: Round | None = None
         try:
             while True:
@@ -159,9 +164,9 @@ class Operator(pb_grpc.OperatorServiceServicer):
                 told = now
                 await news.come()
                 self._runs.get(request.run)
-                await asyncio.sleep(WATCH_S)
+                await asyncio.sleep(self._timing.watch_gather_s)
         finally:
-            self._runs.unwatch(request.run, news)
+            self._runs.watchers.unwatch(request.run, news)
 
     async def PauseRun(self, request: pb.PauseRunRequest, context: Context) -> pb.PauseRunResponse:
         """Lets no new round open."""

@@ -27,14 +27,8 @@ from fedpeft_server.access.call import CALL
 from fedpeft_server.store.rows import ClientRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import ended
+from fedpeft_server.timing import TIMING, Timing
 from fedpeft_server.uploads.incoming import Context
-
-ALIVE_S = 30.0
-"""An instance holds its client id for so long after its last call."""
-SILENT_S = 120.0
-"""A client that waits or trains calls every 20 seconds; one that has not for so long has a trouble."""
-GONE_S = 86_400.0
-"""A client that has not called for a day was switched off, and is nobody's alarm any more."""
 
 _CERTIFIED = {"trainer": Role.CLIENT, "evaluator": Role.EVALUATOR}
 
@@ -83,10 +77,12 @@ class Sessions:
     Args:
         known: The clients of the database, which need not register again after a restart of the server.
         limit: Clients that may be registered.
+        timing: How long an instance holds its id, and when a client counts as silent, or as gone.
     """
 
-    def __init__(self, known: list[ClientRow], limit: int) -> None:
+    def __init__(self, known: list[ClientRow], limit: int, timing: Timing = TIMING) -> None:
         self._limit = limit
+        self._timing = timing
         self._sessions = {row.id: Session(row.instance, row.process, row.role, seen_at=row.last_seen) for row in known}
         self._registered = sum(1 for row in known if row.role)
         self._touched: dict[str, float] = {}
@@ -209,7 +205,7 @@ class Sessions:
 
     def silences(self, now: float) -> Counter[tuple[str, str]]:
         """Returns how many clients registered in each role, by how long they have not called at time `now`."""
-        silent, gone = now - SILENT_S, now - GONE_S
+        silent, gone = now - self._timing.session_silent_s, now - self._timing.session_gone_s
         present = Counter(p.role for p in self._sessions.values() if p.role and (p.calls or p.seen_at > silent))
         lost = Counter(p.role for p in self._sessions.values() if p.role and not p.calls and p.seen_at <= gone)
         known = Counter(p.role for p in self._sessions.values() if p.role)
@@ -248,12 +244,12 @@ class Sessions:
     def _refuse_other_instance(self, client: str, session: Session, instance: str) -> None:
         if session.instance == instance:
             return
-        since = time.monotonic() - session.seen
-        if session.calls or (session.seen and since < ALIVE_S):
+        since, alive_s = time.monotonic() - session.seen, self._timing.session_alive_s
+        if session.calls or (session.seen and since < alive_s):
             another = "a token of its own" if CALL.get().caller.subject else "another id"
             raise ClientIdInUse(
                 f"another instance of client {client} is connected, by its {INSTANCE_KEY}; give this one {another}, or "
-                f"stop the other and wait {ALIVE_S:.0f} s"
+                f"stop the other and wait {alive_s:.0f} s"
             )
 
     def _ended(self, client: str, session: Session, _: object) -> None:

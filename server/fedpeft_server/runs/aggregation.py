@@ -31,11 +31,9 @@ from fedpeft_server.runs.actor import SERVER, RunActor
 from fedpeft_server.runs.round_log import RoundLog
 from fedpeft_server.store.rows import Result, RunRow, Transition, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, state_key, version_key
+from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
-
-AGAIN_S = 5.0
-"""A fold that the database did not allow is tried again after this pause."""
 
 
 def run_header(run: RunRow) -> RunHeader:
@@ -132,13 +130,17 @@ class Folding:
         store: Database, blobs and spool.
         background: Watches over what no call waits for.
         round_log: Told of what was folded.
+        timing: Pause before a fold that the database did not allow is tried again.
     """
 
-    def __init__(self, actor: RunActor, store: Store, background: Background, round_log: RoundLog) -> None:
+    def __init__(
+        self, actor: RunActor, store: Store, background: Background, round_log: RoundLog, timing: Timing
+    ) -> None:
         self._actor = actor
         self._store = store
         self._background = background
         self._round_log = round_log
+        self._timing = timing
         self._task: asyncio.Task[None] | None = None
         self._due = False
         self._closing = False
@@ -170,7 +172,7 @@ class Folding:
                 self._log.error(
                     "the round cannot be aggregated yet", round=self._actor.round.number, message=error.message
                 )
-                await asyncio.sleep(AGAIN_S)
+                await asyncio.sleep(self._timing.fold_retry_s)
 
     async def _fold_and_commit(self, folding: Round) -> None:
         """Folds a round in a thread and commits it; a fault pauses the run and leaves the round as it is.

@@ -30,12 +30,10 @@ from fedpeft_server.runs.round_log import RoundLog
 from fedpeft_server.store.rows import AuditEvent, RunRow, RunState, Transition, UpdateRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import shielded
+from fedpeft_server.timing import TIMING, Timing
 from fedpeft_server.traffic import ByteCounter
 
 log = structlog.get_logger()
-
-AGAIN_S = 5.0
-"""A deadline whose transition could not be written is tried again after this pause."""
 
 
 class RunEngine:
@@ -52,6 +50,7 @@ class RunEngine:
         background: Watches over what no call waits for.
         issued: Told the run and the tickets that are given out.
         changed: Called after every transition, so that other runs and watchers look again.
+        timing: Pauses before a deadline or a fold that the database did not allow is tried again.
     """
 
     def __init__(
@@ -66,6 +65,7 @@ class RunEngine:
         background: Background,
         issued: Callable[[str, Sequence[state_machine.Ticket]], None],
         changed: Callable[[RunEngine], None],
+        timing: Timing = TIMING,
     ) -> None:
         self.opened = 0.0
         self.actor = RunActor(run, current, store, byte_counter, self._entered)
@@ -78,11 +78,12 @@ class RunEngine:
         self._background = background
         self._issued = issued
         self._changed = changed
+        self._timing = timing
         self._waiting: list[Receipt] = []
         self._timer: asyncio.TimerHandle | None = None
         self._log = log.bind(run=run.id)
         self._round_log = RoundLog(run.id, metrics)
-        self._folding = Folding(self.actor, store, background, self._round_log)
+        self._folding = Folding(self.actor, store, background, self._round_log, timing)
         if self.active:  # nothing will be counted for the others, which stay for months
             metrics.begin(run.id)
         gauges.show(metrics, run, current)
@@ -307,7 +308,7 @@ class RunEngine:
 
     async def _deadline(self) -> None:
         """Acts on the deadline; and looks again where that failed, or where the clock was set back meanwhile."""
-        pause_s = AGAIN_S
+        pause_s = self._timing.deadline_retry_s
         with self._background.attempt("deadline", self.run.id):
             made = await self.actor.call(lambda: self.actor.advance(state_machine.TimePassed()))
             if made and made.changes.after.state is RunState.PAUSED:

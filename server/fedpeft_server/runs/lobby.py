@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from fedpeft.errors import Draining
 from fedpeft.rpc.timing import HOLD_S, LONGEST_HOLD_S
+from fedpeft_server.timing import TIMING, Timing
 
-LINGER_S = 2.0
-"""A client whose poll was just answered with `idle` still counts as waiting for so long: it is about to ask again."""
 POLLS_PER_S = 10.0
 """Polls a second of all waiting clients together, by which the time grows that each of them is asked to be held."""
 
@@ -43,10 +42,17 @@ class Lobby:
     Args:
         changed: Called with a run whenever somebody comes or goes that it may sample.
         takes_part: Says of a run and a client whether it takes part; `sort` must be called when that changes.
+        timing: How long a client lingers after its poll was answered.
     """
 
-    def __init__(self, changed: Callable[[str], None], takes_part: Callable[[str, str], bool] = _everybody) -> None:
+    def __init__(
+        self,
+        changed: Callable[[str], None],
+        takes_part: Callable[[str, str], bool] = _everybody,
+        timing: Timing = TIMING,
+    ) -> None:
         self._changed = changed
+        self._timing = timing
         self._takes_part = takes_part
         self._waiters: dict[str, Waiter] = {}
         self._evaluators: dict[str, Waiter] = {}  # those that are not trainers
@@ -165,7 +171,7 @@ class Lobby:
         """Ends a poll whose time is over; its client lingers."""
         if not called.done():
             called.set_result(False)
-            waiter.until = time.monotonic() + LINGER_S
+            waiter.until = time.monotonic() + self._timing.lobby_linger_s
             self._lingering[waiter.client] = waiter
 
     def _refuse_if_closed(self) -> None:

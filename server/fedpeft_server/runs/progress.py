@@ -12,31 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
 
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Thresholds for clients that hang or are slow.
-
-    A client of ours says every 10 s how far it is, so that either hang is shown within a minute of its beginning.
-
-    Attributes:
-        silent_s: A client that is awaited makes a call, or moves a transfer, at least so often.
-        stalled_s: Its step moves at least so often, unless its steps take longer.
-        steps_missed: So many times as long as a step takes it, if that is more than `stalled_s`.
-        slow_factor: A round that takes so many times as long as usual is slow,
-        slow_least_s: if it is at least so much longer.
-        look_s: How often all awaited clients are looked at.
-    """
-
-    silent_s: float = 45.0
-    stalled_s: float = 45.0
-    steps_missed: float = 2.0
-    slow_factor: float = 2.0
-    slow_least_s: float = 10.0
-    look_s: float = 2.0
-
-
-TIMING = Timing()
+from fedpeft_server.timing import TIMING, Timing
 
 
 class State(StrEnum):

@@ -18,8 +18,9 @@ from fedpeft.errors import ProgressInvalid
 from fedpeft.rounds.state_machine import Ticket, TicketState
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs.engine import RunEngine
-from fedpeft_server.runs.progress import NO_PAST, TIMING, Past, Progress, State, Timing, Verdict, judge
+from fedpeft_server.runs.progress import NO_PAST, Past, Progress, State, Verdict, judge
 from fedpeft_server.store.store import Store
+from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
 
@@ -46,7 +47,7 @@ class ProgressWatch:
         metrics: Where it is shown how many hang.
         heard: Returns when anything was last heard of a client, on the monotonic clock.
         uploading: Says whether an update of a client is arriving.
-        timing: When a client is said to hang.
+        timing: When a client is said to hang, and how often that is looked at.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ProgressWatch:
         metrics: Metrics,
         heard: Callable[[str], float],
         uploading: Callable[[str], bool],
-        timing: Timing = TIMING,
+        timing: Timing,
     ) -> None:
         self.timing = timing
         self._store = store

@@ -1,13 +1,9 @@
-"""All runs of the server: their engines, and who may sample from the lobby next."""
+"""All runs of the server: their engines and the order of their creation, from each run's beginning to its deletion."""
 
 from __future__ import annotations
 
-import asyncio
 import bisect
-import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from collections.abc import Set as AbstractSet
 from contextlib import suppress
 
 import structlog
@@ -17,8 +13,7 @@ from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs.engine import RunEngine
-from fedpeft_server.runs.gathering import Gathering
-from fedpeft_server.runs.lobby import Lobby
+from fedpeft_server.runs.matching import Matching
 from fedpeft_server.runs.participation import Participation
 from fedpeft_server.runs.progress_watch import ProgressWatch
 from fedpeft_server.runs.scoring import Scoring
@@ -27,80 +22,72 @@ from fedpeft_server.runs.waiting import NAMED, Reasons, awaited
 from fedpeft_server.store.rows import AnswerRow, AuditEvent, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key
 from fedpeft_server.tasks import TaskSet, shielded
+from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
+from fedpeft_server.watchers import Watchers
 
 log = structlog.get_logger()
 
 Age = tuple[float, str]
 """Time of a run's creation, and its id: the order of runs."""
 
-GLANCE_S = 1.0
-"""Interval at which the lobby is looked at without a reason, seconds: clients that lingered may have gone."""
-
-
-class Changes:
-    """News of a run that one watcher has not been told yet."""
-
-    def __init__(self) -> None:
-        self._changed = asyncio.Event()
-        self._scored: set[int] = set()
-
-    def tell(self, scored: int | None) -> None:
-        """Notes a change."""
-        if scored is not None:
-            self._scored.add(scored)
-        self._changed.set()
-
-    async def come(self) -> None:
-        """Waits until there is some."""
-        await self._changed.wait()
-
-    def take(self) -> set[int]:
-        """Returns the versions with new figures, and begins anew."""
-        scored, self._scored = self._scored, set()
-        self._changed.clear()
-        return scored
-
 
 class Runs:
     """The runs, in the order of their creation.
 
+    Args:
+        store: Database, blobs and spool.
+        byte_counter: Bytes of the rounds.
+        metrics: Where what happens is counted.
+        background: Watches over what no call waits for.
+        progress: Watches the clients that open rounds await.
+        participation: What clients answered to the offers of runs.
+        known: The runs of the database, each with its round in progress; `start` takes them up.
+        timing: How often the lobby is looked at, and what failed is tried again.
+
     Attributes:
-        lobby: Who waits to be sampled.
-        answers: What clients said to the offer of a run.
+        participation: What clients answered to the offers of runs.
         progress: How far the clients are that open rounds await.
-        steps: Transitions under way.
         scoring: Which versions evaluators have scored.
+        watchers: Those who are told of the changes of a run.
+        matching: Brings runs and waiting clients together.
+        lobby: Those clients.
+        tasks: Commands under way that go to their end though their caller leaves.
     """
 
     def __init__(
-        self, store: Store, byte_counter: ByteCounter, metrics: Metrics, background: Background, progress: ProgressWatch
+        self,
+        store: Store,
+        byte_counter: ByteCounter,
+        metrics: Metrics,
+        background: Background,
+        progress: ProgressWatch,
+        participation: Participation,
+        known: Iterable[tuple[RunRow, Round]],
+        timing: Timing,
     ) -> None:
-        self.lobby = Lobby(self.wake_matching, lambda run, client: self.participation.accepted(run, client))
-        self.participation = Participation()
+        self.participation = participation
         self.progress = progress
         self.scoring = Scoring(store)
+        self.watchers = Watchers()
         self.tasks = TaskSet()
         self._store = store
         self._byte_counter = byte_counter
         self._metrics = metrics
         self._background = background
+        self._timing = timing
         self._engines: dict[str, RunEngine] = {}
         self._active: dict[str, RunEngine] = {}  # those with rounds left, oldest first: finished ones stay for months
         self._tickets = TicketIndex()  # of the active runs
-        self._counted: dict[str, Round] = {}  # of the active runs: the round whose tickets the gauges show
         self._ages: list[Age] = []
-        self._gathering = Gathering()
         self._reasons = Reasons()
-        self._watchers: dict[str, set[Changes]] = defaultdict(set)
-        self._news = asyncio.Event()
-        self._changed_runs: set[str] = set()  # since the lobby was offered to them
+        self.matching = Matching(self._active, participation, metrics, background, timing)
+        self.lobby = self.matching.lobby
+        for run, current in known:
+            self._add(self._engine(run, current))
 
     async def start(self) -> None:
         """Takes up every run where the last process left it."""
-        self.participation = Participation(await self._store.transact(self._store.db.answers))
-        for run, current in await self._store.transact(self._store.db.standings):
-            self._add(self._engine(run, current))
         held = {t.id for e in self._engines.values() if e.active for t in e.round.tickets}
         sizes = await self._store.compute(self._store.spool.sizes, held)
         if sizes:
@@ -111,8 +98,8 @@ class Runs:
         for engine in self._engines.values():
             self.progress.issued(engine.run.id, engine.awaited())
             await engine.start()
-        self._background.supervise("matching", self._match())
-        self._background.every("progress", self.progress.timing.look_s, self._look_at_progress)
+        self.matching.begin()
+        self._background.every("progress", self._timing.progress_check_s, self._look_at_progress)
 
     async def close(self) -> None:
         """Lets aggregations finish; the background's end sees to it that no new round opens."""
@@ -172,7 +159,6 @@ class Runs:
         self.participation.forget(run_id)
         self.scoring.forget(run_id)
         self.progress.forget(run_id)
-        self._gathering.forget(run_id)
         self._reasons.forget(run_id)
         self._byte_counter.forget(run_id)
         self._metrics.forget(run_id)
@@ -275,23 +261,15 @@ class Runs:
             await engine.readmit(client, by)
         return [engine.run.id for engine in found]
 
-    def declared_examples(self, run_id: str, client: str) -> int:
-        """Returns how many examples of a run's classes a client said it has; 0 if it did not say."""
-        return self.participation.examples(run_id, client)
-
     def ask_again(self, client: str) -> None:
         """Has a client that began anew asked again for each run; until it answers it is sampled for none."""
         self.participation.ask_again(client)
         self.lobby.sort(client)
 
-    def ready(self, run_id: str) -> AbstractSet[str]:
-        """Returns the clients that a run may sample: they wait, and they take part in it. Not a copy."""
-        return self.lobby.waiting(run_id) if run_id in self._active else frozenset()
-
     def why(self, engine: RunEngine, *, for_operator: bool = False) -> str:
         """Returns a sentence on what a run waits for; an operator is told of clients that hang or are slow, too."""
         run, answers = engine.run.id, self.participation
-        facts = engine, len(self.ready(run)), answers.declined_by(run), answers.awaited(run)
+        facts = engine, len(self.matching.ready(run)), answers.declined_by(run), answers.awaited(run)
         if not for_operator:
             return self._reasons.of(*facts)
         found = self.progress.awaited(engine, NAMED)
@@ -306,29 +284,7 @@ class Runs:
         """Awaits no figures of an evaluator any more: it left, was revoked, or trains from now on."""
         for run in self.scoring.dismiss(client):
             self.show_backlog(self._engines[run])
-            self.announce(run)
-
-    def wake_matching(self, run: str) -> None:
-        """Wakes the matching of waiting clients with a run that changed, or whose clients did."""
-        self._changed_runs.add(run)
-        self._news.set()
-
-    def watch(self, run_id: str) -> Changes:
-        """Returns where the changes of a run are told; end with `unwatch`."""
-        news = Changes()
-        self._watchers[run_id].add(news)
-        return news
-
-    def unwatch(self, run_id: str, news: Changes) -> None:
-        """Ends a watch."""
-        self._watchers[run_id].discard(news)
-        if not self._watchers[run_id]:
-            del self._watchers[run_id]
-
-    def announce(self, run_id: str, scored: int | None = None) -> None:
-        """Tells the watchers of a run that it changed; `scored` is the version that has new figures, if one has."""
-        for news in self._watchers.get(run_id, ()):
-            news.tell(scored)
+            self.watchers.announce(run)
 
     async def _is_written(self, run_id: str) -> bool:
         """Returns True if a run is in the database, because its transaction may have been made and the answer lost.
@@ -363,22 +319,23 @@ class Runs:
         if engine.active is (engine.run.id in self._active):
             return
         if engine.active:
-            self._active = {e.run.id: e for e in sorted((*self._active.values(), engine), key=lambda e: e.age)}
+            later = [run for run, other in self._active.items() if other.age > engine.age]
+            self._active[engine.run.id] = engine
+            for run in later:  # as a rule there are none
+                self._active[run] = self._active.pop(run)
         else:
             self._retire(engine.run.id)
 
     def _retire(self, run: str) -> None:
-        """Takes a run that ended out of what is kept of the active ones; its clients are counted no more."""
+        """Takes a run that ended out of what is kept of the active ones."""
         del self._active[run]
         self._tickets.forget(run)
-        self.lobby.forget(run)
-        self._counted.pop(run, None)
-        self._metrics.clients.remove_by_labels({"run": run})
+        self.matching.retire(run)
         self._background.forget(run)
 
     def _engine(self, run: RunRow, current: Round) -> RunEngine:
         parts = (self._store, self.lobby, self.participation, self._byte_counter, self._metrics, self._background)
-        return RunEngine(run, current, *parts, self.progress.issued, self._changed)
+        return RunEngine(run, current, *parts, self.progress.issued, self._changed, self._timing)
 
     async def _show_again(self, engine: RunEngine) -> None:
         """Sets the gauges that would else be empty until the next round or the next figures."""
@@ -395,45 +352,8 @@ class Runs:
             self._sort(engine)
             self.scoring.follow(engine.run)
             self.show_backlog(engine)
-        self.announce(engine.run.id)
-        self.wake_matching(engine.run.id)
-
-    async def _match(self) -> None:
-        """Offers the lobby to the runs that changed, or whose clients did; to all of them once in GLANCE_S."""
-        glanced = 0.0
-        while True:
-            self._news.clear()
-            changed, self._changed_runs = self._changed_runs, set()
-            if time.monotonic() >= glanced + GLANCE_S:
-                glanced, changed = time.monotonic(), set(self._active)
-            await self._offer([self._active[run] for run in changed if run in self._active])
-            with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, glanced + GLANCE_S - time.monotonic())):
-                    await self._news.wait()
-
-    async def _offer(self, engines: Iterable[RunEngine]) -> None:
-        """Offers the lobby to some runs, the one that sampled longest ago first."""
-        for engine in sorted(engines, key=lambda e: e.opened):
-            with self._background.attempt("matching", engine.run.id):
-                ready = self.ready(engine.run.id)
-                await engine.offer(ready, self._gathering.waited_s(engine, len(ready)))
-        with self._background.attempt("matching"):
-            for engine in engines:
-                self._count_clients(engine)
+        self.watchers.announce(engine.run.id)
+        self.matching.wake(engine.run.id)
 
     async def _look_at_progress(self) -> None:
-        await self.progress.check(self._active.values(), self.announce)
-
-    def _count_clients(self, engine: RunEngine) -> None:
-        """Shows what the clients of a run do; one that ended has no such series any more."""
-        gauge, answers, run = self._metrics.clients, self.participation, engine.run.id
-        if run not in self._active:
-            return
-        gauge.labels(run, "waiting").set(len(self.ready(run)))
-        gauge.labels(run, "set_aside").set(answers.aside(run))
-        gauge.labels(run, "declined").set(answers.declined_by(run))
-        if self._counted.get(run) is not engine.round:
-            self._counted[run] = engine.round
-            tickets = Counter(ticket.state for ticket in engine.round.tickets)
-            for state in TicketState:
-                gauge.labels(run, state).set(tickets[state])
+        await self.progress.check(self._active.values(), self.watchers.announce)

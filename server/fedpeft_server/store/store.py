@@ -19,13 +19,13 @@ from fedpeft.rounds.state_machine import Round, TicketState
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
-from fedpeft_server.store.connection import BUSY_TIMEOUT_S
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.shared_transaction import SharedTransaction
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.transactions import READERS
 from fedpeft_server.store.update_store import BucketUpdates, UpdateStore
 from fedpeft_server.tasks import ended
+from fedpeft_server.timing import TIMING, Timing
 
 log = structlog.get_logger()
 
@@ -42,9 +42,6 @@ R = TypeVar("R")
 C = TypeVar("C", bound=Closable)
 
 _CREATION = "create-"
-
-LOCKED_S = 0.05
-"""Pause between two attempts at a transaction while another program holds a lock on the database."""
 
 COMPUTE_THREADS = 4
 """Threads that check uploads and sync them; all of it releases the interpreter's lock. A receipt waits for nothing
@@ -69,6 +66,7 @@ class Store:
         database: SQLAlchemy URL, or empty for SQLite in the folder.
         blobs: URL or folder of the adapter versions, or empty for the data folder.
         updates: URL or folder of an object store where whole updates lie too, or empty for the data folder alone.
+        timing: How long a transaction waits for a lock of another program.
         keep_updates: Whether counted updates stay in the spool after their round.
 
     Attributes:
@@ -78,8 +76,18 @@ class Store:
         answers: Writes their answers to the offers of runs; the result is False where there is no such run.
     """
 
-    def __init__(self, folder: Path, database: str, blobs: str, updates: str = "", *, keep_updates: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        database: str,
+        blobs: str,
+        updates: str = "",
+        timing: Timing = TIMING,
+        *,
+        keep_updates: bool,
+    ) -> None:
         self._folder = folder
+        self._timing = timing
         self.keep_updates = keep_updates
         self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}")
         self.db.transactions.wait_at_most(0)  # `call` waits, and keeps the database's thread free meanwhile
@@ -108,7 +116,7 @@ class Store:
         While another program holds a lock it is tried again and again, and lets the others pass: reading goes on.
 
         Raises:
-            DatabaseLocked: If that lasts for `BUSY_TIMEOUT_S`.
+            DatabaseLocked: If that lasts for `database_busy_s`.
         """
         return await ended(self.begin(method, *args, **kwargs))
 
@@ -118,14 +126,14 @@ class Store:
 
     async def _run_transaction(self, transaction: Callable[[], R]) -> R:
         loop = asyncio.get_running_loop()
-        until = loop.time() + BUSY_TIMEOUT_S
+        until = loop.time() + self._timing.database_busy_s
         while True:
             try:
                 return await loop.run_in_executor(self._transactions, transaction)
             except DatabaseLocked:
                 if loop.time() > until:
                     raise
-            await asyncio.sleep(LOCKED_S)
+            await asyncio.sleep(self._timing.database_retry_s)
 
     async def read(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs a transaction that only reads, and may take long: it holds up no other, on a thread of its own kind.

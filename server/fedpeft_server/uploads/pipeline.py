@@ -43,6 +43,7 @@ from fedpeft_server.store.rows import UpdateRow
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import TaskSet, ended
+from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.chunk_receiver import ChunkReceiver
 from fedpeft_server.uploads.incoming import Context
@@ -76,15 +77,24 @@ class Uploads:
         max_bytes: Largest payload taken.
         limit: How many updates, and beside them how many first versions of runs, are received at once.
         declared: What clients answered to the offers of runs.
+        timing: How long a transfer is served while others wait.
     """
 
-    def __init__(self, store: Store, byte_counter: ByteCounter, max_bytes: int, limit: int, declared: Declared) -> None:
+    def __init__(
+        self,
+        store: Store,
+        byte_counter: ByteCounter,
+        max_bytes: int,
+        limit: int,
+        declared: Declared,
+        timing: Timing,
+    ) -> None:
         self._declared = declared
         self._store = store
         self._byte_counter = byte_counter
         self._receiver = ChunkReceiver(store, max_bytes)
-        self._slots = TransferSlots(limit)
-        self._creations = TransferSlots(limit)
+        self._slots = TransferSlots(limit, timing)
+        self._creations = TransferSlots(limit, timing)
         self._tasks = TaskSet()
         self._concluding: dict[str, _Conclusion] = {}
 

@@ -1,8 +1,8 @@
 """Transfer slots: a limited number of transfers at once, so that the server's memory does not grow with its clients.
 
-First come, first served. A transfer may take as long as it likes while nobody waits; once somebody does, it has TURN_S,
-then gives way after the chunk under way, or at once if nothing comes or is read, lines up again and goes on at the byte
-where it stands. So neither a few slow clients nor silent ones keep the others waiting.
+First come, first served. A transfer may take as long as it likes while nobody waits; once somebody does, it has a turn
+of stated length, then gives way after the chunk under way, or at once if nothing comes or is read, lines up again and
+goes on at the byte where it stands. So neither a few slow clients nor silent ones keep the others waiting.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ from contextlib import asynccontextmanager
 
 from fedpeft.errors import Draining, TransfersBusy, TurnOver
 from fedpeft.rpc.timing import HOLD_S
-
-TURN_S = 10.0
-"""Time that a transfer is served before it gives way to others that wait, seconds."""
-LINGER_S = 5.0
-"""Time for which a client that was told to ask again keeps its place, seconds."""
+from fedpeft_server.timing import TIMING, Timing
 
 
 class TransferSlot:
     """A client's place in the queue, and then its right to be served."""
 
-    def __init__(self, slots: TransferSlots, client: str) -> None:
+    def __init__(self, slots: TransferSlots, client: str, turn_s: float) -> None:
         self.client = client
         self.came = asyncio.Event()
         """Set when there is no more to wait for."""
@@ -36,6 +32,7 @@ class TransferSlot:
         self.replaced = False
         """True once another transfer of the client took its place or slot."""
         self._slots = slots
+        self._turn_s = turn_s
         self._waiting: asyncio.Timeout | None = None
         self._ended = False
 
@@ -77,7 +74,7 @@ class TransferSlot:
         """Ends a wait under `bounded` when the slot has had its time: others wait for it now."""
         if self._waiting is None or self._waiting.expired() or self.since == 0:
             return
-        left = self.since + TURN_S - time.monotonic()
+        left = self.since + self._turn_s - time.monotonic()
         ends, loop = self._waiting.when(), asyncio.get_running_loop()
         if ends is None or ends > loop.time() + left:
             self._waiting.reschedule(loop.time() + max(left, 0))
@@ -90,12 +87,12 @@ class TransferSlot:
             TurnOver: If there may not.
         """
         self._check_place()
-        if time.monotonic() - self.since >= TURN_S and self._slots.awaited():
+        if time.monotonic() - self.since >= self._turn_s and self._slots.awaited():
             raise self._over()
 
     def _over(self) -> TurnOver:
         return TurnOver(
-            f"this transfer had its slot of {TURN_S:g} s and others wait; continue at the first byte missing"
+            f"this transfer had its slot of {self._turn_s:g} s and others wait; continue at the first byte missing"
         )
 
     def _check_place(self) -> None:
@@ -110,10 +107,12 @@ class TransferSlots:
 
     Args:
         limit: How many.
+        timing: How long a transfer is served while others wait, and a place is kept.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, timing: Timing = TIMING) -> None:
         self._limit = limit
+        self._timing = timing
         self._line: dict[str, TransferSlot] = {}
         self._held: dict[str, TransferSlot] = {}
         self._closed = False
@@ -123,12 +122,13 @@ class TransferSlots:
         """Waits for a slot and holds it. A client's newer call ends its older one: that one's connection may be dead.
 
         Raises:
-            TransfersBusy: If none comes within `HOLD_S`; the place in the queue is kept for `LINGER_S`.
+            TransfersBusy: If none comes within `HOLD_S`; the place in the queue is kept for a
+                while.
             TurnOver: If another call of the client took the place.
             Draining: If the server shuts down before the slot came.
         """
         self._refuse_if_closed()
-        slot = TransferSlot(self, client)
+        slot = TransferSlot(self, client, self._timing.transfer_turn_s)
         self._line_up(slot)
         try:
             await self._come(slot)
@@ -190,10 +190,10 @@ class TransferSlots:
             del self._held[slot.client]
             self._serve()
         elif self._line.get(slot.client) is slot:
-            slot.until = time.monotonic() + LINGER_S
+            slot.until = time.monotonic() + self._timing.transfer_linger_s
 
     def _serve(self) -> None:
-        """Gives the _slots that are free to the first who are there."""
+        """Gives the slots that are free to the first who are there."""
         now = time.monotonic()
         while len(self._held) < self._limit:
             slot = next((t for t in self._line.values() if t.here or t.until <= now), None)

@@ -34,10 +34,10 @@ from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server.access.files import Files
 from fedpeft_server.access.rights import RIGHTS
-from fedpeft_server.app import TOKENS_KEPT_S
 from fedpeft_server.commands import init
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.rows import TokenRow
+from fedpeft_server.timing import TIMING
 
 from ..conftest import RawClient, StartDaemon, config, filled, refused
 from ..secured import HOUR, METHODS, Federation, federation, held, outcome
@@ -190,11 +190,11 @@ async def test_what_is_wrong_with_a_token_is_said(secured: Federation, monkeypat
 
 async def test_tokens_that_expired_long_ago_are_forgotten_and_the_audit_log_is_not(tmp_path: Path) -> None:
     async with federation(tmp_path) as before:
-        long_ago = datetime.now().timestamp() - TOKENS_KEPT_S
+        long_ago = datetime.now().timestamp() - TIMING.tokens_kept_s
         for name, expires_at in (
             ("old", long_ago - 60),
             ("late", long_ago + 60),
-            ("good", long_ago + TOKENS_KEPT_S + 60),
+            ("good", long_ago + TIMING.tokens_kept_s + 60),
         ):
             row = TokenRow(name.ljust(64, "0"), Subject(Role.CLIENT, name), long_ago, "operator ada", expires_at)
             await before.server.store.transact(before.server.store.db.identities.add_token, row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -23,6 +24,7 @@ from fedpeft_server.access.pacing import Pacing
 from fedpeft_server.access.peers import address_of
 from fedpeft_server.access.rights import RIGHTS
 from fedpeft_server.rpc.requests import Requests
+from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, StartDaemon
 from ..secured import METHODS, Federation
@@ -219,20 +221,20 @@ async def test_every_call_with_a_rate_of_its_own_has_it(clock: Clock, method: st
 
 
 async def spent(pacing: Pacing, clock: Clock, me: Party, method: str, rate: Rate) -> None:
-    """Makes calls: a burst is free, then they wait `WAIT_S` at most, then they are refused, and later free again."""
+    """Makes calls: a burst is free, then they wait a while at most, then they are refused, and later free again."""
     for _ in range(rate.burst):
         await call(pacing, me, method)
     assert not clock.slept
-    for number in range(1, int(rate.per_s * bounds.WAIT_S) + 1):
+    for number in range(1, int(rate.per_s * TIMING.call_wait_s) + 1):
         await call(pacing, me, method)
         assert clock.slept[-1] == pytest.approx(number / rate.per_s)
     with pytest.raises(TooManyCalls, match=f"more than {rate.per_s:g} "):
         await call(pacing, me, method)
-    assert clock.slept[-1] == bounds.REFUSAL_S, "who repeats a refused call at once gains nothing"
-    clock.now += 1 / rate.per_s + bounds.WAIT_S
+    assert clock.slept[-1] == TIMING.refusal_delay_s, "who repeats a refused call at once gains nothing"
+    clock.now += 1 / rate.per_s + TIMING.call_wait_s
     clock.slept.clear()
     await call(pacing, me, method)
-    assert not clock.slept or clock.slept[-1] < bounds.WAIT_S
+    assert not clock.slept or clock.slept[-1] < TIMING.call_wait_s
 
 
 @pytest.mark.parametrize("right", CALLERS, ids=str)
@@ -250,8 +252,7 @@ async def test_every_role_has_so_many_calls_under_way(clock: Clock, right: Role 
 
 async def test_refusals_are_held_back_only_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MOST_REFUSALS_HELD", 1)
-    monkeypatch.setattr(bounds, "REFUSAL_S", 30)
-    pacing, me = Pacing(), Party(None, "me")
+    pacing, me = Pacing(timing=replace(TIMING, refusal_delay_s=30.0)), Party(None, "me")
     held = [pacing.paced(me, "/x/y") for _ in range(CALLERS[None].under_way)]
     for each in held:
         await each.__aenter__()
@@ -290,12 +291,11 @@ def test_an_address_is_a_machine(peer: str, address: str) -> None:
 # On the wire
 
 
+@pytest.mark.timed(call_wait_s=0.1, refusal_delay_s=0.0)
 async def test_a_client_that_calls_too_fast_waits_and_is_then_refused(
     secured: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = "/fedpeft.v1.FederationService/Withdraw"
-    monkeypatch.setattr(bounds, "WAIT_S", 0.1)
-    monkeypatch.setattr(bounds, "REFUSAL_S", 0.0)
     monkeypatch.setitem(CALLS, method, CallBound(rate=Rate(0.5, 3)))  # type: ignore[arg-type]
     fast, other = secured.certificate(Role.CLIENT, "fast"), secured.certificate(Role.CLIENT, "other")
     found = [await sent(fast, method, b"") for _ in range(5)]
@@ -303,11 +303,11 @@ async def test_a_client_that_calls_too_fast_waits_and_is_then_refused(
     assert await sent(other, method, b"") == "TICKET_NOT_FOUND"
 
 
+@pytest.mark.timed(refusal_delay_s=0.0)
 async def test_an_unknown_method_is_paced_as_the_others_are(
     secured: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CALLERS, Role.CLIENT, bounds.CallerBound(Rate(0.01, 3), 32))  # type: ignore[arg-type]
-    monkeypatch.setattr(bounds, "REFUSAL_S", 0.0)
     channel = secured.certificate(Role.CLIENT, "fast")
     codes = []
     for _ in range(5):

@@ -102,7 +102,7 @@ async def test_everybody_moves_to_the_new_authority_without_enrolling_again(
     _, clients, tasks = await held(secured, "x", "y")  # connected all the time, with a round under way
     (old,) = early.trusts
     command(secured, "rotate")
-    await secured.server._renew_certificate()
+    await secured.server.refresh.refresh()
     new = Authorities.read(files(secured)).issuing
     assert new is not None
 
@@ -128,7 +128,7 @@ async def test_everybody_moves_to_the_new_authority_without_enrolling_again(
     again = ["--operator", "ada", "--operator-identity", str(secured.operator.folder)]
     init.main(["--data-dir", str(secured.server.settings.data_dir), *again])
     command(secured, "finish")
-    await secured.server._renew_certificate()
+    await secured.server.refresh.refresh()
     for device in (early, late, third):
         await device.registers()  # a new connection: the server shows a certificate of the new authority now
         await device.renew()
@@ -202,7 +202,7 @@ async def test_whoever_was_locked_out_is_named_with_the_cure_which_works(
     early, _ = devices
     me, data = secured.operator.folder, secured.server.settings.data_dir
     at = Address.parse(Identity.load(me).server).host
-    folder.write(me, f"{at}:{secured.server.port}", secured.operator.authority, secured.operator.chain)
+    folder.write(me, f"{at}:{secured.server.ports.port}", secured.operator.authority, secured.operator.chain)
     await secured.access(secured.operators()).Renew(access.RenewRequest(signing_request=requests.make(keys.make())))
     command(secured, "rotate")
     await early.renew()
@@ -213,8 +213,8 @@ async def test_whoever_was_locked_out_is_named_with_the_cure_which_works(
     assert f"an operator of this machine is let in again by: {cure}\n" in said
     init.main([*shlex.split(cure)[2:], "--operator-identity", str(me)])
     again = Identity.load(me)
-    assert again.server == f"{at}:{secured.server.port}"
-    await secured.server._take_up_certificates()
+    assert again.server == f"{at}:{secured.server.ports.port}"
+    await secured.server.refresh.take_up()
     async with open_channel(secured.address, again) as channel:
         stub = access_grpc.AccessServiceStub(channel)
         rows = (await stub.ListIdentities(access.ListIdentitiesRequest())).identities
@@ -226,10 +226,10 @@ async def test_the_old_authority_is_not_let_in_any_more_once_it_is_dropped(
 ) -> None:
     early, late = devices
     command(secured, "rotate")
-    await secured.server._renew_certificate()
+    await secured.server.refresh.refresh()
     await early.renew()
     command(secured, "finish", "--force")
-    await secured.server._renew_certificate()
+    await secured.server.refresh.refresh()
     await early.registers()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await late.registers()

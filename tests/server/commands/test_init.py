@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,10 +16,10 @@ from fedpeft.identity.folder import Identity
 from fedpeft.process import durable
 from fedpeft_server.access.certificates import ServerCertificates, read_authority
 from fedpeft_server.access.files import Files
-from fedpeft_server.app import Server
 from fedpeft_server.commands import init
 from fedpeft_server.settings import Settings
 
+from ..conftest import begin_life
 from ..secured import federation
 
 DAYS = timedelta(days=90)
@@ -132,13 +131,8 @@ async def test_a_server_whose_clock_is_wrong_says_so(tmp_path: Path, hours: int,
     as_of(authority, Files(tmp_path / "data" / "identity"), datetime.now(UTC) - timedelta(hours=hours))
     (tmp_path / "data" / "identity" / "authority.key").unlink()  # which would make another one at once
     with capture_logs() as lines:
-        server = Server(Settings(data_dir=tmp_path / "data", listen="127.0.0.1:0", metrics=""))
-        living = asyncio.create_task(server.run())
-        async with asyncio.timeout(10):
-            while not any(line["event"] == "serving" for line in lines):
-                await asyncio.sleep(0.01)
-        server.stopping.set()
-        await living
+        _, end = await begin_life(Settings(data_dir=tmp_path / "data", listen="127.0.0.1:0", metrics=""))
+        await end()
     (warned,) = [line for line in lines if line["event"].startswith("clients cannot connect")]
     assert warned["log_level"] == "error" and re.search(said, warned["cause"])
 

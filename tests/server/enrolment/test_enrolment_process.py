@@ -183,7 +183,7 @@ async def test_a_connection_says_so_many_bytes(tmp_path: Path) -> None:
 
 
 def process_of(federation: Federation) -> asyncio.subprocess.Process | None:
-    enrolment: Enrolment | None = federation.server.enrolment
+    enrolment: Enrolment | None = federation.server.ports.enrolment
     assert enrolment is not None
     return enrolment.process
 
@@ -245,7 +245,7 @@ async def test_it_is_well_again_after_the_pause_though_nobody_comes(secured: Fed
 
 async def test_it_ends_when_nobody_comes_and_with_the_daemon(secured: Federation) -> None:
     await secured.enroll(await secured.token("a"))
-    process, enrolment = process_of(secured), secured.server.enrolment
+    process, enrolment = process_of(secured), secured.server.ports.enrolment
     assert process is not None and enrolment is not None
     await enrolment.close()
     assert process.returncode == 0
@@ -274,7 +274,7 @@ async def test_a_line_that_is_no_report_is_ignored_and_logged(
     report = '{"refused": {"no data": 2}}'
     talks.write_text(f"#!{sys.executable}\nprint({line!r})\nprint({report!r})\n")
     talks.chmod(0o700)
-    enrolment = secured.server.enrolment
+    enrolment = secured.server.ports.enrolment
     assert enrolment is not None
     monkeypatch.setattr(supervisor.sys, "executable", str(talks))  # type: ignore[attr-defined]
     with capture_logs() as logs:

@@ -15,6 +15,7 @@ from fedpeft_server.access.call import CALL, Call, Party
 from fedpeft_server.access.throttle import Throttle
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc.caller_log import CallerLog
+from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, config
 from ..secured import Federation, outcome
@@ -57,7 +58,7 @@ def test_the_same_refusal_is_said_once_and_then_with_its_number(desk: Desk, line
         desk.log.refused(RoleMayNot("no"))
     desk.log.refused(TicketNotFound("another"))
     assert [line["reason"] for line in lines] == ["ROLE_MAY_NOT", "TICKET_NOT_FOUND"]
-    desk.clock.now += bounds.QUIET_S
+    desk.clock.now += TIMING.refusal_quiet_s
     desk.log.refused(RoleMayNot("no"))
     assert lines[-1]["unsaid_before"] == 99
     assert desk.metrics.lines_left_out._value.get() == 99
@@ -107,7 +108,7 @@ def test_what_was_left_out_is_told(desk: Desk, lines: list[EventDict]) -> None:
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MOST_REMEMBERED", 10)
-    throttle = Throttle[int](clock=Clock())
+    throttle = Throttle[int](60.0, Clock())
     for key in range(100):
         assert throttle.suppressed(key) == 0
     assert len(throttle._said) == 10

@@ -35,7 +35,7 @@ async def test_calls_beyond_the_limit_wait_on_their_connection_and_no_other(star
     done, _ = await asyncio.wait({late}, timeout=0.5)
     assert not done
     own = [("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{daemon.server.port}", options=own) as other:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{daemon.server.ports.port}", options=own) as other:
         answer = await health_pb2_grpc.HealthStub(other).Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     watches[0].cancel()

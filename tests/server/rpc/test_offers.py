@@ -118,7 +118,7 @@ async def test_a_decline_stands_over_a_restart_of_the_server_and_nobody_is_asked
     idle = (await daemon.client("b").look(until_finished=True)).idle
     assert idle.finished, "b takes part in no unfinished run"
     waiting = asyncio.create_task(daemon.client("a").look())
-    while not (ready := daemon.server.runs.ready(run.id)):
+    while not (ready := daemon.server.runs.matching.ready(run.id)):
         assert not waiting.done(), "it was asked again"
         await asyncio.sleep(0.01)
     assert ready == {"a"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Set
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fedpeft_server.runs import waiting
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.runs.participation import Participation
+from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, config
 from .test_scale import lines, sit
@@ -23,18 +25,16 @@ from .test_scale import lines, sit
 NUMBERS = (10, 1000)
 
 
+LINGERING = replace(TIMING, lobby_linger_s=600.0)
+
+
 async def crowd(number: int, changed: Callable[[str], None] = lambda _: None) -> Lobby:
     """Returns a lobby in which so many clients linger, one of them an evaluator."""
-    lobby = Lobby(changed)
+    lobby = Lobby(changed, timing=LINGERING)
     assert lobby.waiting("run-1") == set()
     await sit(lobby, *(f"c{i:05}" for i in range(number)))
     await sit(lobby, "judge", trainer=False)
     return lobby
-
-
-@pytest.fixture(autouse=True)
-def lingering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lobby_module, "LINGER_S", 600.0)
 
 
 async def test_a_poll_that_is_repeated_is_no_news_and_costs_the_same() -> None:
@@ -100,8 +100,9 @@ async def _answer(client: Any, request: fed.AwaitRoundRequest) -> fed.AwaitRound
     return answer
 
 
+@pytest.mark.timed(matching_check_s=600.0)
 async def test_the_lobby_is_offered_to_runs_that_changed_alone(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = daemon.server.runs
+    matching = daemon.server.runs.matching
     first, second = [
         (await daemon.create(config(rounds={"count": 1, "clients": 5}), request_id=f"r{i}")).id for i in range(2)
     ]
@@ -110,14 +111,13 @@ async def test_the_lobby_is_offered_to_runs_that_changed_alone(daemon: Daemon, m
     async def offer(self: RunEngine, _clients: Set[str], _waited_s: float) -> None:
         offered.append(self.run.id)
 
-    monkeypatch.setattr("fedpeft_server.runs.runs.GLANCE_S", 600.0)
     monkeypatch.setattr(RunEngine, "offer", offer)
     async with asyncio.timeout(10):
-        while runs._changed_runs or not offered:  # until the last glance that the pause before had begun
-            runs.wake_matching(first)
+        while matching._changed or not offered:
+            matching.wake(first)
             await asyncio.sleep(0.01)
         offered.clear()
-        runs.wake_matching(second)
+        matching.wake(second)
         while not offered:
             await asyncio.sleep(0.01)
     assert offered == [second]

@@ -11,7 +11,6 @@ import pytest
 from sqlalchemy import make_url
 
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server.runs import aggregation
 
 from ..conftest import Daemon, StartDaemon, config, filled, refused
 
@@ -142,10 +141,10 @@ async def test_a_transition_whose_commit_was_not_answered_counts_once(
     assert held.wire_bytes_up == sent
 
 
+@pytest.mark.timed(fold_retry_s=0.05)
 async def test_a_fold_that_is_repeated_once_the_database_is_back_is_told_once(
-    line: tuple[Line, str], start: StartDaemon, monkeypatch: pytest.MonkeyPatch
+    line: tuple[Line, str], start: StartDaemon
 ) -> None:
-    monkeypatch.setattr(aggregation, "AGAIN_S", 0.05)
     daemon = await start(database=line[1])
     run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
     line[0].breaks_at_commit_of, line[0].away = b"INSERT INTO versions", True

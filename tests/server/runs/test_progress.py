@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.runs.progress import TIMING, Past, Progress, State, judge
+from fedpeft_server.runs.progress import Past, Progress, State, judge
+from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, RawClient, StartDaemon, config, fault, filled
 
@@ -22,7 +23,7 @@ MINUTE = Past((40.0, 38.0, 42.0), (60.0,))
 """Of a client whose rounds take 40 s and whose steps take a minute."""
 AT_12 = Progress(START, step=12, steps=40, began=START + 5, moved=START + 17)
 """A step a second."""
-FAST = replace(TIMING, silent_s=1.0, stalled_s=0.5, slow_least_s=0.1, look_s=0.02)
+FAST = replace(TIMING, silent_s=1.0, stalled_s=0.5, slow_least_s=0.1, progress_check_s=0.02)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from fedpeft.errors import TicketNotFound
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server.runs import lobby as lobby_module
 from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.store.rows import AnswerRow
 
@@ -109,10 +108,10 @@ async def test_clients_are_counted_for_the_active_runs_alone(daemon: Daemon, mon
 
     monkeypatch.setattr(gauge, "labels", spy)
     for run in (over, going):
-        runs._count_clients(runs.get(run))
+        runs.matching._count_clients(runs.get(run))
     assert set(looked) == {going}
     looked.clear()
-    runs._count_clients(runs.get(going))
+    runs.matching._count_clients(runs.get(going))
     assert len(looked) == 3, "a round that is the same has the same tickets"
 
 
@@ -124,11 +123,9 @@ async def sit(
         await lobby.wait(client, run, trainer=trainer, hold_s=0.0, left_out=left_out)
 
 
-async def test_a_look_at_the_lobby_costs_the_same_however_many_wait(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.timed(lobby_linger_s=600.0)
+async def test_a_look_at_the_lobby_costs_the_same_however_many_wait(daemon: Daemon) -> None:
     """Register, an idle AwaitRound and each look of the daemon's copied all waiting clients, for every run."""
-    monkeypatch.setattr(lobby_module, "LINGER_S", 600.0)
     run = (await daemon.create(config(rounds={"count": 1, "clients": 1000}))).id
     runs = daemon.server.runs
     engine, counted = runs.get(run), []
@@ -137,9 +134,9 @@ async def test_a_look_at_the_lobby_costs_the_same_however_many_wait(
         for name in names:
             runs.participation.put(AnswerRow(run, name, True, (), 1, 1.0))
         await sit(runs.lobby, *names)
-        assert runs.ready(run) == set(names)
+        assert runs.matching.ready(run) == set(names)
         runs._reasons.forget(run)  # else it might be the daemon that made this one
-        counted.append((lines(lambda: runs.ready(run))[0], lines(lambda: runs.why(engine))[0]))
+        counted.append((lines(lambda: runs.matching.ready(run))[0], lines(lambda: runs.why(engine))[0]))
         assert f"{number} of 1000 " in runs.why(engine)
     assert counted[0] == counted[1]
 
@@ -193,24 +190,22 @@ def test_who_may_be_sampled_is_what_all_seats_say(steps: list[tuple[str, str, st
     asyncio.run(play())
 
 
-async def test_a_client_that_registers_again_is_not_ready_until_it_answers(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lobby_module, "LINGER_S", 600.0)
+@pytest.mark.timed(lobby_linger_s=600.0)
+async def test_a_client_that_registers_again_is_not_ready_until_it_answers(daemon: Daemon) -> None:
     run = (await daemon.create(config(rounds={"count": 1, "clients": 2}))).id
     runs = daemon.server.runs
     a, b = await daemon.clients("a", "b")
     for client in (a, b):
         await client.answer(run)
     await sit(runs.lobby, "a", "other")
-    assert runs.ready(run) == {"a"}
+    assert runs.matching.ready(run) == {"a"}
     await a.register()
-    assert runs.ready(run) == set()
+    assert runs.matching.ready(run) == set()
     await a.answer(run)
-    assert runs.ready(run) == {"a"}
+    assert runs.matching.ready(run) == {"a"}
     await a.answer(run, "no time")
-    assert runs.ready(run) == set()
+    assert runs.matching.ready(run) == set()
     assert (runs.participation.declined_by(run), len([*runs.participation.declines(run)])) == (1, 1)
     await daemon.operator.StopRun(op.StopRunRequest(run=run))
-    assert runs.ready(run) == set()
+    assert runs.matching.ready(run) == set()
     assert runs.lobby._waiting == {}

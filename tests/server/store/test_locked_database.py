@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -18,9 +19,8 @@ from fedpeft.errors import DatabaseLocked
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import app
-from fedpeft_server.app import Server
 from fedpeft_server.settings import Settings
-from fedpeft_server.store import store
+from fedpeft_server.timing import TIMING
 
 from ..conftest import StartDaemon, config, fault, filled, free_port
 
@@ -44,17 +44,13 @@ def locked(folder: Path, mode: str) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "BUSY_TIMEOUT_S", 0.3)
+IMPATIENT = replace(TIMING, database_busy_s=0.3)
+impatient = pytest.mark.timed(database_busy_s=0.3)
 
 
+@pytest.mark.timed(database_busy_s=0.3, traffic_write_s=0.1)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.usefixtures("impatient")
-async def test_reading_goes_on_and_writing_is_refused_until_the_lock_is_gone(
-    start: StartDaemon, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    monkeypatch.setattr(app, "BOOK_S", 0.1)
+async def test_reading_goes_on_and_writing_is_refused_until_the_lock_is_gone(start: StartDaemon, mode: str) -> None:
     daemon = await start()
     folder = daemon.server.settings.data_dir
     run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
@@ -93,18 +89,19 @@ async def test_a_call_waits_for_a_lock_that_goes(start: StartDaemon) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.usefixtures("impatient")
+@impatient
 async def test_a_start_is_refused_in_words(start: StartDaemon, mode: str) -> None:
     daemon = await start()
     folder = daemon.server.settings.data_dir
     await daemon.end()
     settings = Settings.model_validate({"data_dir": folder, "listen": f"127.0.0.1:{free_port()}", "metrics": ""})
     with locked(folder, mode), pytest.raises(DatabaseLocked, match="end its transaction"):
-        await Server(settings).run()
+        await app.run(settings, IMPATIENT)
     await start(folder)
 
 
-async def test_the_status_is_unavailable(start: StartDaemon, impatient: None) -> None:
+@impatient
+async def test_the_status_is_unavailable(start: StartDaemon) -> None:
     daemon = await start()
     with locked(daemon.server.settings.data_dir, "IMMEDIATE"), pytest.raises(grpc.aio.AioRpcError) as caught:
         await daemon.client("a").register()

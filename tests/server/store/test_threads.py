@@ -15,7 +15,6 @@ from fedpeft.errors import FedpeftError
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1.access_service_pb2 import ListAuditEntriesRequest
 from fedpeft.v1.access_service_pb2_grpc import AccessServiceStub
-from fedpeft_server import app
 from fedpeft_server.rpc.history import History
 from fedpeft_server.runs import aggregation
 from fedpeft_server.store import store
@@ -156,12 +155,11 @@ async def test_nothing_is_written_where_only_reading_is_possible(both: Store) ->
     assert await both.read(both.db.runs) == []
 
 
+@pytest.mark.timed(traffic_write_s=3600.0, payload_write_delay_s=3600.0)
 @pytest.mark.parametrize("written_first", [True, False])
 async def test_bytes_on_their_way_into_the_database_are_listed_once(
     written_first: bool, start: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "BOOK_S", 3600.0)
-    monkeypatch.setattr(app, "MOVED_S", 3600.0)
     daemon, gate = await start(), Gate()
     run = (await daemon.create(SHORT)).id
     (client,) = await daemon.clients("a")

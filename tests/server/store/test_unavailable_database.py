@@ -15,7 +15,6 @@ from sqlalchemy import Engine, create_engine, make_url, text
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server import app
 from fedpeft_server.runs import aggregation
 from fedpeft_server.store import connection
 from fedpeft_server.store.database import Database
@@ -25,10 +24,7 @@ from ..conftest import Daemon, StartDaemon, config, filled
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "PROBE_S", 0.05)
-    monkeypatch.setattr(aggregation, "AGAIN_S", 0.05)
+pytestmark = pytest.mark.timed(database_check_s=0.05, fold_retry_s=0.05)
 
 
 class PostgreSQL:

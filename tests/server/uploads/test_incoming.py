@@ -144,11 +144,11 @@ class Counted:
         monkeypatch.setattr(incoming, "next_message", counted)
 
 
+@pytest.mark.timed(refusal_delay_s=0.0)
 async def test_so_many_large_messages_are_received_at_once(
     secured: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = Counted(monkeypatch)
-    monkeypatch.setattr(bounds, "REFUSAL_S", 0.0)
     names = [f"client-{number}" for number in range(10)]
     channels = [secured.certificate(Role.CLIENT, name) for name in names]
     reasons = await asyncio.gather(*(sent(channel, ANSWER, LARGE) for channel in channels for _ in range(4)))
@@ -184,10 +184,8 @@ async def test_callers_that_send_nothing_keep_nobody_waiting(
     assert counted.most["all"] == 4 and counted.most["x"] == 2
 
 
-async def test_a_message_that_is_refused_takes_no_memory_while_its_caller_is_held(
-    secured: Federation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bounds, "REFUSAL_S", 60.0)
+@pytest.mark.timed(refusal_delay_s=60.0)
+async def test_a_message_that_is_refused_takes_no_memory_while_its_caller_is_held(secured: Federation) -> None:
     channel = secured.certificate(Role.CLIENT, "large")
     pacing = secured.server.admission._pacing
     await sent(channel, CHECK, b"")  # the connection stands

@@ -12,7 +12,6 @@ import pytest
 
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server import app
 from fedpeft_server.store.blobs import download_cache
 
 from ..conftest import Daemon, StartDaemon, config, filled
@@ -94,11 +93,9 @@ async def test_encoded_versions_are_bounded_and_served_all_the_same(
     assert len(list((daemon.server.settings.data_dir / "outbound").iterdir())) == 1
 
 
+@pytest.mark.timed(files_retry_s=0.05)
 @pytest.mark.parametrize("end", ["a last round", "a stop"])
-async def test_a_file_that_cannot_be_removed_is_tried_again_and_health_stays(
-    start: StartDaemon, monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    monkeypatch.setattr(app, "CLEAN_S", 0.05)
+async def test_a_file_that_cannot_be_removed_is_tried_again_and_health_stays(start: StartDaemon, end: str) -> None:
     daemon = await start()
     run = await daemon.create(config(rounds={"count": 1, "clients": 1, "over_selection": 1.0}), LARGE)
     a, b = await daemon.clients("a", "b")

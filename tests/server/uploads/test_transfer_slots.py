@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -17,6 +19,7 @@ from fedpeft.errors import TransfersBusy, TurnOver
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft_server.timing import TIMING
 from fedpeft_server.uploads import transfer_slots
 from fedpeft_server.uploads.transfer_slots import TransferSlot, TransferSlots
 
@@ -53,10 +56,8 @@ class Trickle:
                 await asyncio.sleep(0.02)
 
 
-async def test_slow_uploads_give_way_and_go_on_where_they_stood(
-    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transfer_slots, "TURN_S", 0.5)
+@pytest.mark.timed(transfer_turn_s=0.5)
+async def test_slow_uploads_give_way_and_go_on_where_they_stood(start: StartDaemon) -> None:
     daemon = await start(max_transfers=2)
     run = await daemon.create(config(rounds={"count": 1, "clients": 3}))
     clients = await daemon.clients("a", "b", "c")
@@ -71,7 +72,6 @@ async def test_slow_uploads_give_way_and_go_on_where_they_stood(
         await ended.pop()
     over = from_rpc_error(caught.value)
     assert (caught.value.code(), over.reason, over.retry_s) == (grpc.StatusCode.ABORTED, "TURN_OVER", 0.0)
-    monkeypatch.setattr(transfer_slots, "TURN_S", 60.0)
     for each in slow:
         each.pause_s = 0.0
     await asyncio.wait(pushes)
@@ -86,11 +86,9 @@ async def test_slow_uploads_give_way_and_go_on_where_they_stood(
 
 
 @pytest.mark.parametrize("after", [0, 3])
-async def test_uploads_that_send_nothing_give_way_when_their_turn_is_over(
-    start: StartDaemon, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
+@pytest.mark.timed(transfer_turn_s=0.5)
+async def test_uploads_that_send_nothing_give_way_when_their_turn_is_over(start: StartDaemon, after: int) -> None:
     """Eight of them kept an honest client waiting for 58 seconds: until each had stalled."""
-    monkeypatch.setattr(transfer_slots, "TURN_S", 0.5)
     daemon = await start(max_transfers=2)
     await daemon.create(config(rounds={"count": 1, "clients": 3}))
     clients = await daemon.clients("a", "b", "c")
@@ -108,10 +106,8 @@ async def test_uploads_that_send_nothing_give_way_when_their_turn_is_over(
     await asyncio.gather(*pushes, return_exceptions=True)
 
 
-async def test_a_silent_upload_that_nobody_waits_for_keeps_its_turn(
-    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transfer_slots, "TURN_S", 0.1)
+@pytest.mark.timed(transfer_turn_s=0.1)
+async def test_a_silent_upload_that_nobody_waits_for_keeps_its_turn(start: StartDaemon) -> None:
     daemon = await start(max_transfers=1)
     await daemon.create(config(rounds={"count": 1, "clients": 1}))
     (a,) = await daemon.clients("a")
@@ -123,10 +119,8 @@ async def test_a_silent_upload_that_nobody_waits_for_keeps_its_turn(
     await asyncio.gather(push, return_exceptions=True)
 
 
-async def test_pulls_that_read_nothing_give_way_when_their_turn_is_over(
-    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transfer_slots, "TURN_S", 0.5)
+@pytest.mark.timed(transfer_turn_s=0.5)
+async def test_pulls_that_read_nothing_give_way_when_their_turn_is_over(start: StartDaemon) -> None:
     daemon = await start(max_transfers=1)
     run = await daemon.create(spec=LARGE, arrays={"head.weight": np.zeros(6_000_000, np.float32)})
     silent, quick = await daemon.clients("silent", "quick")
@@ -138,10 +132,8 @@ async def test_pulls_that_read_nothing_give_way_when_their_turn_is_over(
     call.cancel()
 
 
-async def test_a_slow_upload_that_nobody_waits_for_is_left_alone(
-    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transfer_slots, "TURN_S", 0.1)
+@pytest.mark.timed(transfer_turn_s=0.1)
+async def test_a_slow_upload_that_nobody_waits_for_is_left_alone(start: StartDaemon) -> None:
     daemon = await start(max_transfers=1)
     await daemon.create(config(rounds={"count": 1, "clients": 1}))
     (a,) = await daemon.clients("a")
@@ -149,10 +141,8 @@ async def test_a_slow_upload_that_nobody_waits_for_is_left_alone(
     assert (await Trickle(a, ticket, pause_s=0.01).push()).ticket == ticket
 
 
-async def test_slow_pulls_give_way_and_go_on_where_they_stood(
-    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transfer_slots, "TURN_S", 0.3)
+@pytest.mark.timed(transfer_turn_s=0.3)
+async def test_slow_pulls_give_way_and_go_on_where_they_stood(start: StartDaemon) -> None:
     daemon = await start(max_transfers=1)
     run = await daemon.create(spec=LARGE, arrays={"head.weight": np.zeros(6_000_000, np.float32)})
     slow, quick = await daemon.clients("slow", "quick")
@@ -250,19 +240,15 @@ async def test_who_asks_again_at_once_keeps_its_place(monkeypatch: pytest.Monkey
 
 
 async def test_who_does_not_come_back_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = TransferSlots(1)
+    line = TransferSlots(1, replace(TIMING, transfer_turn_s=0.0))
     monkeypatch.setattr(transfer_slots, "HOLD_S", 0.05)
-    monkeypatch.setattr(transfer_slots, "TURN_S", 0.0)
     async with line.take("a") as slot:
         slot.check()
         with pytest.raises(TransfersBusy):
             await line.take("gone").__aenter__()
         with pytest.raises(TurnOver, match="others wait"):
             slot.check()
-        monkeypatch.setattr(transfer_slots, "LINGER_S", 0.0)
-        with pytest.raises(TransfersBusy):
-            await line.take("gone").__aenter__()
-        await asyncio.sleep(0.01)
+        line._line["gone"].until = time.monotonic()  # it has not asked again in time
         slot.check()
     async with line.take("c") as slot:
         slot.check()
@@ -303,12 +289,9 @@ async def test_a_client_has_one_turn_and_one_place() -> None:
 
 
 @pytest.mark.parametrize("change", [TransferSlot.replace, TransferSlot.end_if_due])
-async def test_a_wait_that_is_just_ending_cannot_be_ended_again(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[TransferSlot], None]
-) -> None:
+async def test_a_wait_that_is_just_ending_cannot_be_ended_again(change: Callable[[TransferSlot], None]) -> None:
     """The newer transfer or the one in the queue was refused with a RuntimeError in that instant."""
-    monkeypatch.setattr(transfer_slots, "TURN_S", -1.0)
-    async with TransferSlots(1).take("a") as slot:
+    async with TransferSlots(1, replace(TIMING, transfer_turn_s=-1.0)).take("a") as slot:
         ended: list[str] = []
 
         async def wait() -> None:

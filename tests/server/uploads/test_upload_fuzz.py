@@ -19,10 +19,9 @@ from fedpeft.adapters import payload
 from fedpeft.adapters.payload import CHUNK_BYTES
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2, tensor_pb2
-from fedpeft_server.app import Server
 from fedpeft_server.settings import Settings
 
-from ..conftest import SPEC, Daemon, RawClient, config, filled, free_port, header
+from ..conftest import SPEC, Daemon, RawClient, begin_life, config, filled, free_port, header
 from .test_uploads import open_files
 
 MANIFEST, DATA = payload.encode(filled(1.0), SPEC.sent(1), "float32")
@@ -200,13 +199,7 @@ class World:
 async def living(folder: Path) -> AsyncIterator[Daemon]:
     port = free_port()
     values = {"data_dir": folder, "listen": f"127.0.0.1:{port}", "metrics": "", "drain_s": 0.0, "max_transfers": 2}
-    server = Server(Settings.model_validate(values))
-    life = asyncio.create_task(server.run())
-
-    async def end() -> None:
-        server.stopping.set()
-        await life
-
+    server, end = await begin_life(Settings.model_validate(values))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         async with asyncio.timeout(10):
             await channel.channel_ready()

@@ -1,0 +1,97 @@
+"""Every duration of the server's processes that a test or an operator may want shorter, in one value; users need none.
+
+Durations that clients count on as well are part of the protocol: `fedpeft.rpc.timing`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Durations in seconds, and two factors by which a client is measured against itself.
+
+    A client of ours says every 10 s how far it is, so that either kind of hanging is shown within a minute of its
+    beginning.
+
+    Attributes:
+        silent_s: A client that is awaited makes a call, or moves a transfer, at least so often; else it hangs.
+        stalled_s: Its step moves at least so often, unless its steps take longer.
+        steps_missed: So many times as long as a step takes it, if that is more than `stalled_s`.
+        slow_factor: A round that takes so many times as long as usual is slow,
+        slow_least_s: if it is at least so much longer.
+        progress_check_s: Between two looks at all awaited clients.
+        session_alive_s: An instance holds its client id for so long after its last call.
+        session_silent_s: A registered client counts as silent after so long without a call. It says how far it is
+            every few seconds while it trains, and asks again at once when a poll, held 600 s at most, was answered.
+        session_gone_s: A client that has not called for so long was switched off, and is nobody's alarm any more.
+        lobby_linger_s: A client whose poll was just answered still counts as waiting for so long: it asks again.
+        matching_check_s: Between two looks at the lobby without a reason: clients that lingered may have gone.
+        watch_gather_s: Changes of a run that come within this time are told its watchers as one.
+        transfer_turn_s: A transfer is served for so long before it gives way to others that wait.
+        transfer_linger_s: A client that was told to ask again keeps its place in the queue for so long.
+        call_wait_s: A call that comes too fast waits for so long at most; one that would wait longer is refused.
+        refusal_delay_s: A refusal is held back for so long, so that who repeats it at once does so seldom.
+        refusal_quiet_s: The same refusal of the same caller is logged and audited once in so long; others are counted.
+        deadline_retry_s: Pause before a deadline's transition that could not be written is tried again.
+        fold_retry_s: Pause before a fold that the database did not allow is tried again.
+        versions_check_s: An object store has so long, at the start, to say which adapter versions it has.
+        traffic_write_s: Between two writes of traffic and presence to the database.
+        payload_write_delay_s: Delay of writing traffic after a payload moved; more may move, and is written with it.
+        database_busy_s: A transaction waits for so long at most while another program holds a lock on the database,
+        database_retry_s: and is tried again after this pause.
+        database_check_s: Between two checks whether the database can be used, for health.
+        certificate_check_s: Between two looks at the age of the server's certificate.
+        certificate_files_check_s: Between two looks at its files: a command that replaced one is followed by others.
+        storage_measure_s: Between two measurements of the stored bytes.
+        files_retry_s: Between two attempts to remove the files that could not be removed.
+        tokens_kept_s: An enrolment token is listed for so long after it expired; the audit log keeps it for ever.
+        tokens_purge_s: Between two removals of those.
+        enrolment_retry_s: Pause after a failure to keep a process for enrolment.
+        enrolment_first_pause_s: Pause before that process is started again; doubled each time,
+        enrolment_longest_pause_s: up to this, and short again after a life of `enrolment_well_s`.
+        enrolment_well_s: A process that lived for so long was well.
+        enrolment_leave_s: It ends in this time when it is asked to, else it is killed.
+    """
+
+    silent_s: float = 45.0
+    stalled_s: float = 45.0
+    steps_missed: float = 2.0
+    slow_factor: float = 2.0
+    slow_least_s: float = 10.0
+    progress_check_s: float = 2.0
+    session_alive_s: float = 30.0
+    session_silent_s: float = 120.0
+    session_gone_s: float = 86_400.0
+    lobby_linger_s: float = 2.0
+    matching_check_s: float = 1.0
+    watch_gather_s: float = 0.1
+    transfer_turn_s: float = 10.0
+    transfer_linger_s: float = 5.0
+    call_wait_s: float = 5.0
+    refusal_delay_s: float = 1.0
+    refusal_quiet_s: float = 60.0
+    deadline_retry_s: float = 5.0
+    fold_retry_s: float = 5.0
+    versions_check_s: float = 10.0
+    traffic_write_s: float = 5.0
+    payload_write_delay_s: float = 0.5
+    database_busy_s: float = 10.0
+    database_retry_s: float = 0.05
+    database_check_s: float = 5.0
+    certificate_check_s: float = 60.0
+    certificate_files_check_s: float = 1.0
+    storage_measure_s: float = 60.0
+    files_retry_s: float = 60.0
+    tokens_kept_s: float = 30 * 86_400.0
+    tokens_purge_s: float = 86_400.0
+    enrolment_retry_s: float = 5.0
+    enrolment_first_pause_s: float = 0.5
+    enrolment_longest_pause_s: float = 30.0
+    enrolment_well_s: float = 60.0
+    enrolment_leave_s: float = 5.0
+
+
+TIMING = Timing()
+"""The server's own."""
