@@ -30,6 +30,7 @@ from .transfer_site import Site, a_run
 CLASSES = ("cat", "dog", "emu")
 START_S = 90.0
 """Longest wait for anything in a test; the machine may be busy."""
+TIMED = Path(__file__).with_name("timed_client.py")
 
 
 def write_images(path: Path, count: int = 12, classes: tuple[str, ...] = CLASSES) -> Path:
@@ -155,11 +156,14 @@ async def federation() -> AsyncIterator[Federation]:
 
 @pytest.fixture
 async def start_client(federation: Federation, data: Path, tmp_path: Path) -> AsyncIterator[StartClient]:
-    """Starts clients; those still there at the end of the test are killed."""
+    """Starts clients, with the durations of `timing` if given; those still there at the end of the test are killed."""
     clients: list[ClientProcess] = []
 
-    async def start(*flags: str, name: str = "site-a", state: Path | None = None) -> ClientProcess:
-        command = [sys.executable, "-m", "fedpeft_client", "--server", federation.address]
+    async def start(
+        *flags: str, name: str = "site-a", state: Path | None = None, timing: dict[str, float] | None = None
+    ) -> ClientProcess:
+        program = ["-m", "fedpeft_client"] if timing is None else ["-P", str(TIMED), json.dumps(timing)]
+        command = [sys.executable, *program, "--server", federation.address]
         command += ["--name", name, "--data", str(data), "--device", "cpu", "--threads", "1"]
         command += ["--state-dir", str(state or tmp_path / name), "--log-format", "json", *flags]
         process = await asyncio.create_subprocess_exec(

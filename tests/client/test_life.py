@@ -425,6 +425,13 @@ async def test_second_process_of_a_state_directory_or_of_an_id_is_refused(
     assert "another live instance" in same_id.text[-1]
 
 
+@pytest.mark.parametrize("command", ["enroll", "ledger", "status"])
+def test_a_short_command_imports_no_numpy(command: str) -> None:
+    code = f"import sys, fedpeft_client.commands.{command}; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert out.stdout == b"[]\n"
+
+
 def test_agent_imports_no_torch() -> None:
     code = "import sys, json, fedpeft_client.app; print(json.dumps([m for m in ('torch', 'timm') if m in sys.modules]))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

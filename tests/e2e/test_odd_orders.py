@@ -30,7 +30,7 @@ method = "bias"
 count = 1
 clients = 1
 [training]
-steps = 300
+steps = 3
 batch_size = 4
 """
 
@@ -58,7 +58,7 @@ def test_a_client_outlives_its_runs_and_its_server(federation: Federation) -> No
 
     Otherwise it would be hours of somebody's GPU. A run follows that counts.
     """
-    federation.run_file.write_text(ONE_CLIENT.replace("steps = 300", "steps = 1_000_000"))
+    federation.run_file.write_text(ONE_CLIENT.replace("steps = 3", "steps = 1_000_000"))
     server = federation.server()
     alice = federation.client("alice")
     stopped = federation.create()

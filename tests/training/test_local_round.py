@@ -14,7 +14,8 @@ from fedpeft.adapters import payload
 from fedpeft.config import PeftConfig, parse_config
 from fedpeft.errors import ModelInvalid, PayloadInvalid
 from fedpeft.models.tasks import task_of
-from fedpeft.rounds.local_job import LOCAL, RESIDUAL, LocalJob, Version
+from fedpeft.rounds.groups import LOCAL, RESIDUAL
+from fedpeft.rounds.local_job import LocalJob, Version
 from fedpeft.training.local_round import load_run
 
 from ..outside_package import PRIVATE_HEAD, install

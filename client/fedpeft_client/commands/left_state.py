@@ -14,11 +14,8 @@ from fedpeft.process.locks import LOCK
 from fedpeft_client.egress.entries import FILE as LEDGER
 from fedpeft_client.egress.log_file import archives
 from fedpeft_client.enrolment import site_identity
-from fedpeft_client.owner.policy import FILE as POLICY
-from fedpeft_client.owner.policy import NAMED as POLICY_FILE
 from fedpeft_client.state import contact, processes
-from fedpeft_client.state.outbox import ASIDE, BOX, DRAFT, Outbox
-from fedpeft_client.state.state_dir import StateDirectory, identity_folder
+from fedpeft_client.state.state_dir import ASIDE, BOX, DRAFT, POLICY, POLICY_FILE, StateDirectory, identity_folder
 
 LEFT = "left"
 """In the state directory: when this client left."""
@@ -80,6 +77,8 @@ def drop_unsent(directory: StateDirectory) -> Iterator[tuple[Path, str, int]]:
     Raises:
         StateInvalid: If it cannot be removed, or not be settled.
     """
+    from fedpeft_client.state.outbox import Outbox  # only now: it needs NumPy, of which other commands ask nothing
+
     with durable.refusals(f"writing {directory.path}"):
         Outbox(directory, "").finish()
     yield from _removed(directory.path, _UNSENT)

@@ -21,7 +21,7 @@ from fedpeft_client.egress.entries import Kind, LoggedEntry, Outcome, read, unre
 from fedpeft_client.enrolment import site_identity
 from fedpeft_client.owner.policy import find, noted
 from fedpeft_client.state import contact
-from fedpeft_client.state.outbox import BOX
+from fedpeft_client.state.state_dir import BOX
 
 DAY = timedelta(days=1)
 

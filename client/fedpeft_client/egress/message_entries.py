@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedpeft.adapters.payload import chunks
 from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.egress.entries import EgressEntry, Kind
-from fedpeft_client.state.outbox import Pending
+
+if TYPE_CHECKING:  # it needs NumPy, of which a command that enrols or leaves asks nothing
+    from fedpeft_client.state.outbox import Pending
 
 CHUNK_OVERHEAD_BYTES = 32
 """Most bytes that a message adds to a chunk."""
@@ -47,6 +48,8 @@ def answer(request: pb.AnswerOfferRequest, name: str) -> EgressEntry:
 
 def update(pending: Pending, offset: int) -> EgressEntry:
     """Returns the entry of an upload of an update that goes on at byte `offset`."""
+    from fedpeft.adapters.payload import chunks  # only now, for the same reason
+
     manifest = pending.header.manifest
     pieces = list(chunks(offset, manifest.payload_bytes))
     said = {

@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fedpeft.errors import CertificateExpired, FedpeftError, NoAuthority
 from fedpeft.identity import certificates, folder
@@ -18,7 +18,9 @@ from fedpeft.identity.folder import Identity
 from fedpeft.process.logs import Log
 from fedpeft.rpc import enrolment
 from fedpeft_client.error_policy import NOT_LET_IN
-from fedpeft_client.uplink.channel import Channel
+
+if TYPE_CHECKING:  # it needs NumPy, of which a command that only looks at a certificate asks nothing
+    from fedpeft_client.uplink.channel import Channel
 
 SPREAD = 0.05
 """Share of the time that is left by which the moment is put off at random: a thousand sites enrolled at once."""

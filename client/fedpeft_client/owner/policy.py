@@ -17,15 +17,10 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fedpeft import text_files
-from fedpeft.codecs import codecs
 from fedpeft.config_errors import faults_of, in_file
 from fedpeft.errors import SettingsInvalid
 from fedpeft.process import durable
-
-FILE = "policy.toml"
-"""In the state directory: what applies where no other file is named."""
-NAMED = "policy-file"
-"""In the state directory: the place of a policy that lies elsewhere."""
+from fedpeft_client.state.state_dir import POLICY, POLICY_FILE
 
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _FINGERPRINT = re.compile(r"[0-9a-f]{16,64}")
@@ -45,6 +40,8 @@ def _fingerprint(text: str) -> str:
 
 
 def _encoding(name: str) -> str:
+    from fedpeft.codecs import codecs  # only now: few policies name any, and it needs NumPy
+
     if name not in codecs.names():
         raise ValueError(f"there is no encoding {name!r}; there are: {', '.join(codecs.names())}")
     return name
@@ -206,8 +203,8 @@ def find(named: Path | None, state_dir: Path) -> tuple[Policy, Path | None]:
         SettingsInvalid: As `Policy.read`.
     """
     path = named
-    if path is None and os.path.lexists(state_dir / FILE):
-        path = state_dir / FILE
+    if path is None and os.path.lexists(state_dir / POLICY):
+        path = state_dir / POLICY
     return (NO_LIMITS, None) if path is None else (Policy.read(path), path)
 
 
@@ -217,9 +214,9 @@ def note_named(file: Path | None, state_dir: Path) -> None:
     Raises:
         StateInvalid: If the state directory cannot be written.
     """
-    path = state_dir / NAMED
+    path = state_dir / POLICY_FILE
     with durable.refusals(f"writing {path}"):
-        if file is None or file == state_dir / FILE:
+        if file is None or file == state_dir / POLICY:
             path.unlink(missing_ok=True)
         else:
             durable.write(path, os.fsencode(file.absolute()))
@@ -228,7 +225,7 @@ def note_named(file: Path | None, state_dir: Path) -> None:
 def noted(state_dir: Path) -> Path | None:
     """Returns the policy file outside the state directory that the client began with last; None if there was none."""
     try:
-        return Path(os.fsdecode((state_dir / NAMED).read_bytes()))
+        return Path(os.fsdecode((state_dir / POLICY_FILE).read_bytes()))
     except OSError:
         return None
 

@@ -33,16 +33,17 @@ from fedpeft import ids
 from fedpeft.adapters.payload import Manifest, Tensors
 from fedpeft.errors import FedpeftError, StateInvalid
 from fedpeft.process import durable, logs
-from fedpeft.rounds.local_job import RESIDUAL, LocalUpdate
+from fedpeft.rounds.groups import RESIDUAL
+from fedpeft.rounds.local_job import LocalUpdate
 from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.state import state_dir
+from fedpeft_client.state.state_dir import ASIDE, BOX, DRAFT
 
 PAYLOAD = "update.payload"
 _SUFFIX, _IF_COUNTED, _IF_NOT = ".safetensors", "_if_counted", "_if_not"
 _RECORD = "ticket.json"
 _COUNTED, _EXCLUDED = "counted.json", "excluded"
-BOX, DRAFT, ASIDE = "pending", "pending.new", "set-aside"
 KEPT_ASIDE = 8
 """Updates that are kept aside: each is as large as any other, and nobody may be there to look at them."""
 

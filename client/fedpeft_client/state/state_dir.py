@@ -33,8 +33,14 @@ from typing import Self
 from fedpeft import ids
 from fedpeft.errors import StateInvalid
 from fedpeft.process import durable, locks
-from fedpeft.rounds.local_job import RESIDUAL
+from fedpeft.rounds.groups import RESIDUAL
 
+BOX, DRAFT, ASIDE = "pending", "pending.new", "set-aside"
+"""Names of what `fedpeft_client.state.outbox` keeps here."""
+POLICY = "policy.toml"
+"""The policy that applies where no other file is named."""
+POLICY_FILE = "policy-file"
+"""The place of a policy that lies elsewhere."""
 IF_EXCLUDED = "counted"
 """Begins the name of a file that replaces a group if a counted update is excluded; it is the residual's whole name."""
 VARIABLE = "FEDPEFT_CLIENT_STATE_DIR"

@@ -20,7 +20,7 @@ from fedpeft import ids
 from fedpeft.errors import FedpeftError, LocalError
 from fedpeft.process import durable
 from fedpeft.process.logs import Log
-from fedpeft.rounds.local_job import LOCAL
+from fedpeft.rounds.groups import LOCAL
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.egress.log import EgressLog

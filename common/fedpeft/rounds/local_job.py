@@ -19,12 +19,6 @@ from fedpeft.errors import TrainingFailed
 Groups = Mapping[str, Tensors]
 """Tensors by group and name, float32."""
 
-RESIDUAL = "residual"
-"""The group of what earlier updates left unsent (error feedback); dropped with an update that was wrong."""
-
-LOCAL = "local"
-"""The group of the tensors that are trained here and never sent; its owner's, kept when the run is over."""
-
 
 @dataclass(frozen=True, slots=True)
 class Version:

@@ -28,7 +28,8 @@ from fedpeft.data.reading import MAX_PIXELS, Reading
 from fedpeft.data.sources.interface import Source
 from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.models.tasks import split_data, task_of
-from fedpeft.rounds.local_job import RESIDUAL, Groups
+from fedpeft.rounds.groups import RESIDUAL
+from fedpeft.rounds.local_job import Groups
 from fedpeft.training.local_round import LoadedRun
 
 CACHE_BYTES = 1024 * 1024 * 1024

@@ -21,7 +21,8 @@ from fedpeft.models import backbones
 from fedpeft.models.tasks import Dataset, LabelMap, Task
 from fedpeft.peft import TunedModel, tune
 from fedpeft.privacy.transforms import transforms_of
-from fedpeft.rounds.local_job import LOCAL, RESIDUAL, LocalJob, LocalUpdate, Version
+from fedpeft.rounds.groups import LOCAL, RESIDUAL
+from fedpeft.rounds.local_job import LocalJob, LocalUpdate, Version
 from fedpeft.training.evaluation import evaluate
 from fedpeft.training.loop import Progress, train
 from fedpeft.training.run_spec import run_spec

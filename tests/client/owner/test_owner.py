@@ -71,7 +71,8 @@ async def test_a_server_that_offers_little_and_asks_for_much_is_refused_in_words
     unwanted.id = "run-000000000002"
     federation.others = [unwanted]
     federation.ask_for = TrainingConfig(steps=50, batch_size=4)
-    client = await start_client("--metrics", f"127.0.0.1:{port}")
+    soon = {"longest_pause_s": 0.5, "first_hold_s": 0.5, "longest_hold_s": 1.0}
+    client = await start_client("--metrics", f"127.0.0.1:{port}", timing=soon)
     await until(lambda: federation.withdrawn, client.text)
     assert client.events("the policy of this site applies")[0]["training.max_steps"] == 5
     assert federation.declines == [("site-a", unwanted.id, ["the server asks for 50 steps; its owner allows 5"])]
