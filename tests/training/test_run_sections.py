@@ -23,8 +23,8 @@ from fedpeft.training.devices import device_of
 from fedpeft.training.local_round import LoadedRun, load_run
 from fedpeft.training.result import TrainingResult
 
+from ..simulation.conftest import folders as folders
 from ..simulation.simulated_runs import clients, config
-from ..simulation.test_simulation import folders as folders
 
 N = 4
 
