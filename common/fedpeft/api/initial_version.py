@@ -28,6 +28,21 @@ class FirstVersion:
     model_parameters: int
 
 
+def checked_spec(config: RunConfig) -> AdapterSpec:
+    """Returns the spec of a run that a server would hold, and refuses what `first_version` refuses; builds no weights.
+
+    Raises:
+        ModelInvalid: If there is no such model, or not in this size or depth.
+        ConfigInvalid: As `first_version`.
+    """
+    check_served(config)
+    from fedpeft.training.run_spec import spec_without_weights
+
+    spec = spec_without_weights(config)
+    check_combination(config, spec)
+    return spec
+
+
 def first_version(config: RunConfig, weights: Path | None = None) -> FirstVersion:
     """Builds a run's model and returns its version 0; imports torch, and takes seconds.
 
@@ -37,8 +52,8 @@ def first_version(config: RunConfig, weights: Path | None = None) -> FirstVersio
 
     Raises:
         ModelInvalid: If the model or its weights cannot be had.
-        ConfigInvalid: If the PEFT method or an option of it is wrong, the strategy cannot fold its
-            tensors, or a server cannot hold such rounds.
+        ConfigInvalid: If the PEFT method or an option of it is wrong, parts of the run do not work
+            with each other, or a server cannot hold such rounds.
     """
     check_served(config)
     from fedpeft.models.backbones import build, fingerprint

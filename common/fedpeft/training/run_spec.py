@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.sections import initial, with_sections
 from fedpeft.adapters.spec import AdapterSpec, Section
 from fedpeft.algorithms import algorithm
 from fedpeft.config import RunConfig
-from fedpeft.peft import TunedModel
+from fedpeft.peft import Method, TunedModel, make, spec_of
 
 
-def sections_of(config: RunConfig, model: TunedModel) -> tuple[Section, ...]:
+def sections_of(config: RunConfig, method: Method[Any]) -> tuple[Section, ...]:
     """Returns the sections beside the adapter that the parts of a run declare.
 
     Whoever creates a run and whoever trains for it ask this; the server takes them from the spec.
     """
-    return (*model.method.sections(config), *algorithm(config.training.algorithm).sections())
+    return (*method.sections(config), *algorithm(config.training.algorithm).sections())
 
 
 def run_spec(config: RunConfig, model: TunedModel) -> AdapterSpec:
@@ -24,7 +26,19 @@ def run_spec(config: RunConfig, model: TunedModel) -> AdapterSpec:
     Raises:
         SpecInvalid: If a section breaks a rule.
     """
-    return with_sections(model.spec, sections_of(config, model))
+    return with_sections(model.spec, sections_of(config, model.method))
+
+
+def spec_without_weights(config: RunConfig) -> AdapterSpec:
+    """Returns the spec of a run, the same as `run_spec`, from a model without values (torch's meta device).
+
+    Raises:
+        ModelInvalid: If there is no such model, or not in this size or depth.
+        ConfigInvalid: If there is no such method, or an option is wrong or fits nothing in this model.
+        SpecInvalid: If a section breaks a rule.
+    """
+    method, options = config.peft.method, config.peft.options
+    return with_sections(spec_of(config.model, method, options), sections_of(config, make(method, options)))
 
 
 def version_0(spec: AdapterSpec, model: TunedModel) -> Tensors:

@@ -107,6 +107,48 @@ def test_wrong_run_file_is_a_usage_error(
     assert sentence in capfd.readouterr().err
 
 
+ALGORITHM = '[training.algorithm]\nname = "scaffold"\npopulation = 9\n'
+SCAFFOLD = "[training]\nmomentum = 0.0\n" + ALGORITHM
+NO_MIX = {
+    "momentum": ("bias", "[training]\nmomentum = 0.9\n" + ALGORITHM, "training.momentum is 0.9"),
+    "adamw": ("bias", '[training]\noptimizer = "adamw"\n' + ALGORITHM, "training.optimizer is 'adamw'"),
+    "population": ("bias", SCAFFOLD.replace("= 9", "= 1"), "training.algorithm.population is 1, fewer than the 2"),
+    "median": ("bias", SCAFFOLD + '[aggregation]\nstrategy = "median"\n', "aggregation.strategy is 'median'"),
+    "fednova": ("bias", SCAFFOLD + '[aggregation]\nstrategy = "fednova"\n', "aggregation.strategy is 'fednova'"),
+    "sparse": ("bias", SCAFFOLD + '[codec]\nup = "sparse"\n', "codec.up is 'sparse'"),
+    "clip": ("bias", SCAFFOLD + "[privacy]\nclip_norm = 1.0\n", "privacy.clip_norm does not go with section"),
+    "fair, bias": ("bias", '[aggregation]\nstrategy = "lora_fair"\n', "aggregation.strategy is 'lora_fair'"),
+    "fair, rolora": ("rolora", '[aggregation]\nstrategy = "lora_fair"\n', "aggregation.strategy is 'lora_fair'"),
+    "buffered": ("bias", 'policy = "buffered"\n', "rounds.policy is 'buffered'"),
+}
+
+
+@pytest.mark.parametrize(("method", "extra", "said"), NO_MIX.values(), ids=NO_MIX)
+def test_check_refuses_a_combination_in_the_words_of_create(
+    served: Serving, tmp_path: Path, capfd: pytest.CaptureFixture[str], method: str, extra: str, said: str
+) -> None:
+    path = run_file(tmp_path, method, extra)
+    assert fedpeft("run", "create", str(path), "--check") == 2
+    checked = capfd.readouterr().err
+    field, text = said.split(" ", 1)
+    lines = path.read_text().splitlines()
+    (line,) = [number for number, each in enumerate(lines, 1) if each.startswith(f"{field.split('.')[-1]} = ")]
+    assert checked.startswith(f"fedpeft: {path}:{line}: {field}: {text}")
+    assert fedpeft("--server", served.address, "run", "create", str(path)) == 2
+    assert capfd.readouterr().err == "building the model ...\n" + checked
+
+
+def test_check_refuses_an_engine_that_there_is_not(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = run_file(tmp_path, "bias", '[simulation]\nengine = "ray"\n')
+    assert fedpeft("run", "create", str(path), "--check") == 2
+    assert f"{path}:16: simulation.engine: there is no engine 'ray'; there are: " in capfd.readouterr().err
+
+
+def test_check_of_sections_counts_the_adapter_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert fedpeft("run", "create", str(run_file(tmp_path, "head", SCAFFOLD)), "--check", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["adapter_parameters"] == 386
+
+
 def test_missing_run_file_and_weights(served: Serving, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert fedpeft("run", "create", str(tmp_path / "absent.toml")) == 2
     path = run_file(tmp_path)

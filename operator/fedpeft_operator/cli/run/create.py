@@ -29,7 +29,10 @@ def create(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file (TOML).")],
     check: Annotated[
-        bool, typer.Option("--check", help="Only validate the file and the weights it names; nothing is sent.")
+        bool,
+        typer.Option(
+            "--check", help="Only validate: every field, that they go together, the weights; nothing is sent."
+        ),
     ] = False,
     weights: Weights = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -73,12 +76,21 @@ async def created(session: Session, config: RunConfig, weights: Path | None) -> 
 
 
 def _check(file: Path, config: RunConfig, weights: Path | None, as_json: bool) -> None:
-    """Says what a valid file means; the method is tried on a model without values, a weights file fitted to it."""
-    require("train", "torch", "timm")
-    from fedpeft.models.backbones import check_weights
-    from fedpeft.peft import spec_of
+    """Says what a valid file means; the method is tried on a model without values, a weights file fitted to it.
 
-    spec = spec_of(config.model, config.peft.method, config.peft.options)
+    Raises:
+        ConfigInvalid: If the parts of the run do not work with each other, a server cannot hold it, or there is no
+            such engine for its simulation.
+        ModelInvalid: If the model or its weights cannot be had.
+    """
+    require("train", "torch", "timm")
+    from fedpeft.api.initial_version import checked_spec
+    from fedpeft.models.backbones import check_weights
+    from fedpeft.simulation.engines import engine_named
+
+    if config.simulation:
+        engine_named(config.simulation.engine)
+    spec = checked_spec(config).adapter
     path = check_weights(config.model, weights)
     fits = {"hub": "the hub's, not checked", "none": "random"}
     about = f"{path}, which fits" if path else fits[config.model.weights]
