@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
+import stat
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -24,23 +26,52 @@ _OF_MARK = {mark: "utf-8-sig" if name == "utf-8" else name[:6] for mark, name in
 """Python's encodings that take the mark away: utf-16 and utf-32 tell the order of bytes by it."""
 
 
+MOST_BYTES = 1024 * 1024
+"""Most bytes of a file that a person writes: a run file, a policy, settings, a certificate."""
+MOST_LISTED_BYTES = 256 * MOST_BYTES
+"""Most bytes of a file that lists what data have many of: rows, clients, classes."""
+
+
 class NotText(ValueError):
-    """The bytes are no text in an encoding that is read; the message says where, as a clause."""
+    """The file is no text that is read here; the message says why, and where, as a clause."""
 
 
-def read(path: Path, limit_bytes: int = -1) -> str:
+def read(path: Path, most: int = MOST_BYTES) -> str:
     r"""Returns the text of a file, line ends as `\n`.
 
     Args:
         path: The file.
-        limit_bytes: Bytes that are read at most; all if negative.
+        most: Most bytes that it may have.
 
     Raises:
         OSError: If it cannot be read.
-        NotText: If it is no text.
+        NotText: If it is no text, or as `read_bytes`.
     """
-    with path.open("rb") as file:
-        return decode(file.read(limit_bytes))
+    return decode(read_bytes(path, most))
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Returns the bytes of a file, without waiting: what is no file, such as a pipe, may never end or never begin.
+
+    Args:
+        path: The file.
+        most: Most bytes that it may have.
+
+    Raises:
+        OSError: If it cannot be read.
+        NotText: If it is no regular file, or has more bytes.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:  # Path.open takes no opener
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise NotText("it is a device or a pipe; name a regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise NotText(f"it has more than {most:,} bytes, the most that such a file may have")
+    return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def opened(path: Path) -> TextIO:

@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fedpeft.data.client_folders import clients_in
 from fedpeft.data.labels import read_label_map
 from fedpeft.data.sources.opening import labels_digest, open_source
 from fedpeft.errors import ConfigInvalid, DataInvalid, FedpeftError, IdentityInvalid, SettingsInvalid
-from fedpeft.identity import keys, token_argument
+from fedpeft.identity import certificates, keys, token_argument
 from fedpeft.identity.folder import server_of
 from fedpeft.process import durable
 from fedpeft_client.owner.policy import Policy
@@ -185,3 +186,48 @@ def test_a_long_file_is_read_line_by_line_without_its_mark(tmp_path):
         (tmp_path / "lines").write_bytes(mark + "caf\u00e9\n2\n".encode(encoding))
         with text_files.opened(tmp_path / "lines") as lines:
             assert list(lines) == ["caf\u00e9\n", "2\n"]
+
+
+def first_certificate(path: Path) -> object:
+    return certificates.load(path)[0]
+
+
+BOUNDED: dict[str, tuple[str, Callable[[Path], object]]] = {
+    **{what: (READERS[what][0], READERS[what][2]) for what in ("run file", "policy", "settings", "identity")},
+    "key": ("key.pem", keys.load),
+    "certificate": ("certificate.pem", first_certificate),
+}
+
+
+@pytest.mark.parametrize("what", BOUNDED)
+def test_a_large_file_is_refused_before_it_fills_the_memory(tmp_path, what):
+    name, reads = BOUNDED[what]
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(3 << 40)  # it takes no room on the disk, and more than any memory
+    (tmp_path / name).chmod(0o600)
+    with pytest.raises(FedpeftError, match=f"{name}.* it has more than 1,048,576 bytes"):
+        reads(tmp_path / name)
+
+
+# /dev/zero is open to others, for which a key is refused before it is read.
+@pytest.mark.parametrize(
+    ("what", "pipe"), [*((what, True) for what in BOUNDED), *((what, False) for what in BOUNDED if what != "key")]
+)
+def test_a_device_or_pipe_is_refused_at_once(tmp_path, what, pipe):
+    name, reads = BOUNDED[what]
+    if pipe:  # which nobody writes to: opening it would wait for ever
+        os.mkfifo(tmp_path / name, 0o600)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(FedpeftError, match=f"{name}.* it is a device or a pipe; name a regular file"):
+        reads(tmp_path / name)
+
+
+def test_the_most_bytes_are_read_and_a_folder_is_named_as_one(tmp_path):
+    (tmp_path / "run.toml").write_text(RUN + "#" * (text_files.MOST_BYTES - len(RUN.encode())), encoding="utf-8")
+    assert run_file(tmp_path / "run.toml") == ("cat", "caf\u00e9")
+    with pytest.raises(ConfigInvalid, match=r"cannot read run file .*: Is a directory"):
+        run_file(tmp_path)
+    (tmp_path / "a.index.json").symlink_to("/dev/zero")
+    with pytest.raises(DataInvalid, match="it is a device or a pipe"):
+        open_source(tmp_path / "a.index.json")

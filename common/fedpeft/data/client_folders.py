@@ -78,7 +78,7 @@ def _refuse_beside(path: Path, found: Iterable[str]) -> None:
 def _check_record(path: Path, found: Iterable[str]) -> None:
     """Refuses a partition of which a client is missing: the others would be trained on as if they were all."""
     try:
-        record = text_files.json_of(text_files.read(path / RECORD))
+        record = text_files.json_of(text_files.read(path / RECORD, text_files.MOST_LISTED_BYTES))
         names = [file_name(client["name"]) for client in record["clients"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataInvalid(f"{path / RECORD} cannot be read: {error}; partition the data again") from None

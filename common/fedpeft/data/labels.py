@@ -55,7 +55,7 @@ def read_label_map(path: Path) -> dict[str, str | None]:
     """
     toml = path.suffix.lower() == ".toml"
     try:
-        text = text_files.read(path)
+        text = text_files.read(path, text_files.MOST_LISTED_BYTES)
         data = text_files.toml(text) if toml else text_files.json_of(text, _once)
     except OSError as error:
         raise DataInvalid(f"cannot read label map {path}: {error.strerror}") from None

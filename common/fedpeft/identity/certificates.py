@@ -9,6 +9,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from fedpeft import text_files
 from fedpeft.errors import IdentityInvalid
 from fedpeft.identity.subject import Subject
 
@@ -20,9 +21,11 @@ def load(path: Path) -> list[x509.Certificate]:
         IdentityInvalid: If the file cannot be read or holds none.
     """
     try:
-        return parse(path.read_bytes())
+        return parse(text_files.read_bytes(path))
     except OSError as error:
         raise IdentityInvalid(f"{path} cannot be read: {error.strerror}") from None
+    except text_files.NotText as error:
+        raise IdentityInvalid(f"{path} holds no certificate: {error}") from None
     except IdentityInvalid as error:
         raise IdentityInvalid(f"{path}: {error.message}") from None
 

@@ -188,6 +188,8 @@ def server_of(folder: Path) -> str:
         return str(Address.parse(server if isinstance(server, str) else ""))
     except OSError as error:
         raise IdentityInvalid(f"{path} cannot be read: {error.strerror}; enroll first") from None
+    except text_files.NotText as error:
+        raise IdentityInvalid(f"{path} cannot be read: {error}") from None
     except ValueError:
         raise IdentityInvalid(f'{path} must hold server = "HOST:PORT"') from None
 

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from fedpeft import text_files
 from fedpeft.errors import IdentityInvalid
 
 PrivateKey = ec.EllipticCurvePrivateKey
@@ -37,9 +38,11 @@ def load(path: Path) -> PrivateKey:
     """
     check_private(path)
     try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
+        key = load_pem_private_key(text_files.read_bytes(path), password=None)
     except OSError as error:
         raise IdentityInvalid(f"{path} cannot be read: {error.strerror}") from None
+    except text_files.NotText as error:
+        raise IdentityInvalid(f"{path} holds no private key: {error}") from None
     except (ValueError, TypeError):
         raise IdentityInvalid(f"{path} holds no unencrypted private key in PEM form") from None
     if not isinstance(key, PrivateKey) or not isinstance(key.curve, ec.SECP256R1):

@@ -17,13 +17,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fedpeft import text_files
 from fedpeft_operator.console.session_store import NOBODY, Session, SessionStore
 from fedpeft_operator.console.settings import Settings
 
 FIELD = "csrf"
 """The form field that holds the session's token."""
 OPEN_PATHS = ("/login", "/static/")
-MOST_BYTES = 1024 * 1024
+MOST_BYTES = text_files.MOST_BYTES
 """Longest body of a request: a form with a run file."""
 
 _SAFE = ("GET", "HEAD")

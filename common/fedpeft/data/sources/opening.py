@@ -124,7 +124,7 @@ def _open_index(path: Path, image: str | None, label: str | None) -> Source:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        data = text_files.json_of(text_files.read(path))
+        data = text_files.json_of(text_files.read(path, text_files.MOST_LISTED_BYTES))
     except ValueError as error:
         raise DataInvalid(f"{path} is not JSON: {error}") from None
     wanted = {"source": str, "rows": list, "labels_sha256": str}

@@ -110,7 +110,7 @@ def _schema(path: Path, metadata: pq.FileMetaData) -> pa.Schema:
     try:
         if b"huggingface" not in about and (path.parent / INFO).is_file():
             place = path.parent / INFO
-            features = text_files.json_of(text_files.read(place))["features"]
+            features = text_files.json_of(text_files.read(place, text_files.MOST_LISTED_BYTES))["features"]
             schema = schema.with_metadata({**about, **described(features)})
         for name in schema.names:
             class_names(schema, name)
