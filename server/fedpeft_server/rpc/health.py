@@ -12,7 +12,7 @@ from fedpeft.rpc.server_info import ServerInfo
 
 
 class Health(health.aio.HealthServicer):
-    """Participation health checks; `fedpeft doctor` reads what stands beside them."""
+    """Answers health checks; `fedpeft doctor` reads what stands beside them."""
 
     clock = staticmethod(time.time)
 
