@@ -81,6 +81,18 @@ def test_runs_are_created_found_steered(served: Serving, tmp_path: Path) -> None
         server.create(tmp_path / "absent.toml")
 
 
+def test_a_listed_run_asks_for_its_rounds_when_they_are_looked_at(served: Serving) -> None:
+    done = a_run(version=2, state=run_pb2.RUN_STATE_COMPLETED)
+    served.double.runs, served.double.rounds = {RUN: done}, {RUN: [a_round(1, accuracy=0.5), a_round(2, accuracy=0.75)]}
+    server = fedpeft.connect(served.address)
+    (listed,), whole = server.runs, server.run(RUN)
+    served.double.asked.clear()
+    assert RUN in repr(listed) and not served.double.asked
+    assert (listed.bytes_up, listed.full_bytes) == (whole.bytes_up, whole.full_bytes) and listed.bytes_up > 0
+    assert (len(listed.rounds), listed.accuracy, listed.to_dict()) == (2, 0.75, whole.to_dict())
+    assert served.double.asked.count("ListRounds") == 1
+
+
 def test_watching_says_what_is_new_and_goes_on_when_the_server_restarts(served: Serving) -> None:
     double = served.double
     running, done = a_run(version=1), a_run(version=1, state=run_pb2.RUN_STATE_COMPLETED)

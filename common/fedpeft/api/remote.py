@@ -126,8 +126,8 @@ class Server:
 
     @property
     def runs(self) -> list[Run]:
-        """Every run, oldest first."""
-        return [Run(self._client, RunSnapshot(found)) for found in self._ask(lambda c: c.runs())]
+        """Every run, oldest first; the rounds of one are asked for when they are looked at."""
+        return [Run(self._client, RunSnapshot(found), listed=True) for found in self._ask(lambda c: c.runs())]
 
     def run(self, run: str) -> Run:
         """Returns a run by its id; raises `RunNotFound`."""
@@ -170,9 +170,17 @@ class Server:
 class Run:
     """A run, as it was known when it was last asked for: `watch`, `wait` and `refresh` bring it up to date."""
 
-    def __init__(self, client: Callable[[], OperatorClient], snapshot: RunSnapshot) -> None:
+    def __init__(self, client: Callable[[], OperatorClient], snapshot: RunSnapshot, *, listed: bool = False) -> None:
         self._client = client
         self._snapshot = snapshot
+        self._lacks_rounds = listed
+
+    @property
+    def _known(self) -> RunSnapshot:
+        """Snapshot with its rounds; a list of runs brings none, so they are asked for once."""
+        if self._lacks_rounds:
+            self.refresh()
+        return self._snapshot
 
     @property
     def id(self) -> str:
@@ -237,23 +245,23 @@ class Run:
     @property
     def rounds(self) -> list[Round]:
         """The committed rounds, by number."""
-        return [_round(each, self._snapshot.run) for each in self._snapshot.committed]
+        return [_round(each, self._snapshot.run) for each in self._known.committed]
 
     @property
     def current(self) -> Round | None:
         """The round in progress; None once the run is over."""
-        current = self._snapshot.current
+        current = self._known.current
         return None if current is None else _round(current, self._snapshot.run)
 
     @property
     def accuracy(self) -> float | None:
         """Of the newest version that was scored, 0 to 1."""
-        return self._newest("accuracy")
+        return _newest(self._known, "accuracy")
 
     @property
     def loss(self) -> float | None:
         """Of the newest version that was scored, on held-out data."""
-        return self._newest("loss")
+        return _newest(self._known, "loss")
 
     @property
     def bytes_up(self) -> int:
@@ -279,6 +287,7 @@ class Run:
         """Asks the server once; returns this run."""
         found, rounds = blocking.do(_asked(self._client, partial(_looked, run=self.id)))
         self._snapshot = RunSnapshot(found, {each.number: each for each in rounds})
+        self._lacks_rounds = False
         return self
 
     def watch(self) -> Iterator[Change]:
@@ -286,7 +295,7 @@ class Run:
         narrator = Narrator()
         following: AsyncGenerator[RunSnapshot, None] = follow(self._client, self.id)  # type: ignore[assignment]
         for snapshot in blocking.stream(following):
-            self._snapshot = snapshot
+            self._snapshot, self._lacks_rounds = snapshot, False
             text = "\n".join(narrator.lines(snapshot))
             if text or snapshot.changed:
                 rounds = tuple(_round(snapshot.rounds[n], snapshot.run) for n in sorted(snapshot.changed))
@@ -371,25 +380,28 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what `fedpeft run show --json` prints."""
-        snapshot = self._snapshot
+        snapshot = self._known
         return views.run_json(snapshot.run, snapshot.rounds.values(), snapshot.current)
 
     def _steered(self, call: Callable[[OperatorClient], Coroutine[Any, Any, run_pb2.Run]]) -> Run:
         blocking.do(_asked(self._client, call))
         return self.refresh()
 
-    def _newest(self, figure: str) -> float | None:
-        for each in reversed(self._snapshot.committed):
-            if figure in each.metrics:
-                return each.metrics[figure]
-        return self._snapshot.run.initial_metrics.get(figure)
-
     def __repr__(self) -> str:
-        scored = "" if self.accuracy is None else f", accuracy {100 * self.accuracy:.1f} %"
+        accuracy = _newest(self._snapshot, "accuracy")  # a list of runs is shown without a call for each
+        scored = "" if accuracy is None else f", accuracy {100 * accuracy:.1f} %"
         return f"<fedpeft run {self.id} {self.name!r}: {self.state} at version {self.version}{scored}>"
 
     def _repr_html_(self) -> str:
-        return rounds_html(self._snapshot)
+        return rounds_html(self._known)
+
+
+def _newest(snapshot: RunSnapshot, figure: str) -> float | None:
+    """Returns a figure of the newest version that has it."""
+    for each in reversed(snapshot.committed):
+        if figure in each.metrics:
+            return each.metrics[figure]
+    return snapshot.run.initial_metrics.get(figure)
 
 
 def connect(server: str | None = None, *, identity: str | Path | None = None, insecure: bool = False) -> Server:

@@ -65,8 +65,8 @@ def _stale(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
 def _scaled(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
     """Finds transforms of what a client keeps whole."""
     for transform in transforms_of(config) if spec.sections else ():
-        name = spec.sections[0].name
-        yield transform.field, f"does not go with section {name!r}: clients keep the whole of what it would change"
+        what = f"section {spec.sections[0].name!r} of algorithm {_algorithm_name(config)!r}"
+        yield transform.field, f"does not go with {what}: clients keep the whole of what it would change"
 
 
 _RULES = (_asked, _stale, _scaled)
