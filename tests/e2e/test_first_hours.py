@@ -339,7 +339,7 @@ async def test_clients_that_wait_for_work_follow_a_new_authority(tmp_path: Path)
         sites = [await enrolled(secured, tmp_path / name, name) for name in ("a", "b")]
         identities = [at(secured, site) for site in sites]
         authority_command.main(["rotate", *data])
-        await secured.server._renew_certificate()
+        await secured.server.refresh.refresh()
         calls: Counter[str] = Counter()
         async with AsyncExitStack() as stack:
             channels = []
@@ -350,7 +350,7 @@ async def test_clients_that_wait_for_work_follow_a_new_authority(tmp_path: Path)
             tasks = [asyncio.create_task(calls_on(channel, calls)) for channel in channels]
             await renewed(channels, identities, stop_at=2)
             authority_command.main(["finish", *data])
-            await secured.server._renew_certificate()
+            await secured.server.refresh.refresh()
             (new,) = Authorities.read(Files(tmp_path / "data" / "identity")).trusted
             await renewed(channels, [Identity.load(identity.folder) for identity in identities], stop_at=1)
             before = calls.copy()

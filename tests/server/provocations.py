@@ -354,8 +354,12 @@ async def locked_database(world: World) -> object:
 
 async def read_only_database(world: World) -> object:
     daemon = await world.start()
-    with daemon.server.store.db.transactions.engine.connect() as raw:
-        raw.exec_driver_sql("PRAGMA query_only = ON")
+
+    def forbid_writing() -> None:
+        with daemon.server.store.db.transactions.engine.connect() as raw:
+            raw.exec_driver_sql("PRAGMA query_only = ON")
+
+    await daemon.server.store.transact(forbid_writing)  # the connection is that of the database's thread
     return await daemon.client("a").register()
 
 

@@ -92,9 +92,18 @@ def line(postgresql_url: str, tmp_path: Path) -> Iterator[tuple[Line, str]]:
 
 async def works(daemon: Daemon, run: str) -> bool:
     """Says whether a run's only round is held."""
+    await pushed(daemon)
+    return await is_held(daemon, run)
+
+
+async def pushed(daemon: Daemon) -> None:
     (client,) = await daemon.clients("a")
     async with asyncio.timeout(10):
         await client.push((await client.task()).ticket, filled(1.0))
+
+
+async def is_held(daemon: Daemon, run: str) -> bool:
+    async with asyncio.timeout(10):
         return (await daemon.until(run, lambda r: r.version == 1)).version == 1
 
 
@@ -148,10 +157,10 @@ async def test_a_fold_that_is_repeated_once_the_database_is_back_is_told_once(
     daemon = await start(database=line[1])
     run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
     line[0].breaks_at_commit_of, line[0].away = b"INSERT INTO versions", True
-    held = asyncio.create_task(works(daemon, run.id))
+    await pushed(daemon)
     async with asyncio.timeout(20):
         while line[0].breaks_at_commit_of:
             await asyncio.sleep(0.01)
-        line[0].away = False
-        assert await held
+    line[0].away = False
+    assert await is_held(daemon, run.id)
     assert (await daemon.server.store.transact(actions, daemon)).count("round.committed") == 1

@@ -39,7 +39,7 @@ class TestRounds:
         (figures,) = shown(with_run)
         assert figures == RoundFigures(state, tickets=tuple(TicketFigures(t, Traffic()) for t in state.tickets))
         found = with_run.ticket(state.tickets[1].id)
-        assert (found.run, found.number, found.ticket) == (RUN, 1, state.tickets[1])
+        assert (found.run, found.ticket) == (RUN, state.tickets[1])
 
     def test_a_stopped_round_is_still_stopped_when_read_again(self, with_run: Database) -> None:
         state = advance(opened(), Stopped(), CONFIG.rounds, 1001.0)[0]
