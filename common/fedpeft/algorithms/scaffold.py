@@ -55,7 +55,10 @@ class Scaffold(LocalAlgorithm):
         if not strategy(name, config.aggregation.options).is_weighted_mean:
             return "aggregation.strategy", f"is {name!r}; one that takes the weighted mean is needed, as fedavg does"
         if codecs.get(config.codec.encoding).is_sparse:
-            return "codec.up", f"is {up!r}; what it leaves out would be corrected twice, by residual and by c; use a dense encoding"
+            return (
+                "codec.up",
+                f"is {up!r}; what it leaves out would be corrected twice, by residual and by c; use a dense encoding",
+            )
         if self.options.population < rounds.clients:
             population = f"is {self.options.population}, fewer than the {rounds.clients} clients of a round"
             return "training.algorithm.population", population
