@@ -7,6 +7,7 @@ import traceback
 
 from fedpeft.errors import FedpeftError
 from fedpeft.process import durable
+from fedpeft.process.start import naming_arguments, note, to_the_end
 from fedpeft.rpc import grpc_core
 from fedpeft.untrusted_text import print_anything
 from fedpeft_client.commands.table import COMMANDS, listing
@@ -25,7 +26,7 @@ def run(arguments: list[str]) -> int:
     print_anything()
     grpc_core.configure()  # before anything imports gRPC, which reads the environment as it is imported
     try:
-        with durable.naming_files():
+        with durable.naming_files(), to_the_end("fedpeft-client"), naming_arguments(arguments):
             if arguments and (command := COMMANDS.get(arguments[0])):
                 return command.load()(arguments[1:])
             settings = _settings(arguments)
@@ -39,7 +40,7 @@ def run(arguments: list[str]) -> int:
     except (FedpeftError, OSError) as error:
         if verbose:
             traceback.print_exc()
-        print(f"fedpeft-client: {error}", file=sys.stderr)
+        note(f"fedpeft-client: {error}")
         return exit_code(error)
 
 

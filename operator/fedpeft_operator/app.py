@@ -21,6 +21,7 @@ from fedpeft.api.caller import DEFAULT_SERVER
 from fedpeft.errors import FedpeftError, SettingsInvalid
 from fedpeft.process import durable, output
 from fedpeft.process.home import NO_HOME, home_folder
+from fedpeft.process.start import naming_arguments, to_the_end
 from fedpeft.untrusted_text import print_anything
 from fedpeft_operator.cli.access import audit, clients, enroll, identities, tokens
 from fedpeft_operator.cli.exit_codes import IN_HELP, Exit, code_of
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
             signal.signal(ending, _end)
     try:
-        with durable.naming_files():
+        with durable.naming_files(), to_the_end("fedpeft"), naming_arguments(given):
             _check_empty(given)
             app(args=given, obj=session, prog_name="fedpeft")
     except FedpeftError as error:

@@ -13,6 +13,7 @@ from importlib import import_module
 from fedpeft.errors import FedpeftError, IdentityInvalid, SettingsInvalid, StateInvalid
 from fedpeft.process import durable
 from fedpeft.process.logs import configure
+from fedpeft.process.start import naming_arguments, note, to_the_end
 from fedpeft.rpc import grpc_core
 from fedpeft.untrusted_text import print_anything
 from fedpeft_server.settings import Settings
@@ -38,7 +39,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     print_anything()
     try:
-        with durable.naming_files():
+        with durable.naming_files(), to_the_end("fedpeft-server"), naming_arguments(arguments):
             if arguments and arguments[0] in COMMANDS:
                 module, _ = COMMANDS[arguments[0]]
                 sys.exit(import_module(module).main(arguments[1:]))
@@ -69,7 +70,7 @@ def _settings(arguments: list[str]) -> Settings:
 
 
 def _fail(error: FedpeftError, code: int) -> int:
-    print(f"fedpeft-server: {error.message}", file=sys.stderr)
+    note(f"fedpeft-server: {error.message}")
     return code
 
 

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedpeft.process.start import note as note
+
 GAP = "  "
 """Between two columns."""
 LINE_CHARACTERS = 100
@@ -32,12 +34,6 @@ def say(text: str) -> None:
     """Writes a line of result."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-def note(text: str) -> None:
-    """Writes a line about the work to standard error."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
 
 
 def say_json(value: Any, *, line: bool = False) -> None:

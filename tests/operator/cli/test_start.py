@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,14 +92,75 @@ def test_shell_completion_completes() -> None:
     assert ended.stdout.split() == ["create"]
 
 
-def test_nobody_reads_what_is_printed() -> None:
+PRINTED = [
+    ("fedpeft_operator", "fedpeft", ["version"]),
+    ("fedpeft_operator", "fedpeft", ["run", "--help"]),
+    ("fedpeft_operator", "fedpeft", ["--version"]),
+    ("fedpeft_client", "fedpeft-client", ["--help"]),
+    ("fedpeft_client", "fedpeft-client", ["--version"]),
+    ("fedpeft_client", "fedpeft-client", ["ledger", "--help"]),
+    ("fedpeft_server", "fedpeft-server", ["--help"]),
+    ("fedpeft_server", "fedpeft-server", ["--print-completion", "bash"]),
+    ("fedpeft_server", "fedpeft-server", ["init", "--help"]),
+]
+
+
+def started(package: str, arguments: list[str | bytes], redirection: str = "", **streams: Any) -> tuple[int, str]:
+    code = f"from {package}.start import main; main()"
+    shell = ["bash", "-c", f'exec "$@" {redirection}', "bash"] if redirection else []
+    command = [*shell, sys.executable, "-c", code, *arguments]
+    ended = subprocess.run(command, timeout=100, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams})
+    return ended.returncode, (ended.stderr or b"").decode()
+
+
+@pytest.mark.parametrize(("package", "program", "arguments"), PRINTED)
+def test_output_that_cannot_be_written_is_one_sentence(package: str, program: str, arguments: list[str]) -> None:
+    said = f"{program}: standard output cannot be written: "
+    for unbuffered in ("", "1"):  # nothing is kept of what a stream without a buffer refused
+        full = started(package, [*arguments], ">/dev/full", env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+        assert full == (Exit.FAILED, f"{said}No space left on device\n")
+    none = started(package, [*arguments], ">&-")
+    assert none == (Exit.FAILED, f"{said}Bad file descriptor\n")
+
+
+@pytest.mark.parametrize(("package", "program", "arguments"), PRINTED)
+def test_nobody_reads_what_is_printed(package: str, program: str, arguments: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    ended = subprocess.run(
-        [sys.executable, "-m", "fedpeft_operator.app", "version"], stdout=writing, stderr=subprocess.PIPE, timeout=60
-    )
+    assert started(package, [*arguments], stdout=writing) == (141, "")
     os.close(writing)
-    assert (ended.returncode, ended.stderr) == (Exit.FAILED, b"")
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("fedpeft_operator", ["run", "create", "/absent.toml"]),
+        ("fedpeft_client", ["--threads", "0"]),
+        ("fedpeft_server", ["--max-transfers", "0"]),
+    ],
+)
+def test_the_exit_code_is_the_same_where_no_error_can_be_written(
+    package: str, arguments: list[str], redirection: str
+) -> None:
+    assert started(package, [*arguments], redirection)[0] == Exit.USAGE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "which"),
+    [
+        (["run", "show", b"\xe9"], "an argument after 'show'"),
+        (["run", "stop", "run-0123456789ab", "--reason", b"\xe9"], "--reason"),
+        (["run", "stop", "run-0123456789ab", b"--reason=\xe9"], "--reason"),
+        (["client", "revoke", b"\xe9"], "an argument after 'revoke'"),
+        (["token", "delete", b"\xe9"], "an argument after 'delete'"),
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_named(arguments: list[str | bytes], which: str) -> None:
+    with serving(Double()) as served:
+        served.double.runs = {"run-0123456789ab": a_run()}
+        ended = started("fedpeft_operator", ["--server", served.address, *arguments], stdin=subprocess.DEVNULL)
+    assert ended == (Exit.USAGE, f"fedpeft: {which} is not UTF-8: '\\udce9'\n")
 
 
 SLEEPS = (
@@ -131,8 +193,8 @@ def test_the_page_has_every_exit_code() -> None:
     section = PAGE.partition("## Exit codes")[2].partition("## ")[0]
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| \d.*\|$", section, re.M)]
     codes = {int(code): row for numbers, *row in rows for code in numbers.split(", ")}
-    assert {code for code, row in codes.items() if row[0]} == {*Exit, 129, 143}
-    assert {code for code, row in codes.items() if row[1]} == set(ClientExit)
+    assert {code for code, row in codes.items() if row[0]} == {*Exit, 129, 141, 143}
+    assert {code for code, row in codes.items() if row[1]} == {*ClientExit, 141}
 
 
 @pytest.mark.parametrize("program", ["fedpeft_operator", "fedpeft_server", "fedpeft_client"])
