@@ -256,6 +256,15 @@ def test_a_folder_that_cannot_be_written() -> None:
     assert found.level is Level.FAULT and "cannot be written" in found.said
 
 
+@pytest.mark.parametrize(("field", "check"), [("data_dir", "data folder"), ("state_dir", "state folder")])
+def test_a_folder_that_is_not_there(tmp_path: Path, field: str, check: str) -> None:
+    found = [each for each in bad(Setup(**{field: tmp_path / "nope"}, **free_ports())) if "nope" in each.said]
+    assert [(each.check, each.level, each.said) for each in found] == [
+        (check, Level.WARNING, f"{tmp_path / 'nope'} is not there")
+    ]
+    assert "first start" in found[0].cure and not (tmp_path / "nope").exists()
+
+
 def test_a_disk_that_is_full_is_not_given_to_another_user(small_disk: Path) -> None:
     with (small_disk / "ballast").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         while True:

@@ -21,10 +21,7 @@ LOOKED_AT = 16
 def check_state(setup: Setup) -> Iterator[Finding]:
     """Looks at a client's memory."""
     folder = setup.state_dir
-    if folder is None:
-        return
-    if not folder.exists():
-        yield ok("state", f"{folder} is made at the first start")
+    if folder is None or not folder.exists():  # which is said of its disk
         return
     holder = locks.holder_of(folder)
     yield ok("state", f"{folder}, " + (f"a client runs there (process {holder})" if holder else "no client runs there"))

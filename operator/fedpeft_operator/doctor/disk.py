@@ -48,6 +48,10 @@ def _check(name: str, folder: Path, least: int) -> Iterator[Finding]:
         yield warning(name, said, f"have at least {size(least)} free: updates and versions are kept there")
     else:
         yield ok(name, said)
+    if not folder.exists():
+        yield warning(
+            name, f"{folder} is not there", "check the path; before the first start, which makes it, that is right"
+        )
     if took_s > SLOW_S:
         yield warning(name, f"a sync takes {1000 * took_s:.0f} ms", "take a local disk: every update waits for one")
     if (mount := mount_of(there)) is not None and mount.type in REMOTE:

@@ -225,6 +225,19 @@ def test_export_as_peft_folder(served: Serving, tmp_path: Path) -> None:
     assert "hf.co" not in text and "More Information Needed" not in text
 
 
+def test_export_says_that_it_replaced_a_file(
+    served: Serving, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = created(served, tmp_path, "head")
+    out = tmp_path / "adapter.safetensors"
+    export = ("--server", served.address, "run", "export", run, "--out", str(out), "--json")
+    capfd.readouterr()
+    assert fedpeft(*export) == 0
+    assert capfd.readouterr().err == ""
+    assert fedpeft(*export) == 0
+    assert capfd.readouterr().err == f"fedpeft: {out} was there and is replaced\n"
+
+
 def test_export_with_another_backbone_is_refused(
     served: Serving, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import typer
 from fedpeft.errors import BlobCorrupt, ModelInvalid, SettingsInvalid
 from fedpeft.process import durable, output
 from fedpeft_operator.cli.epilogs import epilog
-from fedpeft_operator.cli.run.export import Format, beside, check_form, check_place, write
+from fedpeft_operator.cli.run.export import Format, beside, check_form, check_place, note_replaced, write
 from fedpeft_operator.cli.session import require
 from fedpeft_operator.cli.weights import Weights, check_needed
 
@@ -50,7 +50,7 @@ def export(
     """Write an adapter file as a timm state dict or a `peft` folder, without a server."""
     form = Format(model_format)
     wanted = None if sha256 is None else _digest(sha256)
-    check_place(out, form)
+    replaces = check_place(out, form)
     require("train", "torch", "timm", "peft")
     info, config = _read(adapter)
     found = _checked(adapter, info, wanted)
@@ -60,6 +60,7 @@ def export(
 
     with beside(out) as scratch:
         write(restored(config, info.backbone, adapter, weights, found), form, None, scratch / "whole", out)
+    note_replaced(out, replaces=replaces)
     if as_json:
         said = {"run": info.run, "version": info.version, "format": str(form), "out": str(out), "adapter_sha256": found}
         output.say_json(said)

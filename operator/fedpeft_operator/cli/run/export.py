@@ -54,8 +54,9 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write an adapter version as safetensors, a timm state dict, or a `peft` folder."""
-    check_place(out, form)
+    replaces = check_place(out, form)
     written = run_async(exported(session_of(context), run, out, form, version, weights))
+    note_replaced(out, replaces=replaces)
     number, sha256 = written.version, written.sha256.hex()
     if as_json:
         said = {"run": run, "version": number, "format": str(form), "out": str(out), "adapter_sha256": sha256}
@@ -92,16 +93,30 @@ async def exported(
         return header
 
 
-def check_place(out: Path, form: Format) -> None:
-    """Finds a place that cannot be written before anything is fetched or built."""
+def check_place(out: Path, form: Format) -> bool:
+    """Finds a place that cannot be written before anything is fetched or built.
+
+    Returns:
+        True if a file with content is there, which would be replaced.
+
+    Raises:
+        SettingsInvalid: If it cannot be written.
+    """
     if form is not Format.PEFT:
         check_file(out, form)
         if form is Format.TIMM and out.exists() and not out.is_file():
             raise SettingsInvalid(f"--out {out} is a device or a pipe; timm is written as a file")
-        return
+        return out.is_file() and out.stat().st_size > 0
     check_folder(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsInvalid(f"--out {out} exists already; peft is written as a folder that is new or empty")
+    return False
+
+
+def note_replaced(out: Path, *, replaces: bool) -> None:
+    """Says that what was written took the place of a file, if it did."""
+    if replaces:
+        output.note(f"fedpeft: {out} was there and is replaced")
 
 
 def check_form(method: str, form: Format) -> None:
