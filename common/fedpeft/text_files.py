@@ -61,13 +61,18 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         OSError: If it cannot be read.
         NotText: If it is no regular file, or has more bytes.
     """
-    with open(path, "rb", opener=_without_waiting) as file:  # Path.open takes no opener
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise NotText("it is a device or a pipe; name a regular file")
-        data = file.read(most + 1)
+    data = _head(path, most + 1)
     if len(data) > most:
         raise NotText(f"it has more than {most:,} bytes, the most that such a file may have")
     return data
+
+
+def _head(path: Path, most: int = 4) -> bytes:
+    """Returns the first bytes of a regular file."""
+    with open(path, "rb", opener=_without_waiting) as file:  # Path.open takes no opener
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise NotText("it is a device or a pipe; name a regular file")
+        return file.read(most)
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -79,9 +84,9 @@ def opened(path: Path) -> TextIO:
 
     Raises:
         OSError: If it cannot be read.
+        NotText: If it is no regular file.
     """
-    with path.open("rb") as file:
-        head = file.read(4)
+    head = _head(path)
     mark = next((mark for mark, _ in _MARKS if head.startswith(mark)), b"")
     return path.open(encoding=_OF_MARK.get(mark, "utf-8"), errors="replace")
 

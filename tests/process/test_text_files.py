@@ -22,6 +22,7 @@ from fedpeft.identity.folder import server_of
 from fedpeft.process import durable
 from fedpeft_client.owner.policy import Policy
 from fedpeft_client.settings import Settings
+from fedpeft_operator.cli.access import audit
 from fedpeft_operator.doctor import client_side
 
 from ..data.test_sources import table, write
@@ -231,3 +232,13 @@ def test_the_most_bytes_are_read_and_a_folder_is_named_as_one(tmp_path):
     (tmp_path / "a.index.json").symlink_to("/dev/zero")
     with pytest.raises(DataInvalid, match="it is a device or a pipe"):
         open_source(tmp_path / "a.index.json")
+
+
+def test_an_audit_log_of_one_line_without_end_and_one_that_is_no_file_are_refused(tmp_path):
+    with (tmp_path / "audit.jsonl").open("wb") as file:
+        file.truncate(3 << 40)
+    with pytest.raises(FedpeftError, match=r"audit\.jsonl:1"):
+        audit._of_file(tmp_path / "audit.jsonl")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    with pytest.raises(SettingsInvalid, match="device cannot be read: it is a device or a pipe"):
+        audit._of_file(tmp_path / "device")

@@ -135,9 +135,12 @@ def _of_file(file: Path) -> list[AuditEntry]:
 
     try:
         with text_files.opened(file) as lines:
-            return [of_line(line, f"{file}:{number}") for number, line in enumerate(lines, 1)]
+            entries = iter(lambda: lines.readline(text_files.MOST_BYTES), "")
+            return [of_line(line, f"{file}:{number}") for number, line in enumerate(entries, 1)]
     except OSError as error:
         raise SettingsInvalid(f"--file: {file} cannot be read: {error.strerror}") from None
+    except text_files.NotText as error:
+        raise SettingsInvalid(f"--file: {file} cannot be read: {error}") from None
 
 
 async def _verified(entries: AsyncIterator[AuditEntry], head: tuple[int, str] | None) -> AuditEntry | None:
