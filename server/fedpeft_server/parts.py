@@ -47,7 +47,7 @@ from fedpeft_server.runs.participation import Participation
 from fedpeft_server.runs.progress_watch import ProgressWatch
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.settings import Settings
-from fedpeft_server.startup_checks import refuse_lost_certificates
+from fedpeft_server.startup_checks import refuse_lost_certificates, refuse_unwritable_stores
 from fedpeft_server.store.store import Store
 from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
@@ -154,6 +154,7 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
         keep_updates=settings.keep_updates,
     )
     stack.callback(store.close)
+    await refuse_unwritable_stores(store, timing.versions_check_s)
     own = await _certificates(settings, store)
     sessions = Sessions(await store.transact(store.db.clients), settings.max_clients, timing)
     stack.push_async_callback(_write_last_books, byte_counter, sessions, store)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from fedpeft.errors import FedpeftError, SettingsInvalid
+from fedpeft.errors import DiskFull, FedpeftError, SettingsInvalid
 from fedpeft.rounds.transitions import ACTIVE
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
@@ -38,6 +38,34 @@ def refuse_lost_certificates(database: Database, folder: Path) -> None:
             "backup, name it with --identity, or make another with `fedpeft-server init`, after which everybody "
             "enrolls anew; use --insecure if plain text is meant"
         )
+
+
+async def refuse_unwritable_stores(store: Store, timeout_s: float) -> None:
+    """Tries to write to each place that a flag names; what may only be away for now is logged.
+
+    Args:
+        store: Of the server.
+        timeout_s: Time in which an object store must answer, seconds.
+
+    Raises:
+        SettingsInvalid: If a folder refuses.
+    """
+    await asyncio.gather(*(_try(store, place, timeout_s) for place in store.places))
+
+
+async def _try(store: Store, place: Blobs, timeout_s: float) -> None:
+    said = "a store cannot be written; uploads that need it wait until it can"
+    try:
+        async with asyncio.timeout(None if place.is_folder else timeout_s):
+            await store.version(place.try_writing)
+    except TimeoutError:
+        log.warning(said, store=place.name, message=f"no answer in {timeout_s:g} seconds")
+    except DiskFull as error:  # as after the start: room may come
+        log.warning(said, store=place.name, message=error.message)
+    except FedpeftError as error:
+        if place.is_folder:
+            raise SettingsInvalid(f"{error.message}, or name another folder") from None
+        log.warning(said, store=place.name, message=error.message)
 
 
 async def tell_lost_versions(store: Store, timeout_s: float) -> None:

@@ -369,10 +369,19 @@ async def no_server(world: World) -> object:
 
 
 async def lost_spool(world: World) -> object:
-    """A fault of the server's own folder is its operator's business: it crosses the network as INTERNAL only."""
+    """The server's own folder is gone: the client keeps its update until the operator has mended that."""
     daemon, _, (client,) = await world.run()
     task = await client.task()
     (daemon.server.settings.data_dir / "spool").rmdir()
+    return await client.push(task.ticket, filled(1.0))
+
+
+async def lost_table(world: World) -> object:
+    """A statement of the server that fails is its operator's business: it crosses the network as INTERNAL only."""
+    daemon, _, (client,) = await world.run()
+    task = await client.task()
+    with daemon.server.store.db.transactions.engine.begin() as raw:
+        raw.exec_driver_sql("DROP TABLE updates")
     return await client.push(task.ticket, filled(1.0))
 
 
@@ -490,5 +499,6 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "TOKEN_EXPIRED": over_tls(old_token),
     "TOKEN_USED": over_tls(used_token),
     "TOO_MANY_CERTIFICATES": over_tls(too_many_certificates),
-    "INTERNAL": lost_spool,
+    "INTERNAL": lost_table,
+    "STORE_UNAVAILABLE": lost_spool,
 }

@@ -76,6 +76,7 @@
     │   ├── Draining
     │   ├── DatabaseLocked        another program holds a lock on the server's database
     │   ├── DatabaseUnavailable   the server's database is out of reach, read-only or corrupt
+    │   ├── StoreUnavailable      a folder or object store of the server refuses
     │   ├── TransferStalled       nothing arrived for too long
     │   └── ServerUnreachable
     ├── Internal              a fault of the server
@@ -155,6 +156,7 @@ from fedpeft.errors.faults import (
     Draining,
     Internal,
     ServerUnreachable,
+    StoreUnavailable,
     TransferStalled,
     Unavailable,
 )
@@ -271,6 +273,7 @@ __all__ = [
     "SigningRequestInvalid",
     "SpecInvalid",
     "StateInvalid",
+    "StoreUnavailable",
     "SubjectInvalid",
     "TicketClosed",
     "TicketNotFound",

@@ -43,6 +43,10 @@ class DatabaseUnavailable(Unavailable):
     permanent: bool = False
 
 
+class StoreUnavailable(Unavailable):
+    """A folder or object store of the server refuses to be read or written for now."""
+
+
 class TransferStalled(Unavailable):
     """A transfer stopped making progress; it is continued by calling again."""
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from fedpeft.errors import DiskFull, StateInvalid
+from fedpeft.errors import DiskFull, FedpeftError, StateInvalid
 
 
 def sync(path: Path) -> None:
@@ -261,15 +261,16 @@ def naming_files() -> Iterator[None]:
 
 
 @contextmanager
-def refusals(what: str) -> Iterator[None]:
+def refusals(what: str, refused: type[FedpeftError] = StateInvalid) -> Iterator[None]:
     """Turns what the file system refuses into this project's errors.
 
     Args:
         what: What is being done, for example `writing blob KEY`.
+        refused: Class of the error for every refusal but a full disk.
 
     Raises:
         DiskFull: If there is no room.
-        StateInvalid: For every other refusal.
+        FedpeftError: For every other refusal, of the class `refused`.
     """
     try:
         yield
@@ -277,4 +278,4 @@ def refusals(what: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"{what} failed: there is no room left on its disk; free some space") from error
         words = error.strerror or str(error)
-        raise StateInvalid(f"{what} failed: {words}; check its folder and the permissions") from error
+        raise refused(f"{what} failed: {words}; check its folder and the permissions") from error

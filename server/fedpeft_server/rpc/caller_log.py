@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
-from fedpeft.errors import FedpeftError
+from fedpeft.errors import FedpeftError, StoreUnavailable
 from fedpeft_server.access import bounds
 from fedpeft_server.access.call import CALL, Call, Party
 from fedpeft_server.access.pacing import Bucket
@@ -35,6 +35,7 @@ class CallerLog:
         self._metrics = metrics
         self._clock = clock
         self._refusals: Throttle[tuple[Party, str, str]] = Throttle(timing.refusal_quiet_s, clock)
+        self._faults: Throttle[str] = Throttle(timing.refusal_quiet_s, clock)
         self._buckets: OrderedDict[Party, Bucket] = OrderedDict()
         self._left_out: Counter[str] = Counter()
 
@@ -44,8 +45,17 @@ class CallerLog:
             log.info(event, **words)
 
     def refused(self, error: FedpeftError) -> None:
-        """Writes that the current call was refused, the same of the same caller once in a while."""
+        """Writes that the current call was refused, the same of the same caller once in a while.
+
+        A store that refuses is no caller's doing: it is an error, written once in a while for all callers together.
+        """
         call = CALL.get()
+        if isinstance(error, StoreUnavailable):
+            before = self._faults.suppressed(call.method)
+            if before is not None:
+                words = {"unsaid_before": before} if before else {}
+                log.error("a store refuses", method=call.method, message=error.message, **words)
+            return
         again = self._repetition(call, error.reason)
         if again is not None:
             log.info("refused", method=call.method, reason=error.reason, message=error.message, **again)

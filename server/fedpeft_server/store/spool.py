@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from fedpeft import ids
 from fedpeft.adapters.payload import Manifest
-from fedpeft.errors import StateInvalid, TicketNotFound, UpdateDiffers
+from fedpeft.errors import StateInvalid, StoreUnavailable, TicketNotFound, UpdateDiffers
 from fedpeft.process.durable import refusals, sync
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rpc.wire import manifest_to_proto
@@ -124,10 +124,11 @@ class Spool:
         held = self._held.get(ticket)
         if held is None or held.digest != sha256.hex():
             return 0
-        try:
-            return held.path.stat().st_size
-        except FileNotFoundError:
-            return 0
+        with refusals(f"reading the upload of {ticket}", StoreUnavailable):
+            try:
+                return held.path.stat().st_size
+            except FileNotFoundError:
+                return 0
 
     def writer(self, ticket: str, manifest: Manifest, owner: Owner | None = None) -> SpoolWriter:
         """Returns a writer that goes on where the upload stands. An older writer of the ticket may write no more.
@@ -141,7 +142,7 @@ class Spool:
         """
         if not ids.TICKET.fullmatch(ticket):
             raise TicketNotFound(f"there is no ticket {ticket[:80]!r}")
-        with self._lock_of(ticket), refusals(f"opening the upload of {ticket}"):
+        with self._lock_of(ticket), refusals(f"opening the upload of {ticket}", StoreUnavailable):
             held = self._held.get(ticket)
             if held is not None and held.digest != manifest.sha256.hex():
                 self._discard(ticket, held)
@@ -215,7 +216,7 @@ class Spool:
 
     def reject(self, writer: SpoolWriter) -> bool:
         """Removes what a writer wrote, because it is wrong; False if the writer is not the newest any more."""
-        with self._lock_of(writer.ticket):
+        with self._lock_of(writer.ticket), refusals(f"cleaning the spool {self._folder}", StoreUnavailable):
             if not self.is_current(writer):
                 return False
             self._remove(writer.ticket)
@@ -236,7 +237,7 @@ class Spool:
         held = self._held.get(ticket)
         if held is None or not self.is_whole(ticket, sha256):
             raise StateInvalid(f"the update of ticket {ticket} is not in {self._folder}; restore the data directory")
-        with refusals(f"reading the update of {ticket}"):
+        with refusals(f"reading the update of {ticket}", StoreUnavailable):
             view = mapped(held.path)
         yield view
 
@@ -250,7 +251,7 @@ class Spool:
         What cannot be removed hinders no other removal, and is left for `clean`.
 
         Raises:
-            StateInvalid: If something could not be removed.
+            StoreUnavailable: If something could not be removed.
         """
         self._remove_each((ticket, True) for ticket in tickets)
 
@@ -268,13 +269,13 @@ class Spool:
                         self._remove(ticket)
                 except OSError as error:
                     failures.append(error)
-        with refusals(f"cleaning the spool {self._folder}"):
+        with refusals(f"cleaning the spool {self._folder}", StoreUnavailable):
             if failures:
                 raise failures[0]
 
     def remove_partial(self, ticket: str) -> None:
         """Removes what is held of a ticket unless it is whole; its writer may write no more."""
-        with self._lock_of(ticket), refusals(f"cleaning the spool {self._folder}"):
+        with self._lock_of(ticket), refusals(f"cleaning the spool {self._folder}", StoreUnavailable):
             held = self._held.get(ticket)
             if held is not None and not held.whole:
                 self._remove(ticket)
@@ -308,7 +309,7 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes a manifest whole or not at all; its name is durable when the folder is synced."""
     partial = path.with_suffix(".manifest-part")
     try:
-        with refusals(f"writing {path}"):
+        with refusals(f"writing {path}", StoreUnavailable):
             partial.write_bytes(manifest_to_proto(manifest).SerializeToString(deterministic=True))
             sync(partial)
             partial.rename(path)

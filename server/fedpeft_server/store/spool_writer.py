@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fedpeft.adapters.payload import CHUNK_BYTES, Manifest, check_payload
-from fedpeft.errors import ChecksumMismatch, ChunkInvalid, FedpeftError, OffsetOutOfRange, PayloadInvalid, TurnOver
+from fedpeft.errors import (
+    ChecksumMismatch,
+    ChunkInvalid,
+    FedpeftError,
+    OffsetOutOfRange,
+    PayloadInvalid,
+    StoreUnavailable,
+    TurnOver,
+)
 from fedpeft.process.durable import WRITEBACK_BYTES, refusals, start_writeback
 from fedpeft.process.mapped_files import mapped, releaser
 
@@ -94,13 +102,13 @@ class SpoolWriter:
             ChunkInvalid: If it is empty, too large, or ends beyond the payload.
             OffsetOutOfRange: If it does not begin at `position`.
             TurnOver: If a newer upload of the ticket took over, or its files were removed with its round.
-            DiskFull: If there is no room; what fitted is kept.
+            DiskFull: If there is no room; what fitted is kept. Likewise StoreUnavailable, if the folder refuses.
         """
         view = memoryview(data).cast("B")
         if not 1 <= len(view) <= CHUNK_BYTES:
             text = f"has {len(view)} bytes; 1 to {CHUNK_BYTES} are allowed"
             raise ChunkInvalid(f"a chunk of ticket {self.ticket} {text}", (("chunk.data", text),))
-        with self._lock, refusals(f"writing the upload of {self.ticket}"):
+        with self._lock, refusals(f"writing the upload of {self.ticket}", StoreUnavailable):
             self._check_place(offset, len(view))
             self._append(view)
 
@@ -149,7 +157,7 @@ class SpoolWriter:
             wrong = self._fault()
             if wrong is not None:
                 raise wrong if self._owner.reject(self) else self._taken_over()
-        with refusals(f"keeping the update of {self.ticket}"):
+        with refusals(f"keeping the update of {self.ticket}", StoreUnavailable):
             path = self._owner.publish(self)
         if path is None:
             raise self._taken_over()
@@ -184,7 +192,7 @@ class SpoolWriter:
         return None
 
     def _check(self) -> None:
-        with refusals(f"reading the upload of {self.ticket}"):
+        with refusals(f"reading the upload of {self.ticket}", StoreUnavailable):
             payload = mapped(self._path)
         digest = self._digest.digest() if self._digest is not None else hashlib.sha256(payload).digest()
         if digest != self.manifest.sha256:
@@ -200,7 +208,7 @@ class SpoolWriter:
     def _sync(self) -> None:
         # After a failed sync nobody knows which bytes are on the disk: `finish` discards them all.
         assert self._descriptor is not None
-        with refusals(f"making the update of {self.ticket} durable"):
+        with refusals(f"making the update of {self.ticket} durable", StoreUnavailable):
             os.fdatasync(self._descriptor)
 
     def _check_current(self) -> None:

@@ -72,6 +72,7 @@ class Store:
     Attributes:
         spool: Where updates arrive.
         updates: Where they lie until nothing needs them.
+        places: Folders and object stores that flags name.
         registrations: Writes clients as they register.
         answers: Writes their answers to the offers of runs; the result is False where there is no such run.
     """
@@ -91,11 +92,13 @@ class Store:
         self.keep_updates = keep_updates
         self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}")
         self.db.transactions.wait_at_most(0)  # `call` waits, and keeps the database's thread free meanwhile
-        self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache")
+        self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache", "--blobs" if blobs else "--data-dir")
+        self.places = [self.blobs]
         self.spool = Spool(folder / "spool", keep_manifests=keep_updates)
         self.updates: UpdateStore = self.spool
         if updates:
-            self.updates = BucketUpdates(self.spool, Blobs(updates, folder / "fetched"))
+            self.places.append(Blobs(updates, folder / "fetched", "--updates"))
+            self.updates = BucketUpdates(self.spool, self.places[-1])
         self.download_cache = DownloadCache(folder / "outbound", self.blobs)
         self.scratch = folder / "scratch"
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -224,7 +227,7 @@ class Store:
         """Tries again to remove files that could not be removed.
 
         Raises:
-            StateInvalid: If some still cannot be.
+            StoreUnavailable: If some still cannot be.
         """
         try:
             self.updates.clean()

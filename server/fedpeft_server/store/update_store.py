@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedpeft.adapters.payload import Manifest
-from fedpeft.errors import FedpeftError
+from fedpeft.errors import FedpeftError, StoreUnavailable
 from fedpeft.process.durable import refusals
 from fedpeft.process.mapped_files import mapped
 from fedpeft_server.store.blobs.blobs import CHUNK_BYTES, Blobs
@@ -27,7 +27,7 @@ from fedpeft_server.store.spool_writer import SpoolWriter
 class UpdateStore(Protocol):
     """A place of updates, each known by its ticket. Its methods may be called from any thread, and wait for a disk.
 
-    Each may raise DiskFull if there is no room, and StateInvalid if the place refuses.
+    Each may raise DiskFull if there is no room, and StoreUnavailable if the place refuses.
     """
 
     def position(self, ticket: str, sha256: bytes) -> int:
@@ -95,7 +95,7 @@ class BucketUpdates:
                 yield view
             return
         with self._blobs.local(_key(ticket, sha256)) as path:
-            with refusals(f"reading the update of {ticket}"):
+            with refusals(f"reading the update of {ticket}", StoreUnavailable):
                 view = mapped(path)
             yield view
 
@@ -137,6 +137,6 @@ def _key(ticket: str, sha256: bytes) -> str:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     """Yields the bytes of a file: a folder would move the file itself."""
-    with refusals(f"reading {path}"), path.open("rb") as file:
+    with refusals(f"reading {path}", StoreUnavailable), path.open("rb") as file:
         while piece := file.read(CHUNK_BYTES):
             yield piece

@@ -26,6 +26,7 @@ from fedpeft.errors import (
     RoundClosed,
     ServerUnreachable,
     StateInvalid,
+    StoreUnavailable,
     TicketClosed,
     TicketNotFound,
     TooManyCalls,
@@ -175,15 +176,15 @@ async def test_refusal_of_the_client_leaves_the_update_pending(site: Site, error
 
 async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) -> None:
     site.federation.refuse_register = [DiskFull("no room"), DiskFull("no room")]
-    site.federation.refuse_push = [DiskFull("no room")]
+    site.federation.refuse_push = [DiskFull("no room"), StoreUnavailable("read-only")]
     with capture_logs() as lines:
         with site.egress_log.record(message_entries.registration(pb.RegisterRequest())):
             await site.retry.call(lambda: site.channel.register(pb.RegisterRequest()))
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
-    assert site.federation.registrations == 1 and len(site.federation.pushes) == 2
+    assert site.federation.registrations == 1 and len(site.federation.pushes) == 3
     full = [line["cause"] for line in lines if line["event"].startswith("the server's disk is full; retrying")]
     assert full == ["the server's disk is full: no room"] * 2
-    assert not any(line["event"].startswith("server is unavailable") for line in lines)
+    assert [line["cause"] for line in lines if line["event"].startswith("server is unavailable")] == ["read-only"]
 
 
 @pytest.fixture

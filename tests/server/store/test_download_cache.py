@@ -16,7 +16,7 @@ import pytest
 
 from fedpeft.adapters.adapter_file import AdapterInfo, write_adapter
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
-from fedpeft.errors import StateInvalid
+from fedpeft.errors import StoreUnavailable
 from fedpeft_server.store.blobs import download_cache
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.download_cache import DownloadCache
@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_removed_hinders_nothing_and_is_tried_again(
     path.unlink()
     path.mkdir()
     versions.forget(RUN)
-    with pytest.raises(StateInvalid, match="cleaning"):
+    with pytest.raises(StoreUnavailable, match="cleaning"):
         versions.clean()
     assert content(versions.open(run, *version)) == [1.0], "in another file"
     versions.forget(RUN)

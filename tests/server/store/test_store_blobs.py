@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid
+from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid, StoreUnavailable
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.cache import BlobCache
 
@@ -83,20 +83,20 @@ class TestFaults:
 
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(StateInvalid, match="opening the blob folder"):
-            Blobs(str(tmp_path / "file" / "blobs"))
+        with pytest.raises(StateInvalid, match=r"opening --blobs .*file/blobs failed: Not a directory"):
+            Blobs(str(tmp_path / "file" / "blobs"), flag="--blobs")
 
     def test_a_key_that_cannot_be_written(self, tmp_path: Path) -> None:
         blobs = Blobs(str(tmp_path))
         blobs.put("runs", b"in the way")
-        with pytest.raises(StateInvalid, match="writing blob runs/x"):
+        with pytest.raises(StoreUnavailable, match="writing blob runs/x"):
             blobs.put("runs/x", b"x")
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
     def test_a_folder_without_permission(self, tmp_path: Path) -> None:
         blobs = Blobs(str(tmp_path / "blobs"))
         (tmp_path / "blobs").chmod(0o500)
-        with pytest.raises(StateInvalid, match="writing blob"):
+        with pytest.raises(StoreUnavailable, match="writing blob"):
             blobs.put(KEY, b"x")
 
     def test_a_full_disk(self, small_disk: Path) -> None:

@@ -28,6 +28,7 @@ from fedpeft.errors import (
     OffsetOutOfRange,
     PayloadInvalid,
     StateInvalid,
+    StoreUnavailable,
     TicketNotFound,
     TurnOver,
     UpdateDiffers,
@@ -457,7 +458,7 @@ class TestAFileThatCannotBeRemoved:
     def test_hinders_no_other_removal(self, spool: Spool, folder: Path, stuck: Path) -> None:
         for other in self.OTHERS:
             send(spool, *update(), ticket=other)
-        with pytest.raises(StateInvalid, match="cleaning the spool"):
+        with pytest.raises(StoreUnavailable, match="cleaning the spool"):
             spool.remove_all([self.OTHERS[0], TICKET, self.OTHERS[1]])
         assert list(folder.iterdir()) == [stuck]
 
@@ -465,7 +466,7 @@ class TestAFileThatCannotBeRemoved:
     def test_is_removed_once_it_can_be(self, spool: Spool, folder: Path, stuck: Path, again: str) -> None:
         repeat = spool.clean if again == "clean" else lambda: spool.remove(TICKET)
         for attempt in (lambda: spool.remove(TICKET), repeat):
-            with pytest.raises(StateInvalid, match="cleaning the spool"):
+            with pytest.raises(StoreUnavailable, match="cleaning the spool"):
                 attempt()
         stuck.rmdir()
         stuck.write_bytes(b"again a file")
@@ -475,7 +476,7 @@ class TestAFileThatCannotBeRemoved:
 
     def test_is_not_removed_once_an_upload_has_taken_its_place(self, spool: Spool, stuck: Path) -> None:
         """The making of a run may be repeated, with another adapter too."""
-        with pytest.raises(StateInvalid):
+        with pytest.raises(StoreUnavailable):
             spool.remove(TICKET)
         stuck.rmdir()
         manifest, data = update(seed=1)
@@ -490,7 +491,7 @@ class TestAFileThatCannotBeRemoved:
         (part,) = folder.iterdir()
         part.unlink()
         part.mkdir()
-        with pytest.raises(StateInvalid):
+        with pytest.raises(StoreUnavailable):
             spool.remove_partial(TICKET)
         part.rmdir()
         part.touch()

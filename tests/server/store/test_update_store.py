@@ -10,7 +10,7 @@ import pytest
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
-from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid
+from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid, StoreUnavailable
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.update_store import BucketUpdates, UpdateStore
@@ -132,12 +132,12 @@ def test_what_could_not_be_removed_is_removed_later(bucket: Place, monkeypatch: 
     send(bucket.one, manifest, data)
 
     def refuses(prefix: str) -> None:
-        raise StateInvalid(f"{prefix} is not mine")
+        raise StoreUnavailable(f"{prefix} is not mine")
 
     with monkeypatch.context() as patched:
         patched.setattr(bucket.blobs, "delete_prefix", refuses)
         for attempt in (lambda: bucket.one.remove_all([TICKET]), bucket.one.clean):
-            with pytest.raises(StateInvalid):
+            with pytest.raises(StoreUnavailable):
                 attempt()
     assert bucket.objects() == [manifest.sha256.hex()]
     bucket.one.clean()

@@ -6,6 +6,7 @@ Keys are paths such as `runs/RUN/versions/000012.safetensors`; what is under a k
 from __future__ import annotations
 
 import errno
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, from_url
 
-from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid
+from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid, StoreUnavailable
 from fedpeft.process.durable import refusals, sync
 from fedpeft_server.store.blobs.cache import BlobCache
 
@@ -29,19 +30,25 @@ CHUNK_BYTES = 1024 * 1024
 class Blobs:
     """A place for blobs.
 
-    Its methods may be called from any thread. Each may raise DiskFull if there is no room, StateInvalid if the place
-    refuses, and those that read BlobCorrupt if nothing is under the key.
+    Its methods may be called from any thread. Each may raise DiskFull if there is no room, StoreUnavailable if the
+    place refuses, and those that read BlobCorrupt if nothing is under the key.
 
     Args:
         url: A folder, which is made if it does not exist, or a URL: file://, s3://, gs:// or az://.
         cache: Where `local_path` keeps what an object store holds, emptied at first; a temporary folder if not given.
+        flag: What names the place on the command line, for messages.
+
+    Attributes:
+        name: The flag and the place.
 
     Raises:
         StateInvalid: If the URL is none of these, or the folder cannot be used.
+        DiskFull: If there is no room for the folder.
     """
 
-    def __init__(self, url: str, cache: Path | None = None) -> None:
+    def __init__(self, url: str, cache: Path | None = None, flag: str = "blob store") -> None:
         self._url = url
+        self.name = f"{flag} {url}"
         self._root: Path | None = None
         self._cache = BlobCache(cache)
         self._durable: set[Path] = set()
@@ -49,7 +56,7 @@ class Blobs:
         if "://" not in url or url.startswith("file://"):
             path = unquote(url.removeprefix("file://")) if "://" in url else url
             self._root = Path(path).absolute()
-            with refusals(f"opening the blob folder {self._root}"):
+            with refusals(f"opening {self.name}"):
                 self._root.mkdir(parents=True, exist_ok=True)
                 sync(self._root.parent)
             self._store: Any = LocalStore(self._root)
@@ -58,9 +65,19 @@ class Blobs:
                 self._store = from_url(url)
             except (BaseError, ValueError) as error:
                 words = str(error).splitlines()[0]
-                raise StateInvalid(
-                    f"blob store {url!r} is not a folder, file://, s3://, gs:// or az://: {words}"
-                ) from None
+                raise StateInvalid(f"{flag} {url!r} is not a folder, file://, s3://, gs:// or az://: {words}") from None
+
+    @property
+    def is_folder(self) -> bool:
+        """True for a folder of this machine, False for an object store."""
+        return self._root is not None
+
+    def try_writing(self) -> None:
+        """Writes an empty blob under a key of its own and removes it."""
+        key = f"trial-{secrets.token_hex(8)}"
+        self.put(key, b"")
+        with self._translated("deleting", key):
+            obstore.delete(self._store, key)
 
     def put(self, key: str, data: bytes | Iterable[bytes] | Path) -> None:
         """Writes a blob, in place of any under the key; readers see the old one or the new one. Durable on return.
@@ -154,7 +171,7 @@ class Blobs:
     def _delete_folder(self, folder: Path) -> None:
         # The whole folder, because a process that dies while writing leaves a file that the store does not list.
         self._durable = {known for known in self._durable if folder not in (known, *known.parents)}
-        with refusals(f"deleting {folder}"):
+        with refusals(f"deleting {folder}", StoreUnavailable):
             if folder.exists():
                 shutil.rmtree(folder)
 
@@ -164,7 +181,7 @@ class Blobs:
     @contextmanager
     def _translated(self, doing: str, key: str) -> Iterator[None]:
         try:
-            with refusals(f"{doing} blob {key} in {self._url}"):
+            with refusals(f"{doing} blob {key} in {self.name}", StoreUnavailable):
                 try:
                     yield
                 except (FileNotFoundError, NotADirectoryError):
@@ -174,9 +191,11 @@ class Blobs:
         except BaseError as error:
             raise self._refused(doing, key, error) from error
 
-    def _refused(self, doing: str, key: str, error: BaseError) -> DiskFull | StateInvalid:
+    def _refused(self, doing: str, key: str, error: BaseError) -> DiskFull | StoreUnavailable:
         # obstore gives the system's error only in its text.
         words = str(error).splitlines()[0]
         if f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error):
-            return DiskFull(f"{doing} blob {key} in {self._url} failed: there is no room left; free some space")
-        return StateInvalid(f"{doing} blob {key} in {self._url} failed: {words}")
+            return DiskFull(f"{doing} blob {key} in {self.name} failed: there is no room left; free some space")
+        return StoreUnavailable(
+            f"{doing} blob {key} in {self.name} failed: {words}; check the place and the permissions"
+        )

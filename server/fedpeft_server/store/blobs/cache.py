@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedpeft.errors import StoreUnavailable
 from fedpeft.process.durable import refusals
 
 CACHE_BYTES = 1024**3
@@ -42,7 +43,7 @@ class BlobCache:
         """Returns a copy of a blob, made from what `read` gives if there is none; it may go once others are read.
 
         Raises:
-            DiskFull: If there is no room for it; StateInvalid if the folder refuses; whatever `read` raises.
+            DiskFull: If there is no room for it; StoreUnavailable if the folder refuses; whatever `read` raises.
         """
         with self._lock:
             copy = self._place(key)
@@ -77,11 +78,11 @@ class BlobCache:
                 self._place(key).unlink(missing_ok=True)
 
     def _fetch(self, key: str, copy: Path, read: Callable[[], Iterable[bytes]]) -> int:
-        with refusals(f"caching blob {key}"):
+        with refusals(f"caching blob {key}", StoreUnavailable):
             copy.parent.mkdir(parents=True, exist_ok=True)
             descriptor, partial = tempfile.mkstemp(dir=copy.parent)
         try:
-            with refusals(f"caching blob {key}"), os.fdopen(descriptor, "wb") as file:
+            with refusals(f"caching blob {key}", StoreUnavailable), os.fdopen(descriptor, "wb") as file:
                 file.writelines(read())
                 size = file.tell()
             Path(partial).replace(copy)

@@ -18,6 +18,7 @@ from pathlib import Path
 from fedpeft.adapters import adapter_file, payload
 from fedpeft.adapters.payload import Entry, Manifest, Selection
 from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.errors import StoreUnavailable
 from fedpeft.process.durable import refusals
 from fedpeft.rpc.wire import manifest_to_proto
 from fedpeft.v1 import tensor_pb2
@@ -105,7 +106,7 @@ class DownloadCache:
 
         Raises:
             BlobCorrupt: If the stored version is missing or does not have its digest.
-            StateInvalid: If the place of the blobs, or the folder, refuses.
+            StoreUnavailable: If the place of the blobs, or the folder, refuses.
             DiskFull: If there is no room.
         """
         with self._used(run, version, key) as encoded:
@@ -113,7 +114,10 @@ class DownloadCache:
 
     def open(self, run: RunRow, version: VersionRow, key: str, selection: Selection | None = None) -> OpenFile:
         """Opens the payload of what `encoded` returns, or a selection of its tensors; raises as that."""
-        with self._used(run, version, key) as encoded, refusals(f"opening version {version.version} of {run.id}"):
+        with (
+            self._used(run, version, key) as encoded,
+            refusals(f"opening version {version.version} of {run.id}", StoreUnavailable),
+        ):
             if encoded.path is not None:
                 return OpenFile(encoded.path, 0, selection)
             with self._blobs.local(key) as path:
@@ -164,11 +168,11 @@ class DownloadCache:
         """Tries again to remove what could not be removed before.
 
         Raises:
-            StateInvalid: If something still cannot be removed.
+            StoreUnavailable: If something still cannot be removed.
         """
         with self._lock:
             failures = self._remove_unwanted()
-        with refusals(f"cleaning {self._folder}"):
+        with refusals(f"cleaning {self._folder}", StoreUnavailable):
             if failures:
                 raise failures[0]
 
@@ -208,7 +212,10 @@ class DownloadCache:
             # A name of its own: what has the version's earlier one may still be read, or refuse to be removed.
             path = self._folder / f"{run.id}-{version.version:06}.{next(self._made)}.{encoding}"
             try:
-                with refusals(f"encoding version {version.version} of {run.id}"), path.open("wb") as file:
+                with (
+                    refusals(f"encoding version {version.version} of {run.id}", StoreUnavailable),
+                    path.open("wb") as file,
+                ):
                     return Encoded(version, payload.write(file, stored, run.spec.shared, encoding), path)
             except BaseException:
                 with self._lock:
