@@ -19,7 +19,7 @@ NOBODY_READS = 128 + signal.SIGPIPE
 """Exit code of a command whose standard output is a pipe that was closed: that of a program which SIGPIPE ends."""
 
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
-"""What the interpreter makes of such bytes in an argument."""
+"""Characters that stand in an argument for bytes that are not UTF-8."""
 
 
 def begin(module: str) -> None:
