@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import structlog
 
-from fedpeft.errors import DatabaseLocked
+from fedpeft.errors import DatabaseLocked, DiskFull
 from fedpeft.rounds.state_machine import Round, TicketState
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.download_cache import DownloadCache
@@ -90,7 +90,10 @@ class Store:
         self._folder = folder
         self._timing = timing
         self.keep_updates = keep_updates
-        self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}")
+        try:
+            self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}")
+        except DiskFull as error:
+            raise DiskFull(f"{'--database' if database else f'--data-dir {folder}'}: {error.message}") from None
         self.db.transactions.wait_at_most(0)  # `call` waits, and keeps the database's thread free meanwhile
         self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache", "--blobs" if blobs else "--data-dir")
         self.places = [self.blobs]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from fedpeft.errors import FedpeftError, SettingsInvalid, StateInvalid, StoreUnavailable
+from fedpeft.errors import DiskFull, FedpeftError, SettingsInvalid, StateInvalid, StoreUnavailable
 from fedpeft_server.store.blobs import blobs as module
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.timing import Timing
@@ -59,6 +59,14 @@ async def test_a_folder_that_cannot_be_made_is_named_by_its_flag(start: StartDae
     (tmp_path / "file").write_text("")
     with pytest.raises(StateInvalid, match=rf"--{flag} {tmp_path}/file/x failed: Not a directory"):
         await start(**{flag: f"{tmp_path}/file/x"})
+
+
+async def test_a_full_disk_at_the_first_start_is_named_by_its_flag(start: StartDaemon, small_disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), (small_disk / "ballast").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    with pytest.raises(DiskFull, match=rf"--data-dir {small_disk}: .*free some disk space"):
+        await start(small_disk)
 
 
 async def test_a_full_folder_is_said_at_the_start(
