@@ -317,16 +317,21 @@ def _finish(writer: SpoolWriter) -> None:
 
 def _now(engine: RunEngine, ticket: Ticket) -> Ticket:
     """Returns a ticket as it is now; as it was if its round is over."""
-    found = engine.round.ticket_of(ticket.client)
-    return found if found is not None and found.id == ticket.id else ticket
+    return _in_progress(engine, ticket) or ticket
 
 
 def _is_open(engine: RunEngine, ticket: Ticket) -> bool:
     """Returns True if the round of a ticket takes an update for it now, or has taken it and may take others."""
     if not engine.active or engine.round.phase is not Phase.OPEN:
         return False
+    found = _in_progress(engine, ticket)
+    return found is not None and found.state in (TicketState.ISSUED, TicketState.RECEIVED)
+
+
+def _in_progress(engine: RunEngine, ticket: Ticket) -> Ticket | None:
+    """Returns a ticket as the round in progress has it; None if it is of another round."""
     found = engine.round.ticket_of(ticket.client)
-    return found is not None and found.id == ticket.id and found.state in (TicketState.ISSUED, TicketState.RECEIVED)
+    return found if found is not None and found.id == ticket.id else None
 
 
 @asynccontextmanager
