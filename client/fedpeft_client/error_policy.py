@@ -11,7 +11,6 @@ from fedpeft.errors import (
     CertificateMissing,
     CertificateRevoked,
     ClientIdInUse,
-    ClientIdInvalid,
     ClientMoved,
     ConfigInvalid,
     DataInvalid,
@@ -29,6 +28,7 @@ from fedpeft.errors import (
     TokenExpired,
     TokenUnknown,
     TokenUsed,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -54,11 +54,11 @@ NOT_LET_IN = (
 
 NOT_ABOUT_THE_TASK = (
     ClientIdInUse,
-    ClientIdInvalid,
     ClientMoved,
     NotRegistered,
     ProtocolMismatch,
-    *NOT_LET_IN,
+    RoleMayNot,
+    Unauthenticated,
     *NOT_NOW,
 )
 """Errors that concern this client as a whole, whatever it was about to do."""

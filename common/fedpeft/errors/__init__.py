@@ -202,6 +202,7 @@ from fedpeft.errors.preconditions import (
 from fedpeft.errors.root import (
     FedpeftError,
     of_reason,
+    of_status,
     tree,
 )
 
@@ -297,5 +298,6 @@ __all__ = [
     "UploadIncomplete",
     "VersionNotFound",
     "of_reason",
+    "of_status",
     "tree",
 ]

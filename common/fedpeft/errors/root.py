@@ -18,8 +18,9 @@ class FedpeftError(Exception):
     status: ClassVar[str] = "UNKNOWN"
     """Name of the gRPC status code."""
 
-    reason: ClassVar[str] = "UNKNOWN"
-    """`ErrorInfo.reason`: the class name in upper case with underscores."""
+    reason: str = "UNKNOWN"
+    """`ErrorInfo.reason`: the class name in upper case with underscores; where no class here has the reason that the
+    server sent, the instance holds it."""
 
     retry_s: float | None = None
     """`RetryInfo.retry_delay` in seconds: nothing failed, the caller goes on after this pause; None: no such hint."""
@@ -53,3 +54,8 @@ def tree(root: type[FedpeftError] = FedpeftError) -> Iterator[type[FedpeftError]
 def of_reason(reason: str, otherwise: type[FedpeftError]) -> type[FedpeftError]:
     """Returns the class of a reason, or another one if no class has it."""
     return next((cls for cls in tree() if cls.reason == reason), otherwise)
+
+
+def of_status(status: str, otherwise: type[FedpeftError]) -> type[FedpeftError]:
+    """Returns the class at the head of the errors of a gRPC status code, or another one if no class has it."""
+    return next((cls for cls in FedpeftError.__subclasses__() if cls.status == status), otherwise)

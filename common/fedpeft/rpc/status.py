@@ -14,7 +14,15 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from fedpeft import errors
-from fedpeft.errors import FedpeftError, Internal, LocalError, ServerUnreachable
+from fedpeft.errors import (
+    Aborted,
+    FedpeftError,
+    Internal,
+    LocalError,
+    ResourceExhausted,
+    ServerUnreachable,
+    Unavailable,
+)
 from fedpeft.untrusted_text import plain
 
 DOMAIN = "fedpeft"
@@ -41,9 +49,11 @@ def to_status(error: FedpeftError) -> status_pb2.Status:
 def from_rpc_error(error: grpc.aio.AioRpcError) -> FedpeftError:
     """Returns the error that the server raised, as an instance of the same class.
 
-    A status without ErrorInfo comes from gRPC itself: UNAVAILABLE is `ServerUnreachable`, anything else `Internal`. So
-    is one that cannot be read, or that claims to be an error which never crosses the network. What a server says is
-    cut to `MAX_MESSAGE` characters that a terminal shows.
+    A reason without a class, from a newer server, is read by its status code: the class at the head of that family, or
+    `Unavailable` where a limit or an abort comes without a retry hint, since the call may succeed later. A status
+    without ErrorInfo of this project comes from gRPC itself or a proxy: UNAVAILABLE is `ServerUnreachable`, anything
+    else `Internal`. So is one that cannot be read, or that claims to be an error which never crosses the network. What
+    a server says is cut to `MAX_MESSAGE` characters that a terminal shows.
     """
     message = _said(error.details() or "")
     try:
@@ -54,24 +64,35 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> FedpeftError:
 
 def _found(error: grpc.aio.AioRpcError, message: str) -> FedpeftError:
     status = rpc_status.from_call(cast(grpc.Call, error))
-    if status is None:
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
-            return ServerUnreachable(f"the server cannot be reached: {message}")
-        return Internal(f"the call failed with {error.code().name}: {message}")
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     hinted = False
-    for detail in status.details:
+    for detail in status.details if status is not None else ():
         detail.Unpack(info)
         detail.Unpack(bad)
         hinted |= detail.Unpack(retry)
+    if status is None or info.domain != DOMAIN:
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            return ServerUnreachable(f"the server cannot be reached: {message}")
+        return Internal(f"the call failed with {error.code().name}: {message}")
     fields = tuple((_said(v.field), _said(v.description)) for v in bad.field_violations)
-    cls = errors.of_reason(info.reason, Internal) if info.domain == DOMAIN else Internal
+    cls = errors.of_reason(info.reason, FedpeftError)
+    known = cls is not FedpeftError
+    if not known:
+        cls = _of_status(error.code(), hinted)
     if issubclass(cls, LocalError):
         cls = Internal
     where = "the server's disk is full: " if cls is errors.DiskFull else ""  # it must not be sought on this side
     found = cls(where + _said(status.message), fields)
     found.retry_s = max(0.0, retry.retry_delay.ToNanoseconds() / 1e9) if hinted else None
+    if not known:
+        found.reason = _said(info.reason)
     return found
+
+
+def _of_status(code: grpc.StatusCode, hinted: bool) -> type[FedpeftError]:
+    """Returns the class of an error whose reason has none."""
+    cls = errors.of_status(code.name, Internal)
+    return Unavailable if cls in (Aborted, ResourceExhausted) and not hinted else cls
 
 
 def _said(text: str) -> str:

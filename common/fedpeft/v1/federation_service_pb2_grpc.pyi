@@ -57,7 +57,8 @@ class FederationServiceStub:
       INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others
-    only UNAVAILABLE is worth retrying as it is. Every call may be repeated at any time: the second answer equals the first.
+    only UNAVAILABLE is worth retrying as it is. A newer server may have reasons that a client does not know: it goes by the
+    status code, and takes RESOURCE_EXHAUSTED and ABORTED for UNAVAILABLE. Every call may be repeated at any time: the second answer equals the first.
 
     These details travel in the trailing metadata, as the entry `grpc-status-details-bin`: a serialized `google.rpc.Status`
     (on the wire in base64, as gRPC writes every entry whose name ends in -bin). Its fields, and those of what it holds:
@@ -255,7 +256,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
       INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others
-    only UNAVAILABLE is worth retrying as it is. Every call may be repeated at any time: the second answer equals the first.
+    only UNAVAILABLE is worth retrying as it is. A newer server may have reasons that a client does not know: it goes by the
+    status code, and takes RESOURCE_EXHAUSTED and ABORTED for UNAVAILABLE. Every call may be repeated at any time: the second answer equals the first.
 
     These details travel in the trailing metadata, as the entry `grpc-status-details-bin`: a serialized `google.rpc.Status`
     (on the wire in base64, as gRPC writes every entry whose name ends in -bin). Its fields, and those of what it holds:

@@ -32,6 +32,7 @@ from fedpeft.errors import (
     TooManyCalls,
     TransfersBusy,
     TurnOver,
+    Unauthenticated,
     UpdateTooLarge,
 )
 from fedpeft.process import logs
@@ -65,6 +66,45 @@ async def test_refusals(site: Site, error: Exception, outcome: Outcome, withdraw
     site.federation.refuse_push = [error]
     assert await site.pusher.push(site.pending(), site.log) is outcome
     assert bool(site.federation.withdrawn) is withdraws
+
+
+def _newer(status: str) -> FedpeftError:
+    """Returns an error of a newer server, whose reason this client does not know."""
+    error = FedpeftError("something that came later")
+    error.reason, error.status = "OF_A_NEWER_SERVER", status  # type: ignore[misc]
+    return error
+
+
+@pytest.mark.parametrize("status", ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED"])
+async def test_an_update_waits_out_an_unknown_reason_whose_status_says_later(site: Site, status: str) -> None:
+    site.retry.timing = replace(TIMING, first_pause_s=0.01)
+    site.federation.refuse_push = [_newer(status) for _ in range(retry.FAULT_ATTEMPTS + 1)]
+    assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
+    assert not site.federation.withdrawn
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"),
+    [
+        ("INVALID_ARGUMENT", Outcome.SET_ASIDE),
+        ("FAILED_PRECONDITION", Outcome.NOT_COUNTED),
+        ("PERMISSION_DENIED", Outcome.NOT_COUNTED),
+    ],
+)
+async def test_an_unknown_reason_whose_status_says_never_is_not_repeated(
+    site: Site, status: str, outcome: Outcome
+) -> None:
+    site.federation.refuse_push = [_newer(status)]
+    assert await site.pusher.push(site.pending(), site.log) is outcome
+    assert len(site.federation.pushes) == 1 and site.federation.withdrawn
+
+
+async def test_an_unknown_reason_that_tells_who_calls_leaves_the_update_pending(site: Site) -> None:
+    site.federation.refuse_push = [_newer("UNAUTHENTICATED")]
+    pending = site.pending()
+    with pytest.raises(Unauthenticated, match="something that came later"):
+        await site.pusher.push(pending, site.log)
+    assert await site.pusher.push(pending, site.log) is Outcome.COUNTED
 
 
 async def test_an_update_that_arrived_stays_pending_when_the_ledger_cannot_say_so(site: Site) -> None:
