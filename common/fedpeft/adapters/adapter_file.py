@@ -1,8 +1,9 @@
 """Adapter versions and server state at rest: safetensors files with metadata, which anything in the ecosystem opens.
 
 Written here rather than with the safetensors package for two reasons: a file can be written tensor by tensor as the
-fold yields them, and equal content is equal bytes (the package writes metadata in a random order). Read with the
-package, which maps the file and checks its layout. Neither way is anything unpickled.
+fold yields them, and equal content is equal bytes (the package writes metadata in a random order). The package checks
+the layout of what is read; the tensors are copied from a mapping whose pages are given back, because with the package's
+own a file that was read counts as the process's memory until it is closed. Neither way is anything unpickled.
 
 An adapter file holds the tensors of a version by name, float32. A state file holds the strategy's state as SLOT/NAME,
 float64, flat.
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -22,9 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from fedpeft.adapters.payload import Tensors
+from fedpeft.adapters.payload import RESIDENT_BYTES, Tensors
 from fedpeft.adapters.spec import TensorSpec
 from fedpeft.errors import BlobCorrupt, ModelInvalid
+from fedpeft.process.mapped_files import mapped, releaser
 
 SECTIONS = "sections"
 """Key of `AdapterInfo.extra`: names of the sections beside the adapter, a JSON list; absent if there are none."""
@@ -197,25 +201,20 @@ class TensorFile(Mapping[str, NDArray[Any]]):
         if sha256 is not None:
             _check_digest(path, sha256)
         try:
-            self._file: Any = safe_open(path, framework="numpy")  # its stubs are half typed
-            self._shapes, self.info = self._layout(kind)
+            opened: Any = safe_open(path, framework="numpy")  # its stubs are half typed
+            with opened as file:
+                self._shapes, self.info = _layout(file, kind)
+            self._data = mapped(path)
         except OSError as error:
             raise ModelInvalid(f"cannot read {path}: {error.strerror or error}") from None
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelInvalid(f"{path} is not a file of format {kind}: {error}") from None
 
-    def _layout(self, kind: str) -> tuple[dict[str, tuple[int, ...]], AdapterInfo]:
-        found = self._file.metadata() or {}
-        if (found.get("format"), found.get("format_version")) != (kind, FORMAT_VERSION):
-            raise ValueError(
-                f"its metadata says {found.get('format')!r} {found.get('format_version')!r}, "
-                f"not {kind!r} {FORMAT_VERSION!r}"
-            )
-        slices = {name: self._file.get_slice(name) for name in self._file.offset_keys()}
-        for name, part in slices.items():
-            if part.get_dtype() != _DTYPES[kind][0]:
-                raise ValueError(f"tensor {name} is {part.get_dtype()}, not {_DTYPES[kind][0]}")
-        return {name: tuple(part.get_shape()) for name, part in slices.items()}, AdapterInfo.from_metadata(found)
+        self._dtype = _DTYPES[kind][1]
+        sizes = (self._dtype.itemsize * math.prod(shape) for shape in self._shapes.values())
+        starts = accumulate(sizes, initial=8 + int.from_bytes(self._data[:8], "little"))
+        self._starts = dict(zip(self._shapes, starts, strict=False))
+        self._resident = 0
 
     def adapter(self) -> dict[str, NDArray[Any]]:
         """Returns the tensors without those of other sections than the adapter."""
@@ -225,7 +224,11 @@ class TensorFile(Mapping[str, NDArray[Any]]):
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self._shapes:
             raise KeyError(name)
-        values: NDArray[Any] = self._file.get_tensor(name)
+        values: NDArray[Any] = np.ndarray(self._shapes[name], self._dtype, self._data, self._starts[name]).copy()
+        self._resident += values.nbytes
+        if self._resident > RESIDENT_BYTES and (release := releaser(self._data)):
+            release()
+            self._resident = 0
         return values
 
     def __iter__(self) -> Iterator[str]:
@@ -238,7 +241,20 @@ class TensorFile(Mapping[str, NDArray[Any]]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.__exit__(None, None, None)
+        self._data = memoryview(b"")  # unmaps the file
+
+
+def _layout(file: Any, kind: str) -> tuple[dict[str, tuple[int, ...]], AdapterInfo]:
+    """Returns the shapes of the tensors in the order of their bytes, which leave no gap, and what the file says."""
+    found = file.metadata() or {}
+    said = found.get("format"), found.get("format_version")
+    if said != (kind, FORMAT_VERSION):
+        raise ValueError(f"its metadata says {said[0]!r} {said[1]!r}, not {kind!r} {FORMAT_VERSION!r}")
+    slices = {name: file.get_slice(name) for name in file.offset_keys()}
+    for name, part in slices.items():
+        if part.get_dtype() != _DTYPES[kind][0]:
+            raise ValueError(f"tensor {name} is {part.get_dtype()}, not {_DTYPES[kind][0]}")
+    return {name: tuple(part.get_shape()) for name, part in slices.items()}, AdapterInfo.from_metadata(found)
 
 
 def open_adapter(path: Path, sha256: str | None = None) -> TensorFile:

@@ -271,6 +271,37 @@ def decode(manifest: Manifest, payload: memoryview) -> dict[str, NDArray[np.floa
     }
 
 
+class Decoded(Mapping[str, NDArray[np.float32]]):
+    """The tensors of a checked payload by name, each decoded when it is asked for, so that one at a time is in memory.
+
+    Args:
+        manifest: What the payload holds.
+        payload: Its bytes.
+        release: Called now and then to give back what was read of a mapped file.
+    """
+
+    def __init__(self, manifest: Manifest, payload: memoryview, release: Callable[[], object] | None = None) -> None:
+        self._entries = {entry.name: entry for entry in manifest.entries}
+        self._payload = payload
+        self._release = release
+        self._resident = 0
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        entry = self._entries[name]
+        values = codecs.get(entry.encoding).decode(_bytes_of(entry, self._payload), math.prod(entry.shape))
+        self._resident += entry.length
+        if self._release and self._resident > RESIDENT_BYTES:
+            self._release()
+            self._resident = 0
+        return values.reshape(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
 def parts(manifest: Manifest, payload: memoryview) -> Iterator[tuple[Entry, memoryview]]:
     """Yields each entry with its bytes, uncopied."""
     for entry in manifest.entries:

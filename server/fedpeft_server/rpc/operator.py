@@ -28,6 +28,7 @@ from fedpeft.errors import (
     SpecInvalid,
     VersionNotFound,
 )
+from fedpeft.process.mapped_files import releaser
 from fedpeft.rounds.combinations import check_combination, check_served
 from fedpeft.rounds.commit import write_first
 from fedpeft.rounds.state_machine import Round
@@ -296,10 +297,11 @@ class Operator(pb_grpc.OperatorServiceServicer):
 
     def _first_version(self, key: str, run: RunRow, manifest: Manifest) -> VersionRow:
         """Stores the uploaded payload as the adapter file of version 0."""
-        with self._store.updates.open(key, manifest.sha256) as data:
-            tensors = payload.decode(manifest, data)
-        with TemporaryDirectory(dir=self._store.scratch) as folder:
-            path = Path(folder, "adapter")
+        with (
+            self._store.updates.open(key, manifest.sha256) as data,
+            TemporaryDirectory(dir=self._store.scratch) as folder,
+        ):
+            path, tensors = Path(folder, "adapter"), payload.Decoded(manifest, data, releaser(data))
             written = write_first(run_header(run), tensors, path)
             self._store.blobs.put(version_key(run.id, 0), path)
         return VersionRow(run.id, 0, written.sha256, written.size_bytes, "", run.created_at)
