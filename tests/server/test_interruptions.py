@@ -146,6 +146,24 @@ async def test_a_run_is_there_though_its_creator_leaves_while_it_is_written(daem
     assert (await daemon.run(run.id)).id == run.id
 
 
+@pytest.mark.parametrize("method", ["writer", "publish", "open"])
+async def test_nothing_stays_of_a_creation_whose_caller_leaves(daemon: Daemon, method: str) -> None:
+    """As its file is opened, as it becomes whole, and as the first version is made of it."""
+    store, spool = daemon.server.store, daemon.server.settings.data_dir / "spool"
+    held = Held(getattr(store.updates, method))
+    setattr(store.updates, method, held)
+    creation = asyncio.ensure_future(daemon.create())
+    await asyncio.to_thread(held.begun.wait, 10)
+    creation.cancel()
+    await asyncio.sleep(0.2)  # until the server knows
+    held.go.set()
+    async with asyncio.timeout(10):
+        while store._files._work_queue.qsize() or daemon.server.uploads._tasks._tasks or list(spool.iterdir()):
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(0.1)
+    assert not list(spool.iterdir())
+
+
 async def test_a_resumed_run_has_its_deadline_though_the_operator_leaves(daemon: Daemon) -> None:
     run = await daemon.create(config(rounds={"count": 1, "clients": 1, "deadline_s": 1.0, "max_extensions": 0}))
     (a,) = await daemon.clients("a")

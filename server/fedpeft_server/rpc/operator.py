@@ -98,11 +98,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         if known:
             return await self._repeated(known, run)
         key = creation_key(run.id)  # of its own: another call may bring the same request at the same time
-        try:
-            await self._uploads.create(key, manifest, context)
-        except BaseException:
-            await self._store.compute(self._store.updates.remove_all, (key,))  # it must not keep a disk full
-            raise
+        await self._uploads.create(key, manifest, context)
         try:
             engine = await self._runs.create(run, partial(self._first_version, key, run, manifest), actor())
         except RequestIdReused:

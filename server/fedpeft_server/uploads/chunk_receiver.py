@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fedpeft.adapters.payload import Manifest
@@ -47,8 +48,10 @@ class ChunkReceiver:
         slot: TransferSlot | None = None,
         booked: Callable[[int], None] = lambda size: None,
         wanted: Callable[[], None] = lambda: None,
+        *,
+        is_kept: Callable[[], bool],
     ) -> SpoolWriter:
-        """Writes chunks as they arrive until the payload is whole. A broken stream keeps what arrived.
+        """Writes chunks as they arrive until the payload is whole.
 
         The initial metadata tell the client that its slot has come.
 
@@ -59,6 +62,7 @@ class ChunkReceiver:
             slot: Asked after each chunk whether there may be another; absent if the upload need not give way.
             booked: Told the bytes of each chunk that was taken.
             wanted: Asked once the spool holds a place for it; raises if the payload is not wanted any more.
+            is_kept: Asked when the upload breaks off; True if what arrived is kept, else it is removed.
 
         Returns:
             The writer, to be finished.
@@ -69,30 +73,28 @@ class ChunkReceiver:
             FedpeftError: If a chunk is refused.
         """
         await context.send_initial_metadata(((TURN_KEY, "1"),))
-        writer = await self._opened(key, manifest)
+        opening = asyncio.ensure_future(self._store.file(self._store.updates.writer, key, manifest))
         try:
+            writer = await ended(opening)
             wanted()
             while writer.position < manifest.payload_bytes:
                 await self._write(writer, context, slot, booked)
                 if slot and writer.position < manifest.payload_bytes:
                     slot.check()
         except BaseException:
-            self._store.soon(writer.abandon)
+            opening.add_done_callback(partial(self._break_off, is_kept))  # a thread opens it though the call has left
             raise
         return writer
 
-    async def _opened(self, key: str, manifest: Manifest) -> SpoolWriter:
-        opening = asyncio.ensure_future(self._store.file(self._store.updates.writer, key, manifest))
-        try:
-            return await ended(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(self._abandon)  # the thread opens it all the same
-            raise
-
-    def _abandon(self, opening: asyncio.Future[SpoolWriter]) -> None:
-        """Closes a writer that was opened for a call that had left by then."""
+    def _break_off(self, is_kept: Callable[[], bool], opening: asyncio.Future[SpoolWriter]) -> None:
+        """Closes the writer of an upload that broke off, and removes what nobody will continue."""
         if not opening.cancelled() and opening.exception() is None:
-            self._store.soon(opening.result().abandon)
+            self._store.soon(self._abandon, opening.result(), is_kept())
+
+    def _abandon(self, writer: SpoolWriter, kept: bool) -> None:
+        writer.abandon()
+        if not kept:
+            self._store.updates.remove_partial(writer.ticket)
 
     async def _write(
         self, writer: SpoolWriter, context: Context, slot: TransferSlot | None, booked: Callable[[int], None]

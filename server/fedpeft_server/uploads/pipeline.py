@@ -138,19 +138,20 @@ class Uploads:
         else:
             manifest = self._checked(engine, ticket, header, declared)
         booked = partial(self._byte_counter.payload, "up", engine.run.config.codec.encoding)
-        try:
-            async with self._slots.take(ticket.client) as slot:
-                counted = await self._repeated(_now(engine, ticket), header)  # it may have waited for that one
-                if counted:
-                    return counted
-                writer = await self._receiver.receive(
-                    ticket.id, manifest, context, slot, booked, lambda: self._admit(engine, _now(engine, ticket))
-                )
-                return await self._concluded(self._begin(engine, ticket, header, writer))
-        except BaseException:
-            if not _is_open(engine, ticket) and ticket.id not in self._concluding:
-                self._store.soon(self._store.updates.remove_partial, ticket.id)
-            raise
+        async with self._slots.take(ticket.client) as slot:
+            counted = await self._repeated(_now(engine, ticket), header)  # it may have waited for that one
+            if counted:
+                return counted
+            writer = await self._receiver.receive(
+                ticket.id,
+                manifest,
+                context,
+                slot,
+                booked,
+                lambda: self._admit(engine, _now(engine, ticket)),
+                is_kept=lambda: _is_open(engine, ticket) or ticket.id in self._concluding,
+            )
+            return await self._concluded(self._begin(engine, ticket, header, writer))
 
     async def _repeated(self, ticket: Ticket, header: pb.UpdateHeader) -> UpdateRow | None:
         """Returns what an earlier upload for the ticket came to; None if there was none.
@@ -174,7 +175,8 @@ class Uploads:
     async def create(self, key: str, manifest: Manifest, context: Context) -> None:
         """Receives the first version of a run into the spool, checked and durable.
 
-        Such an upload cannot be continued, so it need not give way to others; its slot is none of the clients'.
+        Such an upload cannot be continued, so it need not give way to others; its slot is none of the clients'. Nothing
+        of one that fails, or whose caller leaves, is kept.
 
         Args:
             key: Names the payload in the spool.
@@ -187,11 +189,16 @@ class Uploads:
         """
         self._receiver.check_size(manifest)
         async with self._creations.take(key):
-            writer = await self._receiver.receive(key, manifest, context)
+            writer = await self._receiver.receive(key, manifest, context, is_kept=lambda: False)
+            finishing = self._tasks.start(self._store.compute(_finish, writer))
             try:
-                await ended(self._tasks.start(self._store.compute(_finish, writer)))
-            except PayloadInvalid as error:
-                raise error.within("header.manifest") from None
+                await ended(finishing)
+            except BaseException as error:
+                # After it, as it goes on though the caller leaves: a payload that became whole after its removal stays.
+                finishing.add_done_callback(lambda _: self._store.soon(self._store.updates.remove_all, (key,)))
+                if isinstance(error, PayloadInvalid):
+                    error.within("header.manifest")
+                raise
 
     async def _conclude(
         self, engine: RunEngine, ticket: Ticket, header: pb.UpdateHeader, writer: SpoolWriter
