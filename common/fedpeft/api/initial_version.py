@@ -36,15 +36,18 @@ def checked_spec(config: RunConfig) -> AdapterSpec:
         ConfigInvalid: As `first_version`.
     """
     check_served(config)
+    from fedpeft.simulation.engines import engine_named
     from fedpeft.training.run_spec import spec_without_weights
 
+    if config.simulation:
+        engine_named(config.simulation.engine)
     spec = spec_without_weights(config)
     check_combination(config, spec)
     return spec
 
 
 def first_version(config: RunConfig, weights: Path | None = None) -> FirstVersion:
-    """Builds a run's model and returns its version 0; imports torch, and takes seconds.
+    """Builds a run's model and returns its version 0; imports torch, and takes seconds where the run is right.
 
     Args:
         config: The run file.
@@ -52,10 +55,10 @@ def first_version(config: RunConfig, weights: Path | None = None) -> FirstVersio
 
     Raises:
         ModelInvalid: If the model or its weights cannot be had.
-        ConfigInvalid: If the PEFT method or an option of it is wrong, parts of the run do not work
-            with each other, or a server cannot hold such rounds.
+        ConfigInvalid: If the PEFT method or an option of it is wrong, parts of the run do not work with each other, a
+            server cannot hold such rounds, or there is no such engine for its simulation.
     """
-    check_served(config)
+    checked_spec(config)
     from fedpeft.models.backbones import build, fingerprint
     from fedpeft.peft import tune
     from fedpeft.training.run_spec import run_spec, version_0
@@ -63,5 +66,4 @@ def first_version(config: RunConfig, weights: Path | None = None) -> FirstVersio
     backbone = build(config.model, config.rounds.seed, weights)
     tuned = tune(backbone, config.peft.method, config.peft.options, config.rounds.seed)
     spec = run_spec(config, tuned)
-    check_combination(config, spec)
     return FirstVersion(spec, fingerprint(backbone, tuned.spec), version_0(spec, tuned), backbone.parameters)

@@ -255,12 +255,18 @@ def identity_json(identity: access_service_pb2.Identity) -> Json:
 
 
 def progress_state(progress: run_pb2.ClientProgress) -> str:
-    """Returns training, uploading, slow, stalled or silent."""
+    """Returns training, uploading, slow, stalled, silent, or refused where the server takes no transfer for now."""
+    if progress.refused and _moves(progress):
+        return "refused"
     return run_pb2.ProgressState.Name(progress.state).removeprefix("PROGRESS_STATE_").lower()
 
 
 def is_well(progress: run_pb2.ClientProgress) -> bool:
-    """Returns whether a client neither hangs nor is slower than usual."""
+    """Returns True if a client neither hangs nor is slower than usual, and the server takes its transfers."""
+    return _moves(progress) and not progress.refused
+
+
+def _moves(progress: run_pb2.ClientProgress) -> bool:
     return progress.state in (run_pb2.PROGRESS_STATE_TRAINING, run_pb2.PROGRESS_STATE_UPLOADING)
 
 
@@ -284,6 +290,7 @@ def client_progress_json(progress: run_pb2.ClientProgress) -> Json:
         "moved_s": round(progress.moved_s, 1),
         "usual_s": round(progress.usual_s, 1) if progress.HasField("usual_s") else None,
         "description": progress.description,
+        "refused": progress.refused,
     }
 
 

@@ -914,6 +914,7 @@ class ClientProgress(_message.Message):
     MOVED_S_FIELD_NUMBER: _builtins.int
     USUAL_S_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     client: _builtins.str
     """The client."""
     run: _builtins.str
@@ -936,6 +937,11 @@ class ClientProgress(_message.Message):
     """
     description: _builtins.str
     """All that in a few words, for people: `step 12 of 40 for 70 s`."""
+    refused: _builtins.str
+    """Why the server refuses the client's transfers for now, such as a full disk: the client tries again by itself, and
+    goes on once somebody has seen to it; empty if it does not. `state` says which: TRAINING with a download, UPLOADING
+    with an upload.
+    """
     def __init__(
         self,
         *,
@@ -949,10 +955,11 @@ class ClientProgress(_message.Message):
         moved_s: _builtins.float = ...,
         usual_s: _builtins.float | None = ...,
         description: _builtins.str = ...,
+        refused: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_usual_s", b"_usual_s", "usual_s", b"usual_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_usual_s", b"_usual_s", "client", b"client", "description", b"description", "heard_s", b"heard_s", "moved_s", b"moved_s", "run", b"run", "seconds", b"seconds", "state", b"state", "step", b"step", "steps", b"steps", "usual_s", b"usual_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_usual_s", b"_usual_s", "client", b"client", "description", b"description", "heard_s", b"heard_s", "moved_s", b"moved_s", "refused", b"refused", "run", b"run", "seconds", b"seconds", "state", b"state", "step", b"step", "steps", b"steps", "usual_s", b"usual_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__usual_s: _TypeAlias = _typing.Literal["usual_s"]  # noqa: Y015
     _WhichOneofArgType__usual_s: _TypeAlias = _typing.Literal["_usual_s", b"_usual_s"]  # noqa: Y015

@@ -21,6 +21,7 @@ from fedpeft.errors import (
     PageInvalid,
     ProtocolMismatch,
     RunsInvalid,
+    StoreUnavailable,
     TicketNotFound,
     TicketOfAnother,
     VersionNotFound,
@@ -42,6 +43,7 @@ from fedpeft_server.rpc.chunk_cache import ChunkCache
 from fedpeft_server.rpc.messages import ROLES, RUN_STATES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.engine import RunEngine
+from fedpeft_server.runs.progress import State
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.download_cache import Encoded
 from fedpeft_server.store.rows import AnswerRow, ClientRow, FailedEvaluation, RunRow, UpdateRow
@@ -187,32 +189,33 @@ class Federation(pb_grpc.FederationServiceServicer):
         training = self._sessions.role(client) == "trainer"
         number = round_from(request.version) if training else request.version
         self._byte_counter.assign(engine.run.id, number, client, training=training)
-        encoded = await self._encoded(engine.run, request.version)
-        have = request.have_version if request.HasField("have_version") else None
-        manifest, selection = encoded.manifest, encoded.selection(engine.run.spec, have)
-        size = selection.size_bytes
-        if request.offset > size:
-            text = f"is {request.offset}; {size} bytes are sent"
-            raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
-        held = request.have_sha256 == manifest.sha256
-        header = pb.PullHeader(version=request.version, manifest=encoded.described, up_to_date=held)
-        if size < manifest.payload_bytes and not held:
-            header.tensors.extend(selection.tensors)
-        yield pb.PullAdapterResponse(header=header)
-        if held:
-            return
-        if request.offset:
-            await self._byte_counter.resumed(self._store, request.offset)
-        key = version_key(engine.run.id, request.version, encoded.row.source)
-        opening = partial(self._store.download_cache.open, engine.run, encoded.row, key, selection)
-        async with self._downloads.take(client) as slot, self._store.opened_late(opening) as file:
-            CALL.get().slot = slot
-            for offset, length in chunks(request.offset, size):
-                if offset > request.offset:
-                    slot.check()
-                yield await self._chunks.get((manifest.sha256, selection), file, offset, length)
-                # Only now: were it booked before, a payload could be in the database whose message was never sent.
-                self._byte_counter.payload("down", engine.run.config.codec.down, length)
+        with self._runs.progress.noting_refusals(engine.run.id, client, State.TRAINING):
+            encoded = await self._encoded(engine.run, request.version)
+            have = request.have_version if request.HasField("have_version") else None
+            manifest, selection = encoded.manifest, encoded.selection(engine.run.spec, have)
+            size = selection.size_bytes
+            if request.offset > size:
+                text = f"is {request.offset}; {size} bytes are sent"
+                raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
+            held = request.have_sha256 == manifest.sha256
+            header = pb.PullHeader(version=request.version, manifest=encoded.described, up_to_date=held)
+            if size < manifest.payload_bytes and not held:
+                header.tensors.extend(selection.tensors)
+            yield pb.PullAdapterResponse(header=header)
+            if held:
+                return
+            if request.offset:
+                await self._byte_counter.resumed(self._store, request.offset)
+            key = version_key(engine.run.id, request.version, encoded.row.source)
+            opening = partial(self._store.download_cache.open, engine.run, encoded.row, key, selection)
+            async with self._downloads.take(client) as slot, self._store.opened_late(opening) as file:
+                CALL.get().slot = slot
+                for offset, length in chunks(request.offset, size):
+                    if offset > request.offset:
+                        slot.check()
+                    yield await self._chunks.get((manifest.sha256, selection), file, offset, length)
+                    # Only now: were it booked before, a payload could be in the database whose message was never sent.
+                    self._byte_counter.payload("down", engine.run.config.codec.down, length)
 
     async def _encoded(self, run: RunRow, version: int) -> Encoded:
         """Returns a version as it goes to clients; its row never changes, so one that is encoded needs no look."""
@@ -232,7 +235,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         if first is None or not first.HasField("header"):
             raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
         engine, ticket = await self._ticket(first.header.ticket, client)
-        with tracing.span("receive", engine.run.id, ticket.issued_in, client=client):
+        noting_refusals = self._runs.progress.noting_refusals(engine.run.id, client, State.UPLOADING)
+        with noting_refusals, tracing.span("receive", engine.run.id, ticket.issued_in, client=client):
             update = await self._uploads.push(engine, ticket, first.header, context)
         return _receipt(update)
 
@@ -250,7 +254,11 @@ class Federation(pb_grpc.FederationServiceServicer):
             answer.committed_bytes = received.manifest.payload_bytes
             answer.receipt.CopyFrom(_receipt(received))
             return answer
-        answer.committed_bytes = await self._store.file(self._store.updates.position, ticket.id, request.sha256)
+        try:
+            answer.committed_bytes = await self._store.file(self._store.updates.position, ticket.id, request.sha256)
+        except StoreUnavailable as error:
+            self._runs.progress.note_refusal(engine.run.id, client, State.UPLOADING, error)
+            raise
         return answer
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:

@@ -194,6 +194,7 @@ def progress_message(client: str, run: str, progress: Progress, verdict: Verdict
         moved_s=verdict.moved_s,
         usual_s=verdict.usual_s,
         description=verdict.words,
+        refused=verdict.refused,
     )
 
 

@@ -31,7 +31,7 @@ class State(StrEnum):
 
     @property
     def is_well(self) -> bool:
-        """True if there is nothing to report about it."""
+        """True if it moves as usual."""
         return self in (State.TRAINING, State.UPLOADING)
 
 
@@ -56,6 +56,27 @@ class Past:
 LEAST_ROUNDS = 2
 """Rounds that make a habit."""
 NO_PAST = Past()
+_ORDER = (State.SILENT, State.STALLED, State.SLOW, State.UPLOADING, State.TRAINING)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Refusal of a transfer that the client will try again: a full disk, say.
+
+    Attributes:
+        transfer: `UPLOADING`, or `TRAINING` for the download before it.
+        cause: The server's sentence.
+        at: Time of the refusal.
+    """
+
+    transfer: State
+    cause: str
+    at: float
+
+    def words(self, now: float) -> str:
+        """Returns it for people."""
+        verb = "upload" if self.transfer is State.UPLOADING else "download"
+        return f"waits to {verb}, refused {_span(now - self.at)} ago: {self.cause}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +89,7 @@ class Progress:
         steps: Steps in all; 0 if the client has not said.
         began: When the client first said how many steps there are.
         moved: When `step` last moved; before that, when there was something to be done.
+        refusal: The last transfer, if it was refused for now.
     """
 
     issued: float
@@ -75,6 +97,7 @@ class Progress:
     steps: int = 0
     began: float = 0.0
     moved: float = 0.0
+    refusal: Refusal | None = None
 
     @classmethod
     def at(cls, now: float) -> Progress:
@@ -86,7 +109,7 @@ class Progress:
         if not steps or (step, steps) == (self.step, self.steps):
             return self
         began = self.began if self.steps == steps and step > self.step else now
-        return replace(self, step=step, steps=steps, began=began, moved=now)
+        return replace(self, step=step, steps=steps, began=began, moved=now, refusal=None)
 
     def step_s(self, past: Past) -> float:
         """Returns how long a step takes this client, by this ticket or by its last rounds; 0 if nobody knows."""
@@ -105,6 +128,7 @@ class Verdict:
         heard_s: Since anything was heard of the client.
         moved_s: Since the step moved.
         usual_s: What a round usually takes it; None if that is not known.
+        refused: Why the server refuses its transfers for now; empty if it does not.
     """
 
     state: State
@@ -113,6 +137,17 @@ class Verdict:
     heard_s: float
     moved_s: float
     usual_s: float | None
+    refused: str = ""
+
+    @property
+    def is_well(self) -> bool:
+        """True if there is nothing to report about the client."""
+        return self.state.is_well and not self.refused
+
+    @property
+    def rank(self) -> int:
+        """Place in a list of clients, those first that need a look most."""
+        return _ORDER.index(State.SLOW if self.refused and self.state.is_well else self.state)
 
 
 def judge(
@@ -138,9 +173,12 @@ def judge(
     heard_s, usual_s = now - max(heard, progress.issued), past.usual_s
     at = f"step {progress.step:,} of {progress.steps:,}" if progress.steps else ""
     patience_s = max(timing.stalled_s, timing.steps_missed * progress.step_s(past))
+    refusal = None if uploading else progress.refusal
     late = usual_s is not None and seconds > max(timing.slow_factor * usual_s, usual_s + timing.slow_least_s)
     if heard_s >= timing.silent_s:
         state, words = State.SILENT, f"no word for {_span(heard_s)}" + (f", last at {at}" if at else "")
+    elif refusal is not None:
+        state, words = refusal.transfer, refusal.words(now)
     elif progress.steps and not uploading and moved_s >= patience_s:
         state, words = State.STALLED, f"{at} for {_span(moved_s)}"
     elif late and usual_s is not None:
@@ -153,7 +191,7 @@ def judge(
         state, words = State.TRAINING, f"training, {at}, {_span(moved_s)} ago"
     else:
         state, words = State.TRAINING, f"training, last word {_span(heard_s)} ago"
-    return Verdict(state, words, seconds, heard_s, moved_s, usual_s)
+    return Verdict(state, words, seconds, heard_s, moved_s, usual_s, refusal.cause if refusal else "")
 
 
 def _span(seconds: float) -> str:

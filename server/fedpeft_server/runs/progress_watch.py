@@ -8,17 +8,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import structlog
 
-from fedpeft.errors import ProgressInvalid
+from fedpeft.errors import DiskFull, FedpeftError, ProgressInvalid, TransfersBusy, Unavailable
 from fedpeft.rounds.state_machine import Ticket, TicketState
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs.engine import RunEngine
-from fedpeft_server.runs.progress import NO_PAST, Past, Progress, State, Verdict, judge
+from fedpeft_server.runs.progress import NO_PAST, Past, Progress, Refusal, State, Verdict, judge
 from fedpeft_server.store.store import Store
 from fedpeft_server.timing import Timing
 
@@ -26,7 +27,6 @@ log = structlog.get_logger()
 
 AT_ONCE = 500
 """Clients whose last rounds are read in one look, and clients that are judged before others get their turn."""
-_ORDER = (State.SILENT, State.STALLED, State.SLOW, State.UPLOADING, State.TRAINING)
 
 
 @dataclass(slots=True)
@@ -86,6 +86,32 @@ class ProgressWatch:
         if (open_ := self._open.get(ticket)) is not None:
             open_.progress = open_.progress.reported(step, steps, time.monotonic())
 
+    @contextmanager
+    def noting_refusals(self, run: str, client: str, transfer: State) -> Iterator[None]:
+        """Keeps why the call in the block is refused for now, until one like it is served or training moves.
+
+        Args:
+            run: Run of the call.
+            client: Caller.
+            transfer: `UPLOADING`, or `TRAINING` for a download.
+        """
+        try:
+            yield
+        except (DiskFull, TransfersBusy, Unavailable) as error:
+            self.note_refusal(run, client, transfer, error)
+            raise
+        self._note(run, client, transfer, None)
+
+    def note_refusal(self, run: str, client: str, transfer: State, error: FedpeftError) -> None:
+        """Keeps why a call for a transfer is refused for now."""
+        self._note(run, client, transfer, Refusal(transfer, error.in_short, time.monotonic()))
+
+    def _note(self, run: str, client: str, transfer: State, refusal: Refusal | None) -> None:
+        for open_ in (self._open[ticket] for ticket in self._of.get(client, ())):
+            known = open_.progress.refusal
+            if open_.run == run and (refusal or (known and known.transfer is transfer)):
+                open_.progress = replace(open_.progress, refusal=refusal)
+
     def of(self, client: str, usable: Callable[[str, str, str], bool]) -> tuple[str, Progress, Verdict] | None:
         """Returns run, progress and verdict of a client: of several open tickets of the one that is worst.
 
@@ -97,7 +123,7 @@ class ProgressWatch:
         known = ((ticket, self._open[ticket]) for ticket in self._of.get(client, ()))
         mine = [open_ for ticket, open_ in known if usable(open_.run, client, ticket)]
         found = [(open_.run, open_.progress, self._judge(open_)) for open_ in mine]
-        return min(found, key=lambda each: (_ORDER.index(each[2].state), each[1].issued), default=None)
+        return min(found, key=lambda each: (each[2].rank, each[1].issued), default=None)
 
     def awaited(self, engine: RunEngine, most: int) -> list[tuple[str, Progress, Verdict]]:
         """Returns client, progress and verdict of those that a run's open round awaits, those that hang first."""
@@ -107,7 +133,7 @@ class ProgressWatch:
         then = islice((ticket for ticket in tickets if ticket.client not in ill), most)
         known = [open_ for ticket in (*first, *then) if (open_ := self._open.get(ticket.id))][:most]
         found = [(open_.client, open_.progress, self._judge(open_)) for open_ in known]
-        return sorted(found, key=lambda each: (_ORDER.index(each[2].state), each[0]))
+        return sorted(found, key=lambda each: (each[2].rank, each[0]))
 
     async def check(self, engines: Iterable[RunEngine], changed: Callable[[str], None]) -> None:
         """Judges every awaited client; logs and shows what is new.
@@ -139,7 +165,7 @@ class ProgressWatch:
                 continue
             verdict = self._judge(open_)
             counts[verdict.state] += 1
-            if not verdict.state.is_well:
+            if not verdict.is_well:
                 ill[open_.client], words[open_.client] = verdict.state, verdict.words
             if number % AT_ONCE == 0:
                 await asyncio.sleep(0)

@@ -273,7 +273,7 @@ class Runs:
         if not for_operator:
             return self._reasons.of(*facts)
         found = self.progress.awaited(engine, NAMED)
-        return awaited(*facts, {client: verdict.words for client, _, verdict in found if not verdict.state.is_well})
+        return awaited(*facts, {client: verdict.words for client, _, verdict in found if not verdict.is_well})
 
     def show_backlog(self, engine: RunEngine) -> None:
         """Shows how many versions of a run are still to be scored by whoever scores them, unless that is unknown."""

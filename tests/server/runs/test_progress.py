@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft.api import views
+from fedpeft.errors import DiskFull, FedpeftError, StoreUnavailable
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.runs.progress import Past, Progress, State, judge
+from fedpeft_server.runs.progress import Past, Progress, Refusal, State, judge
 from fedpeft_server.timing import TIMING
 
-from ..conftest import Daemon, RawClient, StartDaemon, config, fault, filled
+from ..conftest import Daemon, RawClient, StartDaemon, config, fault, filled, refused
 
 START = 1000.0
 MINUTE = Past((40.0, 38.0, 42.0), (60.0,))
@@ -53,6 +56,28 @@ def test_what_is_said_of_a_client(
     now = START + after_s
     verdict = judge(progress, now, heard=now - heard_s, past=past, uploading=uploading)
     assert (verdict.words, verdict.state.is_well) == (words, words.startswith(("training", "uploading")))
+
+
+FULL = "writing the upload failed: there is no room left on its disk"
+
+
+@pytest.mark.parametrize(
+    ("progress", "transfer", "uploading", "words"),
+    [
+        (Progress.at(START), State.UPLOADING, False, f"waits to upload, refused 3 s ago: {FULL}"),
+        (AT_12, State.TRAINING, False, f"waits to download, refused 3 s ago: {FULL}"),
+        (Progress.at(START), State.UPLOADING, True, "uploading, 1 s ago"),
+    ],
+)
+def test_what_is_said_of_a_client_that_is_refused(
+    progress: Progress, transfer: State, uploading: bool, words: str
+) -> None:
+    now = START + 300
+    waiting = replace(progress, refusal=Refusal(transfer, FULL, now - 3))
+    past = Past() if uploading else Past((40.0, 40.0))
+    verdict = judge(waiting, now, heard=now - 1, past=past, uploading=uploading)
+    assert (verdict.words, verdict.refused, verdict.is_well) == (words, "" if uploading else FULL, uploading)
+    assert judge(waiting, now, heard=now - 60).state is State.SILENT
 
 
 def test_a_client_that_was_heard_before_its_ticket_is_silent_since_the_ticket() -> None:
@@ -155,6 +180,57 @@ async def test_a_client_that_waits_is_not_told_of_the_others_progress(start: Sta
     await daemon.until(run, lambda seen: hangs(seen) == {"a": SILENT, "b": SILENT})
     (other,) = await daemon.clients("c")
     assert "no word" not in (await other.register()).runs[0].reason
+
+
+@pytest.mark.parametrize(
+    "fault", [DiskFull("no room on its disk; free some"), StoreUnavailable("it is read-only; look")]
+)
+async def test_a_client_that_waits_for_room_on_the_server_is_said_to(
+    start: StartDaemon, monkeypatch: pytest.MonkeyPatch, fault: FedpeftError
+) -> None:
+    daemon = await start(timing=replace(FAST, silent_s=60, stalled_s=60))
+    run, clients, tickets = await begun(daemon)
+    a, cause = clients["a"], fault.in_short
+
+    def refuse(*_: object) -> NoReturn:
+        raise fault
+
+    for method, transfer in (
+        ("writer", lambda: a.push(tickets["a"], filled(1.0))),
+        ("position", lambda: a.upload(tickets["a"], bytes(32))),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(daemon.server.store.updates, method, refuse)
+            assert await refused(transfer()) == fault.reason
+        seen = (await listed(daemon, "a")).progress
+        assert (seen.state, seen.refused) == (run_pb2.PROGRESS_STATE_UPLOADING, cause)
+        assert seen.description.startswith("waits to upload, refused ") and seen.description.endswith(
+            f" s ago: {cause}"
+        )
+        assert views.progress_state(seen) == "refused" and not views.is_well(seen)
+    shown = await daemon.until(run, lambda seen: "a (waits to upload" in seen.reason)
+    assert cause in shown.reason and [each.client for each in shown.awaited] == ["a", "b"]
+    await trains(a, tickets["a"], 1, 8)
+    assert (await listed(daemon, "a")).progress.description.startswith("training, step 1 of 8")
+
+
+async def test_a_client_that_waits_for_its_version_is_said_to(
+    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = await start()
+    run, clients, _ = await begun(daemon)
+
+    def refuse(*_: object) -> NoReturn:
+        raise DiskFull("no room; free some")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.server.store.download_cache, "open", refuse)
+        assert await refused(clients["a"].pull(run, 0)) == "DISK_FULL"
+    seen = (await listed(daemon, "a")).progress
+    assert (seen.state, seen.refused) == (TRAINING, "no room")
+    assert not (await listed(daemon, "b")).progress.refused
+    await clients["a"].pull(run, 0)
+    assert not (await listed(daemon, "a")).progress.refused
 
 
 async def test_what_hung_and_delivered_is_forgotten(start: StartDaemon) -> None:

@@ -60,7 +60,7 @@ async def created(session: Session, config: RunConfig, weights: Path | None) -> 
     Raises:
         ServerUnreachable: Before anything is built, if the server is not there.
         ModelInvalid: If the model or its weights cannot be had.
-        ConfigInvalid: If the PEFT method or an option of it is wrong.
+        ConfigInvalid: As `first_version`, before anything is built.
     """
     require("train", "torch", "timm")
     async with session.client() as server:
@@ -86,10 +86,7 @@ def _check(file: Path, config: RunConfig, weights: Path | None, as_json: bool) -
     require("train", "torch", "timm")
     from fedpeft.api.initial_version import checked_spec
     from fedpeft.models.backbones import check_weights
-    from fedpeft.simulation.engines import engine_named
 
-    if config.simulation:
-        engine_named(config.simulation.engine)
     spec = checked_spec(config).adapter
     path = check_weights(config.model, weights)
     fits = {"hub": "the hub's, not checked", "none": "random"}
