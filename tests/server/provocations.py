@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import grpc
-import pytest
 
 from fedpeft.adapters import payload
 from fedpeft.identity import keys, requests
@@ -19,13 +17,12 @@ from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft.v1 import tensor_pb2
 from fedpeft_server.access import bounds
 from fedpeft_server.rpc import interceptors
 from fedpeft_server.timing import TIMING
-from fedpeft_server.uploads import chunk_receiver, pipeline, transfer_slots
 
-from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, zeros
+from .conftest import SPEC, RawClient, config, filled, free_port, zeros
+from .provoked_world import World
 from .secured import Federation, federation
 from .secured_provocations import (
     evaluator_of_a_clients_name,
@@ -39,24 +36,21 @@ from .secured_provocations import (
     viewer_who_creates,
     viewer_who_outlives_a_certificate,
 )
-from .uploads.test_refusals import CALLERS, REFUSED_FOR_GOOD, TRY_AGAIN, WRONG_HEADERS, bad_and_good
-from .uploads.test_transfer_slots import Trickle
-from .uploads.test_uploads import SlowDisk
-
-
-@dataclass
-class World:
-    """Parts that a provocation may use."""
-
-    start: StartDaemon
-    request: pytest.FixtureRequest
-    monkeypatch: pytest.MonkeyPatch
-
-    async def run(self, clients: int = 1, **settings: object) -> tuple[Daemon, str, list[RawClient]]:
-        """Starts a daemon with a run of two rounds and the clients that it waits for."""
-        daemon = await self.start(**settings)
-        run = await daemon.create(config(rounds={"count": 2, "clients": clients}))
-        return daemon, run.id, await daemon.clients(*"abcdefgh"[:clients])
+from .upload_provocations import (
+    another_update,
+    busy_server,
+    excluded_update,
+    full_disk,
+    large_update,
+    lost_spool,
+    silent_client,
+    slow_disk,
+    slow_upload,
+    ticket_of_another,
+    update,
+    withdrawn_ticket,
+)
+from .uploads.test_refusals import CALLERS
 
 
 def creation(**changes: object) -> op.CreateRunHeader:
@@ -81,17 +75,6 @@ async def unsorted_spec(world: World) -> object:
     wrong = wire.spec_to_proto(SPEC)
     wrong.tensors.reverse()
     return await (await world.start()).create_raw(creation(spec=wrong), [])
-
-
-def update(case: str) -> Callable[[World], Awaitable[object]]:
-    """One of the wrong updates of test_refusals."""
-    send, _ = {**REFUSED_FOR_GOOD, **WRONG_HEADERS, **TRY_AGAIN}[case]
-
-    async def provoke(world: World) -> object:
-        bad, *_ = await bad_and_good(await world.start())
-        return await send(bad)
-
-    return provoke
 
 
 async def no_run(world: World) -> object:
@@ -128,12 +111,6 @@ async def second_instance(world: World) -> object:
     return await daemon.client("a", instance="f" * 32).register()
 
 
-async def another_update(world: World) -> object:
-    bad, *_ = await bad_and_good(await world.start())
-    await bad.values(1.0)
-    return await bad.values(2.0)
-
-
 async def request_id_again(world: World) -> object:
     daemon = await world.start()
     await daemon.create()
@@ -157,21 +134,6 @@ async def stopped_run(world: World) -> object:
     return await client.push(task.ticket, filled(1.0))
 
 
-async def excluded_update(world: World) -> object:
-    daemon, run, (client, other) = await world.run(2)
-    tasks = await asyncio.gather(client.task(), other.task())
-    await asyncio.gather(client.push(tasks[0].ticket, filled(3e38)), other.push(tasks[1].ticket, filled(1.0)))
-    await daemon.until(run, lambda r: r.version == 1)
-    return await client.push(tasks[0].ticket, filled(3e38))
-
-
-async def withdrawn_ticket(world: World) -> object:
-    _, _, (client,) = await world.run()
-    task = await client.task()
-    await client.withdraw(task.ticket)
-    return await client.push(task.ticket, filled(1.0))
-
-
 async def paused_after_its_end(world: World) -> object:
     daemon, run, _ = await world.run()
     await daemon.operator.StopRun(op.StopRunRequest(run=run))
@@ -181,11 +143,6 @@ async def paused_after_its_end(world: World) -> object:
 async def deleted_too_early(world: World) -> object:
     daemon, run, _ = await world.run()
     return await daemon.operator.DeleteRun(op.DeleteRunRequest(run=run))
-
-
-async def ticket_of_another(world: World) -> object:
-    bad, _, ticket, _ = await bad_and_good(await world.start())
-    return await bad.client.push(ticket, filled(1.0))
 
 
 async def figures_of_a_trainer(world: World) -> object:
@@ -198,61 +155,6 @@ async def nameless(world: World) -> object:
     client = (await world.start()).client("a")
     client.metadata = CALLERS["bad id"]  # type: ignore[assignment]
     return await client.register()
-
-
-async def large_update(world: World) -> object:
-    daemon = await world.start(max_update_bytes=1024)
-    spec = type(SPEC).of("bias", [type(SPEC.tensors[0])("w", (300,))])
-    return await daemon.create(spec=spec)
-
-
-async def begun(client: RawClient, ticket: str, chunk_bytes: int, held: asyncio.Event) -> object:
-    """Begins an upload and sends nothing more until `held` is set."""
-    manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
-
-    async def requests() -> AsyncIterator[fed.PushUpdateRequest]:
-        yield fed.PushUpdateRequest(header=header(ticket, manifest))
-        yield fed.PushUpdateRequest(chunk=tensor_pb2.Chunk(offset=0, data=data[:chunk_bytes]))
-        await held.wait()
-
-    return await client.send(requests())
-
-
-async def busy_server(world: World) -> object:
-    world.monkeypatch.setattr(transfer_slots, "HOLD_S", 0.2)
-    daemon, _, (a, b) = await world.run(2, max_transfers=1)
-    tasks = await asyncio.gather(a.task(), b.task())
-    held = asyncio.Event()
-    first = asyncio.create_task(begun(a, tasks[0].ticket, 9, held))
-    async with asyncio.timeout(10):
-        while not (await a.upload(tasks[0].ticket)).state or not daemon.server.store.spool._writers:
-            await asyncio.sleep(0.01)
-    try:
-        return await b.push(tasks[1].ticket, filled(1.0))
-    finally:
-        held.set()
-        await asyncio.gather(first, return_exceptions=True)
-
-
-async def slow_upload(world: World) -> object:
-    _, _, (a, b) = await world.run(2, max_transfers=1, timing=replace(TIMING, transfer_turn_s=0.0))
-    tasks = await asyncio.gather(a.task(), b.task())
-    trickle = Trickle(a, tasks[0].ticket)
-    first = asyncio.create_task(trickle.push())
-    await trickle.begun()
-    await b.push(tasks[1].ticket, filled(1.0))
-    return await first
-
-
-async def slow_disk(world: World) -> object:
-    world.monkeypatch.setattr(pipeline, "HOLD_S", 0.1)
-    _, _, (client,) = await world.run()
-    task = await client.task()
-    disk = SlowDisk(world.monkeypatch)
-    try:
-        return await client.push(task.ticket, filled(1.0))
-    finally:
-        disk.go.set()
 
 
 async def crowd(world: World) -> object:
@@ -280,12 +182,6 @@ async def long_withdrawal(world: World) -> object:
     return await client.withdraw("ticket-none", "x" * most)
 
 
-async def silent_client(world: World) -> object:
-    world.monkeypatch.setattr(chunk_receiver, "STALL_S", 0.2)
-    _, _, (client,) = await world.run()
-    return await begun(client, (await client.task()).ticket, 9, asyncio.Event())
-
-
 async def too_many(world: World) -> object:
     daemon = await world.start(max_clients=1)
     return await daemon.clients("a", "b")
@@ -300,25 +196,6 @@ async def long_answer(world: World) -> object:
     daemon, run, _ = await world.run()
     world.monkeypatch.setattr(interceptors, "MESSAGE_LIMIT_BYTES", 100)
     return await daemon.run(run)
-
-
-async def full_disk(world: World) -> object:
-    disk: Path = world.request.getfixturevalue("small_disk")
-    _, _, (client,) = await world.run(folder=disk)
-    task = await client.task()
-    ballast = disk / "ballast"
-
-    def fill() -> None:
-        with ballast.open("wb", buffering=0) as file:
-            while file.write(bytes(4096)):
-                pass
-
-    with pytest.raises(OSError, match="No space left"):
-        await asyncio.to_thread(fill)
-    try:
-        return await client.push(task.ticket, filled(1.0))
-    finally:
-        await asyncio.to_thread(ballast.unlink)
 
 
 async def damaged_blob(world: World) -> object:
@@ -366,14 +243,6 @@ async def read_only_database(world: World) -> object:
 async def no_server(world: World) -> object:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{free_port()}") as channel:
         return await RawClient(channel, "a").register()
-
-
-async def lost_spool(world: World) -> object:
-    """The server's own folder is gone: the client keeps its update until the operator has mended that."""
-    daemon, _, (client,) = await world.run()
-    task = await client.task()
-    (daemon.server.settings.data_dir / "spool").rmdir()
-    return await client.push(task.ticket, filled(1.0))
 
 
 async def lost_table(world: World) -> object:

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING
 
 from fedpeft import ids
 from fedpeft.adapters.payload import Manifest
-from fedpeft.errors import StateInvalid, StoreUnavailable, TicketNotFound, UpdateDiffers
+from fedpeft.errors import StateInvalid, TicketNotFound, UpdateDiffers
 from fedpeft.process.durable import refusals, sync
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rpc.wire import manifest_to_proto
+from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.spool_writer import Owner, SpoolWriter
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Spool:
         held = self._held.get(ticket)
         if held is None or held.digest != sha256.hex():
             return 0
-        with refusals(f"reading the upload of {ticket}", StoreUnavailable):
+        with store_refusals(f"reading the upload of {ticket}"):
             try:
                 return held.path.stat().st_size
             except FileNotFoundError:
@@ -142,7 +143,7 @@ class Spool:
         """
         if not ids.TICKET.fullmatch(ticket):
             raise TicketNotFound(f"there is no ticket {ticket[:80]!r}")
-        with self._lock_of(ticket), refusals(f"opening the upload of {ticket}", StoreUnavailable):
+        with self._lock_of(ticket), store_refusals(f"opening the upload of {ticket}"):
             held = self._held.get(ticket)
             if held is not None and held.digest != manifest.sha256.hex():
                 self._discard(ticket, held)
@@ -216,7 +217,7 @@ class Spool:
 
     def reject(self, writer: SpoolWriter) -> bool:
         """Removes what a writer wrote, because it is wrong; False if the writer is not the newest any more."""
-        with self._lock_of(writer.ticket), refusals(f"cleaning the spool {self._folder}", StoreUnavailable):
+        with self._lock_of(writer.ticket), store_refusals(f"cleaning the spool {self._folder}"):
             if not self.is_current(writer):
                 return False
             self._remove(writer.ticket)
@@ -237,7 +238,7 @@ class Spool:
         held = self._held.get(ticket)
         if held is None or not self.is_whole(ticket, sha256):
             raise StateInvalid(f"the update of ticket {ticket} is not in {self._folder}; restore the data directory")
-        with refusals(f"reading the update of {ticket}", StoreUnavailable):
+        with store_refusals(f"reading the update of {ticket}"):
             view = mapped(held.path)
         yield view
 
@@ -269,13 +270,13 @@ class Spool:
                         self._remove(ticket)
                 except OSError as error:
                     failures.append(error)
-        with refusals(f"cleaning the spool {self._folder}", StoreUnavailable):
+        with store_refusals(f"cleaning the spool {self._folder}"):
             if failures:
                 raise failures[0]
 
     def remove_partial(self, ticket: str) -> None:
         """Removes what is held of a ticket unless it is whole; its writer may write no more."""
-        with self._lock_of(ticket), refusals(f"cleaning the spool {self._folder}", StoreUnavailable):
+        with self._lock_of(ticket), store_refusals(f"cleaning the spool {self._folder}"):
             held = self._held.get(ticket)
             if held is not None and not held.whole:
                 self._remove(ticket)
@@ -309,7 +310,7 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes a manifest whole or not at all; its name is durable when the folder is synced."""
     partial = path.with_suffix(".manifest-part")
     try:
-        with refusals(f"writing {path}", StoreUnavailable):
+        with store_refusals(f"writing {path}"):
             partial.write_bytes(manifest_to_proto(manifest).SerializeToString(deterministic=True))
             sync(partial)
             partial.rename(path)

@@ -15,11 +15,11 @@ from fedpeft.errors import (
     FedpeftError,
     OffsetOutOfRange,
     PayloadInvalid,
-    StoreUnavailable,
     TurnOver,
 )
-from fedpeft.process.durable import WRITEBACK_BYTES, refusals, start_writeback
+from fedpeft.process.durable import WRITEBACK_BYTES, start_writeback
 from fedpeft.process.mapped_files import mapped, releaser
+from fedpeft_server.store.refusals import store_refusals
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -108,7 +108,7 @@ class SpoolWriter:
         if not 1 <= len(view) <= CHUNK_BYTES:
             text = f"has {len(view)} bytes; 1 to {CHUNK_BYTES} are allowed"
             raise ChunkInvalid(f"a chunk of ticket {self.ticket} {text}", (("chunk.data", text),))
-        with self._lock, refusals(f"writing the upload of {self.ticket}", StoreUnavailable):
+        with self._lock, store_refusals(f"writing the upload of {self.ticket}"):
             self._check_place(offset, len(view))
             self._append(view)
 
@@ -157,7 +157,7 @@ class SpoolWriter:
             wrong = self._fault()
             if wrong is not None:
                 raise wrong if self._owner.reject(self) else self._taken_over()
-        with refusals(f"keeping the update of {self.ticket}", StoreUnavailable):
+        with store_refusals(f"keeping the update of {self.ticket}"):
             path = self._owner.publish(self)
         if path is None:
             raise self._taken_over()
@@ -192,7 +192,7 @@ class SpoolWriter:
         return None
 
     def _check(self) -> None:
-        with refusals(f"reading the upload of {self.ticket}", StoreUnavailable):
+        with store_refusals(f"reading the upload of {self.ticket}"):
             payload = mapped(self._path)
         digest = self._digest.digest() if self._digest is not None else hashlib.sha256(payload).digest()
         if digest != self.manifest.sha256:
@@ -208,7 +208,7 @@ class SpoolWriter:
     def _sync(self) -> None:
         # After a failed sync nobody knows which bytes are on the disk: `finish` discards them all.
         assert self._descriptor is not None
-        with refusals(f"making the update of {self.ticket} durable", StoreUnavailable):
+        with store_refusals(f"making the update of {self.ticket} durable"):
             os.fdatasync(self._descriptor)
 
     def _check_current(self) -> None:

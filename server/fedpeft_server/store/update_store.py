@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Protocol
 
 from fedpeft.adapters.payload import Manifest
-from fedpeft.errors import FedpeftError, StoreUnavailable
-from fedpeft.process.durable import refusals
+from fedpeft.errors import FedpeftError
 from fedpeft.process.mapped_files import mapped
 from fedpeft_server.store.blobs.blobs import CHUNK_BYTES, Blobs
+from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.spool_writer import SpoolWriter
 
@@ -95,7 +95,7 @@ class BucketUpdates:
                 yield view
             return
         with self._blobs.local(_key(ticket, sha256)) as path:
-            with refusals(f"reading the update of {ticket}", StoreUnavailable):
+            with store_refusals(f"reading the update of {ticket}"):
                 view = mapped(path)
             yield view
 
@@ -137,6 +137,6 @@ def _key(ticket: str, sha256: bytes) -> str:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     """Yields the bytes of a file: a folder would move the file itself."""
-    with refusals(f"reading {path}", StoreUnavailable), path.open("rb") as file:
+    with store_refusals(f"reading {path}"), path.open("rb") as file:
         while piece := file.read(CHUNK_BYTES):
             yield piece

@@ -12,7 +12,8 @@ from fedpeft.api.operator_client import OperatorClient
 from fedpeft.rpc.status import from_rpc_error
 
 from ..conftest import StartDaemon, free_port
-from ..provocations import PROVOCATIONS, World
+from ..provocations import PROVOCATIONS
+from ..provoked_world import World
 
 PAGE = (Path(__file__).parents[3] / "docs" / "errors.md").read_text(encoding="utf-8")
 ON_THE_WIRE = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", PAGE, re.M))

@@ -22,6 +22,7 @@ from obstore.store import LocalStore, from_url
 from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid, StoreUnavailable
 from fedpeft.process.durable import refusals, sync
 from fedpeft_server.store.blobs.cache import BlobCache
+from fedpeft_server.store.refusals import store_refusals
 
 CHUNK_BYTES = 1024 * 1024
 """Bytes that are copied from an object store at once."""
@@ -171,7 +172,7 @@ class Blobs:
     def _delete_folder(self, folder: Path) -> None:
         # The whole folder, because a process that dies while writing leaves a file that the store does not list.
         self._durable = {known for known in self._durable if folder not in (known, *known.parents)}
-        with refusals(f"deleting {folder}", StoreUnavailable):
+        with store_refusals(f"deleting {folder}"):
             if folder.exists():
                 shutil.rmtree(folder)
 
@@ -181,7 +182,7 @@ class Blobs:
     @contextmanager
     def _translated(self, doing: str, key: str) -> Iterator[None]:
         try:
-            with refusals(f"{doing} blob {key} in {self.name}", StoreUnavailable):
+            with store_refusals(f"{doing} blob {key} in {self.name}"):
                 try:
                     yield
                 except (FileNotFoundError, NotADirectoryError):

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedpeft.errors import StoreUnavailable
-from fedpeft.process.durable import refusals
+from fedpeft_server.store.refusals import store_refusals
 
 CACHE_BYTES = 1024**3
 """Most that is kept; a blob that is in use stays though it is more."""
@@ -78,11 +77,11 @@ class BlobCache:
                 self._place(key).unlink(missing_ok=True)
 
     def _fetch(self, key: str, copy: Path, read: Callable[[], Iterable[bytes]]) -> int:
-        with refusals(f"caching blob {key}", StoreUnavailable):
+        with store_refusals(f"caching blob {key}"):
             copy.parent.mkdir(parents=True, exist_ok=True)
             descriptor, partial = tempfile.mkstemp(dir=copy.parent)
         try:
-            with refusals(f"caching blob {key}", StoreUnavailable), os.fdopen(descriptor, "wb") as file:
+            with store_refusals(f"caching blob {key}"), os.fdopen(descriptor, "wb") as file:
                 file.writelines(read())
                 size = file.tell()
             Path(partial).replace(copy)

@@ -18,12 +18,11 @@ from pathlib import Path
 from fedpeft.adapters import adapter_file, payload
 from fedpeft.adapters.payload import Entry, Manifest, Selection
 from fedpeft.adapters.spec import AdapterSpec
-from fedpeft.errors import StoreUnavailable
-from fedpeft.process.durable import refusals
 from fedpeft.rpc.wire import manifest_to_proto
 from fedpeft.v1 import tensor_pb2
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.open_file import OpenFile
+from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.rows import RunRow, VersionRow
 
 KEPT = 256
@@ -116,7 +115,7 @@ class DownloadCache:
         """Opens the payload of what `encoded` returns, or a selection of its tensors; raises as that."""
         with (
             self._used(run, version, key) as encoded,
-            refusals(f"opening version {version.version} of {run.id}", StoreUnavailable),
+            store_refusals(f"opening version {version.version} of {run.id}"),
         ):
             if encoded.path is not None:
                 return OpenFile(encoded.path, 0, selection)
@@ -172,7 +171,7 @@ class DownloadCache:
         """
         with self._lock:
             failures = self._remove_unwanted()
-        with refusals(f"cleaning {self._folder}", StoreUnavailable):
+        with store_refusals(f"cleaning {self._folder}"):
             if failures:
                 raise failures[0]
 
@@ -213,7 +212,7 @@ class DownloadCache:
             path = self._folder / f"{run.id}-{version.version:06}.{next(self._made)}.{encoding}"
             try:
                 with (
-                    refusals(f"encoding version {version.version} of {run.id}", StoreUnavailable),
+                    store_refusals(f"encoding version {version.version} of {run.id}"),
                     path.open("wb") as file,
                 ):
                     return Encoded(version, payload.write(file, stored, run.spec.shared, encoding), path)
