@@ -54,7 +54,7 @@ class Federation:
         alpha: Of dirichlet.
         sizes: Images of each client, for sizes.
         sections: Sections of the run file that differ from its defaults.
-        odd: Whether the labels of the first client are others: it never agrees with the adapter that all make.
+        odd: True if the labels of the first client differ: its update never agrees with the adapter that all make.
     """
 
     division: str = "dirichlet"

@@ -100,13 +100,13 @@ class Agent:
     """One client, from its first call to its last.
 
     Args:
-        settings: What it was told.
-        policy: What its owner allows.
+        settings: The client's settings.
+        policy: Limits that its owner sets.
         directory: Its memory, held by this process.
         channel: The server.
         worker: The process that computes.
         egress_log: The log of all that leaves the device.
-        metrics: Where what is done is counted.
+        metrics: The client's metrics.
         log: Carries the client's id.
     """
 
@@ -367,7 +367,7 @@ class Agent:
         """Does the work of a task; declines the run, and with it the task, if it shows that the run does not suit.
 
         Returns:
-            Why it failed, if it failed otherwise; the next attempt may do better.
+            Cause of a failure of another kind; the next attempt may do better.
         """
         try:
             await work()
@@ -406,8 +406,8 @@ def registration(settings: Settings, hello: Answer) -> pb.RegisterRequest:
     """Returns what a client says of itself.
 
     Args:
-        settings: What it was told.
-        hello: What its worker said of itself.
+        settings: The client's settings.
+        hello: First message of the client's worker.
     """
     return pb.RegisterRequest(
         min_protocol=PROTOCOL,

@@ -27,8 +27,8 @@ def faults_of(error: ValidationError, data: Any, below: str = "") -> tuple[Fault
     """Returns every fault, one a field.
 
     Args:
-        error: What pydantic found.
-        data: What it looked at. pydantic's own names for parts of a schema, which the data has not, are left out.
+        error: Pydantic's error.
+        data: The checked data. Pydantic's own names for parts of a schema, which the data has not, are left out.
         below: Path of the field that `data` is the value of.
     """
     found: dict[str, list[str]] = {}
@@ -53,7 +53,7 @@ def in_file(path: Path, text: str, faults: Sequence[Fault]) -> str:
 
     Args:
         path: The file.
-        text: What is in it.
+        text: Its content.
         faults: At least one.
     """
     return "\n".join(f"{path}:{line_of(text, field)}: {field}: {fault}" for field, fault in faults)

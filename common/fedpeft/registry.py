@@ -26,7 +26,7 @@ class Registry(Generic[T]):
     Args:
         package: Dotted name of the package whose modules register.
         group: Entry point group under which other packages name theirs.
-        kind: What the things are, for messages ("PEFT method").
+        kind: Kind of its entries, for messages ("PEFT method").
         former: An earlier name of the group, which is still read; empty for none.
     """
 

@@ -34,11 +34,11 @@ class Background:
     """The background work of one daemon.
 
     Args:
-        metrics: Where failures are counted.
+        metrics: Metrics in which failures are counted.
         end: Has the daemon end; called when something cannot go on.
 
     Attributes:
-        fault: Why the daemon must end; None while it need not.
+        fault: Reason for which the daemon must end; None while it need not.
         changed: Set whenever `healthy` may have changed.
     """
 

@@ -21,7 +21,7 @@ class CertificateRefresh:
     Args:
         own: The server's certificates; None if it has none, and then nothing is done.
         store: Has threads for work on files.
-        metrics: Where it is shown when they end.
+        metrics: Metrics that show their end.
         replaced: Called after they were replaced.
     """
 

@@ -25,8 +25,8 @@ def refuse_lost_certificates(database: Database, folder: Path) -> None:
     """Refuses to serve plain text where certificates were in use; for a server that has none.
 
     Args:
-        database: What knows who called with one, and who was to get one.
-        folder: Where the server looked for its own.
+        database: Database, which knows the callers with a certificate and those who were to get one.
+        folder: Folder in which the server looked for its own.
 
     Raises:
         SettingsInvalid: If they were.

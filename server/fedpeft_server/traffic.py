@@ -189,7 +189,7 @@ class _Rounds:
         metrics: Those that show both rounds.
         run: The run's id.
         number: The round in progress.
-        known: What is known of both, by number and direction.
+        known: Known bytes of both, by number and direction.
     """
 
     def __init__(

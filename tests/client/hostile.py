@@ -20,7 +20,7 @@ class Hostile(pb_grpc.FederationServiceServicer):
     """Answers AwaitRound with `answer`, and other calls with what a test put there.
 
     Attributes:
-        calls: How often each method was called.
+        calls: Number of calls of each method.
         declined: Reasons of declines, by run.
     """
 

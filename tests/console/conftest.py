@@ -43,7 +43,7 @@ class Console:
         base: Its address.
         link: Its first login link.
         process: The process.
-        key_spent: Whether the link was used.
+        key_spent: True once the link was used.
     """
 
     base: str
@@ -76,7 +76,7 @@ class Looked:
         context: Its cookies.
         base: The console's address.
         hosts: Everybody it asked anything.
-        complaints: What its console said: errors, and violations of the content security policy.
+        complaints: Messages of its console: errors, and violations of the content security policy.
     """
 
     context: BrowserContext

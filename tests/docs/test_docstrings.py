@@ -43,6 +43,63 @@ def test_such_a_docstring_is_found() -> None:
     ) == [3, 5]
 
 
+ENTRY = re.compile(r" +[\w, *`]+?(?: \([^)]*\))?: +(?P<words>\S.*)")
+
+
+def asking_entries(source: str) -> list[str]:
+    """Returns the entries of arguments, attributes and results that begin with the word of a question."""
+    return [entry for _, text in docstrings(source) for entry in described(text) if _asks(entry)]
+
+
+def described(docstring: str) -> Iterator[str]:
+    """Yields the descriptions in the sections of a docstring: of each argument, each attribute and the result."""
+    indent, section = 0, ""
+    for line in docstring.expandtabs().splitlines():
+        deep = len(line) - len(line.lstrip())
+        if line.strip() in ("Args:", "Attributes:", "Returns:", "Yields:"):
+            indent, section = deep, line.strip()
+        elif line.strip() and deep <= indent:
+            section = ""
+        elif section in ("Args:", "Attributes:") and deep == indent + 4 and (match := ENTRY.fullmatch(line)):
+            yield match["words"]
+        elif section in ("Returns:", "Yields:") and line.strip():
+            yield line.strip()
+            section = ""
+
+
+def _asks(text: str) -> bool:
+    return text.split(maxsplit=1)[0].strip("\"'`.,:;").lower() in QUESTIONS
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_entry_of_a_docstring_begins_with_the_word_of_a_question(folder: str) -> None:
+    files = [path for path in (ROOT / folder).rglob("*.py") if not {"node_modules", "v1"} & set(path.parts)]
+    found = {str(path.relative_to(ROOT)): lost for path in files if (lost := asking_entries(path.read_text("utf-8")))}
+    assert found == {}
+
+
+def test_such_an_entry_is_found() -> None:
+    source = """
+def f(a, b):
+    '''Does.
+
+    Args:
+        a: Whether to do it.
+        b (int): Number of times,
+            whether or not it is done.
+        *c: How many.
+
+    Returns:
+        What is left,
+        when it is done.
+
+    Raises:
+        ValueError: When it rains.
+    '''
+"""
+    assert asking_entries(source) == ["Whether to do it.", "How many.", "What is left,"]
+
+
 ROOTS = ("common", "server", "client", "operator")
 """Packages whose documented arguments and attributes must exist."""
 Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -45,13 +45,13 @@ async def dry_run(
     """Opens every image, judges every run, prints what was found on stdout; trains nothing, registers nothing.
 
     Args:
-        settings: What the client was told.
+        settings: The client's settings.
         channel: The server.
         worker: The process that computes.
         egress_log: The log of all that leaves the device.
         processes: The client's processes of before.
-        against: Why the policy allows no work now, if it does not.
-        log: Where progress is said.
+        against: Reason for which the policy allows no work now; empty if it does.
+        log: Log for progress.
 
     Raises:
         DataInvalid: If there is no run and too many images cannot be read.

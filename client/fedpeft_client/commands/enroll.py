@@ -84,7 +84,7 @@ def _checked_same(kept: Identity, argument: str) -> bool:
     """Checks that a token is for the server that somebody is enrolled at, which may have another address by now.
 
     Returns:
-        Whether there is one: its file may have been removed once it was used.
+        True if there is one: its file may have been removed once it was used.
 
     Raises:
         IdentityInvalid: If it is for another.

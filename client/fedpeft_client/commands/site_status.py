@@ -34,9 +34,9 @@ class IdentityStatus:
         role: client or evaluator; empty if it cannot be told.
         name: Its name; likewise.
         server: HOST:PORT; likewise.
-        expires_at: When its certificate ends; None likewise.
-        renews_at: When it is renewed; None likewise.
-        problem: What is wrong with it; empty if nothing is.
+        expires_at: End of its certificate; None likewise.
+        renews_at: Time of its renewal; None likewise.
+        problem: Fault of it; empty if there is none.
     """
 
     role: str = ""
@@ -55,8 +55,8 @@ class RunStatus:
         run: Its id.
         name: Its name; may be empty.
         answer: accepted or declined, as it was said last.
-        reasons: Why it was declined, as the server was told.
-        at: When that was said.
+        reasons: Reasons for which it was declined, as the server was told.
+        at: Time of the answer.
         updates: Updates that the server confirmed.
     """
 
@@ -75,18 +75,18 @@ class SiteStatus:
     Attributes:
         state_dir: Its state directory.
         process: The process of its agent, or of another command that holds the directory; None if there is none.
-        identity: Who it is; None if it was never enrolled.
+        identity: The client's identity; None if it was never enrolled.
         server: HOST:PORT of the server that answered last; empty if none did.
-        refused_at: When the server let this client in no more; None if it did not, or has answered since.
-        refusal: Why; empty likewise.
-        last_contact: When the server answered last; None if it never did.
-        left_at: When it left for good; None if it did not.
+        refused_at: Time since which the server refuses this client; None if it does not, or has answered since.
+        refusal: Cause of that; empty likewise.
+        last_contact: Time of the server's last answer; None if it never answered.
+        left_at: Time at which it left for good; None if it did not.
         pending: The update that waits to be sent, as {"run", "round", "payload_bytes"}; None if there is none.
-        runs: What it said to each run, newest first.
-        bytes_today: What left in the last 24 hours, in bytes.
-        bytes_a_day: How much may; None if that is not limited.
+        runs: Its answers to the runs, newest first.
+        bytes_today: Bytes sent in the last 24 hours.
+        bytes_a_day: Most bytes a day; None if that is not limited.
         policy: The file of the policy; None if nothing is limited.
-        problems: What could not be read, a sentence each.
+        problems: Parts that could not be read, a sentence each.
     """
 
     state_dir: Path

@@ -70,9 +70,9 @@ class EgressEntry:
     """An entry of the egress log: something that is about to leave the device.
 
     Attributes:
-        kind: What it is.
+        kind: Kind of message.
         wire_bytes: Size of the messages that carry it.
-        said: What is in it, in words and numbers.
+        said: Its content, in words and numbers.
         run: Id of the run; empty for none.
         name: The run's name; if empty, the one known from before.
         round: Number of the round; 0 for none.
@@ -95,12 +95,12 @@ class LoggedEntry:
     """An entry as it stands in the log, with its outcome.
 
     Attributes:
-        entry: What left; `wire_bytes` is what was sent, or booked where that is not known.
-        at: When it was about to.
-        latest: When the last line on it was written.
-        server: Where to.
-        outcome: What became of it.
-        words: What the server said of it, if it did not want it.
+        entry: The message; `wire_bytes` is its size as sent, or as booked where that is not known.
+        at: Time right before it was sent.
+        latest: Time of the last line on it.
+        server: Its destination.
+        outcome: Its outcome.
+        words: The server's sentence, if it refused it.
     """
 
     entry: EgressEntry

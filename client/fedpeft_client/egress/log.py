@@ -52,7 +52,7 @@ class EgressLog:
         server: HOST:PORT of the server that things are sent to.
 
     Attributes:
-        day: What left in the last 24 hours.
+        day: Bytes sent in the last 24 hours.
         unreadable: Lines that could not be read at the start; what they booked is not counted.
 
     Raises:

@@ -38,10 +38,10 @@ class EgressLogFile:
     """The file of a ledger, open for writing.
 
     Attributes:
-        size_bytes: How large it is.
+        size_bytes: Its size.
 
     Args:
-        path: Where it is; made if absent, readable by its owner only.
+        path: The file; made if absent, readable by its owner only.
 
     Raises:
         StateInvalid: If it cannot be written: nothing leaves without it.

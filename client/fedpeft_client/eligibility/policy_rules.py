@@ -40,7 +40,7 @@ class RunDemand:
         number: The ticket's round; None at the offer.
         examples: Images of the run's classes; None if not known yet.
         image_size: Side of the model's input in pixels; None if not known yet.
-        weights: What the owner gave as --weights.
+        weights: The owner's --weights.
         taken: Tickets of the run that this device has sent updates for, this one left out.
     """
 

@@ -95,9 +95,9 @@ class Site:
         unreadable: Of the images of each class, how many cannot be read; None if they were not looked through.
         built: The run's model, or why it could not be built; None if that was not tried.
         task: Name of the task that the data are for; empty for images.
-        policy: What its owner allows.
-        weights: What its owner gave as --weights.
-        trains: Whether it trains; otherwise it scores.
+        policy: Limits that its owner sets.
+        weights: The owner's --weights.
+        trains: True if it trains; otherwise it scores.
     """
 
     methods: frozenset[str]
@@ -124,7 +124,7 @@ def reasons_against_ticket(
     Args:
         policy: The policy of this site.
         run: The run as it was offered and accepted.
-        task: What the ticket asks for.
+        task: The ticket's task.
         examples: Images of the run's classes.
         taken: Other tickets of the run that this device has sent updates for.
     """

@@ -30,9 +30,9 @@ class Renewal:
     """Keeps an identity valid.
 
     Args:
-        identity: Who this client is.
+        identity: Identity of this client.
         channel: Goes on with each new certificate.
-        log: Where it is said.
+        log: Log for renewals.
         now: Tells the time.
     """
 

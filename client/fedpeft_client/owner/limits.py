@@ -76,11 +76,11 @@ class Limits:
 
     Args:
         policy: The policy.
-        egress_log: What left already.
-        metrics: Where waiting is shown.
-        log: Where waiting is said.
-        look: What tells what the machine is like.
-        waits: Whether work that is not allowed now is waited for; else that ends it.
+        egress_log: Log of the bytes sent so far.
+        metrics: Metrics that show waiting.
+        log: Log for waiting.
+        look: Returns the state of the machine.
+        waits: True to wait for work that is not allowed now; else that ends it.
         timing: The client's.
     """
 

@@ -210,7 +210,7 @@ class Outbox:
         """Settles that the last update of a run was excluded; a crash in the middle is mended by calling it again.
 
         Returns:
-            Whether it is in the residual now; False if residual and update were dropped, because the one before it was
+            True if it is in the residual now; False if residual and update were dropped, because the one before it was
             excluded too.
         """
         folder, ticket = self._directory.run(run), self.counted(run) or ""

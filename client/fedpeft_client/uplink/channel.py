@@ -84,7 +84,7 @@ class Channel:
     Args:
         server: HOST:PORT.
         name: The client's id.
-        instance: Which client of that id.
+        instance: Instance that holds the client id.
         identity: Its certificate and key; None for plain text.
 
     Attributes:

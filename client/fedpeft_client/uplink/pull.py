@@ -73,7 +73,7 @@ class Puller:
 
         Args:
             version: The version.
-            whole: Whether all of it is wanted; else the tensors that changed since the version held are enough.
+            whole: True to fetch all of it; else the tensors that changed since the version held are enough.
         """
         held = await asyncio.to_thread(self._cache.held)
         part = self._cache.part(version)

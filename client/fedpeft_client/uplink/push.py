@@ -99,7 +99,7 @@ class Pusher:
         """Tells the round not to wait, and why.
 
         Returns:
-            Whether the update counted after all: an upload that this side gave up may have come to its end.
+            The update's outcome: an upload that this side gave up may have counted after all.
         """
         words = f"{prefix}{cause}"
         state = await self._withdrawals.withdraw(pending.ticket, words, pending.run, pending.round, log)

@@ -36,7 +36,7 @@ class Backoff:
     Args:
         first_s: The first pause.
         longest_s: The longest.
-        growth: How many times as long each is as the one before.
+        growth: Factor between each pause and the next.
     """
 
     def __init__(self, first_s: float, longest_s: float, growth: float = 2.0) -> None:
@@ -97,7 +97,7 @@ class Retry:
 
         Args:
             attempt: Makes the call.
-            faults: How often the server may fail in it; None: as often as it likes, where nothing else can be done
+            faults: Most faults of the server; None: any number, where nothing else can be done
                 meanwhile. A transfer that moved between two failures begins to count anew.
 
         Raises:

@@ -28,8 +28,8 @@ async def run_while_ticket_open(
 
     Args:
         channel: The server.
-        ticket: Whose work it is.
-        work: What is done.
+        ticket: Ticket of the work.
+        work: The work.
         progress: Progress of the training, reported with each question; None if it is not reported.
 
     Raises:

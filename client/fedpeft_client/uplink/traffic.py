@@ -27,8 +27,8 @@ class Traffic:
 
     Args:
         channel: The channel.
-        egress_log: Where what leaves is counted, before it leaves.
-        metrics: Where all is counted.
+        egress_log: Log in which each message is counted before it leaves.
+        metrics: Metrics in which all of it is counted.
         contact: Told that the server answered.
     """
 

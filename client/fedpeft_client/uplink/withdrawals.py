@@ -28,7 +28,7 @@ class Withdrawals:
         """Gives a ticket of round `number` of a run back.
 
         Returns:
-            What became of it: its update may have counted after all. None if it is unknown by now, which is as good, or
+            State of the ticket, whose update may have counted. None if it is unknown by now, which is as good, or
             if the server failed in the call again and again: then the round waits for the ticket until its deadline.
 
         Raises:

@@ -40,7 +40,7 @@ class WorkerProcess:
 
     Args:
         options: The `open` request, see `worker.py`.
-        log: Where crashes are said.
+        log: Log for crashes.
         timing: The client's.
     """
 

@@ -13,8 +13,8 @@ class Reporter:
     """Says how far something is now and then, so nothing of what is done sooner.
 
     Args:
-        log: Where it is said.
-        what: What is being done.
+        log: Log for progress.
+        what: Name of the work under way.
         timing: The client's.
     """
 

@@ -27,8 +27,8 @@ class SurveyResult:
 
     Attributes:
         unreadable: Name of each image that cannot be read, and why.
-        by_class: How many those are, by the site's own class names.
-        bits: How many of 16 bits a channel the images use that have so many; None if none has.
+        by_class: Number of those, by the site's own class names.
+        bits: Used bits, of the 16 a channel, of the images that have so many; None if none has.
     """
 
     unreadable: list[tuple[str, str]]

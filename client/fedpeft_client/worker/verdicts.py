@@ -27,9 +27,9 @@ class Verdict:
     """This site's verdict on a run.
 
     Attributes:
-        reasons: Why it does not suit; empty if it does.
+        reasons: Reasons for which it does not suit; empty if it does.
         run: The run, if it suits.
-        report: What the worker found: `examples`, `classes` (examples by class), `dropped`, `model_parameters`; empty
+        report: The worker's findings: `examples`, `classes` (examples by class), `dropped`, `model_parameters`; empty
             if the run does not suit.
         name: The run's name; empty if its description cannot be read here.
     """

@@ -102,9 +102,9 @@ class TensorWriter:
     """Writes one file, a tensor after the other.
 
     Args:
-        stream: Where to; only `write` is called, nothing is flushed or closed.
+        stream: Target; only `write` is called, nothing is flushed or closed.
         kind: ADAPTER or STATE.
-        info: What the file says about itself.
+        info: The file's metadata.
         shapes: Every tensor's name and shape, in the order in which they will be added.
     """
 

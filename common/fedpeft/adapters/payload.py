@@ -205,7 +205,7 @@ def check_payload(manifest: Manifest, payload: memoryview, release: Callable[[],
     """Checks every value of a payload whose manifest was checked.
 
     Args:
-        manifest: What the payload holds.
+        manifest: Description of the payload.
         payload: Its bytes.
         release: Called now and then to give back what was read of a mapped file, so that memory stays flat.
 
@@ -242,7 +242,7 @@ def squared_norm(manifest: Manifest, payload: memoryview, release: Callable[[], 
     """Returns the sum of the squares of all values of a checked payload, in float64.
 
     Args:
-        manifest: What the payload holds.
+        manifest: Description of the payload.
         payload: Its bytes.
         release: Called now and then to give back what was read of a mapped file.
     """
@@ -275,7 +275,7 @@ class Decoded(Mapping[str, NDArray[np.float32]]):
     """The tensors of a checked payload by name, each decoded when it is asked for, so that one at a time is in memory.
 
     Args:
-        manifest: What the payload holds.
+        manifest: Description of the payload.
         payload: Its bytes.
         release: Called now and then to give back what was read of a mapped file.
     """

@@ -43,9 +43,9 @@ class PreparedUpdate:
     """An update ready to be sent.
 
     Attributes:
-        manifest: What the payload holds.
+        manifest: Description of the payload.
         payload: The encoded tensors.
-        residual_if_counted: What is left if the server counts it, float32 in the specs' shapes. A
+        residual_if_counted: Remainder if the server counts the update, float32 in the specs' shapes. A
             tensor of which nothing is left is absent. Tensors of the earlier residual that this
             round does not send stay as they were.
         residual_if_not: The same if the server does not count it: all that passed the transforms.
@@ -71,7 +71,7 @@ def prepare(
     Args:
         delta: Trained minus received, by name, float32; of other sections than the adapter what the server shall add.
             Those go whole: sparsity and error feedback are the adapter's.
-        residual: What earlier updates left, by name; None or an absent tensor is zero. Ignored
+        residual: Remainder of earlier updates, by name; None or an absent tensor is zero. Ignored
             without error feedback.
         specs: The tensors of this round's update, in order.
         codec: The run's codec settings.
@@ -156,7 +156,7 @@ def top_k(tensors: Mapping[str, NDArray[np.float32]], specs: Sequence[TensorSpec
     Args:
         tensors: By name, float32.
         specs: The tensors to look at, in order.
-        k: How many to keep, at least 1; all, if there are no more.
+        k: Number of values kept, at least 1; all, if there are no more.
     """
     flat = [np.ascontiguousarray(tensors[spec.name]).reshape(-1) for spec in specs]
     threshold, ties = _threshold(flat, min(k, sum(values.size for values in flat)))

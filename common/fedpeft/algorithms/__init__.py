@@ -39,8 +39,8 @@ class RoundStart:
     Attributes:
         parameters: The parameters that the round trains and sends, with the received values; on the device of training.
         learning_rate: Of the local optimizer.
-        state: What the client kept, by group and tensor, float32 on that device; zeros where it kept nothing.
-        sections: What came beside the adapter, by section and tensor; likewise.
+        state: The client's kept state, by group and tensor, float32 on that device; zeros where it kept nothing.
+        sections: Received sections beside the adapter, by section and tensor; likewise.
     """
 
     parameters: Tensors
@@ -54,7 +54,7 @@ class RoundEnd:
     """Result of a client's round, float32.
 
     Attributes:
-        state: What the client keeps if the server counts its update, by group and tensor.
+        state: State that the client keeps if the server counts its update, by group and tensor.
         sections: Changes that are sent beside the update, by section and tensor.
     """
 

@@ -65,7 +65,7 @@ class AccessCalls(ABC):
         """Makes an enrolment token; its line is in the answer and nowhere else.
 
         Args:
-            name: Whom it enrols.
+            name: Name that it enrols.
             role: In which role.
             life_s: Seconds until it is worthless; 0 for a day.
         """
@@ -85,10 +85,10 @@ class AccessCalls(ABC):
         """Refuses a name in a role until it is restored; returns the identity.
 
         Args:
-            name: Whom.
+            name: Name that is revoked.
             role: In which role.
-            reason: Why, for the audit log.
-            unseen: Whether also if nobody of that name and role has called or was enrolled.
+            reason: Reason, for the audit log.
+            unseen: True to revoke it also if nobody of that name and role has called or was enrolled.
         """
         request = pb.RevokeIdentityRequest(role=roles.TO_PROTO[role], name=name, reason=reason, unseen=unseen)
         return (await self._ask(self._access.RevokeIdentity, request)).identity

@@ -40,7 +40,7 @@ def choose(server: str | None, folder: Path | None, *, insecure: bool) -> Caller
     Args:
         server: The server that was named, if one was.
         folder: The identity folder that was named, if one was.
-        insecure: Whether plain text is meant: no identity is used, and it may leave this machine.
+        insecure: True for plain text: no identity is used, and it may leave this machine.
 
     Raises:
         SettingsInvalid: If the server is no address, or plain text would leave this machine.

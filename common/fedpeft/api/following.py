@@ -30,8 +30,8 @@ class RunSnapshot:
         run: The run.
         rounds: Every round by number, the one in progress included.
         changed: The numbers of the rounds that the newest change brought.
-        lost: Why there is no connection, in a sentence; empty while there is one.
-        waiting: What is still awaited once the run is over; empty if nothing.
+        lost: Cause of a lost connection, in a sentence; empty while there is one.
+        waiting: Work that is still awaited once the run is over; empty if nothing.
     """
 
     run: run_pb2.Run

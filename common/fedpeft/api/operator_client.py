@@ -91,7 +91,7 @@ class OperatorClient(AccessCalls):
 
     Args:
         server: HOST:PORT.
-        identity: Who calls; None for plain text.
+        identity: Identity of the caller; None for plain text.
         attempts: Times a call is made before an unavailable server is given up.
 
     Attributes:

@@ -79,12 +79,12 @@ class Round(Scored):
         phase: waiting, open, aggregating or committed.
         clients: Ids of those whose updates are counted.
         awaited: Ids of those whose updates are awaited.
-        refused: Why, by the id of those whose updates were refused.
+        refused: Reasons of refused updates, by client id.
         metrics: `accuracy` (0 to 1), `loss`, `accuracy/CLASS` of the evaluator, `train_loss` of the clients.
         seconds: From the first ticket to the commit; None before.
         bytes_up: Whole messages from the clients.
         bytes_down: Whole messages to the clients.
-        full_bytes: What full fine-tuning would have sent each way.
+        full_bytes: Bytes that full fine-tuning would have sent each way.
     """
 
     number: int
@@ -104,9 +104,9 @@ class Change:
     """Something new of a run that is watched.
 
     Attributes:
-        text: What is new, a sentence a line.
+        text: News, a sentence a line.
         rounds: The rounds that changed.
-        connected: Whether the server is there; while it is not, it is asked again and again.
+        connected: True while the server answers; while it does not, it is asked again and again.
     """
 
     text: str
@@ -410,7 +410,7 @@ def connect(server: str | None = None, *, identity: str | Path | None = None, in
     Args:
         server: HOST:PORT; the identity's own server if absent, or the one on this machine.
         identity: The identity folder to call with; your own, from `fedpeft enroll`, if it is for this server.
-        insecure: Whether plain text may leave this machine.
+        insecure: True if plain text may leave this machine.
 
     Raises:
         SettingsInvalid: If that is no address, or plain text would leave this machine unasked.

@@ -11,8 +11,8 @@ def folded(known: Mapping[int, run_pb2.Round], parts: Iterable[run_pb2.Round]) -
     """Returns rounds by number as they are known after parts of some of them came; no message is changed.
 
     Args:
-        known: What was known before.
-        parts: What came, the oldest first.
+        known: Rounds known before.
+        parts: Received parts, the oldest first.
     """
     pieces: dict[int, list[run_pb2.Round]] = {}
     for part in parts:

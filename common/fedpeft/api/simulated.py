@@ -38,7 +38,7 @@ class SimulatedRound(Scored):
         seconds: From the first ticket to the commit.
         payload_bytes_up: Encoded tensors from the clients; nothing was sent, so there are no whole messages.
         payload_bytes_down: Encoded tensors to the clients, as a server would count them.
-        full_bytes: What full fine-tuning would have sent each way.
+        full_bytes: Bytes that full fine-tuning would have sent each way.
     """
 
     number: int

@@ -23,7 +23,7 @@ class GapReader:
     """Reads positions from checked gaps, in order, keeping only where it stands.
 
     Attributes:
-        taken: How many positions were read so far.
+        taken: Number of positions read so far.
     """
 
     def __init__(self, raw: varint.Bytes) -> None:
@@ -57,7 +57,7 @@ class MaskReader:
     """Reads positions from a checked mask, in order.
 
     Attributes:
-        taken: How many positions were read so far.
+        taken: Number of positions read so far.
     """
 
     def __init__(self, raw: varint.Bytes) -> None:

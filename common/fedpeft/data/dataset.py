@@ -51,7 +51,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
         labels: Positions in `classes`, int64[n].
 
     Args:
-        store: Where pixels come from.
+        store: Source of the pixels.
         rows: As the attribute.
         labels: As the attribute.
         classes: As the attribute.
@@ -157,7 +157,7 @@ def open_dataset(
     Args:
         path: Parquet, image folder, or index file; see `open_source`.
         classes: The run's classes in the order of the logits.
-        preprocessing: What the model wants.
+        preprocessing: The model's preprocessing.
         label_map: Own class names to the run's, or the file that says so.
         image: Name of the image column.
         label: Name of the label column.

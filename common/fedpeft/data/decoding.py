@@ -75,8 +75,8 @@ class Decoders:
 
     Args:
         source: The images; sent to each process once.
-        preprocessing: How they are decoded.
-        workers: How many processes, at least 1.
+        preprocessing: Their preprocessing.
+        workers: Number of processes, at least 1.
     """
 
     def __init__(self, source: Source, preprocessing: Preprocessing, workers: int) -> None:

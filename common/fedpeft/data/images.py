@@ -55,7 +55,7 @@ def read_rgb(data: bytes | memoryview, bits: int | None = DEEP_BITS, max_pixels:
 
     Args:
         data: The encoded image.
-        bits: How many of the 16 bits of a channel the data set uses, 1 to 16; None if that is not known yet.
+        bits: Number of the 16 bits of a channel that the data set uses, 1 to 16; None if that is not known yet.
         max_pixels: Pixels of the largest image that is opened.
 
     Returns:

@@ -29,7 +29,7 @@ class MappedLabels:
     Attributes:
         rows: Their numbers, ascending, int64.
         labels: Their labels as positions in the run's classes, int64.
-        dropped: How many rows the label map dropped.
+        dropped: Number of rows that the label map dropped.
     """
 
     rows: Indices

@@ -26,7 +26,7 @@ class Overlap:
     """Held-out images that are among the training images too.
 
     Attributes:
-        images: How many.
+        images: Number of images.
         held_out: Held-out images that were looked at.
         held_out_of: Held-out images that there are; more than `held_out` where not all were looked at.
         training: Training images that were looked at.
@@ -83,7 +83,7 @@ def overlap(
 
     Args:
         training: The training images in parts, each with what its names begin with; opened one after the other.
-        parts: How many there are.
+        parts: Number of parts.
         held_out: The held-out images; all of them are looked at where they take up to half of the budget.
         budget_bytes: Encoded bytes to be read at most, about; a part has an equal share of half of it.
 

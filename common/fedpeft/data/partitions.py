@@ -41,7 +41,7 @@ class Partition:
         variant: The scheme, for example "dirichlet/class-first".
         alpha: Its parameter, None where it has none.
         seed: Its seed, None where nothing is drawn.
-        draws: How many draws it took.
+        draws: Number of draws.
     """
 
     parts: tuple[Indices, ...]
@@ -66,7 +66,7 @@ class Skew:
     """Skew between clients, over those that have rows.
 
     Attributes:
-        clients: How many have rows.
+        clients: Number of clients that have rows.
         total_variation: Mean over clients of half the L1 distance of their label shares to those of all rows, 0..1.
         jensen_shannon: Mean over clients of the Jensen-Shannon divergence of the same two distributions, in bits, 0..1.
         classes_per_client: Mean number of classes that a client has rows of.
@@ -118,7 +118,7 @@ def dirichlet(
 
     Args:
         labels: int64[rows].
-        clients: How many.
+        clients: Number of clients.
         alpha: Concentration, above 0.
         seed: Of the draws.
         variant: The scheme.
@@ -141,8 +141,8 @@ def quantity(
     """Skews sizes and leaves labels alone.
 
     Args:
-        rows: How many.
-        clients: How many.
+        rows: Number of rows.
+        clients: Number of clients.
         alpha: Concentration of sizes ~ Dir(alpha 1), or sigma of sizes ~ lognormal(0, sigma).
         seed: Of the draws.
         variant: The distribution of the sizes.
@@ -195,7 +195,7 @@ def skew(labels: Indices, parts: Sequence[Indices], classes: int) -> Skew:
     Args:
         labels: int64[rows], each below `classes`.
         parts: Rows of each client.
-        classes: How many there are.
+        classes: Number of classes.
 
     Raises:
         DataInvalid: If no part has rows.

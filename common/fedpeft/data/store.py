@@ -36,13 +36,13 @@ class PixelStore:
     """Pixels of a source's rows.
 
     Attributes:
-        unreadable: Why a row could not be decoded, by row, as far as rows were asked for.
-        preprocessing: How they are decoded. Its `bits` are None until an image of 16 bits a channel is met; then all
+        unreadable: Reasons for which rows could not be decoded, by row, as far as rows were asked for.
+        preprocessing: Preprocessing of images. Its `bits` are None until an image of 16 bits a channel is met; then all
             of the source is looked through for the bits in use, so that they are the same for all its images.
 
     Args:
         source: The images.
-        preprocessing: How they are decoded.
+        preprocessing: Preprocessing of the images.
         cache_bytes: Size up to which all decoded pixels are kept.
         workers: Worker processes for decoding; chosen from the data's size and the processors if None.
     """

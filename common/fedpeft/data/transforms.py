@@ -45,7 +45,7 @@ class ImageInputs:
         image_size: Side of the square input in pixels.
         mean: Of each channel, for inputs scaled to 0..1.
         std: Likewise.
-        interpolation: How images are resized: bicubic, bilinear...
+        interpolation: Interpolation by which images are resized: bicubic, bilinear...
     """
 
     image_size: int
@@ -78,7 +78,7 @@ class Preprocessing:
         std: Likewise.
         interpolation: nearest, bilinear, bicubic or lanczos.
         max_pixels: Pixels of the largest image that is opened.
-        bits: How many of the 16 bits of a channel the data set uses, for images that have so many; None if not known.
+        bits: Number of the 16 bits of a channel that the data set uses, for images with so many; None if not known.
     """
 
     image_size: int
@@ -142,9 +142,9 @@ def augment(pixels: Pixels, rows: Indices, kind: Augmentation, seed: int, epoch:
     Args:
         pixels: uint8[n, 3, side, side]; not changed.
         rows: The number of each image in its data set, int64[n].
-        kind: What to do.
+        kind: The augmentation.
         seed: Seed of the training.
-        epoch: Which pass over the data this is.
+        epoch: Number of the pass over the data.
 
     Returns:
         uint8[n, 3, side, side].

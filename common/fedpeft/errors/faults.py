@@ -37,7 +37,7 @@ class DatabaseUnavailable(Unavailable):
     """The server's database cannot be used for now; whether a transaction that it broke off was made may be unknown.
 
     Attributes:
-        permanent: Whether it stays so until somebody mends something: a file that is corrupt, or may not be written.
+        permanent: True if it stays so until somebody mends something: a file that is corrupt, or may not be written.
     """
 
     permanent: bool = False
@@ -55,7 +55,7 @@ class ServerUnreachable(Unavailable):
     """No connection to the server.
 
     Attributes:
-        permanent: Whether it stays so until somebody mends something: what answers is not this server, for example.
+        permanent: True if it stays so until somebody mends something: another server answers there, for example.
     """
 
     permanent: bool = False

@@ -131,7 +131,7 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
     Args:
         tuned: Under a method that is a tuner of that library.
         folder: Made if missing.
-        provenance: How the adapter came about, for its card.
+        provenance: Origin of the adapter, for its card.
 
     Raises:
         ConfigInvalid: If the library does not have the method.
@@ -177,7 +177,7 @@ def from_peft(folder: Path, backbone: Backbone, method: str | None = None) -> Re
 
     Args:
         folder: As `as_peft` writes it, or the library itself for a timm model of this family.
-        backbone: What it is for.
+        backbone: The model it is for.
         method: Registered name of the method to read it as; if absent the one of its type that is no variant of another
             (`lora`, not `rolora`).
 

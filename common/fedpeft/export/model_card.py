@@ -51,7 +51,7 @@ def card(tuned: TunedModel, fingerprint: str, provenance: Provenance | None = No
     Args:
         tuned: The model and its method, which has a form in the `peft` library.
         fingerprint: Of the backbone, hexadecimal.
-        provenance: How the adapter came about, where that is known.
+        provenance: Origin of the adapter, as far as it is known.
     """
     model, form = tuned.backbone.config, tuned.method.peft_form
     assert form is not None

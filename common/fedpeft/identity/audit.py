@@ -45,9 +45,9 @@ class AuditEntry:
 
     Attributes:
         number: 1 for the first, then without a gap.
-        at: When, in seconds since the epoch.
-        actor: Who: `ROLE NAME`, `local` or `server`.
-        action: What, for example `token.created`.
+        at: Time, in seconds since the epoch.
+        actor: The one who did it: `ROLE NAME`, `local` or `server`.
+        action: The action, for example `token.created`.
         object: To what; may be empty.
         details: More of it, canonical JSON of an object.
         previous_sha256: Digest of the entry before; `FIRST` for the first.
@@ -92,7 +92,7 @@ def of_line(text: str, where: str) -> AuditEntry:
 
     Args:
         text: The line.
-        where: What to call it if it is wrong, for example `line 7`.
+        where: Name of the entry's place in an error, for example `line 7`.
 
     Raises:
         AuditBroken: If it is no entry in canonical form.

@@ -46,7 +46,7 @@ class Authority:
         """Returns a new authority.
 
         Args:
-            name: What people see in its certificate.
+            name: Name shown in its certificate.
         """
         key = keys.make()
         subject = _common_name(name)
@@ -70,10 +70,10 @@ class Authority:
         """Returns a certificate with which `subject` can call the server.
 
         Args:
-            subject: Whom it speaks for.
+            subject: Subject of the certificate.
             key: The subject's public key.
-            life: How long it is valid.
-            at: When it is issued; now if absent.
+            life: Validity of the certificate.
+            at: Time of issue; now if absent.
             after: It begins after this, to the second; so that it can be told from those that were revoked then.
         """
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(subject.id)])
@@ -87,8 +87,8 @@ class Authority:
         Args:
             hosts: Host names and addresses under which clients reach it, at least one.
             key: The server's public key.
-            life: How long it is valid.
-            at: When it is issued, now if absent.
+            life: Validity of the certificate.
+            at: Time of issue, now if absent.
 
         Raises:
             IdentityInvalid: If a host is neither a name nor an address.

@@ -37,7 +37,7 @@ class Identity:
     """Contents of an identity folder.
 
     Attributes:
-        folder: Where it was read from.
+        folder: Folder that it was read from.
         server: HOST:PORT of the server.
         key: The private key.
         chain: The certificate, then any between it and the authority.

@@ -34,7 +34,7 @@ class Subject:
     """The role and name that a certificate speaks for.
 
     Attributes:
-        role: What it may do.
+        role: Role, which decides its rights.
         name: As `ids.CLIENT`; the client id of a client.
 
     Raises:

@@ -50,9 +50,9 @@ class Backbone:
     """A pre-trained model with a fresh head, in eval mode, nothing of it trainable.
 
     Attributes:
-        config: What the run wanted.
+        config: The run's [model].
         module: The model; timm's map float32 [batch, 3, image_size, image_size] to logits [batch, classes].
-        structure: Where its parts lie.
+        structure: Names of its parts.
         images: The images it takes; None if it takes something else.
         stored: The tensors as the checkpoint has them, by name.
     """
@@ -81,7 +81,7 @@ def build(config: ModelConfig, seed: int, weights: Path | None = None, device: s
         config: The model of the run.
         seed: The run's seed; the head, and all of it for weights = "none", derive from it, on the CPU.
         weights: A file, or a folder of files, that stands for the one the run names; see `resolve_weights`.
-        device: Where the model goes.
+        device: Device of the model.
 
     Raises:
         ModelInvalid: If there is no such model, or the weights are missing or do not fit it.

@@ -27,7 +27,7 @@ def resolve_weights(weights: str, given: Path | None) -> Path | None:
 
     Args:
         weights: "none", "hub", or the path that the run file has.
-        given: What this site was told with `--weights`. A file is taken as it is, and stands for the hub as well; in a
+        given: This site's `--weights`. A file is taken as it is, and stands for the hub as well; in a
             folder the file of the same name is looked up. The fingerprint proves that it is the right one.
 
     Raises:

@@ -32,7 +32,7 @@ class Family(ABC):
         """Returns timm's keyword arguments for a run's model.
 
         Args:
-            config: What the run wants.
+            config: The run's [model].
             native: The model as timm has it, without values (meta device).
 
         Raises:

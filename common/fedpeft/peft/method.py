@@ -78,7 +78,7 @@ class Method(ABC, Generic[OptionsT]):
 
         Args:
             module: The model, on any device, the meta device included.
-            structure: Where its parts lie.
+            structure: Names of its parts.
             generator: A CPU generator, seeded from the run.
 
         Returns:

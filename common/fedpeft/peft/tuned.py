@@ -31,11 +31,11 @@ class TunedModel:
     number of them stand on one backbone. Only tuned parameters require a gradient.
 
     Attributes:
-        backbone: What it stands on.
-        method: How it is tuned.
+        backbone: The backbone.
+        method: The PEFT method.
         module: Takes and returns what the backbone's does.
         spec: The tuned tensors.
-        checkpointing: Whether blocks forget their activations and compute them again in the backward pass.
+        checkpointing: True if blocks forget their activations and compute them again in the backward pass.
     """
 
     def __init__(

@@ -32,8 +32,8 @@ class Address:
         """Reads HOST:PORT; an IPv6 address stands in brackets.
 
         Args:
-            text: What was given.
-            free: Whether port 0 is allowed.
+            text: The given address.
+            free: True if port 0 is allowed.
 
         Raises:
             ValueError: If it is not of that form.

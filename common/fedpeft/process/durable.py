@@ -265,7 +265,7 @@ def refusals(what: str, refused: type[FedpeftError] = StateInvalid) -> Iterator[
     """Turns what the file system refuses into this project's errors.
 
     Args:
-        what: What is being done, for example `writing blob KEY`.
+        what: Name of the work under way, for example `writing blob KEY`.
         refused: Class of the error for every refusal but a full disk.
 
     Raises:

@@ -15,7 +15,7 @@ async def first_of(work: Coroutine[Any, Any, T], watch: Coroutine[Any, Any, NoRe
     Where both end in one instant, work that succeeded is not thrown away, and for work that failed the watch knows why.
 
     Args:
-        work: What is done.
+        work: The work.
         watch: Looks on, and ends by raising why the work is left.
     """
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(watch)

@@ -77,7 +77,7 @@ def traced(endpoint: str, service: str, instance: str) -> Iterator[None]:
     Args:
         endpoint: `http://HOST:PORT` or `https://HOST:PORT` of an OTLP receiver that speaks gRPC; empty: none.
         service: Name of the program.
-        instance: What tells this process from others of the program.
+        instance: Name that tells this process from others of the program.
 
     Raises:
         SettingsInvalid: If the packages for it are not installed.

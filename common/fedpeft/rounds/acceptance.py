@@ -34,7 +34,7 @@ def check_header(
 
     Args:
         ticket: The ticket that it comes for; the round that it was issued in says which tensors are sent.
-        manifest: What its payload holds.
+        manifest: Description of its payload.
         examples: Examples that it was trained on.
         metrics: Figures of its training.
         config: The run file.

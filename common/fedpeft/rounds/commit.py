@@ -102,7 +102,7 @@ class Outcome:
         metrics: `train_examples`, and `train_loss` in nats, a mean by examples.
         excluded: By ticket, why an update was not folded, as its ticket says it.
         extent: Medians of what was folded; see `fedpeft.rounds.screening`.
-        events: What was done to the updates that were folded.
+        events: Events of the folded updates.
     """
 
     adapter: Written
@@ -158,14 +158,14 @@ def fold_round(
     Args:
         header: The run.
         number: Number of the round, and of the version it makes.
-        updates: What was received, checked.
+        updates: Received updates, checked.
         base: The version before, from which the updates started that are not stale.
         state: The strategy's state of that version, if it keeps any.
         previous: Digest of the record before; empty for round 1.
-        folder: Where to write; both files are made, the state's empty of tensors if the strategy keeps none.
+        folder: Target folder; both files are made, the state's empty of tensors if the strategy keeps none.
         create: Opens a new file for writing.
         past: Medians of the comparable rounds before; see `fedpeft.rounds.screening`.
-        screened: Whether updates are judged; not where a record says what was folded.
+        screened: True if updates are judged; False where a record says which were folded.
 
     Raises:
         BlobCorrupt: If `base` or `state` does not have its digest.
@@ -301,7 +301,7 @@ def roll_back(
         base_sha256: Digest of version `number - 1`.
         state_sha256: Digest of the state that belongs to version `to`; empty if there is none.
         previous: Digest of the record before.
-        folder: Where to write.
+        folder: Target folder.
         create: Opens a new file for writing.
 
     Raises:

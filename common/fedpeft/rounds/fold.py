@@ -60,7 +60,7 @@ class Contribution:
     Attributes:
         client: The client's id.
         facts: Facts that decide its weight.
-        manifest: What the payload holds.
+        manifest: Description of the payload.
         payload: The payload's bytes, best a mapped file.
         release: Called now and then to give back pages that were read, so that resident memory stays flat; for a
             mapped file `fedpeft.process.mapped_files.releaser(payload)`.
@@ -134,7 +134,7 @@ def fold_tensors(
         base: The version that the updates started from.
         state: The server state of that version; what is missing is the strategy's initial one.
         block: Elements folded at once; the result does not depend on it.
-        clips: Whether a value beyond float32 becomes its largest, as rounds were folded before they were refused.
+        clips: True if a value beyond float32 becomes its largest, as rounds were folded before they were refused.
 
     Raises:
         Overflow: If a value would be beyond float32; names the client whose update is the largest part of it.

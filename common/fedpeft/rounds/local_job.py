@@ -54,7 +54,7 @@ class LocalJob:
         seed: Seed of the training, see `fedpeft.seeds.training`.
         settings: `[training]` of this round.
         version: The adapter version to train from.
-        state: What the client kept, by group; an absent group is empty.
+        state: The client's kept state, by group; an absent group is empty.
     """
 
     client: str
@@ -77,7 +77,7 @@ class LocalUpdate:
         if_not: The same if the server does not count it. A group that does not depend on it is the same object.
         examples: Examples that were trained on: the weight of the update.
         metrics: Figures of the training, see `fedpeft.training.loop.TrainingResult`; on a GPU also gpu_memory_bytes.
-        facts: What the bits depend on beside the job: torch's version, device, precision, threads.
+        facts: Facts that the bits depend on beside the job: torch's version, device, precision, threads.
     """
 
     client: str

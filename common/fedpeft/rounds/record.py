@@ -38,7 +38,7 @@ class Contributed:
         client: The client's id.
         ticket: The ticket it was sent for.
         examples: Examples it was trained on.
-        weight: What the strategy made of them, not normalised: the factor that enters the fold.
+        weight: The strategy's weight of the update, not normalised: the factor that enters the fold.
         sha256: Digest of the payload, hexadecimal.
         staleness: Versions made since the one that it starts from, which is the one before the round if this is 0; a
             key only where it is not.
@@ -81,16 +81,16 @@ class Record:
         run: Id of the run.
         round: Number of the round, 1, 2, ...; the result is adapter version `round`.
         base_sha256: Digest of the adapter file before, from which the updates started that are not stale.
-        contributions: What was folded, sorted by client.
+        contributions: Folded updates, sorted by client.
         strategy: Name of the aggregation strategy.
         options: All its options, defaults included.
         adapter_sha256: Digest of the resulting adapter file.
         state_sha256: Digest of the resulting server-state file; empty if the strategy has none.
         previous_sha256: Digest of the record before; empty for round 1.
-        excluded: What was received and not folded, sorted by client.
+        excluded: Updates that were received and not folded, sorted by client.
         bound: The limit of the norms; only where something was excluded, and the run has one.
         sections: The sections beside the adapter, sorted by name, each with its divisor and encoding.
-        events: What was done to the updates that were folded; see `fedpeft.privacy.events`.
+        events: Events of the folded updates; see `fedpeft.privacy.events`.
         rolled_back_to: The version whose tensors and state this one has, where nothing was folded; else None.
     """
 

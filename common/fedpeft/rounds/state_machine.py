@@ -67,8 +67,8 @@ class Ticket:
     Attributes:
         id: See `ticket_id`.
         client: The client's id.
-        state: Where it stands.
-        reason: Why it is no longer good, if it is not.
+        state: Its state.
+        reason: Reason for which it is no longer good, if it is not.
         generation: The round's extensions when it was issued.
         base_version: The adapter version that its update starts from.
     """

@@ -49,8 +49,8 @@ class RunStatus:
 
     Attributes:
         revision: Number of transitions before.
-        state: Where the run is in its life.
-        reason: Why, in a sentence; may be empty.
+        state: State of the run.
+        reason: Reason of that state, in a sentence; may be empty.
         version: Newest committed adapter version.
         round: The round in progress; the last one where the run is over.
     """

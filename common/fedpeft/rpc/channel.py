@@ -31,7 +31,7 @@ def open_channel(server: str, identity: Identity | None = None, options: Options
 
     Args:
         server: HOST:PORT. With TLS, HOST must be among the names of the server's certificate.
-        identity: Who calls, and whose word is taken about the server; None for plain text.
+        identity: Identity of the caller, and the authorities that it trusts; None for plain text.
         options: Channel arguments of gRPC.
 
     Raises:

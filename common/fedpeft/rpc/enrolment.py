@@ -47,10 +47,10 @@ async def enroll(
     May be repeated after whatever broke it: the key that was made stays, so the token still works.
 
     Args:
-        token: What the operator gave.
+        token: The operator's token.
         into: The folder.
-        replace: Whether somebody who is enrolled there is replaced, and by a new key.
-        around: What is done around every time that the request is sent, for example an entry in a ledger.
+        replace: True to replace an identity that is enrolled there, by one with a new key.
+        around: Context around every sending of the request, for example an entry in a ledger.
 
     Raises:
         IdentityInvalid: If somebody is enrolled there already.
@@ -82,7 +82,7 @@ async def renewed(identity: Identity, renew: Callable[[pb.RenewRequest], Awaitab
     """Returns an identity with the next certificate for its key, once it is written, by this process or another.
 
     Args:
-        identity: Who asks.
+        identity: Identity of the caller.
         renew: Makes the call, with that identity.
 
     Raises:

@@ -41,8 +41,8 @@ class ConnectionProbe:
 
     Attributes:
         server: HOST:PORT.
-        deadline: When the search for a fault must end, on the monotonic clock.
-        secured: Whether the server is called over TLS, which decides which proxy is on the way.
+        deadline: End of the search for a fault, on the monotonic clock.
+        secured: True if the server is called over TLS, which decides which proxy is on the way.
     """
 
     server: str

@@ -22,7 +22,7 @@ class Proxy:
     """An HTTP proxy.
 
     Attributes:
-        address: Where it listens.
+        address: Address that it listens on.
         credentials: USER:PASSWORD in clear text; empty if it wants none.
     """
 
@@ -48,8 +48,8 @@ def proxy_of(server: Address, *, secured: bool) -> Proxy | None:
     """Returns the proxy on the way to a server; None if it is reached directly.
 
     Args:
-        server: Where the server is.
-        secured: Whether it is called over TLS.
+        server: Address of the server.
+        secured: True if it is called over TLS.
 
     Raises:
         SettingsInvalid: If the variable does not hold http://[USER:PASSWORD@]HOST[:PORT].

@@ -14,8 +14,8 @@ class ServerInfo:
     """A server's protocol and clock.
 
     Attributes:
-        protocol: Which it speaks.
-        clock: What time it is there, in seconds since 1970.
+        protocol: Version of its protocol.
+        clock: The server's time, in seconds since 1970.
     """
 
     protocol: int

@@ -37,7 +37,7 @@ class ClientsAtWork:
     Args:
         config: The run file.
         engine: Computes the jobs.
-        memory: What clients keep from round to round.
+        memory: State that clients keep from round to round.
 
     Attributes:
         now: The simulated clock; it stands still in rounds that have none.

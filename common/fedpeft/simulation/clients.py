@@ -68,7 +68,7 @@ def clients_of(
             `open_source` takes is one data set, which `[simulation]` divides. For another task (`TASK:PATH`,
             or just the path) each folder in it is a client, or with `[simulation]` all of it is one data set.
         config: The run file.
-        reading: How images are read; as `[simulation]` says if absent.
+        reading: Settings of reading images; as in `[simulation]` if absent.
 
     Returns:
         Data by client, and how it was divided (variant, alpha, seed, draws, digest, skew), None where it was before.
@@ -225,8 +225,8 @@ class ClientMemory:
 
         Args:
             client: The client's id.
-            state: What it keeps now, by group.
-            if_excluded: What it keeps instead if its update is excluded: held until `confirm` or `take_back`.
+            state: State that it keeps now, by group.
+            if_excluded: State that it keeps instead if its update is excluded: held until `confirm` or `take_back`.
         """
         folder = self._folder / client
         for group, arrays in state.items():

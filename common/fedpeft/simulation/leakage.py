@@ -31,10 +31,10 @@ def leakage(clients: Clients, evaluate: Path | None, config: RunConfig, reading:
         clients: Data by client.
         evaluate: The held-out data.
         config: The run file.
-        reading: How images are read.
+        reading: Settings of reading images.
 
     Returns:
-        What was found; None where there are no held-out data, or none of images.
+        The overlap; None where there are no held-out data, or none of images.
 
     Raises:
         DataInvalid: If the held-out data cannot be opened.

@@ -33,7 +33,7 @@ class Inputs:
         weights: A file that stands for the weights that the run names.
         label_map: A file that renames classes, for all data.
         device: auto, cpu, cuda or cuda:N.
-        reading: How images are read.
+        reading: Settings of reading images.
     """
 
     config: RunConfig
@@ -49,7 +49,7 @@ class LocalTrainer:
     """Trains and scores for all clients, one after the other.
 
     Args:
-        inputs: What to load.
+        inputs: Files to load.
 
     Attributes:
         inputs: Those.

@@ -28,7 +28,7 @@ class Arrival:
     Attributes:
         examples: Images it was trained on.
         norm: Euclidean norm of the decoded update.
-        manifest: What its payload holds.
+        manifest: Description of its payload.
         metrics: The client's training figures.
     """
 
@@ -43,7 +43,7 @@ class RoundBook:
     """Notes on a round while it is held.
 
     Attributes:
-        round: Where it stands.
+        round: State of the round.
         arrivals: Counted updates by ticket.
         up: Payload bytes by client.
         down: Likewise.
@@ -51,7 +51,7 @@ class RoundBook:
         metrics: Figures of the result.
         committed_at: Seconds since the epoch.
         record_sha256: Digest of its record.
-        excluded: Why updates were not folded, by ticket.
+        excluded: Reasons of exclusions, by ticket.
         events: Of its record.
     """
 

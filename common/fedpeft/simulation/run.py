@@ -64,9 +64,9 @@ def simulate(
         weights: A file, or a folder of files, that stands for the weights that the run names.
         label_map: A file of own class names to the run's, for all of the data.
         device: auto, cpu, cuda or cuda:N.
-        reading: How images are read; as `[simulation]` says if absent.
+        reading: Settings of reading images; as in `[simulation]` if absent.
         run: Id of the run, which stands in the adapter file and the records.
-        partition: How the data was divided, for the report.
+        partition: Division of the data, for the report.
         committed: Told of every committed round, as the report has it.
         worked: Told, after every client's turn, of the round's number, how many had theirs, and how many were sampled.
 

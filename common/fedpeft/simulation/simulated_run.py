@@ -45,7 +45,7 @@ class SimulatedRun:
     Args:
         header: The run.
         engine: Computes what clients do.
-        memory: What clients keep from round to round.
+        memory: State that clients keep from round to round.
         versions: The server half.
     """
 

@@ -28,7 +28,7 @@ def evaluate(
         model: The model; it ends in evaluation mode on `device`.
         dataset: Held-out data.
         batch_size: Examples at a time; halved where GPU memory does not hold them.
-        device: Where to compute.
+        device: Device of the computation.
         wanted: The precision that a run wants, see `fedpeft.training.precision.precision`: it is scored in what it
             trains in.
 

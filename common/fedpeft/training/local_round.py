@@ -39,7 +39,7 @@ class LoadedRun:
         spec: The tensors of versions and updates: the model's, and those of other sections.
         fingerprint: Of the frozen parameters, hexadecimal.
         own: Initial values of the tensors that the server does not have: those that are local in some round.
-        device: Where it computes.
+        device: Device of the computation.
     """
 
     config: RunConfig
@@ -145,7 +145,7 @@ def load_run(config: RunConfig, task: Task, weights: Path | None, device: torch.
         config: The run file.
         task: The model's.
         weights: A file, or a folder of files, that stands for the weights that the run names.
-        device: Where to compute.
+        device: Device of the computation.
 
     Raises:
         ConfigInvalid: If an option of the PEFT method is wrong.

@@ -87,9 +87,9 @@ def train(
         settings: Epochs or steps, optimizer, precision, augmentation, local algorithm.
         seed: Seed of this training, see `fedpeft.seeds.training`. Torch's global generators are left as they were.
         number: The round (1, 2, ...): it chooses each tensor's role.
-        device: Where to train.
-        state: What the client kept for the local algorithm, by group and tensor; an absent group is zeros.
-        sections: What came beside the adapter, by section and tensor; likewise.
+        device: Device of the training.
+        state: The client's kept state for the local algorithm, by group and tensor; an absent group is zeros.
+        sections: Received sections beside the adapter, by section and tensor; likewise.
         progress: Called at the beginning, about once a second, and at the end.
         stop: Asked between steps; once true, training ends without a result.
 
@@ -121,7 +121,7 @@ class _Ready:
     Attributes:
         batch: Collated; pinned for a GPU.
         examples: Their number; 0 if none of the batch could be read.
-        last_pass: Whether it is of the last pass over the data.
+        last_pass: True in the last pass over the data.
         at: Its position among all batches.
     """
 

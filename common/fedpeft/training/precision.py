@@ -85,7 +85,7 @@ class Steps:
     Args:
         optimizer: Of the tuned parameters.
         dtype: In which the forward pass computes.
-        device: Where.
+        device: Device of the computation.
         after_gradient: Called before each step, with the gradients unscaled.
     """
 

@@ -28,7 +28,7 @@ class TrainingResult:
         metrics: loss (mean over the last pass), loss_first, loss_last (of single steps), seconds, images_per_second,
             steps, skipped_images, micro_batch (examples that went through the model at once), threads.
         facts: torch's version, device and precision.
-        state: What the client keeps for the local algorithm if the update counts, by group and tensor, float32.
+        state: State kept for the local algorithm if the update counts, by group and tensor, float32.
         sections: Changes of the run's other sections than the adapter, by section and member.
     """
 

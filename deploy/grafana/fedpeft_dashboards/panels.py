@@ -44,10 +44,10 @@ def board(uid: str, title: str, what: str, *, of_runs: bool) -> dashboard.Dashbo
     """Returns a dashboard without panels.
 
     Args:
-        uid: What its address ends with.
+        uid: End of its address.
         title: Its name.
-        what: What it answers.
-        of_runs: Whether runs can be chosen beside daemons.
+        what: Question that it answers.
+        of_runs: True if runs can be chosen beside daemons.
     """
     chosen = [_source(), _choice("instance", "Daemon", 'label_values(up{job="fedpeft"}, instance)')]
     if of_runs:
@@ -101,13 +101,13 @@ def lines(
 
     Args:
         title: Its heading.
-        what: What it shows, and what to make of it.
+        what: Explanation of the figures, and of what to make of them.
         unit: Grafana's name of the unit.
-        queries: What is drawn.
+        queries: Queries of the lines.
         width: Of 24 columns.
-        stacked: Whether the lines add up.
-        limit: Where a red line is drawn.
-        steps: Whether values hold until the next one, as states do, instead of being connected.
+        stacked: True if the lines add up.
+        limit: Value of a red line.
+        steps: True if values hold until the next one, as states do, instead of being connected.
     """
     panel = (
         timeseries.Panel()
@@ -156,9 +156,9 @@ def numbers(
 
     Args:
         title: Its heading.
-        what: What it shows, and what to make of it.
+        what: Explanation of the figure, and of what to make of it.
         unit: Grafana's name of the unit.
-        query: What is shown.
+        query: Query of the figure.
         levels: From which value on it has which colour; the first has no value. Without any it is green.
         width: Of 24 columns.
     """
@@ -198,7 +198,7 @@ def rows(title: str, what: str, query: Query, columns: Sequence[tuple[str, str]]
 
     Args:
         title: Its heading.
-        what: What it shows.
+        what: Explanation of the panel.
         query: A row for each of its series.
         columns: Labels that are shown, with their headings, in order; `Value` is the series' value.
         width: Of 24 columns.

@@ -26,7 +26,7 @@ def check_file(out: Path, what: str) -> None:
 
     Args:
         out: The path.
-        what: What is to be written there.
+        what: Name of the thing to be written there.
 
     Raises:
         SettingsInvalid: If it cannot.

@@ -29,9 +29,9 @@ class Session:
     Attributes:
         asked: HOST:PORT of the server, if it was named.
         identity: The identity folder, if it was named.
-        insecure: Whether plain text may leave this machine.
-        verbose: Whether an error shows its traceback.
-        identity_named: Whether the identity folder stood on the command line, and not in the environment alone.
+        insecure: True if plain text may leave this machine.
+        verbose: True to show the traceback of an error.
+        identity_named: True if the identity folder stood on the command line, and not in the environment alone.
     """
 
     asked: str | None = None

@@ -62,7 +62,7 @@ def console(settings: Settings, connect: Connect, sessions: SessionStore) -> Sta
     """Returns a console as an ASGI application.
 
     Args:
-        settings: Where it listens, and what may be done there.
+        settings: Its address, and the rights of its users.
         connect: Makes a client of the server, with the identity of whoever started the console.
         sessions: Login keys and sessions.
     """

@@ -46,7 +46,7 @@ class Refused(Exception):
 
     Attributes:
         status: HTTP status.
-        message: What is said, a sentence.
+        message: The message, a sentence.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -62,7 +62,7 @@ class Guard:
     """The outermost layer: refuses what is not ours, finds the session, adds the headers.
 
     Args:
-        app: What is guarded; it finds the session in `request.state.session`.
+        app: The guarded application; it finds the session in `request.state.session`.
         settings: Of the console.
         sessions: The sessions.
         refusal: Renders a refusal.

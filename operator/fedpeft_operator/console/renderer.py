@@ -24,7 +24,7 @@ class Renderer:
 
     Args:
         server: HOST:PORT of the federation's server, named on every page.
-        secured: Whether it wants certificates, so that a device enrolls before it starts.
+        secured: True if it wants certificates, so that a device enrolls before it starts.
     """
 
     def __init__(self, server: str, secured: bool) -> None:
@@ -63,12 +63,12 @@ class Renderer:
         """Returns a whole page.
 
         Args:
-            request: What it answers; the session's rights decide what is offered.
+            request: Request that it answers; the session's rights decide which forms are offered.
             template: Its file.
             title: Of the browser's tab.
             fragments: Its parts that are kept up to date.
             status: HTTP status.
-            values: What the template names.
+            values: Values of the template's names.
         """
         parts = {name: Markup(html) for name, html in (fragments or {}).items()}
         text = self._templates.get_template(template).render(

@@ -25,7 +25,7 @@ async def serve(settings: Settings, connect: Connect, say: Callable[[str], None]
     """Serves until a signal ends it.
 
     Args:
-        settings: Where, and what may be done there.
+        settings: Its address, and the rights of its users.
         connect: Makes a client of the server.
         say: Called with the login link, once browsers are served there.
 

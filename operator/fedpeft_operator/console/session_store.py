@@ -34,9 +34,9 @@ class Session:
     """The session of one logged-in browser.
 
     Attributes:
-        id: What its cookie holds.
-        token: What every form of it carries, so that no other page can send one in its name.
-        may_write: Whether it may create, pause, resume and stop runs.
+        id: Content of its cookie.
+        token: Value that every form of it carries, so that no other page can send one in its name.
+        may_write: True if it may create, pause, resume and stop runs.
         host: The viewer from whose link it comes, directly or by others; empty if from an operator's.
     """
 
@@ -67,7 +67,7 @@ class SessionStore:
     """Issues login keys and opens a session for each.
 
     Args:
-        may_write: Whether any session of this console may steer.
+        may_write: True if any session of this console may steer.
     """
 
     def __init__(self, may_write: bool) -> None:
@@ -80,7 +80,7 @@ class SessionStore:
         """Returns a login key that works once.
 
         Args:
-            may_write: Whether its session may steer.
+            may_write: True if its session may steer.
             maker: The session that asks for it; None for the console itself.
         """
         key, host = secrets.token_urlsafe(32), ""

@@ -22,12 +22,12 @@ class Settings:
 
     Attributes:
         server: HOST:PORT of the federation's server, for people.
-        listen: Where browsers reach the console; port 0 takes a free one.
-        may_write: Whether anybody may create, pause, resume and stop runs here.
+        listen: Address at which browsers reach the console; port 0 takes a free one.
+        may_write: True if anybody may create, pause, resume and stop runs here.
         names: Host names, beside its addresses, under which browsers may ask for it; links name the first.
         certificate: PEM chain for TLS; None: plain text.
         key: Its private key.
-        secured: Whether the federation's server wants certificates.
+        secured: True if the federation's server wants certificates.
     """
 
     server: str

@@ -58,7 +58,7 @@ class Plan:
         train: Parquet file, a client a value of `COLUMN`.
         test: Parquet file of held-out images.
         config: The run file, flags applied.
-        clients: How many clients, or all.
+        clients: Number of clients, or all.
         weights: File of the backbone's weights; None: the demo's own is fetched, or the hub's are used.
         port: The server's, 0 for a free one.
         metrics_port: Likewise.

@@ -42,7 +42,7 @@ class Child:
     """One Python process with its log.
 
     Args:
-        name: What people call it.
+        name: Name for people.
         arguments: The interpreter's arguments, for example ("-m", "fedpeft_server").
         log: The file that its standard output and standard error are appended to.
         environment: Variables beside this process's own.

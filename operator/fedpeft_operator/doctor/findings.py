@@ -20,10 +20,10 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        check: What it is about, a word or two.
-        level: How bad it is.
-        said: What was found.
-        cure: What to do about it; empty if nothing is wrong.
+        check: Subject, a word or two.
+        level: Severity.
+        said: The finding.
+        cure: Remedy; empty if nothing is wrong.
     """
 
     check: str
@@ -60,7 +60,7 @@ class Setup:
         database: Its database URL; empty: SQLite in the data folder.
         state_dir: A client's state directory.
         data: A client's images.
-        device: What a client computes on.
+        device: Device that a client computes on.
         image_column: The column of its images, where that has not the usual name.
         label_column: The column of their labels, likewise.
     """

@@ -59,7 +59,7 @@ class TopApp(App[None]):
     Args:
         connect: Makes a client of the server.
         address: The server's address, for the title.
-        may_write: Whether this operator may pause, resume and stop runs.
+        may_write: True if this operator may pause, resume and stop runs.
         run: The run to begin with; the newest if none is named.
     """
 

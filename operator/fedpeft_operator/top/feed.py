@@ -23,8 +23,8 @@ class Feed:
         runs: All runs, oldest first.
         clients: All clients, by id.
         snapshot: The run that is watched; None until it is known.
-        answered: Whether the server has said which runs and clients there are.
-        lost: Why there is no connection, in a sentence; empty while there is one.
+        answered: True once the server has said which runs and clients there are.
+        lost: Cause of a lost connection, in a sentence; empty while there is one.
 
     Args:
         connect: Makes a client of the server.

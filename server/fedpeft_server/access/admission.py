@@ -54,11 +54,11 @@ class Admission:
     """Knows who is refused, and which calls are under way.
 
     Args:
-        store: Where who called and who was refused is written.
+        store: Store in which callers and refusals are written.
         known: The identities of the database.
-        timing: How long calls and refusals are held back, and for how long a refusal is not written again.
-        secured: Whether the server has certificates; without, everybody may do everything but enroll.
-        enrolls: Whether it issues those of the callers, so that who was revoked is told how to come back.
+        timing: Delays of calls and refusals, and the time for which a refusal is not written again.
+        secured: True if the server has certificates; without, everybody may do everything but enroll.
+        enrolls: True if it issues those of the callers, so that one who was revoked is told how to come back.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Admission:
         Before, for nothing may slip in meanwhile; after, for a restoration may have come between.
 
         Args:
-            subject: Whom.
+            subject: Subject that is refused.
             sparing: The call that asked for it, which is still answered.
         """
         self._refused_until[subject] = math.inf

@@ -27,10 +27,10 @@ class Caller:
     """Caller of a method.
 
     Attributes:
-        subject: Whom the certificate speaks for; None without one.
-        plain: Whether the connection is plain text, which a server takes where no certificates are needed.
-        begins_at: When the certificate begins, seconds since the epoch.
-        ends_at: When it ends.
+        subject: Subject of the certificate; None without one.
+        plain: True if the connection is plain text, which a server takes if it needs no certificates.
+        begins_at: Begin of the certificate's validity, seconds since the epoch.
+        ends_at: End of it.
     """
 
     subject: Subject | None = None
@@ -117,14 +117,14 @@ class Call:
 
     Attributes:
         method: Its full name.
-        caller: Who makes it, as the connection proves it.
-        party: Whom the bounds on calls count it for.
+        caller: Identity of the caller, as the connection proves it.
+        party: Party that the bounds on calls count it for.
         client: Its client id, once that is known.
-        key: Where its bytes belong, once that is known.
-        training: Whether they are a trainer's.
+        key: Run, round and client that its bytes belong to, once these are known.
+        training: True if they are a trainer's.
         unbooked: Bytes before that was known.
-        ended: Why the server ended it; None while it did not.
-        slot: What bounds the wait for its client to read, where others may wait for its place.
+        ended: Error with which the server ended it; None while it did not.
+        slot: Bound of the wait for its client to read, if others may wait for its place.
         moved: Called when a message of it has passed.
     """
 

@@ -72,7 +72,7 @@ class ServerCertificates:
         """Returns what gRPC serves a port with; a newer certificate reaches it by itself.
 
         Args:
-            ask: Whether a client's certificate is demanded.
+            ask: True to demand a client's certificate.
         """
         served = self._version
 
@@ -98,7 +98,7 @@ class ServerCertificates:
         """Renews the certificate if it is time and the authority is here, else takes up what the files have by now.
 
         Returns:
-            Whether there is another one, or other authorities.
+            True if there is another one, or other authorities.
 
         Raises:
             IdentityInvalid: If what the files have cannot be used; what was served goes on being served.

@@ -39,7 +39,7 @@ class Pacing:
 
     Args:
         clock: Monotonic seconds.
-        timing: How long a call waits at most, and a refusal is held back.
+        timing: Longest wait of a call, and delay of a refusal.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, timing: Timing = TIMING) -> None:

@@ -186,7 +186,7 @@ def _server_address(hosts: Sequence[str], into: Path, port: int | None, *, named
         hosts: Hosts of the server's certificate.
         into: The operator's identity folder.
         port: The port that was given.
-        named: Whether a host was given.
+        named: True if a host was given.
     """
     there = Address.parse(folder.server_of(into)) if folder.exists(into) else Address(hosts[0], PORT)
     host = there.host if there.host in hosts and not named else hosts[0]

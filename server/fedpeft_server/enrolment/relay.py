@@ -29,7 +29,7 @@ class Connection:
     """One connection of a stranger.
 
     Attributes:
-        address: Where it comes from, as bounds count it.
+        address: Its origin, as bounds count it.
         peer: The same as gRPC writes it.
         task: Serves it.
     """

@@ -60,7 +60,7 @@ class Enrolment:
 
     Args:
         listening: The bound port.
-        own: What it proves itself with.
+        own: Certificates with which it proves itself.
         health: Says whether it serves.
         metrics: Count how often it ended, and the connections that it refused.
         timing: Pauses before it is started again, and its time to end.

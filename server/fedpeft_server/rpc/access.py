@@ -79,14 +79,14 @@ class Access(pb_grpc.AccessServiceServicer):
     """The service that says who may speak.
 
     Args:
-        store: Where tokens and identities are.
+        store: Store of tokens and identities.
         admission: Told of revocations.
         runs: Told of clients that will not come back.
         sessions: Likewise.
         own: The server's certificates; None if it has none.
         take_up: Has `own` follow its files, so that a command that replaced one holds for the next certificate.
         addresses: Returns where the server is reached; asked for each token, as the certificate's names may change.
-        life: How long the certificates of clients and evaluators are valid.
+        life: Validity of the certificates of clients and evaluators.
 
     Attributes:
         tasks: Revocations that are under way.
@@ -273,7 +273,7 @@ class Access(pb_grpc.AccessServiceServicer):
         """Takes seat and tickets from somebody who is refused from now on, so that nothing waits for it.
 
         Returns:
-            How many tickets were open.
+            Number of tickets that were open.
         """
         if subject.role not in (Role.CLIENT, Role.EVALUATOR):
             return 0

@@ -37,9 +37,9 @@ class History:
 
         Args:
             engine: The run.
-            place: Where to begin.
+            place: Place to begin at.
             most: Most rounds.
-            records: Whether the rounds have their records; they are not read otherwise.
+            records: True if the rounds have their records; they are not read otherwise.
         """
         run, current = engine.run.id, engine.round
         characters = RECORDS if records else 0
@@ -75,7 +75,7 @@ class History:
         Args:
             engine: The run.
             before: The round in progress when the watcher was told last; None the first time.
-            after: Where the watcher wants to begin: the rounds above this number.
+            after: Number of the round after which the watcher wants to begin.
             scored: Versions that have new figures.
         """
         now = engine.round

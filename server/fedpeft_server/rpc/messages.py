@@ -251,7 +251,7 @@ def identity_message(row: IdentityRow, trusted: bool) -> access_service_pb2.Iden
 
     Args:
         row: The identity.
-        trusted: Whether the authority that issued its certificate is trusted.
+        trusted: True if the authority that issued its certificate is trusted.
     """
     return access_service_pb2.Identity(
         role=roles.TO_PROTO[row.subject.role],

@@ -53,7 +53,7 @@ def position(given: str, *, of: Position, first: P) -> P:
 
     Args:
         given: The token; empty for the beginning.
-        of: What the list was asked for.
+        of: Parameters of the list.
         first: The beginning: whole numbers, numbers and texts, as in every position of this list.
 
     Raises:

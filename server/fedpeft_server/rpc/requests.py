@@ -35,7 +35,7 @@ class Requests:
     Attributes:
         method: The call's short name.
         bound: The bounds on each message.
-        kind: What the messages are; None if that is not known, so that nothing can be counted in them.
+        kind: Class of the messages; None if that is not known, so that nothing can be counted in them.
         parse: Makes one of its bytes.
         count: Messages so far.
         total_bytes: Their bytes.

@@ -46,14 +46,14 @@ class Session:
     """Session of a client: its state between calls.
 
     Attributes:
-        instance: Which state directory holds the id.
-        process: Which process on it registered last; empty if it did not say.
-        role: What it registered as; empty before.
-        seen: When its last call began or ended, on the monotonic clock; 0 if none did since this process began.
+        instance: State directory that holds the id.
+        process: Process on it that registered last; empty if it did not say.
+        role: Role of its registration; empty before.
+        seen: Begin or end of its last call, on the monotonic clock; 0 if there was none since this process began.
         seen_at: The same in seconds since the epoch, calls to earlier processes included.
         calls: Calls in progress.
         scoring: Run and version that an evaluator was given and has not scored.
-        moved: When a call of it last began or a message of one passed, on the monotonic clock; 0 if none did since this
+        moved: Begin of its last call, or time of its last message, on the monotonic clock; 0 if none came since this
             process began. Unlike `seen`, it does not move when the server gives a call up.
     """
 
@@ -77,7 +77,7 @@ class Sessions:
     Args:
         known: The clients of the database, which need not register again after a restart of the server.
         limit: Clients that may be registered.
-        timing: How long an instance holds its id, and when a client counts as silent, or as gone.
+        timing: Time for which an instance holds its id, and after which a client counts as silent, or as gone.
     """
 
     def __init__(self, known: list[ClientRow], limit: int, timing: Timing = TIMING) -> None:
@@ -92,7 +92,7 @@ class Sessions:
 
         Args:
             context: The call.
-            registers: Whether the call is one that a process begins its life with, and so takes the id over from an
+            registers: True for a call that a process begins its life with, and that so takes the id over from an
                 older process on the same state, which is gone as a rule.
             earlier: For such a call, the processes that its state knows of.
 

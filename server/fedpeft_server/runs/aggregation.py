@@ -55,7 +55,7 @@ def aggregate(
     Args:
         run: The run.
         current: Its round, in phase AGGREGATING.
-        received: What was received, by ticket.
+        received: Received updates, by ticket.
         base: The row of the version the clients started from.
         previous: Digest of the record before, empty for the first round.
         past: Medians of the comparable rounds before; see `fedpeft.rounds.screening`.

@@ -43,10 +43,10 @@ class RunEngine:
         run: The run as the database has it.
         current: Its round in progress.
         store: Database, blobs and spool.
-        lobby: Whom to call when tickets are issued.
-        answers: What clients answered, and how they used their tickets.
+        lobby: Lobby that is called when tickets are issued.
+        answers: Answers of clients, and their use of tickets.
         byte_counter: Bytes of the round.
-        metrics: Where what happens is counted.
+        metrics: Metrics in which events are counted.
         background: Watches over what no call waits for.
         issued: Told the run and the tickets that are given out.
         changed: Called after every transition, so that other runs and watchers look again.

@@ -42,7 +42,7 @@ class Lobby:
     Args:
         changed: Called with a run whenever somebody comes or goes that it may sample.
         takes_part: Says of a run and a client whether it takes part; `sort` must be called when that changes.
-        timing: How long a client lingers after its poll was answered.
+        timing: Time for which a client lingers after its poll was answered.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Lobby:
         """Waits until the client is called, for at most `hold_s` seconds. A second wait of a client ends its first.
 
         Returns:
-            Whether it was called; False as well if another wait of the client took its waiter: were that a call, both
+            True if it was called; False as well if another wait of the client took its waiter: were that a call, both
             would look, find nothing, and take the waiter from each other without end.
 
         Raises:

@@ -55,10 +55,10 @@ class Matching:
 
     Args:
         active: The runs with rounds left to be held, by id; looked at whenever they are needed.
-        participation: What clients answered to the offers of runs.
-        metrics: Where the clients of a run are counted.
+        participation: Answers of clients to the offers of runs.
+        metrics: Metrics in which the clients of a run are counted.
         background: Watches over the matching.
-        timing: How often all runs are looked at, and for how long a client lingers.
+        timing: Pause between two looks at all runs, and time for which a client lingers.
 
     Attributes:
         lobby: The clients that wait to be sampled.

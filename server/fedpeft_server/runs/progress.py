@@ -84,11 +84,11 @@ class Progress:
     """Progress of a client with a ticket.
 
     Attributes:
-        issued: When it was given out.
+        issued: Time at which it was given out.
         step: Steps done.
         steps: Steps in all; 0 if the client has not said.
-        began: When the client first said how many steps there are.
-        moved: When `step` last moved; before that, when there was something to be done.
+        began: Time at which the client first said how many steps there are.
+        moved: Time at which `step` last moved; before that, at which there was something to be done.
         refusal: The last transfer, if it was refused for now.
     """
 
@@ -122,13 +122,13 @@ class Verdict:
     """Judgement of a client's progress at a moment.
 
     Attributes:
-        state: What is known of it.
+        state: Its state.
         words: The same for people, with its figures.
         seconds: Since the ticket was given out.
         heard_s: Since anything was heard of the client.
         moved_s: Since the step moved.
-        usual_s: What a round usually takes it; None if that is not known.
-        refused: Why the server refuses its transfers for now; empty if it does not.
+        usual_s: Usual duration of its rounds; None if that is not known.
+        refused: Reason for which the server refuses its transfers for now; empty if it does not.
     """
 
     state: State
@@ -162,12 +162,12 @@ def judge(
     """Returns what is to be said of a client that holds an open ticket.
 
     Args:
-        progress: How far it is.
+        progress: Its progress.
         now: The moment.
-        heard: When anything was last heard of it; earlier than the ticket if nothing was since.
-        uploading: Whether its update is arriving.
-        past: What its last rounds took.
-        timing: When it is said to hang.
+        heard: Time of its last word; earlier than the ticket if nothing was heard since.
+        uploading: True while its update is arriving.
+        past: Durations of its last rounds.
+        timing: Bounds after which it is said to hang.
     """
     seconds, moved_s = now - progress.issued, now - progress.moved
     heard_s, usual_s = now - max(heard, progress.issued), past.usual_s

@@ -44,10 +44,10 @@ class ProgressWatch:
 
     Args:
         store: Knows what their last rounds took.
-        metrics: Where it is shown how many hang.
+        metrics: Metrics that show how many hang.
         heard: Returns when anything was last heard of a client, on the monotonic clock.
         uploading: Says whether an update of a client is arriving.
-        timing: When a client is said to hang, and how often that is looked at.
+        timing: Bounds after which a client is said to hang, and the pause between two looks.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class ProgressWatch:
         """Returns run, progress and verdict of a client: of several open tickets of the one that is worst.
 
         Args:
-            client: Whose.
+            client: The client.
             usable: Says of run, client and ticket whether it is open; those that were closed since the last look are
                 still known here.
         """

@@ -32,7 +32,7 @@ class Batch:
     """Updates that waited together, applied to a run.
 
     Attributes:
-        changes: What they change; None if nothing.
+        changes: Changes that they make; None if none.
         new: Receipts to be given once that is written.
         repeated: Receipts of tickets that had an update before, or whose round is over.
         refused: The others, each with its error.

@@ -20,7 +20,7 @@ class RoundLog:
 
     Args:
         run: Its id.
-        metrics: Where it is counted.
+        metrics: Metrics in which rounds are counted.
     """
 
     def __init__(self, run: str, metrics: Metrics) -> None:

@@ -38,17 +38,17 @@ class Runs:
     Args:
         store: Database, blobs and spool.
         byte_counter: Bytes of the rounds.
-        metrics: Where what happens is counted.
+        metrics: Metrics in which events are counted.
         background: Watches over what no call waits for.
         progress: Watches the clients that open rounds await.
-        participation: What clients answered to the offers of runs.
+        participation: Answers of clients to the offers of runs.
         known: The runs of the database, each with its round in progress; `start` takes them up.
-        timing: How often the lobby is looked at, and what failed is tried again.
+        timing: Pauses between looks at the lobby, and before another attempt at a failed transition.
 
     Attributes:
-        participation: What clients answered to the offers of runs.
-        progress: How far the clients are that open rounds await.
-        scoring: Which versions evaluators have scored.
+        participation: Answers of clients to the offers of runs.
+        progress: Progress of the clients that open rounds await.
+        scoring: Versions that evaluators have scored.
         watchers: Those who are told of the changes of a run.
         matching: Brings runs and waiting clients together.
         lobby: Those clients.

@@ -41,7 +41,7 @@ class _Work:
     """Work of one evaluator.
 
     Attributes:
-        books: What it scored and could not score, by run; of the others it scored nothing.
+        books: Versions that it scored and could not score, by run; of the others it scored nothing.
         missing: The newest version that it is still to score, by run; runs that lack none have no entry.
         aside: Runs that it declined, and that `missing` leaves out for that.
     """
@@ -71,10 +71,10 @@ class EvaluatorProgress:
 
     Attributes:
         evaluator: Its id.
-        scored: How many versions it scored.
-        missing: How many it is still to score.
+        scored: Number of versions that it scored.
+        missing: Number of versions that it is still to score.
         newest: The newest of those; None if there is none.
-        failed: Why it could not score others, by version, the newest first; at most SHOWN.
+        failed: Reasons for which it could not score others, by version, the newest first; at most SHOWN.
     """
 
     evaluator: str
@@ -88,7 +88,7 @@ class Scoring:
     """The evaluators' work on all runs.
 
     Args:
-        store: Where it is written.
+        store: Store in which it is written.
     """
 
     def __init__(self, store: Store) -> None:

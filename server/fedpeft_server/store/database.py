@@ -68,7 +68,7 @@ class Database:
         url_or_engine: A database URL, or an engine whose schema is the newest.
 
     Attributes:
-        transactions: What makes them; the audit log is read from it.
+        transactions: Its transactions; the audit log is read from it.
         identities: The part that says who may speak.
     """
 
@@ -213,7 +213,7 @@ class Database:
 
         Args:
             run_id: The run.
-            place: Where to begin.
+            place: Place to begin at.
             most_rounds: Most rounds read.
             most_tickets: Most tickets read, over all rounds; the last round may lack some.
             pending: Bytes that are not in the database yet, by (round number, client), added to what is.

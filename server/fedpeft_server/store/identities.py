@@ -35,8 +35,8 @@ class Issued:
     """A certificate that was issued.
 
     Attributes:
-        at: When.
-        expires_at: When it ends.
+        at: Time of issue.
+        expires_at: Its end.
         fingerprint: SHA-256, hexadecimal.
         issuer: Fingerprint of the authority that issued it.
     """
@@ -153,12 +153,12 @@ class Identities:
         """Refuses a subject, and makes its tokens worthless.
 
         Args:
-            subject: Whom.
-            at: When.
-            reason: Why.
-            actor: Who wants it.
-            unseen: Whether also if nobody of that role and name called or was enrolled.
-            left: Whether the subject itself wants it.
+            subject: Subject that is revoked.
+            at: Time of the revocation.
+            reason: Reason for it.
+            actor: Identity of the caller.
+            unseen: True to revoke also if nobody of that role and name called or was enrolled.
+            left: True if the subject itself wants it.
 
         Raises:
             IdentityNotFound: If nobody did or was, and that is not meant.

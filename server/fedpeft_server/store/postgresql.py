@@ -62,9 +62,9 @@ def fault(cause: BaseException, sqlstate: str, words: str) -> str:
     """Returns why the database cannot be used for now, and what to do; empty if a statement is at fault.
 
     Args:
-        cause: What the driver raised.
+        cause: The driver's error.
         sqlstate: The state that the server gave; empty where there was no server to give one.
-        words: What the driver says.
+        words: The driver's message.
     """
     match sqlstate:
         case "57014":

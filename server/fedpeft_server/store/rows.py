@@ -29,10 +29,10 @@ class RunRow:
         config: As created, defaults filled in.
         spec: Every tuned tensor.
         backbone_fingerprint: SHA-256 of the frozen tensors, 64 hexadecimal digits.
-        state: Where it is in its life.
-        reason: Why it is in that state, in a sentence; may be empty.
+        state: State of the run.
+        reason: Reason of that state, in a sentence; may be empty.
         version: Newest committed adapter version; 0 is the adapter the run was created with.
-        created_at: When CreateRun was accepted.
+        created_at: Time at which CreateRun was accepted.
         model_parameters: Parameters of the whole model; 0 if the creator did not say.
         request_id: The caller's id of the CreateRun call; may be empty.
         request_digest: Digest of what that call asked for; may be empty.
@@ -121,11 +121,11 @@ class Transition:
     """A transition of a run with all that is written together with it.
 
     Attributes:
-        changes: What changes of the run, its round and its tickets.
-        updates: What was received for some of them.
+        changes: Changes of the run, its round and its tickets.
+        updates: Received updates of some of them.
         result: The version that the transition commits, if it commits one.
-        conducts: How clients used their tickets, where that changed.
-        audit_events: What is told of it in the audit log.
+        conducts: Use that clients made of their tickets, as far as it changed.
+        audit_events: Entries for the audit log.
     """
 
     changes: Changes
@@ -140,7 +140,7 @@ class FoldInputs:
     """The inputs of a round's fold.
 
     Attributes:
-        updates: What was received, by ticket.
+        updates: Received updates, by ticket.
         base: The version that the clients started from.
         previous_sha256: Digest of the record before, hexadecimal; empty for the first round.
         norms: Norm and examples of the updates that count in earlier rounds, by round number.
@@ -197,9 +197,9 @@ class RoundFigures:
 
     Attributes:
         round: Its state; the tickets in it are those that were read.
-        committed_at: When version `round.number` was committed.
+        committed_at: Time at which version `round.number` was committed.
         record: The record of the committed round, canonical JSON, or what was read of it; empty until committed.
-        record_offset: How many characters of it come before what was read.
+        record_offset: Number of characters of it before the part that was read.
         record_sha256: Its digest, hexadecimal; empty until committed.
         metrics: Figures of the round and of the version it made.
         traffic: Sum over all its tickets, whether read or not; evaluators' bytes are in Prometheus' counters only.
@@ -239,12 +239,12 @@ class ClientRow:
 
     Attributes:
         id: Its id.
-        instance: Which state directory holds the id.
+        instance: State directory that holds the id.
         role: trainer or evaluator.
         capabilities: The serialised message.
-        first_seen: When it registered first.
-        last_seen: When it called last.
-        updates: How many came from it.
+        first_seen: Time of its first registration.
+        last_seen: Time of its last call.
+        updates: Number of its updates.
         process: The process that registered last; empty if it did not say.
     """
 
@@ -265,11 +265,11 @@ class AnswerRow:
     Attributes:
         run: The run.
         client: The client.
-        accepted: Whether it takes part.
-        reasons: Why not, a sentence each; empty if it does.
+        accepted: True if it takes part.
+        reasons: Reasons against it, a sentence each; empty if it takes part.
         examples: Examples it has of the run's classes; 0 if it did not say.
-        at: When it said so.
-        conduct: How it used its last tickets of the run.
+        at: Time of the answer.
+        conduct: Use that it made of its last tickets of the run.
     """
 
     run: str
@@ -306,7 +306,7 @@ class AuditEvent:
 
     Attributes:
         actor: `ROLE NAME`, `local` for plain text, or `server`.
-        action: What, for example `run.created`.
+        action: The action, for example `run.created`.
         object: To what; may be empty.
         details: More of it.
     """
@@ -343,12 +343,12 @@ class IdentityRow:
 
     Attributes:
         subject: Its role and name.
-        issued_at: When its newest certificate was issued; None if this server issued none.
-        expires_at: When that one ends.
+        issued_at: Time at which its newest certificate was issued; None if this server issued none.
+        expires_at: End of that one.
         fingerprint: Of that one; may be empty.
-        revoked_at: When it was revoked last; None: never.
-        reason: Why; may be empty.
-        restored_at: When it was admitted again after that; None while it is refused.
+        revoked_at: Time of its last revocation; None: never.
+        reason: Reason for it; may be empty.
+        restored_at: Time at which it was admitted again after that; None while it is refused.
         issuer: Fingerprint of the authority that issued its newest certificate; may be empty.
     """
 

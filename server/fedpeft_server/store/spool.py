@@ -40,10 +40,10 @@ class _Held:
     """The file of a ticket.
 
     Attributes:
-        path: Where it is.
+        path: The file.
         digest: Of the payload that it is, or will be when whole; hexadecimal.
-        whole: Whether it is the whole payload, checked.
-        settled: Whether it became whole in this process: its receipt may be under way, so nothing may replace it.
+        whole: True if it is the whole payload, checked.
+        settled: True if it became whole in this process: its receipt may be under way, so nothing may replace it.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class Spool:
 
     Args:
         folder: Made if it does not exist. One process uses it at a time.
-        keep_manifests: Whether the manifest of an update is written beside it, durable before the update is.
+        keep_manifests: True to write the manifest of an update beside it, durable before the update is.
 
     Raises:
         StateInvalid: If the folder cannot be made or read.

@@ -49,11 +49,11 @@ class SpoolWriter:
     Args:
         owner: The spool.
         lock: Held by whoever touches the files of this ticket.
-        ticket: Whose upload it is.
-        manifest: What arrives.
-        path: Where it is written.
+        ticket: Ticket of the upload.
+        manifest: Description of the payload.
+        path: The file.
         descriptor: Of that file; None if the payload is whole already.
-        position: How many bytes are there.
+        position: Number of bytes in it.
         digest: Of these bytes, if it is known.
     """
 
@@ -95,7 +95,7 @@ class SpoolWriter:
         """Appends a chunk.
 
         Args:
-            offset: Where it begins in the payload; must be `position`.
+            offset: Its first byte's position in the payload; must be `position`.
             data: 1 byte to 1 MiB.
 
         Raises:

@@ -66,12 +66,12 @@ class Store:
         database: SQLAlchemy URL, or empty for SQLite in the folder.
         blobs: URL or folder of the adapter versions, or empty for the data folder.
         updates: URL or folder of an object store where whole updates lie too, or empty for the data folder alone.
-        timing: How long a transaction waits for a lock of another program.
-        keep_updates: Whether counted updates stay in the spool after their round.
+        timing: Longest wait of a transaction for a lock of another program.
+        keep_updates: True to keep counted updates in the spool after their round.
 
     Attributes:
-        spool: Where updates arrive.
-        updates: Where they lie until nothing needs them.
+        spool: Spool in which updates arrive.
+        updates: Place of updates until nothing needs them.
         places: Folders and object stores that flags name.
         registrations: Writes clients as they register.
         answers: Writes their answers to the offers of runs; the result is False where there is no such run.

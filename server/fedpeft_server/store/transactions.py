@@ -33,7 +33,7 @@ class Transactions:
     Attributes:
         engine: For the one that writes.
         readers: For those that only read, each on a connection of its own.
-        unavailable: Whether the newest transaction but those that only read failed because the database was.
+        unavailable: True if the newest transaction but those that only read failed because the database was.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -61,7 +61,7 @@ class BucketUpdates:
     """Updates in the spool, and in an object store as soon as they are whole.
 
     Args:
-        spool: Where they arrive; what it holds need not be fetched again.
+        spool: Spool in which they arrive; what it holds need not be fetched again.
         blobs: The object store.
     """
 

@@ -22,7 +22,7 @@ class ChunkReceiver:
     """Receives payloads into the spool.
 
     Args:
-        store: Where they go.
+        store: Store of the payloads.
         max_bytes: Largest payload taken.
     """
 
@@ -57,7 +57,7 @@ class ChunkReceiver:
 
         Args:
             key: Names the payload in the spool.
-            manifest: What arrives; fits what is wanted.
+            manifest: Description of the payload; fits what is wanted.
             context: The call.
             slot: Asked after each chunk whether there may be another; absent if the upload need not give way.
             booked: Told the bytes of each chunk that was taken.

@@ -29,7 +29,7 @@ class Refused:
     """Stands for a message that is refused, so that no frame of a traceback keeps its bytes.
 
     Attributes:
-        error: Why.
+        error: The error.
     """
 
     def __init__(self, error: FedpeftError) -> None:
@@ -43,7 +43,7 @@ class ReceiveSlots:
     Who holds the fewest comes first, then who asked first. A slot that others wait for is held for `hold_s` at most.
 
     Args:
-        bound: How many.
+        bound: Most of them.
 
     Attributes:
         held: Number of slots held now.

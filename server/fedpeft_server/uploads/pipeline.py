@@ -72,12 +72,12 @@ class Uploads:
     """Receives payloads, a limited number at once.
 
     Args:
-        store: Where they go.
-        byte_counter: Where their bytes are booked.
+        store: Store of the payloads.
+        byte_counter: Counter of their bytes.
         max_bytes: Largest payload taken.
-        limit: How many updates, and beside them how many first versions of runs, are received at once.
-        declared: What clients answered to the offers of runs.
-        timing: How long a transfer is served while others wait.
+        limit: Most updates, and beside them most first versions of runs, that are received at once.
+        declared: Answers of clients to the offers of runs.
+        timing: Time for which a transfer is served while others wait.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Uploads:
 
         Args:
             key: Names the payload in the spool.
-            manifest: What arrives; fits what is wanted.
+            manifest: Description of the payload; fits what is wanted.
             context: The call.
 
         Raises:

@@ -106,8 +106,8 @@ class TransferSlots:
     """Lets `limit` transfers through at once, one a client, in the order in which they asked.
 
     Args:
-        limit: How many.
-        timing: How long a transfer is served while others wait, and a place is kept.
+        limit: Number of slots.
+        timing: Time for which a transfer is served while others wait, and a place is kept.
     """
 
     def __init__(self, limit: int, timing: Timing = TIMING) -> None:

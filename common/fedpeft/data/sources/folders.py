@@ -42,7 +42,7 @@ class FolderSource:
     told by its suffix, or by its content where it has none; see `fedpeft.data.sources.walk`.
 
     Attributes:
-        inventory: What of the folder is not read, and why.
+        inventory: Parts of the folder that are not read, each with the reason.
         unreadable: Links to nothing and folders that cannot be listed: each is a row, so that it counts. Files that
             cannot be opened, or are empty, come to it and to `inventory` once `tables` has met them.
 

@@ -30,8 +30,8 @@ class Entry:
     Attributes:
         path: Its path below the folder, as the system names it.
         group: The class whose folder it is in; empty if it is in none.
-        fate: What becomes of it: an image, an image that cannot be read, or nothing that is read.
-        reason: Why it is not taken; empty if it is.
+        fate: Its use: an image, an image that cannot be read, or nothing that is read.
+        reason: Reason for which it is not taken; empty if it is.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Group:
 
     Attributes:
         reason: The reason.
-        count: How many there are.
+        count: Number of files.
         examples: The first, printable.
     """
 
@@ -64,7 +64,7 @@ class Inventory:
     """Entries that were found in a folder, by fate.
 
     Attributes:
-        taken: How many entries are images.
+        taken: Number of entries that are images.
         unreadable: Images that cannot be read, the most frequent reason first.
         skipped: Entries that are not read, likewise.
     """
@@ -78,7 +78,7 @@ class Inventory:
 
         Args:
             name: The image's name.
-            reason: Why it cannot be read.
+            reason: Reason for which it cannot be read.
             taken: Entries that were counted as taken for it.
         """
         return Inventory.sum((self, Inventory(-taken, (Group(reason, 1, (shown(name),)),))))

@@ -40,7 +40,7 @@ class ParquetFiles:
     Attributes:
         paths: The files.
         schema: The one schema of all rows.
-        rows: How many rows each file has.
+        rows: Number of rows of each file.
         unpacked_bytes: Size of all rows, unpacked, as the files say.
 
     Args:

@@ -35,7 +35,7 @@ class ImageClassification(Classification):
     """Images of a folder or of parquet, augmented in training, normalised on the device.
 
     Args:
-        reading: How they are read.
+        reading: Settings of their reading.
     """
 
     example: ClassVar[str] = "image"

@@ -24,7 +24,7 @@ class TicketFacts:
         client: Its id.
         state: issued, received, withdrawn, refused or late; of a refused one, excluded if its update was not folded
             because of its norm, and discarded if a rollback ended its round.
-        reason: Why, where the state wants one.
+        reason: Reason, where the state wants one.
         examples: Trained on, as the client says.
         weight: Share of the mean; 0 until committed.
         norm: Euclidean norm of the update; 0 until received.
@@ -56,9 +56,9 @@ class RoundFacts:
     Attributes:
         number: 1, 2, ...
         phase: waiting, open, aggregating or committed.
-        opened_at: When tickets were first given out.
-        deadline: When it closes.
-        committed_at: When its version was there.
+        opened_at: Time at which tickets were first given out.
+        deadline: Its deadline.
+        committed_at: Time of its commit.
         seconds: From the first ticket to the version.
         extensions: Deadlines missed.
         tickets: By client id.
@@ -67,7 +67,7 @@ class RoundFacts:
         down: Whole messages to them.
         payload_up: Tensors alone.
         payload_down: Tensors alone.
-        full: What full fine-tuning would have sent each way for the updates counted; 0 if not known.
+        full: Bytes that full fine-tuning would have sent each way for the updates counted; 0 if not known.
         record_sha256: Digest of its record.
         rolled_back_to: The version whose tensors its version has, where a rollback made it; else None.
     """

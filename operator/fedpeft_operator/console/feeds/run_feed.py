@@ -34,8 +34,8 @@ class RunFeed:
         run: Its id.
         snapshot: The run as it is known; None before the first answer.
         rounds: Its rounds, by number.
-        lost: Why there is no connection, in a sentence; empty while there is one.
-        error: Why it is not followed any more; None while it is, and after its end.
+        lost: Cause of a lost connection, in a sentence; empty while there is one.
+        error: Error that ended the following; None while it goes on, and after the run's end.
     """
 
     def __init__(self, run: str, connect: Connect, signal: ChangeSignal) -> None:

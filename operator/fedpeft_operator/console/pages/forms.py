@@ -13,7 +13,7 @@ async def form_of(request: Request, *, writes: bool = True) -> FormData:
 
     Args:
         request: Of the browser.
-        writes: Whether only a session that may steer may send it.
+        writes: True if only a session that may steer may send it.
 
     Raises:
         Refused: If it came from elsewhere, or the session may not send it.

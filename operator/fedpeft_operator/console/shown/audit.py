@@ -22,8 +22,8 @@ class AuditRow:
     Attributes:
         number: From 1, without a gap.
         at: ISO 8601.
-        actor: Who.
-        action: What.
+        actor: The one who did it.
+        action: The action.
         object: To what; may be empty.
         details: More of it, as (name, value).
         sha256: Digest of the entry.

@@ -41,9 +41,9 @@ class Entry:
         run: Id of the run.
         name: Of the run.
         round: Number.
-        ticket: What became of it.
+        ticket: Outcome of its ticket.
         ratio: Norm over what was to be expected.
-        is_odd: Whether that stands out.
+        is_odd: True if that stands out.
     """
 
     run: str

@@ -21,7 +21,7 @@ class Configuration:
     Attributes:
         text: Its first lines.
         hidden: Lines beyond them.
-        problem: Why it cannot be shown; empty if it can.
+        problem: Reason for which it cannot be shown; empty if it can.
     """
 
     text: str

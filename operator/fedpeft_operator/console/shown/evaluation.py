@@ -17,8 +17,8 @@ class Evaluator:
 
     Attributes:
         id: Its id.
-        now: What it does with the run: scores a version, is to score one next, or has nothing left.
-        is_scoring: Whether it scores a version now.
+        now: Its work for the run: it scores a version, is to score one next, or has nothing left.
+        is_scoring: True while it scores a version.
         scored: Versions that it scored.
         backlog: Versions that it has still to score.
         failed: The versions that it could not score and why, newest first.

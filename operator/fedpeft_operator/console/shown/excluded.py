@@ -17,7 +17,7 @@ class Excluded:
         client: The client's id.
         norm: Euclidean norm of the update.
         times: `norm` over the limit; None if it was excluded for another reason, or the limit is not known.
-        reason: Why, in a sentence.
+        reason: Reason, in a sentence.
     """
 
     client: str
@@ -32,7 +32,7 @@ class Exclusions:
 
     Attributes:
         limit: Largest norm that was folded; None if it is not known.
-        made_of: How the limit came about, in words; empty if it is not known.
+        made_of: Origin of the limit, in words; empty if it is not known.
         updates: The excluded updates, by client.
     """
 

@@ -24,7 +24,7 @@ class Norm:
 
     Attributes:
         round: Its round.
-        client: Whose it is.
+        client: Its client.
         norm: Euclidean norm.
         ratio: The norm over the norm that was to be expected; None where nothing is to compare with.
     """

@@ -33,10 +33,10 @@ class Card:
         about: Method and model.
         version: Newest adapter version.
         rounds: Rounds of the run.
-        sentence: What is going on, or why it is not.
+        sentence: State of the run, or the reason for which it does not go on.
         deadline: Of the round in progress, ISO 8601.
         score: Accuracy of the newest scored version, or its loss; empty if there is none.
-        scored_by: Which of the two; likewise.
+        scored_by: Source of the figures, one of the two; likewise.
         line: Its course.
         sent: Bytes, beside full fine-tuning.
         odd: Clients with remarks.
@@ -64,7 +64,7 @@ def card(run: run_pb2.Run, snapshot: RunSnapshot | None, rounds: Sequence[RoundF
 
     Args:
         run: As it stands in the list of runs.
-        snapshot: What its watch knows; None before its first answer.
+        snapshot: Its watch's last news; None before the first answer.
         rounds: Of the snapshot.
     """
     top = head(snapshot.run if snapshot is not None else run)

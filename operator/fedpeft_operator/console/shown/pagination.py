@@ -14,7 +14,7 @@ class Page(Generic[T]):
     """One page of a list.
 
     Attributes:
-        items: What stands on it.
+        items: Items of the page.
         number: 1 for the first page.
         last: Number of the last page.
         total: Items of all pages.

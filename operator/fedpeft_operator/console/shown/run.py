@@ -40,7 +40,7 @@ class Head:
         id: Of the run.
         name: Its label.
         state: running, paused, completed or stopped.
-        reason: Why it is paused, or what it waits for.
+        reason: Reason for which it is paused or waits.
         method: PEFT method.
         model: timm's name.
         tuned: Parameters of an adapter version.
@@ -49,7 +49,7 @@ class Head:
         rounds: Rounds of the run.
         clients: Wanted in a round.
         created_at: ISO 8601.
-        can: What an operator may do with it now.
+        can: Actions that an operator may take now.
     """
 
     id: str
@@ -82,15 +82,15 @@ class Stage:
 
     Attributes:
         number: Of the round.
-        phase: Where it is in the state machine.
+        phase: Phase of the state machine.
         steps: Every phase as (name, `done`, `now` or `todo`).
-        sentence: What is waited for.
+        sentence: Event that is waited for.
         deadline: ISO 8601; None if nobody was asked yet.
         extensions: Deadlines missed.
         received: Updates that count.
         goal: Updates wanted.
         quorum: Fewest it commits with at its deadline.
-        said: How many tickets are in which state.
+        said: Number of tickets in each state.
         tickets: Those listed.
         hidden: Tickets beyond them.
     """

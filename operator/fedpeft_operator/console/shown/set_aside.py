@@ -19,7 +19,7 @@ class SetAside:
     Attributes:
         client: Its id.
         round: The round of its last refused or excluded update; None if none is known.
-        reason: Why that one was, as its ticket says it.
+        reason: Reason of that one, as its ticket says it.
     """
 
     client: str
@@ -33,7 +33,7 @@ class Aside:
 
     Attributes:
         clients: Those listed, by id.
-        hidden: How many are not.
+        hidden: Number of those that are not shown.
     """
 
     clients: tuple[SetAside, ...]

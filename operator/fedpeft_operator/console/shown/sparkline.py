@@ -14,8 +14,8 @@ class Sparkline:
 
     Attributes:
         points: Of an SVG polyline.
-        end_x: Where it ends.
-        end_y: Where it ends.
+        end_x: End of the line.
+        end_y: End of the line.
     """
 
     points: str

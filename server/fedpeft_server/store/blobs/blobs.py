@@ -36,8 +36,8 @@ class Blobs:
 
     Args:
         url: A folder, which is made if it does not exist, or a URL: file://, s3://, gs:// or az://.
-        cache: Where `local_path` keeps what an object store holds, emptied at first; a temporary folder if not given.
-        flag: What names the place on the command line, for messages.
+        cache: Folder of `local_path` for blobs of an object store, emptied at first; a temporary one if not given.
+        flag: Flag that names the place on the command line, for messages.
 
     Attributes:
         name: The flag and the place.
@@ -84,7 +84,7 @@ class Blobs:
         """Writes a blob, in place of any under the key; readers see the old one or the new one. Durable on return.
 
         Args:
-            key: Where.
+            key: Its key.
             data: The bytes, pieces of them, or a file that holds them, which a store that is a folder moves.
         """
         with self._translated("writing", key):

@@ -68,7 +68,7 @@ class _Use:
 
     Attributes:
         users: Threads that use it, or wait for it.
-        forgotten: Whether it is to be removed after its use.
+        forgotten: True if it is to be removed after its use.
         lock: Held by the thread that uses it.
     """
 

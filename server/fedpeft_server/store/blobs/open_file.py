@@ -17,7 +17,7 @@ class OpenFile:
 
     Args:
         path: The file.
-        start: Where the part begins.
+        start: Begin of the part.
         selection: The bytes of the part that are read, as if there were no others; None: all.
 
     Raises:

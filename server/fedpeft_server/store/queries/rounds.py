@@ -132,7 +132,7 @@ def add_traffic(
 
     Args:
         connection: In a transaction.
-        deltas: What to add, by run, round and client.
+        deltas: Bytes to add, by run, round and client.
         known: Runs that exist, which the transaction has seen to.
     """
     others = {run for run, _, _ in deltas}.difference(known)

@@ -22,7 +22,7 @@ def upsert(
 
     Args:
         connection: In a transaction.
-        table: Where.
+        table: The table.
         rows: All with the same keys.
         replace: Columns that take the new value.
         add: Columns to which the new value is added; these or `replace` must name one.
