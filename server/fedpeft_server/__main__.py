@@ -28,10 +28,11 @@ COMMANDS = {
 }
 """By the word that stands first on the command line: the module, imported only then, and a line for `--help`."""
 
-COLLECTED = (700, 10, 100)
-"""Thresholds of the garbage collector, the last ten times as high as the interpreter's: a full collection visits every
-object of every client that waits, which stops the server for half a second with 10,000 of them and finds next to
-nothing. It took 15 % of the processor time in which 6,000 clients joined."""
+COLLECTED = (7000, 10, 100)
+"""Thresholds of the garbage collector, the first and the last ten times as high as the interpreter's.
+
+A full collection visits every object of every client that waits: it stops the server for more than a second with 10,000
+of them, and finds next to nothing."""
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import cast
 
 import grpc
 import structlog
@@ -316,8 +317,23 @@ def _addresses(settings: Settings, own: ServerCertificates | None, ports: Ports)
 def _add_services(ports: Ports, federation: Federation, operator: Operator, access: Access, health: Health) -> None:
     """Gives both servers the same services."""
     for server in (ports.listening, ports.enrolling):
-        federation_service_pb2_grpc.add_FederationServiceServicer_to_server(federation, server)
-        operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
-        access_service_pb2_grpc.add_AccessServiceServicer_to_server(access, server)
-        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        by_name = cast(grpc.aio.Server, _ByName(server))
+        federation_service_pb2_grpc.add_FederationServiceServicer_to_server(federation, by_name)
+        operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(operator, by_name)
+        access_service_pb2_grpc.add_AccessServiceServicer_to_server(access, by_name)
+        health_pb2_grpc.add_HealthServicer_to_server(health, by_name)
         reflection.enable_server_reflection((*SERVICES, grpc_health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+
+class _ByName:
+    """A server to which services are added by name alone, and not their methods once more, one by one.
+
+    gRPC's server waits for the next call of each method that was registered by itself: it looks through them all with
+    every call.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, _service: str, _handlers: object) -> None:
+        """Leaves the methods to their service's handler."""

@@ -11,7 +11,7 @@ from fedpeft.adapters import payload
 from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import parse_config
 from fedpeft.errors import ExamplesInvalid, ManifestInvalid, MetricsInvalid, PayloadInvalid
-from fedpeft.rounds.acceptance import check_header, check_norm
+from fedpeft.rounds.acceptance import check_claims, check_manifest, check_norm
 from fedpeft.rounds.state_machine import Ticket
 
 CONFIG = parse_config(
@@ -34,26 +34,31 @@ def manifest_of(number: int, encoding: str = "float32") -> payload.Manifest:
 def test_the_round_that_a_ticket_was_issued_in_says_what_is_sent(number: int) -> None:
     ticket = Ticket("ticket-1", "ann", base_version=number - 1)
     assert ticket.issued_in == number
-    check_header(ticket, manifest_of(number), 8, {"loss": 0.5}, CONFIG, SPEC, 8)
+    check_manifest(ticket, manifest_of(number), CONFIG, SPEC)
     with pytest.raises(ManifestInvalid) as caught:
-        check_header(ticket, manifest_of(number + 1), 8, {}, CONFIG, SPEC)
+        check_manifest(ticket, manifest_of(number + 1), CONFIG, SPEC)
     assert caught.value.fields[0][0].startswith("manifest.tensors")
 
 
 @pytest.mark.parametrize(
     ("changed", "error", "text"),
     [
-        ({"manifest": manifest_of(1, "float16")}, ManifestInvalid, "float16"),
         ({"examples": 0, "declared": None}, ExamplesInvalid, "is 0; at least 1 is needed"),
         ({"examples": 9}, ExamplesInvalid, "is 9; 1 to 8 are allowed, by what the client declared"),
         ({"metrics": {"loss": float("nan")}}, MetricsInvalid, "must be finite"),
         ({"metrics": {f"m{i}": 1.0 for i in range(65)}}, MetricsInvalid, "65 figures"),
     ],
 )
-def test_a_wrong_header_is_refused(changed: dict[str, Any], error: type[Exception], text: str) -> None:
-    right: dict[str, Any] = {"manifest": manifest_of(1), "examples": 8, "metrics": {}, "declared": 8}
+def test_wrong_claims_are_refused(changed: dict[str, Any], error: type[Exception], text: str) -> None:
+    right: dict[str, Any] = {"examples": 8, "metrics": {"loss": 0.5}, "declared": 8}
+    check_claims(**right)
     with pytest.raises(error, match=text):
-        check_header(Ticket("ticket-1", "ann"), config=CONFIG, spec=SPEC, **(right | changed))
+        check_claims(**(right | changed))
+
+
+def test_an_encoding_that_is_not_the_runs_is_refused() -> None:
+    with pytest.raises(ManifestInvalid, match="float16"):
+        check_manifest(Ticket("ticket-1", "ann"), manifest_of(1, "float16"), CONFIG, SPEC)
 
 
 def test_a_norm_that_no_transform_leaves_is_refused() -> None:

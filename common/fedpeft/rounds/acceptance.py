@@ -2,7 +2,7 @@
 
 Three steps, in this order, because a server has the header of an update before its payload:
 
-    check_header                                  what is said of the update, before a byte of it is taken
+    check_manifest, check_claims                  what is said of the update, before a byte of it is taken
     fedpeft.adapters.payload.check_payload        every value of the payload, before it is durable
     check_norm                                    that the update passed the run's transforms
 """
@@ -21,35 +21,30 @@ from fedpeft.rounds import metric_values
 from fedpeft.rounds.state_machine import Ticket
 
 
-def check_header(
-    ticket: Ticket,
-    manifest: Manifest,
-    examples: int,
-    metrics: Mapping[str, float],
-    config: RunConfig,
-    spec: AdapterSpec,
-    declared: int | None = None,
-) -> None:
-    """Checks what is said of an update.
-
-    Args:
-        ticket: The ticket that it comes for; the round that it was issued in says which tensors are sent.
-        manifest: Description of its payload.
-        examples: Examples that it was trained on.
-        metrics: Figures of its training.
-        config: The run file.
-        spec: The tensors of the run.
-        declared: Most examples that the client may claim; None: any number.
+def check_manifest(ticket: Ticket, manifest: Manifest, config: RunConfig, spec: AdapterSpec) -> None:
+    """Checks that a manifest describes an update for a ticket: the round it was issued in says which tensors are sent.
 
     Raises:
         ManifestInvalid: If its tensors or encodings are not those of the ticket's round, below `manifest`.
-        ExamplesInvalid: If it was trained on none, or on more than declared.
-        MetricsInvalid: If a figure is wrong.
     """
     try:
         payload.check_manifest(manifest, spec.sent(ticket.issued_in), (config.codec.encoding,))
     except ManifestInvalid as error:
         raise error.within("manifest") from None
+
+
+def check_claims(examples: int, metrics: Mapping[str, float], declared: int | None = None) -> None:
+    """Checks what else is said of an update.
+
+    Args:
+        examples: Examples that it was trained on.
+        metrics: Figures of its training.
+        declared: Most examples that the client may claim; None: any number.
+
+    Raises:
+        ExamplesInvalid: If it was trained on none, or on more than declared.
+        MetricsInvalid: If a figure is wrong.
+    """
     if examples < 1 or (declared is not None and examples > declared):
         text = f"is {examples}; " + (
             "at least 1 is needed" if declared is None else f"1 to {declared} are allowed, by what the client declared"

@@ -179,8 +179,8 @@ class SimulatedRun:
         manifest, data = outcome.prepared.manifest, outcome.prepared.payload
         book.up[client] = len(data)
         try:
-            said = manifest, outcome.examples, outcome.metrics
-            acceptance.check_header(ticket, *said, self._config, self._header.spec)
+            acceptance.check_manifest(ticket, manifest, self._config, self._header.spec)
+            acceptance.check_claims(outcome.examples, outcome.metrics)
             payload.check_payload(manifest, memoryview(data))
             norm = math.sqrt(payload.squared_norm(manifest, memoryview(data)))
             acceptance.check_norm(norm, self._config)

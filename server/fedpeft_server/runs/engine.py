@@ -20,9 +20,10 @@ from fedpeft.rounds.state_machine import Phase, Round, TicketState
 from fedpeft.rounds.transitions import ACTIVE, RunStatus, changes, effects
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.runs import gauges, receipts
+from fedpeft_server.runs import receipts
 from fedpeft_server.runs.actor import RunActor
 from fedpeft_server.runs.aggregation import Folding, go_back
+from fedpeft_server.runs.gauges import RunGauges
 from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.runs.participation import Participation
 from fedpeft_server.runs.receipts import Receipt
@@ -86,7 +87,8 @@ class RunEngine:
         self._folding = Folding(self.actor, store, background, self._round_log, timing)
         if self.active:  # nothing will be counted for the others, which stay for months
             metrics.begin(run.id)
-        gauges.show(metrics, run, current)
+        self._gauges = RunGauges(metrics)
+        self._gauges.show(run, current)
 
     @property
     def run(self) -> RunRow:
@@ -299,7 +301,7 @@ class RunEngine:
                 self._lobby.wake(ticket.client)
         if follow.fold:
             self._folding.begin()
-        gauges.show(self._metrics, run, current)
+        self._gauges.show(run, current)
         self._changed(self)
         if follow.ended:
             self._lobby.wake_all()

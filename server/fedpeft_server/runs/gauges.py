@@ -12,8 +12,23 @@ _PARAMETER_BYTES = 4
 """A parameter as float32, which is what budgets are counted in, whatever the run's encoding."""
 
 
-def show(metrics: Metrics, run: RunRow, current: Round) -> None:
-    """Shows a run and its round in progress."""
+class RunGauges:
+    """The gauges of one run, set when something that they show has changed: most transitions are receipts."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._shown: tuple[object, ...] = ()
+
+    def show(self, run: RunRow, current: Round) -> None:
+        """Shows the run and its round in progress."""
+        times = current.opened_at, current.deadline, current.extensions
+        shown = run.state, current.number, current.phase, current.stopped, *times, len(current.tickets)
+        if shown != self._shown:
+            self._shown = shown
+            _show(self._metrics, run, current)
+
+
+def _show(metrics: Metrics, run: RunRow, current: Round) -> None:
     config = run.config
     metrics.run_info.labels(run.id, config.name, config.peft.method, config.model.name).set(1)
     for state in RunState:

@@ -175,8 +175,12 @@ class Store:
 
     async def file(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs a short piece of work on files on a thread of its own kind."""
+        return await self.begin_file(function, *args, **kwargs)
+
+    def begin_file(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+        """Begins what `file` waits for, with no task of its own: it takes longer than many a piece of such work."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._files, lambda: function(*args, **kwargs))
+        return loop.run_in_executor(self._files, lambda: function(*args, **kwargs))
 
     async def version(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Stores an adapter version, makes it ready or removes it on a thread of its own kind."""

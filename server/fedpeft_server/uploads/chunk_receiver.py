@@ -17,6 +17,11 @@ from fedpeft_server.tasks import ended
 from fedpeft_server.uploads.incoming import Context, next_message
 from fedpeft_server.uploads.transfer_slots import TransferSlot
 
+Chunk = tuple[int, bytes]
+"""Offset in the payload, and the bytes."""
+Booked = Callable[[int], None]
+"""Called with the size of a chunk that was written."""
+
 
 class ChunkReceiver:
     """Receives payloads into the spool.
@@ -46,7 +51,7 @@ class ChunkReceiver:
         manifest: Manifest,
         context: Context,
         slot: TransferSlot | None = None,
-        booked: Callable[[int], None] = lambda size: None,
+        booked: Booked = lambda size: None,
         wanted: Callable[[], None] = lambda: None,
         *,
         is_kept: Callable[[], bool],
@@ -61,7 +66,8 @@ class ChunkReceiver:
             context: The call.
             slot: Asked after each chunk whether there may be another; absent if the upload need not give way.
             booked: Told the bytes of each chunk that was taken.
-            wanted: Asked once the spool holds a place for it; raises if the payload is not wanted any more.
+            wanted: Asked before the first chunk, and again once the spool holds it; raises if the payload is not
+                wanted any more.
             is_kept: Asked when the upload breaks off; True if what arrived is kept, else it is removed.
 
         Returns:
@@ -73,62 +79,84 @@ class ChunkReceiver:
             FedpeftError: If a chunk is refused.
         """
         await context.send_initial_metadata(((TURN_KEY, "1"),))
-        opening = asyncio.ensure_future(self._store.file(self._store.updates.writer, key, manifest))
+        wanted()
+        first = await _next_chunk(context, slot)
+        opening = self._store.begin_file(self._open, key, manifest, first)  # most updates have no second chunk
+        del first
+        opening.add_done_callback(lambda done: booked(done.result()[1]) if _succeeded(done) else None)
         try:
-            writer = await ended(opening)
+            writer, _ = await ended(opening)
             wanted()
             while writer.position < manifest.payload_bytes:
-                await self._write(writer, context, slot, booked)
-                if slot and writer.position < manifest.payload_bytes:
+                if slot:
                     slot.check()
+                await self._write(writer, await _next_chunk(context, slot), booked)
         except BaseException:
-            opening.add_done_callback(partial(self._break_off, is_kept))  # a thread opens it though the call has left
+            # A thread opens it though the call has left.
+            opening.add_done_callback(partial(self._break_off, key, is_kept))
             raise
         return writer
 
-    def _break_off(self, is_kept: Callable[[], bool], opening: asyncio.Future[SpoolWriter]) -> None:
-        """Closes the writer of an upload that broke off, and removes what nobody will continue."""
-        if not opening.cancelled() and opening.exception() is None:
-            self._store.soon(self._abandon, opening.result(), is_kept())
+    def _open(self, key: str, manifest: Manifest, first: Chunk | None) -> tuple[SpoolWriter, int]:
+        """Returns the writer of a payload with its first chunk written, and how many bytes of that it took."""
+        writer = self._store.updates.writer(key, manifest)
+        try:
+            return writer, _append(writer, first) if writer.position < manifest.payload_bytes else 0
+        except BaseException:
+            writer.abandon()
+            raise
 
-    def _abandon(self, writer: SpoolWriter, kept: bool) -> None:
-        writer.abandon()
-        if not kept:
-            self._store.updates.remove_partial(writer.ticket)
-
-    async def _write(
-        self, writer: SpoolWriter, context: Context, slot: TransferSlot | None, booked: Callable[[int], None]
+    def _break_off(
+        self, key: str, is_kept: Callable[[], bool], opening: asyncio.Future[tuple[SpoolWriter, int]]
     ) -> None:
-        message = await _next_chunk(context, slot)
-        if message is None:
-            text = f"ended at byte {writer.position} of {writer.manifest.payload_bytes}"
-            raise UploadIncomplete(
-                f"the stream {text}; what arrived of an update is kept, GetUpload says where to continue",
-                (("chunk", text),),
-            )
-        if not message.HasField("chunk"):
-            text = "is missing: only the first message of the stream may be a header"
-            raise ChunkInvalid(f"a chunk {text}", (("chunk", text),))
-        offset, data = message.chunk.offset, message.chunk.data
+        """Closes the writer of an upload that broke off, and removes what nobody will continue."""
+        self._store.soon(self._abandon, key, opening.result()[0] if _succeeded(opening) else None, is_kept())
 
-        def taken(writing: asyncio.Future[None]) -> None:
-            if not writing.cancelled() and writing.exception() is None:
-                booked(len(data))
+    def _abandon(self, key: str, writer: SpoolWriter | None, kept: bool) -> None:
+        if writer is not None:
+            writer.abandon()
+        if not kept:
+            self._store.updates.remove_partial(key)
 
-        writing = asyncio.ensure_future(self._store.file(writer.write, offset, data))
-        writing.add_done_callback(taken)  # also where the call is gone by then: the bytes are there
+    async def _write(self, writer: SpoolWriter, chunk: Chunk | None, booked: Booked) -> None:
+        writing = self._store.begin_file(_append, writer, chunk)
+        # Also where the call is gone by then: the bytes are there.
+        writing.add_done_callback(lambda done: booked(done.result()) if _succeeded(done) else None)
         await ended(writing)
 
 
-async def _next_chunk(context: Context, slot: TransferSlot | None) -> Any:
-    """Returns the next message of a transfer that has its slot, None at the end of the stream.
+def _append(writer: SpoolWriter, chunk: Chunk | None) -> int:
+    """Writes a chunk, and returns its size; None is the end of the stream, which came too early."""
+    if chunk is None:
+        text = f"ended at byte {writer.position} of {writer.manifest.payload_bytes}"
+        raise UploadIncomplete(
+            f"the stream {text}; what arrived of an update is kept, GetUpload says where to continue",
+            (("chunk", text),),
+        )
+    writer.write(*chunk)
+    return len(chunk[1])
+
+
+def _succeeded(done: asyncio.Future[Any]) -> bool:
+    return not done.cancelled() and done.exception() is None
+
+
+async def _next_chunk(context: Context, slot: TransferSlot | None) -> Chunk | None:
+    """Returns the next chunk of a transfer that has its slot, None at the end of the stream.
 
     Raises:
         TransferStalled: If none comes for too long.
         TurnOver: As soon as another transfer of the client takes the `slot`.
+        ChunkInvalid: If something else comes.
     """
     try:
         async with slot.bounded(STALL_S) if slot else asyncio.timeout(STALL_S):
-            return await next_message(context)
+            message = await next_message(context)
     except TimeoutError:
         raise TransferStalled(f"nothing arrived for {STALL_S:.0f} s; continue where GetUpload says") from None
+    if message is None:
+        return None
+    if not message.HasField("chunk"):
+        text = "is missing: only the first message of the stream may be a header"
+        raise ChunkInvalid(f"a chunk {text}", (("chunk", text),))
+    return message.chunk.offset, message.chunk.data

@@ -23,7 +23,6 @@ from fedpeft.errors import (
     BeingChecked,
     FedpeftError,
     InvalidArgument,
-    ManifestInvalid,
     PayloadInvalid,
     RoundClosed,
     TicketClosed,
@@ -34,12 +33,11 @@ from fedpeft.process.mapped_files import releaser
 from fedpeft.rounds import acceptance
 from fedpeft.rounds.state_machine import Phase, Ticket, TicketState
 from fedpeft.rpc.timing import HOLD_S
-from fedpeft.rpc.wire import manifest_from_proto
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_server.access.call import actor
 from fedpeft_server.access.untrusted_text import MAX_EXAMPLES
 from fedpeft_server.runs.engine import RunEngine
-from fedpeft_server.store.rows import UpdateRow
+from fedpeft_server.store.rows import RunRow, UpdateRow
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import TaskSet, ended
@@ -47,6 +45,7 @@ from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.chunk_receiver import ChunkReceiver
 from fedpeft_server.uploads.incoming import Context
+from fedpeft_server.uploads.manifests import Manifests
 from fedpeft_server.uploads.transfer_slots import TransferSlots
 
 log = structlog.get_logger()
@@ -92,6 +91,7 @@ class Uploads:
         self._declared = declared
         self._store = store
         self._byte_counter = byte_counter
+        self._manifests = Manifests()
         self._receiver = ChunkReceiver(store, max_bytes)
         self._slots = TransferSlots(limit, timing)
         self._creations = TransferSlots(limit, timing)
@@ -132,11 +132,7 @@ class Uploads:
         if counted:
             return counted
         self._admit(engine, ticket)
-        declared = await self._declared_by(ticket.client, engine.run.id)
-        if len(header.manifest.tensors) > MANY_ENTRIES:
-            manifest = await self._store.file(self._checked, engine, ticket, header, declared)
-        else:
-            manifest = self._checked(engine, ticket, header, declared)
+        manifest = await self._checked(engine.run, ticket, header)
         booked = partial(self._byte_counter.payload, "up", engine.run.config.codec.encoding)
         async with self._slots.take(ticket.client) as slot:
             counted = await self._repeated(_now(engine, ticket), header)  # it may have waited for that one
@@ -279,18 +275,18 @@ class Uploads:
         has = pb.Capabilities.FromString(row.capabilities).examples if row else 0
         return min(has or UNDECLARED_EXAMPLES, MAX_EXAMPLES)
 
-    def _checked(self, engine: RunEngine, ticket: Ticket, header: pb.UpdateHeader, declared: int) -> Manifest:
+    async def _checked(self, run: RunRow, ticket: Ticket, header: pb.UpdateHeader) -> Manifest:
         """Returns the manifest of a header that fits the round of its ticket, before anything of the payload is taken.
 
         A wrong header leaves the ticket good: nothing was trained or sent in vain, and the next one may be right.
         """
-        run, said = engine.run, (header.examples, header.metrics)
+        declared = await self._declared_by(ticket.client, run.id)
         try:
-            manifest = manifest_from_proto(header.manifest)
-        except ManifestInvalid as error:
-            raise error.within("header.manifest") from None
-        try:
-            acceptance.check_header(ticket, manifest, *said, run.config, run.spec, declared)
+            if len(header.manifest.tensors) > MANY_ENTRIES:
+                manifest = await self._store.file(self._manifests.checked, run, ticket, header.manifest)
+            else:
+                manifest = self._manifests.checked(run, ticket, header.manifest)
+            acceptance.check_claims(header.examples, header.metrics, declared)
         except InvalidArgument as error:
             raise error.within("header") from None
         self._receiver.check_size(manifest)

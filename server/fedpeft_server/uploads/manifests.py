@@ -1,0 +1,52 @@
+"""Manifests of updates: those of one round are alike but for their digests, so what was found right is known again."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+from fedpeft.adapters.payload import Manifest
+from fedpeft.errors import ManifestInvalid
+from fedpeft.rounds import acceptance
+from fedpeft.rounds.state_machine import Ticket
+from fedpeft.rpc.wire import manifest_from_proto
+from fedpeft.v1 import tensor_pb2
+from fedpeft_server.store.rows import RunRow
+
+MOST_KNOWN = 64
+"""Rounds whose manifest is remembered; one has tens of kilobytes."""
+
+
+class Manifests:
+    """Checks manifests. Protobuf compares two of them many times faster than one is checked.
+
+    Its method may be called from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, int], tuple[tensor_pb2.Manifest, Manifest]] = {}
+
+    def checked(self, run: RunRow, ticket: Ticket, message: tensor_pb2.Manifest) -> Manifest:
+        """Returns the manifest of a message, which describes an update for a ticket.
+
+        Raises:
+            ManifestInvalid: If it does not, below `manifest`.
+        """
+        key = run.id, ticket.issued_in
+        tensors = tensor_pb2.Manifest()
+        tensors.CopyFrom(message)
+        tensors.ClearField("sha256")
+        known = self._known.get(key)
+        if known is not None and known[0] == tensors and len(message.sha256) == len(known[1].sha256):
+            return replace(known[1], sha256=message.sha256)
+        try:
+            manifest = manifest_from_proto(message)
+        except ManifestInvalid as error:
+            raise error.within("manifest") from None
+        acceptance.check_manifest(ticket, manifest, run.config, run.spec)
+        with self._lock:
+            self._known[key] = tensors, manifest
+            if len(self._known) > MOST_KNOWN:
+                del self._known[next(iter(self._known))]
+        return manifest
