@@ -12,7 +12,7 @@ from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import parse_config
 from fedpeft.errors import ExamplesInvalid, ManifestInvalid, MetricsInvalid, PayloadInvalid
 from fedpeft.rounds.acceptance import check_claims, check_manifest, check_norm
-from fedpeft.rounds.state_machine import Ticket
+from fedpeft.rounds.tickets import Ticket
 
 CONFIG = parse_config(
     {

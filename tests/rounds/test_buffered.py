@@ -16,12 +16,12 @@ from fedpeft.rounds.state_machine import (
     Received,
     Refused,
     Round,
-    TicketState,
     TimePassed,
     Waiting,
     Withdrawn,
     advance,
 )
+from fedpeft.rounds.tickets import TicketState
 
 from .test_state_machine import NAMES, RUN, after
 

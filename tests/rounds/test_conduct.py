@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fedpeft.config import RoundsConfig
 from fedpeft.rounds.conduct import ASIDE_AFTER, GOOD, LONGEST_REST, REST_ROUNDS, Conduct, Demerits, settled
-from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState, Waiting, advance, sample
+from fedpeft.rounds.state_machine import Phase, Round, Waiting, advance, sample
+from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 
 NAMES = [f"client-{i:02}" for i in range(12)]
 EXCLUDED = "UPDATE_EXCLUDED: its norm 3e+38 is more than 30 times 1"
@@ -16,7 +17,7 @@ EXCLUDED = "UPDATE_EXCLUDED: its norm 3e+38 is more than 30 times 1"
 
 def done(number: int = 5, reasons: dict[str, str] | None = None, **states: TicketState) -> Round:
     tickets = (Ticket(f"ticket-{c}", c, state, (reasons or {}).get(c, "")) for c, state in sorted(states.items()))
-    return Round("run-1", number, Phase.COMMITTED, tuple(tickets))
+    return Round("run-1", number, Phase.COMMITTED, Tickets(tickets))
 
 
 def after(current: Round, clients: int = 2, **known: Conduct) -> dict[str, Conduct]:

@@ -22,14 +22,13 @@ from fedpeft.rounds.state_machine import (
     Resumed,
     Round,
     Stopped,
-    Ticket,
-    TicketState,
     TimePassed,
     Waiting,
     Withdrawn,
     advance,
     ticket_id,
 )
+from fedpeft.rounds.tickets import Ticket, TicketState
 
 from .test_state_machine import NAMES, RUN, after, opened
 

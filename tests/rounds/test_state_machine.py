@@ -24,8 +24,6 @@ from fedpeft.rounds.state_machine import (
     Resumed,
     Round,
     Stopped,
-    Ticket,
-    TicketState,
     TimePassed,
     Waiting,
     Withdrawn,
@@ -33,6 +31,7 @@ from fedpeft.rounds.state_machine import (
     sample,
     ticket_id,
 )
+from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 
 RUN = "run-000000000001"
 NAMES = [f"client-{i:02}" for i in range(12)]
@@ -318,6 +317,6 @@ def test_rounds_and_tickets_cannot_be_changed_in_place() -> None:
 
 @given(st.sets(st.text(min_size=1, max_size=3), max_size=9), st.text(max_size=3))
 def test_the_ticket_of_a_client_is_found_among_any(clients: set[str], wanted: str) -> None:
-    tickets = tuple(Ticket(f"ticket-{client}", client) for client in sorted(clients))
+    tickets = Tickets(Ticket(f"ticket-{client}", client) for client in sorted(clients))
     found = Round("run-a", 1, tickets=tickets).ticket_of(wanted)
     assert found == next((ticket for ticket in tickets if ticket.client == wanted), None)

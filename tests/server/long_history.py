@@ -6,7 +6,8 @@ from pathlib import Path
 
 from sqlalchemy import insert
 
-from fedpeft.rounds.state_machine import Phase, TicketState, ticket_id
+from fedpeft.rounds.state_machine import Phase, ticket_id
+from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store import tables
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import RunRow, RunState, VersionRow

@@ -18,7 +18,8 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from fedpeft.adapters import payload
 from fedpeft.identity import certificates
-from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
+from fedpeft.rounds.state_machine import Phase, Round
+from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import metrics as metrics_module
@@ -82,7 +83,7 @@ def test_the_first_outcome_of_every_kind_is_a_change() -> None:
 
 def test_an_open_round_shows_its_clock_its_quorum_and_its_budget() -> None:
     metrics = Metrics()
-    tickets = (Ticket("t1", "a", TicketState.RECEIVED), Ticket("t2", "b"))
+    tickets = Tickets((Ticket("t1", "a", TicketState.RECEIVED), Ticket("t2", "b")))
     current = Round(RUN, 2, Phase.OPEN, tickets, opened_at=1000.0, deadline=1600.0, extensions=1)
     gauges.show(metrics, run_row(), current)
     shown = {
@@ -123,10 +124,10 @@ def test_an_open_round_shows_its_clock_its_quorum_and_its_budget() -> None:
 def test_what_does_not_apply_has_no_series() -> None:
     metrics = Metrics()
     run = run_row()
-    over = Round(RUN, 1, Phase.COMMITTED, (), 1000.0)
-    stopped = Round(RUN, 1, Phase.OPEN, (), 1000.0, stopped=True)
+    over = Round(RUN, 1, Phase.COMMITTED, Tickets(), 1000.0)
+    stopped = Round(RUN, 1, Phase.OPEN, Tickets(), 1000.0, stopped=True)
     for after in (over, stopped, Round(RUN, 2)):
-        gauges.show(metrics, run, Round(RUN, 1, Phase.OPEN, (), 1000.0, 1600.0))
+        gauges.show(metrics, run, Round(RUN, 1, Phase.OPEN, Tickets(), 1000.0, 1600.0))
         assert samples(metrics, "fedpeft_round_deadline_timestamp_seconds") == {(RUN,): 1600}
         gauges.show(metrics, replace(run, state=RunState.PAUSED, model_parameters=0), after)
         _has_no_clock(metrics)

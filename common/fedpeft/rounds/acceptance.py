@@ -18,7 +18,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import ExamplesInvalid, ManifestInvalid
 from fedpeft.privacy.transforms import transforms_of
 from fedpeft.rounds import metric_values
-from fedpeft.rounds.state_machine import Ticket
+from fedpeft.rounds.tickets import Ticket
 
 
 def check_manifest(ticket: Ticket, manifest: Manifest, config: RunConfig, spec: AdapterSpec) -> None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import UpdateExcluded
-from fedpeft.rounds.state_machine import Round, Ticket, TicketState
+from fedpeft.rounds.state_machine import Round
+from fedpeft.rounds.tickets import Ticket, TicketState
 
 ASIDE_AFTER = 3
 """Updates in a row that are refused or excluded before a client is set aside."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -33,6 +32,7 @@ from fedpeft.config_errors import Fault
 from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
 from fedpeft.formatting import counted
 from fedpeft.registry import Registry
+from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 
 GATHER_S = 60.0
 """A quorum that waits for so long need not wait for more clients; before the first round, while people start the sites,
@@ -50,55 +50,14 @@ class Phase(StrEnum):
     COMMITTED = "committed"
 
 
-class TicketState(StrEnum):
-    """State of a client's right to contribute."""
-
-    ISSUED = "issued"
-    RECEIVED = "received"
-    WITHDRAWN = "withdrawn"
-    REFUSED = "refused"
-    LATE = "late"
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """A client's right to contribute one update.
-
-    Attributes:
-        id: See `ticket_id`.
-        client: The client's id.
-        state: Its state.
-        reason: Reason for which it is no longer good, if it is not.
-        generation: The round's extensions when it was issued.
-        base_version: The adapter version that its update starts from.
-    """
-
-    id: str
-    client: str
-    state: TicketState = TicketState.ISSUED
-    reason: str = ""
-    generation: int = 0
-    base_version: int = 0
-
-    @property
-    def issued_in(self) -> int:
-        """Number of the round that it was issued in, which chooses the seed and the roles of the tensors."""
-        return round_from(self.base_version)
-
-
-def round_from(version: int) -> int:
-    """Returns the number of the round whose tickets start from a version: the one that follows it."""
-    return version + 1
-
-
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round of a run. Times are seconds since the epoch; `tickets` are in client-id order, one a client."""
+    """One round of a run. Times are seconds since the epoch."""
 
     run: str
     number: int
     phase: Phase = Phase.WAITING
-    tickets: tuple[Ticket, ...] = ()
+    tickets: Tickets = field(default_factory=Tickets)
     opened_at: float | None = None
     deadline: float | None = None
     extensions: int = 0
@@ -115,7 +74,7 @@ class Round:
 
     def following(self, config: RoundsConfig) -> Round:
         """Returns the round after this one, as it begins."""
-        return Round(self.run, self.number + 1, tickets=policies.get(config.policy_name).carried(self))
+        return Round(self.run, self.number + 1, tickets=Tickets(policies.get(config.policy_name).carried(self)))
 
     def in_state(self, state: TicketState) -> tuple[Ticket, ...]:
         """Returns the tickets in one state."""
@@ -127,16 +86,14 @@ class Round:
         Raises:
             TicketNotFound: If the round has none of that id.
         """
-        for ticket in self.tickets:
-            if ticket.id == ticket_id:
-                return ticket
-        raise TicketNotFound(f"round {self.number} of {self.run} has no ticket {ticket_id}")
+        found = self.tickets.find(ticket_id)
+        if found is None:
+            raise TicketNotFound(f"round {self.number} of {self.run} has no ticket {ticket_id}")
+        return found
 
     def ticket_of(self, client: str) -> Ticket | None:
         """Returns the ticket of a client, if it was sampled."""
-        place = bisect_left(self.tickets, client, key=lambda ticket: ticket.client)
-        found = self.tickets[place] if place < len(self.tickets) else None
-        return found if found is not None and found.client == client else None
+        return self.tickets.of_client(client)
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,8 +316,7 @@ def _waiting(state: Round, event: Waiting, config: RoundsConfig, now: float) -> 
     missing = policy.wanted(state, config)
     if missing > 0 and (fresh := _fresh(state, event)):  # as a rule nobody is missing, and none need be looked for
         return _issue(state, fresh, missing, config, event.demerits)
-    nobody_left = not state.in_state(TicketState.ISSUED)
-    if nobody_left and len(state.in_state(TicketState.RECEIVED)) >= config.needed:
+    if not state.tickets.number(TicketState.ISSUED) and state.tickets.number(TicketState.RECEIVED) >= config.needed:
         return _aggregate(state, config)
     return state, ()
 
@@ -389,7 +345,7 @@ def _issue(
         )
         for client in sample(candidates, count, config.seed, state.number, demerits)
     )
-    tickets = tuple(sorted((*state.tickets, *new), key=lambda t: t.client))
+    tickets = Tickets(sorted((*state.tickets, *new), key=lambda t: t.client))
     return replace(state, tickets=tickets), (Issue(new),)
 
 
@@ -402,7 +358,7 @@ def _received(state: Round, ticket_id: str, config: RoundsConfig) -> Step:
     if state.phase is not Phase.OPEN or ticket.state is TicketState.LATE:
         raise RoundClosed(f"round {state.number} of {state.run} has closed; keep the update for the next round")
     state = _set_ticket(state, replace(ticket, state=TicketState.RECEIVED))
-    if len(state.in_state(TicketState.RECEIVED)) >= config.clients:
+    if state.tickets.number(TicketState.RECEIVED) >= config.clients:
         return _aggregate(state, config)
     return state, ()
 
@@ -417,7 +373,7 @@ def _close_ticket(state: Round, ticket_id: str, to: TicketState, reason: str) ->
 def _time_passed(state: Round, config: RoundsConfig, now: float) -> Step:
     if state.phase is not Phase.OPEN or state.deadline is None or now < state.deadline:
         return state, ()
-    received = len(state.in_state(TicketState.RECEIVED))
+    received = state.tickets.number(TicketState.RECEIVED)
     if received >= config.needed:
         return _aggregate(state, config)
     if state.extensions >= config.max_extensions:
@@ -438,21 +394,21 @@ def _refusals(state: Round) -> str:
 def _resumed(state: Round, config: RoundsConfig, now: float) -> Step:
     if state.phase is not Phase.OPEN or state.deadline is not None:
         return state, ()
-    tickets = tuple(replace(t, generation=0) for t in state.tickets)
+    tickets = Tickets(replace(t, generation=0) for t in state.tickets)
     return replace(state, tickets=tickets, extensions=0, deadline=now + config.deadline_s), ()
 
 
 def _excluded(state: Round, reasons: Mapping[str, str], config: RoundsConfig, now: float) -> Step:
     if state.phase is not Phase.AGGREGATING or not reasons:
         return state, ()
-    tickets = tuple(
+    tickets = Tickets(
         replace(t, state=TicketState.REFUSED, reason=reasons[t.id])
         if t.id in reasons and t.state is TicketState.RECEIVED
         else t
         for t in state.tickets
     )
     left = replace(state, tickets=tickets)
-    if not left.in_state(TicketState.RECEIVED):
+    if not left.tickets.number(TicketState.RECEIVED):
         left = replace(left, phase=Phase.OPEN, deadline=now + config.deadline_s)
     return left, ()
 
@@ -462,7 +418,7 @@ def _rolled_back(state: Round, to: int) -> Step:
         return state, ()
     reason = f"{ROLLED_BACK} {to}; updates of the round in progress are discarded"
     open_ = (TicketState.ISSUED, TicketState.RECEIVED)
-    tickets = tuple(
+    tickets = Tickets(
         replace(t, state=TicketState.REFUSED, reason=reason) if t.state in open_ else t for t in state.tickets
     )
     return replace(state, tickets=tickets, phase=Phase.COMMITTED, deadline=None), ()
@@ -483,7 +439,7 @@ def _aggregate(state: Round, config: RoundsConfig) -> Step:
 def _late(state: Round, lasts: Callable[[Ticket], bool] = lambda ticket: False) -> Round:
     """Closes the tickets that are out and do not last; updates that come for them go into their clients' residuals."""
     reason = f"round {state.number} closed before the update came"
-    tickets = tuple(
+    tickets = Tickets(
         replace(t, state=TicketState.LATE, reason=reason) if t.state is TicketState.ISSUED and not lasts(t) else t
         for t in state.tickets
     )
@@ -491,5 +447,4 @@ def _late(state: Round, lasts: Callable[[Ticket], bool] = lambda ticket: False) 
 
 
 def _set_ticket(state: Round, ticket: Ticket) -> Round:
-    place = bisect_left(state.tickets, ticket.client, key=lambda each: each.client)
-    return replace(state, tickets=(*state.tickets[:place], ticket, *state.tickets[place + 1 :]))
+    return replace(state, tickets=state.tickets.with_changed(ticket))

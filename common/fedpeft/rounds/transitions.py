@@ -23,11 +23,10 @@ from fedpeft.rounds.state_machine import (
     RolledBack,
     Round,
     Stopped,
-    Ticket,
-    TicketState,
     Waiting,
     advance,
 )
+from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 
 
 class RunState(StrEnum):
@@ -125,10 +124,10 @@ def transition(status: RunStatus, events: Iterable[Event], config: RoundsConfig,
 
 def changes(before: RunStatus, after: RunStatus, config: RoundsConfig) -> Changes:
     """Returns what leads from a status to another one of the same round; its revision is the next in any case."""
-    changed = [(old, new) for old, new in _pairs(before.round, after.round) if old is not new and old != new]
+    changed = list(after.round.tickets.changes_since(before.round.tickets))
     uncounted = tuple(new.client for old, new in changed if old is not None and old.state is TicketState.RECEIVED)
     is_other = (before.state, before.reason, before.version) != (after.state, after.reason, after.version)
-    writes = is_other or replace(before.round, tickets=()) != replace(after.round, tickets=())
+    writes = is_other or replace(before.round, tickets=Tickets()) != replace(after.round, tickets=Tickets())
     moved = replace(after, revision=before.revision + 1, round=in_progress(after.round, config, active=after.is_active))
     return Changes(before, moved, after.round, writes, tuple(new for _, new in changed), uncounted)
 
@@ -140,25 +139,21 @@ def in_progress(newest: Round, config: RoundsConfig, *, active: bool) -> Round:
 
 def effects(before: RunStatus, after: RunStatus) -> Effects:
     """Returns what follows from a status in place of another one."""
-    known = {ticket.id for ticket in before.round.tickets}
     usable = after.is_active and after.round.phase is Phase.OPEN
-    issued = tuple(t for t in after.round.tickets if t.state is TicketState.ISSUED and t.id not in known)
     resumed = before.state is RunState.PAUSED and after.state is RunState.RUNNING
     newly = not before.folds or before.round.number != after.round.number
     return Effects(
-        issued if usable else (),
+        _issued(before.round.tickets, after.round.tickets) if usable else (),
         after.folds and (newly or resumed),
         after.version > before.version,
         before.is_active and not after.is_active,
     )
 
 
-def _pairs(before: Round, after: Round) -> Iterable[tuple[Ticket | None, Ticket]]:
-    """Yields each ticket with what it was before; a round only ever gains tickets."""
-    if len(before.tickets) == len(after.tickets):
-        return zip(before.tickets, after.tickets, strict=True)
-    known = {ticket.id: ticket for ticket in before.tickets}
-    return ((known.get(ticket.id), ticket) for ticket in after.tickets)
+def _issued(before: Tickets, after: Tickets) -> tuple[Ticket, ...]:
+    if not after.has_gained(before):
+        return ()
+    return tuple(t for t in after if t.state is TicketState.ISSUED and before.find(t.id) is None)
 
 
 def _after(status: RunStatus, event: Event, config: RoundsConfig, now: float) -> RunStatus:

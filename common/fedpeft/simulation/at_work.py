@@ -16,7 +16,8 @@ from statistics import NormalDist
 from fedpeft import seeds
 from fedpeft.config import RunConfig
 from fedpeft.rounds.local_job import LocalJob, LocalOutcome, Version
-from fedpeft.rounds.state_machine import Phase, Ticket, TicketState, policies
+from fedpeft.rounds.state_machine import Phase, policies
+from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft.simulation.clients import ClientMemory
 from fedpeft.simulation.engines import Engine
 from fedpeft.simulation.report import RoundBook

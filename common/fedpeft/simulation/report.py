@@ -13,7 +13,8 @@ from typing import Any
 
 from fedpeft.adapters.payload import Manifest
 from fedpeft.privacy.events import Event
-from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
+from fedpeft.rounds.state_machine import Phase, Round
+from fedpeft.rounds.tickets import Ticket, TicketState
 
 Json = dict[str, Any]
 

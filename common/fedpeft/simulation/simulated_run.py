@@ -27,7 +27,8 @@ from fedpeft.errors import InvalidArgument
 from fedpeft.rounds import acceptance, conduct, state_machine
 from fedpeft.rounds.commit import RoundEmptied, RunHeader
 from fedpeft.rounds.local_job import LocalFailure, LocalOutcome, LocalUpdate
-from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
+from fedpeft.rounds.state_machine import Phase, Round
+from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft.rpc import wire
 from fedpeft.simulation.at_work import ClientsAtWork
 from fedpeft.simulation.clients import ClientMemory

@@ -28,7 +28,7 @@ from fedpeft.errors import (
 )
 from fedpeft.process import tracing
 from fedpeft.rounds import metric_values
-from fedpeft.rounds.state_machine import Ticket, round_from
+from fedpeft.rounds.tickets import Ticket, round_from
 from fedpeft.rpc.timing import HOLD_S, LONGEST_HOLD_S
 from fedpeft.rpc.wire import training_to_proto
 from fedpeft.v1 import federation_service_pb2 as pb

@@ -11,7 +11,8 @@ from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig
 from fedpeft.identity import roles
 from fedpeft.identity.audit import AuditEntry
-from fedpeft.rounds.state_machine import Phase, TicketState
+from fedpeft.rounds.state_machine import Phase
+from fedpeft.rounds.tickets import TicketState
 from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES, config_to_proto, spec_to_proto
 from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2
 from fedpeft_server.rpc.pages import fitting

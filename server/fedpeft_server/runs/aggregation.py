@@ -23,7 +23,8 @@ from fedpeft.process.durable import create_eagerly
 from fedpeft.rounds import conduct, screening
 from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, fold_round, roll_back
 from fedpeft.rounds.screening import Extent
-from fedpeft.rounds.state_machine import Aggregated, Excluded, Paused, Round, TicketState
+from fedpeft.rounds.state_machine import Aggregated, Excluded, Paused, Round
+from fedpeft.rounds.tickets import TicketState
 from fedpeft.rounds.transitions import RunState, RunStatus
 from fedpeft_server.background import Background
 from fedpeft_server.runs import audit_trail

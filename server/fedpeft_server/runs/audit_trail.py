@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from fedpeft.identity.audit import Detail
 from fedpeft.rounds.commit import Outcome
-from fedpeft.rounds.state_machine import Round, Ticket
+from fedpeft.rounds.state_machine import Round
+from fedpeft.rounds.tickets import Ticket
 from fedpeft_server.store.rows import AuditEvent, UpdateRow
 
 SET_ASIDE = "client.set_aside"

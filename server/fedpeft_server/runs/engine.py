@@ -16,7 +16,8 @@ import structlog
 from fedpeft.errors import FedpeftError, TicketNotFound, VersionNotFound
 from fedpeft.identity.audit import Detail
 from fedpeft.rounds import conduct, state_machine
-from fedpeft.rounds.state_machine import Phase, Round, TicketState
+from fedpeft.rounds.state_machine import Phase, Round
+from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft.rounds.transitions import ACTIVE, RunStatus, changes, effects
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
@@ -64,7 +65,7 @@ class RunEngine:
         byte_counter: ByteCounter,
         metrics: Metrics,
         background: Background,
-        issued: Callable[[str, Sequence[state_machine.Ticket]], None],
+        issued: Callable[[str, Sequence[Ticket]], None],
         changed: Callable[[RunEngine], None],
         timing: Timing = TIMING,
     ) -> None:
@@ -110,13 +111,13 @@ class RunEngine:
         """True if rounds are left to be held."""
         return self.run.state in ACTIVE
 
-    def open_ticket(self, client: str) -> state_machine.Ticket | None:
+    def open_ticket(self, client: str) -> Ticket | None:
         """Returns the ticket a client can use now."""
         ticket = self.round.ticket_of(client) if self.active else None
         usable = ticket and ticket.state is TicketState.ISSUED and self.round.phase is Phase.OPEN
         return ticket if usable else None
 
-    def awaited(self) -> tuple[state_machine.Ticket, ...]:
+    def awaited(self) -> tuple[Ticket, ...]:
         """Returns the tickets that can be used now."""
         now = self.active and self.round.phase is Phase.OPEN
         return self.round.in_state(TicketState.ISSUED) if now else ()
@@ -192,7 +193,7 @@ class RunEngine:
         await found.settle(self._store)
 
     @shielded
-    async def refuse(self, ticket: state_machine.Ticket, error: FedpeftError, by: str) -> None:
+    async def refuse(self, ticket: Ticket, error: FedpeftError, by: str) -> None:
         """Closes a ticket for which `by` sent what is wrong for good; the round goes on with the others."""
         self._store.soon(self._store.updates.remove_partial, ticket.id)
         words = f"{error.reason}: {error.message}"
@@ -202,7 +203,7 @@ class RunEngine:
                 self._metrics.updates.labels(self.run.id, "refused").inc()
                 self._log.warning("update refused", client=ticket.client, reason=error.reason, message=error.message)
 
-    async def withdraw(self, ticket: state_machine.Ticket, reason: str, by: str) -> TicketState:
+    async def withdraw(self, ticket: Ticket, reason: str, by: str) -> TicketState:
         """Closes a ticket that `by`, its client as a rule, gives up; returns its state now.
 
         Raises:
@@ -210,7 +211,7 @@ class RunEngine:
         """
         return await self.actor.call(lambda: self._withdraw(ticket, reason, by))
 
-    async def _withdraw(self, ticket: state_machine.Ticket, reason: str, by: str) -> TicketState:
+    async def _withdraw(self, ticket: Ticket, reason: str, by: str) -> TicketState:
         if await self.actor.advance(state_machine.Withdrawn(ticket.id, reason), "ticket.withdrawn", by):
             self._log.info("ticket withdrawn", client=ticket.client, reason=reason)
         self._store.soon(self._store.updates.remove_partial, ticket.id)

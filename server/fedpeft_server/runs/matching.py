@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 
-from fedpeft.rounds.state_machine import Phase, Round, TicketState
+from fedpeft.rounds.state_machine import Phase, Round
+from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs.engine import RunEngine
@@ -136,6 +136,5 @@ class Matching:
         gauge.labels(run, "declined").set(answers.declined_by(run))
         if self._counted.get(run) is not engine.round:
             self._counted[run] = engine.round
-            tickets = Counter(ticket.state for ticket in engine.round.tickets)
             for state in TicketState:
-                gauge.labels(run, state).set(tickets[state])
+                gauge.labels(run, state).set(engine.round.tickets.number(state))

@@ -16,7 +16,7 @@ from itertools import islice
 import structlog
 
 from fedpeft.errors import DiskFull, FedpeftError, ProgressInvalid, TransfersBusy, Unavailable
-from fedpeft.rounds.state_machine import Ticket, TicketState
+from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.progress import NO_PAST, Past, Progress, Refusal, State, Verdict, judge

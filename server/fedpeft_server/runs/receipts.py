@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import FedpeftError, RoundClosed, UpdateDiffers
-from fedpeft.rounds.state_machine import Received, TicketState
+from fedpeft.rounds.state_machine import Received
+from fedpeft.rounds.tickets import TicketState
 from fedpeft.rounds.transitions import Changes, RunStatus, changes, transition
 from fedpeft_server.runs import audit_trail
 from fedpeft_server.store.rows import Transition, UpdateRow
@@ -74,10 +75,8 @@ def batch(status: RunStatus, waiting: Sequence[Receipt], config: RoundsConfig, n
     """Applies updates to a run in the order in which they came."""
     after, new, repeated = status, list[Receipt](), list[Receipt]()
     refused = list[tuple[Receipt, FedpeftError]]()
-    places = {ticket.id: place for place, ticket in enumerate(status.round.tickets)}
     for receipt in waiting:
-        place = places.get(receipt.update.ticket)
-        ticket = None if place is None else after.round.tickets[place]
+        ticket = after.round.tickets.find(receipt.update.ticket)
         if ticket is None or ticket.state is TicketState.RECEIVED:
             repeated.append(receipt)
             continue

@@ -9,7 +9,8 @@ import structlog
 
 from fedpeft.process import tracing
 from fedpeft.rounds.commit import Outcome
-from fedpeft.rounds.state_machine import Phase, Round, TicketState
+from fedpeft.rounds.state_machine import Phase, Round
+from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.metrics import Metrics
 
 log = structlog.get_logger()
@@ -45,7 +46,7 @@ class RoundLog:
 
     def _closed(self, before: Round, new: Round) -> None:
         """Counts the tickets that are late since now, and the time since the round opened, or opened again."""
-        late = len(new.in_state(TicketState.LATE)) - len(before.in_state(TicketState.LATE))
+        late = new.tickets.number(TicketState.LATE) - before.tickets.number(TicketState.LATE)
         self._metrics.updates.labels(self._run, "late").inc(late)
         number, at = self._reopened
         since, now = at if number == new.number else new.opened_at, time.time()

@@ -9,7 +9,8 @@ from contextlib import suppress
 import structlog
 
 from fedpeft.errors import DatabaseUnavailable, RunNotFinished, RunNotFound, StateInvalid, TicketNotFound
-from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
+from fedpeft.rounds.state_machine import Phase, Round
+from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs.engine import RunEngine

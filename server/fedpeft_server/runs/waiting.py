@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 
-from fedpeft.rounds.state_machine import Phase, TicketState
+from fedpeft.rounds.state_machine import Phase
+from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.store.rows import RunState
 
@@ -41,9 +43,11 @@ def awaited(
     if current.phase is Phase.AGGREGATING:
         return f"round {current.number} of {run.id} is being folded"
     names = [f"{client} ({words})" for client, words in ill.items()]
-    names += [t.client for t in current.in_state(TicketState.ISSUED) if t.client not in ill]
+    well = (t.client for t in current.tickets if t.state is TicketState.ISSUED and t.client not in ill)
+    names += islice(well, max(0, NAMED - len(names)))
+    out = current.tickets.number(TicketState.ISSUED)
     left = f", {max(0, round(current.deadline - time.time()))} s to the deadline" if current.deadline else ""
-    whom = _some(names) if names else "replacements" + _others(declined, unanswered)
+    whom = _some(names, out) if names else "replacements" + _others(declined, unanswered)
     return f"round {current.number} of {run.id} awaits {whom}{left}"
 
 
@@ -77,9 +81,10 @@ class Reasons:
 def _others(declined: int, unanswered: Sequence[str]) -> str:
     """Returns what is said of the clients that are not there to be sampled."""
     text = f", {declined} declined" if declined else ""
-    return text + (f", the answer of {_some(unanswered)} is awaited" if unanswered else "")
+    return text + (f", the answer of {_some(unanswered, len(unanswered))} is awaited" if unanswered else "")
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+def _some(names: Sequence[str], number: int) -> str:
+    """Returns the first names, and how many more there are of `number` in all."""
+    more = f" and {number - NAMED} more" if number > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -15,7 +15,8 @@ from fedpeft.identity.subject import Subject
 from fedpeft.rounds.commit import Outcome
 from fedpeft.rounds.conduct import GOOD, Conduct
 from fedpeft.rounds.screening import Extent, local_steps
-from fedpeft.rounds.state_machine import Round, Ticket
+from fedpeft.rounds.state_machine import Round
+from fedpeft.rounds.tickets import Ticket
 from fedpeft.rounds.transitions import Changes
 from fedpeft.rounds.transitions import RunState as RunState
 

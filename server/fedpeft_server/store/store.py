@@ -15,7 +15,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import structlog
 
 from fedpeft.errors import DatabaseLocked, DiskFull
-from fedpeft.rounds.state_machine import Round, TicketState
+from fedpeft.rounds.state_machine import Round
+from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile

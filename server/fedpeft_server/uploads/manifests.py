@@ -8,7 +8,7 @@ from dataclasses import replace
 from fedpeft.adapters.payload import Manifest
 from fedpeft.errors import ManifestInvalid
 from fedpeft.rounds import acceptance
-from fedpeft.rounds.state_machine import Ticket
+from fedpeft.rounds.tickets import Ticket
 from fedpeft.rpc.wire import manifest_from_proto
 from fedpeft.v1 import tensor_pb2
 from fedpeft_server.store.rows import RunRow

@@ -31,7 +31,8 @@ from fedpeft.errors import (
 )
 from fedpeft.process.mapped_files import releaser
 from fedpeft.rounds import acceptance
-from fedpeft.rounds.state_machine import Phase, Ticket, TicketState
+from fedpeft.rounds.state_machine import Phase
+from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft.rpc.timing import HOLD_S
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_server.access.call import actor

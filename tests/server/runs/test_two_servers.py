@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fedpeft.errors import RoundClosed, UpdateDiffers
-from fedpeft.rounds.state_machine import Phase, Round, TicketState
+from fedpeft.rounds.state_machine import Phase, Round
+from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.runs import aggregation
 from fedpeft_server.store.rows import (
     RunState,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedpeft.rounds.state_machine import TicketState
+from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store.rows import (
     RunState,
     Transition,

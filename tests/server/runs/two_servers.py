@@ -16,7 +16,8 @@ from fedpeft.errors import FedpeftError, PayloadInvalid, TicketNotFound
 from fedpeft.identity import audit
 from fedpeft.rounds.commit import write_first
 from fedpeft.rounds.record import verify_chain
-from fedpeft.rounds.state_machine import Round, TicketState, TimePassed, ticket_id
+from fedpeft.rounds.state_machine import Round, TimePassed, ticket_id
+from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs.aggregation import run_header

@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from fedpeft.errors import StateInvalid
-from fedpeft.rounds.state_machine import Aggregated, Phase, Received, Round, Stopped, TicketState, Withdrawn, advance
+from fedpeft.rounds.state_machine import Aggregated, Phase, Received, Round, Stopped, Withdrawn, advance
+from fedpeft.rounds.tickets import TicketState
 from fedpeft.rounds.transitions import RunStatus, transition
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fedpeft.config import RoundsConfig
 from fedpeft.rounds.policies import RoundPolicy, policies
-from fedpeft.rounds.state_machine import Round, Ticket, TicketState
+from fedpeft.rounds.state_machine import Round
+from fedpeft.rounds.tickets import Ticket, TicketState
 
 
 class Buffered(RoundPolicy):
@@ -21,7 +22,7 @@ class Buffered(RoundPolicy):
 
     def wanted(self, state: Round, config: RoundsConfig) -> int:
         """See `RoundPolicy.wanted`."""
-        return config.sampled - len(state.in_state(TicketState.ISSUED))
+        return config.sampled - state.tickets.number(TicketState.ISSUED)
 
     def lasts(self, state: Round, ticket: Ticket, config: RoundsConfig) -> bool:
         """See `RoundPolicy.lasts`."""

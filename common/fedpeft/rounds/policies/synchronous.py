@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fedpeft.config import RoundsConfig
 from fedpeft.rounds.policies import RoundPolicy, policies
-from fedpeft.rounds.state_machine import Round, TicketState
+from fedpeft.rounds.state_machine import Round
+from fedpeft.rounds.tickets import TicketState
 
 
 class Synchronous(RoundPolicy):
@@ -15,8 +16,8 @@ class Synchronous(RoundPolicy):
 
     def wanted(self, state: Round, config: RoundsConfig) -> int:
         """See `RoundPolicy.wanted`."""
-        current = [t for t in state.in_state(TicketState.ISSUED) if t.generation == state.extensions]
-        return config.sampled - len(state.in_state(TicketState.RECEIVED)) - len(current)
+        at_work = state.tickets.number_of_generation(TicketState.ISSUED, state.extensions)
+        return config.sampled - state.tickets.number(TicketState.RECEIVED) - at_work
 
 
 policies.register("synchronous")(Synchronous())

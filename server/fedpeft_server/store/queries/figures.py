@@ -12,7 +12,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, case, func, or_, select
 
-from fedpeft.rounds.state_machine import Ticket, TicketState, ticket_id
+from fedpeft.rounds.state_machine import ticket_id
+from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft_server.store import tables
 from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.queries.collation import bytewise

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, and_, select
 
-from fedpeft.rounds.state_machine import TicketState, ticket_id
+from fedpeft.rounds.state_machine import ticket_id
+from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store import tables
 
 ROUNDS_BACK = 20

@@ -10,7 +10,8 @@ from sqlalchemy import Connection, Row, bindparam, insert, select, update
 
 from fedpeft.errors import TicketNotFound
 from fedpeft.rounds.commit import Outcome
-from fedpeft.rounds.state_machine import Phase, Round, Ticket, TicketState
+from fedpeft.rounds.state_machine import Phase, Round
+from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 from fedpeft.rounds.transitions import Changes
 from fedpeft_server.store import stored, tables
 from fedpeft_server.store.queries.runs import existing
@@ -177,7 +178,7 @@ def select_places(connection: Connection, tickets: Iterable[str]) -> dict[str, t
 def stored_round(row: Row[Any], tickets: Iterable[Ticket]) -> Round:
     """Returns the round of a row, with tickets."""
     # Sorted here, because databases order text by their own rules.
-    ordered = tuple(sorted(tickets, key=lambda t: t.client))
+    ordered = Tickets(sorted(tickets, key=lambda t: t.client))
     return Round(
         row.run, row.number, Phase(row.phase), ordered, row.opened_at, row.deadline, row.extensions, row.stopped
     )
