@@ -14,6 +14,8 @@ import pytest
 import structlog
 from hypothesis import settings
 
+from .preloaded.fedpeft_tests_launcher import await_preloaded
+
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # read by torch and NumPy when they are first imported
 
@@ -65,16 +67,32 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def preloaded() -> Iterator[None]:
-    """Has the clients' workers, and commands that end by themselves, forked from one process that imported all once.
+    """Has servers, clients, their workers, and short commands forked from one process that imported all once.
 
-    Without it, they begin as a user's do: for tests of how they begin or are interrupted, or of their memory.
+    Without it, they begin as a user's do: for tests of how they begin or are interrupted, or of their memory. What was
+    started stands for its fork: signals and kills reach it, `process_itself` is its id.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if _FOLDER in os.environ:
-            path = [str(Path(__file__).with_name("preloaded")), os.environ.get("PYTHONPATH", "")]
-            patch.setenv(PRELOADED, os.environ[_FOLDER])
-            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+        for name, value in preloaded_environment().items():
+            patch.setenv(name, value)
         yield
+
+
+def preloaded_environment() -> dict[str, str]:
+    """Returns the variables of a process that is to be a fork of the preloaded one, once that one is ready."""
+    if _FOLDER not in os.environ:
+        return {}
+    await_preloaded(os.environ[_FOLDER])  # no limit of a test is meant for its imports
+    path = [str(Path(__file__).with_name("preloaded")), os.environ.get("PYTHONPATH", "")]
+    return {PRELOADED: os.environ[_FOLDER], "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def process_itself(pid: int) -> int:
+    """Returns the id of the fork for which a process stands, or its own if it stands for none."""
+    try:
+        return int(Path(os.environ[_FOLDER], f"fork-of-{pid}").read_text())
+    except (OSError, KeyError):
+        return pid
 
 
 @pytest.fixture

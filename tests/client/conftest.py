@@ -24,6 +24,7 @@ from fedpeft.peft import tune
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.channel import Channel
 
+from ..conftest import process_itself
 from .federation import FakeRun, Federation
 from .transfer_site import Site, a_run
 
@@ -108,9 +109,15 @@ class ClientProcess:
         self.process.send_signal(number)
         return await self.ended()
 
+    @property
+    def pid(self) -> int:
+        """The process id of the agent."""
+        return process_itself(self.process.pid)
+
     def workers(self) -> list[int]:
         """Returns the process ids of the agent's children."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        pid = self.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children")
         return [int(pid) for pid in children.read_text().split()]
 
     def worker(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 import grpc
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from fedpeft.adapters import payload
@@ -28,6 +30,8 @@ from fedpeft.config import parse_config
 from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import federation_service_pb2_grpc, tensor_pb2
+
+from ..conftest import preloaded_environment, process_itself
 
 T = TypeVar("T")
 WAIT_S = 30.0
@@ -56,10 +60,19 @@ class Process:
 
     def __init__(self, log: Path, *arguments: str) -> None:
         self.log = log
+        command = [sys.executable, "-m", *arguments]
+        environment = {**os.environ, **preloaded_environment(), "OMP_NUM_THREADS": "1"}
         with log.open("ab") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *arguments], stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal that is not passed on to a fork: to freeze it, and to thaw it."""
+        os.kill(process_itself(self.process.pid), number)
+
+    def cpu_s(self) -> float:
+        """Returns the processor time that it has used, in seconds."""
+        times = psutil.Process(process_itself(self.process.pid)).cpu_times()
+        return times.user + times.system
 
     def text(self) -> str:
         return self.log.read_text()

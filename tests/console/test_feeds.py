@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,19 +27,20 @@ def own(tmp_path: Path) -> Iterator[Federation]:
     made.close()
 
 
-def logged_in(federation: Federation) -> Browser:
-    _, link = federation.console()
+def logged_in(federation: Federation, link: str = "") -> Browser:
+    link = link or federation.console()[1]
     browser = Browser(re.sub(r"^http://|/login.*$", "", link))
     assert browser.log_in(link).status == 303
     return browser
 
 
 def test_a_thousand_rounds_are_fast_and_a_server_that_was_away_is_found_again(own: Federation) -> None:
-    browser = logged_in(own)
+    process, link = own.console()
+    browser = logged_in(own, link)
     browser.send("GET", "/runs/run-longlonglong")
-    began = time.monotonic()
+    used = process.cpu_s() + own.daemon.cpu_s()
     page = browser.send("GET", "/runs/run-longlonglong?page=3")
-    assert time.monotonic() - began < 1.0
+    assert process.cpu_s() + own.daemon.cpu_s() - used < 1.0
     assert page.status == 200
     assert len(page.text) < 250_000
     assert "Page 3 of 40, 1,000 rounds" in page.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
 import threading
@@ -64,11 +63,11 @@ def browser(own: Federation, monkeypatch: pytest.MonkeyPatch) -> Iterator[Browse
 
 
 def freeze(federation: Federation) -> None:
-    os.kill(federation.daemon.process.pid, signal.SIGSTOP)
+    federation.daemon.send(signal.SIGSTOP)
 
 
 def thaw(federation: Federation) -> None:
-    os.kill(federation.daemon.process.pid, signal.SIGCONT)
+    federation.daemon.send(signal.SIGCONT)
 
 
 def banner(browser: Browser, path: str, when: Callable[[str], bool]) -> float:

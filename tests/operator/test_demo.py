@@ -287,8 +287,7 @@ def test_whole_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("moment", "ending"), [("committed", signal.SIGINT), ("building", signal.SIGTERM)])
 def test_interrupted_demo_leaves_no_process(tmp_path: Path, moment: str, ending: signal.Signals) -> None:
     experiment(tmp_path)
-    begin = "from fedpeft_operator.app import main; main()"  # not by -m: the demo itself is no fork
-    command = [sys.executable, "-c", begin, "demo", "--out", "out", "--rounds", "100000"]
+    command = [sys.executable, "-m", "fedpeft_operator.app", "demo", "--out", "out", "--rounds", "100000"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
         assert demo.stderr is not None

@@ -1,6 +1,7 @@
 """Stands for a process: hands its streams to a fork of the preloaded process, and ends as that one ends.
 
-Who kills this process kills the fork, whose connection ends with it.
+Who kills this process kills the fork: the kernel sends it the same signal as the connection of this process ends, and
+the preloaded process takes no next fork before that one is gone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 STATUS_BYTES = 4
-START_S = 60.0
+START_S = 120.0
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that the fork gets in place of this process."""
 LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
@@ -35,25 +36,44 @@ def launch(folder: str, module: str, arguments: list[str]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until it is known to whom
     line = _connect(Path(folder))
     limits = [(limit, resource.getrlimit(limit)) for limit in set(LIMITS.values())]
-    started = {"module": module, "arguments": arguments, "folder": os.getcwd()}
-    told = {**started, "environment": dict(os.environ), "limits": limits, "ignored": ignored}
+    started = {"module": module, "arguments": arguments, "folder": os.getcwd(), "path": sys.path}
+    told = {**started, "environment": dict(os.environ), "limits": limits, "ignored": ignored, "umask": _umask()}
     facts = json.dumps(told).encode()
-    socket.send_fds(line, [len(facts).to_bytes(STATUS_BYTES, "little")], [0, 1, 2])
+    life, ours = socket.socketpair()  # ends with this process, and carries nothing
+    socket.send_fds(line, [len(facts).to_bytes(STATUS_BYTES, "little")], [0, 1, 2, life.fileno()])
+    life.close()
     line.sendall(facts)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):
         os.dup2(nothing, stream)  # the ends of both are the fork's to close
     fork = int.from_bytes(line.recv(STATUS_BYTES, socket.MSG_WAITALL), "little")
+    if fork:
+        (Path(folder) / f"fork-of-{os.getpid()}").write_text(str(fork))  # for tests that look at the process itself
     for each in PASSED_ON if fork else ():
         signal.signal(each, lambda number, _: os.kill(fork, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     status = line.recv(STATUS_BYTES, socket.MSG_WAITALL)
+    ours.close()
     code = int.from_bytes(status, "little", signed=True) if len(status) == STATUS_BYTES else 1
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def await_preloaded(folder: str) -> None:
+    """Returns once the preloaded process of a folder has imported everything; starts it if there is none."""
+    with _connect(Path(folder)) as line:
+        line.shutdown(socket.SHUT_WR)
+        line.recv(1)
+
+
+def _umask() -> int:
+    """Returns the mode mask, which can only be read by setting another one."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _same_place(folder: Path) -> bool:

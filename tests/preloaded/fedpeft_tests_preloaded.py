@@ -1,4 +1,4 @@
-"""The preloaded process: it has imported what workers and short commands import, and forks one for each.
+"""The preloaded process: it has imported what servers, clients and commands import, and forks one for each.
 
 It ends when its folder is removed, or the process of the tests is gone. It is nobody's child: the first worker of all
 starts it, and a test that looks whether all descendants of a command have ended must not find it among them.
@@ -6,6 +6,8 @@ starts it, and a test that looks whether all descendants of a command have ended
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import importlib
 import json
 import os
@@ -16,12 +18,15 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
 
 STATUS_BYTES = 4
+F_SETSIG = 10
+"""Of Linux; `fcntl` has no name for it."""
 LOOK_S = 1.0
 
 
@@ -38,20 +43,25 @@ def main() -> None:
 
     grpc_core.configure()  # as each command does before it imports gRPC
     for module in (
+        "fedpeft_client.app",
         "fedpeft_client.commands.enroll",
         "fedpeft_client.commands.leave",
         "fedpeft_client.commands.ledger",
         "fedpeft_client.commands.status",
         "fedpeft_operator.app",
+        "fedpeft_operator.console.serving",
         "fedpeft.api.operator_client",
         "fedpeft_client.worker.process",
         "fedpeft_client.worker.tasks",
         "fedpeft.simulation",
         "fedpeft.simulation.local_trainer",
+        "fedpeft_server.__main__",
+        "fedpeft_server.app",
         "timm",
         "torch._dynamo",
     ):
         importlib.import_module(module)
+    gc.freeze()  # what a fork's collections visit would be copied for it
 
     woken, wakes = socket.socketpair()
     woken.setblocking(False)
@@ -91,14 +101,15 @@ def _reap(children: dict[int, socket.socket]) -> None:
 
 
 def _fork(line: socket.socket, children: dict[int, socket.socket], own: tuple[socket.socket, ...]) -> None:
-    size, streams, _, _ = socket.recv_fds(line, STATUS_BYTES, 3)
-    if len(size) < STATUS_BYTES:
+    size, received, _, _ = socket.recv_fds(line, STATUS_BYTES, 4)
+    if len(size) < STATUS_BYTES:  # it was killed, or asks for no process
         line.close()
         return
+    *streams, life = received
     facts = json.loads(line.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL))
     pid = os.fork()
     if pid:
-        for stream in streams:
+        for stream in (*streams, life):
             os.close(stream)
         children[pid] = line
         with suppress(OSError):  # it was killed meanwhile, which the end of the line says
@@ -115,6 +126,7 @@ def _fork(line: socket.socket, children: dict[int, socket.socket], own: tuple[so
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         for each in (line, *own, *children.values()):
             each.close()
+        _die_with(life)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
@@ -127,11 +139,26 @@ def _fork(line: socket.socket, children: dict[int, socket.socket], own: tuple[so
         os.environ.clear()
         os.environ.update(facts["environment"])
         time.tzset()
-        os._exit(_run(facts["module"], facts["arguments"]))
+        sys.path[:] = facts["path"]
+        importlib.invalidate_caches()
+        code = _run(facts["module"], facts["arguments"])
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at the end of any process
+        os._exit(code)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(1)
+
+
+def _die_with(life: int) -> None:
+    """Has the kernel send SIGKILL to this process in the moment in which the one it stands for ends.
+
+    The preloaded process sees the end of the connection as well, but later: a server that was killed could meanwhile
+    answer another call.
+    """
+    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(life, F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _run(module: str, arguments: list[str]) -> int:

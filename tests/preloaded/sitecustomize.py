@@ -1,8 +1,9 @@
-"""Read by every Python that a test starts: workers and short commands are then forks of one process.
+"""Read by every Python that a test starts: what is ours is then a fork of one process.
 
 Importing torch, torchvision and timm takes seconds of processor time, of every worker and every `fedpeft run create` of
-every test, and importing what other commands need takes one; nothing else that these do depends on it. Servers, agents
-and commands that stay are processes of their own. Without the variable nothing happens.
+every test, and importing what servers, agents and other commands need takes one or two; nothing else that these do
+depends on it. `fedpeft top` is a process of its own: it draws on the terminal of its session. Without the variable
+nothing happens.
 """
 
 import os
@@ -12,10 +13,11 @@ _folder = os.environ.get("FEDPEFT_TESTS_PRELOADED")
 if _folder and sys.orig_argv[1:2] == ["-m"]:
     _module, _arguments = sys.orig_argv[2], sys.orig_argv[3:]
     _forked = {
-        "fedpeft_client": _arguments[:1] in (["enroll"], ["leave"], ["ledger"], ["status"]),
+        "fedpeft_client": True,
         "fedpeft_client.worker.process": True,
         "fedpeft.simulation.worker": True,
-        "fedpeft_operator.app": not {"console", "top"} & {*_arguments},
+        "fedpeft_server": True,
+        "fedpeft_operator.app": "top" not in _arguments,
     }
     if _forked.get(_module):
         from fedpeft_tests_launcher import launch

@@ -7,11 +7,12 @@ import os
 import pwd
 import shutil
 import socket
+import sqlite3
 import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sqlalchemy import create_engine, text
+from sqlalchemy import Engine, create_engine, text
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import CHUNK_BYTES, Manifest
@@ -39,6 +40,7 @@ from fedpeft_server import app
 from fedpeft_server.parts import Parts
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.database import Database
+from fedpeft_server.store.migrations import migrate
 from fedpeft_server.timing import TIMING, Timing
 
 from .rows import run_row, version_row
@@ -230,6 +232,31 @@ class Daemon:
         await reader.register(fed.CLIENT_ROLE_EVALUATOR)
         head, data = await reader.pull(run, version)
         return payload.decode(wire.manifest_from_proto(head.manifest), memoryview(data))
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of SQLite, with the schema as all migrations leave it."""
+    path = tmp_path_factory.mktemp("migrated") / "fedpeft.db"
+    Database.open(f"sqlite:///{path}").close()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def migrations_once(migrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a new database of SQLite begin with that schema, which makes the start of a daemon a third cheaper."""
+
+    def copied(engine: Engine) -> None:
+        if engine.dialect.name == "sqlite":
+            with closing(engine.raw_connection()) as ours, closing(sqlite3.connect(migrated)) as source:
+                target = ours.driver_connection
+                assert isinstance(target, sqlite3.Connection)
+                with suppress(sqlite3.Error):  # the real one says what is wrong
+                    if target.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+                        source.backup(target)
+        migrate(engine)
+
+    monkeypatch.setattr("fedpeft_server.store.database.migrate", copied)
 
 
 StartDaemon = Callable[..., Awaitable[Daemon]]

@@ -124,7 +124,7 @@ async def test_a_ticket_that_cannot_be_booked_as_given_back_ends_the_client_with
     client = await start_client()
     await until(lambda: len(federation.awaited) >= 2, client.text)
     size = (state / "ledger.jsonl").stat().st_size
-    resource.prlimit(client.process.pid, resource.RLIMIT_FSIZE, (size, size))  # as a full disk: it takes no byte more
+    resource.prlimit(client.pid, resource.RLIMIT_FSIZE, (size, size))  # as a full disk: it takes no byte more
     enough = federation.run.config.rounds.model_copy(update={"clients": 1})
     federation.run.config = federation.run.config.model_copy(update={"rounds": enough})
     assert await client.ended() == 1

@@ -69,6 +69,7 @@ def commands() -> list[list[str]]:
     return below(typer.main.get_command(app), [])
 
 
+@pytest.mark.usefixtures("preloaded")
 @pytest.mark.parametrize("way", commands(), ids=" ".join)
 def test_help_fits_a_narrow_dumb_terminal(way: list[str]) -> None:
     ended = run(*way, "--help", COLUMNS="40", TERM="dumb", NO_COLOR="1")

@@ -21,6 +21,11 @@ from fedpeft_server.store.database import Database
 from ..rows import RUN, opened, run_row, version_row, write
 
 
+@pytest.fixture(autouse=True)
+def migrations_once() -> None:
+    """Nothing is copied here: each database is migrated."""
+
+
 class TestSchema:
     def test_the_migrations_make_the_tables_of_the_code(self, url: str) -> None:
         Database.open(url).close()
