@@ -43,7 +43,7 @@ quorum = 2
 deadline_s = 300
 seed = 5
 [training]
-steps = 60
+steps = 20
 batch_size = 4
 learning_rate = 0.01
 """

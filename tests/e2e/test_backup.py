@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from .conftest import RUN_FILE, WAIT_S, Federation, Process, wait_for
 
 ROUNDS = 4
-SMALL = RUN_FILE.replace("depth = 8", "depth = 1").replace("steps = 60", "steps = 20")
+SMALL = RUN_FILE.replace("depth = 8", "depth = 1")
 SMALL = SMALL.replace("count = 2", f"count = {ROUNDS}")
 
 

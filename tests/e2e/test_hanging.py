@@ -39,7 +39,7 @@ def _training(federation: Federation, *names: str) -> bool:
 
 
 def _begin(federation: Federation, **changed: object) -> str:
-    text = federation.run_file.read_text().replace("steps = 60", f"steps = {LONG}")
+    text = federation.run_file.read_text().replace("steps = 20", f"steps = {LONG}")
     for key, value in changed.items():
         text = text.replace(f"{key} = 2\n", f"{key} = {value}\n")
     federation.run_file.write_text(text)

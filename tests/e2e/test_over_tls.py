@@ -27,7 +27,7 @@ from fedpeft.process import tracing
 
 from .conftest import RUN_FILE, WAIT_S, Federation, Process, free_port, wait_for, write_site
 
-SMALL = RUN_FILE.replace("depth = 8", "depth = 1").replace('"full"', '"head"').replace("steps = 60", "steps = 2")
+SMALL = RUN_FILE.replace("depth = 8", "depth = 1").replace('"full"', '"head"').replace("steps = 20", "steps = 2")
 
 
 class Listener:

@@ -97,7 +97,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
 
 def test_the_tutorials_commands_hold_a_run_over_tls(machines: Machines, tmp_path: Path) -> None:
     write_site(tmp_path / "images" / "images.parquet", 1)
-    text = RUN_FILE.replace("depth = 8", "depth = 1").replace('"full"', '"head"').replace("steps = 60", "steps = 2")
+    text = RUN_FILE.replace("depth = 8", "depth = 1").replace('"full"', '"head"').replace("steps = 20", "steps = 2")
     (tmp_path / "run.toml").write_text(text.replace("clients = 2", "clients = 1").replace("quorum = 2", "quorum = 1"))
     wire = str(tmp_path / "wire.pcap")
     sniffer = machines.start(machines.head, "tshark.log", f"tshark -i wire -w {wire} -q")
