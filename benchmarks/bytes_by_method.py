@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from workload import daemon, scratch
+from workload import daemon, ended_by_signals, scratch
 
 MODEL, CLASSES = "vit_base_patch16_224", 100
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
@@ -107,10 +107,18 @@ def measure_all() -> list[dict[str, Any]]:
     entry = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
     if shutil.which("unshare") is None:
         raise RuntimeError("`unshare` was not found; it is in the package util-linux")
-    done = subprocess.run([*entry, *command], env={**os.environ, INSIDE: "1"}, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
+    environment = {**os.environ, INSIDE: "1"}
+    with (
+        ended_by_signals(),
+        subprocess.Popen([*entry, *command], env=environment, stdout=subprocess.PIPE, text=True) as inner,
+    ):
+        try:
+            printed, _ = inner.communicate()
+        finally:
+            inner.terminate()  # it ends its daemon
+    if inner.returncode:
         raise RuntimeError("the bytes could not be measured in a network namespace of their own; see above")
-    found: list[dict[str, Any]] = json.loads(done.stdout)
+    found: list[dict[str, Any]] = json.loads(printed)
     return found
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from workload import ended_by_signals
 
 CASES = {"inprocess, 1 thread": ("inprocess", 1), "inprocess, 2 threads": ("inprocess", 2)} | {
     "processes, 2 workers of 1 thread": ("processes", 1)
@@ -94,11 +95,14 @@ def measure(engine: str, threads: int, data: Path, args: argparse.Namespace, fou
         asked = ["simulate", str(run), "--data", str(data), "--out", str(out), "--threads", str(threads), "--json"]
         began, peak = time.perf_counter(), 0
         command = [sys.executable, "-m", "fedpeft_operator.app", *asked, "--device", "cpu"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        with ended_by_signals(), subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             ended = threading.Event()
             threading.Thread(target=lambda: (process.wait(), ended.set())).start()
-            while not ended.wait(0.2):
-                peak = max(peak, memory_bytes(process.pid))
+            try:
+                while not ended.wait(0.2):
+                    peak = max(peak, memory_bytes(process.pid))
+            finally:
+                process.terminate()
         if process.returncode:
             raise SystemExit(f"{engine} ended with {process.returncode}")
         found.whole_s.append(time.perf_counter() - began)

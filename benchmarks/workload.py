@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from fedpeft.identity import folder as identity_folder
@@ -77,6 +79,23 @@ def machine() -> dict[str, str | int]:
 
 
 @contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Leaves the block as an exception does when SIGTERM or SIGHUP comes, so that its processes and folders go too."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not break the clearing off
+        raise SystemExit(128 + number)
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
 def process(arguments: list[str], address: str, log: Path, open_files: int | None = None) -> Iterator[int]:
     """Runs a Python process that listens on `address`; yields its pid once it does, and ends it afterwards."""
     limited = ["bash", "-c", f'ulimit -n {open_files}; exec "$@"', "bash"] if open_files else []
@@ -105,14 +124,18 @@ def process(arguments: list[str], address: str, log: Path, open_files: int | Non
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder on the disk of this checkout, because a /tmp in memory would make every fsync free."""
+    """A folder on the disk of this checkout, because a /tmp in memory would make every fsync free.
+
+    A signal that ends the program in the block removes it, and ends the processes of the block.
+    """
     parent = HERE.parent / "build"
     parent.mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+    with ended_by_signals():
+        folder = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)
