@@ -17,6 +17,7 @@ from fedpeft.process.start import naming_arguments, note, to_the_end
 from fedpeft.rpc import grpc_core
 from fedpeft.untrusted_text import print_anything
 from fedpeft_server.settings import Settings
+from fedpeft_server.timing import TIMING
 
 COMMANDS = {
     "init": ("fedpeft_server.commands.init", "make the certificates of server and operator"),
@@ -50,7 +51,7 @@ def main() -> None:
         from fedpeft_server.app import run  # only now: gRPC reads the environment as it is imported
 
         gc.set_threshold(*COLLECTED)
-        asyncio.run(run(settings))
+        asyncio.run(run(settings, TIMING))
     except KeyboardInterrupt:  # before the daemon itself looks after its signals
         sys.exit(130)
     except (SettingsInvalid, StateInvalid, IdentityInvalid) as error:

@@ -21,7 +21,7 @@ from fedpeft_server.parts import Parts, build
 from fedpeft_server.settings import Settings
 from fedpeft_server.startup_checks import tell_lost_versions
 from fedpeft_server.store.rows import AuditEvent
-from fedpeft_server.timing import TIMING, Timing
+from fedpeft_server.timing import Timing
 from fedpeft_server.upkeep import Upkeep
 
 log = structlog.get_logger()
@@ -30,7 +30,7 @@ FEW_FILES = 1024
 """With a lower limit of open files the server warns at its start."""
 
 
-async def run(settings: Settings, timing: Timing = TIMING) -> None:
+async def run(settings: Settings, timing: Timing) -> None:
     """Lives until it is told to stop.
 
     Args:
@@ -45,7 +45,7 @@ async def run(settings: Settings, timing: Timing = TIMING) -> None:
 
 
 @asynccontextmanager
-async def serving(settings: Settings, timing: Timing = TIMING) -> AsyncIterator[Parts]:
+async def serving(settings: Settings, timing: Timing) -> AsyncIterator[Parts]:
     """Serves on a data folder while the block lasts: builds the parts, takes up every run, serves; drains and closes.
 
     Each part is closed, whatever the closing of another comes to, and likewise where the start fails.

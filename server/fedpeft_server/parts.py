@@ -145,13 +145,13 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
     metrics, health = _metrics(settings), Health()
     background = Background(metrics, stopping.set)
     stack.enter_context(background.taking_unhandled())
-    byte_counter, caller_log = ByteCounter(metrics), CallerLog(metrics, timing=timing)
+    byte_counter, caller_log = ByteCounter(metrics), CallerLog(metrics, timing)
     store = Store(
         settings.data_dir,
         settings.database,
         settings.blobs,
         settings.updates,
-        timing,
+        timing=timing,
         keep_updates=settings.keep_updates,
     )
     stack.callback(store.close)

@@ -1,5 +1,7 @@
 """Every duration of the server's processes that a test or an operator may want shorter, in one value; users need none.
 
+The parts are given it; only the programs' own modules name `TIMING`.
+
 Durations that clients count on as well are part of the protocol: `fedpeft.rpc.timing`.
 """
 
@@ -39,8 +41,12 @@ class Timing:
         versions_check_s: An object store has so long, at the start, to say which adapter versions it has.
         traffic_write_s: Between two writes of traffic and presence to the database.
         payload_write_delay_s: Delay of writing traffic after a payload moved; more may move, and is written with it.
-        database_busy_s: A transaction waits for so long at most while another program holds a lock on the database,
+        database_busy_s: A transaction waits for so long at most while another program holds a lock on the database, and
+            for a connection to it,
         database_retry_s: and is tried again after this pause.
+        database_lost_s: Longer than any statement of the server takes. After so long PostgreSQL cancels one and ends a
+            transaction in which nothing happens, and a peer that does not answer is given up: a server that hangs
+            holds no lock.
         database_check_s: Between two checks whether the database can be used, for health.
         certificate_check_s: Between two looks at the age of the server's certificate.
         certificate_files_check_s: Between two looks at its files: a command that replaced one is followed by others.
@@ -53,6 +59,10 @@ class Timing:
         enrolment_longest_pause_s: up to this, and short again after a life of `enrolment_well_s`.
         enrolment_well_s: A process that lived for so long was well.
         enrolment_leave_s: It ends in this time when it is asked to, else it is killed.
+        enrolment_idle_s: It ends after so long without a connection; the next one starts another.
+        enrolment_report_s: Between two reports of the connections that it refused.
+        enrolment_call_s: It waits for so long at most for the message of a caller, or for the daemon's answer.
+        enrolment_accept_retry_s: Pause when no connection can be taken, for want of open files for example.
     """
 
     silent_s: float = 45.0
@@ -79,6 +89,7 @@ class Timing:
     payload_write_delay_s: float = 0.5
     database_busy_s: float = 10.0
     database_retry_s: float = 0.05
+    database_lost_s: float = 60.0
     database_check_s: float = 5.0
     certificate_check_s: float = 60.0
     certificate_files_check_s: float = 1.0
@@ -91,6 +102,10 @@ class Timing:
     enrolment_longest_pause_s: float = 30.0
     enrolment_well_s: float = 60.0
     enrolment_leave_s: float = 5.0
+    enrolment_idle_s: float = 600.0
+    enrolment_report_s: float = 5.0
+    enrolment_call_s: float = 30.0
+    enrolment_accept_retry_s: float = 0.1
 
 
 TIMING = Timing()

@@ -48,6 +48,7 @@ from fedpeft_operator.cli.run.export import Format, exported
 from fedpeft_operator.cli.session import Session
 from fedpeft_server import app
 from fedpeft_server.settings import Settings as ServerSettings
+from fedpeft_server.timing import TIMING
 
 from ..conftest import mounted_mib
 from ..run_files import TINY_MODEL
@@ -359,7 +360,7 @@ def against_the_policy(world: World) -> object:
 
 def served(world: World, **settings: object) -> object:
     given = {"data_dir": world.folder / "fresh", "listen": f"127.0.0.1:{world.port}", "metrics": "", **settings}
-    return asyncio.run(app.run(ServerSettings.model_validate(given)))
+    return asyncio.run(app.run(ServerSettings.model_validate(given), TIMING))
 
 
 def held_twice(world: World) -> object:

@@ -382,7 +382,7 @@ def postgresql_url(postgres: Path) -> str:
 
 @pytest.fixture
 def database(url: str) -> Iterator[Database]:
-    database = Database.open(url)
+    database = Database.open(url, TIMING)
     yield database
     database.close()
 

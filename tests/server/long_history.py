@@ -11,6 +11,7 @@ from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store import tables
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import RunRow, RunState, VersionRow
+from fedpeft_server.timing import TIMING
 
 from .conftest import SPEC, config
 
@@ -21,7 +22,7 @@ FIGURES = {f"figure_{i}": i + 0.5 for i in range(16)}
 def write_run(folder: Path, run: str, rounds: int, clients: int, *, state: RunState = RunState.COMPLETED) -> None:
     """Writes a run whose rounds are all committed, each with as many updates."""
     folder.mkdir(parents=True, exist_ok=True)
-    database = Database.open(f"sqlite:///{folder / 'fedpeft.db'}")
+    database = Database.open(f"sqlite:///{folder / 'fedpeft.db'}", TIMING)
     settings = config(rounds={"count": rounds + (state is RunState.RUNNING), "clients": clients})
     row = RunRow(run, settings, SPEC, "f" * 64, state, "", rounds, 100.0 + len(run), 1000, run, "9" * 64)
     database.create_run(row, VersionRow(run, 0, "0" * 64, 1, "", 1.0))

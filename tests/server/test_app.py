@@ -16,6 +16,7 @@ from fedpeft_server import app
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.store import Store
+from fedpeft_server.timing import TIMING
 from fedpeft_server.traffic import ByteCounter
 
 from .conftest import begin_life, free_port
@@ -53,7 +54,7 @@ def _listens(number: int) -> bool:
 async def fails(given: Settings) -> FedpeftError:
     """Returns the error of a start; nothing refers to what its frames held any more."""
     with pytest.raises(FedpeftError) as caught:
-        await app.run(given)
+        await app.run(given, TIMING)
     error = caught.value
     del caught
     error.__context__ = error.__cause__ = None

@@ -19,6 +19,7 @@ from fedpeft.v1 import run_pb2
 from fedpeft_server.parts import write_books
 from fedpeft_server.store.rows import Place, Transition
 from fedpeft_server.store.store import Store, creation_key, version_key
+from fedpeft_server.timing import TIMING
 
 from .conftest import SPEC, Daemon, StartDaemon, config, filled, refused
 
@@ -308,7 +309,7 @@ async def test_what_a_killed_creation_left_is_gone_after_the_start(start: StartD
     daemon = await start(folder)
     run = await daemon.create()
     await daemon.end()
-    store = Store(folder, "", "", keep_updates=True)
+    store = Store(folder, "", "", keep_updates=True, timing=TIMING)
     manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
     for name in ("run-killed", run.id):
         with store.spool.writer(creation_key(name), manifest) as writer:

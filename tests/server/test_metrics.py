@@ -28,6 +28,7 @@ from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc.sessions import Sessions, Silence
 from fedpeft_server.runs import gauges
 from fedpeft_server.store.rows import ClientRow, RunState
+from fedpeft_server.timing import TIMING
 
 from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port, header
 from .rows import RUN, run_row
@@ -186,7 +187,7 @@ def test_clients_are_counted_by_when_they_last_called() -> None:
     now = time.time()
     ages = {"a": 5, "b": 119, "c": 121, "d": 86_399, "e": 86_401}
     known = [client_row(name, "trainer", now - age) for name, age in ages.items()]
-    silences = Sessions([*known, client_row("judge", "evaluator", now)], 10).silences(now)
+    silences = Sessions([*known, client_row("judge", "evaluator", now)], 10, TIMING).silences(now)
     counts = Counter(trainer_present=2, trainer_silent=2, trainer_gone=1, evaluator_present=1)
     assert named(silences) == counts
     metrics = Metrics()

@@ -21,6 +21,7 @@ from fedpeft_server.commands import init
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import TokenRow
+from fedpeft_server.timing import TIMING
 
 from .conftest import StartDaemon
 from .secured import federation
@@ -54,7 +55,7 @@ async def test_a_server_that_lost_its_certificates_does_not_serve_plain_text(
 
 
 async def test_a_server_that_made_tokens_and_lost_its_certificates_does_not_either(tmp_path: Path) -> None:
-    database = Database.open(f"sqlite:///{tmp_path / 'fedpeft.db'}")
+    database = Database.open(f"sqlite:///{tmp_path / 'fedpeft.db'}", TIMING)
     database.identities.add_token(TokenRow("0" * 64, Subject(Role.CLIENT, "a"), 1.0, "operator ada", 2.0))
     database.close()
     with pytest.raises(SettingsInvalid, match=r"knows an enrolment token for client a.*restore"):
@@ -111,4 +112,4 @@ async def test_a_new_database_beside_versions_of_runs_is_noticed(
 async def run_on(folder: Path) -> None:
     """Lives on a data folder for as long as a server does; tests expect that to be short."""
     async with asyncio.timeout(10):
-        await app.run(Settings(data_dir=folder, listen="127.0.0.1:0", metrics="", drain_s=0.0))
+        await app.run(Settings(data_dir=folder, listen="127.0.0.1:0", metrics="", drain_s=0.0), TIMING)

@@ -18,6 +18,7 @@ from fedpeft_server.store.database import Database
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
+from fedpeft_server.timing import TIMING
 
 from .conftest import Daemon, RawClient, StartDaemon, config, filled, refused
 
@@ -31,7 +32,7 @@ async def test_a_transaction_that_fails_after_its_caller_left_is_said_once(
     error: Exception, level: str, tmp_path: Path
 ) -> None:
     (tmp_path / "data").mkdir()
-    store, begun, go_on = Store(tmp_path / "data", "", "", keep_updates=False), asyncio.Event(), Event()
+    store, begun, go_on = Store(tmp_path / "data", "", "", keep_updates=False, timing=TIMING), asyncio.Event(), Event()
     loop, unretrieved = asyncio.get_running_loop(), list[dict[str, object]]()
     loop.set_exception_handler(lambda _, context: unretrieved.append(context))
 

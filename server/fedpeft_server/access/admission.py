@@ -74,7 +74,7 @@ class Admission:
         self._open: dict[Subject | None, dict[asyncio.Task[object], Call]] = defaultdict(dict)
         self._draining = False
         self._refusals: Throttle[tuple[str, str, str]] = Throttle(timing.refusal_quiet_s)
-        self._pacing = Pacing(timing=timing)
+        self._pacing = Pacing(timing)
 
     @asynccontextmanager
     async def paced(self, call: Call, context: Context) -> AsyncIterator[None]:

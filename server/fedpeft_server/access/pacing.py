@@ -12,7 +12,7 @@ from fedpeft.errors import TooManyCalls
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import Rate
 from fedpeft_server.access.call import Party
-from fedpeft_server.timing import TIMING, Timing
+from fedpeft_server.timing import Timing
 
 
 class Bucket:
@@ -42,7 +42,7 @@ class Pacing:
         timing: Longest wait of a call, and delay of a refusal.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, timing: Timing = TIMING) -> None:
+    def __init__(self, timing: Timing, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._timing = timing
         self._under_way: Counter[Party] = Counter()

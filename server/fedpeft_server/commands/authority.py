@@ -29,6 +29,7 @@ from fedpeft_server.access.files import Files
 from fedpeft_server.commands import folder_arguments
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import IdentityRow
+from fedpeft_server.timing import TIMING
 
 MOST_NAMED = 20
 """Names that a message lists; --json has all."""
@@ -181,7 +182,7 @@ def _identities(url: str, data_dir: Path | None) -> list[IdentityRow]:
         raise SettingsInvalid("--database is not one of sqlite:///PATH and postgresql://HOST/NAME") from None
     if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists():
         return []  # the server was never started, so nobody is enrolled
-    database = Database(url)
+    database = Database(url, TIMING)
     try:
         return database.identities.after(("", ""))
     finally:

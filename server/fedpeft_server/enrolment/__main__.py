@@ -1,8 +1,8 @@
-"""The process at the port for enrolment: `python -m fedpeft_server.enrolment FD SOCKET`, started by the daemon.
+"""The process at the port for enrolment: `python -m fedpeft_server.enrolment FD SOCKET TIMING`, started by the daemon.
 
-FD is the listening socket and SOCKET the path of the daemon's own. On standard input come lines of JSON, each with the
-certificate and key to serve from then on; its end is that of this process. On standard output go lines of JSON: ready,
-and then now and again the connections that were refused, by why.
+FD is the listening socket, SOCKET the path of the daemon's own and TIMING its `Timing` as JSON. On standard input come
+lines of JSON, each with the certificate and key to serve from then on; its end is that of this process. On standard
+output go lines of JSON: ready, and then now and again the connections that were refused, by why.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from pathlib import Path
 from fedpeft.rpc import grpc_core
 from fedpeft_server.access import bounds
 from fedpeft_server.enrolment.relay import Relay
+from fedpeft_server.timing import Timing
 
-REPORT_S = 5.0
-IDLE_S = 600.0
-"""Without a connection for so long the process ends; the next connection starts another."""
 OPEN_FILES = 1024
 NICENESS = 5
 """The daemon's own work goes first."""
 
 
-async def main(fd: int, daemon: str) -> None:
+async def main(fd: int, daemon: str, timing: Timing) -> None:
     """Serves until standard input ends, or nobody has come for long."""
     import grpc  # only now: gRPC reads the environment as it is imported
 
@@ -51,20 +49,20 @@ async def main(fd: int, daemon: str) -> None:
     with tempfile.TemporaryDirectory(dir=Path(daemon).parent, ignore_cleanup_errors=True) as folder:
         own = str(Path(folder) / "grpc")
         credentials = grpc.dynamic_ssl_server_credentials(_configuration(pair), next_pair, False)  # type: ignore[arg-type]
-        relay = Relay(own)
+        relay = Relay(own, timing)
         bound = bounds.CALLS["/fedpeft.v1.AccessService/Enroll"].message_bytes
         async with grpc.aio.insecure_channel(f"unix:{daemon}") as channel:
             server = grpc.aio.server(options=connections.options(bounds.ENROLMENT, bound))
-            server.add_generic_rpc_handlers((Forwarding(channel, relay.peer),))
+            server.add_generic_rpc_handlers((Forwarding(channel, relay.peer, timing),))
             server.add_secure_port(f"unix:{own}", credentials)
             await server.start()
             serving = asyncio.create_task(relay.serve(socket.socket(fileno=fd)))
             _limit_memory()
             _say({"ready": os.getpid()})
-            reporting = asyncio.create_task(_report(relay))
+            reporting = asyncio.create_task(_report(relay, timing.enrolment_report_s))
             try:
                 async with asyncio.TaskGroup() as group:
-                    waiting = group.create_task(_idle(relay))
+                    waiting = group.create_task(_idle(relay, timing.enrolment_idle_s))
                     while line := await lines.readline():
                         newer[:] = [json.loads(line)]
                     waiting.cancel()
@@ -79,17 +77,17 @@ class _Idle(Exception):
     """Nobody has come for long."""
 
 
-async def _idle(relay: Relay) -> None:
+async def _idle(relay: Relay, most_s: float) -> None:
     while True:
-        left = IDLE_S - relay.idle_s()
+        left = most_s - relay.idle_s()
         if left <= 0:
             raise _Idle
         await asyncio.sleep(left)
 
 
-async def _report(relay: Relay) -> None:
+async def _report(relay: Relay, pause_s: float) -> None:
     while True:
-        await asyncio.sleep(REPORT_S)
+        await asyncio.sleep(pause_s)
         if relay.refused:
             _say({"refused": dict(relay.refused)})
             relay.refused.clear()
@@ -125,4 +123,4 @@ if __name__ == "__main__":
     os.nice(NICENESS)
     _limit_files()
     grpc_core.configure()
-    asyncio.run(main(int(sys.argv[1]), sys.argv[2]))
+    asyncio.run(main(int(sys.argv[1]), sys.argv[2], Timing(**json.loads(sys.argv[3]))))

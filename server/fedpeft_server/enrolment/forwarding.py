@@ -11,12 +11,10 @@ import grpc
 from fedpeft_server.access import bounds
 from fedpeft_server.access.peers import FORWARDED_KEY
 from fedpeft_server.access.rights import RIGHTS
+from fedpeft_server.timing import Timing
 
 Context = Any
 """gRPC's context of a call."""
-
-CALL_S = 30.0
-"""Longest that one call is waited for: of its caller's message, or of the daemon's answer."""
 
 
 class Forwarding(grpc.GenericRpcHandler):
@@ -25,9 +23,11 @@ class Forwarding(grpc.GenericRpcHandler):
     Args:
         daemon: The daemon's socket.
         peer: Returns where a connection comes from.
+        timing: Longest wait for the message of a caller, and for the daemon's answer.
     """
 
-    def __init__(self, daemon: grpc.aio.Channel, peer: Callable[[str], str]) -> None:
+    def __init__(self, daemon: grpc.aio.Channel, peer: Callable[[str], str], timing: Timing) -> None:
+        self._call_s = timing.enrolment_call_s
         self._daemon = daemon
         self._peer = peer
 
@@ -40,7 +40,7 @@ class Forwarding(grpc.GenericRpcHandler):
             data = await self._message(method, context)
             peer = ((FORWARDED_KEY, self._peer(str(context.peer()))),)
             try:
-                call = again(data, metadata=peer, timeout=CALL_S)
+                call = again(data, metadata=peer, timeout=self._call_s)
                 answer = await call
             except grpc.aio.AioRpcError as error:
                 await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
@@ -54,10 +54,10 @@ class Forwarding(grpc.GenericRpcHandler):
         if None not in RIGHTS.get(method, ()):
             return b""
         try:
-            async with asyncio.timeout(CALL_S):
+            async with asyncio.timeout(self._call_s):
                 data = await context.read()
         except TimeoutError:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"no message came within {CALL_S:.0f} s; call again")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"no message came within {self._call_s:.0f} s; call again")
         name, most = method.rpartition("/")[2], bounds.CALLS[method].message_bytes
         if data is grpc.aio.EOF:
             return b""

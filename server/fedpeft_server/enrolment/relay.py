@@ -18,10 +18,9 @@ from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import PortBound, Refusal
 from fedpeft_server.access.pacing import Bucket
 from fedpeft_server.access.peers import of_host
+from fedpeft_server.timing import Timing
 
 PIECE_BYTES = 16 * 1024
-PAUSE_S = 0.1
-"""Pause when no connection can be taken, for want of open files for example."""
 
 
 @dataclass(eq=False)
@@ -44,6 +43,7 @@ class Relay:
 
     Args:
         upstream: Path of the socket that gRPC serves.
+        timing: Pause before another connection is taken where none can be.
         bound: The bounds.
         clock: Monotonic seconds.
 
@@ -52,8 +52,13 @@ class Relay:
     """
 
     def __init__(
-        self, upstream: str, bound: PortBound = bounds.ENROLMENT, clock: Callable[[], float] = time.monotonic
+        self,
+        upstream: str,
+        timing: Timing,
+        bound: PortBound = bounds.ENROLMENT,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._pause_s = timing.enrolment_accept_retry_s
         self._upstream = upstream
         self._bound = bound
         self._clock = clock
@@ -86,7 +91,7 @@ class Relay:
             try:
                 line, where = await loop.sock_accept(listening)
             except OSError:  # the caller left at once, or waits in the queue until a file is closed
-                await asyncio.sleep(PAUSE_S)
+                await asyncio.sleep(self._pause_s)
                 continue
             self._taken_at = self._clock()
             line.setblocking(False)

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc.health import Health
 from fedpeft_server.tasks import ended
-from fedpeft_server.timing import TIMING, Timing
+from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
 
@@ -76,7 +77,7 @@ class Enrolment:
         own: ServerCertificates,
         health: Health,
         metrics: Metrics,
-        timing: Timing = TIMING,
+        timing: Timing,
     ) -> None:
         self._listening = listening
         self._own = own
@@ -136,6 +137,7 @@ class Enrolment:
         descriptor = self._listening.fileno()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "fedpeft_server.enrolment", str(descriptor), self.socket),
+            json.dumps(asdict(self._timing)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -14,7 +14,7 @@ from fedpeft_server.access.call import CALL, Call, Party
 from fedpeft_server.access.pacing import Bucket
 from fedpeft_server.access.throttle import Throttle
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.timing import TIMING, Timing
+from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
 
@@ -27,11 +27,11 @@ class CallerLog:
 
     Args:
         metrics: Counts the lines that are left out.
+        timing: Time for which a refusal is not logged again.
         clock: Monotonic seconds.
-        timing: For how long a refusal is not logged again.
     """
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic, timing: Timing = TIMING) -> None:
+    def __init__(self, metrics: Metrics, timing: Timing, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
         self._clock = clock
         self._refusals: Throttle[tuple[Party, str, str]] = Throttle(timing.refusal_quiet_s, clock)

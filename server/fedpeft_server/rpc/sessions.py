@@ -27,7 +27,7 @@ from fedpeft_server.access.call import CALL
 from fedpeft_server.store.rows import ClientRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import ended
-from fedpeft_server.timing import TIMING, Timing
+from fedpeft_server.timing import Timing
 from fedpeft_server.uploads.incoming import Context
 
 _CERTIFIED = {"trainer": Role.CLIENT, "evaluator": Role.EVALUATOR}
@@ -80,7 +80,7 @@ class Sessions:
         timing: Time for which an instance holds its id, and after which a client counts as silent, or as gone.
     """
 
-    def __init__(self, known: list[ClientRow], limit: int, timing: Timing = TIMING) -> None:
+    def __init__(self, known: list[ClientRow], limit: int, timing: Timing) -> None:
         self._limit = limit
         self._timing = timing
         self._sessions = {row.id: Session(row.instance, row.process, row.role, seen_at=row.last_seen) for row in known}

@@ -32,7 +32,7 @@ from fedpeft_server.runs.round_log import RoundLog
 from fedpeft_server.store.rows import AuditEvent, RunRow, RunState, Transition, UpdateRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import shielded
-from fedpeft_server.timing import TIMING, Timing
+from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
 
 log = structlog.get_logger()
@@ -67,7 +67,7 @@ class RunEngine:
         background: Background,
         issued: Callable[[str, Sequence[Ticket]], None],
         changed: Callable[[RunEngine], None],
-        timing: Timing = TIMING,
+        timing: Timing,
     ) -> None:
         self.opened = 0.0
         self.actor = RunActor(run, current, store, byte_counter, self._entered)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fedpeft.errors import Draining
 from fedpeft.rpc.timing import HOLD_S, LONGEST_HOLD_S
-from fedpeft_server.timing import TIMING, Timing
+from fedpeft_server.timing import Timing
 
 POLLS_PER_S = 10.0
 """Polls a second of all waiting clients together, by which the time grows that each of them is asked to be held."""
@@ -48,8 +48,8 @@ class Lobby:
     def __init__(
         self,
         changed: Callable[[str], None],
+        timing: Timing,
         takes_part: Callable[[str, str], bool] = _everybody,
-        timing: Timing = TIMING,
     ) -> None:
         self._changed = changed
         self._timing = timing

@@ -72,7 +72,7 @@ class Matching:
         background: Background,
         timing: Timing,
     ) -> None:
-        self.lobby = Lobby(self.wake, participation.accepted, timing)
+        self.lobby = Lobby(self.wake, timing, participation.accepted)
         self._active = active
         self._participation = participation
         self._metrics = metrics

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
 
-from fedpeft_server.timing import TIMING, Timing
+from fedpeft_server.timing import Timing
 
 
 class State(StrEnum):
@@ -157,7 +157,7 @@ def judge(
     heard: float,
     uploading: bool = False,
     past: Past = NO_PAST,
-    timing: Timing = TIMING,
+    timing: Timing,
 ) -> Verdict:
     """Returns what is to be said of a client that holds an open ticket.
 

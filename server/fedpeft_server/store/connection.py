@@ -15,18 +15,16 @@ from sqlalchemy.pool import QueuePool, StaticPool
 
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, StateInvalid
 from fedpeft_server.store import postgresql
-
-BUSY_TIMEOUT_S = 10
-"""Time that a statement waits for another process (a backup, a person's shell) that holds SQLite's lock, seconds."""
+from fedpeft_server.timing import Timing
 
 _READS = "fedpeft_reads"
 """Execution option of a connection whose transaction only reads."""
 
-PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", f"busy_timeout = {BUSY_TIMEOUT_S * 1000}")
+PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON")
 """WAL with FULL: a commit is one append and one fsync of the log, and survives the machine."""
 
 
-def connect(url: str) -> Engine:
+def connect(url: str, timing: Timing) -> Engine:
     """Returns an engine for a database URL: `sqlite:///PATH` or `postgresql://...`; connects and checks it.
 
     Raises:
@@ -36,14 +34,14 @@ def connect(url: str) -> Engine:
     try:
         parsed = _with_driver(make_url(url))
         where = parsed.render_as_string(hide_password=True)
-        engine = _engine(parsed)
+        engine = _engine(parsed, timing)
     except (ArgumentError, NoSuchModuleError) as error:
         raise StateInvalid(
             f"database URL {url!r} is not one of sqlite:///PATH and postgresql://HOST/NAME: {error}"
         ) from None
     except ModuleNotFoundError as error:
         raise StateInvalid(f"database {where} needs the Python package {error.name}, which is not installed") from None
-    with opening(engine):
+    with opening(engine, timing):
         _check(engine, where)
     return engine
 
@@ -53,19 +51,19 @@ def _with_driver(url: URL) -> URL:
     return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgres", "postgresql") else url
 
 
-def _engine(url: URL) -> Engine:
+def _engine(url: URL, timing: Timing) -> Engine:
     match url.get_backend_name():
         case "sqlite":
-            return _sqlite(url)
+            return _sqlite(url, timing)
         case "postgresql":
-            return postgresql.engine(url)
+            return postgresql.engine(url, timing)
         case other:
             raise ArgumentError(f"{other} is not supported")
 
 
-def _sqlite(url: URL) -> Engine:
+def _sqlite(url: URL, timing: Timing) -> Engine:
     # One connection for the one thread that uses it; opening may happen in another.
-    arguments = {"check_same_thread": False, "timeout": BUSY_TIMEOUT_S}
+    arguments = {"check_same_thread": False, "timeout": timing.database_busy_s}  # as PRAGMA busy_timeout
     engine = create_engine(url, poolclass=StaticPool, connect_args=arguments)
 
     @event.listens_for(engine, "connect")
@@ -79,7 +77,7 @@ def _sqlite(url: URL) -> Engine:
     return engine
 
 
-def readers(engine: Engine, most: int) -> Engine:
+def readers(engine: Engine, most: int, timing: Timing) -> Engine:
     """Returns an engine for at most so many transactions at once that only read, beside those of `engine`.
 
     All statements of one see the same state, and it can write nothing. It waits for no lock of SQLite's: that is the
@@ -88,7 +86,7 @@ def readers(engine: Engine, most: int) -> Engine:
     if engine.dialect.name != "sqlite":
         read_only = {"postgresql_readonly": True}
         return postgresql.engine(
-            engine.url, pool_size=most, isolation_level="REPEATABLE READ", execution_options=read_only
+            engine.url, timing, pool_size=most, isolation_level="REPEATABLE READ", execution_options=read_only
         )
     made = create_engine(
         engine.url,
@@ -130,7 +128,7 @@ def _check(engine: Engine, where: str) -> None:
 
 
 @contextmanager
-def opening(engine: Engine) -> Iterator[None]:
+def opening(engine: Engine, timing: Timing) -> Iterator[None]:
     """Disposes of an engine if the block, which makes the first use of it, fails.
 
     Raises:
@@ -138,7 +136,7 @@ def opening(engine: Engine) -> Iterator[None]:
         FedpeftError: As `translated`.
     """
     try:
-        with translated(engine.url.render_as_string(hide_password=True)):
+        with translated(engine.url.render_as_string(hide_password=True), timing):
             yield
     except BaseException as error:
         engine.dispose()
@@ -148,7 +146,7 @@ def opening(engine: Engine) -> Iterator[None]:
 
 
 @contextmanager
-def translated(where: str) -> Iterator[None]:
+def translated(where: str, timing: Timing) -> Iterator[None]:
     """Translates what a driver raises into this project's errors.
 
     Raises:
@@ -162,20 +160,21 @@ def translated(where: str) -> Iterator[None]:
     except FedpeftError:
         raise
     except (DBAPIError, sqlite3.Error) as error:
-        raise _fault(error, where) from error
+        raise _fault(error, where, timing) from error
     except SQLAlchemyError as error:
         raise StateInvalid(f"database {where} failed: {error}") from error
 
 
-def _fault(error: DBAPIError | sqlite3.Error, where: str) -> FedpeftError:
+def _fault(error: DBAPIError | sqlite3.Error, where: str, timing: Timing) -> FedpeftError:
     cause: BaseException | None = error.orig if isinstance(error, DBAPIError) else error
     name = getattr(cause, "sqlite_errorname", "") or ""
+    busy_s = timing.database_busy_s
     words, sqlstate = " ".join(str(cause).split()), getattr(cause, "sqlstate", "") or ""
     if sqlstate == postgresql.LOCKED:
-        return DatabaseLocked(f"database {where} was locked by another session for {postgresql.BUSY_S} s; end that one")
+        return DatabaseLocked(f"database {where} was locked by another session for {busy_s:g} s; end that one")
     if sqlstate in postgresql.UNDONE:
         return DatabaseLocked(f"database {where} undid a transaction in favour of another session's ({words})")
-    if cause is not None and not name and (fault := postgresql.fault(cause, sqlstate, words)):
+    if cause is not None and not name and (fault := postgresql.fault(cause, sqlstate, words, timing.database_lost_s)):
         return _unavailable(f"database {where} {fault}", permanent=sqlstate in postgresql.CORRUPT)
     if name.startswith("SQLITE_FULL") or sqlstate == "53100":
         return DiskFull(f"database {where} has no room to grow ({errno.errorcode[errno.ENOSPC]}); free some disk space")
@@ -183,7 +182,7 @@ def _fault(error: DBAPIError | sqlite3.Error, where: str) -> FedpeftError:
         return _unavailable(f"database {where} is corrupt ({words}); restore it from a backup", permanent=True)
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return DatabaseLocked(
-            f"database {where} has been locked by another program for {BUSY_TIMEOUT_S} s (a shell, a backup?); end its "
+            f"database {where} has been locked by another program for {busy_s:g} s (a shell, a backup?); end its "
             "transaction"
         )
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):

@@ -50,6 +50,7 @@ from fedpeft_server.store.rows import (
     VersionRow,
 )
 from fedpeft_server.store.transactions import Transactions
+from fedpeft_server.timing import Timing
 
 Bytes = Mapping[tuple[str, int, str], Traffic]
 """Bytes since the last write, by (run, round number, client)."""
@@ -66,30 +67,32 @@ class Database:
 
     Args:
         url_or_engine: A database URL, or an engine whose schema is the newest.
+        timing: Waits for locks and answers.
 
     Attributes:
         transactions: Its transactions; the audit log is read from it.
         identities: The part that says who may speak.
     """
 
-    def __init__(self, url_or_engine: str | Engine) -> None:
-        self.transactions = Transactions(connect(url_or_engine) if isinstance(url_or_engine, str) else url_or_engine)
+    def __init__(self, url_or_engine: str | Engine, timing: Timing) -> None:
+        engine = connect(url_or_engine, timing) if isinstance(url_or_engine, str) else url_or_engine
+        self.transactions = Transactions(engine, timing)
         self.identities = Identities(self.transactions)
         self._transaction = self.transactions.begin
         self._reading = self.transactions.read
 
     @classmethod
-    def open(cls, url: str) -> Database:
+    def open(cls, url: str, timing: Timing) -> Database:
         """Connects and brings the schema up to date.
 
         Raises:
             StateInvalid: If the URL is none, the database is corrupt, or its schema is newer than this code.
             DatabaseUnavailable: If it is out of reach.
         """
-        engine = connect(url)
-        with opening(engine):
+        engine = connect(url, timing)
+        with opening(engine, timing):
             migrate(engine)
-        return cls(engine)
+        return cls(engine, timing)
 
     def close(self) -> None:
         """Closes all connections."""

@@ -7,11 +7,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
 
-BUSY_S = 10
-"""Time that is waited for a connection, and by a statement for a lock of another session, seconds: as with SQLite."""
-LOST_S = 60
-"""Longer than any statement of the server takes. After so long one is cancelled, a peer that does not answer is given
-up, and PostgreSQL ends a transaction in which nothing happens, so that a server that hangs holds no lock."""
+from fedpeft_server.timing import Timing
+
 _PROBES = 3
 
 LOCKED = "55P03"
@@ -20,22 +17,23 @@ UNDONE = ("40001", "40P01")
 """The states of a transaction that was undone in favour of another session's; it can be made again."""
 
 
-def engine(url: URL, **options: Any) -> Engine:
+def engine(url: URL, timing: Timing, **options: Any) -> Engine:
     """Returns an engine for a URL of PostgreSQL; what the URL says itself about waits counts."""
-    pause_s = max(1, LOST_S // (2 * _PROBES))
+    busy_s, lost_s = round(timing.database_busy_s), round(timing.database_lost_s)
+    pause_s = max(1, lost_s // (2 * _PROBES))
     defaults = {
-        "connect_timeout": BUSY_S,
-        "keepalives_idle": LOST_S // 2,
+        "connect_timeout": max(1, busy_s),
+        "keepalives_idle": max(1, lost_s // 2),
         "keepalives_interval": pause_s,
         "keepalives_count": _PROBES,
-        "tcp_user_timeout": LOST_S * 1000,
+        "tcp_user_timeout": _ms(timing.database_lost_s),
     }
     arguments = {name: value for name, value in defaults.items() if name not in url.query}
     made = create_engine(url, pool_pre_ping=True, connect_args=arguments, **options)
     limits = {
-        "lock_timeout": BUSY_S * 1000,
-        "statement_timeout": LOST_S * 1000,
-        "idle_in_transaction_session_timeout": LOST_S * 1000,
+        "lock_timeout": _ms(timing.database_busy_s),
+        "statement_timeout": _ms(timing.database_lost_s),
+        "idle_in_transaction_session_timeout": _ms(timing.database_lost_s),
     }
 
     @event.listens_for(made, "connect")
@@ -49,6 +47,11 @@ def engine(url: URL, **options: Any) -> Engine:
     return made
 
 
+def _ms(seconds: float) -> int:
+    """Returns a limit in milliseconds; PostgreSQL takes 0 for none."""
+    return max(1, round(seconds * 1000))
+
+
 def unlimited(connection: Connection) -> None:
     """Lets the statements of a transaction take their time: a migration may rewrite large tables."""
     connection.execute(text("SET LOCAL statement_timeout = 0"))
@@ -58,19 +61,20 @@ CORRUPT = ("XX001", "XX002")
 """The states of data and of an index that are damaged."""
 
 
-def fault(cause: BaseException, sqlstate: str, words: str) -> str:
+def fault(cause: BaseException, sqlstate: str, words: str, lost_s: float) -> str:
     """Returns why the database cannot be used for now, and what to do; empty if a statement is at fault.
 
     Args:
         cause: The driver's error.
         sqlstate: The state that the server gave; empty where there was no server to give one.
         words: The driver's message.
+        lost_s: Time after which a statement was cancelled.
     """
     match sqlstate:
         case "57014":
-            return f"did not answer within {LOST_S} s; see what it is busy with (pg_stat_activity)"
+            return f"did not answer within {lost_s:g} s; see what it is busy with (pg_stat_activity)"
         case "25P03":
-            return f"ended a transaction in which nothing happened for {LOST_S} s: the server stood still"
+            return f"ended a transaction in which nothing happened for {lost_s:g} s: the server stood still"
         case "25006":
             return f"takes nothing written ({words}): a standby after a failover? Name the primary with --database"
         case "53300":

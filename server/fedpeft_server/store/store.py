@@ -26,7 +26,7 @@ from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.transactions import READERS
 from fedpeft_server.store.update_store import BucketUpdates, UpdateStore
 from fedpeft_server.tasks import ended
-from fedpeft_server.timing import TIMING, Timing
+from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
 
@@ -84,15 +84,15 @@ class Store:
         database: str,
         blobs: str,
         updates: str = "",
-        timing: Timing = TIMING,
         *,
+        timing: Timing,
         keep_updates: bool,
     ) -> None:
         self._folder = folder
         self._timing = timing
         self.keep_updates = keep_updates
         try:
-            self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}")
+            self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}", timing)
         except DiskFull as error:
             raise DiskFull(f"{'--database' if database else f'--data-dir {folder}'}: {error.message}") from None
         self.db.transactions.wait_at_most(0)  # `call` waits, and keeps the database's thread free meanwhile

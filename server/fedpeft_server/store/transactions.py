@@ -17,6 +17,7 @@ from fedpeft.identity.audit import AuditEntry
 from fedpeft_server.store.connection import readers, reading, translated
 from fedpeft_server.store.queries import audit as audit_queries
 from fedpeft_server.store.rows import AuditEvent
+from fedpeft_server.timing import Timing
 
 R = TypeVar("R")
 
@@ -29,6 +30,7 @@ class Transactions:
 
     Args:
         engine: Connected, its schema the newest.
+        timing: Waits for locks and answers.
 
     Attributes:
         engine: For the one that writes.
@@ -36,14 +38,15 @@ class Transactions:
         unavailable: True if the newest transaction but those that only read failed because the database was.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, timing: Timing) -> None:
         self.engine = engine
+        self._timing = timing
         self._where = engine.url.render_as_string(hide_password=True)
         # The newest entry, None where it must be read: before the first one, and after a failure, when what was
         # written is not known.
         self._head: AuditEntry | None = None
         self.unavailable = False
-        self.readers = readers(engine, READERS)
+        self.readers = readers(engine, READERS, timing)
         self._reading = threading.local()
 
     @contextmanager
@@ -63,7 +66,7 @@ class Transactions:
             raise RuntimeError("a method that writes was called where only reading is possible; use `Store.transact`")
         before, is_complete = self._head, False
         try:
-            with translated(self._where), self.engine.begin() as connection:
+            with translated(self._where, self._timing), self.engine.begin() as connection:
                 yield connection
                 for event in events:
                     self.append(connection, event)
@@ -88,7 +91,7 @@ class Transactions:
             DatabaseLocked: If another program lets nobody read.
             DatabaseUnavailable: If the database is corrupt or out of reach.
         """
-        with translated(self._where):
+        with translated(self._where, self._timing):
             if self._snapshot is not None:
                 yield self._snapshot
                 return
@@ -108,7 +111,7 @@ class Transactions:
         Raises:
             FedpeftError: As `read`.
         """
-        with translated(self._where):
+        with translated(self._where, self._timing):
             connection = self.readers.connect()
             try:
                 connection.execute(text("SELECT id FROM runs LIMIT 1"))  # only a statement fixes what is seen

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 
 from fedpeft.errors import Draining, TransfersBusy, TurnOver
 from fedpeft.rpc.timing import HOLD_S
-from fedpeft_server.timing import TIMING, Timing
+from fedpeft_server.timing import Timing
 
 
 class TransferSlot:
@@ -110,7 +110,7 @@ class TransferSlots:
         timing: Time for which a transfer is served while others wait, and a place is kept.
     """
 
-    def __init__(self, limit: int, timing: Timing = TIMING) -> None:
+    def __init__(self, limit: int, timing: Timing) -> None:
         self._limit = limit
         self._timing = timing
         self._line: dict[str, TransferSlot] = {}

@@ -206,7 +206,7 @@ async def call(pacing: Pacing, party: Party, method: str = "/x/y") -> None:
 
 @pytest.mark.parametrize("right", CALLERS, ids=str)
 async def test_every_role_has_its_rate(clock: Clock, right: Role | None) -> None:
-    pacing, me = Pacing(clock), Party(right, "me")
+    pacing, me = Pacing(TIMING, clock), Party(right, "me")
     await spent(pacing, clock, me, "/x/y", CALLERS[right].rate)
     clock.slept.clear()
     await call(pacing, Party(right, "another"))
@@ -217,7 +217,7 @@ async def test_every_role_has_its_rate(clock: Clock, right: Role | None) -> None
 async def test_every_call_with_a_rate_of_its_own_has_it(clock: Clock, method: str) -> None:
     rate = CALLS[method].rate
     assert rate is not None
-    await spent(Pacing(clock), clock, Party(Role.CLIENT, "me"), method, rate)
+    await spent(Pacing(TIMING, clock), clock, Party(Role.CLIENT, "me"), method, rate)
 
 
 async def spent(pacing: Pacing, clock: Clock, me: Party, method: str, rate: Rate) -> None:
@@ -239,7 +239,7 @@ async def spent(pacing: Pacing, clock: Clock, me: Party, method: str, rate: Rate
 
 @pytest.mark.parametrize("right", CALLERS, ids=str)
 async def test_every_role_has_so_many_calls_under_way(clock: Clock, right: Role | None) -> None:
-    pacing, me = Pacing(clock), Party(right, "me")
+    pacing, me = Pacing(TIMING, clock), Party(right, "me")
     held = [pacing.paced(me, "/x/y") for _ in range(CALLERS[right].under_way)]
     for each in held:
         await each.__aenter__()
@@ -252,7 +252,7 @@ async def test_every_role_has_so_many_calls_under_way(clock: Clock, right: Role 
 
 async def test_refusals_are_held_back_only_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MOST_REFUSALS_HELD", 1)
-    pacing, me = Pacing(timing=replace(TIMING, refusal_delay_s=30.0)), Party(None, "me")
+    pacing, me = Pacing(replace(TIMING, refusal_delay_s=30.0)), Party(None, "me")
     held = [pacing.paced(me, "/x/y") for _ in range(CALLERS[None].under_way)]
     for each in held:
         await each.__aenter__()
@@ -266,7 +266,7 @@ async def test_refusals_are_held_back_only_while_they_are_few(monkeypatch: pytes
 
 async def test_the_callers_that_are_remembered_are_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MOST_CALLERS", 10)
-    pacing = Pacing(clock)
+    pacing = Pacing(TIMING, clock)
     for number in range(50):
         await call(pacing, Party(Role.CLIENT, str(number)))
     assert len(pacing._buckets) == 10 and not pacing._under_way

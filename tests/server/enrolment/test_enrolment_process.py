@@ -28,6 +28,7 @@ from fedpeft_server.access.bounds import ENROLMENT, PortBound, Rate
 from fedpeft_server.enrolment import supervisor
 from fedpeft_server.enrolment.relay import Connection, Relay
 from fedpeft_server.enrolment.supervisor import Enrolment
+from fedpeft_server.timing import TIMING
 
 from ..secured import Federation
 
@@ -62,7 +63,7 @@ async def echoing(folder: Path, **changes: object) -> AsyncIterator[Echo]:
     echoes: list[asyncio.Task[None] | None] = []
     path = str(folder / "echo")
     server = await asyncio.start_unix_server(echo, path)
-    relay = Relay(path, replace(ENROLMENT, **changes))  # type: ignore[arg-type]
+    relay = Relay(path, TIMING, replace(ENROLMENT, **changes))  # type: ignore[arg-type]
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
     serving = asyncio.create_task(relay.serve(listening))
     found = Echo(relay, f"127.0.0.1:{listening.getsockname()[1]}")
@@ -120,7 +121,7 @@ async def test_one_address_has_so_many_connections_and_the_oldest_gives_way(tmp_
 
 
 async def test_all_addresses_have_so_many_connections_and_the_greediest_gives_way(tmp_path: Path) -> None:
-    relay = Relay(str(tmp_path / "nobody"), replace(ENROLMENT, connections=6, per_address=4))
+    relay = Relay(str(tmp_path / "nobody"), TIMING, replace(ENROLMENT, connections=6, per_address=4))
     ends: list[socket.socket] = []
 
     def take(address: str) -> Connection:
@@ -289,13 +290,13 @@ def test_the_folder_of_a_killed_daemon_is_removed_by_the_next(monkeypatch: pytes
     script = (
         "import os, signal, socket\n"
         "from fedpeft_server.enrolment.supervisor import Enrolment\n"
-        "kept = Enrolment(socket.socket(), None, None, None)\n"
+        "kept = Enrolment(socket.socket(), None, None, None, None)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
     assert killed.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
-    others = [Enrolment(socket.socket(), None, None, None) for _ in range(2)]  # type: ignore[arg-type]
+    others = [Enrolment(socket.socket(), None, None, None, TIMING) for _ in range(2)]  # type: ignore[arg-type]
     assert not left.exists()
     places = {Path(each.socket).parent for each in others}
     assert set(tmp_path.iterdir()) == places and {place.stat().st_mode & 0o777 for place in places} == {0o700}

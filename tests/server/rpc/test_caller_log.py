@@ -34,7 +34,7 @@ class Desk:
     def __init__(self) -> None:
         self.clock = Clock()
         self.metrics = Metrics()
-        self.log = CallerLog(self.metrics, self.clock)
+        self.log = CallerLog(self.metrics, TIMING, self.clock)
 
     def call(self, name: str = "a", method: str = "/x/y") -> None:
         CALL.set(Call(method, party=Party(Role.CLIENT, name)))

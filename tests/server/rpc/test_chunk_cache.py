@@ -16,6 +16,7 @@ from fedpeft.rpc.status import from_rpc_error
 from fedpeft_server.rpc.chunk_cache import ChunkCache
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 from fedpeft_server.store.store import Store
+from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, config
 
@@ -27,7 +28,7 @@ FAULTS = [StateInvalid("no bucket"), OSError("no disk"), RuntimeError("?")]
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
     (tmp_path / "data").mkdir()
-    store = Store(tmp_path / "data", "", "", keep_updates=False)
+    store = Store(tmp_path / "data", "", "", keep_updates=False, timing=TIMING)
     yield store
     await asyncio.to_thread(store.close)
 

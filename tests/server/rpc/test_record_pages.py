@@ -18,6 +18,7 @@ from fedpeft_server.rpc.pages import PAGE_BYTES
 from fedpeft_server.store import tables
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import Place, RunState
+from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, StartDaemon
 from ..connections import on_each_connection
@@ -39,7 +40,7 @@ RECORDS = {number: record(number) for number in SIZES}
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("records")
     write_run(folder, RUN, len(SIZES), 3, state=RunState.COMPLETED)
-    database = Database.open(f"sqlite:///{folder / 'fedpeft.db'}")
+    database = Database.open(f"sqlite:///{folder / 'fedpeft.db'}", TIMING)
     with database.transactions.begin() as connection:
         for number, text in RECORDS.items():
             facts = {"record": text, "record_sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -111,7 +112,7 @@ async def test_a_token_is_for_the_list_that_it_came_from(daemon: Daemon) -> None
 
 def test_a_page_reads_no_more_than_it_sends(data: Path) -> None:
     """Of 7 rounds with 9 MB of records, the first page has those up to 1 MiB, whole, and no part of the next."""
-    database = Database.open(f"sqlite:///{data / 'fedpeft.db'}")
+    database = Database.open(f"sqlite:///{data / 'fedpeft.db'}", TIMING)
     rows, then = database.rounds_from(RUN, Place(), 1000, 2000, {})
     assert [(row.round.number, len(row.record)) for row in rows] == [(1, 10), (2, 600_000)] and then == Place(2)
     rows, then = database.rounds_from(RUN, Place(3), 1000, 2000, {})

@@ -9,6 +9,7 @@ import pytest
 
 from fedpeft_server.runs import actor, aggregation, engine
 from fedpeft_server.store.store import Store
+from fedpeft_server.timing import TIMING
 
 from .two_servers import Clock, Cluster
 
@@ -27,7 +28,7 @@ def cluster(tmp_path: Path, url: str, clock: Clock) -> Iterator[Cluster]:
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()
-    stores = [Store(folder, url, *shared, keep_updates=False) for folder in folders]
+    stores = [Store(folder, url, *shared, keep_updates=False, timing=TIMING) for folder in folders]
     yield Cluster(stores, clock)
     for store in stores:
         store.close()

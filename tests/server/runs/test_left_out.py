@@ -8,6 +8,7 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server.runs.lobby import Lobby
+from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, RawClient, config
 
@@ -41,7 +42,7 @@ async def test_no_offer_no_ticket_and_no_version_of_a_run_that_is_left_out(
 
 
 async def test_a_seat_is_not_for_the_runs_that_are_left_out() -> None:
-    lobby = Lobby(lambda _: None)
+    lobby = Lobby(lambda _: None, TIMING)
     await lobby.wait("a", "", trainer=True, hold_s=0.0, left_out=frozenset({"run-a"}))
     assert lobby.waiting("run-a") == frozenset() and lobby.waiting("run-b") == {"a"}
 

@@ -54,7 +54,7 @@ def test_what_is_said_of_a_client(
     progress: Progress, after_s: float, heard_s: float, past: Past, uploading: bool, words: str
 ) -> None:
     now = START + after_s
-    verdict = judge(progress, now, heard=now - heard_s, past=past, uploading=uploading)
+    verdict = judge(progress, now, heard=now - heard_s, past=past, uploading=uploading, timing=TIMING)
     assert (verdict.words, verdict.state.is_well) == (words, words.startswith(("training", "uploading")))
 
 
@@ -75,13 +75,13 @@ def test_what_is_said_of_a_client_that_is_refused(
     now = START + 300
     waiting = replace(progress, refusal=Refusal(transfer, FULL, now - 3))
     past = Past() if uploading else Past((40.0, 40.0))
-    verdict = judge(waiting, now, heard=now - 1, past=past, uploading=uploading)
+    verdict = judge(waiting, now, heard=now - 1, past=past, uploading=uploading, timing=TIMING)
     assert (verdict.words, verdict.refused, verdict.is_well) == (words, "" if uploading else FULL, uploading)
-    assert judge(waiting, now, heard=now - 60).state is State.SILENT
+    assert judge(waiting, now, heard=now - 60, timing=TIMING).state is State.SILENT
 
 
 def test_a_client_that_was_heard_before_its_ticket_is_silent_since_the_ticket() -> None:
-    assert judge(Progress.at(START), START + 20, heard=START - 100).state is State.TRAINING
+    assert judge(Progress.at(START), START + 20, heard=START - 100, timing=TIMING).state is State.TRAINING
 
 
 @given(st.floats(0.01, 300), st.integers(1, 50))
@@ -90,12 +90,16 @@ def test_an_honest_pace_is_said_to_hang_only_before_it_is_known(step_s: float, s
     progress = Progress.at(START).reported(0, steps, START)
     for step in range(1, steps + 1):
         before = START + step * step_s - 0.001
-        verdict = judge(progress, before, heard=before)
+        verdict = judge(progress, before, heard=before, timing=TIMING)
         assert not verdict.state.hangs or (step == 1 and step_s >= TIMING.stalled_s)
         progress = progress.reported(step, steps, START + step * step_s)
     assert progress.step_s(Past()) == pytest.approx(step_s)
     known = judge(
-        Progress.at(START).reported(0, steps, START), START + step_s, heard=START + step_s, past=Past((), (step_s,))
+        Progress.at(START).reported(0, steps, START),
+        START + step_s,
+        heard=START + step_s,
+        past=Past((), (step_s,)),
+        timing=TIMING,
     )
     assert not known.state.hangs
 

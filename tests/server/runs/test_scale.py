@@ -17,6 +17,7 @@ from fedpeft.errors import TicketNotFound
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.store.rows import AnswerRow
+from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, RawClient, config, filled
 
@@ -153,7 +154,7 @@ async def test_a_look_at_the_lobby_costs_the_same_however_many_wait(daemon: Daem
 )
 def test_who_may_be_sampled_is_what_all_seats_say(steps: list[tuple[str, str, str]]) -> None:
     accepted: set[tuple[str, str]] = set()
-    lobby = Lobby(lambda _: None, lambda run, client: (run, client) in accepted)
+    lobby = Lobby(lambda _: None, TIMING, lambda run, client: (run, client) in accepted)
 
     async def take(step: str, client: str, run: str) -> None:
         match step:

@@ -34,6 +34,7 @@ from fedpeft_server.store.rows import (
     VersionRow,
 )
 from fedpeft_server.store.store import Store, version_key
+from fedpeft_server.timing import TIMING
 from fedpeft_server.traffic import ByteCounter
 
 from ..conftest import SPEC, filled, zeros
@@ -95,8 +96,8 @@ class Server:
         self.background = Background(metrics, lambda: faults.append(True))
         self.faults = faults
         participation = Participation(AnswerRow(run.id, name, True) for name in CLIENTS)
-        parts = store, Lobby(lambda: None), participation, ByteCounter(metrics), metrics, self.background
-        self.engine = RunEngine(run, current, *parts, lambda run, tickets: None, lambda engine: None)
+        parts = store, Lobby(lambda: None, TIMING), participation, ByteCounter(metrics), metrics, self.background
+        self.engine = RunEngine(run, current, *parts, lambda run, tickets: None, lambda engine: None, TIMING)
 
     @classmethod
     async def of(cls, store: Store, run: str) -> Server:

@@ -23,6 +23,7 @@ from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 from fedpeft_server.store.rows import RunRow, VersionRow
 from fedpeft_server.store.store import FILE_THREADS, VERSION_THREADS, Store, version_key
+from fedpeft_server.timing import TIMING
 
 from ..rows import CONFIG, RUN, run_row
 
@@ -162,7 +163,7 @@ def test_a_file_that_cannot_be_removed_hinders_nothing_and_is_tried_again(
 @pytest.fixture
 async def store(tmp_path: Path, blobs: Slow) -> AsyncIterator[Store]:
     (tmp_path / "data").mkdir()
-    store = Store(tmp_path / "data", "", "", keep_updates=False)
+    store = Store(tmp_path / "data", "", "", keep_updates=False, timing=TIMING)
     store.download_cache = DownloadCache(tmp_path / "outbound", blobs)
     yield store
     blobs.go.set()

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable
-from fedpeft_server.store import postgresql
 from fedpeft_server.store.connection import connect
 from fedpeft_server.store.database import Database
+from fedpeft_server.timing import TIMING
 
 from ..rows import run_row, version_row
 
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgresql, "BUSY_S", 1)
-    monkeypatch.setattr(postgresql, "LOST_S", 2)
+SHORT = replace(TIMING, database_busy_s=1.0, database_lost_s=2.0)
 
 
 def test_a_lock_held_elsewhere(postgresql_url: str) -> None:
-    database, other = Database.open(postgresql_url), connect(postgresql_url)
+    database, other = Database.open(postgresql_url, SHORT), connect(postgresql_url, SHORT)
     with other.begin() as connection:
         connection.execute(text("LOCK TABLE runs"))
         with pytest.raises(DatabaseLocked, match="locked by another session for 1 s"):
@@ -35,7 +32,7 @@ def test_a_lock_held_elsewhere(postgresql_url: str) -> None:
 
 
 def test_a_statement_that_takes_for_ever_and_a_transaction_that_does_nothing(postgresql_url: str) -> None:
-    database = Database.open(postgresql_url)
+    database = Database.open(postgresql_url, SHORT)
     with (
         pytest.raises(DatabaseUnavailable, match="did not answer within 2 s"),
         database.transactions.begin() as connection,
@@ -54,12 +51,12 @@ def test_a_server_that_takes_the_connection_and_says_nothing(tmp_path: Path) -> 
         silent.listen()
         began = time.monotonic()
         with pytest.raises(DatabaseUnavailable, match="timeout"):
-            Database.open(f"postgresql://postgres@/nothing?host={tmp_path}")
+            Database.open(f"postgresql://postgres@/nothing?host={tmp_path}", SHORT)
         assert time.monotonic() - began < 10
 
 
 def test_a_url_decides_where_it_says_something(postgresql_url: str) -> None:
-    engine = connect(postgresql_url + "&connect_timeout=7&options=-c%20statement_timeout%3D7000")
+    engine = connect(postgresql_url + "&connect_timeout=7&options=-c%20statement_timeout%3D7000", SHORT)
     with engine.begin() as connection:
         driver = connection.connection.driver_connection
         assert driver is not None

@@ -26,6 +26,7 @@ from fedpeft_server.store.rows import (
     Traffic,
     Transition,
 )
+from fedpeft_server.timing import TIMING
 
 from ..rows import CONFIG, RUN, after_receipt, opened, outcome, run_row, shown, update_row, version_row, write
 
@@ -49,12 +50,12 @@ class TestRounds:
         assert with_run.run(RUN).state is RunState.STOPPED
 
     def test_what_another_process_wrote_before_is_seen(self, url: str) -> None:
-        first = Database.open(url)
+        first = Database.open(url, TIMING)
         first.create_run(run_row(), version_row(0))
         state = opened()
         write(first, state)
         first.close()
-        second = Database.open(url)
+        second = Database.open(url, TIMING)
         received = after_receipt(state)
         write(second, received, update_row(state.tickets[0].id))
         assert in_database(second) == received
@@ -129,7 +130,7 @@ def in_database(database: Database) -> Round:
 
 
 def test_a_receipt_writes_the_tickets_that_changed_and_no_others(sqlite_url: str) -> None:
-    database = Database.open(sqlite_url)
+    database = Database.open(sqlite_url, TIMING)
     database.create_run(run_row(), version_row(0))
     state = opened(clients=3000)
     write(database, state)
@@ -149,7 +150,8 @@ from fedpeft.rounds.state_machine import Received, Waiting
 from fedpeft.rounds.transitions import RunStatus, transition
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import Transition, UpdateRow
-database, config = Database.open(sys.argv[1]), RoundsConfig(clients=400)
+from fedpeft_server.timing import TIMING
+database, config = Database.open(sys.argv[1], TIMING), RoundsConfig(clients=400)
 ((run, current),) = database.standings(sys.argv[2])
 status = RunStatus(run.revision, run.state, run.reason, run.version, current)
 made = transition(status, [Waiting(frozenset(f"client-{i:03}" for i in range(400)))], config, 1.0)
@@ -163,7 +165,7 @@ for ticket in made.round.tickets:
 
 @pytest.mark.parametrize("receipts", [1, 40])
 def test_killed_between_any_two_instructions_it_keeps_every_receipt(sqlite_url: str, receipts: int) -> None:
-    database = Database.open(sqlite_url)
+    database = Database.open(sqlite_url, TIMING)
     database.create_run(run_row(), version_row(0))
     database.close()
     process = subprocess.Popen([sys.executable, "-c", CRASHING, sqlite_url, RUN], stdout=subprocess.PIPE, text=True)
@@ -173,7 +175,7 @@ def test_killed_between_any_two_instructions_it_keeps_every_receipt(sqlite_url: 
     receipted += process.stdout.read().split("\n")[:-1]
     process.stdout.close()
     assert process.wait(10) == -signal.SIGKILL
-    database = Database.open(sqlite_url)
+    database = Database.open(sqlite_url, TIMING)
     durable = {t.id for t in in_database(database).in_state(TicketState.RECEIVED)}
     assert durable == set(database.updates(RUN, 1))
     assert set(receipted) <= durable

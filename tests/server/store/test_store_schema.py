@@ -17,6 +17,7 @@ from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, StateI
 from fedpeft_server.store import tables
 from fedpeft_server.store.connection import connect
 from fedpeft_server.store.database import Database
+from fedpeft_server.timing import TIMING
 
 from ..rows import RUN, opened, run_row, version_row, write
 
@@ -28,31 +29,31 @@ def migrations_once() -> None:
 
 class TestSchema:
     def test_the_migrations_make_the_tables_of_the_code(self, url: str) -> None:
-        Database.open(url).close()
-        engine = connect(url)
+        Database.open(url, TIMING).close()
+        engine = connect(url, TIMING)
         with engine.begin() as connection:
             assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
         engine.dispose()
 
     def test_opening_again_changes_nothing(self, url: str) -> None:
         for _ in range(2):
-            database = Database.open(url)
+            database = Database.open(url, TIMING)
             if not database.runs():
                 database.create_run(run_row(), version_row(0))
             assert [r.id for r in database.runs()] == [RUN]
             database.close()
 
     def test_a_newer_schema_asks_for_a_newer_server(self, url: str) -> None:
-        Database.open(url).close()
-        engine = connect(url)
+        Database.open(url, TIMING).close()
+        engine = connect(url, TIMING)
         with engine.begin() as connection:
             connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
         engine.dispose()
         with pytest.raises(StateInvalid, match=r"schema 9999.*upgrade the server"):
-            Database.open(url)
+            Database.open(url, TIMING)
 
     def test_who_was_enrolled_again_before_restorations_were_known_is_not_refused(self, url: str) -> None:
-        engine = connect(url)
+        engine = connect(url, TIMING)
         config = Config()
         config.set_main_option("script_location", "fedpeft_server.store:migrations")
         config.set_main_option("path_separator", "os")
@@ -66,12 +67,12 @@ class TestSchema:
                 )
                 connection.execute(text(insert), row)
         engine.dispose()
-        database = Database.open(url)
+        database = Database.open(url, TIMING)
         assert [row.refused_until for row in database.identities.after(("", ""))] == [10.0, math.inf]
         database.close()
 
     def test_sqlite_loses_nothing_and_keeps_references(self, sqlite_url: str) -> None:
-        engine = connect(sqlite_url)
+        engine = connect(sqlite_url, TIMING)
         with engine.connect() as connection:
             pragmas = [
                 connection.execute(text(f"PRAGMA {p}")).scalar()
@@ -85,19 +86,19 @@ class TestFaults:
     @pytest.mark.parametrize("url", ["nonsense", "oracle+thin://x/y", "mysql://x/y"])
     def test_a_url_that_is_none(self, url: str) -> None:
         with pytest.raises(StateInvalid):
-            Database.open(url)
+            Database.open(url, TIMING)
 
     def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
         with pytest.raises(StateInvalid, match="cannot be opened"):
-            Database.open(f"sqlite:///{tmp_path / 'missing' / 'server.db'}")
+            Database.open(f"sqlite:///{tmp_path / 'missing' / 'server.db'}", TIMING)
 
     def test_a_file_that_is_no_database(self, tmp_path: Path, sqlite_url: str) -> None:
         (tmp_path / "server.db").write_bytes(b"this is a letter to my aunt" * 1000)
         with pytest.raises(StateInvalid, match="corrupt"):
-            Database.open(sqlite_url)
+            Database.open(sqlite_url, TIMING)
 
     def test_a_database_with_overwritten_pages(self, tmp_path: Path, sqlite_url: str) -> None:
-        database = Database.open(sqlite_url)
+        database = Database.open(sqlite_url, TIMING)
         database.create_run(run_row(), version_row(0))
         write(database, opened(clients=500))
         database.close()
@@ -105,10 +106,10 @@ class TestFaults:
             file.seek(8 * 4096)
             file.write(b"\xa5" * 4096 * 20)
         with pytest.raises(StateInvalid, match="corrupt"):
-            Database.open(sqlite_url)
+            Database.open(sqlite_url, TIMING)
 
     def test_a_full_disk(self, sqlite_url: str) -> None:
-        database = Database.open(sqlite_url)
+        database = Database.open(sqlite_url, TIMING)
         database.create_run(run_row(), version_row(0))
         with database.transactions.engine.connect() as connection:
             connection.execute(text("PRAGMA max_page_count = 1"))
@@ -122,7 +123,7 @@ class TestFaults:
         database.close()
 
     def test_a_lock_held_elsewhere(self, tmp_path: Path, sqlite_url: str) -> None:
-        database = Database.open(sqlite_url)
+        database = Database.open(sqlite_url, TIMING)
         with database.transactions.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA busy_timeout = 50")
             connection.rollback()
@@ -139,4 +140,4 @@ class TestFaults:
     def test_a_postgresql_that_does_not_answer(self, tmp_path: Path) -> None:
         pytest.importorskip("psycopg", reason="psycopg is not installed")
         with pytest.raises(DatabaseUnavailable, match="postgresql"):
-            Database.open(f"postgresql://postgres@/nothing?host={tmp_path}")
+            Database.open(f"postgresql://postgres@/nothing?host={tmp_path}", TIMING)

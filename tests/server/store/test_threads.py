@@ -22,6 +22,7 @@ from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import Place
 from fedpeft_server.store.store import Store
 from fedpeft_server.store.transactions import READERS, Transactions
+from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, StartDaemon, config, filled
 from ..rows import run_row, version_row
@@ -123,7 +124,7 @@ async def test_a_receipt_is_given_while_lists_take_long(
 def both(tmp_path: Path, url: str) -> Iterator[Store]:
     """A store on each kind of database."""
     (tmp_path / "data").mkdir()
-    opened = Store(tmp_path / "data", url, "", keep_updates=False)
+    opened = Store(tmp_path / "data", url, "", keep_updates=False, timing=TIMING)
     yield opened
     opened.close()
 

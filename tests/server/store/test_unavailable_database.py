@@ -18,6 +18,7 @@ from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server.runs import aggregation
 from fedpeft_server.store import connection
 from fedpeft_server.store.database import Database
+from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, StartDaemon, config, filled
 
@@ -158,7 +159,7 @@ async def test_a_round_is_folded_once_the_database_is_back(
 def test_a_start_without_postgresql_says_what_to_do(postgresql: PostgreSQL) -> None:
     postgresql.refuse()
     with pytest.raises(DatabaseUnavailable, match=r"cannot be reached .*; start it"):
-        Database.open(postgresql.url)
+        Database.open(postgresql.url, TIMING)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_every_state_in_which_postgresql_cannot_be_used_has_a_sentence(sqlstate:
     from sqlalchemy.exc import OperationalError
 
     cause = psycopg.errors.lookup(sqlstate)("words") if sqlstate != "08006" else psycopg.errors.ConnectionFailure("w")
-    with pytest.raises(DatabaseUnavailable, match=sentence), connection.translated("x"):
+    with pytest.raises(DatabaseUnavailable, match=sentence), connection.translated("x", TIMING):
         raise OperationalError("SELECT 1", {}, cause)
 
 
@@ -188,7 +189,7 @@ def test_a_transaction_that_postgresql_undid_for_another_one_is_made_again(sqlst
     psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
     from sqlalchemy.exc import OperationalError
 
-    with pytest.raises(DatabaseLocked, match="undid a transaction"), connection.translated("x"):
+    with pytest.raises(DatabaseLocked, match="undid a transaction"), connection.translated("x", TIMING):
         raise OperationalError("SELECT 1", {}, psycopg.errors.lookup(sqlstate)("words"))
 
 

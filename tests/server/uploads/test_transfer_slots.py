@@ -206,7 +206,7 @@ async def come(line: TransferSlots, client: str, order: list[str], stack: AsyncE
 
 
 async def test_turns_come_in_the_order_in_which_they_were_asked_for() -> None:
-    line, order = TransferSlots(1), []
+    line, order = TransferSlots(1, TIMING), []
     async with AsyncExitStack() as stack:
         stacks = {name: await stack.enter_async_context(AsyncExitStack()) for name in "abcd"}
         await come(line, "a", order, stacks["a"])
@@ -221,7 +221,7 @@ async def test_turns_come_in_the_order_in_which_they_were_asked_for() -> None:
 
 
 async def test_who_asks_again_at_once_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    line, order = TransferSlots(1), []
+    line, order = TransferSlots(1, TIMING), []
     async with AsyncExitStack() as first, AsyncExitStack() as second, AsyncExitStack() as third:
         await come(line, "a", order, first)
         monkeypatch.setattr(transfer_slots, "HOLD_S", 0.05)
@@ -255,7 +255,7 @@ async def test_who_does_not_come_back_keeps_nobody_waiting(monkeypatch: pytest.M
 
 
 async def test_a_wait_that_is_cancelled_takes_no_turn_with_it() -> None:
-    line = TransferSlots(1)
+    line = TransferSlots(1, TIMING)
     async with line.take("a"):
         waits = asyncio.create_task(line.take("b").__aenter__())
         await asyncio.sleep(0)
@@ -270,7 +270,7 @@ async def test_a_wait_that_is_cancelled_takes_no_turn_with_it() -> None:
 
 
 async def test_a_client_has_one_turn_and_one_place() -> None:
-    line = TransferSlots(2)
+    line = TransferSlots(2, TIMING)
     async with line.take("a") as first:
         async with line.take("a") as second:
             second.check()
