@@ -1,0 +1,63 @@
+"""Section `[codec]` of the run file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from fedpeft.config.section import Section, registered
+from fedpeft.registry import registry_of
+
+
+class CodecConfig(Section):
+    """`[codec]`: how tensors travel."""
+
+    up: str = "float32"
+    """float32, float16, bfloat16, or sparse; or a codec that is installed beside fedpeft."""
+    down: str = "float32"
+    """Encoding of adapter versions on their way to clients: as `up`, but for those that are sparse."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of values kept by sparse: the largest by magnitude over the whole update."""
+    values: str = "float32"
+    """Encoding of the values that sparse keeps: float32, float16 or bfloat16."""
+    error_feedback: bool = True
+    """Adds what was not sent, or not counted, to the client's next update."""
+
+    @field_validator("up")
+    @classmethod
+    def _of_updates(cls, name: str) -> str:
+        # The registry knows sparse with the encoding of its values; a run file names that beside it.
+        known = sorted({each.partition("+")[0] for each in registry_of("fedpeft.codecs").names()})
+        if name not in known:
+            raise ValueError(f"there is no encoding {name!r}; there are: {', '.join(known)}")
+        return name
+
+    @field_validator("down")
+    @classmethod
+    def _whole(cls, name: str) -> str:
+        registry = registry_of("fedpeft.codecs")
+        if any(each.startswith(f"{name}+") for each in registry.names()) or (
+            registry.get(registered("fedpeft.codecs", name)).is_sparse
+        ):
+            raise ValueError(f"{name!r} is sparse, and a version has all of its values")
+        return name
+
+    @field_validator("values")
+    @classmethod
+    def _of_sparse(cls, name: str) -> str:
+        known = sorted({each.partition("+")[2] for each in registry_of("fedpeft.codecs").names()} - {""})
+        if name not in known:
+            raise ValueError(f"there is no encoding {name!r} of kept values; there are: {', '.join(known)}")
+        return name
+
+    @model_validator(mode="after")
+    def _composes(self) -> Self:
+        registered("fedpeft.codecs", self.encoding)
+        return self
+
+    @property
+    def encoding(self) -> str:
+        """The registered codec of updates: `up`, or with `values` behind it where such a one is (`sparse+float32`)."""
+        composed = f"{self.up}+{self.values}"
+        return composed if composed in registry_of("fedpeft.codecs") else self.up

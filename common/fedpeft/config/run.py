@@ -1,0 +1,90 @@
+"""The whole run file, and the ways to read and check it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from fedpeft import text_files
+from fedpeft.config.aggregation import AggregationConfig
+from fedpeft.config.codec import CodecConfig
+from fedpeft.config.model import ModelConfig
+from fedpeft.config.peft import PeftConfig
+from fedpeft.config.privacy import PrivacyConfig
+from fedpeft.config.rounds import RoundsConfig
+from fedpeft.config.section import Name, Section
+from fedpeft.config.simulation import SimulationConfig
+from fedpeft.config.training import TrainingConfig
+from fedpeft.config_errors import faults_of, in_file
+from fedpeft.errors import ConfigInvalid, ModelInvalid
+
+
+class RunConfig(Section):
+    """A run file."""
+
+    name: Name = "run"
+    """A label for people; need not be unique."""
+    model: ModelConfig
+    peft: PeftConfig
+    rounds: RoundsConfig = Field(default_factory=RoundsConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    aggregation: AggregationConfig = Field(default_factory=AggregationConfig)
+    codec: CodecConfig = Field(default_factory=CodecConfig)
+    privacy: PrivacyConfig | None = None
+    simulation: SimulationConfig | None = None
+
+
+def parse_config(data: Mapping[str, Any]) -> RunConfig:
+    """Validates a run configuration that came from anywhere but a file.
+
+    Raises:
+        ConfigInvalid: With one field-level fault for each field that is wrong.
+    """
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        faults = faults_of(error, data)
+        raise ConfigInvalid("; ".join(f"{path}: {text}" for path, text in faults), faults) from None
+
+
+def load_run_file(path: Path) -> RunConfig:
+    """Reads and validates a TOML run file.
+
+    Raises:
+        ConfigInvalid: If the file cannot be read, is not TOML, or breaks a rule; with file, line and field.
+    """
+    text = _read(path)
+    try:
+        data = text_files.toml(text)
+    except ValueError as error:
+        raise ConfigInvalid(f"{path} is not a TOML file: {error}") from None
+    with faults_in(path):
+        return parse_config(data)
+
+
+@contextmanager
+def faults_in(path: Path) -> Iterator[None]:
+    """Gives the faults of a run file that are found inside their lines: some show only once the model is built.
+
+    Raises:
+        ConfigInvalid: For every error that names fields, with file, line and field; others pass as they are.
+    """
+    try:
+        yield
+    except (ConfigInvalid, ModelInvalid) as error:
+        if not error.fields:
+            raise
+        raise ConfigInvalid(in_file(path, _read(path), error.fields), error.fields) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return text_files.read(path)
+    except OSError as error:
+        raise ConfigInvalid(f"cannot read run file {path}: {error.strerror}") from None
+    except text_files.NotText as error:
+        raise ConfigInvalid(f"{path} is not a TOML file: {error}") from None

@@ -1,0 +1,70 @@
+"""Sections of the run file: what all of them share, and how a section names what is registered."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from fedpeft.config_errors import nested
+from fedpeft.errors import FedpeftError
+from fedpeft.registry import registry_of
+
+
+def _plain(text: str) -> str:
+    """Refuses control characters: names are printed on terminals, where they would move the cursor or worse."""
+    if wrong := [c for c in text if unicodedata.category(c) == "Cc"]:
+        raise ValueError(f"holds the control character {wrong[0]!r}")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_plain)]
+ClassName = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_plain)]
+
+
+class Section(BaseModel):
+    """A section: frozen, and without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class OptionedSection(Section):
+    """A section whose further keys are the options of what it names."""
+
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        """Moves the keys beside the fields into `options`, as the TOML file writes them."""
+        if not isinstance(data, Mapping):
+            return data
+        own = {k: v for k, v in data.items() if k in cls.model_fields}
+        beside = {k: v for k, v in data.items() if k not in cls.model_fields}
+        options = own.get("options", {})
+        return {**own, "options": {**options, **beside}} if isinstance(options, Mapping) else dict(data)
+
+
+def registered(package: str, name: str) -> str:
+    """Returns a name that a package's registry knows; raises `ValueError` for another."""
+    try:
+        registry_of(package).get(name)
+    except FedpeftError as error:
+        raise ValueError(error.message) from None
+    return name
+
+
+def known_in(package: str) -> AfterValidator:
+    """Returns what refuses a name that a package's registry does not know."""
+    return AfterValidator(partial(registered, package))
+
+
+def check_options(package: str, name: str, options: Mapping[str, Any]) -> None:
+    """Checks the options of what is registered under a name; raises the faults of keys below `options`."""
+    try:
+        registry_of(package).get(name).Options.model_validate(options)
+    except ValidationError as error:
+        raise nested(error, options) from None

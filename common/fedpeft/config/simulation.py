@@ -1,0 +1,45 @@
+"""Section `[simulation]` of the run file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedpeft.config.section import Section
+
+
+class SimulationConfig(Section):
+    """`[simulation]`: ignored by a daemon."""
+
+    clients: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    """Simulated clients among which the data is partitioned."""
+    partition: Literal["iid", "dirichlet", "quantity", "natural"] = "iid"
+    """Scheme of the division; with `column` given, natural."""
+    alpha: Annotated[float, Field(gt=0)] = 0.1
+    """Concentration for dirichlet and quantity: smaller is more skewed."""
+    column: str | None = None
+    """The column whose values are the clients, for natural."""
+    image_column: str | None = None
+    """Column of parquet that holds the images; image or img if absent."""
+    label_column: str | None = None
+    """Column of parquet that holds the labels; label or labels if absent."""
+    max_image_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Pixels of the largest image that is opened; Pillow's limit, 178,956,970, if absent."""
+    engine: Annotated[str, Field(min_length=1, max_length=64)] = "inprocess"
+    """Registered name of the engine of the simulated clients: inprocess (one after the other), processes (several)."""
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Worker processes of the engine processes; as many as there are cores for torch's threads if absent."""
+
+    @model_validator(mode="after")
+    def _one_scheme(self) -> Self:
+        if self.partition == "natural" and self.column is None:
+            raise ValueError("partition natural needs column")
+        if self.column is not None and "partition" in self.model_fields_set and self.partition != "natural":
+            raise ValueError(f"column {self.column!r} is for partition natural, not {self.partition}")
+        return self
+
+    @property
+    def scheme(self) -> Literal["iid", "dirichlet", "quantity", "natural"]:
+        """The partition that is meant."""
+        return self.partition if self.column is None else "natural"
