@@ -238,7 +238,7 @@ class Daemon:
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty database of SQLite, with the schema as all migrations leave it."""
     path = tmp_path_factory.mktemp("migrated") / "fedpeft.db"
-    Database.open(f"sqlite:///{path}").close()
+    Database.open(f"sqlite:///{path}", TIMING).close()
     return path
 
 
