@@ -79,6 +79,8 @@ def test_a_frozen_client_and_a_frozen_training_are_shown_within_a_minute(federat
     wait_for(
         lambda: {row["progress"]["state"] for row in _clients(federation).values()} == {"training"}, "both to be back"
     )
+    # A list shows a client as it is now; the log says so at the next look at all of them.
+    wait_for(lambda: len(server.events("client is back")) == len(frozen), "both to be logged")
     for event in ("client hangs", "client is back"):
         assert sorted(line["client"] for line in server.events(event)) == ["alice", "bob"]
 
