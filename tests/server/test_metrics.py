@@ -26,7 +26,7 @@ from fedpeft_server import metrics as metrics_module
 from fedpeft_server.access.files import Files
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc.sessions import Sessions, Silence
-from fedpeft_server.runs import gauges
+from fedpeft_server.runs.gauges import RunGauges
 from fedpeft_server.store.rows import ClientRow, RunState
 from fedpeft_server.timing import TIMING
 
@@ -86,7 +86,7 @@ def test_an_open_round_shows_its_clock_its_quorum_and_its_budget() -> None:
     metrics = Metrics()
     tickets = Tickets((Ticket("t1", "a", TicketState.RECEIVED), Ticket("t2", "b")))
     current = Round(RUN, 2, Phase.OPEN, tickets, opened_at=1000.0, deadline=1600.0, extensions=1)
-    gauges.show(metrics, run_row(), current)
+    RunGauges(metrics).show(run_row(), current)
     shown = {
         name: samples(metrics, f"fedpeft_{name}")[RUN,]
         for name in (
@@ -128,9 +128,10 @@ def test_what_does_not_apply_has_no_series() -> None:
     over = Round(RUN, 1, Phase.COMMITTED, Tickets(), 1000.0)
     stopped = Round(RUN, 1, Phase.OPEN, Tickets(), 1000.0, stopped=True)
     for after in (over, stopped, Round(RUN, 2)):
-        gauges.show(metrics, run, Round(RUN, 1, Phase.OPEN, Tickets(), 1000.0, 1600.0))
+        shown = RunGauges(metrics)
+        shown.show(run, Round(RUN, 1, Phase.OPEN, Tickets(), 1000.0, 1600.0))
         assert samples(metrics, "fedpeft_round_deadline_timestamp_seconds") == {(RUN,): 1600}
-        gauges.show(metrics, replace(run, state=RunState.PAUSED, model_parameters=0), after)
+        shown.show(replace(run, state=RunState.PAUSED, model_parameters=0), after)
         _has_no_clock(metrics)
     assert samples(metrics, "fedpeft_full_finetuning_bytes") == {}
     assert samples(metrics, "fedpeft_certificate_expiry_seconds") == {}

@@ -33,6 +33,7 @@ from fedpeft_operator.app import main
 from fedpeft_operator.top import feed
 from fedpeft_operator.top.app import TopApp
 
+from ..conftest import process_itself
 from ..console.federation import Federation
 from .conftest import Daemon, StartDaemon, config, filled, zeros
 
@@ -259,11 +260,11 @@ async def test_a_server_that_freezes_is_away_and_found_again(tmp_path: Path, mon
         app = TopApp(partial(OperatorClient, federation.address), federation.address)
         async with app.run_test(size=(80, 24)) as pilot:
             await shows(pilot, run, "UTC")
-            os.kill(federation.daemon.process.pid, signal.SIGSTOP)
+            os.kill(process_itself(federation.daemon.process.pid), signal.SIGSTOP)
             began = time.monotonic()
             await shows(pilot, f"NO CONNECTION: no FedPEFT server answers at {federation.address}", run)
             assert time.monotonic() - began < 5
-            os.kill(federation.daemon.process.pid, signal.SIGCONT)
+            os.kill(process_itself(federation.daemon.process.pid), signal.SIGCONT)
             await shows(pilot, run, "UTC", without="NO CONNECTION")
     finally:
         await asyncio.to_thread(federation.close)
