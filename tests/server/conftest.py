@@ -119,12 +119,15 @@ class RawClient:
         request = fed.PullAdapterRequest(run=run, version=version, have_sha256=have, offset=offset)
         call = self.stub.PullAdapter(request, metadata=self.metadata)
         header, data = None, bytearray()
-        async for part in call:
-            if part.HasField("header"):
-                header = part.header
-            else:
-                assert part.chunk.offset == offset + len(data)
-                data += part.chunk.data
+        try:
+            async for part in call:
+                if part.HasField("header"):
+                    header = part.header
+                else:
+                    assert part.chunk.offset == offset + len(data)
+                    data += part.chunk.data
+        finally:
+            call.cancel()  # gRPC ends a call whose reader was cancelled between two messages when that is collected
         assert header is not None
         return header, bytes(data)
 
