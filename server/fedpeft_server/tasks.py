@@ -34,6 +34,11 @@ async def ended(work: asyncio.Future[R]) -> R:
         raise
 
 
+def succeeded(work: asyncio.Future[Any]) -> bool:
+    """Returns True if work that is over has a result."""
+    return not work.cancelled() and work.exception() is None
+
+
 class TaskSet:
     """The running tasks of one object."""
 

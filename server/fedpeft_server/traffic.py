@@ -25,7 +25,7 @@ from fedpeft_server.access.call import CALL, DIRECTIONS, Call, Direction, Key
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.rows import Traffic
 from fedpeft_server.store.store import Store
-from fedpeft_server.tasks import ended
+from fedpeft_server.tasks import ended, succeeded
 
 
 class ByteCounter:
@@ -122,7 +122,7 @@ class ByteCounter:
 
     def _take_back(self, taken: Mapping[Key, Traffic], least: Mapping[Key, Traffic], made: asyncio.Task[None]) -> None:
         """Keeps the bytes of a transaction that failed."""
-        if made.cancelled() or made.exception() is not None:
+        if not succeeded(made):
             for key, traffic in taken.items():
                 self._add(key, traffic)
             for key, wanted in least.items():

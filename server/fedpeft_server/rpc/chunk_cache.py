@@ -12,6 +12,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
 from fedpeft_server.store.blobs.open_file import LateFile
 from fedpeft_server.store.store import Store
+from fedpeft_server.tasks import succeeded
 
 CHUNKS = 16
 """Chunks kept in memory."""
@@ -59,7 +60,7 @@ class ChunkCache:
         return reading
 
     def _drop_failed(self, key: _Key, reading: _Reading) -> None:
-        if (reading.cancelled() or reading.exception() is not None) and self._readings.get(key) is reading:
+        if not succeeded(reading) and self._readings.get(key) is reading:
             del self._readings[key]
 
     async def _read(self, file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:

@@ -26,7 +26,7 @@ from fedpeft.rpc.wire import CLIENT_KEY, INSTANCE_KEY, PROCESS_KEY
 from fedpeft_server.access.call import CALL
 from fedpeft_server.store.rows import ClientRow
 from fedpeft_server.store.store import Store
-from fedpeft_server.tasks import ended
+from fedpeft_server.tasks import ended, succeeded
 from fedpeft_server.timing import Timing
 from fedpeft_server.uploads.incoming import Context
 
@@ -227,7 +227,7 @@ class Sessions:
             return
 
         def take_back(written: asyncio.Task[None]) -> None:
-            if written.cancelled() or written.exception() is not None:
+            if not succeeded(written):
                 self._touched = {**touched, **self._touched}
 
         writing = store.begin(store.db.touch_clients, touched)

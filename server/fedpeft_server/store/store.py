@@ -25,7 +25,7 @@ from fedpeft_server.store.shared_transaction import SharedTransaction
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.transactions import READERS
 from fedpeft_server.store.update_store import BucketUpdates, UpdateStore
-from fedpeft_server.tasks import ended
+from fedpeft_server.tasks import ended, succeeded
 from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
@@ -218,7 +218,7 @@ class Store:
                 self._versions.submit(file.close).add_done_callback(_tell_failure)
 
     def _close(self, opening: asyncio.Future[C]) -> None:
-        if not opening.cancelled() and opening.exception() is None:
+        if succeeded(opening):
             self.soon(opening.result().close)
 
     async def forget_round(self, done: Round, run_id: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from fedpeft.adapters.payload import Manifest
 from fedpeft.errors import ChunkInvalid, TransferStalled, UpdateTooLarge, UploadIncomplete
@@ -13,7 +12,7 @@ from fedpeft.rpc.timing import STALL_S
 from fedpeft.rpc.wire import TURN_KEY
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
-from fedpeft_server.tasks import ended
+from fedpeft_server.tasks import ended, succeeded
 from fedpeft_server.uploads.incoming import Context, next_message
 from fedpeft_server.uploads.transfer_slots import TransferSlot
 
@@ -83,7 +82,7 @@ class ChunkReceiver:
         first = await _next_chunk(context, slot)
         opening = self._store.begin_file(self._open, key, manifest, first)  # most updates have no second chunk
         del first
-        opening.add_done_callback(lambda done: booked(done.result()[1]) if _succeeded(done) else None)
+        opening.add_done_callback(lambda done: booked(done.result()[1]) if succeeded(done) else None)
         try:
             writer, _ = await ended(opening)
             wanted()
@@ -110,7 +109,7 @@ class ChunkReceiver:
         self, key: str, is_kept: Callable[[], bool], opening: asyncio.Future[tuple[SpoolWriter, int]]
     ) -> None:
         """Closes the writer of an upload that broke off, and removes what nobody will continue."""
-        self._store.soon(self._abandon, key, opening.result()[0] if _succeeded(opening) else None, is_kept())
+        self._store.soon(self._abandon, key, opening.result()[0] if succeeded(opening) else None, is_kept())
 
     def _abandon(self, key: str, writer: SpoolWriter | None, kept: bool) -> None:
         if writer is not None:
@@ -121,7 +120,7 @@ class ChunkReceiver:
     async def _write(self, writer: SpoolWriter, chunk: Chunk | None, booked: Booked) -> None:
         writing = self._store.begin_file(_append, writer, chunk)
         # Also where the call is gone by then: the bytes are there.
-        writing.add_done_callback(lambda done: booked(done.result()) if _succeeded(done) else None)
+        writing.add_done_callback(lambda done: booked(done.result()) if succeeded(done) else None)
         await ended(writing)
 
 
@@ -135,10 +134,6 @@ def _append(writer: SpoolWriter, chunk: Chunk | None) -> int:
         )
     writer.write(*chunk)
     return len(chunk[1])
-
-
-def _succeeded(done: asyncio.Future[Any]) -> bool:
-    return not done.cancelled() and done.exception() is None
 
 
 async def _next_chunk(context: Context, slot: TransferSlot | None) -> Chunk | None:
