@@ -122,6 +122,23 @@ def test_an_open_round_shows_its_clock_its_quorum_and_its_budget() -> None:
     }
 
 
+def test_a_change_of_the_run_or_of_any_field_of_its_round_is_shown_and_a_receipt_is_none() -> None:
+    metrics, run = Metrics(), run_row()
+    shown = RunGauges(metrics)
+    shown.show(run, before := Round(RUN, 1, Phase.OPEN, Tickets((Ticket("t1", "a"),)), 1000.0, 1600.0))
+    metrics.round.labels(RUN).set(99)
+    shown.show(run, replace(before, tickets=before.tickets.with_changed(Ticket("t1", "a", TicketState.RECEIVED))))
+    assert samples(metrics, "fedpeft_round")[RUN,] == 99, "nothing that is shown has changed"
+    more = Tickets(Ticket(f"t{i}", client) for i, client in enumerate("abcd"))
+    for after in (replace(before, tickets=more), replace(before, extensions=1), replace(before, deadline=None)):
+        metrics.round.labels(RUN).set(99)
+        shown.show(run, after)
+        assert samples(metrics, "fedpeft_round")[RUN,] == 1
+    metrics.round.labels(RUN).set(99)
+    shown.show(replace(run, state=RunState.PAUSED), after)
+    assert samples(metrics, "fedpeft_round")[RUN,] == 1
+
+
 def test_what_does_not_apply_has_no_series() -> None:
     metrics = Metrics()
     run = run_row()

@@ -68,6 +68,11 @@ class Round:
         """The adapter version that tickets issued in this round start from."""
         return self.number - 1
 
+    @property
+    def without_tickets(self) -> Round:
+        """The round's own fields, to be compared with those of another state: its tickets are many."""
+        return replace(self, tickets=Tickets())
+
     def staleness(self, ticket: Ticket) -> int:
         """Returns how many versions were made since the one that a ticket starts from."""
         return self.base_version - ticket.base_version

@@ -127,7 +127,7 @@ def changes(before: RunStatus, after: RunStatus, config: RoundsConfig) -> Change
     changed = list(after.round.tickets.changes_since(before.round.tickets))
     uncounted = tuple(new.client for old, new in changed if old is not None and old.state is TicketState.RECEIVED)
     is_other = (before.state, before.reason, before.version) != (after.state, after.reason, after.version)
-    writes = is_other or replace(before.round, tickets=Tickets()) != replace(after.round, tickets=Tickets())
+    writes = is_other or before.round.without_tickets != after.round.without_tickets
     moved = replace(after, revision=before.revision + 1, round=in_progress(after.round, config, active=after.is_active))
     return Changes(before, moved, after.round, writes, tuple(new for _, new in changed), uncounted)
 

@@ -17,18 +17,18 @@ class RunGauges:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._shown: tuple[object, ...] = ()
+        self._shown: tuple[RunState, Round, int] | None = None
 
     def show(self, run: RunRow, current: Round) -> None:
         """Shows the run and its round in progress."""
-        times = current.opened_at, current.deadline, current.extensions
-        shown = run.state, current.number, current.phase, current.stopped, *times, len(current.tickets)
+        shown = run.state, current.without_tickets, len(current.tickets)
         if shown != self._shown:
             self._shown = shown
-            _show(self._metrics, run, current)
+            _show(self._metrics, run, *shown[1:])
 
 
-def _show(metrics: Metrics, run: RunRow, current: Round) -> None:
+def _show(metrics: Metrics, run: RunRow, current: Round, tickets: int) -> None:
+    """Shows a run and its round in progress, which comes without its tickets, and their number."""
     config = run.config
     metrics.run_info.labels(run.id, config.name, config.peft.method, config.model.name).set(1)
     for state in RunState:
@@ -43,11 +43,11 @@ def _show(metrics: Metrics, run: RunRow, current: Round) -> None:
     metrics.round_goal.labels(run.id).set(config.rounds.clients)
     metrics.round_quorum.labels(run.id).set(config.rounds.needed)
     metrics.round_available.labels(run.id).set(config.rounds.available)
-    _show_budget(metrics, run, current)
+    _show_budget(metrics, run, current, tickets)
 
 
-def _show_budget(metrics: Metrics, run: RunRow, current: Round) -> None:
-    clients = max(run.config.rounds.sampled, len(current.tickets))
+def _show_budget(metrics: Metrics, run: RunRow, current: Round, tickets: int) -> None:
+    clients = max(run.config.rounds.sampled, tickets)
     base = current.base_version
     # A client of the round before holds its base; nobody holds anything before the first one.
     sent = {"up": run.spec.sent(current.number), "down": run.spec.changed(base - 1, base) if base else run.spec.shared}
