@@ -29,7 +29,7 @@ from fedpeft import seeds
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RoundsConfig, RunConfig
 from fedpeft.config_errors import Fault
-from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
+from fedpeft.errors import RoundClosed, TicketNotFound
 from fedpeft.formatting import counted
 from fedpeft.registry import Registry
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
@@ -358,8 +358,7 @@ def _received(state: Round, ticket_id: str, config: RoundsConfig) -> Step:
     ticket = state.ticket(ticket_id)
     if ticket.state is TicketState.RECEIVED:
         return state, ()
-    if ticket.state in (TicketState.WITHDRAWN, TicketState.REFUSED):
-        raise TicketClosed(f"ticket {ticket.id} was {ticket.state}: {ticket.reason or 'no reason given'}")
+    ticket.check_not_closed()
     if state.phase is not Phase.OPEN or ticket.state is TicketState.LATE:
         raise RoundClosed(f"round {state.number} of {state.run} has closed; keep the update for the next round")
     state = _set_ticket(state, replace(ticket, state=TicketState.RECEIVED))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from fedpeft.errors import TicketClosed
+
 _BLOCK = 256
 """Tickets that are compared at once."""
 
@@ -48,6 +50,15 @@ class Ticket:
         """Number of the round that it was issued in, which chooses the seed and the roles of the tensors."""
         return round_from(self.base_version)
 
+    def check_not_closed(self) -> None:
+        """Checks that it was not closed before its round was: one that is LATE passes.
+
+        Raises:
+            TicketClosed: If it was withdrawn or refused.
+        """
+        if self.state in (TicketState.WITHDRAWN, TicketState.REFUSED):
+            raise TicketClosed(f"ticket {self.id} was {self.state}: {self.reason or 'no reason given'}")
+
 
 def round_from(version: int) -> int:
     """Returns the number of the round whose tickets start from a version: the one that follows it."""
@@ -81,7 +92,7 @@ class Tickets(tuple[Ticket, ...]):
         return self._counts[state, generation]
 
     def with_changed(self, ticket: Ticket) -> Tickets:
-        """Returns the tickets with this one in place of the one with its id.
+        """Returns all tickets, with this one in place of the one with its id.
 
         Raises:
             KeyError: If there is none with that id.
@@ -97,7 +108,7 @@ class Tickets(tuple[Ticket, ...]):
         return after
 
     def has_gained(self, before: Tickets) -> bool:
-        """Returns False if these are surely the tickets of `before`, changed or not."""
+        """Returns False if every ticket was in `before` too, in whatever state; True if some may be new."""
         return self._places is not before._places
 
     def changes_since(self, before: Tickets) -> Iterator[tuple[Ticket | None, Ticket]]:
@@ -111,8 +122,8 @@ class Tickets(tuple[Ticket, ...]):
         for start in range(0, len(self), _BLOCK):
             here = slice(start, start + _BLOCK)
             if before[here] != self[here]:  # most are the same objects, which a comparison of tuples passes over
-                both = zip(before[here], self[here], strict=True)
-                yield from ((one, other) for one, other in both if one is not other and one != other)
+                pairs = zip(before[here], self[here], strict=True)
+                yield from ((old, new) for old, new in pairs if old is not new and old != new)
 
     @cached_property
     def _places(self) -> dict[str, int]:

@@ -160,7 +160,7 @@ class Uploads:
         counted = await self._joined(ticket, header)
         received = counted or await self.received(ticket)
         if received and received.manifest.sha256 != header.manifest.sha256:
-            raise _differs(ticket)
+            raise UpdateDiffers(f"another update was already received for {ticket.id}; that one counts")
         return received
 
     async def received(self, ticket: Ticket) -> UpdateRow | None:
@@ -218,26 +218,21 @@ class Uploads:
         return step
 
     async def _joined(self, ticket: Ticket, header: pb.UpdateHeader) -> UpdateRow | None:
-        """Returns what an earlier call's upload of the same bytes comes to, if one is being concluded.
+        """Returns what an earlier call's upload comes to, if one is being concluded; None if other bytes were refused.
 
         Raises:
-            UpdateDiffers: If it was of other bytes, and counted.
             BeingChecked: If it takes longer than a call may be held.
             FedpeftError: If it was of the same bytes, and refused.
         """
         concluding = self._concluding.get(ticket.id)
         if concluding is None:
             return None
-        same = concluding.sha256 == header.manifest.sha256
         try:
-            counted = await self._concluded(concluding.step)
+            return await self._concluded(concluding.step)
         except FedpeftError as error:
-            if same or isinstance(error, BeingChecked):
+            if concluding.sha256 == header.manifest.sha256 or isinstance(error, BeingChecked):
                 raise
             return None
-        if not same:
-            raise _differs(ticket)
-        return counted
 
     async def _concluded(self, step: asyncio.Task[UpdateRow]) -> UpdateRow:
         """Waits for what an upload comes to, as long as a call may be held.
@@ -262,8 +257,7 @@ class Uploads:
     def _admit(self, engine: RunEngine, ticket: Ticket) -> None:
         if ticket.state is TicketState.REFUSED and ticket.reason.startswith(UpdateExcluded.reason):
             raise UpdateExcluded(f"the update of ticket {ticket.id} was not folded: {ticket.reason.partition(': ')[2]}")
-        if ticket.state in (TicketState.WITHDRAWN, TicketState.REFUSED):
-            raise TicketClosed(f"ticket {ticket.id} was {ticket.state}: {ticket.reason or 'no reason given'}")
+        ticket.check_not_closed()
         if not _is_open(engine, ticket):
             raise RoundClosed(f"the round of ticket {ticket.id} has closed; keep the update for the next round")
 
@@ -308,10 +302,6 @@ class Uploads:
             self._store.updates.remove_all((header.ticket,))
             raise
         return UpdateRow(header.ticket, header.examples, norm, dict(header.metrics), writer.manifest, time.time())
-
-
-def _differs(ticket: Ticket) -> UpdateDiffers:
-    return UpdateDiffers(f"another update was already received for {ticket.id}; that one counts")
 
 
 def _finish(writer: SpoolWriter) -> None:
