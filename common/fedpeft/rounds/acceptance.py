@@ -1,10 +1,10 @@
-"""Acceptance of an update: the rules for what comes for a ticket, the same on a server and in a simulation. Pure.
+"""Acceptance of an update: the rules that it must keep, the same on a server and in a simulation. Pure.
 
 Three steps, in this order, because a server has the header of an update before its payload:
 
     check_manifest, check_claims                  what is said of the update, before a byte of it is taken
     fedpeft.adapters.payload.check_payload        every value of the payload, before it is durable
-    check_norm                                    that the update passed the run's transforms
+    check_norm                                    its norm, which the run's transforms bound
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def check_claims(examples: int, metrics: Mapping[str, float], declared: int | No
         MetricsInvalid: If a figure is wrong.
     """
     if examples < 1 or (declared is not None and examples > declared):
-        text = f"is {examples}; " + (
-            "at least 1 is needed" if declared is None else f"1 to {declared} are allowed, by what the client declared"
-        )
+        bounded = f"1 to {declared} are allowed, by what the client declared"
+        text = f"is {examples}; {'at least 1 is needed' if declared is None else bounded}"
         raise ExamplesInvalid(f"the update's number of examples {text}", (("examples", text),))
     metric_values.check(metrics, metric_values.MAX_TRAINING)
 

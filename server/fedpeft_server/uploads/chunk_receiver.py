@@ -65,8 +65,8 @@ class ChunkReceiver:
             context: The call.
             slot: Asked after each chunk whether there may be another; absent if the upload need not give way.
             booked: Told the bytes of each chunk that was taken.
-            wanted: Asked before the first chunk, and again once the spool holds it; raises if the payload is not
-                wanted any more.
+            wanted: Called before the first chunk, for the slot may have come late, and again once the spool holds it;
+                raises if the payload is not wanted any more.
             is_kept: Asked when the upload breaks off; True if what arrived is kept, else it is removed.
 
         Returns:
@@ -91,7 +91,7 @@ class ChunkReceiver:
                     slot.check()
                 await self._write(writer, await _next_chunk(context, slot), booked)
         except BaseException:
-            # A thread opens it though the call has left.
+            # Once it is open: a thread opens it though the call has left.
             opening.add_done_callback(partial(self._break_off, key, is_kept))
             raise
         return writer
@@ -108,7 +108,7 @@ class ChunkReceiver:
     def _break_off(
         self, key: str, is_kept: Callable[[], bool], opening: asyncio.Future[tuple[SpoolWriter, int]]
     ) -> None:
-        """Closes the writer of an upload that broke off, and removes what nobody will continue."""
+        """Closes the writer of an upload that broke off, and removes what it wrote unless that is kept."""
         self._store.soon(self._abandon, key, opening.result()[0] if succeeded(opening) else None, is_kept())
 
     def _abandon(self, key: str, writer: SpoolWriter | None, kept: bool) -> None:
@@ -119,7 +119,7 @@ class ChunkReceiver:
 
     async def _write(self, writer: SpoolWriter, chunk: Chunk | None, booked: Booked) -> None:
         writing = self._store.begin_file(_append, writer, chunk)
-        # Also where the call is gone by then: the bytes are there.
+        # Counted though the call may be gone by then: the bytes are there.
         writing.add_done_callback(lambda done: booked(done.result()) if succeeded(done) else None)
         await ended(writing)
 

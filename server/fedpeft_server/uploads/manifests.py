@@ -1,4 +1,4 @@
-"""Manifests of updates: those of one round are alike but for their digests, so what was found right is known again."""
+"""Manifests of updates: those of one round are alike but for their digests, so one that was right is cached."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from fedpeft.rpc.wire import manifest_from_proto
 from fedpeft.v1 import tensor_pb2
 from fedpeft_server.store.rows import RunRow
 
-MOST_KNOWN = 64
-"""Rounds whose manifest is remembered; one has tens of kilobytes."""
+MOST_CACHED = 64
+"""Rounds whose manifest is cached; one has tens of kilobytes."""
 
 
-class Manifests:
-    """Checks manifests. Protobuf compares two of them many times faster than one is checked.
+class ManifestChecker:
+    """Checks manifests, with a cache: protobuf compares two of them many times faster than one is checked.
 
     Its method may be called from any thread.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: dict[tuple[str, int], tuple[tensor_pb2.Manifest, Manifest]] = {}
+        self._cache: dict[tuple[str, int], tuple[tensor_pb2.Manifest, Manifest]] = {}
 
-    def checked(self, run: RunRow, ticket: Ticket, message: tensor_pb2.Manifest) -> Manifest:
+    def check(self, run: RunRow, ticket: Ticket, message: tensor_pb2.Manifest) -> Manifest:
         """Returns the manifest of a message, which describes an update for a ticket.
 
         Raises:
@@ -37,16 +37,16 @@ class Manifests:
         tensors = tensor_pb2.Manifest()
         tensors.CopyFrom(message)
         tensors.ClearField("sha256")
-        known = self._known.get(key)
-        if known is not None and known[0] == tensors and len(message.sha256) == len(known[1].sha256):
-            return replace(known[1], sha256=message.sha256)
+        cached = self._cache.get(key)
+        if cached is not None and cached[0] == tensors and len(message.sha256) == len(cached[1].sha256):
+            return replace(cached[1], sha256=message.sha256)
         try:
             manifest = manifest_from_proto(message)
         except ManifestInvalid as error:
             raise error.within("manifest") from None
         acceptance.check_manifest(ticket, manifest, run.config, run.spec)
         with self._lock:
-            self._known[key] = tensors, manifest
-            if len(self._known) > MOST_KNOWN:
-                del self._known[next(iter(self._known))]
+            self._cache[key] = tensors, manifest
+            if len(self._cache) > MOST_CACHED:
+                del self._cache[next(iter(self._cache))]
         return manifest

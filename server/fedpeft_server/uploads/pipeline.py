@@ -46,7 +46,7 @@ from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.chunk_receiver import ChunkReceiver
 from fedpeft_server.uploads.incoming import Context
-from fedpeft_server.uploads.manifests import Manifests
+from fedpeft_server.uploads.manifests import ManifestChecker
 from fedpeft_server.uploads.transfer_slots import TransferSlots
 
 log = structlog.get_logger()
@@ -92,7 +92,7 @@ class Uploads:
         self._declared = declared
         self._store = store
         self._byte_counter = byte_counter
-        self._manifests = Manifests()
+        self._manifest_checker = ManifestChecker()
         self._receiver = ChunkReceiver(store, max_bytes)
         self._slots = TransferSlots(limit, timing)
         self._creations = TransferSlots(limit, timing)
@@ -119,7 +119,7 @@ class Uploads:
         header: pb.UpdateHeader,
         context: Context,
     ) -> UpdateRow:
-        """Receives one update and counts it; the answer to a repetition is the first one's.
+        """Receives one update and counts it; idempotent: a repetition has the first one's answer.
 
         What arrived of an update that no round will take any more is removed.
 
@@ -136,7 +136,7 @@ class Uploads:
         manifest = await self._checked(engine.run, ticket, header)
         booked = partial(self._byte_counter.payload, "up", engine.run.config.codec.encoding)
         async with self._slots.take(ticket.client) as slot:
-            counted = await self._repeated(_now(engine, ticket), header)  # it may have waited for that one
+            counted = await self._repeated(_current(engine, ticket), header)  # it may have waited for that one
             if counted:
                 return counted
             writer = await self._receiver.receive(
@@ -145,7 +145,7 @@ class Uploads:
                 context,
                 slot,
                 booked,
-                lambda: self._admit(engine, _now(engine, ticket)),
+                lambda: self._admit(engine, _current(engine, ticket)),
                 is_kept=lambda: _is_open(engine, ticket) or ticket.id in self._concluding,
             )
             return await self._concluded(self._begin(engine, ticket, header, writer))
@@ -202,7 +202,7 @@ class Uploads:
     ) -> UpdateRow:
         """Checks a whole upload, makes it durable and counts it."""
         async with _refusing(engine, ticket):
-            update = await self._store.compute(self._taken_in, header, writer, engine.run.config)
+            update = await self._store.compute(self._make_durable, header, writer, engine.run.config)
         try:
             return await engine.receive(update, actor())
         except (RoundClosed, TicketClosed):
@@ -278,16 +278,16 @@ class Uploads:
         declared = await self._declared_by(ticket.client, run.id)
         try:
             if len(header.manifest.tensors) > MANY_ENTRIES:
-                manifest = await self._store.file(self._manifests.checked, run, ticket, header.manifest)
+                manifest = await self._store.file(self._manifest_checker.check, run, ticket, header.manifest)
             else:
-                manifest = self._manifests.checked(run, ticket, header.manifest)
+                manifest = self._manifest_checker.check(run, ticket, header.manifest)
             acceptance.check_claims(header.examples, header.metrics, declared)
         except InvalidArgument as error:
             raise error.within("header") from None
         self._receiver.check_size(manifest)
         return manifest
 
-    def _taken_in(self, header: pb.UpdateHeader, writer: SpoolWriter, config: RunConfig) -> UpdateRow:
+    def _make_durable(self, header: pb.UpdateHeader, writer: SpoolWriter, config: RunConfig) -> UpdateRow:
         """Checks a whole upload and makes it durable; returns what is to be counted.
 
         Raises:
@@ -309,7 +309,7 @@ def _finish(writer: SpoolWriter) -> None:
         writer.finish()
 
 
-def _now(engine: RunEngine, ticket: Ticket) -> Ticket:
+def _current(engine: RunEngine, ticket: Ticket) -> Ticket:
     """Returns a ticket as it is now; as it was if its round is over."""
     return _in_progress(engine, ticket) or ticket
 
