@@ -97,7 +97,7 @@ def _say_serving(parts: Parts) -> None:
         version=__version__,
         listen=str(Address(Address.parse(settings.listen, free=True).host, ports.port)),
         security="TLS 1.3" if parts.certificates else "none",
-        enroll=ports.enrollment or "nowhere",
+        enroll=ports.enroll_address or "nowhere",
         metrics=settings.metrics,
         data=str(settings.data_dir),
         runs=len(parts.runs.all()),

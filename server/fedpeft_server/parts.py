@@ -73,14 +73,14 @@ class Ports:
         port: Its port.
         enrolling: Serves what the process for enrolment hands on: the same services.
         enrolment: That process; None where nobody enrolls.
-        enrollment: HOST:PORT where it listens; empty where nobody enrolls.
+        enroll_address: HOST:PORT where it listens; empty where nobody enrolls.
     """
 
     listening: grpc.aio.Server
     port: int
     enrolling: grpc.aio.Server
     enrolment: Enrolment | None
-    enrollment: str
+    enroll_address: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,22 +146,14 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
     background = Background(metrics, stopping.set)
     stack.enter_context(background.taking_unhandled())
     byte_counter, caller_log = ByteCounter(metrics), CallerLog(metrics, timing)
-    store = Store(
-        settings.data_dir,
-        settings.database,
-        settings.blobs,
-        settings.updates,
-        timing=timing,
-        keep_updates=settings.keep_updates,
-    )
-    stack.callback(store.close)
-    await refuse_unwritable_stores(store, timing.versions_check_s)
+    store = await _store(settings, timing, stack)
     own = await _certificates(settings, store)
     sessions = Sessions(await store.transact(store.db.clients), settings.max_clients, timing)
-    stack.push_async_callback(_write_last_books, byte_counter, sessions, store)
+    stack.push_async_callback(_write_last_activity, byte_counter, sessions, store)
     admission = await _admission(store, own, sessions, timing)
     gate = Gate(admission, metrics, byte_counter, caller_log)
-    limit, participation = settings.max_transfers, Participation(await store.transact(store.db.answers))
+    limit = settings.max_transfers
+    participation = Participation(await store.transact(store.db.answers))
     uploads = Uploads(store, byte_counter, settings.max_update_bytes, limit, participation.examples, timing)
     downloads = TransferSlots(limit, timing)
     progress = ProgressWatch(store, metrics, sessions.last_activity, uploads.has, timing)
@@ -202,7 +194,7 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
     )
 
 
-async def write_books(byte_counter: ByteCounter, sessions: Sessions, store: Store) -> None:
+async def write_activity(byte_counter: ByteCounter, sessions: Sessions, store: Store) -> None:
     """Writes traffic and presence that are not in the database yet.
 
     Raises:
@@ -212,9 +204,9 @@ async def write_books(byte_counter: ByteCounter, sessions: Sessions, store: Stor
     await sessions.write(store)
 
 
-async def _write_last_books(byte_counter: ByteCounter, sessions: Sessions, store: Store) -> None:
+async def _write_last_activity(byte_counter: ByteCounter, sessions: Sessions, store: Store) -> None:
     try:
-        await write_books(byte_counter, sessions, store)
+        await write_activity(byte_counter, sessions, store)
     except FedpeftError as error:
         log.error("cannot write byte counts to the database", message=error.message)
 
@@ -228,6 +220,21 @@ def _metrics(settings: Settings) -> Metrics:
     metrics.build.labels(__version__).set(1)
     metrics.watch_disk(settings.data_dir)
     return metrics
+
+
+async def _store(settings: Settings, timing: Timing, stack: AsyncExitStack) -> Store:
+    """Opens the store, which is closed with the stack."""
+    store = Store(
+        settings.data_dir,
+        settings.database,
+        settings.blobs,
+        settings.updates,
+        timing=timing,
+        keep_updates=settings.keep_updates,
+    )
+    stack.callback(store.close)
+    await refuse_unwritable_stores(store, timing.versions_check_s)
+    return store
 
 
 async def _admission(store: Store, own: ServerCertificates | None, sessions: Sessions, timing: Timing) -> Admission:
@@ -271,19 +278,22 @@ def _bind(
         exporter = metrics.serve(where.host, where.port)
         stack.callback(exporter.server_close)
         stack.callback(exporter.shutdown)
-    enrolment, enrollment = None, ""
+    enrolment, enroll_address = None, ""
     if own and own.issuing:
-        place = _enrolment_socket(settings.enroll_address)
-        enrollment = str(Address(Address.parse(settings.enroll_address, free=True).host, place.getsockname()[1]))
-        enrolment = Enrolment(place, own, health, metrics, timing)
+        bound = _enrolment_socket(settings.enroll_address)
+        host = Address.parse(settings.enroll_address, free=True).host
+        enroll_address = str(Address(host, bound.getsockname()[1]))
+        enrolment = Enrolment(bound, own, health, metrics, timing)
         stack.push_async_callback(enrolment.close)
-    port = _take(listening, settings.listen, own.credentials(ask=True) if own else None)
+    port = _bind_port(listening, settings.listen, own.credentials(ask=True) if own else None)
     if enrolment:
         enrolling.add_insecure_port(f"unix:{enrolment.socket}")
-    return Ports(listening=listening, port=port, enrolling=enrolling, enrolment=enrolment, enrollment=enrollment)
+    return Ports(
+        listening=listening, port=port, enrolling=enrolling, enrolment=enrolment, enroll_address=enroll_address
+    )
 
 
-def _take(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+def _bind_port(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
     try:
         bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
@@ -309,7 +319,7 @@ def _addresses(settings: Settings, own: ServerCertificates | None, ports: Ports)
     host = own.hosts[0] if own else Address.parse(settings.listen, free=True).host
     server = Address.parse(settings.advertise) if settings.advertise else Address(host, ports.port)
     enroll = settings.advertise_enroll or (
-        str(Address(server.host, Address.parse(ports.enrollment).port)) if ports.enrollment else ""
+        str(Address(server.host, Address.parse(ports.enroll_address).port)) if ports.enroll_address else ""
     )
     return Addresses(str(server), enroll)
 

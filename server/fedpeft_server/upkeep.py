@@ -1,4 +1,4 @@
-"""Upkeep: the daemon's repeated work, from writing books to removing files, each piece with its interval."""
+"""Upkeep: the daemon's repeated work, from writing traffic to removing files, each piece with its interval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 
 from grpc_health.v1 import health_pb2
 
-from fedpeft_server.parts import Parts, write_books
+from fedpeft_server.parts import Parts, write_activity
 
 
 class Upkeep:
@@ -26,7 +26,7 @@ class Upkeep:
     def begin(self) -> None:
         """Begins all of it, under the daemon's `Background`."""
         parts, timing, background = self._parts, self._timing, self._parts.background
-        background.every("traffic", timing.traffic_write_s, self._write_books)
+        background.every("traffic", timing.traffic_write_s, self._write_activity)
         background.supervise("traffic", self._write_payloads())
         background.every("database", timing.database_check_s, self._check_database)
         background.every("certificate", timing.certificate_check_s, parts.refresh.refresh)
@@ -39,10 +39,10 @@ class Upkeep:
         if parts.ports.enrolment:
             background.every("enrolment", timing.enrolment_retry_s, parts.ports.enrolment.run)
 
-    async def _write_books(self) -> None:
+    async def _write_activity(self) -> None:
         sessions = self._parts.sessions
         self._parts.metrics.registered(sessions.silences(time.time()))
-        await write_books(self._parts.byte_counter, sessions, self._store)
+        await write_activity(self._parts.byte_counter, sessions, self._store)
 
     async def _write_payloads(self) -> None:
         """Writes traffic soon after a payload moved: what is not written is lost if the process is killed."""

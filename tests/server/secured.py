@@ -56,7 +56,7 @@ class Federation:
         self.authority = authority
         self.operator = operator
         self.address = f"127.0.0.1:{server.ports.port}"
-        self.enrollment = server.ports.enrollment
+        self.enrollment = server.ports.enroll_address
         self._stack = stack
 
     def certificate(

@@ -16,7 +16,7 @@ from fedpeft.adapters import payload
 from fedpeft.errors import DiskFull, StateInvalid
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.parts import write_books
+from fedpeft_server.parts import write_activity
 from fedpeft_server.store.rows import Place, Transition
 from fedpeft_server.store.store import Store, creation_key, version_key
 from fedpeft_server.timing import TIMING
@@ -289,14 +289,14 @@ async def test_bytes_that_could_not_be_written_are_written_later(daemon: Daemon)
     (a,) = await daemon.clients("a")
     task = await a.task()
     db, server = daemon.server.store.db, daemon.server
-    books = server.byte_counter, server.sessions, server.store
+    of_server = server.byte_counter, server.sessions, server.store
     db.add_traffic = failing(db.add_traffic)  # type: ignore[method-assign]
     before = server.byte_counter.pending(run.id)
     assert before
     with pytest.raises(DiskFull):  # which what calls it, again and again, says in the log
-        await write_books(*books)
+        await write_activity(*of_server)
     assert server.byte_counter.pending(run.id) == before
-    await write_books(*books)
+    await write_activity(*of_server)
     assert not server.byte_counter.pending(run.id)
     (row,), _ = await server.store.transact(db.rounds_from, run.id, Place(), 9, 9, {})
     assert [ticket.traffic for ticket in row.tickets] == [before[1, "a"]]
