@@ -16,16 +16,15 @@ from fedpeft.formatting import counted
 UNLABELLED = "examples"
 """The one class of a task that has none."""
 
+_MODEL_NAME = re.compile(r"([a-z][a-z0-9_\-]*:)?[A-Za-z0-9_.\-]+")
+_HUB_NAME = re.compile(r"(?:hf[-_]hub:(?:timm/)?|timm/)([A-Za-z0-9_.\-]+)")
+_WEIGHTS_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
+
 
 def split_task(text: str) -> tuple[str, str]:
     """Returns the task before the colon, or nothing, and what stands behind it."""
     task, colon, rest = text.partition(":")
     return (task, rest) if colon else ("", text)
-
-
-_MODEL_NAME = re.compile(r"([a-z][a-z0-9_\-]*:)?[A-Za-z0-9_.\-]+")
-_HUB_NAME = re.compile(r"(?:hf[-_]hub:(?:timm/)?|timm/)([A-Za-z0-9_.\-]+)")
-_WEIGHTS_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 
 
 class ModelConfig(Section):

@@ -11,17 +11,15 @@ from fedpeft.config.section import Section, known_in
 from fedpeft.formatting import counted
 from fedpeft.registry import registry_of
 
+DEFAULT_POLICY = "synchronous"
+"""The policy of rounds where none is given."""
+DEFAULT_STALENESS = 10
+"""`max_staleness` where it is not given."""
+
 
 def default_quorum(clients: int) -> int:
     """Returns the quorum of a run that names none: three quarters, rounded up, and one fewer than two or three."""
     return max(1, min(clients - 1, -(-3 * clients // 4)))
-
-
-DEFAULT_POLICY = "synchronous"
-"""The policy of rounds where none is given."""
-
-DEFAULT_STALENESS = 10
-"""`max_staleness` where it is not given."""
 
 
 class RoundsConfig(Section):

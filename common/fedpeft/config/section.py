@@ -49,7 +49,11 @@ class OptionedSection(Section):
 
 
 def registered(package: str, name: str) -> str:
-    """Returns a name that a package's registry knows; raises `ValueError` for another."""
+    """Returns a name that a package's registry knows.
+
+    Raises:
+        ValueError: If it does not know it.
+    """
     try:
         registry_of(package).get(name)
     except FedpeftError as error:
@@ -58,12 +62,16 @@ def registered(package: str, name: str) -> str:
 
 
 def known_in(package: str) -> AfterValidator:
-    """Returns what refuses a name that a package's registry does not know."""
+    """Returns a validator that refuses a name that a package's registry does not know."""
     return AfterValidator(partial(registered, package))
 
 
 def check_options(package: str, name: str, options: Mapping[str, Any]) -> None:
-    """Checks the options of what is registered under a name; raises the faults of keys below `options`."""
+    """Checks the options of what is registered under a name.
+
+    Raises:
+        PydanticCustomError: With the faults of the keys below `options`.
+    """
     try:
         registry_of(package).get(name).Options.model_validate(options)
     except ValidationError as error:

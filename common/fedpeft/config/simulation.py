@@ -8,13 +8,16 @@ from pydantic import Field, model_validator
 
 from fedpeft.config.section import Section
 
+Scheme = Literal["iid", "dirichlet", "quantity", "natural"]
+"""Scheme by which examples are assigned to simulated clients; see `fedpeft.data.partitions`."""
+
 
 class SimulationConfig(Section):
     """`[simulation]`: ignored by a daemon."""
 
     clients: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Simulated clients among which the data is partitioned."""
-    partition: Literal["iid", "dirichlet", "quantity", "natural"] = "iid"
+    partition: Scheme = "iid"
     """Scheme of the division; with `column` given, natural."""
     alpha: Annotated[float, Field(gt=0)] = 0.1
     """Concentration for dirichlet and quantity: smaller is more skewed."""
@@ -40,6 +43,6 @@ class SimulationConfig(Section):
         return self
 
     @property
-    def scheme(self) -> Literal["iid", "dirichlet", "quantity", "natural"]:
+    def scheme(self) -> Scheme:
         """The partition that is meant."""
         return self.partition if self.column is None else "natural"

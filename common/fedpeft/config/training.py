@@ -10,8 +10,6 @@ from fedpeft.config.section import OptionedSection, Section, check_options, know
 
 DEFAULT_EPOCHS = 1
 """Passes over the local data where neither epochs nor steps is given."""
-
-
 PLAIN = "plain"
 """The local algorithm where none is given."""
 
@@ -36,7 +34,7 @@ class TrainingConfig(Section):
     steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Optimizer steps instead of epochs."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 64
-    """Images in an optimizer step."""
+    """Examples in an optimizer step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd is Nesterov SGD, as in the paper."""
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.01

@@ -482,7 +482,7 @@ class TrainingConfig(_message.Message):
     steps: _builtins.int
     """Optimizer steps instead of epochs, at least 1."""
     batch_size: _builtins.int
-    """Images in an optimizer step."""
+    """Examples in an optimizer step."""
     optimizer: _builtins.str
     """`sgd` (Nesterov) or `adamw`."""
     learning_rate: _builtins.float
