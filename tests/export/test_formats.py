@@ -26,6 +26,9 @@ CONFIG = ModelConfig(
     name="vit_tiny_patch16_224", weights="none", image_size=32, depth=2, pooling="avg", classes=("a", "b", "c")
 )
 
+PLAIN = ("full", "head", "bias", "layernorm", "partial")
+"""Methods that add nothing to the model."""
+
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
@@ -51,7 +54,7 @@ def logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("method", ["full", "head", "bias", "lora", "ffa_lora"])
+@pytest.mark.parametrize("method", [*PLAIN, "lora", "ffa_lora", "ssf"])
 def test_timm_loads_the_whole_model_strictly(
     tmp_path: Path, backbone: Backbone, images: torch.Tensor, method: str
 ) -> None:
@@ -63,12 +66,12 @@ def test_timm_loads_the_whole_model_strictly(
     assert about["classes"] == ["a", "b", "c"]
     plain = timm.create_model(about["name"], **about["arguments"])
     plain.load_state_dict(load_file(path), strict=True)
-    tolerance = 1e-5 if method.endswith("lora") else 0  # merged weights round once more
+    tolerance = 0 if method in PLAIN else 1e-5  # merged weights round once more
     assert torch.allclose(logits(plain, images), logits(model.module, images), 0, tolerance)
     assert not torch.allclose(logits(plain, images), logits(backbone.module, images), 0, 1e-2)
 
 
-@pytest.mark.parametrize("method", ["full", "head", "bias"])
+@pytest.mark.parametrize("method", PLAIN)
 def test_timm_and_back(tmp_path: Path, backbone: Backbone, method: str) -> None:
     model = trained(backbone, method)
     formats.as_timm(model, tmp_path / "model.safetensors")

@@ -5,7 +5,7 @@ import pytest
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ConfigInvalid, ModelInvalid
 from fedpeft.models.families import family_of
-from fedpeft.peft import count, spec_of
+from fedpeft.peft import count, methods, spec_of
 
 BASE, SMALL, LARGE = (f"vit_{size}_patch16_224" for size in ("base", "small", "large"))
 METHODS = ("full", "head", "bias", "adapter", "prompt")
@@ -110,7 +110,7 @@ def test_bad_options_name_the_field(method: str, options: dict[str, object], pat
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ConfigInvalid, match="there are: adapter, bias, ffa_lora, full, head, lora, prompt, rolora"):
+    with pytest.raises(ConfigInvalid, match=f"there are: {', '.join(methods.names())}"):
         count(SMALL, "lore", {}, 2)
     with pytest.raises(ModelInvalid, match="near it are vit_small_patch16_224"):
         count("vit_smal_patch16_224", "bias", {}, 2)

@@ -128,6 +128,11 @@ class Method(ABC, Generic[OptionsT]):
         return dict(module.state_dict())
 
 
+def unfit(text: str, option: str = "method") -> ConfigInvalid:
+    """Returns the error for a method, or an option of it, that fits nothing in a model."""
+    return ConfigInvalid(f"peft.{option}: {text}", ((f"peft.{option}", text),))
+
+
 methods: Registry[type[Method[Any]]] = Registry("fedpeft.peft", "fedpeft.methods", "PEFT method")
 
 

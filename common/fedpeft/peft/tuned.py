@@ -21,7 +21,7 @@ from fedpeft.models.backbones import Backbone, skeleton
 from fedpeft.models.checkpoints import inside
 from fedpeft.models.structure import ModelStructure
 from fedpeft.models.tied_weights import names_of, put
-from fedpeft.peft.method import Method, make
+from fedpeft.peft.method import Method, make, unfit
 
 
 class TunedModel:
@@ -196,8 +196,7 @@ def _inject(
 ) -> Sequence[nn.Module]:
     for part in chosen.needs:
         if not getattr(structure, part):
-            text = f"{name} attaches to a model's {part}, and this model names none"
-            raise ConfigInvalid(f"peft.method: {text}", (("peft.method", text),))
+            raise unfit(f"{name} attaches to a model's {part}, and this model names none")
     return chosen.inject(module, structure, torch.Generator().manual_seed(seeds.initialisation(seed)))
 
 

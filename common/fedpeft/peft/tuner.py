@@ -14,9 +14,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fedpeft.errors import ConfigInvalid
 from fedpeft.models.structure import ModelStructure
-from fedpeft.peft.method import Method, OptionsT
+from fedpeft.peft.method import Method, OptionsT, unfit
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -46,8 +45,7 @@ def target_layers(module: nn.Module, structure: ModelStructure, targets: str | t
         fits = {n for n in layers if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")}
         if not fits:
             ends = sorted({n.partition(".")[2].partition(".")[2] for n in layers})
-            fault = f"{pattern!r} fits no linear layer of a block; there are: {', '.join(ends)}"
-            raise ConfigInvalid(f"peft.targets: {fault}", (("peft.targets", fault),))
+            raise unfit(f"{pattern!r} fits no linear layer of a block; there are: {', '.join(ends)}", "targets")
         chosen |= fits
     return [name for name in layers if name in chosen]
 

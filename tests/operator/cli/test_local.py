@@ -141,6 +141,13 @@ def test_params(capfd: pytest.CaptureFixture[str]) -> None:
     assert lines[-1].split() == ["head", "38,500", "0.147", "0.18", "%"]
 
 
+def test_params_leaves_out_and_names_what_does_not_fit_a_model(capfd: pytest.CaptureFixture[str]) -> None:
+    assert fedpeft("params", "--model", "vit_base_patch16_rpn_224", "--classes", "2") == 0
+    shown = capfd.readouterr()
+    assert "\nbias " in shown.out and "adaptformer" not in shown.out
+    assert "fedpeft: adaptformer is left out: adaptformer reads what enters the norm before" in shown.err
+
+
 def test_params_of_no_model(capfd: pytest.CaptureFixture[str]) -> None:
     assert fedpeft("params", "--model", "vit_enormous", "--classes", "2") == 2
     assert "vit_enormous" in capfd.readouterr().err

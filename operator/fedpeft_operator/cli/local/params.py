@@ -8,7 +8,7 @@ import typer
 
 from fedpeft import formatting
 from fedpeft.api import views
-from fedpeft.errors import ModelInvalid, SettingsInvalid
+from fedpeft.errors import ConfigInvalid, ModelInvalid, SettingsInvalid
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import epilog
 from fedpeft_operator.cli.session import require
@@ -47,12 +47,13 @@ def params(
 
 
 def counted(model: str, classes: int) -> list[views.Json]:
-    """Returns method, parameters and payload bytes of every method and variant, largest first.
+    """Returns method, parameters and payload bytes of every method and variant that fits the model, largest first.
 
     The bytes are those of a round's largest update, dense float32.
 
     Raises:
-        ModelInvalid: If timm has no such model, or no method fits it.
+        ModelInvalid: If timm has no such model.
+        ConfigInvalid: If no method fits it.
     """
     from fedpeft.peft import methods, timm_spec
 
@@ -62,9 +63,17 @@ def counted(model: str, classes: int) -> list[views.Json]:
         for name in methods.names()
         for shown, options in methods.get(name).variants.items()
     ]
-    rows = []
+    rows, left_out = [], dict[str, ConfigInvalid]()
     for shown, method, options in cases:
-        spec = timm_spec(model, method, options, classes)
+        try:
+            spec = timm_spec(model, method, options, classes)
+        except ConfigInvalid as error:
+            left_out[shown] = error
+            continue
         payload_bytes = spec.largest_update * views.BYTES_PER_PARAMETER
         rows.append({"method": shown, "parameters": spec.parameters, "payload_bytes": payload_bytes})
+    if not rows:
+        raise left_out[cases[0][0]]
+    for shown, fault in left_out.items():
+        output.note(f"fedpeft: {shown} is left out: {fault.message.removeprefix('peft.method: ')}")
     return sorted(rows, key=lambda row: -row["parameters"])
