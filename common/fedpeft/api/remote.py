@@ -362,17 +362,17 @@ class Run:
         """Returns the tuned model as a plain model of timm; arguments and errors as `load`.
 
         Raises:
-            ConfigInvalid: If the method's tensors have no place in timm's model (adapter, prompt).
+            ConfigInvalid: If the method's tensors have no place in timm's model (adapter, adaptformer, prompt).
         """
         from fedpeft.export.formats import timm_model
 
         return timm_model(self.load(version, weights))
 
     def load_peft(self, version: int | None = None, weights: str | Path | None = None) -> PeftModel:
-        """Returns a LoRA as a model of the `peft` library; arguments and errors as `load`.
+        """Returns the tuned model as one of the `peft` library; arguments and errors as `load`.
 
         Raises:
-            ConfigInvalid: If the run does not tune a LoRA.
+            ConfigInvalid: If that library does not have the run's method (`lora` and its variants, `ia3`: it has).
         """
         from fedpeft.export.formats import peft_model
 

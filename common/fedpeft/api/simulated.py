@@ -153,7 +153,7 @@ class Simulation:
         return timm_model(self.load(weights))
 
     def load_peft(self, weights: str | Path | None = None) -> PeftModel:
-        """Returns a LoRA as a model of the `peft` library, as `Run.load_peft` does."""
+        """Returns the tuned model as one of the `peft` library, as `Run.load_peft` does."""
         from fedpeft.export.formats import peft_model
 
         return peft_model(self.load(weights))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,7 @@ from fedpeft.models.checkpoints import read_checkpoint
 from fedpeft.models.families import timm_arguments
 from fedpeft.peft.method import methods
 from fedpeft.peft.tuned import TunedModel, tune
-from fedpeft.peft.tuner import Tuner, target_layers
+from fedpeft.peft.tuner import target_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,11 +46,12 @@ def as_timm(tuned: TunedModel, path: Path) -> None:
     metadata, as JSON under "timm".
 
     Args:
-        tuned: Under a method that adds nothing to the model (full, head, bias) or whose additions merge into it (lora).
+        tuned: Under a method that adds nothing to the model (full, head, bias...) or whose additions merge into it
+            (lora, ssf, ia3...).
         path: The file; replaced if it exists.
 
     Raises:
-        ConfigInvalid: If the method's tensors have no place in timm's model (adapter, prompt).
+        ConfigInvalid: If the method's tensors have no place in timm's model (adapter, adaptformer, prompt).
         OSError: If the file cannot be written.
     """
     backbone = tuned.backbone
@@ -129,7 +131,7 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
     along as a module to save.
 
     Args:
-        tuned: Under a method that is a tuner of that library.
+        tuned: Under a method that has a form in that library.
         folder: Made if missing.
         provenance: Origin of the adapter, for its card.
 
@@ -146,13 +148,14 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
             f"an adapter of method {tuned.spec.method} has no peft form; export it as safetensors or timm"
         )
     config: Any = tuned.method.peft_config(backbone.module, backbone.structure)
+    saved = tuned.method.peft_state(tuned.state())
     layers = list(config.target_modules)  # the library shortens a long list
     config.modules_to_save = [tuned.backbone.structure.head]
     plain = copy.deepcopy(tuned.backbone.module).cpu()
     model = get_peft_model(plain, config)
     wrapped = {name for name, _ in model.named_modules()}
     assert all(f"{PREFIX}{layer}" in wrapped for layer in layers)
-    state = {f"{PREFIX}{name}": torch.from_numpy(values) for name, values in tuned.state().items()}
+    state = {f"{PREFIX}{name}": torch.from_numpy(values) for name, values in saved.items()}
     set_peft_model_state_dict(model, state)
     config.base_model_name_or_path = tuned.backbone.config.name
     with as_os_errors(folder / "adapter_model.safetensors"):
@@ -192,22 +195,25 @@ def from_peft(folder: Path, backbone: Backbone, method: str | None = None) -> Re
             raise ValueError("its configuration is not a JSON object")
     except (OSError, ValueError) as error:
         raise ModelInvalid(f"{folder} is not a directory of the peft library: {error}") from error
-    name = method or _method_of(data.get("peft_type"), folder)
+    name = method or _method_of(data, folder)
     cls = methods.get(name)
-    if cls.peft_form is None or not issubclass(cls, Tuner) or cls.peft_form.type != data.get("peft_type"):
+    if cls.peft_form is None or cls.peft_form.type != data.get("peft_type"):
         raise ModelInvalid(f"{folder} holds a {data.get('peft_type')} adapter, which method {name} cannot read")
     state = read_checkpoint(folder / "adapter_model.safetensors")
     tensors = {_unwrapped(key, backbone.structure.head): _array(t) for key, t in state.items()}
-    layers = list(dict.fromkeys(filter(None, map(cls.layer_of, tensors))))
     try:
-        options = cls.from_peft_config(data, _targets(layers, backbone))
+        options = cls.from_peft_config(data, _targets(_wrapped(tensors, backbone.module), backbone))
     except ConfigInvalid as error:
         raise ModelInvalid(f"{folder} {error.message}") from error
     try:
-        spec = tune(backbone, name, options, 0).spec
+        tuned = tune(backbone, name, options, 0)
     except ConfigInvalid as error:
         raise ModelInvalid(f"{folder} does not fit {backbone.config.name}: {error.message}") from error
-    shapes = {tensor.name: tensor.shape for tensor in spec.tensors}
+    try:
+        tensors = dict(tuned.method.from_peft_state(tensors))
+    except ConfigInvalid as error:
+        raise ModelInvalid(f"{folder} {error.message}") from error
+    shapes = {tensor.name: tensor.shape for tensor in tuned.spec.tensors}
     found = {name: values.shape for name, values in tensors.items()}
     if found != shapes:
         odd = sorted(n for n in shapes.keys() | found.keys() if shapes.get(n) != found.get(n))[0]
@@ -218,11 +224,14 @@ def from_peft(folder: Path, backbone: Backbone, method: str | None = None) -> Re
     return ReadAdapter(name, options, tensors)
 
 
-def _method_of(peft_type: object, folder: Path) -> str:
-    """Returns the method of a tuner's type of which all others of that type are variants."""
+def _method_of(config: Mapping[str, Any], folder: Path) -> str:
+    """Returns the method of a configuration of the library of which all others that it may be are variants."""
     known = {name: methods.get(name) for name in methods.names()}
     forms = {name: cls.peft_form for name, cls in known.items() if cls.peft_form is not None}
+    peft_type = config.get("peft_type")
     found = [name for name, form in forms.items() if form.type == peft_type]
+    flagged = [name for name in found if config.get(forms[name].flag)]
+    found = flagged or [name for name in found if not forms[name].flag]
     if not found:
         types = ", ".join(sorted({form.type for form in forms.values()}))
         raise ModelInvalid(f"{folder} holds a {peft_type} adapter; only {types} can be read")
@@ -253,6 +262,14 @@ def _unwrapped(name: str, head: str) -> str:
     """Returns the canonical name of a tensor of the library's file."""
     name = name.removeprefix(PREFIX)
     return name.replace(f"{head}.modules_to_save.default.", f"{head}.")
+
+
+def _wrapped(names: Iterable[str], module: nn.Module) -> list[str]:
+    """Returns the layers of the plain model to which tensors of these names were added, in their order."""
+    layers, own = {name for name, _ in module.named_modules()}, module.state_dict()
+    added = (name.split(".") for name in names if name not in own)
+    places = ([".".join(parts[:end]) for end in range(len(parts), 0, -1)] for parts in added)
+    return list(dict.fromkeys(first for first in (next(filter(layers.__contains__, p), "") for p in places) if first))
 
 
 def _targets(layers: list[str], backbone: Backbone) -> tuple[str, ...]:

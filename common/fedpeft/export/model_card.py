@@ -97,7 +97,7 @@ def _rows(tuned: TunedModel, fingerprint: str, provenance: Provenance | None) ->
     options = tuned.method.options.model_dump(mode="json")
     rows = [
         ("model", f"`{backbone.config.name}`, {backbone.parameters:,} parameters"),
-        ("method", f"{tuned.spec.method}, " + ", ".join(f"{k} {json.dumps(v)}" for k, v in options.items())),
+        ("method", ", ".join([tuned.spec.method, *(f"{k} {json.dumps(v)}" for k, v in options.items())])),
         ("tuned", f"{tuned.spec.parameters:,} parameters"),
         *_input(backbone),
         ("classes", f"{len(backbone.config.classes)}: `{named}`" + (f" and {more:,} more" if more > 0 else "")),

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.spec import Section, TensorRole
 from fedpeft.config import RunConfig
 from fedpeft.config_errors import faults_of
@@ -32,12 +33,14 @@ class PeftForm:
         noun: An adapter's name in a sentence of its model card, with the article: "a LoRA".
         change: The clients' part beside the head, likewise: "a low-rank change".
         tag: The card's tag for model hubs: "lora".
+        flag: A key that is true in the library's configurations of this method, and of no other of the type.
     """
 
     type: str
     noun: str
     change: str
     tag: str
+    flag: str = ""
 
 
 class MethodOptions(BaseModel):
@@ -109,6 +112,22 @@ class Method(ABC, Generic[OptionsT]):
             ConfigInvalid: If the library has none.
         """
         raise ConfigInvalid("the method has no peft form; export its adapter as safetensors or timm")
+
+    def peft_state(self, state: Tensors) -> Tensors:
+        """Returns the tuned tensors, by canonical name, under the names and in the shapes of the `peft` library.
+
+        Raises:
+            ConfigInvalid: If the library cannot hold them; the message is a whole sentence.
+        """
+        return state
+
+    def from_peft_state(self, state: Tensors) -> Tensors:
+        """Returns the tuned tensors of the library's: `peft_state` the other way round.
+
+        Raises:
+            ConfigInvalid: If the method cannot hold them; the message goes on after the name of the place.
+        """
+        return state
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any], targets: tuple[str, ...]) -> dict[str, object]:

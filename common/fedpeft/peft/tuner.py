@@ -62,12 +62,6 @@ class Tuner(Method[OptionsT]):
     def targets(self) -> Targets:
         """The layers that are wrapped."""
 
-    @classmethod
-    def layer_of(cls, name: str) -> str:
-        """Returns the layer to which a tensor of this canonical name was added; empty if it was added to none."""
-        parts = name.split(".")
-        return ".".join(parts[: next((i for i, part in enumerate(parts) if part in cls.parameters), 0)])
-
     @abstractmethod
     def config(self, layers: Sequence[str]) -> PeftConfig:
         """Returns the library's configuration for target layers of these names."""

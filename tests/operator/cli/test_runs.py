@@ -374,7 +374,10 @@ def test_export_of_the_stored_file(served: Serving, fedpeft: Command, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--format", "peft", "--out", "adapter"), "--format peft is for ffa_lora, lora, rolora; this run tunes bias"),
+        (
+            ("--format", "peft", "--out", "adapter"),
+            "--format peft is for ffa_lora, ia3, lora, rolora; this run tunes bias",
+        ),
         (("--out", "absent/file"), "make it first"),
         (("--out", "."), "safetensors is written as a file"),
         (("--format", "peft", "--out", "."), "a folder that is new or empty"),

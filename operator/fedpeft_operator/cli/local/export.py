@@ -38,7 +38,7 @@ def export(
     adapter: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter version, adapter.safetensors.")],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="The file to write; for peft, the folder.")],
     model_format: Annotated[
-        ModelFormat, typer.Option("--format", help="timm: the whole model; peft: a Hugging Face LoRA folder.")
+        ModelFormat, typer.Option("--format", help="timm: the whole model; peft: a Hugging Face peft folder.")
     ] = ModelFormat.TIMM,
     weights: Weights = None,
     sha256: Annotated[

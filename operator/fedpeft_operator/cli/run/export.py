@@ -44,7 +44,7 @@ def export(
         Format,
         typer.Option(
             "--format",
-            help="safetensors: the adapter alone, as stored; timm: the whole model; peft: a Hugging Face LoRA folder.",
+            help="safetensors: the adapter alone, as stored; timm: the whole model; peft: a Hugging Face peft folder.",
         ),
     ] = Format.SAFETENSORS,
     version: Annotated[
