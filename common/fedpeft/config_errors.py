@@ -19,7 +19,13 @@ Fault = tuple[str, str]
 LONGEST_VALUE = 60
 """Characters of a wrong value that are shown."""
 
-_WORDS = {"missing": "is required", "extra_forbidden": "is not a known key", "tuple_type": "should be a list"}
+_WORDS = {
+    "missing": "is required",
+    "extra_forbidden": "is not a known key",
+    "tuple_type": "should be a list",
+    "model_type": "should be a table",
+    "dict_type": "should be a table",
+}
 _NESTED = "nested_faults"
 
 

@@ -1,4 +1,4 @@
-"""A watch says once that a client hangs, in which way, and that it goes on."""
+"""A watch says once that a round is committed, and that a client hangs, in which way, and that it goes on."""
 
 from __future__ import annotations
 
@@ -43,3 +43,12 @@ def test_each_way_of_hanging_is_said_once_and_the_end_of_it() -> None:
         ["round 1: twemoji: slower than usual: 95 s, usually 40 s, step 4 of 8"],
         [],
     ]
+
+
+def test_a_committed_round_is_said_once_though_its_bytes_grow_afterwards() -> None:
+    narrator, run, round_ = Narrator(), a_run(), a_round(1)
+    first = narrator.lines(RunSnapshot(run, {1: round_}, changed=frozenset({1})))
+    later = a_round(1)
+    later.wire_bytes_up += 4096
+    assert sum("round 1 committed" in line for line in first) == 1
+    assert narrator.lines(RunSnapshot(run, {1: later}, changed=frozenset({1}))) == []

@@ -155,6 +155,8 @@ def test_monstrous_files_are_refused_in_a_short_sentence(file: Path, text: str) 
         ("peft", "rnak", 8, "peft.rnak: is not an option of lora; there are: alpha, dropout, rank, targets"),
         ("peft", "targets", 3, "peft.targets: Input should be a valid string (got 3), or: should be a list (got 3)"),
         ("peft", "targets", ["x"], "peft.targets: 'x' fits no linear layer of a block; there are: attn.proj, "),
+        ("peft", "targets", [], "peft.targets: names no layer; there are: attn.proj, "),
+        ("training", "algorithm", "scaffold", "training.algorithm: should be a table (got 'scaffold')"),
         ("peft", "method", "bais", "peft.method: there is no PEFT method 'bais'; there are: adapter, "),
         ("aggregation", "mu", 1, "aggregation.mu: is not a known key"),
         ("model", "name", "vit_tiny_patch61_224", "model.name: timm "),

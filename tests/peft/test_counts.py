@@ -99,6 +99,7 @@ def test_full_tunes_embeddings_too() -> None:
         ("lora", {"rank": 0}, "peft.rank", "greater than or equal to 1"),
         ("lora", {"ranks": 4}, "peft.ranks", "there are: alpha, dropout, rank, targets"),
         ("lora", {"targets": ["qkv", "query"]}, "peft.targets", "attn.proj, attn.qkv, mlp.fc1, mlp.fc2"),
+        ("lora", {"targets": []}, "peft.targets", "names no layer; there are: attn.proj, attn.qkv"),
         ("prompt", {"dropout": 1.0}, "peft.dropout", "less than 1"),
         ("head", {"rank": 8}, "peft.rank", "there are: none"),
     ],

@@ -36,7 +36,9 @@ class Narrator:
         lines += self._once(headline(snapshot.run))
         lines += self._once(scored_line(0, snapshot.run.initial_metrics))
         for round_ in views.committed(snapshot.rounds[number] for number in snapshot.changed):
-            lines += self._once(committed_line(round_, snapshot.run))
+            # Once a commit: bytes of calls that were still open then are added to the round later.
+            key = f"{round_.number} committed {round_.committed_at.ToJsonString()}"
+            lines += self._once(committed_line(round_, snapshot.run), key)
             lines += self._once(scored_line(round_.number, round_.metrics))
         if (current := snapshot.current) is not None:
             # Once a phase: the reason of a long wait changes with every client that comes.

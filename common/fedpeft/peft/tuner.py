@@ -32,7 +32,7 @@ def target_layers(module: nn.Module, structure: ModelStructure, targets: str | t
     """Returns the names of the linear layers in the blocks that a pattern fits, in the model's order.
 
     Raises:
-        ConfigInvalid: If a pattern fits none.
+        ConfigInvalid: If a pattern fits none, or there is no pattern.
     """
     layers = [
         f"{block}.{name}"
@@ -40,12 +40,15 @@ def target_layers(module: nn.Module, structure: ModelStructure, targets: str | t
         for name, layer in part.named_modules()
         if isinstance(layer, nn.Linear)
     ]
+    known = ", ".join(sorted({n.partition(".")[2].partition(".")[2] for n in layers}))
+    patterns = [targets] if isinstance(targets, str) else targets
+    if not patterns:
+        raise unfit(f"names no layer; there are: {known}", "targets")
     chosen = set()
-    for pattern in [targets] if isinstance(targets, str) else targets:
+    for pattern in patterns:
         fits = {n for n in layers if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")}
         if not fits:
-            ends = sorted({n.partition(".")[2].partition(".")[2] for n in layers})
-            raise unfit(f"{pattern!r} fits no linear layer of a block; there are: {', '.join(ends)}", "targets")
+            raise unfit(f"{pattern!r} fits no linear layer of a block; there are: {known}", "targets")
         chosen |= fits
     return [name for name in layers if name in chosen]
 
