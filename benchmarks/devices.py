@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from bytes_by_method import METHODS
-from workload import machine, peak_memory_bytes
+from workload import machine, peak_memory_bytes, resident_bytes
 
 from fedpeft.config import ModelConfig, TrainingConfig
 from fedpeft.data.dataset import open_dataset
@@ -41,21 +41,16 @@ CASES = (("vit_small_patch16_224", 8), ("vit_small_patch16_224", 32), ("vit_base
 STEPS = 2
 
 
-def resident_bytes() -> int:
-    """Resident memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def measure(model: str, batch: int, method: str, checkpointing: bool) -> dict[str, Any]:
     """Trains one case in this process."""
-    libraries = resident_bytes()
+    libraries = resident_bytes(os.getpid())
     backbone = build(ModelConfig(name=model, weights="none", classes=CLASSES), seed=0)
     name, options = METHODS[method]
     tuned = tune(backbone, name, options, seed=0)
     if checkpointing:
         assert tuned.checkpoint()
     dataset = open_dataset(DATA, CLASSES, Preprocessing.of(backbone), workers=0)
-    before_training = resident_bytes()
+    before_training = resident_bytes(os.getpid())
 
     def cpu_s(steps: int, size: int) -> float:
         settings = TrainingConfig(steps=steps, batch_size=size, learning_rate=0.001)

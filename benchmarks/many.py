@@ -19,15 +19,14 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 from round import create, rounds_of, synthetic_spec
-from workload import HERE, Daemon, daemon, free_address, machine, process, scratch
+from workload import HERE, Daemon, daemon, free_address, machine, process, resident_bytes, scratch
 
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.process import durable
@@ -41,14 +40,6 @@ TARGETS = {"joined_s": 60.0, "beyond_grpc_kb": 20.0, "idle_share": 0.03, "round_
 LOOK_S = 0.5
 SETTLE_S = 30.0
 """Time after which every waiting client has heard how long its calls are held: the first is held for 20 seconds."""
-
-
-def resident_bytes(pid: int) -> int:
-    """The resident memory of a process (VmRSS)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"process {pid} shows no VmRSS; this needs Linux")
 
 
 def processor_s(pid: int) -> float:
@@ -73,9 +64,7 @@ def until(child: subprocess.Popen[str], met: Callable[[], bool], most_s: float, 
 
 def gauge(server: Daemon, run: str, name: str, label: str = "") -> int:
     """Returns a value of a run from /metrics, 0 before there is one; no call of the operator's service is made."""
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=30) as answer:
-        lines = answer.read().decode().splitlines()
-    mine = [line for line in lines if line.startswith(f"{name}{{") and run in line and label in line]
+    mine = [line for line in server.samples() if line.startswith(f"{name}{{") and run in line and label in line]
     return int(float(mine[0].rpartition(" ")[2])) if mine else 0
 
 
@@ -105,6 +94,7 @@ class Bare(pb_grpc.FederationServiceServicer):
 
 
 async def serve_bare(address: str) -> None:
+    """Serves calls that wait on an address, with the options of a FedPEFT server."""
     server = grpc.aio.server(options=connections.options(bounds.MAIN))
     pb_grpc.add_FederationServiceServicer_to_server(Bare(), server)
     server.add_insecure_port(address)
@@ -127,9 +117,9 @@ def measure_bare(clients: int) -> float:
             return (resident_bytes(pid) - before) / clients
 
 
-async def _told(server: Daemon, run: str, what: str) -> None:
+async def _ask(server: Daemon, call: Callable[[OperatorClient], Awaitable[object]]) -> None:
     async with OperatorClient(server.address, server.identity) as operator:
-        await getattr(operator, what)(run)
+        await call(operator)
 
 
 def measure(clients: int, sampled: int, rounds: int, idle_s: float, join_s: float) -> dict[str, Any]:
@@ -138,21 +128,20 @@ def measure(clients: int, sampled: int, rounds: int, idle_s: float, join_s: floa
     with scratch() as folder, daemon(folder) as server:
         before = resident_bytes(server.pid)
         run = create(server, spec, sampled, rounds)
-        asyncio.run(_told(server, run, "pause"))
+        asyncio.run(_ask(server, lambda operator: operator.pause(run)))
         file = folder / "spec.bin"
         file.write_bytes(wire.spec_to_proto(spec).SerializeToString())
         with crowd("join", server.address, str(clients), run, str(file)) as child:
             joined_s = until(child, lambda: waiting(server, run) >= clients, join_s, f"{clients} clients joined")
             joined = resident_bytes(server.pid)
-            asyncio.run(_told(server, run, "resume"))
+            asyncio.run(_ask(server, lambda operator: operator.resume(run)))
             until(child, lambda: waiting(server, run) <= clients - sampled, 60, "the first round opened")
             time.sleep(SETTLE_S)
-            used = processor_s(server.pid)
+            settled_s = processor_s(server.pid)
             time.sleep(idle_s)
-            used = processor_s(server.pid) - used
-            began_s = processor_s(server.pid)
+            idle_over_s = processor_s(server.pid)
             memory = _hold_rounds(server, run, child, rounds)
-            worked = processor_s(server.pid) - began_s
+            rounds_over_s = processor_s(server.pid)
             done = json.loads(child.communicate(timeout=60)[0])
         held = rounds_of(server, run)
     ends = [r.committed_at.ToNanoseconds() / 1e9 for r in held]
@@ -165,8 +154,8 @@ def measure(clients: int, sampled: int, rounds: int, idle_s: float, join_s: floa
         "bare_kb": bare / 1000,
         "each_kb": (joined - before) / clients / 1000,
         "beyond_grpc_kb": ((joined - before) / clients - bare) / 1000,
-        "idle_share": used / idle_s,
-        "round_processor_s": worked / rounds,
+        "idle_share": (idle_over_s - settled_s) / idle_s,
+        "round_processor_s": (rounds_over_s - idle_over_s) / rounds,
         "load": os.getloadavg()[0],
         "round_s": statistics.median(cycles),
         "slowest_round_s": max(cycles),
@@ -184,7 +173,7 @@ def _hold_rounds(server: Daemon, run: str, child: subprocess.Popen[str], rounds:
     memory: list[int] = []
 
     def is_finished() -> bool:
-        held = int(gauge(server, run, "fedpeft_rounds_total", '"committed"'))
+        held = gauge(server, run, "fedpeft_rounds_total", '"committed"')
         if held:
             memory.append(resident_bytes(server.pid))
         return held >= rounds

@@ -59,11 +59,20 @@ def free_address() -> str:
 
 
 def peak_memory_bytes(pid: int) -> int:
-    """The most resident memory a process ever had (VmHWM)."""
+    """The most resident memory a process ever had."""
+    return _status_bytes(pid, "VmHWM")
+
+
+def resident_bytes(pid: int) -> int:
+    """The resident memory of a process."""
+    return _status_bytes(pid, "VmRSS")
+
+
+def _status_bytes(pid: int, field: str) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"process {pid} shows no VmHWM; this needs Linux")
+    raise RuntimeError(f"process {pid} shows no {field}; this needs Linux")
 
 
 def machine() -> dict[str, str | int]:
@@ -162,12 +171,15 @@ class Daemon:
             certificate = authority.issue(Subject(Role.CLIENT, name), key.public_key(), timedelta(days=1))
             identity_folder.write(into, self.address, [authority.certificate], [certificate])
 
+    def samples(self) -> list[str]:
+        """The lines of /metrics now."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=30) as answer:
+            return answer.read().decode().splitlines()
+
     def counters(self, run: str) -> dict[str, float]:
         """The bytes of a run so far, from /metrics: `wire_up`, `wire_down`, `payload_up`, `payload_down`."""
-        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
         found = {f"{kind}_{way}": 0.0 for kind in ("wire", "payload") for way in ("up", "down")}
-        for line in text.splitlines():
+        for line in self.samples():
             for kind in ("wire", "payload"):
                 for way in ("up", "down"):
                     if line.startswith(f"fedpeft_{kind}_bytes_total{{") and f'"{run}"' in line and f'"{way}"' in line:
