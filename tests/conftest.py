@@ -14,7 +14,7 @@ import pytest
 import structlog
 from hypothesis import settings
 
-from .preloaded.fedpeft_tests_launcher import await_preloaded
+from .preloaded.fedpeft_tests_launcher import await_preloaded, namespace
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # read by torch and NumPy when they are first imported
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if _FOLDER in os.environ or not Path("/proc/self/ns/mnt").exists():
         return  # a parallel worker has it from the process that distributes the tests
     config.stash[_folder] = folder = Path(tempfile.mkdtemp(prefix="fedpeft-preloaded-"))
-    (folder / "namespace").write_text(os.readlink("/proc/self/ns/mnt") + os.readlink("/proc/self/root"))
+    (folder / "namespace").write_text(namespace())
     (folder / "tests").write_text(str(os.getpid()))
     os.environ[_FOLDER] = str(folder)
 

@@ -21,7 +21,8 @@ STATUS_BYTES = 4
 START_S = 120.0
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that the fork gets in place of this process."""
-LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+LIMITS = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+"""Numbers of the resource limits, some of which have two names."""
 
 
 def launch(folder: str, module: str, arguments: list[str]) -> None:
@@ -35,14 +36,22 @@ def launch(folder: str, module: str, arguments: list[str]) -> None:
     ignored = [each for each in PASSED_ON if signal.getsignal(each) is signal.SIG_IGN]
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until it is known to whom
     line = _connect(Path(folder))
-    limits = [(limit, resource.getrlimit(limit)) for limit in set(LIMITS.values())]
-    started = {"module": module, "arguments": arguments, "folder": os.getcwd(), "path": sys.path}
-    told = {**started, "environment": dict(os.environ), "limits": limits, "ignored": ignored, "umask": _umask()}
-    facts = json.dumps(told).encode()
+    limits = [(limit, resource.getrlimit(limit)) for limit in LIMITS]
+    request = {
+        "module": module,
+        "arguments": arguments,
+        "folder": os.getcwd(),
+        "path": sys.path,
+        "environment": dict(os.environ),
+        "limits": limits,
+        "ignored": ignored,
+        "umask": _umask(),
+    }
+    encoded = json.dumps(request).encode()
     life, ours = socket.socketpair()  # ends with this process, and carries nothing
-    socket.send_fds(line, [len(facts).to_bytes(STATUS_BYTES, "little")], [0, 1, 2, life.fileno()])
+    socket.send_fds(line, [len(encoded).to_bytes(STATUS_BYTES, "little")], [0, 1, 2, life.fileno()])
     life.close()
-    line.sendall(facts)
+    line.sendall(encoded)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):
         os.dup2(nothing, stream)  # the ends of both are the fork's to close
@@ -78,13 +87,13 @@ def _umask() -> int:
 
 def _same_place(folder: Path) -> bool:
     try:
-        return folder.stat().st_uid == os.getuid() and (folder / "namespace").read_text() == _namespace()
+        return folder.stat().st_uid == os.getuid() and (folder / "namespace").read_text() == namespace()
     except OSError:
         return False
 
 
-def _namespace() -> str:
-    """Names what this process sees of the file system."""
+def namespace() -> str:
+    """Returns a name of this process's view of the file system: its mounts and its root directory."""
     return os.readlink("/proc/self/ns/mnt") + os.readlink("/proc/self/root")
 
 

@@ -23,11 +23,33 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-STATUS_BYTES = 4
+from fedpeft_tests_launcher import STATUS_BYTES
+
 F_SETSIG = 10
 """Of Linux; `fcntl` has no name for it."""
 LOOK_S = 1.0
+"""Time after which an idle process looks whether its folder and the tests are still there."""
+IMPORTED = (
+    "fedpeft_client.app",
+    "fedpeft_client.commands.enroll",
+    "fedpeft_client.commands.leave",
+    "fedpeft_client.commands.ledger",
+    "fedpeft_client.commands.status",
+    "fedpeft_operator.app",
+    "fedpeft_operator.console.serving",
+    "fedpeft.api.operator_client",
+    "fedpeft_client.worker.process",
+    "fedpeft_client.worker.tasks",
+    "fedpeft.simulation",
+    "fedpeft.simulation.local_trainer",
+    "fedpeft_server.__main__",
+    "fedpeft_server.app",
+    "timm",
+    "torch._dynamo",
+)
+"""Modules that a fork need not import."""
 
 
 def main() -> None:
@@ -42,24 +64,7 @@ def main() -> None:
     from fedpeft.rpc import grpc_core
 
     grpc_core.configure()  # as each command does before it imports gRPC
-    for module in (
-        "fedpeft_client.app",
-        "fedpeft_client.commands.enroll",
-        "fedpeft_client.commands.leave",
-        "fedpeft_client.commands.ledger",
-        "fedpeft_client.commands.status",
-        "fedpeft_operator.app",
-        "fedpeft_operator.console.serving",
-        "fedpeft.api.operator_client",
-        "fedpeft_client.worker.process",
-        "fedpeft_client.worker.tasks",
-        "fedpeft.simulation",
-        "fedpeft.simulation.local_trainer",
-        "fedpeft_server.__main__",
-        "fedpeft_server.app",
-        "timm",
-        "torch._dynamo",
-    ):
+    for module in IMPORTED:
         importlib.import_module(module)
     gc.freeze()  # what a fork's collections visit would be copied for it
 
@@ -89,24 +94,23 @@ def main() -> None:
 
 
 def _reap(children: dict[int, socket.socket]) -> None:
+    """Passes on the exit codes of the forks that have ended."""
     for pid in list(children):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            with children.pop(pid) as line:
-                try:
-                    code = os.waitstatus_to_exitcode(status)
-                    line.sendall(code.to_bytes(STATUS_BYTES, "little", signed=True))
-                except OSError:
-                    pass  # who asked was killed in the same moment
+            code = os.waitstatus_to_exitcode(status)
+            with children.pop(pid) as line, suppress(OSError):  # the one it stands for was killed in the same moment
+                line.sendall(code.to_bytes(STATUS_BYTES, "little", signed=True))
 
 
 def _fork(line: socket.socket, children: dict[int, socket.socket], own: tuple[socket.socket, ...]) -> None:
+    """Forks for the process at the other end of a connection; the fork never returns."""
     size, received, _, _ = socket.recv_fds(line, STATUS_BYTES, 4)
     if len(size) < STATUS_BYTES:  # it was killed, or asks for no process
         line.close()
         return
     *streams, life = received
-    facts = json.loads(line.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL))
+    request = json.loads(line.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL))
     pid = os.fork()
     if pid:
         for stream in (*streams, life):
@@ -116,38 +120,51 @@ def _fork(line: socket.socket, children: dict[int, socket.socket], own: tuple[so
             line.sendall(pid.to_bytes(STATUS_BYTES, "little"))
         return
     try:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for each in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(each, signal.SIG_DFL)
-        for each in facts["ignored"]:
-            signal.signal(each, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        _take_signals(request["ignored"])
         for each in (line, *own, *children.values()):
             each.close()
         _die_with(life)
-        for number, stream in enumerate(streams):
-            os.dup2(stream, number)
-            os.close(stream)
-        # Those that there are know where in the log they were.
-        sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-        os.chdir(facts["folder"])
-        for limit, (soft, hard) in facts["limits"]:
-            resource.setrlimit(limit, (soft, hard))
-        os.environ.clear()
-        os.environ.update(facts["environment"])
-        time.tzset()
-        sys.path[:] = facts["path"]
-        importlib.invalidate_caches()
-        code = _run(facts["module"], facts["arguments"])
+        _take_streams(streams)
+        _take_environment(request)
+        code = _run(request["module"], request["arguments"])
         threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at the end of any process
         os._exit(code)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(1)
+
+
+def _take_signals(ignored: list[int]) -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_DFL)
+    for each in ignored:
+        signal.signal(each, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _take_streams(streams: list[int]) -> None:
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    # Those that there are know where in the log they were.
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+
+
+def _take_environment(request: dict[str, Any]) -> None:
+    os.chdir(request["folder"])
+    os.umask(request["umask"])
+    for limit, (soft, hard) in request["limits"]:
+        resource.setrlimit(limit, (soft, hard))
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    time.tzset()
+    sys.path[:] = request["path"]
+    importlib.invalidate_caches()
 
 
 def _die_with(life: int) -> None:

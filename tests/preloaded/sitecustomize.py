@@ -1,4 +1,4 @@
-"""Read by every Python that a test starts: what is ours is then a fork of one process.
+"""Imported by every Python that a test starts: the processes of FedPEFT become forks of one process.
 
 Importing torch, torchvision and timm takes seconds of processor time, of every worker and every `fedpeft run create` of
 every test, and importing what servers, agents and other commands need takes one or two; nothing else that these do
@@ -13,13 +13,13 @@ _folder = os.environ.get("FEDPEFT_TESTS_PRELOADED")
 if _folder and sys.orig_argv[1:2] == ["-m"]:
     _module, _arguments = sys.orig_argv[2], sys.orig_argv[3:]
     _forked = {
-        "fedpeft_client": True,
-        "fedpeft_client.worker.process": True,
-        "fedpeft.simulation.worker": True,
-        "fedpeft_server": True,
-        "fedpeft_operator.app": "top" not in _arguments,
+        "fedpeft_client",
+        "fedpeft_client.worker.process",
+        "fedpeft.simulation.worker",
+        "fedpeft_server",
+        "fedpeft_operator.app",
     }
-    if _forked.get(_module):
+    if _module in _forked and not (_module == "fedpeft_operator.app" and "top" in _arguments):
         from fedpeft_tests_launcher import launch
 
         launch(_folder, _module, _arguments)
