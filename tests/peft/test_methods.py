@@ -30,9 +30,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adaptformer": ("adaptformer", {"width": 8}),
     "lora": ("lora", {"rank": 2}),
     "rolora": ("rolora", {"rank": 2}),
+    "lora-q-v": ("lora", {"rank": 2, "targets": ["qkv.q", "qkv.v"]}),
     "lora-all": ("lora", {"rank": 2, "targets": ["qkv", "proj", "mlp.*"], "dropout": 0.1}),
 }
-COMPILED = ("bias", "adapter", "adapter-per-block", "adaptformer", "ia3", "prompt", "prompt-shallow", "ssf", "lora-all")
+COMPILED = (
+    "bias",
+    "adapter",
+    "adapter-per-block",
+    "adaptformer",
+    "ia3",
+    "prompt",
+    "prompt-shallow",
+    "ssf",
+    "lora-q-v",
+    "lora-all",
+)
 CONSTANT = ("ia3", "ssf")
 """Cases whose additions start the same for every seed."""
 CONFIG = ModelConfig(name="vit_tiny_patch16_224", weights="none", image_size=32, depth=2, classes=("a", "b", "c"))

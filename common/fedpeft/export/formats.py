@@ -276,7 +276,7 @@ def _targets(layers: list[str], backbone: Backbone) -> tuple[str, ...]:
     """Returns the shortest patterns that fit exactly these layers: their ends where every block has them."""
     ends = tuple(sorted({layer.split(".", 2)[2] for layer in layers if layer.count(".") > 1}))
     try:
-        fits = target_layers(backbone.module, backbone.structure, ends)
+        fits = target_layers(backbone.structure, ends)
     except ConfigInvalid:
         fits = []
     return ends if ends and set(fits) == set(layers) else tuple(layers)

@@ -6,7 +6,7 @@ The library takes seconds to import, so only those who use such a method wait fo
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from fedpeft.models.structure import ModelStructure
 from fedpeft.peft.method import Method, OptionsT, unfit
+from fedpeft.peft.places import linear_layers
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -28,25 +29,31 @@ Targets = Pattern | Annotated[tuple[Pattern, ...], Field(strict=False)]
 """Linear layers of the blocks, as shell patterns for the end of a layer's name, such as qkv, attn.*, mlp.fc?."""
 
 
-def target_layers(module: nn.Module, structure: ModelStructure, targets: str | tuple[str, ...]) -> list[str]:
+def linear_layers_of(structure: ModelStructure) -> dict[str, nn.Linear]:
+    """Returns the linear layers in the blocks by name, in the model's order."""
+    blocks = structure.blocks.items()
+    return {f"{block}.{name}": layer for block, part in blocks for name, layer in linear_layers(part).items()}
+
+
+def fitting(pattern: str, names: Iterable[str]) -> set[str]:
+    """Returns the names that a shell pattern fits, whole or from a dot to the end."""
+    return {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
+
+
+def target_layers(structure: ModelStructure, targets: str | tuple[str, ...]) -> list[str]:
     """Returns the names of the linear layers in the blocks that a pattern fits, in the model's order.
 
     Raises:
         ConfigInvalid: If a pattern fits none, or there is no pattern.
     """
-    layers = [
-        f"{block}.{name}"
-        for block, part in structure.blocks.items()
-        for name, layer in part.named_modules()
-        if isinstance(layer, nn.Linear)
-    ]
+    layers = list(linear_layers_of(structure))
     known = ", ".join(sorted({n.partition(".")[2].partition(".")[2] for n in layers}))
     patterns = [targets] if isinstance(targets, str) else targets
     if not patterns:
         raise unfit(f"names no layer; there are: {known}", "targets")
     chosen = set()
     for pattern in patterns:
-        fits = {n for n in layers if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")}
+        fits = fitting(pattern, layers)
         if not fits:
             raise unfit(f"{pattern!r} fits no linear layer of a block; there are: {known}", "targets")
         chosen |= fits
@@ -65,6 +72,10 @@ class Tuner(Method[OptionsT]):
     def targets(self) -> Targets:
         """The layers that are wrapped."""
 
+    def layers(self, structure: ModelStructure) -> list[str]:
+        """Returns the names of the layers that the library wraps."""
+        return target_layers(structure, self.targets)
+
     @abstractmethod
     def config(self, layers: Sequence[str]) -> PeftConfig:
         """Returns the library's configuration for target layers of these names."""
@@ -75,13 +86,15 @@ class Tuner(Method[OptionsT]):
 
     def peft_config(self, module: nn.Module, structure: ModelStructure) -> PeftConfig:
         """See `Method.peft_config`."""
-        return self.config(target_layers(module, structure, self.targets))
+        return self.config(self.layers(structure))
 
     def inject(self, module: nn.Module, structure: ModelStructure, generator: torch.Generator) -> Sequence[nn.Module]:
         """See `Method.inject`; target layers are wrapped."""
         from peft import inject_adapter_in_model
 
-        names = target_layers(module, structure, self.targets)
+        names = self.layers(structure)
+        if not names:
+            return ()
         inject_adapter_in_model(self.config(names), module, adapter_name=ADAPTER)
         layers = [module.get_submodule(name) for name in names]
         with torch.no_grad():
@@ -96,7 +109,7 @@ class Tuner(Method[OptionsT]):
     def canonical(self, name: str) -> str:
         """See `Method.canonical`; the library renames wrapped weights and puts its adapter's name into its own."""
         parts = name.split(".")
-        if self.tunes(name):
+        if self.tunes(name) and ADAPTER in parts:
             parts.remove(ADAPTER)
         return ".".join(part for part in parts if part != "base_layer")
 
