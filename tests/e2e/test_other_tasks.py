@@ -96,27 +96,27 @@ def test_a_text_classifier_learns_in_a_federation(world: World, monkeypatch: pyt
     path = [str(world.folder / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     with looked_up_anew(tasks):
-        learns(world)
+        clients = [
+            world.text_client("held-out", "--evaluate"),
+            world.text_client("library"),
+            world.text_client("workshop"),
+        ]
+        run = fedpeft.connect(f"127.0.0.1:{world.port}").create(world.folder / "run.toml")
+        for client in clients:
+            ended(client, 0)
 
+        run.refresh()
+        assert run.state == "completed"
+        assert [sorted(each.clients) for each in run.rounds] == [["library", "workshop"]] * 3
+        last = run.rounds[-1].metrics
+        assert last["accuracy"] > 0.8 > 0.5 > run.initial_metrics["accuracy"], run.rounds
+        assert last["accuracy/python"] > 0.5
+        assert run.to_dict()["rounds"][-1]["tickets"][0]["metrics"]["images_per_second"] > 0
 
-def learns(world: World) -> None:
-    clients = [world.text_client("held-out", "--evaluate"), world.text_client("library"), world.text_client("workshop")]
-    run = fedpeft.connect(f"127.0.0.1:{world.port}").create(world.folder / "run.toml")
-    for client in clients:
-        ended(client, 0)
-
-    run.refresh()
-    assert run.state == "completed"
-    assert [sorted(each.clients) for each in run.rounds] == [["library", "workshop"]] * 3
-    last = run.rounds[-1].metrics
-    assert last["accuracy"] > 0.8 > 0.5 > run.initial_metrics["accuracy"], run.rounds
-    assert last["accuracy/python"] > 0.5
-    assert run.to_dict()["rounds"][-1]["tickets"][0]["metrics"]["images_per_second"] > 0
-
-    config = fedpeft.load_run_file(world.folder / "run.toml")
-    sites, _ = clients_of(Path(f"text:{world.folder / 'texts'}"), config)
-    alone = simulate(config, sites, world.folder / "out", evaluate=world.folder / "held-out")
-    assert alone["rounds"][-1]["metrics"]["accuracy"] == last["accuracy"]
-    here, there = run.adapter(), load_file(world.folder / "out" / "adapter.safetensors")
-    assert all(np.array_equal(here[name], there[name]) for name in here | there), "the same bits in one process"
-    assert set(run.load().state()) == set(here)
+        config = fedpeft.load_run_file(world.folder / "run.toml")
+        sites, _ = clients_of(Path(f"text:{world.folder / 'texts'}"), config)
+        alone = simulate(config, sites, world.folder / "out", evaluate=world.folder / "held-out")
+        assert alone["rounds"][-1]["metrics"]["accuracy"] == last["accuracy"]
+        here, there = run.adapter(), load_file(world.folder / "out" / "adapter.safetensors")
+        assert all(np.array_equal(here[name], there[name]) for name in here | there), "the same bits in one process"
+        assert set(run.load().state()) == set(here)
