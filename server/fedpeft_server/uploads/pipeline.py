@@ -132,7 +132,7 @@ class Uploads:
         counted = await self._repeated(ticket, header)
         if counted:
             return counted
-        self._admit(engine, ticket)
+        _admit(engine, ticket)
         manifest = await self._checked(engine.run, ticket, header)
         booked = partial(self._byte_counter.payload, "up", engine.run.config.codec.encoding)
         async with self._slots.take(ticket.client) as slot:
@@ -145,7 +145,7 @@ class Uploads:
                 context,
                 slot,
                 booked,
-                lambda: self._admit(engine, _current(engine, ticket)),
+                lambda: _admit(engine, _current(engine, ticket)),
                 is_kept=lambda: _is_open(engine, ticket) or ticket.id in self._concluding,
             )
             return await self._concluded(self._begin(engine, ticket, header, writer))
@@ -254,13 +254,6 @@ class Uploads:
         if error and not isinstance(error, FedpeftError):
             log.error("an upload failed with an internal error", ticket=ticket, exc_info=error)
 
-    def _admit(self, engine: RunEngine, ticket: Ticket) -> None:
-        if ticket.state is TicketState.REFUSED and ticket.reason.startswith(UpdateExcluded.reason):
-            raise UpdateExcluded(f"the update of ticket {ticket.id} was not folded: {ticket.reason.partition(': ')[2]}")
-        ticket.check_not_closed()
-        if not _is_open(engine, ticket):
-            raise RoundClosed(f"the round of ticket {ticket.id} has closed; keep the update for the next round")
-
     async def _declared_by(self, client: str, run: str) -> int:
         """Returns the most examples that a client may claim for an update."""
         answered = self._declared(run, client)
@@ -307,6 +300,21 @@ class Uploads:
 def _finish(writer: SpoolWriter) -> None:
     with writer:
         writer.finish()
+
+
+def _admit(engine: RunEngine, ticket: Ticket) -> None:
+    """Checks that an update may come for a ticket.
+
+    Raises:
+        UpdateExcluded: If one came and was excluded from the fold.
+        TicketClosed: If the ticket was withdrawn or refused.
+        RoundClosed: If its round takes no more.
+    """
+    if ticket.state is TicketState.REFUSED and ticket.reason.startswith(UpdateExcluded.reason):
+        raise UpdateExcluded(f"the update of ticket {ticket.id} was not folded: {ticket.reason.partition(': ')[2]}")
+    ticket.check_not_closed()
+    if not _is_open(engine, ticket):
+        raise RoundClosed(f"the round of ticket {ticket.id} has closed; keep the update for the next round")
 
 
 def _current(engine: RunEngine, ticket: Ticket) -> Ticket:
