@@ -54,7 +54,7 @@ def logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("method", [*PLAIN, "lora", "ffa_lora", "ssf", "ia3"])
+@pytest.mark.parametrize("method", [*PLAIN, "lora", "ffa_lora", "dora", "ssf", "ia3"])
 def test_timm_loads_the_whole_model_strictly(
     tmp_path: Path, backbone: Backbone, images: torch.Tensor, method: str
 ) -> None:
@@ -223,7 +223,8 @@ def test_from_peft_refuses_what_it_cannot_be(tmp_path: Path, backbone: Backbone)
     for change, says in (
         ({"peft_type": "OFT"}, "holds a OFT adapter; only .*LORA.* can be read"),
         ({"r": None}, "does not fit vit_tiny"),
-        ({"use_dora": True}, "uses use_dora"),
+        ({"use_rslora": True}, "uses use_rslora"),
+        ({"use_dora": True}, r"lora_magnitude_vector\.weight is missing there"),
         ({"bias": "all"}, "uses bias"),
         ({"r": 5}, r"is \(8, 192\) there, \(5, 192\) in the model"),
     ):

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"rank": 2}),
     "rolora": ("rolora", {"rank": 2}),
     "lora-q-v": ("lora", {"rank": 2, "targets": ["qkv.q", "qkv.v"]}),
+    "dora": ("dora", {"rank": 2}),
     "lora-all": ("lora", {"rank": 2, "targets": ["qkv", "proj", "mlp.*"], "dropout": 0.1}),
 }
 COMPILED = (

@@ -372,7 +372,7 @@ class Run:
         """Returns the tuned model as one of the `peft` library; arguments and errors as `load`.
 
         Raises:
-            ConfigInvalid: If that library does not have the run's method (`lora` and its variants, `ia3`: it has).
+            ConfigInvalid: If that library has no form of the run's method.
         """
         from fedpeft.export.formats import peft_model
 

@@ -62,6 +62,33 @@ def lora_config(options: LoraOptions, layers: Sequence[str], times: int = 1, **m
     )
 
 
+def options_of(method: str, config: Mapping[str, Any], targets: tuple[str, ...]) -> dict[str, object]:
+    """Returns the options of a method, LoRA or one with its options, of a configuration of the library.
+
+    Raises:
+        ConfigInvalid: If it is of something else.
+    """
+    if missing := sorted({"r", "lora_alpha"} - config.keys()):
+        raise ConfigInvalid(f"has no {missing[0]}, which every LoRA has")
+    form = methods.get(method).peft_form
+    other = [key for key in _VARIANTS if config.get(key) and form and key != form.flag]
+    if config.get("bias", "none") != "none":
+        other.append("bias")
+    if other:
+        raise ConfigInvalid(f"uses {', '.join(other)}, which method {method} does not have")
+    dropout = config.get("lora_dropout", 0.0)
+    return {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": dropout, "targets": targets}
+
+
+def draw(layer: nn.Module, generator: torch.Generator) -> None:
+    """Sets the initial factors of a layer that the library wrapped: A Kaiming-uniform, B zero."""
+    down, up = (layer.get_parameter(f"{factor}.{ADAPTER}.weight") for factor in (A, B))
+    start = torch.empty(down.shape)
+    nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
+    down.copy_(start)
+    up.zero_()
+
+
 @methods.register(NAME)
 class Lora(Tuner[LoraOptions]):
     """Tunes A and B beside every target layer."""
@@ -130,23 +157,11 @@ class Lora(Tuner[LoraOptions]):
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any], targets: tuple[str, ...]) -> dict[str, object]:
         """See `Method.from_peft_config`."""
-        if missing := sorted({"r", "lora_alpha"} - config.keys()):
-            raise ConfigInvalid(f"has no {missing[0]}, which every LoRA has")
-        other = [key for key in _VARIANTS if config.get(key)]
-        if config.get("bias", "none") != "none":
-            other.append("bias")
-        if other:
-            raise ConfigInvalid(f"uses {', '.join(other)}, which method {NAME} does not have")
-        dropout = config.get("lora_dropout", 0.0)
-        return {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": dropout, "targets": targets}
+        return options_of(NAME, config, targets)
 
     def start(self, layer: nn.Module, generator: torch.Generator) -> None:
         """See `Tuner.start`."""
-        down, up = (layer.get_parameter(f"{factor}.{ADAPTER}.weight") for factor in (A, B))
-        start = torch.empty(down.shape)
-        nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
-        down.copy_(start)
-        up.zero_()
+        draw(layer, generator)
 
 
 def is_factor(name: str, factor: str) -> bool:

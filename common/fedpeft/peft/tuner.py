@@ -120,6 +120,15 @@ class Tuner(Method[OptionsT]):
         state = {self.canonical(name): tensor for name, tensor in module.state_dict().items() if not self.tunes(name)}
         for name, layer in module.named_modules():
             if isinstance(layer, BaseTunerLayer):
-                wrapped: Any = layer  # the library's layers that merge have this method, their base class has not
-                state[f"{name}.weight"] = state[f"{name}.weight"] + wrapped.get_delta_weight(ADAPTER)
+                state[f"{name}.weight"] = self.merged(layer, state[f"{name}.weight"]).detach()
         return state
+
+    def merged(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the weight of a wrapped layer with what was tuned merged into it.
+
+        Args:
+            layer: The library's, which has get_delta_weight if it merges.
+            weight: The plain layer's.
+        """
+        whole: torch.Tensor = weight + layer.get_delta_weight(ADAPTER)
+        return whole
