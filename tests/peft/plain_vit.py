@@ -65,7 +65,7 @@ def images() -> torch.Tensor:
 
 
 def close(model: TunedModel, plain: PlainVit, tolerance: float = 1e-5) -> bool:
-    """Whether a tuned model and the plain one agree, and differ from the backbone."""
+    """Returns True if a tuned model and the plain one agree; checks that both differ from the backbone."""
     with torch.no_grad():
         found, expected = model.module(images()), plain(images())
         assert not torch.allclose(found, model.backbone.module(images()), 0, 1e-2)
