@@ -117,6 +117,18 @@ def test_what_cannot_be_exported_is_said(
     assert "the backbone here has fingerprint" in refused(tmp_path / "odd.safetensors", *out)
 
 
+def test_the_adapter_file_is_not_replaced_by_what_is_made_of_it(
+    simulations: dict[str, fedpeft.Simulation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter.safetensors"
+    adapter.write_bytes(before := (simulations["bias"].folder / "adapter.safetensors").read_bytes())
+    (tmp_path / "link").symlink_to(adapter)
+    for out in (adapter, tmp_path / "link"):
+        ends_with(2, adapter, "--format", "timm", "--out", out)
+        assert f"--out {out} is the adapter file itself" in capsys.readouterr().err
+    assert adapter.read_bytes() == before
+
+
 @pytest.mark.parametrize("version", [0, 1])
 def test_a_file_that_was_changed_is_refused(
     simulations: dict[str, fedpeft.Simulation], version: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

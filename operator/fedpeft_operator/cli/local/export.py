@@ -51,6 +51,8 @@ def export(
     form = Format(model_format)
     wanted = None if sha256 is None else _digest(sha256)
     replaces = check_place(out, form)
+    if replaces and adapter.exists() and out.samefile(adapter):
+        raise SettingsInvalid(f"--out {out} is the adapter file itself, which would be lost; name another file")
     require("train", "torch", "timm", "peft")
     info, config = _read(adapter)
     found = _checked(adapter, info, wanted)
