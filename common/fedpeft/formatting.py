@@ -36,3 +36,11 @@ def mib(count: int) -> str:
 def percent(share: float | None) -> str:
     """Returns a share of 1 as per cent, or a dash where there is none."""
     return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time for people: `42 s`, `12 min`, `3 h 05 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -29,6 +29,7 @@ from fedpeft_operator.cli.local import console, doctor, export, params, partitio
 from fedpeft_operator.cli.local import version as versions
 from fedpeft_operator.cli.run import commands
 from fedpeft_operator.cli.session import Session, session_of
+from fedpeft_operator.cli.study import commands as studies
 from fedpeft_operator.demo import command
 
 EXAMPLES = (
@@ -104,6 +105,7 @@ app.command("top", epilog=top.EPILOG)(top.top)
 app.command("params", epilog=params.EPILOG)(params.params)
 app.command("partition", epilog=partition.EPILOG)(partition.partition)
 app.command("simulate", epilog=simulate.EPILOG)(simulate.simulate)
+app.add_typer(studies.app, name="study")
 app.command("export", epilog=export.EPILOG)(export.export)
 app.command("demo", epilog=command.EPILOG)(command.demo)
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)

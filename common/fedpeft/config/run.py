@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -13,6 +14,7 @@ from fedpeft import text_files
 from fedpeft.config.aggregation import AggregationConfig
 from fedpeft.config.codec import CodecConfig
 from fedpeft.config.model import ModelConfig
+from fedpeft.config.overrides import merged
 from fedpeft.config.peft import PeftConfig
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.config.rounds import RoundsConfig
@@ -51,8 +53,12 @@ def parse_config(data: Mapping[str, Any]) -> RunConfig:
         raise ConfigInvalid("; ".join(f"{path}: {text}" for path, text in faults), faults) from None
 
 
-def load_run_file(path: Path) -> RunConfig:
+def load_run_file(path: Path, override: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:
     """Reads and validates a TOML run file.
+
+    Args:
+        path: The file.
+        override: Fields that are set in place of the file's, see `fedpeft.config.overrides`.
 
     Raises:
         ConfigInvalid: If the file cannot be read, is not TOML, or breaks a rule; with file, line and field.
@@ -63,7 +69,7 @@ def load_run_file(path: Path) -> RunConfig:
     except ValueError as error:
         raise ConfigInvalid(f"{path} is not a TOML file: {error}") from None
     with faults_in(path):
-        return parse_config(data)
+        return parse_config(merged(data, override))
 
 
 @contextmanager

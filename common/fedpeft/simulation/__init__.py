@@ -1,11 +1,12 @@
 """Simulation: a run file's federation on one machine, without a network, with the code of server and client.
 
-`clients_of` finds the clients in the data, `reading_of` how it is read, `simulate` holds the run.
+`clients_of` finds the clients in the data, `reading_of` how it is read, `simulate` holds the run;
+`check_clients` is what it refuses of them.
 """
 
 from __future__ import annotations
 
 from fedpeft.simulation.clients import clients_of, reading_of
-from fedpeft.simulation.run import simulate
+from fedpeft.simulation.run import check_clients, simulate
 
-__all__ = ["clients_of", "reading_of", "simulate"]
+__all__ = ["check_clients", "clients_of", "reading_of", "simulate"]

@@ -83,7 +83,7 @@ def simulate(
         SettingsInvalid: If there is no such device.
         StateInvalid: If `out` cannot be written, or another simulation writes there.
     """
-    _check(config, clients)
+    check_clients(config, clients)
     reading, settings = reading or reading_of(config), config.simulation or SimulationConfig()
     engine = engine_named(settings.engine)
     config = wire.config_from_proto(wire.config_to_proto(config))  # as a server gets it: without [simulation]
@@ -106,7 +106,13 @@ def simulate(
     return report
 
 
-def _check(config: RunConfig, clients: Clients) -> None:
+def check_clients(config: RunConfig, clients: Clients) -> None:
+    """Checks that the clients of a simulation have names, and are enough for a round.
+
+    Raises:
+        ConfigInvalid: If a round wants more than there are.
+        DataInvalid: If a name is none of a client.
+    """
     for name in clients:
         if not ids.CLIENT.fullmatch(name):
             raise DataInvalid(f"client name {name[:80]!r} is not {ids.CLIENT_FORM}")

@@ -235,6 +235,7 @@ class SimulatedRun:
             "progress": [],  # nobody is awaited
             "in_progress": progress_json(paused) if paused else None,
             "facts": self._facts,
+            "squared_distances": self._versions.squared_distances(run.model),
             "seconds": round(time.time() - self._began, 3),
             **({"clock": self._clock} if self._at_work.has_clock else {}),
         }

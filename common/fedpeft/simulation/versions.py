@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from fedpeft.adapters import adapter_file, payload
 from fedpeft.adapters.adapter_file import Written
 from fedpeft.adapters.payload import Tensors
+from fedpeft.peft import TunedModel
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rounds.commit import RunHeader, Stored, Update, fold_round, write_first
 from fedpeft.rounds.local_job import Version
 from fedpeft.rounds.screening import Extent, comparable
+from fedpeft.simulation.distances import squared_distances
 from fedpeft.simulation.report import RoundBook
 
 ADAPTER, RECORDS = "adapter.safetensors", "records.jsonl"
@@ -30,7 +33,7 @@ class Versions:
     def __init__(self, header: RunHeader, out: Path, scratch: Path) -> None:
         self._header = header
         self._adapter, self._log = out / ADAPTER, out / RECORDS
-        self._scratch, self._state = scratch, scratch / "kept-state"
+        self._scratch, self._state, self._first = scratch, scratch / "kept-state", scratch / "first"
         self._newest = Written("", 0)
         self._published: dict[int, Version] = {}
         self._state_sha256 = ""
@@ -42,7 +45,16 @@ class Versions:
         self._log.write_bytes(b"")
         path = self._scratch / "adapter"
         self._newest = write_first(self._header, tensors, path)
+        shutil.copyfile(path, self._first)
         os.replace(path, self._adapter)
+
+    def squared_distances(self, model: TunedModel) -> dict[str, float]:
+        """Returns how far the newest version is from version 0, see `fedpeft.simulation.distances`."""
+        with (
+            adapter_file.open_adapter(self._first) as first,
+            adapter_file.open_adapter(self._adapter, self._newest.sha256) as last,
+        ):
+            return squared_distances(model, first, last)
 
     def publish(self, number: int) -> Version:
         """Writes the newest version, which has this number, as clients receive it: through `codec.down`."""

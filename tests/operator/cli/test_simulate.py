@@ -147,3 +147,18 @@ def test_files_that_are_not_read_are_counted_by_reason_for_each_client(tmp_path,
     assert ended.value.code == 0
     lines = [line for line in capfd.readouterr().err.splitlines() if "skipped, with suffix .dcm: 3 (cat/scan" in line]
     assert all(any(client in line for line in lines) for client in ("client-0", "client-1"))
+
+
+def test_fields_of_the_run_file_are_set_for_once(tmp_path, capfd):
+    whole = write(tmp_path / "whole.parquet", table(30))
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    command = ["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out"), "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--set", "rounds.count=1", "--set", "peft.method=bias", "--seed", "5"])
+    assert ended.value.code == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["method"], len(report["rounds"]), report["config"]["rounds"]["seed"]) == ("bias", 1, "5")
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--set", "rounds.counts=1"])
+    assert ended.value.code == 2
+    assert "rounds.counts: is not a known key" in capfd.readouterr().err

@@ -48,6 +48,13 @@ def simulate(
         Path | None, typer.Option("--eval", metavar="PATH", help="Held-out data on which every version is scored.")
     ] = None,
     weights: Weights = None,
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="A field in place of the run file's, such as rounds.count=3."),
+    ] = [],  # noqa: B006  # typer copies it
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", min=0, help="The run's seed in place of the file's.")
+    ] = None,
     label_map: Annotated[
         Path | None,
         typer.Option("--label-map", metavar="FILE", help="TOML or JSON of own class name = run class, for all data."),
@@ -67,8 +74,10 @@ def simulate(
     The adapter has the bits that a server and its agents give. Ends with 5 if a round could not get its updates.
     """
     from fedpeft.config import faults_in, load_run_file
+    from fedpeft.config.overrides import merged, parse_overrides
 
-    config = load_run_file(file)
+    seeded = {} if seed is None else {"rounds": {"seed": seed}}
+    config = load_run_file(file, merged(parse_overrides(settings), seeded))
     check_needed(config.model, weights)
     require("train", "torch", "timm", "pyarrow")
     from fedpeft import simulation

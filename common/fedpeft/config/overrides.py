@@ -1,0 +1,95 @@
+"""Overrides of a run file: fields that are set after it was read, from the command line or by a study.
+
+An override is a table of the run file's own shape. Where it changes what a section names (the PEFT method, the
+strategy, the local algorithm), the options that stood beside the old name go with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fedpeft.errors import ConfigInvalid
+
+Table = dict[str, Any]
+
+NAMED_BY = {("peft",): "method", ("aggregation",): "strategy", ("training", "algorithm"): "name"}
+"""Sections whose further keys are options of what this key names."""
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, ...] = ()) -> Table:
+    """Returns `base` with the values of `over` in it; changes neither.
+
+    Args:
+        base: A run file's tables, or a part of them.
+        over: Likewise, with only the keys that it sets.
+        at: Path of both in the run file.
+    """
+    key = NAMED_BY.get(at)
+    if key is not None and key in over and over[key] != base.get(key):
+        return copy.deepcopy(dict(over))
+    result = copy.deepcopy(dict(base))
+    for name, value in over.items():
+        below = result.get(name)
+        if isinstance(value, Mapping) and (isinstance(below, Mapping) or below is None):
+            result[name] = merged(below or {}, value, at=(*at, name))
+        else:
+            result[name] = copy.deepcopy(value)
+    return result
+
+
+def parse_overrides(settings: Iterable[str]) -> Table:
+    """Returns the override that settings KEY=VALUE make, each key a path such as training.learning_rate.
+
+    A value is one of TOML; what is none is text, so that quotes are needed only where a number is meant as text.
+
+    Raises:
+        ConfigInvalid: If a setting has no form KEY=VALUE.
+    """
+    result: Table = {}
+    for setting in settings:
+        result = merged(result, parse_setting(setting))
+    return result
+
+
+def parse_setting(setting: str) -> Table:
+    """Returns the override that one setting KEY=VALUE makes; raises as `parse_overrides`."""
+    key, equals, value = setting.partition("=")
+    if not (equals and key.strip()):
+        raise ConfigInvalid(f"{setting!r} is no setting; give KEY=VALUE, such as training.learning_rate=0.005")
+    return at_key(key.strip(), value_of(value.strip()))
+
+
+def at_key(key: str, value: Any) -> Table:
+    """Returns the override that gives one field a value.
+
+    Args:
+        key: Path of the field as TOML writes it.
+        value: A value as TOML has them.
+
+    Raises:
+        ConfigInvalid: If that is no path.
+    """
+    try:
+        found = tomllib.loads(f"{key} = 0") if key.isprintable() else {}
+    except tomllib.TOMLDecodeError:
+        found = {}
+    at: Any = found
+    while isinstance(at, dict) and len(at) == 1:
+        (last,) = at
+        if not isinstance(at[last], dict):
+            at[last] = value
+            return found
+        at = at[last]
+    raise ConfigInvalid(f"{key!r} is no key of a run file; give one such as training.learning_rate")
+
+
+def value_of(text: str) -> Any:
+    """Returns a value of TOML; the text itself if it is none."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return table["value"] if len(table) == 1 else text

@@ -1,0 +1,56 @@
+"""The process of one cell: its simulation, with what it writes in a log of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from fedpeft.errors import FedpeftError
+from fedpeft.process import durable
+from fedpeft.studies.cells import Cell, Machine
+from fedpeft.studies.files import FAILURE, LOG
+
+
+def run_cell(cell: Cell, machine: Machine, folder: Path, events: Connection) -> None:
+    """Simulates a cell into its folder, and leaves a sentence in failure.json if that cannot be.
+
+    Args:
+        cell: The cell.
+        machine: Device, threads and weights.
+        folder: Of its results; it exists.
+        events: The number of committed rounds is sent here after each.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the study's process ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    try:
+        _simulate(cell, machine, folder, events)
+    except FedpeftError as error:
+        failed = {"error": type(error).__name__, "message": error.message}
+        durable.write_text(folder / FAILURE, json.dumps(failed, ensure_ascii=False) + "\n")
+        sys.exit(1)
+
+
+def _simulate(cell: Cell, machine: Machine, folder: Path, events: Connection) -> None:
+    import torch
+
+    from fedpeft import simulation
+
+    torch.set_num_threads(machine.threads)
+    clients, partition = simulation.clients_of(cell.train, cell.config)
+    simulation.simulate(
+        cell.config,
+        clients,
+        folder,
+        cell.test,
+        machine.weights,
+        device=machine.device,
+        partition=partition,
+        committed=lambda row: events.send(row["version"]),
+    )

@@ -1,0 +1,242 @@
+"""Cells of a study: every combination of a point of each axis and a seed, with the run file that it makes.
+
+Notable: a cell is named by its content (the run file, the bytes of its data and weights, threads and device), so a
+result is found again whatever study, name or order asks for it, and is never taken for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fedpeft.config import RunConfig, parse_config
+from fedpeft.config.overrides import Table, at_key, merged, value_of
+from fedpeft.errors import ConfigInvalid, DataInvalid
+from fedpeft.studies.study_file import DATA, MOST_CELLS, DataSet, StudyFile
+
+KEY_DIGITS = 16
+"""Hexadecimal digits of a cell's digest that name its folder."""
+FORMAT = 1
+"""Raised when equal content would no longer give an equal result file."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Settings of the machine that decide a cell's bits, beside its content.
+
+    Attributes:
+        device: auto, cpu, cuda or cuda:N.
+        threads: Of torch.
+        weights: A file, or a folder of files, that stands for the weights that runs name.
+    """
+
+    device: str = "auto"
+    threads: int = 1
+    weights: Path | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One simulation of a study.
+
+    Attributes:
+        points: Its point of each axis.
+        config: Its run file.
+        data: Name of its data set.
+        train: Training data.
+        test: Held-out data, None if versions are not scored.
+    """
+
+    points: Mapping[str, str]
+    config: RunConfig
+    data: str
+    train: Path
+    test: Path | None
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.config.rounds.seed
+
+    @property
+    def label(self) -> str:
+        """A line for people."""
+        return ", ".join([*(f"{axis}={point}" for axis, point in self.points.items()), f"seed={self.seed}"])
+
+    def identity(self, machine: Machine) -> Table:
+        """Returns all that decides the result, as JSON has it."""
+        run = self.config.model_dump(mode="json", exclude={"name"})
+        return {
+            "format": FORMAT,
+            "run": run,
+            "train": content_digest(self.train),
+            "test": None if self.test is None else content_digest(self.test),
+            "weights": None if self.config.model.weights == "none" else _weights_digest(machine.weights),
+            "threads": machine.threads,
+            "device": machine.device,
+        }
+
+    def key(self, machine: Machine) -> str:
+        """Returns the name of its folder."""
+        text = json.dumps(self.identity(machine), sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
+
+
+def cells_of(
+    study: StudyFile,
+    places: Mapping[str, Path],
+    *,
+    override: Mapping[str, Any] | None = None,
+    only: Mapping[str, Sequence[str]] | None = None,
+) -> list[Cell]:
+    """Returns all cells, axis by axis in the order of the file, seeds last.
+
+    Args:
+        study: The study.
+        places: Data sets that lie elsewhere than the file says, by name: a folder with a training and a held-out part.
+        override: Fields of the run file that all cells get, over what axes say.
+        only: Points of an axis that are wanted, all of its points if it is not named.
+
+    Raises:
+        ConfigInvalid: If a cell's run file is wrong, with the cell; if there is no such axis or point; or too many.
+        DataInvalid: If the data of a cell is not there.
+    """
+    axes = _chosen(study, only or {})
+    if (number := len(study.seeds) * _product(len(points) for points in axes.values())) > MOST_CELLS:
+        raise ConfigInvalid(f"the study has {number:,} cells, more than {MOST_CELLS:,}; give fewer points or seeds")
+    if unknown := sorted(places.keys() - study.data.keys()):
+        raise ConfigInvalid(f"there is no data set {unknown[0]!r}; those of this study: {', '.join(study.data)}")
+    found: list[Cell] = []
+    for points in itertools.product(*([(axis, point) for point in chosen] for axis, chosen in axes.items())):
+        found += _cells_at(study, dict(points), places, override or {})
+    return found
+
+
+def grid_axes(grids: Sequence[str]) -> dict[str, dict[str, Table]]:
+    """Returns the axes that settings KEY=VALUE,VALUE make, a point for each value.
+
+    Raises:
+        ConfigInvalid: If one has no such form, or gives a value twice.
+    """
+    axes: dict[str, dict[str, Table]] = {}
+    for grid in grids:
+        key, equals, listed = grid.partition("=")
+        key = key.strip()
+        if not (equals and key and listed.strip()):
+            raise ConfigInvalid(f"{grid!r} is no grid; give KEY=VALUE,VALUE, such as training.learning_rate=0.01,0.03")
+        values = value_of(f"[{listed}]")
+        if not isinstance(values, list):
+            values = [value_of(part.strip()) for part in listed.split(",")]
+        points = {
+            str(value).replace("/", "-").replace(",", ";").replace("=", ":"): at_key(key, value) for value in values
+        }
+        if key in axes or len(points) != len(values):
+            raise ConfigInvalid(f"{grid!r} gives {'a key' if key in axes else 'a value'} twice")
+        axes[key] = points
+    return axes
+
+
+_PLAIN = str.maketrans("/,=", "-;:")
+"""A point's name has no character that separates points."""
+
+
+def _product(numbers: Iterator[int]) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result
+
+
+def _chosen(study: StudyFile, only: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    axes = {axis: list(points) for axis, points in study.axes.items()}
+    for axis, wanted in only.items():
+        if axis not in axes:
+            raise ConfigInvalid(f"there is no axis {axis!r}; the axes of this study: {', '.join(axes) or 'none'}")
+        if missing := [point for point in wanted if point not in axes[axis]]:
+            raise ConfigInvalid(f"axis {axis!r} has no point {missing[0]!r}; there are: {', '.join(axes[axis])}")
+        axes[axis] = [point for point in axes[axis] if point in wanted]
+    return axes
+
+
+def _cells_at(
+    study: StudyFile, points: Mapping[str, str], places: Mapping[str, Path], override: Mapping[str, Any]
+) -> list[Cell]:
+    """Returns the cells of one combination of points, one a seed."""
+    fields: Table = {}
+    for axis, point in points.items():
+        fields = merged(fields, study.axes[axis][point])
+    data = fields.pop(DATA, None) or study.default_data
+    at = ", ".join(f"{axis}={point}" for axis, point in points.items()) or "the study"
+    if data is None:
+        raise ConfigInvalid(f"{at}: no data set is named, and the study has {len(study.data)}; give data_set = ...")
+    train, test = _places(data, study.data[data], places.get(data))
+    table = merged(merged(merged(study.run, study.data[data].run), fields), override)
+    found = []
+    for seed in study.seeds:
+        try:
+            config = parse_config(merged(table, {"rounds": {"seed": seed}}))
+        except ConfigInvalid as error:
+            raise ConfigInvalid(f"{at}: {error.message}", error.fields) from None
+        found.append(Cell(points, config, data, train, test))
+    return found
+
+
+_PARTS = {"train": ("train.parquet", "train"), "test": ("test.parquet", "test")}
+
+
+def _places(name: str, given: DataSet, folder: Path | None) -> tuple[Path, Path | None]:
+    """Returns the training and the held-out data of a data set."""
+    if folder is not None and folder.is_dir():
+        train, test = (_part(folder, split) for split in _PARTS)
+        if train is not None:
+            return train, test
+    if folder is not None and folder.exists():
+        return folder, None
+    if folder is not None or given.train is None:
+        where = f"{folder} is not there" if folder is not None else "the study file says no place for it"
+        raise DataInvalid(f"data set {name!r}: {where}; give --data {name}=FOLDER, with train.parquet and test.parquet")
+    train, test = Path(given.train), None if given.test is None else Path(given.test)
+    for path in filter(None, (train, test)):
+        if not path.exists():
+            raise DataInvalid(f"data set {name!r}: there is no data at {path}")
+    return train, test
+
+
+def _part(folder: Path, split: str) -> Path | None:
+    return next((folder / name for name in _PARTS[split] if (folder / name).exists()), None)
+
+
+def _weights_digest(path: Path | None) -> str | None:
+    return None if path is None else content_digest(path)
+
+
+@cache
+def content_digest(path: Path) -> str:
+    """Returns a SHA-256 of a file, or of all files of a folder with their names, hexadecimal.
+
+    Raises:
+        DataInvalid: If it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        path.stat()  # a folder that is not there would have no files
+        for file in [path] if path.is_file() else sorted(_files(path)):
+            digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError as error:
+        raise DataInvalid(f"cannot read {error.filename or path}: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            yield Path(place, name)

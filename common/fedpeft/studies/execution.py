@@ -1,0 +1,227 @@
+"""Execution of a study: cells in processes of their own, several at once, each failure alone, finished ones kept.
+
+Notable: processes are forked from one that has imported everything (the standard library's fork server), so a cell
+begins within a fraction of a second. What ends one, out of memory too, ends no other.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import fedpeft
+from fedpeft.process import durable, locks
+from fedpeft.studies.cell_process import run_cell
+from fedpeft.studies.cells import Cell, Machine
+from fedpeft.studies.files import CELL, CELLS, FAILURE, LOG, REPORT, STUDY
+from fedpeft.studies.study_file import StudyFile
+
+TICK_S = 1.0
+"""Longest time between two calls of `Watcher.tick`."""
+LEAVE_S = 5.0
+"""Time that a process has to end before it is killed, seconds."""
+
+
+class Watcher:
+    """Listener of an execution; does nothing."""
+
+    def planned(self, todo: int) -> None:
+        """Takes the number of cells that have no results yet."""
+
+    def ended(self, done: Done) -> None:
+        """Takes the end of a cell."""
+
+    def tick(self, at_work: Sequence[AtWork]) -> None:
+        """Takes the cells at work; called about once a second."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a cell.
+
+    Attributes:
+        cell: The cell.
+        folder: Of its results.
+        failure: Reason why there are none; empty if there are.
+        seconds: Time that it took; 0 if its results were there before.
+    """
+
+    cell: Cell
+    folder: Path
+    failure: str
+    seconds: float
+
+
+@dataclass
+class AtWork:
+    """A cell at work.
+
+    Attributes:
+        cell: The cell.
+        folder: Of its results.
+        process: The process that simulates it.
+        events: Rounds that it committed arrive here.
+        began: Time of `time.monotonic`.
+        rounds: Committed rounds.
+    """
+
+    cell: Cell
+    folder: Path
+    process: ForkServerProcess
+    events: Connection
+    began: float = field(default_factory=time.monotonic)
+    rounds: int = 0
+
+
+def execute(
+    study: StudyFile,
+    cells: Sequence[Cell],
+    out: Path,
+    machine: Machine,
+    jobs: int,
+    watcher: Watcher | None = None,
+) -> list[Done]:
+    """Simulates the cells that have no results yet, several at once.
+
+    Args:
+        study: The study.
+        cells: Its cells.
+        out: Folder of the results; made if it is not there. Held meanwhile.
+        machine: Device, threads and weights.
+        jobs: Most cells at once.
+        watcher: Told what happens.
+
+    Returns:
+        The end of every cell, in the order of the cells.
+
+    Raises:
+        StateInvalid: If another study writes there, or it cannot be written.
+        DataInvalid: If data cannot be read.
+    """
+    with durable.refusals(f"writing {out}"):
+        (out / CELLS).mkdir(parents=True, exist_ok=True)
+    with locks.results(out, "study"):
+        keys = [cell.key(machine) for cell in cells]
+        _write_study(study, cells, keys, out)
+        folders = {key: out / CELLS / key for key in keys}
+        found: dict[str, Done] = {}
+        todo: list[tuple[str, Cell]] = []
+        for key, cell in zip(keys, cells, strict=True):
+            if (folders[key] / REPORT).exists():
+                found[key] = Done(cell, folders[key], "", 0.0)
+            elif all(key != other for other, _ in todo):
+                todo.append((key, cell))
+        for done in _executed([(cell, folders[key]) for key, cell in todo], machine, jobs, watcher or Watcher()):
+            found[done.folder.name] = done
+    return [found[key] for key in keys]
+
+
+def _executed(todo: Sequence[tuple[Cell, Path]], machine: Machine, jobs: int, watcher: Watcher) -> Iterator[Done]:
+    """Yields the end of every cell, as they end."""
+    waiting = list(todo)
+    watcher.planned(len(waiting))
+    with _processes() as at_work:
+        while waiting or at_work:
+            while waiting and len(at_work) < jobs:
+                at_work.append(_begin(*waiting.pop(0), machine))
+            wait([each.events for each in at_work], TICK_S)
+            for each in list(at_work):
+                if (done := _taken(each)) is not None:
+                    at_work.remove(each)
+                    watcher.ended(done)
+                    yield done
+            watcher.tick(at_work)
+
+
+@contextmanager
+def _processes() -> Iterator[list[AtWork]]:
+    """Yields a list of cells at work; those that are in it at the end are stopped."""
+    at_work: list[AtWork] = []
+    try:
+        yield at_work
+    finally:
+        for each in at_work:
+            each.process.terminate()
+        for each in at_work:
+            each.process.join(LEAVE_S)
+            if each.process.is_alive():
+                each.process.kill()
+                each.process.join()
+
+
+def _begin(cell: Cell, folder: Path, machine: Machine) -> AtWork:
+    folder.mkdir(exist_ok=True)
+    (folder / FAILURE).unlink(missing_ok=True)
+    said = {
+        "label": cell.label,
+        "points": dict(cell.points),
+        "seed": cell.seed,
+        "data": cell.data,
+        "version": fedpeft.__version__,
+        **cell.identity(machine),
+    }
+    durable.write_text(folder / CELL, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedpeft.studies.cell_process", "fedpeft.simulation"])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=run_cell, args=(cell, machine, folder, theirs), daemon=False)
+    process.start()
+    theirs.close()
+    return AtWork(cell, folder, process, ours)
+
+
+def _taken(each: AtWork) -> Done | None:
+    """Takes what a cell at work reported; returns its end, once its process has ended."""
+    try:
+        while each.events.poll():
+            each.rounds = each.events.recv()
+    except EOFError:
+        pass
+    else:
+        return None
+    each.process.join()
+    each.events.close()
+    seconds = time.monotonic() - each.began
+    return Done(each.cell, each.folder, _failure(each), seconds)
+
+
+def _failure(each: AtWork) -> str:
+    """Returns why a cell that ended has no results; empty if it has."""
+    if (each.folder / REPORT).exists():
+        return ""
+    try:
+        said: str = json.loads((each.folder / FAILURE).read_text())["message"]
+    except OSError:
+        code = each.process.exitcode
+        ended = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        said = f"its process {ended}; {each.folder / LOG} has its last words"
+        durable.write_text(each.folder / FAILURE, json.dumps({"message": said}) + "\n")
+    return said
+
+
+def _write_study(study: StudyFile, cells: Sequence[Cell], keys: Sequence[str], out: Path) -> None:
+    """Leaves what the report needs to know of a study besides its cells' results."""
+    rows = [
+        {"key": key, "points": dict(cell.points), "seed": cell.seed, "data": cell.data, "label": cell.label}
+        for key, cell in zip(keys, cells, strict=True)
+    ]
+    said: Mapping[str, Any] = {
+        "name": study.name,
+        "title": study.title,
+        "question": study.question,
+        "target": study.target,
+        "budgets_bytes": list(study.budgets_bytes),
+        "axes": {
+            axis: [p for p in points if any(c.points[axis] == p for c in cells)] for axis, points in study.axes.items()
+        },
+        "cells": rows,
+    }
+    durable.write_text(out / STUDY, json.dumps(said, indent=2, ensure_ascii=False) + "\n")

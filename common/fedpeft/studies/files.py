@@ -1,0 +1,12 @@
+"""Names of the files that a study leaves.
+
+OUT/study.json               the cells of the last execution, in order
+OUT/cells/KEY/cell.json      what a cell is
+OUT/cells/KEY/report.json    what came out (see `fedpeft.simulation`), beside adapter.safetensors and records.jsonl
+OUT/cells/KEY/failure.json   why nothing came out
+OUT/cells/KEY/log.txt        what its process wrote
+OUT/report/                  the report
+"""
+
+STUDY, CELLS = "study.json", "cells"
+CELL, REPORT, FAILURE, LOG = "cell.json", "report.json", "failure.json", "log.txt"

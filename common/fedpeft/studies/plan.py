@@ -1,0 +1,142 @@
+"""The plan of a study: cells, bytes and time before anything runs, from one short round of each kind of cell.
+
+A kind is a run file without its rounds, seed and division of data: one client of it is trained for one round, from
+which every figure is taken. Bytes are exact for dense encodings; what a sparse one leaves out depends on the values.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import TrainingFailed
+from fedpeft.simulation import clients_of
+from fedpeft.studies.cell_process import run_cell
+from fedpeft.studies.cells import Cell, Machine
+from fedpeft.studies.files import CELLS, FAILURE, REPORT
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Measurements of one kind of cell.
+
+    Attributes:
+        start_s: Seconds until the first round begins, and after the last.
+        example_s: Seconds of training for one example of a client's data in a round.
+        score_s: Seconds of scoring one version.
+        bytes_up: Payload bytes of one update.
+        bytes_down: Payload bytes of one version.
+    """
+
+    start_s: float
+    example_s: float
+    score_s: float
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """Expectations of a cell.
+
+    Attributes:
+        cell: The cell.
+        done: True if its results are there already.
+        seconds: Time of its simulation.
+        bytes_up: Payload bytes of all clients in all rounds.
+        bytes_down: Likewise; an upper bound, because a client that holds a version's bytes is sent none.
+    """
+
+    cell: Cell
+    done: bool
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+
+
+def plan_of(
+    cells: Sequence[Cell], out: Path | None, machine: Machine, timed: Callable[[Cell], None] | None = None
+) -> list[CellPlan]:
+    """Returns what every cell will take.
+
+    Args:
+        cells: All cells, checked.
+        out: Folder of results that may be there already.
+        machine: Device, threads and weights.
+        timed: Told of each cell that is about to be timed.
+
+    Raises:
+        TrainingFailed: If the round that is timed fails, with its reason.
+    """
+    kinds: dict[str, Kind] = {}
+    found = []
+    for cell in cells:
+        key = f"{cell.train} {cell.test} {_kind_of(cell.config)}"
+        if key not in kinds:
+            if timed is not None:
+                timed(cell)
+            kinds[key] = _measured(cell, machine)
+        done = out is not None and (out / CELLS / cell.key(machine) / REPORT).exists()
+        found.append(_planned(cell, kinds[key], done=done))
+    return found
+
+
+def _kind_of(config: RunConfig) -> str:
+    return config.model_dump_json(exclude={"name": True, "rounds": True, "simulation": True})
+
+
+def _planned(cell: Cell, kind: Kind, *, done: bool) -> CellPlan:
+    rounds, clients = cell.config.rounds.count, cell.config.rounds.clients
+    sizes = [len(data) for data in clients_of(cell.train, cell.config)[0].values() if not isinstance(data, Path)]
+    examples = sum(sizes) / len(sizes) if sizes else 0.0
+    scored = 0 if cell.test is None else rounds + 1
+    seconds = kind.start_s + rounds * clients * examples * kind.example_s + scored * kind.score_s
+    return CellPlan(cell, done, seconds, rounds * clients * kind.bytes_up, rounds * clients * kind.bytes_down)
+
+
+def _measured(cell: Cell, machine: Machine) -> Kind:
+    """Trains one client of a cell for one round, in a process of its own."""
+    rounds = {"count": 1, "clients": 1, "quorum": None, "min_available": None, "over_selection": 0.0}
+    config = cell.config.model_copy(update={"rounds": cell.config.rounds.model_copy(update=rounds)})
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedpeft.studies.cell_process", "fedpeft.simulation"])
+    with tempfile.TemporaryDirectory(prefix="fedpeft-plan-") as name:
+        folder = Path(name)
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=run_cell, args=(replace(cell, config=config), machine, folder, theirs))
+        began = time.monotonic()
+        process.start()
+        theirs.close()
+        process.join()
+        ours.close()
+        wall = time.monotonic() - began
+        if not (folder / REPORT).exists():
+            raise TrainingFailed(f"{cell.label}: {_reason(folder)}")
+        return _kind(json.loads((folder / REPORT).read_text()), wall)
+
+
+def _reason(folder: Path) -> str:
+    try:
+        said: str = json.loads((folder / FAILURE).read_text())["message"]
+    except OSError:
+        return "the process that was timed ended without a word"
+    return said
+
+
+def _kind(report: dict[str, Any], wall_s: float) -> Kind:
+    if not report["rounds"]:
+        raise TrainingFailed(f"the round that was timed ended as {report['state']}: {report['reason']}")
+    (row,) = report["rounds"]
+    (ticket,) = (each for each in row["tickets"] if each["state"] == "received")
+    versions = 2 if report["initial_metrics"] else 0
+    score_s = max(report["seconds"] - row["seconds"], 0.0) / versions if versions else 0.0
+    start_s = max(wall_s - row["seconds"] - versions * score_s, 0.0)
+    up, down = row["payload_bytes_up"], row["payload_bytes_down"]
+    return Kind(start_s, row["seconds"] / ticket["examples"], score_s, up, down)

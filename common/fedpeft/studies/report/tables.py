@@ -1,0 +1,230 @@
+"""Tables of a study as values: one heading a column, one row a combination of points; CSV and LaTeX of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedpeft import formatting
+from fedpeft.studies.results import Estimate, Group, StudyResult, accuracy_within, estimate, until
+
+NONE = "-"
+MEGA = 1_000_000
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        name: Of its file, without an ending.
+        caption: A sentence.
+        columns: The headings.
+        rows: Text, as many a row as there are headings.
+        texts: Number of first columns that are no figures.
+    """
+
+    name: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    texts: int
+
+
+def tables_of(study: StudyResult) -> list[Table]:
+    """Returns the tables of a study, without those that would say nothing."""
+    found = [_outcome(study), _budgets(study), _target(study), _distances(study), _skew(study)]
+    return [table for table in found if table is not None]
+
+
+def as_csv(study: StudyResult) -> str:
+    """Returns one line for every version of every cell: what a plot or a data frame starts from."""
+    axes = list(study.about["axes"])
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*axes, "seed", "version", "payload_bytes", "seconds", "accuracy", "loss", "key"])
+    for cell in study.cells:
+        for p in cell.curve:
+            writer.writerow(
+                [
+                    *cell.points.values(),
+                    cell.seed,
+                    p.version,
+                    p.bytes,
+                    round(p.seconds, 3),
+                    p.accuracy,
+                    p.loss,
+                    cell.key,
+                ]
+            )
+    return stream.getvalue()
+
+
+def as_latex(table: Table) -> str:
+    """Returns a table for LaTeX with the package booktabs."""
+    lines = [
+        f"% {table.caption}",
+        rf"\begin{{tabular}}{{{'l' * table.texts}{'r' * (len(table.columns) - table.texts)}}}",
+        r"\toprule",
+        " & ".join(map(_latex, table.columns)) + r" \\",
+        r"\midrule",
+        *(" & ".join(map(_latex, row)) + r" \\" for row in table.rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        **{each: rf"\{each}" for each in "&%$#_{}"},
+    }
+)
+
+
+def _latex(text: str) -> str:
+    return text.translate(_LATEX)
+
+
+def _outcome(study: StudyResult) -> Table:
+    """The newest version of every combination."""
+    rows = []
+    for group in study.groups:
+        accuracy, loss = (estimate(group.by_seed(figure).values()) for figure in ("accuracy", "loss"))
+        reports = [cell.report for cell in group.cells if cell.report]
+        rows.append(
+            (
+                *group.points.values(),
+                _seeds(group),
+                _each(reports, "adapter_parameters", "{:,.0f}"),
+                percentage(accuracy),
+                plain(loss, 3),
+                _sum(reports, "payload_bytes_up"),
+                _sum(reports, "payload_bytes_down"),
+                plain(estimate(float(report["seconds"]) for report in reports), 0),
+            )
+        )
+    columns = ("seeds", "tuned", "accuracy, %", "loss", "MB up", "MB down", "seconds")
+    caption = (
+        "The newest version: mean over seeds ± half the 95 % confidence interval (Student's t); bytes of the encoded "
+        "tensors."
+    )
+    return _table(study, "outcome", caption, columns, rows)
+
+
+def _budgets(study: StudyResult) -> Table | None:
+    """Accuracy under budgets of bytes."""
+    budgets = study.about["budgets_bytes"]
+    if not budgets:
+        return None
+    rows = [
+        (*group.points.values(), *(percentage(_within(group, budget)) for budget in budgets)) for group in study.groups
+    ]
+    columns = tuple(f"{budget / MEGA:g} MB" for budget in budgets)
+    caption = "Accuracy in % of the last version that a budget of bytes, up and down of all clients, pays for."
+    return _table(study, "budgets", caption, columns, rows)
+
+
+def _target(study: StudyResult) -> Table | None:
+    """Bytes and seconds to a target."""
+    target = study.about["target"]
+    if target is None:
+        return None
+    rows = []
+    for group in study.groups:
+        reached = [point for cell in group.cells if (point := until(cell.curve, target)) is not None]
+        rows.append(
+            (
+                *group.points.values(),
+                f"{len(reached)} of {len(group.cells)}",
+                plain(estimate(point.version for point in reached), 1),
+                plain(estimate(point.bytes / MEGA for point in reached), 3),
+                plain(estimate(point.seconds for point in reached), 0),
+            )
+        )
+    caption = (
+        f"Until an accuracy of {formatting.percent(target)}: rounds, bytes and seconds, of the seeds that reached it."
+    )
+    return _table(study, "target", caption, ("reached", "rounds", "MB", "seconds"), rows)
+
+
+def _distances(study: StudyResult) -> Table | None:
+    """Squared distances of Theorem 1."""
+    parts = ("backbone", "head", "added")
+    rows = []
+    for group in study.groups:
+        found = [c.report["squared_distances"] for c in group.cells if c.report and "squared_distances" in c.report]
+        rows.append((*group.points.values(), *(plain(estimate(each[part] for each in found), 3) for part in parts)))
+    caption = "Squared distances that tensors travelled (Theorem 1): pre-trained ones, the head, those that were added."
+    return _table(study, "distances", caption, parts, rows)
+
+
+def _skew(study: StudyResult) -> Table | None:
+    """Heterogeneity of the clients' data as they read it."""
+    figures = {
+        "clients": "{:.0f}",
+        "total_variation": "{:.3f}",
+        "jensen_shannon": "{:.3f}",
+        "classes_per_client": "{:.1f}",
+        "gini": "{:.3f}",
+        "effective_clients": "{:.1f}",
+    }
+    rows, divided = [], False
+    for group in study.groups:
+        found = [cell.report["partition"]["skew"] for cell in group.cells if cell.report and cell.report["partition"]]
+        divided = divided or bool(found)
+        rows.append((*group.points.values(), *(_each(found, name, form) for name, form in figures.items())))
+    if not divided:
+        return None
+    columns = ("clients", "total variation", "Jensen-Shannon", "classes a client", "Gini of sizes", "effective clients")
+    return _table(study, "skew", "Heterogeneity of the rows that clients trained on, mean over seeds.", columns, rows)
+
+
+def _table(
+    study: StudyResult, name: str, caption: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]
+) -> Table:
+    axes = tuple(study.about["axes"])
+    return Table(name, caption, (*axes, *columns), tuple(rows), len(axes))
+
+
+def _seeds(group: Group) -> str:
+    return str(len(group.cells)) if not group.missing else f"{len(group.cells)} of {len(group.cells) + group.missing}"
+
+
+def _within(group: Group, budget_bytes: int) -> Estimate | None:
+    found = (accuracy_within(cell.curve, budget_bytes) for cell in group.cells)
+    return estimate(accuracy for accuracy in found if accuracy is not None)
+
+
+def _each(reports: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    return form.format(sum(report[key] for report in reports) / len(reports)) if reports else NONE
+
+
+def _sum(reports: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Returns the mean over seeds of the bytes of all rounds, in MB."""
+    return plain(estimate(sum(row[key] for row in report["rounds"]) / MEGA for report in reports), 3)
+
+
+def percentage(found: Estimate | None) -> str:
+    """Returns an estimate of a share of 1 in per cent, `71.3 ± 1.2`; a dash if there is none."""
+    if found is None:
+        return NONE
+    wide = None if found.half_width is None else 100 * found.half_width
+    return plain(Estimate(100 * found.mean, wide, found.count), 1)
+
+
+def plain(found: Estimate | None, digits: int) -> str:
+    """Returns an estimate with so many digits after the point; its interval if it has a width that shows."""
+    if found is None:
+        return NONE
+    mean = f"{found.mean:,.{digits}f}"
+    if found.half_width is None or round(found.half_width, digits) == 0:
+        return mean
+    return f"{mean} ± {found.half_width:,.{digits}f}"

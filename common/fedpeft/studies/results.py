@@ -1,0 +1,229 @@
+"""Figures of finished runs: the curve of a report, and means with confidence intervals over seeds.
+
+A report is that of a simulation (report.json), or what `fedpeft run show --json` says of a run that a server held: both
+have the same keys. Bytes are payload bytes, up and down of all clients together; seconds are those of the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpeft.errors import DataInvalid
+from fedpeft.studies.files import CELLS, FAILURE, REPORT, STUDY
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A version of a run.
+
+    Attributes:
+        version: 0, 1, 2...
+        bytes: Payload bytes until it was committed.
+        seconds: Seconds of the rounds until then.
+        accuracy: On held-out data, 0 to 1; None if it was not scored.
+        loss: Likewise.
+    """
+
+    version: int
+    bytes: int
+    seconds: float
+    accuracy: float | None
+    loss: float | None
+
+
+Curve = tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of a figure over seeds.
+
+    Attributes:
+        mean: Arithmetic mean.
+        half_width: Of the 95 % confidence interval by Student's t; None for a single value.
+        count: Number of values.
+    """
+
+    mean: float
+    half_width: float | None
+    count: int
+
+
+def curve_of(report: Mapping[str, Any]) -> Curve:
+    """Returns the versions of a report, version 0 first."""
+    metrics = report.get("initial_metrics") or {}
+    points = [Point(0, 0, 0.0, metrics.get("accuracy"), metrics.get("loss"))]
+    for row in report["rounds"]:
+        moved = int(row["payload_bytes_up"]) + int(row["payload_bytes_down"])
+        last, metrics = points[-1], row["metrics"]
+        points.append(
+            Point(
+                int(row["version"]),
+                last.bytes + moved,
+                last.seconds + float(row["seconds"] or 0.0),
+                metrics.get("accuracy"),
+                metrics.get("loss"),
+            )
+        )
+    return tuple(points)
+
+
+def accuracy_within(curve: Curve, budget_bytes: int) -> float | None:
+    """Returns the accuracy of the last scored version that a budget of bytes pays for; None if there is none."""
+    scored = [point.accuracy for point in curve if point.bytes <= budget_bytes and point.accuracy is not None]
+    return scored[-1] if scored else None
+
+
+def until(curve: Curve, accuracy: float) -> Point | None:
+    """Returns the first version that is at least so accurate; None if none is."""
+    return next((p for p in curve if p.accuracy is not None and p.accuracy >= accuracy), None)
+
+
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """Returns mean and confidence interval of figures of different seeds; None without any."""
+    values = list(values)
+    if not values:
+        return None
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Estimate(mean, None, 1)
+    from scipy.special import stdtrit
+
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
+    return Estimate(mean, quantile * deviation / math.sqrt(len(values)), len(values))
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+    """Returns the estimate of ours minus theirs, paired by seed: what both share of a seed cancels out."""
+    return estimate(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """Results of a cell.
+
+    Attributes:
+        key: Name of its folder.
+        points: Its point of each axis.
+        seed: Its seed.
+        label: A line for people.
+        report: Its report; None if there is none.
+        failure: Reason why there is none; empty if nobody tried, or there is one.
+    """
+
+    key: str
+    points: Mapping[str, str]
+    seed: int
+    label: str
+    report: Mapping[str, Any] | None
+    failure: str
+
+    @property
+    def curve(self) -> Curve:
+        """The versions; empty without a report."""
+        return () if self.report is None else curve_of(self.report)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells of a study that differ by their seed alone.
+
+    Attributes:
+        points: Their point of each axis.
+        cells: By the order of seeds; those with a report.
+        missing: Number of those without one.
+    """
+
+    points: Mapping[str, str]
+    cells: tuple[CellResult, ...]
+    missing: int
+
+    @property
+    def label(self) -> str:
+        """A line for people."""
+        return ", ".join(self.points.values()) or "all"
+
+    def by_seed(self, figure: str) -> dict[int, float]:
+        """Returns the newest version's figure, accuracy or loss, by seed; without those that have none."""
+        found = {cell.seed: getattr(cell.curve[-1], figure) for cell in self.cells}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def mean_curve(self) -> list[tuple[float, Estimate]]:
+        """Returns mean bytes and accuracy of each version that all seeds scored."""
+        curves = [cell.curve for cell in self.cells]
+        result = []
+        for points in zip(*curves, strict=False):
+            accuracies = [point.accuracy for point in points if point.accuracy is not None]
+            if len(accuracies) == len(points) and (found := estimate(accuracies)) is not None:
+                result.append((sum(point.bytes for point in points) / len(points), found))
+        return result
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """The results of a study that was executed.
+
+    Attributes:
+        folder: Their folder.
+        about: Content of study.json: name, title, question, target, budgets_bytes, axes.
+        cells: All cells, in order.
+    """
+
+    folder: Path
+    about: Mapping[str, Any]
+    cells: tuple[CellResult, ...]
+
+    @property
+    def groups(self) -> list[Group]:
+        """The cells by combination of points, in order."""
+        found: dict[tuple[str, ...], list[CellResult]] = {}
+        for cell in self.cells:
+            found.setdefault(tuple(cell.points.values()), []).append(cell)
+        return [
+            Group(cells[0].points, with_report := tuple(c for c in cells if c.report), len(cells) - len(with_report))
+            for cells in found.values()
+        ]
+
+
+def load_results(folder: Path) -> StudyResult:
+    """Reads what an execution left.
+
+    Raises:
+        DataInvalid: If the folder has no study, or a file in it is broken.
+    """
+    about = _json(folder / STUDY, f"{folder} holds no study")
+    cells = []
+    for row in about["cells"]:
+        place = folder / CELLS / row["key"]
+        report = load_report(place) if (place / REPORT).exists() else None
+        failure = _json(place / FAILURE, "")["message"] if (place / FAILURE).exists() and report is None else ""
+        cells.append(CellResult(row["key"], row["points"], row["seed"], row["label"], report, failure))
+    return StudyResult(folder, about, tuple(cells))
+
+
+def load_report(folder: Path) -> dict[str, Any]:
+    """Returns the report of a simulation's folder; raises as `load_results`."""
+    report: dict[str, Any] = _json(folder / REPORT, f"{folder} holds no results of a simulation")
+    return report
+
+
+def _json(path: Path, absent: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataInvalid(absent or f"{path} is not there") from None
+    except (OSError, ValueError) as error:
+        raise DataInvalid(f"cannot read {path}: {error}") from None
+
+
+def scored(groups: Sequence[Group]) -> bool:
+    """Returns True if any version of the groups was scored."""
+    return any(point.accuracy is not None for group in groups for cell in group.cells for point in cell.curve)

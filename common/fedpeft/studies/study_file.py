@@ -1,0 +1,182 @@
+"""The study file: one run file, and the axes along which a study varies it.
+
+    name = "communication"
+    base = "base.toml"                   # another study file that this one is laid over
+    seeds = [0, 1, 2]
+
+    [run.rounds]                         # a run file's tables
+    count = 10
+
+    [data.cifar10.run.model]             # fields that belong to a data set
+    classes = ["airplane", "automobile"]
+
+    [axes.method."bias"]                 # a point of an axis: fields that it sets
+    peft.method = "bias"
+    training.learning_rate = 0.01
+
+    [scales.small.run.rounds]            # another size of the same study: laid over it when it is asked for
+    count = 3
+
+The cells of a study are all combinations of a point of every axis and a seed.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from fedpeft import text_files
+from fedpeft.config import Name
+from fedpeft.config.overrides import Table, merged
+from fedpeft.config.section import Section
+from fedpeft.config_errors import faults_of, in_file
+from fedpeft.errors import ConfigInvalid
+
+DATA = "data"
+"""Key of an axis's point that names a data set; all other keys are those of a run file."""
+
+MOST_CELLS = 10_000
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Label = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f=,/]+$")]
+
+
+class DataSet(Section):
+    """`[data.NAME]`: a data set, and the fields of the run file that belong to it."""
+
+    train: str | None = None
+    """Path of its training data, beside the study file; the command line may name a folder in its place."""
+    test: str | None = None
+    """Path of its held-out data, likewise."""
+    run: dict[str, Any] = Field(default_factory=dict)
+    """Fields of cells that use it, as tables of a run file."""
+
+
+class StudyFile(Section):
+    """A study file, with its base and a scale laid under and over it."""
+
+    name: Name
+    """A label for people."""
+    title: Annotated[str, Field(max_length=256)] = ""
+    """Title of the report."""
+    question: Annotated[str, Field(max_length=4096)] = ""
+    """Question that the study answers; stands at the head of the report."""
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1, max_length=1000)] = (0,)
+    """Seeds of every combination, `rounds.seed` of its run."""
+    data_set: Label | None = None
+    """The data set of cells whose axes name none; the only one of `[data]` if absent."""
+    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Accuracy for which the report says the bytes and the seconds until it was reached."""
+    budgets_bytes: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(strict=False, max_length=16)] = ()
+    """Budgets, bytes up and down, for which the report says the accuracy that they buy."""
+    data: Annotated[dict[Label, DataSet], Field(min_length=1)]
+    """Data sets by name."""
+    run: dict[str, Any]
+    """Tables of a run file that all cells share."""
+    axes: dict[Label, dict[Label, dict[str, Any]]] = Field(default_factory=dict)
+    """Points of every axis by name: the fields of the run file that each sets."""
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        for axis, points in self.axes.items():
+            if not points:
+                raise ValueError(f"axis {axis!r} has no point")
+            if axis == "seed":
+                raise ValueError("an axis cannot be called 'seed'; give seeds = [...]")
+            for point, fields in points.items():
+                self._check_data(fields.get(DATA), f"axes.{axis}.{point}.data")
+        self._check_data(self.data_set, "data_set")
+        if len(self.seeds) != len(set(self.seeds)):
+            raise ValueError("a seed stands twice in seeds")
+        return self
+
+    def _check_data(self, name: Any, field: str) -> None:
+        if name is not None and name not in self.data:
+            raise ValueError(f"{field} is {name!r}; the data sets of this study: {', '.join(self.data)}")
+
+    @property
+    def default_data(self) -> str | None:
+        """The data set of cells whose axes name none; None if there is no such."""
+        return self.data_set or (next(iter(self.data)) if len(self.data) == 1 else None)
+
+
+def load_study(path: Path, scale: str | None = None) -> StudyFile:
+    """Reads a study file; a plain run file is a study of one cell.
+
+    Args:
+        path: The TOML file.
+        scale: Name of one of its `[scales]`.
+
+    Raises:
+        ConfigInvalid: If it or its base cannot be read, breaks a rule, or has no such scale.
+    """
+    table = _with_base(path)
+    scales = table.pop("scales", {})
+    if scale is not None:
+        if not isinstance(scales, Mapping) or scale not in scales:
+            there = ", ".join(scales) if scales else "none"
+            raise ConfigInvalid(f"{path} has no scale {scale!r}; there are: {there}")
+        table = laid_over(table, scales[scale])
+    if "model" in table and "run" not in table:
+        table = {"name": table.get("name", path.stem), "data": {"data": {}}, "run": table}
+    return checked(table, path)
+
+
+def checked(table: Mapping[str, Any], path: Path) -> StudyFile:
+    """Validates a study.
+
+    Raises:
+        ConfigInvalid: With file, line and field of every fault.
+    """
+    try:
+        return StudyFile.model_validate(table)
+    except ValidationError as error:
+        faults = faults_of(error, table)
+        raise ConfigInvalid(in_file(path, text_files.read(path), faults), faults) from None
+
+
+def laid_over(table: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
+    """Returns a study's table with another laid over it; the tables of runs in it as `overrides.merged` does."""
+    result = dict(table)
+    for key, value in over.items():
+        below = result.get(key)
+        if key == "run" or not (isinstance(value, Mapping) and isinstance(below, Mapping)):
+            result[key] = merged(below, value) if isinstance(below, Mapping) else value
+        elif key == "axes":
+            result[key] = {**below, **{axis: _points(below.get(axis, {}), of) for axis, of in value.items()}}
+        else:
+            result[key] = laid_over(below, value)
+    return result
+
+
+def _points(points: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
+    return {**points, **{name: merged(points.get(name, {}), fields) for name, fields in over.items()}}
+
+
+def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> Table:
+    """Returns the table of a study file, laid over that of its base; paths of data sets as seen from here."""
+    table = _read(path)
+    if path.resolve() in seen:
+        raise ConfigInvalid(f"{path}: base: leads back to this file")
+    for each in table.get("data", {}).values() if isinstance(table.get("data"), Mapping) else ():
+        for split in ("train", "test"):
+            if isinstance(each, dict) and isinstance(each.get(split), str):
+                each[split] = str(path.parent / each[split])
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise ConfigInvalid(f"{path}: base: should be the path of a study file")
+    return laid_over(_with_base(path.parent / base, (*seen, path.resolve())), table)
+
+
+def _read(path: Path) -> Table:
+    try:
+        return text_files.toml(text_files.read(path))
+    except OSError as error:
+        raise ConfigInvalid(f"cannot read study file {path}: {error.strerror}") from None
+    except (text_files.NotText, tomllib.TOMLDecodeError, ValueError) as error:
+        raise ConfigInvalid(f"{path} is not a TOML file: {error}") from None

@@ -1,0 +1,1 @@
+"""`fedpeft study`: plan, run and report studies, and compare what came of runs."""

@@ -1,0 +1,123 @@
+"""Flags that `fedpeft study run` and `fedpeft study plan` share, and the cells that they make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedpeft.config.overrides import parse_overrides
+from fedpeft.errors import SettingsInvalid
+from fedpeft_operator.cli.session import require
+
+if TYPE_CHECKING:
+    from fedpeft.studies.cells import Cell, Machine
+    from fedpeft.studies.study_file import StudyFile
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The study file (TOML), or a run file.")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="[NAME=]PATH",
+        help="A data set of the study: a folder with train.parquet and test.parquet, or folders of these names.",
+    ),
+]
+Scale = Annotated[str | None, typer.Option("--scale", metavar="NAME", help="One of the scales of the file.")]
+Settings = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="A field of every cell's run file, such as rounds.count=3."),
+]
+Seeds = Annotated[
+    list[int], typer.Option("--seed", metavar="N", min=0, help="A seed in place of the file's; once for each.")
+]
+Grids = Annotated[
+    list[str],
+    typer.Option("--grid", metavar="KEY=V,V", help="One more axis: a field, and the values that it takes in turn."),
+]
+Only = Annotated[
+    list[str], typer.Option("--only", metavar="AXIS=POINT,POINT", help="Points of an axis; the others are left out.")
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int, typer.Option("--threads", metavar="N", min=1, max=4096, help="Threads of torch in each cell.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", metavar="N", min=1, max=1024, help="Cells at once; cores / threads if absent."),
+]
+
+
+def require_study() -> None:
+    """Checks that what a study needs is installed."""
+    require("study", "torch", "timm", "pyarrow", "matplotlib", "jinja2", "scipy")
+
+
+def cells_for(
+    file: Path,
+    data: Sequence[str],
+    scale: str | None,
+    settings: Sequence[str],
+    seeds: Sequence[int],
+    grids: Sequence[str],
+    only: Sequence[str],
+) -> tuple[StudyFile, list[Cell]]:
+    """Reads a study, and returns it with all its cells, checked.
+
+    Raises:
+        ConfigInvalid: If the file, a flag or a cell is wrong.
+        DataInvalid: If the data of a cell is not there, or cannot be divided so.
+    """
+    from fedpeft.studies.cells import cells_of, grid_axes
+    from fedpeft.studies.checks import check_cells
+    from fedpeft.studies.study_file import checked, load_study
+
+    study = load_study(file, scale)
+    changes: dict[str, object] = {"axes": {**study.axes, **grid_axes(grids)}}
+    if seeds:
+        changes["seeds"] = tuple(seeds)
+    study = checked({**study.model_dump(), **changes}, file)
+    wanted = {axis: points.split(",") for axis, points in map(_pair, only)}
+    cells = cells_of(study, _places(study, data), override=parse_overrides(settings), only=wanted)
+    check_cells(cells)
+    return study, cells
+
+
+def machine_of(device: str, threads: int, weights: Path | None) -> Machine:
+    """Returns the machine that the flags describe.
+
+    Raises:
+        SettingsInvalid: If there are no weights where the flag says.
+    """
+    from fedpeft.studies.cells import Machine
+
+    if weights is not None and not weights.exists():
+        raise SettingsInvalid(f"--weights {weights}: there is no such file or folder")
+    return Machine(device, threads, weights)
+
+
+def jobs_of(jobs: int | None, threads: int) -> int:
+    """Returns the number of cells at once."""
+    return jobs or max(1, len(os.sched_getaffinity(0)) // threads)
+
+
+def _places(study: StudyFile, data: Sequence[str]) -> dict[str, Path]:
+    places: dict[str, Path] = {}
+    for given in data:
+        name, equals, path = given.partition("=")
+        if not equals:
+            if study.default_data is None:
+                raise SettingsInvalid(
+                    f"--data {given}: the study has several; give NAME=PATH, of {', '.join(study.data)}"
+                )
+            name, path = study.default_data, given
+        places[name] = Path(path)
+    return places
+
+
+def _pair(text: str) -> tuple[str, str]:
+    axis, equals, points = text.partition("=")
+    if not equals:
+        raise SettingsInvalid(f"--only {text}: give AXIS=POINT, or several points with commas between")
+    return axis, points

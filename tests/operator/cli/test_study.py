@@ -1,0 +1,78 @@
+"""fedpeft study as people run it: what it prints, how it ends, what is left."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from fedpeft_operator.app import main
+
+from ...studies.study_texts import STUDY, pets, study_file
+
+
+def command(capfd, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["study", *map(str, arguments)])
+    said = capfd.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+@pytest.fixture
+def given(tmp_path):
+    return [study_file(tmp_path), "--data", pets(tmp_path / "pets"), "--device", "cpu", "--scale", "one"]
+
+
+def test_a_study_is_planned_run_and_reported(given, tmp_path, capfd):
+    out = tmp_path / "out"
+    code, said, err = command(capfd, "plan", *given, "--jobs", 2)
+    assert code == 0 and "timing method=head, seed=7 ..." in err
+    assert re.search(r"^METHOD +CELLS +UP +DOWN +A CELL$", said, re.M)
+    assert "'tiny': 2 cells; " in said and "with 2 cells at once" in said
+    code, said, err = command(capfd, "run", *given, "--out", out, "--jobs", 2)
+    assert code == 0 and "2 cells; 2 at once" in err
+    assert said == f"tiny: 2 cells of 2 with results\nreport: {out / 'report' / 'report.html'}\n"
+    assert len(re.findall(r"^method=.*, seed=7: accuracy \d+\.\d %, \d+ s", err, re.M)) == 2
+    code, said, _ = command(capfd, "plan", *given, "--out", out, "--json")
+    planned = json.loads(said)
+    assert planned["cells_to_run"] == 0 and planned["seconds"] == 0.0
+    reports = [json.loads(path.read_text()) for path in (out / "cells").glob("*/report.json")]
+    moved = {row["method"]: row["rounds"][0]["payload_bytes_up"] for row in reports}
+    expected = {row["points"]["method"]: row["payload_bytes_up"] for row in planned["cells"]}
+    assert [moved["head"], moved["lora"]] == [expected["head"], expected["lora 2"]], "dense encodings: exact"
+    code, said, err = command(capfd, "run", *given, "--out", out)
+    assert code == 0 and "2 cells, 2 cells with results already" in err
+    code, said, _ = command(capfd, "report", out, "--out", tmp_path / "elsewhere")
+    assert code == 0 and str(tmp_path / "elsewhere" / "report.html") in said
+
+
+def test_a_study_with_a_failed_cell_ends_with_5_and_names_it(given, tmp_path, capfd):
+    grid = ["--grid", "model.weights=none,absent", "--only", "method=head"]
+    code, said, err = command(capfd, "run", *given, *grid, "--out", tmp_path / "out")
+    assert code == 5 and "tiny: 1 cell of 2 with results" in said
+    assert re.search(r"^fedpeft: method=head, model.weights=absent, seed=7: .*absent", err, re.M)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (["--scale", "huge"], "has no scale 'huge'; there are: one"),
+        (["--data", "cats=pets"], "there is no data set 'cats'; those of this study: pets"),
+        (["--only", "method"], "give AXIS=POINT"),
+        (["--set", "rounds.count"], "is no setting; give KEY=VALUE"),
+        (["--set", "rounds.counts=3"], "rounds.counts: is not a known key"),
+        (["--grid", "rounds.count"], "is no grid; give KEY=VALUE,VALUE"),
+        (["--weights", "absent"], "there is no such file or folder"),
+    ],
+)
+def test_a_wrong_flag_is_named_before_anything_runs(given, tmp_path, capfd, flags, fault):
+    code, _, err = command(capfd, "run", *given, *flags, "--out", tmp_path / "out")
+    assert code == 2 and fault in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_file_that_is_none_is_named_with_its_line(tmp_path, capfd):
+    file = study_file(tmp_path, STUDY.replace("seeds = [0, 1]", "seeds = []"))
+    code, _, err = command(capfd, "run", file, "--data", pets(tmp_path / "pets"), "--out", tmp_path / "out")
+    assert code == 2 and re.search(r"study.toml:\d+: seeds: ", err)

@@ -1,0 +1,155 @@
+"""Study files and their cells: what is laid over what, what is refused before anything runs, what names a cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedpeft.errors import ConfigInvalid, DataInvalid
+from fedpeft.studies.cells import Machine, cells_of, content_digest, grid_axes
+from fedpeft.studies.checks import check_cells
+from fedpeft.studies.study_file import load_study
+
+from .study_texts import STUDY, pets, study_file
+
+
+def cells(folder: Path, text: str = STUDY, scale: str | None = None, **options):
+    return cells_of(load_study(study_file(folder, text), scale), {"pets": pets(folder / "pets")}, **options)
+
+
+def test_every_combination_of_points_and_seeds_is_a_cell(tmp_path):
+    found = cells(tmp_path)
+    assert [cell.label for cell in found] == [
+        "method=head, seed=0",
+        "method=head, seed=1",
+        "method=lora 2, seed=0",
+        "method=lora 2, seed=1",
+    ]
+    assert [cell.config.peft.method for cell in found] == ["head", "head", "lora", "lora"]
+    assert found[2].config.peft.options == {"rank": 2}
+    assert [cell.config.rounds.seed for cell in found] == [0, 1, 0, 1]
+    assert all(cell.config.model.classes == ("cat", "dog", "emu") for cell in found), "fields of the data set"
+    assert found[0].train == tmp_path / "pets" / "train.parquet"
+    assert found[0].test == tmp_path / "pets" / "test.parquet"
+
+
+def test_a_scale_lies_over_all_of_the_file(tmp_path):
+    found = cells(tmp_path, scale="one")
+    assert [cell.seed for cell in found] == [7, 7]
+    assert all(cell.config.rounds.count == 1 and cell.config.rounds.clients == 2 for cell in found)
+    assert found[1].config.training.learning_rate == 0.5
+    assert found[1].config.peft.options == {"rank": 2}
+
+
+def test_a_base_lies_under_the_file_and_its_paths_are_its_own(tmp_path):
+    (tmp_path / "below").mkdir()
+    base = STUDY.replace("[data.pets.run.model]", '[data.pets]\ntrain = "pets/train.parquet"\n[data.pets.run.model]')
+    study_file(tmp_path / "below", base)
+    pets(tmp_path / "below" / "pets")
+    over = study_file(tmp_path, 'base = "below/study.toml"\nname = "over"\nseeds = [3]\n[run.rounds]\ncount = 5\n')
+    found = cells_of(load_study(over), {})
+    assert [(cell.seed, cell.config.rounds.count) for cell in found] == [(3, 5), (3, 5)]
+    assert found[0].train == tmp_path / "below" / "pets" / "train.parquet"
+    (tmp_path / "circle.toml").write_text('base = "circle.toml"\n')
+    with pytest.raises(ConfigInvalid, match="leads back to this file"):
+        load_study(tmp_path / "circle.toml")
+
+
+def test_flags_choose_points_set_fields_and_add_axes(tmp_path):
+    only = cells(tmp_path, only={"method": ["lora 2"]}, override={"rounds": {"count": 9}})
+    assert {cell.points["method"] for cell in only} == {"lora 2"}
+    assert {cell.config.rounds.count for cell in only} == {9}
+    assert grid_axes(["training.learning_rate=0.01,0.03", "peft.method=bias,head"]) == {
+        "training.learning_rate": {
+            "0.01": {"training": {"learning_rate": 0.01}},
+            "0.03": {"training": {"learning_rate": 0.03}},
+        },
+        "peft.method": {"bias": {"peft": {"method": "bias"}}, "head": {"peft": {"method": "head"}}},
+    }
+    for wrong in ("x", "a=", "a=1,1", "=1"):
+        with pytest.raises(ConfigInvalid):
+            grid_axes([wrong])
+    with pytest.raises(ConfigInvalid, match="there is no axis 'depth'; the axes of this study: method"):
+        cells(tmp_path, only={"depth": ["1"]})
+    with pytest.raises(ConfigInvalid, match="axis 'method' has no point 'bias'; there are: head, lora 2"):
+        cells(tmp_path, only={"method": ["bias"]})
+
+
+def test_a_run_file_is_a_study_of_one_cell(tmp_path):
+    run = '[model]\nname = "vit_tiny_patch16_224"\nclasses = ["cat", "dog", "emu"]\n[peft]\nmethod = "head"\n'
+    found = cells_of(load_study(study_file(tmp_path, run)), {"data": pets(tmp_path / "pets")})
+    assert [(cell.label, cell.config.peft.method) for cell in found] == [("seed=0", "head")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("seeds = [0, 1]", "seeds = [0, 0]", "a seed stands twice"),
+        ("seeds = [0, 1]", "seed = [0]", r"study.toml:5: seed: is not a known key"),
+        ('peft.method = "lora"', 'data = "cats"', "the data sets of this study: pets"),
+        ("[axes.method.head]", "[axes.seed.head]", "cannot be called 'seed'"),
+        ("count = 2", "count = 0", "rounds.count"),
+        ("target = 0.01", "target = 1.5", "target"),
+    ],
+)
+def test_a_fault_is_named_with_the_cell_or_the_line(tmp_path, old, new, fault):
+    with pytest.raises(ConfigInvalid, match=fault):
+        cells(tmp_path, STUDY.replace(old, new, 1))
+
+
+def test_missing_data_is_named_with_the_flag_that_would_name_it(tmp_path):
+    study = load_study(study_file(tmp_path))
+    with pytest.raises(DataInvalid, match="the study file says no place for it; give --data pets=FOLDER"):
+        cells_of(study, {})
+    with pytest.raises(DataInvalid, match=r"absent is not there; give --data pets=FOLDER"):
+        cells_of(study, {"pets": tmp_path / "absent"})
+    with pytest.raises(ConfigInvalid, match="there is no data set 'cats'; those of this study: pets"):
+        cells_of(study, {"cats": tmp_path})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("clients = 3", "clients = 31", "method=head, seed=0: .*31"),
+        ("rank = 2", "rank = 0", r"method=lora 2, seed=0: peft.rank: .*greater than or equal to 1"),
+        ('method = "lora"', 'method = "lorra"', r"method=lora 2, seed=0: .*lorra"),
+        ("clients = 2", "clients = 4\nquorum = 4", r"method=head, seed=0: a round needs 4 clients .*, and there are 3"),
+        (
+            "rank = 2",
+            'rank = 2\naggregation.strategy = "fednova"\ntraining.algorithm.name = "fedprox"',
+            "lora 2.*fednova",
+        ),
+        ("[run.simulation]", '[run.simulation]\nengine = "cloud"', "cloud"),
+    ],
+)
+def test_cells_that_cannot_work_are_refused_before_one_runs(tmp_path, old, new, fault):
+    with pytest.raises((ConfigInvalid, DataInvalid), match=fault):
+        check_cells(cells(tmp_path, STUDY.replace(old, new, 1)))
+
+
+def test_a_cell_is_named_by_its_content_alone(tmp_path):
+    first, second, third, _ = cells(tmp_path)
+    machine = Machine(device="cpu", threads=1)
+    keys = {cell.key(machine) for cell in (first, second, third)}
+    assert len(keys) == 3
+    renamed = cells(tmp_path, STUDY.replace('"lora 2"', '"small lora"').replace('name = "tiny"', 'name = "other"'))
+    assert renamed[2].key(machine) == third.key(machine), "names are for people"
+    assert first.key(Machine(device="cpu", threads=2)) != first.key(machine), "threads decide the last bits"
+    content_digest.cache_clear()
+    with (tmp_path / "pets" / "test.parquet").open("ab") as file:
+        file.write(b"0")
+    assert first.key(machine) not in keys, "other data"
+    content_digest.cache_clear()
+
+
+def test_a_folder_is_named_by_its_files_and_their_names(tmp_path):
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "one" / "a").write_bytes(b"xy")
+    (tmp_path / "two" / "a").write_bytes(b"xy")
+    (tmp_path / "three" / "b").write_bytes(b"xy")
+    one, two, three = (content_digest(tmp_path / name) for name in ("one", "two", "three"))
+    assert one == two != three
+    with pytest.raises(DataInvalid, match="cannot read"):
+        content_digest(tmp_path / "none" / "a")
