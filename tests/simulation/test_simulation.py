@@ -165,7 +165,7 @@ def test_the_report_has_the_keys_of_run_show(tmp_path, folders):
     report = simulate(config(), clients(folders), tmp_path)
     run = run_pb2.Run()
     shown = views.run_json(run, [], None)
-    assert report.keys() - shown.keys() == {"partition", "overlap", "facts", "seconds"}
+    assert report.keys() - shown.keys() == {"partition", "overlap", "facts", "seconds", "squared_distances"}
     assert shown.keys() <= report.keys()
     row = views.round_json(run_pb2.Round(tickets=[run_pb2.Ticket()]), run)
     assert report["rounds"][0].keys() == row.keys()
