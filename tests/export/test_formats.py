@@ -54,7 +54,7 @@ def logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("method", [*PLAIN, "lora", "ffa_lora", "dora", "ssf", "ia3"])
+@pytest.mark.parametrize("method", [*PLAIN, "lora", "ffa_lora", "dora", "vera", "ssf", "ia3"])
 def test_timm_loads_the_whole_model_strictly(
     tmp_path: Path, backbone: Backbone, images: torch.Tensor, method: str
 ) -> None:

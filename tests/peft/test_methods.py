@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rolora": ("rolora", {"rank": 2}),
     "lora-q-v": ("lora", {"rank": 2, "targets": ["qkv.q", "qkv.v"]}),
     "dora": ("dora", {"rank": 2}),
+    "vera": ("vera", {"rank": 16, "targets": ["qkv", "mlp.*"]}),
     "lora-all": ("lora", {"rank": 2, "targets": ["qkv", "proj", "mlp.*"], "dropout": 0.1}),
 }
 COMPILED = (
@@ -46,7 +47,7 @@ COMPILED = (
     "lora-q-v",
     "lora-all",
 )
-CONSTANT = ("ia3", "ssf")
+CONSTANT = ("ia3", "ssf", "vera")
 """Cases whose additions start the same for every seed."""
 CONFIG = ModelConfig(name="vit_tiny_patch16_224", weights="none", image_size=32, depth=2, classes=("a", "b", "c"))
 every_case = pytest.mark.parametrize("case", CASES)
@@ -122,7 +123,12 @@ def test_everything_tuned_moves_and_nothing_else(backbone: Backbone, images: tor
 
 def test_one_step_moves_all_but_the_factors_behind_a_zero(backbone: Backbone, images: torch.Tensor) -> None:
     waiting = {"adapter": {"adapter.down.weight", "adapter.down.bias"}, "bias": set(), "prompt": set()}
-    waiting["lora"] = {f"blocks.{i}.attn.qkv.lora_A.weight" for i in range(2)}
+    qkv = [f"blocks.{i}.attn.qkv" for i in range(2)]
+    waiting |= {"layernorm": set(), "partial": set(), "ssf": set(), "ia3": set()}
+    waiting |= {case: {f"{layer}.lora_A.weight" for layer in qkv} for case in ("lora", "dora")}
+    waiting["lora-q-v"] = {f"{layer}.parts.{part}.lora_A.weight" for layer in qkv for part in "qv"}
+    waiting["vera"] = {n for n in tuned(backbone, "vera").state() if n.endswith("vera_lambda_d")}
+    waiting["adaptformer"] = {f"blocks.{i}.adaptformer.down.{n}" for i in range(2) for n in ("weight", "bias")}
     for case, expected in waiting.items():
         model = tuned(backbone, case)
         start = model.state()

@@ -28,7 +28,7 @@ from fedpeft.models.checkpoints import read_checkpoint
 from fedpeft.models.families import timm_arguments
 from fedpeft.peft.method import methods
 from fedpeft.peft.tuned import TunedModel, tune
-from fedpeft.peft.tuner import target_layers
+from fedpeft.peft.tuner import BESIDE, target_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -155,7 +155,8 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
     model = get_peft_model(plain, config)
     wrapped = {name for name, _ in model.named_modules()}
     assert all(f"{PREFIX}{layer}" in wrapped for layer in layers)
-    state = {f"{PREFIX}{name}": torch.from_numpy(values) for name, values in saved.items()}
+    inside = {name: name if name.startswith(BESIDE) else f"{PREFIX}{name}" for name in saved}
+    state = {inside[name]: torch.from_numpy(values) for name, values in saved.items()}
     set_peft_model_state_dict(model, state)
     config.base_model_name_or_path = tuned.backbone.config.name
     with as_os_errors(folder / "adapter_model.safetensors"):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 """The library's name for an only adapter; it stands in its parameter names and not in canonical ones."""
+BESIDE = "base_model."
+"""Prefix, in the library's files, of a tensor that stands beside the model and not in one of its layers."""
 
 Pattern = Annotated[str, Field(min_length=1, max_length=128)]
 Targets = Pattern | Annotated[tuple[Pattern, ...], Field(strict=False)]
@@ -90,17 +92,21 @@ class Tuner(Method[OptionsT]):
 
     def inject(self, module: nn.Module, structure: ModelStructure, generator: torch.Generator) -> Sequence[nn.Module]:
         """See `Method.inject`; target layers are wrapped."""
-        from peft import inject_adapter_in_model
-
         names = self.layers(structure)
         if not names:
             return ()
-        inject_adapter_in_model(self.config(names), module, adapter_name=ADAPTER)
+        self.wrap(module, names)
         layers = [module.get_submodule(name) for name in names]
         with torch.no_grad():
             for layer in layers:
                 self.start(layer, generator)
         return layers
+
+    def wrap(self, module: nn.Module, layers: Sequence[str]) -> None:
+        """Has the library wrap layers of these names."""
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(self.config(layers), module, adapter_name=ADAPTER)
 
     def tunes(self, name: str) -> bool:
         """See `Method.tunes`."""

@@ -92,7 +92,7 @@ def test_what_cannot_be_exported_is_said(
 
     out = ("--out", tmp_path / "out")
     ends_with(2, adapter, "--format", "peft", *out)
-    assert "--format peft is for dora, ffa_lora, ia3, lora, rolora; this run tunes bias" in capsys.readouterr().err
+    assert "--format peft is for dora, ffa_lora, ia3, lora, rolora, vera; this run tunes bias" in capsys.readouterr().err
     ends_with(2, adapter, "--format", "safetensors", *out)
     assert "'safetensors' is not one of 'timm', 'peft'" in " ".join(capsys.readouterr().err.replace("│", " ").split())
     os.mkfifo(tmp_path / "pipe")
