@@ -73,6 +73,13 @@ def test_settings_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
         Settings.read([*FLAGS, "--config", str(file)])
 
 
+def test_a_setting_of_another_type_is_said_without_the_name_of_a_class(tmp_path: Path) -> None:
+    file = tmp_path / "client.toml"
+    file.write_text("data = 3\n")
+    with pytest.raises(SettingsInvalid, match=r"--data: should be a path$"):
+        Settings.read([*FLAGS[:4], *FLAGS[6:], "--config", str(file)])
+
+
 @pytest.mark.parametrize("server", ["localhost:1", "127.8.0.1:65535", "[::1]:8080"])
 def test_plain_text_is_for_this_machine(server: str) -> None:
     assert Settings.read([*FLAGS, "--server", server]).server == server

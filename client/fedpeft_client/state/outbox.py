@@ -215,7 +215,7 @@ class Outbox:
         """
         folder, ticket = self._directory.run(run), self.counted(run) or ""
         before = folder / _EXCLUDED
-        last = before.read_text("ascii") if before.exists() else ""
+        last = before.read_text("ascii", "replace") if before.exists() else ""
         second = last not in ("", ticket)
         if second:
             state_dir.group(folder, RESIDUAL).unlink(missing_ok=True)

@@ -106,8 +106,8 @@ class StateDirectory:
             if not path.exists():
                 with durable.refusals(f"writing {path}"):
                     durable.write(path, secrets.token_hex(16).encode())
-            instance = path.read_text("ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            instance = path.read_text("ascii", "replace").strip()
+        except OSError as error:
             raise StateInvalid(f"cannot use state directory {self.path}: {error}") from None
         if not ids.INSTANCE.fullmatch(instance):
             raise StateInvalid(

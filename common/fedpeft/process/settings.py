@@ -115,5 +115,5 @@ class ProcessSettings(BaseSettings):
         flag = "--" + key.replace("_", "-")
         if fault["type"] == "missing":
             return f"{flag} is missing (or {cls._prefix()}{key.upper()}, or {key} in the settings file)"
-        text = fault["msg"].removeprefix("Value error, ")
+        text = "should be a path" if fault["type"] == "path_type" else fault["msg"].removeprefix("Value error, ")
         return f"{flag}: {text}" if key else text

@@ -90,9 +90,10 @@ def test_unusable_directories_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StateInvalid, match="cannot use state directory"):
         StateDirectory(tmp_path / "file")
-    (tmp_path / "instance").write_text("mine")
-    with pytest.raises(StateInvalid, match="32 hexadecimal digits"):
-        StateDirectory(tmp_path)
+    for damaged in (b"mine", b"\x00\xff{"):
+        (tmp_path / "instance").write_bytes(damaged)
+        with pytest.raises(StateInvalid, match="instance does not hold 32 hexadecimal digits; remove it"):
+            StateDirectory(tmp_path)
 
 
 @pytest.mark.parametrize("run", ["../x", "a/b", "", ".", "x" * 65])
@@ -259,6 +260,14 @@ class TestExcludedAfterTheReceipt:
             assert outbox.counted(RUN) is None
             assert self.residual(tmp_path / "state") == (b"not" if kept else None)
             outbox._directory.close()
+
+    def test_a_damaged_note_on_an_excluded_update_is_taken_as_that_of_another(self, tmp_path: Path) -> None:
+        outbox = self.settled(tmp_path, "ticket-1")
+        assert outbox.take_back(RUN)
+        outbox._directory.close()
+        (tmp_path / "runs" / RUN / "excluded").write_bytes(b"\x00\xff")
+        assert not self.settled(tmp_path, "ticket-2").take_back(RUN)
+        assert self.residual(tmp_path) is None
 
     def test_one_that_was_folded_in_between_makes_the_next_the_first(self, tmp_path: Path) -> None:
         for ticket, excluded in (("ticket-1", True), ("ticket-2", False), ("ticket-3", True)):
