@@ -9,13 +9,15 @@ import pytest
 
 from fedpeft.config import load_run_file
 from fedpeft.data import partitions
+from fedpeft.data.division import drawn_rows
 from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid, StateInvalid
 from fedpeft.simulation import clients_of, simulate
 from fedpeft.simulation.clients import reading_of
+from fedpeft.simulation.local_trainer import HELD_OUT_SEED
 
-from ..data.test_sources import table, write
+from ..data.test_sources import NAMES, table, write
 from .simulated_runs import clients, config, same, tensors, without_clock
 
 
@@ -57,6 +59,40 @@ def test_other_partitions(tmp_path, simulation, sizes):
     skewed, about = clients_of(whole, config(simulation={"clients": 3, "partition": "quantity", "alpha": 0.5}))
     assert sum(map(len, skewed.values())) == 60
     assert about["skew"]["gini"] > 0
+    some, about = clients_of(whole, config(simulation={"clients": 3, "partition": "shards", "examples": 30}))
+    assert [len(source) for source in some.values()] == [10, 10, 10]
+    assert (about["variant"], about["rows"]) == ("shards/2", 30)
+
+
+def test_versions_are_scored_on_so_many_held_out_examples_the_same_for_every_seed(tmp_path):
+    whole = write(tmp_path / "whole.parquet", table(60))
+    scored = []
+    for seed in (1, 2):
+        rounds = {"count": 1, "clients": 2, "seed": seed}
+        settings = config("head", rounds=rounds, simulation={"clients": 2, "held_out": 7})
+        inside, _ = clients_of(whole, settings)
+        scored.append(simulate(settings, inside, tmp_path / str(seed), whole)["initial_metrics"])
+    assert [metrics["examples"] for metrics in scored] == [7.0, 7.0]
+    rows = drawn_rows(60, 7, HELD_OUT_SEED)
+    assert {name for name in scored[0] if name.startswith("accuracy/")} == {
+        f"accuracy/{NAMES[k]}" for k in {row % 3 for row in rows}
+    }
+    settings = config("head", simulation={"clients": 2, "held_out": 61})
+    with pytest.raises(DataInvalid, match="fewer than the 61"):
+        simulate(settings, clients_of(whole, settings)[0], tmp_path / "more", whole)
+
+
+@pytest.mark.parametrize(
+    ("simulation", "fault"),
+    [
+        ({"partition": "iid", "variant": "balanced"}, "partition iid has no variant 'balanced'; there are: none"),
+        ({"partition": "quantity", "variant": "balanced"}, "there are: dirichlet, lognormal"),
+        ({"partition": "dirichlet", "variant": "lognormal"}, "there are: class-first, balanced, client-first"),
+    ],
+)
+def test_a_variant_of_another_scheme_is_refused(simulation, fault):
+    with pytest.raises(ConfigInvalid, match=fault):
+        config(simulation=simulation)
 
 
 def test_a_second_simulation_in_one_folder_is_refused_and_the_first_is_unharmed(tmp_path, folders):

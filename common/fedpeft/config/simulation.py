@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from fedpeft.config.section import Section
 
-Scheme = Literal["iid", "dirichlet", "quantity", "natural"]
-"""Scheme by which examples are assigned to simulated clients; see `fedpeft.data.partitions`."""
+Scheme = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
+"""Scheme by which examples are assigned to simulated clients; see `fedpeft.data.division`."""
+_VARIANTS = {"dirichlet": ("class-first", "balanced", "client-first"), "quantity": ("dirichlet", "lognormal")}
 
 
 class SimulationConfig(Section):
@@ -21,6 +22,15 @@ class SimulationConfig(Section):
     """Scheme of the division; with `column` given, natural."""
     alpha: Annotated[float, Field(gt=0)] = 0.1
     """Concentration for dirichlet and quantity: smaller is more skewed."""
+    variant: Literal["class-first", "balanced", "client-first", "dirichlet", "lognormal"] | None = None
+    """Variant of the scheme: class-first, balanced or client-first for dirichlet (the first if absent); dirichlet or
+    lognormal sizes for quantity (likewise)."""
+    shards: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Shards of each client, for shards: runs of examples in the order of their labels."""
+    examples: Annotated[int, Field(ge=1)] | None = None
+    """Examples that are drawn from the data, by the run's seed, before they are divided; all of them if absent."""
+    held_out: Annotated[int, Field(ge=1)] | None = None
+    """Held-out examples on which versions are scored, the same for every seed; all of them if absent."""
     column: str | None = None
     """The column whose values are the clients, for natural."""
     image_column: str | None = None
@@ -36,6 +46,9 @@ class SimulationConfig(Section):
 
     @model_validator(mode="after")
     def _one_scheme(self) -> Self:
+        if self.variant is not None and self.variant not in _VARIANTS.get(self.scheme, ()):
+            known = ", ".join(_VARIANTS.get(self.scheme, ())) or "none"
+            raise ValueError(f"partition {self.scheme} has no variant {self.variant!r}; there are: {known}")
         if self.partition == "natural" and self.column is None:
             raise ValueError("partition natural needs column")
         if self.column is not None and "partition" in self.model_fields_set and self.partition != "natural":

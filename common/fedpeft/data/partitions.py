@@ -163,6 +163,29 @@ def quantity(
     return _drawn(rows, clients, min_rows, f"quantity/{variant}", alpha, seed, split)
 
 
+def shards(labels: Indices, clients: int, shards: int, seed: int) -> Partition:
+    """Gives every client so many shards, runs of equal length of the rows in the order of their labels.
+
+    Few shards mean few classes a client: the pathological split of the FedAvg paper (1602.05629, section 3) has two.
+
+    Args:
+        labels: int64[rows].
+        clients: Number of clients.
+        shards: Shards of each client, at least 1.
+        seed: Of the order of rows with the same label, and of who gets which shards.
+
+    Raises:
+        DataInvalid: If there are fewer rows than shards.
+    """
+    _enough(len(labels), clients, shards)
+    generator = _generator(seed)
+    mixed = generator.permutation(len(labels))
+    ordered = mixed[np.argsort(labels[mixed], kind="stable")]
+    pieces = np.array_split(ordered, clients * shards)
+    dealt = generator.permutation(len(pieces)).reshape(clients, shards)
+    return _partition([np.concatenate([pieces[k] for k in own]) for own in dealt], f"shards/{shards}", None, seed)
+
+
 def natural(values: Sequence[object], column: str) -> Partition:
     """Makes each distinct value of a column a client, in the order of their names; texts are compared in NFC.
 

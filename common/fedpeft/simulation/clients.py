@@ -22,6 +22,7 @@ from fedpeft.adapters.tensor_errors import as_os_errors
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data import partitions
 from fedpeft.data.client_folders import clients_in, refuse_splits, subfolders
+from fedpeft.data.division import Division
 from fedpeft.data.examples import Examples
 from fedpeft.data.partition_writer import RECORD, file_names
 from fedpeft.data.reading import MAX_PIXELS, Reading
@@ -77,7 +78,7 @@ def clients_of(
         DataInvalid: If the data cannot be read, or not be divided so, or its members are splits and no clients.
         ConfigInvalid: If there is one data set and no `[simulation]`.
     """
-    path = _place(path, config)
+    path = place_of(path, config)
     try:
         folders = _folders(path, config) if config.model.task else _written(path)
     except OSError as error:
@@ -91,7 +92,7 @@ def clients_of(
             f"{path} is one data set and the run file has no [simulation] section that divides it; add one, or give "
             "a folder that fedpeft partition wrote"
         )
-    split = _split(source, config.simulation, config.rounds.seed)
+    split = division_of(config.simulation).of(source, config.rounds.seed)
     names = file_names(split.names)
     record = {
         "variant": split.variant,
@@ -99,12 +100,13 @@ def clients_of(
         "seed": split.seed,
         "draws": split.draws,
         "digest": split.digest,
+        "rows": sum(map(len, split.parts)),
         "skew": partitions.skew(source.labels, split.parts, len(source.class_names)).as_dict(),
     }
     return {name: task.select(source, rows) for name, rows in zip(names, split.parts, strict=True)}, record
 
 
-def _place(path: Path, config: RunConfig) -> Path:
+def place_of(path: Path, config: RunConfig) -> Path:
     """Returns data without the task before it; raises `DataInvalid` if that is not the run's."""
     task, place = split_data(str(path))
     if task not in ("", config.model.task):
@@ -127,19 +129,17 @@ def _written(path: Path) -> dict[str, Path]:
     return clients_in(path) if path.is_dir() else {}
 
 
-def _split(source: Data, simulation: SimulationConfig, seed: int) -> partitions.Partition:
-    """Divides as `fedpeft partition --seed SEED` does."""
-    match simulation.scheme:
-        case "iid":
-            return partitions.iid(len(source), simulation.clients, seed)
-        case "dirichlet":
-            return partitions.dirichlet(source.labels, simulation.clients, simulation.alpha, seed)
-        case "quantity":
-            return partitions.quantity(len(source), simulation.clients, simulation.alpha, seed)
-        case "natural":
-            if isinstance(source, Examples):
-                raise ConfigInvalid(f"simulation.column {simulation.column!r}: only images can have columns")
-            return partitions.natural(source.column(str(simulation.column)), str(simulation.column))
+def division_of(simulation: SimulationConfig) -> Division:
+    """Returns the rule of `[simulation]`, which is that of `fedpeft partition` with the same flags."""
+    return Division(
+        simulation.scheme,
+        simulation.clients,
+        simulation.alpha,
+        simulation.variant,
+        simulation.shards,
+        simulation.column,
+        simulation.examples,
+    )
 
 
 class ClientData:
@@ -188,7 +188,7 @@ class ClientData:
             DataInvalid: If it cannot be used; `who` begins the sentence.
         """
         try:
-            source = self._run.task.read(_place(data, self._run.config)) if isinstance(data, Path) else data
+            source = self._run.task.read(place_of(data, self._run.config)) if isinstance(data, Path) else data
             dataset = self._run.dataset(source, self._label_map, self._cache_bytes)
         except DataInvalid as error:
             raise DataInvalid(f"{who}: {error.message}") from None

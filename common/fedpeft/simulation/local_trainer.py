@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from fedpeft.config import RunConfig
+from fedpeft.data.division import drawn_rows
 from fedpeft.data.labels import read_label_map
 from fedpeft.data.reading import USUAL, Reading
 from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.models.tasks import task_of
 from fedpeft.rounds import metric_values
 from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome, Version
-from fedpeft.simulation.clients import ClientData, Clients
+from fedpeft.simulation.clients import ClientData, Clients, Data, place_of
 from fedpeft.training.devices import device_of
 from fedpeft.training.local_round import load_run
+
+HELD_OUT_SEED = 0
+"""Seed of the held-out examples: those of all runs are the same, whatever their own seeds are."""
 
 _log = structlog.get_logger(__name__)
 
@@ -34,6 +39,7 @@ class Inputs:
         label_map: A file that renames classes, for all data.
         device: auto, cpu, cuda or cuda:N.
         reading: Settings of reading images.
+        held_out: Number of examples of the held-out data that are scored; None: all of them.
     """
 
     config: RunConfig
@@ -43,6 +49,7 @@ class Inputs:
     label_map: Path | None = None
     device: str = "cpu"
     reading: Reading = USUAL
+    held_out: int | None = None
 
 
 class LocalTrainer:
@@ -69,8 +76,7 @@ class LocalTrainer:
         self.run = load_run(config, task, inputs.weights, device_of(inputs.device))
         renamed = None if inputs.label_map is None else read_label_map(inputs.label_map)
         self._data = ClientData(inputs.clients, self.run, renamed)
-        held_out = inputs.evaluation
-        self._test = None if held_out is None else self._data.open(held_out, f"evaluation data {held_out}")[0]
+        self._test = None if inputs.evaluation is None else self._held_out(inputs.evaluation)
 
     def train(self, job: LocalJob) -> LocalOutcome:
         """Trains a client's round as an agent does.
@@ -86,6 +92,15 @@ class LocalTrainer:
         except TrainingFailed as error:
             return LocalFailure(job.client, error)
         return replace(update, metrics=_sendable(update.metrics, metric_values.MAX_TRAINING, job.client))
+
+    def _held_out(self, path: Path) -> Any:
+        """Opens the held-out data; with `held_out`, so many examples of it, the same in every run."""
+        data: Path | Data = path
+        if self.inputs.held_out is not None:
+            task = self.run.task
+            whole = task.read(place_of(path, self.inputs.config))
+            data = task.select(whole, drawn_rows(len(whole), self.inputs.held_out, HELD_OUT_SEED))
+        return self._data.open(data, f"evaluation data {path}")[0]
 
     def evaluate(self, version: Version) -> dict[str, float]:
         """Returns the figures of a version on the held-out data; none without such data."""

@@ -90,7 +90,9 @@ def simulate(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locks.results(out, "simulation"), durable.scratch(out / "simulation") as scratch:
-            trainer = LocalTrainer(Inputs(config, clients, evaluate, weights, label_map, device, reading))
+            trainer = LocalTrainer(
+                Inputs(config, clients, evaluate, weights, label_map, device, reading, settings.held_out)
+            )
             shared = leakage(clients, evaluate, config, reading)
             header = RunHeader(run, config, trainer.run.spec, trainer.run.fingerprint)
             check_combination(config, header.spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,10 +15,6 @@ from fedpeft.process import output
 from fedpeft_operator.cli.columns import ImageColumn, LabelColumn
 from fedpeft_operator.cli.epilogs import epilog
 from fedpeft_operator.cli.session import require
-
-if TYPE_CHECKING:
-    from fedpeft.data.partitions import Partition
-    from fedpeft.data.sources.interface import Source
 
 SHOWN = 20
 """Clients listed for people; partition.json has them all."""
@@ -34,8 +30,25 @@ class Scheme(StrEnum):
 
     IID = "iid"
     DIRICHLET = "dirichlet"
+    SHARDS = "shards"
     QUANTITY = "quantity"
     NATURAL = "natural"
+
+
+class Variant(StrEnum):
+    """Variant of a scheme."""
+
+    CLASS_FIRST = "class-first"
+    BALANCED = "balanced"
+    CLIENT_FIRST = "client-first"
+    DIRICHLET = "dirichlet"
+    LOGNORMAL = "lognormal"
+
+
+VARIANTS = {
+    Scheme.DIRICHLET: (Variant.CLASS_FIRST, Variant.BALANCED, Variant.CLIENT_FIRST),
+    Scheme.QUANTITY: (Variant.DIRICHLET, Variant.LOGNORMAL),
+}
 
 
 def partition(
@@ -49,8 +62,8 @@ def partition(
         Scheme | None,
         typer.Option(
             "--partition",
-            help="iid; dirichlet: label skew; quantity: size skew; natural: one client for each value of "
-            "--column. If absent: natural with --column, else iid.",
+            help="iid; dirichlet: label skew; shards: few classes a client; quantity: size skew; natural: one client "
+            "for each value of --column. If absent: natural with --column, else iid.",
             show_default=False,
         ),
     ] = None,
@@ -60,6 +73,22 @@ def partition(
     alpha: Annotated[
         float | None,
         typer.Option("--alpha", metavar="A", help="Above 0, for dirichlet and quantity: smaller is more skewed."),
+    ] = None,
+    variant: Annotated[
+        Variant | None,
+        typer.Option(
+            "--variant",
+            help="Of dirichlet: class-first, balanced or client-first; of quantity: dirichlet or lognormal sizes. The "
+            "first if absent.",
+            show_default=False,
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option("--shards", metavar="N", min=1, help="Shards of each client, for shards."),
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option("--examples", metavar="N", min=1, help="Rows that are drawn first; all if absent.")
     ] = None,
     column: Annotated[
         str | None, typer.Option("--column", metavar="NAME", help="Column whose values are the clients, for natural.")
@@ -74,14 +103,16 @@ def partition(
 ) -> None:
     """Divide a data set among clients."""
     scheme = given or (Scheme.IID if column is None else Scheme.NATURAL)
-    _check(scheme, clients, alpha, column)
+    _check(scheme, clients, alpha, column, shards, variant)
     require("train", "pyarrow")
+    from fedpeft.data.division import Division
     from fedpeft.data.partition_writer import write_parts
     from fedpeft.data.sources.inventory import Inventory
     from fedpeft.data.sources.opening import open_source
 
     whole = open_source(source, image_column, label_column)
-    split = _split(whole, scheme, clients or 1, 0.0 if alpha is None else alpha, column or "", seed)
+    rule = Division(scheme.value, clients or 1, alpha or 0.0, variant and variant.value, shards or 2, column, examples)
+    split = rule.of(whole, seed)
     record = write_parts(source, split, out, index=index, image=image_column, label=label_column, source=whole)
     if as_json:
         output.say_json(record)
@@ -90,32 +121,29 @@ def partition(
         output.say(line)
 
 
-def _check(scheme: Scheme, clients: int | None, alpha: float | None, column: str | None) -> None:
+def _check(
+    scheme: Scheme,
+    clients: int | None,
+    alpha: float | None,
+    column: str | None,
+    shards: int | None,
+    variant: Variant | None,
+) -> None:
     """Finds a flag that is missing for the scheme, or that it would ignore."""
     wants = {
         "--clients": (clients, scheme is not Scheme.NATURAL),
         "--alpha": (alpha, scheme in (Scheme.DIRICHLET, Scheme.QUANTITY)),
         "--column": (column, scheme is Scheme.NATURAL),
+        "--shards": (shards, scheme is Scheme.SHARDS),
     }
     for flag, (value, wanted) in wants.items():
         if wanted and value is None:
             raise SettingsInvalid(f"--partition {scheme} needs {flag}")
         if value is not None and not wanted:
             raise SettingsInvalid(f"--partition {scheme} takes no {flag}; leave it out")
-
-
-def _split(source: Source, scheme: Scheme, clients: int, alpha: float, column: str, seed: int) -> Partition:
-    from fedpeft.data import partitions
-
-    match scheme:
-        case Scheme.IID:
-            return partitions.iid(len(source), clients, seed)
-        case Scheme.DIRICHLET:
-            return partitions.dirichlet(source.labels, clients, alpha, seed)
-        case Scheme.QUANTITY:
-            return partitions.quantity(len(source), clients, alpha, seed)
-        case Scheme.NATURAL:
-            return partitions.natural(source.column(column), column)
+    if variant is not None and variant not in VARIANTS.get(scheme, ()):
+        known = ", ".join(VARIANTS.get(scheme, ())) or "none"
+        raise SettingsInvalid(f"--partition {scheme} has no --variant {variant}; there are: {known}")
 
 
 def _lines(record: views.Json, out: Path) -> list[str]:

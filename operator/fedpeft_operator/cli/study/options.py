@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpeft.config.overrides import parse_overrides
 from fedpeft.errors import SettingsInvalid
 from fedpeft_operator.cli.session import require
 
@@ -69,6 +68,7 @@ def cells_for(
         ConfigInvalid: If the file, a flag or a cell is wrong.
         DataInvalid: If the data of a cell is not there, or cannot be divided so.
     """
+    from fedpeft.config.overrides import parse_overrides
     from fedpeft.studies.cells import cells_of, grid_axes
     from fedpeft.studies.checks import check_cells
     from fedpeft.studies.study_file import checked, load_study
