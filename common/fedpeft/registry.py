@@ -1,9 +1,10 @@
 """Registries of PEFT methods, strategies, codecs and tasks: one file each, which registers itself and touches no other.
 
-A name is found in two places. The modules of the registry's own package register when it is first asked, so a new file
-is found without being named anywhere. A package that is installed beside fedpeft names its own under the registry's
-entry point group, and is imported when that name is asked for: what a run names and no package here brings is refused.
-So is a name that means two things, built in and installed or from two packages: neither is chosen.
+A name is found in two places. The modules of the registry's own package, and of packages in it, register when it is
+first asked, so a new file is found without being named anywhere. A package that is installed beside fedpeft names its
+own under the registry's entry point group, and is imported when that name is asked for: what a run names and no package
+here brings is refused. So is a name that means two things, built in and installed or from two packages: neither is
+chosen.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if not self._loaded:
             package = importlib.import_module(self._package)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self._package}.{module.name}")
+            for module in pkgutil.walk_packages(package.__path__, f"{self._package}."):
+                importlib.import_module(module.name)
             self._loaded = True
 
 

@@ -10,7 +10,7 @@ LOHA = """
 import torch
 from fedpeft.errors import ConfigInvalid
 from fedpeft.peft.method import MethodOptions, PeftForm
-from fedpeft.peft.tuner import ADAPTER, Targets, Tuner
+from fedpeft.peft.tuners import ADAPTER, Targets, Tuner
 from peft import LoHaConfig
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

@@ -15,7 +15,7 @@ from fedpeft.errors import ModelInvalid
 from fedpeft.export import formats
 from fedpeft.models import backbones
 from fedpeft.peft import count, timm_spec, tune
-from fedpeft.peft.vera import drawn
+from fedpeft.peft.tuners.vera import drawn
 
 from .plain_vit import BASE, CONFIG, HEAD, HIDDEN, PlainVit, State, close, images, moved
 

@@ -28,7 +28,7 @@ from fedpeft.models.checkpoints import read_checkpoint
 from fedpeft.models.families import timm_arguments
 from fedpeft.peft.method import methods
 from fedpeft.peft.tuned import TunedModel, tune
-from fedpeft.peft.tuner import BESIDE, target_layers
+from fedpeft.peft.tuners import BESIDE, target_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel

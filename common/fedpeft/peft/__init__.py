@@ -1,6 +1,7 @@
 """PEFT methods: what of a model is tuned. One file a method, which registers itself and touches nothing else.
 
-`method.py` is what a method is, `tuned.py` what becomes of a model under one.
+`method.py` is what a method is, `tuned.py` what becomes of a model under one; `tuners` has the methods that the Hugging
+Face `peft` library builds.
 """
 
 from fedpeft.peft.method import Method, MethodOptions, make, methods

@@ -116,7 +116,7 @@ class Method(ABC, Generic[OptionsT]):
     def peft_state(self, state: Tensors) -> Tensors:
         """Returns the tuned tensors, by canonical name, under the names and in the shapes of the `peft` library.
 
-        Names are those inside the model; what the library holds beside it begins with `fedpeft.peft.tuner.BESIDE`.
+        Names are those inside the model; what the library holds beside it begins with `fedpeft.peft.tuners.BESIDE`.
 
         Raises:
             ConfigInvalid: If the library cannot hold them; the message is a whole sentence.

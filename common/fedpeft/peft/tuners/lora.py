@@ -20,9 +20,9 @@ from fedpeft.adapters.payload import Tensors
 from fedpeft.errors import ConfigInvalid
 from fedpeft.models.structure import ModelStructure
 from fedpeft.peft.method import MethodOptions, PeftForm, methods
-from fedpeft.peft.qkv_parts import NAME as PARTS_NAME
-from fedpeft.peft.qkv_parts import LowRank, Parts, QkvParts, split, whole_factors
-from fedpeft.peft.tuner import ADAPTER, Targets, Tuner, target_layers
+from fedpeft.peft.tuners.qkv_parts import NAME as PARTS_NAME
+from fedpeft.peft.tuners.qkv_parts import LowRank, Parts, QkvParts, split, whole_factors
+from fedpeft.peft.tuners.tuner import ADAPTER, Targets, Tuner, target_layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig

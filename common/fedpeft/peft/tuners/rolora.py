@@ -7,8 +7,8 @@ B begins, because the gradient of A is zero while B is. The head is trained in e
 from __future__ import annotations
 
 from fedpeft.adapters.spec import TensorRole
-from fedpeft.peft.lora import A, B, Lora, is_factor
 from fedpeft.peft.method import methods
+from fedpeft.peft.tuners.lora import A, B, Lora, is_factor
 
 
 @methods.register("rolora")

@@ -20,7 +20,7 @@ from fedpeft.adapters.payload import Tensors
 from fedpeft.models.structure import ModelStructure
 from fedpeft.peft.method import unfit
 from fedpeft.peft.places import fused
-from fedpeft.peft.tuner import Targets, fitting, linear_layers_of, target_layers
+from fedpeft.peft.tuners.tuner import Targets, fitting, linear_layers_of, target_layers
 
 PARTS = ("q", "k", "v")
 """Queries, keys and values, in the order of the layer's rows."""

@@ -25,7 +25,7 @@ from fedpeft.adapters.payload import Tensors
 from fedpeft.errors import ConfigInvalid
 from fedpeft.models.structure import ModelStructure
 from fedpeft.peft.method import MethodOptions, PeftForm, methods
-from fedpeft.peft.tuner import ADAPTER, BESIDE, Targets, Tuner
+from fedpeft.peft.tuners.tuner import ADAPTER, BESIDE, Targets, Tuner
 
 if TYPE_CHECKING:
     from peft import VeraConfig

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from fedpeft.adapters.payload import Tensors
-from fedpeft.peft.lora import A, B, LoraOptions, draw, lora_config, options_of
 from fedpeft.peft.method import PeftForm, methods
-from fedpeft.peft.tuner import ADAPTER, Targets, Tuner
+from fedpeft.peft.tuners.lora import A, B, LoraOptions, draw, lora_config, options_of
+from fedpeft.peft.tuners.tuner import ADAPTER, Targets, Tuner
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -7,8 +7,8 @@ so all clients have the same bits of it; after its first version a client gets B
 from __future__ import annotations
 
 from fedpeft.adapters.spec import TensorRole
-from fedpeft.peft.lora import A, Lora, is_factor
 from fedpeft.peft.method import methods
+from fedpeft.peft.tuners.lora import A, Lora, is_factor
 
 
 @methods.register("ffa_lora")
