@@ -194,6 +194,7 @@ def test_tensors_of_others_are_named(tmp_path: Path, state: dict[str, torch.Tens
     for tensors, file, says in [
         (foreign, "w.safetensors", "the names are those of Hugging Face transformers; timm's are needed"),
         (lora, "w.safetensors", "a LoRA adapter"),
+        ({"base_model.model.blocks.0.mlp.fc2.ia3_l": torch.zeros(1, 3)}, "w.safetensors", "an (IA)^3 adapter"),
         (
             {"norm.weight": state["norm.weight"]},
             "model-00001-of-00003.safetensors",

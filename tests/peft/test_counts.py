@@ -1,11 +1,14 @@
 """The paper's parameter counts, on the meta device: no weights, no memory."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ConfigInvalid, ModelInvalid
 from fedpeft.models.families import family_of
-from fedpeft.peft import count, methods, spec_of
+from fedpeft.peft import Method, count, methods, spec_of
 
 BASE, SMALL, LARGE = (f"vit_{size}_patch16_224" for size in ("base", "small", "large"))
 METHODS = ("full", "head", "bias", "adapter", "prompt")
@@ -55,6 +58,20 @@ def test_shallow_prompt_is_one_set() -> None:
 )
 def test_lora(options: dict[str, object], expected: int) -> None:
     assert count(BASE, "lora", options, 100) == expected + 76_900
+
+
+ROW = re.compile(r"^\| `(\w+)` .*\| ([\d,]+) \| (as it is|merged|no) \| (yes|no) \|$", re.M)
+
+
+def test_the_table_of_methods_is_true() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "run-file.md"
+    rows = {name: facts for name, *facts in ROW.findall(page.read_text(encoding="utf-8"))}
+    assert rows.keys() == {name for name in methods.names() if methods.get(name).__module__.startswith("fedpeft.")}
+    for name, (values, timm, peft) in rows.items():
+        assert count(BASE, name, {}, 100) - 76_900 == int(values.replace(",", "")), name
+        assert (methods.get(name).peft_form is not None) is (peft == "yes"), name
+        merges = methods.get(name).plain is not Method.plain
+        assert merges is (timm == "merged"), name
 
 
 HEAD = {"head.weight": (2, 768), "head.bias": (2,)}

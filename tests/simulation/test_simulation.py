@@ -46,7 +46,7 @@ def test_a_repetition_has_the_same_bytes_whatever_the_order_of_clients(tmp_path,
     assert not same(tensors(tmp_path / "first")[1], tensors(tmp_path / "other")[1])
 
 
-@pytest.mark.parametrize("method", ["bias", "lora"])
+@pytest.mark.parametrize("method", ["bias", "lora", "vera"])
 def test_it_is_plain_fedavg_bit_for_bit(tmp_path, folders, method):
     settings, names = config(method, rounds={"count": 3, "clients": 4, "seed": 7}), clients(folders)
     report = simulate(settings, names, tmp_path, evaluate=folders / "client-0")

@@ -137,6 +137,8 @@ _FOREIGN = (
     ("attention.attention.query", "the names are those of Hugging Face transformers; timm's are needed"),
     ("encoder.layers.encoder_layer_0", "the names are those of torchvision; timm's are needed"),
     ("lora_", "it has the tensors of a LoRA adapter; the backbone's own weights are needed"),
+    ("vera_lambda_", "it has the tensors of a VeRA adapter; the backbone's own weights are needed"),
+    ("ia3_l", "it has the tensors of an (IA)^3 adapter; the backbone's own weights are needed"),
 )
 _SHARD = re.compile(r"-\d+-of-0*([1-9]\d*)\.")
 
