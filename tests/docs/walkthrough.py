@@ -167,6 +167,7 @@ class Walkthrough:
     def _write(self, block: Block) -> None:
         path = self.folder / block.title
         path.parent.mkdir(parents=True, exist_ok=True)
+        assert not path.is_symlink(), f"{block.title} is a file of the library, which a page may not write over"
         path.write_text(self._here(block.text), encoding="utf-8")
 
     def _run(self, step: Step) -> None:
