@@ -268,9 +268,13 @@ def _unwrapped(name: str, head: str) -> str:
 def _wrapped(names: Iterable[str], module: nn.Module) -> list[str]:
     """Returns the layers of the plain model to which tensors of these names were added, in their order."""
     layers, own = {name for name, _ in module.named_modules()}, module.state_dict()
-    added = (name.split(".") for name in names if name not in own)
-    places = ([".".join(parts[:end]) for end in range(len(parts), 0, -1)] for parts in added)
-    return list(dict.fromkeys(first for first in (next(filter(layers.__contains__, p), "") for p in places) if first))
+    found = dict[str, None]()
+    for name in names:
+        parts = [] if name in own else name.split(".")
+        places = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        if layer := next((place for place in places if place in layers), ""):
+            found[layer] = None
+    return list(found)
 
 
 def _targets(layers: list[str], backbone: Backbone) -> tuple[str, ...]:

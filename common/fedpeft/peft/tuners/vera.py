@@ -39,7 +39,7 @@ _KEYS = {"dropout": "vera_dropout", "d_initial": "d_initial"}
 class VeraOptions(MethodOptions):
     """Options of VeRA."""
 
-    rank: Annotated[int, Field(ge=1, le=65_536)] = 256
+    rank: Annotated[int, Field(ge=1, le=4096)] = 256
     """Rows of A and columns of B, which are fixed: a value of d for each."""
     targets: Targets = "qkv"
     """Linear layers of the blocks, as shell patterns for the end of a layer's name, such as qkv, attn.*, mlp.fc?."""
