@@ -27,7 +27,7 @@ from fedpeft.models.tasks import task_of
 from fedpeft.peft import tune
 from fedpeft.training import loop
 from fedpeft.training import precision as precision_module
-from fedpeft.training.batches import BatchOrder
+from fedpeft.training.batches import BatchOrder, split
 from fedpeft.training.loss_meter import LossMeter
 from fedpeft.training.precision import precision
 
@@ -87,6 +87,10 @@ def vit(method="bias", **options):
     name = "vit_tiny_patch16_224"
     config = ModelConfig(name=name, weights="none", image_size=32, depth=1, classes=CLASSES)
     return tune(build(config, 0), method, options, 0)
+
+
+def images_of(root):
+    return open_dataset(write_images(root / "x", 12), CLASSES, Preprocessing.of(vit().backbone))
 
 
 def settings(**changes):
@@ -423,6 +427,56 @@ def test_a_step_that_overflows_float16_is_repeated_and_not_lost(tmp_path, monkey
     assert repeated.metrics["steps"] == modest.metrics["steps"] == 4
     assert all(np.allclose(repeated.delta[n], d, atol=1e-3) for n, d in modest.delta.items())
     assert all(d.any() for d in repeated.delta.values())
+
+
+def gradients_of(monkeypatch, root, model=None, **changes):
+    """Returns the Euclidean norm of the gradient that each step was made with, and the result."""
+    norms, make = [], loop.optimizer_of
+
+    def optimizer_of(settings, parameters):
+        optimizer = make(settings, parameters)
+        gradients = lambda: [p.grad.double().square().sum() for p in parameters]  # noqa: E731
+        optimizer.register_step_pre_hook(lambda *_: norms.append(float(sum(gradients()) ** 0.5)))
+        return optimizer
+
+    monkeypatch.setattr(loop, "optimizer_of", optimizer_of)
+    result = train(model or StandIn(), data(root), settings(epochs=3, **changes), seed=1, number=1)
+    monkeypatch.setattr(loop, "optimizer_of", make)
+    return np.array(norms), result
+
+
+@pytest.mark.parametrize("float16", [False, True])
+def test_no_step_has_a_longer_gradient_than_asked_for(tmp_path, monkeypatch, float16):
+    if float16:
+        monkeypatch.setattr(loop, "precision", lambda wanted, device: torch.float16)
+        monkeypatch.setattr(precision_module, "INITIAL_SCALE", 2.0**30)  # the first steps overflow and are repeated
+    free, _ = gradients_of(monkeypatch, tmp_path)
+    bound = 0.9 * float(free[np.isfinite(free)].max())
+    kept = StandIn(bias=(TensorRole.LOCAL,))  # it trains the same, and keeps a tensor: the norm is of both
+    for model in (StandIn(), kept):
+        norms, result = gradients_of(monkeypatch, tmp_path, model, clip_gradient_norm=bound)
+        made = norms[-12:]
+        assert result.metrics["steps"] == 12 and made.max() <= bound * (1 + 1e-6)
+        assert made.max() == pytest.approx(bound, rel=1e-4) and made.min() < bound * 0.999, "and shorter ones stay"
+
+
+def test_a_bound_that_is_never_reached_changes_no_bit(tmp_path):
+    for changes in ({}, {"precision": "bfloat16"}, {"optimizer": "adamw"}):
+        plain = train(vit(), dataset := images_of(tmp_path), settings(**changes), seed=1, number=1)
+        bounded = train(vit(), dataset, settings(clip_gradient_norm=1e30, **changes), seed=1, number=1)
+        assert same(plain.delta, bounded.delta)
+
+
+def test_halves_of_a_batch_are_clipped_as_the_whole_of_it(tmp_path, monkeypatch):
+    """The gradient is bounded once a step, not once a micro-batch."""
+    deltas = []
+    for micro in (8, 3):
+        monkeypatch.setattr(loop, "split", lambda batch, size, micro=micro: split(batch, micro))
+        model, wanted = StandIn(), settings(clip_gradient_norm=0.05, momentum=0.0, weight_decay=0.0)
+        deltas.append(train(model, data(tmp_path), wanted, seed=1, number=1).delta)
+    assert all(np.allclose(deltas[0][n], d, rtol=1e-4, atol=1e-7) for n, d in deltas[1].items())
+    moved = sum(float(np.square(d).sum()) for d in deltas[0].values()) ** 0.5
+    assert 0.5 * 4 * 0.05 * 0.05 < moved <= 4 * 0.05 * 0.05 * (1 + 1e-5), "four steps of the rate times the bound"
 
 
 def test_gradients_that_overflow_float16_at_any_scale_are_named(tmp_path, monkeypatch):

@@ -14,10 +14,19 @@ from fedpeft.config.rounds import DEFAULT_POLICY, DEFAULT_STALENESS, RoundsConfi
 from fedpeft.config.run import RunConfig, faults_in, load_run_file, parse_config
 from fedpeft.config.section import ClassName, Name
 from fedpeft.config.simulation import SimulationConfig
-from fedpeft.config.training import DEFAULT_EPOCHS, PLAIN, AlgorithmConfig, TrainingConfig
+from fedpeft.config.training import (
+    DEFAULT_DROPS,
+    DEFAULT_EPOCHS,
+    DEFAULT_FINAL_FACTOR,
+    PLAIN,
+    AlgorithmConfig,
+    TrainingConfig,
+)
 
 __all__ = [
+    "DEFAULT_DROPS",
     "DEFAULT_EPOCHS",
+    "DEFAULT_FINAL_FACTOR",
     "DEFAULT_POLICY",
     "DEFAULT_STALENESS",
     "PLAIN",

@@ -10,6 +10,10 @@ from fedpeft.config.section import OptionedSection, Section, check_options, know
 
 DEFAULT_EPOCHS = 1
 """Passes over the local data where neither epochs nor steps is given."""
+DEFAULT_FINAL_FACTOR = 0.01
+"""`final_factor` where it is not given."""
+DEFAULT_DROPS = 2
+"""`schedule_drops` where it is not given."""
 PLAIN = "plain"
 """The local algorithm where none is given."""
 
@@ -38,11 +42,23 @@ class TrainingConfig(Section):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd is Nesterov SGD, as in the paper."""
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.01
-    """Constant within a round."""
+    """Constant within a round; `schedule` and `warmup_rounds` change it from round to round."""
+    schedule: Literal["constant", "linear", "cosine", "step"] | None = None
+    """The learning rate over the rounds: constant if absent; the others fall from `learning_rate` to `final_factor` of
+    it in the last round, evenly, along half a cosine, or in `schedule_drops` steps."""
+    warmup_rounds: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """First rounds, over which the rate rises evenly; the round after them has `learning_rate`."""
+    final_factor: Annotated[float, Field(ge=1e-6, le=1)] | None = None
+    """The last round's share of `learning_rate`; 0.01 if absent."""
+    schedule_drops: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Number of drops of schedule step, evenly spaced, each by the same factor; 2 if absent."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 1e-4
     """L2 for SGD, decoupled for AdamW."""
+    clip_gradient_norm: Annotated[float, Field(gt=0, le=1e30)] | None = None
+    """Largest Euclidean norm of a step's gradient of the loss, over all trained tensors; no bound if absent. What the
+    local algorithm adds to the gradient comes on top."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto is bfloat16 where a GPU has it, else float32."""
     augmentation: Literal["none", "flip", "crop"] = "flip"
@@ -54,4 +70,13 @@ class TrainingConfig(Section):
     def _one_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give epochs or steps, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_has_its_settings(self) -> Self:
+        name = self.schedule or "constant"
+        if self.final_factor is not None and name == "constant":
+            raise ValueError('final_factor is not a setting of schedule = "constant", whose rate does not fall')
+        if self.schedule_drops is not None and name != "step":
+            raise ValueError(f'schedule_drops is not a setting of schedule = "{name}"; only "step" has drops')
         return self

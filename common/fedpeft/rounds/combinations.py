@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.aggregation import Strategy, strategy
 from fedpeft.algorithms import LocalAlgorithm, algorithm
-from fedpeft.config import PLAIN, RunConfig
+from fedpeft.config import DEFAULT_DROPS, PLAIN, RunConfig
 from fedpeft.config_errors import Fault
 from fedpeft.errors import ConfigInvalid
+from fedpeft.formatting import counted
 from fedpeft.privacy.transforms import transforms_of
 from fedpeft.rounds.state_machine import RoundPolicy, policies
 
@@ -69,7 +70,20 @@ def _scaled(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
         yield transform.field, f"does not go with {what}: clients keep the whole of what it would change"
 
 
-_RULES = (_asked, _stale, _scaled)
+def _scheduled(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
+    """Finds a schedule of the learning rate that the rounds of the run are too few for."""
+    training, count = config.training, config.rounds.count
+    warmup = training.warmup_rounds or 0
+    if warmup >= count:
+        text = f"is {warmup}; a run of {counted(count, 'round')} never comes to training.learning_rate"
+        yield "training.warmup_rounds", text
+    elif training.schedule == "step" and (training.schedule_drops or DEFAULT_DROPS) >= count - warmup:
+        drops = training.schedule_drops or DEFAULT_DROPS
+        text = f"is {drops}; the {counted(count - warmup, 'round')} after warm-up have room for {count - warmup - 1}"
+        yield "training.schedule_drops", text
+
+
+_RULES = (_asked, _stale, _scaled, _scheduled)
 
 
 def _strategy(config: RunConfig) -> Strategy:

@@ -16,6 +16,7 @@ from statistics import NormalDist
 from fedpeft import seeds
 from fedpeft.config import RunConfig
 from fedpeft.rounds.local_job import LocalJob, LocalOutcome, Version
+from fedpeft.rounds.schedule import training_of
 from fedpeft.rounds.state_machine import Phase, policies
 from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft.simulation.clients import ClientMemory
@@ -119,7 +120,7 @@ class ClientsAtWork:
         number, client = ticket.issued_in, ticket.client
         seed = seeds.training(self._config.rounds.seed, number, client)
         version, state = self._not_begun.pop(ticket.id), self._memory.state(client)
-        return LocalJob(client, number, seed, self._config.training, version, state)
+        return LocalJob(client, number, seed, training_of(self._config, number), version, state)
 
 
 def _ticket(book: RoundBook, client: str) -> Ticket:

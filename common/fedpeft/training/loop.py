@@ -5,6 +5,7 @@ Notable:
 - The last, smaller batch is trained too, and an update weighs by the true number of examples.
 - A batch that does not fit into GPU memory is cut in halves whose gradients add up to the batch's. Dropout draws other
   masks for halves, so only a model without it makes the same step.
+- A gradient is clipped once a step: of the whole batch, unscaled, before the local algorithm adds its part.
 - A step whose float16 gradients overflow is repeated with a smaller scale: none is lost.
 - On a GPU, batches are augmented and pinned by a thread, ahead of the steps.
 - On the CPU a repeat with the same seed and number of threads is bit-identical.
@@ -160,7 +161,8 @@ class _Training:
         self._sent = {tensor.name: parameters[tensor.name] for tensor in model.spec.sent(number)}
         self._algorithm = algorithm(settings.algorithm)
         optimizer = optimizer_of(settings, list(parameters.values()))
-        self._steps = Steps(optimizer, self._dtype, device, self._algorithm.after_gradient)
+        largest = settings.clip_gradient_norm
+        self._steps = Steps(optimizer, self._dtype, device, self._algorithm.after_gradient, largest)
         self._micro = settings.batch_size
         self._losses = LossMeter(LOSS_STEPS if self._on_gpu else 1)
         self._order = BatchOrder(settings, len(dataset), seed)

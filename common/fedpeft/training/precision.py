@@ -86,7 +86,8 @@ class Steps:
         optimizer: Of the tuned parameters.
         dtype: In which the forward pass computes.
         device: Device of the computation.
-        after_gradient: Called before each step, with the gradients unscaled.
+        after_gradient: Called before each step, with the gradients unscaled and clipped.
+        largest_norm: Largest Euclidean norm of a step's gradient, over all parameters of the optimizer; None for any.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class Steps:
         dtype: torch.dtype,
         device: torch.device,
         after_gradient: Callable[[], None],
+        largest_norm: float | None = None,
     ) -> None:
         self._optimizer = optimizer
+        self._largest_norm = largest_norm
         self._after_gradient = after_gradient
         self._scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=dtype is torch.float16)
 
@@ -111,6 +114,11 @@ class Steps:
             TrainingFailed: If they overflow float16 however small the scale is.
         """
         self._scaler.unscale_(self._optimizer)
+        if self._largest_norm is not None:
+            # Before the hook: what is bounded is the part of the data. FedProx pulls as hard as it says, and SCAFFOLD's
+            # control variates stay means of the gradients that were stepped by.
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self._largest_norm)
         self._after_gradient()
         self._scaler.step(self._optimizer)
         before = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0

@@ -477,6 +477,11 @@ class TrainingConfig(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     AUGMENTATION_FIELD_NUMBER: _builtins.int
     ALGORITHM_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    WARMUP_ROUNDS_FIELD_NUMBER: _builtins.int
+    FINAL_FACTOR_FIELD_NUMBER: _builtins.int
+    SCHEDULE_DROPS_FIELD_NUMBER: _builtins.int
+    CLIP_GRADIENT_NORM_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     """Passes over the local data, at least 1."""
     steps: _builtins.int
@@ -486,7 +491,9 @@ class TrainingConfig(_message.Message):
     optimizer: _builtins.str
     """`sgd` (Nesterov) or `adamw`."""
     learning_rate: _builtins.float
-    """Constant learning rate."""
+    """Learning rate, constant within a round. In TrainingTask.settings it is that of the round, which the server works out of
+    the fields 11 to 14: those are absent there, and a client computes nothing of them.
+    """
     momentum: _builtins.float
     """SGD's momentum."""
     weight_decay: _builtins.float
@@ -495,6 +502,25 @@ class TrainingConfig(_message.Message):
     """`auto` (bfloat16 where the GPU has it), `float32`, `bfloat16` or `float16`."""
     augmentation: _builtins.str
     """`none`, `flip` or `crop` (random crop with padding and flip, the paper's CIFAR-100 setting)."""
+    schedule: _builtins.str
+    """The learning rate over the R rounds of a run, the first W of which are warm-up: `constant`, where it is absent, `linear`,
+    `cosine` or `step`. Round r has learning_rate times
+        r / (W + 1)                        if r <= W; else, with p = (r - W - 1) / (R - W - 1), 0 if R = W + 1,
+        1                                  constant
+        1 - (1 - f) p                      linear
+        f + (1 - f) (1 + cos(pi p)) / 2    cosine
+        f^(j / K)                          step, with j = the whole part of (r - W - 1) (K + 1) / (R - W)
+    """
+    warmup_rounds: _builtins.int
+    """W, the rounds of warm-up, at least 1 and fewer than the run has; absent: 0."""
+    final_factor: _builtins.float
+    """f, the last round's share of the rate, above 0 and at most 1; absent: 0.01. Only with a schedule that falls."""
+    schedule_drops: _builtins.int
+    """K, the drops of `step`, at least 1 and fewer than the rounds after warm-up; absent: 2. Only with `step`."""
+    clip_gradient_norm: _builtins.float
+    """Largest Euclidean norm of a step's gradient of the loss, over all trained tensors (sent and local); absent: no bound. A
+    longer gradient is scaled down to it, before the local algorithm and weight decay add theirs. Above 0.
+    """
     @_builtins.property
     def algorithm(self) -> Global___AlgorithmConfig:
         """The rule that local training follows beside its loss; absent: `plain`."""
@@ -512,17 +538,26 @@ class TrainingConfig(_message.Message):
         precision: _builtins.str | None = ...,
         augmentation: _builtins.str | None = ...,
         algorithm: Global___AlgorithmConfig | None = ...,
+        schedule: _builtins.str | None = ...,
+        warmup_rounds: _builtins.int | None = ...,
+        final_factor: _builtins.float | None = ...,
+        schedule_drops: _builtins.int | None = ...,
+        clip_gradient_norm: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_momentum", b"_momentum", "_optimizer", b"_optimizer", "_precision", b"_precision", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "augmentation", b"augmentation", "batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "precision", b"precision", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation", "_batch_size", b"_batch_size", "_clip_gradient_norm", b"_clip_gradient_norm", "_epochs", b"_epochs", "_final_factor", b"_final_factor", "_learning_rate", b"_learning_rate", "_momentum", b"_momentum", "_optimizer", b"_optimizer", "_precision", b"_precision", "_schedule", b"_schedule", "_schedule_drops", b"_schedule_drops", "_steps", b"_steps", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "augmentation", b"augmentation", "batch_size", b"batch_size", "clip_gradient_norm", b"clip_gradient_norm", "epochs", b"epochs", "final_factor", b"final_factor", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "precision", b"precision", "schedule", b"schedule", "schedule_drops", b"schedule_drops", "steps", b"steps", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_momentum", b"_momentum", "_optimizer", b"_optimizer", "_precision", b"_precision", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "augmentation", b"augmentation", "batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "precision", b"precision", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation", "_batch_size", b"_batch_size", "_clip_gradient_norm", b"_clip_gradient_norm", "_epochs", b"_epochs", "_final_factor", b"_final_factor", "_learning_rate", b"_learning_rate", "_momentum", b"_momentum", "_optimizer", b"_optimizer", "_precision", b"_precision", "_schedule", b"_schedule", "_schedule_drops", b"_schedule_drops", "_steps", b"_steps", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "augmentation", b"augmentation", "batch_size", b"batch_size", "clip_gradient_norm", b"clip_gradient_norm", "epochs", b"epochs", "final_factor", b"final_factor", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "precision", b"precision", "schedule", b"schedule", "schedule_drops", b"schedule_drops", "steps", b"steps", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__augmentation: _TypeAlias = _typing.Literal["augmentation"]  # noqa: Y015
     _WhichOneofArgType__augmentation: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation"]  # noqa: Y015
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__clip_gradient_norm: _TypeAlias = _typing.Literal["clip_gradient_norm"]  # noqa: Y015
+    _WhichOneofArgType__clip_gradient_norm: _TypeAlias = _typing.Literal["_clip_gradient_norm", b"_clip_gradient_norm"]  # noqa: Y015
     _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
     _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__final_factor: _TypeAlias = _typing.Literal["final_factor"]  # noqa: Y015
+    _WhichOneofArgType__final_factor: _TypeAlias = _typing.Literal["_final_factor", b"_final_factor"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__momentum: _TypeAlias = _typing.Literal["momentum"]  # noqa: Y015
@@ -531,8 +566,14 @@ class TrainingConfig(_message.Message):
     _WhichOneofArgType__optimizer: _TypeAlias = _typing.Literal["_optimizer", b"_optimizer"]  # noqa: Y015
     _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
     _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
+    _WhichOneofReturnType__schedule: _TypeAlias = _typing.Literal["schedule"]  # noqa: Y015
+    _WhichOneofArgType__schedule: _TypeAlias = _typing.Literal["_schedule", b"_schedule"]  # noqa: Y015
+    _WhichOneofReturnType__schedule_drops: _TypeAlias = _typing.Literal["schedule_drops"]  # noqa: Y015
+    _WhichOneofArgType__schedule_drops: _TypeAlias = _typing.Literal["_schedule_drops", b"_schedule_drops"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__warmup_rounds: _TypeAlias = _typing.Literal["warmup_rounds"]  # noqa: Y015
+    _WhichOneofArgType__warmup_rounds: _TypeAlias = _typing.Literal["_warmup_rounds", b"_warmup_rounds"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
@@ -540,7 +581,11 @@ class TrainingConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_gradient_norm) -> _WhichOneofReturnType__clip_gradient_norm | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__final_factor) -> _WhichOneofReturnType__final_factor | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
@@ -550,7 +595,13 @@ class TrainingConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__schedule) -> _WhichOneofReturnType__schedule | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__schedule_drops) -> _WhichOneofReturnType__schedule_drops | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_rounds) -> _WhichOneofReturnType__warmup_rounds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 

@@ -28,6 +28,7 @@ from fedpeft.errors import (
 )
 from fedpeft.process import tracing
 from fedpeft.rounds import metric_values
+from fedpeft.rounds.schedule import training_of
 from fedpeft.rounds.tickets import Ticket, round_from
 from fedpeft.rpc.timing import HOLD_S, LONGEST_HOLD_S
 from fedpeft.rpc.wire import training_to_proto
@@ -442,7 +443,7 @@ def _task(engine: RunEngine, ticket: Ticket) -> pb.TrainingTask:
         version=ticket.base_version,
         deadline=timestamp(current.deadline),
         seed=seeds.training(config.rounds.seed, current.number, ticket.client),
-        settings=training_to_proto(config.training),
+        settings=training_to_proto(training_of(config, current.number)),
     )
 
 

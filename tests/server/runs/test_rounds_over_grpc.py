@@ -32,6 +32,20 @@ async def test_a_run_of_two_rounds_gives_the_weighted_mean_of_the_updates(daemon
     assert finished.state == run_pb2.RUN_STATE_COMPLETED
 
 
+async def test_a_ticket_has_the_rate_of_its_round_and_no_schedule(daemon: Daemon) -> None:
+    asked = {"learning_rate": 0.2, "schedule": "linear", "final_factor": 0.5, "clip_gradient_norm": 3.0}
+    run = await daemon.create(config(rounds={"count": 3, "clients": 1}, training=asked))
+    assert run.config.training.schedule == "linear"
+    (a,) = await daemon.clients("a")
+    for number, rate in ((1, 0.2), (2, 0.2 * 0.75), (3, 0.2 * 0.5)):
+        task = await a.task()
+        assert (task.round, task.settings.learning_rate) == (number, rate)
+        assert task.settings.clip_gradient_norm == 3.0
+        assert not any(map(task.settings.HasField, ("schedule", "warmup_rounds", "final_factor", "schedule_drops")))
+        await a.push(task.ticket, filled(1.0))
+        await daemon.until(run.id, lambda r, n=number: r.version == n)
+
+
 async def test_a_committed_round_says_who_sent_what_and_how_many_bytes(daemon: Daemon) -> None:
     run = await daemon.create(config(rounds={"count": 1, "clients": 2}))
     a, b = await daemon.clients("a", "b")
