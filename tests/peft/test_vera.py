@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from fedpeft.errors import ModelInvalid
+from fedpeft.errors import ConfigInvalid, ModelInvalid
 from fedpeft.export import formats
 from fedpeft.models import backbones
 from fedpeft.peft import count, timm_spec, tune
@@ -111,7 +112,19 @@ def test_the_peft_library_loads_it_with_our_matrices_and_it_comes_back(exported:
     with torch.no_grad():
         assert torch.allclose(loaded(images()), model.module(images()), 0, 1e-6)
         assert torch.equal(again.module(images()), model.module(images()))
-    assert "# A VeRA for image classification" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "# A VeRA for image classification" in card and "It needs the package `peft>=0.21`." in card
+
+
+def test_a_library_that_has_no_place_for_the_matrices_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As releases before 0.21, which would write matrices of their own."""
+    taken = SimpleNamespace(unexpected_keys=["base_model.vera_A", "base_model.vera_B"])
+    monkeypatch.setattr("peft.set_peft_model_state_dict", lambda *_: taken)
+    with pytest.raises(ConfigInvalid, match=r"has no place for base_model\.vera_A .*; install peft>=0\.21, or export"):
+        formats.as_peft(moved("vera", **OPTIONS)[0], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_matrices_that_we_would_not_draw_are_refused(exported: tuple[Path, State]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -136,7 +137,7 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
         provenance: Origin of the adapter, for its card.
 
     Raises:
-        ConfigInvalid: If the library does not have the method.
+        ConfigInvalid: If the library does not have the method, or is too old for it.
         OSError: If a file cannot be written.
     """
     from peft import get_peft_model, set_peft_model_state_dict
@@ -157,7 +158,12 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
     assert all(f"{PREFIX}{layer}" in wrapped for layer in layers)
     inside = {name: name if name.startswith(BESIDE) else f"{PREFIX}{name}" for name in saved}
     state = {inside[name]: torch.from_numpy(values) for name, values in saved.items()}
-    set_peft_model_state_dict(model, state)
+    taken: Any = set_peft_model_state_dict(model, state)
+    if left_out := taken.unexpected_keys:
+        raise ConfigInvalid(
+            f"the installed peft {version('peft')} has no place for {left_out[0]} of an adapter of method "
+            f"{tuned.spec.method}; install {tuned.method.peft_form.library}, or export it as safetensors or timm"
+        )
     config.base_model_name_or_path = tuned.backbone.config.name
     with as_os_errors(folder / "adapter_model.safetensors"):
         model.save_pretrained(str(folder), save_embedding_layers=False)  # else it may ask the hub for a vocabulary

@@ -80,6 +80,8 @@ def card(tuned: TunedModel, fingerprint: str, provenance: Provenance | None = No
             "",
             "## Loading it",
             "",
+            f"It needs the package `{form.library}`.",
+            "",
             "```python",
             *_code(tuned),
             "```",

@@ -34,6 +34,7 @@ class PeftForm:
         change: The clients' part beside the head, likewise: "a low-rank change".
         tag: The card's tag for model hubs: "lora".
         flag: A key that is true in the library's configurations of this method, and of no other of the type.
+        library: The library's releases that load the folder rightly, as a requirement of Python's packages.
     """
 
     type: str
@@ -41,6 +42,7 @@ class PeftForm:
     change: str
     tag: str
     flag: str = ""
+    library: str = "peft"
 
 
 class MethodOptions(BaseModel):

@@ -57,7 +57,7 @@ class Vera(Tuner[VeraOptions]):
 
     Options = VeraOptions
     parameters = frozenset({"vera_lambda_b", "vera_lambda_d"})
-    peft_form = PeftForm("VERA", "a VeRA", "vectors that scale fixed random matrices", "vera")
+    peft_form = PeftForm("VERA", "a VeRA", "vectors that scale fixed random matrices", "vera", library="peft>=0.21")
     _shapes: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
     @property
@@ -66,7 +66,10 @@ class Vera(Tuner[VeraOptions]):
         return self.options.targets
 
     def config(self, layers: Sequence[str]) -> VeraConfig:
-        """See `Tuner.config`; the library saves A and B with the vectors, since it would draw others."""
+        """See `Tuner.config`; the library saves A and B with the vectors, since it would draw others.
+
+        Before 0.21 it saves them and, loading the folder, draws its own without a word.
+        """
         from peft import VeraConfig
 
         options = self.options
