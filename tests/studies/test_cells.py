@@ -42,6 +42,13 @@ def test_a_scale_lies_over_all_of_the_file(tmp_path):
     assert found[1].config.peft.options == {"rank": 2}
 
 
+def test_a_scale_takes_points_away_and_adds_others(tmp_path):
+    text = f'{STUDY}\n[scales.less.axes.method]\n"lora 2" = false\nbias = {{peft.method = "bias"}}\n'
+    assert [cell.points["method"] for cell in cells(tmp_path, text, "less")] == ["head", "head", "bias", "bias"]
+    with pytest.raises(ConfigInvalid, match=r"axes.method.head"):
+        cells(tmp_path, f"{STUDY}\n[scales.less.axes.method]\nhead = 3\n", "less")
+
+
 def test_a_base_lies_under_the_file_and_its_paths_are_its_own(tmp_path):
     (tmp_path / "below").mkdir()
     base = STUDY.replace("[data.pets.run.model]", '[data.pets]\ntrain = "pets/train.parquet"\n[data.pets.run.model]')

@@ -16,6 +16,8 @@
 
     [scales.small.run.rounds]            # another size of the same study: laid over it when it is asked for
     count = 3
+    [scales.small.axes.method]
+    bias = false                         # a point that this size leaves out
 
 The cells of a study are all combinations of a point of every axis and a seed.
 """
@@ -153,7 +155,14 @@ def laid_over(table: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
 
 
 def _points(points: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
-    return {**points, **{name: merged(points.get(name, {}), fields) for name, fields in over.items()}}
+    """Returns the points of an axis with others laid over them; one that is false is taken away."""
+    result = dict(points)
+    for name, fields in over.items():
+        if fields is False:
+            result.pop(name, None)
+        else:
+            result[name] = merged(result.get(name, {}), fields) if isinstance(fields, Mapping) else fields
+    return result
 
 
 def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> Table:
