@@ -11,6 +11,7 @@ import torch
 
 from fedpeft import seeds
 from fedpeft.adapters import payload
+from fedpeft.adapters.sections import initial
 from fedpeft.config import PeftConfig, parse_config
 from fedpeft.errors import ModelInvalid, PayloadInvalid
 from fedpeft.models.tasks import task_of
@@ -100,6 +101,24 @@ def test_a_group_that_does_not_depend_on_the_outcome_is_one_object_and_a_job_is_
     assert back.if_counted[LOCAL] is back.if_not[LOCAL]
     with pytest.raises(FrozenInstanceError):
         job.round = 2
+
+
+def test_the_state_of_tensors_that_a_round_does_not_train_stays(tmp_path):
+    """B and A take turns: the control variates of one survive the other's round."""
+    training = {"batch_size": 8, "momentum": 0.0, "algorithm": {"name": "scaffold", "population": 2}}
+    said = {**RUN.model_dump(exclude={"codec", "peft", "training"}, exclude_none=True), "rounds": {"clients": 2}}
+    run = loaded(parse_config({**said, "peft": {"method": "rolora", "rank": 2}, "training": training}))
+    manifest, data = payload.encode({**run.model.state(), **initial(run.spec)}, run.spec.shared, "float32")
+    (tmp_path / "version").write_bytes(data)
+    dataset = run.dataset(run.task.read(write_images(tmp_path / "images", 16)), {})
+    job = LocalJob("site-a", 1, 7, run.config.training, Version(manifest, tmp_path / "version"))
+    first = run.train(job, dataset)
+    second = run.train(replace(job, round=2, state=first.if_counted), dataset)
+    before, after = (update.if_counted["scaffold-control"] for update in (first, second))
+    idle = [name for name in before if "lora_B" in name]
+    assert idle and {name for name in after if "lora_" in name} > set(idle)
+    assert all(np.array_equal(before[name], after[name]) and before[name].any() for name in idle)
+    assert same_groups(second.if_not, {**second.if_not, "scaffold-control": before})
 
 
 def test_a_version_that_is_not_what_its_manifest_says_is_refused(tmp_path):

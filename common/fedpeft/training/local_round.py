@@ -107,8 +107,9 @@ class LoadedRun:
         changes, residual = join(result.delta, result.sections), job.state.get(RESIDUAL, {})
         update = prepare(changes, residual, sent, self.config.codec, transforms_of(self.config))
         local = {**kept, **{name: result.local[name] for name in self.own if name in result.local}}
-        counted = {key: result.state[name] for name, key in groups.items()}
         before = {key: job.state.get(key, {}) for key in groups.values()}
+        # What the round did not train keeps its state: the halves of RoLoRA take turns.
+        counted = {key: {**before[key], **result.state[name]} for name, key in groups.items()}
         return LocalUpdate(
             job.client,
             update,
