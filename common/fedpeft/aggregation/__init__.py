@@ -7,6 +7,9 @@ kinds, by what `reduce` sees:
     BlockStrategy   the values of all clients side by side, a block of a tensor at a time: robust rules
     GroupStrategy   whole tensors that belong together, client by client: the A and B of a LoRA layer
 
+A step sees a block of one tensor. A strategy whose steps depend on the round as a whole (the number of its updates,
+norms over all tensors) returns one that knows it from `of_round`.
+
 All arithmetic is float64 in the order of client ids (`fedpeft.rounds.fold`).
 """
 
@@ -56,6 +59,33 @@ class UpdateFacts:
     staleness: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Squared Euclidean norms over all tensors of the adapter that a round sends, together.
+
+    Attributes:
+        changes: sum p_i ||Delta_i||^2, p_i being the part that a client's change has in Delta: weight / divisor.
+        delta: ||Delta||^2 = ||sum p_i Delta_i||^2.
+    """
+
+    changes: float
+    delta: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """The updates of a round that are folded, which a strategy may look at before the first tensor is stepped.
+
+    Attributes:
+        facts: Facts about each, in the order of client ids.
+        norms: Reads all changes once more, a block of each at a time, and returns their norms. It takes as long as
+            adding them up, so only a strategy that needs the norms calls it.
+    """
+
+    facts: Sequence[UpdateFacts]
+    norms: Callable[[], Norms]
+
+
 class Strategy(ABC):
     """One rule for the step from version r - 1 to version r.
 
@@ -102,6 +132,13 @@ class Strategy(ABC):
         such as a count of steps.
         """
         return np.zeros(size)
+
+    def of_round(self, cohort: Cohort) -> Strategy:
+        """Returns the strategy that makes the steps of a round; this one, where no step depends on the whole round.
+
+        Another one has the same slots, and no say any more in weights and Delta.
+        """
+        return self
 
     @abstractmethod
     def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedpeft.adapters.payload import Manifest, Tensors
 from fedpeft.adapters.spec import ADAPTER, Section, TensorSpec
-from fedpeft.aggregation import BlockStrategy, Doubles, GroupStrategy, Options, Strategy, UpdateFacts
+from fedpeft.aggregation import BlockStrategy, Cohort, Doubles, GroupStrategy, Norms, Options, Strategy, UpdateFacts
 from fedpeft.codecs import BLOCK_ELEMENTS, Values, codecs
 from fedpeft.errors import Internal
 
@@ -152,17 +152,19 @@ def fold_tensors(
         updates[section] = _Updates(ordered, dict.fromkeys(weights, 1.0), SectionSum(section), block)
     tuned = {spec.name for spec in specs if spec.section == ADAPTER}
     adapter = [name for name in sent if name in tuned]
+    rule = strategy.of_round(_cohort(ordered, weights, strategy, specs, sent))
     grouped = None
     if isinstance(strategy, GroupStrategy):
         grouped = _Grouped(strategy, updates[ADAPTER], specs, adapter, sent, base, block)
     for spec in specs:
         own = updates[spec.section]
-        before = {slot: _slot(own.strategy, slot, spec, state) for slot in own.strategy.slots}
+        steps = rule if spec.section == ADAPTER else own.strategy
+        before = {slot: _slot(steps, slot, spec, state) for slot in steps.slots}
         if spec.name in sent:
             index = sent.index(spec.name)
             deltas = (grouped.blocks(spec.name) if grouped else None) or own.deltas(index, spec.size)
             try:
-                yield _step(deltas, spec, own.strategy, base[spec.name], before, clips)
+                yield _step(deltas, spec, steps, base[spec.name], before, clips)
             except _Beyond as beyond:
                 client, value = own.largest(index, beyond.position)
                 raise Overflow(client, spec.name, value) from None
@@ -183,6 +185,21 @@ def weigh(contributions: Sequence[Contribution], strategy: Strategy) -> dict[str
         if not (math.isfinite(weight) and weight > 0):
             raise Internal(f"the update of client {client} weighs {weight}, not a finite positive number")
     return dict(sorted(weights.items()))
+
+
+def _cohort(
+    ordered: Sequence[Contribution],
+    weights: Mapping[str, float],
+    strategy: Strategy,
+    specs: Sequence[TensorSpec],
+    sent: Sequence[str],
+) -> Cohort:
+    """Returns the cohort of a round; its norms are read in blocks of one size, on which the last bits depend."""
+    adapter = [(sent.index(spec.name), spec.size) for spec in specs if spec.section == ADAPTER and spec.name in sent]
+    return Cohort(
+        [contribution.facts for contribution in ordered],
+        lambda: _Updates(ordered, weights, strategy, BLOCK_ELEMENTS).norms(adapter),
+    )
 
 
 def _slot(strategy: Strategy, slot: str, spec: TensorSpec, state: State) -> Doubles:
@@ -290,7 +307,19 @@ class _Updates:
         total = math.fsum(self._factors)
         return [factor / total for factor in self._factors]
 
-    def _sums(self, index: int, size: int) -> Iterator[tuple[int, Doubles]]:
+    def norms(self, tensors: Sequence[tuple[int, int]]) -> Norms:
+        """Returns the norms over some tensors, each an index of the manifests and a size; of weighted sums."""
+        squares, delta = np.zeros(len(self.ordered)), 0.0
+        for index, size in tensors:
+            for _, mean in self._sums(index, size, squares):
+                delta += float(np.square(mean, out=mean).sum())
+        parts = (
+            float(square) * (factor / self._divisor) for square, factor in zip(squares, self._factors, strict=True)
+        )
+        return Norms(math.fsum(parts), delta)
+
+    def _sums(self, index: int, size: int, squares: Doubles | None = None) -> Iterator[tuple[int, Doubles]]:
+        """Yields blocks of the weighted sum; adds each client's squares, before they are weighted, to `squares`."""
         readers = [_values(contribution, index, self._block) for contribution in self.ordered]
         for start in range(0, size, self._block):
             mean = self._whole[: min(self._block, size - start)]
@@ -299,6 +328,8 @@ class _Updates:
                 _, values = next(reader)
                 product = self._scaled[: values.size]
                 np.copyto(product, values)
+                if squares is not None:
+                    squares[place] += np.square(product).sum()
                 product *= factor
                 mean += product
                 self._release(place, values.nbytes)
