@@ -30,6 +30,7 @@ from fedpeft_operator.cli.local import version as versions
 from fedpeft_operator.cli.run import commands
 from fedpeft_operator.cli.session import Session, session_of
 from fedpeft_operator.cli.study import commands as studies
+from fedpeft_operator.cli.study import compare
 from fedpeft_operator.demo import command
 
 EXAMPLES = (
@@ -106,6 +107,7 @@ app.command("params", epilog=params.EPILOG)(params.params)
 app.command("partition", epilog=partition.EPILOG)(partition.partition)
 app.command("simulate", epilog=simulate.EPILOG)(simulate.simulate)
 app.add_typer(studies.app, name="study")
+app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("export", epilog=export.EPILOG)(export.export)
 app.command("demo", epilog=command.EPILOG)(command.demo)
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)

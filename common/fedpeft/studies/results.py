@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class CellResult:
     report: Mapping[str, Any] | None
     failure: str
 
-    @property
+    @cached_property
     def curve(self) -> Curve:
         """The versions; empty without a report."""
         return () if self.report is None else curve_of(self.report)

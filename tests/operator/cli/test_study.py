@@ -47,6 +47,22 @@ def test_a_study_is_planned_run_and_reported(given, tmp_path, capfd):
     assert code == 0 and str(tmp_path / "elsewhere" / "report.html") in said
 
 
+def test_results_are_compared_side_by_side(given, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert command(capfd, "run", *given, "--out", out, "--only", "method=head")[0] == 0
+    (simulated,) = (out / "cells").iterdir()
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", str(out), str(simulated), "--out", str(tmp_path / "report")])
+    said = capfd.readouterr()
+    assert ended.value.code == 0 and str(tmp_path / "report" / "report.html") in said.err
+    rows = [line.split() for line in said.out.splitlines()]
+    assert rows[0][0] == "RUN" and rows[1][:2] == ["out,", "head"] and rows[2][0] == simulated.name
+    assert rows[1][2:] == rows[2][1:], "the study's only cell is that simulation"
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", str(tmp_path / "no such folder")])
+    assert ended.value.code == 1 and "is neither the folder of a simulation" in capfd.readouterr().err
+
+
 def test_a_study_with_a_failed_cell_ends_with_5_and_names_it(given, tmp_path, capfd):
     grid = ["--grid", "model.weights=none,absent", "--only", "method=head"]
     code, said, err = command(capfd, "run", *given, *grid, "--out", tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Table:
 
 def tables_of(study: StudyResult) -> list[Table]:
     """Returns the tables of a study, without those that would say nothing."""
-    found = [_outcome(study), _budgets(study), _target(study), _distances(study), _skew(study)]
+    found = [outcome(study), _budgets(study), _target(study), _clients(study), _distances(study), _skew(study)]
     return [table for table in found if table is not None]
 
 
@@ -93,8 +94,8 @@ def _latex(text: str) -> str:
     return text.translate(_LATEX)
 
 
-def _outcome(study: StudyResult) -> Table:
-    """The newest version of every combination."""
+def outcome(study: StudyResult) -> Table:
+    """Returns the table of the newest version of every combination."""
     rows = []
     for group in study.groups:
         accuracy, loss = (estimate(group.by_seed(figure).values()) for figure in ("accuracy", "loss"))
@@ -108,7 +109,7 @@ def _outcome(study: StudyResult) -> Table:
                 plain(loss, 3),
                 _sum(reports, "payload_bytes_up"),
                 _sum(reports, "payload_bytes_down"),
-                plain(estimate(float(report["seconds"]) for report in reports), 0),
+                plain(estimate(cell.curve[-1].seconds for cell in group.cells), 0),
             )
         )
     columns = ("seeds", "tuned", "accuracy, %", "loss", "MB up", "MB down", "seconds")
@@ -155,13 +156,43 @@ def _target(study: StudyResult) -> Table | None:
     return _table(study, "target", caption, ("reached", "rounds", "MB", "seconds"), rows)
 
 
+def _clients(study: StudyResult) -> Table | None:
+    """Differences between the clients of the last round."""
+    rows = []
+    for group in study.groups:
+        spreads = [spread for cell in group.cells if (spread := _spread(cell.report or {})) is not None]
+        if not spreads:
+            continue
+        rows.append((*group.points.values(), *(plain(estimate(each), 3) for each in zip(*spreads, strict=True))))
+    if not rows:
+        return None
+    columns = ("training loss", "smallest", "largest", "std", "std of norms / mean")
+    caption = "Clients of the last round: mean, range and deviation of their training losses, deviation of their norms."
+    return _table(study, "clients", caption, columns, rows)
+
+
+def _spread(report: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Returns mean, range and deviation of the clients' losses, and the relative deviation of their norms."""
+    counted = [t for row in report.get("rounds", [])[-1:] for t in row["tickets"] if t["state"] == "received"]
+    losses = [ticket["metrics"]["loss"] for ticket in counted if "loss" in ticket["metrics"]]
+    norms = [ticket["update_norm"] for ticket in counted]
+    if not losses or not any(norms):
+        return None
+    mean = statistics.fmean(losses)
+    relative = statistics.pstdev(norms) / statistics.fmean(norms)
+    return mean, min(losses), max(losses), statistics.pstdev(losses), relative
+
+
 def _distances(study: StudyResult) -> Table | None:
     """Squared distances of Theorem 1."""
     parts = ("backbone", "head", "added")
-    rows = []
+    rows, known = [], False
     for group in study.groups:
         found = [c.report["squared_distances"] for c in group.cells if c.report and "squared_distances" in c.report]
+        known = known or bool(found)
         rows.append((*group.points.values(), *(plain(estimate(each[part] for each in found), 3) for part in parts)))
+    if not known:
+        return None
     caption = "Squared distances that tensors travelled (Theorem 1): pre-trained ones, the head, those that were added."
     return _table(study, "distances", caption, parts, rows)
 
@@ -178,7 +209,9 @@ def _skew(study: StudyResult) -> Table | None:
     }
     rows, divided = [], False
     for group in study.groups:
-        found = [cell.report["partition"]["skew"] for cell in group.cells if cell.report and cell.report["partition"]]
+        found = [
+            cell.report["partition"]["skew"] for cell in group.cells if cell.report and cell.report.get("partition")
+        ]
         divided = divided or bool(found)
         rows.append((*group.points.values(), *(_each(found, name, form) for name, form in figures.items())))
     if not divided:

@@ -53,7 +53,7 @@ def list_(context: typer.Context, as_json: AsJson = False) -> None:
 @app.command("show", epilog=epilog("fedpeft run show run-0a1b2c3d4e5f --json", ends=OF_NAMED))
 def show(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
     """Show a run: its state, its committed rounds with their bytes, the round in progress."""
-    whole = run_async(_whole(session_of(context), run))
+    whole = run_async(shown_run(session_of(context), run))
     if as_json:
         output.say_json(whole)
         return
@@ -134,7 +134,8 @@ async def _rows(session: Session) -> list[views.Json]:
         return [views.run_row(run) for run in await server.runs()]
 
 
-async def _whole(session: Session, run: str) -> views.Json:
+async def shown_run(session: Session, run: str) -> views.Json:
+    """Returns a run as `fedpeft run show --json` prints it."""
     async with session.client() as server:
         found, _ = await server.run(run)
         rounds = await server.rounds(run, records=found.config.HasField("privacy"))  # they hold the events

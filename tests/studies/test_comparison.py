@@ -1,0 +1,87 @@
+"""Comparison of simulations, studies and runs that a server held: one line each."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fedpeft.errors import DataInvalid
+from fedpeft.studies.comparison import compared
+from fedpeft.studies.report.tables import outcome, tables_of
+
+from .test_results import REPORT, row
+
+
+def report(method: str, accuracies: list[float]) -> dict:
+    """Returns what `fedpeft run show --json` says of a run, as far as a comparison reads it."""
+    ticket = {"state": "received", "update_norm": 2.0, "metrics": {"loss": 0.5}}
+    other = {"state": "received", "update_norm": 1.0, "metrics": {"loss": 1.5}}
+    rounds = [row(number, 100, 50, accuracy) for number, accuracy in enumerate(accuracies, 1)]
+    return {
+        "method": method,
+        "adapter_parameters": 10,
+        "initial_metrics": {"accuracy": 0.1, "loss": 2.0},
+        "rounds": [{**each, "tickets": [ticket, other, {"state": "late"}]} for each in rounds],
+        "config": {"rounds": {"seed": "5"}},
+    }
+
+
+@pytest.fixture
+def study(tmp_path):
+    folder = tmp_path / "study"
+    cells = []
+    for method, accuracies in {"head": [0.2, 0.3], "bias": [0.3, 0.5]}.items():
+        for seed in (0, 1):
+            key = f"{method}-{seed}"
+            (folder / "cells" / key).mkdir(parents=True)
+            (folder / "cells" / key / "report.json").write_text(json.dumps(report(method, accuracies)))
+            cells.append({"key": key, "points": {"method": method}, "seed": seed, "label": key})
+    about = {"name": "s", "title": "", "question": "", "target": None, "budgets_bytes": [], "axes": {"method": []}}
+    (folder / "study.json").write_text(json.dumps({**about, "cells": cells}))
+    return folder
+
+
+def test_a_simulation_a_run_and_a_study_stand_in_one_table(tmp_path, study):
+    simulated = tmp_path / "simulated"
+    simulated.mkdir()
+    (simulated / "report.json").write_text(json.dumps(report("lora", [0.4])))
+    shown = tmp_path / "shown.json"
+    shown.write_text(json.dumps(report("full", [0.6, 0.7, 0.8])))
+    result = compared([("a", simulated), ("b", shown), ("c", study), ("a", report("ffa_lora", [0.9]))])
+    table = outcome(result)
+    assert table.columns[0] == "run"
+    names = ["a", "b", "c, head", "c, bias", "a (2)"]
+    assert [(each[0], each[1], each[3]) for each in table.rows] == [
+        (name, seeds, accuracy)
+        for name, seeds, accuracy in zip(names, "11221", ["40.0", "80.0", "30.0", "50.0", "90.0"], strict=True)
+    ]
+    assert result.about["axes"] == {"run": names}
+    assert result.cells[0].seed == 5
+
+
+def test_the_spread_between_clients_is_that_of_the_last_round():
+    (table,) = (t for t in tables_of(compared([("a", report("lora", [0.4]))])) if t.name == "clients")
+    mean, smallest, largest, deviation, norms = table.rows[0][1:]
+    assert (mean, smallest, largest, deviation) == ("1.000", "0.500", "1.500", "0.500")
+    assert norms == f"{0.5 / 1.5:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [(None, "is neither the folder of a simulation or study"), ("{", "is not JSON"), ("{}", "is not what fedpeft run")],
+)
+def test_what_cannot_be_compared_is_named(tmp_path, content, fault):
+    path = tmp_path / "x"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataInvalid, match=fault):
+        compared([("x", path)])
+
+
+def test_a_run_without_tickets_or_scores_has_a_line_too():
+    plain = {**REPORT, "method": "bias", "adapter_parameters": 5, "initial_metrics": {}}
+    plain["rounds"] = [{**each, "metrics": {}, "tickets": []} for each in REPORT["rounds"]]
+    result = compared([("plain", plain)])
+    assert outcome(result).rows[0][3] == "-"
+    assert [table.name for table in tables_of(result)] == ["outcome"]
