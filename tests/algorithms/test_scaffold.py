@@ -136,7 +136,7 @@ def test_options_are_a_typed_table_and_unknown_ones_are_errors() -> None:
         ({"name": "fedprox", "nu": 1}, "training.algorithm.nu: is not a known key"),
         ({"name": "fedprox", "mu": "a"}, "training.algorithm.mu"),
         ({"name": "scaffold"}, "training.algorithm.population: is required"),
-        ({"name": "absent"}, "there is no local algorithm 'absent'; there are: fedprox, plain, scaffold"),
+        ({"name": "absent"}, "there is no local algorithm 'absent'; there are: feddyn, fedprox, plain, scaffold"),
         ({"name": "plain", "mu": 1.0}, "training.algorithm.mu: is not a known key"),
     ):
         with pytest.raises(ConfigInvalid, match=text):

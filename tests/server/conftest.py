@@ -95,7 +95,8 @@ class RawClient:
             answer = await self.look(run)
             if not answer.HasField("offer"):
                 return answer
-            await self.answer(answer.offer.run.id)
+            offered = answer.offer.run
+            await self.answer(offered.id, algorithm=offered.config.training.algorithm.name)
 
     async def look(self, run: str = "", *, until_finished: bool = False) -> fed.AwaitRoundResponse:
         request = fed.AwaitRoundRequest(run=run, until_finished=until_finished)

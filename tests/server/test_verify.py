@@ -45,6 +45,14 @@ CASES: dict[str, tuple[dict[str, dict[str, object]], AdapterSpec]] = {
     "float16": ({"codec": {"up": "float16", "down": "bfloat16"}}, SPEC),
     "sparse": ({"codec": {"up": "sparse", "density": 0.3, "values": "bfloat16"}}, SPEC),
     "fedadam": ({"aggregation": {"strategy": "fedadam", "server_learning_rate": 0.05, "beta1": 0.8}}, SPEC),
+    "feddyn, tensors that take turns": (
+        {
+            "aggregation": {"strategy": "feddyn", "population": 5},
+            "training": {"algorithm": {"name": "feddyn"}},
+            "codec": {"error_feedback": False},
+        },
+        FREEZING,
+    ),
     "fedexp": ({"aggregation": {"strategy": "fedexp", "epsilon": 1e-6}}, SPEC),
     "sparse, fedyogi, tensors that take turns": (
         {"codec": {"up": "sparse"}, "aggregation": {"strategy": "fedyogi"}, "peft": {"method": "bias"}},

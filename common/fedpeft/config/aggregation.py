@@ -13,7 +13,7 @@ class AggregationConfig(OptionedSection):
     """`[aggregation]`: how updates are folded; options of the strategy stand beside it."""
 
     strategy: Annotated[str, known_in("fedpeft.aggregation")] = "fedavg"
-    """fedavg, fedavgm, fedadam, fedyogi, fedadagrad, fednova, fedexp, fedbuff, median, lora_fair..."""
+    """fedavg, fedavgm, fedadam, fedyogi, fedadagrad, fednova, fedexp, feddyn, fedbuff, median, lora_fair..."""
     norm_factor: Annotated[float, Field(ge=0, le=1e9)] | None = None
     """An update is folded up to so many times the median norm of its round and those before; 30 if absent, 0: any."""
 

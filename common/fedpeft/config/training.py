@@ -22,7 +22,7 @@ class AlgorithmConfig(OptionedSection):
     """`[training.algorithm]`: the rule that local training follows; its options stand beside `name`."""
 
     name: Annotated[str, known_in("fedpeft.algorithms")] = PLAIN
-    """plain, fedprox, scaffold..."""
+    """plain, fedprox, scaffold, feddyn..."""
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:

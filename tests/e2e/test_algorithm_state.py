@@ -1,4 +1,4 @@
-"""SCAFFOLD over the network: a client that is killed goes on with its control variate, to the bits of a simulation."""
+"""Local algorithms with state over the network: a killed client goes on with it, to the bits of a simulation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .conftest import Federation, SlowLink, wait_for
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded"), pytest.mark.timeout(600)]
 
 RUN_FILE = f"""
-name = "scaffold"
+name = "state"
 {TINY_MODEL}
 [peft]
 method = "full"
@@ -32,11 +32,29 @@ seed = 5
 steps = 6
 batch_size = 4
 learning_rate = 0.05
+schedule = "cosine"
+final_factor = 0.3
+clip_gradient_norm = 5.0
 momentum = 0.0
+"""
+ALGORITHMS = {
+    "scaffold-control": """
 [training.algorithm]
 name = "scaffold"
 population = 2
-"""
+""",
+    "feddyn-multiplier": """
+[training.algorithm]
+name = "feddyn"
+alpha = 0.1
+[aggregation]
+strategy = "feddyn"
+population = 2
+[codec]
+error_feedback = false
+""",
+}
+"""By the group of state that a client keeps."""
 SLOW = 1_000_000
 """Bytes a second on the slow link: an update and its control variate take some seconds."""
 
@@ -47,8 +65,9 @@ def simulated(run_file: Path, federation: Federation, name: str) -> dict[str, np
     return load_file(federation.folder / name / "adapter.safetensors")
 
 
-def test_a_killed_client_keeps_its_control_variate(federation: Federation) -> None:
-    federation.run_file.write_text(RUN_FILE)
+@pytest.mark.parametrize("group", ALGORITHMS)
+def test_a_killed_client_keeps_its_state(federation: Federation, group: str) -> None:
+    federation.run_file.write_text(RUN_FILE + ALGORITHMS[group])
     federation.server()
     link = SlowLink(federation.port, SLOW)
     federation.client("bob")
@@ -56,9 +75,9 @@ def test_a_killed_client_keeps_its_control_variate(federation: Federation) -> No
     run = federation.create()
     ticket = state_machine.ticket_id(run, 1, "alice")
     wait_for(lambda: federation.partial_upload(300_000, ticket), "an upload under way", 0.005)
-    federation.kill(alice)  # its c_i of round 1 is in the outbox, and takes effect with the receipt
+    federation.kill(alice)  # its state of round 1 is in the outbox, and takes effect with the receipt
     pending = {file.name for file in (federation.folder / "alice" / "state" / "pending").iterdir()}
-    assert {"scaffold-control_if_counted.safetensors", "scaffold-control_if_not.safetensors"} <= pending
+    assert {f"{group}_if_counted.safetensors", f"{group}_if_not.safetensors"} <= pending
     link.hurry.set()
     again = federation.client("alice", link.port)
     wait_for(lambda: [e for e in again.events("training begins") if e["round"] == 3], "its last training", 0.005)
@@ -70,11 +89,12 @@ def test_a_killed_client_keeps_its_control_variate(federation: Federation) -> No
 
     alone = simulated(federation.run_file, federation, "simulated")
     control = {name for name in alone if name.startswith("control/")}
-    assert control and all(np.abs(alone[name]).max() > 0 for name in control if "qkv.weight" in name)
+    assert bool(control) is (group == "scaffold-control")
+    assert all(np.abs(alone[name]).max() > 0 for name in control if "qkv.weight" in name)
     assert found.keys() == alone.keys()
     assert [name for name in found if found[name].tobytes() != alone[name].tobytes()] == []
 
     plain_file = federation.folder / "plain.toml"
-    plain_file.write_text(RUN_FILE.partition("[training.algorithm]")[0])
+    plain_file.write_text(RUN_FILE)
     plain = simulated(plain_file, federation, "plain")
     assert not np.array_equal(plain["head.weight"], alone["head.weight"]), "the correction has an effect"
