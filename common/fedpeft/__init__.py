@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from fedpeft.config import RunConfig as RunConfig
     from fedpeft.config import load_run_file as load_run_file
     from fedpeft.errors import FedpeftError as FedpeftError
+    from fedpeft.studies.study import Study as Study
+    from fedpeft.studies.study import study as study
 
 __version__ = version("fedpeft")
 PROTOCOL = 1
@@ -41,9 +43,11 @@ _HOMES = {
     "Server": "fedpeft.api.remote",
     "SimulatedRound": "fedpeft.api.simulated",
     "Simulation": "fedpeft.api.simulated",
+    "Study": "fedpeft.studies.study",
     "connect": "fedpeft.api.remote",
     "load_run_file": "fedpeft.config",
     "simulate": "fedpeft.api.simulated",
+    "study": "fedpeft.studies.study",
 }
 """Module of each name of the package; it is imported when the name is first used."""
 
@@ -57,10 +61,12 @@ __all__ = [
     "Server",
     "SimulatedRound",
     "Simulation",
+    "Study",
     "__version__",
     "connect",
     "load_run_file",
     "simulate",
+    "study",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import fedpeft
 from fedpeft.data import partitions
 from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.sources.opening import open_source
-from fedpeft.errors import ConfigInvalid, SettingsInvalid
+from fedpeft.errors import ConfigInvalid, DataInvalid, LocalError, SettingsInvalid
 from fedpeft_operator.app import main
 
 from ..data.test_sources import NAMES, table, write
@@ -106,3 +107,29 @@ def test_an_interrupted_simulation_leaves_no_report_of_an_earlier_one(
         fedpeft.simulate("emoji.toml", "sites", "out", committed=interrupted)
     assert sorted(path.name for path in (here / "out").iterdir()) == ["adapter.safetensors", "records.jsonl"]
     assert len((here / "out" / "records.jsonl").read_text().splitlines()) == 1
+
+
+def test_what_a_simulation_left_is_opened_again(here: Path) -> None:
+    done = fedpeft.simulate("emoji.toml", data="sites", out="simulated", evaluate="test.parquet")
+    again = fedpeft.Simulation("simulated")
+    assert again.report == done.report and again.folder == Path("simulated")
+    assert again.config.peft.method == "bias" and again.config.simulation is None
+    assert all(np.array_equal(values, done.adapter()[name]) for name, values in again.adapter().items())
+    frame = again.to_frame()
+    assert list(frame.columns) == ["version", "payload_bytes", "seconds", "accuracy", "loss"]
+    assert list(frame.version) == [0, 1, 2]
+    assert frame.payload_bytes.iloc[-1] == again.payload_bytes_up + again.payload_bytes_down
+    assert frame.accuracy.iloc[-1] == again.accuracy
+    html = again._repr_html_()
+    assert html.count("<tr>") == 3 and "completed at version 2" in html
+    with pytest.raises(DataInvalid, match="holds no results of a simulation"):
+        fedpeft.Simulation("sites")
+    with pytest.raises(SettingsInvalid, match="folder is a path"):
+        fedpeft.Simulation(3)  # type: ignore[arg-type]
+
+
+def test_a_data_frame_without_pandas_says_what_to_install(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fedpeft.simulate("emoji.toml", data="sites", out="simulated")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(LocalError, match="pip install pandas"):
+        fedpeft.Simulation("simulated").to_frame()

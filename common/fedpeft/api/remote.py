@@ -13,7 +13,6 @@ Nothing here is asynchronous; `fedpeft.api.operator_client` is. Every call raise
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from fedpeft.api.following import RunSnapshot, follow
 from fedpeft.api.narration import Narrator
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.api.tables import rounds_html, runs_html
-from fedpeft.errors import SettingsInvalid
+from fedpeft.paths import path_of
 from fedpeft.process.logs import silence_grpc
 from fedpeft.v1 import operator_service_pb2, run_pb2
 
@@ -422,17 +421,6 @@ def connect(server: str | None = None, *, identity: str | Path | None = None, in
     client = partial(OperatorClient, caller.server, caller.identity)
     blocking.do(_asked(client, lambda c: c.runs()))
     return Server(caller.server, client)
-
-
-def path_of(value: object, argument: str) -> Path:
-    """Returns an argument as a path.
-
-    Raises:
-        SettingsInvalid: If it is none.
-    """
-    if isinstance(value, str | os.PathLike):
-        return Path(value)
-    raise SettingsInvalid(f"{argument} is a path, a str or os.PathLike; a {type(value).__name__} was given")
 
 
 def configured(run: RunFile) -> RunConfig:

@@ -10,15 +10,19 @@ The same as `fedpeft simulate`; `fedpeft.simulation` has the parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.api.remote import RunFile, Scored, configured, path_of
+from fedpeft.api.remote import RunFile, Scored, configured
+from fedpeft.api.round_table import COLUMNS, of_json
+from fedpeft.frames import frame_of, table_html
+from fedpeft.paths import path_of
 from fedpeft.rounds.recorded import recorded_sha256
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas
     from numpy.typing import NDArray
     from peft import PeftModel
     from torch import nn
@@ -50,19 +54,35 @@ class SimulatedRound(Scored):
     full_bytes: int
 
 
-@dataclass(frozen=True)
 class Simulation:
-    """Result of a simulated run. Made by `simulate`.
+    """Result of a simulated run. Made by `simulate`, or of the folder that one left.
 
     Attributes:
-        config: The run file.
         folder: Has adapter.safetensors, report.json and records.jsonl.
         report: All that report.json says.
+
+    Args:
+        folder: The folder, of `fedpeft.simulate`, the command, or a cell of a study.
+
+    Raises:
+        DataInvalid: If it holds no finished simulation.
     """
 
-    config: RunConfig = field(repr=False)
-    folder: Path
-    report: Mapping[str, Any] = field(repr=False)
+    def __init__(self, folder: str | Path) -> None:
+        from fedpeft.studies.results import load_report
+
+        self.folder = path_of(folder, "folder")
+        self.report: Mapping[str, Any] = load_report(self.folder)
+
+    @property
+    def config(self) -> RunConfig:
+        """The run file, without `[simulation]`."""
+        from google.protobuf import json_format
+
+        from fedpeft.rpc.wire import config_from_proto
+        from fedpeft.v1 import run_pb2
+
+        return config_from_proto(json_format.ParseDict(self.report["config"], run_pb2.RunConfig()))
 
     @property
     def state(self) -> str:
@@ -118,6 +138,24 @@ class Simulation:
     def full_bytes(self) -> int:
         """Bytes that full fine-tuning would have sent each way in these rounds."""
         return sum(each.full_bytes for each in self.rounds)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Returns every version: version, payload_bytes, seconds, accuracy, loss.
+
+        Raises:
+            LocalError: If pandas is not installed.
+        """
+        from fedpeft.studies.results import curve_of
+
+        return frame_of(point.as_dict() for point in curve_of(self.report))
+
+    def __repr__(self) -> str:
+        scored = "" if self.accuracy is None else f", accuracy {100 * self.accuracy:.1f} %"
+        return f"<fedpeft simulation {self.report['name']!r}: {self.state} at version {self.report['version']}{scored}>"
+
+    def _repr_html_(self) -> str:
+        rows = [of_json(row, "payload").cells() for row in self.report["rounds"]]
+        return table_html(repr(self).strip("<>"), COLUMNS, rows)
 
     def adapter(self) -> dict[str, NDArray[np.float32]]:
         """Returns the newest version's tensors by name.
@@ -212,7 +250,7 @@ def simulate(
     config = configured(run)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
     clients, partition = simulation.clients_of(path_of(data, "data"), config, reading)
-    report = simulation.simulate(
+    simulation.simulate(
         config,
         clients,
         path_of(out, "out"),
@@ -224,7 +262,7 @@ def simulate(
         partition=partition,
         committed=None if committed is None else lambda row: committed(_round(row)),
     )
-    return Simulation(config, Path(out), report)
+    return Simulation(out)
 
 
 def _round(row: Mapping[str, Any]) -> SimulatedRound:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Iterable
 
 from fedpeft.api import round_table, views
 from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import headline
 from fedpeft.formatting import percent, size
+from fedpeft.frames import table_html
 from fedpeft.v1 import run_pb2
 
 
@@ -17,7 +17,7 @@ def runs_html(address: str, runs: Iterable[run_pb2.Run]) -> str:
     rows = [
         (r.id, r.config.name, f"{r.spec.method} on {r.config.model.name}", views.state(r), _progress(r)) for r in runs
     ]
-    return _table(f"FedPEFT server {address}", ("run", "name", "what", "state", "version"), rows)
+    return table_html(f"FedPEFT server {address}", ("run", "name", "what", "state", "version"), rows)
 
 
 def rounds_html(snapshot: RunSnapshot) -> str:
@@ -33,14 +33,8 @@ def rounds_html(snapshot: RunSnapshot) -> str:
         up, down = size(current.wire_bytes_up), size(current.wire_bytes_down)
         rows.append((f"{current.number}, {views.phase(current)}", done, "", "", "", up, down, "", ""))
     state = views.state(run) + (f": {run.reason}" if run.reason else "")
-    return _table(f"{headline(run)}; {state}", round_table.COLUMNS, rows)
+    return table_html(f"{headline(run)}; {state}", round_table.COLUMNS, rows)
 
 
 def _progress(run: run_pb2.Run) -> str:
     return f"{run.version} of {run.config.rounds.count}"
-
-
-def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -134,13 +134,26 @@ def grid_axes(grids: Sequence[str]) -> dict[str, dict[str, Table]]:
         values = value_of(f"[{listed}]")
         if not isinstance(values, list):
             values = [value_of(part.strip()) for part in listed.split(",")]
-        points = {
-            str(value).replace("/", "-").replace(",", ";").replace("=", ":"): at_key(key, value) for value in values
-        }
-        if key in axes or len(points) != len(values):
-            raise ConfigInvalid(f"{grid!r} gives {'a key' if key in axes else 'a value'} twice")
-        axes[key] = points
+        if key in axes:
+            raise ConfigInvalid(f"{grid!r} gives a key twice")
+        axes[key] = axis_of(key, values)
     return axes
+
+
+_PLAIN = str.maketrans("/,=", "-;:")
+"""A point's name has no character that separates points."""
+
+
+def axis_of(key: str, values: Sequence[Any]) -> dict[str, Table]:
+    """Returns the axis along which a field takes some values in turn, a point for each.
+
+    Raises:
+        ConfigInvalid: If it is no field's key, there is no value, or one is given twice.
+    """
+    points = {str(value).translate(_PLAIN): at_key(key, value) for value in values}
+    if not points or len(points) != len(values):
+        raise ConfigInvalid(f"axis {key!r} has {'a value twice' if points else 'no value'}")
+    return points
 
 
 _PLAIN = str.maketrans("/,=", "-;:")

@@ -38,6 +38,16 @@ class Point:
     accuracy: float | None
     loss: float | None
 
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it as a row of a table."""
+        return {
+            "version": self.version,
+            "payload_bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+        }
+
 
 Curve = tuple[Point, ...]
 
@@ -131,6 +141,11 @@ class CellResult:
     def curve(self) -> Curve:
         """The versions; empty without a report."""
         return () if self.report is None else curve_of(self.report)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The versions as rows of a table: version, payload_bytes, seconds, accuracy, loss."""
+        return [p.as_dict() for p in self.curve]
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,17 @@ class StudyFile(Section):
         """The data set of cells whose axes name none; None if there is no such."""
         return self.data_set or (next(iter(self.data)) if len(self.data) == 1 else None)
 
+    def named(self, places: Mapping[str, Path]) -> dict[str, Path]:
+        """Returns places of data sets by name, where "" stands for the only one, or that of `data_set`.
+
+        Raises:
+            ConfigInvalid: If there are several and none is named.
+        """
+        if "" in places and self.default_data is None:
+            there = ", ".join(self.data)
+            raise ConfigInvalid(f"data {places['']}: the study has several data sets; give NAME=PATH, of {there}")
+        return {name or str(self.default_data): path for name, path in places.items()}
+
 
 def load_study(path: Path, scale: str | None = None) -> StudyFile:
     """Reads a study file; a plain run file is a study of one cell.

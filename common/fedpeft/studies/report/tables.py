@@ -48,19 +48,8 @@ def as_csv(study: StudyResult) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*axes, "seed", "version", "payload_bytes", "seconds", "accuracy", "loss", "key"])
     for cell in study.cells:
-        for p in cell.curve:
-            writer.writerow(
-                [
-                    *cell.points.values(),
-                    cell.seed,
-                    p.version,
-                    p.bytes,
-                    round(p.seconds, 3),
-                    p.accuracy,
-                    p.loss,
-                    cell.key,
-                ]
-            )
+        for row in cell.rows:
+            writer.writerow([*cell.points.values(), cell.seed, *row.values(), cell.key])
     return stream.getvalue()
 
 

@@ -69,19 +69,11 @@ def cells_for(
         DataInvalid: If the data of a cell is not there, or cannot be divided so.
     """
     from fedpeft.config.overrides import parse_overrides
-    from fedpeft.studies.cells import cells_of, grid_axes
-    from fedpeft.studies.checks import check_cells
-    from fedpeft.studies.study_file import checked, load_study
+    from fedpeft.studies.assembly import Changes, assembled
+    from fedpeft.studies.cells import grid_axes
 
-    study = load_study(file, scale)
-    changes: dict[str, object] = {"axes": {**study.axes, **grid_axes(grids)}}
-    if seeds:
-        changes["seeds"] = tuple(seeds)
-    study = checked({**study.model_dump(), **changes}, file)
     wanted = {axis: points.split(",") for axis, points in map(_pair, only)}
-    cells = cells_of(study, _places(study, data), override=parse_overrides(settings), only=wanted)
-    check_cells(cells)
-    return study, cells
+    return assembled(file, _places(data), Changes(scale, parse_overrides(settings), seeds, grid_axes(grids), wanted))
 
 
 def machine_of(device: str, threads: int, weights: Path | None) -> Machine:
@@ -102,18 +94,10 @@ def jobs_of(jobs: int | None, threads: int) -> int:
     return jobs or max(1, len(os.sched_getaffinity(0)) // threads)
 
 
-def _places(study: StudyFile, data: Sequence[str]) -> dict[str, Path]:
-    places: dict[str, Path] = {}
-    for given in data:
-        name, equals, path = given.partition("=")
-        if not equals:
-            if study.default_data is None:
-                raise SettingsInvalid(
-                    f"--data {given}: the study has several; give NAME=PATH, of {', '.join(study.data)}"
-                )
-            name, path = study.default_data, given
-        places[name] = Path(path)
-    return places
+def _places(data: Sequence[str]) -> dict[str, Path]:
+    """Returns the places that the flags name; "" names the only data set."""
+    pairs = (given.partition("=") for given in data)
+    return {name if equals else "": Path(path if equals else name) for name, equals, path in pairs}
 
 
 def _pair(text: str) -> tuple[str, str]:

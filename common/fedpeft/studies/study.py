@@ -1,0 +1,150 @@
+"""Studies in a program or a notebook: a run file varied along axes and seeds, and what came of all of it.
+
+    found = fedpeft.study("methods.toml", data={"cifar10": "data/cifar10"}, out="results")
+    found                 # a table in a notebook
+    found.to_frame()      # every version of every cell, for pandas
+
+The same as `fedpeft study run`; `fedpeft.studies` has the parts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedpeft.config.overrides import at_key, merged
+from fedpeft.errors import ConfigInvalid
+from fedpeft.frames import frame_of, table_html
+from fedpeft.paths import path_of
+from fedpeft.studies.cells import axis_of
+
+if TYPE_CHECKING:
+    import pandas
+
+    from fedpeft.studies.results import Group, StudyResult
+
+
+class Study:
+    """Results of a study. Made by `study`, or of the folder that one left.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        DataInvalid: If it holds none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from fedpeft.studies.results import load_results
+
+        self.folder = path_of(folder, "folder")
+        self.results: StudyResult = load_results(self.folder)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The cells by combination of points: each with `points`, `by_seed("accuracy")`, `mean_curve()`."""
+        return self.results.groups
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Reasons by cell, of those that have no results."""
+        return {cell.label: cell.failure or "not executed" for cell in self.results.cells if cell.report is None}
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Returns every version of every cell: the axes, seed, version, payload_bytes, seconds, accuracy, loss.
+
+        Raises:
+            LocalError: If pandas is not installed.
+        """
+        return frame_of({**cell.points, "seed": cell.seed, **row} for cell in self.results.cells for row in cell.rows)
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Writes the report, and returns its page.
+
+        Args:
+            out: A folder; `report` in that of the study if absent.
+
+        Raises:
+            StateInvalid: If it cannot be written.
+        """
+        from fedpeft.studies.report import write_report
+
+        return write_report(self.results, self.folder / "report" if out is None else path_of(out, "out"))[0]
+
+    def __repr__(self) -> str:
+        there = sum(cell.report is not None for cell in self.results.cells)
+        return (
+            f"<fedpeft study {self.results.about['name']!r}: {there} of {len(self.results.cells)} cells with results>"
+        )
+
+    def _repr_html_(self) -> str:
+        from fedpeft.studies.report.tables import outcome
+
+        table = outcome(self.results)
+        return table_html(table.caption, table.columns, table.rows)
+
+
+def study(
+    file: str | Path,
+    data: str | Path | Mapping[str, str | Path],
+    out: str | Path,
+    *,
+    weights: str | Path | None = None,
+    scale: str | None = None,
+    override: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (),
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    only: Mapping[str, Sequence[str]] | None = None,
+    device: str = "auto",
+    threads: int = 1,
+    jobs: int | None = None,
+) -> Study:
+    """Simulates every cell of a study that has no results yet; cells that fail are in `Study.failures`.
+
+    Args:
+        file: A study file, or a run file.
+        data: The folder of the study's data set, or folders by the names of its data sets.
+        out: Folder of the results; what is there is not repeated.
+        weights: A weights file, or a folder of them, that stands here for the one that runs name.
+        scale: Name of one of the file's scales.
+        override: Fields that every cell gets: tables of a run file, or values by keys such as "rounds.count".
+        seeds: Seeds in place of the file's.
+        grid: More axes: the values that a field takes in turn, by its key.
+        only: Points of an axis that are wanted.
+        device: auto, cpu, cuda or cuda:N.
+        threads: Of torch, in each cell.
+        jobs: Cells at once; as many as there are cores for the threads if absent.
+
+    Raises:
+        ConfigInvalid: If the file, or a cell, is wrong; before anything runs.
+        DataInvalid: If the data of a cell is not there, or cannot be divided so.
+        StateInvalid: If another study writes to `out`, or it cannot be written.
+    """
+    from fedpeft.studies.assembly import Changes, assembled
+    from fedpeft.studies.cells import Machine
+    from fedpeft.studies.execution import execute
+
+    named = data if isinstance(data, Mapping) else {"": data}
+    places = {name: path_of(path, "data") for name, path in named.items()}
+    changes = Changes(scale, _tables(override or {}), seeds, _axes(grid or {}), only or {})
+    found, cells = assembled(path_of(file, "file"), places, changes)
+    machine = Machine(device, threads, None if weights is None else path_of(weights, "weights"))
+    execute(found, cells, path_of(out, "out"), machine, jobs or max(1, len(os.sched_getaffinity(0)) // threads))
+    return Study(out)
+
+
+def _tables(override: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns overrides as tables, whose keys may be paths."""
+    result: dict[str, Any] = {}
+    for key, value in override.items():
+        result = merged(result, {key: value} if isinstance(value, Mapping) else at_key(key, value))
+    return result
+
+
+def _axes(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    for key, values in grid.items():
+        if isinstance(values, str):
+            raise ConfigInvalid(f"grid: {key!r} has the text {values!r}; give a list of values")
+    return {key: axis_of(key, values) for key, values in grid.items()}

@@ -1,0 +1,51 @@
+"""fedpeft.study: the same as the command, and its results in a notebook."""
+
+from __future__ import annotations
+
+import pytest
+
+import fedpeft
+from fedpeft.errors import ConfigInvalid, DataInvalid
+
+from .study_texts import pets, study_file
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api")
+    file, data = study_file(folder), pets(folder / "pets")
+    override = {"rounds.count": 1, "training": {"batch_size": 8}}
+    grid = {"training.learning_rate": [0.01, 0.5]}
+    only = {"method": ["head"]}
+    return fedpeft.study(
+        file, {"pets": data}, folder / "out", override=override, seeds=[3], grid=grid, only=only, device="cpu", jobs=2
+    )
+
+
+def test_the_results_are_a_frame_a_table_and_a_report(done, tmp_path):
+    frame = done.to_frame()
+    assert list(frame.columns)[:4] == ["method", "training.learning_rate", "seed", "version"]
+    assert len(frame) == 4 and set(frame["training.learning_rate"]) == {"0.01", "0.5"}
+    assert set(frame.seed) == {3}
+    assert repr(done) == "<fedpeft study 'tiny': 2 of 2 cells with results>"
+    assert done._repr_html_().count("<tr>") == 3
+    assert done.report(tmp_path / "report").read_text().startswith("<!doctype html>")
+    assert done.failures == {}
+    assert [group.points["training.learning_rate"] for group in done.groups] == ["0.01", "0.5"]
+
+
+def test_a_folder_s_results_are_opened_again(done):
+    again = fedpeft.Study(done.folder)
+    assert again.to_frame().equals(done.to_frame())
+    cell = fedpeft.Simulation(done.folder / "cells" / done.results.cells[0].key)
+    assert cell.config.rounds.seed == 3 and cell.config.training.batch_size == 8
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    file, data = study_file(tmp_path), pets(tmp_path / "pets")
+    with pytest.raises(ConfigInvalid, match="give a list of values"):
+        fedpeft.study(file, data, tmp_path / "out", grid={"peft.method": "bias"})
+    with pytest.raises(ConfigInvalid, match="has no value"):
+        fedpeft.study(file, data, tmp_path / "out", grid={"peft.method": []})
+    with pytest.raises(DataInvalid, match="give --data pets=FOLDER"):
+        fedpeft.study(file, tmp_path / "absent", tmp_path / "out")
