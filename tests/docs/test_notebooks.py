@@ -59,13 +59,15 @@ def test_a_notebook_runs_and_shows_what_it_showed(path: Path, execute: ModuleTyp
 def test_the_page_names_what_there_is() -> None:
     from fedpeft.api.remote import Change, Round, Run, Server
     from fedpeft.api.simulated import SimulatedRound, Simulation
+    from fedpeft.studies.study import Study
 
     names = set(re.findall(r"`([a-z_]+)(?:\([^)`]*\))?`", "".join(re.findall(r"^\|[^|]+\|", PAGE, re.M))))
     public = {name for name in dir(Run) if not name.startswith("_")}
-    simulated = {name for name in (*dir(Simulation), *Simulation.__annotations__) if not name.startswith("_")}
-    assert names >= public | simulated, (public | simulated) - names
-    classes = (Run, Server, Round, Change, Simulation, SimulatedRound)
-    everywhere = {name for each in classes for name in (*dir(each), *each.__annotations__)}
+    simulated = {name for name in dir(Simulation) if not name.startswith("_")} | {"folder", "report"}
+    studied = {name for name in dir(Study) if not name.startswith("_")} | {"folder"}
+    assert names >= public | simulated | studied, (public | simulated | studied) - names
+    classes = (Run, Server, Round, Change, SimulatedRound)
+    everywhere = {name for each in classes for name in (*dir(each), *each.__annotations__)} | simulated | studied
     assert names <= everywhere, names - everywhere
     examples = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
     assert max(len(example.splitlines()) for example in examples) <= 10

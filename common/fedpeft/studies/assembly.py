@@ -38,7 +38,7 @@ def assembled(file: Path, places: Mapping[str, Path], changes: Changes) -> tuple
     Args:
         file: The study file, or a run file.
         places: Data sets by name, see `fedpeft.studies.cells.cells_of`. The name "" is the study's only one.
-        changes: What is changed for once.
+        changes: Changes for once.
 
     Raises:
         ConfigInvalid: If the file, a change or a cell is wrong.
