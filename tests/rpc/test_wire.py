@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedpeft.config import TrainingConfig, parse_config
+from fedpeft.rounds.schedule import training_of
 from fedpeft.rpc.wire import config_from_proto, config_to_proto, training_data, training_to_proto
 
 
@@ -27,3 +28,14 @@ def test_a_local_algorithm_goes_with_the_run_and_with_every_ticket_and_its_whole
     assert settings.algorithm is not None and settings.algorithm.options == {"population": 64}
     plain = parse_config({"model": model, "peft": {"method": "bias"}})
     assert not config_to_proto(plain).training.HasField("algorithm"), "a run without one has the bytes that it had"
+
+
+def test_a_schedule_goes_with_the_run_and_only_its_rate_with_a_ticket() -> None:
+    said = {"schedule": "step", "warmup_rounds": 2, "final_factor": 0.1, "schedule_drops": 3, "clip_gradient_norm": 0.5}
+    model = {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}
+    run = parse_config({"model": model, "peft": {"method": "bias"}, "training": said})
+    assert config_from_proto(config_to_proto(run)) == run
+    settings = TrainingConfig.model_validate(training_data(training_to_proto(training_of(run, 4))))
+    assert settings == TrainingConfig(epochs=1, learning_rate=training_of(run, 4).learning_rate, clip_gradient_norm=0.5)
+    plain = parse_config({"model": model, "peft": {"method": "bias"}})
+    assert not any(map(config_to_proto(plain).training.HasField, said)), "a run without has the bytes that it had"
