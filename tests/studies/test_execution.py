@@ -78,6 +78,13 @@ def test_cells_with_results_are_found_again_and_failed_ones_tried_again(finished
     assert [done.seconds > 0 for done in second] == [False, False, True, False, True, True]
 
 
+def test_all_combinations_of_a_seed_come_before_the_next_seed(finished):
+    *_, second = finished
+    begun = {done.cell.label: (done.folder / "cell.json").stat().st_mtime_ns for done in second[2:] if done.seconds}
+    assert max(begun, key=lambda label: begun[label]) == "method=other, seed=1"
+    assert len(begun) == 3
+
+
 def test_a_failure_says_why_in_its_folder_and_in_the_results(finished):
     out, _, _, _, second = finished
     said = json.loads((second[4].folder / "failure.json").read_text())

@@ -119,6 +119,7 @@ def execute(
                 found[key] = Done(cell, folders[key], "", 0.0)
             elif all(key != other for other, _ in todo):
                 todo.append((key, cell))
+        todo.sort(key=lambda each: study.seeds.index(each[1].seed))  # a whole picture early, its intervals later
         for done in _executed([(cell, folders[key]) for key, cell in todo], machine, jobs, watcher or Watcher()):
             found[done.folder.name] = done
     return [found[key] for key in keys]
