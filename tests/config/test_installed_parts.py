@@ -164,7 +164,7 @@ def test_what_does_not_go_with_an_installed_part_is_refused_and_all_else_is_not(
         "unknown values": texts["unknown values"],
     }
     assert texts["unknown down"].startswith("there is no encoding 'float128'; there are: bfloat16")
-    known = "bfloat16, float16, float32, float64"
+    known = "bfloat16, float16, float32, float64, int8"
     assert texts["unknown values"] == f"there is no encoding 'float128' of kept values; there are: {known}"
 
 

@@ -69,6 +69,56 @@ function readBits(data, { width, exponent }) {
   });
 }
 
+const BLOCK = 128;
+const SMALLEST = 2 ** -126;
+
+// The smallest number of 17 significant bits that is at least `value`.
+function upTo17Bits(value) {
+  const step = 2 ** (exponentOf(value) - 16);
+  return Math.ceil(value / step) * step;
+}
+
+function scalesOf(values, levels) {
+  const largest = Math.floor((2 ** 24 - 1) / levels / 2 ** (exponentOf((2 ** 24 - 1) / levels) - 16));
+  const most = largest * 2 ** (exponentOf((2 ** 24 - 1) / levels) - 16) * 2 ** 104;
+  return Array.from({ length: Math.ceil(values.length / BLOCK) }, (_, i) => {
+    const peak = values.slice(i * BLOCK, (i + 1) * BLOCK).reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+    return Math.min(Math.max(peak / levels <= SMALLEST ? SMALLEST : upTo17Bits(peak / levels), SMALLEST), most);
+  });
+}
+
+function readScales(data, n, levels) {
+  return Array.from({ length: Math.ceil(n / BLOCK) }, (_, i) => {
+    const scale = data.readFloatLE(4 * i);
+    const fits = scale >= SMALLEST && Number.isFinite(Math.fround(levels * scale)) && upTo17Bits(scale) === scale;
+    if (!fits) throw new Error(`scale ${i} is ${scale}`);
+    return scale;
+  });
+}
+
+function encodeInt8(values, nonzero) {
+  const scales = scalesOf(values, 127);
+  const data = Buffer.alloc(4 * scales.length + values.length);
+  scales.forEach((scale, i) => data.writeFloatLE(scale, 4 * i));
+  values.forEach((value, i) => {
+    const quotient = value / scales[Math.floor(i / BLOCK)];
+    const q = Math.sign(value) * Math.min(halfEven(Math.abs(quotient)), 127);
+    data.writeInt8(nonzero && q === 0 ? Math.sign(value) : q, 4 * scales.length + i);
+  });
+  return data;
+}
+
+function decodeInt8(data, n) {
+  const head = 4 * Math.ceil(n / BLOCK);
+  if (data.length !== head + n) throw new Error(`${data.length} bytes`);
+  const scales = readScales(data, n, 127);
+  scales.forEach((scale, i) => {
+    const peak = data.subarray(head + i * BLOCK, head + Math.min(n, (i + 1) * BLOCK)).reduce((most, byte) => Math.max(most, Math.abs((byte << 24) >> 24)), 0);
+    if (peak > 127 || (peak < 127 && scale !== SMALLEST)) throw new Error(`the largest byte of block ${i} is ${peak}`);
+  });
+  return Float32Array.from({ length: n }, (_, i) => data.readInt8(head + i) * scales[Math.floor(i / BLOCK)]);
+}
+
 function varint(number) {
   const bytes = [];
   for (; number >= 0x80; number = Math.floor(number / 128)) bytes.push((number % 128) | 0x80);
@@ -102,15 +152,25 @@ function positionsOf(kept, n) {
   return [1, mask];
 }
 
-function encodeSparse(values, dense) {
-  const bits = Array.from(values, dense.narrow);
-  const kept = bits.flatMap((each, i) => (isZero(each, dense.width) ? [] : [i]));
+// What can stand behind `sparse+`: which values stay, and how they are written and read.
+const denseValues = (dense) => ({
+  keeps: (value) => !isZero(dense.narrow(value), dense.width),
+  write: (values) => writeBits(values.map(dense.narrow), dense.width),
+  read: (data) => readBits(data, dense).map(dense.widen),
+});
+const KEPT = {
+  ...Object.fromEntries(Object.entries(DENSE).map(([name, dense]) => [name, denseValues(dense)])),
+  int8: { keeps: (value) => value !== 0, write: (values) => encodeInt8(values, true), read: (data, n) => Array.from(decodeInt8(data, n)) },
+};
+
+function encodeSparse(values, own) {
+  const kept = Array.from(values).flatMap((value, i) => (own.keeps(value) ? [i] : []));
   const [mode, positions] = positionsOf(kept, values.length);
   const head = Buffer.from([mode, ...varint(kept.length), ...positions]);
-  return Buffer.concat([head, writeBits(kept.map((i) => bits[i]), dense.width)]);
+  return Buffer.concat([head, own.write(kept.map((i) => values[i]))]);
 }
 
-function decodeSparse(data, n, dense) {
+function decodeSparse(data, n, own) {
   if (data[0] !== 0 && data[0] !== 1) throw new Error("the mode is neither 0 nor 1");
   let [count, at] = readVarint(data, 1);
   const kept = [];
@@ -125,23 +185,25 @@ function decodeSparse(data, n, dense) {
     at += Math.ceil(n / 8);
   }
   if (kept.length !== count || kept.some((i) => i >= n)) throw new Error("positions that do not fit");
-  const bits = readBits(data.subarray(at), dense);
-  if (bits.length !== count || bits.some((each) => isZero(each, dense.width))) throw new Error("kept values that do not fit");
+  const found = own.read(data.subarray(at), count);
+  if (found.length !== count || found.some((value) => value === 0)) throw new Error("kept values that do not fit");
   const values = new Float32Array(n);
-  kept.forEach((i, k) => (values[i] = dense.widen(bits[k])));
-  if (!encodeSparse(values, dense).equals(data)) throw new Error("the other mode is as short");
+  kept.forEach((i, k) => (values[i] = found[k]));
+  if (!encodeSparse(values, own).equals(data)) throw new Error("the other mode is as short");
   return values;
 }
 
 export function encode(values, encoding) {
   const [form, kept] = encoding.split("+");
-  if (form === "sparse") return encodeSparse(values, DENSE[kept]);
+  if (form === "sparse") return encodeSparse(values, KEPT[kept]);
+  if (form === "int8") return encodeInt8(Array.from(values), false);
   return writeBits(Array.from(values, DENSE[form].narrow), DENSE[form].width);
 }
 
 export function decode(data, n, encoding) {
   const [form, kept] = encoding.split("+");
-  if (form === "sparse") return decodeSparse(data, n, DENSE[kept]);
+  if (form === "sparse") return decodeSparse(data, n, KEPT[kept]);
+  if (form === "int8") return decodeInt8(data, n);
   const bits = readBits(data, DENSE[form]);
   if (bits.length !== n) throw new Error(`${bits.length} values, not ${n}`);
   return Float32Array.from(bits, DENSE[form].widen);

@@ -32,6 +32,8 @@ CODECS: dict[str, dict[str, object]] = {
     "float32": {},
     "float16": {"up": "float16", "down": "bfloat16"},
     "bfloat16": {"up": "bfloat16", "down": "float16"},
+    "int8": {"up": "int8", "down": "int8"},
+    "sparse int8": {"up": "sparse", "density": 0.3, "values": "int8"},
     "sparse gaps": {"up": "sparse", "density": 0.03, "values": "float16"},
     "sparse mask": {"up": "sparse", "density": 0.4, "values": "bfloat16"},
     "sparse whole": {"up": "sparse", "density": 1.0},

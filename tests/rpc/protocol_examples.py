@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 PROTOS = Path(__file__).resolve().parents[2] / "protos" / "fedpeft" / "v1"
 
 _LINE = re.compile(r"^// {5}(\S.*)$")
-_ENCODED = re.compile(r"([a-z0-9+]+): ([^=]+) = ([0-9a-f ]+)")
+_ENCODED = re.compile(r"([a-z0-9+]+): ([^=]+) = ([0-9a-fx ]+)")
 _REFUSED = re.compile(r"([a-z0-9+]+) of (\d+), refused: ([0-9a-f ]+) \((.+)\)")
 
 
@@ -61,7 +61,12 @@ def entry_lines() -> list[str]:
 def encodings() -> list[tuple[str, list[float], str]]:
     """Returns (encoding, values, hexadecimal digits) of every encoded example."""
     found = filter(None, map(_ENCODED.fullmatch, entry_lines()))
-    return [(m[1], numbers(m[2]), m[3].replace(" ", "")) for m in found]
+    return [(m[1], numbers(m[2]), digits(m[3])) for m in found]
+
+
+def digits(text: str) -> str:
+    """Returns hexadecimal digits without blanks, where `3 x 00` stands for 000000."""
+    return re.sub(r"(\d+) x ([0-9a-f]+)", lambda m: int(m[1]) * m[2], text).replace(" ", "")
 
 
 def refusals() -> list[tuple[str, int, str, str]]:

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.codecs import BLOCK_ELEMENTS, Codec, Values
+from fedpeft.codecs import BLOCK_ELEMENTS, Values
+from fedpeft.codecs.kept import KeptValues
 from fedpeft.errors import PayloadInvalid
 
 Bits = NDArray[np.unsignedinteger]
 """Values as the unsigned integers of their bit patterns, little-endian."""
 
 
-class Dense(Codec):
+class Dense(KeptValues):
     """One float format, given by how its bits convert from and to float32.
 
     Args:
@@ -65,16 +66,30 @@ class Dense(Codec):
             if bad.any():
                 raise PayloadInvalid(f"value {start + int(bad.argmax())} is not finite")
 
-    def zeros(self, bits: Bits) -> NDArray[np.bool_]:
-        """Returns where a value is zero of either sign."""
+    def keeps(self, values: Values) -> NDArray[np.bool_]:
+        """See `KeptValues.keeps`; zeros of either sign are dropped, and what the format rounds to them."""
+        return ~self._zeros(self.narrow(values))
+
+    def encode_kept(self, values: Values) -> bytes:
+        """See `KeptValues.encode_kept`."""
+        return self.encode(values)
+
+    def zeros(self, data: memoryview, n: int, start: int, stop: int) -> NDArray[np.bool_]:
+        """See `KeptValues.zeros`."""
+        return self._zeros(self.view(data)[start:stop])
+
+    def read(self, data: memoryview, n: int, start: int, stop: int) -> Values:
+        """See `KeptValues.read`."""
+        return self.widen(self.view(data)[start:stop])
+
+    def _zeros(self, bits: Bits) -> NDArray[np.bool_]:
         zeros: NDArray[np.bool_] = (bits & self._magnitude) == 0
         return zeros
 
     def blocks(self, data: memoryview, n: int, size: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, Values]]:
         """See `Codec.blocks`."""
-        bits = self.view(data)
         for start in range(0, n, size):
-            yield start, self.widen(bits[start : start + size])
+            yield start, self.read(data, n, start, min(start + size, n))
 
     def length_bounds(self, n: int) -> tuple[int, int]:
         """See `Codec.length_bounds`."""

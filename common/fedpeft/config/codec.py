@@ -14,13 +14,13 @@ class CodecConfig(Section):
     """`[codec]`: how tensors travel."""
 
     up: str = "float32"
-    """float32, float16, bfloat16, or sparse; or a codec that is installed beside fedpeft."""
+    """float32, float16, bfloat16, int8, or sparse; or a codec that is installed beside fedpeft."""
     down: str = "float32"
     """Encoding of adapter versions on their way to clients: as `up`, but for those that are sparse."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of values kept by sparse: the largest by magnitude over the whole update."""
     values: str = "float32"
-    """Encoding of the values that sparse keeps: float32, float16 or bfloat16."""
+    """Encoding of the values that sparse keeps: float32, float16, bfloat16 or int8."""
     error_feedback: bool = True
     """Adds what was not sent, or not counted, to the client's next update."""
 

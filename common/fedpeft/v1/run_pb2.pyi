@@ -685,7 +685,7 @@ class CodecConfig(_message.Message):
 
     The encoding that a manifest of an update names is `up`, but for `sparse`: there it is `sparse+` and `values`. With `up`
     "sparse" and `values` "float16" every entry says "sparse+float16". That of an adapter version is `down`; a client may rely
-    on its being dense and reads which one it is from the manifest.
+    on its not being sparse and reads which one it is from the manifest.
 
     An update is made of the change, trained minus received, in float32, of the tensors that are sent in the round, and of
     the residual, a tensor of the same shape for each, zero at first. Every operation below is on float32 and rounds to
@@ -732,13 +732,13 @@ class CodecConfig(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     ERROR_FEEDBACK_FIELD_NUMBER: _builtins.int
     up: _builtins.str
-    """Encoding of updates: `float32`, `float16`, `bfloat16` or `sparse`."""
+    """Encoding of updates: `float32`, `float16`, `bfloat16`, `int8` or `sparse`."""
     down: _builtins.str
-    """Encoding of adapter versions on their way to clients: a dense one."""
+    """Encoding of adapter versions on their way to clients: `float32`, `float16`, `bfloat16` or `int8`."""
     density: _builtins.float
     """Share of values kept by `sparse`, above 0 and at most 1."""
     values: _builtins.str
-    """Encoding of the values that `sparse` keeps: a dense one."""
+    """Encoding of the values that `sparse` keeps: `float32`, `float16`, `bfloat16` or `int8`."""
     error_feedback: _builtins.bool
     """Whether what was not sent, or not counted, is added to the client's next update."""
     def __init__(

@@ -119,7 +119,7 @@ class Section(_message.Message):
     the order of their ids, divided by this: in float64, rounded to float32.
     """
     encoding: _builtins.str
-    """Encoding of its tensors in updates and versions, whatever CodecConfig says: `float32`, `float16` or `bfloat16`."""
+    """Encoding of its tensors in updates and versions, whatever CodecConfig says: `float32`, `float16`, `bfloat16` or `int8`."""
     def __init__(
         self,
         *,
@@ -190,16 +190,27 @@ class TensorEntry(_message.Message):
         bfloat16: 1, -2.5, 0, 0.1 = 803f 20c0 0000 cd3d
         bfloat16: 257, 259, 3.4e38, -0.0 = 8043 8243 7f7f 0080
 
-    The sparse encodings, `sparse+float32`, `sparse+float16` and `sparse+bfloat16`, keep the values that are not zero. After
-    rounding to the dense encoding behind the plus sign, zeros of either sign are dropped, also those that only the rounding
-    made. Four parts follow one another:
+    `int8` has a scale for each 128 values in turn (the last block may have fewer), all the scales first, as float32, and then
+    a signed byte q, -127 to 127, for each value, which is q times the scale of its block. With p the largest magnitude of a
+    block, the scale is the smallest number of 17 significant bits that is at least p / 127; but at least 2^-126, also where
+    all values are zero, and at most 66052 * 2^105. q is value / scale rounded to nearest, ties to even, and brought into its
+    range. So the largest magnitude of q in a block is 127, but where the scale is 2^-126. All operations are in float64.
+
+        int8: 127, -1.5, 0.5, 2.5, 0 = 0000803f 7f fe 00 02 00
+        int8: 1, -0.25, 0.1 = 8002013c 7f e0 0d
+        int8: 128 x 0, -3e38, 3e-44 = 00008000 0079e37b 128 x 00 81 00
+
+    The sparse encodings, `sparse+float32`, `sparse+float16`, `sparse+bfloat16` and `sparse+int8`, keep the values that are not
+    zero. After rounding to the dense encoding behind the plus sign, zeros of either sign are dropped, also those that only the
+    rounding made; with `int8`, whose blocks are of kept values, only zeros of the tensor are dropped, and a kept value that
+    would round to q = 0 gets q = 1, or -1 if it is negative. Four parts follow one another:
 
         mode        1 byte: 00 gaps, 01 mask
         count       varint: how many values are kept, at most n; 0 is allowed
         positions   with gaps, `count` varints: for each kept value, how many were dropped since the one before it, or, for
         ...         the first, since the beginning. With a mask, (n + 7) div 8 bytes: value i is kept if bit i mod 8 of byte
         ...         i div 8 is set, bit 0 being the lowest. Bits beyond n are zero.
-        values      `count` values in the dense encoding, none of them zero
+        values      `count` values in the encoding behind the plus sign, none of them zero
 
     A varint is LEB128, as in protobuf: 7 bits a byte, the lowest first, the top bit set in all bytes but the last; with no
     more bytes than it needs, 5 at most. The mode is the one whose positions take fewer bytes, and gaps where both take as many.
@@ -211,6 +222,7 @@ class TensorEntry(_message.Message):
         sparse+float16: 1, 0, 1.5, 0, -2, 3 x 0, 0.25 = 01 04 1501 003c 003e 00c0 0034
         sparse+float16: 0, 1e-9, 13 x 0, 2 = 00 01 0f 0040
         sparse+bfloat16: 1, -1 = 01 02 03 803f 80bf
+        sparse+int8: 2 x 0, 127, 6 x 0, -0.1 = 00 02 02 06 0000803f 7f ff
 
     Bytes that are refused, and why:
 
@@ -225,6 +237,13 @@ class TensorEntry(_message.Message):
         sparse+float16 of 16, refused: 00 01 08 007e (not a number)
         sparse+float16 of 16, refused: 01 01 0001 0038 (a mask where gaps are shorter)
         sparse+float16 of 3, refused: 01 03 0f 003c 003c 003c (bits beyond the values)
+        int8 of 2, refused: 0000803f 7f (one value too few)
+        int8 of 2, refused: 0000803f 7e 01 (a largest q of 126)
+        int8 of 2, refused: 0000803f 7f 80 (a q of -128)
+        int8 of 2, refused: 0100803f 7f 00 (a scale of 24 bits)
+        int8 of 2, refused: 0000807f 7f 00 (a scale of infinity)
+        int8 of 2, refused: 000080bf 7f 00 (a scale below zero)
+        sparse+int8 of 16, refused: 00 02 00 00 0000803f 7f 00 (a kept zero)
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -240,7 +259,7 @@ class TensorEntry(_message.Message):
     dtype: _builtins.str
     """The element type after decoding, as in TensorSpec."""
     encoding: _builtins.str
-    """How the bytes were written: `float32`, `float16`, `bfloat16`, or `sparse+` and one of them. In an update it is the run's
+    """How the bytes were written: `float32`, `float16`, `bfloat16`, `int8`, or `sparse+` and one of them. In an update it is the run's
     for every tensor, as CodecConfig says; any other is refused, as MANIFEST_INVALID, before the first chunk.
     """
     offset: _builtins.int
