@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fedpeft.adapters import payload
 from fedpeft.adapters.sections import with_sections
 from fedpeft.adapters.spec import AdapterSpec, Section, TensorRole, TensorSpec
-from fedpeft.aggregation import UpdateFacts, strategy
+from fedpeft.aggregation import Cohort, Strategy, UpdateFacts, strategy
+from fedpeft.aggregation.fedexp import FedExp, FedExpOptions
 from fedpeft.codecs import BLOCK_ELEMENTS
 from fedpeft.config import parse_config
 from fedpeft.errors import ConfigInvalid
@@ -81,28 +82,44 @@ def test_a_round_of_zeros_stays_and_one_that_cancels_is_bounded() -> None:
     np.testing.assert_allclose(stepped(sent([one, other], [1, 1]), {}), 10.0 * (one + other) / 2, rtol=1e-6)
 
 
+class Measuring(FedExp):
+    """Keeps the norms that it was told."""
+
+    def of_round(self, cohort: Cohort) -> Strategy:
+        self.norms = cohort.norms()
+        return super().of_round(cohort)
+
+
 @pytest.mark.parametrize("encoding", ["float32", "sparse+float16"])
-def test_order_and_blocks_do_not_matter(encoding: str) -> None:
-    updates = sent(np.random.default_rng(3).standard_normal((4, 8)), [1, 2, 3, 4], encoding)
-    base = {spec.name: np.zeros(spec.shape, np.float32) for spec in SPECS}
-    whole = {each.spec.name: each.values.tobytes() for each in fold_tensors(updates, SPECS, RULE, base, {})}
-    for block in (1, 4):
-        pieces = fold_tensors(updates[::-1], SPECS, RULE, base, {}, block)
-        assert {each.spec.name: each.values.tobytes() for each in pieces} == whole
+def test_order_and_blocks_do_not_matter_to_the_last_bit_of_the_norms(encoding: str) -> None:
+    specs = [TensorSpec("a", (30, 30)), TensorSpec("b", (77,))]
+    base = {spec.name: np.zeros(spec.shape, np.float32) for spec in specs}
+    updates = []
+    for place in range(4):
+        draw = np.random.default_rng(place)
+        tensors = {spec.name: draw.standard_normal(spec.shape).astype(np.float32) for spec in specs}
+        manifest, data = payload.encode(tensors, specs, encoding)
+        updates.append(Contribution(f"c{place}", UpdateFacts(1 + place), manifest, memoryview(data)))
+    found = set()
+    for cohort, block in ((updates, BLOCK_ELEMENTS), (updates[::-1], 7), (updates[1:] + updates[:1], 64)):
+        rule = Measuring(FedExpOptions())
+        stepped = {each.spec.name: each.values.tobytes() for each in fold_tensors(cohort, specs, rule, base, {}, block)}
+        found.add((rule.norms, *stepped.values()))
+    assert len(found) == 1
 
 
 def test_tensors_of_other_sections_and_idle_ones_do_not_count() -> None:
     idle = TensorSpec("idle", (2,), (TensorRole.FROZEN,))
-    spec = with_sections(AdapterSpec.of("bias", [TensorSpec("a", (2,)), idle]), [Section("control", 2.0, "float32")])
+    spec = with_sections(AdapterSpec.of("bias", [TensorSpec("a", (4,)), idle]), [Section("control", 4.0, "float32")])
     updates = []
-    for place, change in enumerate(np.eye(2, dtype=np.float32)):
-        tensors = {"a": change, "control/a": np.full(2, 100.0, np.float32)}
+    for place, change in enumerate(np.eye(4, dtype=np.float32)):
+        tensors = {"a": change, "control/a": np.full(4, 100.0, np.float32)}
         manifest, data = payload.encode(tensors, spec.sent(1), "float32")
         updates.append(Contribution(f"c{place}", UpdateFacts(1), manifest, memoryview(data)))
     base = {t.name: np.ones(t.shape, np.float32) for t in spec.shared}
     found = fold(updates, spec.shared, strategy("fedexp", {"epsilon": 1e-12}), base, {}).adapter
-    np.testing.assert_allclose(found["a"], 1 + np.array([0.5, 0.5]), rtol=1e-6)  # eta = 2 / 2
-    assert found["idle"].tolist() == [1.0, 1.0] and found["control/a"].tolist() == [101.0, 101.0]
+    np.testing.assert_allclose(found["a"], 1 + 4 / 2 * np.full(4, 0.25), rtol=1e-6)
+    assert found["idle"].tolist() == [1.0, 1.0] and found["control/a"].tolist() == [101.0] * 4
 
 
 def test_memory_does_not_grow_with_clients() -> None:
