@@ -105,7 +105,8 @@ def test_an_interrupted_simulation_leaves_no_report_of_an_earlier_one(
 
     with pytest.raises(KeyboardInterrupt):
         fedpeft.simulate("emoji.toml", "sites", "out", committed=interrupted)
-    assert sorted(path.name for path in (here / "out").iterdir()) == ["adapter.safetensors", "records.jsonl"]
+    left = sorted(path.name for path in (here / "out").iterdir())
+    assert left == ["adapter.safetensors", "records.jsonl", "unfinished"]
     assert len((here / "out" / "records.jsonl").read_text().splitlines()) == 1
 
 

@@ -99,7 +99,8 @@ def test_a_worker_that_dies_ends_the_simulation_with_the_name_of_its_client(tmp_
     with pytest.raises(TrainingFailed, match=died):
         simulate(run, clients_of(whole, run)[0], tmp_path / "out", worked=kill)
     assert gone(started)
-    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()], "the scratch folder is removed"
+    left = [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert left == ["unfinished"], "the scratch folder is removed"
 
 
 def test_data_that_a_worker_cannot_use_ends_the_simulation_with_the_name_of_its_client(tmp_path, whole, started):

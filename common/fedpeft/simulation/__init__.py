@@ -7,6 +7,6 @@
 from __future__ import annotations
 
 from fedpeft.simulation.clients import clients_of, reading_of
-from fedpeft.simulation.run import check_clients, simulate
+from fedpeft.simulation.run import check_clients, is_resumable, simulate
 
-__all__ = ["check_clients", "clients_of", "reading_of", "simulate"]
+__all__ = ["check_clients", "clients_of", "is_resumable", "reading_of", "simulate"]

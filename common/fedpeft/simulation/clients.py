@@ -203,22 +203,47 @@ class ClientData:
 
 
 _IF_EXCLUDED = "if-excluded"
+_ENDING = ".safetensors"
 
 
 class ClientMemory:
     """State of every client from round to round: a folder for each, with a file for each group of tensors.
 
+    What a round changes lies apart (`pending-NUMBER`) until the round counts, then it is moved in place (`settle`). An
+    empty file there stands for a group that is gone. A process that was killed meanwhile leaves files that the next one
+    moves, or removes if their round does not count.
+
     Args:
-        folder: An empty folder.
+        folder: The folder; what a simulation left there that is resumed.
+        settled: Number of the last round that counts.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, settled: int = 0) -> None:
+        self._kept = folder / "kept"
+        self._place = folder
+        self._pending = folder / f"pending-{settled}"
+        self.settle(settled)
+        shutil.rmtree(self._pending, ignore_errors=True)
+
+    def settle(self, number: int) -> None:
+        """Makes what round `number` changed the state of its clients; further changes are of the round after it."""
+        for file in sorted(self._pending.glob(f"*/*{_ENDING}")):
+            kept = self._kept / file.parent.name / file.name
+            if file.stat().st_size:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(kept)
+            else:
+                kept.unlink(missing_ok=True)
+                file.unlink()
+        shutil.rmtree(self._pending, ignore_errors=True)
+        self._pending = self._place / f"pending-{number + 1}"
 
     def state(self, client: str) -> dict[str, Arrays]:
         """Returns what a client keeps, float32 by group and tensor."""
-        files = sorted((self._folder / client).glob("*.safetensors"))
-        return {file.stem: safetensors.numpy.load_file(file) for file in files}
+        places = (self._kept / client, self._pending / client)
+        files = {file.stem: file for place in places for file in place.glob(f"*{_ENDING}")}
+        there = (group for group in sorted(files) if files[group].stat().st_size)
+        return {group: safetensors.numpy.load_file(files[group]) for group in there}
 
     def keep(self, client: str, state: Groups, if_excluded: Groups | None = None) -> None:
         """Replaces the groups that `state` has; an empty one is removed.
@@ -228,12 +253,9 @@ class ClientMemory:
             state: State that it keeps now, by group.
             if_excluded: State that it keeps instead if its update is excluded: held until `confirm` or `take_back`.
         """
-        folder = self._folder / client
+        folder = self._pending / client
         for group, arrays in state.items():
-            if arrays:
-                _write(folder, group, arrays)
-            else:
-                _file(folder, group).unlink(missing_ok=True)
+            _write(folder, group, arrays)
         for group, arrays in (if_excluded or {}).items():
             now = state.get(group)
             if arrays is not now and (arrays or now):
@@ -241,24 +263,24 @@ class ClientMemory:
 
     def confirm(self, client: str) -> None:
         """Settles that a client's last update was folded."""
-        shutil.rmtree(self._folder / client / _IF_EXCLUDED, ignore_errors=True)
+        shutil.rmtree(self._pending / client / _IF_EXCLUDED, ignore_errors=True)
 
     def take_back(self, client: str) -> None:
         """Settles that a client's last update was excluded: what was held for that takes effect."""
-        for file in (self._folder / client / _IF_EXCLUDED).glob("*.safetensors"):
-            file.replace(self._folder / client / file.name)
+        for file in (self._pending / client / _IF_EXCLUDED).glob(f"*{_ENDING}"):
+            file.replace(self._pending / client / file.name)
 
     def forget_residual(self, client: str) -> None:
         """Drops the residual, as an agent does whose update was refused as wrong."""
         self.keep(client, {RESIDUAL: {}})
 
 
-def _file(folder: Path, group: str) -> Path:
-    return folder / f"{group}.safetensors"
-
-
 def _write(folder: Path, group: str, arrays: Tensors) -> None:
+    """Writes a group; an empty file if it has no tensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = _file(folder, group)
+    file = folder / f"{group}{_ENDING}"
+    if not arrays:
+        file.write_bytes(b"")
+        return
     with as_os_errors(file):
         safetensors.numpy.save_file(dict(arrays), file)

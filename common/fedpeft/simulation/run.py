@@ -5,7 +5,9 @@ Everything that passes lies in a scratch folder, which is removed at the end.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from fedpeft.errors import ConfigInvalid, DataInvalid, StateInvalid
 from fedpeft.process import durable, locks
 from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.commit import RunHeader
+from fedpeft.rounds.state_machine import policies
 from fedpeft.rpc import wire
 from fedpeft.simulation.clients import ClientMemory, Clients, reading_of
 from fedpeft.simulation.engines import engine_named
 from fedpeft.simulation.leakage import leakage
 from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
+from fedpeft.simulation.progress_log import UNFINISHED, ProgressLog
 from fedpeft.simulation.report import Json
 from fedpeft.simulation.simulated_run import SimulatedRun
 from fedpeft.simulation.versions import Versions
@@ -54,7 +58,9 @@ def simulate(
 
     Leaves in `out`: the newest adapter version in adapter.safetensors and the records so far in records.jsonl, both
     after every round, and report.json at the end. Earlier ones there are replaced. `out` is held meanwhile: another
-    simulation there is refused before it changes anything.
+    simulation there is refused before it changes anything. One that was killed or interrupted goes on after the last
+    round that it committed, to the same bits, if run file, data, weights, device and threads are the same; buffered
+    rounds begin anew.
 
     Args:
         config: The run file; its `[simulation]` has done its work by now, see `fedpeft.simulation.clients.clients_of`.
@@ -96,16 +102,55 @@ def simulate(
             shared = leakage(clients, evaluate, config, reading)
             header = RunHeader(run, config, trainer.run.spec, trainer.run.fingerprint)
             check_combination(config, header.spec)
-            (out / REPORT).unlink(missing_ok=True)  # an earlier simulation's would stand beside what this one leaves
-            memory, versions = ClientMemory(scratch / "memory"), Versions(header, out, scratch)
+            if (out / REPORT).exists():  # an earlier simulation's would stand beside what this one leaves
+                shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+                (out / REPORT).unlink()
+            progress = ProgressLog(out / UNFINISHED, _identity(header, trainer.inputs))
+            memory = ClientMemory(progress.folder / "memory", len(progress.rounds))
+            versions = Versions(header, out, scratch, progress.folder)
             with engine(trainer, settings.workers) as started:
-                report = SimulatedRun(header, started, memory, versions).run(committed, worked)
+                kept = progress if is_resumable(config) else None
+                report = SimulatedRun(header, started, memory, versions, kept).run(committed, worked)
             report["partition"] = None if partition is None else dict(partition)
             report["overlap"] = None if shared is None else shared.as_dict()
             durable.write_text(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            progress.clear()
     except OSError as error:
         raise StateInvalid(f"cannot use {error.filename or out}: {error.strerror or error}") from None
     return report
+
+
+def is_resumable(config: RunConfig) -> bool:
+    """Returns True if a simulation that is killed can go on: all but rounds on a clock, whose clients are at work."""
+    return not policies.get(config.rounds.policy_name).has_clock
+
+
+def _identity(header: RunHeader, inputs: Inputs) -> dict[str, Any]:
+    """Returns all that decides the bits of a simulation."""
+    import torch
+
+    return {
+        "run": header.run,
+        "config": wire.config_to_proto(header.config).SerializeToString(deterministic=True).hex(),
+        "backbone": header.fingerprint,
+        "clients": _clients_digest(inputs.clients),
+        "evaluation": [str(inputs.evaluation), inputs.held_out],
+        "reading": str(inputs.reading),
+        "label_map": str(inputs.label_map),
+        "device": inputs.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _clients_digest(clients: Clients) -> str:
+    """Returns a digest of the clients' names, and of where their data lie or which labels they have."""
+    digest = hashlib.sha256()
+    for name, data in sorted(clients.items()):
+        digest.update(f"{name}\0{data if isinstance(data, Path) else len(data)}\0".encode())
+        if not isinstance(data, Path):
+            digest.update(data.labels.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def check_clients(config: RunConfig, clients: Clients) -> None:

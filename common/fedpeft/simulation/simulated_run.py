@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 
 import structlog
 from google.protobuf import json_format
@@ -33,6 +34,7 @@ from fedpeft.rpc import wire
 from fedpeft.simulation.at_work import ClientsAtWork
 from fedpeft.simulation.clients import ClientMemory
 from fedpeft.simulation.engines import Engine
+from fedpeft.simulation.progress_log import ProgressLog
 from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
 from fedpeft.simulation.versions import Versions
 from fedpeft.training.run_spec import version_0
@@ -48,9 +50,17 @@ class SimulatedRun:
         engine: Computes what clients do.
         memory: State that clients keep from round to round.
         versions: The server half.
+        progress: Progress on disk; None for a simulation that cannot go on where it was.
     """
 
-    def __init__(self, header: RunHeader, engine: Engine, memory: ClientMemory, versions: Versions) -> None:
+    def __init__(
+        self,
+        header: RunHeader,
+        engine: Engine,
+        memory: ClientMemory,
+        versions: Versions,
+        progress: ProgressLog | None = None,
+    ) -> None:
         self._config = header.config
         self._header = header
         self._everybody = frozenset(engine.trainer.inputs.clients)
@@ -58,21 +68,20 @@ class SimulatedRun:
         self._at_work = ClientsAtWork(header.config, engine, memory)
         self._memory = memory
         self._versions = versions
+        self._progress = progress
+        self._seconds_before = 0.0
         self._holds: dict[str, tuple[int, bytes]] = {}
         self._facts: dict[str, str] = {}
         self._excluded: set[str] = set()
         self._conducts: dict[str, conduct.Conduct] = {}
         self._clock: list[float] = []
-        self._began = time.time()
+        self._began = self._resumed_at = time.time()
 
     def run(self, committed: Callable[[Json], None] | None, worked: Callable[[int, int, int], None] | None) -> Json:
         """Holds all rounds; returns the report."""
         self._worked = worked
-        self._versions.begin(version_0(self._trainer.run.spec, self._trainer.run.model))
-        self._version = self._versions.publish(0)
-        initial = self._trainer.evaluate(self._version)
-        done: list[Json] = []
-        current = Round(self._header.run, 1)
+        initial, done = self._begin()
+        current = Round(self._header.run, len(done) + 1)
         while current.number <= self._config.rounds.count:
             book, reason = self._folded(current)
             if reason:
@@ -84,11 +93,63 @@ class SimulatedRun:
             self._version = self._versions.publish(current.number)
             book.metrics = {**book.metrics, **self._trainer.evaluate(self._version)}
             done.append(round_json(book, self._trainer.run.model.backbone.parameters))
+            self._keep_progress(book.round, done[-1])
             if committed is not None:
                 committed(done[-1])
             current = book.round.following(self._config.rounds)
             self._versions.keep_published({current.base_version, *(t.base_version for t in current.tickets)})
         return self._report(initial, done, None, "")
+
+    def _begin(self) -> tuple[dict[str, float], list[Json]]:
+        """Begins the run, or goes on where it was; returns the figures of version 0, and the rounds that are done."""
+        progress = self._progress
+        if progress is not None and progress.begun is not None:
+            return self._resume(progress, progress.begun)
+        self._versions.begin(version_0(self._trainer.run.spec, self._trainer.run.model))
+        first = self._versions.first
+        self._version = self._versions.publish(0)
+        initial = self._trainer.evaluate(self._version)
+        if progress is not None:
+            progress.begin({"began": self._began, "initial": initial, "first": first})
+        return initial, []
+
+    def _resume(self, progress: ProgressLog, begun: Json) -> tuple[dict[str, float], list[Json]]:
+        self._versions.resume([line["versions"] for line in progress.rounds], begun["first"])
+        for line in progress.rounds:
+            self._holds.update(
+                {client: (number, bytes.fromhex(sha)) for client, (number, sha) in line["holds"].items()}
+            )
+            self._conducts.update({client: conduct.Conduct(*each) for client, each in line["conducts"].items()})
+            self._excluded, self._facts = set(line["excluded"]), line["facts"]
+            self._clock.append(self._at_work.now)
+            self._seconds_before = line["seconds"]
+        self._resumed_at, self._began = time.time(), begun["began"]
+        self._version = self._versions.publish(len(progress.rounds))
+        return begun["initial"], [line["row"] for line in progress.rounds]
+
+    def _keep_progress(self, done: Round, row: Json) -> None:
+        """Makes a committed round count, whatever happens to this process from now on."""
+        clients = [ticket.client for ticket in done.tickets]
+        if self._progress is not None:
+            holds = {client: self._holds[client] for client in clients if client in self._holds}
+            conducts = {client: self._conducts[client] for client in clients if client in self._conducts}
+            self._progress.committed(
+                {
+                    "row": row,
+                    "versions": self._versions.progress(),
+                    "holds": {client: [number, sha.hex()] for client, (number, sha) in holds.items()},
+                    "conducts": {client: astuple(each) for client, each in conducts.items()},
+                    "excluded": sorted(self._excluded),
+                    "facts": self._facts,
+                    "seconds": self._seconds(),
+                }
+            )
+        self._memory.settle(done.number)
+        self._versions.settle()
+
+    def _seconds(self) -> float:
+        """Returns the time that the run took, without that in which no process held it."""
+        return round(self._seconds_before + time.time() - self._resumed_at, 3)
 
     def _settle(self, done: Round) -> None:
         """Notes how clients used their tickets of a committed round; those who did not deliver are sampled last."""
@@ -236,6 +297,6 @@ class SimulatedRun:
             "in_progress": progress_json(paused) if paused else None,
             "facts": self._facts,
             "squared_distances": self._versions.squared_distances(run.model),
-            "seconds": round(time.time() - self._began, 3),
+            "seconds": self._seconds(),
             **({"clock": self._clock} if self._at_work.has_clock else {}),
         }

@@ -1,9 +1,15 @@
-"""The server half of a simulation: adapter versions, folded one from the other, and the chain of their records."""
+"""The server half of a simulation: adapter versions, folded one from the other, and the chain of their records.
+
+The newest version and the state of the server lie under their number, beside those of the version before until the
+round counts (`progress`, `settle`), so a process that is killed at any instant leaves what the last round that counts
+needs (`resume`).
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
@@ -16,7 +22,7 @@ from fedpeft.rounds.commit import RunHeader, Stored, Update, fold_round, write_f
 from fedpeft.rounds.local_job import Version
 from fedpeft.rounds.screening import Extent, comparable
 from fedpeft.simulation.distances import squared_distances
-from fedpeft.simulation.report import RoundBook
+from fedpeft.simulation.report import Json, RoundBook
 
 ADAPTER, RECORDS = "adapter.safetensors", "records.jsonl"
 
@@ -27,13 +33,15 @@ class Versions:
     Args:
         header: The run.
         out: Folder of adapter.safetensors and records.jsonl; those there are replaced.
-        scratch: Folder for what passes: payloads of a round by ticket, and the server's state.
+        scratch: Folder for what passes: payloads of a round by ticket.
+        kept: Folder for what outlives a process that is killed: version 0, the newest, and the server's state.
     """
 
-    def __init__(self, header: RunHeader, out: Path, scratch: Path) -> None:
+    def __init__(self, header: RunHeader, out: Path, scratch: Path, kept: Path) -> None:
         self._header = header
         self._adapter, self._log = out / ADAPTER, out / RECORDS
-        self._scratch, self._state, self._first = scratch, scratch / "kept-state", scratch / "first"
+        self._scratch, self._kept = scratch, kept
+        self._number = 0
         self._newest = Written("", 0)
         self._published: dict[int, Version] = {}
         self._state_sha256 = ""
@@ -43,15 +51,73 @@ class Versions:
     def begin(self, tensors: Tensors) -> None:
         """Writes version 0."""
         self._log.write_bytes(b"")
-        path = self._scratch / "adapter"
-        self._newest = write_first(self._header, tensors, path)
-        shutil.copyfile(path, self._first)
+        self._newest = write_first(self._header, tensors, self._version(0))
+        self._show()
+
+    def progress(self) -> Json:
+        """Returns what `resume` needs of the round that was folded last."""
+        extent = self._extents[self._number]
+        return {
+            "adapter": [self._newest.sha256, self._newest.size_bytes],
+            "state": self._state_sha256,
+            "record": self._record_sha256,
+            "extent": [extent.norm, extent.steps],
+            "records_bytes": self._log.stat().st_size,
+        }
+
+    def settle(self) -> None:
+        """Removes what the version before the newest needed: the newest counts."""
+        before = self._number - 1
+        if before > 0:
+            self._version(before).unlink(missing_ok=True)
+        self._state(before).unlink(missing_ok=True)
+
+    def resume(self, progress: Sequence[Json], first: Json) -> None:
+        """Goes on after the rounds that count.
+
+        Args:
+            progress: Values of `progress` after each of them.
+            first: The digest and size of version 0, as `progress` has those of the newest.
+
+        Raises:
+            BlobCorrupt: If a file is not what it was.
+        """
+        self._number = len(progress)
+        newest = progress[-1] if progress else {**first, "state": "", "record": "", "records_bytes": 0}
+        self._newest = Written(*newest["adapter"])
+        self._state_sha256, self._record_sha256 = newest["state"], newest["record"]
+        self._extents = {number: Extent(*each["extent"]) for number, each in enumerate(progress, 1)}
+        with self._log.open("r+b") as stream:
+            stream.truncate(newest["records_bytes"])
+        with adapter_file.open_adapter(self._version(self._number), self._newest.sha256):
+            self._show()
+        self.settle()
+
+    @property
+    def first(self) -> Json:
+        """The digest and size of version 0, right after `begin`."""
+        return {"adapter": [self._newest.sha256, self._newest.size_bytes]}
+
+    def _version(self, number: int) -> Path:
+        return self._kept / f"adapter-{number}"
+
+    def _state(self, number: int) -> Path:
+        return self._kept / f"state-{number}"
+
+    def _show(self) -> None:
+        """Makes the newest version the file that people find."""
+        path, version = self._scratch / "shown", self._version(self._number)
+        try:
+            os.link(version, path)
+        except OSError:  # the file system has no links
+            shutil.copyfile(version, path)
         os.replace(path, self._adapter)
+        path.unlink(missing_ok=True)  # it is still there if both names were the same file's
 
     def squared_distances(self, model: TunedModel) -> dict[str, float]:
         """Returns how far the newest version is from version 0, see `fedpeft.simulation.distances`."""
         with (
-            adapter_file.open_adapter(self._first) as first,
+            adapter_file.open_adapter(self._version(0)) as first,
             adapter_file.open_adapter(self._adapter, self._newest.sha256) as last,
         ):
             return squared_distances(model, first, last)
@@ -91,14 +157,16 @@ class Versions:
             )
             for t, a in book.counted
         ]
-        state = Stored(self._state, self._state_sha256) if self._state_sha256 else None
+        state = Stored(self._state(self._number), self._state_sha256) if self._state_sha256 else None
         base = Stored(self._adapter, self._newest.sha256)
         number = book.round.number
         past = [self._extents[earlier] for earlier in comparable(self._header.spec, number)]
         outcome = fold_round(self._header, number, updates, base, state, self._record_sha256, self._scratch, past=past)
         self._extents[number] = outcome.extent
-        os.replace(self._scratch / "state", self._state)
-        os.replace(self._scratch / "adapter", self._adapter)
+        os.replace(self._scratch / "state", self._state(number))
+        os.replace(self._scratch / "adapter", self._version(number))
+        self._number = number
+        self._show()
         with self._log.open("ab", buffering=0) as stream:  # in one piece: who is killed leaves no half of a line
             stream.write(f"{outcome.record}\n".encode("ascii"))
         self._newest, self._state_sha256 = outcome.adapter, outcome.state_sha256

@@ -109,14 +109,15 @@ def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_
     )
     assert process.returncode == 130
     assert re.search(
-        r"^fedpeft: interrupted: .*/out holds the results of [\d,]+ rounds?; running the command again starts at "
-        r"round 1$",
+        r"^fedpeft: interrupted after \d+ of 100,000 rounds, whose results are in .*/out; running the command again "
+        r"goes on from there$",
         err,
         re.M,
     )
     assert "Traceback" not in err
     assert not any(folder.exists() for folder in workers)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.safetensors", "records.jsonl"}
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"adapter.safetensors", "records.jsonl", "unfinished"}
 
 
 def test_the_command_ends_with_5_where_the_run_is_paused(tmp_path, capfd, monkeypatch):

@@ -85,7 +85,7 @@ def simulate(
     _set_up(threads)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
     clients, partition = simulation.clients_of(data, config, reading)
-    progress = _Progress(config.rounds.count, quiet=as_json)
+    progress = _Progress(config.rounds.count, resumable=simulation.is_resumable(config), quiet=as_json)
     with faults_in(file), _interruptible(out, progress):
         report = simulation.simulate(
             config,
@@ -110,8 +110,8 @@ def _interruptible(out: Path, progress: _Progress) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         output.note(
-            f"fedpeft: interrupted: {out} holds the results of {progress.rounds}; running the command again starts at "
-            "round 1"
+            f"fedpeft: interrupted after {progress.rounds}, whose results are in {out}; running the command again "
+            f"{'goes on from there' if progress.resumable else 'starts at round 1'}"
         )
         raise typer.Exit(Exit.INTERRUPTED) from None
 
@@ -141,20 +141,21 @@ def _set_up(threads: int | None) -> None:
 class _Progress:
     """Says every round that is committed, and how far a long one is."""
 
-    def __init__(self, count: int, *, quiet: bool) -> None:
+    def __init__(self, count: int, *, resumable: bool, quiet: bool) -> None:
         self._count = count
+        self.resumable = resumable
         self._quiet = quiet
-        self._done = 0
+        self._last = 0
         self._said = time.monotonic()
 
     @property
     def rounds(self) -> str:
         """Number of committed rounds, in words."""
-        return formatting.counted(self._done, "round")
+        return f"{self._last} of {formatting.counted(self._count, 'round')}"
 
     def committed(self, row: views.Json) -> None:
         """Takes a committed round, as the report has it."""
-        self._done += 1
+        self._last = int(row["version"])
         self._note(_line(row, self._count))
 
     def worked(self, number: int, had: int, sampled: int) -> None:

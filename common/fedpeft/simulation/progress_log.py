@@ -1,0 +1,85 @@
+"""Progress of a simulation on disk, from which one that was killed goes on.
+
+    OUT/unfinished/progress.jsonl   a line with the simulation's identity, then a line for each committed round
+    OUT/unfinished/...              what the next round needs: see `Versions` and `ClientMemory`
+
+A line is what a round changed, so resuming is a fold over the lines, and a round costs the same however many there
+were. A round counts once its line is whole: what a killed process left of the next round is begun again, to the same
+bits. The folder is removed when the simulation ends.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from fedpeft.simulation.report import Json
+
+UNFINISHED = "unfinished"
+PROGRESS = "progress.jsonl"
+FORMAT = 1
+"""Raised when a line means something else than before."""
+
+log = structlog.get_logger(__name__)
+
+
+class ProgressLog:
+    """The progress of one simulation.
+
+    Args:
+        folder: The folder `unfinished`; made here. What another simulation left in it is removed.
+        identity: All that decides the bits of the simulation, as JSON has it.
+
+    Attributes:
+        folder: That.
+        begun: The line of the begin, without the identity; None if the simulation begins now.
+        rounds: The lines of the rounds that are committed.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.begun: Json | None = None
+        self.rounds: list[Json] = []
+        self._file = folder / PROGRESS
+        self._identity = json.loads(json.dumps({"format": FORMAT, **identity}))
+        lines = _whole_lines(self._file)
+        if lines and lines[0].pop("identity", None) == self._identity:
+            self.begun, *self.rounds = lines
+            log.info("simulation goes on where it was", after_round=len(self.rounds))
+        else:
+            self.clear()
+            folder.mkdir()
+
+    def begin(self, line: Json) -> None:
+        """Writes the first line."""
+        self._append({"identity": self._identity, **line})
+
+    def committed(self, line: Json) -> None:
+        """Writes the line of a round: with it the round counts."""
+        self._append(line)
+
+    def clear(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _append(self, line: Json) -> None:
+        with self._file.open("ab", buffering=0) as stream:  # in one piece: what is torn has no end of a line
+            stream.write(f"{json.dumps(line)}\n".encode())
+
+
+def _whole_lines(file: Path) -> list[Json]:
+    """Returns the lines that were written to their end, and cuts off what was not."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with file.open("r+b") as stream:
+            stream.truncate(len(whole))
+    return [json.loads(line) for line in whole.splitlines()]

@@ -1,0 +1,141 @@
+"""A simulation that is killed at any instant goes on to the same bits, as the next one in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from fedpeft.simulation import simulate
+from fedpeft.simulation.progress_log import ProgressLog
+
+from .simulated_runs import clients, config, same, tensors, without_clock
+
+SETTINGS = {
+    "rounds": {"count": 4, "clients": 2, "seed": 3, "over_selection": 0.5},
+    "aggregation": {"strategy": "fedavgm"},
+    "codec": {"up": "sparse", "density": 0.2},
+}
+"""State of every kind: of the server, of clients whose updates count, and of those that come too late."""
+
+
+class Crash(BaseException):
+    """The end of a process at some instant; nothing catches it."""
+
+
+class Crashes:
+    """Ends the process before the n-th operation that changes a file."""
+
+    def __init__(self, monkeypatch):
+        self.left = 10**9
+        for owner, name in ((os, "replace"), (os, "link"), (Path, "replace"), (Path, "unlink")):
+            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
+        real = ProgressLog._append
+
+        def append(log, line):
+            if self._is_over():
+                with log._file.open("ab") as stream:
+                    stream.write(json.dumps(line).encode()[:50])  # torn
+                raise Crash
+            real(log, line)
+            if self._is_over():
+                raise Crash
+
+        monkeypatch.setattr(ProgressLog, "_append", append)
+
+    def _is_over(self):
+        self.left -= 1
+        return self.left < 0
+
+    def _counted(self, real):
+        def call(*arguments, **options):
+            if self._is_over():
+                raise Crash
+            return real(*arguments, **options)
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, folders):
+    out = tmp_path_factory.mktemp("undisturbed")
+    report = simulate(config("head", **SETTINGS), clients(folders), out, folders / "client-0")
+    return out, report
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])
+def test_crashes_between_any_two_changes_of_files_change_no_bit(tmp_path, folders, undisturbed, monkeypatch, step):
+    first, expected = undisturbed
+    crashes, restarts, after = Crashes(monkeypatch), 0, step
+    while True:
+        crashes.left = after
+        try:
+            report = simulate(config("head", **SETTINGS), clients(folders), tmp_path, folders / "client-0")
+            break
+        except Crash:
+            crashes.left = 10**9
+            restarts, after = restarts + 1, after + step
+    assert restarts >= 4, "it was not disturbed"
+    assert (tmp_path / "records.jsonl").read_bytes() == (first / "records.jsonl").read_bytes()
+    assert same(tensors(tmp_path)[1], tensors(first)[1])
+    assert without_clock(report) == without_clock(expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors", "records.jsonl", "report.json"]
+
+
+def test_a_process_that_is_killed_goes_on_after_its_last_round(tmp_path, folders, undisturbed):
+    first, expected = undisturbed
+    done: list[int] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside torch's threads
+        child = os.fork()
+    if child == 0:
+
+        def stall(row):
+            if row["version"] == 2:
+                time.sleep(600)
+
+        simulate(config("head", **SETTINGS), clients(folders), tmp_path, folders / "client-0", committed=stall)
+        os._exit(1)
+    until = time.monotonic() + 60
+    log = tmp_path / "unfinished" / "progress.jsonl"
+    while not (log.exists() and log.read_bytes().count(b"\n") == 3):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    report = simulate(
+        config("head", **SETTINGS),
+        clients(folders),
+        tmp_path,
+        folders / "client-0",
+        committed=lambda row: done.append(row["version"]),
+    )
+    assert done == [3, 4], "the first two rounds were not repeated"
+    assert without_clock(report) == without_clock(expected)
+    assert same(tensors(tmp_path)[1], tensors(first)[1])
+
+
+@pytest.mark.parametrize("change", ["seed", "clients", "done"])
+def test_another_simulation_in_the_folder_begins_anew(tmp_path, folders, change):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    settings = config("head", rounds={"count": 2, "clients": 2, "seed": 3})
+    with pytest.raises(KeyboardInterrupt):
+        simulate(settings, clients(folders), tmp_path, committed=stop)
+    assert (tmp_path / "unfinished").is_dir()
+    chosen, done = clients(folders), []
+    if change == "seed":
+        settings = config("head", rounds={"count": 2, "clients": 2, "seed": 4})
+    elif change == "clients":
+        del chosen["client-0"]
+    else:
+        simulate(settings, chosen, tmp_path)
+    simulate(settings, chosen, tmp_path, committed=lambda row: done.append(row["version"]))
+    assert done == [1, 2]
+    assert not (tmp_path / "unfinished").exists()
