@@ -64,3 +64,25 @@ def test_a_clipped_gradient_is_the_loss_s_and_the_algorithm_s_part_comes_on_top(
         x, c, own = y.mean(0), c + (after - own).sum(0) / 2, after
     said = {"algorithm": {"name": "scaffold", "population": 2}, "clip_gradient_norm": 1.0}
     assert 0 < clipped < 24 and np.allclose(final(tmp_path, training=said), x, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("quadratic")
+def test_a_round_says_by_which_rate_fedexp_stepped(tmp_path) -> None:
+    """It is above one where the clients pull apart."""
+    training = {"learning_rate": 0.2, "steps": 3}
+    config = run_file(
+        training=training, rounds={"count": 3, "clients": 2}, aggregation={"strategy": "fedexp", "epsilon": 1e-9}
+    )
+    report = simulate(config, SITES, tmp_path, device="cpu")
+    x, rates = np.array([1.0, -2.0]), []
+    for _ in range(3):
+        y = np.tile(x, (2, 1))
+        for _ in range(3):
+            y -= 0.2 * CURVATURES * (y - TARGETS)
+        changes = y - x
+        mean = changes.mean(0)
+        rates.append(max(1.0, np.square(changes).sum() / 2 / (2 * (mean @ mean + 1e-9))))
+        x = x + rates[-1] * mean
+    assert max(rates) > 1.01
+    assert [each["metrics"]["server_learning_rate"] for each in report["rounds"]] == pytest.approx(rates, rel=1e-4)
+    assert np.allclose(load_file(tmp_path / "adapter.safetensors")["w"], x, rtol=1e-4)

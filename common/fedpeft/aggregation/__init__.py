@@ -140,6 +140,10 @@ class Strategy(ABC):
         """
         return self
 
+    def figures(self) -> dict[str, float]:
+        """Returns finite figures of the round that this strategy steps; they stand among the metrics of the round."""
+        return {}
+
     @abstractmethod
     def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:
         """Returns the next values and state of one block of a tensor; must not change its arguments.

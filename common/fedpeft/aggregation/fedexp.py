@@ -16,7 +16,6 @@ from typing import Annotated
 from pydantic import Field
 
 from fedpeft.aggregation import Cohort, Doubles, Options, Strategy, strategies
-from fedpeft.aggregation.fedavg import FedAvg, FedAvgOptions
 
 
 class FedExpOptions(Options):
@@ -36,13 +35,19 @@ class FedExp(Strategy):
     Options = FedExpOptions
     options: FedExpOptions
     needs_one_version = True
+    _eta = 1.0
 
     def of_round(self, cohort: Cohort) -> Strategy:
-        """See `Strategy.of_round`; FedAvg by eta."""
-        norms = cohort.norms()
+        """See `Strategy.of_round`; it knows eta."""
+        norms, rule = cohort.norms(), FedExp(self.options)
         eta = norms.changes / (2 * (norms.delta + self.options.epsilon))
-        return FedAvg(FedAvgOptions(server_learning_rate=min(max(1.0, eta), self.options.largest_step)))
+        rule._eta = min(max(1.0, eta), self.options.largest_step)
+        return rule
+
+    def figures(self) -> dict[str, float]:
+        """See `Strategy.figures`."""
+        return {"server_learning_rate": self._eta}
 
     def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:
-        """See `Strategy.step`; by eta = 1, that of a round of which nothing is known."""
-        return x + delta, {}
+        """See `Strategy.step`."""
+        return x + self._eta * delta, {}

@@ -99,7 +99,7 @@ class Outcome:
         weights: Share in the mean, by ticket; they sum to 1.
         record: Canonical JSON of the round's record.
         record_sha256: Its digest.
-        metrics: `train_examples`, and `train_loss` in nats, a mean by examples.
+        metrics: `train_examples`, `train_loss` in nats, a mean by examples, and the strategy's figures.
         excluded: By ticket, why an update was not folded, as its ticket says it.
         extent: Medians of what was folded; see `fedpeft.rounds.screening`.
         events: Events of the folded updates.
@@ -177,10 +177,13 @@ def fold_round(
     updates = sorted(updates, key=lambda update: update.client)
     rule = strategy(header.config.aggregation.strategy, header.config.aggregation.options)
     verdict = _screen(header, number, updates, past) if screened else _Verdict(None, {}, {})
+    figures: dict[str, float] = {}
     adapter, state_sha256, kept = _fold(
         updates,
         verdict,
-        lambda some: _write(header, number, some, base, state, rule, folder, create, clips=not screened),
+        lambda some: _write(
+            header, number, some, base, state, rule, folder, create, clips=not screened, measured=figures.update
+        ),
         lambda update: _facts(header, update),
     )
     weights = {u.ticket: rule.weigh(_facts(header, u)) for u in kept}
@@ -189,10 +192,7 @@ def fold_round(
         run=header.run,
         round=number,
         base_sha256=base.sha256,
-        contributions=tuple(
-            Contributed(u.client, u.ticket, u.examples, weights[u.ticket], u.manifest.sha256.hex(), u.staleness)
-            for u in kept
-        ),
+        contributions=tuple(_contributed(u, weights[u.ticket]) for u in kept),
         strategy=header.config.aggregation.strategy,
         options=rule.options.model_dump(mode="json"),
         adapter_sha256=adapter.sha256,
@@ -206,7 +206,8 @@ def fold_round(
     total = sum(weights.values())
     shares = {ticket: weight / total for ticket, weight in weights.items()}
     extent = median(extents(header, kept)) if screened else Extent(0.0, 0.0)
-    return Outcome(adapter, state_sha256, shares, record, digest(record), _figures(kept), verdict.words, extent, events)
+    figures |= _figures(kept)
+    return Outcome(adapter, state_sha256, shares, record, digest(record), figures, verdict.words, extent, events)
 
 
 def extents(header: RunHeader, updates: Iterable[Update]) -> list[Extent]:
@@ -329,6 +330,11 @@ def roll_back(
     )
 
 
+def _contributed(update: Update, weight: float) -> Contributed:
+    sha256 = update.manifest.sha256.hex()
+    return Contributed(update.client, update.ticket, update.examples, weight, sha256, update.staleness)
+
+
 def _excluded(update: Update, reason: str) -> Excluded:
     sha256 = update.manifest.sha256.hex()
     return Excluded(update.client, update.ticket, update.examples, update.norm, sha256, reason)
@@ -345,6 +351,7 @@ def _write(
     create: Callable[[Path], BinaryIO],
     *,
     clips: bool,
+    measured: Callable[[Mapping[str, float]], object],
 ) -> tuple[Written, str]:
     info, specs = header.info(number), header.spec.shared
     with ExitStack() as stack:
@@ -358,7 +365,7 @@ def _write(
         adapter_out = adapter_file.adapter_writer(to_adapter, info, specs)
         shared = header.spec.adapter.shared
         state_out = adapter_file.state_writer(to_state, info, shared, rule.slots, rule.shared_slots)
-        for tensor in fold_tensors(contributions, specs, rule, old, kept, clips=clips):
+        for tensor in fold_tensors(contributions, specs, rule, old, kept, clips=clips, measured=measured):
             adapter_out.add(tensor.values)
             for slot in tensor.state:  # in the strategy's order; other sections than the adapter have none
                 state_out.add(tensor.state[slot])

@@ -120,6 +120,7 @@ def fold_tensors(
     block: int = BLOCK_ELEMENTS,
     *,
     clips: bool = False,
+    measured: Callable[[Mapping[str, float]], object] | None = None,
 ) -> Iterator[FoldedTensor]:
     """Yields the tensors of the next version in the order of `specs`.
 
@@ -135,6 +136,7 @@ def fold_tensors(
         state: The server state of that version; what is missing is the strategy's initial one.
         block: Elements folded at once; the result does not depend on it.
         clips: True if a value beyond float32 becomes its largest, as rounds were folded before they were refused.
+        measured: Called with the strategy's figures of the round, before the first tensor.
 
     Raises:
         Overflow: If a value would be beyond float32; names the client whose update is the largest part of it.
@@ -153,6 +155,8 @@ def fold_tensors(
     tuned = {spec.name for spec in specs if spec.section == ADAPTER}
     adapter = [name for name in sent if name in tuned]
     rule = strategy.of_round(_cohort(ordered, weights, strategy, specs, sent))
+    if measured is not None:
+        measured(rule.figures())
     grouped = None
     if isinstance(strategy, GroupStrategy):
         grouped = _Grouped(strategy, updates[ADAPTER], specs, adapter, sent, base, block)
