@@ -30,7 +30,7 @@ from fedpeft.errors import LocalError, SettingsInvalid, StateInvalid
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.cli.run import live
 from fedpeft_operator.demo import federation, process_group, report
-from fedpeft_operator.demo.process_group import ProcessGroup, free_ports
+from fedpeft_operator.federation.process_group import ProcessGroup, free_ports
 
 from .operator_double import a_round, a_run
 
@@ -105,7 +105,7 @@ async def test_child_that_was_killed_is_told_by_its_signal(tmp_path: Path) -> No
 def test_children_of_a_killed_process_end(tmp_path: Path) -> None:
     code = (
         "import asyncio, pathlib\n"
-        "from fedpeft_operator.demo.process_group import ProcessGroup\n"
+        "from fedpeft_operator.federation.process_group import ProcessGroup\n"
         "async def run_demo():\n"
         f"    async with ProcessGroup(pathlib.Path({str(tmp_path)!r}), {{}}) as processes:\n"
         f"        print(processes.start('a', {SLEEPS!r}).pid, flush=True)\n"

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -24,13 +26,23 @@ def run_cell(cell: Cell, machine: Machine, folder: Path, events: Connection) -> 
         folder: Of its results; it exists.
         events: The number of committed rounds is sent here after each.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the study's process ends this one
+    with in_log(folder):
+        _simulate(cell, machine, folder, events)
+
+
+@contextmanager
+def in_log(folder: Path) -> Iterator[None]:
+    """Sends what the process of a cell writes into its log; ends the process with a sentence if the block raises one.
+
+    Ctrl-C reaches the whole group: it is passed over here, because the study's process ends this one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     try:
-        _simulate(cell, machine, folder, events)
+        yield
     except FedpeftError as error:
         failed = {"error": type(error).__name__, "message": error.message}
         durable.write_text(folder / FAILURE, json.dumps(failed, ensure_ascii=False) + "\n")

@@ -35,11 +35,13 @@ class Machine:
         device: auto, cpu, cuda or cuda:N.
         threads: Of torch.
         weights: A file, or a folder of files, that stands for the weights that runs name.
+        over_network: True if a server and agents hold the run, and not a simulation.
     """
 
     device: str = "auto"
     threads: int = 1
     weights: Path | None = None
+    over_network: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Cell:
             "weights": None if self.config.model.weights == "none" else _weights_digest(machine.weights),
             "threads": machine.threads,
             "device": machine.device,
+            **({"over_network": True} if machine.over_network else {}),
         }
 
     def key(self, machine: Machine) -> str:

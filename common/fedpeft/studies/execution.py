@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import fedpeft
 from fedpeft.process import durable, locks
@@ -24,6 +24,7 @@ from fedpeft.studies.cells import Cell, Machine
 from fedpeft.studies.files import CELL, CELLS, FAILURE, LOG, REPORT, STUDY
 from fedpeft.studies.study_file import StudyFile
 
+CellWork: TypeAlias = Callable[[Cell, Machine, Path, Connection], None]
 TICK_S = 1.0
 """Longest time between two calls of `Watcher.tick`."""
 LEAVE_S = 5.0
@@ -88,6 +89,7 @@ def execute(
     machine: Machine,
     jobs: int,
     watcher: Watcher | None = None,
+    work: CellWork = run_cell,
 ) -> list[Done]:
     """Simulates the cells that have no results yet, several at once.
 
@@ -98,6 +100,7 @@ def execute(
         machine: Device, threads and weights.
         jobs: Most cells at once.
         watcher: Told what happens.
+        work: Work of a cell's process: a function of a module, with the arguments of `run_cell`.
 
     Returns:
         The end of every cell, in the order of the cells.
@@ -120,19 +123,21 @@ def execute(
             elif all(key != other for other, _ in todo):
                 todo.append((key, cell))
         todo.sort(key=lambda each: study.seeds.index(each[1].seed))  # a whole picture early, its intervals later
-        for done in _executed([(cell, folders[key]) for key, cell in todo], machine, jobs, watcher or Watcher()):
+        for done in _executed([(cell, folders[key]) for key, cell in todo], machine, jobs, watcher or Watcher(), work):
             found[done.folder.name] = done
     return [found[key] for key in keys]
 
 
-def _executed(todo: Sequence[tuple[Cell, Path]], machine: Machine, jobs: int, watcher: Watcher) -> Iterator[Done]:
+def _executed(
+    todo: Sequence[tuple[Cell, Path]], machine: Machine, jobs: int, watcher: Watcher, work: CellWork
+) -> Iterator[Done]:
     """Yields the end of every cell, as they end."""
     waiting = list(todo)
     watcher.planned(len(waiting))
     with _processes() as at_work:
         while waiting or at_work:
             while waiting and len(at_work) < jobs:
-                at_work.append(_begin(*waiting.pop(0), machine))
+                at_work.append(_begin(*waiting.pop(0), machine, work))
             wait([each.events for each in at_work], TICK_S)
             for each in list(at_work):
                 if (done := _taken(each)) is not None:
@@ -158,7 +163,7 @@ def _processes() -> Iterator[list[AtWork]]:
                 each.process.join()
 
 
-def _begin(cell: Cell, folder: Path, machine: Machine) -> AtWork:
+def _begin(cell: Cell, folder: Path, machine: Machine, work: CellWork) -> AtWork:
     folder.mkdir(exist_ok=True)
     (folder / FAILURE).unlink(missing_ok=True)
     said = {
@@ -173,7 +178,7 @@ def _begin(cell: Cell, folder: Path, machine: Machine) -> AtWork:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedpeft.studies.cell_process", "fedpeft.simulation"])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run_cell, args=(cell, machine, folder, theirs), daemon=False)
+    process = context.Process(target=work, args=(cell, machine, folder, theirs), daemon=False)
     process.start()
     theirs.close()
     return AtWork(cell, folder, process, ours)

@@ -1,7 +1,7 @@
 """The demo's federation: where its parts come from, how its processes are started, and what they leave.
 
-The order of things is in `run_demo`. Notable: whatever ends it, no process stays behind (`demo.process_group`), and a
-folder that is not an earlier demo's is never cleared.
+The order of things is in `run_demo`. Notable: whatever ends it, no process stays behind (`federation.process_group`),
+and a folder that is not an earlier demo's is never cleared.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from pathlib import Path
 import fedpeft
 from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
-from fedpeft.api.operator_client import RESPONSE_TIMEOUT_S
 from fedpeft.config import RunConfig, load_run_file
-from fedpeft.errors import ServerUnreachable, SettingsInvalid, StateInvalid, TrainingFailed
+from fedpeft.errors import SettingsInvalid, StateInvalid, TrainingFailed
 from fedpeft.formatting import counted
 from fedpeft.process import locks, output
 from fedpeft.process.home import NO_HOME, home_folder
@@ -30,7 +29,8 @@ from fedpeft_operator.cli.run.create import created
 from fedpeft_operator.cli.run.watch import watched
 from fedpeft_operator.cli.session import Session
 from fedpeft_operator.demo import report
-from fedpeft_operator.demo.process_group import ProcessGroup, free_ports
+from fedpeft_operator.federation.local_server import FOR_PEOPLE, serve
+from fedpeft_operator.federation.process_group import ProcessGroup
 
 EXPERIMENT = Path("experiments/emoji")
 COLUMN = "vendor"
@@ -39,13 +39,9 @@ EVALUATOR = "evaluator"
 MARK = ".fedpeft-demo"
 """File that marks a folder as a demo's, whose contents the next one may replace."""
 OURS = ("clients", "server", "state", "logs", "report.json", "accuracy.png", "adapter.safetensors")
-LOOK_PAUSE_S = 0.2
 
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 """Seven processes share the machine: more threads each would only wait for one another."""
-
-FOR_PEOPLE = ["--log-format", "console"]
-"""The logs are read by whoever watches the demo, and their last lines are shown when a process dies."""
 
 
 @dataclass(frozen=True)
@@ -262,30 +258,9 @@ def _partition(plan: Plan) -> dict[str, int]:
 
 async def _serve(plan: Plan, processes: ProcessGroup) -> Session:
     """Starts the server and waits until it answers."""
-    free = iter(free_ports(2))
-    listen = f"127.0.0.1:{plan.port or next(free)}"
-    metrics = f"127.0.0.1:{plan.metrics_port or next(free)}"
-    arguments = ["--data-dir", str(plan.out / "server"), "--listen", listen, "--metrics", metrics]
-    arguments += FOR_PEOPLE
-    processes.start("server", ["-m", "fedpeft_server", *arguments])
-    session = Session(listen, insecure=True)  # this server speaks plain text, whatever identity this person has
-    await first_of(_ready(session), processes.watch())
+    listen, metrics = await serve(processes, plan.out / "server", plan.port, plan.metrics_port)
     output.say(f"server on {listen}, metrics on http://{metrics}/metrics, logs in {plan.out / 'logs'}")
-    return session
-
-
-async def _ready(session: Session) -> None:
-    """Waits for the server's first answer."""
-    give_up = time.monotonic() + RESPONSE_TIMEOUT_S
-    while True:
-        try:
-            async with session.client() as server:
-                await server.runs()
-                return
-        except ServerUnreachable:
-            if time.monotonic() > give_up:
-                raise
-        await asyncio.sleep(LOOK_PAUSE_S)
+    return Session(listen, insecure=True)  # this server speaks plain text, whatever identity this person has
 
 
 def _start_clients(

@@ -43,6 +43,10 @@ def run(
     device: options.Device = "auto",
     threads: options.Threads = 1,
     jobs: options.Jobs = None,
+    over_network: Annotated[
+        bool,
+        typer.Option("--over-network", help="Hold each run with a server and agents on this machine, a process each."),
+    ] = False,
 ) -> None:
     """Simulate every cell of a study that has no results yet, several at once, and write the report.
 
@@ -56,10 +60,11 @@ def run(
 
     output.note("checking all cells ...")
     study, cells = options.cells_for(file, data, scale, settings, seeds, grids, only)
-    machine, at_once = options.machine_of(device, threads, weights), options.jobs_of(jobs, threads)
+    machine = options.machine_of(device, threads, weights, over_network=over_network)
+    at_once = (jobs or 1) if over_network else options.jobs_of(jobs, threads)
     progress = Progress(len(cells), at_once)
     try:
-        ended = execute(study, cells, out, machine, at_once, progress)
+        ended = execute(study, cells, out, machine, at_once, progress, options.work_of(machine))
     except KeyboardInterrupt:
         output.note(f"fedpeft: interrupted: {out} keeps {progress.words}; the same command goes on with the others")
         raise typer.Exit(Exit.INTERRUPTED) from None

@@ -14,6 +14,7 @@ from fedpeft_operator.cli.session import require
 
 if TYPE_CHECKING:
     from fedpeft.studies.cells import Cell, Machine
+    from fedpeft.studies.execution import CellWork
     from fedpeft.studies.study_file import StudyFile
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The study file (TOML), or a run file.")]
@@ -76,7 +77,7 @@ def cells_for(
     return assembled(file, _places(data), Changes(scale, parse_overrides(settings), seeds, grid_axes(grids), wanted))
 
 
-def machine_of(device: str, threads: int, weights: Path | None) -> Machine:
+def machine_of(device: str, threads: int, weights: Path | None, *, over_network: bool = False) -> Machine:
     """Returns the machine that the flags describe.
 
     Raises:
@@ -86,7 +87,19 @@ def machine_of(device: str, threads: int, weights: Path | None) -> Machine:
 
     if weights is not None and not weights.exists():
         raise SettingsInvalid(f"--weights {weights}: there is no such file or folder")
-    return Machine(device, threads, weights)
+    return Machine(device, threads, weights, over_network)
+
+
+def work_of(machine: Machine) -> CellWork:
+    """Returns what the process of a cell does."""
+    from fedpeft.studies.cell_process import run_cell
+
+    if not machine.over_network:
+        return run_cell
+    require("demo", "sqlalchemy", "obstore", "prometheus_client")
+    from fedpeft_operator.cli.study.network import run_cell_over_network
+
+    return run_cell_over_network
 
 
 def jobs_of(jobs: int | None, threads: int) -> int:

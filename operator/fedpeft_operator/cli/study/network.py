@@ -1,0 +1,133 @@
+"""Cells of a study over a network: a real server and real agents on this machine, a process each.
+
+Every client has its part of the data in a folder of its own, as `fedpeft partition` writes it, and the evaluator the
+held-out examples. Rounds wait for all clients, as a simulation does, so the adapter has the bits of the simulation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from fedpeft.api import views
+from fedpeft.config import RunConfig, SimulationConfig
+from fedpeft.data.division import drawn_rows
+from fedpeft.data.partition_writer import write_parts
+from fedpeft.data.partitions import Partition
+from fedpeft.data.sources.opening import open_source
+from fedpeft.errors import TrainingFailed
+from fedpeft.process import durable
+from fedpeft.process.race import first_of
+from fedpeft.simulation.clients import division_of
+from fedpeft.simulation.local_trainer import HELD_OUT_SEED
+from fedpeft.studies.cell_process import in_log
+from fedpeft.studies.cells import Cell, Machine
+from fedpeft.studies.files import REPORT
+from fedpeft_operator.cli.run.commands import shown_run
+from fedpeft_operator.cli.run.create import created
+from fedpeft_operator.cli.run.watch import watched
+from fedpeft_operator.cli.session import Session
+from fedpeft_operator.federation.local_server import FOR_PEOPLE, serve
+from fedpeft_operator.federation.process_group import ProcessGroup
+
+PLACE = "network"
+"""Folder of a cell that has the server's data, the clients' and the logs; removed when the cell succeeds."""
+EVALUATOR = "evaluator"
+LOOK_PAUSE_S = 0.5
+
+
+def run_cell_over_network(cell: Cell, machine: Machine, folder: Path, events: Connection) -> None:
+    """Holds a cell's run with a server and agents; as `fedpeft.studies.cell_process.run_cell`."""
+    with in_log(folder):
+        asyncio.run(_Federation(cell, machine, folder).hold(events))
+
+
+class _Federation:
+    """The federation of one cell."""
+
+    def __init__(self, cell: Cell, machine: Machine, folder: Path) -> None:
+        self._cell = cell
+        self._machine = machine
+        self._folder = folder
+        self._place = folder / PLACE
+        self._divided = cell.config.simulation or SimulationConfig()
+
+    async def hold(self, events: Connection) -> None:
+        """Holds the run, and leaves what a simulation leaves."""
+        shutil.rmtree(self._place, ignore_errors=True)
+        self._place.mkdir()
+        record = self._write_clients()
+        names = [each["name"] for each in record["clients"]]
+        threads = str(self._machine.threads)
+        async with ProcessGroup(self._place / "logs", {"OMP_NUM_THREADS": threads}) as processes:
+            session = Session((await serve(processes, self._place / "server"))[0], insecure=True)
+            for name in names:
+                self._start(processes, session, name, self._place / "clients" / name)
+            if self._cell.test is not None:
+                self._start(processes, session, EVALUATOR, self._held_out(self._cell.test), "--evaluate")
+            config = _for_all(self._cell.config, len(names))
+            run = await first_of(created(session, config, self._machine.weights), processes.watch())
+            snapshot = await first_of(watched(session, run.id), processes.watch())
+            if views.state(snapshot.run) == "stopped":
+                raise TrainingFailed(f"the run was stopped: {snapshot.run.reason or 'no reason given'}")
+            report = await first_of(self._scored(session, run.id), processes.watch())
+            async with session.client() as server:
+                await server.download(run.id, self._folder / "adapter.safetensors")
+        kept = ("variant", "alpha", "seed", "draws", "digest", "skew")
+        report["partition"] = {key: record[key] for key in kept}
+        events.send(len(report["rounds"]))
+        durable.write_text(self._folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        shutil.rmtree(self._place, ignore_errors=True)
+
+    def _write_clients(self) -> dict[str, Any]:
+        """Writes the data of each client; returns the record of the division."""
+        source = open_source(self._cell.train, self._divided.image_column, self._divided.label_column)
+        split = division_of(self._divided).of(source, self._cell.seed)
+        image, label = self._divided.image_column, self._divided.label_column
+        return write_parts(self._cell.train, split, self._place / "clients", source=source, image=image, label=label)
+
+    def _held_out(self, path: Path) -> Path:
+        """Returns the held-out data: all of it, or an index of so many examples."""
+        if self._divided.held_out is None:
+            return path
+        source = open_source(path, self._divided.image_column, self._divided.label_column)
+        rows = drawn_rows(len(source), self._divided.held_out, HELD_OUT_SEED)
+        part = Partition((rows,), ("held-out",), "held-out")
+        write_parts(path, part, self._place / "held-out", index=True, source=source)
+        return self._place / "held-out" / "held-out.index.json"
+
+    def _start(self, processes: ProcessGroup, session: Session, name: str, data: Path, *flags: str) -> None:
+        machine = self._machine
+        given: Mapping[str, object | None] = {
+            "--server": session.server,
+            "--name": name,
+            "--data": data,
+            "--state-dir": self._place / "state" / name,
+            "--threads": machine.threads,
+            "--device": machine.device,
+            "--weights": machine.weights,
+            "--image-column": self._divided.image_column,
+            "--label-column": self._divided.label_column,
+        }
+        arguments = [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
+        processes.start(name, ["-m", "fedpeft_client", *arguments, *FOR_PEOPLE, *flags])
+
+    async def _scored(self, session: Session, run: str) -> views.Json:
+        """Returns the run once all its versions are scored: the evaluator scores the newest first."""
+        while True:
+            report = await shown_run(session, run)
+            versions = [report["initial_metrics"], *(row["metrics"] for row in report["rounds"])]
+            if self._cell.test is None or all("accuracy" in metrics for metrics in versions):
+                return report
+            await asyncio.sleep(LOOK_PAUSE_S)
+
+
+def _for_all(config: RunConfig, clients: int) -> RunConfig:
+    """Returns a run whose rounds open once every client is there: a simulation's are there from the beginning."""
+    rounds = config.rounds.model_copy(update={"min_available": clients})
+    return config.model_copy(update={"rounds": rounds})
