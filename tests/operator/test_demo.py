@@ -29,7 +29,8 @@ from fedpeft.api.following import RunSnapshot
 from fedpeft.errors import LocalError, SettingsInvalid, StateInvalid
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.cli.run import live
-from fedpeft_operator.demo import federation, process_group, report
+from fedpeft_operator.demo import federation, report
+from fedpeft_operator.federation import process_group
 from fedpeft_operator.federation.process_group import ProcessGroup, free_ports
 
 from .operator_double import a_round, a_run
