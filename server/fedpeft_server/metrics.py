@@ -17,6 +17,7 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from fedpeft.errors import SettingsInvalid
+from fedpeft.privacy.statement import EPSILON
 from fedpeft.process import metrics_port
 from fedpeft.process.metrics_port import MetricsServer
 from fedpeft_server.access import bounds
@@ -255,6 +256,13 @@ class Metrics:
             registry=r,
         )
 
+        self.privacy_epsilon = Gauge(
+            "fedpeft_privacy_epsilon",
+            "Epsilon that the committed rounds of the run have spent, at its `privacy.delta`; absent without noise.",
+            run,
+            registry=r,
+        )
+
     def _declare_clients(self) -> None:
         r, run = self.registry, ("run",)
         self.updates = Counter(
@@ -329,6 +337,8 @@ class Metrics:
         """Shows the figures of the round that was committed last."""
         if "train_loss" in figures:
             self.loss.labels(run, "train").set(figures["train_loss"])
+        if EPSILON in figures:
+            self.privacy_epsilon.labels(run).set(figures[EPSILON])
 
     def registered(self, counts: Mapping[tuple[str, str], int]) -> None:
         """Shows how many clients are registered, by role and silence; what is not named is set to 0."""

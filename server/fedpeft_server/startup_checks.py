@@ -104,9 +104,9 @@ def _expected(database: Database) -> tuple[bool, list[VersionRow]]:
 
 def _missing(blobs: Blobs, version: VersionRow) -> list[str]:
     """Returns the keys of a version that nothing is under."""
-    keys = [version_key(version.run, version.version, version.source)]
+    keys = [version_key(version.run, version.version, version.source, version.draw)]
     if version.state_sha256:
-        keys.append(state_key(version.run, version.version, version.source))
+        keys.append(state_key(version.run, version.version, version.source, version.draw))
     return [key for key in keys if not blobs.has(key)]
 
 

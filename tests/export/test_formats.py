@@ -152,7 +152,8 @@ def test_the_card_says_how_the_adapter_came_about_and_how_to_load_it(
     save_file(whole.state_dict(), tmp_path / "whole.safetensors")
     backbone = build(CONFIG.model_copy(update={"weights": str(tmp_path / "whole.safetensors")}), 1)
     model = trained(backbone, "lora", rank=4)
-    made = Provenance("run-1", 3, 10, 5, 14, 3 * 2**20, 2**19, {"accuracy": 0.5581, "loss": 1.31, "examples": 900})
+    figures, guarantee = {"accuracy": 0.5581, "loss": 1.31, "examples": 900}, "epsilon 2 spent at delta 1e-05"
+    made = Provenance("run-1", 3, 10, 5, 14, 3 * 2**20, 2**19, figures, guarantee)
     formats.as_peft(model, tmp_path / "lora", made)
     text = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
     for line in (
@@ -167,6 +168,7 @@ def test_the_card_says_how_the_adapter_came_about_and_how_to_load_it(
         "| clients | 5, of whom 14 updates were counted |",
         "| sent | 3.00 MiB up, 0.50 MiB down, whole messages of all clients |",
         "| held-out data | accuracy 55.8 %, loss 1.310 on 900 images |",
+        "| differential privacy | epsilon 2 spent at delta 1e-05 |",
         f"| backbone | SHA-256 of the frozen tensors `{fingerprint(backbone, model.spec)}` |",
     ):
         assert line in text

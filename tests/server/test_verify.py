@@ -21,7 +21,7 @@ from fedpeft.adapters.sections import with_sections
 from fedpeft.adapters.spec import AdapterSpec, Section, TensorRole, TensorSpec
 from fedpeft.config import RunConfig
 from fedpeft.errors import BlobCorrupt, FedpeftError, StateInvalid
-from fedpeft.privacy.events import Clipped
+from fedpeft.privacy.events import Adapted, Clipped, Event, Noised
 from fedpeft.rounds import record
 from fedpeft.v1 import tensor_pb2
 from fedpeft_operator.cli.run.verify import verified
@@ -40,6 +40,7 @@ FREEZING = AdapterSpec.of(
         TensorSpec("odd", (2, 9), (TensorRole.FROZEN, TensorRole.SENT)),
     ],
 )
+NOISE: dict[str, object] = {"mechanism": "central", "noise_multiplier": 20.0, "delta": 1e-5}
 CASES: dict[str, tuple[dict[str, dict[str, object]], AdapterSpec]] = {
     "dense": ({}, SPEC),
     "float16": ({"codec": {"up": "float16", "down": "bfloat16"}}, SPEC),
@@ -59,6 +60,11 @@ CASES: dict[str, tuple[dict[str, dict[str, object]], AdapterSpec]] = {
         FREEZING,
     ),
     "float16, clipped": ({"codec": {"up": "float16"}, "privacy": {"clip_norm": 30.0}}, SPEC),
+    "fedadam, noise": ({"aggregation": {"strategy": "fedadam"}, "privacy": {"clip_norm": 30.0, **NOISE}}, SPEC),
+    "float16, noise, a bound that adapts": (
+        {"codec": {"up": "float16"}, "privacy": {"clip_norm": 2.0, "quantile": 0.5, **NOISE}},
+        SPEC,
+    ),
     "sparse, fedadam, a section": (
         {"codec": {"up": "sparse"}, "aggregation": {"strategy": "fedadam"}},
         with_sections(FREEZING, [Section("control", 7.0, "float32")]),
@@ -99,7 +105,8 @@ async def test_a_good_run_is_folded_again_to_the_same_bits(start: StartDaemon, c
     sections, spec = CASES[case]
     daemon = await start(keep_updates=True)
     run = await finished(daemon, config(**{**ROUNDS, **sections}), spec)
-    wanted = [f"round {n}: record, version and replay agree" for n in (1, 2, 3)]
+    noise = ", up to the noise, which nobody can draw again" if "noise" in case else ""
+    wanted = [f"round {n}: record, version and replay agree{noise}" for n in (1, 2, 3)]
     assert await verify(daemon, run) == wanted
     await daemon.end()
     again = await start(keep_updates=True)
@@ -256,4 +263,23 @@ async def test_what_was_changed_is_found(start: StartDaemon, case: str) -> None:
     forger = Forger(daemon.server.settings.data_dir, run)
     await asyncio.to_thread(forge, forger)
     with pytest.raises(error, match=says):
+        await verify(daemon, run)
+
+
+@pytest.mark.parametrize(
+    ("quantile", "events", "says"),
+    [
+        ({}, (Clipped(30.0, 2), Noised(30.0, 40.0, 2, 2)), "its events is .* 'noise_multiplier': 40.0"),
+        ({"quantile": 0.5}, (Noised(30.0, 20.0, 2, 2), Adapted(9.0, 0.5, 2)), "round 1: the next bound is 9.0; 30"),
+    ],
+)
+async def test_what_was_changed_of_a_round_with_noise_is_found(
+    start: StartDaemon, quantile: dict[str, object], events: tuple[Event, ...], says: str
+) -> None:
+    daemon = await start(keep_updates=True)
+    privacy = {"clip_norm": 30.0, **NOISE, **quantile}
+    run = await finished(daemon, config(rounds={"count": 1, "clients": 2}, privacy=privacy))
+    forger = Forger(daemon.server.settings.data_dir, run)
+    await asyncio.to_thread(forger.rewrite, 1, digest=True, events=events)
+    with pytest.raises(BlobCorrupt, match=says):
         await verify(daemon, run)

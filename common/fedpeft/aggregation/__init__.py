@@ -116,6 +116,12 @@ class Strategy(ABC):
         """True if Delta is the weighted mean of the changes, and not another sum or anything else."""
         return type(self).divisor is Strategy.divisor
 
+    @property
+    def sees_one_mean(self) -> bool:
+        """True if the updates of a round enter by their mean alone, weighted by examples: any other mean would do."""
+        own = type(self)
+        return self.is_weighted_mean and own.weigh is Strategy.weigh and own.of_round is Strategy.of_round
+
     def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
         """Returns a field of a run with which the strategy cannot work, and why; None if there is none."""
         return None

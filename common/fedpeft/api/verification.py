@@ -12,13 +12,16 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
 from fedpeft.adapters.payload import Manifest, check_manifest, check_payload, squared_norm
 from fedpeft.errors import BlobCorrupt, InvalidArgument, StateInvalid
+from fedpeft.privacy.accounting import BudgetSpent
+from fedpeft.privacy.central import central_of
+from fedpeft.privacy.events import Adapted, Event
 from fedpeft.privacy.transforms import transforms_of
 from fedpeft.process.mapped_files import mapped, releaser
 from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, extents, fold_round, roll_back
@@ -96,6 +99,10 @@ class Replay:
         spool: The folder of the updates that were kept.
         scratch: An empty folder; holds one version and one state at a time, and those states that the run goes back to.
         records: Of all rounds.
+
+    Attributes:
+        noised: True if the rounds have noise, which nobody can draw again: then everything is compared but the digests
+            of what it made, and the updates must be within the bound that the record says.
     """
 
     def __init__(self, header: RunHeader, spool: Path, scratch: Path, records: Sequence[Record]) -> None:
@@ -106,9 +113,11 @@ class Replay:
         self._scratch = scratch
         self._state: Stored | None = None
         self._extents: dict[int, Extent] = {}
+        self._ledger: list[Event] = []
+        self.noised = central_of(header.config) is not None
 
     def fold(self, record: Record, base: Path) -> None:
-        """Folds the next round and compares what comes out with its record, to the bit.
+        """Folds the next round and compares what comes out with its record, to the bit; up to the noise, if it has any.
 
         Args:
             record: Of that round; the one before was the last that was folded.
@@ -137,19 +146,36 @@ class Replay:
                 record.round,
                 folded + left_out,
                 start,
-                self._state,
+                None if self.noised else self._state,
                 record.previous_sha256,
                 folder,
                 past=past,
                 screened=bool(left_out),
+                ledger=self._ledger,
             ).record
         except RoundEmptied as emptied:
             raise BlobCorrupt(f"round {record.round}: nothing of it can be folded: {emptied}") from None
+        except BudgetSpent as error:
+            raise BlobCorrupt(f"round {record.round} should not have been published: {error}") from None
+        if self.noised:
+            found = _up_to_noise(parse(found), record)
+            self._check_bound(record)
         if found != record.to_json():
             raise BlobCorrupt(f"round {record.round}: {_difference(parse(found), record)}")
+        self._ledger += record.events
         self._state = Stored(folder / "state", record.state_sha256) if record.state_sha256 else None
         self._keep(record)
         shutil.rmtree(self._scratch / f"round-{record.round - 1}", ignore_errors=True)
+
+    def _check_bound(self, record: Record) -> None:
+        """Checks that a bound which adapts follows from the noised count that is recorded."""
+        central = central_of(self._header.config)
+        adapted = [event for event in record.events if isinstance(event, Adapted)]
+        for event in adapted:
+            assert central is not None  # else no round folded again has such an event
+            wanted = central.next_bound(central.bound(self._ledger), event.unclipped)
+            if not math.isclose(event.bound, wanted, rel_tol=1e-12):  # the last bits are the machine's
+                raise BlobCorrupt(f"round {record.round}: the next bound is {event.bound!r}; {wanted!r} follows")
 
     def _keep(self, record: Record) -> None:
         """Keeps the state of a version that the run goes back to later."""
@@ -193,6 +219,14 @@ class Replay:
         if manifest.sha256.hex() != counted.sha256:
             raise BlobCorrupt(f"round {number}: the manifest kept for {counted.client} is of another payload")
         return manifest
+
+
+def _up_to_noise(found: Record, recorded: Record) -> str:
+    """Returns the record of a round folded again, with what its noise alone decides as it was recorded."""
+    adapted = [event for event in recorded.events if isinstance(event, Adapted)]
+    events = tuple(adapted[0] if adapted and isinstance(event, Adapted) else event for event in found.events)
+    adapter, state = recorded.adapter_sha256, recorded.state_sha256
+    return replace(found, adapter_sha256=adapter, state_sha256=state, events=events).to_json()
 
 
 def _difference(found: Record, recorded: Record) -> str:

@@ -16,6 +16,7 @@ from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from fedpeft.formatting import counted as counted_noun
+from fedpeft.privacy.statement import EPSILON, statement
 from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_service_pb2, run_pb2, tensor_pb2
 
 BYTES_PER_PARAMETER = 4
@@ -148,6 +149,7 @@ def run_json(run: run_pb2.Run, rounds: Iterable[run_pb2.Round], current: run_pb2
         "model_parameters": run.model_parameters,
         "backbone_fingerprint": run.backbone_fingerprint,
         "initial_metrics": dict(sorted(run.initial_metrics.items())),
+        **({"privacy": stated} if (stated := privacy(run, (r.metrics for r in final))) else {}),
         "set_aside": list(run.set_aside),
         "declines": [{"client": d.client, "reasons": list(d.reasons), "at": moment(d.at)} for d in run.declines],
         "evaluators": evaluators(run),
@@ -158,10 +160,21 @@ def run_json(run: run_pb2.Run, rounds: Iterable[run_pb2.Round], current: run_pb2
     }
 
 
+def privacy(run: run_pb2.Run, figures: Iterable[Mapping[str, float]]) -> Json | None:
+    """Returns the guarantee of a run whose committed rounds have these metrics; None if it adds no noise."""
+    config = run.config.privacy
+    if not config.mechanism:
+        return None
+    spent = max((metrics.get(EPSILON, 0.0) for metrics in figures), default=0.0)
+    target = config.target_epsilon if config.HasField("target_epsilon") else None
+    return statement(config.mechanism, config.delta, spent, config.noise_multiplier, target)
+
+
 def change_json(run: run_pb2.Run, rounds: Iterable[run_pb2.Round], current: run_pb2.Round | None) -> Json:
     """Returns one line of a watch: as `run_json` without what never changes, `rounds` being those that did."""
     whole = run_json(run, rounds, current)
-    constant = ("created_at", "method", "adapter_parameters", "model_parameters", "backbone_fingerprint", "config")
+    constant = {"created_at", "method", "adapter_parameters", "model_parameters", "backbone_fingerprint", "config"}
+    constant.add("privacy")  # it is of all rounds; those that changed have what is spent among their metrics
     return {key: value for key, value in whole.items() if key not in constant}
 
 

@@ -9,7 +9,7 @@ from fedpeft.config.aggregation import AggregationConfig
 from fedpeft.config.codec import CodecConfig
 from fedpeft.config.model import UNLABELLED, ModelConfig, split_task
 from fedpeft.config.peft import PeftConfig
-from fedpeft.config.privacy import PrivacyConfig
+from fedpeft.config.privacy import DEFAULT_QUANTILE_RATE, PrivacyConfig
 from fedpeft.config.rounds import DEFAULT_POLICY, DEFAULT_STALENESS, RoundsConfig, default_quorum
 from fedpeft.config.run import RunConfig, faults_in, load_run_file, parse_config
 from fedpeft.config.section import ClassName, Name
@@ -28,6 +28,7 @@ __all__ = [
     "DEFAULT_EPOCHS",
     "DEFAULT_FINAL_FACTOR",
     "DEFAULT_POLICY",
+    "DEFAULT_QUANTILE_RATE",
     "DEFAULT_STALENESS",
     "PLAIN",
     "UNLABELLED",

@@ -33,6 +33,7 @@ class Provenance:
         wire_bytes_up: Bytes from the clients in those rounds, whole messages.
         wire_bytes_down: Likewise, to the clients.
         metrics: Figures of the version on held-out data: `accuracy` (0 to 1), `loss` (nats), `examples`.
+        privacy: Guarantee of the run up to the version, in words; empty without one.
     """
 
     run: str
@@ -43,6 +44,7 @@ class Provenance:
     wire_bytes_up: int
     wire_bytes_down: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    privacy: str = ""
 
 
 def card(tuned: TunedModel, fingerprint: str, provenance: Provenance | None = None) -> str:
@@ -112,6 +114,7 @@ def _rows(tuned: TunedModel, fingerprint: str, provenance: Provenance | None) ->
             ("clients", f"{provenance.clients:,}, of whom {updates} counted"),
             ("sent", f"{up:.2f} MiB up, {down:.2f} MiB down, whole messages of all clients"),
             ("held-out data", _figures(provenance.metrics)),
+            *([("differential privacy", provenance.privacy)] if provenance.privacy else []),
         ]
     return [*rows, ("backbone", f"SHA-256 of the frozen tensors `{fingerprint}`")]
 

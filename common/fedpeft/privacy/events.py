@@ -7,7 +7,9 @@ keeps no state of its own, and a run that was killed and resumed has the same bu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,5 +26,40 @@ class Clipped:
     kind: Literal["clipped"] = "clipped"
 
 
-Event = Clipped
-"""Any event; a further class makes this a union, told apart by `kind`."""
+@dataclass(frozen=True, slots=True)
+class Noised:
+    """The sum of the folded updates was published with Gaussian noise, and with nothing else of them.
+
+    Attributes:
+        bound: Largest Euclidean norm of what an update adds to the sum.
+        noise_multiplier: z of the Gaussian mechanism that the round is as private as. Where the bound adapts, the noise
+            of sum and count together: the sum alone has a little more.
+        divisor: Number that the sum was divided by, the same for any set of clients.
+        count: Number of updates that were folded.
+    """
+
+    bound: float
+    noise_multiplier: float
+    divisor: int
+    count: int
+    kind: Literal["noised"] = "noised"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """The bound of the next round was made of a noised count, whose privacy the event beside it includes.
+
+    Attributes:
+        bound: The bound of the next round.
+        unclipped: Noised share of the updates that were within the bound of this one; may be below 0 or above 1.
+        count: Number of updates that were folded.
+    """
+
+    bound: float
+    unclipped: float
+    count: int
+    kind: Literal["adapted"] = "adapted"
+
+
+Event = Annotated[Clipped | Noised | Adapted, Field(discriminator="kind")]
+"""Any event, told apart by `kind`."""

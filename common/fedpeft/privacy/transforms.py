@@ -89,8 +89,8 @@ class Clip(Transform):
 
 def transforms_of(config: RunConfig) -> tuple[Transform, ...]:
     """Returns the transforms of a run's updates, in the order in which a client applies them."""
-    privacy = config.privacy
-    return () if privacy is None or privacy.clip_norm is None else (Clip(privacy.clip_norm),)
+    bound = config.privacy.scaled_by_client if config.privacy else None
+    return () if bound is None else (Clip(bound),)
 
 
 def euclidean(tensors: Mapping[str, NDArray[np.float32]]) -> float:

@@ -15,6 +15,8 @@ from fedpeft.config import DEFAULT_DROPS, PLAIN, RunConfig
 from fedpeft.config_errors import Fault
 from fedpeft.errors import ConfigInvalid
 from fedpeft.formatting import counted
+from fedpeft.privacy.accounting import overspent
+from fedpeft.privacy.central import central_of
 from fedpeft.privacy.transforms import transforms_of
 from fedpeft.rounds.state_machine import RoundPolicy, policies
 
@@ -83,7 +85,31 @@ def _scheduled(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
         yield "training.schedule_drops", text
 
 
-_RULES = (_asked, _stale, _scaled, _scheduled)
+def _noised(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
+    """Finds what noise at the server does not hide, or what it would be too little or too much for."""
+    central, privacy = central_of(config), config.privacy
+    if central is None or privacy is None:
+        return
+    noise = 'privacy.mechanism "central" hides a client in one sum of bounded updates'
+    if not _strategy(config).sees_one_mean:
+        yield "aggregation.strategy", f"is {config.aggregation.strategy!r}, which makes more of the updates; {noise}"
+    if config.aggregation.norm_factor:
+        text = "judges an update by the norms of the others"
+        yield "aggregation.norm_factor", f"is {config.aggregation.norm_factor:g} and {text}; {noise}: leave it out"
+    if spec.sections and privacy.quantile is not None:
+        what = f"section {spec.sections[0].name!r} of algorithm {_algorithm_name(config)!r}"
+        yield "privacy.quantile", f"does not go with {what}: clients keep the whole of what it would change"
+    if (privacy.delta or 0.0) * config.rounds.clients >= 1:
+        text = f"is {privacy.delta:g}, which is no protection for one of {config.rounds.clients} clients"
+        yield "privacy.delta", f"{text}: it must be far below 1 / {config.rounds.clients}"
+    if privacy.noise_multiplier is not None and central.noise_multiplier >= 2 * central.count_sigma:
+        least = central.noise_multiplier / 2
+        yield "privacy.quantile_noise", f"is {central.count_sigma:g}; it must be above {least:g}, half of the noise"
+    if why := overspent(config, (), 1):
+        yield "privacy.target_epsilon", f"allows no round: {why}"
+
+
+_RULES = (_asked, _stale, _scaled, _scheduled, _noised)
 
 
 def _strategy(config: RunConfig) -> Strategy:

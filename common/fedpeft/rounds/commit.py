@@ -21,7 +21,10 @@ from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.aggregation import Strategy, UpdateFacts, strategy
 from fedpeft.config import RunConfig
 from fedpeft.errors import Internal, UpdateExcluded
+from fedpeft.privacy import accounting
+from fedpeft.privacy.central import Central, NoisedSum, central_of
 from fedpeft.privacy.events import Event
+from fedpeft.privacy.statement import EPSILON
 from fedpeft.privacy.transforms import transforms_of
 from fedpeft.process.mapped_files import releaser
 from fedpeft.rounds.fold import Contribution, Overflow, State, fold_tensors
@@ -99,10 +102,12 @@ class Outcome:
         weights: Share in the mean, by ticket; they sum to 1.
         record: Canonical JSON of the round's record.
         record_sha256: Its digest.
-        metrics: `train_examples`, `train_loss` in nats, a mean by examples, and the strategy's figures.
+        metrics: `train_examples`, `train_loss` in nats, a mean by examples, and the strategy's figures; with noise also
+            `privacy_epsilon`.
         excluded: By ticket, why an update was not folded, as its ticket says it.
         extent: Medians of what was folded; see `fedpeft.rounds.screening`.
         events: Events of the folded updates.
+        overspent: Reason for which the next round must not be held; empty if it may be.
     """
 
     adapter: Written
@@ -114,6 +119,7 @@ class Outcome:
     excluded: dict[str, str]
     extent: Extent
     events: tuple[Event, ...] = ()
+    overspent: str = ""
 
 
 class RoundEmptied(Exception):
@@ -150,10 +156,12 @@ def fold_round(
     past: Sequence[Extent] = (),
     *,
     screened: bool = True,
+    ledger: Sequence[Event] = (),
 ) -> Outcome:
     """Folds round `number` into the files `adapter` and `state` of `folder`, tensor by tensor.
 
-    Equal arguments give equal bytes, whatever the order of the updates.
+    Equal arguments give equal bytes, whatever the order of the updates; unless the server adds noise, which is drawn
+    anew in every fold, and nowhere kept.
 
     Args:
         header: The run.
@@ -165,29 +173,47 @@ def fold_round(
         folder: Target folder; both files are made, the state's empty of tensors if the strategy keeps none.
         create: Opens a new file for writing.
         past: Medians of the comparable rounds before; see `fedpeft.rounds.screening`.
-        screened: True if updates are judged; False where a record says which were folded.
+        screened: True if updates are judged; False where a record says which were folded. With noise none is judged:
+            that it was left out would say something of the others, and the bound does the work.
+        ledger: Events of all rounds before, oldest first.
 
     Raises:
         BlobCorrupt: If `base` or `state` does not have its digest.
         RoundEmptied: If all updates are excluded.
+        BudgetSpent: If the run may not publish another round.
         Internal: If there is no update.
     """
     if not updates:
         raise Internal(f"round {number} of {header.run} has nothing to fold")
     updates = sorted(updates, key=lambda update: update.client)
     rule = strategy(header.config.aggregation.strategy, header.config.aggregation.options)
-    verdict = _screen(header, number, updates, past) if screened else _Verdict(None, {}, {})
+    central = central_of(header.config)
+    if why := accounting.overspent(header.config, ledger, number):
+        raise accounting.BudgetSpent(why)
+    verdict = _screen(header, number, updates, past) if screened and central is None else _Verdict(None, {}, {})
+    noised = _noised(central, header, number, updates, ledger)
     figures: dict[str, float] = {}
     adapter, state_sha256, kept = _fold(
         updates,
         verdict,
         lambda some: _write(
-            header, number, some, base, state, rule, folder, create, clips=not screened, measured=figures.update
+            header,
+            number,
+            some,
+            base,
+            state,
+            rule,
+            folder,
+            create,
+            clips=not screened or noised is not None,
+            noised=noised,
+            measured=figures.update,
         ),
         lambda update: _facts(header, update),
     )
-    weights = {u.ticket: rule.weigh(_facts(header, u)) for u in kept}
+    weights = {u.ticket: noised.weights[u.client] if noised else rule.weigh(_facts(header, u)) for u in kept}
     events = tuple(transform.event(len(kept)) for transform in transforms_of(header.config))
+    events += central.events([u.norm for u in kept], ledger) if central else ()
     record = Record(
         run=header.run,
         round=number,
@@ -207,7 +233,21 @@ def fold_round(
     shares = {ticket: weight / total for ticket, weight in weights.items()}
     extent = median(extents(header, kept)) if screened else Extent(0.0, 0.0)
     figures |= _figures(kept)
-    return Outcome(adapter, state_sha256, shares, record, digest(record), figures, verdict.words, extent, events)
+    ledger = [*ledger, *events]
+    if central is not None:
+        figures[EPSILON] = accounting.epsilon(ledger, central.privacy.delta or 0.0)
+    more = accounting.overspent(header.config, ledger, number + 1)
+    return Outcome(adapter, state_sha256, shares, record, digest(record), figures, verdict.words, extent, events, more)
+
+
+def _noised(
+    central: Central | None, header: RunHeader, number: int, updates: Sequence[Update], ledger: Sequence[Event]
+) -> NoisedSum | None:
+    """Returns the rule of a round's sum, if it has noise."""
+    if central is None:
+        return None
+    values = sum(tensor.size for tensor in header.spec.sent(number))
+    return central.noised_sum({u.client: u.norm for u in updates}, ledger, values)
 
 
 def extents(header: RunHeader, updates: Iterable[Update]) -> list[Extent]:
@@ -289,6 +329,7 @@ def roll_back(
     previous: str,
     folder: Path,
     create: Callable[[Path], BinaryIO] = _create,
+    epsilon: float | None = None,
 ) -> Outcome:
     """Makes version `number` of the tensors of an earlier one, in the file `adapter` of `folder`.
 
@@ -304,6 +345,7 @@ def roll_back(
         previous: Digest of the record before.
         folder: Target folder.
         create: Opens a new file for writing.
+        epsilon: Spent by version `number - 1`; going back gives none of it back. None where the run adds no noise.
 
     Raises:
         BlobCorrupt: If `source` does not have its digest.
@@ -325,9 +367,8 @@ def roll_back(
         rolled_back_to=to,
         sections=header.spec.sections,
     ).to_json()
-    return Outcome(
-        adapter, state_sha256, {}, record, digest(record), {"rolled_back_to": float(to)}, {}, Extent(0.0, 0.0)
-    )
+    figures = {"rolled_back_to": float(to)} | ({} if epsilon is None else {EPSILON: epsilon})
+    return Outcome(adapter, state_sha256, {}, record, digest(record), figures, {}, Extent(0.0, 0.0))
 
 
 def _contributed(update: Update, weight: float) -> Contributed:
@@ -352,6 +393,7 @@ def _write(
     *,
     clips: bool,
     measured: Callable[[Mapping[str, float]], object],
+    noised: NoisedSum | None,
 ) -> tuple[Written, str]:
     info, specs = header.info(number), header.spec.shared
     with ExitStack() as stack:
@@ -365,7 +407,9 @@ def _write(
         adapter_out = adapter_file.adapter_writer(to_adapter, info, specs)
         shared = header.spec.adapter.shared
         state_out = adapter_file.state_writer(to_state, info, shared, rule.slots, rule.shared_slots)
-        for tensor in fold_tensors(contributions, specs, rule, old, kept, clips=clips, measured=measured):
+        for tensor in fold_tensors(
+            contributions, specs, rule, old, kept, clips=clips, noised=noised, measured=measured
+        ):
             adapter_out.add(tensor.values)
             for slot in tensor.state:  # in the strategy's order; other sections than the adapter have none
                 state_out.add(tensor.state[slot])

@@ -2,13 +2,14 @@
 
     Delta = (w_1 delta_1 + w_2 delta_2 + ...) / divisor, clients in the order of their ids, in float64
 
-or as the strategy reduces blocks of all clients, or groups of tensors (`fedpeft.aggregation`).
+or as the strategy reduces blocks of all clients, or groups of tensors (`fedpeft.aggregation`). With noise at the server
+(`fedpeft.privacy.central`) its factors and its divisor stand in place of the strategy's.
 
 Promises kept here. The same contributions give the same bits, in whatever order they came, however large the blocks
 are, and in whatever threads the tensors are folded: one value's arithmetic is the same sequence of IEEE 754 operations
-every time. Memory does not grow with clients: all updates are read side by side, a block of each in turn, so what is
-held is a few blocks, and the result of one tensor, or of one group. Where a strategy looks at a block of all clients,
-the block is the smaller, the more clients there are.
+every time, up to the noise where there is some. Memory does not grow with clients: all updates are read side by side, a
+block of each in turn, so what is held is a few blocks, and the result of one tensor, or of one group. Where a strategy
+looks at a block of all clients, the block is the smaller, the more clients there are.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fedpeft.adapters.spec import ADAPTER, Section, TensorSpec
 from fedpeft.aggregation import BlockStrategy, Cohort, Doubles, GroupStrategy, Norms, Options, Strategy, UpdateFacts
 from fedpeft.codecs import BLOCK_ELEMENTS, Values, codecs
 from fedpeft.errors import Internal
+from fedpeft.privacy.central import NoisedSum
 
 RESIDENT_BYTES = 8 * 1024 * 1024
 """Bytes read of mapped payloads, all together, before their pages are given back."""
@@ -121,6 +123,7 @@ def fold_tensors(
     *,
     clips: bool = False,
     measured: Callable[[Mapping[str, float]], object] | None = None,
+    noised: NoisedSum | None = None,
 ) -> Iterator[FoldedTensor]:
     """Yields the tensors of the next version in the order of `specs`.
 
@@ -137,19 +140,24 @@ def fold_tensors(
         block: Elements folded at once; the result does not depend on it.
         clips: True if a value beyond float32 becomes its largest, as rounds were folded before they were refused.
         measured: Called with the strategy's figures of the round, before the first tensor.
+        noised: Rule of a sum with noise; the strategy must see one mean (`Strategy.sees_one_mean`), and `clips` be
+            True, for leaving out an update would say something about it.
 
     Raises:
         Overflow: If a value would be beyond float32; names the client whose update is the largest part of it.
         Internal: If there is no contribution, a client contributes twice, or the strategy's weights
             or results are not finite.
     """
-    weights = weigh(contributions, strategy)
+    weights = weigh(contributions, strategy) if noised is None else noised.weights
+    whole = all(spec.section == ADAPTER for spec in specs)
+    if noised is not None and not (strategy.sees_one_mean and clips and whole):
+        raise Internal("noise was asked for where the updates do not enter by one sum alone")
     ordered = sorted(contributions, key=lambda c: c.client)
     sent = [entry.name for entry in ordered[0].manifest.entries]
     for contribution in ordered:
         if [entry.name for entry in contribution.manifest.entries] != sent:
             raise Internal(f"the update of client {contribution.client} has other tensors than the first one's")
-    updates = {ADAPTER: _Updates(ordered, weights, strategy, block)}
+    updates = {ADAPTER: _Updates(ordered, weights, strategy, block, noised)}
     for section in {spec.section for spec in specs} - {ADAPTER}:
         updates[section] = _Updates(ordered, dict.fromkeys(weights, 1.0), SectionSum(section), block)
     tuned = {spec.name for spec in specs if spec.section == ADAPTER}
@@ -276,16 +284,23 @@ class _Updates:
         weights: By client.
         strategy: The aggregation strategy.
         block: Elements at once.
+        noised: Rule of a sum with noise.
 
     Raises:
         Internal: If the strategy's divisor is not finite and positive.
     """
 
     def __init__(
-        self, ordered: Sequence[Contribution], weights: Mapping[str, float], strategy: Strategy, block: int
+        self,
+        ordered: Sequence[Contribution],
+        weights: Mapping[str, float],
+        strategy: Strategy,
+        block: int,
+        noised: NoisedSum | None = None,
     ) -> None:
         self.ordered = ordered
         self._factors = [weights[contribution.client] for contribution in ordered]
+        self._noised = noised
         self._divisor = strategy.divisor([contribution.facts for contribution in ordered], self._factors)
         if not (math.isfinite(self._divisor) and self._divisor > 0):
             raise Internal(f"the updates' sum is divided by {self._divisor}, not by a finite positive number")
@@ -337,7 +352,10 @@ class _Updates:
                 product *= factor
                 mean += product
                 self._release(place, values.nbytes)
-            mean /= self._divisor
+            if self._noised is not None:
+                self._noised.publish(mean)
+            else:
+                mean /= self._divisor
             yield start, mean
 
     def _reduced(self, strategy: BlockStrategy, index: int, size: int) -> Iterator[tuple[int, Doubles]]:

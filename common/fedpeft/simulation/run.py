@@ -18,6 +18,7 @@ from fedpeft import ids
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data.reading import Reading
 from fedpeft.errors import ConfigInvalid, DataInvalid, StateInvalid
+from fedpeft.privacy.accounting import calibrated
 from fedpeft.process import durable, locks
 from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.commit import RunHeader
@@ -92,7 +93,8 @@ def simulate(
     check_clients(config, clients)
     reading, settings = reading or reading_of(config), config.simulation or SimulationConfig()
     engine = engine_named(settings.engine)
-    config = wire.config_from_proto(wire.config_to_proto(config))  # as a server gets it: without [simulation]
+    # As a server gets it, without [simulation], and makes a run of it.
+    config = calibrated(wire.config_from_proto(wire.config_to_proto(config)))
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locks.results(out, "simulation"), durable.scratch(out / "simulation") as scratch:

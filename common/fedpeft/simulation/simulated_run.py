@@ -24,7 +24,9 @@ import structlog
 from google.protobuf import json_format
 
 from fedpeft.adapters import payload
+from fedpeft.config import RunConfig
 from fedpeft.errors import InvalidArgument
+from fedpeft.privacy.statement import EPSILON, statement
 from fedpeft.rounds import acceptance, conduct, state_machine
 from fedpeft.rounds.commit import RoundEmptied, RunHeader
 from fedpeft.rounds.local_job import LocalFailure, LocalOutcome, LocalUpdate
@@ -98,6 +100,8 @@ class SimulatedRun:
                 committed(done[-1])
             current = book.round.following(self._config.rounds)
             self._versions.keep_published({current.base_version, *(t.base_version for t in current.tickets)})
+            if book.overspent and current.number <= self._config.rounds.count:
+                return self._report(initial, done, RoundBook(current), book.overspent)
         return self._report(initial, done, None, "")
 
     def _begin(self) -> tuple[dict[str, float], list[Json]]:
@@ -290,6 +294,7 @@ class SimulatedRun:
             "initial_metrics": dict(sorted(initial.items())),
             "config": json_format.MessageToDict(wire.config_to_proto(self._config), preserving_proto_field_name=True),
             "rounds": done,
+            **({"privacy": stated} if (stated := _privacy(self._config, done)) else {}),
             "set_aside": sorted(client for client, each in self._conducts.items() if each.is_aside),
             "declines": [],  # a simulated client takes what it is given
             "evaluators": [],  # versions are scored here
@@ -300,3 +305,12 @@ class SimulatedRun:
             "seconds": self._seconds(),
             **({"clock": self._clock} if self._at_work.has_clock else {}),
         }
+
+
+def _privacy(config: RunConfig, done: list[Json]) -> Json | None:
+    """Returns the guarantee of a run with these rounds; None if it adds no noise."""
+    given = config.privacy
+    if given is None or given.mechanism is None:
+        return None
+    spent = done[-1]["metrics"].get(EPSILON, 0.0) if done else 0.0
+    return statement(given.mechanism, given.delta or 0.0, spent, given.noise_multiplier or 0.0, given.target_epsilon)

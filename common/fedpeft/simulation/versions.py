@@ -17,6 +17,7 @@ from fedpeft.adapters import adapter_file, payload
 from fedpeft.adapters.adapter_file import Written
 from fedpeft.adapters.payload import Tensors
 from fedpeft.peft import TunedModel
+from fedpeft.privacy.events import Event
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rounds.commit import RunHeader, Stored, Update, fold_round, write_first
 from fedpeft.rounds.local_job import Version
@@ -47,6 +48,7 @@ class Versions:
         self._state_sha256 = ""
         self._record_sha256 = ""
         self._extents: dict[int, Extent] = {}
+        self._ledger: list[Event] = []
 
     def begin(self, tensors: Tensors) -> None:
         """Writes version 0."""
@@ -161,7 +163,17 @@ class Versions:
         base = Stored(self._adapter, self._newest.sha256)
         number = book.round.number
         past = [self._extents[earlier] for earlier in comparable(self._header.spec, number)]
-        outcome = fold_round(self._header, number, updates, base, state, self._record_sha256, self._scratch, past=past)
+        outcome = fold_round(
+            self._header,
+            number,
+            updates,
+            base,
+            state,
+            self._record_sha256,
+            self._scratch,
+            past=past,
+            ledger=self._ledger,
+        )
         self._extents[number] = outcome.extent
         os.replace(self._scratch / "state", self._state(number))
         os.replace(self._scratch / "adapter", self._version(number))
@@ -172,7 +184,8 @@ class Versions:
         self._newest, self._state_sha256 = outcome.adapter, outcome.state_sha256
         self._record_sha256 = book.record_sha256 = outcome.record_sha256
         book.weights, book.metrics, book.excluded = outcome.weights, outcome.metrics, outcome.excluded
-        book.events = outcome.events
+        book.events, book.overspent = outcome.events, outcome.overspent
+        self._ledger += outcome.events
 
     def forget(self, book: RoundBook) -> None:
         """Removes the payloads of a round."""

@@ -297,28 +297,92 @@ Global___ModelConfig: _TypeAlias = ModelConfig  # noqa: Y015
 
 @_typing.final
 class PrivacyConfig(_message.Message):
-    """PrivacyConfig bounds what one client can contribute to a version."""
+    """PrivacyConfig bounds what one client can contribute to a version, and says what noise hides it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLIP_NORM_FIELD_NUMBER: _builtins.int
+    MECHANISM_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    TARGET_EPSILON_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    QUANTILE_FIELD_NUMBER: _builtins.int
+    QUANTILE_NOISE_FIELD_NUMBER: _builtins.int
+    QUANTILE_RATE_FIELD_NUMBER: _builtins.int
     clip_norm: _builtins.float
     """Largest Euclidean norm of an update, over the decoded values of all its tensors, in float64; absent: none. The client
     scales its change and residual down to it before it encodes, so that the decoded values are within it after rounding too.
     The server refuses a larger update (PAYLOAD_INVALID). What scaling took away is in no residual. Above 0.
+    With `quantile` the client scales nothing and the server refuses none: it scales by a bound that begins with this one.
     """
+    mechanism: _builtins.str
+    """`central`: the server adds Gaussian noise to the sum of the updates of a round, all weighing the same, and divides it
+    by `rounds.clients`. Absent: no noise. A client does nothing else for it than to keep `clip_norm`.
+    """
+    noise_multiplier: _builtins.float
+    """Standard deviation of the noise of a round, in bounds. CreateRun works it out where it is absent, from
+    `target_epsilon`, `delta` and `rounds.count`, and the run has it from then on.
+    """
+    target_epsilon: _builtins.float
+    """Most epsilon that the run may spend: it is paused before a round that would spend more. Absent: no limit."""
+    delta: _builtins.float
+    """Delta of the guarantee, above 0, below 1 / rounds.clients. There with a mechanism."""
+    quantile: _builtins.float
+    """Share of the updates, 0 to 1, that the bound should leave as they are; it adapts from round to round. Absent: it stays."""
+    quantile_noise: _builtins.float
+    """Standard deviation of the noise of the count of those updates. Absent: the larger of rounds.clients / 20 and
+    `noise_multiplier`.
+    """
+    quantile_rate: _builtins.float
+    """How fast the bound adapts. Absent: 0.2."""
     def __init__(
         self,
         *,
         clip_norm: _builtins.float | None = ...,
+        mechanism: _builtins.str | None = ...,
+        noise_multiplier: _builtins.float | None = ...,
+        target_epsilon: _builtins.float | None = ...,
+        delta: _builtins.float | None = ...,
+        quantile: _builtins.float | None = ...,
+        quantile_noise: _builtins.float | None = ...,
+        quantile_rate: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "clip_norm", b"clip_norm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "_delta", b"_delta", "_mechanism", b"_mechanism", "_noise_multiplier", b"_noise_multiplier", "_quantile", b"_quantile", "_quantile_noise", b"_quantile_noise", "_quantile_rate", b"_quantile_rate", "_target_epsilon", b"_target_epsilon", "clip_norm", b"clip_norm", "delta", b"delta", "mechanism", b"mechanism", "noise_multiplier", b"noise_multiplier", "quantile", b"quantile", "quantile_noise", b"quantile_noise", "quantile_rate", b"quantile_rate", "target_epsilon", b"target_epsilon"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "clip_norm", b"clip_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "_delta", b"_delta", "_mechanism", b"_mechanism", "_noise_multiplier", b"_noise_multiplier", "_quantile", b"_quantile", "_quantile_noise", b"_quantile_noise", "_quantile_rate", b"_quantile_rate", "_target_epsilon", b"_target_epsilon", "clip_norm", b"clip_norm", "delta", b"delta", "mechanism", b"mechanism", "noise_multiplier", b"noise_multiplier", "quantile", b"quantile", "quantile_noise", b"quantile_noise", "quantile_rate", b"quantile_rate", "target_epsilon", b"target_epsilon"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clip_norm: _TypeAlias = _typing.Literal["clip_norm"]  # noqa: Y015
     _WhichOneofArgType__clip_norm: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm"]  # noqa: Y015
+    _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
+    _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015
+    _WhichOneofReturnType__mechanism: _TypeAlias = _typing.Literal["mechanism"]  # noqa: Y015
+    _WhichOneofArgType__mechanism: _TypeAlias = _typing.Literal["_mechanism", b"_mechanism"]  # noqa: Y015
+    _WhichOneofReturnType__noise_multiplier: _TypeAlias = _typing.Literal["noise_multiplier"]  # noqa: Y015
+    _WhichOneofArgType__noise_multiplier: _TypeAlias = _typing.Literal["_noise_multiplier", b"_noise_multiplier"]  # noqa: Y015
+    _WhichOneofReturnType__quantile: _TypeAlias = _typing.Literal["quantile"]  # noqa: Y015
+    _WhichOneofArgType__quantile: _TypeAlias = _typing.Literal["_quantile", b"_quantile"]  # noqa: Y015
+    _WhichOneofReturnType__quantile_noise: _TypeAlias = _typing.Literal["quantile_noise"]  # noqa: Y015
+    _WhichOneofArgType__quantile_noise: _TypeAlias = _typing.Literal["_quantile_noise", b"_quantile_noise"]  # noqa: Y015
+    _WhichOneofReturnType__quantile_rate: _TypeAlias = _typing.Literal["quantile_rate"]  # noqa: Y015
+    _WhichOneofArgType__quantile_rate: _TypeAlias = _typing.Literal["_quantile_rate", b"_quantile_rate"]  # noqa: Y015
+    _WhichOneofReturnType__target_epsilon: _TypeAlias = _typing.Literal["target_epsilon"]  # noqa: Y015
+    _WhichOneofArgType__target_epsilon: _TypeAlias = _typing.Literal["_target_epsilon", b"_target_epsilon"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_norm) -> _WhichOneofReturnType__clip_norm | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__delta) -> _WhichOneofReturnType__delta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mechanism) -> _WhichOneofReturnType__mechanism | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_multiplier) -> _WhichOneofReturnType__noise_multiplier | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quantile) -> _WhichOneofReturnType__quantile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quantile_noise) -> _WhichOneofReturnType__quantile_noise | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quantile_rate) -> _WhichOneofReturnType__quantile_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_epsilon) -> _WhichOneofReturnType__target_epsilon | None: ...
 
 Global___PrivacyConfig: _TypeAlias = PrivacyConfig  # noqa: Y015
 

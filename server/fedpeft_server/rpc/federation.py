@@ -207,7 +207,7 @@ class Federation(pb_grpc.FederationServiceServicer):
                 return
             if request.offset:
                 await self._byte_counter.resumed(self._store, request.offset)
-            key = version_key(engine.run.id, request.version, encoded.row.source)
+            key = version_key(engine.run.id, request.version, encoded.row.source, encoded.row.draw)
             opening = partial(self._store.download_cache.open, engine.run, encoded.row, key, selection)
             async with self._downloads.take(client) as slot, self._store.opened_late(opening) as file:
                 CALL.get().slot = slot
@@ -224,7 +224,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         if known:
             return known
         row = await self._store.transact(self._store.db.version, run.id, version)
-        key = version_key(run.id, version, row.source)
+        key = version_key(run.id, version, row.source, row.draw)
         return await self._store.version(self._store.download_cache.encoded, run, row, key)
 
     async def PushUpdate(

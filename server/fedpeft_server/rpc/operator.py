@@ -28,6 +28,7 @@ from fedpeft.errors import (
     SpecInvalid,
     VersionNotFound,
 )
+from fedpeft.privacy.accounting import calibrated
 from fedpeft.process.mapped_files import releaser
 from fedpeft.rounds.combinations import check_combination, check_served
 from fedpeft.rounds.commit import write_first
@@ -203,7 +204,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         if number > engine.run.version:
             raise VersionNotFound(f"{request.run} has no version {number}; the newest is {engine.run.version}")
         row = await self._store.transact(self._store.db.version, engine.run.id, number)
-        key = version_key(engine.run.id, number, row.source)
+        key = version_key(engine.run.id, number, row.source, row.draw)
         async with self._store.opened(self._checked, key, row) as file:
             if request.offset > row.size_bytes:
                 text = f"is {request.offset}; the file has {row.size_bytes} bytes"
@@ -320,6 +321,7 @@ def _new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
         _check_roles(spec)
     except SpecInvalid as error:
         raise error.within("header.spec") from None
+    config = calibrated(config)
     check_combination(config, spec)
     try:
         manifest = manifest_from_proto(header.manifest)

@@ -1,29 +1,36 @@
 """Folding the rounds of a run: spooled updates and version r - 1 become version r in the blobs, then in the database.
 
 The fold runs in a thread and touches nothing but blobs and spool; doing it twice gives the same bytes under the same
-keys, so a daemon that died in the middle just does it again, and two daemons may do it at once.
+keys, so a daemon that died in the middle just does it again, and two daemons may do it at once. Where a fold draws
+noise, its files have names of their own: the version of the one that commits is the only one that anybody is sent, and
+what others drew is removed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import structlog
 
 from fedpeft.adapters import adapter_file
-from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError
+from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, VersionNotFound
+from fedpeft.privacy.accounting import BudgetSpent
+from fedpeft.privacy.central import central_of
+from fedpeft.privacy.events import Event
 from fedpeft.process import tracing
 from fedpeft.process.durable import create_eagerly
 from fedpeft.rounds import conduct, screening
 from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, fold_round, roll_back
 from fedpeft.rounds.screening import Extent
 from fedpeft.rounds.state_machine import Aggregated, Excluded, Paused, Round
+from fedpeft.rounds.state_machine import Event as RoundEvent
 from fedpeft.rounds.tickets import TicketState
 from fedpeft.rounds.transitions import RunState, RunStatus
 from fedpeft_server.background import Background
@@ -31,7 +38,7 @@ from fedpeft_server.runs import audit_trail
 from fedpeft_server.runs.actor import SERVER, RunActor
 from fedpeft_server.runs.round_log import RoundLog
 from fedpeft_server.store.rows import Result, RunRow, Transition, UpdateRow, VersionRow
-from fedpeft_server.store.store import Store, state_key, version_key
+from fedpeft_server.store.store import Store, state_key, state_prefix, version_key, version_prefix
 from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
@@ -49,6 +56,7 @@ def aggregate(
     base: VersionRow,
     previous: str,
     past: Sequence[Extent],
+    ledger: Sequence[Event],
     store: Store,
 ) -> Result:
     """Folds what a round received and stores the result durably.
@@ -60,11 +68,13 @@ def aggregate(
         base: The row of the version the clients started from.
         previous: Digest of the record before, empty for the first round.
         past: Medians of the comparable rounds before; see `fedpeft.rounds.screening`.
+        ledger: Events of all rounds before, oldest first.
         store: Blobs and spool.
 
     Raises:
         BlobCorrupt: If the base version is not what was stored.
         RoundEmptied: If no update can be folded.
+        BudgetSpent: If the run may not publish another round.
         DiskFull: If there is no room for the result.
     """
     number = current.number
@@ -75,24 +85,42 @@ def aggregate(
             data = stack.enter_context(store.updates.open(ticket.id, row.manifest.sha256))
             updates.append(Update(ticket.id, ticket.client, row.examples, row.metrics, row.manifest, data, row.norm))
         old = Stored(
-            stack.enter_context(store.blobs.local(version_key(run.id, base.version, base.source))), base.sha256
+            stack.enter_context(store.blobs.local(version_key(run.id, base.version, base.source, base.draw))),
+            base.sha256,
         )
         state = None
         if base.state_sha256:
-            path = stack.enter_context(store.blobs.local(state_key(run.id, base.version, base.source)))
+            path = stack.enter_context(store.blobs.local(state_key(run.id, base.version, base.source, base.draw)))
             state = Stored(path, base.state_sha256)
         outcome = fold_round(
-            run_header(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past
+            run_header(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past, ledger=ledger
         )
+        draw = secrets.token_hex(8) if central_of(run.config) else ""
         if outcome.state_sha256:
-            store.blobs.put(state_key(run.id, number), Path(scratch, "state"))
-        store.blobs.put(version_key(run.id, number), Path(scratch, "adapter"))
+            store.blobs.put(state_key(run.id, number, draw=draw), Path(scratch, "state"))
+        store.blobs.put(version_key(run.id, number, draw=draw), Path(scratch, "adapter"))
     adapter = outcome.adapter
-    version = VersionRow(run.id, number, adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time())
-    return Result(version, outcome)
+    facts = adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time()
+    return Result(VersionRow(run.id, number, *facts, draw=draw), outcome)
 
 
-def go_back(run: RunRow, number: int, source: VersionRow, base: VersionRow, previous: str, store: Store) -> Result:
+def forget_other_draws(version: VersionRow, store: Store) -> None:
+    """Removes the files beside those of a version that is committed: of folds that drew noise and were not."""
+    own = version.run, version.version, version.source, version.draw
+    store.blobs.keep_only(version_key(*own), version_prefix(version.run, version.version))
+    if version.state_sha256:
+        store.blobs.keep_only(state_key(*own), state_prefix(version.run, version.version))
+
+
+def go_back(
+    run: RunRow,
+    number: int,
+    source: VersionRow,
+    base: VersionRow,
+    previous: str,
+    store: Store,
+    epsilon: float | None = None,
+) -> Result:
     """Makes version `number` of the tensors and the state of an earlier one, and stores it durably.
 
     Args:
@@ -102,6 +130,7 @@ def go_back(run: RunRow, number: int, source: VersionRow, base: VersionRow, prev
         base: The row of the newest version.
         previous: Digest of its record.
         store: Blobs.
+        epsilon: Spent so far; None where the run adds no noise.
 
     Raises:
         BlobCorrupt: If the earlier version is not what was stored.
@@ -109,12 +138,22 @@ def go_back(run: RunRow, number: int, source: VersionRow, base: VersionRow, prev
     """
     with ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
         old = Stored(
-            stack.enter_context(store.blobs.local(version_key(run.id, source.version, source.source))), source.sha256
+            stack.enter_context(store.blobs.local(version_key(run.id, source.version, source.source, source.draw))),
+            source.sha256,
         )
-        parts = (source.version, old, base.sha256, source.state_sha256, previous, Path(scratch), create_eagerly)
+        parts = (
+            source.version,
+            old,
+            base.sha256,
+            source.state_sha256,
+            previous,
+            Path(scratch),
+            create_eagerly,
+            epsilon,
+        )
         outcome = roll_back(run_header(run), number, *parts)
         if source.state_sha256:
-            kept = stack.enter_context(store.blobs.local(state_key(run.id, source.version, source.source)))
+            kept = stack.enter_context(store.blobs.local(state_key(run.id, source.version, source.source, source.draw)))
             stack.enter_context(adapter_file.open_state(kept, source.state_sha256))
             store.blobs.put(state_key(run.id, number, source.version), shutil.copyfile(kept, Path(scratch, "state")))
         store.blobs.put(version_key(run.id, number, source.version), Path(scratch, "adapter"))
@@ -193,11 +232,23 @@ class Folding:
             except Exception as error:
                 await self._fail(folding, error)
             return
+        except BudgetSpent as spent:
+            reason = str(spent)
+            await self._actor.call(lambda: self._pause(folding, reason))
+            return
         except Exception as error:
             await self._fail(folding, error)
             return
         if committed:  # a step of its own: the next round may be there to fold before all files of this one are gone
             self._background.watch("files", self._actor.tasks.start(self.forget(folding)))
+        if result.version.draw:
+            self._background.watch("files", self._actor.tasks.start(self.forget_other_draws(folding.number)))
+
+    async def forget_other_draws(self, number: int) -> None:
+        """Removes what folds of a round drew that were not committed, if one was."""
+        with self._background.attempt("files"), suppress(VersionNotFound):  # a run that was stopped made none
+            version = await self._store.transact(self._store.db.version, self._actor.run.id, number)
+            await self._store.fold(forget_other_draws, version, self._store)
 
     async def _fold_round(self, folding: Round) -> Result:
         db = self._store.db
@@ -206,7 +257,7 @@ class Folding:
             db.fold_inputs, self._actor.run.id, folding.number, folding.base_version, earlier
         )
         past = [screening.median(found.extents(number, self._actor.run.config.training)) for number in earlier]
-        facts = found.updates, found.base, found.previous_sha256, past
+        facts = found.updates, found.base, found.previous_sha256, past, found.ledger
         return await self._store.fold(aggregate, self._actor.run, folding, *facts, self._store)
 
     async def _commit(self, folding: Round, result: Result, began: float) -> bool:
@@ -217,7 +268,9 @@ class Folding:
         async def decide(status: RunStatus) -> Transition | None:
             if not _is_folding(status, folding):
                 return None
-            events = Excluded(outcome.excluded), Aggregated()
+            events: list[RoundEvent] = [Excluded(outcome.excluded), Aggregated()]
+            if outcome.overspent and folding.number < config.count:
+                events.append(Paused(outcome.overspent))
             if (changes := self._actor.changes(status, *events)) is None:
                 return None
             clients = [ticket.client for ticket in folding.tickets]
@@ -236,6 +289,8 @@ class Folding:
                 client = str(event.details["client"])
                 self._log.warning("client set aside", client=client, refused=made.conducts[client].refused)
         self._round_log.committed(made.changes.round, outcome, result.version.created_at, seconds)
+        if outcome.overspent and made.changes.after.state is RunState.PAUSED:
+            self._log.warning("run paused", reason=outcome.overspent)
         return True
 
     async def _reopen(self, folding: Round, excluded: Mapping[str, str]) -> None:

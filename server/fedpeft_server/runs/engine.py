@@ -15,6 +15,8 @@ import structlog
 
 from fedpeft.errors import FedpeftError, TicketNotFound, VersionNotFound
 from fedpeft.identity.audit import Detail
+from fedpeft.privacy.central import central_of
+from fedpeft.privacy.statement import EPSILON
 from fedpeft.rounds import conduct, state_machine
 from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.tickets import Ticket, TicketState
@@ -125,6 +127,8 @@ class RunEngine:
     async def start(self) -> None:
         """Takes up the run where the last process left it."""
         self._arm_timer()
+        if central_of(self.run.config) and self.run.version:
+            await self._folding.forget_other_draws(self.run.version)
         if self.actor.status.folds:
             self._log.info("aggregation resumed", round=self.round.number)
             self._folding.begin()
@@ -281,7 +285,8 @@ class RunEngine:
         base = await self._store.transact(db.version, run, version)
         previous = await self._store.transact(db.record_sha256, run, version)
         number = changes.round.number
-        result = await self._store.version(go_back, self.run, number, source, base, previous, self._store)
+        spent = newest.metrics.get(EPSILON) if newest else None
+        result = await self._store.version(go_back, self.run, number, source, base, previous, self._store, spent)
         details: dict[str, Detail] = {"to": to, "version": number, "reason": reason}
         details["record_sha256"] = result.outcome.record_sha256
         return Transition(changes, result=result, audit_events=(AuditEvent(by, "run.rolled_back", run, details),))

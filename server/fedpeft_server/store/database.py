@@ -276,7 +276,8 @@ class Database:
             # That of the round before, not the newest: another server may have committed this one.
             previous = rounds.select_record_sha256(connection, run_id, number - 1)
             norms = rounds.select_norms(connection, run_id, earlier)
-        return FoldInputs(updates, version, previous, norms)
+            ledger = rounds.select_ledger(connection, run_id, number)
+        return FoldInputs(updates, version, previous, norms, ledger)
 
     def pasts(self, run_id: str, number: int, clients: Sequence[str]) -> dict[str, list[Taken]]:
         """Returns what the last rounds before one took some clients, the newest first; see `past_queries`."""

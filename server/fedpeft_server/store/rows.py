@@ -12,6 +12,7 @@ from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig, TrainingConfig
 from fedpeft.identity.audit import Detail
 from fedpeft.identity.subject import Subject
+from fedpeft.privacy.events import Event
 from fedpeft.rounds.commit import Outcome
 from fedpeft.rounds.conduct import GOOD, Conduct
 from fedpeft.rounds.screening import Extent, local_steps
@@ -58,7 +59,8 @@ class RunRow:
 class VersionRow:
     """A stored adapter version. Digests are hexadecimal; `state_sha256` is empty if the strategy keeps no state.
 
-    `source` is the earlier version that a rollback made it of; None for all others.
+    `source` is the earlier version that a rollback made it of; None for all others. `draw` names the file of a fold
+    that drew noise; empty for all others.
     """
 
     run: str
@@ -68,6 +70,7 @@ class VersionRow:
     state_sha256: str
     created_at: float
     source: int | None = None
+    draw: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +148,14 @@ class FoldInputs:
         base: The version that the clients started from.
         previous_sha256: Digest of the record before, hexadecimal; empty for the first round.
         norms: Norm and examples of the updates that count in earlier rounds, by round number.
+        ledger: Events of all rounds before, oldest first.
     """
 
     updates: Mapping[str, UpdateRow]
     base: VersionRow
     previous_sha256: str
     norms: Mapping[int, Sequence[tuple[float, int]]]
+    ledger: Sequence[Event] = ()
 
     def extents(self, number: int, training: TrainingConfig) -> list[Extent]:
         """Returns the extents of the updates that count in an earlier round; see `fedpeft.rounds.screening`."""

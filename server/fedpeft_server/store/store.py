@@ -308,18 +308,29 @@ def creation_key(run_id: str) -> str:
     return _CREATION + run_id
 
 
-def version_key(run_id: str, version: int, source: int | None = None) -> str:
-    """Returns the blob key of an adapter version; `source` is the version that a rollback made it of.
+def version_key(run_id: str, version: int, source: int | None = None, draw: str = "") -> str:
+    """Returns the blob key of an adapter version; `source` and `draw` are those of its row.
 
-    One key has one content: another server may be folding the round that a rollback ends, and writes what it has.
+    One key has one content: another server may be folding the round that a rollback ends, and writes what it has; and
+    where noise is drawn no two folds make the same.
     """
-    return f"runs/{run_id}/versions/{_name(version, source)}.safetensors"
+    return f"{version_prefix(run_id, version)}{_suffix(source, draw)}.safetensors"
 
 
-def state_key(run_id: str, version: int, source: int | None = None) -> str:
+def state_key(run_id: str, version: int, source: int | None = None, draw: str = "") -> str:
     """Returns the blob key of the strategy's state that belongs to an adapter version."""
-    return f"runs/{run_id}/state/{_name(version, source)}.safetensors"
+    return f"{state_prefix(run_id, version)}{_suffix(source, draw)}.safetensors"
 
 
-def _name(version: int, source: int | None) -> str:
-    return f"{version:06}" if source is None else f"{version:06}-of-{source:06}"
+def version_prefix(run_id: str, version: int) -> str:
+    """Returns the beginning of the keys of all files that were made for an adapter version."""
+    return f"runs/{run_id}/versions/{version:06}"
+
+
+def state_prefix(run_id: str, version: int) -> str:
+    """Returns the same for the strategy's state."""
+    return f"runs/{run_id}/state/{version:06}"
+
+
+def _suffix(source: int | None, draw: str) -> str:
+    return (f"-draw-{draw}" if draw else "") if source is None else f"-of-{source:06}"

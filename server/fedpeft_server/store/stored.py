@@ -5,14 +5,21 @@ What is decoded never changes once written, so decoding is cached by the stored 
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import lru_cache
+
+from pydantic import TypeAdapter
 
 from fedpeft.adapters.payload import Manifest
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig
+from fedpeft.privacy.events import Event
 from fedpeft.rpc import wire
 from fedpeft.v1 import tensor_pb2
+
+_EVENTS: TypeAdapter[list[Event]] = TypeAdapter(list[Event])
 
 
 def dump_config(config: RunConfig) -> str:
@@ -35,6 +42,16 @@ def dump_spec(spec: AdapterSpec) -> bytes:
 def load_spec(stored: bytes) -> AdapterSpec:
     """Returns the spec of a serialised message."""
     return wire.spec_from_proto(tensor_pb2.AdapterSpec.FromString(stored))
+
+
+def dump_events(events: Sequence[Event]) -> str:
+    """Returns the events of a round as JSON; empty if there are none."""
+    return json.dumps([asdict(event) for event in events]) if events else ""
+
+
+def load_events(text: str) -> list[Event]:
+    """Returns the events of a JSON text."""
+    return _EVENTS.validate_json(text)
 
 
 def dump_layout(manifest: Manifest) -> bytes:

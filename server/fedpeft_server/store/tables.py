@@ -66,6 +66,8 @@ versions = Table(
     Column("created_at", Double, nullable=False),
     # The earlier version that a rollback made it of. Null where it was folded, and in rows that older servers wrote.
     Column("source", Integer, nullable=True),
+    # Names the file of a fold that drew noise; empty where a round is folded to the same bytes every time.
+    Column("draw", String(16), nullable=False, server_default=""),
 )
 
 rounds = Table(
@@ -82,6 +84,8 @@ rounds = Table(
     Column("record", Text, nullable=False, server_default=""),
     Column("record_sha256", String(64), nullable=False, server_default=""),
     Column("metrics", JSON, nullable=False, server_default="{}"),
+    # Of the record, as JSON, so that an accountant need not read all records; empty if there are none.
+    Column("events", Text, nullable=False, server_default=""),
 )
 
 tickets = Table(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpeft.adapters import payload
-from fedpeft.config import parse_config
+from fedpeft.config import RunConfig, parse_config
 from fedpeft.errors import FedpeftError, PayloadInvalid, TicketNotFound
 from fedpeft.identity import audit
 from fedpeft.rounds.commit import write_first
@@ -73,10 +73,10 @@ class Cluster:
     def database(self) -> Any:
         return self.stores[0].db
 
-    async def create(self) -> RunRow:
+    async def create(self, config: RunConfig = CONFIG) -> RunRow:
         """Writes a run, which all clients accepted, to database and blobs."""
         self.clock.now = 1_000_000.0
-        run = RunRow(f"run-{secrets.token_hex(6)}", CONFIG, SPEC, "ab" * 32, RunState.RUNNING, "", 0, 1.0)
+        run = RunRow(f"run-{secrets.token_hex(6)}", config, SPEC, "ab" * 32, RunState.RUNNING, "", 0, 1.0)
         store = self.stores[0]
         path = store.scratch / run.id
         written = write_first(run_header(run), zeros(), path)
@@ -207,5 +207,5 @@ def check(store: Store, run: str, receipts: Sequence[tuple[str, str]]) -> None:
         assert contributions == {t.ticket.id for t in shown_round.tickets if t.weight}
     for version in range(row.version + 1):
         stored = store.db.version(run, version)
-        with store.blobs.local(version_key(run, version, stored.source)) as path, path.open("rb") as file:
+        with store.blobs.local(version_key(run, version, stored.source, stored.draw)) as path, path.open("rb") as file:
             assert hashlib.file_digest(file, "sha256").hexdigest() == stored.sha256

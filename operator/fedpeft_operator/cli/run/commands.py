@@ -8,6 +8,7 @@ import typer
 
 from fedpeft.api import views
 from fedpeft.api.round_table import of_json
+from fedpeft.privacy.statement import in_words
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import OF_NAMED, OF_SERVER, epilog
 from fedpeft_operator.cli.round_rows import OF_SHOW, say_rounds
@@ -177,6 +178,7 @@ def _headline(whole: views.Json) -> list[str]:
         f"{whole['run']} {whole['name']!r} is {whole['state']}{reason}",
         f"  {whole['method']} on {config['model']['name']}, {tuned:,} parameters{share}",
         f"  version {whole['version']} of {config['rounds']['count']}, created {whole['created_at'] or '-'}",
+        *([f"  privacy: {in_words(whole['privacy'])}"] if "privacy" in whole else []),
         *(f"  {c} is set aside: its updates are refused; fedpeft client readmit {c}" for c in whole["set_aside"]),
         *(f"  {d['client']} declined: {'; '.join(d['reasons'])}" for d in whole["declines"]),
         *(f"  {each['client']}: {each['description']}" for each in whole["progress"]),

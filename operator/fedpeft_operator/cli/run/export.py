@@ -11,6 +11,7 @@ import typer
 
 from fedpeft.api import views
 from fedpeft.errors import ConfigInvalid, SettingsInvalid
+from fedpeft.privacy.statement import in_words
 from fedpeft.process import durable, output
 from fedpeft_operator.cli.epilogs import OF_NAMED, epilog
 from fedpeft_operator.cli.path_checks import check_file, check_folder
@@ -164,6 +165,7 @@ def _provenance(run: run_pb2.Run, version: int, rounds: Iterable[run_pb2.Round])
         wire_bytes_up=sum(round_.wire_bytes_up for round_ in until),
         wire_bytes_down=sum(round_.wire_bytes_down for round_ in until),
         metrics=dict(until[-1].metrics if until else run.initial_metrics),
+        privacy=in_words(stated) if (stated := views.privacy(run, (r.metrics for r in until))) else "",
     )
 
 

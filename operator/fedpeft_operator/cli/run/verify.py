@@ -78,16 +78,20 @@ async def verified(session: Session, run: str, spool: Path | None, say: Callable
                 if record.rolled_back_to is not None:
                     await _check_rollback(server, header, records, record, Path(scratch))
                 base = await _check(server, record, base, replay)
-                say(
-                    f"round {record.round}: record, version and replay agree"
-                    if replay
-                    else f"round {record.round}: record and version agree"
-                )
+                say(f"round {record.round}: {_agreement(replay)}")
     return {
         "run": run,
         "rounds": [_row(record, r.record_sha256, spool is not None) for record, r in zip(records, rounds, strict=True)],
         "last_record_sha256": rounds[-1].record_sha256 if rounds else "",
     }
+
+
+def _agreement(replay: Replay | None) -> str:
+    """Returns what was found to agree of a round, which nothing else was found of."""
+    if replay is None:
+        return "record and version agree"
+    noise = ", up to the noise, which nobody can draw again" if replay.noised else ""
+    return f"record, version and replay agree{noise}"
 
 
 async def _check(server: OperatorClient, record: Record, base: Path, replay: Replay | None) -> Path:

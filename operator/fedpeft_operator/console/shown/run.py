@@ -174,6 +174,7 @@ def tiles(snapshot: RunSnapshot, rounds: Sequence[RoundFacts]) -> list[Tile]:
         ),
         _score(committed, run.initial_metrics),
         *_bytes(committed),
+        *_privacy(run, committed),
     ]
 
 
@@ -215,6 +216,16 @@ def _scored(metrics: Mapping[str, float]) -> str:
 def _lasted(committed: Sequence[RoundFacts]) -> str:
     taken = [facts.seconds for facts in committed[-10:] if facts.seconds is not None]
     return f"{sum(taken) / len(taken):.1f} s per round recently" if taken else "none committed yet"
+
+
+def _privacy(run: run_pb2.Run, committed: Sequence[RoundFacts]) -> list[Tile]:
+    """Returns what of the privacy budget is spent, if the run adds noise."""
+    stated = views.privacy(run, (facts.metrics for facts in committed))
+    if stated is None:
+        return []
+    limit = "" if stated["target_epsilon"] is None else f"of {stated['target_epsilon']:g}, "
+    beside = f"{limit}delta {stated['delta']:g}; unit: {stated['unit']} ({stated['relation']})"
+    return [Tile("Epsilon spent", f"{stated['epsilon']:.3g}", beside)]
 
 
 def _score(committed: Sequence[RoundFacts], first: Mapping[str, float]) -> Tile:

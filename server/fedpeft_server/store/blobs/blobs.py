@@ -169,6 +169,17 @@ class Blobs:
         for key in keys:
             self._cache.forget(key)
 
+    def keep_only(self, key: str, beginning: str) -> None:
+        """Deletes the blobs beside one, whose keys have the same beginning, such as `runs/RUN/versions/000012`."""
+        folder = beginning.rpartition("/")[0]
+        with self._translated("deleting", beginning):
+            found = [each["path"] for batch in obstore.list(self._store, folder) for each in batch]
+            others = [path for path in found if path.startswith(beginning) and path != key]
+            if others:
+                obstore.delete(self._store, others)
+        for path in others:
+            self._cache.forget(path)
+
     def _delete_folder(self, folder: Path) -> None:
         # The whole folder, because a process that dies while writing leaves a file that the store does not list.
         self._durable = {known for known in self._durable if folder not in (known, *known.parents)}

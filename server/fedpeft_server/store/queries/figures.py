@@ -176,7 +176,7 @@ def _figures(
                 record=records.get(row.number, ""),
                 record_offset=offset if row.number == first else 0,
                 record_sha256=row.record_sha256,
-                metrics={**row.metrics, **merged(scored.get(row.number, ()))},
+                metrics={**merged(scored.get(row.number, ())), **row.metrics},
                 traffic=sums.get(row.number, Traffic()),
                 tickets=shown,
             )

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, insert, select, update
 
 from fedpeft.errors import TicketNotFound
+from fedpeft.privacy.events import Event
 from fedpeft.rounds.commit import Outcome
 from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
@@ -73,10 +74,18 @@ def put_result(connection: Connection, state: Round, committed_at: float, outcom
     table = tables.rounds
     facts = {"committed_at": committed_at, "record": outcome.record, "record_sha256": outcome.record_sha256}
     facts["metrics"] = dict(outcome.metrics)
+    facts["events"] = stored.dump_events(outcome.events)
     connection.execute(update(table).where(table.c.run == state.run, table.c.number == state.number).values(facts))
     if outcome.weights:
         shares = [{"ticket": ticket, "share": share} for ticket, share in outcome.weights.items()]
         connection.execute(_WEIGH, shares)
+
+
+def select_ledger(connection: Connection, run: str, number: int) -> list[Event]:
+    """Returns the events of all rounds of a run before one, oldest first."""
+    t = tables.rounds
+    query = select(t.c.events).where(t.c.run == run, t.c.number < number, t.c.events != "").order_by(t.c.number)
+    return [event for text in connection.execute(query).scalars() for event in stored.load_events(text)]
 
 
 def select_newest(connection: Connection, run: str) -> Round | None:

@@ -1,0 +1,91 @@
+"""The budget of a run: the epsilon that its ledger has spent, by the accountant of dp-accounting. Pure.
+
+    epsilon = PLD accountant of the events of all committed rounds, at privacy.delta
+
+Rounds are composed plainly, as if every client took part in each: those of a round are sampled from the clients that
+happen to be there, by a seed that the run file holds, and no theorem on amplification by sampling is about that.
+
+Only rounds whose result was published are in the ledger, and that is right: noise that was drawn in a fold which was
+not committed, because the process was killed or another server was faster, went nowhere. What it made is no version;
+no call sends it, and the file is removed. The folds that were cut off say nothing about the updates either: no
+interruption looks at what was drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from fedpeft.config import RunConfig
+from fedpeft.privacy.events import Event, Noised
+
+_INTERVAL = 1e-4
+"""dp-accounting's own discretisation of privacy losses; results are upper bounds."""
+_FINE = 200.0
+"""Epsilon up to which it is used; it is coarser beyond, in proportion, where nobody is protected any more."""
+
+
+class BudgetSpent(Exception):
+    """Another round would spend more epsilon than the run may; the message is a sentence."""
+
+
+def epsilon(events: Iterable[Event], delta: float) -> float:
+    """Returns the epsilon of a ledger; 0 if it has no noised release. Takes a second where it is large."""
+    releases = Counter(event.noise_multiplier for event in events if isinstance(event, Noised))
+    return _composed(tuple(sorted(releases.items())), delta)
+
+
+@lru_cache(maxsize=64)
+def _composed(releases: tuple[tuple[float, int], ...], delta: float) -> float:
+    """Returns the epsilon of Gaussian mechanisms: so many of each noise multiplier."""
+    if not releases:
+        return 0.0
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    together = 1 / math.sqrt(sum(count / z**2 for z, count in releases))
+    rough = dp_accounting.get_epsilon_gaussian(together, delta)
+    interval = _INTERVAL * max(1.0, rough / _FINE)
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_SPECIAL, interval)
+    for z, count in releases:
+        accountant.compose(dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(z), count))
+    return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=16)
+def noise_for(target_epsilon: float, delta: float, releases: int) -> float:
+    """Returns the least noise multiplier, to six digits, with which so many releases spend at most an epsilon."""
+    import dp_accounting
+
+    guess = dp_accounting.get_sigma_gaussian(target_epsilon, delta) * math.sqrt(releases)
+    digits: int = 5 - math.floor(math.log10(guess))
+    z = math.floor(guess * 10**digits) / 10**digits
+    while _composed(((z, releases),), delta) > target_epsilon:
+        z = round(z + 10**-digits, digits)
+    return float(z)
+
+
+def calibrated(config: RunConfig) -> RunConfig:
+    """Returns a run with its noise multiplier, which is worked out where the run file gives a budget only."""
+    privacy = config.privacy
+    if privacy is None or privacy.mechanism is None or privacy.noise_multiplier is not None:
+        return config
+    assert privacy.target_epsilon is not None and privacy.delta is not None  # the settings were checked
+    z = noise_for(privacy.target_epsilon, privacy.delta, config.rounds.count)
+    return config.model_copy(update={"privacy": privacy.model_copy(update={"noise_multiplier": z})})
+
+
+def overspent(config: RunConfig, past: Sequence[Event], number: int) -> str:
+    """Returns the reason not to publish round `number` after some events, in a sentence; empty if there is none."""
+    privacy = config.privacy
+    if privacy is None or not (z := privacy.noise_multiplier) or not (target := privacy.target_epsilon):
+        return ""
+    spent = epsilon([*past, Noised(1.0, z, 1, 1)], privacy.delta or 0.0)
+    if spent <= target:
+        return ""
+    return (
+        f"the privacy budget is spent: with round {number} epsilon would be {spent:.4g}, and privacy.target_epsilon "
+        f"of this run is {target:g}"
+    )
