@@ -54,6 +54,11 @@ def nested(error: ValidationError, data: Any) -> PydanticCustomError:
     return PydanticCustomError(_NESTED, "holds wrong values", {"faults": faults_of(error, data)})
 
 
+def fault_at(key: str, text: str) -> PydanticCustomError:
+    """Returns what a validator of a section raises for one of its keys, also where the file does not give that key."""
+    return PydanticCustomError(_NESTED, "holds wrong values", {"faults": ((key, text),)})
+
+
 def in_file(path: Path, text: str, faults: Sequence[Fault]) -> str:
     """Returns the message about faults of a TOML file: a line `FILE:LINE: FIELD: what` for each.
 

@@ -19,6 +19,11 @@ def training(seed: int, number: int, client: str) -> int:
     return derive(seed, "training", number, client)
 
 
+def encoding(seed: int, tensor: str) -> int:
+    """Returns the seed of a codec that draws, for a tensor of the update that the training seed `seed` belongs to."""
+    return derive(seed, "encoding", tensor)
+
+
 def initialisation(seed: int) -> int:
     """Returns the seed of adapter version 0 (head, LoRA factors, prompts...)."""
     return derive(seed, "initialisation")

@@ -59,7 +59,7 @@ class Client {
 
   // "Training": each value gets a number that depends on its place, the round and `salt`; the update is the difference.
   async train({ salt, examples = 10, broken_at = 0 }) {
-    const { ticket, run, round, version } = this.ticket;
+    const { ticket, run, round, version, seed } = this.ticket;
     const { arrays } = await this.pull({ run, version, broken_at });
     const { spec, config } = this.runs[run];
     const delta = {};
@@ -69,7 +69,7 @@ class Client {
         return Math.fround(trained - base);
       });
     }
-    this.update = prepare(sent(spec, round), delta, this.residual, config.codec);
+    this.update = prepare(sent(spec, round), delta, this.residual, config.codec, seed);
     this.header = { ticket, manifest: this.update.manifest, examples, metrics: { loss: 0.5 + salt } };
     return { payload: hex(this.update.payload), manifest: this.update.manifest };
   }
@@ -135,8 +135,8 @@ class Client {
     return evaluation;
   }
 
-  encode({ values, encoding }) {
-    return hex(encode(Float32Array.from(values, Number), encoding));
+  encode({ values, encoding, seed = 0 }) {
+    return hex(encode(Float32Array.from(values, Number), encoding, seed));
   }
 
   decode({ data, n, encoding }) {

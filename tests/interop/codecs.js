@@ -1,5 +1,8 @@
 // The encodings of tensor.proto: flat float32 values to bytes and back. Throws on whatever a server must refuse.
 
+import { BLOCK, SMALLEST, exponentOf, readScales, scalesOf } from "./blocks.js";
+import { decodeDrawn, draws, encodeDrawn } from "./drawn.js";
+
 const halfEven = (x) => {
   const floor = Math.floor(x);
   const rest = x - floor;
@@ -16,12 +19,6 @@ const floatOf = (bits) => {
   const view = new DataView(new ArrayBuffer(4));
   view.setUint32(0, bits);
   return view.getFloat32(0);
-};
-
-const exponentOf = (magnitude) => {
-  const view = new DataView(new ArrayBuffer(8));
-  view.setFloat64(0, magnitude);
-  return ((view.getUint32(0) >>> 20) & 0x7ff) - 1023;
 };
 
 function toHalf(value) {
@@ -66,33 +63,6 @@ function readBits(data, { width, exponent }) {
     const bits = width === 4 ? data.readUInt32LE(4 * i) : data.readUInt16LE(2 * i);
     if ((bits & exponent) === exponent) throw new Error(`value ${i} is not finite`);
     return bits;
-  });
-}
-
-const BLOCK = 128;
-const SMALLEST = 2 ** -126;
-
-// The smallest number of 17 significant bits that is at least `value`.
-function upTo17Bits(value) {
-  const step = 2 ** (exponentOf(value) - 16);
-  return Math.ceil(value / step) * step;
-}
-
-function scalesOf(values, levels) {
-  const largest = Math.floor((2 ** 24 - 1) / levels / 2 ** (exponentOf((2 ** 24 - 1) / levels) - 16));
-  const most = largest * 2 ** (exponentOf((2 ** 24 - 1) / levels) - 16) * 2 ** 104;
-  return Array.from({ length: Math.ceil(values.length / BLOCK) }, (_, i) => {
-    const peak = values.slice(i * BLOCK, (i + 1) * BLOCK).reduce((most, value) => Math.max(most, Math.abs(value)), 0);
-    return Math.min(Math.max(peak / levels <= SMALLEST ? SMALLEST : upTo17Bits(peak / levels), SMALLEST), most);
-  });
-}
-
-function readScales(data, n, levels) {
-  return Array.from({ length: Math.ceil(n / BLOCK) }, (_, i) => {
-    const scale = data.readFloatLE(4 * i);
-    const fits = scale >= SMALLEST && Number.isFinite(Math.fround(levels * scale)) && upTo17Bits(scale) === scale;
-    if (!fits) throw new Error(`scale ${i} is ${scale}`);
-    return scale;
   });
 }
 
@@ -193,7 +163,9 @@ function decodeSparse(data, n, own) {
   return values;
 }
 
-export function encode(values, encoding) {
+// `seed` is that of an encoding that draws.
+export function encode(values, encoding, seed = 0) {
+  if (draws(encoding)) return encodeDrawn(Array.from(values), encoding, seed);
   const [form, kept] = encoding.split("+");
   if (form === "sparse") return encodeSparse(values, KEPT[kept]);
   if (form === "int8") return encodeInt8(Array.from(values), false);
@@ -201,6 +173,7 @@ export function encode(values, encoding) {
 }
 
 export function decode(data, n, encoding) {
+  if (draws(encoding)) return decodeDrawn(data, n, encoding);
   const [form, kept] = encoding.split("+");
   if (form === "sparse") return decodeSparse(data, n, KEPT[kept]);
   if (form === "int8") return decodeInt8(data, n);

@@ -15,8 +15,8 @@ from .conftest import Node, Refused
 
 async def test_the_encodings(node: Node) -> None:
     client = await node()
-    for encoding, values, digits in examples.encodings():
-        assert await client("encode", values=[str(value) for value in values], encoding=encoding) == digits
+    for encoding, seed, values, digits in examples.encodings():
+        assert await client("encode", values=[str(value) for value in values], encoding=encoding, seed=seed) == digits
         decoded = await client("decode", data=digits, n=len(values), encoding=encoding)
         want = codecs.get(encoding).decode(memoryview(bytes.fromhex(digits)), len(values))
         assert [float(value) for value in decoded] == want.tolist()
@@ -33,8 +33,12 @@ async def test_encodings_of_many_kinds_of_values(node: Node) -> None:
         values[::3] *= generator.normal(0, 1e-4, 200).astype(np.float32) / np.maximum(np.abs(values[::3]), 1e-30)
         values = np.nan_to_num(values, posinf=1.0, neginf=-1.0)
         for encoding in codecs.names():
-            want = codecs.get(encoding).encode(values).hex()
-            assert await client("encode", values=[repr(float(v)) for v in values], encoding=encoding) == want
+            want = codecs.get(encoding).seeded(9).encode(values)
+            assert (
+                await client("encode", values=[repr(float(v)) for v in values], encoding=encoding, seed=9) == want.hex()
+            )
+            decoded = await client("decode", data=want.hex(), n=values.size, encoding=encoding)
+            assert [float(v) for v in decoded] == codecs.get(encoding).decode(memoryview(want), values.size).tolist()
 
 
 async def test_error_feedback(node: Node) -> None:

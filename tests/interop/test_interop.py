@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedpeft import seeds
 from fedpeft.adapters import payload, updates
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.adapters.spec import TensorRole as TensorRole
@@ -34,6 +35,8 @@ CODECS: dict[str, dict[str, object]] = {
     "bfloat16": {"up": "bfloat16", "down": "float16"},
     "int8": {"up": "int8", "down": "int8"},
     "sparse int8": {"up": "sparse", "density": 0.3, "values": "int8"},
+    "uniform": {"up": "uniform4"},
+    "eden": {"up": "eden2", "down": "bfloat16"},
     "sparse gaps": {"up": "sparse", "density": 0.03, "values": "float16"},
     "sparse mask": {"up": "sparse", "density": 0.4, "values": "bfloat16"},
     "sparse whole": {"up": "sparse", "density": 1.0},
@@ -93,7 +96,8 @@ async def test_two_clients_hold_a_run_to_its_end(daemon: Daemon, node: Node, cas
         start = travelled(base, codec.down)
         for i, salt in enumerate(salts):
             update = said[i]["updates"][number - 1]
-            mine = updates.prepare(trained(start, number, salt), residuals[i], SPEC.sent(number), codec)
+            seed = seeds.training(0, number, "ab"[i])
+            mine = updates.prepare(trained(start, number, salt), residuals[i], SPEC.sent(number), codec, (), seed)
             assert update["payload"] == mine.payload.hex()
             assert update["sha256"] == mine.manifest.sha256.hex()
             assert update["settings"]["epochs"] == 1, "the default is said"

@@ -2,6 +2,7 @@
 
 import { createHash } from "node:crypto";
 import { decode, encode, halfEven } from "./codecs.js";
+import { seedOf } from "./drawn.js";
 
 const sizeOf = (shape) => shape.reduce((size, extent) => size * Number(extent), 1);
 
@@ -14,8 +15,8 @@ export const sent = (spec, round) => spec.tensors.filter((t) => t.roles[(round -
 
 export const shared = (spec) => spec.tensors.filter((t) => t.roles.some((role) => role !== "ROLE_LOCAL"));
 
-export function describe(specs, arrays, encoding) {
-  const parts = specs.map((t) => encode(arrays[t.name], encoding));
+export function describe(specs, arrays, encoding, training) {
+  const parts = specs.map((t) => encode(arrays[t.name], encoding, seedOf(training, t.name)));
   let offset = 0;
   const tensors = specs.map((t, i) => {
     const entry = { name: t.name, dtype: t.dtype, shape: t.shape, encoding, offset, length: parts[i].length };
@@ -43,8 +44,9 @@ function topK(specs, arrays, k) {
   return chosen;
 }
 
-// Returns manifest, payload, and the residual for each of the two things that may become of the update.
-export function prepare(specs, delta, residual, codec) {
+// Returns manifest, payload, and the residual for each of the two things that may become of the update. `training` is the
+// seed of the ticket.
+export function prepare(specs, delta, residual, codec, training = 0) {
   const target = {};
   for (const { name } of specs) {
     const earlier = codec.error_feedback ? residual[name] : undefined;
@@ -53,7 +55,7 @@ export function prepare(specs, delta, residual, codec) {
   }
   const total = specs.reduce((sum, t) => sum + sizeOf(t.shape), 0);
   const up = codec.up === "sparse" ? topK(specs, target, Math.max(1, halfEven(codec.density * total))) : target;
-  const { manifest, payload } = describe(specs, up, encodingOf(codec));
+  const { manifest, payload } = describe(specs, up, encodingOf(codec), training);
   if (!codec.error_feedback) return { manifest, payload, ifCounted: {}, ifNot: {} };
   const arrived = read(manifest, payload);
   const left = Object.fromEntries(

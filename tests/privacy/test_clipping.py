@@ -28,6 +28,9 @@ CODECS = [
     CodecConfig(up="bfloat16"),
     CodecConfig(up="sparse", density=0.3, values="bfloat16"),
     CodecConfig(up="bfloat16", error_feedback=False),
+    CodecConfig(up="int8"),
+    CodecConfig(up="uniform2", error_feedback=False),
+    CodecConfig(up="eden1"),
 ]
 Arrays = dict[str, np.ndarray]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 PROTOS = Path(__file__).resolve().parents[2] / "protos" / "fedpeft" / "v1"
 
 _LINE = re.compile(r"^// {5}(\S.*)$")
-_ENCODED = re.compile(r"([a-z0-9+]+): ([^=]+) = ([0-9a-fx ]+)")
+_ENCODED = re.compile(r"([a-z0-9+]+)(?: with seed (\d+))?: ([^=]+) = ([0-9a-fx ]+)")
 _REFUSED = re.compile(r"([a-z0-9+]+) of (\d+), refused: ([0-9a-f ]+) \((.+)\)")
 
 
@@ -58,10 +58,16 @@ def entry_lines() -> list[str]:
     return [line for block in comment("tensor.proto", "message TensorEntry {") for line in block]
 
 
-def encodings() -> list[tuple[str, list[float], str]]:
-    """Returns (encoding, values, hexadecimal digits) of every encoded example."""
+def encodings() -> list[tuple[str, int, list[float], str]]:
+    """Returns (encoding, seed, values, hexadecimal digits) of every encoded example."""
     found = filter(None, map(_ENCODED.fullmatch, entry_lines()))
-    return [(m[1], numbers(m[2]), digits(m[3])) for m in found]
+    return [(m[1], int(m[2] or 0), numbers(m[3]), digits(m[4])) for m in found]
+
+
+def drawn() -> dict[str, str]:
+    """Returns what is said of encodings that draw: the seed of a tensor, and the centroids."""
+    said = [line for line in entry_lines() if line.startswith(("seed of tensor", "centroids of"))]
+    return fields(said)
 
 
 def digits(text: str) -> str:

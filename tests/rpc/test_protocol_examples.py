@@ -10,11 +10,12 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from google.rpc import code_pb2, status_pb2
 
-from fedpeft import errors
+from fedpeft import errors, seeds
 from fedpeft.adapters import payload, updates
 from fedpeft.adapters.spec import AdapterSpec, Section, TensorRole, TensorSpec
 from fedpeft.aggregation import UpdateFacts, strategy
 from fedpeft.codecs import codecs
+from fedpeft.codecs.eden import CENTROIDS
 from fedpeft.config import CodecConfig
 from fedpeft.errors import PayloadInvalid
 from fedpeft.identity import audit
@@ -31,13 +32,24 @@ def test_every_encoding_has_examples() -> None:
     assert len(examples.encodings()) >= 12 and len(examples.refusals()) >= 11
 
 
-@pytest.mark.parametrize(("encoding", "values", "digits"), examples.encodings())
-def test_an_encoding(encoding: str, values: list[float], digits: str) -> None:
-    codec, data = codecs.get(encoding), bytes.fromhex(digits)
+@pytest.mark.parametrize(("encoding", "seed", "values", "digits"), examples.encodings())
+def test_an_encoding(encoding: str, seed: int, values: list[float], digits: str) -> None:
+    codec, data = codecs.get(encoding).seeded(seed), bytes.fromhex(digits)
     assert codec.encode(np.array(values, np.float32)).hex() == digits
     codec.check(memoryview(data), len(values))
     decoded = codec.decode(memoryview(data), len(values))
-    assert codec.encode(decoded) == data
+    assert codec.is_random or codec.encode(decoded) == data
+
+
+def test_what_encodings_draw_from() -> None:
+    said = examples.drawn()
+    seed = said.pop("seed of tensor head.bias where the training seed is 4242")
+    assert int(seed) == seeds.encoding(4242, "head.bias") % 2**32
+    values = {"head.bias": np.array([1, -0.5, 0.25], np.float32)}
+    _, data = payload.encode(values, [TensorSpec("head.bias", (3,))], "eden2", 4242)
+    assert int.from_bytes(data[:4], "little") == int(seed)
+    for bits, positive in CENTROIDS.items():
+        assert tuple(examples.numbers(said[f"centroids of eden{bits}"])) == positive
 
 
 @pytest.mark.parametrize(("encoding", "n", "digits", "why"), examples.refusals())

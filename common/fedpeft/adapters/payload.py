@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft import seeds
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.codecs import BLOCK_ELEMENTS, codecs
 from fedpeft.errors import ManifestInvalid, PayloadInvalid
@@ -120,8 +121,14 @@ def chunks(offset: int, end: int) -> Iterator[tuple[int, int]]:
         size = min(2 * size, CHUNK_BYTES)
 
 
-def encode(tensors: Tensors, specs: Sequence[TensorSpec], encoding: str) -> tuple[Manifest, bytes]:
+def encode(tensors: Tensors, specs: Sequence[TensorSpec], encoding: str, seed: int = 0) -> tuple[Manifest, bytes]:
     """Writes the tensors that `specs` names, in that order, with one codec, or that of their section.
+
+    Args:
+        tensors: By name.
+        specs: Those to write.
+        encoding: Name of the codec.
+        seed: Seed of the training that an update is of, for a codec that draws.
 
     Returns:
         The manifest and the payload.
@@ -130,11 +137,11 @@ def encode(tensors: Tensors, specs: Sequence[TensorSpec], encoding: str) -> tupl
         ManifestInvalid: If a tensor is missing or has not its spec's shape.
     """
     stream = io.BytesIO()
-    manifest = write(stream, tensors, specs, encoding)
+    manifest = write(stream, tensors, specs, encoding, seed)
     return manifest, stream.getvalue()
 
 
-def write(stream: BinaryIO, tensors: Tensors, specs: Sequence[TensorSpec], encoding: str) -> Manifest:
+def write(stream: BinaryIO, tensors: Tensors, specs: Sequence[TensorSpec], encoding: str, seed: int = 0) -> Manifest:
     """Writes a payload to `stream`, holding one encoded tensor at a time; else as `encode`."""
     digest = hashlib.sha256()
     entries, offset = [], 0
@@ -147,7 +154,7 @@ def write(stream: BinaryIO, tensors: Tensors, specs: Sequence[TensorSpec], encod
             raise ManifestInvalid(
                 f"tensor {spec.name} has shape {np.shape(tensors[spec.name])}; the spec says {spec.shape}"
             )
-        part = codecs.get(own).encode(values.reshape(-1))
+        part = codecs.get(own).seeded(seeds.encoding(seed, spec.name)).encode(values.reshape(-1))
         stream.write(part)
         digest.update(part)
         entries.append(Entry(spec.name, spec.shape, own, offset, len(part)))

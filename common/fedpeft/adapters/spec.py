@@ -217,9 +217,12 @@ def _check_section(i: int, tensor: TensorSpec, known: tuple[Section, ...]) -> No
     if section.divisor is None or not (math.isfinite(section.divisor) and section.divisor > 0):
         text = f"is of section {section.name}, whose divisor is {section.divisor}, not a finite number above 0"
         raise spec_fault(i, "section", name, text)
-    if section.encoding is None or section.encoding not in codecs or codecs.get(section.encoding).is_sparse:
+    codec = None if section.encoding is None or section.encoding not in codecs else codecs.get(section.encoding)
+    if codec is None or codec.is_sparse or codec.is_random:
         shown = str(section.encoding)[:32]
-        text = f"is of section {section.name}, whose encoding is {shown!r}; one is needed that is not sparse"
+        text = (
+            f"is of section {section.name}, whose encoding is {shown!r}; one is needed that is not sparse, nor random"
+        )
         raise spec_fault(i, "section", name, text)
     if not tensor.member or tensor.member == name:
         raise spec_fault(i, "name", name, f"is of section {section.name} and not named {section.name}/MEMBER")

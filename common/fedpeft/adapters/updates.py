@@ -34,7 +34,7 @@ Arrays = dict[str, NDArray[np.float32]]
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 _HALF_BITS = 16
 
-_SLACKS = (0.0, 2.0**-20, 2.0**-10, 2.0**-6, 0.25, 0.75)
+_SLACKS = (0.0, 2.0**-20, 2.0**-10, 2.0**-6, 2.0**-4, 0.25, 0.5, 0.75)
 """Parts of a bound that are tried, one after the other, to stay below it although the encoding rounds."""
 
 
@@ -65,6 +65,7 @@ def prepare(
     specs: Sequence[TensorSpec],
     codec: CodecConfig,
     transforms: Sequence[Transform] = (),
+    seed: int = 0,
 ) -> PreparedUpdate:
     """Takes a client's change through the run's transforms, encodes it, and works out both residuals.
 
@@ -76,6 +77,7 @@ def prepare(
         specs: The tensors of this round's update, in order.
         codec: The run's codec settings.
         transforms: The steps before the encoding, see `fedpeft.privacy.transforms`.
+        seed: Seed of the training, from which an encoding that draws derives its own for each tensor.
 
     Raises:
         TrainingFailed: If a change is missing, has a wrong shape, or is not finite, or its encoding cannot keep a
@@ -84,7 +86,7 @@ def prepare(
     """
     kept = residual if residual is not None and codec.error_feedback else {}
     target = {spec.name: _target(spec, delta, kept if spec.section == ADAPTER else {}) for spec in specs}
-    passed, figures, manifest, data = _encoded(target, specs, codec, transforms)
+    passed, figures, manifest, data = _encoded(target, specs, codec, transforms, seed)
     if not codec.error_feedback:
         return PreparedUpdate(manifest, data, {}, {}, figures)
     own = {spec.name: passed[spec.name] for spec in specs if spec.section == ADAPTER}
@@ -95,7 +97,7 @@ def prepare(
 
 
 def _encoded(
-    target: Arrays, specs: Sequence[TensorSpec], codec: CodecConfig, transforms: Sequence[Transform]
+    target: Arrays, specs: Sequence[TensorSpec], codec: CodecConfig, transforms: Sequence[Transform], seed: int
 ) -> tuple[Arrays, dict[str, float], Manifest, bytes]:
     """Returns what passed the transforms, their figures, and the payload of it, which keeps their bounds."""
     for slack in _SLACKS:
@@ -103,7 +105,7 @@ def _encoded(
         for transform in transforms:
             passed, found = transform.apply(passed, slack)
             figures |= found
-        manifest, data = payload.encode(_sparse(passed, specs, codec), specs, codec.encoding)
+        manifest, data = payload.encode(_sparse(passed, specs, codec), specs, codec.encoding, seed)
         try:
             if transforms:
                 norm = math.sqrt(payload.squared_norm(manifest, memoryview(data)))

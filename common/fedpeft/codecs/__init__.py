@@ -23,10 +23,10 @@ BLOCK_ELEMENTS = 65_536
 class Codec(ABC):
     """One encoding of a flat float32 tensor.
 
-    Guarantees: `decode(encode(x))` is the same for equal x on every machine; a second pass through
-    the codec changes nothing more; whatever passes `check` is what `encode` would write for the
-    values it holds, so one tensor has one encoding; nothing is allocated in proportion to a claimed
-    count or size before `check` has passed.
+    Guarantees: `encode(x)` is the same for equal x, and equal seeds, on every machine; nothing is allocated in
+    proportion to a claimed count or size before `check` has passed. Of one that is not random: a second pass through
+    the codec changes nothing more; whatever passes `check` is what `encode` would write for the values it holds, so
+    one tensor has one encoding.
     """
 
     name: str
@@ -36,6 +36,15 @@ class Codec(ABC):
     adapter version, and a section beside it, go in another encoding."""
     joins: bool = False
     """True if the encodings of some tensors one after the other are that of all their values."""
+    is_random: bool = False
+    """True if `encode` draws from a seed, see `seeded`, so that a second pass changes the values again. Versions, which
+    clients hold and pass on, and sections go in another encoding."""
+    contracts: bool = True
+    """False if the expected squared error can be larger than the values themselves: error feedback would add it up."""
+
+    def seeded(self, seed: int) -> Codec:
+        """Returns the codec that draws from `seed`, a number of up to 63 bits: itself, if it draws nothing."""
+        return self
 
     @abstractmethod
     def encode(self, values: Values) -> bytes:

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, field_validator, model_validator
 
 from fedpeft.config.section import Section, registered
+from fedpeft.config_errors import fault_at
 from fedpeft.registry import registry_of
 
 
@@ -14,15 +15,16 @@ class CodecConfig(Section):
     """`[codec]`: how tensors travel."""
 
     up: str = "float32"
-    """float32, float16, bfloat16, int8, or sparse; or a codec that is installed beside fedpeft."""
+    """float32, float16, bfloat16, int8, sparse; uniform2, uniform4, uniform8: rounded at random to 2, 4 or 8 bits;
+    eden1 to eden4: rotated, then 1 to 4 bits; or a codec that is installed beside fedpeft."""
     down: str = "float32"
-    """Encoding of adapter versions on their way to clients: as `up`, but for those that are sparse."""
+    """Encoding of adapter versions on their way to clients: as `up`, but not sparse, uniform or eden."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of values kept by sparse: the largest by magnitude over the whole update."""
     values: str = "float32"
     """Encoding of the values that sparse keeps: float32, float16, bfloat16 or int8."""
     error_feedback: bool = True
-    """Adds what was not sent, or not counted, to the client's next update."""
+    """Adds what was not sent, or not counted, to the client's next update; must be false with uniform2."""
 
     @field_validator("up")
     @classmethod
@@ -41,6 +43,8 @@ class CodecConfig(Section):
             registry.get(registered("fedpeft.codecs", name)).is_sparse
         ):
             raise ValueError(f"{name!r} is sparse, and a version has all of its values")
+        if registry.get(name).is_random:
+            raise ValueError(f"{name!r} rounds at random, and all copies of a version have the same bytes")
         return name
 
     @field_validator("values")
@@ -54,6 +58,9 @@ class CodecConfig(Section):
     @model_validator(mode="after")
     def _composes(self) -> Self:
         registered("fedpeft.codecs", self.encoding)
+        if self.error_feedback and not registry_of("fedpeft.codecs").get(self.encoding).contracts:
+            text = f"must be false with {self.encoding}: its error can be larger than the update, and would add up"
+            raise fault_at("error_feedback", text)
         return self
 
     @property

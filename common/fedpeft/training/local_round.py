@@ -105,7 +105,7 @@ class LoadedRun:
         memory = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(self.device))} if on_gpu else {}
         sent = self.spec.sent(job.round)
         changes, residual = join(result.delta, result.sections), job.state.get(RESIDUAL, {})
-        update = prepare(changes, residual, sent, self.config.codec, transforms_of(self.config))
+        update = prepare(changes, residual, sent, self.config.codec, transforms_of(self.config), job.seed)
         local = {**kept, **{name: result.local[name] for name in self.own if name in result.local}}
         before = {key: job.state.get(key, {}) for key in groups.values()}
         # What the round did not train keeps its state: the halves of RoLoRA take turns.

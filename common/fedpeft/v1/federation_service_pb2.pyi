@@ -335,7 +335,9 @@ class TrainingTask(_message.Message):
     version: _builtins.int
     """Adapter version to start from."""
     seed: _builtins.int
-    """Seed of local training, derived from run seed, round and client; below 2^63. A client that has no use for it ignores it."""
+    """Seed of local training, derived from run seed, round and client; below 2^63. Encodings
+    that draw derive their seeds from it, see TensorEntry; a client that has no other use for it ignores it.
+    """
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp:
         """After this the update may be refused; the round may be extended beyond it."""

@@ -796,7 +796,9 @@ class CodecConfig(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     ERROR_FEEDBACK_FIELD_NUMBER: _builtins.int
     up: _builtins.str
-    """Encoding of updates: `float32`, `float16`, `bfloat16`, `int8` or `sparse`."""
+    """Encoding of updates: `float32`, `float16`, `bfloat16`, `int8`, `sparse`, `uniform2`, `uniform4`, `uniform8`, or `eden1` to
+    `eden4`.
+    """
     down: _builtins.str
     """Encoding of adapter versions on their way to clients: `float32`, `float16`, `bfloat16` or `int8`."""
     density: _builtins.float
@@ -804,7 +806,7 @@ class CodecConfig(_message.Message):
     values: _builtins.str
     """Encoding of the values that `sparse` keeps: `float32`, `float16`, `bfloat16` or `int8`."""
     error_feedback: _builtins.bool
-    """Whether what was not sent, or not counted, is added to the client's next update."""
+    """Whether what was not sent, or not counted, is added to the client's next update. False with `uniform2`."""
     def __init__(
         self,
         *,

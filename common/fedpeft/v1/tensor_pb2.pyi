@@ -176,8 +176,8 @@ Global___AdapterSpec: _TypeAlias = AdapterSpec  # noqa: Y015
 class TensorEntry(_message.Message):
     """TensorEntry says where one tensor lies in a payload, and how its values are encoded there.
 
-    A tensor of n values is written flat, the last extent running fastest. One tensor has one encoding: what a different
-    writer would have written is refused with PAYLOAD_INVALID, as are NaN and infinities. All numbers are little-endian.
+    A tensor of n values is written flat, the last extent running fastest. One tensor has one encoding, but for those that
+    draw from a seed: what a different writer would have written is refused with PAYLOAD_INVALID, as are NaN and infinities. All numbers are little-endian.
 
     The dense encodings are n values one after the other. `float32` is IEEE 754 binary32, 4 bytes; `float16` is IEEE 754
     binary16, 2 bytes; `bfloat16` is the upper half of a binary32, 2 bytes. A value is rounded to the nearest that the
@@ -199,6 +199,46 @@ class TensorEntry(_message.Message):
         int8: 127, -1.5, 0.5, 2.5, 0 = 0000803f 7f fe 00 02 00
         int8: 1, -0.25, 0.1 = 8002013c 7f e0 0d
         int8: 128 x 0, -3e38, 3e-44 = 00008000 0079e37b 128 x 00 81 00
+
+    Two families draw from a seed, and a tensor has another encoding of each: what a reader refuses of them is only said
+    below. In an update the seed of a tensor is a number of 32 bits: bits 1 to 32, bit 0 being the lowest, of the number in the
+    first 8 bytes, little-endian, of the SHA-256 of the text `SEED`, U+001F, `encoding`, U+001F, `NAME`, where SEED is
+    TrainingTask.seed in decimal digits and NAME the tensor's name. bytes(i) are those of SHAKE128 (FIPS 202) of the seed and i, each as 4 bytes, little-endian; as many as needed.
+    Codes of b bits are written one after the other, lowest bit first, beginning with the lowest bit of the first byte; bits
+    that are left of the last byte are zero. All operations are in float64, each rounded; what is stored, in float32.
+
+        seed of tensor head.bias where the training seed is 4242: 1103463366
+
+    `uniform2`, `uniform4` and `uniform8` (b bits, L = 2^(b-1) - 1 levels) have the scales of blocks of 128 as `int8` has them,
+    with L in place of 127, and at most the largest number of 17 bits whose L-fold is finite; then a code for each value,
+    q + L. q is floor(value / scale + u), brought into -L to L, and decoded q times the scale. u is drawn for each value: of
+    value 65,536 i + k of the tensor it is the number in bytes 4 k to 4 k + 3 of bytes(i), little-endian, divided by 2^32.
+    Scales that `int8` could not have (with L) are refused, and codes above 2 L.
+
+        uniform2 with seed 7: 1, -0.5, 0.25, 0, 0.1 = 0000803f 5201
+        uniform4 with seed 7: 7, -1.5, 0.5, 2.25, 0 = 0000803f 5ea707
+        uniform8 with seed 7: 127, -1.5, 0.5 = 0000803f fe7d7f
+
+    `eden1` to `eden4` (b bits) have the seed, 4 bytes, then a scale for each chunk, float32, then the codes of all chunks. The
+    chunks are of 1,024 values while there are as many; then of 512, 256, 128 and 64 values, each once, where there are as
+    many left; what is left then, if anything, gets zeros up to a power of two, 8 at least. Of chunk i, of N values x: the
+    signs are the first N bits of bytes(i), lowest bit first: + for 0, - for 1. H is the Hadamard transform: for h = 1, 2, 4
+    up to N / 2, of each 2 h values in turn, each of the first h, a, and the one h after it, c, become a + c and a - c.
+    With r = H(signs * x), and sums made by adding to value k value k + N / 2, for all k below N / 2, then likewise for N / 2
+    and so on: the code of r_k is the number of borders that are at most r_k / sqrt(sum of x_k * x_k), where the borders
+    are the midpoints of neighbouring centroids, and the scale is (sum of x_k * x_k) / (sum of r_k * centroid of its code),
+    at most the largest float32. Where all x are zero, r_k is not divided, and the scale is 0. Decoded, a chunk is (H(the
+    centroids of its codes) * signs) * scale, brought into the range of float32. The centroids are, and the negatives of,
+
+        centroids of eden1: 0.7979
+        centroids of eden2: 0.4528, 1.5104
+        centroids of eden3: 0.2451, 0.756, 1.3439, 2.1519
+        centroids of eden4: 0.1284, 0.388, 0.6568, 0.9423, 1.2562, 1.618, 2.069, 2.7326
+        eden1 with seed 7: 1, -0.5, 0.25, 0, 0.1 = 07000000 2b28543e ff
+        eden2 with seed 7: 1, -0.5, 0.25, 0, 0.1 = 07000000 d7db073e eeee
+        eden3 with seed 7: 1, -0.5, 0.25, 0, 0.1 = 07000000 b0ab1c3e 355db3
+        eden4 with seed 7: 1, -0.5, 0.25, 0, 0.1 = 07000000 75b5163e dac9cab8
+        eden2 with seed 8: 70 x 0, 1 = 08000000 00000000 d57da93d aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaf00f
 
     The sparse encodings, `sparse+float32`, `sparse+float16`, `sparse+bfloat16` and `sparse+int8`, keep the values that are not
     zero. After rounding to the dense encoding behind the plus sign, zeros of either sign are dropped, also those that only the
@@ -243,6 +283,13 @@ class TensorEntry(_message.Message):
         int8 of 2, refused: 0100803f 7f 00 (a scale of 24 bits)
         int8 of 2, refused: 0000807f 7f 00 (a scale of infinity)
         int8 of 2, refused: 000080bf 7f 00 (a scale below zero)
+        uniform4 of 3, refused: 0000803f 7807 00 (one byte too many)
+        uniform4 of 3, refused: 0000803f 780f (a code of 15)
+        uniform4 of 3, refused: 0000803f 7817 (bits beyond the values)
+        uniform4 of 3, refused: 0100803f 7807 (a scale of 24 bits)
+        eden2 of 3, refused: 07000000 0000003f ab (one byte too few)
+        eden2 of 3, refused: 07000000 0000807f abcd (a scale of infinity)
+        eden2 of 3, refused: 07000000 000080bf abcd (a scale below zero)
         sparse+int8 of 16, refused: 00 02 00 00 0000803f 7f 00 (a kept zero)
     """
 
@@ -259,7 +306,8 @@ class TensorEntry(_message.Message):
     dtype: _builtins.str
     """The element type after decoding, as in TensorSpec."""
     encoding: _builtins.str
-    """How the bytes were written: `float32`, `float16`, `bfloat16`, `int8`, or `sparse+` and one of them. In an update it is the run's
+    """How the bytes were written: `float32`, `float16`, `bfloat16`, `int8`, `sparse+` and one of them,
+    `uniform2`, `uniform4`, `uniform8`, or `eden1` to `eden4`. In an update it is the run's
     for every tensor, as CodecConfig says; any other is refused, as MANIFEST_INVALID, before the first chunk.
     """
     offset: _builtins.int
