@@ -62,6 +62,9 @@ def test_other_partitions(tmp_path, simulation, sizes):
     some, about = clients_of(whole, config(simulation={"clients": 3, "partition": "shards", "examples": 30}))
     assert [len(source) for source in some.values()] == [10, 10, 10]
     assert (about["variant"], about["rows"]) == ("shards/2", 30)
+    assert about["classes"] == list(NAMES)
+    for name, source in some.items():
+        assert about["histogram"][name] == [int((source.labels == k).sum()) for k in range(3)]
 
 
 def test_versions_are_scored_on_so_many_held_out_examples_the_same_for_every_seed(tmp_path):

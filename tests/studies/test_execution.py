@@ -122,9 +122,9 @@ def test_the_report_is_one_page_with_its_figures_and_tables(finished, tmp_path):
     files = {path.name: path for path in write_report(load_results(out), tmp_path / "report")}
     page = files["report.html"].read_text()
     assert "<h1>Two methods</h1>" in page and "Which of two is better?" in page
-    assert page.count("<svg") == 3 and "src=" not in page and "https://" not in page.replace("https://matplotlib", "")
+    assert page.count("<svg") == 4 and "src=" not in page and "https://" not in page.replace("https://matplotlib", "")
     assert "method=other, seed=0" in page, "a cell without results is named"
-    for name in ("accuracy-bytes", "accuracy-rounds", "outcome"):
+    for name in ("accuracy-bytes", "accuracy-rounds", "outcome", "labels"):
         assert files[f"{name}.png"].read_bytes().startswith(b"\x89PNG")
         assert ElementTree.parse(files[f"{name}.svg"]).getroot().tag.endswith("svg")
     with files["curves.csv"].open() as stream:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ from fedpeft.training.local_round import LoadedRun
 
 CACHE_BYTES = 1024 * 1024 * 1024
 """Decoded and encoded images kept of all clients together; whose turn was longest ago goes first."""
+
+HISTOGRAM_CLIENTS = 256
+"""Clients whose examples are counted by class in the report."""
 
 OPEN_CLIENTS = 256
 """Clients whose data is open at once: each may hold a mapped file."""
@@ -102,8 +105,16 @@ def clients_of(
         "digest": split.digest,
         "rows": sum(map(len, split.parts)),
         "skew": partitions.skew(source.labels, split.parts, len(source.class_names)).as_dict(),
+        "classes": list(source.class_names),
+        "histogram": _histogram(source, names, split.parts),
     }
     return {name: task.select(source, rows) for name, rows in zip(names, split.parts, strict=True)}, record
+
+
+def _histogram(source: Data, names: Sequence[str], parts: Sequence[NDArray[np.int64]]) -> dict[str, list[int]]:
+    """Returns the examples of each class by client, of at most `HISTOGRAM_CLIENTS`."""
+    some = list(zip(names, parts, strict=True))[:HISTOGRAM_CLIENTS]
+    return {name: np.bincount(source.labels[rows], minlength=len(source.class_names)).tolist() for name, rows in some}
 
 
 def place_of(path: Path, config: RunConfig) -> Path:

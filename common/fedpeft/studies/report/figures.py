@@ -1,4 +1,4 @@
-"""Figures of a study: accuracy against bytes, accuracy against rounds, and the outcome with its intervals.
+"""Figures of a study: accuracy against bytes and rounds, the outcome with its intervals, and the clients' labels.
 
 Lines are points of the first axis; every combination of the other axes is a panel.
 """
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS_A_ROW = 3
+MOST_DIVISIONS = 6
+"""Divisions of data whose labels are shown; the first seed's of each."""
 PANEL_INCHES = (4.2, 3.2)
 WIDE = 20.0
 """From this ratio of the largest to the smallest bytes on the axis is logarithmic."""
@@ -28,7 +30,12 @@ Panels = Mapping[str, Sequence[Group]]
 
 
 def figures_of(study: StudyResult) -> dict[str, Figure]:
-    """Returns the figures by name; none if nothing was scored."""
+    """Returns the figures by name; none of what there is nothing to show."""
+    return {**_scored(study), **_divided(study)}
+
+
+def _scored(study: StudyResult) -> dict[str, Figure]:
+    """Returns the figures of accuracies; none if nothing was scored."""
     groups = [group for group in study.groups if group.mean_curve()]
     if not groups:
         return {}
@@ -69,7 +76,7 @@ def _panels(groups: Sequence[Group]) -> Panels:
     return found
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, *, share: bool = True) -> tuple[Figure, list[Axes]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -78,7 +85,7 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     width, height = PANEL_INCHES
     figure = Figure(figsize=(max(columns * width, 6.5), rows * height + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=share)
     flat = list(axes.flat)
     for spare in flat[panels:]:
         spare.set_visible(False)
@@ -142,3 +149,25 @@ def _outcome(groups: Sequence[Group], colours: Mapping[str, str]) -> Figure:
     axis.grid(alpha=0.3, axis="x")
     axis.set_ylim(-0.6, len(groups) - 0.4)
     return figure
+
+
+def _divided(study: StudyResult) -> dict[str, Figure]:
+    """Returns the labels of each client, a panel for each division of the data that occurs."""
+    found: dict[str, tuple[str, list[list[int]]]] = {}
+    for cell in study.cells:
+        division = (cell.report or {}).get("partition") or {}
+        if division.get("histogram"):
+            title = f"{division['variant']}" + (f", alpha {division['alpha']:g}" if division["alpha"] else "")
+            found.setdefault(title, (title, list(division["histogram"].values())))
+    shown = list(found.values())[:MOST_DIVISIONS]
+    if not shown:
+        return {}
+    figure, axes = _figure(len(shown), share=False)
+    for axis, (title, counts) in zip(axes, shown, strict=True):
+        shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+        axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("class", fontsize=8)
+        axis.tick_params(labelsize=8)
+    axes[0].set_ylabel("client", fontsize=9)
+    return {"labels": figure}
