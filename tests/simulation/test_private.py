@@ -10,6 +10,7 @@ import pytest
 from fedpeft.privacy.accounting import epsilon, noise_for
 from fedpeft.rounds import record
 from fedpeft.simulation import simulate
+from fedpeft.simulation.progress_log import ProgressLog
 
 from .simulated_runs import clients, config, same, tensors
 
@@ -40,3 +41,51 @@ def test_a_run_ends_before_the_round_that_would_spend_too_much(tmp_path: Path, f
     assert (report["state"], report["version"], report["round"]) == ("paused", 1, 2)
     assert "with round 2 epsilon would be" in report["reason"]
     assert report["privacy"]["epsilon"] == pytest.approx(3.0, abs=1e-3)
+
+
+class Killed(BaseException):
+    """The end of a process; nothing catches it."""
+
+
+def test_a_run_that_was_killed_goes_on_with_its_budget_and_showed_no_draw_that_does_not_count(
+    tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(
+        privacy={**PRIVACY, "noise_multiplier": 9.0},
+        rounds={"count": 3, "clients": 3},
+        training={"steps": 1, "batch_size": 2},
+    )
+    count, real = [0], ProgressLog.committed
+
+    def committed(log: ProgressLog, line: dict[str, Any]) -> None:
+        count[0] += 1
+        if count[0] == 2:  # the noise of round 2 is drawn, its version made, and it does not count yet
+            raise Killed
+        real(log, line)
+
+    monkeypatch.setattr(ProgressLog, "committed", committed)
+    with pytest.raises(Killed):
+        simulate(run, clients(folders), tmp_path)
+    info, _ = tensors(tmp_path)
+    assert info.version == 1
+    report = simulate(run, clients(folders), tmp_path)
+    records = [record.parse(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    ledger = [event for _, event in record.ledger(records)]
+    assert report["state"] == "completed" and len(ledger) == 6
+    assert report["privacy"]["epsilon"] == epsilon(ledger, 1e-3)
+    assert [row["metrics"]["privacy_epsilon"] for row in report["rounds"]] == [
+        epsilon(ledger[: 2 * number], 1e-3) for number in (1, 2, 3)
+    ]
+
+
+def test_a_run_that_was_killed_after_its_last_round_of_budget_holds_no_other(tmp_path: Path, folders: Path) -> None:
+    given = {**PRIVACY, "target_epsilon": 3.5, "noise_multiplier": noise_for(3.0, 1e-3, 1)}
+    run = config(privacy=given, training={"steps": 1, "batch_size": 2})
+
+    def killed(row: object) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        simulate(run, clients(folders), tmp_path, committed=killed)
+    report = simulate(run, clients(folders), tmp_path)
+    assert (report["state"], report["version"]) == ("paused", 1)

@@ -54,7 +54,6 @@ class RoundBook:
         record_sha256: Digest of its record.
         excluded: Reasons of exclusions, by ticket.
         events: Of its record.
-        overspent: Reason for which the next round must not be held; empty if it may be.
     """
 
     round: Round
@@ -67,7 +66,6 @@ class RoundBook:
     record_sha256: str = ""
     excluded: Mapping[str, str] = field(default_factory=dict)
     events: tuple[Event, ...] = ()
-    overspent: str = ""
 
     @property
     def counted(self) -> list[tuple[Ticket, Arrival]]:

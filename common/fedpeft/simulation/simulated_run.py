@@ -26,6 +26,7 @@ from google.protobuf import json_format
 from fedpeft.adapters import payload
 from fedpeft.config import RunConfig
 from fedpeft.errors import InvalidArgument
+from fedpeft.privacy.accounting import overspent
 from fedpeft.privacy.statement import EPSILON, statement
 from fedpeft.rounds import acceptance, conduct, state_machine
 from fedpeft.rounds.commit import RoundEmptied, RunHeader
@@ -85,6 +86,8 @@ class SimulatedRun:
         initial, done = self._begin()
         current = Round(self._header.run, len(done) + 1)
         while current.number <= self._config.rounds.count:
+            if why := overspent(self._config, self._versions.ledger, current.number):
+                return self._report(initial, done, RoundBook(current), why)
             book, reason = self._folded(current)
             if reason:
                 return self._report(initial, done, book, reason)
@@ -100,8 +103,6 @@ class SimulatedRun:
                 committed(done[-1])
             current = book.round.following(self._config.rounds)
             self._versions.keep_published({current.base_version, *(t.base_version for t in current.tickets)})
-            if book.overspent and current.number <= self._config.rounds.count:
-                return self._report(initial, done, RoundBook(current), book.overspent)
         return self._report(initial, done, None, "")
 
     def _begin(self) -> tuple[dict[str, float], list[Json]]:

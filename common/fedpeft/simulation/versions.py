@@ -19,6 +19,7 @@ from fedpeft.adapters.payload import Tensors
 from fedpeft.peft import TunedModel
 from fedpeft.privacy.events import Event
 from fedpeft.process.mapped_files import mapped
+from fedpeft.rounds import record
 from fedpeft.rounds.commit import RunHeader, Stored, Update, fold_round, write_first
 from fedpeft.rounds.local_job import Version
 from fedpeft.rounds.screening import Extent, comparable
@@ -36,6 +37,9 @@ class Versions:
         out: Folder of adapter.safetensors and records.jsonl; those there are replaced.
         scratch: Folder for what passes: payloads of a round by ticket.
         kept: Folder for what outlives a process that is killed: version 0, the newest, and the server's state.
+
+    Attributes:
+        ledger: Events of all rounds so far, oldest first.
     """
 
     def __init__(self, header: RunHeader, out: Path, scratch: Path, kept: Path) -> None:
@@ -48,7 +52,7 @@ class Versions:
         self._state_sha256 = ""
         self._record_sha256 = ""
         self._extents: dict[int, Extent] = {}
-        self._ledger: list[Event] = []
+        self.ledger: list[Event] = []
 
     def begin(self, tensors: Tensors) -> None:
         """Writes version 0."""
@@ -68,7 +72,11 @@ class Versions:
         }
 
     def settle(self) -> None:
-        """Removes what the version before the newest needed: the newest counts."""
+        """Shows the newest version, which counts, and removes what the one before it needed.
+
+        Not earlier: one that does not count is folded again, and where noise is drawn people would have seen two.
+        """
+        self._show()
         before = self._number - 1
         if before > 0:
             self._version(before).unlink(missing_ok=True)
@@ -91,9 +99,10 @@ class Versions:
         self._extents = {number: Extent(*each["extent"]) for number, each in enumerate(progress, 1)}
         with self._log.open("r+b") as stream:
             stream.truncate(newest["records_bytes"])
+        records = map(record.parse, self._log.read_text("ascii").splitlines())
+        self.ledger = [event for _, event in record.ledger(records)]
         with adapter_file.open_adapter(self._version(self._number), self._newest.sha256):
-            self._show()
-        self.settle()
+            self.settle()
 
     @property
     def first(self) -> Json:
@@ -120,14 +129,14 @@ class Versions:
         """Returns how far the newest version is from version 0, see `fedpeft.simulation.distances`."""
         with (
             adapter_file.open_adapter(self._version(0)) as first,
-            adapter_file.open_adapter(self._adapter, self._newest.sha256) as last,
+            adapter_file.open_adapter(self._version(self._number), self._newest.sha256) as last,
         ):
             return squared_distances(model, first, last)
 
     def publish(self, number: int) -> Version:
         """Writes the newest version, which has this number, as clients receive it: through `codec.down`."""
-        path = self._scratch / f"version-{number}"
-        with adapter_file.open_adapter(self._adapter, self._newest.sha256) as tensors, path.open("wb") as stream:
+        path, newest = self._scratch / f"version-{number}", self._version(self._number)
+        with adapter_file.open_adapter(newest, self._newest.sha256) as tensors, path.open("wb") as stream:
             manifest = payload.write(stream, tensors, self._header.spec.shared, self._header.config.codec.down)
         self._published[number] = Version(manifest, path)
         return self._published[number]
@@ -160,7 +169,7 @@ class Versions:
             for t, a in book.counted
         ]
         state = Stored(self._state(self._number), self._state_sha256) if self._state_sha256 else None
-        base = Stored(self._adapter, self._newest.sha256)
+        base = Stored(self._version(self._number), self._newest.sha256)
         number = book.round.number
         past = [self._extents[earlier] for earlier in comparable(self._header.spec, number)]
         outcome = fold_round(
@@ -172,20 +181,19 @@ class Versions:
             self._record_sha256,
             self._scratch,
             past=past,
-            ledger=self._ledger,
+            ledger=self.ledger,
         )
         self._extents[number] = outcome.extent
         os.replace(self._scratch / "state", self._state(number))
         os.replace(self._scratch / "adapter", self._version(number))
         self._number = number
-        self._show()
         with self._log.open("ab", buffering=0) as stream:  # in one piece: who is killed leaves no half of a line
             stream.write(f"{outcome.record}\n".encode("ascii"))
         self._newest, self._state_sha256 = outcome.adapter, outcome.state_sha256
         self._record_sha256 = book.record_sha256 = outcome.record_sha256
         book.weights, book.metrics, book.excluded = outcome.weights, outcome.metrics, outcome.excluded
-        book.events, book.overspent = outcome.events, outcome.overspent
-        self._ledger += outcome.events
+        book.events = outcome.events
+        self.ledger += outcome.events
 
     def forget(self, book: RoundBook) -> None:
         """Removes the payloads of a round."""
