@@ -134,3 +134,16 @@ def test_a_data_frame_without_pandas_says_what_to_install(here: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(LocalError, match="pip install pandas"):
         fedpeft.Simulation("simulated").to_frame()
+
+
+def test_a_model_whose_tensors_stay_at_clients_is_said_to_be_none_of_theirs(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "emoji.toml").write_text(RUN_FILE.replace('"bias"', '"fedsa_lora"'))
+    done = fedpeft.simulate("emoji.toml", data="sites", out="simulated")
+    assert {name.rsplit(".", 2)[1] for name in done.adapter()} == {"lora_A"}
+    capsys.readouterr()
+    done.load()
+    assert "tensors that stay at clients are as they began" in capsys.readouterr().out
+    kept = json.loads((here / "simulated" / "report.json").read_text())["rounds"][-1]
+    assert kept["payload_bytes_up"] == 3 * 4 * sum(values.size for values in done.adapter().values())

@@ -106,3 +106,33 @@ def test_the_mean_of_a_round_is_the_mean_of_the_products(backbone: Backbone, met
 def test_a_is_equal_on_all_clients_of_a_run(backbone: Backbone) -> None:
     one, other, lora = (tune(backbone, method, OPTIONS, 7).state() for method in ("ffa_lora", "ffa_lora", "lora"))
     assert all(np.array_equal(one[name], other[name]) and np.array_equal(one[name], lora[name]) for name in lora)
+
+
+def test_fedsa_lora_sends_a_alone_and_keeps_b_and_the_head() -> None:
+    spec = timm_spec(VIT, "fedsa_lora", {"rank": 8, "targets": ["qkv.q", "qkv.v"]}, 100)
+    assert {name.rsplit(".", 2)[1].rpartition("_")[2] for name in (t.name for t in spec.sent(1))} == {"A"}
+    lora = timm_spec(VIT, "lora", {"rank": 8, "targets": ["qkv.q", "qkv.v"]}, 100)
+    assert 2 * spec.largest_update == lora.largest_update - HEAD, "in / (in + out) of LoRA's values, here a half"
+    assert spec.shared == spec.sent(1), "nothing else goes down either"
+    averaged = timm_spec(VIT, "fedsa_lora", {"rank": 8, "local_head": False}, 100)
+    assert averaged.largest_update == 12 * 8 * 768 + HEAD
+
+
+def test_clients_of_one_a_keep_models_of_their_own(backbone: Backbone) -> None:
+    model = tune(backbone, "fedsa_lora", OPTIONS, 0)
+    sent = {tensor.name for tensor in model.spec.sent(1)}
+    first = model.state()
+    states = []
+    for client in range(2):
+        model.load(first)
+        states.append(trained(model, 1, client))
+    version = {name: (states[0][name] + states[1][name]) / 2 for name in sent}
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    outputs = []
+    for state in states:
+        model.load({**{name: values for name, values in state.items() if name not in sent}, **version})
+        with torch.no_grad():
+            outputs.append(model.module(images))
+        assert all(np.array_equal(model.state()[name], values) for name, values in version.items())
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-4)
+    assert sent and all(not np.array_equal(version[name], first[name]) for name in sent)

@@ -5,17 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
+
 from fedpeft.errors import BackboneMismatch
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
     from fedpeft.peft import TunedModel
 
+log = structlog.get_logger(__name__)
+
 
 def restored(
     config: RunConfig, fingerprint: str, adapter: Path, weights: Path | None = None, sha256: str | None = None
 ) -> TunedModel:
     """Returns a run's model with an adapter version, its backbone proved equal; imports torch, and takes seconds.
+
+    Tensors that stay at clients keep their initial values, which is logged.
 
     Args:
         config: The run's.
@@ -43,4 +49,10 @@ def restored(
         )
     with open_adapter(adapter, sha256) as tensors:
         tuned.load(tensors.adapter())
+    if kept := [tensor.name for tensor in tuned.spec.tensors if tensor not in tuned.spec.shared]:
+        log.warning(
+            "tensors that stay at clients are as they began: this is the model of none of them",
+            tensors=len(kept),
+            first=kept[0],
+        )
     return tuned
