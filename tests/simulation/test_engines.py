@@ -151,7 +151,8 @@ def test_an_engine_of_an_installed_package_is_one_class_and_makes_the_same_bits(
 
 def test_an_engine_that_nobody_brings_is_refused_at_its_place_in_the_run_file(tmp_path, whole):
     run = run_file("abacus")
-    with pytest.raises(ConfigInvalid, match="there is no engine 'abacus'; there are: inprocess, processes") as refused:
+    there = "there is no engine 'abacus'; there are: batched, inprocess, processes"
+    with pytest.raises(ConfigInvalid, match=there) as refused:
         simulate(run, {"a": whole, "b": whole, "c": whole}, tmp_path / "out")
     assert [path for path, _ in refused.value.fields] == ["simulation.engine"]
     assert not (tmp_path / "out").exists()

@@ -25,6 +25,7 @@ from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.models.backbones import build
 from fedpeft.models.tasks import task_of
 from fedpeft.peft import tune
+from fedpeft.training import gradients as gradients_module
 from fedpeft.training import loop
 from fedpeft.training import precision as precision_module
 from fedpeft.training.batches import BatchOrder, split
@@ -68,6 +69,10 @@ class StandIn:
 
     def state(self):
         return {n: p.detach().numpy().copy() for n, p in sorted(self.module.named_parameters())}
+
+    @property
+    def tensors(self):
+        return dict(sorted(self.module.named_parameters()))
 
     def trainable(self, number):
         roles = {t.name: t.role(number) for t in self.spec.tensors}
@@ -471,7 +476,7 @@ def test_halves_of_a_batch_are_clipped_as_the_whole_of_it(tmp_path, monkeypatch)
     """The gradient is bounded once a step, not once a micro-batch."""
     deltas = []
     for micro in (8, 3):
-        monkeypatch.setattr(loop, "split", lambda batch, size, micro=micro: split(batch, micro))
+        monkeypatch.setattr(gradients_module, "split", lambda batch, size, micro=micro: split(batch, micro))
         model, wanted = StandIn(), settings(clip_gradient_norm=0.05, momentum=0.0, weight_decay=0.0)
         deltas.append(train(model, data(tmp_path), wanted, seed=1, number=1).delta)
     assert all(np.allclose(deltas[0][n], d, rtol=1e-4, atol=1e-7) for n, d in deltas[1].items())

@@ -5,6 +5,17 @@ Face `peft` library builds.
 """
 
 from fedpeft.peft.method import Method, MethodOptions, make, methods
-from fedpeft.peft.tuned import TunedModel, count, spec_of, timm_spec, tune
+from fedpeft.peft.tuned import TunedModel, arrays_of, count, spec_of, timm_spec, tune
 
-__all__ = ["Method", "MethodOptions", "TunedModel", "count", "make", "methods", "spec_of", "timm_spec", "tune"]
+__all__ = [
+    "Method",
+    "MethodOptions",
+    "TunedModel",
+    "arrays_of",
+    "count",
+    "make",
+    "methods",
+    "spec_of",
+    "timm_spec",
+    "tune",
+]

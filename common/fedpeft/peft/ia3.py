@@ -61,7 +61,7 @@ class Rescale(nn.Module):
     def factors(self) -> torch.Tensor:
         """Returns a factor for each channel, 1 where none is learned."""
         device = next(self.parameters()).device
-        parts = [self.get_parameter(n) if n else torch.ones(size, device=device) for n, size in self.parts]
+        parts = [getattr(self, n) if n else torch.ones(size, device=device) for n, size in self.parts]
         return torch.cat(parts)
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -35,6 +35,7 @@ class TunedModel:
         method: The PEFT method.
         module: Takes and returns what the backbone's does.
         spec: The tuned tensors.
+        names: Their names in `module`, by those of the spec.
         checkpointing: True if blocks forget their activations and compute them again in the backward pass.
     """
 
@@ -52,15 +53,18 @@ class TunedModel:
         self.spec = spec
         self.checkpointing = False
         self._injected = injected
-        found = {method.canonical(name): p for name, p in module.named_parameters()}
-        self._tuned = {tensor.name: found[tensor.name] for tensor in spec.tensors}
+        found = {method.canonical(name): (name, p) for name, p in module.named_parameters()}
+        self.names = {tensor.name: found[tensor.name][0] for tensor in spec.tensors}
+        self._tuned = {tensor.name: found[tensor.name][1] for tensor in spec.tensors}
+
+    @property
+    def tensors(self) -> Mapping[str, nn.Parameter]:
+        """The tuned tensors themselves, in the spec's order."""
+        return self._tuned
 
     def state(self) -> dict[str, NDArray[np.float32]]:
         """Returns copies of all tuned tensors, local ones included, float32, in the spec's order."""
-        return {
-            name: parameter.detach().to("cpu", torch.float32, copy=True).numpy()
-            for name, parameter in self._tuned.items()
-        }
+        return arrays_of(self._tuned)
 
     def load(self, tensors: Tensors) -> None:
         """Sets tuned tensors. Those that are local in some round may be absent and stay as they are.
@@ -99,6 +103,11 @@ class TunedModel:
                 chosen[tensor.name] = parameter
         return chosen
 
+    def copies(self, number: int) -> dict[str, nn.Parameter]:
+        """Returns copies of all tuned tensors; those that train in round `number` require a gradient."""
+        chosen = self.trainable(number)
+        return {name: nn.Parameter(p.detach().clone(), requires_grad=name in chosen) for name, p in self._tuned.items()}
+
     def train(self) -> None:
         """Goes into training mode: the whole model, or only what was injected, as the method wants."""
         self.module.train(self.method.whole_model_trains)
@@ -121,6 +130,11 @@ class TunedModel:
     def eval(self) -> None:
         """Goes into evaluation mode."""
         self.module.eval()
+
+
+def arrays_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
+    """Returns copies of tensors as arrays, float32."""
+    return {name: tensor.detach().to("cpu", torch.float32, copy=True).numpy() for name, tensor in tensors.items()}
 
 
 def tune(backbone: Backbone, method: str, options: Mapping[str, object], seed: int) -> TunedModel:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from fedpeft.data.reading import USUAL, Reading
 from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.models.tasks import task_of
 from fedpeft.rounds import metric_values
-from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome, Version
+from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome, LocalUpdate, Version
 from fedpeft.simulation.clients import ClientData, Clients, Data, place_of
 from fedpeft.training.devices import device_of
 from fedpeft.training.local_round import load_run
+from fedpeft.training.loop import Training
+from fedpeft.training.randomness import Stream
 
 HELD_OUT_SEED = 0
 """Seed of the held-out examples: those of all runs are the same, whatever their own seeds are."""
@@ -86,12 +89,20 @@ class LocalTrainer:
         """
         dataset = self._data.of(job.client)
         try:
-            update = self.run.train(job, dataset)
-        except DataInvalid as error:
-            raise DataInvalid(f"client {job.client}: {error.message}") from None
+            with naming(job.client):
+                return self.figures_of(self.run.train(job, dataset))
         except TrainingFailed as error:
             return LocalFailure(job.client, error)
-        return replace(update, metrics=_sendable(update.metrics, metric_values.MAX_TRAINING, job.client))
+
+    def begin(self, job: LocalJob) -> tuple[Training, Stream]:
+        """Begins a client's round beside others; see `LoadedRun.begin`."""
+        dataset = self._data.of(job.client)
+        with naming(job.client):
+            return self.run.begin(job, dataset)
+
+    def figures_of(self, update: LocalUpdate) -> LocalUpdate:
+        """Returns an update with the figures that a client would send."""
+        return replace(update, metrics=_sendable(update.metrics, metric_values.MAX_TRAINING, update.client))
 
     def _held_out(self, path: Path) -> Any:
         """Opens the held-out data; with `held_out`, so many examples of it, the same in every run."""
@@ -107,6 +118,15 @@ class LocalTrainer:
         if self._test is None:
             return {}
         return _sendable(self.run.evaluate(version, self._test), metric_values.MAX_EVALUATION, "evaluator")
+
+
+@contextmanager
+def naming(client: str) -> Iterator[None]:
+    """Puts a client's name before the message of `DataInvalid`."""
+    try:
+        yield
+    except DataInvalid as error:
+        raise DataInvalid(f"client {client}: {error.message}") from None
 
 
 def _sendable(measured: Mapping[str, float], most: int, client: str) -> dict[str, float]:

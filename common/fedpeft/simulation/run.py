@@ -25,7 +25,7 @@ from fedpeft.rounds.commit import RunHeader
 from fedpeft.rounds.state_machine import policies
 from fedpeft.rpc import wire
 from fedpeft.simulation.clients import ClientMemory, Clients, reading_of
-from fedpeft.simulation.engines import engine_named
+from fedpeft.simulation.engines import Engine, engine_named
 from fedpeft.simulation.leakage import leakage
 from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
 from fedpeft.simulation.progress_log import UNFINISHED, ProgressLog
@@ -107,10 +107,11 @@ def simulate(
             if (out / REPORT).exists():  # an earlier simulation's would stand beside what this one leaves
                 shutil.rmtree(out / UNFINISHED, ignore_errors=True)
                 (out / REPORT).unlink()
-            progress = ProgressLog(out / UNFINISHED, _identity(header, trainer.inputs))
+            made = engine(trainer, settings.workers)
+            progress = ProgressLog(out / UNFINISHED, _identity(header, made))
             memory = ClientMemory(progress.folder / "memory", len(progress.rounds))
             versions = Versions(header, out, scratch, progress.folder)
-            with engine(trainer, settings.workers) as started:
+            with made as started:
                 kept = progress if is_resumable(config) else None
                 report = SimulatedRun(header, started, memory, versions, kept).run(committed, worked)
             report["partition"] = None if partition is None else dict(partition)
@@ -127,10 +128,11 @@ def is_resumable(config: RunConfig) -> bool:
     return not policies.get(config.rounds.policy_name).has_clock
 
 
-def _identity(header: RunHeader, inputs: Inputs) -> dict[str, Any]:
+def _identity(header: RunHeader, engine: Engine) -> dict[str, Any]:
     """Returns all that decides the bits of a simulation."""
     import torch
 
+    inputs = engine.trainer.inputs
     return {
         "run": header.run,
         "config": wire.config_to_proto(header.config).SerializeToString(deterministic=True).hex(),
@@ -142,6 +144,7 @@ def _identity(header: RunHeader, inputs: Inputs) -> dict[str, Any]:
         "device": inputs.device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        **({"arithmetic": engine.arithmetic} if engine.arithmetic else {}),
     }
 
 

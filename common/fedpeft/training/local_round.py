@@ -24,7 +24,9 @@ from fedpeft.privacy.transforms import transforms_of
 from fedpeft.rounds.groups import LOCAL, RESIDUAL
 from fedpeft.rounds.local_job import LocalJob, LocalUpdate, Version
 from fedpeft.training.evaluation import evaluate
-from fedpeft.training.loop import Progress, train
+from fedpeft.training.loop import Progress, Training, train
+from fedpeft.training.randomness import Stream
+from fedpeft.training.result import TrainingResult
 from fedpeft.training.run_spec import run_spec
 
 
@@ -83,12 +85,8 @@ class LoadedRun:
             StateInvalid: If the residual is of another run.
             TrainingFailed: If training ended without an update.
         """
-        kept = job.state.get(LOCAL, {})
-        beside = self._set(job.version, kept)
-        groups = _groups(job.settings)
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        beside = self._set(job.version, job.state.get(LOCAL, {}))
+        self._count_memory()
         result = train(
             self.task,
             self.model,
@@ -97,12 +95,42 @@ class LoadedRun:
             job.seed,
             job.round,
             self.device,
-            state={name: job.state.get(key, {}) for name, key in groups.items()},
+            state=_state(job),
             sections=beside,
             progress=progress,
             stop=stop,
         )
+        return self.update(job, result)
+
+    def begin(self, job: LocalJob, dataset: Dataset) -> tuple[Training, Stream]:
+        """Begins a client's round with tensors of its own, for a pass of several clients; errors as of `train`.
+
+        Returns:
+            The training, and the random numbers of the client, from which its start and its steps draw.
+        """
+        beside = self._set(job.version, job.state.get(LOCAL, {}))
+        self._count_memory()
+        tensors, spec = self.model.copies(job.round), self.model.spec
+        stream = Stream(job.seed, self.device)
+        training = Training(self.task, spec, tensors, dataset, job.settings, job.seed, job.round, self.device)
+        with stream.drawn():
+            training.start(_state(job), beside)
+        return training, stream
+
+    def _count_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def update(self, job: LocalJob, result: TrainingResult) -> LocalUpdate:
+        """Prepares the update of a client's round.
+
+        Raises:
+            StateInvalid: If the residual is of another run.
+            TrainingFailed: If nothing of the update can be sent.
+        """
+        on_gpu = self.device.type == "cuda"
         memory = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(self.device))} if on_gpu else {}
+        kept, groups = job.state.get(LOCAL, {}), _groups(job.settings)
         sent = self.spec.sent(job.round)
         changes, residual = join(result.delta, result.sections), job.state.get(RESIDUAL, {})
         update = prepare(changes, residual, sent, self.config.codec, transforms_of(self.config), job.seed)
@@ -137,6 +165,11 @@ def _groups(settings: TrainingConfig) -> dict[str, str]:
     """Returns the groups of state of the local algorithm, each with the name under which the client keeps it."""
     chosen = settings.algorithm
     return {name: f"{chosen.name}-{name}" for name in algorithm(chosen).groups} if chosen else {}
+
+
+def _state(job: LocalJob) -> dict[str, Mapping[str, Any]]:
+    """Returns the kept state of the local algorithm, by its groups."""
+    return {name: job.state.get(key, {}) for name, key in _groups(job.settings).items()}
 
 
 def load_run(config: RunConfig, task: Task, weights: Path | None, device: torch.device) -> LoadedRun:

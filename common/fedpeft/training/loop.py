@@ -15,27 +15,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
-import structlog
 import torch
 from torch import nn
-from torch.nn import functional
 
+from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.algorithms import RoundStart, algorithm
 from fedpeft.config import TrainingConfig
 from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.formatting import counted
 from fedpeft.models.tasks import Batch, Dataset, Pass, Task
-from fedpeft.peft import TunedModel
+from fedpeft.peft import TunedModel, arrays_of
 from fedpeft.rounds.local_job import Groups
 from fedpeft.training.algorithm_state import to_arrays, to_tensors
-from fedpeft.training.batches import BatchOrder, ahead, moved, pinned, size, split
+from fedpeft.training.batches import BatchOrder, ahead, moved, pinned
+from fedpeft.training.gradients import Gradients
 from fedpeft.training.loss_meter import LossMeter
-from fedpeft.training.precision import Steps, autocast, lowered, multiplying, precision
+from fedpeft.training.precision import Steps, lowered, multiplying, precision
 from fedpeft.training.randomness import Generators, seeded
 from fedpeft.training.result import TrainingResult, facts_of, result_of
 
@@ -44,8 +45,6 @@ PROGRESS_S = 1.0
 
 LOSS_STEPS = 25
 """Steps on a GPU between two looks at the loss: each look waits for the GPU."""
-
-_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +99,36 @@ def train(
             fits into the GPU's memory.
     """
     device = torch.device(device)
-    training = _Training(task, model, dataset, settings, seed, number, device)
+    placed(model.module, device)
+    model.trainable(number)
+    training = Training(task, model.spec, model.tensors, dataset, settings, seed, number, device)
+    gradients = Gradients(task, model, training.dtype, device)
     with seeded(seed, device), multiplying(settings.precision, device):
         try:
-            return training.run(state or {}, sections or {}, progress, stop)
+            training.start(state or {}, sections or {})
+            model.train()
+            with lowered(model.module, training.dtype), closing(training.steps(progress, stop)) as steps:
+                batch = next(steps, None)
+                while batch is not None:
+                    loss = gradients.compute(training, batch, lambda inputs: task.loss(model.module, inputs))
+                    batch = following(steps, loss)
+            return training.result()
         finally:
             model.eval()
 
 
+def following(steps: Generator[Batch, torch.Tensor], loss: torch.Tensor) -> Batch | None:
+    """Returns the batch that a training computes next, given the loss of the one before; None after the last."""
+    try:
+        return steps.send(loss)
+    except StopIteration:
+        return None
+
+
 def placed(module: nn.Module, device: torch.device) -> None:
     """Moves a model to a device; on a GPU channels last, with which the patch embedding of images is faster."""
+    if device.type == "cpu" and all(t.device == device for t in chain(module.parameters(), module.buffers())):
+        return  # the usual case of a CPU: `to` takes longer to find that out
     module.to(device)
     if device.type == "cuda":
         module.to(memory_format=torch.channels_last)
@@ -132,13 +151,32 @@ class _Ready:
     at: int
 
 
-class _Training:
-    """The state of one call of `train`."""
+class Training:
+    """One client's work in one round, but for its gradients: others compute them, one client's or many at once.
+
+    Args:
+        task: The model's.
+        spec: The tuned tensors.
+        tensors: All of them with their first values, on the device; those that require a gradient are trained.
+        dataset: The client's data.
+        settings: As in `train`.
+        seed: Seed of this training; torch's global generators are to be seeded with it before `start`.
+        number: The round.
+        device: Device of the training.
+
+    Attributes:
+        tensors: Those.
+        dataset: That.
+        dtype: In which the forward pass computes.
+        optimizer_steps: The optimizer; gradients are given to it.
+        micro: Most examples that go through the model at once.
+    """
 
     def __init__(
         self,
         task: Task,
-        model: TunedModel,
+        spec: AdapterSpec,
+        tensors: Mapping[str, nn.Parameter],
         dataset: Dataset,
         settings: TrainingConfig,
         seed: int,
@@ -146,63 +184,58 @@ class _Training:
         device: torch.device,
     ) -> None:
         self._task = task
-        self._model = model
-        self._dataset = dataset
+        self._spec = spec
         self._settings = settings
         self._seed = seed
         self._number = number
         self._device = device
         self._on_gpu = device.type == "cuda"
-        placed(model.module, device)
-        self._dtype = precision(settings.precision, device)
-        parameters = model.trainable(number)
+        parameters = {name: p for name, p in tensors.items() if p.requires_grad}
         if not parameters:
-            raise TrainingFailed(f"adapter {model.spec.method} trains no tensor in round {number}")
-        self._sent = {tensor.name: parameters[tensor.name] for tensor in model.spec.sent(number)}
+            raise TrainingFailed(f"adapter {spec.method} trains no tensor in round {number}")
+        self.tensors = tensors
+        self.dataset = dataset
+        self.dtype = precision(settings.precision, device)
+        self.micro = settings.batch_size
+        self._sent = {tensor.name: parameters[tensor.name] for tensor in spec.sent(number)}
         self._algorithm = algorithm(settings.algorithm)
         optimizer = optimizer_of(settings, list(parameters.values()))
         largest = settings.clip_gradient_norm
-        self._steps = Steps(optimizer, self._dtype, device, self._algorithm.after_gradient, largest)
-        self._micro = settings.batch_size
+        self.optimizer_steps = Steps(optimizer, self.dtype, device, self._algorithm.after_gradient, largest)
         self._losses = LossMeter(LOSS_STEPS if self._on_gpu else 1)
         self._order = BatchOrder(settings, len(dataset), seed)
+        self._metrics: dict[str, float] = {}
 
-    def run(
-        self,
-        state: Groups,
-        sections: Groups,
-        progress: Callable[[Progress], None] | None,
-        stop: Callable[[], bool] | None,
-    ) -> TrainingResult:
-        """Trains and returns the result."""
-        start = self._model.state()
-        self._model.train()
+    def start(self, state: Groups, sections: Groups) -> None:
+        """Notes the first values, and begins the local algorithm; state and sections as in `train`."""
+        self._first = arrays_of(self.tensors)
         kept = to_tensors(self._algorithm.groups, state, self._sent)
         beside = to_tensors((each.name for each in self._algorithm.sections()), sections, self._sent)
         self._algorithm.start(RoundStart(self._sent, self._settings.learning_rate, kept, beside))
-        metrics = self._train(progress, stop)
-        end = self._algorithm.finish(int(metrics["steps"]))
-        facts = facts_of(self._device, self._dtype)
-        result = result_of(self._model, start, self._number, self._dataset.examples, metrics, facts)
-        return replace(result, state=to_arrays(end.state), sections=to_arrays(end.sections))
 
-    def _train(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool] | None) -> dict[str, float]:
-        """Makes all steps and returns their figures."""
+    def steps(
+        self, progress: Callable[[Progress], None] | None = None, stop: Callable[[], bool] | None = None
+    ) -> Generator[Batch, torch.Tensor]:
+        """Makes all steps; progress and stop as in `train`.
+
+        Yields:
+            A batch on the device, whose mean loss is to be sent back once the parameters have its gradients. Where
+            those overflow, the batch comes again.
+        """
         steps = self._order.steps
         began = reported = time.perf_counter()
         done = examples = 0
         if progress is not None:
             progress(Progress(0, steps, math.nan, 0.0))
-        with ExitStack() as until_the_end:
-            until_the_end.enter_context(lowered(self._model.module, self._dtype))
-            for ready in until_the_end.enter_context(closing(self._batches())):
+        with closing(self._batches()) as batches:
+            for ready in batches:
                 if not ready.examples:
                     continue
                 if stop is not None and stop():
                     raise TrainingFailed(f"training was stopped as asked, after {done} of {counted(steps, 'step')}")
                 done += 1
                 examples += ready.examples
-                self._losses.add(self._step(ready.batch), ready.examples, ready.last_pass)
+                self._losses.add((yield from self._step(ready.batch)), ready.examples, ready.last_pass)
                 now = time.perf_counter()
                 if progress is not None and (now - reported >= PROGRESS_S or ready.at == steps - 1):
                     reported = now
@@ -210,20 +243,28 @@ class _Training:
         self._losses.flush()
         seconds = time.perf_counter() - began
         if not done:
-            raise DataInvalid(f"none of the {len(self._dataset)} {self._task.example}s can be read")
-        return {
+            raise DataInvalid(f"none of the {len(self.dataset)} {self._task.example}s can be read")
+        self._metrics = {
             **self._losses.metrics(),
             "seconds": seconds,
             "images_per_second": examples / seconds,
             "steps": float(done),
-            "skipped_images": float(len(self._dataset) - self._dataset.examples),
-            "micro_batch": float(self._micro),
+            "skipped_images": float(len(self.dataset) - self.dataset.examples),
+            "micro_batch": float(self.micro),
             "threads": float(torch.get_num_threads()),
         }
 
+    def result(self) -> TrainingResult:
+        """Returns the result, after the last step."""
+        end = self._algorithm.finish(int(self._metrics["steps"]))
+        facts = facts_of(self._device, self.dtype)
+        trained, examples = arrays_of(self.tensors), self.dataset.examples
+        result = result_of(self._spec, self._first, trained, self._number, examples, self._metrics, facts)
+        return replace(result, state=to_arrays(end.state), sections=to_arrays(end.sections))
+
     def _batches(self) -> Generator[_Ready]:
         """Yields every batch collated; on a GPU by a thread, so that the GPU does not wait for it."""
-        drawn = enumerate(self._dataset.batches(self._order))
+        drawn = enumerate(self.dataset.batches(self._order))
         if self._on_gpu:
             yield from ahead(drawn, lambda each: self._ready(*each))
         else:
@@ -235,64 +276,15 @@ class _Training:
         batch = self._task.collate(rows, Pass(self._settings, self._seed, position // a_pass)) if len(rows) else {}
         return _Ready(pinned(batch) if self._on_gpu else batch, len(rows), position >= steps - a_pass, position)
 
-    def _step(self, batch: Batch) -> torch.Tensor:
-        """Makes one optimizer step and returns its loss; halves the micro-batch until it fits."""
+    def _step(self, batch: Batch) -> Generator[Batch, torch.Tensor, torch.Tensor]:
+        """Makes one optimizer step and returns its loss."""
         batch = moved(batch, self._device)
         generators = Generators.of(self._device)
         while True:
-            if (loss := self._gradients(batch)) is None:
-                self._smaller_micro_batch(size(batch))
-            elif self._steps.take():
+            loss = yield batch
+            if self.optimizer_steps.take():
                 return loss
             generators.restore()
-
-    def _gradients(self, batch: Batch) -> torch.Tensor | None:
-        """Adds up the gradients of the batch's mean loss over micro-batches.
-
-        Returns:
-            That loss; None if a micro-batch does not fit into memory, with no gradient left.
-        """
-        total = torch.zeros((), device=self._device)
-        try:
-            for part in split(batch, self._micro):
-                inputs = self._task.transform(part, self._dataset)
-                with autocast(self._dtype, self._device):
-                    losses = self._task.loss(self._model.module, inputs)
-                loss = _mean(losses, size(part), type(self._task).__name__) * (size(part) / size(batch))
-                self._steps.backward(loss)
-                total += loss.detach()
-            return total
-        except torch.OutOfMemoryError:
-            self._steps.clear()
-        return None  # outside the handler: while it runs, the exception holds the tensors that filled the memory
-
-    def _smaller_micro_batch(self, batch: int) -> None:
-        held = min(self._micro, batch)
-        if held > 1:
-            self._micro = -(-held // 2)
-        elif not self._model.checkpoint():
-            raise TrainingFailed(
-                f"not even one {self._task.example} fits into the memory of {self._device}; take a smaller model or "
-                "input"
-            )
-        if self._on_gpu:
-            torch.cuda.empty_cache()
-        drops = any(isinstance(part, nn.Dropout) and part.p and part.training for part in self._model.module.modules())
-        _log.warning(
-            "out_of_gpu_memory",
-            images=held,
-            micro_batch=self._micro,
-            checkpointing=self._model.checkpointing,
-            effect="gradients add up to the batch's" + (", with other draws of dropout" if drops else ""),
-        )
-
-
-def _mean(losses: torch.Tensor, examples: int, task: str) -> torch.Tensor:
-    """Returns the mean of a batch's losses, added up in the order of torch's own mean cross entropy: to its bits."""
-    if losses.shape != (examples,):
-        raise TrainingFailed(f"{task}.loss returned {tuple(losses.shape)}; a loss for each of {examples} is needed")
-    only = torch.zeros(examples, dtype=torch.int64, device=losses.device)
-    return functional.nll_loss(-losses.float().unsqueeze(1), only)
 
 
 def optimizer_of(settings: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

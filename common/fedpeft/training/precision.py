@@ -62,13 +62,16 @@ def lowered(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     The results have the same bits. Parameters that other layers use too stay as they are: those compute in float32.
     Float32 values are back at the end; meanwhile both are in memory.
     """
+    if dtype is torch.float32:
+        yield
+        return
     layers = (nn.Linear, nn.Conv2d)
     others = {
         id(p) for part in module.modules() if not isinstance(part, layers) for p in part.parameters(recurse=False)
     }
     kept: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
     try:
-        for part in module.modules() if dtype is not torch.float32 else ():
+        for part in module.modules():
             for p in part.parameters(recurse=False) if isinstance(part, layers) else ():
                 if not p.requires_grad and id(p) not in others and id(p) not in kept:
                     kept[id(p)] = p, p.data
@@ -105,7 +108,11 @@ class Steps:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds a loss's gradients to those that are there."""
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaled(loss).backward()  # type: ignore[no-untyped-call]
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """Returns the loss whose gradients `take` expects: float16's is larger."""
+        return self._scaler.scale(loss)
 
     def take(self) -> bool:
         """Makes a step and clears the gradients; returns False where they overflowed and the batch is to be repeated.

@@ -27,7 +27,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         before.restore()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Generators:
     """The state of the CPU's generator and of a GPU's.
 
@@ -47,8 +47,46 @@ class Generators:
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(device, torch.get_rng_state(), cuda)
 
+    def same_as(self, other: Generators) -> bool:
+        """Returns True if nothing was drawn between two states."""
+        gpu = self.cuda is None or other.cuda is None or torch.equal(self.cuda, other.cuda)
+        return gpu and torch.equal(self.cpu, other.cpu)
+
     def restore(self) -> None:
         """Goes back to this state."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+class Stream:
+    """Random numbers of one client among several: torch's global generators, taken up where it left them.
+
+    Args:
+        seed: Seed of its training.
+        device: Device of the training.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        with seeded(seed, device):
+            self._now = self._before = Generators.of(device)
+
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Gives the global generators the state of the stream, and puts theirs back at the end."""
+        others = Generators.of(self._device)
+        self._now.restore()
+        try:
+            yield
+        finally:
+            self._now = Generators.of(self._device)
+            others.restore()
+
+    def mark(self) -> None:
+        """Notes the state to which `back` goes."""
+        self._before = self._now
+
+    def back(self) -> None:
+        """Goes back to the state that was noted last."""
+        self._now = self._before

@@ -9,10 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from fedpeft.adapters.sections import Groups
-from fedpeft.adapters.spec import TensorRole
+from fedpeft.adapters.spec import AdapterSpec, TensorRole
 from fedpeft.errors import TrainingFailed
 from fedpeft.formatting import counted
-from fedpeft.peft import TunedModel
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -42,13 +41,20 @@ class TrainingResult:
 
 
 def result_of(
-    model: TunedModel, start: Arrays, number: int, examples: int, metrics: dict[str, float], facts: dict[str, str]
+    spec: AdapterSpec,
+    start: Arrays,
+    trained: Arrays,
+    number: int,
+    examples: int,
+    metrics: dict[str, float],
+    facts: dict[str, str],
 ) -> TrainingResult:
     """Returns what training changed in round `number`.
 
     Args:
-        model: As training left it.
-        start: Its tuned tensors before.
+        spec: The tuned tensors.
+        start: Their values before.
+        trained: Their values after.
         number: The round (1, 2, ...): it chooses each tensor's role.
         examples: The weight of the update.
         metrics: `TrainingResult.metrics`, steps among them.
@@ -57,9 +63,8 @@ def result_of(
     Raises:
         TrainingFailed: If a trained tensor is not finite.
     """
-    trained = model.state()
     delta, local = {}, {}
-    for tensor in model.spec.tensors:
+    for tensor in spec.tensors:
         role = tensor.role(number)
         if role is not TensorRole.FROZEN and not np.isfinite(trained[tensor.name]).all():
             raise TrainingFailed(

@@ -14,7 +14,7 @@ from fedpeft.simulation.local_trainer import LocalTrainer
 
 
 class Engine(ABC):
-    """Computes jobs, anywhere, to the bits of `trainer.train`. A context manager, entered once.
+    """Computes jobs, anywhere, to the bits of `trainer.train` or near them. A context manager, entered once.
 
     Args:
         trainer: This process's trainer, which scores versions too; its `inputs` are what another process would load.
@@ -24,6 +24,14 @@ class Engine(ABC):
     def __init__(self, trainer: LocalTrainer, workers: int | None = None) -> None:
         self.trainer = trainer
         self.workers = workers
+
+    @property
+    def arithmetic(self) -> str:
+        """The name of the engine's own bits, other than those of `trainer.train`; empty where they are the same.
+
+        A simulation that was killed goes on only under an engine of the same.
+        """
+        return ""
 
     @abstractmethod
     def run(self, jobs: Iterable[LocalJob]) -> Iterator[LocalOutcome]:
