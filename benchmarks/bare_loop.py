@@ -117,7 +117,7 @@ def cases_of(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], o
     jobs = jobs_of(trainer, folder)
 
     def by_engine(name: str) -> Callable[[], object]:
-        engine = engine_named(name)(trainer, min(args.clients, 16) if name == "batched" else None)
+        engine = engine_named(name)(trainer, args.together if name == "batched" else None)
 
         def one_round() -> None:
             outcomes = list(engine.run(jobs))
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--method", default="lora")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--together", type=int, default=16, help="clients in a pass of batched")
     for name, value in {"clients": 8, "depth": 4, "side": 64, "batch": 16, "repeat": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()

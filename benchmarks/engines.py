@@ -1,11 +1,11 @@
-"""Times of simulated rounds by engine: one process with one or two of torch's threads, and two worker processes.
+"""Times of simulated rounds by engine: one process with one or two threads, two worker processes, passes of clients.
 
     python benchmarks/engines.py [--repeat 3] [--rounds 3] [--clients 8] [--depth 4]
 
 Every case is a fresh process, and the cases take turns. The model is the first blocks of a random ViT-tiny at 64 pixels
 under LoRA; each client has 48 images of noise. Printed are, by case, the median and the fastest round after the first
 (which opens the data), what the whole command took, the peak memory of all processes together (proportional set
-sizes), and the digest of the adapter: with the same number of threads it must be the same.
+sizes), and the digest of the adapter: but for batched, with the same number of threads it must be the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from PIL import Image
 from workload import ended_by_signals
 
 CASES = {"inprocess, 1 thread": ("inprocess", 1), "inprocess, 2 threads": ("inprocess", 2)} | {
-    "processes, 2 workers of 1 thread": ("processes", 1)
+    "processes, 2 workers of 1 thread": ("processes", 1),
+    "batched, 4 clients a pass, 1 thread": ("batched", 1),
 }
 IMAGES, SIDE = 48, 64
 RUN_FILE = """
@@ -49,7 +50,7 @@ batch_size = 16
 [simulation]
 clients = {clients}
 engine = "{engine}"
-workers = 2
+workers = {workers}
 """
 
 
@@ -91,7 +92,7 @@ def measure(engine: str, threads: int, data: Path, args: argparse.Namespace, fou
     with tempfile.TemporaryDirectory() as folder:
         run, out = Path(folder) / "run.toml", Path(folder) / "out"
         sizes = {"side": SIDE, "depth": args.depth, "rounds": args.rounds, "clients": args.clients}
-        run.write_text(RUN_FILE.format(engine=engine, **sizes))
+        run.write_text(RUN_FILE.format(engine=engine, workers=4 if engine == "batched" else 2, **sizes))
         asked = ["simulate", str(run), "--data", str(data), "--out", str(out), "--threads", str(threads), "--json"]
         began, peak = time.perf_counter(), 0
         command = [sys.executable, "-m", "fedpeft_operator.app", *asked, "--device", "cpu"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -139,3 +140,25 @@ def test_another_simulation_in_the_folder_begins_anew(tmp_path, folders, change)
     simulate(settings, chosen, tmp_path, committed=lambda row: done.append(row["version"]))
     assert done == [1, 2]
     assert not (tmp_path / "unfinished").exists()
+
+
+def test_a_simulation_goes_on_only_under_an_engine_of_the_same_arithmetic(tmp_path, folders):
+    """Begun with batched, it goes on with as many clients in a pass, and with any others begins anew."""
+
+    def killed(row):
+        raise Crash
+
+    began = {"rounds": {"count": 2, "clients": 2, "seed": 3}}
+    out = tmp_path / "out"
+    with pytest.raises(Crash):
+        simulate(
+            config(simulation={"engine": "batched", "workers": 2}, **began), clients(folders), out, committed=killed
+        )
+    shutil.copytree(out, tmp_path / "kept")
+    for engine, workers, wanted in (("batched", 2, [2]), ("batched", 3, [1, 2]), ("inprocess", 2, [1, 2])):
+        shutil.rmtree(out)
+        shutil.copytree(tmp_path / "kept", out)
+        done = []
+        run = config(simulation={"engine": engine, "workers": workers}, **began)
+        simulate(run, clients(folders), out, committed=lambda row, done=done: done.append(row["version"]))
+        assert done == wanted, engine
