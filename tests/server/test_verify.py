@@ -65,6 +65,7 @@ CASES: dict[str, tuple[dict[str, dict[str, object]], AdapterSpec]] = {
         {"codec": {"up": "float16"}, "privacy": {"clip_norm": 2.0, "quantile": 0.5, **NOISE}},
         SPEC,
     ),
+    "updates that clients hide": ({"privacy": {**NOISE, "mechanism": "local", "clip_norm": 0.1}}, SPEC),
     "sparse, fedadam, a section": (
         {"codec": {"up": "sparse"}, "aggregation": {"strategy": "fedadam"}},
         with_sections(FREEZING, [Section("control", 7.0, "float32")]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.privacy.accounting import epsilon, noise_for
+from fedpeft.privacy.accounting import epsilon, local_epsilon, noise_for
 from fedpeft.rounds import record
 from fedpeft.simulation import simulate
 from fedpeft.simulation.progress_log import ProgressLog
@@ -89,3 +89,27 @@ def test_a_run_that_was_killed_after_its_last_round_of_budget_holds_no_other(tmp
         simulate(run, clients(folders), tmp_path, committed=killed)
     report = simulate(run, clients(folders), tmp_path)
     assert (report["state"], report["version"]) == ("paused", 1)
+
+
+def test_clients_with_noise_of_their_own_say_nothing_of_their_data_and_stop_when_their_budget_is_spent(
+    tmp_path: Path, folders: Path
+) -> None:
+    z = 2 * noise_for(3.0, 1e-3, 2)  # two updates of a client, and no more
+    privacy = {**PRIVACY, "mechanism": "local", "noise_multiplier": z, "target_epsilon": 3.0}
+    run = config(
+        privacy=privacy, rounds={"count": 3, "clients": 3, "quorum": 3}, training={"steps": 1, "batch_size": 2}
+    )
+    names = dict(list(clients(folders).items())[:3])
+    report = simulate(run, names, tmp_path)
+    assert (report["state"], report["version"]) == ("paused", 2)
+    tickets = report["in_progress"]["tickets"]
+    assert [t["state"] for t in tickets] == ["withdrawn"] * 3
+    assert all("with update 3 of this client epsilon would be" in t["reason"] for t in tickets)
+    spent = [local_epsilon(z, number, 1e-3) for number in (1, 2)]
+    for row, wanted in zip(report["rounds"], spent, strict=True):
+        assert row["metrics"]["privacy_epsilon"] == wanted and "train_loss" not in row["metrics"]
+        for ticket in row["tickets"]:
+            assert ticket["metrics"]["privacy_epsilon"] == wanted
+            assert not {"loss", "loss_first", "loss_last", "clip_factor", "skipped_images"} & ticket["metrics"].keys()
+    assert report["privacy"]["relation"] == "replace" and report["privacy"]["epsilon"] == spent[-1]
+    assert [event["kind"] for event in report["rounds"][0]["events"]] == ["locally_noised"]

@@ -33,7 +33,7 @@ from fedpeft import ids
 from fedpeft.adapters.payload import Manifest, Tensors
 from fedpeft.errors import FedpeftError, StateInvalid
 from fedpeft.process import durable, logs
-from fedpeft.rounds.groups import RESIDUAL
+from fedpeft.rounds.groups import RESIDUAL, SENT
 from fedpeft.rounds.local_job import LocalUpdate
 from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -138,8 +138,15 @@ class Outbox:
         for path in self._draft.iterdir():
             durable.sync(path)
         durable.sync(self._draft)
+        self._spend(self._directory.run(run))
         durable.move(self._draft, self._outbox)
         return Pending(self._outbox, run, number, header, self._policy)
+
+    def _spend(self, folder: Path) -> None:
+        """Books what the draft spends of the client's privacy budget: for good, before any of it can leave the site."""
+        spent = self._draft / f"{SENT}{_SUFFIX}"
+        if spent.exists():
+            durable.write(state_dir.group(folder, SENT), spent.read_bytes())
 
     def load(self) -> Pending | None:
         """Returns the pending update, if there is one.

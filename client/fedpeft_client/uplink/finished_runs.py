@@ -20,7 +20,7 @@ from fedpeft import ids
 from fedpeft.errors import FedpeftError, LocalError
 from fedpeft.process import durable
 from fedpeft.process.logs import Log
-from fedpeft.rounds.groups import LOCAL
+from fedpeft.rounds.groups import LASTING
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.egress.log import EgressLog
@@ -132,7 +132,7 @@ class FinishedRuns:
             durable.write(mark, b"")
         lasting = _since(mark) <= KEPT
         groups = state_dir.groups(folder).items()
-        kept = [file for group, file in groups if (group == LOCAL or lasting) and _holds_values(file)]
+        kept = [file for group, file in groups if (group in LASTING or lasting) and _holds_values(file)]
         if not kept:
             shutil.rmtree(folder)
             durable.sync(folder.parent)
@@ -154,7 +154,7 @@ def _is_clean(folder: Path) -> bool:
     return (
         MARK in names
         and names <= {MARK, *(file.name for file in groups.values())}
-        and not (groups.keys() - {LOCAL} and _since(folder / MARK) > KEPT)
+        and not (groups.keys() - LASTING and _since(folder / MARK) > KEPT)
     )
 
 

@@ -28,6 +28,7 @@ from fedpeft.data.sources.inventory import EMPTY
 from fedpeft.errors import StateInvalid
 from fedpeft.models.tasks import IMAGES, split_data, task_of
 from fedpeft.peft import methods
+from fedpeft.rounds.groups import SENT
 from fedpeft.rounds.local_job import LocalJob, Version
 from fedpeft.rpc import wire
 from fedpeft.training.devices import device_of
@@ -167,7 +168,7 @@ class SiteWorker:
             int(request["seed"]),
             TrainingConfig.model_validate(request["settings"]),
             _version(request["adapter"]),
-            {group: _read(Path(path), run) for group, path in request["state"].items()},
+            {group: _read(Path(path), group, run) for group, path in request["state"].items()},
         )
         update = loaded.train(job, dataset, progress=lambda p: progress(_shown(p)), stop=stop)
         out = Path(request["out"])
@@ -241,12 +242,14 @@ def _write(path: Path, arrays: Tensors) -> None:
         safetensors.numpy.save_file(dict(arrays), path)
 
 
-def _read(path: Path, run: KnownRun) -> Arrays:
+def _read(path: Path, group: str, run: KnownRun) -> Arrays:
     """Returns the tensors of a file of the state directory."""
     try:
         arrays: Arrays = safetensors.numpy.load_file(path)
     except (SafetensorError, OSError) as error:
         raise StateInvalid(f"{path} cannot be read: {error}; remove it to start with an empty one") from None
+    if group == SENT:  # a number
+        return arrays
     shapes = {tensor.name: tensor.shape for tensor in run.spec.tensors}
     for name, values in arrays.items():
         if shapes.get(name) != values.shape:

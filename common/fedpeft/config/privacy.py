@@ -19,12 +19,14 @@ class PrivacyConfig(Section):
 
     clip_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Largest Euclidean norm of an update over all its tensors: the client scales it down, the server refuses more."""
-    mechanism: Literal["central"] | None = None
-    """central: the server adds Gaussian noise to the sum of each round; no noise if absent. See docs/privacy.md."""
+    mechanism: Literal["central", "local"] | None = None
+    """central: the server adds Gaussian noise to the sum of each round; local: each client adds it to its update, and
+    keeps its own budget. No noise if absent. See docs/privacy.md."""
     noise_multiplier: Annotated[float, Field(ge=0.01, le=10_000)] | None = None
     """Standard deviation of the noise, in `clip_norm`s; if absent the least that keeps `target_epsilon`."""
     target_epsilon: Annotated[float, Field(ge=0.001, le=1000)] | None = None
-    """Most epsilon that the run may spend: before a round that would spend more it is paused; no limit if absent."""
+    """Most epsilon that may be spent: before a round that would spend more the run is paused, or with local the client
+    trains no more; no limit if absent."""
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Delta of the guarantee; needed with a mechanism, and below 1 by the number of clients."""
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -40,13 +42,15 @@ class PrivacyConfig(Section):
     def _consistent(self) -> Self:
         given = [key for key in _OF_NOISE if getattr(self, key) is not None]
         if self.mechanism is None and given:
-            raise ValueError(f'{given[0]} needs mechanism = "central"')
+            raise ValueError(f'{given[0]} needs mechanism = "central" or "local"')
         if self.mechanism is not None:
             for key in ("clip_norm", "delta"):
                 if getattr(self, key) is None:
                     raise ValueError(f'mechanism = "{self.mechanism}" needs {key}')
             if self.noise_multiplier is None and self.target_epsilon is None:
                 raise ValueError(f'mechanism = "{self.mechanism}" needs noise_multiplier or target_epsilon')
+        if self.mechanism == "local" and self.quantile is not None:
+            raise ValueError('quantile needs mechanism = "central": nobody counts what each client hides')
         without = [key for key in _OF_QUANTILE if getattr(self, key) is not None]
         if self.quantile is None and without:
             raise ValueError(f"{without[0]} needs quantile")

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from fedpeft.config import RunConfig
+from fedpeft.config import PrivacyConfig, RunConfig
 from fedpeft.privacy.events import Event, Noised
 
 _INTERVAL = 1e-4
@@ -35,6 +35,14 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
     """Returns the epsilon of a ledger; 0 if it has no noised release. Takes a second where it is large."""
     releases = Counter(event.noise_multiplier for event in events if isinstance(event, Noised))
     return _composed(tuple(sorted(releases.items())), delta)
+
+
+def local_epsilon(noise_multiplier: float, updates: int, delta: float) -> float:
+    """Returns the epsilon of a client that has sent so many updates with noise of its own.
+
+    Other data in place of all of its data (`REPLACE_ONE`): two clipped updates are up to twice the bound apart.
+    """
+    return _composed(((noise_multiplier / 2, updates),), delta) if updates else 0.0
 
 
 @lru_cache(maxsize=64)
@@ -74,18 +82,32 @@ def calibrated(config: RunConfig) -> RunConfig:
         return config
     assert privacy.target_epsilon is not None and privacy.delta is not None  # the settings were checked
     z = noise_for(privacy.target_epsilon, privacy.delta, config.rounds.count)
+    z *= 2 if privacy.mechanism == "local" else 1
     return config.model_copy(update={"privacy": privacy.model_copy(update={"noise_multiplier": z})})
 
 
 def overspent(config: RunConfig, past: Sequence[Event], number: int) -> str:
     """Returns the reason not to publish round `number` after some events, in a sentence; empty if there is none."""
     privacy = config.privacy
-    if privacy is None or not (z := privacy.noise_multiplier) or not (target := privacy.target_epsilon):
+    if privacy is None or privacy.mechanism != "central" or not (z := privacy.noise_multiplier):
         return ""
     spent = epsilon([*past, Noised(1.0, z, 1, 1)], privacy.delta or 0.0)
-    if spent <= target:
+    return _beyond(privacy, spent, f"round {number}")
+
+
+def locally_overspent(config: RunConfig, sent: int) -> str:
+    """Returns the reason for a client that has sent so many updates to send no other; empty if there is none."""
+    privacy = config.privacy
+    if privacy is None or privacy.mechanism != "local" or not (z := privacy.noise_multiplier):
+        return ""
+    spent = local_epsilon(z, sent + 1, privacy.delta or 0.0)
+    return _beyond(privacy, spent, f"update {sent + 1} of this client")
+
+
+def _beyond(privacy: PrivacyConfig, spent: float, what: str) -> str:
+    if privacy.target_epsilon is None or spent <= privacy.target_epsilon:
         return ""
     return (
-        f"the privacy budget is spent: with round {number} epsilon would be {spent:.4g}, and privacy.target_epsilon "
-        f"of this run is {target:g}"
+        f"the privacy budget is spent: with {what} epsilon would be {spent:.4g}, and privacy.target_epsilon of this "
+        f"run is {privacy.target_epsilon:g}"
     )

@@ -61,5 +61,21 @@ class Adapted:
     kind: Literal["adapted"] = "adapted"
 
 
-Event = Annotated[Clipped | Noised | Adapted, Field(discriminator="kind")]
+@dataclass(frozen=True, slots=True)
+class LocallyNoised:
+    """Every folded update had Gaussian noise of its client's, after its client had clipped it.
+
+    Attributes:
+        bound: Largest Euclidean norm of an update without its noise.
+        noise_multiplier: Standard deviation of the noise, in bounds.
+        count: Number of updates that were folded.
+    """
+
+    bound: float
+    noise_multiplier: float
+    count: int
+    kind: Literal["locally_noised"] = "locally_noised"
+
+
+Event = Annotated[Clipped | Noised | Adapted | LocallyNoised, Field(discriminator="kind")]
 """Any event, told apart by `kind`."""

@@ -6,7 +6,7 @@ from typing import Any
 
 EPSILON = "privacy_epsilon"
 """Figure of a round: epsilon of the run up to it."""
-UNITS = {"central": ("client", "zero-out")}
+UNITS = {"central": ("client", "zero-out"), "local": ("client", "replace")}
 """Unit of protection and neighbouring relation, by mechanism; docs/privacy.md says what they mean."""
 
 

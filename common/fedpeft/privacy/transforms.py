@@ -9,6 +9,7 @@ the server, which sees only the result, refuses what cannot have passed.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -18,9 +19,16 @@ from numpy.typing import NDArray
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import PayloadInvalid
-from fedpeft.privacy.events import Clipped, Event
+from fedpeft.privacy.events import Clipped, Event, LocallyNoised
+from fedpeft.privacy.noise import gaussian
 
 Arrays = dict[str, NDArray[np.float32]]
+
+
+_GRID = 32
+"""A grid step is at most a bound times 2^-_GRID, as in `fedpeft.privacy.central`."""
+_ROUNDING = 2.0**-20
+"""Part of the bound by which an update is clipped further, for scaling rounds to float32."""
 
 
 class Transform(ABC):
@@ -87,10 +95,56 @@ class Clip(Transform):
         return Clipped(self._bound, count)
 
 
+class LocalNoise(Transform):
+    """Clips an update, then adds noise to every value: client-level local differential privacy.
+
+    The server gets the sum and nothing that the noise does not hide, so neither the norm nor the factor of clipping is
+    among the figures. What it does with the update is post-processing.
+
+    Args:
+        bound: C, above 0.
+        noise_multiplier: Standard deviation of the noise in C; it is drawn anew whenever the step is applied.
+    """
+
+    field = "privacy.mechanism"
+
+    def __init__(self, bound: float, noise_multiplier: float) -> None:
+        self._bound = bound
+        self._noise_multiplier = noise_multiplier
+
+    def apply(self, tensors: Arrays, slack: float) -> tuple[Arrays, dict[str, float]]:
+        """See `Transform.apply`; the noise has no bound that the encoding could break."""
+        clipped, _ = Clip(self._bound).apply(tensors, _ROUNDING)
+        grid = 2.0 ** (math.frexp(self._bound)[1] - 1 - _GRID)
+        # Rounding moves two updates apart by at most a grid step in each value, which the noise is scaled up for.
+        size = sum(values.size for values in clipped.values())
+        sigma = self._noise_multiplier * (self._bound + math.sqrt(size) * grid)
+        return {name: _noised(values, sigma, grid) for name, values in clipped.items()}, {}
+
+    def check(self, norm: float) -> None:
+        """See `Transform.check`; any norm can have passed."""
+
+    def event(self, count: int) -> Event:
+        """See `Transform.event`."""
+        return LocallyNoised(self._bound, self._noise_multiplier, count)
+
+
+def _noised(values: NDArray[np.float32], sigma: float, grid: float) -> NDArray[np.float32]:
+    """Returns values with Gaussian noise, a function of what they are on a grid: no low bits say what they were."""
+    steps = np.rint(values.astype(np.float64) / grid)
+    steps += gaussian(values.size).reshape(values.shape) * (sigma / grid)
+    return (np.rint(steps) * grid).astype(np.float32)
+
+
 def transforms_of(config: RunConfig) -> tuple[Transform, ...]:
     """Returns the transforms of a run's updates, in the order in which a client applies them."""
-    bound = config.privacy.scaled_by_client if config.privacy else None
-    return () if bound is None else (Clip(bound),)
+    privacy = config.privacy
+    bound = privacy.scaled_by_client if privacy else None
+    if privacy is None or bound is None:
+        return ()
+    if privacy.mechanism == "local":
+        return (LocalNoise(bound, privacy.noise_multiplier or math.inf),)
+    return (Clip(bound),)
 
 
 def euclidean(tensors: Mapping[str, NDArray[np.float32]]) -> float:

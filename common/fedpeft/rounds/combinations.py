@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.aggregation import Strategy, strategy
 from fedpeft.algorithms import LocalAlgorithm, algorithm
+from fedpeft.codecs import codecs
 from fedpeft.config import DEFAULT_DROPS, PLAIN, RunConfig
 from fedpeft.config_errors import Fault
 from fedpeft.errors import ConfigInvalid
 from fedpeft.formatting import counted
-from fedpeft.privacy.accounting import overspent
+from fedpeft.privacy.accounting import locally_overspent, overspent
 from fedpeft.privacy.central import central_of
 from fedpeft.privacy.transforms import transforms_of
 from fedpeft.rounds.state_machine import RoundPolicy, policies
@@ -109,7 +110,18 @@ def _noised(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
         yield "privacy.target_epsilon", f"allows no round: {why}"
 
 
-_RULES = (_asked, _stale, _scaled, _scheduled, _noised)
+def _noised_by_clients(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
+    """Finds what an update that is nearly all noise does not go with."""
+    privacy = config.privacy
+    if privacy is None or privacy.mechanism != "local":
+        return
+    if codecs.get(config.codec.encoding).is_sparse:
+        yield "codec.up", f"is {config.codec.up!r}: of an update with noise of its client's it would keep the noise"
+    if why := locally_overspent(config, 0):
+        yield "privacy.target_epsilon", f"allows no update: {why}"
+
+
+_RULES = (_asked, _stale, _scaled, _scheduled, _noised, _noised_by_clients)
 
 
 def _strategy(config: RunConfig) -> Strategy:

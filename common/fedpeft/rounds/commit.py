@@ -234,6 +234,9 @@ def fold_round(
     extent = median(extents(header, kept)) if screened else Extent(0.0, 0.0)
     figures |= _figures(kept)
     ledger = [*ledger, *events]
+    privacy = header.config.privacy
+    if privacy is not None and privacy.mechanism == "local":  # each client keeps its own budget, and says what it spent
+        figures[EPSILON] = max((u.metrics.get(EPSILON, 0.0) for u in kept), default=0.0)
     if central is not None:
         figures[EPSILON] = accounting.epsilon(ledger, central.privacy.delta or 0.0)
     more = accounting.overspent(header.config, ledger, number + 1)

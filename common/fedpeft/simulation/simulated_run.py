@@ -30,6 +30,7 @@ from fedpeft.privacy.accounting import overspent
 from fedpeft.privacy.statement import EPSILON, statement
 from fedpeft.rounds import acceptance, conduct, state_machine
 from fedpeft.rounds.commit import RoundEmptied, RunHeader
+from fedpeft.rounds.groups import SENT
 from fedpeft.rounds.local_job import LocalFailure, LocalOutcome, LocalUpdate
 from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.tickets import Ticket, TicketState
@@ -254,6 +255,8 @@ class SimulatedRun:
         except InvalidArgument as error:
             log.warning("update refused", round=number, client=client, cause=error.message)
             self._memory.forget_residual(client)
+            if SENT in outcome.if_not:  # it was seen, and what it spent is spent
+                self._memory.keep(client, {SENT: outcome.if_not[SENT]})
             refused = state_machine.Refused(ticket.id, f"{error.reason}: {error.message}")
             book.round = self._advance(book.round, refused)
             return

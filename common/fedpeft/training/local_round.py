@@ -24,6 +24,7 @@ from fedpeft.privacy.transforms import transforms_of
 from fedpeft.rounds.groups import LOCAL, RESIDUAL
 from fedpeft.rounds.local_job import LocalJob, LocalUpdate, Version
 from fedpeft.training.evaluation import evaluate
+from fedpeft.training.local_budget import LocalBudget
 from fedpeft.training.loop import Progress, Training, train
 from fedpeft.training.randomness import Stream
 from fedpeft.training.result import TrainingResult
@@ -83,8 +84,9 @@ class LoadedRun:
             OSError: If the version's file cannot be read.
             PayloadInvalid: If the version is not what its manifest says.
             StateInvalid: If the residual is of another run.
-            TrainingFailed: If training ended without an update.
+            TrainingFailed: If training ended without an update, or the client's privacy budget is spent.
         """
+        LocalBudget.of(self.config, job)  # before anything is trained in vain
         beside = self._set(job.version, job.state.get(LOCAL, {}))
         self._count_memory()
         result = train(
@@ -108,6 +110,7 @@ class LoadedRun:
         Returns:
             The training, and the random numbers of the client, from which its start and its steps draw.
         """
+        LocalBudget.of(self.config, job)  # before anything is trained in vain
         beside = self._set(job.version, job.state.get(LOCAL, {}))
         self._count_memory()
         tensors, spec = self.model.copies(job.round), self.model.spec
@@ -129,11 +132,12 @@ class LoadedRun:
             TrainingFailed: If nothing of the update can be sent.
         """
         on_gpu = self.device.type == "cuda"
+        budget = LocalBudget.of(self.config, job)
         memory = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(self.device))} if on_gpu else {}
         kept, groups = job.state.get(LOCAL, {}), _groups(job.settings)
         sent = self.spec.sent(job.round)
         changes, residual = join(result.delta, result.sections), job.state.get(RESIDUAL, {})
-        update = prepare(changes, residual, sent, self.config.codec, transforms_of(self.config), job.seed)
+        update = prepare(changes, residual, sent, budget.codec, transforms_of(self.config), job.seed)
         local = {**kept, **{name: result.local[name] for name in self.own if name in result.local}}
         before = {key: job.state.get(key, {}) for key in groups.values()}
         # What the round did not train keeps its state: the halves of RoLoRA take turns.
@@ -141,10 +145,10 @@ class LoadedRun:
         return LocalUpdate(
             job.client,
             update,
-            {RESIDUAL: update.residual_if_counted, LOCAL: local, **counted},
-            {RESIDUAL: update.residual_if_not, LOCAL: local, **before},
+            {RESIDUAL: update.residual_if_counted, LOCAL: local, **counted, **budget.state},
+            {RESIDUAL: update.residual_if_not, LOCAL: local, **before, **budget.state},
             result.examples,
-            {**result.metrics, **update.figures, **memory},
+            budget.figures({**result.metrics, **update.figures, **memory}),
             {**result.facts, "threads": str(torch.get_num_threads())},
         )
 

@@ -317,14 +317,19 @@ class PrivacyConfig(_message.Message):
     """
     mechanism: _builtins.str
     """`central`: the server adds Gaussian noise to the sum of the updates of a round, all weighing the same, and divides it
-    by `rounds.clients`. Absent: no noise. A client does nothing else for it than to keep `clip_norm`.
+    by `rounds.clients`. A client does nothing else for it than to keep `clip_norm`. `local`: a client clips its change,
+    without a residual, adds noise of standard deviation `noise_multiplier` x `clip_norm` to every value, encodes, and sends
+    no figure of its data; it counts its updates and trains no more where the next would spend more than `target_epsilon`.
+    The server does not bound the norm then. Absent: no noise.
     """
     noise_multiplier: _builtins.float
     """Standard deviation of the noise of a round, in bounds. CreateRun works it out where it is absent, from
     `target_epsilon`, `delta` and `rounds.count`, and the run has it from then on.
     """
     target_epsilon: _builtins.float
-    """Most epsilon that the run may spend: it is paused before a round that would spend more. Absent: no limit."""
+    """Most epsilon that the run may spend: it is paused before a round that would spend more;
+    with `local` that a client may spend. Absent: no limit.
+    """
     delta: _builtins.float
     """Delta of the guarantee, above 0, below 1 / rounds.clients. There with a mechanism."""
     quantile: _builtins.float
