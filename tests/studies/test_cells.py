@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,9 @@ def test_flags_choose_points_set_fields_and_add_axes(tmp_path):
         },
         "peft.method": {"bias": {"peft": {"method": "bias"}}, "head": {"peft": {"method": "head"}}},
     }
+    for wanted in ("head", []):
+        with pytest.raises(ConfigInvalid, match="give a list of its points: head, lora 2"):
+            cells(tmp_path, only={"method": wanted})
     for wrong in ("x", "a=", "a=1,1", "=1"):
         with pytest.raises(ConfigInvalid):
             grid_axes([wrong])
@@ -87,6 +91,8 @@ def test_a_run_file_is_a_study_of_one_cell(tmp_path):
     run = '[model]\nname = "vit_tiny_patch16_224"\nclasses = ["cat", "dog", "emu"]\n[peft]\nmethod = "head"\n'
     found = cells_of(load_study(study_file(tmp_path, run)), {"data": pets(tmp_path / "pets")})
     assert [(cell.label, cell.config.peft.method) for cell in found] == [("seed=0", "head")]
+    (found,) = cells_of(load_study(study_file(tmp_path, f"{run}[rounds]\nseed = 7\n")), {"data": tmp_path / "pets"})
+    assert found.seed == 7, "its own seed"
 
 
 @pytest.mark.parametrize(
@@ -98,11 +104,33 @@ def test_a_run_file_is_a_study_of_one_cell(tmp_path):
         ("[axes.method.head]", "[axes.seed.head]", "cannot be called 'seed'"),
         ("count = 2", "count = 0", "rounds.count"),
         ("target = 0.01", "target = 1.5", "target"),
+        ("clients = 2", "clients = 2\nseed = 9", "method=head: rounds.seed: a study has its seeds apart"),
+        ('peft.method = "lora"', "rounds.seed = 9", "method=lora 2: rounds.seed: a study has its seeds apart"),
+        ('peft.method = "lora"', "rounds = 9", "method=lora 2: rounds: should be a table"),
+        ('peft.method = "lora"', 'data = ["pets"]', r"axes.method.lora 2.data is \['pets'\]; the data sets"),
+        ("[axes.method.head]", '[axes.method."\\u009b31m"]', r"study.toml:25: axes.method"),
     ],
 )
 def test_a_fault_is_named_with_the_cell_or_the_line(tmp_path, old, new, fault):
     with pytest.raises(ConfigInvalid, match=fault):
         cells(tmp_path, STUDY.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    "table", ["scales", "scales.x", "scales.x.axes", "scales.x.axes.method", "axes.method", "data"]
+)
+@pytest.mark.parametrize("below", [False, True])
+def test_what_is_laid_over_something_is_a_table(tmp_path, table, below):
+    (tmp_path / "base.toml").write_text(f"{table} = 3\n")
+    text = 'base = "base.toml"\n[axes.method.head]\n' if below else f"{table} = 3\n"
+    with pytest.raises(ConfigInvalid, match=rf"{'base' if below else 'study'}.toml: {table}: should be a table"):
+        load_study(study_file(tmp_path, text), "x")
+
+
+def test_a_scale_takes_no_point_away_that_is_not_there(tmp_path):
+    text = f"{STUDY}\n[scales.less.axes.method]\nhaed = false\n"
+    with pytest.raises(ConfigInvalid, match="takes point 'haed' away, which is not there; there are: head, lora 2"):
+        cells(tmp_path, text, "less")
 
 
 def test_missing_data_is_named_with_the_flag_that_would_name_it(tmp_path):
@@ -160,3 +188,27 @@ def test_a_folder_is_named_by_its_files_and_their_names(tmp_path):
     assert one == two != three
     with pytest.raises(DataInvalid, match="cannot read"):
         content_digest(tmp_path / "none" / "a")
+
+
+def test_a_folder_s_linked_folders_count_once_whatever_bytes_their_files_names_are(tmp_path):
+    for name in ("elsewhere", "linked"):
+        (tmp_path / name).mkdir()
+    odd = os.fsdecode(b"\xff.png")
+    (tmp_path / "elsewhere" / odd).write_bytes(b"x")
+    (tmp_path / "linked" / "cats").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
+    before = content_digest(tmp_path / "linked")
+    (tmp_path / "elsewhere" / odd).write_bytes(b"y")
+    content_digest.cache_clear()
+    assert content_digest(tmp_path / "linked") != before
+
+
+def test_a_cell_is_named_by_the_bytes_of_the_weights_file_that_its_run_names(tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"one")
+    machine = Machine(device="cpu", threads=1)
+    cell = cells(tmp_path, override={"model": {"weights": str(weights)}})[0]
+    before = cell.key(machine)
+    weights.write_bytes(b"two")
+    content_digest.cache_clear()
+    assert cell.key(machine) != before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import fedpeft
-from fedpeft.errors import ConfigInvalid, DataInvalid
+from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid
 
 from .study_texts import pets, study_file
 
@@ -47,5 +47,8 @@ def test_wrong_arguments_are_named(tmp_path):
         fedpeft.study(file, data, tmp_path / "out", grid={"peft.method": "bias"})
     with pytest.raises(ConfigInvalid, match="has no value"):
         fedpeft.study(file, data, tmp_path / "out", grid={"peft.method": []})
+    for wrong in ({"jobs": 0}, {"threads": 0}, {"jobs": "2"}):
+        with pytest.raises(SettingsInvalid, match="is a whole number from 1 on"):
+            fedpeft.study(file, data, tmp_path / "out", **wrong)
     with pytest.raises(DataInvalid, match="give --data pets=FOLDER"):
         fedpeft.study(file, tmp_path / "absent", tmp_path / "out")

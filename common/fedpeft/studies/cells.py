@@ -80,7 +80,7 @@ class Cell:
             "run": run,
             "train": content_digest(self.train),
             "test": None if self.test is None else content_digest(self.test),
-            "weights": None if self.config.model.weights == "none" else _weights_digest(machine.weights),
+            "weights": _weights_digest(self.config.model.weights, machine.weights),
             "threads": machine.threads,
             "device": machine.device,
             **({"over_network": True} if machine.over_network else {}),
@@ -159,10 +159,6 @@ def axis_of(key: str, values: Sequence[Any]) -> dict[str, Table]:
     return points
 
 
-_PLAIN = str.maketrans("/,=", "-;:")
-"""A point's name has no character that separates points."""
-
-
 def _product(numbers: Iterator[int]) -> int:
     result = 1
     for number in numbers:
@@ -175,6 +171,10 @@ def _chosen(study: StudyFile, only: Mapping[str, Sequence[str]]) -> dict[str, li
     for axis, wanted in only.items():
         if axis not in axes:
             raise ConfigInvalid(f"there is no axis {axis!r}; the axes of this study: {', '.join(axes) or 'none'}")
+        if isinstance(wanted, str) or not wanted:
+            raise ConfigInvalid(
+                f"only: axis {axis!r} has {wanted!r}; give a list of its points: {', '.join(axes[axis])}"
+            )
         if missing := [point for point in wanted if point not in axes[axis]]:
             raise ConfigInvalid(f"axis {axis!r} has no point {missing[0]!r}; there are: {', '.join(axes[axis])}")
         axes[axis] = [point for point in axes[axis] if point in wanted]
@@ -197,11 +197,25 @@ def _cells_at(
     found = []
     for seed in study.seeds:
         try:
-            config = parse_config(merged(table, {"rounds": {"seed": seed}}))
+            config = parse_config(_with_seed(table, seed))
         except ConfigInvalid as error:
             raise ConfigInvalid(f"{at}: {error.message}", error.fields) from None
         found.append(Cell(points, config, data, train, test))
     return found
+
+
+def _with_seed(table: Table, seed: int) -> Table:
+    """Returns a run file's tables with a seed of the study.
+
+    Raises:
+        ConfigInvalid: If they have a seed, which would have no effect.
+    """
+    rounds = table.get("rounds", {})
+    if not isinstance(rounds, Mapping):
+        return table  # the parser refuses it
+    if "seed" in rounds:
+        raise ConfigInvalid("rounds.seed: a study has its seeds apart; give seeds = [...], or --seed")
+    return {**table, "rounds": {**rounds, "seed": seed}}
 
 
 _PARTS = {"train": ("train.parquet", "train"), "test": ("test.parquet", "test")}
@@ -229,13 +243,19 @@ def _part(folder: Path, split: str) -> Path | None:
     return next((folder / name for name in _PARTS[split] if (folder / name).exists()), None)
 
 
-def _weights_digest(path: Path | None) -> str | None:
-    return None if path is None else content_digest(path)
+def _weights_digest(named: str, given: Path | None) -> str | None:
+    """Returns the digest of the weights that a run names, None for those of the hub and where none are there."""
+    if named == "none":
+        return None
+    place = Path(named) if given is None and named != "hub" else given
+    return None if place is None or not place.exists() else content_digest(place)
 
 
 @cache
 def content_digest(path: Path) -> str:
     """Returns a SHA-256 of a file, or of all files of a folder with their names, hexadecimal.
+
+    It is kept, for all cells of a study: `content_digest.cache_clear` begins the next one.
 
     Raises:
         DataInvalid: If it cannot be read.
@@ -244,7 +264,7 @@ def content_digest(path: Path) -> str:
     try:
         path.stat()  # a folder that is not there would have no files
         for file in [path] if path.is_file() else sorted(_files(path)):
-            digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+            digest.update(os.fsencode(f"{file.relative_to(path)}\0{file.stat().st_size}\0"))
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     except OSError as error:
@@ -253,6 +273,26 @@ def content_digest(path: Path) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for place, _, names in os.walk(folder):
+    """Yields all files below a folder; linked folders are walked as sources do, each once.
+
+    Raises:
+        OSError: If a folder cannot be listed.
+    """
+    seen = set[tuple[int, int]]()
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not _is_known(Path(place, name), seen)]
         for name in names:
             yield Path(place, name)
+
+
+def _is_known(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    """Returns True if a folder was met before, by a link or by its name."""
+    status = folder.stat()
+    identity = status.st_dev, status.st_ino
+    known = identity in seen
+    seen.add(identity)
+    return known
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.config.overrides import at_key, merged
-from fedpeft.errors import ConfigInvalid
+from fedpeft.errors import ConfigInvalid, SettingsInvalid
 from fedpeft.frames import frame_of, table_html
 from fedpeft.paths import path_of
 from fedpeft.studies.cells import axis_of
@@ -120,8 +120,12 @@ def study(
     Raises:
         ConfigInvalid: If the file, or a cell, is wrong; before anything runs.
         DataInvalid: If the data of a cell is not there, or cannot be divided so.
+        SettingsInvalid: If an argument has a wrong type, or a number is not positive.
         StateInvalid: If another study writes to `out`, or it cannot be written.
     """
+    for name, number in (("threads", threads), ("jobs", 1 if jobs is None else jobs)):
+        if not isinstance(number, int) or number < 1:
+            raise SettingsInvalid(f"{name} is a whole number from 1 on; {number!r} was given")
     from fedpeft.studies.assembly import Changes, assembled
     from fedpeft.studies.cells import Machine
     from fedpeft.studies.execution import execute

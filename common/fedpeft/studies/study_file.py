@@ -25,7 +25,7 @@ The cells of a study are all combinations of a point of every axis and a seed.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -43,7 +43,9 @@ DATA = "data"
 
 MOST_CELLS = 10_000
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Label = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f=,/]+$")]
+_UNSEEN = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
+"""Characters that steer a terminal or the direction of a line."""
+Label = Annotated[str, Field(min_length=1, max_length=128, pattern=rf"^[^{_UNSEEN}=,/]+$")]
 
 
 class DataSet(Section):
@@ -96,7 +98,7 @@ class StudyFile(Section):
         return self
 
     def _check_data(self, name: Any, field: str) -> None:
-        if name is not None and name not in self.data:
+        if name is not None and not (isinstance(name, str) and name in self.data):
             raise ValueError(f"{field} is {name!r}; the data sets of this study: {', '.join(self.data)}")
 
     @property
@@ -129,13 +131,21 @@ def load_study(path: Path, scale: str | None = None) -> StudyFile:
     table = _with_base(path)
     scales = table.pop("scales", {})
     if scale is not None:
-        if not isinstance(scales, Mapping) or scale not in scales:
-            there = ", ".join(scales) if scales else "none"
-            raise ConfigInvalid(f"{path} has no scale {scale!r}; there are: {there}")
+        if scale not in scales:
+            raise ConfigInvalid(f"{path} has no scale {scale!r}; there are: {', '.join(scales) or 'none'}")
+        _check_absences(table, scales[scale], f"{path}: scales.{scale}.axes")
         table = laid_over(table, scales[scale])
     if "model" in table and "run" not in table:
-        table = {"name": table.get("name", path.stem), "data": {"data": {}}, "run": table}
+        table = _study_of_run(table, path.stem)
     return checked(table, path)
+
+
+def _study_of_run(run: Table, name: str) -> Table:
+    """Returns the study of one cell that a run file is; its seed is the study's."""
+    study: Table = {"name": run.get("name", name), "data": {"data": {}}, "run": run}
+    if isinstance(run.get("rounds"), dict) and "seed" in run["rounds"]:
+        study["seeds"] = [run["rounds"].pop("seed")]
+    return study
 
 
 def checked(table: Mapping[str, Any], path: Path) -> StudyFile:
@@ -181,7 +191,7 @@ def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> Table:
     table = _read(path)
     if path.resolve() in seen:
         raise ConfigInvalid(f"{path}: base: leads back to this file")
-    for each in table.get("data", {}).values() if isinstance(table.get("data"), Mapping) else ():
+    for each in table.get("data", {}).values():
         for split in ("train", "test"):
             if isinstance(each, dict) and isinstance(each.get(split), str):
                 each[split] = str(path.parent / each[split])
@@ -193,10 +203,45 @@ def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> Table:
     return laid_over(_with_base(path.parent / base, (*seen, path.resolve())), table)
 
 
+def _check_absences(table: Table, scale: Table, at: str) -> None:
+    """Checks that the points that a scale takes away are there.
+
+    Raises:
+        ConfigInvalid: With the first one that is not.
+    """
+    for axis, points in scale.get("axes", {}).items():
+        there = table.get("axes", {}).get(axis, {})
+        for point, fields in points.items():
+            if fields is False and point not in there:
+                words = ", ".join(there) or "none"
+                raise ConfigInvalid(f"{at}.{axis} takes point {point!r} away, which is not there; there are: {words}")
+
+
+def _check_tables(table: Mapping[str, Any], path: Path, at: str = "") -> None:
+    """Checks that what files are laid over by, and scales, are tables.
+
+    Raises:
+        ConfigInvalid: With the key that has none.
+    """
+    parts = {key: table[key] for key in ("run", "data", "axes", "scales") if key in table}
+    inner = {f"{key}.{name}": each for key in ("axes", "scales") for name, each in _items(table.get(key))}
+    for key, value in {**parts, **inner}.items():
+        if not isinstance(value, Mapping):
+            raise ConfigInvalid(f"{path}: {at}{key}: should be a table")
+    for name, scale in _items(table.get("scales")):
+        _check_tables(scale, path, f"{at}scales.{name}.")
+
+
+def _items(table: Any) -> Iterable[tuple[str, Any]]:
+    return table.items() if isinstance(table, Mapping) else ()
+
+
 def _read(path: Path) -> Table:
     try:
-        return text_files.toml(text_files.read(path))
+        table = text_files.toml(text_files.read(path))
     except OSError as error:
         raise ConfigInvalid(f"cannot read study file {path}: {error.strerror}") from None
     except (text_files.NotText, tomllib.TOMLDecodeError, ValueError) as error:
         raise ConfigInvalid(f"{path} is not a TOML file: {error}") from None
+    _check_tables(table, path)
+    return table

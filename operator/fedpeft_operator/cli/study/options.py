@@ -73,7 +73,9 @@ def cells_for(
     from fedpeft.studies.assembly import Changes, assembled
     from fedpeft.studies.cells import grid_axes
 
-    wanted = {axis: points.split(",") for axis, points in map(_pair, only)}
+    wanted: dict[str, list[str]] = {}
+    for axis, points in map(_pair, only):
+        wanted.setdefault(axis, []).extend(points.split(","))
     return assembled(file, _places(data), Changes(scale, parse_overrides(settings), seeds, grid_axes(grids), wanted))
 
 
@@ -109,8 +111,14 @@ def jobs_of(jobs: int | None, threads: int) -> int:
 
 def _places(data: Sequence[str]) -> dict[str, Path]:
     """Returns the places that the flags name; "" names the only data set."""
-    pairs = (given.partition("=") for given in data)
-    return {name if equals else "": Path(path if equals else name) for name, equals, path in pairs}
+    places: dict[str, Path] = {}
+    for given in data:
+        name, equals, path = given.partition("=")
+        name, path = (name, path) if equals else ("", name)
+        if name in places:
+            raise SettingsInvalid(f"--data {given}: {places[name]} is given for this data set too; give one of them")
+        places[name] = Path(path)
+    return places
 
 
 def _pair(text: str) -> tuple[str, str]:
