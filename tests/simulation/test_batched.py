@@ -252,3 +252,9 @@ def test_a_simulation_has_the_same_bits_each_time_and_the_report_of_one_client_a
     tickets = {name: [row["tickets"] for row in report["rounds"]] for name, report in reports.items()}
     states = {name: [[(t["client"], t["state"]) for t in row] for row in each] for name, each in tickets.items()}
     assert states["first"] == states["alone"]
+
+
+def test_other_precisions_than_float32_are_refused_at_the_engines_place(data):
+    with pytest.raises(ConfigInvalid, match="computes in float32") as refused:
+        Batched(trainer_of(data, precision="bfloat16"))
+    assert [path for path, _ in refused.value.fields] == ["simulation.engine"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpeft.errors import TrainingFailed
+from fedpeft.errors import ConfigInvalid, TrainingFailed
 from fedpeft.models.tasks import Batch
 from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome
 from fedpeft.simulation.engines.engine import Engine, engines
@@ -46,12 +46,19 @@ class _Client:
 
 @engines.register("batched")
 class Batched(Engine):
-    """Fills the places of a pass with jobs, and each place again as its client finishes."""
+    """Fills the places of a pass with jobs, and each place again as its client finishes.
+
+    Raises:
+        ConfigInvalid: If the run computes in another precision than float32.
+    """
 
     def __init__(self, trainer: LocalTrainer, workers: int | None = None) -> None:
         super().__init__(trainer, workers)
         self._places = workers or CLIENTS
         run = trainer.run
+        if precision(run.config.training.precision, run.device) is not torch.float32:
+            text = 'is "batched", which computes in float32; set training.precision = "float32", or take another engine'
+            raise ConfigInvalid(f"simulation.engine: {text}", (("simulation.engine", text),))
         self._gradients = StackedGradients(run.task, run.model, run.device)
         self._at_work: list[_Client] = []
 
