@@ -6,6 +6,9 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -155,3 +158,39 @@ def test_two_studies_do_not_write_to_one_folder_at_once(finished):
 def test_a_folder_without_a_study_is_named(tmp_path):
     with pytest.raises(DataInvalid, match="holds no study"):
         load_results(tmp_path)
+
+
+def test_no_cell_outlives_a_study_that_is_killed(tmp_path):
+    script = (
+        "import sys, fedpeft; fedpeft.study(*sys.argv[1:], override={'training.steps': 10**6}, device='cpu', jobs=2)"
+    )
+    data, out = pets(tmp_path / "pets"), tmp_path / "out"
+    program = subprocess.Popen([sys.executable, "-c", script, study_file(tmp_path), data, out])
+    try:
+        folders = at_work(out, 2)
+    finally:
+        program.kill()
+        program.wait()
+    for folder in folders:
+        wait_until_unheld(folder)
+    assert len(list(out.glob("cells/*/report.json"))) == 0
+
+
+def at_work(out: Path, count: int) -> list[Path]:
+    """Returns the folders of the cells that are at work, once there are so many."""
+    until = time.monotonic() + 60
+    while len(found := [path.parent for path in out.glob("cells/*/unfinished")]) < count:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return found
+
+
+def wait_until_unheld(folder: Path) -> None:
+    """Waits until no process holds a cell's folder."""
+    until = time.monotonic() + 10
+    while True:
+        try:
+            with locks.results(folder, "simulation"):
+                return
+        except StateInvalid:
+            assert time.monotonic() < until, f"a process is still at work in {folder}"

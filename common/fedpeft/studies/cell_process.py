@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -34,10 +36,12 @@ def run_cell(cell: Cell, machine: Machine, folder: Path, events: Connection) -> 
 def in_log(folder: Path) -> Iterator[None]:
     """Sends what the process of a cell writes into its log; ends the process with a sentence if the block raises one.
 
-    Ctrl-C reaches the whole group: it is passed over here, because the study's process ends this one.
+    Ctrl-C reaches the whole group: it is passed over here, because the study's process ends this one. Where that one is
+    killed outright, this one ends too: it would hold the folder of its cell, and the study could not go on.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
@@ -47,6 +51,13 @@ def in_log(folder: Path) -> Iterator[None]:
         failed = {"error": type(error).__name__, "message": error.message}
         durable.write_text(folder / FAILURE, json.dumps(failed, ensure_ascii=False) + "\n")
         sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as the one that began it is gone, as SIGKILL would."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _simulate(cell: Cell, machine: Machine, folder: Path, events: Connection) -> None:
