@@ -194,3 +194,17 @@ def wait_until_unheld(folder: Path) -> None:
                 return
         except StateInvalid:
             assert time.monotonic() < until, f"a process is still at work in {folder}"
+
+
+def test_data_that_changed_since_an_earlier_study_of_the_program_are_other_data(tmp_path):
+    study = load_study(study_file(tmp_path))
+    cells = cells_of(study, {"pets": pets(tmp_path / "pets")})[:1]
+    (before,) = execute(study, cells, tmp_path / "out", MACHINE, 1, work=no_work)
+    with (tmp_path / "pets" / "test.parquet").open("ab") as file:
+        file.write(b"0")
+    (after,) = execute(study, cells, tmp_path / "out", MACHINE, 1, work=no_work)
+    assert before.folder != after.folder
+
+
+def no_work(cell, machine, folder, events):
+    """Leaves no results."""

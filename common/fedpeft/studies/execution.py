@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import fedpeft
 from fedpeft.process import durable, locks
 from fedpeft.studies.cell_process import run_cell
-from fedpeft.studies.cells import Cell, Machine
+from fedpeft.studies.cells import Cell, Machine, content_digest
 from fedpeft.studies.files import CELL, CELLS, FAILURE, LOG, REPORT, STUDY
 from fedpeft.studies.study_file import StudyFile
 
@@ -112,18 +112,23 @@ def execute(
     with durable.refusals(f"writing {out}"):
         (out / CELLS).mkdir(parents=True, exist_ok=True)
     with locks.results(out, "study"):
+        content_digest.cache_clear()  # data may have changed since an earlier study of this program
         keys = [cell.key(machine) for cell in cells]
         _write_study(study, cells, keys, out)
         folders = {key: out / CELLS / key for key in keys}
         found: dict[str, Done] = {}
-        todo: list[tuple[str, Cell]] = []
+        todo: dict[str, Cell] = {}
         for key, cell in zip(keys, cells, strict=True):
             if (folders[key] / REPORT).exists():
                 found[key] = Done(cell, folders[key], "", 0.0)
-            elif all(key != other for other, _ in todo):
-                todo.append((key, cell))
-        todo.sort(key=lambda each: study.seeds.index(each[1].seed))  # a whole picture early, its intervals later
-        for done in _executed([(cell, folders[key]) for key, cell in todo], machine, jobs, watcher or Watcher(), work):
+            else:
+                todo.setdefault(key, cell)
+        ordered = sorted(
+            todo.items(), key=lambda each: study.seeds.index(each[1].seed)
+        )  # a whole picture early, its intervals later
+        for done in _executed(
+            [(cell, folders[key]) for key, cell in ordered], machine, jobs, watcher or Watcher(), work
+        ):
             found[done.folder.name] = done
     return [found[key] for key in keys]
 
@@ -219,6 +224,7 @@ def _write_study(study: StudyFile, cells: Sequence[Cell], keys: Sequence[str], o
         {"key": key, "points": dict(cell.points), "seed": cell.seed, "data": cell.data, "label": cell.label}
         for key, cell in zip(keys, cells, strict=True)
     ]
+    occurring = {point for cell in cells for point in cell.points.items()}
     said: Mapping[str, Any] = {
         "name": study.name,
         "title": study.title,
@@ -226,7 +232,7 @@ def _write_study(study: StudyFile, cells: Sequence[Cell], keys: Sequence[str], o
         "target": study.target,
         "budgets_bytes": list(study.budgets_bytes),
         "axes": {
-            axis: [p for p in points if any(c.points[axis] == p for c in cells)] for axis, points in study.axes.items()
+            axis: [point for point in points if (axis, point) in occurring] for axis, points in study.axes.items()
         },
         "cells": rows,
     }

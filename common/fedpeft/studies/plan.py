@@ -114,7 +114,11 @@ def _measured(cell: Cell, machine: Machine) -> Kind:
         began = time.monotonic()
         process.start()
         theirs.close()
-        process.join()
+        try:
+            process.join()
+        finally:
+            process.kill()  # it passes Ctrl-C over
+            process.join()
         ours.close()
         wall = time.monotonic() - began
         if not (folder / REPORT).exists():
