@@ -162,3 +162,16 @@ def test_a_simulation_goes_on_only_under_an_engine_of_the_same_arithmetic(tmp_pa
         run = config(simulation={"engine": engine, "workers": workers}, **began)
         simulate(run, clients(folders), out, committed=lambda row, done=done: done.append(row["version"]))
         assert done == wanted, engine
+
+
+def test_progress_that_cannot_be_read_is_said_and_the_simulation_begins_anew(tmp_path, folders, capsys):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    settings, done = config("head", rounds={"count": 2, "clients": 2, "seed": 3}), []
+    with pytest.raises(KeyboardInterrupt):
+        simulate(settings, clients(folders), tmp_path, committed=stop)
+    file = tmp_path / "unfinished" / "progress.jsonl"
+    file.write_bytes(b"\0" * 10 + file.read_bytes())
+    simulate(settings, clients(folders), tmp_path, committed=lambda row: done.append(row["version"]))
+    assert done == [1, 2] and "it begins anew" in capsys.readouterr().out

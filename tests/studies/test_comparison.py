@@ -8,7 +8,9 @@ import pytest
 
 from fedpeft.errors import DataInvalid
 from fedpeft.studies.comparison import compared
+from fedpeft.studies.report import write_report
 from fedpeft.studies.report.tables import outcome, tables_of
+from fedpeft.studies.results import ended, load_results
 
 from .test_results import REPORT, row
 
@@ -85,3 +87,20 @@ def test_a_run_without_tickets_or_scores_has_a_line_too():
     result = compared([("plain", plain)])
     assert outcome(result).rows[0][3] == "-"
     assert [table.name for table in tables_of(result)] == ["outcome"]
+
+
+def test_a_run_that_was_paused_is_no_result_of_a_study(study):
+    path = study / "cells" / "bias-1" / "report.json"
+    paused = {"state": "paused", "version": 1, "reason": "round 2 has 0 of the 1 update it needs"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **paused}))
+    cells = {cell.label: cell for cell in load_results(study).cells}
+    assert cells["bias-1"].report is None
+    assert cells["bias-1"].failure == "the run is paused after round 1: round 2 has 0 of the 1 update it needs"
+    assert ended(path.parent) == cells["bias-1"].failure and ended(study / "cells" / "bias-0") == ""
+    assert [row[1] for row in outcome(compared([("s", study)])).rows] == ["2", "1 of 2"]
+
+
+def test_names_with_signs_of_formulas_are_drawn_as_they_are(tmp_path):
+    result = compared([("$a_", report("lora", [0.4])), ("b$^$", report("lora", [0.5]))])
+    page = {path.name: path for path in write_report(result, tmp_path)}
+    assert "$a_" in page["outcome.svg"].read_text()

@@ -82,4 +82,8 @@ def _whole_lines(file: Path) -> list[Json]:
     if len(whole) < len(data):
         with file.open("r+b") as stream:
             stream.truncate(len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        log.warning("progress of a simulation cannot be read: it begins anew", file=str(file), cause=str(error))
+        return []

@@ -22,6 +22,7 @@ from fedpeft.process import durable, locks
 from fedpeft.studies.cell_process import run_cell
 from fedpeft.studies.cells import Cell, Machine, content_digest
 from fedpeft.studies.files import CELL, CELLS, FAILURE, LOG, REPORT, STUDY
+from fedpeft.studies.results import ended
 from fedpeft.studies.study_file import StudyFile
 
 CellWork: TypeAlias = Callable[[Cell, Machine, Path, Connection], None]
@@ -120,7 +121,7 @@ def execute(
         todo: dict[str, Cell] = {}
         for key, cell in zip(keys, cells, strict=True):
             if (folders[key] / REPORT).exists():
-                found[key] = Done(cell, folders[key], "", 0.0)
+                found[key] = Done(cell, folders[key], ended(folders[key]), 0.0)
             else:
                 todo.setdefault(key, cell)
         ordered = sorted(
@@ -205,17 +206,13 @@ def _taken(each: AtWork) -> Done | None:
 
 
 def _failure(each: AtWork) -> str:
-    """Returns why a cell that ended has no results; empty if it has."""
-    if (each.folder / REPORT).exists():
-        return ""
-    try:
-        said: str = json.loads((each.folder / FAILURE).read_text())["message"]
-    except OSError:
+    """Returns the reason why a cell that ended has no results; empty if it has."""
+    if not (each.folder / REPORT).exists() and not (each.folder / FAILURE).exists():
         code = each.process.exitcode
-        ended = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        said = f"its process {ended}; {each.folder / LOG} has its last words"
+        how = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        said = f"its process {how}; {each.folder / LOG} has its last words"
         durable.write_text(each.folder / FAILURE, json.dumps({"message": said}) + "\n")
-    return said
+    return ended(each.folder)
 
 
 def _write_study(study: StudyFile, cells: Sequence[Cell], keys: Sequence[str], out: Path) -> None:

@@ -220,9 +220,34 @@ def load_results(folder: Path) -> StudyResult:
     for row in about["cells"]:
         place = folder / CELLS / row["key"]
         report = load_report(place) if (place / REPORT).exists() else None
-        failure = _json(place / FAILURE, "")["message"] if (place / FAILURE).exists() and report is None else ""
-        cells.append(CellResult(row["key"], row["points"], row["seed"], row["label"], report, failure))
+        failure = _paused(report) if report else _failed(place)
+        kept = None if failure else report
+        cells.append(CellResult(row["key"], row["points"], row["seed"], row["label"], kept, failure))
     return StudyResult(folder, about, tuple(cells))
+
+
+def ended(folder: Path) -> str:
+    """Returns the reason why a cell that ended has no results; empty if it has, or never ran.
+
+    A run that was paused, because a round could not get its updates, has no results that could be compared.
+    """
+    return _paused(load_report(folder)) if (folder / REPORT).exists() else _failed(folder)
+
+
+def _paused(report: Mapping[str, Any]) -> str:
+    if report.get("state", "completed") == "completed":
+        return ""
+    return f"the run is {report['state']} after round {report['version']}: {report['reason']}"
+
+
+def _failed(folder: Path) -> str:
+    try:
+        said: str = json.loads((folder / FAILURE).read_text(encoding="utf-8"))["message"]
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError) as error:
+        raise DataInvalid(f"cannot read {folder / FAILURE}: {error}") from None
+    return said
 
 
 def load_report(folder: Path) -> dict[str, Any]:

@@ -69,6 +69,11 @@ def _line(group: Group) -> str:
     return next(iter(group.points.values()), "all")
 
 
+def _plain(text: str) -> str:
+    """Returns text in which matplotlib finds no formula."""
+    return text.replace("$", r"\$")
+
+
 def _panels(groups: Sequence[Group]) -> Panels:
     found: dict[str, list[Group]] = {}
     for group in groups:
@@ -101,14 +106,16 @@ def _curves(panels: Panels, colours: Mapping[str, str], label: str, across: Call
             curve = group.mean_curve()
             xs = [across(version, moved) for version, (moved, _) in enumerate(curve)]
             ys = [100 * found.mean for _, found in curve]
-            axis.plot(xs, ys, color=colours[_line(group)], label=_line(group), linewidth=1.5, marker=".", markersize=4)
+            axis.plot(
+                xs, ys, color=colours[_line(group)], label=_plain(_line(group)), linewidth=1.5, marker=".", markersize=4
+            )
             low = [100 * max(found.mean - (found.half_width or 0.0), 0.0) for _, found in curve]
             high = [100 * min(found.mean + (found.half_width or 0.0), 1.0) for _, found in curve]
             axis.fill_between(xs, low, high, color=colours[_line(group)], alpha=0.15, linewidth=0)
             furthest.append(max(xs))
         if min(furthest) > 0 and max(furthest) / min(furthest) > WIDE:
             axis.set_xscale("symlog", linthresh=min(furthest) / 10)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(_plain(title), fontsize=9)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
         axis.set_xlabel(label, fontsize=8)
@@ -143,7 +150,7 @@ def _outcome(groups: Sequence[Group], colours: Mapping[str, str]) -> Figure:
         )
         seeds = [100 * value for value in group.by_seed("accuracy").values()]
         axis.plot(seeds, [place] * len(seeds), "|", color=colour, markersize=9, alpha=0.6)
-    axis.set_yticks(range(len(groups)), [group.label for group in reversed(groups)], fontsize=8)
+    axis.set_yticks(range(len(groups)), [_plain(group.label) for group in reversed(groups)], fontsize=8)
     axis.set_xlabel("accuracy of the newest version (%): mean, 95 % interval, seeds", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(alpha=0.3, axis="x")
@@ -166,7 +173,7 @@ def _divided(study: StudyResult) -> dict[str, Figure]:
     for axis, (title, counts) in zip(axes, shown, strict=True):
         shares = [[count / max(1, sum(row)) for count in row] for row in counts]
         axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(_plain(title), fontsize=9)
         axis.set_xlabel("class", fontsize=8)
         axis.tick_params(labelsize=8)
     axes[0].set_ylabel("client", fontsize=9)
