@@ -56,9 +56,9 @@ def test_who_is_late_is_drawn_from_the_seed_and_keeps_the_update_for_later(tmp_p
     kept = {}
     real = local_round.prepare
 
-    def watched(delta, residual, specs, codec, transforms):
+    def watched(delta, residual, *arguments):
         kept.setdefault("residuals", []).append(bool(residual))
-        return real(delta, residual, specs, codec, transforms)
+        return real(delta, residual, *arguments)
 
     monkeypatch.setattr(local_round, "prepare", watched)
     over = {"count": 6, "clients": 2, "over_selection": 1.0}
@@ -80,8 +80,8 @@ def test_an_update_that_is_wrong_is_refused_and_its_residual_dropped(tmp_path, f
     names, real = clients(folders), local_round.prepare
     calls: list[bool] = []
 
-    def spoiled(delta, residual, specs, codec, transforms):
-        update = real(delta, residual, specs, codec, transforms)
+    def spoiled(delta, residual, *arguments):
+        update = real(delta, residual, *arguments)
         calls.append(bool(residual))
         if len(calls) == 5:
             wrong = bytearray(update.payload)

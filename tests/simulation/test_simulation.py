@@ -118,8 +118,8 @@ def test_sparse_updates_with_error_feedback_are_smaller_and_the_residual_is_adde
     residuals = []
     real = local_round.prepare
 
-    def watched(delta, residual, specs, codec, transforms):
-        update = real(delta, residual, specs, codec, transforms)
+    def watched(delta, residual, specs, *arguments):
+        update = real(delta, residual, specs, *arguments)
         sent = payload.decode(update.manifest, memoryview(update.payload))
         for spec in specs:
             target = delta[spec.name] + residual.get(spec.name, np.float32(0))

@@ -34,6 +34,8 @@ class _Mapping:
         OSError: If the system refuses.
     """
 
+    _address: int | None = None  # also of one that was interrupted while it was made
+
     def __init__(self, descriptor: int, size: int) -> None:
         self._size = size
         self._address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)

@@ -186,4 +186,13 @@ def _held(to: Dashboard) -> None:
             ),
             width=8,
         )
+    ).with_panel(
+        lines(
+            "Privacy budget spent",
+            "Epsilon of the committed rounds, at the run's delta; only of runs with [privacy] noise at the server.",
+            units.NoUnit,
+            Query(f"fedpeft_privacy_epsilon{{{RUNS}}}", "{{run}}"),
+            steps=True,
+            width=24,
+        )
     )

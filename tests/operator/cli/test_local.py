@@ -130,7 +130,9 @@ def test_params(capfd: pytest.CaptureFixture[str]) -> None:
     assert {name: rows[name]["parameters"] for name in VIT_S} == VIT_S
     factor = 4 * 12 * 8 * 3 * 384  # bytes of B, the larger factor, in all layers
     assert rows["rolora"]["payload_bytes"] == factor + 4 * 38_500, "a round of RoLoRA sends one factor"
-    assert all(row["payload_bytes"] == 4 * row["parameters"] for name, row in rows.items() if name != "rolora")
+    assert rows["fedsa_lora"]["payload_bytes"] == 4 * 12 * 8 * 384, "A alone is sent"
+    whole = {name: row for name, row in rows.items() if name not in ("rolora", "fedsa_lora")}
+    assert all(row["payload_bytes"] == 4 * row["parameters"] for row in whole.values())
     assert rows["adapter-per-block"]["parameters"] > rows["adapter"]["parameters"]
     assert rows["prompt-shallow"]["parameters"] == 38_500 + 10 * 384
     assert "lora" in rows
