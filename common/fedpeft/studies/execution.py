@@ -181,13 +181,18 @@ def _begin(cell: Cell, folder: Path, machine: Machine, work: CellWork) -> AtWork
         **cell.identity(machine),
     }
     durable.write_text(folder / CELL, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+    return AtWork(cell, folder, *start(cell, machine, folder, work))
+
+
+def start(cell: Cell, machine: Machine, folder: Path, work: CellWork) -> tuple[ForkServerProcess, Connection]:
+    """Starts the process of a cell; returns it, and where the numbers of its committed rounds arrive."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedpeft.studies.cell_process", "fedpeft.simulation"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(cell, machine, folder, theirs), daemon=False)
     process.start()
     theirs.close()
-    return AtWork(cell, folder, process, ours)
+    return process, ours
 
 
 def _taken(each: AtWork) -> Done | None:

@@ -7,7 +7,6 @@ which every figure is taken. Bytes are exact for dense encodings; what a sparse 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,9 @@ from fedpeft.errors import TrainingFailed
 from fedpeft.simulation import clients_of
 from fedpeft.studies.cell_process import run_cell
 from fedpeft.studies.cells import Cell, Machine
-from fedpeft.studies.files import CELLS, FAILURE, REPORT
+from fedpeft.studies.execution import start
+from fedpeft.studies.files import CELLS, REPORT
+from fedpeft.studies.results import ended
 
 
 @dataclass(frozen=True)
@@ -105,33 +106,20 @@ def _measured(cell: Cell, machine: Machine) -> Kind:
     """Trains one client of a cell for one round, in a process of its own."""
     rounds = {"count": 1, "clients": 1, "quorum": None, "min_available": None, "over_selection": 0.0}
     config = cell.config.model_copy(update={"rounds": cell.config.rounds.model_copy(update=rounds)})
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedpeft.studies.cell_process", "fedpeft.simulation"])
     with tempfile.TemporaryDirectory(prefix="fedpeft-plan-") as name:
         folder = Path(name)
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=run_cell, args=(replace(cell, config=config), machine, folder, theirs))
         began = time.monotonic()
-        process.start()
-        theirs.close()
+        process, events = start(replace(cell, config=config), machine, folder, run_cell)
         try:
             process.join()
         finally:
             process.kill()  # it passes Ctrl-C over
             process.join()
-        ours.close()
+        events.close()
         wall = time.monotonic() - began
         if not (folder / REPORT).exists():
-            raise TrainingFailed(f"{cell.label}: {_reason(folder)}")
+            raise TrainingFailed(f"{cell.label}: {ended(folder) or 'the process that was timed ended without a word'}")
         return _kind(json.loads((folder / REPORT).read_text()), wall)
-
-
-def _reason(folder: Path) -> str:
-    try:
-        said: str = json.loads((folder / FAILURE).read_text())["message"]
-    except OSError:
-        return "the process that was timed ended without a word"
-    return said
 
 
 def _kind(report: dict[str, Any], wall_s: float) -> Kind:
