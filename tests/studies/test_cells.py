@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from fedpeft.config import parse_config
+from fedpeft.config.overrides import merged
 from fedpeft.errors import ConfigInvalid, DataInvalid
-from fedpeft.studies.cells import Machine, cells_of, content_digest, grid_axes
+from fedpeft.studies.cells import FORMAT, Machine, cells_of, content_digest, grid_axes
 from fedpeft.studies.checks import check_cells
 from fedpeft.studies.study_file import load_study
 
 from .study_texts import STUDY, pets, study_file
+
+DEFAULTS = Path(__file__).with_name("defaults.json")
 
 
 def cells(folder: Path, text: str = STUDY, scale: str | None = None, **options):
@@ -212,3 +217,12 @@ def test_a_cell_is_named_by_the_bytes_of_the_weights_file_that_its_run_names(tmp
     weights.write_bytes(b"two")
     content_digest.cache_clear()
     assert cell.key(machine) != before
+
+
+def test_the_defaults_that_names_of_cells_leave_out_are_those_of_their_format():
+    """A default that changed makes another result under the same name: then raise FORMAT and write the file anew."""
+    model = {"name": "m", "classes": ["a", "b"]}
+    now = parse_config({"name": "n", "model": model, "peft": {"method": "bias"}}).model_dump(mode="json")
+    kept = json.loads(DEFAULTS.read_text())
+    assert kept["format"] == FORMAT
+    assert merged(now, kept["run"]) == now, "a field may be new; none may have gone or changed"

@@ -23,8 +23,8 @@ from fedpeft.studies.study_file import DATA, MOST_CELLS, DataSet, StudyFile
 
 KEY_DIGITS = 16
 """Hexadecimal digits of a cell's digest that name its folder."""
-FORMAT = 1
-"""Raised when equal content would no longer give an equal result file."""
+FORMAT = 2
+"""Raised when equal content would give another result file; so also when a default of the run file changes."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,13 @@ class Cell:
         }
 
     def key(self, machine: Machine) -> str:
-        """Returns the name of its folder."""
-        text = json.dumps(self.identity(machine), sort_keys=True, ensure_ascii=True)
+        """Returns the name of its folder.
+
+        Of the run file, what differs from the defaults counts, so a field that is new to this version leaves the
+        names of older results as they are.
+        """
+        changed = self.config.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+        text = json.dumps(self.identity(machine) | {"run": changed}, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
 
 
