@@ -1,10 +1,10 @@
 """Registries of PEFT methods, strategies, codecs and tasks: one file each, which registers itself and touches no other.
 
-A name is found in two places. The modules of the registry's own package, and of packages in it, register when it is
-first asked, so a new file is found without being named anywhere. A package that is installed beside fedpeft names its
-own under the registry's entry point group, and is imported when that name is asked for: what a run names and no package
-here brings is refused. So is a name that means two things, built in and installed or from two packages: neither is
-chosen.
+A name is found in three places. The modules of the registry's own package, and of packages in it, register when it is
+first asked, so a new file is found without being named anywhere; so do modules of one's own, see `fedpeft.extensions`.
+A package that is installed beside fedpeft names its own under the registry's entry point group, and is imported when
+that name is asked for. What a run names and none of them brings is refused. So is a name that means two things, built
+in and installed or from two packages: neither is chosen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
+from fedpeft import extensions
 from fedpeft.errors import ConfigInvalid
 
 T = TypeVar("T")
@@ -108,7 +109,8 @@ class Registry(Generic[T]):
             package = importlib.import_module(self._package)
             for module in pkgutil.walk_packages(package.__path__, f"{self._package}."):
                 importlib.import_module(module.name)
-            self._loaded = True
+            self._loaded = True  # before the extensions, which may ask this registry
+            extensions.load()
 
 
 def _package(point: EntryPoint) -> str:

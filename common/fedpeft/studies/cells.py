@@ -1,6 +1,6 @@
 """Cells of a study: every combination of a point of each axis and a seed, with the run file that it makes.
 
-Notable: a cell is named by its content (the run file, the bytes of its data and weights, threads and device), so a
+Notable: a cell is named by its content (the run file, the bytes of its data, weights and imported modules, threads and device), so a
 result is found again whatever study, name or order asks for it, and is never taken for another.
 """
 
@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fedpeft import extensions
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.config.overrides import Table, at_key, merged, value_of
 from fedpeft.errors import ConfigInvalid, DataInvalid
@@ -84,6 +85,7 @@ class Cell:
             "threads": machine.threads,
             "device": machine.device,
             **({"over_network": True} if machine.over_network else {}),
+            **({"imports": extensions.digests()} if extensions.extensions() else {}),
         }
 
     def key(self, machine: Machine) -> str:

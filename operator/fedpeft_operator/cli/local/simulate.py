@@ -14,10 +14,12 @@ import typer
 from fedpeft import formatting
 from fedpeft.api import views
 from fedpeft.api.round_table import of_json
+from fedpeft.extensions import extend
 from fedpeft.process import output
 from fedpeft_operator.cli.columns import ImageColumn, LabelColumn, MaxImagePixels
 from fedpeft_operator.cli.epilogs import epilog
 from fedpeft_operator.cli.exit_codes import Exit
+from fedpeft_operator.cli.imports import Imports
 from fedpeft_operator.cli.round_rows import say_rounds
 from fedpeft_operator.cli.session import require
 from fedpeft_operator.cli.weights import Weights, check_needed
@@ -67,6 +69,7 @@ def simulate(
         int | None,
         typer.Option("--threads", metavar="N", min=1, max=4096, help="Threads of torch; torch's own choice if absent."),
     ] = None,
+    imports: Imports = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
 ) -> None:
     """Hold a run's federation on this machine, without a network, with the code of server and client.
@@ -76,6 +79,7 @@ def simulate(
     from fedpeft.config import faults_in, load_run_file
     from fedpeft.config.overrides import merged, parse_overrides
 
+    extend(imports)
     seeded = {} if seed is None else {"rounds": {"seed": seed}}
     config = load_run_file(file, merged(parse_overrides(settings), seeded))
     check_needed(config.model, weights)

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from fedpeft import formatting
+from fedpeft.extensions import extend
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import epilog
 from fedpeft_operator.cli.exit_codes import Exit
+from fedpeft_operator.cli.imports import Imports
 from fedpeft_operator.cli.study import options
 from fedpeft_operator.cli.weights import Weights
 
@@ -43,6 +45,7 @@ def run(
     device: options.Device = "auto",
     threads: options.Threads = 1,
     jobs: options.Jobs = None,
+    imports: Imports = [],  # noqa: B006
     over_network: Annotated[
         bool,
         typer.Option("--over-network", help="Hold each run with a server and agents on this machine, a process each."),
@@ -53,6 +56,7 @@ def run(
     All cells are checked before the first one runs. Ends with 5 if a cell failed; the others have their results.
     """
     options.require_study()
+    extend(imports)
     from fedpeft.studies.execution import execute
     from fedpeft.studies.report import write_report
     from fedpeft.studies.results import load_results
@@ -94,10 +98,12 @@ def plan(
     device: options.Device = "auto",
     threads: options.Threads = 1,
     jobs: options.Jobs = None,
+    imports: Imports = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """Say what a study will take: cells, bytes and hours, by one short round of each kind of cell."""
     options.require_study()
+    extend(imports)
     from fedpeft.studies.plan import plan_of
     from fedpeft_operator.cli.study.plan_table import say_plan
 

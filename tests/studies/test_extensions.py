@@ -1,0 +1,116 @@
+"""Modules of one's own, by `--import`: what they register is known in every process, and decides a cell's name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedpeft import extensions
+from fedpeft.errors import ConfigInvalid
+from fedpeft.peft.method import methods
+from fedpeft.studies.cells import Machine, cells_of
+from fedpeft.studies.study_file import load_study
+
+from .study_texts import STUDY, pets, study_file
+
+FAULTS = Path(__file__).parents[2] / "experiments" / "faults"
+OWN = """
+from fedpeft.peft.bias import Bias
+from fedpeft.peft.method import methods
+
+
+@methods.register("own_bias")
+class OwnBias(Bias):
+    pass
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_extension_stays(monkeypatch):
+    methods.names()
+    monkeypatch.setenv(extensions.VARIABLE, "")
+    monkeypatch.setattr(methods, "_items", dict(methods._items))
+    for name in ("own_part", "other_part", "faults"):
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
+
+
+def own_part(folder: Path, name: str = "own_part", text: str = OWN) -> Path:
+    file = folder / f"{name}.py"
+    file.write_text(text)
+    return file
+
+
+def test_a_file_brings_a_method_to_this_process_and_to_those_that_it_starts(tmp_path):
+    extensions.extend([str(own_part(tmp_path))])
+    assert methods.get("own_bias").__module__ == "own_part"
+    said = subprocess.run(
+        [sys.executable, "-c", "from fedpeft.peft.method import methods; print(methods.get('own_bias'))"],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "own_part.OwnBias" in said.stdout
+    extensions.extend([str(tmp_path / "own_part.py")])
+    assert len(extensions.extensions()) == 1, "named again it is not imported again"
+
+
+def test_a_module_that_cannot_be_imported_is_refused_with_its_own_words(tmp_path):
+    for module, words in (
+        ("no_such_module", "--import no_such_module: ModuleNotFoundError: No module named 'no_such_module'"),
+        (str(own_part(tmp_path, "other_part", "1 / 0")), "other_part.py: ZeroDivisionError: division by zero"),
+        (str(own_part(tmp_path, "json")), "there is a module 'json' already"),
+        (str(tmp_path / "gone.py"), "gone.py: FileNotFoundError"),
+        (str(own_part(tmp_path, "own_part", OWN.replace("own_bias", "bias"))), "'bias' is registered twice"),
+    ):
+        with pytest.raises(ConfigInvalid, match=r"--import") as refused:
+            extensions.extend([module])
+        assert words in refused.value.message
+        assert extensions.extensions() == [], "it is not left for other processes"
+
+
+def test_a_cell_is_named_by_the_text_of_imported_modules(tmp_path):
+    first = cells_of(load_study(study_file(tmp_path)), {"pets": pets(tmp_path / "pets")})[0]
+    plain = first.key(Machine())
+    file = own_part(tmp_path)
+    extensions.extend([str(file)])
+    with_own = first.key(Machine())
+    file.write_text(OWN + "\n")
+    assert len({plain, with_own, first.key(Machine())}) == 3
+
+
+def test_the_command_imports_for_the_processes_of_its_cells(tmp_path):
+    """Also the study of faults as it is written, on a few images: every one of its cells trains."""
+    text = STUDY.replace('[axes.method."lora 2"]\npeft.method = "lora"\npeft.rank = 2', "")
+    text = text.replace('[scales.one.axes.method."lora 2"]\ntraining.learning_rate = 0.5', "")
+    for name, fields in {
+        "dead": 'peft.method = "dead_adapter"',
+        "statistics": 'peft.method = "bias_other_statistics"',
+        "momentum": 'training = {momentum = 0.0, algorithm = {name = "leaking_momentum"}}',
+        "weights": 'aggregation = {strategy = "fedavg_whole_batches", batch_size = 16}',
+        "noise": 'training.algorithm = {name = "unaccounted_noise", sigma = 3.378}',
+    }.items():
+        text += f"\n[axes.method.{name}]\n{fields}\n"
+    command = [
+        *(sys.executable, "-m", "fedpeft_operator.app", "study", "run", str(study_file(tmp_path, text))),
+        *(
+            "--import",
+            str(FAULTS / "faults.py"),
+            "--data",
+            str(pets(tmp_path / "pets")),
+            "--out",
+            str(tmp_path / "out"),
+        ),
+        *("--scale", "one", "--device", "cpu"),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FEDPEFT_IMPORT": ""})
+    assert ended.returncode == 0, ended.stderr
+    assert "6 cells of 6 with results" in ended.stdout
+    kept = json.loads(next((tmp_path / "out" / "cells").glob("*/cell.json")).read_text())
+    assert list(kept["imports"]) == ["faults"]
