@@ -1,7 +1,7 @@
 """Cells of a study: every combination of a point of each axis and a seed, with the run file that it makes.
 
-Notable: a cell is named by its content (the run file, the bytes of its data, weights and imported modules, threads and device), so a
-result is found again whatever study, name or order asks for it, and is never taken for another.
+Notable: a cell is named by its content (the run file, the bytes of its data, weights and imported modules, threads and
+device), so a result is found again whatever study, name or order asks for it, and is never taken for another.
 """
 
 from __future__ import annotations
