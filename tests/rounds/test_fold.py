@@ -170,7 +170,7 @@ def test_a_value_beyond_float32_is_refused_and_names_the_client_with_the_largest
 LORA = (TensorSpec("x.lora_A.weight", (2, 5)), TensorSpec("x.lora_B.weight", (4, 2)), TensorSpec("head.weight", (3, 4)))
 
 
-@pytest.mark.parametrize("name", ["median", "lora_fair", "fednova"])
+@pytest.mark.parametrize("name", ["median", "lora_fair", "flexlora", "fednova"])
 def test_a_strategy_that_sees_more_than_the_mean_gives_the_same_bits_in_any_order_and_block(name: str) -> None:
     rule, base = strategy(name, {}), arrays(99, LORA)
     sent = cohort(4, specs=LORA)

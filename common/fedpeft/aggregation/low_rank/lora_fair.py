@@ -9,19 +9,15 @@ closed form, with solutions of the size rank x rank only. It sends no byte more 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from fedpeft.adapters.spec import AdapterSpec
-from fedpeft.aggregation import Changes, Doubles, GroupStrategy, Options, strategies
-from fedpeft.config import RunConfig
-from fedpeft.config_errors import Fault
-
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-"""Ends of the names of A [rank, in] and B [out, rank], as the `peft` library gives them."""
+from fedpeft.aggregation import Changes, Doubles, Options, strategies
+from fedpeft.aggregation.low_rank.factor_pairs import FactorStrategy
+from fedpeft.aggregation.low_rank.stacked_factors import times
 
 
 class LoraFairOptions(Options):
@@ -32,24 +28,11 @@ class LoraFairOptions(Options):
 
 
 @strategies.register("lora_fair")
-class LoraFair(GroupStrategy):
+class LoraFair(FactorStrategy):
     """FedAvg, and for each LoRA layer a correction of B."""
 
     Options = LoraFairOptions
     options: LoraFairOptions
-
-    def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
-        """See `Strategy.misfit`."""
-        rounds = range(1, spec.period + 1)
-        if all(self.groups([tensor.name for tensor in spec.adapter.sent(number)]) for number in rounds):
-            return None
-        needed = "A and B of a LoRA layer in every round, which updates"
-        return "aggregation.strategy", f"is 'lora_fair', which needs {needed} of method {spec.method!r} do not have"
-
-    def groups(self, names: Sequence[str]) -> list[tuple[str, ...]]:
-        """See `GroupStrategy.groups`; one (A, B) a layer."""
-        pairs = ((name, name.removesuffix(DOWN) + UP) for name in names if name.endswith(DOWN))
-        return [pair for pair in pairs if pair[1] in names]
 
     def reduce(self, base: Sequence[Doubles], changes: Changes) -> list[Doubles]:
         """See `GroupStrategy.reduce`."""
@@ -60,32 +43,20 @@ class LoraFair(GroupStrategy):
         abar = base[0] + mean_a
         residual = np.zeros_like(base[1])  # (M - Bbar Abar) Abar^T, [out, rank]
         for share, (change_a, change_b) in changes():
-            residual += _times(share * (change_b - mean_b), _gram(change_a - mean_a, abar))
+            residual += times(share * (change_b - mean_b), _gram(change_a - mean_a, abar))
         square = _gram(abar, abar)
         ridge = self.options.regularization * np.trace(square) / len(square)
         if ridge == 0:  # Abar is zero: so is the residual
             return [mean_a, mean_b]
         return [mean_a, mean_b + _solved(square + ridge * np.eye(len(square)), residual)]
 
-    def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:
-        """See `Strategy.step`."""
-        return x + delta, {}
 
-
-# No BLAS below: it starts threads of its own, and the order of its additions depends on their number.
+# No BLAS below, as in `stacked_factors`.
 
 
 def _gram(left: Doubles, right: Doubles) -> Doubles:
     """Returns left right^T of [rank, in] each, [rank, rank]."""
     return np.array([[(one * other).sum() for other in right] for one in left])
-
-
-def _times(left: Doubles, right: Doubles) -> Doubles:
-    """Returns left right, [out, rank] by [rank, rank]."""
-    total = np.zeros((len(left), right.shape[1]))
-    for place, row in enumerate(right):
-        total += left[:, place, None] * row
-    return total
 
 
 def _solved(square: Doubles, right: Doubles) -> Doubles:
