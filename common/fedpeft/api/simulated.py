@@ -9,7 +9,7 @@ The same as `fedpeft simulate`; `fedpeft.simulation` has the parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,6 +222,7 @@ def simulate(
     label_column: str | None = None,
     max_image_pixels: int | None = None,
     committed: Callable[[SimulatedRound], None] | None = None,
+    track: Iterable[str] = (),
 ) -> Simulation:
     """Holds a run's federation on this machine, to the bits that a server and agents give.
 
@@ -237,23 +238,27 @@ def simulate(
         label_column: Column of parquet that holds the labels; likewise.
         max_image_pixels: Pixels of the largest image that is opened; likewise.
         committed: Told of every round as soon as it is committed.
+        track: Trackers, as `--track` names them: `["tensorboard", "mlflow=sqlite:///runs.db"]`.
 
     Raises:
         ConfigInvalid: If the run file is wrong, or wants more clients than there are.
         DataInvalid: If a client's data, or the held-out data, cannot be used.
+        LocalError: If the library of a tracker is not installed.
         ModelInvalid: If the model or its weights cannot be had.
         SettingsInvalid: If an argument that names a place is no path.
         StateInvalid: If `out` cannot be written, or another simulation writes there.
     """
     from fedpeft import simulation
+    from fedpeft.tracking import tracking_to
 
-    config = configured(run)
+    config, folder = configured(run), path_of(out, "out")
+    tracking = tracking_to(track, folder)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
     clients, partition = simulation.clients_of(path_of(data, "data"), config, reading)
     simulation.simulate(
         config,
         clients,
-        path_of(out, "out"),
+        folder,
         None if evaluate is None else path_of(evaluate, "evaluate"),
         None if weights is None else path_of(weights, "weights"),
         label_map=None if label_map is None else path_of(label_map, "label_map"),
@@ -261,6 +266,7 @@ def simulate(
         reading=reading,
         partition=partition,
         committed=None if committed is None else lambda row: committed(_round(row)),
+        tracking=tracking,
     )
     return Simulation(out)
 

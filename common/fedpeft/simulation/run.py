@@ -32,6 +32,7 @@ from fedpeft.simulation.progress_log import UNFINISHED, ProgressLog
 from fedpeft.simulation.report import Json
 from fedpeft.simulation.simulated_run import SimulatedRun
 from fedpeft.simulation.versions import Versions
+from fedpeft.tracking import Tracking
 
 REPORT = "report.json"
 RUN = "simulation"
@@ -54,6 +55,7 @@ def simulate(
     partition: Mapping[str, Any] | None = None,
     committed: Callable[[Json], None] | None = None,
     worked: Callable[[int, int, int], None] | None = None,
+    tracking: Tracking | None = None,
 ) -> Json:
     """Holds a whole run.
 
@@ -76,6 +78,7 @@ def simulate(
         partition: Division of the data, for the report.
         committed: Told of every committed round, as the report has it.
         worked: Told, after every client's turn, of the round's number, how many had theirs, and how many were sampled.
+        tracking: Trackers of the run; ended with it. None for none.
 
     Returns:
         The report, as in report.json: what `fedpeft run show --json` says of a run, `wire_bytes_up` and
@@ -111,9 +114,10 @@ def simulate(
             progress = ProgressLog(out / UNFINISHED, _identity(header, made))
             memory = ClientMemory(progress.folder / "memory", len(progress.rounds))
             versions = Versions(header, out, scratch, progress.folder)
-            with made as started:
+            with tracking or Tracking() as tracked, made as started:
                 kept = progress if is_resumable(config) else None
-                report = SimulatedRun(header, started, memory, versions, kept).run(committed, worked)
+                report = SimulatedRun(header, started, memory, versions, kept).run(committed, worked, tracked)
+                tracked.end(report["state"])
             report["partition"] = None if partition is None else dict(partition)
             report["overlap"] = None if shared is None else shared.as_dict()
             durable.write_text(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")

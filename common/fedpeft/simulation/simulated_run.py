@@ -41,6 +41,7 @@ from fedpeft.simulation.engines import Engine
 from fedpeft.simulation.progress_log import ProgressLog
 from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
 from fedpeft.simulation.versions import Versions
+from fedpeft.tracking import Tracking
 from fedpeft.training.run_spec import version_0
 
 log = structlog.get_logger(__name__)
@@ -81,10 +82,18 @@ class SimulatedRun:
         self._clock: list[float] = []
         self._began = self._resumed_at = time.time()
 
-    def run(self, committed: Callable[[Json], None] | None, worked: Callable[[int, int, int], None] | None) -> Json:
+    def run(
+        self,
+        committed: Callable[[Json], None] | None,
+        worked: Callable[[int, int, int], None] | None,
+        tracking: Tracking,
+    ) -> Json:
         """Holds all rounds; returns the report."""
         self._worked = worked
         initial, done = self._begin()
+        tracking.begin(self._identity(initial), simulated=True)
+        for row in done:
+            tracking.round(row)
         current = Round(self._header.run, len(done) + 1)
         while current.number <= self._config.rounds.count:
             if why := overspent(self._config, self._versions.ledger, current.number):
@@ -100,6 +109,7 @@ class SimulatedRun:
             book.metrics = {**book.metrics, **self._trainer.evaluate(self._version)}
             done.append(round_json(book, self._trainer.run.model.backbone.parameters))
             self._keep_progress(book.round, done[-1])
+            tracking.round(done[-1])
             if committed is not None:
                 committed(done[-1])
             current = book.round.following(self._config.rounds)
@@ -281,15 +291,12 @@ class SimulatedRun:
     def _advance(self, current: Round, event: state_machine.Event) -> Round:
         return state_machine.advance(current, event, self._config.rounds, time.time())[0]
 
-    def _report(self, initial: Mapping[str, float], done: list[Json], paused: RoundBook | None, reason: str) -> Json:
+    def _identity(self, initial: Mapping[str, float]) -> Json:
+        """Returns what the report says of the run from its beginning."""
         run = self._trainer.run
         return {
             "run": self._header.run,
             "name": self._config.name,
-            "state": "paused" if paused else "completed",
-            "reason": reason,
-            "round": paused.round.number if paused else len(done),
-            "version": len(done),
             "created_at": moment(self._began),
             "method": run.model.spec.method,
             "adapter_parameters": run.model.spec.parameters,
@@ -297,6 +304,15 @@ class SimulatedRun:
             "backbone_fingerprint": run.fingerprint,
             "initial_metrics": dict(sorted(initial.items())),
             "config": json_format.MessageToDict(wire.config_to_proto(self._config), preserving_proto_field_name=True),
+        }
+
+    def _report(self, initial: Mapping[str, float], done: list[Json], paused: RoundBook | None, reason: str) -> Json:
+        return {
+            **self._identity(initial),
+            "state": "paused" if paused else "completed",
+            "reason": reason,
+            "round": paused.round.number if paused else len(done),
+            "version": len(done),
             "rounds": done,
             **({"privacy": stated} if (stated := _privacy(self._config, done)) else {}),
             "set_aside": sorted(client for client, each in self._conducts.items() if each.is_aside),
@@ -305,7 +321,7 @@ class SimulatedRun:
             "progress": [],  # nobody is awaited
             "in_progress": progress_json(paused) if paused else None,
             "facts": self._facts,
-            "squared_distances": self._versions.squared_distances(run.model),
+            "squared_distances": self._versions.squared_distances(self._trainer.run.model),
             "seconds": self._seconds(),
             **({"clock": self._clock} if self._at_work.has_clock else {}),
         }

@@ -238,6 +238,23 @@ def test_watch_in_lines(served: Serving, fedpeft: Command) -> None:
     assert fedpeft("run", "watch", RUN) == Ended(0, WATCHED, "")
 
 
+def test_track_writes_each_point_once_however_often_it_is_called(
+    served: Serving, fedpeft: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        served.double.runs = {RUN: a_run()}
+        served.double.script = watch_script()
+        ended = fedpeft("run", "track", RUN, "--to", "tensorboard")
+        assert ended.code == 0 and "version 2 scored: accuracy 75.0 %" in ended.out
+    events = EventAccumulator(str(tmp_path / "tensorboard" / f"emoji-{RUN}")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("accuracy")] == [(0, 0.25), (1, 0.5), (2, 0.75)]
+    assert [(e.step, e.value) for e in events.Scalars("wire_bytes_up")] == [(1, 600.0), (2, 600.0)]
+    assert fedpeft("run", "track", RUN, "--to", "tensorbord").code == 2
+
+
 def test_ctrl_c_ends_the_watch_with_a_sentence_and_not_the_run(served: Serving) -> None:
     served.double.runs = {RUN: a_run()}
     served.double.script = [pb.WatchRunResponse(run=a_run(), rounds=[a_round(1, committed=False)]), 60.0]

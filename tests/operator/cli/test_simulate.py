@@ -61,6 +61,34 @@ def test_the_command_prints_the_report_alone_or_lines_for_people(tmp_path, capfd
     assert re.search(r"^round 2 of 2, 2 updates, training loss [\d.]+, [\d.]+ s$", said.err, re.M)
 
 
+def test_tracked_rounds_are_those_of_the_report_also_when_it_goes_on(tmp_path, capfd, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    whole = write(tmp_path / "whole.parquet", table(30))
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    command = ["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as broken:
+
+        def stop(progress, row):
+            raise KeyboardInterrupt
+
+        broken.setattr(simulate_command._Progress, "committed", stop)
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--track", "tensorboard"])
+        assert ended.value.code == 130
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--track", "tensorboard", "--json"])
+    assert ended.value.code == 0
+    rounds = json.loads(capfd.readouterr().out)["rounds"]
+    (folder,) = (tmp_path / "out" / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    assert [e.step for e in events.Scalars("train_loss")] == [1, 2]
+    assert [e.value for e in events.Scalars("train_loss")] == pytest.approx(
+        [r["metrics"]["train_loss"] for r in rounds]
+    )
+    assert [e.value for e in events.Scalars("seconds")] == pytest.approx([r["seconds"] for r in rounds])
+
+
 def test_a_long_round_says_how_far_it_is(tmp_path, capfd, monkeypatch):
     whole = write(tmp_path / "whole.parquet", table(30))
     (tmp_path / "run.toml").write_text(RUN_FILE.replace("count = 2", "count = 1"))

@@ -22,6 +22,7 @@ from fedpeft_operator.cli.exit_codes import Exit
 from fedpeft_operator.cli.imports import Imports
 from fedpeft_operator.cli.round_rows import say_rounds
 from fedpeft_operator.cli.session import require
+from fedpeft_operator.cli.trackers import NAMES
 from fedpeft_operator.cli.weights import Weights, check_needed
 
 EVERY_S = 10.0
@@ -70,6 +71,14 @@ def simulate(
         typer.Option("--threads", metavar="N", min=1, max=4096, help="Threads of torch; torch's own choice if absent."),
     ] = None,
     imports: Imports = [],  # noqa: B006
+    track: Annotated[
+        list[str],
+        typer.Option(
+            "--track",
+            metavar="NAME[=TARGET]",
+            help=f"{NAMES} The default is a folder or file in --out. May be repeated.",
+        ),
+    ] = [],  # noqa: B006  # typer copies it
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
 ) -> None:
     """Hold a run's federation on this machine, without a network, with the code of server and client.
@@ -85,8 +94,10 @@ def simulate(
     check_needed(config.model, weights)
     require("train", "torch", "timm", "pyarrow")
     from fedpeft import simulation
+    from fedpeft.tracking import tracking_to
 
     _set_up(threads)
+    tracking = tracking_to(track, out)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
     clients, partition = simulation.clients_of(data, config, reading)
     progress = _Progress(config.rounds.count, resumable=simulation.is_resumable(config), quiet=as_json)
@@ -103,6 +114,7 @@ def simulate(
             partition=partition,
             committed=progress.committed,
             worked=progress.worked,
+            tracking=tracking,
         )
     _end(report, out, as_json=as_json)
 

@@ -1,4 +1,4 @@
-"""`fedpeft run`: list, show, pause, resume, stop, delete; create, watch, export, verify have modules of their own."""
+"""`fedpeft run`: list, show, pause, resume, stop, delete; those of a module of their own are added."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedpeft.privacy.statement import in_words
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import OF_NAMED, OF_SERVER, epilog
 from fedpeft_operator.cli.round_rows import OF_SHOW, say_rounds
-from fedpeft_operator.cli.run import create, export, verify, watch
+from fedpeft_operator.cli.run import create, export, track, verify, watch
 from fedpeft_operator.cli.session import Session, run_async, session_of
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def delete(context: typer.Context, run: Id, as_json: AsJson = False) -> None:
 
 app.command("create", epilog=create.EPILOG)(create.create)
 app.command("watch", epilog=watch.EPILOG)(watch.watch)
+app.command("track", epilog=track.EPILOG)(track.track)
 app.command("export", epilog=export.EPILOG)(export.export)
 app.command("verify", epilog=verify.EPILOG)(verify.verify)
 

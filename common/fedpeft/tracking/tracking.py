@@ -1,0 +1,168 @@
+"""Tracking of one run by any number of trackers, none of which can fail or delay it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeAlias
+
+import structlog
+
+from fedpeft.tracking.figures import Json, TrackedRun, figures_of, seconds_of, tracked_run
+from fedpeft.tracking.tracker import Point, Tracker, tracker_named
+
+END_S = 60.0
+"""Longest wait for all trackers together at the end of a run."""
+
+Figures: TypeAlias = tuple[dict[str, float], float]
+"""Figures of a round by name, and the time of its commit."""
+
+log = structlog.get_logger(__name__)
+
+
+class Tracking:
+    """The trackers of one run. A context manager: what leaves it without `end` was interrupted or has failed.
+
+    Args:
+        trackers: Those; may be none.
+    """
+
+    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
+        self._sinks = [_Sink(each) for each in trackers]
+        self._is_open = True
+
+    def begin(self, report: Json, *, simulated: bool = False) -> None:
+        """Takes the run, as a report without rounds has it; figures of version 0 are those of round 0.
+
+        Args:
+            report: The part of a report before its rounds.
+            simulated: True if other simulations have the same id.
+        """
+        run = tracked_run(report, simulated=simulated)
+        for sink in self._sinks:
+            sink.put(run)
+        self.initial(report)
+
+    def initial(self, report: Json) -> None:
+        """Takes the figures of version 0, which may come late."""
+        if report["initial_metrics"]:
+            self._put(0, report["initial_metrics"], report["created_at"])
+
+    def round(self, row: Json) -> None:
+        """Takes a committed round, as a report has it; again, if it has more figures by now."""
+        self._put(row["version"], figures_of(row), row["committed_at"])
+
+    def end(self, state: str) -> None:
+        """Takes the end of the run, and waits until all is written, for `END_S` at most."""
+        if self._is_open:
+            self._is_open = False
+            for sink in self._sinks:
+                sink.put(state)
+            deadline = time.monotonic() + END_S
+            for sink in self._sinks:
+                sink.join(deadline)
+
+    @property
+    def missed(self) -> dict[str, int]:
+        """Number of rounds that were not written, by tracker, of those that missed any."""
+        return {sink.name: len(sink.pending) for sink in self._sinks if sink.pending}
+
+    def _put(self, number: int, figures: Json, moment: str | None) -> None:
+        for sink in self._sinks:
+            sink.put((number, (dict(figures), seconds_of(moment or ""))))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end("failed" if isinstance(error, Exception) else "interrupted")
+
+
+def tracking_to(names: Iterable[str], folder: Path) -> Tracking:
+    """Returns the tracking by trackers as `--track` names them; see `tracker_named` for what is raised."""
+    return Tracking([tracker_named(name, folder) for name in names])
+
+
+class _Sink:
+    """A tracker in a thread of its own. What it did not take is offered again with the next round, and at the end."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.name = type(tracker).extra
+        self.pending: dict[int, Figures] = {}
+        self._tracker = tracker
+        self._run: TrackedRun | None = None
+        self._written: set[Point] | None = None
+        self._failures = 0
+        self._queue: queue.Queue[TrackedRun | tuple[int, Figures] | str] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
+        self._thread.start()
+
+    def put(self, item: TrackedRun | tuple[int, Figures] | str) -> None:
+        """Adds the run, figures of a round, or the state in which the run ends."""
+        self._queue.put(item)
+
+    def join(self, deadline: float) -> None:
+        """Waits for the end, which was put; says that it did not come, or what was not written."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            log.warning("tracker does not answer: the run ends without it", tracker=self.name, waited_s=END_S)
+        elif self.pending:
+            log.warning("tracker misses rounds", tracker=self.name, rounds=len(self.pending), failures=self._failures)
+
+    def _work(self) -> None:
+        while not isinstance(item := self._queue.get(), str):
+            if isinstance(item, TrackedRun):
+                self._run = item
+            else:
+                number, figures = item
+                self.pending[number] = figures
+            if self._run is not None and self._queue.empty():
+                self._write(self._run)
+        if self._run is not None:
+            self._write(self._run)
+            if self.pending:
+                self._write(self._run)
+            if self._written is not None:
+                self._attempt(lambda: self._tracker.end(item))
+
+    def _write(self, run: TrackedRun) -> None:
+        """Writes all that is pending. A round that fails keeps none back; after two, the sink is given a rest."""
+        if self._written is None and not self._attempt(lambda: self._begin(run)):
+            return
+        failed = False
+        for number in sorted(self.pending):
+            if self._attempt(partial(self._write_round, number)):
+                del self.pending[number]
+            elif failed:
+                return
+            failed = number in self.pending
+
+    def _begin(self, run: TrackedRun) -> None:
+        self._written = self._tracker.begin(run)
+
+    def _write_round(self, number: int) -> None:
+        assert self._written is not None
+        key, (figures, at) = self._tracker.key, self.pending[number]
+        new = {name: value for name, value in figures.items() if (number, key(name)) not in self._written}
+        if new:
+            self._tracker.round(number, new, at)
+            self._written.update((number, key(name)) for name in new)
+
+    def _attempt(self, call: Callable[[], None]) -> bool:
+        """Returns whether a call of the tracker ended well; says the first that did not."""
+        try:
+            call()
+        except Exception as error:  # whatever a library raises: the run goes on
+            self._failures += 1
+            if self._failures == 1:
+                cause = f"{type(error).__name__}: {error}"
+                log.warning("tracker failed: the run goes on", tracker=self.name, cause=cause)
+            return False
+        return True

@@ -1,0 +1,184 @@
+"""Each tracker: what a run left in it, by the library's own reader; a run followed again doubles nothing."""
+
+import struct
+
+import pytest
+
+from fedpeft.errors import ConfigInvalid, LocalError
+from fedpeft.tracking import tracker, tracker_named, tracking_to
+
+from ..outside_package import install
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # the libraries' own
+
+REPORT = {
+    "run": "run-0a1b2c3d4e5f",
+    "name": "emoji of sites",
+    "created_at": "2026-01-02T03:04:05.000Z",
+    "method": "bias",
+    "adapter_parameters": 12,
+    "model_parameters": 1200,
+    "backbone_fingerprint": "ab",
+    "initial_metrics": {"accuracy": 0.25},
+    "config": {"rounds": {"count": 2}, "model": {"classes": ["cat", "dog"]}},
+}
+
+
+def row(number, **metrics):
+    return {
+        "version": number,
+        "clients": ["a", "b"],
+        "metrics": {"train_loss": 1.0 / number, **metrics},
+        "seconds": 1.5,
+        "payload_bytes_up": 96,
+        "payload_bytes_down": 48,
+        "wire_bytes_up": None,
+        "wire_bytes_down": None,
+        "full_bytes_each_way": 9600,
+        "extensions": 0,
+        "committed_at": f"2026-01-02T03:05:0{number}.000Z",
+    }
+
+
+def follow(name, folder, state="completed", rows=(), report=REPORT):
+    tracking = tracking_to([name], folder)
+    tracking.begin(report)
+    for each in rows:
+        tracking.round(each)
+    tracking.end(state)
+    assert tracking.missed == {}
+
+
+def follow_thrice(name, folder):
+    """A run that is followed, left, followed again from its beginning, and scored late."""
+    follow(name, folder, "running", [row(1, **{"accuracy/smiley: ☺": 0.5})])
+    follow(name, folder, "running", [row(1, **{"accuracy/smiley: ☺": 0.5}), row(2)])
+    follow(name, folder, "completed", [row(1), row(2), row(2, accuracy=0.75)])
+
+
+def test_tensorboard_has_each_point_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    follow_thrice(f"tensorboard={tmp_path / 'boards'}", tmp_path)
+    (folder,) = (tmp_path / "boards").iterdir()
+    assert folder.name == "emoji_of_sites-run-0a1b2c3d4e5f"
+    events = EventAccumulator(str(folder)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(1, 1.0), (2, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("accuracy")] == [(0, 0.25), (2, 0.75)]
+    assert [(e.step, e.value) for e in events.Scalars("payload_bytes_up")] == [(1, 96.0), (2, 96.0)]
+    assert [(e.step, e.value) for e in events.Scalars("accuracy/smiley: ☺")] == [(1, 0.5)]
+    assert "wire_bytes_up" not in events.Tags()["scalars"]
+    started = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    settings = metadata.parse_session_start_info_plugin_data(started).hparams
+    assert settings["rounds.count"].string_value == "2" and settings["method"].string_value == "bias"
+
+
+def test_mlflow_has_each_point_once(tmp_path):
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path / 'runs.db'}"
+    follow_thrice(f"mlflow={store}", tmp_path)
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("fedpeft").experiment_id])
+    assert run.info.status == "FINISHED" and run.info.run_name == "emoji of sites"
+    assert run.data.params == {"rounds.count": "2", "model.classes": '["cat", "dog"]'}
+    assert run.data.tags["fedpeft.run"] == "run-0a1b2c3d4e5f" and run.data.tags["fedpeft.method"] == "bias"
+    assert points(client, run, "train_loss") == [(1, 1.0), (2, 0.5)]
+    assert points(client, run, "accuracy") == [(0, 0.25), (2, 0.75)]
+    assert points(client, run, "accuracy/smiley_ _") == [(1, 0.5)]
+    follow(f"mlflow={store}", tmp_path, "failed", report={**REPORT, "run": "run-1"})
+    assert len(client.search_runs([run.info.experiment_id])) == 2
+
+
+def points(client, run, name):
+    return [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, name)]
+
+
+def test_trackio_has_each_point_once(tmp_path, monkeypatch, capsys):
+    from trackio import sqlite_storage, utils
+
+    for module in (sqlite_storage, utils):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path)
+    follow_thrice("trackio=sites", tmp_path)
+    logs = sqlite_storage.SQLiteStorage.get_logs("sites", "emoji_of_sites-run-0a1b2c3d4e5f")
+    assert [(each["step"], each["train_loss"]) for each in logs if "train_loss" in each] == [(1, 1.0), (2, 0.5)]
+    assert [(each["step"], each["accuracy"]) for each in logs if "accuracy" in each] == [(0, 0.25), (2, 0.75)]
+    assert capsys.readouterr().out == ""
+
+
+def test_wandb_has_each_point_once(tmp_path, monkeypatch):
+    import wandb
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    follow_thrice("wandb=sites", tmp_path)
+    wandb.teardown()  # its process closes the files after a run's end
+    history, names = [], set()
+    for file in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):
+        for data in records(file.read_bytes()):
+            record = wandb_internal_pb2.Record.FromString(data)
+            names.add((record.run.project, record.run.display_name))
+            history += [{"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}]
+    assert ("sites", "emoji of sites") in names
+    assert sorted((each["round"], each["train_loss"]) for each in history if "train_loss" in each) == [
+        ("1", "1"),
+        ("2", "0.5"),
+    ]
+    assert sorted((each["round"], each["accuracy"]) for each in history if "accuracy" in each) == [
+        ("0", "0.25"),
+        ("2", "0.75"),
+    ]
+
+
+def records(data):
+    """Yields the records of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
+    at, record = 7, b""
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def test_what_is_not_there_is_said(tmp_path, monkeypatch):
+    with pytest.raises(
+        ConfigInvalid, match=r"there is no tracker 'tensorbord'; there are: mlflow, tensorboard, trackio, wandb"
+    ):
+        tracker_named("tensorbord", tmp_path)
+    monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LocalError, match=r'tracker mlflow needs mlflow, .*: pip install "fedpeft\[mlflow\]"'):
+        tracker_named("mlflow", tmp_path)
+
+
+LINES = """
+from fedpeft.tracking import Tracker
+
+
+class Lines(Tracker):
+    module = extra = "json"
+
+    def begin(self, run):
+        return set()
+
+    def round(self, number, figures, at):
+        with open(self.target, "a") as lines:
+            print(number, figures["train_loss"], file=lines)
+
+    def end(self, state):
+        with open(self.target, "a") as lines:
+            print(state, file=lines)
+"""
+
+
+def test_an_installed_package_brings_a_tracker(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, LINES, {"fedpeft.tracking/lines": "Lines"})
+    follow(f"lines={tmp_path / 'a=b.txt'}", tmp_path, rows=[row(1), row(2)], report={**REPORT, "initial_metrics": {}})
+    assert (tmp_path / "a=b.txt").read_text() == "1 1.0\n2 0.5\ncompleted\n"

@@ -1,0 +1,98 @@
+"""Cost of a tracker that fails, or does not answer, to a run: a line and a count."""
+
+import threading
+
+import pytest
+import structlog
+
+from fedpeft.tracking import Tracker, Tracking, tracking
+
+from .test_trackers import REPORT, row
+
+
+class Sink(Tracker):
+    """Keeps what it gets; the first `faults` calls of `round` fail."""
+
+    module = extra = "sink"
+
+    def __init__(self, faults=0):
+        self.faults, self.got, self.ended, self.known = faults, [], [], set()
+
+    def begin(self, run):
+        return self.known
+
+    def round(self, number, figures, at):
+        if self.faults:
+            self.faults -= 1
+            raise OSError("the disk is full")
+        self.got.append((number, sorted(figures), at))
+
+    def end(self, state):
+        self.ended.append(state)
+
+
+def follow(sink):
+    with structlog.testing.capture_logs() as said, Tracking([sink]) as followed:
+        followed.begin({**REPORT, "initial_metrics": {}})
+        followed.round(row(1))
+        followed.round(row(2))
+        followed.end("completed")
+    return followed, said
+
+
+def test_figures_that_are_there_are_not_written_again():
+    sink = Sink()
+    sink.known = {(1, name) for name in ("clients", "seconds", "extensions", "train_loss")}
+    follow(sink)
+    up_down = ["full_bytes_each_way", "payload_bytes_down", "payload_bytes_up"]
+    assert sink.got[0] == (1, up_down, 1767323101.0)
+    assert sink.got[1][1] == sorted([*up_down, "clients", "seconds", "extensions", "train_loss"])
+    assert sink.ended == ["completed"]
+
+
+def test_what_was_not_taken_is_offered_again():
+    sink = Sink(faults=1)
+    followed, said = follow(sink)
+    assert sorted(number for number, *_ in sink.got) == [1, 2] and followed.missed == {}
+    (line,) = said
+    assert line["event"] == "tracker failed: the run goes on" and line["cause"] == "OSError: the disk is full"
+
+
+def test_a_round_that_a_sink_refuses_keeps_no_other_back(monkeypatch):
+    sink, take = Sink(), Sink.round
+
+    def fussy(number, figures, at):
+        if number == 1:
+            raise ValueError("not a name")
+        take(sink, number, figures, at)
+
+    monkeypatch.setattr(sink, "round", fussy)
+    followed, _ = follow(sink)
+    assert [number for number, *_ in sink.got] == [2] and followed.missed == {"sink": 1}
+    assert sink.ended == ["completed"]
+
+
+def test_what_is_never_taken_is_counted():
+    followed, said = follow(Sink(faults=10**9))
+    assert followed.missed == {"sink": 2}
+    assert said[-1]["event"] == "tracker misses rounds" and said[-1]["rounds"] == 2
+
+
+def test_a_tracker_that_does_not_answer_delays_the_end_by_a_bound(monkeypatch):
+    monkeypatch.setattr(tracking, "END_S", 0.05)
+    answered, sink = threading.Event(), Sink()
+    monkeypatch.setattr(sink, "begin", lambda run: answered.wait() and set())
+    try:
+        _, said = follow(sink)
+        assert [line["event"] for line in said] == ["tracker does not answer: the run ends without it"]
+    finally:
+        answered.set()
+
+
+@pytest.mark.parametrize(("error", "state"), [(KeyboardInterrupt, "interrupted"), (ValueError, "failed")])
+def test_a_run_that_is_left_has_a_state(error, state):
+    sink = Sink()
+    with pytest.raises(error), Tracking([sink]) as followed:
+        followed.begin(REPORT)
+        raise error
+    assert sink.ended == [state]
