@@ -314,8 +314,6 @@ def faulty(kind: str, path: Path) -> Path:
         data = bytearray(path.read_bytes())
         data[4:3000] = bytes(2996)
         path.write_bytes(data)
-    elif kind == "bool label":
-        write(path, table(3).set_column(1, "label", pa.array([True, False, None])))
     elif kind == "list label":
         write(path, table(3).set_column(1, "label", pa.array([["cat"], ["dog"], []])))
     elif kind == "float label":
@@ -337,14 +335,13 @@ def faulty(kind: str, path: Path) -> Path:
     ("kind", "message"),
     [
         ("missing", "there is no data at .*x.parquet"),
-        ("no label", "no label column 'label' or 'labels'; columns found: image, vendor"),
+        ("no label", "no label column 'label' or 'labels' or 'fine_label'; columns found: image, vendor"),
         ("no image", "no image column 'image' or 'img'; columns found: label, vendor"),
         ("no rows", "has no rows"),
         ("not parquet", "is not a readable parquet file"),
         ("cut", "is not a readable parquet file"),
         ("damaged", "cannot read .*x.parquet"),
         ("float label", "row 0 has label 0.5; whole numbers or strings are read"),
-        ("bool label", "label column 'label' is bool; whole numbers or strings are read"),
         ("list label", r"label column 'label' is list<.*>; whole numbers or strings are read"),
         ("image text", "image column 'image' is string"),
         ("metadata", "x.parquet: the schema's metadata key `huggingface`"),

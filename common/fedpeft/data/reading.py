@@ -14,7 +14,7 @@ class Reading:
 
     Attributes:
         image_column: Column of parquet that holds the images; None: `image` or `img`.
-        label_column: Column of parquet that holds the labels; None: `label` or `labels`.
+        label_column: Column of parquet that holds the labels; None: `label`, `labels` or `fine_label`.
         max_image_pixels: Pixels of the largest image that is opened.
     """
 

@@ -221,7 +221,7 @@ def test_partition_of_other_columns(images: Path, tmp_path: Path, capfd: pytest.
     assert fedpeft("partition", str(images), *out) == 1
     assert "columns found: photo, fine_label, maker; --image-column names another" in capfd.readouterr().err
     assert fedpeft("partition", str(images), "--image-column", "photo", *out) == 1
-    assert "no label column 'label' or 'labels'" in capfd.readouterr().err
+    assert "no label column 'label' or 'labels' or 'fine_label'" in capfd.readouterr().err
     columns = ("--image-column", "photo", "--label-column", "fine_label")
     assert fedpeft("partition", str(images), *columns, "--index", *out) == 0
     assert fedpeft("doctor", "--data", str(tmp_path / "parts" / "client-0.index.json"), "--json") in (0, 1)

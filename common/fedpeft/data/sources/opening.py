@@ -1,4 +1,4 @@
-"""Opens data by its path: parquet files, folders of them, image folders, index files."""
+"""Opens data by its path: parquet files, folders of them, image folders, index files; or by its name on the hub."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 from fedpeft import text_files
 from fedpeft.data.sources.file_names import PARQUET_SUFFIXES, suffix_of
 from fedpeft.data.sources.folders import FolderSource
+from fedpeft.data.sources.hub import local_path
 from fedpeft.data.sources.interface import Indices, Selection, Source
 from fedpeft.data.sources.inventory import Entry, Fate, inventory_of
 from fedpeft.data.sources.parquet import ParquetSource
@@ -34,14 +35,14 @@ def open_source(path: Path | str, image: str | None = None, label: str | None = 
     """Opens parquet (a file, a folder of files, or a pattern as ``DIR/train*.parquet``), an image folder, or an index.
 
     Args:
-        path: The data.
+        path: The data; or `hub:NAME/SPLIT`, see `fedpeft.data.sources.hub`.
         image: Name of the image column of parquet; `image` or `img` if absent.
-        label: Name of the label column of parquet; `label` or `labels` if absent.
+        label: Name of the label column of parquet; `label`, `labels` or `fine_label` if absent.
 
     Raises:
         DataInvalid: If there is nothing there that can be read; the message says what was found.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         matches = sorted(Path(p) for p in glob(str(path))) if any(c in path.name for c in "*?[") else []
         if not matches:

@@ -31,7 +31,8 @@ IN_MEMORY_BYTES = 256 * 1024 * 1024
 """Uncompressed data up to this size is held in memory; more goes to a temporary file."""
 
 IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "labels")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+"""The last is that of CIFAR-100, which has a coarse one too."""
 
 
 class ParquetSource:
@@ -40,7 +41,7 @@ class ParquetSource:
     Args:
         files: The files.
         image: Name of the image column: struct{bytes, path} or binary. `image` or `img` if absent.
-        label: Name of the label column: integers or strings. `label` or `labels` if absent.
+        label: Name of the label column: integers, strings or truth values. `label`, `labels` or `fine_label` if absent.
 
     Raises:
         DataInvalid: If a file cannot be read, has no rows, no such columns, or labels that are no classes.

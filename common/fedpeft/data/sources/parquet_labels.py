@@ -1,4 +1,4 @@
-"""Labels of a parquet column: integers with class names in the schema's metadata, or strings."""
+"""Labels of a parquet column: integers with class names in the schema's metadata, strings, or truth values."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ def read_labels(
     values = pa.chunked_array(column, schema.field(name).type)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.string())  # false, true
     kind = values.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         known = np.asarray(values.drop_null().to_pylist(), dtype=object).astype(str)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedpeft.config import split_task
+from fedpeft.data.sources.hub import is_hub
 from fedpeft.errors import ConfigInvalid, ModelInvalid
 from fedpeft.models.tasks.task import Task
 from fedpeft.registry import Registry
@@ -40,5 +41,8 @@ def task_of(name: str) -> Task:
 
 
 def split_data(data: str) -> tuple[str, str]:
-    """Returns the task and the path of `TASK:PATH`; a path that exists is taken as it is, colons and all."""
-    return (IMAGES, data) if Path(data).exists() else split_task(data)
+    """Returns the task and the path of `TASK:PATH`; a path that exists is taken as it is, colons and all.
+
+    So is `hub:NAME/SPLIT`, whose data are images.
+    """
+    return (IMAGES, data) if is_hub(data) or Path(data).exists() else split_task(data)

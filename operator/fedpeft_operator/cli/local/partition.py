@@ -53,7 +53,10 @@ VARIANTS = {
 
 def partition(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="Parquet file, folder of parquet files, or image folder.")
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="Parquet file, folder of parquet files, image folder, or hub:NAME/SPLIT."
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder to write, with a folder or file for each client.")
@@ -107,9 +110,11 @@ def partition(
     require("train", "pyarrow")
     from fedpeft.data.division import Division
     from fedpeft.data.partition_writer import write_parts
+    from fedpeft.data.sources.hub import local_path
     from fedpeft.data.sources.inventory import Inventory
     from fedpeft.data.sources.opening import open_source
 
+    source = local_path(source)
     whole = open_source(source, image_column, label_column)
     rule = Division(scheme.value, clients or 1, alpha or 0.0, variant and variant.value, shards or 2, column, examples)
     split = rule.of(whole, seed)
