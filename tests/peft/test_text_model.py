@@ -72,7 +72,8 @@ def backbone() -> Backbone:
 
 
 OPTIONS: dict[str, dict[str, object]] = {
-    name: {"targets": ["q_proj", "v_proj"]} for name in ("lora", "ffa_lora", "fedsa_lora", "rolora", "dora", "vera")
+    name: {"targets": ["q_proj", "v_proj"]}
+    for name in ("lora", "lora_residual", "ffa_lora", "fedsa_lora", "rolora", "dora", "vera")
 }
 EXPECTED = {
     "layernorm": {"input_layernorm.weight", "post_attention_layernorm.weight"},

@@ -42,6 +42,15 @@ class TensorRole(StrEnum):
     FROZEN = "frozen"
     """Part of the adapter, not trained in this round."""
 
+    DERIVED = "derived"
+    """Part of the adapter, not trained: the server's strategy makes it of the changes of other tensors, in every round
+    anew. Such a tensor has this role in all rounds."""
+
+    @property
+    def trains(self) -> bool:
+        """True if the client changes the tensor."""
+        return self in (TensorRole.SENT, TensorRole.LOCAL)
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -133,22 +142,28 @@ class AdapterSpec:
         """Returns the tensors of an update of round `number` (1, 2, ...)."""
         return tuple(t for t in self.tensors if t.role(number) is TensorRole.SENT)
 
+    @cached_property
+    def derived(self) -> tuple[TensorSpec, ...]:
+        """The tensors that the server's strategy makes of the changes of others."""
+        return tuple(t for t in self.tensors if TensorRole.DERIVED in t.roles)
+
     def changed(self, have: int, version: int) -> tuple[TensorSpec, ...]:
-        """Returns the shared tensors in which two versions can differ: those that a round between them sends.
+        """Returns the shared tensors in which two versions can differ: what a round between them sends, or derives.
 
         After a rollback between them, others may differ too.
         """
         first, last = min(have, version) + 1, max(have, version)
+        moving = (TensorRole.SENT, TensorRole.DERIVED)
         return tuple(
             t
             for t in self.shared
-            if any(t.role(n) is TensorRole.SENT for n in range(first, min(last, first + len(t.roles) - 1) + 1))
+            if any(t.role(n) in moving for n in range(first, min(last, first + len(t.roles) - 1) + 1))
         )
 
     @property
     def parameters(self) -> int:
-        """Number of tuned values, local ones included; tensors that are frozen in every round are not tuned."""
-        return sum(t.size for t in self.adapter.tensors if set(t.roles) != {TensorRole.FROZEN})
+        """Number of tuned values, local ones included; tensors that no round trains are not tuned."""
+        return sum(t.size for t in self.adapter.tensors if any(role.trains for role in t.roles))
 
     @cached_property
     def largest_update(self) -> int:
@@ -198,6 +213,8 @@ def _check_tensor(i: int, tensor: TensorSpec) -> None:
         raise spec_fault(i, "shape", name, f"has {tensor.size} elements; at most {MAX_ELEMENTS} are allowed")
     if not tensor.roles:
         raise spec_fault(i, "roles", name, "has no role")
+    if TensorRole.DERIVED in tensor.roles and set(tensor.roles) != {TensorRole.DERIVED}:
+        raise spec_fault(i, "roles", name, "is derived in some rounds only; it must be in every round")
     if {TensorRole.LOCAL, TensorRole.SENT} <= set(tensor.roles):
         text = (
             "is local in one round and sent in another, so each client's own values would be lost; "

@@ -99,6 +99,8 @@ class Strategy(ABC):
     """True if a change counts by the optimizer steps behind it: nothing else may shorten those."""
     needs_one_version: ClassVar[bool] = False
     """True if the updates of a round must all start from the same version."""
+    derives: ClassVar[bool] = False
+    """True if the strategy makes the tensors whose role is derived; others would leave them as they are for ever."""
 
     def __init__(self, options: _Options) -> None:
         self.options = options
@@ -182,7 +184,7 @@ class BlockStrategy(Strategy):
 
 Changes: TypeAlias = Callable[[], Iterator[tuple[float, list[Doubles]]]]
 """Reads the updates once more, in the order of client ids: each one's share (they sum to 1), and its changes of the
-tensors of a group, float64 in their shapes."""
+tensors of a group that are sent, float64 in their shapes."""
 
 
 class GroupStrategy(Strategy):
@@ -197,7 +199,10 @@ class GroupStrategy(Strategy):
 
     @abstractmethod
     def groups(self, names: Sequence[str]) -> list[tuple[str, ...]]:
-        """Returns the groups among the tensors that a round sends; every other tensor gets the weighted mean."""
+        """Returns the groups among the tensors that a round sends or derives.
+
+        Every other tensor that is sent gets the weighted mean. In a group, those that are sent stand first.
+        """
 
     @abstractmethod
     def reduce(self, base: Sequence[Doubles], changes: Changes) -> list[Doubles]:

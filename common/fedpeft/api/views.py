@@ -107,8 +107,8 @@ def remaining_s(round_: run_pb2.Round, now: datetime) -> float | None:
 
 def adapter_parameters(spec: tensor_pb2.AdapterSpec) -> int:
     """Returns the number of tuned values; see `AdapterSpec.parameters`."""
-    always_frozen = {tensor_pb2.ROLE_FROZEN}
-    tuned = (t for t in spec.tensors if not t.section and set(t.roles) != always_frozen)
+    trains = {tensor_pb2.ROLE_SENT, tensor_pb2.ROLE_LOCAL}
+    tuned = (t for t in spec.tensors if not t.section and trains.intersection(t.roles))
     return sum(math.prod(tensor.shape) for tensor in tuned)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedpeft import seeds
 from fedpeft.adapters.payload import Tensors
-from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ConfigInvalid, ModelInvalid
 from fedpeft.models.backbones import Backbone, skeleton
@@ -87,7 +87,7 @@ class TunedModel:
                 self._tuned[name].copy_(torch.from_numpy(np.array(values, np.float32)))
 
     def trainable(self, number: int) -> dict[str, nn.Parameter]:
-        """Chooses what trains in round `number` (1, 2, ...): everything tuned that is not frozen in it.
+        """Chooses what trains in round `number` (1, 2, ...): everything tuned that is sent or local in it.
 
         Returns:
             Those parameters by name, in the spec's order. They require a gradient, all others do not; no gradient is
@@ -96,7 +96,7 @@ class TunedModel:
         chosen = {}
         for tensor in self.spec.tensors:
             parameter = self._tuned[tensor.name]
-            trains = tensor.role(number) is not TensorRole.FROZEN
+            trains = tensor.role(number).trains
             parameter.requires_grad_(trains)
             parameter.grad = None
             if trains:

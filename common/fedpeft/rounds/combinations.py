@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedpeft.adapters.spec import AdapterSpec
-from fedpeft.aggregation import Strategy, strategy
+from fedpeft.aggregation import Strategy, strategies, strategy
 from fedpeft.algorithms import LocalAlgorithm, algorithm
 from fedpeft.codecs import codecs
 from fedpeft.config import DEFAULT_DROPS, PLAIN, RunConfig
@@ -51,6 +51,15 @@ def _asked(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
     for field, name, part in parts:
         if fault := part.misfit(config, spec):
             yield fault if fault[0] == field else (fault[0], f"{fault[1]}; {field} is {name!r}")
+
+
+def _derived(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
+    """Finds tensors of a method that no strategy would make."""
+    if spec.derived and not _strategy(config).derives:
+        name, method = config.aggregation.strategy, config.peft.method
+        known = ", ".join(each for each in strategies.names() if strategies.get(each).derives)
+        text = f"is {name!r}, which does not make the tensors that method {method!r} leaves to the server"
+        yield "aggregation.strategy", f"{text}; these do: {known}"
 
 
 def _stale(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
@@ -121,7 +130,7 @@ def _noised_by_clients(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
         yield "privacy.target_epsilon", f"allows no update: {why}"
 
 
-_RULES = (_asked, _stale, _scaled, _scheduled, _noised, _noised_by_clients)
+_RULES = (_asked, _derived, _stale, _scaled, _scheduled, _noised, _noised_by_clients)
 
 
 def _strategy(config: RunConfig) -> Strategy:

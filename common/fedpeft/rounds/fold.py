@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.adapters.payload import Manifest, Tensors
-from fedpeft.adapters.spec import ADAPTER, Section, TensorSpec
+from fedpeft.adapters.spec import ADAPTER, Section, TensorRole, TensorSpec
 from fedpeft.aggregation import BlockStrategy, Cohort, Doubles, GroupStrategy, Norms, Options, Strategy, UpdateFacts
 from fedpeft.codecs import BLOCK_ELEMENTS, Values, codecs
 from fedpeft.errors import Internal
@@ -129,7 +129,7 @@ def fold_tensors(
 
     Tensors of another section than the adapter are folded by `SectionSum` and have no state.
     A tensor that the updates do not hold (its role in this round is frozen) is carried over with its
-    state, unchanged.
+    state, unchanged; unless the strategy derives it.
 
     Args:
         contributions: The updates that count, checked, all with the same tensors, in any order.
@@ -167,21 +167,23 @@ def fold_tensors(
         measured(rule.figures())
     grouped = None
     if isinstance(strategy, GroupStrategy):
-        grouped = _Grouped(strategy, updates[ADAPTER], specs, adapter, sent, base, block)
+        derived = [spec.name for spec in specs if TensorRole.DERIVED in spec.roles]
+        grouped = _Grouped(strategy, updates[ADAPTER], specs, [*adapter, *derived], sent, base, block)
     for spec in specs:
         own = updates[spec.section]
         steps = rule if spec.section == ADAPTER else own.strategy
         before = {slot: _slot(steps, slot, spec, state) for slot in steps.slots}
-        if spec.name in sent:
-            index = sent.index(spec.name)
-            deltas = (grouped.blocks(spec.name) if grouped else None) or own.deltas(index, spec.size)
-            try:
-                yield _step(deltas, spec, steps, base[spec.name], before, clips)
-            except _Beyond as beyond:
-                client, value = own.largest(index, beyond.position)
-                raise Overflow(client, spec.name, value) from None
-        else:
+        deltas = grouped.blocks(spec.name) if grouped else None
+        if deltas is None and spec.name not in sent:
             yield FoldedTensor(spec, base[spec.name], before)
+            continue
+        try:
+            deltas = deltas or own.deltas(sent.index(spec.name), spec.size)
+            yield _step(deltas, spec, steps, base[spec.name], before, clips)
+        except _Beyond as beyond:
+            sources = grouped.sources(spec.name) if grouped else ()
+            found = own.loudest(sources) if sources else own.largest(sent.index(spec.name), beyond.position)
+            raise Overflow(found[0], spec.name, found[1]) from None
 
 
 def weigh(contributions: Sequence[Contribution], strategy: Strategy) -> dict[str, float]:
@@ -381,6 +383,16 @@ class _Updates:
                     break
         return found[0], found[1]
 
+    def loudest(self, indices: Sequence[int]) -> tuple[str, float]:
+        """Returns the client whose weighted value somewhere in some tensors is the largest of all, and the value."""
+        found = ("", 0.0, -1.0)
+        for contribution, factor in zip(self.ordered, self._factors, strict=True):
+            for index in indices:
+                for _, values in _values(contribution, index, self._block):
+                    value = float(values[np.abs(values).argmax()])
+                    found = max(found, (contribution.client, value, abs(value) * factor), key=lambda each: each[2])
+        return found[0], found[1]
+
     def _release(self, place: int, size_bytes: int) -> None:
         self._read[place] += size_bytes
         release = self.ordered[place].release
@@ -396,7 +408,7 @@ class _Grouped:
         strategy: The aggregation strategy.
         updates: The updates of the round.
         specs: The tensors of an adapter version.
-        adapter: Names of the adapter's that the round sends, in the order of the manifests.
+        names: Names of the adapter's that the round sends, in the order of the manifests, and of those it derives.
         sent: Names of all that the round sends, likewise.
         base: The version that the updates started from.
         block: Elements at once.
@@ -407,7 +419,7 @@ class _Grouped:
         strategy: GroupStrategy,
         updates: _Updates,
         specs: Sequence[TensorSpec],
-        adapter: Sequence[str],
+        names: Sequence[str],
         sent: Sequence[str],
         base: Tensors,
         block: int,
@@ -418,7 +430,7 @@ class _Grouped:
         self._sent = sent
         self._base = base
         self._block = block
-        self._group = {name: group for group in strategy.groups(adapter) for name in group}
+        self._group = {name: group for group in strategy.groups(names) for name in group}
         self._ready: dict[str, Doubles] = {}
 
     def blocks(self, name: str) -> Iterator[tuple[int, Doubles]] | None:
@@ -433,7 +445,12 @@ class _Grouped:
         delta = self._ready.pop(name)
         return ((start, delta[start : start + self._block]) for start in range(0, delta.size, self._block))
 
+    def sources(self, name: str) -> list[int]:
+        """Returns the places, in the manifests, of the tensors that a tensor's Delta is made of; none if of itself."""
+        return [self._sent.index(each) for each in self._group.get(name, ()) if each in self._sent]
+
     def _changes(self, group: Sequence[str]) -> Iterator[tuple[float, list[Doubles]]]:
+        group = [name for name in group if name in self._sent]
         for contribution, share in zip(self._updates.ordered, self._updates.shares(), strict=True):
             yield share, [self._whole(contribution, name) for name in group]
             if contribution.release is not None:

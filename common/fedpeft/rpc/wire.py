@@ -24,6 +24,7 @@ _ROLES = {
     TensorRole.SENT: tensor_pb2.ROLE_SENT,
     TensorRole.LOCAL: tensor_pb2.ROLE_LOCAL,
     TensorRole.FROZEN: tensor_pb2.ROLE_FROZEN,
+    TensorRole.DERIVED: tensor_pb2.ROLE_DERIVED,
 }
 _ROLES_BACK = {number: role for role, number in _ROLES.items()}
 

@@ -66,7 +66,7 @@ def result_of(
     delta, local = {}, {}
     for tensor in spec.tensors:
         role = tensor.role(number)
-        if role is not TensorRole.FROZEN and not np.isfinite(trained[tensor.name]).all():
+        if role.trains and not np.isfinite(trained[tensor.name]).all():
             raise TrainingFailed(
                 f"tensor {tensor.name} is not finite after {counted(metrics['steps'], 'step')}; lower the learning rate"
             )

@@ -588,7 +588,7 @@ class PullHeader(_message.Message):
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Empty: the whole payload follows. Else the positions in `manifest.tensors`, ascending, of the tensors whose bytes follow,
-        one after the other: those that are SENT in a round after the older of `have_version` and `version`, up to the newer (a
+        one after the other: those that are SENT or DERIVED in a round after the older of `have_version` and `version`, up to the newer (a
         version that a rollback made counts as the one whose tensors it has); only where the request has `have_version`. The client
         takes the bytes of the others from the payload that it holds. If the result does not have the digest, as may be where a
         rollback lies between the two, it pulls again without `have_version`.

@@ -37,6 +37,10 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     """Trained by the client and kept there; it is in no payload in either direction. Its first values are the client's own."""
     ROLE_FROZEN: _Role.ValueType  # 3
     """Not trained in this round. It is part of an adapter version but of no update."""
+    ROLE_DERIVED: _Role.ValueType  # 4
+    """Never trained, and in no update: the server makes it of the changes of other tensors, anew in each round. It is part of every
+    adapter version, and versions differ in it. A tensor that is DERIVED in one round is so in all.
+    """
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """Role says what happens to a tuned tensor in one round."""
@@ -49,6 +53,10 @@ ROLE_LOCAL: Role.ValueType  # 2
 """Trained by the client and kept there; it is in no payload in either direction. Its first values are the client's own."""
 ROLE_FROZEN: Role.ValueType  # 3
 """Not trained in this round. It is part of an adapter version but of no update."""
+ROLE_DERIVED: Role.ValueType  # 4
+"""Never trained, and in no update: the server makes it of the changes of other tensors, anew in each round. It is part of every
+adapter version, and versions differ in it. A tensor that is DERIVED in one round is so in all.
+"""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 @_typing.final

@@ -393,7 +393,7 @@ def test_export_of_the_stored_file(served: Serving, fedpeft: Command, tmp_path: 
     [
         (
             ("--format", "peft", "--out", "adapter"),
-            "--format peft is for dora, fedsa_lora, ffa_lora, ia3, lora, rolora, vera; this run tunes bias",
+            "--format peft is for dora, fedsa_lora, ffa_lora, ia3, lora, lora_residual, rolora, vera; this run tunes",
         ),
         (("--out", "absent/file"), "make it first"),
         (("--out", "."), "safetensors is written as a file"),

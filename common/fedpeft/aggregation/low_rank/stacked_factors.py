@@ -71,6 +71,10 @@ class Stack:
         core, rows = thin(self.down)
         return Stack(times(core.T, self.up), rows)
 
+    def plus(self, other: Stack) -> Stack:
+        """Returns the sum of two matrices."""
+        return self._joined([self, other])
+
     def minus(self, other: Stack) -> Stack:
         """Returns the difference of two matrices."""
         return self._joined([self, Stack(other.up, -other.down)])
