@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft.errors import StateInvalid
 from fedpeft.simulation import simulate
 from fedpeft.simulation.progress_log import ProgressLog
 
@@ -175,3 +176,23 @@ def test_progress_that_cannot_be_read_is_said_and_the_simulation_begins_anew(tmp
     file.write_bytes(b"\0" * 10 + file.read_bytes())
     simulate(settings, clients(folders), tmp_path, committed=lambda row: done.append(row["version"]))
     assert done == [1, 2] and "it begins anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kept", "damage"), [("adapter-0", "gone"), ("adapter-1", "changed"), ("state-1", "changed")])
+def test_a_damaged_file_of_the_progress_is_said_once_and_not_met_again(tmp_path, folders, kept, damage):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    aggregation = {"strategy": "fedadam"}
+    settings, done = config("head", aggregation=aggregation, rounds={"count": 2, "clients": 2, "seed": 3}), []
+    with pytest.raises(KeyboardInterrupt):
+        simulate(settings, clients(folders), tmp_path, committed=stop)
+    file = tmp_path / "unfinished" / kept
+    if damage == "changed":
+        file.write_bytes(file.read_bytes()[:-4] + b"\1\1\1\1")
+    else:
+        file.unlink()
+    with pytest.raises(StateInvalid, match="the same command begins at round 1"):
+        simulate(settings, clients(folders), tmp_path)
+    simulate(settings, clients(folders), tmp_path, committed=lambda row: done.append(row["version"]))
+    assert done == [1, 2]

@@ -199,7 +199,7 @@ class TensorFile(Mapping[str, NDArray[Any]]):
 
     def __init__(self, path: Path, kind: str, sha256: str | None = None) -> None:
         if sha256 is not None:
-            _check_digest(path, sha256)
+            check_digest(path, sha256)
         try:
             opened: Any = safe_open(path, framework="numpy")  # its stubs are half typed
             with opened as file:
@@ -289,7 +289,12 @@ def slots(file: TensorFile, names: Iterable[str]) -> dict[str, Slot]:
     return {name: Slot(file, name) for name in names}
 
 
-def _check_digest(path: Path, sha256: str) -> None:
+def check_digest(path: Path, sha256: str) -> None:
+    """Checks that a file has its recorded digest.
+
+    Raises:
+        BlobCorrupt: If it has not, or cannot be read.
+    """
     try:
         with path.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()

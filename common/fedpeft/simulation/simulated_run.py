@@ -25,7 +25,7 @@ from google.protobuf import json_format
 
 from fedpeft.adapters import payload
 from fedpeft.config import RunConfig
-from fedpeft.errors import InvalidArgument
+from fedpeft.errors import BlobCorrupt, InvalidArgument, StateInvalid
 from fedpeft.privacy.accounting import overspent
 from fedpeft.privacy.statement import EPSILON, statement
 from fedpeft.rounds import acceptance, conduct, state_machine
@@ -120,7 +120,14 @@ class SimulatedRun:
         """Begins the run, or goes on where it was; returns the figures of version 0, and the rounds that are done."""
         progress = self._progress
         if progress is not None and progress.begun is not None:
-            return self._resume(progress, progress.begun)
+            try:
+                return self._resume(progress, progress.begun)
+            except BlobCorrupt as error:
+                progress.clear()
+                raise StateInvalid(
+                    f"{progress.folder} is damaged ({error.message}), so the simulation cannot go on where it was; the "
+                    "folder was removed, and the same command begins at round 1"
+                ) from None
         self._versions.begin(version_0(self._trainer.run.spec, self._trainer.run.model))
         first = self._versions.first
         self._version = self._versions.publish(0)

@@ -101,8 +101,11 @@ class Versions:
             stream.truncate(newest["records_bytes"])
         records = map(record.parse, self._log.read_text("ascii").splitlines())
         self.ledger = [event for _, event in record.ledger(records)]
-        with adapter_file.open_adapter(self._version(self._number), self._newest.sha256):
-            self.settle()
+        adapter_file.check_digest(self._version(0), first["adapter"][0])
+        adapter_file.check_digest(self._version(self._number), self._newest.sha256)
+        if self._state_sha256:
+            adapter_file.check_digest(self._state(self._number), self._state_sha256)
+        self.settle()
 
     @property
     def first(self) -> Json:

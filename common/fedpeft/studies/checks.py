@@ -28,7 +28,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
             if (built := config.model_dump_json(exclude={"simulation": True, "rounds": {"seed"}})) not in specs:
                 _check_run(config)
                 specs.add(built)
-            if (divided := f"{cell.train} {_division(config)}") not in divisions:
+            if (divided := division_key(cell)) not in divisions:
                 check_clients(config, clients_of(cell.train, config)[0])
                 divisions.add(divided)
         except FedpeftError as error:
@@ -41,6 +41,9 @@ def _check_run(config: RunConfig) -> None:
     check_combination(config, spec_without_weights(config))
 
 
-def _division(config: RunConfig) -> str:
-    """Returns all of a run file that decides how data are divided, and how many clients a round wants."""
-    return config.model_dump_json(include={"model": {"name", "classes", "task"}, "rounds": True, "simulation": True})
+def division_key(cell: Cell) -> str:
+    """Returns all of a cell that decides how its data are divided, and how many clients a round wants."""
+    said = cell.config.model_dump_json(
+        include={"model": {"name", "classes", "task"}, "rounds": True, "simulation": True}
+    )
+    return f"{cell.train} {said}"

@@ -108,6 +108,7 @@ def execute(
 
     Raises:
         StateInvalid: If another study writes there, or it cannot be written.
+        DiskFull: If there is no room; the same study goes on where it was.
         DataInvalid: If data cannot be read.
     """
     with durable.refusals(f"writing {out}"):
@@ -115,7 +116,8 @@ def execute(
     with locks.results(out, "study"):
         content_digest.cache_clear()  # data may have changed since an earlier study of this program
         keys = [cell.key(machine) for cell in cells]
-        _write_study(study, cells, keys, out)
+        with durable.refusals(f"writing {out}"):
+            _write_study(study, cells, keys, out)
         folders = {key: out / CELLS / key for key in keys}
         found: dict[str, Done] = {}
         todo: dict[str, Cell] = {}
@@ -170,8 +172,6 @@ def _processes() -> Iterator[list[AtWork]]:
 
 
 def _begin(cell: Cell, folder: Path, machine: Machine, work: CellWork) -> AtWork:
-    folder.mkdir(exist_ok=True)
-    (folder / FAILURE).unlink(missing_ok=True)
     said = {
         "label": cell.label,
         "points": dict(cell.points),
@@ -180,7 +180,10 @@ def _begin(cell: Cell, folder: Path, machine: Machine, work: CellWork) -> AtWork
         "version": fedpeft.__version__,
         **cell.identity(machine),
     }
-    durable.write_text(folder / CELL, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+    with durable.refusals(f"writing {folder}"):
+        folder.mkdir(exist_ok=True)
+        (folder / FAILURE).unlink(missing_ok=True)
+        durable.write_text(folder / CELL, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
     return AtWork(cell, folder, *start(cell, machine, folder, work))
 
 
@@ -216,7 +219,8 @@ def _failure(each: AtWork) -> str:
         code = each.process.exitcode
         how = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         said = f"its process {how}; {each.folder / LOG} has its last words"
-        durable.write_text(each.folder / FAILURE, json.dumps({"message": said}) + "\n")
+        with durable.refusals(f"writing {each.folder}"):
+            durable.write_text(each.folder / FAILURE, json.dumps({"message": said}) + "\n")
     return ended(each.folder)
 
 

@@ -16,9 +16,11 @@ from typing import Any
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import TrainingFailed
-from fedpeft.simulation import clients_of
+from fedpeft.models.tasks import task_of
+from fedpeft.simulation import clients_of, reading_of
 from fedpeft.studies.cell_process import run_cell
 from fedpeft.studies.cells import Cell, Machine
+from fedpeft.studies.checks import division_key
 from fedpeft.studies.execution import start
 from fedpeft.studies.files import CELLS, REPORT
 from fedpeft.studies.results import ended
@@ -77,6 +79,7 @@ def plan_of(
         TrainingFailed: If the round that is timed fails, with its reason.
     """
     kinds: dict[str, Kind] = {}
+    sizes: dict[str, float] = {}
     found = []
     for cell in cells:
         key = f"{cell.train} {cell.test} {_kind_of(cell.config)}"
@@ -85,7 +88,9 @@ def plan_of(
                 timed(cell)
             kinds[key] = _measured(cell, machine)
         done = out is not None and (out / CELLS / cell.key(machine) / REPORT).exists()
-        found.append(_planned(cell, kinds[key], done=done))
+        if (division := division_key(cell)) not in sizes:
+            sizes[division] = _mean_examples(cell)
+        found.append(_planned(cell, kinds[key], sizes[division], done=done))
     return found
 
 
@@ -93,10 +98,15 @@ def _kind_of(config: RunConfig) -> str:
     return config.model_dump_json(exclude={"name": True, "rounds": True, "simulation": True})
 
 
-def _planned(cell: Cell, kind: Kind, *, done: bool) -> CellPlan:
+def _mean_examples(cell: Cell) -> float:
+    """Returns the mean number of examples of a client."""
+    clients = clients_of(cell.train, cell.config)[0].values()
+    task = task_of(cell.config.model.task).reading(reading_of(cell.config))
+    return sum(len(task.read(data) if isinstance(data, Path) else data) for data in clients) / len(clients)
+
+
+def _planned(cell: Cell, kind: Kind, examples: float, *, done: bool) -> CellPlan:
     rounds, clients = cell.config.rounds.count, cell.config.rounds.clients
-    sizes = [len(data) for data in clients_of(cell.train, cell.config)[0].values() if not isinstance(data, Path)]
-    examples = sum(sizes) / len(sizes) if sizes else 0.0
     scored = 0 if cell.test is None else rounds + 1
     seconds = kind.start_s + rounds * clients * examples * kind.example_s + scored * kind.score_s
     return CellPlan(cell, done, seconds, rounds * clients * kind.bytes_up, rounds * clients * kind.bytes_down)

@@ -26,6 +26,7 @@ def write_report(study: StudyResult, out: Path) -> list[Path]:
 
     Raises:
         StateInvalid: If it cannot be written.
+        DiskFull: If there is no room.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -42,8 +43,9 @@ def write_report(study: StudyResult, out: Path) -> list[Path]:
     for name, figure in figures.items():
         files |= {f"{name}.svg": drawn[name].encode(), f"{name}.png": png(figure)}
     files |= {f"{table.name}.tex": as_latex(table).encode() for table in tables}
-    for name, data in files.items():
-        durable.write(out / name, data, durable.FOR_ALL)
+    with durable.refusals(f"writing {out}"):
+        for name, data in files.items():
+            durable.write(out / name, data, durable.FOR_ALL)
     return [out / name for name in files]
 
 

@@ -20,7 +20,7 @@ from fedpeft.data.division import drawn_rows
 from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.partitions import Partition
 from fedpeft.data.sources.opening import open_source
-from fedpeft.errors import TrainingFailed
+from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.process import durable
 from fedpeft.process.race import first_of
 from fedpeft.simulation.clients import division_of
@@ -37,7 +37,8 @@ from fedpeft_operator.federation.process_group import ProcessGroup
 
 PLACE = "network"
 """Folder of a cell that has the server's data, the clients' and the logs; removed when the cell succeeds."""
-EVALUATOR = "evaluator"
+SERVER, EVALUATOR = "server", "evaluator"
+"""Names of the processes beside the clients."""
 LOOK_PAUSE_S = 0.5
 
 
@@ -63,6 +64,8 @@ class _Federation:
         self._place.mkdir()
         record = self._write_clients()
         names = [each["name"] for each in record["clients"]]
+        if taken := sorted({SERVER, EVALUATOR} & set(names)):
+            raise DataInvalid(f"a client is named {taken[0]!r}, as a process of ours is over a network; rename its data")
         threads = str(self._machine.threads)
         async with ProcessGroup(self._place / "logs", {"OMP_NUM_THREADS": threads}) as processes:
             session = Session((await serve(processes, self._place / "server"))[0], insecure=True)
