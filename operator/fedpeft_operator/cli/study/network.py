@@ -65,7 +65,7 @@ class _Federation:
         record = self._write_clients()
         names = [each["name"] for each in record["clients"]]
         if taken := sorted({SERVER, EVALUATOR} & set(names)):
-            raise DataInvalid(f"a client is named {taken[0]!r}, as a process of ours is over a network; rename its data")
+            raise DataInvalid(f"a client is named {taken[0]!r}, like another process of the run; rename its data")
         threads = str(self._machine.threads)
         async with ProcessGroup(self._place / "logs", {"OMP_NUM_THREADS": threads}) as processes:
             session = Session((await serve(processes, self._place / "server"))[0], insecure=True)
