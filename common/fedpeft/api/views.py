@@ -167,7 +167,8 @@ def privacy(run: run_pb2.Run, figures: Iterable[Mapping[str, float]]) -> Json | 
         return None
     spent = max((metrics.get(EPSILON, 0.0) for metrics in figures), default=0.0)
     target = config.target_epsilon if config.HasField("target_epsilon") else None
-    return statement(config.mechanism, config.delta, spent, config.noise_multiplier, target)
+    noise = config.noise_multiplier if config.HasField("noise_multiplier") else None
+    return statement(config.mechanism, config.delta, spent, noise, target)
 
 
 def change_json(run: run_pb2.Run, rounds: Iterable[run_pb2.Round], current: run_pb2.Round | None) -> Json:

@@ -76,9 +76,12 @@ def noise_for(target_epsilon: float, delta: float, releases: int) -> float:
 
 
 def calibrated(config: RunConfig) -> RunConfig:
-    """Returns a run with its noise multiplier, which is worked out where the run file gives a budget only."""
+    """Returns a run with its noise multiplier, which is worked out where the run file gives a budget only.
+
+    Not that of single examples, which each client works out from the number of its own.
+    """
     privacy = config.privacy
-    if privacy is None or privacy.mechanism is None or privacy.noise_multiplier is not None:
+    if privacy is None or privacy.mechanism in (None, "example") or privacy.noise_multiplier is not None:
         return config
     assert privacy.target_epsilon is not None and privacy.delta is not None  # the settings were checked
     z = noise_for(privacy.target_epsilon, privacy.delta, config.rounds.count)
@@ -92,7 +95,7 @@ def overspent(config: RunConfig, past: Sequence[Event], number: int) -> str:
     if privacy is None or privacy.mechanism != "central" or not (z := privacy.noise_multiplier):
         return ""
     spent = epsilon([*past, Noised(1.0, z, 1, 1)], privacy.delta or 0.0)
-    return _beyond(privacy, spent, f"round {number}")
+    return beyond(privacy, spent, f"round {number}")
 
 
 def locally_overspent(config: RunConfig, sent: int) -> str:
@@ -101,10 +104,11 @@ def locally_overspent(config: RunConfig, sent: int) -> str:
     if privacy is None or privacy.mechanism != "local" or not (z := privacy.noise_multiplier):
         return ""
     spent = local_epsilon(z, sent + 1, privacy.delta or 0.0)
-    return _beyond(privacy, spent, f"update {sent + 1} of this client")
+    return beyond(privacy, spent, f"update {sent + 1} of this client")
 
 
-def _beyond(privacy: PrivacyConfig, spent: float, what: str) -> str:
+def beyond(privacy: PrivacyConfig, spent: float, what: str) -> str:
+    """Returns in a sentence that with something an epsilon would be spent that is beyond the target; else nothing."""
     if privacy.target_epsilon is None or spent <= privacy.target_epsilon:
         return ""
     return (

@@ -130,7 +130,20 @@ def _noised_by_clients(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
         yield "privacy.target_epsilon", f"allows no update: {why}"
 
 
-_RULES = (_asked, _derived, _stale, _scaled, _scheduled, _noised, _noised_by_clients)
+def _noised_by_steps(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
+    """Finds what training that hides single examples does not go with."""
+    if config.privacy is None or config.privacy.mechanism != "example":
+        return
+    training = config.training
+    if training.clip_gradient_norm is not None:
+        text = f"is {training.clip_gradient_norm:g}; the gradient of each example is clipped by privacy.clip_norm"
+        yield "training.clip_gradient_norm", f"{text}: leave it out"
+    if training.precision == "float16":
+        text = 'is "float16", whose steps are repeated where they overflow: each would be noised again'
+        yield "training.precision", f'{text}; take "auto", "bfloat16" or "float32"'
+
+
+_RULES = (_asked, _derived, _stale, _scaled, _scheduled, _noised, _noised_by_clients, _noised_by_steps)
 
 
 def _strategy(config: RunConfig) -> Strategy:

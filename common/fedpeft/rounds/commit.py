@@ -235,7 +235,7 @@ def fold_round(
     figures |= _figures(kept)
     ledger = [*ledger, *events]
     privacy = header.config.privacy
-    if privacy is not None and privacy.mechanism == "local":  # each client keeps its own budget, and says what it spent
+    if privacy is not None and privacy.is_of_clients:  # each client keeps its own budget, and says what it spent
         figures[EPSILON] = max((u.metrics.get(EPSILON, 0.0) for u in kept), default=0.0)
     if central is not None:
         figures[EPSILON] = accounting.epsilon(ledger, central.privacy.delta or 0.0)

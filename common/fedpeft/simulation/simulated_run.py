@@ -339,5 +339,5 @@ def _privacy(config: RunConfig, done: list[Json]) -> Json | None:
     given = config.privacy
     if given is None or given.mechanism is None:
         return None
-    spent = done[-1]["metrics"].get(EPSILON, 0.0) if done else 0.0
-    return statement(given.mechanism, given.delta or 0.0, spent, given.noise_multiplier or 0.0, given.target_epsilon)
+    spent = max((row["metrics"].get(EPSILON, 0.0) for row in done), default=0.0)
+    return statement(given.mechanism, given.delta or 0.0, spent, given.noise_multiplier, given.target_epsilon)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 import torch
@@ -93,16 +93,16 @@ class Gradients:
                 f"not even one {self._task.example} fits into the memory of {self._device}; take a smaller model or "
                 "input"
             )
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
         drops = any(isinstance(part, nn.Dropout) and part.p and part.training for part in self._model.module.modules())
-        _log.warning(
-            "out_of_gpu_memory",
-            images=held,
-            micro_batch=training.micro,
-            checkpointing=self._model.checkpointing,
-            effect="gradients add up to the batch's" + (", with other draws of dropout" if drops else ""),
-        )
+        effect = "gradients add up to the batch's" + (", with other draws of dropout" if drops else "")
+        out_of_memory(self._device, training.micro, effect, images=held, checkpointing=self._model.checkpointing)
+
+
+def out_of_memory(device: torch.device, micro: int, effect: str, **figures: Any) -> None:
+    """Frees what a GPU holds for a batch that did not fit, and logs what follows."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    _log.warning("out_of_gpu_memory", micro_batch=micro, effect=effect, **figures)
 
 
 def mean_loss(losses: torch.Tensor, examples: int, task: Task) -> torch.Tensor:

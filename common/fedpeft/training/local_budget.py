@@ -1,22 +1,35 @@
-"""The privacy budget of a client that adds the noise to its updates itself; it is part of the client's state."""
+"""The privacy budget of a client that adds the noise itself, to updates or to steps; part of the client's state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
+import structlog
 
 from fedpeft.adapters.updates import Arrays
-from fedpeft.config import CodecConfig, RunConfig
+from fedpeft.config import CodecConfig, PrivacyConfig, RunConfig
 from fedpeft.errors import TrainingFailed
-from fedpeft.privacy.accounting import local_epsilon, locally_overspent
+from fedpeft.privacy.accounting import beyond, local_epsilon, locally_overspent
+from fedpeft.privacy.example_level import Steps, example_epsilon, example_noise
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.rounds.groups import SENT
 from fedpeft.rounds.local_job import LocalJob
+from fedpeft.rounds.screening import local_steps
+from fedpeft.training.example_gradients import ExampleNoise
 
+NOISE = "privacy_noise_multiplier"
+"""Figure of an update: the noise of its client's steps, which may be of its own."""
 _OF_NO_DATA = ("seconds", "images_per_second", "steps", "micro_batch", "threads", "gpu_memory_bytes")
 """Figures that are sent beside an update with noise: those of the machine."""
+_OF_BATCHES = ("images_per_second", "micro_batch", "gpu_memory_bytes")
+"""Those of them that depend on how many examples were drawn."""
+_EXACT = 2**24
+"""Largest count of steps that float32, in which state is kept, holds exactly."""
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,25 +37,30 @@ class LocalBudget:
     """The budget of a client after one more update; of a run without such noise it changes nothing.
 
     Attributes:
-        codec: Encoding of the update. Without a residual: it would hold the noise, and go up with the next update.
+        codec: Encoding of the update. Where all of the update has noise, without a residual: it would hold the noise,
+            and go up with the next update.
         state: The client's state after the update, whatever becomes of it: it may have left the site.
         epsilon: Spent then; None without noise.
+        noise: What hides each example in training; None if nothing does.
     """
 
     codec: CodecConfig
     state: Mapping[str, Arrays]
     epsilon: float | None
+    noise: ExampleNoise | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, job: LocalJob) -> LocalBudget:
-        """Returns the budget after the update of a job.
+    def of(cls, config: RunConfig, job: LocalJob, examples: int) -> LocalBudget:
+        """Returns the budget after the update of a job, of a client with so many examples.
 
         Raises:
             TrainingFailed: If that would spend more than the client may.
         """
         privacy = config.privacy
-        if privacy is None or privacy.mechanism != "local":
+        if privacy is None or not privacy.is_of_clients:
             return cls(config.codec, {}, None)
+        if privacy.mechanism == "example":
+            return cls._of_examples(config, privacy, job, examples)
         sent = int(job.state.get(SENT, {}).get("updates", np.zeros(1, np.float32))[0])
         if why := locally_overspent(config, sent):
             raise TrainingFailed(why)
@@ -50,8 +68,51 @@ class LocalBudget:
         state = {SENT: {"updates": np.array([sent + 1], np.float32)}}
         return cls(config.codec.model_copy(update={"error_feedback": False}), state, spent)
 
+    @classmethod
+    def _of_examples(cls, config: RunConfig, privacy: PrivacyConfig, job: LocalJob, examples: int) -> LocalBudget:
+        _warn(privacy.delta or 0.0, examples)
+        ledger = _with(_ledger(job), Steps(examples, _steps(job, examples)))
+        first = ledger[0].examples  # noise of a client's own stays what it was when its data grow
+        z = example_noise(config, first, _steps(job, first))
+        spent = example_epsilon(z, job.settings.batch_size, ledger, privacy.delta or 0.0)
+        if why := beyond(privacy, spent, f"round {job.round} of this client"):
+            raise TrainingFailed(why)
+        state = {
+            "examples": np.array([steps.examples for steps in ledger], np.float32),
+            "steps": np.array([steps.count for steps in ledger], np.float32),
+        }
+        return cls(config.codec, {SENT: state}, spent, ExampleNoise(privacy.clip_norm or 0.0, z))
+
     def figures(self, measured: Mapping[str, float]) -> dict[str, float]:
         """Returns the figures that may be sent: with noise only those that say nothing of the data, and epsilon."""
         if self.epsilon is None:
             return dict(measured)
-        return {name: measured[name] for name in _OF_NO_DATA if name in measured} | {EPSILON: self.epsilon}
+        kept = {name: measured[name] for name in _OF_NO_DATA if name in measured} | {EPSILON: self.epsilon}
+        if self.noise is None:
+            return kept
+        without = {name: value for name, value in kept.items() if name not in _OF_BATCHES}
+        return without | {NOISE: self.noise.noise_multiplier}
+
+
+def _steps(job: LocalJob, examples: int) -> int:
+    return int(local_steps(examples, job.settings))
+
+
+def _ledger(job: LocalJob) -> list[Steps]:
+    """Returns the steps that a client has made, by the size that its data had."""
+    held = job.state.get(SENT, {})
+    if not held:
+        return []
+    return [Steps(int(n), int(count)) for n, count in zip(held["examples"], held["steps"], strict=True)]
+
+
+def _with(ledger: list[Steps], more: Steps) -> list[Steps]:
+    if ledger and ledger[-1].examples == more.examples and ledger[-1].count + more.count <= _EXACT:
+        return [*ledger[:-1], replace(more, count=ledger[-1].count + more.count)]
+    return [*ledger, more]
+
+
+@lru_cache(maxsize=1024)  # once for each client of a simulation
+def _warn(delta: float, examples: int) -> None:
+    if delta * examples >= 1:
+        _log.warning("privacy_delta_is_large", delta=delta, examples=examples, wanted=f"far below 1 / {examples}")

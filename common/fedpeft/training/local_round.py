@@ -86,7 +86,7 @@ class LoadedRun:
             StateInvalid: If the residual is of another run.
             TrainingFailed: If training ended without an update, or the client's privacy budget is spent.
         """
-        LocalBudget.of(self.config, job)  # before anything is trained in vain
+        budget = LocalBudget.of(self.config, job, len(dataset))  # before anything is trained in vain
         beside = self._set(job.version, job.state.get(LOCAL, {}))
         self._count_memory()
         result = train(
@@ -99,10 +99,11 @@ class LoadedRun:
             self.device,
             state=_state(job),
             sections=beside,
+            noise=budget.noise,
             progress=progress,
             stop=stop,
         )
-        return self.update(job, result)
+        return self.update(job, result, budget)
 
     def begin(self, job: LocalJob, dataset: Dataset) -> tuple[Training, Stream]:
         """Begins a client's round with tensors of its own, for a pass of several clients; errors as of `train`.
@@ -110,7 +111,7 @@ class LoadedRun:
         Returns:
             The training, and the random numbers of the client, from which its start and its steps draw.
         """
-        LocalBudget.of(self.config, job)  # before anything is trained in vain
+        LocalBudget.of(self.config, job, len(dataset))  # before anything is trained in vain
         beside = self._set(job.version, job.state.get(LOCAL, {}))
         self._count_memory()
         tensors, spec = self.model.copies(job.round), self.model.spec
@@ -124,15 +125,20 @@ class LoadedRun:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def update(self, job: LocalJob, result: TrainingResult) -> LocalUpdate:
+    def update(self, job: LocalJob, result: TrainingResult, budget: LocalBudget | None = None) -> LocalUpdate:
         """Prepares the update of a client's round.
+
+        Args:
+            job: The work.
+            result: What training made of it.
+            budget: The privacy budget that it was trained with, if that depends on the data.
 
         Raises:
             StateInvalid: If the residual is of another run.
             TrainingFailed: If nothing of the update can be sent.
         """
         on_gpu = self.device.type == "cuda"
-        budget = LocalBudget.of(self.config, job)
+        budget = budget or LocalBudget.of(self.config, job, result.examples)
         memory = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(self.device))} if on_gpu else {}
         kept, groups = job.state.get(LOCAL, {}), _groups(job.settings)
         sent = self.spec.sent(job.round)

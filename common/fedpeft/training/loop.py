@@ -9,11 +9,13 @@ Notable:
 - A step whose float16 gradients overflow is repeated with a smaller scale: none is lost.
 - On a GPU, batches are augmented and pinned by a thread, ahead of the steps.
 - On the CPU a repeat with the same seed and number of threads is bit-identical.
+- Training that hides single examples (`example_gradients.py`) has Poisson batches, and a seed that nobody knows.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
@@ -34,8 +36,10 @@ from fedpeft.peft import TunedModel, arrays_of
 from fedpeft.rounds.local_job import Groups
 from fedpeft.training.algorithm_state import to_arrays, to_tensors
 from fedpeft.training.batches import BatchOrder, ahead, moved, pinned
+from fedpeft.training.example_gradients import ExampleGradients, ExampleNoise
 from fedpeft.training.gradients import Gradients
 from fedpeft.training.loss_meter import LossMeter
+from fedpeft.training.poisson import PoissonOrder
 from fedpeft.training.precision import Steps, lowered, multiplying, precision
 from fedpeft.training.randomness import Generators, seeded
 from fedpeft.training.result import TrainingResult, facts_of, result_of
@@ -75,6 +79,7 @@ def train(
     *,
     state: Groups | None = None,
     sections: Groups | None = None,
+    noise: ExampleNoise | None = None,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> TrainingResult:
@@ -90,6 +95,7 @@ def train(
         device: Device of the training.
         state: The client's kept state for the local algorithm, by group and tensor; an absent group is zeros.
         sections: Received sections beside the adapter, by section and tensor; likewise.
+        noise: Bound and noise that hide each example; None trains without.
         progress: Called at the beginning, about once a second, and at the end.
         stop: Asked between steps; once true, training ends without a result.
 
@@ -101,8 +107,12 @@ def train(
     device = torch.device(device)
     placed(model.module, device)
     model.trainable(number)
-    training = Training(task, model.spec, model.tensors, dataset, settings, seed, number, device)
-    gradients = Gradients(task, model, training.dtype, device)
+    if (
+        noise is not None
+    ):  # the run's is known: with it, augmentation would tell apart batches with an example or without
+        seed = secrets.randbits(63)
+    training = Training(task, model.spec, model.tensors, dataset, settings, seed, number, device, noise is not None)
+    compute = _gradients(task, model, training, noise)
     with seeded(seed, device), multiplying(settings.precision, device):
         try:
             training.start(state or {}, sections or {})
@@ -110,11 +120,23 @@ def train(
             with lowered(model.module, training.dtype), closing(training.steps(progress, stop)) as steps:
                 batch = next(steps, None)
                 while batch is not None:
-                    loss = gradients.compute(training, batch, lambda inputs: task.loss(model.module, inputs))
-                    batch = following(steps, loss)
+                    batch = following(steps, compute(batch))
             return training.result()
         finally:
             model.eval()
+
+
+def _gradients(
+    task: Task, model: TunedModel, training: Training, noise: ExampleNoise | None
+) -> Callable[[Batch], torch.Tensor]:
+    """Returns the function that leaves a batch's gradients at the parameters of a model and returns its mean loss."""
+    dtype, device = training.dtype, training.device
+    if noise is None:
+        gradients = Gradients(task, model, dtype, device)
+        return lambda batch: gradients.compute(training, batch, lambda inputs: task.loss(model.module, inputs))
+    expected = min(training.micro, len(training.dataset))
+    hiding = ExampleGradients(task, model, noise, expected, dtype, device)
+    return lambda batch: hiding.compute(training, batch)
 
 
 def following(steps: Generator[Batch, torch.Tensor], loss: torch.Tensor) -> Batch | None:
@@ -163,10 +185,12 @@ class Training:
         seed: Seed of this training; torch's global generators are to be seeded with it before `start`.
         number: The round.
         device: Device of the training.
+        sampled: True for Poisson batches, each of which makes a step, even an empty one.
 
     Attributes:
         tensors: Those.
         dataset: That.
+        device: That.
         dtype: In which the forward pass computes.
         optimizer_steps: The optimizer; gradients are given to it.
         micro: Most examples that go through the model at once.
@@ -182,13 +206,15 @@ class Training:
         seed: int,
         number: int,
         device: torch.device,
+        sampled: bool = False,
     ) -> None:
         self._task = task
         self._spec = spec
         self._settings = settings
         self._seed = seed
         self._number = number
-        self._device = device
+        self.device = device
+        self._sampled = sampled
         self._on_gpu = device.type == "cuda"
         parameters = {name: p for name, p in tensors.items() if p.requires_grad}
         if not parameters:
@@ -203,7 +229,8 @@ class Training:
         largest = settings.clip_gradient_norm
         self.optimizer_steps = Steps(optimizer, self.dtype, device, self._algorithm.after_gradient, largest)
         self._losses = LossMeter(LOSS_STEPS if self._on_gpu else 1)
-        self._order = BatchOrder(settings, len(dataset), seed)
+        examples = len(dataset)
+        self._order = PoissonOrder(settings, examples) if sampled else BatchOrder(settings, examples, seed)
         self._metrics: dict[str, float] = {}
 
     def start(self, state: Groups, sections: Groups) -> None:
@@ -229,7 +256,7 @@ class Training:
             progress(Progress(0, steps, math.nan, 0.0))
         with closing(self._batches()) as batches:
             for ready in batches:
-                if not ready.examples:
+                if not ready.examples and not self._sampled:
                     continue
                 if stop is not None and stop():
                     raise TrainingFailed(f"training was stopped as asked, after {done} of {counted(steps, 'step')}")
@@ -257,7 +284,7 @@ class Training:
     def result(self) -> TrainingResult:
         """Returns the result, after the last step."""
         end = self._algorithm.finish(int(self._metrics["steps"]))
-        facts = facts_of(self._device, self.dtype)
+        facts = facts_of(self.device, self.dtype)
         trained, examples = arrays_of(self.tensors), self.dataset.examples
         result = result_of(self._spec, self._first, trained, self._number, examples, self._metrics, facts)
         return replace(result, state=to_arrays(end.state), sections=to_arrays(end.sections))
@@ -278,8 +305,8 @@ class Training:
 
     def _step(self, batch: Batch) -> Generator[Batch, torch.Tensor, torch.Tensor]:
         """Makes one optimizer step and returns its loss."""
-        batch = moved(batch, self._device)
-        generators = Generators.of(self._device)
+        batch = moved(batch, self.device)
+        generators = Generators.of(self.device)
         while True:
             loss = yield batch
             if self.optimizer_steps.take():

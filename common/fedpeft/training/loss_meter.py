@@ -48,4 +48,4 @@ class LossMeter:
 
     def metrics(self) -> dict[str, float]:
         """Returns loss, loss_first, loss_last."""
-        return {"loss": self._sum / self._examples, "loss_first": self._first, "loss_last": self._last}
+        return {"loss": self._sum / max(self._examples, 1), "loss_first": self._first, "loss_last": self._last}

@@ -320,18 +320,23 @@ class PrivacyConfig(_message.Message):
     by `rounds.clients`. A client does nothing else for it than to keep `clip_norm`. `local`: a client clips its change,
     without a residual, adds noise of standard deviation `noise_multiplier` x `clip_norm` to every value, encodes, and sends
     no figure of its data; it counts its updates and trains no more where the next would spend more than `target_epsilon`.
-    The server does not bound the norm then. Absent: no noise.
+    The server does not bound the norm then. `example`: a client hides single examples in every step of its training. Each
+    example is in a batch with probability batch_size / examples, at most 1, apart from all others; the gradient of each is
+    scaled down to `clip_norm` over all trained tensors; to their sum noise as above is added, and it is divided by
+    min(batch_size, examples). Draws and noise come from a cryptographic generator without a seed that is kept. A client counts
+    its steps and trains no more where the next round would spend more than `target_epsilon`; it sends no figure of its data.
+    Absent: no noise.
     """
     noise_multiplier: _builtins.float
     """Standard deviation of the noise of a round, in bounds. CreateRun works it out where it is absent, from
-    `target_epsilon`, `delta` and `rounds.count`, and the run has it from then on.
+    `target_epsilon`, `delta` and `rounds.count`, and the run has it from then on; with `example` each client does, for itself.
     """
     target_epsilon: _builtins.float
     """Most epsilon that the run may spend: it is paused before a round that would spend more;
-    with `local` that a client may spend. Absent: no limit.
+    with `local` and `example` that a client may spend. Absent: no limit.
     """
     delta: _builtins.float
-    """Delta of the guarantee, above 0, below 1 / rounds.clients. There with a mechanism."""
+    """Delta of the guarantee, above 0, below 1 / rounds.clients, or 1 / a client's examples. There with a mechanism."""
     quantile: _builtins.float
     """Share of the updates, 0 to 1, that the bound should leave as they are; it adapts from round to round. Absent: it stays."""
     quantile_noise: _builtins.float

@@ -49,7 +49,7 @@ class Batched(Engine):
     """Fills the places of a pass with jobs, and each place again as its client finishes.
 
     Raises:
-        ConfigInvalid: If the run computes in another precision than float32.
+        ConfigInvalid: If the run computes in another precision than float32, or hides single examples.
     """
 
     def __init__(self, trainer: LocalTrainer, workers: int | None = None) -> None:
@@ -58,6 +58,9 @@ class Batched(Engine):
         run = trainer.run
         if precision(run.config.training.precision, run.device) is not torch.float32:
             text = 'is "batched", which computes in float32; set training.precision = "float32", or take another engine'
+            raise ConfigInvalid(f"simulation.engine: {text}", (("simulation.engine", text),))
+        if run.config.privacy is not None and run.config.privacy.mechanism == "example":
+            text = 'is "batched", which has no gradients of single examples; privacy.mechanism is "example"'
             raise ConfigInvalid(f"simulation.engine: {text}", (("simulation.engine", text),))
         self._gradients = StackedGradients(run.task, run.model, run.device)
         self._at_work: list[_Client] = []
