@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,20 @@ def test_a_model_whose_tensors_stay_at_clients_is_said_to_be_none_of_theirs(
     assert "tensors that stay at clients are as they began" in capsys.readouterr().out
     kept = json.loads((here / "simulated" / "report.json").read_text())["rounds"][-1]
     assert kept["payload_bytes_up"] == 3 * 4 * sum(values.size for values in done.adapter().values())
+
+
+def test_data_sets_of_a_program_give_the_bits_of_the_same_files(here: Path) -> None:
+    import datasets
+
+    whole = here / "test.parquet"
+    run = tomllib.loads(RUN_FILE) | {"simulation": {"clients": 3}}
+    loaded = datasets.Dataset.from_parquet(str(whole), cache_dir=str(here / "cache"))
+    by_path = fedpeft.simulate(run, whole, "by-path", evaluate=whole)
+    given = fedpeft.simulate(run, loaded, "given", evaluate=loaded)
+    assert given.accuracy == by_path.accuracy
+    for name, tensor in by_path.adapter().items():
+        np.testing.assert_array_equal(given.adapter()[name], tensor)
+    parts = {f"site-{k}": loaded.select(range(k * 10, k * 10 + 10)) for k in range(3)}
+    by_client = fedpeft.simulate(tomllib.loads(RUN_FILE), parts, "by-client", evaluate=str(whole))
+    assert {client for each in by_client.rounds for client in each.clients} == set(parts)
+    assert by_client.report["partition"] is None

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedpeft.config import RunConfig
+    from fedpeft.data.reading import Reading
     from fedpeft.peft import TunedModel
+    from fedpeft.simulation.clients import Data
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,10 @@ class Simulation:
 
 def simulate(
     run: RunFile,
-    data: str | Path,
+    data: Any,
     out: str | Path,
     *,
-    evaluate: str | Path | None = None,
+    evaluate: Any = None,
     weights: str | Path | None = None,
     label_map: str | Path | None = None,
     device: str = "auto",
@@ -228,9 +230,11 @@ def simulate(
 
     Args:
         run: A run file, what one says as nested mappings, or a `RunConfig`.
-        data: A folder of clients that `fedpeft partition` wrote, or one data set that `[simulation]` divides.
+        data: A folder of clients that `fedpeft partition` wrote, or one data set that `[simulation]` divides: its path,
+            a map-style `Dataset` of torch, or a `Dataset` of the Hugging Face library. Or a mapping of clients' names
+            to such data sets.
         out: Folder for adapter.safetensors, report.json and records.jsonl; made if it is not there.
-        evaluate: Held-out data on which every version is scored.
+        evaluate: Held-out data on which every version is scored, a path or a data set.
         weights: A weights file, or a folder of them, that stands here for the one the run names.
         label_map: A file of own class names to the run's, for all of the data.
         device: auto, cpu, cuda or cuda:N.
@@ -254,12 +258,16 @@ def simulate(
     config, folder = configured(run), path_of(out, "out")
     tracking = tracking_to(track, folder)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
-    clients, partition = simulation.clients_of(path_of(data, "data"), config, reading)
+    if isinstance(data, Mapping) and not hasattr(data, "cast_column"):
+        clients = {str(client): _opened(each, f"data[{client!r}]", reading) for client, each in data.items()}
+        partition = None
+    else:
+        clients, partition = simulation.clients_of(_opened(data, "data", reading), config, reading)
     simulation.simulate(
         config,
         clients,
         folder,
-        None if evaluate is None else path_of(evaluate, "evaluate"),
+        None if evaluate is None else _opened(evaluate, "evaluate", reading),
         None if weights is None else path_of(weights, "weights"),
         label_map=None if label_map is None else path_of(label_map, "label_map"),
         device=device,
@@ -269,6 +277,19 @@ def simulate(
         tracking=tracking,
     )
     return Simulation(out)
+
+
+def _opened(data: Any, name: str, reading: Reading) -> Path | Data:
+    """Returns data as the simulation takes them: a path, or a source over a data set."""
+    from fedpeft.data.examples import Examples
+
+    if isinstance(data, Examples):
+        return data
+    if isinstance(data, str | Path) or not hasattr(data, "__getitem__"):
+        return path_of(data, name)
+    from fedpeft.data.sources.datasets import source_of
+
+    return source_of(data, reading)
 
 
 def _round(row: Mapping[str, Any]) -> SimulatedRound:

@@ -63,14 +63,15 @@ def reading_of(
 
 
 def clients_of(
-    path: Path, config: RunConfig, reading: Reading | None = None
+    data: Path | Data, config: RunConfig, reading: Reading | None = None
 ) -> tuple[dict[str, Path | Data], dict[str, Any] | None]:
     """Finds the clients in the data of a simulation.
 
     Args:
-        path: A folder of clients as `fedpeft partition` writes it: each is a client by its name. Anything else that
+        data: A folder of clients as `fedpeft partition` writes it: each is a client by its name. Anything else that
             `open_source` takes is one data set, which `[simulation]` divides. For another task (`TASK:PATH`,
-            or just the path) each folder in it is a client, or with `[simulation]` all of it is one data set.
+            or just the path) each folder in it is a client, or with `[simulation]` all of it is one data set. What
+            is open already is one data set too.
         config: The run file.
         reading: Settings of reading images; as in `[simulation]` if absent.
 
@@ -81,18 +82,16 @@ def clients_of(
         DataInvalid: If the data cannot be read, or not be divided so, or its members are splits and no clients.
         ConfigInvalid: If there is one data set and no `[simulation]`.
     """
-    path = place_of(path, config)
-    try:
-        folders = _folders(path, config) if config.model.task else _written(path)
-    except OSError as error:
-        raise DataInvalid(f"cannot read {error.filename or path}: {error.strerror}") from None
-    if folders:
-        return dict(folders), None
+    where = str(data) if isinstance(data, Path) else "what is given"
+    if isinstance(data, Path):
+        data = place_of(data, config)
+        if folders := _clients_there(data, config):
+            return dict(folders), None
     task = task_of(config.model.task).reading(reading or reading_of(config))
-    source = task.read(path)
+    source = task.read(data) if isinstance(data, Path) else data
     if config.simulation is None:
         raise ConfigInvalid(
-            f"{path} is one data set and the run file has no [simulation] section that divides it; add one, or give "
+            f"{where} is one data set and the run file has no [simulation] section that divides it; add one, or give "
             "a folder that fedpeft partition wrote"
         )
     split = division_of(config.simulation).of(source, config.rounds.seed)
@@ -123,6 +122,14 @@ def place_of(path: Path, config: RunConfig) -> Path:
     if task not in ("", config.model.task):
         raise DataInvalid(f"{path} is data for task {task}; the run's model is {config.model.name}")
     return Path(place)
+
+
+def _clients_there(path: Path, config: RunConfig) -> dict[str, Path]:
+    """Returns the clients of a folder of clients; none if it is one data set."""
+    try:
+        return _folders(path, config) if config.model.task else _written(path)
+    except OSError as error:
+        raise DataInvalid(f"cannot read {error.filename or path}: {error.strerror}") from None
 
 
 def _folders(path: Path, config: RunConfig) -> dict[str, Path]:

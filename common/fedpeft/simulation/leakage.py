@@ -24,7 +24,7 @@ NAMED = 5
 _log = structlog.get_logger(__name__)
 
 
-def leakage(clients: Clients, evaluate: Path | None, config: RunConfig, reading: Reading) -> Overlap | None:
+def leakage(clients: Clients, evaluate: Path | Data | None, config: RunConfig, reading: Reading) -> Overlap | None:
     """Compares the clients' images with the held-out ones; the log says if some are the same or were not compared.
 
     Args:

@@ -47,7 +47,7 @@ class Inputs:
 
     config: RunConfig
     clients: Clients
-    evaluation: Path | None = None
+    evaluation: Path | Data | None = None
     weights: Path | None = None
     label_map: Path | None = None
     device: str = "cpu"
@@ -104,14 +104,14 @@ class LocalTrainer:
         """Returns an update with the figures that a client would send."""
         return replace(update, metrics=_sendable(update.metrics, metric_values.MAX_TRAINING, update.client))
 
-    def _held_out(self, path: Path) -> Any:
+    def _held_out(self, data: Path | Data) -> Any:
         """Opens the held-out data; with `held_out`, so many examples of it, the same in every run."""
-        data: Path | Data = path
+        named = f"evaluation data {data}" if isinstance(data, Path) else "evaluation data"
         if self.inputs.held_out is not None:
             task = self.run.task
-            whole = task.read(place_of(path, self.inputs.config))
+            whole = task.read(place_of(data, self.inputs.config)) if isinstance(data, Path) else data
             data = task.select(whole, drawn_rows(len(whole), self.inputs.held_out, HELD_OUT_SEED))
-        return self._data.open(data, f"evaluation data {path}")[0]
+        return self._data.open(data, named)[0]
 
     def evaluate(self, version: Version) -> dict[str, float]:
         """Returns the figures of a version on the held-out data; none without such data."""

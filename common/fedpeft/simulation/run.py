@@ -24,7 +24,7 @@ from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.commit import RunHeader
 from fedpeft.rounds.state_machine import policies
 from fedpeft.rpc import wire
-from fedpeft.simulation.clients import ClientMemory, Clients, reading_of
+from fedpeft.simulation.clients import ClientMemory, Clients, Data, reading_of
 from fedpeft.simulation.engines import Engine, engine_named
 from fedpeft.simulation.leakage import leakage
 from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
@@ -45,7 +45,7 @@ def simulate(
     config: RunConfig,
     clients: Clients,
     out: Path,
-    evaluate: Path | None = None,
+    evaluate: Path | Data | None = None,
     weights: Path | None = None,
     *,
     label_map: Path | None = None,
@@ -69,7 +69,7 @@ def simulate(
         config: The run file; its `[simulation]` has done its work by now, see `fedpeft.simulation.clients.clients_of`.
         clients: Data by client: a path, or what the model's task read. The order means nothing, names do.
         out: The folder; made if it is not there.
-        evaluate: Held-out data on which every version is scored.
+        evaluate: Held-out data, by path or open, on which every version is scored.
         weights: A file, or a folder of files, that stands for the weights that the run names.
         label_map: A file of own class names to the run's, for all of the data.
         device: auto, cpu, cuda or cuda:N.
@@ -142,7 +142,7 @@ def _identity(header: RunHeader, engine: Engine) -> dict[str, Any]:
         "config": wire.config_to_proto(header.config).SerializeToString(deterministic=True).hex(),
         "backbone": header.fingerprint,
         "clients": _clients_digest(inputs.clients),
-        "evaluation": [str(inputs.evaluation), inputs.held_out],
+        "evaluation": [_evaluation_digest(inputs.evaluation), inputs.held_out],
         "reading": str(inputs.reading),
         "label_map": str(inputs.label_map),
         "device": inputs.device,
@@ -150,6 +150,11 @@ def _identity(header: RunHeader, engine: Engine) -> dict[str, Any]:
         "torch": torch.__version__,
         **({"arithmetic": engine.arithmetic} if engine.arithmetic else {}),
     }
+
+
+def _evaluation_digest(data: Path | Data | None) -> str:
+    """Returns the path of held-out data, or a digest of what is open already."""
+    return str(data) if data is None or isinstance(data, Path) else _clients_digest({"evaluation": data})
 
 
 def _clients_digest(clients: Clients) -> str:

@@ -216,13 +216,13 @@ def test_clients_of_a_column_of_classes_have_their_names(
 
 def test_partition_of_other_columns(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     table = pq.read_table(images)
-    pq.write_table(table.rename_columns(["photo", "fine_label", "maker"]), images)
+    pq.write_table(table.rename_columns(["photo", "species", "maker"]), images)
     out = ("--clients", "2", "--out", str(tmp_path / "parts"))
     assert fedpeft("partition", str(images), *out) == 1
-    assert "columns found: photo, fine_label, maker; --image-column names another" in capfd.readouterr().err
+    assert "columns found: photo, species, maker; --image-column names another" in capfd.readouterr().err
     assert fedpeft("partition", str(images), "--image-column", "photo", *out) == 1
     assert "no label column 'label' or 'labels' or 'fine_label'" in capfd.readouterr().err
-    columns = ("--image-column", "photo", "--label-column", "fine_label")
+    columns = ("--image-column", "photo", "--label-column", "species")
     assert fedpeft("partition", str(images), *columns, "--index", *out) == 0
     assert fedpeft("doctor", "--data", str(tmp_path / "parts" / "client-0.index.json"), "--json") in (0, 1)
     assert fedpeft("doctor", "--data", str(images), *columns, "--json") in (0, 1)
