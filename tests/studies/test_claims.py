@@ -1,0 +1,84 @@
+"""The table of claims compares what it says, by seed, and says no more than the interval allows."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedpeft.studies.results import CellResult, Estimate, StudyResult
+
+FILE = Path(__file__).parents[2] / "experiments" / "paper" / "claims.py"
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    spec = importlib.util.spec_from_file_location("tested_claims", FILE)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cell(points: dict[str, str], seed: int, accuracies: list[float], bytes_each: int = 10) -> CellResult:
+    rows = [
+        {
+            "version": number,
+            "payload_bytes_up": bytes_each,
+            "payload_bytes_down": 0,
+            "seconds": 1.0,
+            "metrics": {"accuracy": accuracy},
+        }
+        for number, accuracy in enumerate(accuracies, 1)
+    ]
+    return CellResult(f"{points}{seed}", points, seed, "", {"initial_metrics": {"accuracy": 0.1}, "rounds": rows}, "")
+
+
+def study(cells: list[CellResult]) -> StudyResult:
+    return StudyResult(Path("made"), {}, tuple(cells))
+
+
+def figure(claims, text: str):
+    (found,) = [claim.figure for claim in claims.claims() if claim.text == text]
+    return found
+
+
+def test_full_tuning_counts_up_to_the_methods_bytes(claims):
+    made = study(
+        [cell({"method": "bias"}, 0, [0.4, 0.6], 10), cell({"method": "full 8 clients"}, 0, [0.3, 0.5, 0.9], 10)]
+    )
+    found = figure(claims, "bias beats full tuning stopped at the same bytes")(made)
+    assert found == Estimate(pytest.approx(0.1), None, 1), "0.6 beside 0.5, whose 20 bytes it has, and not 0.9"
+
+
+def test_a_cost_is_the_loss_of_full_tuning_less_that_of_the_method(claims):
+    accuracies = {("full", "cifar10"): 0.8, ("full", "aid"): 0.5, ("bias", "cifar10"): 0.7, ("bias", "aid"): 0.6}
+    made = study([cell({"method": m, "domain": d}, 3, [value]) for (m, d), value in accuracies.items()])
+    assert figure(claims, "data farther away cost bias less than full tuning")(made).mean == pytest.approx(0.3 - 0.1)
+
+
+def test_a_seed_that_only_one_side_has_counts_nothing(claims):
+    points = {"examples": "500"}
+    made = study(
+        [
+            cell(points | {"method": "bias"}, 0, [0.5]),
+            cell(points | {"method": "bias"}, 1, [0.9]),
+            cell(points | {"method": "head"}, 0, [0.2]),
+        ]
+    )
+    assert figure(claims, "with 500 examples bias beats head")(made) == Estimate(pytest.approx(0.3), None, 1)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Estimate(0.1, 0.05, 3), "holds"),
+        (Estimate(-0.1, 0.05, 3), "does not hold"),
+        (Estimate(0.1, 0.2, 3), "cannot be told"),
+        (Estimate(0.1, None, 1), "cannot be told"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval_on_one_side(claims, found, words):
+    assert claims.verdict(found) == words
