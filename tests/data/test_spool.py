@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,18 @@ def test_a_process_whose_maker_is_gone_says_so(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(spool, "_path", Path("/proc/1/fd/999999"))
     with pytest.raises(DataInvalid, match="the process that unpacked the data is gone"):
         spool.batches()
+
+
+@pytest.mark.parametrize("path", ["/proc/1/fd/999999", "/dev/null"])
+def test_on_another_machine_a_source_unpacks_its_files_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(parquet, "IN_MEMORY_BYTES", 0)
+    source = open_source(write(tmp_path / "data.parquet", table(20)))
+    monkeypatch.setattr(source._spool, "_path", Path(path))  # as there: no such process, or one of the same id
+    other = pickle.loads(pickle.dumps(source))
+    assert [bytes(other.image_bytes(row)) for row in range(20)] == [bytes(source.image_bytes(row)) for row in range(20)]
+    assert other._spool.is_here and not source._spool.is_here
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])

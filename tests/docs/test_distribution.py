@@ -103,7 +103,7 @@ def test_extras_and_commands_are_those_promised(metadata: Message, wheel: Path, 
 def test_torch_comes_with_training_only(metadata: Message) -> None:
     lines = [line for line in metadata.get_all("Requires-Dist", []) if line.startswith(("torch", "timm", "peft"))]
     extras = {line.partition("extra == ")[2].strip("'") for line in lines}
-    assert extras == {"train", "client", "demo", "study", "dev"}
+    assert extras == {"train", "client", "demo", "ray", "study", "dev"}
 
 
 def test_pypi_would_take_both(wheel: Path, sdist: Path) -> None:

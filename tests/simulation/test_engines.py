@@ -65,8 +65,8 @@ def gone(pids):
     return True
 
 
-def run_file(engine, **sections):
-    settings = {"clients": 5, "partition": "dirichlet", "alpha": 1.0, "engine": engine, "workers": 2}
+def run_file(engine, workers=2, **sections):
+    settings = {"clients": 5, "partition": "dirichlet", "alpha": 1.0, "engine": engine, "workers": workers}
     rounds = {"count": 3, "clients": 3, "over_selection": 0.3, "quorum": 2, "seed": 7}
     return config(**{"rounds": rounds, "simulation": settings, **sections})
 
@@ -151,7 +151,7 @@ def test_an_engine_of_an_installed_package_is_one_class_and_makes_the_same_bits(
 
 def test_an_engine_that_nobody_brings_is_refused_at_its_place_in_the_run_file(tmp_path, whole):
     run = run_file("abacus")
-    there = "there is no engine 'abacus'; there are: batched, inprocess, processes"
+    there = "there is no engine 'abacus'; there are: batched, inprocess, processes, ray"
     with pytest.raises(ConfigInvalid, match=there) as refused:
         simulate(run, {"a": whole, "b": whole, "c": whole}, tmp_path / "out")
     assert [path for path, _ in refused.value.fields] == ["simulation.engine"]

@@ -41,10 +41,10 @@ class SimulationConfig(Section):
     """Pixels of the largest image that is opened; Pillow's limit, 178,956,970, if absent."""
     engine: Annotated[str, Field(min_length=1, max_length=64)] = "inprocess"
     """Registered name of the engine of the simulated clients: inprocess (one after the other), processes (several),
-    batched (many in one pass)."""
+    batched (many in one pass), ray (workers on a Ray cluster)."""
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Worker processes of the engine processes, as many as there are cores for torch's threads if absent; clients in a
-    pass of the engine batched, 16 if absent."""
+    """Worker processes of the engines processes and ray, as many as there are cores for torch's threads if absent (with
+    ray on GPUs, one a GPU at most); clients in a pass of the engine batched, 16 if absent."""
 
     @model_validator(mode="after")
     def _one_scheme(self) -> Self:

@@ -47,7 +47,18 @@ class Spool:
                 raise
             raise _refused(error, size_bytes) from None
         weakref.finalize(self, os.close, descriptor)
+        found = os.fstat(descriptor)
+        self._file = found.st_dev, found.st_ino, found.st_size
         self._path = Path("/proc", str(os.getpid()), "fd", str(descriptor))
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the file can be mapped: not once its maker is gone, nor on another machine."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino, found.st_size) == self._file  # a process there may have the same id
 
     def batches(self) -> list[pa.RecordBatch]:
         """Maps the file; the batches view it.
@@ -62,7 +73,7 @@ class Spool:
         return [mapped.get_batch(i) for i in range(mapped.num_record_batches)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path}
+        return {"_path": self._path, "_file": self._file}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

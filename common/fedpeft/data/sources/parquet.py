@@ -178,8 +178,10 @@ class ParquetSource:
         return batch.set_column(at, batch.schema.field(at), pa.array(values, column.type))
 
     def _load(self) -> None:
-        """Unpacks the files, or maps the temporary file that another process made."""
+        """Unpacks the files, or maps the temporary file that another process of this machine made."""
         try:
+            if self._spool is not None and not self._spool.is_here:
+                self._spool = None
             if self._spool is None and self._files.unpacked_bytes > IN_MEMORY_BYTES:
                 self._spool = Spool(self._files.batches(), self.schema)
             self._batches = list(self._files.batches()) if self._spool is None else self._spool.batches()

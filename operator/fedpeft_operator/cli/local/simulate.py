@@ -58,6 +58,14 @@ def simulate(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", min=0, help="The run's seed in place of the file's.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            help="inprocess, processes, batched or ray (at RAY_ADDRESS, else on this machine), in place of the file's.",
+        ),
+    ] = None,
     label_map: Annotated[
         Path | None,
         typer.Option("--label-map", metavar="FILE", help="TOML or JSON of own class name = run class, for all data."),
@@ -90,7 +98,8 @@ def simulate(
 
     extend(imports)
     seeded = {} if seed is None else {"rounds": {"seed": seed}}
-    config = load_run_file(file, merged(parse_overrides(settings), seeded))
+    placed = {} if engine is None else {"simulation": {"engine": engine}}
+    config = load_run_file(file, merged(merged(parse_overrides(settings), seeded), placed))
     check_needed(config.model, weights)
     require("train", "torch", "timm", "pyarrow")
     from fedpeft import simulation
