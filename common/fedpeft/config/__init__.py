@@ -11,7 +11,7 @@ from fedpeft.config.model import UNLABELLED, ModelConfig, split_task
 from fedpeft.config.peft import PeftConfig
 from fedpeft.config.privacy import DEFAULT_QUANTILE_RATE, PrivacyConfig
 from fedpeft.config.rounds import DEFAULT_POLICY, DEFAULT_STALENESS, RoundsConfig, default_quorum
-from fedpeft.config.run import RunConfig, faults_in, load_run_file, parse_config
+from fedpeft.config.run import RunConfig, faults_in, load_run_file, parse_config, run_table
 from fedpeft.config.section import ClassName, Name
 from fedpeft.config.simulation import SimulationConfig
 from fedpeft.config.training import (
@@ -48,5 +48,6 @@ __all__ = [
     "faults_in",
     "load_run_file",
     "parse_config",
+    "run_table",
     "split_task",
 ]

@@ -63,13 +63,20 @@ def load_run_file(path: Path, override: Mapping[str, Any] = MappingProxyType({})
     Raises:
         ConfigInvalid: If the file cannot be read, is not TOML, or breaks a rule; with file, line and field.
     """
-    text = _read(path)
+    with faults_in(path):
+        return parse_config(merged(run_table(path), override))
+
+
+def run_table(path: Path) -> dict[str, Any]:
+    """Returns the tables of a run file as they stand there.
+
+    Raises:
+        ConfigInvalid: If the file cannot be read or is not TOML.
+    """
     try:
-        data = text_files.toml(text)
+        return text_files.toml(_read(path))
     except ValueError as error:
         raise ConfigInvalid(f"{path} is not a TOML file: {error}") from None
-    with faults_in(path):
-        return parse_config(merged(data, override))
 
 
 @contextmanager

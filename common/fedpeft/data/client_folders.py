@@ -9,7 +9,8 @@ from pathlib import Path
 from fedpeft import text_files
 from fedpeft.data.partition_writer import RECORD, file_name
 from fedpeft.data.sources.file_names import is_system, shown
-from fedpeft.data.sources.opening import INDEX_SUFFIX, parquet_files
+from fedpeft.data.sources.opening import INDEX_SUFFIX, open_source, parquet_files
+from fedpeft.data.sources.parquet_labels import NO_LABEL
 from fedpeft.data.sources.splits import one_to_train_on, splits_among
 from fedpeft.errors import DataInvalid
 
@@ -38,6 +39,23 @@ def clients_in(path: Path) -> dict[str, Path]:
         refuse_splits(path, found)
         _refuse_beside(path, found)
     return found
+
+
+def classes_there(path: Path, image_column: str | None = None, label_column: str | None = None) -> list[str]:
+    """Returns the class names of images, of all clients where there are several, in the order in which they are found.
+
+    Args:
+        path: A folder of clients, or one data set as `open_source` takes it.
+        image_column: Column of parquet that holds the images.
+        label_column: Column of parquet that holds the labels.
+
+    Raises:
+        DataInvalid: If the data cannot be read.
+    """
+    places = list(clients_in(path).values()) if path.is_dir() else []
+    sources = (open_source(place, image_column, label_column) for place in places or [path])
+    names = dict.fromkeys(name for source in sources for name in source.class_names)
+    return [name for name in names if name != NO_LABEL]
 
 
 def subfolders(path: Path) -> list[Path]:

@@ -61,6 +61,31 @@ def test_the_command_prints_the_report_alone_or_lines_for_people(tmp_path, capfd
     assert re.search(r"^round 2 of 2, 2 updates, training loss [\d.]+, [\d.]+ s$", said.err, re.M)
 
 
+def test_one_s_own_folder_of_images_brings_its_classes_and_the_start_says_what_is_done(tmp_path, capfd):
+    for name in ("Kreis", "Quadrat"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(6):
+            (tmp_path / "photos" / name / f"{k}.png").write_bytes(png(k))
+    run_file = RUN_FILE.replace('classes = ["cat", "dog", "emu"]', "").replace("[simulation]\nclients = 3\n", "")
+    (tmp_path / "run.toml").write_text(run_file)
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    command = ["simulate", str(tmp_path / "run.toml"), "--data", str(photos), "--out", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--set", "simulation.clients=3", "--device", "cpu"])
+    assert ended.value.code == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[:2] == [
+        f"tiny: head on vit_tiny_patch16_224, 2 classes, 2 rounds of 2 clients; loading PyTorch and {photos} ...",
+        "12 rows divided among 3 clients (iid); building the model, random weights, on cpu ...",
+    ]
+    assert json.loads((out / "report.json").read_text())["config"]["model"]["classes"] == ["Kreis", "Quadrat"]
+    write_parts(photos, partitions.iid(12, 2, 0), tmp_path / "sites")
+    with pytest.raises(SystemExit) as ended:
+        main([*command[:3], str(tmp_path / "sites"), "--out", str(tmp_path / "again"), "--device", "cpu"])
+    assert ended.value.code == 0
+    assert capfd.readouterr().err.splitlines()[1].startswith("2 clients; building the model")
+
+
 def test_tracked_rounds_are_those_of_the_report_also_when_it_goes_on(tmp_path, capfd, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -131,7 +156,7 @@ def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, err = process.communicate(timeout=60)
     assert refused.value.code == 1
-    assert capfd.readouterr().err == (
+    assert capfd.readouterr().err.endswith(
         f"fedpeft: {tmp_path / 'out'} is in use by another simulation (process {process.pid}); stop it first, or name "
         "another folder\n"
     )

@@ -20,6 +20,7 @@ from fedpeft_operator.cli.columns import ImageColumn, LabelColumn, MaxImagePixel
 from fedpeft_operator.cli.epilogs import epilog
 from fedpeft_operator.cli.exit_codes import Exit
 from fedpeft_operator.cli.imports import Imports
+from fedpeft_operator.cli.local import simulation_start as start
 from fedpeft_operator.cli.round_rows import say_rounds
 from fedpeft_operator.cli.session import require
 from fedpeft_operator.cli.trackers import NAMES
@@ -97,11 +98,16 @@ def simulate(
     from fedpeft.config.overrides import merged, parse_overrides
 
     extend(imports)
+    require("train", "torch", "timm", "pyarrow")
+    note = output.note if not as_json else lambda _: None
     seeded = {} if seed is None else {"rounds": {"seed": seed}}
     placed = {} if engine is None else {"simulation": {"engine": engine}}
-    config = load_run_file(file, merged(merged(parse_overrides(settings), seeded), placed))
+    override = merged(merged(parse_overrides(settings), seeded), placed)
+    if label_map is None:  # it names classes of the run, which the data do not have
+        override = merged(start.own_classes(file, override, data, image_column, label_column), override)
+    config = load_run_file(file, override)
     check_needed(config.model, weights)
-    require("train", "torch", "timm", "pyarrow")
+    note(f"{config.name}: {start.plan(config)}; loading PyTorch and {data} ...")
     from fedpeft import simulation
     from fedpeft.tracking import tracking_to
 
@@ -109,6 +115,7 @@ def simulate(
     tracking = tracking_to(track, out)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
     clients, partition = simulation.clients_of(data, config, reading)
+    note(f"{start.division(clients, partition)}; building the model, {start.weights(config, weights)}, on {device} ...")
     progress = _Progress(config.rounds.count, resumable=simulation.is_resumable(config), quiet=as_json)
     with faults_in(file), _interruptible(out, progress):
         report = simulation.simulate(
