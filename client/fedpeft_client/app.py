@@ -137,6 +137,7 @@ def _worker_options(settings: Settings, policy: Policy) -> Answer:
         "weights": _path(settings.weights),
         "device": settings.device,
         "threads": settings.threads,
+        "rank": settings.rank,
         "checkpointing": settings.checkpointing,
         "log_format": settings.log_format,
         "verbose": settings.verbose,

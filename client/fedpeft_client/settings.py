@@ -89,6 +89,9 @@ class Settings(ProcessSettings):
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Threads that torch computes with; torch's own choice if absent. Recorded with every update."""
+    rank: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Largest rank of LoRA factors that this device trains and sends, in runs whose strategy takes unequal ranks, as
+    flora does; the run's if absent."""
     checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time, the same bits."""
     log_format: LogFormat = "auto"

@@ -165,10 +165,10 @@ class Federation:
         assert process.process.poll() is None, process.log.read_text()
         return process
 
-    def client(self, name: str, port: int = 0) -> Process:
+    def client(self, name: str, port: int = 0, flags: tuple[str, ...] = ()) -> Process:
         where = ["--server", f"127.0.0.1:{port or self.port}", "--name", name]
         what = ["--data", str(self.folder / name / "data.parquet"), "--state-dir", str(self.folder / name / "state")]
-        process = self._start("fedpeft_client", name, *where, *what, "--threads", "1", "--once")
+        process = self._start("fedpeft_client", name, *where, *what, "--threads", "1", "--once", *flags)
         self.clients.append(process)
         return process
 

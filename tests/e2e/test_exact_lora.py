@@ -1,4 +1,4 @@
-"""Exact means of LoRA over the network: the bits of the simulation, and a residual that goes down and never up."""
+"""Exact means of LoRA of unequal ranks over the network: bits and bytes are those of the simulation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedpeft import simulation
+from fedpeft.aggregation.low_rank.ranks import of_rank
 from fedpeft.config import load_run_file
 from fedpeft.peft import spec_of
 
@@ -33,7 +34,10 @@ batch_size = 4
 learning_rate = 0.05
 [aggregation]
 strategy = "flora"
+[simulation]
+ranks = [1, 99]
 """
+RANKS = {"alice": 1, "bob": 2}
 
 
 def test_flora_over_the_network_is_flora_simulated(federation: Federation) -> None:
@@ -44,14 +48,15 @@ def test_flora_over_the_network_is_flora_simulated(federation: Federation) -> No
 
     federation.server()
     for name in sites:
-        federation.client(name)
+        federation.client(name, flags=("--rank", "1") if name == "alice" else ())
     run = federation.create()
     found = federation.finish(run)
     rounds = federation.show(run)["rounds"]
 
     spec = spec_of(config.model, "lora_residual", dict(config.peft.options))
-    up, down = (2 * sum(4 * t.size for t in some) for some in (spec.sent(1), spec.shared))
-    assert down - up == 2 * sum(4 * t.size for t in spec.derived) > 0
+    up = sum(4 * t.size for rank in RANKS.values() for t in of_rank(spec.sent(1), rank))
+    down = 2 * sum(4 * t.size for t in spec.shared)
+    assert up < 2 * sum(4 * t.size for t in spec.sent(1)) < down
     for row, simulated in zip(rounds, alone["rounds"], strict=True):
         assert row["payload_bytes_up"] == simulated["payload_bytes_up"] == up
         assert row["payload_bytes_down"] == simulated["payload_bytes_down"] == down

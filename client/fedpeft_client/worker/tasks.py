@@ -58,8 +58,8 @@ class SiteWorker:
     """Data and models of one site.
 
     Args:
-        options: The `open` request: client, data, reading, label_map, weights, device, threads, checkpointing, policy,
-            evaluate.
+        options: The `open` request: client, data, reading, label_map, weights, device, threads, rank, checkpointing,
+            policy, evaluate.
 
     Raises:
         DataInvalid: If the data or the label map cannot be read.
@@ -78,6 +78,7 @@ class SiteWorker:
         self._inventory = getattr(self._source, "inventory", EMPTY)  # another task has data of its own form
         label_map, weights = options["label_map"], options["weights"]
         self._weights = None if weights is None else Path(weights)
+        self._rank: int | None = options["rank"]
         self._checkpointing = bool(options["checkpointing"])
         counts = np.bincount(self._source.labels, minlength=len(self._source.class_names)).tolist()
         self._site = Site(
@@ -169,6 +170,7 @@ class SiteWorker:
             TrainingConfig.model_validate(request["settings"]),
             _version(request["adapter"]),
             {group: _read(Path(path), group, run) for group, path in request["state"].items()},
+            self._rank,
         )
         update = loaded.train(job, dataset, progress=lambda p: progress(_shown(p)), stop=stop)
         out = Path(request["out"])

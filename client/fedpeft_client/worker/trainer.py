@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from google.protobuf import json_format
 
-from fedpeft.adapters.payload import check_manifest
 from fedpeft.process.logs import Log
 from fedpeft.rounds import metric_values
+from fedpeft.rounds.acceptance import check_tensors
 from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import tensor_pb2
@@ -61,8 +61,7 @@ class Trainer:
         report = Reporter(log, "training", self._worker.timing)
         answer = await self._worker.ask(request, self._watch(run.id, report, progress))
         manifest = json_format.ParseDict(answer["manifest"], tensor_pb2.Manifest())
-        sent, encoding = run.spec.sent(task.round), run.config.codec.encoding
-        check_manifest(wire.manifest_from_proto(manifest), sent, [encoding])  # nothing else ever leaves
+        check_tensors(wire.manifest_from_proto(manifest), task.round, run.config, run.spec)  # nothing else ever leaves
         header = pb.UpdateHeader(
             ticket=task.ticket,
             manifest=manifest,

@@ -99,6 +99,8 @@ class Strategy(ABC):
     """True if a change counts by the optimizer steps behind it: nothing else may shorten those."""
     needs_one_version: ClassVar[bool] = False
     """True if the updates of a round must all start from the same version."""
+    takes_ranks: ClassVar[bool] = False
+    """True if clients may have LoRA factors of a lower rank than the run's (`fedpeft.aggregation.low_rank.ranks`)."""
     derives: ClassVar[bool] = False
     """True if the strategy makes the tensors whose role is derived; others would leave them as they are for ever."""
 
@@ -207,6 +209,8 @@ class GroupStrategy(Strategy):
     @abstractmethod
     def reduce(self, base: Sequence[Doubles], changes: Changes) -> list[Doubles]:
         """Returns Delta of each tensor of a group, float64 in its shape.
+
+        A change that an update has not, beyond its client's rank, is the one to zero: minus the value now.
 
         Args:
             base: Values of the tensors now, float64.

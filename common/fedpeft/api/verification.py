@@ -17,13 +17,14 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from fedpeft.adapters.payload import Manifest, check_manifest, check_payload, squared_norm
+from fedpeft.adapters.payload import Manifest, check_payload, squared_norm
 from fedpeft.errors import BlobCorrupt, InvalidArgument, StateInvalid
 from fedpeft.privacy.accounting import BudgetSpent
 from fedpeft.privacy.central import central_of
 from fedpeft.privacy.events import Adapted, Event
 from fedpeft.privacy.transforms import transforms_of
 from fedpeft.process.mapped_files import mapped, releaser
+from fedpeft.rounds.acceptance import check_tensors
 from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, extents, fold_round, roll_back
 from fedpeft.rounds.record import Contributed, Excluded, Record, digest, parse, verify_chain
 from fedpeft.rounds.screening import Extent, comparable, median
@@ -215,7 +216,7 @@ class Replay:
     def _manifest(self, described: bytes, number: int, counted: Contributed | Excluded) -> Manifest:
         config, spec = self._header.config, self._header.spec
         manifest = manifest_from_proto(tensor_pb2.Manifest.FromString(described))
-        check_manifest(manifest, spec.sent(number), (config.codec.encoding,))
+        check_tensors(manifest, number, config, spec)
         if manifest.sha256.hex() != counted.sha256:
             raise BlobCorrupt(f"round {number}: the manifest kept for {counted.client} is of another payload")
         return manifest

@@ -39,6 +39,8 @@ class SimulationConfig(Section):
     """Column of parquet that holds the labels; label or labels if absent."""
     max_image_pixels: Annotated[int, Field(ge=1)] | None = None
     """Pixels of the largest image that is opened; Pillow's limit, 178,956,970, if absent."""
+    ranks: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(strict=False, min_length=1)] | None = None
+    """Ranks of LoRA factors that simulated clients bear, in turn by name; the run's where absent, or larger."""
     engine: Annotated[str, Field(min_length=1, max_length=64)] = "inprocess"
     """Registered name of the engine of the simulated clients: inprocess (one after the other), processes (several),
     batched (many in one pass), ray (workers on a Ray cluster)."""

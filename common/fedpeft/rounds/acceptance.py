@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest
 from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.aggregation import strategy
+from fedpeft.aggregation.low_rank.ranks import as_claimed
 from fedpeft.config import RunConfig
 from fedpeft.errors import ExamplesInvalid, ManifestInvalid
 from fedpeft.privacy.transforms import transforms_of
@@ -28,9 +30,19 @@ def check_manifest(ticket: Ticket, manifest: Manifest, config: RunConfig, spec: 
         ManifestInvalid: If its tensors or encodings are not those of the ticket's round, below `manifest`.
     """
     try:
-        payload.check_manifest(manifest, spec.sent(ticket.issued_in), (config.codec.encoding,))
+        check_tensors(manifest, ticket.issued_in, config, spec)
     except ManifestInvalid as error:
         raise error.within("manifest") from None
+
+
+def check_tensors(manifest: Manifest, number: int, config: RunConfig, spec: AdapterSpec) -> None:
+    """Checks that a manifest describes an update of round `number`, of a rank that the run's strategy takes.
+
+    Raises:
+        ManifestInvalid: If its tensors or encodings are others.
+    """
+    rule = strategy(config.aggregation.strategy, config.aggregation.options)
+    payload.check_manifest(manifest, as_claimed(rule, spec.sent(number), manifest), (config.codec.encoding,))
 
 
 def check_claims(examples: int, metrics: Mapping[str, float], declared: int | None = None) -> None:

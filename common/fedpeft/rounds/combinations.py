@@ -62,6 +62,14 @@ def _derived(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
         yield "aggregation.strategy", f"{text}; these do: {known}"
 
 
+def _ranked(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
+    """Finds ranks of simulated clients that would have no effect."""
+    if config.simulation is not None and config.simulation.ranks and not _strategy(config).takes_ranks:
+        known = ", ".join(each for each in strategies.names() if strategies.get(each).takes_ranks)
+        text = f"are of clients whose updates strategy {config.aggregation.strategy!r} does not take"
+        yield "simulation.ranks", f"{text}; these do: {known}"
+
+
 def _stale(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
     """Finds what does not take updates of one round that start from different versions."""
     if _policy(config).one_version:
@@ -143,7 +151,7 @@ def _noised_by_steps(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
         yield "training.precision", f'{text}; take "auto", "bfloat16" or "float32"'
 
 
-_RULES = (_asked, _derived, _stale, _scaled, _scheduled, _noised, _noised_by_clients, _noised_by_steps)
+_RULES = (_asked, _derived, _ranked, _stale, _scaled, _scheduled, _noised, _noised_by_clients, _noised_by_steps)
 
 
 def _strategy(config: RunConfig) -> Strategy:

@@ -457,11 +457,16 @@ class _Grouped:
                 contribution.release()
 
     def _whole(self, contribution: Contribution, name: str) -> Doubles:
-        shape = self._shapes[name]
+        place = self._sent.index(name)
+        shape = contribution.manifest.entries[place].shape
         values = np.empty(math.prod(shape))
-        for start, piece in _values(contribution, self._sent.index(name), self._block):
+        for start, piece in _values(contribution, place, self._block):
             values[start : start + piece.size] = piece
-        return values.reshape(shape)
+        if shape == self._shapes[name]:
+            return values.reshape(shape)
+        whole = -self._base[name].astype(np.float64)  # beyond its rank a client holds zeros
+        whole[tuple(slice(size) for size in shape)] = values.reshape(shape)
+        return whole
 
 
 def _values(contribution: Contribution, index: int, block: int) -> Iterator[tuple[int, Values]]:

@@ -55,6 +55,8 @@ class LocalJob:
         settings: `[training]` of this round.
         version: The adapter version to train from.
         state: The client's kept state, by group; an absent group is empty.
+        rank: Largest rank of LoRA factors that the client's device bears; None: any. It counts where the strategy takes
+            updates of a lower rank.
     """
 
     client: str
@@ -63,6 +65,7 @@ class LocalJob:
     settings: TrainingConfig
     version: Version
     state: Groups = field(default_factory=dict)
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, cycle
 from statistics import NormalDist
 
 from fedpeft import seeds
@@ -49,6 +49,8 @@ class ClientsAtWork:
         self._config = config
         self._engine = engine
         self._memory = memory
+        inputs = engine.trainer.inputs
+        self._ranks = dict(zip(sorted(inputs.clients), cycle(inputs.ranks), strict=False))
         self._not_begun: dict[str, Version] = {}
         self._to_begin: list[_Due] = []
         self._to_arrive: list[_Due] = []
@@ -120,7 +122,8 @@ class ClientsAtWork:
         number, client = ticket.issued_in, ticket.client
         seed = seeds.training(self._config.rounds.seed, number, client)
         version, state = self._not_begun.pop(ticket.id), self._memory.state(client)
-        return LocalJob(client, number, seed, training_of(self._config, number), version, state)
+        rank = self._ranks.get(client)
+        return LocalJob(client, number, seed, training_of(self._config, number), version, state, rank)
 
 
 def _ticket(book: RoundBook, client: str) -> Ticket:

@@ -43,6 +43,7 @@ class Inputs:
         device: auto, cpu, cuda or cuda:N.
         reading: Settings of reading images.
         held_out: Number of examples of the held-out data that are scored; None: all of them.
+        ranks: Ranks of LoRA factors that clients bear, in turn by name; empty: any.
     """
 
     config: RunConfig
@@ -53,6 +54,7 @@ class Inputs:
     device: str = "cpu"
     reading: Reading = USUAL
     held_out: int | None = None
+    ranks: tuple[int, ...] = ()
 
 
 class LocalTrainer:

@@ -102,11 +102,21 @@ def simulate(
         out.mkdir(parents=True, exist_ok=True)
         with locks.results(out, "simulation"), durable.scratch(out / "simulation") as scratch:
             trainer = LocalTrainer(
-                Inputs(config, clients, evaluate, weights, label_map, device, reading, settings.held_out)
+                Inputs(
+                    config,
+                    clients,
+                    evaluate,
+                    weights,
+                    label_map,
+                    device,
+                    reading,
+                    settings.held_out,
+                    settings.ranks or (),
+                )
             )
             shared = leakage(clients, evaluate, config, reading)
             header = RunHeader(run, config, trainer.run.spec, trainer.run.fingerprint)
-            check_combination(config, header.spec)
+            check_combination(config.model_copy(update={"simulation": settings}), header.spec)
             if (out / REPORT).exists():  # an earlier simulation's would stand beside what this one leaves
                 shutil.rmtree(out / UNFINISHED, ignore_errors=True)
                 (out / REPORT).unlink()
@@ -143,6 +153,7 @@ def _identity(header: RunHeader, engine: Engine) -> dict[str, Any]:
         "backbone": header.fingerprint,
         "clients": _clients_digest(inputs.clients),
         "evaluation": [_evaluation_digest(inputs.evaluation), inputs.held_out],
+        "ranks": list(inputs.ranks),
         "reading": str(inputs.reading),
         "label_map": str(inputs.label_map),
         "device": inputs.device,

@@ -15,6 +15,8 @@ import torch
 from fedpeft.adapters.sections import join, split
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.adapters.updates import Arrays, prepare
+from fedpeft.aggregation import strategy
+from fedpeft.aggregation.low_rank.ranks import cut, limited, of_rank, padded
 from fedpeft.algorithms import algorithm
 from fedpeft.config import RunConfig, TrainingConfig
 from fedpeft.models import backbones
@@ -87,7 +89,7 @@ class LoadedRun:
             TrainingFailed: If training ended without an update, or the client's privacy budget is spent.
         """
         budget = LocalBudget.of(self.config, job, len(dataset))  # before anything is trained in vain
-        beside = self._set(job.version, job.state.get(LOCAL, {}))
+        beside = self._set(job.version, job.state.get(LOCAL, {}), self._rank(job))
         self._count_memory()
         result = train(
             self.task,
@@ -112,7 +114,7 @@ class LoadedRun:
             The training, and the random numbers of the client, from which its start and its steps draw.
         """
         LocalBudget.of(self.config, job, len(dataset))  # before anything is trained in vain
-        beside = self._set(job.version, job.state.get(LOCAL, {}))
+        beside = self._set(job.version, job.state.get(LOCAL, {}), self._rank(job))
         self._count_memory()
         tensors, spec = self.model.copies(job.round), self.model.spec
         stream = Stream(job.seed, self.device)
@@ -141,8 +143,10 @@ class LoadedRun:
         budget = budget or LocalBudget.of(self.config, job, result.examples)
         memory = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(self.device))} if on_gpu else {}
         kept, groups = job.state.get(LOCAL, {}), _groups(job.settings)
-        sent = self.spec.sent(job.round)
-        changes, residual = join(result.delta, result.sections), job.state.get(RESIDUAL, {})
+        whole = self.spec.sent(job.round)
+        sent = of_rank(whole, self._rank(job))
+        changes = cut(join(result.delta, result.sections), sent)
+        residual = cut(job.state.get(RESIDUAL, {}), sent)
         update = prepare(changes, residual, sent, budget.codec, transforms_of(self.config), job.seed)
         local = {**kept, **{name: result.local[name] for name in self.own if name in result.local}}
         before = {key: job.state.get(key, {}) for key in groups.values()}
@@ -151,8 +155,8 @@ class LoadedRun:
         return LocalUpdate(
             job.client,
             update,
-            {RESIDUAL: update.residual_if_counted, LOCAL: local, **counted, **budget.state},
-            {RESIDUAL: update.residual_if_not, LOCAL: local, **before, **budget.state},
+            {RESIDUAL: padded(update.residual_if_counted, whole), LOCAL: local, **counted, **budget.state},
+            {RESIDUAL: padded(update.residual_if_not, whole), LOCAL: local, **before, **budget.state},
             result.examples,
             budget.figures({**result.metrics, **update.figures, **memory}),
             {**result.facts, "threads": str(torch.get_num_threads())},
@@ -164,9 +168,15 @@ class LoadedRun:
         wanted = self.config.training.precision
         return evaluate(self.task, self.model, dataset, device=self.device, wanted=wanted)
 
-    def _set(self, version: Version, local: Mapping[str, Any]) -> dict[str, Arrays]:
-        """Puts a version into the model; returns its other sections."""
+    def _rank(self, job: LocalJob) -> int | None:
+        """Returns the rank of a client's factors, where it may be another than the run's."""
+        chosen = self.config.aggregation
+        return job.rank if job.rank and strategy(chosen.strategy, chosen.options).takes_ranks else None
+
+    def _set(self, version: Version, local: Mapping[str, Any], rank: int | None = None) -> dict[str, Arrays]:
+        """Puts a version into the model, as a client of a rank holds it; returns its other sections."""
         adapter, beside = split(self.spec, version.tensors())
+        adapter = limited(adapter, self.model.spec.shared, rank)
         self.model.load({**adapter, **self.own, **local})
         return beside
 

@@ -324,7 +324,10 @@ class TensorEntry(_message.Message):
     """Number of bytes."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The shape after decoding, equal to the spec's."""
+        """The shape after decoding, equal to the spec's. In an update to a run whose strategy takes unequal ranks (`flora`, `fedex_lora`,
+        `flexlora`, `lora_fair`) all `*.lora_A.weight` [r, in] and `*.lora_B.weight` [out, r] may have one r below the spec's, at
+        least 1: such a client began with zeros beyond, left them zero, and the server takes them as zero.
+        """
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ RESIDUAL_DOWN, RESIDUAL_UP = ".residual.down", ".residual.up"
 class FactorStrategy(GroupStrategy):
     """A strategy whose groups begin with A and B of a LoRA layer; other tensors get the weighted mean."""
 
+    takes_ranks = True
+
     def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
         """See `Strategy.misfit`."""
         rounds = range(1, spec.period + 1)
