@@ -26,10 +26,12 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from fedpeft.api.following import RunSnapshot
-from fedpeft.errors import LocalError, SettingsInvalid, StateInvalid
+from fedpeft.data.sources.opening import open_source
+from fedpeft.errors import DataInvalid, LocalError, SettingsInvalid, StateInvalid
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.cli.run import live
 from fedpeft_operator.demo import federation, report
+from fedpeft_operator.demo.division import divide
 from fedpeft_operator.federation import process_group
 from fedpeft_operator.federation.process_group import ProcessGroup, free_ports
 
@@ -217,10 +219,41 @@ def test_plan_finds_what_is_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     experiment(tmp_path)
     plan = federation.plan_of(tmp_path / "out", 7, None, None, "hub", 0, 0)
     assert (plan.config.rounds.count, plan.config.model.weights, plan.weights) == (7, "hub", None)
-    with pytest.raises(SettingsInvalid, match=r"has no train\.parquet"):
-        federation.plan_of(tmp_path / "out", None, None, tmp_path, None, 0, 0)
+    with pytest.raises(DataInvalid, match=r"there is no data at .*absent"):
+        federation.plan_of(tmp_path / "out", None, None, tmp_path / "absent", None, 0, 0)
     with pytest.raises(SettingsInvalid, match="neither hub nor a file"):
         federation.plan_of(tmp_path / "out", None, None, None, "absent", 0, 0)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Images of one's own: a folder a class, 10 images each."""
+    for kind, name in enumerate(("Kreis", "Quadrat")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            image = square(kind)["bytes"]
+            assert isinstance(image, bytes)
+            (tmp_path / "photos" / name / f"{number}.png").write_bytes(image)
+    return tmp_path / "photos"
+
+
+def test_one_s_own_images_are_dealt_out_and_a_fifth_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment(tmp_path)
+    plan = federation.plan_of(tmp_path / "out", None, None, photos, None, 0, 0)
+    assert plan.config.model.classes == ("Kreis", "Quadrat") and plan.config.name == "own-data" and plan.test is None
+    names, held_out = divide(photos, None, None, tmp_path / "clients", tmp_path / "held-out")
+    assert names == {f"client-{k}": 4 for k in range(4)}
+    parts = [open_source(tmp_path / "clients" / name) for name in names] + [open_source(held_out)]
+    images = [part.name(row).split("(")[1] for part in parts for row in range(len(part))]
+    assert len(parts[-1]) == 4 and len(set(images)) == len(images) == 20
+    assert f"{photos}: 20 images, of which 4 are held out for the evaluator\nclients: client-0 (4 images)" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(SettingsInvalid, match=r"--clients 17: .* has 16 images to train on"):
+        divide(photos, None, 17, tmp_path / "more", tmp_path / "aside")
 
 
 async def test_folder_of_somebody_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +314,19 @@ def test_whole_demo(tmp_path: Path) -> None:
     assert sum(values.size for values in tensors.values()) == made["adapter_parameters"]
     assert (tmp_path / "out" / "accuracy.png").stat().st_size > 10_000
     assert len(list((tmp_path / "out" / "logs").iterdir())) == 4
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("preloaded")
+def test_whole_demo_of_one_s_own_images(tmp_path: Path, photos: Path) -> None:
+    experiment(tmp_path)
+    command = [sys.executable, "-m", "fedpeft_operator.app", "demo", "--out", "out", "--rounds", "1"]
+    command += ["--data", "photos", "--clients", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert made["clients"] == {"client-0": 8, "client-1": 8} and made["classes"] == ["Kreis", "Quadrat"]
+    assert made["rounds"][0]["clients"] == ["client-0", "client-1"] and 0 <= made["accuracy"] <= 1
 
 
 @pytest.mark.e2e

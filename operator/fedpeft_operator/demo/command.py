@@ -15,6 +15,7 @@ from fedpeft_operator.cli.session import require
 EPILOG = epilog(
     "fedpeft demo --out demo-out",
     "fedpeft demo --out demo-out --rounds 3 --clients 2",
+    "fedpeft demo --out demo-out --data photos",
     hint="Ctrl-C ends it and all its processes.",
     ends=(Exit.INTERRUPTED,),
 )
@@ -27,10 +28,21 @@ def demo(
     ] = None,
     clients: Annotated[
         int | None,
-        typer.Option("--clients", metavar="N", min=1, help="Number of clients; one for each vendor if absent."),
+        typer.Option(
+            "--clients",
+            metavar="N",
+            min=1,
+            help="Number of clients; if absent one for each vendor, else 4.",
+        ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="Folder of train.parquet and test.parquet.")
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="Images of one's own: a folder of class folders, parquet, or hub:NAME/SPLIT, of which a fifth is held "
+            "out; or a folder of train.parquet and test.parquet.",
+        ),
     ] = None,
     weights: Annotated[
         str | None,

@@ -11,9 +11,9 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import fedpeft
@@ -21,7 +21,6 @@ from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
 from fedpeft.config import RunConfig, load_run_file
 from fedpeft.errors import SettingsInvalid, StateInvalid, TrainingFailed
-from fedpeft.formatting import counted
 from fedpeft.process import locks, output
 from fedpeft.process.home import NO_HOME, home_folder
 from fedpeft.process.race import first_of
@@ -33,12 +32,10 @@ from fedpeft_operator.federation.local_server import FOR_PEOPLE, serve
 from fedpeft_operator.federation.process_group import ProcessGroup
 
 EXPERIMENT = Path("experiments/emoji")
-COLUMN = "vendor"
-"""The column whose values are the clients."""
 EVALUATOR = "evaluator"
 MARK = ".fedpeft-demo"
 """File that marks a folder as a demo's, whose contents the next one may replace."""
-OURS = ("clients", "server", "state", "logs", "report.json", "accuracy.png", "adapter.safetensors")
+OURS = ("clients", "held-out", "server", "state", "logs", "report.json", "accuracy.png", "adapter.safetensors")
 
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 """Seven processes share the machine: more threads each would only wait for one another."""
@@ -51,8 +48,8 @@ class Plan:
     Attributes:
         out: Its folder.
         experiment: The folder of the emoji experiment.
-        train: Parquet file, a client a value of `COLUMN`.
-        test: Parquet file of held-out images.
+        train: Images, a client a vendor if they have such.
+        test: Held-out images; None: some of the others.
         config: The run file, flags applied.
         clients: Number of clients, or all.
         weights: File of the backbone's weights; None: the demo's own is fetched, or the hub's are used.
@@ -63,7 +60,7 @@ class Plan:
     out: Path
     experiment: Path
     train: Path
-    test: Path
+    test: Path | None
     config: RunConfig
     clients: int | None
     weights: Path | None
@@ -84,17 +81,15 @@ def plan_of(
 
     Raises:
         SettingsInvalid: If a flag names what is not there.
-        ConfigInvalid: If the demo's run file is wrong.
+        ConfigInvalid: If the demo's run file is wrong, or data have one class alone.
+        DataInvalid: If data cannot be read.
     """
     experiment = _experiment()
-    data = data or experiment / "data"
-    for name in ("train.parquet", "test.parquet"):
-        if not (data / name).is_file():
-            raise SettingsInvalid(f"--data {data} has no {name}; name a folder of train.parquet and test.parquet")
+    train, test = _data(data or experiment / "data")
     file = None if weights in (None, "hub") else Path(str(weights))
     if file is not None and not file.is_file():
         raise SettingsInvalid(f"--weights {weights} is neither hub nor a file")
-    config = load_run_file(experiment / "demo.toml")
+    config = load_run_file(experiment / "demo.toml") if data is None else _of_classes(experiment / "demo.toml", train)
     if weights == "hub":
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": "hub"})})
     if rounds is not None:
@@ -102,14 +97,34 @@ def plan_of(
     return Plan(
         out.absolute(),
         experiment,
-        data / "train.parquet",
-        data / "test.parquet",
+        train,
+        test,
         config,
         clients,
         file,
         port,
         metrics_port,
     )
+
+
+def _data(data: Path) -> tuple[Path, Path | None]:
+    """Returns training and held-out images: a folder of both, or one data set."""
+    train, test = data / "train.parquet", data / "test.parquet"
+    if train.is_file() and test.is_file():
+        return train, test
+    from fedpeft.data.sources.hub import local_path
+
+    return local_path(data), None
+
+
+def _of_classes(file: Path, train: Path) -> RunConfig:
+    """Returns the demo's run file for the classes of one's own data, in their order unless they are the demo's."""
+    from fedpeft.data.client_folders import classes_there
+
+    config, classes = load_run_file(file), classes_there(train)
+    if set(classes) == set(config.model.classes):
+        return config
+    return load_run_file(file, {"name": "own-data", "model": {"classes": classes}})
 
 
 async def run_demo(plan: Plan) -> RunSnapshot:
@@ -141,9 +156,9 @@ async def _run_in(plan: Plan) -> RunSnapshot:
 
 async def _run_processes(plan: Plan, processes: ProcessGroup, begun: float) -> RunSnapshot:
     weights = await _weights(plan, processes)
-    names = _partition(plan)
+    names, held_out = _divided(plan)
     session = await _serve(plan, processes)
-    _start_clients(plan, processes, session, names, weights)
+    _start_clients(plan, processes, session, {**_sites(plan, names), EVALUATOR: held_out}, weights)
     output.say("building the model and creating the run ...")
     config = _sized(plan.config, len(names))
     run = await first_of(created(session, config, weights), processes.watch())
@@ -231,29 +246,11 @@ def _cache(plan: Plan) -> Path:
     return home / ".cache" / "fedpeft"
 
 
-def _partition(plan: Plan) -> dict[str, int]:
-    """Writes the images of each client, those of the vendors that have most; returns how many each has."""
-    from fedpeft.data.overlap import overlap
-    from fedpeft.data.partition_writer import write_parts
-    from fedpeft.data.partitions import natural
-    from fedpeft.data.sources.opening import open_source
+def _divided(plan: Plan) -> tuple[dict[str, int], Path]:
+    """Writes each client's images; returns how many each has, and where the held-out ones are."""
+    from fedpeft_operator.demo.division import divide  # of what only the processes need otherwise
 
-    training = open_source(plan.train)
-    shared = overlap([("", training)], 1, open_source(plan.test))
-    if shared.images or shared.not_compared:
-        output.note(str(shared))
-    whole = natural(training.column(COLUMN), COLUMN)
-    wanted = len(whole.names) if plan.clients is None else plan.clients
-    if wanted > len(whole.names):
-        raise SettingsInvalid(f"--clients {wanted}: {plan.train} has drawings of {len(whole.names)} vendors")
-    most = sorted(range(len(whole.names)), key=lambda k: -len(whole.parts[k]))[:wanted]
-    kept = sorted(most)
-    chosen = replace(whole, parts=tuple(whole.parts[k] for k in kept), names=tuple(whole.names[k] for k in kept))
-    record = write_parts(plan.train, chosen, plan.out / "clients", source=training)
-    names = {client["name"]: client["examples"] for client in record["clients"]}
-    listed = ", ".join(f"{name} ({counted(count, 'image')})" for name, count in names.items())
-    output.say(f"clients: {listed}")
-    return names
+    return divide(plan.train, plan.test, plan.clients, plan.out / "clients", plan.out / "held-out")
 
 
 async def _serve(plan: Plan, processes: ProcessGroup) -> Session:
@@ -263,14 +260,17 @@ async def _serve(plan: Plan, processes: ProcessGroup) -> Session:
     return Session(listen, insecure=True)  # this server speaks plain text, whatever identity this person has
 
 
+def _sites(plan: Plan, names: Iterable[str]) -> dict[str, Path]:
+    return {name: plan.out / "clients" / name for name in names}
+
+
 def _start_clients(
-    plan: Plan, processes: ProcessGroup, session: Session, names: Mapping[str, int], weights: Path | None
+    plan: Plan, processes: ProcessGroup, session: Session, sites: Mapping[str, Path], weights: Path | None
 ) -> None:
     """Starts a client beside each part of the data, and the evaluator beside the held-out images."""
     shared = ["--server", session.server, "--threads", "1", "--device", "cpu", *FOR_PEOPLE]
     if weights is not None:
         shared += ["--weights", str(weights)]
-    sites = {name: plan.out / "clients" / name for name in names} | {EVALUATOR: plan.test}
     for name, data in sites.items():
         own = ["--name", name, "--data", str(data), "--state-dir", str(plan.out / "state" / name)]
         own += ["--evaluate"] if name == EVALUATOR else []
