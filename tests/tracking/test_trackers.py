@@ -76,11 +76,13 @@ def test_tensorboard_has_each_point_once(tmp_path):
 
 def test_mlflow_has_each_point_once(tmp_path):
     from mlflow import MlflowClient
+    from mlflow.telemetry.utils import is_telemetry_disabled
 
     store = f"sqlite:///{tmp_path / 'runs.db'}"
     follow_thrice(f"mlflow={store}", tmp_path)
     client = MlflowClient(store)
     (run,) = client.search_runs([client.get_experiment_by_name("fedpeft").experiment_id])
+    assert is_telemetry_disabled()
     assert run.info.status == "FINISHED" and run.info.run_name == "emoji of sites"
     assert run.data.params == {"rounds.count": "2", "model.classes": '["cat", "dog"]'}
     assert run.data.tags["fedpeft.run"] == "run-0a1b2c3d4e5f" and run.data.tags["fedpeft.method"] == "bias"
@@ -107,13 +109,14 @@ def test_trackio_has_each_point_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_wandb_has_each_point_once(tmp_path, monkeypatch):
+def test_wandb_has_each_point_once(tmp_path, monkeypatch, capsys):
     import wandb
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     follow_thrice("wandb=sites", tmp_path)
+    assert capsys.readouterr().out == ""
     wandb.teardown()  # its process closes the files after a run's end
     history, names = [], set()
     for file in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):
@@ -122,6 +125,7 @@ def test_wandb_has_each_point_once(tmp_path, monkeypatch):
             names.add((record.run.project, record.run.display_name))
             history += [{"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}]
     assert ("sites", "emoji of sites") in names
+    assert not list((tmp_path / "wandb").rglob("requirements.txt"))
     assert sorted((each["round"], each["train_loss"]) for each in history if "train_loss" in each) == [
         ("1", "1"),
         ("2", "0.5"),

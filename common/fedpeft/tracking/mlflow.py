@@ -1,4 +1,8 @@
-"""MLflow: a run of an experiment, in any store of its own. The run file is its parameters."""
+"""MLflow: a run of an experiment, in any store of its own. The run file is its parameters.
+
+Notable: the library reports its use to its makers unless it is told otherwise; here it is, unless the environment says
+so (`MLFLOW_DISABLE_TELEMETRY=false`).
+"""
 
 from __future__ import annotations
 
@@ -34,6 +38,7 @@ class MLflow(Tracker):
 
     def begin(self, run: TrackedRun) -> set[Point]:
         """See `Tracker.begin`."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read as it is imported
         from mlflow import MlflowClient
 
         here = f"sqlite:///{self.folder.absolute() / 'mlflow.db'}"

@@ -27,6 +27,7 @@ class WeightsAndBiases(Tracker):
 
     def begin(self, run: TrackedRun) -> set[Point]:
         """See `Tracker.begin`."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read as it is imported
         import wandb
 
         self._handed_over = self.folder / "wandb" / f"{run.label}.points"
@@ -48,6 +49,7 @@ class WeightsAndBiases(Tracker):
                 x_disable_machine_info=True,
                 x_disable_meta=True,
                 x_disable_stats=True,
+                x_save_requirements=False,
             ),
         )
         self._run.define_metric("*", step_metric="round")
