@@ -44,6 +44,8 @@ def _values(schema: dict[str, Any]) -> str:
         return f"`{json.dumps(schema['const'])}`"
     if "enum" in schema:
         return ", ".join(f"`{json.dumps(v)}`" for v in schema["enum"])
+    if schema.get("type") == "array" and schema.get("items", {}).get("type") == "integer":
+        return "list of whole numbers"
     kind = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`"}.get(
         schema.get("type", ""),
         {"string": "text", "array": "list of texts", "object": "table"}.get(schema.get("type", ""), "any"),
