@@ -19,6 +19,8 @@ from .preloaded.fedpeft_tests_launcher import await_preloaded, namespace
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # read by torch and NumPy when they are first imported
 
+os.environ["FEDPEFT_PIXEL_CACHE"] = "off"  # nothing of a test is kept for the next one
+
 # A shell ignores Ctrl-C for what it runs behind, and every process that a test starts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

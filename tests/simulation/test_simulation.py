@@ -9,6 +9,7 @@ from fedpeft import seeds
 from fedpeft.adapters import payload
 from fedpeft.adapters.adapter_file import open_adapter
 from fedpeft.api import views
+from fedpeft.data import store
 from fedpeft.data.dataset import open_dataset
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.models.backbones import build
@@ -16,14 +17,14 @@ from fedpeft.models.tasks import task_of
 from fedpeft.peft import spec_of, tune
 from fedpeft.privacy.events import Clipped
 from fedpeft.rounds import record, state_machine
-from fedpeft.simulation import simulate
+from fedpeft.simulation import clients_of, simulate
 from fedpeft.simulation.clients import ClientData
 from fedpeft.training import local_round
 from fedpeft.training.evaluation import evaluate
 from fedpeft.training.loop import train
 from fedpeft.v1 import run_pb2
 
-from ..data.test_sources import NAMES
+from ..data.test_sources import NAMES, table, write
 from .simulated_runs import clients, config, same, tensors, without_clock
 
 
@@ -220,3 +221,17 @@ def test_clipped_updates_are_within_the_bound_and_say_by_how_much(tmp_path, fold
         factor = 0.01 / first[ticket["client"]]["update_norm"]
         assert ticket["metrics"]["clip_factor"] == pytest.approx(factor, rel=1e-2)
     assert "events" not in plain["rounds"][0] and "clip_factor" not in plain["rounds"][0]["tickets"][0]["metrics"]
+
+
+def test_a_second_simulation_decodes_nothing_and_has_the_same_bits(tmp_path, monkeypatch):
+    whole = write(tmp_path / "whole.parquet", table(40))
+    real, decoded = store.decode_rows, []
+    monkeypatch.setattr(store, "decode_rows", lambda *arguments: decoded.append(1) or real(*arguments))
+    run = config(simulation={"clients": 3})
+    for name, place in (("plain", "off"), ("first", str(tmp_path / "cache")), ("second", str(tmp_path / "cache"))):
+        monkeypatch.setenv("FEDPEFT_PIXEL_CACHE", place)
+        decoded.clear()
+        simulate(run, clients_of(whole, run)[0], tmp_path / name, evaluate=whole)
+        assert (len(decoded) == 0) == (name == "second")
+        for file in ("adapter.safetensors", "records.jsonl"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()

@@ -179,15 +179,17 @@ def dataset_of(
     label_map: Path | Mapping[str, str | None] | None = None,
     cache_bytes: int = CACHE_BYTES,
     workers: int | None = None,
+    pixel_cache: Path | None = None,
 ) -> ImageDataset:
-    """Returns a source as a run's data set; arguments and errors as `open_dataset`."""
+    """Returns a source as a run's data set; arguments and errors as `open_dataset`, `pixel_cache` as `PixelStore`."""
     renamed = read_label_map(label_map) if isinstance(label_map, Path) else label_map
     mapped = map_labels(source.class_names, source.labels, classes, renamed)
     known = source.unreadable
     bad = [row for row in map(int, mapped.rows) if row in known] if known else []
     if fault := too_many_unreadable(len(bad), mapped.examples):
         raise _unreadable(fault, [(source.name(row), known[row]) for row in bad[:_NAMED]])
-    return ImageDataset(PixelStore(source, preprocessing, cache_bytes, workers), mapped.rows, mapped.labels, classes)
+    store = PixelStore(source, preprocessing, cache_bytes, workers, pixel_cache)
+    return ImageDataset(store, mapped.rows, mapped.labels, classes)
 
 
 def _unreadable(fault: str, named: Sequence[tuple[str, str]]) -> DataInvalid:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that is opened where nothing else is set: Pillow's own limit."""
@@ -16,11 +17,13 @@ class Reading:
         image_column: Column of parquet that holds the images; None: `image` or `img`.
         label_column: Column of parquet that holds the labels; None: `label`, `labels` or `fine_label`.
         max_image_pixels: Pixels of the largest image that is opened.
+        pixel_cache: Folder in which decoded pixels are kept between processes, for simulations; None: they are not.
     """
 
     image_column: str | None = None
     label_column: str | None = None
     max_image_pixels: int = MAX_PIXELS
+    pixel_cache: Path | None = field(default=None, repr=False, compare=False)
 
 
 USUAL = Reading()

@@ -1,4 +1,7 @@
-"""Decoded images of a source: decoded once and kept while they fit a stated number of bytes, else every time."""
+"""Decoded images of a source: decoded once and kept while they fit a stated number of bytes, else every time.
+
+What is kept in memory may be kept between processes too, see `fedpeft.data.pixel_cache`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import structlog
@@ -14,7 +18,8 @@ from numpy.typing import NDArray
 
 from fedpeft.data.decoding import Decoded, Decoders, decode_rows, highest_value
 from fedpeft.data.images import BitsUnknown
-from fedpeft.data.sources.interface import DEEP_BITS, Indices, Source
+from fedpeft.data.pixel_cache import PixelFile, opened
+from fedpeft.data.sources.interface import DEEP_BITS, Indices, Source, origin
 from fedpeft.data.transforms import Pixels, Preprocessing
 
 CACHE_BYTES = 512 * 1024 * 1024
@@ -45,10 +50,16 @@ class PixelStore:
         preprocessing: Preprocessing of the images.
         cache_bytes: Size up to which all decoded pixels are kept.
         workers: Worker processes for decoding; chosen from the data's size and the processors if None.
+        pixel_cache: Folder in which pixels that are kept outlive the process; None: none.
     """
 
     def __init__(
-        self, source: Source, preprocessing: Preprocessing, cache_bytes: int = CACHE_BYTES, workers: int | None = None
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        cache_bytes: int = CACHE_BYTES,
+        workers: int | None = None,
+        pixel_cache: Path | None = None,
     ) -> None:
         self.source = source
         self.preprocessing = replace(preprocessing, bits=None)
@@ -59,6 +70,7 @@ class PixelStore:
         self._kept: Pixels | None = np.empty((len(source), 3, side, side), np.uint8) if size <= cache_bytes else None
         self._state: NDArray[np.uint8] = np.zeros(len(source), np.uint8)
         self._workers = workers
+        self._pixel_cache = pixel_cache
         self._decoders: Decoders | None = None
 
     @property
@@ -76,7 +88,9 @@ class PixelStore:
         """Decodes rows ahead, in worker processes; does nothing where there are none, or pixels are not kept."""
         if self._kept is None or not self.workers:
             return
-        missing = rows[self._state[rows] == _UNKNOWN]
+        missing = self._recalled(rows[self._state[rows] == _UNKNOWN])
+        if not len(missing):
+            return
         batches = [missing[at : at + _WORKER_ROWS] for at in range(0, len(missing), _WORKER_ROWS)]
         for some, (pixels, good) in zip(batches, self._decoded(batches), strict=True):
             self._keep(some, pixels, good)
@@ -96,7 +110,7 @@ class PixelStore:
             yield from self._decoded(batches)
             return
         for rows in batches:
-            missing = rows[self._state[rows] == _UNKNOWN]
+            missing = self._recalled(rows[self._state[rows] == _UNKNOWN])
             if len(missing):
                 self._keep(missing, *self._decoded_here(missing))
             good = self._state[rows] == _GOOD
@@ -106,6 +120,32 @@ class PixelStore:
         assert self._kept is not None
         self._kept[rows[good]] = pixels
         self._state[rows] = np.where(good, _GOOD, _BAD)
+        if (cached := self._cached(rows[good])) is not None:
+            file, at = cached
+            file.put(at, pixels)
+
+    def _recalled(self, rows: Indices) -> Indices:
+        """Takes rows that another process decoded; returns those that are left."""
+        if not len(rows) or (cached := self._cached(rows)) is None:
+            return rows
+        assert self._kept is not None
+        file, at = cached
+        for row, pixels in zip(rows, file.get(at), strict=True):
+            if pixels is not None:
+                self._kept[row], self._state[row] = pixels, _GOOD
+        left: Indices = rows[self._state[rows] == _UNKNOWN]
+        return left
+
+    def _cached(self, rows: Indices) -> tuple[PixelFile, list[int]] | None:
+        """Returns the file that keeps pixels between processes, and where rows are in it; None if they are not kept.
+
+        Where the bits in use matter, those of the part of a source are meant, and pixels are those of that part alone.
+        """
+        if self._pixel_cache is None or self.preprocessing.bits is not None:
+            return None
+        whole, at = origin(self.source, rows)
+        file = opened(self._pixel_cache, whole, self.preprocessing)
+        return None if file is None else (file, at.tolist())
 
     def _decoded(self, batches: Iterable[Indices]) -> Iterator[tuple[Pixels, NDArray[np.bool_]]]:
         """Decodes batches in order, in worker processes if there are any."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.tensor_errors import as_os_errors
 from fedpeft.config import RunConfig, SimulationConfig
-from fedpeft.data import partitions
+from fedpeft.data import partitions, pixel_cache
 from fedpeft.data.client_folders import clients_in, refuse_splits, subfolders
 from fedpeft.data.division import Division
 from fedpeft.data.examples import Examples
@@ -59,6 +59,7 @@ def reading_of(
         image_column or said.image_column,
         label_column or said.label_column,
         max_image_pixels or said.max_image_pixels or MAX_PIXELS,
+        pixel_cache.folder_here(),
     )
 
 

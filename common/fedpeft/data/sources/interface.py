@@ -185,3 +185,12 @@ class Selection:
     def tables(self, rows: Indices) -> Iterator[Any]:
         """Yields whole rows, ascending in the whole source."""
         return self._source.tables(self._rows[rows])
+
+    def origin(self, rows: Indices) -> tuple[Source, Indices]:
+        """Returns the whole source, and where rows of the selection are in it."""
+        return origin(self._source, self._rows[rows])
+
+
+def origin(source: Source, rows: Indices) -> tuple[Source, Indices]:
+    """Returns the source that others are parts of, and where rows of one of these are in it."""
+    return source.origin(rows) if isinstance(source, Selection) else (source, rows)

@@ -89,7 +89,10 @@ class ImageClassification(Classification):
         """See `Task.dataset`."""
         kept = CACHE_BYTES if cache_bytes is None else cache_bytes
         wanted = Preprocessing.of(model, self._reading.max_image_pixels)
-        return dataset_of(source, model.config.classes, wanted, label_map=label_map, cache_bytes=kept)
+        cache = self._reading.pixel_cache
+        return dataset_of(
+            source, model.config.classes, wanted, label_map=label_map, cache_bytes=kept, pixel_cache=cache
+        )
 
     def collate(self, rows: Rows, training: Pass | None) -> Batch:
         """Returns pixels, uint8[n, 3, side, side], and labels, int64[n]; augmented in training."""
