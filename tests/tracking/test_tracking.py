@@ -84,7 +84,10 @@ def test_a_tracker_that_does_not_answer_delays_the_end_by_a_bound(monkeypatch):
     monkeypatch.setattr(sink, "begin", lambda run: answered.wait() and set())
     try:
         _, said = follow(sink)
-        assert [line["event"] for line in said] == ["tracker does not answer: the run ends without it"]
+        assert [line["event"] for line in said] == [
+            "waiting for tracker",
+            "tracker does not answer: the run ends without it",
+        ]
     finally:
         answered.set()
 

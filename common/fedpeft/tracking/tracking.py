@@ -22,6 +22,9 @@ END_S = 60.0
 Figures: TypeAlias = tuple[dict[str, float], float]
 """Figures of a round by name, and the time of its commit."""
 
+SILENT_S = 2.0
+"""Wait of which nothing is said."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -110,9 +113,13 @@ class _Sink:
 
     def join(self, deadline: float) -> None:
         """Waits for the end, which was put; says that it did not come, or what was not written."""
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._thread.join(min(SILENT_S, max(0.0, deadline - time.monotonic())))
         if self._thread.is_alive():
-            log.warning("tracker does not answer: the run ends without it", tracker=self.name, waited_s=END_S)
+            left_s = max(0.0, deadline - time.monotonic())
+            log.info("waiting for tracker", tracker=self.name, rounds=len(self.pending), at_most_s=round(left_s))
+            self._thread.join(left_s)
+        if self._thread.is_alive():
+            log.warning("tracker does not answer: the run ends without it", tracker=self.name, rounds=len(self.pending))
         elif self.pending:
             log.warning("tracker misses rounds", tracker=self.name, rounds=len(self.pending), failures=self._failures)
 
