@@ -76,6 +76,13 @@ def test_a_client_works_out_the_noise_that_lasts_for_all_rounds_and_no_more() ->
             LocalBudget.of(config, job(config, state), examples)
 
 
+@pytest.mark.parametrize(("target", "examples", "steps"), [(0.2, 100_000, 1), (100.0, 20, 5), (5.0, 4, 3)])
+def test_noise_is_found_for_budgets_of_any_size(target: float, examples: int, steps: int) -> None:
+    config = run(rounds={"count": 2}, privacy={"noise_multiplier": None, "target_epsilon": target})
+    z = example_noise(config, examples, steps)
+    assert 0.02 < z < 100 and example_epsilon(z, 16, [Steps(examples, 2 * steps)], 1e-3) <= target
+
+
 def test_a_client_goes_on_with_what_it_spent_and_with_its_noise_when_its_data_grow() -> None:
     config = run(rounds={"count": 4}, privacy={"noise_multiplier": None, "target_epsilon": 5.0})
     first = LocalBudget.of(config, job(config), 100)

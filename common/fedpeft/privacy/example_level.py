@@ -10,6 +10,7 @@ round is claimed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,10 @@ _COARSE = 1e-2
 """The same where a noise multiplier is searched for."""
 _LITTLE = 0.2**2
 """Square of the noise multiplier below which it is coarser: nobody is protected any more."""
+_LEAST = math.log(0.02)
+"""Logarithm of a noise multiplier that hides nothing, below which none is searched for."""
+_NOTHING = 1e-9
+"""Epsilon that stands for 0 where its logarithm is taken."""
 _MARGIN = 1.0005
 """Factor by which a noise multiplier grows that was found too small by the finer accountant."""
 
@@ -83,15 +88,21 @@ def _composed(z: float, steps: tuple[tuple[float, int], ...], delta: float, inte
 @lru_cache(maxsize=256)
 def _noise_for(target: float, delta: float, rate: float, steps: int) -> float:
     """Returns the least noise multiplier, to about a thousandth, with which so many steps stay within an epsilon."""
-    low = high = 1.0
+    from scipy.optimize import brentq  # dp-accounting needs it too
+
     every = ((rate, steps),)
-    while _composed(high, every, delta, _COARSE) > target:
-        low, high = high, 2 * high
-    while low == high or _composed(low, every, delta, _COARSE) <= target:
-        low, high = low / 2, low
-    while high / low > _MARGIN:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if _composed(middle, every, delta, _COARSE) <= target else (middle, high)
-    while _composed(high, every, delta) > target:
-        high *= _MARGIN
-    return high
+
+    def excess(log_z: float) -> float:
+        return math.log(max(_composed(math.exp(log_z), every, delta, _COARSE), _NOTHING) / target)
+
+    low, high = -0.5, 0.5
+    while excess(high) > 0:
+        low, high = high, high + 1
+    while excess(low) <= 0 and low > _LEAST:
+        low, high = low - 1, low
+    if low <= _LEAST:
+        return math.exp(high)
+    z = math.exp(brentq(excess, low, high, xtol=_MARGIN - 1))
+    while _composed(z, every, delta) > target:
+        z *= _MARGIN
+    return float(z)

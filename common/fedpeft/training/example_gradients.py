@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,7 +153,8 @@ class ExampleGradients:
         values = {f"module.{name}": p.detach() for name, p in self._parameters.items()}
         each = vmap(grad_and_value(of_example), in_dims=(None, 0), randomness="different")
         try:
-            with autocast(self._dtype, self._device), _attention(self._device):
+            # Attention as plain products computes all examples at once; faster kernels would loop over them.
+            with autocast(self._dtype, self._device), sdpa_kernel(SDPBackend.MATH):
                 gradients, losses = each(values, dict(inputs))
         except torch.OutOfMemoryError:
             raise
@@ -197,8 +197,3 @@ def clipped_sum(gradients: Mapping[str, torch.Tensor], bound: float) -> Values:
         factors = factors[good]
         gradients = {name: each[good] for name, each in gradients.items()}
     return {name: (factors @ each.flatten(1).double()).reshape(each.shape[1:]) for name, each in gradients.items()}
-
-
-def _attention(device: torch.device) -> AbstractContextManager[None]:
-    """Returns the context in which attention computes all examples at once: the CPU's fast one would loop over them."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
