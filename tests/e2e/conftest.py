@@ -158,9 +158,9 @@ class Federation:
         self.run_file = folder / "run.toml"
         self.run_file.write_text(RUN_FILE)
 
-    def server(self) -> Process:
-        flags = ["--data-dir", str(self.folder / "server"), "--listen", f"127.0.0.1:{self.port}", "--metrics", ""]
-        process = self._start("fedpeft_server", "server", *flags)
+    def server(self, flags: tuple[str, ...] = ()) -> Process:
+        where = ["--data-dir", str(self.folder / "server"), "--listen", f"127.0.0.1:{self.port}", "--metrics", ""]
+        process = self._start("fedpeft_server", "server", *where, *flags)
         wait_for(lambda: process.events("serving") or process.process.poll() is not None, "the daemon")
         assert process.process.poll() is None, process.log.read_text()
         return process

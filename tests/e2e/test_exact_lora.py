@@ -46,12 +46,13 @@ def test_flora_over_the_network_is_flora_simulated(federation: Federation) -> No
     config = load_run_file(federation.run_file)
     alone = simulation.simulate(config, sites, federation.folder / "simulated")
 
-    federation.server()
+    federation.server(("--keep-updates",))
     for name in sites:
         federation.client(name, flags=("--rank", "1") if name == "alice" else ())
     run = federation.create()
     found = federation.finish(run)
     rounds = federation.show(run)["rounds"]
+    federation.fedpeft("run", "verify", run, "--spool", str(federation.folder / "server" / "spool"))
 
     spec = spec_of(config.model, "lora_residual", dict(config.peft.options))
     up = sum(4 * t.size for rank in RANKS.values() for t in of_rank(spec.sent(1), rank))

@@ -71,10 +71,12 @@ class ResidualStrategy(FactorStrategy):
             more: The matrix to be added.
         """
         v, u = base[2:]
-        up, s, down = Stack(u.T, v).plus(more).svd()
-        kept = min(len(v), len(s))
+        whole = Stack(u.T, v).plus(more).shortened()
+        if len(whole.up) > len(v):
+            whole = whole.of_rank(len(v))
+        kept = len(whole.up)
         after_v, after_u = np.zeros_like(v), np.zeros_like(u)
-        after_v[:kept], after_u[:, :kept] = down[:kept], (up[:kept] * s[:kept, None]).T
+        after_v[:kept], after_u[:, :kept] = whole.down, whole.up.T
         return [after_v - v, after_u - u]
 
 

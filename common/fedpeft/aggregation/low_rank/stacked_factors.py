@@ -84,6 +84,11 @@ class Stack:
         cores = [thin(rows)[0] for rows in (self.up, self.down)]
         return float(np.square(times(cores[0].T, cores[1])).sum())
 
+    def of_rank(self, rank: int) -> Stack:
+        """Returns the nearest matrix of a rank, with orthonormal rows in `down`."""
+        u, s, v = self.svd()
+        return Stack(u[:rank] * s[:rank, None], v[:rank])
+
     def svd(self) -> tuple[Doubles, Doubles, Doubles]:
         """Returns u [rank, out], s [rank], v [rank, in] with M = sum s_j u_j v_j^T, the largest s first.
 
