@@ -53,7 +53,7 @@ class Spool:
 
     @property
     def is_here(self) -> bool:
-        """Whether the file can be mapped: not once its maker is gone, nor on another machine."""
+        """True if the file can be mapped: not once its maker is gone, nor on another machine."""
         try:
             found = self._path.stat()
         except OSError:

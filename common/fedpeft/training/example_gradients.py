@@ -42,7 +42,7 @@ _ROUNDING = 2.0**-20
 
 @dataclass(frozen=True, slots=True)
 class ExampleNoise:
-    """What hides an example in a step.
+    """Bound and noise that hide an example in a step.
 
     Attributes:
         bound: C, the most that one example may add to a step's sum, by its Euclidean norm.
