@@ -46,7 +46,7 @@ def cohort(number: int, residual_rank: int, scale: float = 1.0) -> list[Contribu
 
 
 def held(tensors: dict[str, np.ndarray]) -> np.ndarray:
-    """What a layer adds to W, without its scale, float64."""
+    """The matrix that a layer adds to W, without its scale, float64."""
     ends = ("lora_A.weight", "lora_B.weight", "residual.down", "residual.up")
     a, b, v, u = (tensors[f"x.{end}"].astype(float) for end in ends)
     return b @ a + u @ v
