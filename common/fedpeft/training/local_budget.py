@@ -41,7 +41,7 @@ class LocalBudget:
             and go up with the next update.
         state: The client's state after the update, whatever becomes of it: it may have left the site.
         epsilon: Spent then; None without noise.
-        noise: What hides each example in training; None if nothing does.
+        noise: Bound and noise that hide each example in training; None without.
     """
 
     codec: CodecConfig

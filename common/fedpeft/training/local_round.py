@@ -132,7 +132,7 @@ class LoadedRun:
 
         Args:
             job: The work.
-            result: What training made of it.
+            result: The result of its training.
             budget: The privacy budget that it was trained with, if that depends on the data.
 
         Raises:
