@@ -3,8 +3,8 @@
     gradient = (sum over the batch of g_i min(1, C / ||g_i||) + N(0, (z C)^2 I)) / expected size of a batch
 
 g_i is the gradient of one example's loss, over all tensors that the round trains. Notable:
-- `torch.func` computes the gradients of single examples in one pass, for any method and any task of plain torch code:
-  opacus knows layers by their kind, and has no rule for prompts, for parameters that stand beside layers, or for LoRA.
+- `torch.func` computes the gradients of single examples in one pass, for any method and any task of plain torch code.
+  Rules for kinds of layers, as opacus has them, would need one more for each kind of parameter beside a layer.
 - The divisor is the same for every batch: its true size depends on who was drawn.
 - An empty batch makes a step of noise alone, or its absence would say that nobody was drawn.
 - A gradient that is not finite adds nothing: it has no norm to clip.
