@@ -42,6 +42,7 @@ async def _serve(listener: socket.socket, settings: Settings, connect: Connect, 
     sessions = SessionStore(settings.may_write)
     config = uvicorn.Config(
         console(settings, connect, sessions),
+        http="h11",  # not whatever parser happens to be installed: they answer bad requests differently
         log_config=None,
         access_log=False,
         server_header=False,

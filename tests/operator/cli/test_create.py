@@ -139,9 +139,9 @@ def test_check_refuses_a_combination_in_the_words_of_create(
 
 
 def test_check_refuses_an_engine_that_there_is_not(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = run_file(tmp_path, "bias", '[simulation]\nengine = "ray"\n')
+    path = run_file(tmp_path, "bias", '[simulation]\nengine = "rays"\n')
     assert fedpeft("run", "create", str(path), "--check") == 2
-    assert f"{path}:16: simulation.engine: there is no engine 'ray'; there are: " in capfd.readouterr().err
+    assert f"{path}:16: simulation.engine: there is no engine 'rays'; there are: " in capfd.readouterr().err
 
 
 def test_check_of_sections_counts_the_adapter_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
