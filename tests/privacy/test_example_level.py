@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,26 @@ def test_a_client_goes_on_with_what_it_spent_and_with_its_noise_when_its_data_gr
     z = first.noise.noise_multiplier
     assert second.epsilon == pytest.approx(on_paper(z, (0.08, 13), (0.16, 7)), abs=1e-9)
     assert second.codec == config.codec, "what an encoding leaves of a noised update may go up later"
+
+
+@pytest.mark.parametrize("other", [{"batch_size": 1}, {"precision": "float16"}])
+def test_a_ticket_cannot_change_what_past_steps_are_accounted_for_with(other: dict[str, Any]) -> None:
+    config = run(training={"batch_size": 100})
+    first = LocalBudget.of(config, job(config), 100)
+    asked = replace(job(config, first.state), settings=config.training.model_copy(update=other))
+    (key,) = other
+    with pytest.raises(TrainingFailed, match=f"round 1 asks for training.{key} = .*, and the run has"):
+        LocalBudget.of(config, asked, 100)
+
+
+def test_more_steps_of_a_ticket_are_spent_and_leave_the_noise_as_it_was() -> None:
+    config = run(rounds={"count": 4}, privacy={"noise_multiplier": None, "target_epsilon": 5.0})
+    first = LocalBudget.of(config, job(config), 100)
+    longer = replace(job(config, first.state), settings=config.training.model_copy(update={"epochs": 2}))
+    second = LocalBudget.of(config, longer, 100)
+    assert second.noise == first.noise is not None
+    z = first.noise.noise_multiplier
+    assert second.epsilon == pytest.approx(on_paper(z, (0.16, 21)), abs=1e-9)
 
 
 def test_what_does_not_go_with_noise_of_the_steps_is_refused_by_field() -> None:

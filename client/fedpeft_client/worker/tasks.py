@@ -249,7 +249,8 @@ def _read(path: Path, group: str, run: KnownRun) -> Arrays:
     try:
         arrays: Arrays = safetensors.numpy.load_file(path)
     except (SafetensorError, OSError) as error:
-        raise StateInvalid(f"{path} cannot be read: {error}; remove it to start with an empty one") from None
+        mend = "restore it: it is the privacy budget that was spent" if group == SENT else "remove it to start anew"
+        raise StateInvalid(f"{path} cannot be read: {error}; {mend}") from None
     if group == SENT:  # a number
         return arrays
     shapes = {tensor.name: tensor.shape for tensor in run.spec.tensors}

@@ -132,7 +132,8 @@ def fold_tensors(
     state, unchanged; unless the strategy derives it.
 
     Args:
-        contributions: The updates that count, checked, all with the same tensors, in any order.
+        contributions: The updates that count, checked, all with the same tensors, in any order; with LoRA factors of
+            lower ranks where the strategy takes such.
         specs: The tensors of an adapter version.
         strategy: The aggregation strategy.
         base: The version that the updates started from.

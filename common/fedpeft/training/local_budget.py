@@ -10,7 +10,7 @@ import numpy as np
 import structlog
 
 from fedpeft.adapters.updates import Arrays
-from fedpeft.config import CodecConfig, PrivacyConfig, RunConfig
+from fedpeft.config import CodecConfig, PrivacyConfig, RunConfig, TrainingConfig
 from fedpeft.errors import TrainingFailed
 from fedpeft.privacy.accounting import beyond, local_epsilon, locally_overspent
 from fedpeft.privacy.example_level import Steps, example_epsilon, example_noise
@@ -26,6 +26,8 @@ _OF_NO_DATA = ("seconds", "images_per_second", "steps", "micro_batch", "threads"
 """Figures that are sent beside an update with noise: those of the machine."""
 _OF_BATCHES = ("images_per_second", "micro_batch", "gpu_memory_bytes")
 """Those of them that depend on how many examples were drawn."""
+_FIXED = ("batch_size", "precision")
+"""Settings of training that noise in every step, and its budget, depend on."""
 _EXACT = 2**24
 """Largest count of steps that float32, in which state is kept, holds exactly."""
 
@@ -70,10 +72,11 @@ class LocalBudget:
 
     @classmethod
     def _of_examples(cls, config: RunConfig, privacy: PrivacyConfig, job: LocalJob, examples: int) -> LocalBudget:
+        _check_settings(config, job)
         _warn(privacy.delta or 0.0, examples)
-        ledger = _with(_ledger(job), Steps(examples, _steps(job, examples)))
+        ledger = _with(_ledger(job), Steps(examples, _steps(job.settings, examples)))
         first = ledger[0].examples  # noise of a client's own stays what it was when its data grow
-        z = example_noise(config, first, _steps(job, first))
+        z = example_noise(config, first, _steps(config.training, first))
         spent = example_epsilon(z, job.settings.batch_size, ledger, privacy.delta or 0.0)
         if why := beyond(privacy, spent, f"round {job.round} of this client"):
             raise TrainingFailed(why)
@@ -94,8 +97,23 @@ class LocalBudget:
         return without | {NOISE: self.noise.noise_multiplier}
 
 
-def _steps(job: LocalJob, examples: int) -> int:
-    return int(local_steps(examples, job.settings))
+def _check_settings(config: RunConfig, job: LocalJob) -> None:
+    """Checks what a ticket may not change: past steps are accounted for at the run's batch size.
+
+    Raises:
+        TrainingFailed: If the job's settings are others than the run's.
+    """
+    for key in _FIXED:
+        asked, given = getattr(job.settings, key), getattr(config.training, key)
+        if asked != given:
+            raise TrainingFailed(
+                f"round {job.round} asks for training.{key} = {asked!r}, and the run has {given!r}; with "
+                'privacy.mechanism "example" it must be the same in all rounds: the budget is worked out for it'
+            )
+
+
+def _steps(settings: TrainingConfig, examples: int) -> int:
+    return int(local_steps(examples, settings))
 
 
 def _ledger(job: LocalJob) -> list[Steps]:

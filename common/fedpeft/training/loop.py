@@ -107,9 +107,7 @@ def train(
     device = torch.device(device)
     placed(model.module, device)
     model.trainable(number)
-    if (
-        noise is not None
-    ):  # the run's is known: with it, augmentation would tell apart batches with an example or without
+    if noise is not None:  # with the run's, which is known, augmentation would tell who was drawn
         seed = secrets.randbits(63)
     training = Training(task, model.spec, model.tensors, dataset, settings, seed, number, device, noise is not None)
     compute = _gradients(task, model, training, noise)
