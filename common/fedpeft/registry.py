@@ -110,7 +110,11 @@ class Registry(Generic[T]):
             for module in pkgutil.walk_packages(package.__path__, f"{self._package}."):
                 importlib.import_module(module.name)
             self._loaded = True  # before the extensions, which may ask this registry
-            extensions.load()
+            try:
+                extensions.load()
+            except BaseException:
+                self._loaded = False  # or it would answer without them when asked again
+                raise
 
 
 def _package(point: EntryPoint) -> str:

@@ -75,6 +75,16 @@ def test_a_module_that_cannot_be_imported_is_refused_with_its_own_words(tmp_path
         assert extensions.extensions() == [], "it is not left for other processes"
 
 
+def test_a_registry_without_a_named_module_does_not_answer_when_it_is_asked_again(monkeypatch):
+    monkeypatch.setattr(methods, "_loaded", False)
+    monkeypatch.setenv(extensions.VARIABLE, "no_such_module")
+    for ask in (methods.names, methods.names, lambda: methods.get("bias")):
+        with pytest.raises(ConfigInvalid, match="--import no_such_module"):
+            ask()
+    monkeypatch.setenv(extensions.VARIABLE, "")
+    assert "bias" in methods.names()
+
+
 def test_a_cell_is_named_by_the_text_of_imported_modules(tmp_path):
     first = cells_of(load_study(study_file(tmp_path)), {"pets": pets(tmp_path / "pets")})[0]
     plain = first.key(Machine())
