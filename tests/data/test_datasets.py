@@ -74,7 +74,8 @@ def test_images_that_a_hugging_face_data_set_names_by_path(tmp_path):
 
 def test_a_torch_data_set_with_targets_is_not_looked_through():
     whole = Pictures()
-    for source, rows in ((source_of(whole), range(9)), (source_of(Subset(whole, [8, 1])), (8, 1))):
+    parts = Subset(whole, [8, 1]), Subset(Subset(whole, [3, 8, 0, 1]), [1, 3])
+    for source, rows in ((source_of(whole), range(9)), *((source_of(part), (8, 1)) for part in parts)):
         assert source.class_names == NAMES and source.labels.tolist() == [k % 3 for k in rows]
         assert whole.looked_at == []
         assert pixels(source, 1)[0, 0].tolist() == [rows[1]] * 3
@@ -103,3 +104,17 @@ def test_a_torch_data_set_of_tensors():
 def test_items_that_are_no_pictures_are_refused(items, sentence):
     with pytest.raises(DataInvalid, match=sentence):
         source_of(items).image_bytes(0)
+
+
+def test_an_item_without_a_label_that_can_be_read_is_named():
+    class Torn(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, row):
+            if row == 2:
+                raise OSError("the file is gone")
+            return Image.new("L", (4, 4)), row
+
+    with pytest.raises(DataInvalid, match=r"item 2 of the data set cannot be read.*the file is gone; .*`targets`"):
+        source_of(Torn())

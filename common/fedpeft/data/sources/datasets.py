@@ -131,9 +131,9 @@ class TorchDataset(_Unwritten):
         self._dataset = dataset
         labels = _targets(dataset)
         if labels is None:
-            labels = [self._item(row)[1] for row in range(len(dataset))]
+            labels = [self._label(row) for row in range(len(dataset))]
         values = pa.array(np.asarray(labels).tolist())
-        names = getattr(getattr(dataset, "dataset", dataset), "classes", None)
+        names = _classes(dataset)
         known = metadata({"label": {"names": list(map(str, names)), "_type": "ClassLabel"}}) if names else None
         schema = pa.schema([("label", values.type)], metadata=known)
         self.class_names, self.labels = read_labels(schema, "label", [values], "the data set")
@@ -159,6 +159,15 @@ class TorchDataset(_Unwritten):
         """Raises `DataInvalid`: there are no columns."""
         raise DataInvalid(f"a Dataset of torch has no column {name!r}; give each client's part by its name instead")
 
+    def _label(self, row: int) -> Any:
+        try:
+            return self._item(row)[1]
+        except OSError as error:
+            raise DataInvalid(
+                f"item {row} of the data set cannot be read, and nor can its label: {error}; leave it out, or give the "
+                "data set `targets`, the labels of all items"
+            ) from None
+
     def _item(self, row: int) -> Any:
         item = self._dataset[row]
         if not isinstance(item, tuple | list) or len(item) < 2:
@@ -175,6 +184,13 @@ def _targets(dataset: Any) -> Any:
     labels = getattr(dataset, "targets", None)
     usable = labels is not None and len(labels) == len(dataset) and not getattr(dataset, "target_transform", None)
     return labels if usable else None
+
+
+def _classes(dataset: Any) -> Any:
+    """Returns the names of the classes, which subsets of subsets have from the whole; None if there are none."""
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return getattr(dataset, "classes", None)
 
 
 def _png(image: Any, row: int) -> bytes:
