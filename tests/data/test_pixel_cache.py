@@ -119,6 +119,20 @@ def test_files_used_longest_ago_make_room(tmp_path: Path, data: Path, monkeypatc
     assert ROWS * (8 + 3 * 20 * 20) in left and ROWS * (8 + 3 * 16 * 16) not in left
 
 
+def test_a_data_set_beyond_the_limit_is_not_read_for_a_file_and_removes_no_other(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, large = tmp_path / "cache", replace(INPUT, image_size=20)
+    pixels_of(data, cache)
+    (kept,) = cache.iterdir()
+    monkeypatch.setattr(pixel_cache, "LIMIT_BYTES", ROWS * 3 * 20 * 20)
+    monkeypatch.setattr(pixel_cache, "_digest", pytest.fail)
+    with capture_logs() as logs:
+        assert (pixels_of(data, cache, range(3), large) == pixels_of(data, None, range(3), large)).all()
+    assert list(cache.iterdir()) == [kept]
+    assert [line["event"] for line in logs] == ["decoded pixels are not kept: too many"]
+
+
 def test_a_folder_that_refuses_or_is_full_is_said_and_nothing_is_lost(
     tmp_path: Path, data: Path, small_disk: Path
 ) -> None:

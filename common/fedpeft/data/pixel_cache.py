@@ -34,7 +34,7 @@ VARIABLE = "FEDPEFT_PIXEL_CACHE"
 """Environment variable: the folder; `off` for none."""
 OFF = "off"
 LIMIT_BYTES = 8 * 1024**3
-"""Size of the folder; files used longest ago go before a new one is made."""
+"""Size of the folder; files used longest ago go before a new one is made. A data set beyond it has none."""
 DECODING = 1
 """Version of the decoding, part of the files' names: raised when `fedpeft.data` makes other pixels of an image."""
 
@@ -87,12 +87,16 @@ class PixelFile:
         side = preprocessing.image_size
         self._shape = 3, side, side
         self._record = _CHECKSUM.size + 3 * side * side
-        self._path = folder / f"{_name(source, preprocessing)}{_SUFFIX}"
         self._descriptor: int | None = None
         self._is_damaged = False
+        size = len(source) * self._record
+        if size > LIMIT_BYTES:  # before all of its images are read for a name
+            _log.info("decoded pixels are not kept: too many", images=len(source), bytes=size, most=LIMIT_BYTES)
+            return
+        self._path = folder / f"{_name(source, preprocessing)}{_SUFFIX}"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._open(len(source) * self._record)
+            self._open(size)
         except OSError as error:
             self._give_up(error)
 
