@@ -18,14 +18,24 @@ TICKET = ("client", "state", "reason", "examples", "weight", "update_norm")
 
 
 def keep(out: Path, kept: Path) -> None:
-    """Copies the results in `out` to the folder `kept`, which is made anew."""
-    shutil.rmtree(kept, ignore_errors=True)
+    """Copies the results in `out` to the folder `kept`, which is made anew; says how many cells have none.
+
+    Raises:
+        FileNotFoundError: If `out` has no study.
+        FileExistsError: If `kept` holds anything but results that were kept before.
+    """
+    cells = json.loads((out / "study.json").read_text(encoding="utf-8"))["cells"]  # first: what was kept may go then
+    if kept.exists():
+        if not (kept / "study.json").exists():
+            raise FileExistsError(f"{kept} holds no results of a study and would be removed; name a folder in it")
+        shutil.rmtree(kept)
     shutil.copytree(out / "report", kept / "report", ignore=shutil.ignore_patterns("*.png"))
     shutil.copy(out / "study.json", kept / "study.json")
-    for row in json.loads((out / "study.json").read_text(encoding="utf-8"))["cells"]:
+    done = [row for row in cells if (out / "cells" / row["key"] / "report.json").exists()]
+    if len(done) < len(cells):
+        print(f"{len(cells) - len(done)} of {len(cells)} cells have no report and are left out", file=sys.stderr)
+    for row in done:
         cell = out / "cells" / row["key"]
-        if not (cell / "report.json").exists():
-            continue
         place = kept / "cells" / row["key"]
         place.mkdir(parents=True)
         shutil.copy(cell / "cell.json", place / "cell.json")

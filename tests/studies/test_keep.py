@@ -1,0 +1,54 @@
+"""Kept results: a wrong argument costs none that were there, and cells that are left out are counted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "experiments" / "keep.py"
+
+
+@pytest.fixture(scope="module")
+def keep():
+    spec = importlib.util.spec_from_file_location("tested_keep", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.keep
+
+
+def study(out: Path) -> Path:
+    done = out / "cells" / "done"
+    for folder in (out / "report", done, out / "cells" / "failed"):
+        folder.mkdir(parents=True)
+    (out / "study.json").write_text(json.dumps({"cells": [{"key": "done"}, {"key": "failed"}]}))
+    (out / "report" / "report.html").write_text("page")
+    ticket = {"client": "a", "state": "counted", "reason": "", "examples": 3, "weight": 1.0, "update_norm": 0.5}
+    tickets = [{**ticket, "metrics": {"loss": 0.25, "seconds": 2.0}, "id": "long"}]
+    (done / "cell.json").write_text("{}")
+    (done / "report.json").write_text(json.dumps({"rounds": [{"tickets": tickets}]}))
+    return out
+
+
+def test_of_a_ticket_the_shown_figures_are_kept_and_cells_without_a_report_are_counted(keep, tmp_path, capsys):
+    out, kept = study(tmp_path / "out"), tmp_path / "kept"
+    for _ in range(2):
+        keep(out, kept)
+        assert "1 of 2 cells have no report and are left out" in capsys.readouterr().err
+    assert sorted(str(file.relative_to(kept)) for file in kept.rglob("*.*")) == [
+        *("cells/done/cell.json", "cells/done/report.json", "report/report.html", "study.json"),
+    ]
+    (ticket,) = json.loads((kept / "cells" / "done" / "report.json").read_text())["rounds"][0]["tickets"]
+    assert ticket["metrics"] == {"loss": 0.25} and "id" not in ticket
+
+
+def test_a_wrong_argument_removes_nothing(keep, tmp_path):
+    results = tmp_path / "results"
+    keep(study(tmp_path / "out"), results / "communication")
+    with pytest.raises(FileExistsError, match="results holds no results of a study and would be removed"):
+        keep(tmp_path / "out", results)
+    with pytest.raises(FileNotFoundError):
+        keep(tmp_path / "typo", results / "communication")
+    assert (results / "communication" / "study.json").exists()
