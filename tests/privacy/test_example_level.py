@@ -13,13 +13,15 @@ from dp_accounting.pld import PLDAccountant
 
 from fedpeft.adapters.payload import Manifest
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
-from fedpeft.config import RunConfig, parse_config
+from fedpeft.config import RunConfig, TrainingConfig, parse_config
 from fedpeft.errors import ConfigInvalid, TrainingFailed
 from fedpeft.privacy.accounting import calibrated
 from fedpeft.privacy.example_level import Steps, example_epsilon, example_noise
 from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.groups import SENT
 from fedpeft.rounds.local_job import Groups, LocalJob, Version
+from fedpeft.rounds.schedule import training_of
+from fedpeft.rpc import wire
 from fedpeft.training.local_budget import LocalBudget
 
 BIAS = AdapterSpec.of("bias", [TensorSpec("head.weight", (2, 3))])
@@ -105,6 +107,15 @@ def test_a_ticket_cannot_change_what_past_steps_are_accounted_for_with(other: di
     (key,) = other
     with pytest.raises(TrainingFailed, match=f"round 1 asks for training.{key} = .*, and the run has"):
         LocalBudget.of(config, asked, 100)
+
+
+@pytest.mark.parametrize("training", [{}, {"precision": "bfloat16", "schedule": "cosine"}])
+def test_the_settings_of_a_ticket_are_those_of_the_run_after_their_way_to_a_client(training: dict[str, Any]) -> None:
+    config = run(rounds={"count": 4}, training=training)
+    there = wire.config_from_proto(wire.config_to_proto(config))
+    ticket = wire.training_data(wire.training_to_proto(training_of(config, 2)))
+    task = replace(job(there), round=2, settings=TrainingConfig.model_validate(ticket))
+    assert LocalBudget.of(there, task, 100).epsilon == pytest.approx(on_paper(1.5, (0.16, 7)), abs=1e-9)
 
 
 def test_more_steps_of_a_ticket_are_spent_and_leave_the_noise_as_it_was() -> None:
