@@ -17,7 +17,7 @@ PRIVACY = {"mechanism": "example", "clip_norm": 1.0, "delta": 1e-3}
 
 def test_each_client_has_a_budget_of_its_own_and_the_report_says_what_it_spent(tmp_path: Path, folders: Path) -> None:
     run = config(
-        privacy={**PRIVACY, "target_epsilon": 5.0, "noise_multiplier": 1.5},
+        privacy={**PRIVACY, "target_epsilon": 2.0, "noise_multiplier": 1.5},
         rounds={"count": 3, "clients": 3, "quorum": 3},
         training={"steps": 4, "batch_size": 2},
     )
@@ -33,8 +33,10 @@ def test_each_client_has_a_budget_of_its_own_and_the_report_says_what_it_spent(t
             assert ticket["metrics"]["privacy_epsilon"] == pytest.approx(wanted, abs=1e-9)
     assert report["privacy"]["epsilon"] == max(max(each) for each in spent.values())
     assert (report["privacy"]["unit"], report["privacy"]["relation"]) == ("example", "add or remove one")
-    over = [t["reason"] for t in (report["in_progress"] or {"tickets": []})["tickets"]]
-    assert all("of this client epsilon would be" in reason for reason in over)
+    assert report["state"] == "paused" and len(report["rounds"]) == 2, "the smallest client has spent its budget"
+    reasons = {t["client"]: t["reason"] for t in report["in_progress"]["tickets"] if t["reason"]}
+    (refused,) = reasons.values()
+    assert "with round 3 of this client epsilon would be 2.461, and privacy.target_epsilon of this run is 2" in refused
 
 
 def test_the_batched_engine_is_refused(tmp_path: Path, folders: Path) -> None:
