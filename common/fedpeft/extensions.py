@@ -29,6 +29,8 @@ def extend(modules: Iterable[str]) -> None:
     """
     for module in modules:
         named = str(Path(module).resolve()) if _is_file(module) else module
+        if os.pathsep in named:
+            raise ConfigInvalid(f"--import {named}: a path with {os.pathsep!r} in it cannot be handed on; rename it")
         _imported(named)
         if named not in (known := extensions()):
             os.environ[VARIABLE] = os.pathsep.join([*known, named])
@@ -50,11 +52,18 @@ def load() -> None:
 
 
 def digests() -> dict[str, str]:
-    """Returns the sha256 of the file of each module of this process, hexadecimal, by the module's name."""
+    """Returns the sha256 of the file of each module of this process, hexadecimal, by the module's name.
+
+    What a module imports in turn is not in it.
+
+    Raises:
+        ConfigInvalid: If a module has no file of its own.
+    """
     found = {}
     for module in map(_imported, extensions()):
-        file = Path(str(module.__file__))
-        found[module.__name__] = sha256(file.read_bytes()).hexdigest()
+        if module.__file__ is None:
+            raise ConfigInvalid(f"--import {module.__name__}: it is a folder without __init__.py; name a module in it")
+        found[module.__name__] = sha256(Path(module.__file__).read_bytes()).hexdigest()
     return found
 
 

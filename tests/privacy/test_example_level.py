@@ -92,7 +92,7 @@ def test_a_client_goes_on_with_what_it_spent_and_with_its_noise_when_its_data_gr
     second = LocalBudget.of(config, job(config, first.state), 200)
     assert second.noise == first.noise is not None
     held = second.state[SENT]
-    assert {name: values.tolist() for name, values in held.items()} == {"examples": [100, 200], "steps": [7, 13]}
+    assert held["examples"].tolist() == [100, 200] and held["steps"].tolist() == [7, 13]
     assert all(values.dtype == np.float32 for values in held.values())
     z = first.noise.noise_multiplier
     assert second.epsilon == pytest.approx(on_paper(z, (0.08, 13), (0.16, 7)), abs=1e-9)
@@ -107,6 +107,23 @@ def test_a_ticket_cannot_change_what_past_steps_are_accounted_for_with(other: di
     (key,) = other
     with pytest.raises(TrainingFailed, match=f"round 1 asks for training.{key} = .*, and the run has"):
         LocalBudget.of(config, asked, 100)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"privacy": {"noise_multiplier": 30.0}}, "noise 1.5, then 30"),
+        ({"training": {"batch_size": 1}}, "batch size 16, then 1"),
+        ({"privacy": {"delta": 1e-2}}, "delta 0.001, then 0.01"),
+        ({"privacy": {"target_epsilon": 50.0}}, "target 0, then 50"),
+    ],
+)
+def test_a_run_that_comes_back_with_other_terms_is_refused(changed: dict[str, Any], words: str) -> None:
+    """The past would be accounted for under terms that it was not spent under."""
+    first = LocalBudget.of(run(), job(run()), 100)
+    other = run(**changed)
+    with pytest.raises(TrainingFailed, match=f"privacy budget in this run under other settings .{words}"):
+        LocalBudget.of(other, job(other, first.state), 100)
 
 
 @pytest.mark.parametrize("training", [{}, {"precision": "bfloat16", "schedule": "cosine"}])

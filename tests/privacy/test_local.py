@@ -15,10 +15,11 @@ from dp_accounting.pld import PLDAccountant
 from safetensors.numpy import load_file, save_file
 
 from fedpeft.adapters import payload
+from fedpeft.adapters.payload import Manifest
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.adapters.updates import prepare
 from fedpeft.config import CodecConfig, RunConfig, parse_config
-from fedpeft.errors import ConfigInvalid
+from fedpeft.errors import ConfigInvalid, TrainingFailed
 from fedpeft.privacy import transforms
 from fedpeft.privacy.accounting import calibrated, local_epsilon, locally_overspent
 from fedpeft.privacy.events import LocallyNoised
@@ -26,7 +27,9 @@ from fedpeft.privacy.transforms import LocalNoise, euclidean, transforms_of
 from fedpeft.process import durable
 from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.groups import SENT
+from fedpeft.rounds.local_job import LocalJob, Version
 from fedpeft.rpc import wire
+from fedpeft.training.local_budget import LocalBudget
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.state import state_dir
 from fedpeft_client.state.outbox import PAYLOAD, Outbox, Outcome
@@ -115,6 +118,18 @@ def test_what_does_not_go_with_noise_of_the_clients_is_refused_by_field() -> Non
 
 class Crash(BaseException):
     """Stands for a kill: nothing after it runs."""
+
+
+def test_a_run_that_comes_back_with_less_noise_is_refused() -> None:
+    def of(config: RunConfig, state: Any) -> LocalBudget:
+        return LocalBudget.of(
+            config, LocalJob("a", 1, 7, config.training, Version(Manifest((), 0, b""), Path("none")), state), 100
+        )
+
+    first = of(run(), {})
+    assert of(run(), first.state).epsilon == pytest.approx(on_paper(40.0, 2), abs=1e-9)
+    with pytest.raises(TrainingFailed, match="noise 40, then 80"):
+        of(run(privacy={"noise_multiplier": 80.0}), first.state)
 
 
 @pytest.fixture

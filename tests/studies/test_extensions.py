@@ -85,6 +85,17 @@ def test_a_registry_without_a_named_module_does_not_answer_when_it_is_asked_agai
     assert "bias" in methods.names()
 
 
+def test_what_cannot_be_handed_on_or_has_no_text_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a:b").mkdir()
+    with pytest.raises(ConfigInvalid, match="cannot be handed on"):
+        extensions.extend([str(own_part(tmp_path / "a:b"))])
+    (tmp_path / "only_a_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    extensions.extend(["only_a_folder"])
+    with pytest.raises(ConfigInvalid, match=r"a folder without __init__\.py"):
+        extensions.digests()
+
+
 def test_a_cell_is_named_by_the_text_of_imported_modules(tmp_path):
     first = cells_of(load_study(study_file(tmp_path)), {"pets": pets(tmp_path / "pets")})[0]
     plain = first.key(Machine())

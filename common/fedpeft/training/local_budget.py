@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from fedpeft.adapters.updates import Arrays
 from fedpeft.config import CodecConfig, PrivacyConfig, RunConfig, TrainingConfig
@@ -28,6 +29,8 @@ _OF_BATCHES = ("images_per_second", "micro_batch", "gpu_memory_bytes")
 """Those of them that depend on how many examples were drawn."""
 _FIXED = ("batch_size", "precision")
 """Settings of training that noise in every step, and its budget, depend on."""
+TERMS = "terms"
+"""Name in the state of the terms under which a budget was spent: noise, batch size (or 0), delta, target (or 0)."""
 _EXACT = 2**24
 """Largest count of steps that float32, in which state is kept, holds exactly."""
 
@@ -63,11 +66,12 @@ class LocalBudget:
             return cls(config.codec, {}, None)
         if privacy.mechanism == "example":
             return cls._of_examples(config, privacy, job, examples)
+        terms = _terms(job, privacy, privacy.noise_multiplier or 0.0)
         sent = int(job.state.get(SENT, {}).get("updates", np.zeros(1, np.float32))[0])
         if why := locally_overspent(config, sent):
             raise TrainingFailed(why)
         spent = local_epsilon(privacy.noise_multiplier or 0.0, sent + 1, privacy.delta or 0.0)
-        state = {SENT: {"updates": np.array([sent + 1], np.float32)}}
+        state = {SENT: {"updates": np.array([sent + 1], np.float32), TERMS: terms}}
         return cls(config.codec.model_copy(update={"error_feedback": False}), state, spent)
 
     @classmethod
@@ -77,12 +81,14 @@ class LocalBudget:
         ledger = _with(_ledger(job), Steps(examples, _steps(job.settings, examples)))
         first = ledger[0].examples  # noise of a client's own stays what it was when its data grow
         z = example_noise(config, first, _steps(config.training, first))
+        terms = _terms(job, privacy, z, float(job.settings.batch_size))
         spent = example_epsilon(z, job.settings.batch_size, ledger, privacy.delta or 0.0)
         if why := beyond(privacy, spent, f"round {job.round} of this client"):
             raise TrainingFailed(why)
         state = {
             "examples": np.array([steps.examples for steps in ledger], np.float32),
             "steps": np.array([steps.count for steps in ledger], np.float32),
+            TERMS: terms,
         }
         return cls(config.codec, {SENT: state}, spent, ExampleNoise(privacy.clip_norm or 0.0, z))
 
@@ -110,6 +116,24 @@ def _check_settings(config: RunConfig, job: LocalJob) -> None:
                 f"round {job.round} asks for training.{key} = {asked!r}, and the run has {given!r}; with "
                 'privacy.mechanism "example" it must be the same in all rounds: the budget is worked out for it'
             )
+
+
+def _terms(job: LocalJob, privacy: PrivacyConfig, noise: float, batch_size: float = 0.0) -> NDArray[np.float32]:
+    """Returns the terms of a budget, float32[4]; the past is accounted for under them, so they stay.
+
+    Raises:
+        TrainingFailed: If the client has spent some of its budget under others.
+    """
+    terms = np.array([noise, batch_size, privacy.delta or 0.0, privacy.target_epsilon or 0.0], np.float32)
+    kept = job.state.get(SENT, {}).get(TERMS)
+    if kept is not None and not np.array_equal(kept, terms):
+        names = ("noise", "batch size", "delta", "target")
+        changed = ", ".join(f"{n} {a:g}, then {b:g}" for n, a, b in zip(names, kept, terms, strict=True) if a != b)
+        raise TrainingFailed(
+            f"this client has spent privacy budget in this run under other settings ({changed}); a run keeps its "
+            "[privacy], rounds and batch size: ask the operator for a new run"
+        )
+    return terms
 
 
 def _steps(settings: TrainingConfig, examples: int) -> int:
