@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -28,7 +27,7 @@ from fedpeft.models.tasks import Batch, Task
 from fedpeft.peft import TunedModel
 from fedpeft.privacy.noise import gaussian
 from fedpeft.training.batches import size, split
-from fedpeft.training.gradients import Trained, out_of_memory
+from fedpeft.training.gradients import TaskLoss, Trained, out_of_memory
 from fedpeft.training.precision import autocast
 
 Values = dict[str, torch.Tensor]
@@ -51,18 +50,6 @@ class ExampleNoise:
 
     bound: float
     noise_multiplier: float
-
-
-class _Loss(nn.Module):
-    """A task's loss as a module, so that tensors of `module` can be replaced for a call."""
-
-    def __init__(self, task: Task, module: nn.Module) -> None:
-        super().__init__()
-        self._task = task
-        self.module = module
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return self._task.loss(self.module, batch)
 
 
 class ExampleGradients:
@@ -92,7 +79,7 @@ class ExampleGradients:
         self._expected = expected
         self._dtype = dtype
         self._device = device
-        self._loss = _Loss(task, model.module)
+        self._loss = TaskLoss(task, model.module)
         own = dict(model.module.named_parameters(remove_duplicate=False))
         named = {name: own[name] for name in model.names.values()}
         self._parameters = {name: p for name, p in named.items() if p.requires_grad}

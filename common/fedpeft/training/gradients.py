@@ -23,6 +23,24 @@ Loss = Callable[[Batch], torch.Tensor]
 _log = structlog.get_logger(__name__)
 
 
+class TaskLoss(nn.Module):
+    """A task's loss as a module, so that `functional_call` can replace tensors of `module` for a call.
+
+    Args:
+        task: The model's.
+        module: The model; its parameters are here under `module.` and their own names.
+    """
+
+    def __init__(self, task: Task, module: nn.Module) -> None:
+        super().__init__()
+        self._task = task
+        self.module = module
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Returns the losses of the examples of a transformed batch, [n]."""
+        return self._task.loss(self.module, batch)
+
+
 class Trained(Protocol):
     """One client's training, as far as its gradients need it.
 

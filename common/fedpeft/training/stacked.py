@@ -31,7 +31,7 @@ from fedpeft.errors import ConfigInvalid
 from fedpeft.models.tasks import Batch, Task
 from fedpeft.peft import TunedModel
 from fedpeft.training.batches import size
-from fedpeft.training.gradients import Gradients, mean_loss
+from fedpeft.training.gradients import Gradients, TaskLoss, mean_loss
 from fedpeft.training.loop import Training
 from fedpeft.training.precision import autocast
 from fedpeft.training.randomness import Generators, Stream
@@ -54,18 +54,6 @@ class Turn:
     batch: Batch
 
 
-class _Loss(nn.Module):
-    """A task's loss as a module, so that tensors of `module` can be replaced for a call."""
-
-    def __init__(self, task: Task, module: nn.Module) -> None:
-        super().__init__()
-        self._task = task
-        self.module = module
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return self._task.loss(self.module, batch)
-
-
 class StackedGradients:
     """Computes gradients of several clients' mean losses.
 
@@ -79,7 +67,7 @@ class StackedGradients:
         self._task = task
         self._model = model
         self._device = device
-        self._loss = _Loss(task, model.module)
+        self._loss = TaskLoss(task, model.module)
         self._most = 0
 
     def compute(self, turns: Sequence[Turn]) -> list[torch.Tensor]:
