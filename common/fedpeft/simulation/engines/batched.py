@@ -7,8 +7,7 @@ is the same in every repeat, and part of what a simulation that was killed goes 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from fedpeft.errors import ConfigInvalid, TrainingFailed
 from fedpeft.models.tasks import Batch
 from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome
-from fedpeft.simulation.engines.engine import Engine, engines
+from fedpeft.simulation.engines.engine import ConcurrentEngine, engines
 from fedpeft.simulation.local_trainer import LocalTrainer, naming
 from fedpeft.training.loop import Training, following, placed
 from fedpeft.training.precision import lowered, multiplying, precision
@@ -45,7 +44,7 @@ class _Client:
 
 
 @engines.register("batched")
-class Batched(Engine):
+class Batched(ConcurrentEngine):
     """Fills the places of a pass with jobs, and each place again as its client finishes.
 
     Raises:
@@ -69,21 +68,6 @@ class Batched(Engine):
     def arithmetic(self) -> str:
         """See `Engine.arithmetic`."""
         return f"batched {self._places}"
-
-    def run(self, jobs: Iterable[LocalJob]) -> Iterator[LocalOutcome]:
-        """See `Engine.run`."""
-        source, order, done = iter(jobs), deque[str](), dict[str, LocalOutcome]()
-        while True:
-            while self._has_room(len(order)) and (job := next(source, None)) is not None:
-                order.append(job.client)
-                if (failure := self._begin(job)) is not None:
-                    done[job.client] = failure
-            if not order:
-                return
-            if order[0] in done:
-                yield done.pop(order.popleft())
-            else:
-                done.update((outcome.client, outcome) for outcome in self._some_outcomes())
 
     def close(self) -> None:
         """See `Engine.close`."""

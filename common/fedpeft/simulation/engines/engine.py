@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
 from fedpeft.errors import ConfigInvalid
 from fedpeft.registry import Registry
-from fedpeft.rounds.local_job import LocalJob, LocalOutcome
+from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome
 from fedpeft.simulation.local_trainer import LocalTrainer
 
 
@@ -56,6 +57,37 @@ class Engine(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class ConcurrentEngine(Engine):
+    """An engine with several jobs at work, whose outcomes come in any order and are yielded in that of the jobs."""
+
+    def run(self, jobs: Iterable[LocalJob]) -> Iterator[LocalOutcome]:
+        """See `Engine.run`."""
+        source, order, done = iter(jobs), deque[str](), dict[str, LocalOutcome]()
+        while True:
+            while self._has_room(len(order)) and (job := next(source, None)) is not None:
+                order.append(job.client)
+                if (failure := self._begin(job)) is not None:
+                    done[job.client] = failure
+            if not order:
+                return
+            if order[0] in done:
+                yield done.pop(order.popleft())
+            else:
+                done.update((outcome.client, outcome) for outcome in self._some_outcomes())
+
+    @abstractmethod
+    def _has_room(self, waiting: int) -> bool:
+        """Returns True if a job can begin, with so many taken whose outcomes are not yielded."""
+
+    @abstractmethod
+    def _begin(self, job: LocalJob) -> LocalFailure | None:
+        """Gives a job to who computes it; returns why nobody needs to."""
+
+    @abstractmethod
+    def _some_outcomes(self) -> list[LocalOutcome]:
+        """Waits for outcomes of jobs at work; may return none."""
 
 
 engines: Registry[type[Engine]] = Registry("fedpeft.simulation.engines", "fedpeft.engines", "engine")

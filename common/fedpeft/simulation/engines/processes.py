@@ -11,8 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -22,7 +20,7 @@ import torch
 
 from fedpeft.errors import TrainingFailed
 from fedpeft.rounds.local_job import LocalJob, LocalOutcome
-from fedpeft.simulation.engines.engine import Engine, engines
+from fedpeft.simulation.engines.engine import ConcurrentEngine, engines
 from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
 
 AHEAD = 2
@@ -93,7 +91,7 @@ class _Worker:
 
 
 @engines.register("processes")
-class Processes(Engine):
+class Processes(ConcurrentEngine):
     """Hands jobs to worker processes as they become free; they are started with the first job."""
 
     def __init__(self, trainer: LocalTrainer, workers: int | None = None) -> None:
@@ -101,23 +99,6 @@ class Processes(Engine):
         self._threads = torch.get_num_threads()
         self._count = workers or max(1, len(os.sched_getaffinity(0)) // self._threads)
         self._workers: list[_Worker] = []
-
-    def run(self, jobs: Iterable[LocalJob]) -> Iterator[LocalOutcome]:
-        """See `Engine.run`."""
-        source, order, done = iter(jobs), deque[str](), dict[str, LocalOutcome]()
-        while True:
-            while self._has_room(len(order)) and (job := next(source, None)) is not None:
-                self._free().begin(job)
-                order.append(job.client)
-            if not order:
-                return
-            if order[0] in done:
-                yield done.pop(order.popleft())
-                continue
-            busy = {worker.connection: worker for worker in self._workers if worker.client}
-            for connection in wait(list(busy)):
-                outcome = busy[connection].outcome()  # type: ignore[index]  # those that were given
-                done[outcome.client] = outcome
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -131,6 +112,15 @@ class Processes(Engine):
         """Returns True if a worker is free, or may be started, and few outcomes wait."""
         busy = sum(bool(worker.client) for worker in self._workers)
         return busy < self._count and waiting < AHEAD * self._count
+
+    def _begin(self, job: LocalJob) -> None:
+        """See `ConcurrentEngine._begin`."""
+        self._free().begin(job)
+
+    def _some_outcomes(self) -> list[LocalOutcome]:
+        """See `ConcurrentEngine._some_outcomes`."""
+        busy = {worker.connection: worker for worker in self._workers if worker.client}
+        return [busy[connection].outcome() for connection in wait(list(busy))]  # type: ignore[index]  # those given
 
     def _free(self) -> _Worker:
         """Returns a worker without a job; starts one if there is none."""

@@ -14,7 +14,6 @@ import re
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +25,7 @@ from fedpeft import extensions
 from fedpeft.errors import ConfigInvalid, SettingsInvalid, TrainingFailed
 from fedpeft.formatting import counted
 from fedpeft.rounds.local_job import LocalJob, LocalOutcome
-from fedpeft.simulation.engines.engine import Engine, engines
+from fedpeft.simulation.engines.engine import ConcurrentEngine, engines
 from fedpeft.simulation.local_trainer import LocalTrainer
 from fedpeft.simulation.ray_worker import Host, RayWorker, versions_here
 
@@ -76,7 +75,7 @@ class _Worker:
 
 
 @engines.register("ray")
-class Ray(Engine):
+class Ray(ConcurrentEngine):
     """Hands jobs to actors as they become free; they are started as there are jobs for them.
 
     Raises:
@@ -101,21 +100,6 @@ class Ray(Engine):
         self._version: tuple[bytes, Any] | None = None
         self._is_ours = False
 
-    def run(self, jobs: Iterable[LocalJob]) -> Iterator[LocalOutcome]:
-        """See `Engine.run`."""
-        source, order, done = iter(jobs), deque[str](), dict[str, LocalOutcome]()
-        while True:
-            while self._has_room(len(order)) and (job := next(source, None)) is not None:
-                order.append(job.client)
-                self._waiting.append(_Task(job, self._payload(job)))
-                self._assign()
-            if not order:
-                return
-            if order[0] in done:
-                yield done.pop(order.popleft())
-            else:
-                done.update((outcome.client, outcome) for outcome in self._some_outcomes())
-
     def close(self) -> None:
         """See `Engine.close`."""
         for worker in self._workers:
@@ -134,6 +118,11 @@ class Ray(Engine):
             self._connect()
         under_way = len(self._waiting) + sum(worker.task is not None for worker in self._workers)
         return under_way < self._count and waiting < AHEAD * self._count
+
+    def _begin(self, job: LocalJob) -> None:
+        """See `ConcurrentEngine._begin`."""
+        self._waiting.append(_Task(job, self._payload(job)))
+        self._assign()
 
     def _connect(self) -> None:
         """Connects to the cluster, unless this program did, and finds how many workers it has room for."""
