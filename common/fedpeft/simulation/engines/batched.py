@@ -15,7 +15,7 @@ import torch
 from fedpeft.errors import ConfigInvalid, TrainingFailed
 from fedpeft.models.tasks import Batch
 from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome
-from fedpeft.simulation.engines.engine import ConcurrentEngine, engines
+from fedpeft.simulation.engines.engine import AHEAD, ConcurrentEngine, engines
 from fedpeft.simulation.local_trainer import LocalTrainer, naming
 from fedpeft.training.loop import Training, following, placed
 from fedpeft.training.precision import lowered, multiplying, precision
@@ -24,8 +24,6 @@ from fedpeft.training.stacked import StackedGradients, Turn
 
 CLIENTS = 16
 """Most clients in a pass, unless `[simulation] workers` says otherwise."""
-AHEAD = 2
-"""Most jobs a place that were taken and whose outcomes are not yielded: an outcome waits for those before it."""
 
 
 @dataclass(slots=True, eq=False)

@@ -13,6 +13,9 @@ from fedpeft.registry import Registry
 from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome
 from fedpeft.simulation.local_trainer import LocalTrainer
 
+AHEAD = 2
+"""Most jobs a worker that were taken and whose outcomes are not yielded: an outcome waits for those before it."""
+
 
 class Engine(ABC):
     """Computes jobs, anywhere, to the bits of `trainer.train` or near them. A context manager, entered once.

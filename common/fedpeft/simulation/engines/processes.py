@@ -20,11 +20,9 @@ import torch
 
 from fedpeft.errors import TrainingFailed
 from fedpeft.rounds.local_job import LocalJob, LocalOutcome
-from fedpeft.simulation.engines.engine import ConcurrentEngine, engines
+from fedpeft.simulation.engines.engine import AHEAD, ConcurrentEngine, engines
 from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
 
-AHEAD = 2
-"""Most jobs a worker that were taken and whose outcomes are not yielded: an outcome waits for those before it."""
 LEAVE_S = 5.0
 """Time that a worker has to end before it is killed, seconds."""
 

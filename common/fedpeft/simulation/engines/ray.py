@@ -25,14 +25,12 @@ from fedpeft import extensions
 from fedpeft.errors import ConfigInvalid, SettingsInvalid, TrainingFailed
 from fedpeft.formatting import counted
 from fedpeft.rounds.local_job import LocalJob, LocalOutcome
-from fedpeft.simulation.engines.engine import ConcurrentEngine, engines
+from fedpeft.simulation.engines.engine import AHEAD, ConcurrentEngine, engines
 from fedpeft.simulation.local_trainer import LocalTrainer
 from fedpeft.simulation.ray_worker import Host, RayWorker, versions_here
 
 ADDRESS = "RAY_ADDRESS"
 """Ray's own variable: the cluster's address; without it one is started on this machine, for the simulation alone."""
-AHEAD = 2
-"""Most jobs a worker that were taken and whose outcomes are not yielded: an outcome waits for those before it."""
 ATTEMPTS = 4
 """Workers that may be lost with one job, or in starting one after the other: it is the job then, and no machine."""
 CONNECT_S = 10.0
