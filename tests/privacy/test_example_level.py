@@ -114,7 +114,7 @@ def test_a_ticket_cannot_change_what_past_steps_are_accounted_for_with(other: di
     [
         ({"privacy": {"noise_multiplier": 30.0}}, "noise 1.5, then 30"),
         ({"training": {"batch_size": 1}}, "batch size 16, then 1"),
-        ({"privacy": {"delta": 1e-2}}, "delta 0.001, then 0.01"),
+        ({"privacy": {"delta": 5e-3}}, "delta 0.001, then 0.005"),
         ({"privacy": {"target_epsilon": 50.0}}, "target 0, then 50"),
     ],
 )
@@ -124,6 +124,13 @@ def test_a_run_that_comes_back_with_other_terms_is_refused(changed: dict[str, An
     other = run(**changed)
     with pytest.raises(TrainingFailed, match=f"privacy budget in this run under other settings .{words}"):
         LocalBudget.of(other, job(other, first.state), 100)
+
+
+@pytest.mark.parametrize("examples", [1000, 2500])
+def test_a_delta_that_protects_no_example_of_a_client_trains_nothing(examples: int) -> None:
+    with pytest.raises(TrainingFailed, match=f"privacy.delta is 0.001, .* one of {examples:,} examples: it must"):
+        LocalBudget.of(run(), job(run()), examples)
+    assert LocalBudget.of(run(), job(run()), 999).epsilon
 
 
 @pytest.mark.parametrize("training", [{}, {"precision": "bfloat16", "schedule": "cosine"}])

@@ -110,6 +110,11 @@ def test_what_does_not_go_with_noise_of_the_clients_is_refused_by_field() -> Non
     with pytest.raises(ConfigInvalid, match="allows no update: the privacy budget") as caught:
         check_combination(run(privacy={"target_epsilon": 0.1}), BIAS)
     assert caught.value.fields[0][0] == "privacy.target_epsilon"
+    with pytest.raises(
+        ConfigInvalid, match=r"is 0\.125, which is no protection for one of 8 clients: it must"
+    ) as caught:
+        check_combination(run(privacy={"delta": 0.125, "noise_multiplier": 80.0}, rounds={"clients": 8}), BIAS)
+    assert [name for name, _ in caught.value.fields] == ["privacy.delta"]
     with pytest.raises(ConfigInvalid, match="quantile needs mechanism"):
         run(privacy={"quantile": 0.5})
     for strategy in ("fedavg", "median", "fednova"):  # what the server does with the updates is post-processing

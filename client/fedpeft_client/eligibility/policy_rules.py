@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedpeft.adapters.spec import AdapterSpec
-from fedpeft.config import TrainingConfig
+from fedpeft.config import PrivacyConfig, TrainingConfig
 from fedpeft.formatting import counted
 from fedpeft_client.owner.policy import Policy, matches
 from fedpeft_client.state.runs import KnownRun
@@ -188,6 +188,26 @@ def _data(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
         yield Violation("data.min_examples", "it has fewer images of the run's classes than its owner wants", here)
 
 
+def _privacy(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
+    rules, privacy = policy.privacy, asked.run.config.privacy or PrivacyConfig()
+    if asked.training is None:
+        return
+    if rules.mechanisms is not None and privacy.mechanism not in rules.mechanisms:
+        allowed = ", ".join(map(repr, rules.mechanisms))
+        has = "no noise" if privacy.mechanism is None else f"noise of mechanism {privacy.mechanism!r}"
+        text = f"the run has {has}"
+        key = "privacy.mechanisms"
+        yield Violation(key, f"{text}; its owner wants {allowed}", f"{text}; the policy's {key} is {allowed}")
+    limits = (
+        ("target_epsilon", privacy.target_epsilon, "privacy.max_epsilon", rules.max_epsilon),
+        ("delta", privacy.delta, "privacy.max_delta", rules.max_delta),
+    )
+    for field, wanted, key, most in limits:
+        if most is not None and (wanted is None or wanted > most):
+            text = f"the run's privacy.{field} is {'not given' if wanted is None else f'{wanted:g}'}"
+            yield Violation(key, f"{text}; its owner allows {most:g}", f"{text}; the policy's {key} is {most:g}")
+
+
 def _transfer(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
     rules, run = policy.transfer, asked.run
     encoding = run.config.codec.encoding
@@ -224,5 +244,5 @@ def _longer(key: str, wanted: str, most: int, unit: str) -> Violation:
     return Violation(key, f"{text} its owner allows", f"{text} the policy's {key} allows")
 
 
-RULES: tuple[Rule, ...] = (_runs, _rounds, _model, _weights, _peft, _training, _data, _transfer)
+RULES: tuple[Rule, ...] = (_runs, _rounds, _model, _weights, _peft, _training, _data, _privacy, _transfer)
 """The checks, in their order."""

@@ -32,6 +32,7 @@ from fedpeft.errors import (
     of_reason,
 )
 from fedpeft.formatting import counted
+from fedpeft.privacy.example_level import no_protection
 from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.eligibility.policy_rules import RunDemand, Weights, broken
@@ -177,6 +178,19 @@ def _method(run: KnownRun, site: Site) -> Iterable[Reason]:
         yield Reason.of(SpecInvalid(f"the run's spec is of method {run.spec.method}, its file of {method}"))
 
 
+def _delta(run: KnownRun, site: Site) -> Iterable[Reason]:
+    privacy = run.config.privacy
+    if privacy is None or not site.trains:
+        return
+    try:
+        examples = mapped(run, site).examples
+    except DataInvalid:
+        return  # that is a reason of its own
+    if why := no_protection(privacy, examples):
+        told = f"privacy.delta is {privacy.delta:g}, which is no protection for one of its examples: it must be far"
+        yield Reason.of(ConfigInvalid(why), f"{told} below 1 / their number")
+
+
 def _labels(run: KnownRun, site: Site) -> Iterable[Reason]:
     try:
         mapped(run, site)
@@ -243,6 +257,7 @@ CHECKS: tuple[Callable[[KnownRun, Site], Iterable[Reason]], ...] = (
     _policy,
     _task,
     _method,
+    _delta,
     _labels,
     _images,
     _backbone,

@@ -17,6 +17,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fedpeft import text_files
+from fedpeft.config import Mechanism
 from fedpeft.config_errors import faults_of, in_file
 from fedpeft.errors import SettingsInvalid
 from fedpeft.process import durable
@@ -121,6 +122,18 @@ class DataRules(_Section):
     """Least images of the run's classes: an update from three images says much about each."""
 
 
+class PrivacyRules(_Section):
+    """`[privacy]`: which noise a run must have that this site trains for; docs/privacy.md says what each protects."""
+
+    mechanisms: Annotated[tuple[Mechanism, ...], Field(strict=False, min_length=1)] | None = None
+    """The run's mechanism must be one of them: `local`, `example` (this client adds the noise), `central` (the server's
+    promise, which nobody here can check). A run without noise is declined."""
+    max_epsilon: Annotated[float, Field(gt=0, le=1000, strict=False)] | None = None
+    """Most that the run's `target_epsilon` may be; a run without one is declined."""
+    max_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Most that its `delta` may be, without which an epsilon says little; a run without one is declined."""
+
+
 class TransferRules(_Section):
     """`[transfer]`: how much may leave."""
 
@@ -151,6 +164,7 @@ class Policy(_Section):
     peft: PeftRules = PeftRules()
     training: TrainingRules = TrainingRules()
     data: DataRules = DataRules()
+    privacy: PrivacyRules = PrivacyRules()
     transfer: TransferRules = TransferRules()
     times: TimeRules = TimeRules()
 

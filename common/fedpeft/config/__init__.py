@@ -9,7 +9,7 @@ from fedpeft.config.aggregation import AggregationConfig
 from fedpeft.config.codec import CodecConfig
 from fedpeft.config.model import UNLABELLED, ModelConfig, split_task
 from fedpeft.config.peft import PeftConfig
-from fedpeft.config.privacy import DEFAULT_QUANTILE_RATE, PrivacyConfig
+from fedpeft.config.privacy import DEFAULT_QUANTILE_RATE, Mechanism, PrivacyConfig
 from fedpeft.config.rounds import DEFAULT_POLICY, DEFAULT_STALENESS, RoundsConfig, default_quorum
 from fedpeft.config.run import RunConfig, faults_in, load_run_file, parse_config, run_table
 from fedpeft.config.section import ClassName, Name
@@ -36,6 +36,7 @@ __all__ = [
     "AlgorithmConfig",
     "ClassName",
     "CodecConfig",
+    "Mechanism",
     "ModelConfig",
     "Name",
     "PeftConfig",

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from fedpeft.config.section import Section
 
+Mechanism = Literal["central", "local", "example"]
+"""Values of `privacy.mechanism`."""
 DEFAULT_QUANTILE_RATE = 0.2
 """`quantile_rate` where it is not given, as in arXiv 1905.03871."""
 _OF_NOISE = ("noise_multiplier", "target_epsilon", "delta", "quantile", "quantile_noise", "quantile_rate")
@@ -20,7 +22,7 @@ class PrivacyConfig(Section):
     clip_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Largest Euclidean norm of an update over all its tensors: the client scales it down, the server refuses more.
     With mechanism example that of the gradient of one example."""
-    mechanism: Literal["central", "local", "example"] | None = None
+    mechanism: Mechanism | None = None
     """central: the server adds Gaussian noise to the sum of each round; local: each client adds it to its update;
     example: each client adds it to every step of its training, which hides single examples. With the last two it keeps
     its own budget. No noise if absent. See docs/privacy.md."""

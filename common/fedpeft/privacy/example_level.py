@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fedpeft.config import RunConfig
+from fedpeft.config import PrivacyConfig, RunConfig
 
 _INTERVAL = 1e-3
 """Discretisation of privacy losses; results are upper bounds, above those of a finer one by less than a thousandth."""
@@ -56,6 +56,17 @@ def example_epsilon(noise_multiplier: float, batch_size: int, ledger: Sequence[S
 def sampling_rate(batch_size: int, examples: int) -> float:
     """Returns the probability with which an example is in a batch."""
     return min(1.0, batch_size / examples)
+
+
+def no_protection(privacy: PrivacyConfig, examples: int) -> str:
+    """Returns in a sentence that a delta protects no example of a client with so many; empty if it may."""
+    delta = privacy.delta or 0.0
+    if privacy.mechanism != "example" or delta * examples < 1:
+        return ""
+    return (
+        f"privacy.delta is {delta:g}, which is no protection for one of {examples:,} examples: it must be far below "
+        f"1 / {examples:,}"
+    )
 
 
 def example_noise(config: RunConfig, examples: int, steps: int) -> float:

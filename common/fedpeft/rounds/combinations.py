@@ -117,14 +117,20 @@ def _noised(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
     if spec.sections and privacy.quantile is not None:
         what = f"section {spec.sections[0].name!r} of algorithm {_algorithm_name(config)!r}"
         yield "privacy.quantile", f"does not go with {what}: clients keep the whole of what it would change"
-    if (privacy.delta or 0.0) * config.rounds.clients >= 1:
-        text = f"is {privacy.delta:g}, which is no protection for one of {config.rounds.clients} clients"
-        yield "privacy.delta", f"{text}: it must be far below 1 / {config.rounds.clients}"
+    yield from _of_a_client(config)
     if privacy.noise_multiplier is not None and central.noise_multiplier >= 2 * central.count_sigma:
         least = central.noise_multiplier / 2
         yield "privacy.quantile_noise", f"is {central.count_sigma:g}; it must be above {least:g}, half of the noise"
     if why := overspent(config, (), 1):
         yield "privacy.target_epsilon", f"allows no round: {why}"
+
+
+def _of_a_client(config: RunConfig) -> Iterator[Fault]:
+    """Finds a delta that protects no client."""
+    delta, clients = (config.privacy and config.privacy.delta) or 0.0, config.rounds.clients
+    if delta * clients >= 1:
+        text = f"is {delta:g}, which is no protection for one of {clients} clients"
+        yield "privacy.delta", f"{text}: it must be far below 1 / {clients}"
 
 
 def _noised_by_clients(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
@@ -134,6 +140,7 @@ def _noised_by_clients(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
         return
     if codecs.get(config.codec.encoding).is_sparse:
         yield "codec.up", f"is {config.codec.up!r}: of an update with noise of its client's it would keep the noise"
+    yield from _of_a_client(config)
     if why := locally_overspent(config, 0):
         yield "privacy.target_epsilon", f"allows no update: {why}"
 

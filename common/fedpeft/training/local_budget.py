@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from fedpeft.adapters.updates import Arrays
 from fedpeft.config import CodecConfig, PrivacyConfig, RunConfig, TrainingConfig
 from fedpeft.errors import TrainingFailed
 from fedpeft.privacy.accounting import beyond, local_epsilon, locally_overspent
-from fedpeft.privacy.example_level import Steps, example_epsilon, example_noise
+from fedpeft.privacy.example_level import Steps, example_epsilon, example_noise, no_protection
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.rounds.groups import SENT
 from fedpeft.rounds.local_job import LocalJob
@@ -33,8 +31,6 @@ TERMS = "terms"
 """Name in the state of the terms under which a budget was spent: noise, batch size (or 0), delta, target (or 0)."""
 _EXACT = 2**24
 """Largest count of steps that float32, in which state is kept, holds exactly."""
-
-_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class LocalBudget:
         """Returns the budget after the update of a job, of a client with so many examples.
 
         Raises:
-            TrainingFailed: If that would spend more than the client may.
+            TrainingFailed: If that would spend more than the client may, or delta protects none of its examples.
         """
         privacy = config.privacy
         if privacy is None or not privacy.is_of_clients:
@@ -77,7 +73,8 @@ class LocalBudget:
     @classmethod
     def _of_examples(cls, config: RunConfig, privacy: PrivacyConfig, job: LocalJob, examples: int) -> LocalBudget:
         _check_settings(config, job)
-        _warn(privacy.delta or 0.0, examples)
+        if why := no_protection(privacy, examples):
+            raise TrainingFailed(why)
         ledger = _with(_ledger(job), Steps(examples, _steps(job.settings, examples)))
         first = ledger[0].examples  # noise of a client's own stays what it was when its data grow
         z = example_noise(config, first, _steps(config.training, first))
@@ -152,9 +149,3 @@ def _with(ledger: list[Steps], more: Steps) -> list[Steps]:
     if ledger and ledger[-1].examples == more.examples and ledger[-1].count + more.count <= _EXACT:
         return [*ledger[:-1], replace(more, count=ledger[-1].count + more.count)]
     return [*ledger, more]
-
-
-@lru_cache(maxsize=1024)  # once for each client of a simulation
-def _warn(delta: float, examples: int) -> None:
-    if delta * examples >= 1:
-        _log.warning("privacy_delta_is_large", delta=delta, examples=examples, wanted=f"far below 1 / {examples}")

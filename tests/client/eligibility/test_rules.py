@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.config import PrivacyConfig
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import BackboneMismatch, ModelInvalid
 from fedpeft_client.eligibility.rules import Built, Reason, Site, reasons_against
@@ -64,6 +65,21 @@ def test_labels_that_do_not_fit_are_named_here_and_counted_there(
     reason = only(reasons_against(run, replace(SITE, **changes)))
     assert reason.kind == "DATA_INVALID" and here in reason.here and told in reason.told
     assert "secret" not in reason.told
+
+
+def test_a_delta_that_protects_none_of_its_examples(run: KnownRun) -> None:
+    def private(delta: float, mechanism: str = "example") -> KnownRun:
+        noise = {"mechanism": mechanism, "clip_norm": 1.0, "noise_multiplier": 1.5, "delta": delta}
+        return replace(run, config=run.config.model_copy(update={"privacy": PrivacyConfig.model_validate(noise)}))
+
+    reason = only(reasons_against(private(1 / 600), SITE))
+    assert reason.kind == "CONFIG_INVALID"
+    assert "privacy.delta is 0.00166667, which is no protection for one of 600 examples: it must" in reason.here
+    assert reason.told.endswith("one of its examples: it must be far below 1 / their number")
+    assert reasons_against(private(1 / 601), SITE) == ()
+    assert reasons_against(private(1 / 600), replace(SITE, label_map={"cat": None})) == (), "only the run's count"
+    assert reasons_against(private(1 / 600), replace(SITE, trains=False)) == (), "one who scores spends nothing"
+    assert reasons_against(private(1 / 600, "local"), SITE) == (), "its unit is a client"
 
 
 def test_more_unreadable_images_than_training_takes_speak_against_a_run(run: KnownRun) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fedpeft.adapters.payload import check_manifest
 from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.adapters.updates import prepare
-from fedpeft.config import CodecConfig, TrainingConfig
+from fedpeft.config import CodecConfig, PrivacyConfig, TrainingConfig
 from fedpeft.errors import RefusedByPolicy, SettingsInvalid
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
@@ -70,6 +70,8 @@ def test_the_policy_of_the_page_is_one(tmp_path: Path) -> None:
         ('[model]\nweights_folders = ["models"]\n', "'models' is not an absolute path"),
         ('[model]\nfingerprints = ["xyz"]\n', "'xyz' is not a fingerprint"),
         ('[transfer]\nencodings = ["gzip"]\n', "there is no encoding 'gzip'; there are: bfloat16"),
+        ("[privacy]\nmechanisms = []\n", ":2: privacy.mechanisms: "),
+        ('[privacy]\nmechanisms = ["laplace"]\n', ":2: privacy.mechanisms.0: "),
         ("[model\n", "is not a TOML file"),
     ],
 )
@@ -106,6 +108,13 @@ def test_a_policy_that_is_named_must_be_there_and_one_in_the_state_directory_is_
         ({"training": {"max_steps": 2}}, "training.max_steps", "the server asks for 3 steps; its owner allows 2"),
         ({"training": {"max_batch_size": 3}}, "training.max_batch_size", "asks for 4 images in a batch"),
         ({"data": {"min_examples": 61}}, "data.min_examples", "fewer images of the run's classes than its owner wants"),
+        (
+            {"privacy": {"mechanisms": ["local", "example"]}},
+            "privacy.mechanisms",
+            "the run has no noise; its owner wants 'local', 'example'",
+        ),
+        ({"privacy": {"max_epsilon": 5}}, "privacy.max_epsilon", "target_epsilon is not given; its owner allows 5"),
+        ({"privacy": {"max_delta": 1e-5}}, "privacy.max_delta", "delta is not given; its owner allows 1e-05"),
         ({"transfer": {"encodings": ["float16"]}}, "transfer.encodings", "does not allow updates as float32"),
         (
             {"transfer": {"max_payload_bytes": 9}},
@@ -133,6 +142,28 @@ def test_a_run_within_every_rule_is_accepted_and_absent_keys_allow() -> None:
     )
     assert reasons_against(RUN, replace(SITE, policy=wide)) == ()
     assert reasons_against(RUN, SITE) == ()
+
+
+NOISE = {"mechanism": "example", "clip_norm": 1.0, "target_epsilon": 5.0, "delta": 1e-5}
+DEMANDED = {"mechanisms": ["local", "example"], "max_epsilon": 5, "max_delta": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("change", "broken_keys"),
+    [
+        ({}, []),
+        ({"mechanism": "local", "target_epsilon": 0.5}, []),
+        ({"mechanism": "central"}, ["privacy.mechanisms"]),
+        ({"target_epsilon": 5.1}, ["privacy.max_epsilon"]),
+        ({"target_epsilon": None, "noise_multiplier": 100.0}, ["privacy.max_epsilon"]),
+        ({"delta": 2e-5}, ["privacy.max_delta"]),
+    ],
+)
+def test_a_run_needs_the_noise_that_the_owner_demands(change: dict[str, Any], broken_keys: list[str]) -> None:
+    config = RUN.config.model_copy(update={"privacy": PrivacyConfig.model_validate({**NOISE, **change})})
+    run, rules = replace(RUN, config=config), policy(privacy=DEMANDED)
+    assert keys(rules, RunDemand(run, config.training)) == broken_keys
+    assert keys(rules, RunDemand(run, config.training, 1, 60)) == broken_keys, "a ticket is held to the same"
 
 
 def test_the_size_of_the_input_is_known_once_the_model_is_built() -> None:
@@ -171,7 +202,7 @@ def test_weights_come_from_allowed_places_only(wanted: str, weights: Any, allowe
 
 
 def test_one_who_scores_is_not_held_to_the_rules_of_training() -> None:
-    rules = policy(training={"max_steps": 1}, transfer={"max_payload_bytes": 1})
+    rules = policy(training={"max_steps": 1}, transfer={"max_payload_bytes": 1}, privacy={"max_epsilon": 1})
     assert reasons_against(RUN, replace(SITE, policy=rules, trains=False)) == ()
 
 
