@@ -126,7 +126,7 @@ def test_a_data_set_beyond_the_limit_is_not_read_for_a_file_and_removes_no_other
     pixels_of(data, cache)
     (kept,) = cache.iterdir()
     monkeypatch.setattr(pixel_cache, "LIMIT_BYTES", ROWS * 3 * 20 * 20)
-    monkeypatch.setattr(pixel_cache, "_digest", pytest.fail)
+    monkeypatch.setattr(pixel_cache, "images_digest", pytest.fail)
     with capture_logs() as logs:
         assert (pixels_of(data, cache, range(3), large) == pixels_of(data, None, range(3), large)).all()
     assert list(cache.iterdir()) == [kept]

@@ -10,12 +10,15 @@ import time
 import warnings
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from fedpeft.errors import StateInvalid
-from fedpeft.simulation import simulate
+from fedpeft.simulation import clients_of, run, simulate
+from fedpeft.simulation.former_identity import former_identity
 from fedpeft.simulation.progress_log import ProgressLog
 
+from ..data.test_sources import table, write
 from .simulated_runs import clients, config, same, tensors, without_clock
 
 SETTINGS = {
@@ -24,6 +27,9 @@ SETTINGS = {
     "codec": {"up": "sparse", "density": 0.2},
 }
 """State of every kind: of the server, of clients whose updates count, and of those that come too late."""
+
+
+TWO_ROUNDS = config("head", rounds={"count": 2, "clients": 2, "seed": 3})
 
 
 class Crash(BaseException):
@@ -68,6 +74,23 @@ def undisturbed(tmp_path_factory, folders):
     out = tmp_path_factory.mktemp("undisturbed")
     report = simulate(config("head", **SETTINGS), clients(folders), out, folders / "client-0")
     return out, report
+
+
+def stopped_after_one_round(out, chosen, evaluate=None, **options):
+    """Leaves the folder of a simulation that was interrupted after the first of two rounds."""
+
+    def stop(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(TWO_ROUNDS, chosen, out, evaluate, committed=stop, **options)
+
+
+def rounds_done(out, chosen, evaluate=None, **options):
+    """Returns the numbers of the rounds that the same simulation holds then."""
+    done = []
+    simulate(TWO_ROUNDS, chosen, out, evaluate, committed=lambda row: done.append(row["version"]), **options)
+    return done
 
 
 @pytest.mark.parametrize("step", [3, 5, 7])
@@ -124,14 +147,9 @@ def test_a_process_that_is_killed_goes_on_after_its_last_round(tmp_path, folders
 
 @pytest.mark.parametrize("change", ["seed", "clients", "done"])
 def test_another_simulation_in_the_folder_begins_anew(tmp_path, folders, change):
-    def stop(row):
-        raise KeyboardInterrupt
-
-    settings = config("head", rounds={"count": 2, "clients": 2, "seed": 3})
-    with pytest.raises(KeyboardInterrupt):
-        simulate(settings, clients(folders), tmp_path, committed=stop)
+    stopped_after_one_round(tmp_path, clients(folders))
     assert (tmp_path / "unfinished").is_dir()
-    chosen, done = clients(folders), []
+    settings, chosen, done = TWO_ROUNDS, clients(folders), []
     if change == "seed":
         settings = config("head", rounds={"count": 2, "clients": 2, "seed": 4})
     elif change == "clients":
@@ -141,6 +159,44 @@ def test_another_simulation_in_the_folder_begins_anew(tmp_path, folders, change)
     simulate(settings, chosen, tmp_path, committed=lambda row: done.append(row["version"]))
     assert done == [1, 2]
     assert not (tmp_path / "unfinished").exists()
+
+
+def test_a_simulation_goes_on_where_its_data_lie_now_and_not_with_others(tmp_path, folders):
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(folders, here)
+    for change, wanted in (("moved", [2]), ("trained on", [1, 2]), ("scored on", [1, 2])):
+        out = tmp_path / change
+        stopped_after_one_round(out, clients(here), here / "client-0")
+        shutil.copytree(here, there)
+        if change != "moved":
+            client = {"trained on": "client-1", "scored on": "client-0"}[change]
+            shutil.copytree(folders / "client-2", there / client, dirs_exist_ok=True)
+        assert rounds_done(out, clients(there), there / "client-0") == wanted, change
+        shutil.rmtree(there)
+
+
+def test_a_simulation_goes_on_with_parts_of_one_data_set_if_it_has_the_same_images(tmp_path):
+    simulated = config("head", rounds={"count": 2, "clients": 2, "seed": 3}, simulation={"clients": 2})
+    write(tmp_path / "one.parquet", table(24))
+    shutil.copy(tmp_path / "one.parquet", tmp_path / "moved.parquet")
+    whole = table(24)
+    turned = pa.concat_tables([whole[1:], whole[:1]]).column("image")
+    write(tmp_path / "other.parquet", whole.set_column(0, whole.schema.field("image"), turned))
+    for name, wanted in (("moved", [2]), ("other", [1, 2])):
+        out = tmp_path / name
+        stopped_after_one_round(out, clients_of(tmp_path / "one.parquet", simulated)[0])
+        assert rounds_done(out, clients_of(tmp_path / f"{name}.parquet", simulated)[0]) == wanted, name
+
+
+def test_what_an_earlier_version_left_goes_on_where_its_data_lie(tmp_path, folders, monkeypatch):
+    """Its identity had paths in it."""
+    written = []
+    monkeypatch.setattr(run, "former_identity", lambda *given: written.append(former_identity(*given)) or written[-1])
+    stopped_after_one_round(tmp_path, clients(folders), folders / "client-0")
+    log = tmp_path / "unfinished" / "progress.jsonl"
+    begun, *rounds = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([json.dumps({**json.loads(begun), "identity": written[0]}) + "\n", *rounds]))
+    assert rounds_done(tmp_path, clients(folders), folders / "client-0") == [2]
 
 
 def test_a_simulation_goes_on_only_under_an_engine_of_the_same_arithmetic(tmp_path, folders):
@@ -166,16 +222,10 @@ def test_a_simulation_goes_on_only_under_an_engine_of_the_same_arithmetic(tmp_pa
 
 
 def test_progress_that_cannot_be_read_is_said_and_the_simulation_begins_anew(tmp_path, folders, capsys):
-    def stop(row):
-        raise KeyboardInterrupt
-
-    settings, done = config("head", rounds={"count": 2, "clients": 2, "seed": 3}), []
-    with pytest.raises(KeyboardInterrupt):
-        simulate(settings, clients(folders), tmp_path, committed=stop)
+    stopped_after_one_round(tmp_path, clients(folders))
     file = tmp_path / "unfinished" / "progress.jsonl"
     file.write_bytes(b"\0" * 10 + file.read_bytes())
-    simulate(settings, clients(folders), tmp_path, committed=lambda row: done.append(row["version"]))
-    assert done == [1, 2] and "it begins anew" in capsys.readouterr().out
+    assert rounds_done(tmp_path, clients(folders)) == [1, 2] and "it begins anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("kept", "damage"), [("adapter-0", "gone"), ("adapter-1", "changed"), ("state-1", "changed")])

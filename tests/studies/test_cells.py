@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,15 @@ import pytest
 from fedpeft.config import parse_config
 from fedpeft.config.overrides import merged
 from fedpeft.errors import ConfigInvalid, DataInvalid
-from fedpeft.studies.cells import FORMAT, Machine, cells_of, content_digest, grid_axes
+from fedpeft.simulation.content import FORMAT, content_of, name_of
+from fedpeft.studies.cells import Machine, cells_of, content_digest, grid_axes
 from fedpeft.studies.checks import check_cells
 from fedpeft.studies.study_file import load_study
 
 from .study_texts import STUDY, pets, study_file
 
 DEFAULTS = Path(__file__).with_name("defaults.json")
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 
 
 def cells(folder: Path, text: str = STUDY, scale: str | None = None, **options):
@@ -183,31 +184,6 @@ def test_a_cell_is_named_by_its_content_alone(tmp_path):
     content_digest.cache_clear()
 
 
-def test_a_folder_is_named_by_its_files_and_their_names(tmp_path):
-    for name in ("one", "two", "three"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "one" / "a").write_bytes(b"xy")
-    (tmp_path / "two" / "a").write_bytes(b"xy")
-    (tmp_path / "three" / "b").write_bytes(b"xy")
-    one, two, three = (content_digest(tmp_path / name) for name in ("one", "two", "three"))
-    assert one == two != three
-    with pytest.raises(DataInvalid, match="cannot read"):
-        content_digest(tmp_path / "none" / "a")
-
-
-def test_a_folder_s_linked_folders_count_once_whatever_bytes_their_files_names_are(tmp_path):
-    for name in ("elsewhere", "linked"):
-        (tmp_path / name).mkdir()
-    odd = os.fsdecode(b"\xff.png")
-    (tmp_path / "elsewhere" / odd).write_bytes(b"x")
-    (tmp_path / "linked" / "cats").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
-    before = content_digest(tmp_path / "linked")
-    (tmp_path / "elsewhere" / odd).write_bytes(b"y")
-    content_digest.cache_clear()
-    assert content_digest(tmp_path / "linked") != before
-
-
 def test_a_cell_is_named_by_the_bytes_of_the_weights_file_that_its_run_names(tmp_path):
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"one")
@@ -217,6 +193,16 @@ def test_a_cell_is_named_by_the_bytes_of_the_weights_file_that_its_run_names(tmp
     weights.write_bytes(b"two")
     content_digest.cache_clear()
     assert cell.key(machine) != before
+
+
+def test_results_that_are_kept_are_found_again_by_their_names():
+    kept = sorted(RESULTS.glob("*/cells/*/cell.json"))
+    assert len(kept) > 20
+    for file in kept:
+        said = json.loads(file.read_text())
+        config = parse_config({"name": "any", **said["run"]})
+        content = content_of(config, **{key: said[key] for key in ("train", "test", "weights", "threads", "device")})
+        assert name_of(content) == file.parent.name
 
 
 def test_the_defaults_that_names_of_cells_leave_out_are_those_of_their_format():

@@ -25,8 +25,9 @@ import PIL
 import structlog
 from PIL import features
 
+from fedpeft.data.contents import images_digest
 from fedpeft.data.sources.folders import FolderSource
-from fedpeft.data.sources.interface import ImageUnreadable, Source
+from fedpeft.data.sources.interface import Source
 from fedpeft.data.sources.parquet import ParquetSource
 from fedpeft.data.transforms import Pixels, Preprocessing
 
@@ -43,7 +44,6 @@ _CHECKSUM = struct.Struct("<II")
 """Before the pixels of a record: 1 and their CRC-32; zeros where the image was not decoded yet."""
 
 _log = structlog.get_logger(__name__)
-_digests: weakref.WeakKeyDictionary[Source, str] = weakref.WeakKeyDictionary()
 _files: weakref.WeakKeyDictionary[Source, dict[tuple[Path, Preprocessing], PixelFile]] = weakref.WeakKeyDictionary()
 
 
@@ -161,22 +161,7 @@ def _name(source: Source, preprocessing: Preprocessing) -> str:
     """Returns a digest of the images and of all that decides their pixels."""
     wanted = preprocessing.image_size, preprocessing.interpolation, preprocessing.max_pixels
     libraries = PIL.__version__, *(features.version(each) for each in ("jpg", "webp", "zlib", "libtiff", "jpg_2000"))
-    return hashlib.sha256(repr((DECODING, _digest(source), wanted, libraries)).encode()).hexdigest()
-
-
-def _digest(source: Source) -> str:
-    """Returns the digest of a source's images, in the order of its rows; read once in a process."""
-    if source not in _digests:
-        digest = hashlib.sha256()
-        for row in range(len(source)):
-            try:
-                data = source.image_bytes(row)
-            except ImageUnreadable:
-                data = b""  # as an image of no bytes: it has no pixels either
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-        _digests[source] = digest.hexdigest()
-    return _digests[source]
+    return hashlib.sha256(repr((DECODING, images_digest(source), wanted, libraries)).encode()).hexdigest()
 
 
 def _make_room(folder: Path, size: int) -> None:

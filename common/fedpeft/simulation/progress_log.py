@@ -33,7 +33,8 @@ class ProgressLog:
 
     Args:
         folder: The folder `unfinished`; made here. What another simulation left in it is removed.
-        identity: All that decides the bits of the simulation, as JSON has it.
+        identity: All that decides the bits of the simulation, as JSON has it; an empty one is that of no other.
+        former: The same as an earlier version wrote it; an empty one if none did.
 
     Attributes:
         folder: That.
@@ -41,14 +42,14 @@ class ProgressLog:
         rounds: The lines of the rounds that are committed.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], former: Mapping[str, Any]) -> None:
         self.folder = folder
         self.begun: Json | None = None
         self.rounds: list[Json] = []
         self._file = folder / PROGRESS
-        self._identity = json.loads(json.dumps({"format": FORMAT, **identity}))
+        self._identity = json.loads(json.dumps({"lines": FORMAT, **identity}))
         lines = _whole_lines(self._file)
-        if lines and lines[0].pop("identity", None) == self._identity:
+        if lines and lines[0].pop("identity", None) in (self._identity, former):
             self.begun, *self.rounds = lines
             log.info("simulation goes on where it was", after_round=len(self.rounds))
         else:

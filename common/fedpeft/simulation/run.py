@@ -1,14 +1,21 @@
 """The entry of a simulation: what it is asked for is checked, model and data are loaded, and a run is held.
 
-Everything that passes lies in a scratch folder, which is removed at the end.
+It leaves in its folder the newest adapter version in adapter.safetensors and the records so far in records.jsonl, both
+after every round, and report.json at the end; earlier ones there are replaced. The report is what
+`fedpeft run show --json` says of a run, `wire_bytes_up` and `wire_bytes_down` None; besides `facts` (torch's version,
+device, precision, threads), `partition`, `overlap` (see `fedpeft.data.overlap.Overlap`) and `seconds`.
+
+The folder is held meanwhile: another simulation there is refused before it changes anything. One that was killed or
+interrupted goes on after the last round that it committed, to the same bits, if its content is the same still
+(`fedpeft.simulation.content`); buffered rounds begin anew. What passes lies in a scratch folder, which is removed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +32,9 @@ from fedpeft.rounds.commit import RunHeader
 from fedpeft.rounds.state_machine import policies
 from fedpeft.rpc import wire
 from fedpeft.simulation.clients import ClientMemory, Clients, Data, reading_of
+from fedpeft.simulation.content import content_of_simulation
 from fedpeft.simulation.engines import Engine, engine_named
+from fedpeft.simulation.former_identity import former_identity
 from fedpeft.simulation.leakage import leakage
 from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
 from fedpeft.simulation.progress_log import UNFINISHED, ProgressLog
@@ -57,13 +66,7 @@ def simulate(
     worked: Callable[[int, int, int], None] | None = None,
     tracking: Tracking | None = None,
 ) -> Json:
-    """Holds a whole run.
-
-    Leaves in `out`: the newest adapter version in adapter.safetensors and the records so far in records.jsonl, both
-    after every round, and report.json at the end. Earlier ones there are replaced. `out` is held meanwhile: another
-    simulation there is refused before it changes anything. One that was killed or interrupted goes on after the last
-    round that it committed, to the same bits, if run file, data, weights, device and threads are the same; buffered
-    rounds begin anew.
+    """Holds a whole run, or goes on with one: see this module.
 
     Args:
         config: The run file; its `[simulation]` has done its work by now, see `fedpeft.simulation.clients.clients_of`.
@@ -81,9 +84,7 @@ def simulate(
         tracking: Trackers of the run; ended with it. None for none.
 
     Returns:
-        The report, as in report.json: what `fedpeft run show --json` says of a run, `wire_bytes_up` and
-        `wire_bytes_down` None; besides `facts` (torch's version, device, precision, threads), `partition`, `overlap`
-        (see `fedpeft.data.overlap.Overlap`) and `seconds`. `state` is paused if a round could not get its updates.
+        The report, as in report.json; `state` is paused if a round could not get its updates.
 
     Raises:
         ConfigInvalid: If a round wants more clients than there are, there is no such engine, an option of the PEFT
@@ -95,87 +96,65 @@ def simulate(
     """
     check_clients(config, clients)
     reading, settings = reading or reading_of(config), config.simulation or SimulationConfig()
-    engine = engine_named(settings.engine)
-    # As a server gets it, without [simulation], and makes a run of it.
-    config = calibrated(wire.config_from_proto(wire.config_to_proto(config)))
+    given = evaluate, weights, label_map, device, reading, settings.held_out, settings.ranks or ()
+    inputs, kind = Inputs(_as_served(config), clients, *given), engine_named(settings.engine)
+    with _held(out) as scratch, tracking or Tracking() as tracked:
+        trainer = LocalTrainer(inputs)
+        shared = leakage(clients, evaluate, config, reading)
+        header = _header(run, trainer, settings)
+        with kind(trainer, settings.workers) as engine:
+            report = _ready(header, engine, out, scratch).run(committed, worked, tracked)
+        tracked.end(report["state"])
+        report["partition"] = None if partition is None else dict(partition)
+        report["overlap"] = None if shared is None else shared.as_dict()
+        durable.write_text(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    return report
+
+
+def _as_served(config: RunConfig) -> RunConfig:
+    """Returns a run file as a server gets it, without `[simulation]`, and makes a run of it."""
+    return calibrated(wire.config_from_proto(wire.config_to_proto(config)))
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[Path]:
+    """Holds the folder of the results; yields a scratch folder in it.
+
+    Raises:
+        StateInvalid: If it cannot be written, or another simulation writes there.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locks.results(out, "simulation"), durable.scratch(out / "simulation") as scratch:
-            trainer = LocalTrainer(
-                Inputs(
-                    config,
-                    clients,
-                    evaluate,
-                    weights,
-                    label_map,
-                    device,
-                    reading,
-                    settings.held_out,
-                    settings.ranks or (),
-                )
-            )
-            shared = leakage(clients, evaluate, config, reading)
-            header = RunHeader(run, config, trainer.run.spec, trainer.run.fingerprint)
-            check_combination(config.model_copy(update={"simulation": settings}), header.spec)
-            if (out / REPORT).exists():  # an earlier simulation's would stand beside what this one leaves
-                shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-                (out / REPORT).unlink()
-            made = engine(trainer, settings.workers)
-            progress = ProgressLog(out / UNFINISHED, _identity(header, made))
-            memory = ClientMemory(progress.folder / "memory", len(progress.rounds))
-            versions = Versions(header, out, scratch, progress.folder)
-            with tracking or Tracking() as tracked, made as started:
-                kept = progress if is_resumable(config) else None
-                report = SimulatedRun(header, started, memory, versions, kept).run(committed, worked, tracked)
-                tracked.end(report["state"])
-            report["partition"] = None if partition is None else dict(partition)
-            report["overlap"] = None if shared is None else shared.as_dict()
-            durable.write_text(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-            progress.clear()
+            yield scratch
     except OSError as error:
         raise StateInvalid(f"cannot use {error.filename or out}: {error.strerror or error}") from None
-    return report
+
+
+def _header(run: str, trainer: LocalTrainer, settings: SimulationConfig) -> RunHeader:
+    """Returns the run's header; raises `ConfigInvalid` if its parts do not go together."""
+    header = RunHeader(run, trainer.inputs.config, trainer.run.spec, trainer.run.fingerprint)
+    check_combination(header.config.model_copy(update={"simulation": settings}), header.spec)
+    return header
+
+
+def _ready(header: RunHeader, engine: Engine, out: Path, scratch: Path) -> SimulatedRun:
+    """Returns the run as it is about to begin, or where it was when an earlier process ended."""
+    if (out / REPORT).exists():  # an earlier simulation's would stand beside what this one leaves
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        (out / REPORT).unlink()
+    goes_on = is_resumable(header.config)
+    contents = (content_of_simulation(header, engine), former_identity(header, engine)) if goes_on else ({}, {})
+    progress = ProgressLog(out / UNFINISHED, *contents)
+    memory = ClientMemory(progress.folder / "memory", len(progress.rounds))
+    versions = Versions(header, out, scratch, progress.folder)
+    return SimulatedRun(header, engine, memory, versions, progress if goes_on else None)
 
 
 def is_resumable(config: RunConfig) -> bool:
     """Returns True if a simulation that is killed can go on: all but rounds on a clock, whose clients are at work."""
     return not policies.get(config.rounds.policy_name).has_clock
-
-
-def _identity(header: RunHeader, engine: Engine) -> dict[str, Any]:
-    """Returns all that decides the bits of a simulation."""
-    import torch
-
-    inputs = engine.trainer.inputs
-    return {
-        "run": header.run,
-        "config": wire.config_to_proto(header.config).SerializeToString(deterministic=True).hex(),
-        "backbone": header.fingerprint,
-        "clients": _clients_digest(inputs.clients),
-        "evaluation": [_evaluation_digest(inputs.evaluation), inputs.held_out],
-        "ranks": list(inputs.ranks),
-        "reading": str(inputs.reading),
-        "label_map": str(inputs.label_map),
-        "device": inputs.device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        **({"arithmetic": engine.arithmetic} if engine.arithmetic else {}),
-    }
-
-
-def _evaluation_digest(data: Path | Data | None) -> str:
-    """Returns the path of held-out data, or a digest of what is open already."""
-    return str(data) if data is None or isinstance(data, Path) else _clients_digest({"evaluation": data})
-
-
-def _clients_digest(clients: Clients) -> str:
-    """Returns a digest of the clients' names, and of where their data lie or which labels they have."""
-    digest = hashlib.sha256()
-    for name, data in sorted(clients.items()):
-        digest.update(f"{name}\0{data if isinstance(data, Path) else len(data)}\0".encode())
-        if not isinstance(data, Path):
-            digest.update(data.labels.astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def check_clients(config: RunConfig, clients: Clients) -> None:

@@ -6,26 +6,19 @@ device), so a result is found again whatever study, name or order asks for it, a
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fedpeft import extensions
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.config.overrides import Table, at_key, merged, value_of
+from fedpeft.data.contents import digest_of
 from fedpeft.errors import ConfigInvalid, DataInvalid
+from fedpeft.simulation.content import content_of, name_of
 from fedpeft.studies.study_file import DATA, MOST_CELLS, DataSet, StudyFile
-
-KEY_DIGITS = 16
-"""Hexadecimal digits of a cell's digest that name its folder."""
-FORMAT = 2
-"""Raised when equal content would give another result file; so also when a default of the run file changes."""
 
 
 @dataclass(frozen=True)
@@ -73,30 +66,21 @@ class Cell:
         """A line for people."""
         return ", ".join([*(f"{axis}={point}" for axis, point in self.points.items()), f"seed={self.seed}"])
 
-    def identity(self, machine: Machine) -> Table:
+    def content(self, machine: Machine) -> Table:
         """Returns all that decides the result, as JSON has it."""
-        run = self.config.model_dump(mode="json", exclude={"name"})
-        return {
-            "format": FORMAT,
-            "run": run,
-            "train": content_digest(self.train),
-            "test": None if self.test is None else content_digest(self.test),
-            "weights": _weights_digest(self.config.model.weights, machine.weights),
-            "threads": machine.threads,
-            "device": machine.device,
-            **({"over_network": True} if machine.over_network else {}),
-            **({"imports": extensions.digests()} if extensions.extensions() else {}),
-        }
+        content = content_of(
+            self.config,
+            train=content_digest(self.train),
+            test=None if self.test is None else content_digest(self.test),
+            weights=_weights_digest(self.config.model.weights, machine.weights),
+            threads=machine.threads,
+            device=machine.device,
+        )
+        return {**content, **({"over_network": True} if machine.over_network else {})}
 
     def key(self, machine: Machine) -> str:
-        """Returns the name of its folder.
-
-        Of the run file, what differs from the defaults counts, so a field that is new to this version leaves the
-        names of older results as they are.
-        """
-        changed = self.config.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
-        text = json.dumps(self.identity(machine) | {"run": changed}, sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
+        """Returns the name of its folder."""
+        return name_of(self.content(machine))
 
 
 def cells_of(
@@ -250,56 +234,18 @@ def _part(folder: Path, split: str) -> Path | None:
     return next((folder / name for name in _PARTS[split] if (folder / name).exists()), None)
 
 
+@cache
+def content_digest(path: Path) -> str:
+    """Returns the digest of a file or folder, see `fedpeft.data.contents`; kept for all cells of a study.
+
+    `content_digest.cache_clear` begins the next one.
+    """
+    return digest_of(path)
+
+
 def _weights_digest(named: str, given: Path | None) -> str | None:
     """Returns the digest of the weights that a run names, None for those of the hub and where none are there."""
     if named == "none":
         return None
     place = Path(named) if given is None and named != "hub" else given
     return None if place is None or not place.exists() else content_digest(place)
-
-
-@cache
-def content_digest(path: Path) -> str:
-    """Returns a SHA-256 of a file, or of all files of a folder with their names, hexadecimal.
-
-    It is kept, for all cells of a study: `content_digest.cache_clear` begins the next one.
-
-    Raises:
-        DataInvalid: If it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        path.stat()  # a folder that is not there would have no files
-        for file in [path] if path.is_file() else sorted(_files(path)):
-            digest.update(os.fsencode(f"{file.relative_to(path)}\0{file.stat().st_size}\0"))
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    except OSError as error:
-        raise DataInvalid(f"cannot read {error.filename or path}: {error.strerror}") from None
-    return digest.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Yields all files below a folder; linked folders are walked as sources do, each once.
-
-    Raises:
-        OSError: If a folder cannot be listed.
-    """
-    seen = set[tuple[int, int]]()
-    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if not _is_known(Path(place, name), seen)]
-        for name in names:
-            yield Path(place, name)
-
-
-def _is_known(folder: Path, seen: set[tuple[int, int]]) -> bool:
-    """Returns True if a folder was met before, by a link or by its name."""
-    status = folder.stat()
-    identity = status.st_dev, status.st_ino
-    known = identity in seen
-    seen.add(identity)
-    return known
-
-
-def _raise(error: OSError) -> None:
-    raise error

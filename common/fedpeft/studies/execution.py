@@ -178,7 +178,8 @@ def _begin(cell: Cell, folder: Path, machine: Machine, work: CellWork) -> AtWork
         "seed": cell.seed,
         "data": cell.data,
         "version": fedpeft.__version__,
-        **cell.identity(machine),
+        **cell.content(machine),
+        "run": cell.config.model_dump(mode="json", exclude={"name"}),
     }
     with durable.refusals(f"writing {folder}"):
         folder.mkdir(exist_ok=True)

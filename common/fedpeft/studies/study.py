@@ -18,7 +18,6 @@ from fedpeft.config.overrides import at_key, merged
 from fedpeft.errors import ConfigInvalid, SettingsInvalid
 from fedpeft.frames import frame_of, table_html
 from fedpeft.paths import path_of
-from fedpeft.studies.cells import axis_of
 
 if TYPE_CHECKING:
     import pandas
@@ -148,6 +147,8 @@ def _tables(override: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _axes(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    from fedpeft.studies.cells import axis_of
+
     for key, values in grid.items():
         if isinstance(values, str):
             raise ConfigInvalid(f"grid: {key!r} has the text {values!r}; give a list of values")

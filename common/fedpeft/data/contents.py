@@ -1,0 +1,92 @@
+"""Digests of data by content: equal bytes have equal digests, wherever they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Iterator
+from glob import glob
+from pathlib import Path
+
+from fedpeft.data.sources.interface import ImageUnreadable, Source
+from fedpeft.errors import DataInvalid
+
+_images: weakref.WeakKeyDictionary[Source, str] = weakref.WeakKeyDictionary()
+
+
+def digest_of(path: Path) -> str:
+    """Returns a SHA-256 of a file, or of all files of a folder, or of a pattern's, with their names, hexadecimal.
+
+    Raises:
+        DataInvalid: If it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        root, files = _files_at(path)
+        for file in files:
+            digest.update(os.fsencode(f"{file.relative_to(root)}\0{file.stat().st_size}\0"))
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError as error:
+        raise DataInvalid(f"cannot read {error.filename or path}: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def images_digest(source: Source) -> str:
+    """Returns a SHA-256 of a source's images, in the order of its rows, hexadecimal; read once in a process.
+
+    Raises:
+        DataInvalid: If they went away.
+    """
+    if source not in _images:
+        digest = hashlib.sha256()
+        for row in range(len(source)):
+            try:
+                data = source.image_bytes(row)
+            except ImageUnreadable:
+                data = b""  # as an image of no bytes: it has no pixels either
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+        _images[source] = digest.hexdigest()
+    return _images[source]
+
+
+def _files_at(path: Path) -> tuple[Path, list[Path]]:
+    """Returns the files that a path means, in their order, and where their names begin.
+
+    Raises:
+        OSError: If there are none that can be listed.
+    """
+    if path.is_dir():
+        return path, sorted(_files(path))
+    if not path.exists() and (matches := sorted(glob(str(path)))):
+        return path.parent, [Path(match) for match in matches]
+    path.stat()  # one that is not there
+    return path, [path]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yields all files below a folder; linked folders are walked as sources do, each once.
+
+    Raises:
+        OSError: If a folder cannot be listed.
+    """
+    seen = set[tuple[int, int]]()
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not _is_known(Path(place, name), seen)]
+        for name in names:
+            yield Path(place, name)
+
+
+def _is_known(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    """Returns True if a folder was met before, by a link or by its name."""
+    status = folder.stat()
+    identity = status.st_dev, status.st_ino
+    known = identity in seen
+    seen.add(identity)
+    return known
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,58 @@
+"""Digests of data by content."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fedpeft.data.contents import digest_of, images_digest
+from fedpeft.data.sources.opening import open_source
+from fedpeft.errors import DataInvalid
+
+from .test_sources import table, write
+
+
+def test_a_folder_is_named_by_its_files_and_their_names(tmp_path):
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "one" / "a").write_bytes(b"xy")
+    (tmp_path / "two" / "a").write_bytes(b"xy")
+    (tmp_path / "three" / "b").write_bytes(b"xy")
+    one, two, three = (digest_of(tmp_path / name) for name in ("one", "two", "three"))
+    assert one == two != three
+    with pytest.raises(DataInvalid, match="cannot read"):
+        digest_of(tmp_path / "none" / "a")
+
+
+def test_a_pattern_is_named_by_the_files_that_it_means(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "train-0.parquet").write_bytes(b"xy")
+    (tmp_path / "there" / "test-0.parquet").write_bytes(b"z")
+    here, there = (digest_of(tmp_path / place / "train-*.parquet") for place in ("here", "there"))
+    assert here == there
+    (tmp_path / "there" / "train-1.parquet").write_bytes(b"xy")
+    assert digest_of(tmp_path / "there" / "train-*.parquet") != here
+    with pytest.raises(DataInvalid, match="cannot read"):
+        digest_of(tmp_path / "here" / "valid-*.parquet")
+
+
+def test_a_folder_s_linked_folders_count_once_whatever_bytes_their_files_names_are(tmp_path):
+    for name in ("elsewhere", "linked"):
+        (tmp_path / name).mkdir()
+    odd = os.fsdecode(b"\xff.png")
+    (tmp_path / "elsewhere" / odd).write_bytes(b"x")
+    (tmp_path / "linked" / "cats").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
+    before = digest_of(tmp_path / "linked")
+    (tmp_path / "elsewhere" / odd).write_bytes(b"y")
+    assert digest_of(tmp_path / "linked") != before
+
+
+def test_the_images_of_a_source_are_named_by_their_bytes_in_order(tmp_path):
+    here, there, other = (
+        write(tmp_path / f"{name}.parquet", table(rows)) for name, rows in zip("abc", (9, 9, 8), strict=True)
+    )
+    digests = [images_digest(open_source(file)) for file in (here, there, other)]
+    assert digests[0] == digests[1] != digests[2]
