@@ -268,6 +268,7 @@ class Agent:
             reasons=[reason.told[:MAX_REASON] for reason in verdict.reasons[:MAX_REASONS]],
             examples=verdict.examples,
             algorithm=verdict.algorithm,
+            mechanism=verdict.mechanism,
         )
         try:
             with self._egress_log.record(message_entries.answer(request, verdict.name)):

@@ -96,18 +96,17 @@ class RawClient:
             if not answer.HasField("offer"):
                 return answer
             offered = answer.offer.run
-            await self.answer(offered.id, algorithm=offered.config.training.algorithm.name)
+            said = offered.config
+            await self.answer(offered.id, algorithm=said.training.algorithm.name, mechanism=said.privacy.mechanism)
 
     async def look(self, run: str = "", *, until_finished: bool = False) -> fed.AwaitRoundResponse:
         request = fed.AwaitRoundRequest(run=run, until_finished=until_finished)
         return await self.stub.AwaitRound(request, metadata=self.metadata)
 
-    async def answer(self, run: str, *reasons: str, examples: int = 0, algorithm: str = "") -> None:
+    async def answer(self, run: str, *reasons: str, examples: int = 0, **said: str) -> None:
         """Accepts a run, or declines it if there are reasons."""
         verdict = fed.ANSWER_DECLINED if reasons else fed.ANSWER_ACCEPTED
-        request = fed.AnswerOfferRequest(
-            run=run, answer=verdict, reasons=reasons, examples=examples, algorithm=algorithm
-        )
+        request = fed.AnswerOfferRequest(run=run, answer=verdict, reasons=reasons, examples=examples, **said)
         await self.stub.AnswerOffer(request, metadata=self.metadata)
 
     async def task(self, run: str = "") -> fed.TrainingTask:

@@ -51,6 +51,12 @@ class Verdict:
         return "" if chosen is None else chosen.name
 
     @property
+    def mechanism(self) -> str:
+        """The noise that is added here to what is sent for the run; empty if that is none."""
+        privacy = None if self.run is None else self.run.config.privacy
+        return privacy.mechanism or "" if privacy is not None and privacy.is_of_clients else ""
+
+    @property
     def examples(self) -> int:
         """Examples of the run's classes; 0 if it does not suit."""
         return int(self.report.get("examples", 0))

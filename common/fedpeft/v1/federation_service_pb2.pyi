@@ -434,6 +434,7 @@ class AnswerOfferRequest(_message.Message):
     REASONS_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     ALGORITHM_FIELD_NUMBER: _builtins.int
+    MECHANISM_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Id of the run."""
     answer: Global___Answer.ValueType
@@ -444,6 +445,11 @@ class AnswerOfferRequest(_message.Message):
     """The local algorithm that the client will follow, the `name` in the run's `training.algorithm`; empty: none, plain training.
     A trainer that accepts a run and names another one than the run does, because it is older than the algorithm for
     example, counts as one that declined: it would train otherwise than all others, and nothing would show it.
+    """
+    mechanism: _builtins.str
+    """The noise that the client will add itself: `privacy.mechanism` of the run where that is `local` or `example`; empty: none.
+    A trainer that accepts a run and names another one than the run wants of it, because it is older than the mechanism for
+    example, counts as one that declined: its updates would say of its data what noise should hide, and nothing would show it.
     """
     @_builtins.property
     def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -459,10 +465,11 @@ class AnswerOfferRequest(_message.Message):
         reasons: _abc.Iterable[_builtins.str] | None = ...,
         examples: _builtins.int = ...,
         algorithm: _builtins.str = ...,
+        mechanism: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "answer", b"answer", "examples", b"examples", "reasons", b"reasons", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "answer", b"answer", "examples", b"examples", "mechanism", b"mechanism", "reasons", b"reasons", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -169,14 +169,19 @@ class Federation(pb_grpc.FederationServiceServicer):
         return pb.AnswerOfferResponse()
 
     def _unable(self, client: str, request: pb.AnswerOfferRequest) -> str:
-        """Returns why a client that accepts a run cannot train as all others do; empty if it can."""
-        algorithm = self._runs.get(request.run).run.config.training.algorithm
-        if algorithm is None or self._sessions.role(client) == "evaluator":
+        """Returns why a client that accepts a run cannot train as the run wants of all; empty if it can."""
+        config = self._runs.get(request.run).run.config
+        if self._sessions.role(client) == "evaluator":
             return ""
+        algorithm, privacy = config.training.algorithm, config.privacy
         said = untrusted_text.software(request.algorithm) or PLAIN
-        if said == algorithm.name:
-            return ""
-        return f"it would train by the algorithm {said!r}, and the run's is {algorithm.name!r}; update its software"
+        if algorithm is not None and said != algorithm.name:
+            return f"it would train by the algorithm {said!r}, and the run's is {algorithm.name!r}; update its software"
+        noise = untrusted_text.software(request.mechanism)
+        if privacy is not None and privacy.is_of_clients and noise != privacy.mechanism:
+            would = f"noise by the mechanism {noise!r}" if noise else "no noise to what it sends"
+            return f"it would add {would}, and the run's is {privacy.mechanism!r}; update its software"
+        return ""
 
     async def PullAdapter(
         self, request: pb.PullAdapterRequest, context: Context

@@ -82,6 +82,35 @@ async def test_who_would_train_by_another_algorithm_counts_as_one_that_declined(
     assert (await new.look()).training.run == run.id
 
 
+@pytest.mark.parametrize("mechanism", ["local", "example"])
+async def test_who_would_add_no_noise_counts_as_one_that_declined(daemon: Daemon, mechanism: str) -> None:
+    noise = {"mechanism": mechanism, "clip_norm": 1.0, "noise_multiplier": 60.0, "delta": 1e-5}
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1, "deadline_s": 60}, privacy=noise))
+    new, old, other = await daemon.clients("new", "old", "other")
+    for client, said in ((old, ""), (other, "laplace")):
+        await offered(client)
+        await client.answer(run.id, examples=5, mechanism=said)
+    shown = await daemon.run(run.id)
+    assert {d.client: list(d.reasons) for d in shown.declines} == {
+        "old": [f"it would add no noise to what it sends, and the run's is {mechanism!r}; update its software"],
+        "other": [
+            f"it would add noise by the mechanism 'laplace', and the run's is {mechanism!r}; update its software"
+        ],
+    }
+    await offered(new)
+    await new.answer(run.id, mechanism=mechanism)
+    assert (await new.look()).training.run == run.id
+
+
+async def test_noise_of_the_server_needs_nothing_of_a_client(daemon: Daemon) -> None:
+    noise = {"mechanism": "central", "clip_norm": 1.0, "noise_multiplier": 20.0, "delta": 1e-5}
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}, privacy=noise))
+    (a,) = await daemon.clients("a")
+    await offered(a)
+    await a.answer(run.id)
+    assert (await a.look()).training.run == run.id
+
+
 async def test_the_wait_names_how_many_declined_but_tells_no_client_why(daemon: Daemon) -> None:
     run = await daemon.create()
     a, b = await daemon.clients("a", "b")
