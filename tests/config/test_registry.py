@@ -118,7 +118,7 @@ from fedpeft.config import parse_config
 from fedpeft.errors import ConfigInvalid
 from fedpeft.models.tasks import task_of
 from fedpeft.simulation import simulate
-from fedpeft.simulation.clients import ClientMemory
+from fedpeft.simulation.client_memory import ClientMemory
 
 folder = pathlib.Path(sys.argv[1])
 x = np.linspace(-1, 1, 16)

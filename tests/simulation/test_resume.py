@@ -14,8 +14,7 @@ import pyarrow as pa
 import pytest
 
 from fedpeft.errors import StateInvalid
-from fedpeft.simulation import clients_of, run, simulate
-from fedpeft.simulation.former_identity import former_identity
+from fedpeft.simulation import clients_of, simulate
 from fedpeft.simulation.progress_log import ProgressLog
 
 from ..data.test_sources import table, write
@@ -186,17 +185,6 @@ def test_a_simulation_goes_on_with_parts_of_one_data_set_if_it_has_the_same_imag
         out = tmp_path / name
         stopped_after_one_round(out, clients_of(tmp_path / "one.parquet", simulated)[0])
         assert rounds_done(out, clients_of(tmp_path / f"{name}.parquet", simulated)[0]) == wanted, name
-
-
-def test_what_an_earlier_version_left_goes_on_where_its_data_lie(tmp_path, folders, monkeypatch):
-    """Its identity had paths in it."""
-    written = []
-    monkeypatch.setattr(run, "former_identity", lambda *given: written.append(former_identity(*given)) or written[-1])
-    stopped_after_one_round(tmp_path, clients(folders), folders / "client-0")
-    log = tmp_path / "unfinished" / "progress.jsonl"
-    begun, *rounds = log.read_text().splitlines(keepends=True)
-    log.write_text("".join([json.dumps({**json.loads(begun), "identity": written[0]}) + "\n", *rounds]))
-    assert rounds_done(tmp_path, clients(folders), folders / "client-0") == [2]
 
 
 def test_a_simulation_goes_on_only_under_an_engine_of_the_same_arithmetic(tmp_path, folders):

@@ -19,7 +19,7 @@ from fedpeft.rounds.local_job import LocalJob, LocalOutcome, Version
 from fedpeft.rounds.schedule import training_of
 from fedpeft.rounds.state_machine import Phase, policies
 from fedpeft.rounds.tickets import Ticket, TicketState
-from fedpeft.simulation.clients import ClientMemory
+from fedpeft.simulation.client_memory import ClientMemory
 from fedpeft.simulation.engines import Engine
 from fedpeft.simulation.report import RoundBook
 

@@ -1,24 +1,19 @@
-"""The clients of a simulation: where each one's data comes from, what is kept open of it, and what each remembers.
+"""The clients of a simulation: where each one's data comes from, and what is kept open of it.
 
 Notable: a client of `[simulation]` has the rows that `fedpeft partition` would write for it, in the same order, so it
-trains to the same bits as an agent on the written folder. What a client remembers from round to round (residual, local
-tensors) lies in files, as an agent's does, so memory does not grow with clients.
+trains to the same bits as an agent on the written folder.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from numpy.typing import NDArray
 
-from fedpeft.adapters.payload import Tensors
-from fedpeft.adapters.tensor_errors import as_os_errors
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data import partitions, pixel_cache
 from fedpeft.data.client_folders import clients_in, refuse_splits, subfolders
@@ -29,8 +24,6 @@ from fedpeft.data.reading import MAX_PIXELS, Reading
 from fedpeft.data.sources.interface import Source
 from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.models.tasks import split_data, task_of
-from fedpeft.rounds.groups import RESIDUAL
-from fedpeft.rounds.local_job import Groups
 from fedpeft.training.local_round import LoadedRun
 
 CACHE_BYTES = 1024 * 1024 * 1024
@@ -42,7 +35,6 @@ HISTOGRAM_CLIENTS = 256
 OPEN_CLIENTS = 256
 """Clients whose data is open at once: each may hold a mapped file."""
 
-Arrays = dict[str, NDArray[np.float32]]
 Data = Source | Examples
 Clients = Mapping[str, Path | Data]
 
@@ -219,87 +211,3 @@ class ClientData:
         kept = pixels if pixels <= self._cache_bytes else 0
         # The parts of one data set share its encoded images, which are there anyway.
         return dataset, kept + (source.image_bytes_total if isinstance(data, Path) else 0)
-
-
-_IF_EXCLUDED = "if-excluded"
-_ENDING = ".safetensors"
-
-
-class ClientMemory:
-    """State of every client from round to round: a folder for each, with a file for each group of tensors.
-
-    What a round changes lies apart (`pending-NUMBER`) until the round counts, then it is moved in place (`settle`). An
-    empty file there stands for a group that is gone. A process that was killed meanwhile leaves files that the next one
-    moves, or removes if their round does not count.
-
-    Args:
-        folder: The folder; what a simulation left there that is resumed.
-        settled: Number of the last round that counts.
-    """
-
-    def __init__(self, folder: Path, settled: int = 0) -> None:
-        self._kept = folder / "kept"
-        self._place = folder
-        self._pending = folder / f"pending-{settled}"
-        self.settle(settled)
-        shutil.rmtree(self._pending, ignore_errors=True)
-
-    def settle(self, number: int) -> None:
-        """Makes what round `number` changed the state of its clients; further changes are of the round after it."""
-        for file in sorted(self._pending.glob(f"*/*{_ENDING}")):
-            kept = self._kept / file.parent.name / file.name
-            if file.stat().st_size:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(kept)
-            else:
-                kept.unlink(missing_ok=True)
-                file.unlink()
-        shutil.rmtree(self._pending, ignore_errors=True)
-        self._pending = self._place / f"pending-{number + 1}"
-
-    def state(self, client: str) -> dict[str, Arrays]:
-        """Returns what a client keeps, float32 by group and tensor."""
-        places = (self._kept / client, self._pending / client)
-        files = {file.stem: file for place in places for file in place.glob(f"*{_ENDING}")}
-        there = (group for group in sorted(files) if files[group].stat().st_size)
-        return {group: safetensors.numpy.load_file(files[group]) for group in there}
-
-    def keep(self, client: str, state: Groups, if_excluded: Groups | None = None) -> None:
-        """Replaces the groups that `state` has; an empty one is removed.
-
-        Args:
-            client: The client's id.
-            state: State that it keeps now, by group.
-            if_excluded: State that it keeps instead if its update is excluded: held until `confirm` or `take_back`.
-        """
-        folder = self._pending / client
-        for group, arrays in state.items():
-            _write(folder, group, arrays)
-        for group, arrays in (if_excluded or {}).items():
-            now = state.get(group)
-            if arrays is not now and (arrays or now):
-                _write(folder / _IF_EXCLUDED, group, arrays)
-
-    def confirm(self, client: str) -> None:
-        """Settles that a client's last update was folded."""
-        shutil.rmtree(self._pending / client / _IF_EXCLUDED, ignore_errors=True)
-
-    def take_back(self, client: str) -> None:
-        """Settles that a client's last update was excluded: what was held for that takes effect."""
-        for file in (self._pending / client / _IF_EXCLUDED).glob(f"*{_ENDING}"):
-            file.replace(self._pending / client / file.name)
-
-    def forget_residual(self, client: str) -> None:
-        """Drops the residual, as an agent does whose update was refused as wrong."""
-        self.keep(client, {RESIDUAL: {}})
-
-
-def _write(folder: Path, group: str, arrays: Tensors) -> None:
-    """Writes a group; an empty file if it has no tensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{group}{_ENDING}"
-    if not arrays:
-        file.write_bytes(b"")
-        return
-    with as_os_errors(file):
-        safetensors.numpy.save_file(dict(arrays), file)

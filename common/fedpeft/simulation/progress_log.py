@@ -22,8 +22,8 @@ from fedpeft.simulation.report import Json
 
 UNFINISHED = "unfinished"
 PROGRESS = "progress.jsonl"
-FORMAT = 1
-"""Raised when a line means something else than before."""
+FORMAT = 2
+"""Raised when a line, or a file beside it, means something else than before."""
 
 log = structlog.get_logger(__name__)
 
@@ -34,7 +34,6 @@ class ProgressLog:
     Args:
         folder: The folder `unfinished`; made here. What another simulation left in it is removed.
         identity: All that decides the bits of the simulation, as JSON has it; an empty one is that of no other.
-        former: The same as an earlier version wrote it; an empty one if none did.
 
     Attributes:
         folder: That.
@@ -42,19 +41,21 @@ class ProgressLog:
         rounds: The lines of the rounds that are committed.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], former: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
         self.begun: Json | None = None
         self.rounds: list[Json] = []
         self._file = folder / PROGRESS
         self._identity = json.loads(json.dumps({"lines": FORMAT, **identity}))
         lines = _whole_lines(self._file)
-        if lines and lines[0].pop("identity", None) in (self._identity, former):
+        if lines and lines[0].pop("identity", None) == self._identity:
             self.begun, *self.rounds = lines
             log.info("simulation goes on where it was", after_round=len(self.rounds))
-        else:
-            self.clear()
-            folder.mkdir()
+            return
+        if lines:
+            log.warning("another simulation was not finished here: what it left is removed", rounds=len(lines) - 1)
+        self.clear()
+        folder.mkdir()
 
     def begin(self, line: Json) -> None:
         """Writes the first line."""

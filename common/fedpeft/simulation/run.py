@@ -31,10 +31,10 @@ from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.commit import RunHeader
 from fedpeft.rounds.state_machine import policies
 from fedpeft.rpc import wire
-from fedpeft.simulation.clients import ClientMemory, Clients, Data, reading_of
+from fedpeft.simulation.client_memory import ClientMemory
+from fedpeft.simulation.clients import Clients, Data, reading_of
 from fedpeft.simulation.content import content_of_simulation
 from fedpeft.simulation.engines import Engine, engine_named
-from fedpeft.simulation.former_identity import former_identity
 from fedpeft.simulation.leakage import leakage
 from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
 from fedpeft.simulation.progress_log import UNFINISHED, ProgressLog
@@ -145,8 +145,7 @@ def _ready(header: RunHeader, engine: Engine, out: Path, scratch: Path) -> Simul
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         (out / REPORT).unlink()
     goes_on = is_resumable(header.config)
-    contents = (content_of_simulation(header, engine), former_identity(header, engine)) if goes_on else ({}, {})
-    progress = ProgressLog(out / UNFINISHED, *contents)
+    progress = ProgressLog(out / UNFINISHED, content_of_simulation(header, engine) if goes_on else {})
     memory = ClientMemory(progress.folder / "memory", len(progress.rounds))
     versions = Versions(header, out, scratch, progress.folder)
     return SimulatedRun(header, engine, memory, versions, progress if goes_on else None)

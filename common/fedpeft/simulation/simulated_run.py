@@ -36,7 +36,7 @@ from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft.rpc import wire
 from fedpeft.simulation.at_work import ClientsAtWork
-from fedpeft.simulation.clients import ClientMemory
+from fedpeft.simulation.client_memory import ClientMemory
 from fedpeft.simulation.engines import Engine
 from fedpeft.simulation.progress_log import ProgressLog
 from fedpeft.simulation.report import Arrival, Json, RoundBook, moment, progress_json, round_json
