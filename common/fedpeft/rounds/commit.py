@@ -22,10 +22,10 @@ from fedpeft.aggregation import Strategy, UpdateFacts, strategy
 from fedpeft.config import RunConfig
 from fedpeft.errors import Internal, UpdateExcluded
 from fedpeft.privacy import accounting
-from fedpeft.privacy.central import Central, NoisedSum, central_of
+from fedpeft.privacy.central import NoisedSum
 from fedpeft.privacy.events import Event
+from fedpeft.privacy.round_privacy import round_privacy_of
 from fedpeft.privacy.statement import EPSILON
-from fedpeft.privacy.transforms import transforms_of
 from fedpeft.process.mapped_files import releaser
 from fedpeft.rounds.fold import Contribution, Overflow, State, fold_tensors
 from fedpeft.rounds.record import Contributed, Excluded, Record, digest
@@ -185,72 +185,32 @@ def fold_round(
     """
     if not updates:
         raise Internal(f"round {number} of {header.run} has nothing to fold")
-    updates = sorted(updates, key=lambda update: update.client)
-    rule = strategy(header.config.aggregation.strategy, header.config.aggregation.options)
-    central = central_of(header.config)
     if why := accounting.overspent(header.config, ledger, number):
         raise accounting.BudgetSpent(why)
-    verdict = _screen(header, number, updates, past) if screened and central is None else _Verdict(None, {}, {})
-    noised = _noised(central, header, number, updates, ledger)
-    figures: dict[str, float] = {}
-    adapter, state_sha256, kept = _fold(
-        updates,
-        verdict,
-        lambda some: _write(
-            header,
-            number,
-            some,
-            base,
-            state,
-            rule,
-            folder,
-            create,
-            clips=not screened or noised is not None,
-            noised=noised,
-            measured=figures.update,
-        ),
-        lambda update: _facts(header, update),
-    )
-    weights = {u.ticket: noised.weights[u.client] if noised else rule.weigh(_facts(header, u)) for u in kept}
-    events = tuple(transform.event(len(kept)) for transform in transforms_of(header.config))
-    events += central.events([u.norm for u in kept], ledger) if central else ()
-    record = Record(
-        run=header.run,
-        round=number,
-        base_sha256=base.sha256,
-        contributions=tuple(_contributed(u, weights[u.ticket]) for u in kept),
-        strategy=header.config.aggregation.strategy,
-        options=rule.options.model_dump(mode="json"),
-        adapter_sha256=adapter.sha256,
-        state_sha256=state_sha256,
-        previous_sha256=previous,
-        excluded=tuple(_excluded(u, verdict.reasons[u.ticket]) for u in updates if u.ticket in verdict.reasons),
-        bound=verdict.bound if verdict.reasons else None,
-        sections=header.spec.sections,
-        events=events,
-    ).to_json()
-    total = sum(weights.values())
-    shares = {ticket: weight / total for ticket, weight in weights.items()}
-    extent = median(extents(header, kept)) if screened else Extent(0.0, 0.0)
-    figures |= _figures(kept)
+    updates = sorted(updates, key=lambda update: update.client)
+    privacy, values = round_privacy_of(header.config), sum(tensor.size for tensor in header.spec.sent(number))
+    judged = screened and privacy.judges
+    verdict = _screen(header, updates, past, values) if judged else _Verdict(None, {}, {})
+    noised = privacy.noised_sum(((u.client, u.norm) for u in updates), ledger, values)
+    files = _Files(header, number, base, state, folder, create)
+    folded = _fold(files, updates, verdict, clips=not judged, noised=noised)
+    kept = folded.updates
+    events = privacy.events(len(kept), (u.norm for u in kept), ledger)
     ledger = [*ledger, *events]
-    privacy = header.config.privacy
-    if privacy is not None and privacy.is_of_clients:  # each client keeps its own budget, and says what it spent
-        figures[EPSILON] = max((u.metrics.get(EPSILON, 0.0) for u in kept), default=0.0)
-    if central is not None:
-        figures[EPSILON] = accounting.epsilon(ledger, central.privacy.delta or 0.0)
-    more = accounting.overspent(header.config, ledger, number + 1)
-    return Outcome(adapter, state_sha256, shares, record, digest(record), figures, verdict.words, extent, events, more)
-
-
-def _noised(
-    central: Central | None, header: RunHeader, number: int, updates: Sequence[Update], ledger: Sequence[Event]
-) -> NoisedSum | None:
-    """Returns the rule of a round's sum, if it has noise."""
-    if central is None:
-        return None
-    values = sum(tensor.size for tensor in header.spec.sent(number))
-    return central.noised_sum({u.client: u.norm for u in updates}, ledger, values)
+    record = _record(files, updates, folded, verdict, previous, events)
+    spent = (u.metrics.get(EPSILON, 0.0) for u in kept)
+    return Outcome(
+        folded.adapter,
+        folded.state_sha256,
+        folded.shares,
+        record,
+        digest(record),
+        folded.figures | _figures(kept) | privacy.figures(ledger, spent),
+        verdict.words,
+        median(extents(header, kept)) if screened else Extent(0.0, 0.0),
+        events,
+        accounting.overspent(header.config, ledger, number + 1),
+    )
 
 
 def extents(header: RunHeader, updates: Iterable[Update]) -> list[Extent]:
@@ -285,10 +245,9 @@ class _Verdict:
         self.words[ticket] = f"{UpdateExcluded.reason}: {why}"
 
 
-def _screen(header: RunHeader, number: int, updates: Sequence[Update], past: Sequence[Extent]) -> _Verdict:
-    """Judges updates by their norms."""
+def _screen(header: RunHeader, updates: Sequence[Update], past: Sequence[Extent], values: int) -> _Verdict:
+    """Judges updates of so many values by their norms."""
     given = header.config.aggregation.norm_factor
-    values = sum(tensor.size for tensor in header.spec.sent(number))
     known = extents(header, updates)
     limit = bound(known, past, values, FACTOR if given is None else given)
     verdict = _Verdict(limit, {}, {})
@@ -298,28 +257,101 @@ def _screen(header: RunHeader, number: int, updates: Sequence[Update], past: Seq
     return verdict
 
 
-def _fold(
-    updates: Sequence[Update],
-    verdict: _Verdict,
-    write: Callable[[Sequence[Contribution]], tuple[Written, str]],
-    facts: Callable[[Update], UpdateFacts],
-) -> tuple[Written, str, list[Update]]:
-    """Folds what is not excluded; what would leave the range of float32 is excluded on the way.
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The files that a round is folded from and into; the arguments of `fold_round`."""
 
-    Returns:
-        The adapter file, the digest of the state file, and the updates that were folded.
+    header: RunHeader
+    number: int
+    base: Stored
+    state: Stored | None
+    folder: Path
+    create: Callable[[Path], BinaryIO]
+
+    @property
+    def rule(self) -> Strategy:
+        """The aggregation strategy."""
+        return strategy(self.header.config.aggregation.strategy, self.header.config.aggregation.options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Folded:
+    """The result of folding updates.
+
+    Attributes:
+        updates: Those that were folded.
+        weights: By ticket.
+        figures: Of the strategy.
+        adapter: The adapter file.
+        state_sha256: Digest of the state file.
+    """
+
+    updates: list[Update]
+    weights: dict[str, float]
+    figures: dict[str, float]
+    adapter: Written
+    state_sha256: str
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share in the mean, by ticket."""
+        total = sum(self.weights.values())
+        return {ticket: weight / total for ticket, weight in self.weights.items()}
+
+
+def _fold(
+    files: _Files, updates: Sequence[Update], verdict: _Verdict, *, clips: bool, noised: NoisedSum | None
+) -> _Folded:
+    """Folds what is not excluded; what would leave the range of float32 is excluded on the way.
 
     Raises:
         RoundEmptied: If none is left.
     """
+    rule, header = files.rule, files.header
     while kept := [u for u in updates if u.ticket not in verdict.reasons]:
-        contributions = [Contribution(u.client, facts(u), u.manifest, u.payload, releaser(u.payload)) for u in kept]
+        facts = {u.client: _facts(header, u) for u in kept}
+        contributions = [
+            Contribution(u.client, facts[u.client], u.manifest, u.payload, releaser(u.payload)) for u in kept
+        ]
+        figures: dict[str, float] = {}
         try:
-            return *write(contributions), kept
+            adapter, state_sha256 = _write(
+                files, rule, contributions, clips=clips, noised=noised, measured=figures.update
+            )
         except Overflow as error:
             ticket = next(u.ticket for u in kept if u.client == error.client)
             verdict.exclude(ticket, "overflow", str(error))
+            continue
+        weights = {u.ticket: noised.weights[u.client] if noised else rule.weigh(facts[u.client]) for u in kept}
+        return _Folded(kept, weights, figures, adapter, state_sha256)
     raise RoundEmptied(verdict.words)
+
+
+def _record(
+    files: _Files,
+    updates: Sequence[Update],
+    folded: _Folded,
+    verdict: _Verdict,
+    previous: str,
+    events: tuple[Event, ...],
+) -> str:
+    """Returns the round's record as canonical JSON."""
+    header = files.header
+    return Record(
+        run=header.run,
+        round=files.number,
+        base_sha256=files.base.sha256,
+        contributions=tuple(_contributed(u, folded.weights[u.ticket]) for u in folded.updates),
+        strategy=header.config.aggregation.strategy,
+        options=files.rule.options.model_dump(mode="json"),
+        adapter_sha256=folded.adapter.sha256,
+        state_sha256=folded.state_sha256,
+        previous_sha256=previous,
+        excluded=tuple(_excluded(u, verdict.reasons[u.ticket]) for u in updates if u.ticket in verdict.reasons),
+        bound=verdict.bound if verdict.reasons else None,
+        sections=header.spec.sections,
+        events=events,
+    ).to_json()
 
 
 def roll_back(
@@ -385,28 +417,25 @@ def _excluded(update: Update, reason: str) -> Excluded:
 
 
 def _write(
-    header: RunHeader,
-    number: int,
-    contributions: Sequence[Contribution],
-    base: Stored,
-    state: Stored | None,
+    files: _Files,
     rule: Strategy,
-    folder: Path,
-    create: Callable[[Path], BinaryIO],
+    contributions: Sequence[Contribution],
     *,
     clips: bool,
     measured: Callable[[Mapping[str, float]], object],
     noised: NoisedSum | None,
 ) -> tuple[Written, str]:
-    info, specs = header.info(number), header.spec.shared
+    """Folds contributions into the files; returns the adapter's, and the digest of the state's."""
+    header, base, state = files.header, files.base, files.state
+    info, specs = header.info(files.number), header.spec.shared
     with ExitStack() as stack:
         old = stack.enter_context(adapter_file.open_adapter(base.path, base.sha256))
         kept: State = {}
         if state:
             file = stack.enter_context(adapter_file.open_state(state.path, state.sha256))
             kept = adapter_file.slots(file, rule.slots)
-        to_adapter = stack.enter_context(create(folder / "adapter"))
-        to_state = stack.enter_context(create(folder / "state"))
+        to_adapter = stack.enter_context(files.create(files.folder / "adapter"))
+        to_state = stack.enter_context(files.create(files.folder / "state"))
         adapter_out = adapter_file.adapter_writer(to_adapter, info, specs)
         shared = header.spec.adapter.shared
         state_out = adapter_file.state_writer(to_state, info, shared, rule.slots, rule.shared_slots)

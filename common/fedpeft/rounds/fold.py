@@ -150,31 +150,22 @@ def fold_tensors(
             or results are not finite.
     """
     weights = weigh(contributions, strategy) if noised is None else noised.weights
-    whole = all(spec.section == ADAPTER for spec in specs)
-    if noised is not None and not (strategy.sees_one_mean and clips and whole):
-        raise Internal("noise was asked for where the updates do not enter by one sum alone")
     ordered = sorted(contributions, key=lambda c: c.client)
-    sent = [entry.name for entry in ordered[0].manifest.entries]
-    for contribution in ordered:
-        if [entry.name for entry in contribution.manifest.entries] != sent:
-            raise Internal(f"the update of client {contribution.client} has other tensors than the first one's")
+    sent = _sent(ordered)
     updates = {ADAPTER: _Updates(ordered, weights, strategy, block, noised)}
     for section in {spec.section for spec in specs} - {ADAPTER}:
         updates[section] = _Updates(ordered, dict.fromkeys(weights, 1.0), SectionSum(section), block)
-    tuned = {spec.name for spec in specs if spec.section == ADAPTER}
-    adapter = [name for name in sent if name in tuned]
+    if noised is not None and not (strategy.sees_one_mean and clips and len(updates) == 1):
+        raise Internal("noise was asked for where the updates do not enter by one sum alone")
     rule = strategy.of_round(_cohort(ordered, weights, strategy, specs, sent))
     if measured is not None:
         measured(rule.figures())
-    grouped = None
-    if isinstance(strategy, GroupStrategy):
-        derived = [spec.name for spec in specs if TensorRole.DERIVED in spec.roles]
-        grouped = _Grouped(strategy, updates[ADAPTER], specs, [*adapter, *derived], sent, base, block)
+    grouped = _Grouped(updates[ADAPTER], specs, sent, base, block)
     for spec in specs:
         own = updates[spec.section]
         steps = rule if spec.section == ADAPTER else own.strategy
         before = {slot: _slot(steps, slot, spec, state) for slot in steps.slots}
-        deltas = grouped.blocks(spec.name) if grouped else None
+        deltas = grouped.blocks(spec.name)
         if deltas is None and spec.name not in sent:
             yield FoldedTensor(spec, base[spec.name], before)
             continue
@@ -182,9 +173,22 @@ def fold_tensors(
             deltas = deltas or own.deltas(sent.index(spec.name), spec.size)
             yield _step(deltas, spec, steps, base[spec.name], before, clips)
         except _Beyond as beyond:
-            sources = grouped.sources(spec.name) if grouped else ()
+            sources = grouped.sources(spec.name)
             found = own.loudest(sources) if sources else own.largest(sent.index(spec.name), beyond.position)
             raise Overflow(found[0], spec.name, found[1]) from None
+
+
+def _sent(ordered: Sequence[Contribution]) -> list[str]:
+    """Returns the names of the tensors that the updates hold, in the order of the manifests.
+
+    Raises:
+        Internal: If they differ.
+    """
+    sent = [entry.name for entry in ordered[0].manifest.entries]
+    for contribution in ordered:
+        if [entry.name for entry in contribution.manifest.entries] != sent:
+            raise Internal(f"the update of client {contribution.client} has other tensors than the first one's")
+    return sent
 
 
 def weigh(contributions: Sequence[Contribution], strategy: Strategy) -> dict[str, float]:
@@ -406,32 +410,26 @@ class _Grouped:
     """Delta of the tensors of groups: computed when the first tensor of a group is folded, held until the last.
 
     Args:
-        strategy: The aggregation strategy.
-        updates: The updates of the round.
+        updates: The updates of the round; of a strategy that knows no groups, no tensor is in one.
         specs: The tensors of an adapter version.
-        names: Names of the adapter's that the round sends, in the order of the manifests, and of those it derives.
-        sent: Names of all that the round sends, likewise.
+        sent: Names of all that the round sends, in the order of the manifests.
         base: The version that the updates started from.
         block: Elements at once.
     """
 
     def __init__(
-        self,
-        strategy: GroupStrategy,
-        updates: _Updates,
-        specs: Sequence[TensorSpec],
-        names: Sequence[str],
-        sent: Sequence[str],
-        base: Tensors,
-        block: int,
+        self, updates: _Updates, specs: Sequence[TensorSpec], sent: Sequence[str], base: Tensors, block: int
     ) -> None:
-        self._strategy = strategy
         self._updates = updates
         self._shapes = {spec.name: spec.shape for spec in specs}
         self._sent = sent
         self._base = base
         self._block = block
-        self._group = {name: group for group in strategy.groups(names) for name in group}
+        tuned = {spec.name for spec in specs if spec.section == ADAPTER}
+        derived = [spec.name for spec in specs if TensorRole.DERIVED in spec.roles]
+        names = [name for name in sent if name in tuned] + derived
+        groups = updates.strategy.groups(names) if isinstance(updates.strategy, GroupStrategy) else ()
+        self._group = {name: group for group in groups for name in group}
         self._ready: dict[str, Doubles] = {}
 
     def blocks(self, name: str) -> Iterator[tuple[int, Doubles]] | None:
@@ -441,7 +439,8 @@ class _Grouped:
             return None
         if name not in self._ready:
             base = [self._base[each].astype(np.float64) for each in group]
-            deltas = self._strategy.reduce(base, lambda: self._changes(group))
+            assert isinstance(self._updates.strategy, GroupStrategy)  # or there were no group
+            deltas = self._updates.strategy.reduce(base, lambda: self._changes(group))
             self._ready.update({each: delta.reshape(-1) for each, delta in zip(group, deltas, strict=True)})
         delta = self._ready.pop(name)
         return ((start, delta[start : start + self._block]) for start in range(0, delta.size, self._block))
