@@ -25,10 +25,11 @@ from fedpeft.process.start import naming_arguments, to_the_end
 from fedpeft.untrusted_text import print_anything
 from fedpeft_operator.cli.access import audit, clients, enroll, identities, tokens
 from fedpeft_operator.cli.exit_codes import IN_HELP, Exit, code_of
-from fedpeft_operator.cli.local import console, doctor, export, params, partition, simulate, top
+from fedpeft_operator.cli.local import console, doctor, export, params, partition, top
 from fedpeft_operator.cli.local import version as versions
 from fedpeft_operator.cli.run import commands
 from fedpeft_operator.cli.session import Session, session_of
+from fedpeft_operator.cli.simulation import command as simulation
 from fedpeft_operator.cli.study import commands as studies
 from fedpeft_operator.cli.study import compare
 from fedpeft_operator.demo import command
@@ -105,7 +106,7 @@ app.command("console", epilog=console.EPILOG)(console.console)
 app.command("top", epilog=top.EPILOG)(top.top)
 app.command("params", epilog=params.EPILOG)(params.params)
 app.command("partition", epilog=partition.EPILOG)(partition.partition)
-app.command("simulate", epilog=simulate.EPILOG)(simulate.simulate)
+app.command("simulate", epilog=simulation.EPILOG)(simulation.simulate)
 app.add_typer(studies.app, name="study")
 app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("export", epilog=export.EPILOG)(export.export)

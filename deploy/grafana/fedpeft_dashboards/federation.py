@@ -11,7 +11,7 @@ from fedpeft_dashboards.panels import GREEN, RED, RUNS, YELLOW, Query, board, li
 def federation() -> Dashboard:
     """Returns the dashboard."""
     made = board("fedpeft-federation", "FedPEFT: federation", "How the runs learn and what they wait for", of_runs=True)
-    for part in (_runs, _learning, _in_progress, _held):
+    for part in (_runs, _learning, _in_progress, _held, _measured):
         part(made)
     return made
 
@@ -122,7 +122,6 @@ def _in_progress(to: Dashboard) -> None:
 
 def _held(to: Dashboard) -> None:
     to.with_row(Row("Rounds held"))
-    quantiles = [(0.5, "median"), (0.95, "95 %")]
     to.with_panel(
         numbers(
             "Round",
@@ -149,18 +148,16 @@ def _held(to: Dashboard) -> None:
             width=12,
         )
     )
+
+
+def _measured(to: Dashboard) -> None:
+    """Adds what was measured of the rounds held, below their numbers."""
     to.with_panel(
         lines(
             "Duration of the phases",
             "In the last hour: how long rounds were open, how long they were folded.",
             units.Seconds,
-            *(
-                Query(
-                    f"histogram_quantile({q}, sum by (phase, le) (rate(fedpeft_round_seconds_bucket{{{RUNS}}}[1h])))",
-                    f"{{{{phase}}}} {name}",
-                )
-                for q, name in quantiles
-            ),
+            *_quantiles("fedpeft_round_seconds", "phase"),
             Query(f"avg by (phase) (run_phase:fedpeft_round_seconds:mean1h{{{RUNS}}})", "{{phase}} mean"),
             width=8,
         )
@@ -177,13 +174,7 @@ def _held(to: Dashboard) -> None:
             "Norm of updates",
             "Euclidean, in the last hour: a jump is too large a learning rate, or a client unlike the others.",
             units.NoUnit,
-            *(
-                Query(
-                    f"histogram_quantile({q}, sum by (run, le) (rate(fedpeft_update_norm_bucket{{{RUNS}}}[1h])))",
-                    f"{{{{run}}}} {name}",
-                )
-                for q, name in quantiles
-            ),
+            *_quantiles("fedpeft_update_norm", "run"),
             width=8,
         )
     ).with_panel(
@@ -196,3 +187,12 @@ def _held(to: Dashboard) -> None:
             width=24,
         )
     )
+
+
+def _quantiles(histogram: str, label: str) -> list[Query]:
+    """Returns the median and the 95 % quantile of a histogram in the last hour, for each value of a label."""
+    rate = f"sum by ({label}, le) (rate({histogram}_bucket{{{RUNS}}}[1h]))"
+    return [
+        Query(f"histogram_quantile({q}, {rate})", f"{{{{{label}}}}} {name}")
+        for q, name in ((0.5, "median"), (0.95, "95 %"))
+    ]

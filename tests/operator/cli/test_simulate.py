@@ -16,7 +16,7 @@ from fedpeft.data import partitions
 from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.sources.opening import open_source
 from fedpeft_operator.app import main
-from fedpeft_operator.cli.local import simulate as simulate_command
+from fedpeft_operator.cli.simulation import progress
 
 from ...data.test_sources import png, table, write
 from ...simulation.simulated_runs import failing
@@ -97,7 +97,7 @@ def test_tracked_rounds_are_those_of_the_report_also_when_it_goes_on(tmp_path, c
         def stop(progress, row):
             raise KeyboardInterrupt
 
-        broken.setattr(simulate_command._Progress, "committed", stop)
+        broken.setattr(progress.Progress, "committed", stop)
         with pytest.raises(SystemExit) as ended:
             main([*command, "--track", "tensorboard"])
         assert ended.value.code == 130
@@ -117,7 +117,7 @@ def test_tracked_rounds_are_those_of_the_report_also_when_it_goes_on(tmp_path, c
 def test_a_long_round_says_how_far_it_is(tmp_path, capfd, monkeypatch):
     whole = write(tmp_path / "whole.parquet", table(30))
     (tmp_path / "run.toml").write_text(RUN_FILE.replace("count = 2", "count = 1"))
-    monkeypatch.setattr(simulate_command, "EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
     with pytest.raises(SystemExit):
         main(["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")])
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("round")]

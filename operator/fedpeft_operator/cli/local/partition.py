@@ -51,58 +51,65 @@ VARIANTS = {
 }
 
 
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SOURCE", help="Parquet file, folder of parquet files, image folder, or hub:NAME/SPLIT."),
+]
+Out = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder to write, with a folder or file for each client.")
+]
+Given = Annotated[
+    Scheme | None,
+    typer.Option(
+        "--partition",
+        help="iid; dirichlet: label skew; shards: few classes a client; quantity: size skew; natural: one client "
+        "for each value of --column. If absent: natural with --column, else iid.",
+        show_default=False,
+    ),
+]
+Clients = Annotated[
+    int | None, typer.Option("--clients", metavar="N", min=1, help="Number of clients; for all but natural.")
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option("--alpha", metavar="A", help="Above 0, for dirichlet and quantity: smaller is more skewed."),
+]
+GivenVariant = Annotated[
+    Variant | None,
+    typer.Option(
+        "--variant",
+        help="Of dirichlet: class-first, balanced or client-first; of quantity: dirichlet or lognormal sizes. The "
+        "first if absent.",
+        show_default=False,
+    ),
+]
+Shards = Annotated[int | None, typer.Option("--shards", metavar="N", min=1, help="Shards of each client, for shards.")]
+Examples = Annotated[
+    int | None, typer.Option("--examples", metavar="N", min=1, help="Rows that are drawn first; all if absent.")
+]
+Column = Annotated[
+    str | None, typer.Option("--column", metavar="NAME", help="Column whose values are the clients, for natural.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the draws.")]
+Index = Annotated[bool, typer.Option("--index", help="Write index files that name rows of SOURCE in place of copies.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print partition.json.")]
+
+
 def partition(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE", help="Parquet file, folder of parquet files, image folder, or hub:NAME/SPLIT."
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder to write, with a folder or file for each client.")
-    ],
-    given: Annotated[
-        Scheme | None,
-        typer.Option(
-            "--partition",
-            help="iid; dirichlet: label skew; shards: few classes a client; quantity: size skew; natural: one client "
-            "for each value of --column. If absent: natural with --column, else iid.",
-            show_default=False,
-        ),
-    ] = None,
-    clients: Annotated[
-        int | None, typer.Option("--clients", metavar="N", min=1, help="Number of clients; for all but natural.")
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option("--alpha", metavar="A", help="Above 0, for dirichlet and quantity: smaller is more skewed."),
-    ] = None,
-    variant: Annotated[
-        Variant | None,
-        typer.Option(
-            "--variant",
-            help="Of dirichlet: class-first, balanced or client-first; of quantity: dirichlet or lognormal sizes. The "
-            "first if absent.",
-            show_default=False,
-        ),
-    ] = None,
-    shards: Annotated[
-        int | None,
-        typer.Option("--shards", metavar="N", min=1, help="Shards of each client, for shards."),
-    ] = None,
-    examples: Annotated[
-        int | None, typer.Option("--examples", metavar="N", min=1, help="Rows that are drawn first; all if absent.")
-    ] = None,
-    column: Annotated[
-        str | None, typer.Option("--column", metavar="NAME", help="Column whose values are the clients, for natural.")
-    ] = None,
+    source: Source,
+    out: Out,
+    given: Given = None,
+    clients: Clients = None,
+    alpha: Alpha = None,
+    variant: GivenVariant = None,
+    shards: Shards = None,
+    examples: Examples = None,
+    column: Column = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the draws.")] = 0,
-    index: Annotated[
-        bool, typer.Option("--index", help="Write index files that name rows of SOURCE in place of copies.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print partition.json.")] = False,
+    seed: Seed = 0,
+    index: Index = False,
+    as_json: AsJson = False,
 ) -> None:
     """Divide a data set among clients."""
     scheme = given or (Scheme.IID if column is None else Scheme.NATURAL)

@@ -1,8 +1,8 @@
-"""The start of `fedpeft simulate`: classes that a run file leaves to the data, and lines before the first round."""
+"""The start of `fedpeft simulate`: the run that file, flags and data give, and lines before the first round."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,22 +13,48 @@ if TYPE_CHECKING:
     from fedpeft.config import RunConfig
 
 
-def own_classes(
-    file: Path, override: Mapping[str, Any], data: Path, image_column: str | None, label_column: str | None
-) -> views.Json:
-    """Returns the classes of the data, as an override, if the run file names none."""
-    from fedpeft.config import run_table
+def override_of(settings: Sequence[str], seed: int | None, engine: str | None) -> views.Json:
+    """Returns the fields that flags give in place of the run file's.
+
+    Raises:
+        ConfigInvalid: If a setting is not KEY=VALUE.
+    """
+    from fedpeft.config.overrides import merged, parse_overrides
+
+    seeded = {} if seed is None else {"rounds": {"seed": seed}}
+    placed = {} if engine is None else {"simulation": {"engine": engine}}
+    return merged(merged(parse_overrides(settings), seeded), placed)
+
+
+def config_of(
+    file: Path, override: views.Json, data: Path | None, image_column: str | None, label_column: str | None
+) -> RunConfig:
+    """Returns the run, with the classes of the data if it names none.
+
+    Args:
+        file: The run file.
+        override: Fields in place of its own.
+        data: The data; None if a label map renames their classes, so that the run's are others.
+        image_column: Column of the images, if it was named.
+        label_column: Column of the labels, likewise.
+
+    Raises:
+        ConfigInvalid: If the run file, or the override, is wrong.
+        DataInvalid: If the classes cannot be read.
+    """
+    from fedpeft.config import load_run_file, run_table
     from fedpeft.config.overrides import merged
 
     table = merged(run_table(file), override)
     model, own = table.get("model"), table.get("simulation")
-    if not isinstance(model, dict) or "classes" in model or ":" in str(model.get("name", "")):
-        return {}
+    named = not isinstance(model, dict) or "classes" in model or ":" in str(model.get("name", ""))
+    if data is None or named:
+        return load_run_file(file, override)
     from fedpeft.data.client_folders import classes_there
 
     own = own if isinstance(own, dict) else {}
     columns = image_column or own.get("image_column"), label_column or own.get("label_column")
-    return {"model": {"classes": classes_there(data, *columns)}}
+    return load_run_file(file, merged({"model": {"classes": classes_there(data, *columns)}}, override))
 
 
 def plan(config: RunConfig) -> str:
