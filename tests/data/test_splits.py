@@ -225,6 +225,7 @@ def test_sites_above_the_class_folders_are_pointed_out(tmp_path, folders, named)
     sites = sorted({folder.partition("/")[0] for folder in folders})
     with capture_logs() as said:
         assert open_source(root).class_names == tuple(sites), "years or views inside the classes look the same"
+        open_source(root)  # is told no second time
     (line,) = said
     assert line["log_level"] == "warning"
     assert (line["classes"], line["folders"]) == (sites, named)

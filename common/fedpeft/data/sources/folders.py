@@ -6,6 +6,7 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +211,18 @@ def _tell_of_sites(root: Path, inner: Mapping[str, Set[str]]) -> None:
     times = Counter(name for names in inner.values() for name in names)
     several = [name for name, count in times.items() if count > 1 or len(inner) == 1]
     if several and len(times) > 1:
-        _log.warning(
-            "the class folders hold folders, no images: if those are the classes, and these are sites, name one site",
-            classes=sorted(inner)[:_NAMED],
-            folders=sorted(several)[:_NAMED],
-            site=str(root / min(inner)),
-        )
+        _warn_of_sites(root, tuple(sorted(inner)[:_NAMED]), tuple(sorted(several)[:_NAMED]))
+
+
+@cache
+def _warn_of_sites(root: Path, classes: Sequence[str], folders: Sequence[str]) -> None:
+    """Warns once: a command may open its data to learn the classes, and again to train."""
+    _log.warning(
+        "the class folders hold folders, no images: if those are the classes, and these are sites, name one site",
+        classes=list(classes),
+        folders=list(folders),
+        site=str(root / classes[0]),
+    )
 
 
 def _lost(name: str, inventory: Inventory) -> str:
