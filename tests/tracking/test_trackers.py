@@ -1,12 +1,14 @@
 """Each tracker: what a run left in it, by the library's own reader; a run followed again doubles nothing."""
 
 import struct
+from types import SimpleNamespace
 
 import pytest
 from structlog.testing import capture_logs
 
 from fedpeft.errors import ConfigInvalid, LocalError
 from fedpeft.tracking import tracker, tracker_named, tracking_to
+from fedpeft.tracking.figures import tracked_run
 
 from ..outside_package import install
 
@@ -137,6 +139,43 @@ def test_wandb_has_each_point_once(tmp_path, monkeypatch, capsys):
         ("0", "0.25"),
         ("2", "0.75"),
     ]
+
+
+@pytest.mark.parametrize("torn", ['[2, ["train_lo', "[2"])
+def test_wandb_takes_no_torn_line_for_points_that_it_handed_over(tmp_path, monkeypatch, torn):
+    import wandb
+
+    logged = []
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, log=logged.append)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    monkeypatch.setattr(wandb, "Settings", lambda **_: None)
+    file = tmp_path / "wandb" / "emoji_of_sites-run-0a1b2c3d4e5f.points"
+    file.parent.mkdir()
+    file.write_text('[1, ["clients", "train_loss"]]\n' + torn)
+    tracker = tracker_named("wandb", tmp_path)
+    followed = tracked_run(REPORT, simulated=False)
+    assert tracker.begin(followed) == {(1, "clients"), (1, "train_loss")}
+    tracker.round(2, {"train_loss": 0.5}, 7.0)
+    assert logged == [{"round": 2, "committed_at": 7.0, "train_loss": 0.5}]
+    assert tracker.begin(followed) == {(1, "clients"), (1, "train_loss"), (2, "train_loss")}
+
+
+def test_wandb_notes_no_point_that_the_library_refused(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(figures):
+        assert "3" in file.read_text(), "noted before it is handed over: a kill in between doubles nothing"
+        raise OSError("no space")
+
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, log=refuse)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    file = tmp_path / "wandb" / "emoji_of_sites-run-0a1b2c3d4e5f.points"
+    tracker = tracker_named("wandb", tmp_path)
+    followed = tracked_run(REPORT, simulated=False)
+    assert tracker.begin(followed) == set()
+    with pytest.raises(OSError, match="no space"):
+        tracker.round(3, {"train_loss": 0.5}, 7.0)
+    assert tracker.begin(followed) == set() and file.read_bytes() == b""
 
 
 def records(data):

@@ -1,5 +1,6 @@
 """Cost of a tracker that fails, or does not answer, to a run: a line and a count."""
 
+import sys
 import threading
 
 import pytest
@@ -76,6 +77,24 @@ def test_what_is_never_taken_is_counted():
     followed, said = follow(Sink(faults=10**9))
     assert followed.missed == {"sink": 2}
     assert said[-1]["event"] == "tracker misses rounds" and said[-1]["rounds"] == 2
+
+
+def test_a_library_that_would_end_the_program_is_a_failure_like_any_other(monkeypatch):
+    sink = Sink()
+    monkeypatch.setattr(sink, "begin", lambda run: sys.exit("no licence"))
+    followed, said = follow(sink)
+    assert followed.missed == {"sink": 2} and sink.ended == []
+    assert [line["event"] for line in said] == ["tracker failed: the run goes on", "tracker misses rounds"]
+    assert said[0]["cause"] == "SystemExit: no licence" and said[1]["failures"] > 1
+
+
+def test_a_tracker_of_a_run_that_never_begins_is_not_begun(monkeypatch):
+    sink, threads = Sink(), threading.active_count()
+    with structlog.testing.capture_logs() as said:
+        followed = Tracking([sink])
+        assert threading.active_count() == threads
+        followed.end("failed")
+    assert sink.ended == [] and said == [] and followed.missed == {}
 
 
 def test_a_tracker_that_does_not_answer_delays_the_end_by_a_bound(monkeypatch):

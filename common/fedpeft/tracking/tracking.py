@@ -48,7 +48,7 @@ class Tracking:
         """
         run = tracked_run(report, simulated=simulated)
         for sink in self._sinks:
-            sink.put(run)
+            sink.begin(run)
         self.initial(report)
 
     def initial(self, report: Json) -> None:
@@ -105,14 +105,20 @@ class _Sink:
         self._failures = 0
         self._queue: queue.Queue[TrackedRun | tuple[int, Figures] | str] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
+
+    def begin(self, run: TrackedRun) -> None:
+        """Adds the run; the tracker's thread begins."""
+        self._queue.put(run)
         self._thread.start()
 
-    def put(self, item: TrackedRun | tuple[int, Figures] | str) -> None:
-        """Adds the run, figures of a round, or the state in which the run ends."""
+    def put(self, item: tuple[int, Figures] | str) -> None:
+        """Adds figures of a round, or the state in which the run ends."""
         self._queue.put(item)
 
     def join(self, deadline: float) -> None:
         """Waits for the end, which was put; says that it did not come, or what was not written."""
+        if self._thread.ident is None:  # a run that never began
+            return
         self._thread.join(min(SILENT_S, max(0.0, deadline - time.monotonic())))
         if self._thread.is_alive():
             left_s = max(0.0, deadline - time.monotonic())
@@ -166,7 +172,7 @@ class _Sink:
         """Returns whether a call of the tracker ended well; says the first that did not."""
         try:
             call()
-        except Exception as error:  # whatever a library raises: the run goes on
+        except BaseException as error:  # whatever a library raises, SystemExit too: the run goes on
             self._failures += 1
             if self._failures == 1:
                 cause = f"{type(error).__name__}: {error}"

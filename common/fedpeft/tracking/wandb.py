@@ -1,14 +1,17 @@
 """Weights & Biases: a run of a project. The run file is its config.
 
 Notable: settings of the service are the library's own, as `WANDB_MODE=offline`. The library cannot read back a run that
-it wrote offline, so the points that were handed over stand in a file beside its folders.
+it wrote offline, so the points that were handed over stand in a file beside its folders. A line stands there before its
+points are handed over, and is taken back if that fails: a kill at any time leaves no point that is handed over twice.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 from fedpeft.tracking.figures import TrackedRun
 from fedpeft.tracking.tracker import Point, Tracker, trackers
@@ -30,9 +33,8 @@ class WeightsAndBiases(Tracker):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read as it is imported
         import wandb
 
-        self._handed_over = self.folder / "wandb" / f"{run.label}.points"
-        self._handed_over.parent.mkdir(parents=True, exist_ok=True)
-        written = _points(self._handed_over.read_text(encoding="utf-8")) if self._handed_over.exists() else set()
+        self._handed_over = _HandedOver(self.folder / "wandb" / f"{run.label}.points")
+        written = self._handed_over.points()
         self._run = wandb.init(
             project=self.target or os.environ.get("WANDB_PROJECT") or PROJECT,
             id=run.label[-LONGEST_ID:],
@@ -57,9 +59,8 @@ class WeightsAndBiases(Tracker):
 
     def round(self, number: int, figures: Mapping[str, float], at: float) -> None:
         """See `Tracker.round`."""
-        self._run.log({"round": number, "committed_at": at, **figures})
-        with self._handed_over.open("a", encoding="utf-8") as points:
-            points.write(json.dumps([number, sorted(figures)]) + "\n")
+        with self._handed_over.noted(number, figures):
+            self._run.log({"round": number, "committed_at": at, **figures})
 
     def end(self, state: str) -> None:
         """See `Tracker.end`."""
@@ -67,6 +68,31 @@ class WeightsAndBiases(Tracker):
         self._run.finish(exit_code=0 if state in ("completed", "running") else 1)
 
 
-def _points(text: str) -> set[Point]:
-    lines = [json.loads(line) for line in text.splitlines()]
-    return {(number, name) for number, names in lines for name in names}
+class _HandedOver:
+    """The points that were handed over to the library: a file with a line of JSON for each time, [round, names]."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def points(self) -> set[Point]:
+        """Returns them; cuts off a last line that was not finished, whose points were not handed over."""
+        data = self._file.read_bytes() if self._file.exists() else b""
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(self._file, whole)
+        lines = [json.loads(line) for line in data[:whole].splitlines()]
+        return {(number, name) for number, names in lines for name in names}
+
+    @contextmanager
+    def noted(self, number: int, names: Iterable[str]) -> Iterator[None]:
+        """Notes points that the block hands over; if it fails, or cannot be noted, the file is as it was."""
+        with self._file.open("ab") as file:
+            before = file.tell()
+            try:
+                file.write(json.dumps([number, sorted(names)]).encode() + b"\n")
+                file.flush()
+                yield
+            except BaseException:
+                os.truncate(self._file, before)
+                raise
