@@ -10,7 +10,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,10 @@ from fedpeft.errors import ConfigInvalid
 
 VARIABLE = "FEDPEFT_IMPORT"
 """Environment variable: modules, with `os.pathsep` between."""
+
+
+_registrations: list[tuple[str, Callable[[], object]]] = []
+"""Whatever modules registered, oldest first: the name of the module, and a call that undoes it."""
 
 
 def extend(modules: Iterable[str]) -> None:
@@ -67,9 +72,33 @@ def digests() -> dict[str, str]:
     return found
 
 
+def registered(module: str, undo: Callable[[], object]) -> None:
+    """Notes what a module registered, to be undone if its import fails."""
+    _registrations.append((module, undo))
+
+
+@contextmanager
+def undone_on_failure() -> Iterator[None]:
+    """Undoes what modules registered whose import failed in the block, so that it can be tried again.
+
+    What they imported and what did not fail stays as it is, as in `sys.modules`.
+    """
+    before = len(_registrations)
+    try:
+        yield
+    except BaseException:
+        since = _registrations[before:]
+        _registrations[before:] = [each for each in since if each[0] in sys.modules]
+        for module, undo in since:
+            if module not in sys.modules:
+                undo()
+        raise
+
+
 def _imported(name: str) -> ModuleType:
     try:
-        return _of_file(Path(name)) if _is_file(name) else importlib.import_module(name)
+        with undone_on_failure():
+            return _of_file(Path(name)) if _is_file(name) else importlib.import_module(name)
     except Exception as error:  # whatever the import of somebody's module raises
         raise ConfigInvalid(f"--import {name}: {type(error).__name__}: {error}") from error
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -42,11 +43,13 @@ class Registry(Generic[T]):
 
     def register(self, name: str) -> Callable[[T], T]:
         """Returns a decorator that registers a class or function under `name`."""
+        module = str(sys._getframe(1).f_globals.get("__name__", ""))  # that of an instance may be its class's only
 
         def add(item: T) -> T:
             if name in self._items:
                 raise ValueError(f"{self._kind} {name!r} is registered twice")
             self._items[name] = item
+            extensions.registered(module, lambda: self._items.pop(name, None))
             return item
 
         return add
@@ -98,7 +101,8 @@ class Registry(Generic[T]):
 
     def _imported(self, point: EntryPoint) -> T:
         try:
-            item: T = point.load()
+            with extensions.undone_on_failure():
+                item: T = point.load()
         except Exception as error:  # whatever the import of somebody's package raises
             cause = f"{type(error).__name__}: {error}"
             raise ConfigInvalid(f"{self._kind} {point.name!r} ({point.value}): {cause}") from error
@@ -107,8 +111,9 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if not self._loaded:
             package = importlib.import_module(self._package)
-            for module in pkgutil.walk_packages(package.__path__, f"{self._package}."):
-                importlib.import_module(module.name)
+            with extensions.undone_on_failure():
+                for module in pkgutil.walk_packages(package.__path__, f"{self._package}."):
+                    importlib.import_module(module.name)
             self._loaded = True  # before the extensions, which may ask this registry
             try:
                 extensions.load()

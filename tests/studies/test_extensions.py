@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft import extensions
+from fedpeft.codecs import codecs
 from fedpeft.errors import ConfigInvalid
 from fedpeft.peft.method import methods
 from fedpeft.studies.cells import Machine, cells_of
@@ -73,6 +74,45 @@ def test_a_module_that_cannot_be_imported_is_refused_with_its_own_words(tmp_path
             extensions.extend([module])
         assert words in refused.value.message
         assert extensions.extensions() == [], "it is not left for other processes"
+
+
+BROKEN = (
+    OWN
+    + """
+
+from fedpeft.codecs import codecs
+
+codecs.register("own_codec")(codecs.get("float32"))  # of a class that is none of this module's
+import own_dependency
+"""
+)
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_what_a_module_registered_before_it_failed_is_undone(tmp_path, monkeypatch, by_file):
+    codecs.names()
+    monkeypatch.setattr(codecs, "_items", dict(codecs._items))
+    monkeypatch.setitem(sys.modules, "own_dependency", None)
+    monkeypatch.syspath_prepend(tmp_path)
+    file = own_part(tmp_path, text=BROKEN)
+    module = str(file) if by_file else "own_part"
+    for _ in range(2):
+        with pytest.raises(ConfigInvalid, match=r"ModuleNotFoundError: import of own_dependency halted"):
+            extensions.extend([module])
+        assert "own_bias" not in methods.names() and "own_codec" not in codecs.names()
+    monkeypatch.setitem(sys.modules, "own_dependency", codecs)
+    extensions.extend([module])
+    assert methods.get("own_bias").__module__ == "own_part" and "own_codec" in codecs.names()
+
+
+def test_what_a_failed_module_imported_keeps_its_registrations(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    own_part(tmp_path)
+    failing = own_part(tmp_path, "other_part", "import own_part\n1 / 0")
+    for _ in range(2):
+        with pytest.raises(ConfigInvalid, match="ZeroDivisionError"):
+            extensions.extend([str(failing)])
+        assert methods.get("own_bias").__module__ == "own_part"
 
 
 def test_a_registry_without_a_named_module_does_not_answer_when_it_is_asked_again(monkeypatch):
