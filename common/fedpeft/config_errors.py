@@ -29,23 +29,23 @@ _WORDS = {
 _NESTED = "nested_faults"
 
 
-def faults_of(error: ValidationError, data: Any, below: str = "") -> tuple[Fault, ...]:
+def faults_of(error: ValidationError, data: Any, below: str = "", whole: str = "run file") -> tuple[Fault, ...]:
     """Returns every fault, one a field.
 
     Args:
         error: Pydantic's error.
         data: The checked data. Pydantic's own names for parts of a schema, which the data has not, are left out.
         below: Path of the field that `data` is the value of.
+        whole: Name of the file, for a fault that is of no field.
     """
     found: dict[str, list[str]] = {}
     for fault in error.errors(include_url=False):
         parts = ([below] if below else []) + [_quoted(part) for part in _way(data, fault)]
-        path = ".".join(parts) or "run file"
         if fault["type"] == _NESTED:
             for key, text in fault["ctx"]["faults"]:
-                found.setdefault(f"{path}.{key}", []).append(text)
+                found.setdefault(".".join([*parts, key]), []).append(text)
         else:
-            found.setdefault(path, []).append(_sentence(fault))
+            found.setdefault(".".join(parts) or whole, []).append(_sentence(fault))
     return tuple((path, ", or: ".join(dict.fromkeys(texts))) for path, texts in found.items())
 
 
@@ -57,6 +57,11 @@ def nested(error: ValidationError, data: Any) -> PydanticCustomError:
 def fault_at(key: str, text: str) -> PydanticCustomError:
     """Returns what a validator of a section raises for one of its keys, also where the file does not give that key."""
     return PydanticCustomError(_NESTED, "holds wrong values", {"faults": ((key, text),)})
+
+
+def dotted(*parts: str) -> str:
+    """Returns the path of a field as TOML writes it."""
+    return ".".join(map(_quoted, parts))
 
 
 def in_file(path: Path, text: str, faults: Sequence[Fault]) -> str:

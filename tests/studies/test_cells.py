@@ -104,16 +104,22 @@ def test_a_run_file_is_a_study_of_one_cell(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
-        ("seeds = [0, 1]", "seeds = [0, 0]", "a seed stands twice"),
+        ("seeds = [0, 1]", "seeds = [0, 0]", "study.toml:5: seeds: a seed stands twice"),
         ("seeds = [0, 1]", "seed = [0]", r"study.toml:5: seed: is not a known key"),
-        ('peft.method = "lora"', 'data = "cats"', "the data sets of this study: pets"),
-        ("[axes.method.head]", "[axes.seed.head]", "cannot be called 'seed'"),
+        (
+            'peft.method = "lora"',
+            'data = "cats"',
+            r"study.toml:27: axes.method.\"lora 2\".data: is 'cats'; the data sets of this study: pets",
+        ),
+        ("target = 0.01", 'data_set = "cats"', "study.toml:6: data_set: is 'cats'; the data sets of this study: pets"),
+        ("[axes.method.head]", "[axes.seed.head]", "study.toml:25: axes.seed: no axis has this name; give seeds"),
         ("count = 2", "count = 0", "rounds.count"),
         ("target = 0.01", "target = 1.5", "target"),
         ("clients = 2", "clients = 2\nseed = 9", "method=head: rounds.seed: a study has its seeds apart"),
         ('peft.method = "lora"', "rounds.seed = 9", "method=lora 2: rounds.seed: a study has its seeds apart"),
         ('peft.method = "lora"', "rounds = 9", "method=lora 2: rounds: should be a table"),
-        ('peft.method = "lora"', 'data = ["pets"]', r"axes.method.lora 2.data is \['pets'\]; the data sets"),
+        ('peft.method = "lora"', 'data = ["pets"]', r"axes.method.\"lora 2\".data: is \['pets'\]; the data sets"),
+        ("[axes.method.head]", "[axes.empty]", "study.toml:25: axes.empty: has no point"),
         ("[axes.method.head]", '[axes.method."\\u009b31m"]', r"study.toml:25: axes.method"),
     ],
 )

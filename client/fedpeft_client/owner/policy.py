@@ -201,7 +201,7 @@ class Policy(_Section):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise SettingsInvalid(in_file(path, text, faults_of(error, data))) from None
+            raise SettingsInvalid(in_file(path, text, faults_of(error, data, whole="policy file"))) from None
 
 
 NO_LIMITS = Policy()

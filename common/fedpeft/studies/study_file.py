@@ -35,7 +35,7 @@ from fedpeft import text_files
 from fedpeft.config import Name
 from fedpeft.config.overrides import Table, merged
 from fedpeft.config.section import Section
-from fedpeft.config_errors import faults_of, in_file
+from fedpeft.config_errors import dotted, fault_at, faults_of, in_file
 from fedpeft.errors import ConfigInvalid
 
 DATA = "data"
@@ -87,19 +87,19 @@ class StudyFile(Section):
     def _names_fit(self) -> Self:
         for axis, points in self.axes.items():
             if not points:
-                raise ValueError(f"axis {axis!r} has no point")
+                raise fault_at(dotted("axes", axis), "has no point")
             if axis == "seed":
-                raise ValueError("an axis cannot be called 'seed'; give seeds = [...]")
+                raise fault_at("axes.seed", "no axis has this name; give seeds = [...]")
             for point, fields in points.items():
-                self._check_data(fields.get(DATA), f"axes.{axis}.{point}.data")
+                self._check_data(fields.get(DATA), dotted("axes", axis, point, DATA))
         self._check_data(self.data_set, "data_set")
         if len(self.seeds) != len(set(self.seeds)):
-            raise ValueError("a seed stands twice in seeds")
+            raise fault_at("seeds", "a seed stands twice")
         return self
 
     def _check_data(self, name: Any, field: str) -> None:
         if name is not None and not (isinstance(name, str) and name in self.data):
-            raise ValueError(f"{field} is {name!r}; the data sets of this study: {', '.join(self.data)}")
+            raise fault_at(field, f"is {name!r}; the data sets of this study: {', '.join(self.data)}")
 
     @property
     def default_data(self) -> str | None:
@@ -157,7 +157,7 @@ def checked(table: Mapping[str, Any], path: Path) -> StudyFile:
     try:
         return StudyFile.model_validate(table)
     except ValidationError as error:
-        faults = faults_of(error, table)
+        faults = faults_of(error, table, whole="study file")
         raise ConfigInvalid(in_file(path, text_files.read(path), faults), faults) from None
 
 
