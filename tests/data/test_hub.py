@@ -1,38 +1,21 @@
 """Data by name of the Hugging Face hub, from a cache as `huggingface_hub` lays it out; no network is asked."""
 
-import os
-
 import numpy as np
 import pyarrow as pa
 import pytest
-from huggingface_hub import constants
 
 from fedpeft.data.sources.hub import HubPlace, local_path, parsed
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import DataInvalid
 from fedpeft.models.tasks import split_data
 
-from .test_sources import table, write
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from .hub_cache import COMMIT, HubCache
+from .test_sources import table
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Returns a function that puts a split into the cache, as links into `blobs` by way of a snapshot."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-    def put(repository, name, rows):
-        home = tmp_path / f"datasets--{repository.replace('/', '--')}"
-        blob = write(home / "blobs" / name.replace("/", "-"), rows)
-        (home / "refs").mkdir(exist_ok=True)
-        (home / "refs" / "main").write_text(COMMIT)
-        link = home / "snapshots" / COMMIT / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(blob, link.parent))
-
-    return put
+    return HubCache(tmp_path, monkeypatch).put
 
 
 def test_cifar_10_by_its_short_name_a_revision_and_its_whole_name(cache):

@@ -15,6 +15,8 @@ from fedpeft.studies.cells import Machine, cells_of, content_digest, grid_axes
 from fedpeft.studies.checks import check_cells
 from fedpeft.studies.study_file import load_study
 
+from ..data.hub_cache import HubCache
+from ..data.test_sources import table
 from .study_texts import STUDY, pets, study_file
 
 DEFAULTS = Path(__file__).with_name("defaults.json")
@@ -153,6 +155,21 @@ def test_missing_data_is_named_with_the_flag_that_would_name_it(tmp_path):
         cells_of(study, {"pets": tmp_path / "absent"})
     with pytest.raises(ConfigInvalid, match="there is no data set 'cats'; those of this study: pets"):
         cells_of(study, {"cats": tmp_path})
+
+
+def test_data_may_lie_on_the_hub(tmp_path, monkeypatch):
+    hub, machine = HubCache(tmp_path / "hub", monkeypatch), Machine(device="cpu")
+    for split, rows in (("train", 30), ("test", 9)):
+        hub.put("uoft-cs/cifar10", f"plain_text/{split}-00000-of-00001.parquet", table(rows, image="img"))
+    study = load_study(study_file(tmp_path))
+    both, trained = (cells_of(study, {"pets": Path(place)})[0] for place in ("hub:cifar10", "hub:cifar10/train"))
+    names = '[data.pets]\ntrain = "hub:cifar10/train"\ntest = "hub:cifar10/test"\n[data.pets.run.model]'
+    written = cells_of(load_study(study_file(tmp_path, STUDY.replace("[data.pets.run.model]", names))), {})[0]
+    check_cells([both, trained, written])
+    assert both.key(machine) == written.key(machine) != trained.key(machine)
+    assert both.train == trained.train and trained.test is None
+    with pytest.raises(DataInvalid, match="has no split 'valid' in parquet; in the cache of it are: test, train"):
+        cells_of(study, {"pets": Path("hub:cifar10/valid")})
 
 
 @pytest.mark.parametrize(

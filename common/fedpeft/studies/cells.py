@@ -7,7 +7,7 @@ device), so a result is found again whatever study, name or order asks for it, a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.config.overrides import Table, at_key, merged, value_of
 from fedpeft.data.contents import digest_of
+from fedpeft.data.sources.hub import has_split, is_hub, local_path
 from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.simulation.content import content_of, name_of
 from fedpeft.studies.study_file import DATA, MOST_CELLS, DataSet, StudyFile
@@ -94,7 +95,8 @@ def cells_of(
 
     Args:
         study: The study.
-        places: Data sets that lie elsewhere than the file says, by name: a folder with a training and a held-out part.
+        places: Data sets that lie elsewhere than the file says, by name: a folder with a training and a held-out part,
+            or `hub:NAME`, a data set on the hub with these splits, or `hub:NAME/SPLIT` to train on alone.
         override: Fields of the run file that all cells get, over what axes say.
         only: Points of an axis that are wanted, all of its points if it is not named.
 
@@ -107,9 +109,10 @@ def cells_of(
         raise ConfigInvalid(f"the study has {number:,} cells, more than {MOST_CELLS:,}; give fewer points or seeds")
     if unknown := sorted(places.keys() - study.data.keys()):
         raise ConfigInvalid(f"there is no data set {unknown[0]!r}; those of this study: {', '.join(study.data)}")
+    place = cache(lambda data: _places(data, study.data[data], places.get(data)))  # once a data set, not once a cell
     found: list[Cell] = []
     for points in itertools.product(*([(axis, point) for point in chosen] for axis, chosen in axes.items())):
-        found += _cells_at(study, dict(points), places, override or {})
+        found += _cells_at(study, dict(points), place, override or {})
     return found
 
 
@@ -173,7 +176,10 @@ def _chosen(study: StudyFile, only: Mapping[str, Sequence[str]]) -> dict[str, li
 
 
 def _cells_at(
-    study: StudyFile, points: Mapping[str, str], places: Mapping[str, Path], override: Mapping[str, Any]
+    study: StudyFile,
+    points: Mapping[str, str],
+    place: Callable[[str], tuple[Path, Path | None]],
+    override: Mapping[str, Any],
 ) -> list[Cell]:
     """Returns the cells of one combination of points, one a seed."""
     fields: Table = {}
@@ -183,7 +189,7 @@ def _cells_at(
     at = ", ".join(f"{axis}={point}" for axis, point in points.items()) or "the study"
     if data is None:
         raise ConfigInvalid(f"{at}: no data set is named, and the study has {len(study.data)}; give data_set = ...")
-    train, test = _places(data, study.data[data], places.get(data))
+    train, test = place(data)
     table = merged(merged(merged(study.run, study.data[data].run), fields), override)
     found = []
     for seed in study.seeds:
@@ -213,7 +219,13 @@ _PARTS = {"train": ("train.parquet", "train"), "test": ("test.parquet", "test")}
 
 
 def _places(name: str, given: DataSet, folder: Path | None) -> tuple[Path, Path | None]:
-    """Returns the training and the held-out data of a data set."""
+    """Returns the training and the held-out data of a data set.
+
+    Raises:
+        DataInvalid: If they are not there, or cannot be fetched.
+    """
+    if folder is not None and is_hub(str(folder)):
+        return _on_hub(str(folder))
     if folder is not None and folder.is_dir():
         train, test = (_part(folder, split) for split in _PARTS)
         if train is not None:
@@ -223,11 +235,17 @@ def _places(name: str, given: DataSet, folder: Path | None) -> tuple[Path, Path 
     if folder is not None or given.train is None:
         where = f"{folder} is not there" if folder is not None else "the study file says no place for it"
         raise DataInvalid(f"data set {name!r}: {where}; give --data {name}=FOLDER, with train.parquet and test.parquet")
-    train, test = Path(given.train), None if given.test is None else Path(given.test)
-    for path in filter(None, (train, test)):
-        if not path.exists():
+    for path in filter(None, (given.train, given.test)):
+        if not is_hub(path) and not Path(path).exists():
             raise DataInvalid(f"data set {name!r}: there is no data at {path}")
-    return train, test
+    return local_path(given.train), None if given.test is None else local_path(given.test)
+
+
+def _on_hub(place: str) -> tuple[Path, Path | None]:
+    """Returns the training and the held-out split of a data set on the hub; one split is for training."""
+    if has_split(place):
+        return local_path(place), None
+    return local_path(f"{place}/train"), local_path(f"{place}/test")
 
 
 def _part(folder: Path, split: str) -> Path | None:

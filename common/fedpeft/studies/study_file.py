@@ -36,6 +36,7 @@ from fedpeft.config import Name
 from fedpeft.config.overrides import Table, merged
 from fedpeft.config.section import Section
 from fedpeft.config_errors import dotted, fault_at, faults_of, in_file
+from fedpeft.data.sources.hub import is_hub
 from fedpeft.errors import ConfigInvalid
 
 DATA = "data"
@@ -52,7 +53,7 @@ class DataSet(Section):
     """`[data.NAME]`: a data set, and the fields of the run file that belong to it."""
 
     train: str | None = None
-    """Path of its training data, beside the study file; the command line may name a folder in its place."""
+    """Path of its training data, beside the study file, or `hub:NAME/SPLIT`; the command line may name others."""
     test: str | None = None
     """Path of its held-out data, likewise."""
     run: dict[str, Any] = Field(default_factory=dict)
@@ -193,7 +194,7 @@ def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> Table:
         raise ConfigInvalid(f"{path}: base: leads back to this file")
     for each in table.get("data", {}).values():
         for split in ("train", "test"):
-            if isinstance(each, dict) and isinstance(each.get(split), str):
+            if isinstance(each, dict) and isinstance(each.get(split), str) and not is_hub(each[split]):
                 each[split] = str(path.parent / each[split])
     base = table.pop("base", None)
     if base is None:

@@ -9,6 +9,8 @@ import pytest
 
 from fedpeft_operator.app import main
 
+from ...data.hub_cache import HubCache
+from ...data.test_sources import table
 from ...studies.study_texts import STUDY, pets, study_file
 
 
@@ -61,6 +63,16 @@ def test_results_are_compared_side_by_side(given, tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         main(["compare", str(tmp_path / "no such folder")])
     assert ended.value.code == 1 and "is neither the folder of a simulation" in capfd.readouterr().err
+
+
+def test_data_on_the_hub_are_trained_and_scored_on_by_their_name(tmp_path, capfd, monkeypatch):
+    hub, out = HubCache(tmp_path / "hub", monkeypatch), tmp_path / "out"
+    for split, rows in (("train", 30), ("test", 9)):
+        hub.put("uoft-cs/cifar10", f"plain_text/{split}-00000-of-00001.parquet", table(rows, image="img"))
+    given = [study_file(tmp_path), "--data", "pets=hub:cifar10", "--scale", "one", "--only", "method=head"]
+    code, said, err = command(capfd, "run", *given, "--out", out, "--device", "cpu")
+    assert code == 0 and "tiny: 1 cell of 1 with results" in said
+    assert re.search(r"^method=head, seed=7: accuracy \d+\.\d %", err, re.M)
 
 
 def test_a_study_with_a_failed_cell_ends_with_5_and_names_it(given, tmp_path, capfd):

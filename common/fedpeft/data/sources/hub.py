@@ -51,6 +51,19 @@ def parsed(place: str) -> HubPlace:
     Raises:
         DataInvalid: If it is not of the form.
     """
+    repository, revision, rest = _parts(place)
+    if len(rest) not in (1, 2) or not all(rest):
+        raise DataInvalid(f"{place} is not {FORM}; short names are {', '.join(KNOWN)}: hub:cifar10/train")
+    return HubPlace(repository, revision or None, "".join(rest[:-1]), rest[-1])
+
+
+def has_split(place: str) -> bool:
+    """Returns False if a text names a data set and no split of it: `hub:cifar10`."""
+    return bool(_parts(place)[2])
+
+
+def _parts(place: str) -> tuple[str, str, list[str]]:
+    """Returns repository, revision, and what follows."""
     name, *rest = place.removeprefix(PREFIX).split("/")
     name, _, revision = name.partition("@")
     repository = KNOWN.get(name, "")
@@ -58,9 +71,7 @@ def parsed(place: str) -> HubPlace:
         second, *rest = rest
         second, _, revision = second.partition("@")
         repository = f"{name}/{second}"
-    if len(rest) not in (1, 2) or not all(rest):
-        raise DataInvalid(f"{place} is not {FORM}; short names are {', '.join(KNOWN)}: hub:cifar10/train")
-    return HubPlace(repository, revision or None, "".join(rest[:-1]), rest[-1])
+    return repository, revision, rest
 
 
 def local_path(path: Path | str) -> Path:

@@ -23,7 +23,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="[NAME=]PATH",
-        help="A data set of the study: a folder with train.parquet and test.parquet, or folders of these names.",
+        help="A data set of the study: a folder with train.parquet and test.parquet, or folders of these names; or on "
+        "the Hugging Face hub, such as hub:cifar10.",
     ),
 ]
 Scale = Annotated[str | None, typer.Option("--scale", metavar="NAME", help="One of the scales of the file.")]
