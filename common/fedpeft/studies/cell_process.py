@@ -12,14 +12,20 @@ from contextlib import contextmanager
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedpeft.errors import FedpeftError
 from fedpeft.process import durable
 from fedpeft.studies.cells import Cell, Machine
 from fedpeft.studies.files import FAILURE, LOG
 
+if TYPE_CHECKING:
+    from fedpeft.studies.cell_trackers import CellTrackers
 
-def run_cell(cell: Cell, machine: Machine, folder: Path, events: Connection) -> None:
+
+def run_cell(
+    cell: Cell, machine: Machine, folder: Path, events: Connection, trackers: CellTrackers | None = None
+) -> None:
     """Simulates a cell into its folder, and leaves a sentence in failure.json if that cannot be.
 
     Args:
@@ -27,9 +33,10 @@ def run_cell(cell: Cell, machine: Machine, folder: Path, events: Connection) -> 
         machine: Device, threads and weights.
         folder: Of its results; it exists.
         events: The number of committed rounds is sent here after each.
+        trackers: Trackers of the study, if it has any.
     """
     with in_log(folder):
-        _simulate(cell, machine, folder, events)
+        _simulate(cell, machine, folder, events, trackers)
 
 
 @contextmanager
@@ -60,7 +67,7 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _simulate(cell: Cell, machine: Machine, folder: Path, events: Connection) -> None:
+def _simulate(cell: Cell, machine: Machine, folder: Path, events: Connection, trackers: CellTrackers | None) -> None:
     import torch
 
     from fedpeft import simulation
@@ -76,4 +83,5 @@ def _simulate(cell: Cell, machine: Machine, folder: Path, events: Connection) ->
         device=machine.device,
         partition=partition,
         committed=lambda row: events.send(row["version"]),
+        tracking=None if trackers is None else trackers.of(cell, folder.name),
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,7 @@ def study(
     device: str = "auto",
     threads: int = 1,
     jobs: int | None = None,
+    track: Sequence[str] = (),
 ) -> Study:
     """Simulates every cell of a study that has no results yet; cells that fail are in `Study.failures`.
 
@@ -115,10 +117,12 @@ def study(
         device: auto, cpu, cuda or cuda:N.
         threads: Of torch, in each cell.
         jobs: Cells at once; as many as there are cores for the threads if absent.
+        track: Experiment trackers, `NAME` or `NAME=TARGET` each, as `--track` of `fedpeft study run` has them.
 
     Raises:
-        ConfigInvalid: If the file, or a cell, is wrong; before anything runs.
+        ConfigInvalid: If the file, or a cell, is wrong, or there is no such tracker; before anything runs.
         DataInvalid: If the data of a cell is not there, or cannot be divided so.
+        LocalError: If the library of a tracker is not installed.
         SettingsInvalid: If an argument has a wrong type, or a number is not positive.
         StateInvalid: If another study writes to `out`, or it cannot be written.
     """
@@ -126,6 +130,8 @@ def study(
         if not isinstance(number, int) or number < 1:
             raise SettingsInvalid(f"{name} is a whole number from 1 on; {number!r} was given")
     from fedpeft.studies.assembly import Changes, assembled
+    from fedpeft.studies.cell_process import run_cell
+    from fedpeft.studies.cell_trackers import CellTrackers
     from fedpeft.studies.cells import Machine
     from fedpeft.studies.execution import execute
 
@@ -134,7 +140,10 @@ def study(
     changes = Changes(scale, _tables(override or {}), seeds, _axes(grid or {}), only or {})
     found, cells = assembled(path_of(file, "file"), places, changes)
     machine = Machine(device, threads, None if weights is None else path_of(weights, "weights"))
-    execute(found, cells, path_of(out, "out"), machine, jobs or max(1, len(os.sched_getaffinity(0)) // threads))
+    folder, at_once = path_of(out, "out"), jobs or max(1, len(os.sched_getaffinity(0)) // threads)
+    trackers = CellTrackers(found.name, tuple(track), folder)
+    ended = execute(found, cells, folder, machine, at_once, None, partial(run_cell, trackers=trackers))
+    trackers.write((done.cell, done.folder) for done in ended if done.was_there)
     return Study(out)
 
 

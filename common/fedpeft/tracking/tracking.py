@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -33,10 +34,13 @@ class Tracking:
 
     Args:
         trackers: Those; may be none.
+        name: Name of the run in them; that of the report if empty.
+        run: Its id in them, which no other run has; that of the report if empty.
     """
 
-    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
+    def __init__(self, trackers: Iterable[Tracker] = (), *, name: str = "", run: str = "") -> None:
         self._sinks = [_Sink(each) for each in trackers]
+        self._name, self._run = name, run
         self._is_open = True
 
     def begin(self, report: Json, *, simulated: bool = False) -> None:
@@ -47,6 +51,7 @@ class Tracking:
             simulated: True if other simulations have the same id.
         """
         run = tracked_run(report, simulated=simulated)
+        run = replace(run, name=self._name or run.name, id=self._run or run.id)
         for sink in self._sinks:
             sink.begin(run)
         self.initial(report)
@@ -88,9 +93,14 @@ class Tracking:
         self.end("failed" if isinstance(error, Exception) else "interrupted")
 
 
-def tracking_to(names: Iterable[str], folder: Path) -> Tracking:
-    """Returns the tracking by trackers as `--track` names them; see `tracker_named` for what is raised."""
-    return Tracking([tracker_named(name, folder) for name in names])
+def tracking_to(names: Iterable[str], folder: Path, *, name: str = "", run: str = "") -> Tracking:
+    """Returns the tracking by trackers as `--track` names them; see `Tracking`.
+
+    Raises:
+        ConfigInvalid: If there is no such tracker.
+        LocalError: If its library is not installed.
+    """
+    return Tracking([tracker_named(each, folder) for each in names], name=name, run=run)
 
 
 class _Sink:

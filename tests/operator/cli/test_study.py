@@ -32,8 +32,10 @@ def test_a_study_is_planned_run_and_reported(given, tmp_path, capfd):
     assert code == 0 and "timing method=head, seed=7 ..." in err
     assert re.search(r"^METHOD +CELLS +UP +DOWN +A CELL$", said, re.M)
     assert "'tiny': 2 cells; " in said and "with 2 cells at once" in said
-    code, said, err = command(capfd, "run", *given, "--out", out, "--jobs", 2)
+    code, said, err = command(capfd, "run", *given, "--out", out, "--jobs", 2, "--track", "tensorboard")
     assert code == 0 and "2 cells; 2 at once" in err
+    tracked = sorted(folder.name.partition("-")[0] for folder in (out / "tensorboard").iterdir())
+    assert tracked == ["tiny_method_head_seed_7", "tiny_method_lora_2_seed_7"]
     assert said == f"tiny: 2 cells of 2 with results\nreport: {out / 'report' / 'report.html'}\n"
     assert len(re.findall(r"^method=.*, seed=7: accuracy \d+\.\d %, \d+ s", err, re.M)) == 2
     code, said, _ = command(capfd, "plan", *given, "--out", out, "--json")

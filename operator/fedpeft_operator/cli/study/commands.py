@@ -46,6 +46,7 @@ def run(
     threads: options.Threads = 1,
     jobs: options.Jobs = None,
     imports: Imports = [],  # noqa: B006
+    track: options.Track = [],  # noqa: B006
     over_network: Annotated[
         bool,
         typer.Option("--over-network", help="Hold each run with a server and agents on this machine, a process each."),
@@ -57,6 +58,7 @@ def run(
     """
     options.require_study()
     extend(imports)
+    from fedpeft.studies.cell_trackers import CellTrackers
     from fedpeft.studies.execution import execute
     from fedpeft.studies.report import write_report
     from fedpeft.studies.results import load_results
@@ -66,12 +68,16 @@ def run(
     study, cells = options.cells_for(file, data, scale, settings, seeds, grids, only)
     machine = options.machine_of(device, threads, weights, over_network=over_network)
     at_once = (jobs or 1) if over_network else options.jobs_of(jobs, threads)
-    progress = Progress(len(cells), at_once)
+    progress, trackers = Progress(len(cells), at_once), CellTrackers(study.name, tuple(track), out)
     try:
-        ended = execute(study, cells, out, machine, at_once, progress, options.work_of(machine))
+        ended = execute(study, cells, out, machine, at_once, progress, options.work_of(machine, trackers))
+        behind = [done for done in ended if done.was_there or (over_network and not done.failure)]
+        missed = trackers.write((done.cell, done.folder) for done in behind)
     except KeyboardInterrupt:
         output.note(f"fedpeft: interrupted: {out} keeps {progress.words}; the same command goes on with the others")
         raise typer.Exit(Exit.INTERRUPTED) from None
+    for tracker, rounds in missed.items():
+        output.note(f"fedpeft: {tracker} misses {formatting.counted(rounds, 'round')}; the same command writes them")
     files = write_report(load_results(out), out / "report")
     failed = [done for done in ended if done.failure]
     output.say(f"{study.name}: {formatting.counted(len(cells) - len(failed), 'cell')} of {len(cells)} with results")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +12,10 @@ import typer
 
 from fedpeft.errors import SettingsInvalid
 from fedpeft_operator.cli.session import require
+from fedpeft_operator.cli.trackers import NAMES
 
 if TYPE_CHECKING:
+    from fedpeft.studies.cell_trackers import CellTrackers
     from fedpeft.studies.cells import Cell, Machine
     from fedpeft.studies.execution import CellWork
     from fedpeft.studies.study_file import StudyFile
@@ -47,6 +50,14 @@ Threads = Annotated[int, typer.Option("--threads", metavar="N", min=1, max=4096,
 Jobs = Annotated[
     int | None,
     typer.Option("--jobs", metavar="N", min=1, max=1024, help="Cells at once; cores / threads if absent."),
+]
+Track = Annotated[
+    list[str],
+    typer.Option(
+        "--track",
+        metavar="NAME[=TARGET]",
+        help=f"{NAMES} Each cell is a run there. The default is a folder or file in --out. May be repeated.",
+    ),
 ]
 
 
@@ -93,12 +104,12 @@ def machine_of(device: str, threads: int, weights: Path | None, *, over_network:
     return Machine(device, threads, weights, over_network)
 
 
-def work_of(machine: Machine) -> CellWork:
+def work_of(machine: Machine, trackers: CellTrackers) -> CellWork:
     """Returns what the process of a cell does."""
     from fedpeft.studies.cell_process import run_cell
 
     if not machine.over_network:
-        return run_cell
+        return partial(run_cell, trackers=trackers)
     require("demo", "sqlalchemy", "obstore", "prometheus_client")
     from fedpeft_operator.cli.study.network import run_cell_over_network
 
