@@ -83,6 +83,52 @@ def test_a_torch_data_set_with_targets_is_not_looked_through():
     assert source.image_bytes_total == len(source.image_bytes(0)) + len(source.image_bytes(1))
 
 
+class Changed(Pictures):
+    """As torchvision's with a `target_transform`."""
+
+    def __init__(self, target_transform):
+        super().__init__()
+        self.target_transform = target_transform
+
+    def __getitem__(self, row):
+        image, label = super().__getitem__(row)
+        return image, self.target_transform(label)
+
+
+class Around(Dataset):
+    """A data set around another one, which changes its items."""
+
+    def __init__(self, dataset, change):
+        self.dataset, self._change = dataset, change
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, row):
+        image, label = self.dataset[row]
+        return image, self._change(label)
+
+
+@pytest.mark.parametrize("made", [Changed, lambda change: Around(Pictures(), change)])
+@pytest.mark.parametrize("subset", [False, True])
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda label: (label + 1) % 3, ("0", "1", "2")),
+        (lambda label: int(label == 2), ("0", "1")),
+        (lambda label: ("animal", "animal", "plant")[label], ("animal", "plant")),
+        (lambda label: torch.tensor(label), NAMES),
+    ],
+)
+def test_labels_that_a_data_set_changes_have_no_names_of_those_before(made, subset, change, names):
+    whole, rows = made(change), [8, 0, 1, 3]
+    source = source_of(Subset(whole, rows) if subset else whole)
+    wanted = [str(change(k % 3)) for k in (rows if subset else range(9))]
+    assert source.class_names == names
+    if names != NAMES:
+        assert [source.class_names[label] for label in source.labels] == wanted
+
+
 def test_a_torch_data_set_of_tensors():
     images = torch.arange(4 * 3 * 2 * 2, dtype=torch.uint8).reshape(4, 3, 2, 2)
     source = source_of(TensorDataset(images, torch.tensor([7, 3, 7, 3])))

@@ -124,7 +124,7 @@ class TorchDataset(_Unwritten):
     """Items of a map-style data set of torch: image, label, and anything after them.
 
     Labels are its `targets` where it has such, as torchvision's have, else every item is looked at once. Class names
-    are its `classes`, else the numbers' figures.
+    are its `classes`; the labels' own figures or texts where it has none, or changes the labels that these are of.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -133,7 +133,7 @@ class TorchDataset(_Unwritten):
         if labels is None:
             labels = [self._label(row) for row in range(len(dataset))]
         values = pa.array(np.asarray(labels).tolist())
-        names = _classes(dataset)
+        names = _classes(dataset, labels)
         known = metadata({"label": {"names": list(map(str, names)), "_type": "ClassLabel"}}) if names else None
         schema = pa.schema([("label", values.type)], metadata=known)
         self.class_names, self.labels = read_labels(schema, "label", [values], "the data set")
@@ -181,16 +181,33 @@ def _targets(dataset: Any) -> Any:
     if inner is not None and indices is not None:  # torch.utils.data.Subset
         whole = _targets(inner)
         return None if whole is None else np.asarray(whole)[np.asarray(indices)]
+    return None if getattr(dataset, "target_transform", None) else _of_all(dataset)
+
+
+def _of_all(dataset: Any) -> Any:
+    """Returns a data set's `targets`, if there is one an item."""
     labels = getattr(dataset, "targets", None)
-    usable = labels is not None and len(labels) == len(dataset) and not getattr(dataset, "target_transform", None)
-    return labels if usable else None
+    return labels if labels is not None and len(labels) == len(dataset) else None
 
 
-def _classes(dataset: Any) -> Any:
-    """Returns the names of the classes, which subsets of subsets have from the whole; None if there are none."""
-    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    return getattr(dataset, "classes", None)
+def _classes(dataset: Any, labels: Any) -> Any:
+    """Returns the names of the classes, which subsets of subsets have from the whole; None if there are none.
+
+    Likewise, if the labels are others than those that the names are of: a `target_transform` or a data set around
+    another one may have changed them.
+    """
+    whole, rows, may_differ = dataset, np.arange(len(dataset)), False
+    while not hasattr(whole, "classes") and hasattr(whole, "dataset"):
+        indices = getattr(whole, "indices", None)
+        may_differ |= indices is None
+        if indices is not None:
+            rows = np.asarray(indices)[rows]
+        whole = whole.dataset
+    if may_differ or getattr(whole, "target_transform", None):
+        own = _of_all(whole)
+        if own is None or rows.max() >= len(own) or not np.array_equal(np.asarray(own)[rows], np.asarray(labels)):
+            return None
+    return getattr(whole, "classes", None)
 
 
 def _png(image: Any, row: int) -> bytes:
