@@ -119,6 +119,25 @@ def test_files_used_longest_ago_make_room(tmp_path: Path, data: Path, monkeypatc
     assert ROWS * (8 + 3 * 20 * 20) in left and ROWS * (8 + 3 * 16 * 16) not in left
 
 
+def test_files_with_holes_count_as_what_they_may_hold(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data are decoded for a client at a time: the files are made with holes, which fill one after the other."""
+    cache, sides = tmp_path / "cache", (60, 61, 62)
+    monkeypatch.setattr(pixel_cache, "LIMIT_BYTES", 2 * ROWS * (8 + 3 * 62 * 62))
+    stores = [PixelStore(open_source(data), replace(INPUT, image_size=side), pixel_cache=cache) for side in sides]
+    for k, store_ in enumerate(stores):
+        next(store_.batches([np.arange(1)]))
+        for file in cache.iterdir():
+            os.utime(file, (0, file.stat().st_mtime - 100))
+        assert len(list(cache.iterdir())) == min(k + 1, 2)
+    with capture_logs() as logs:
+        for store_ in stores:
+            next(store_.batches([np.arange(ROWS)]))
+    assert sum(file.stat().st_size for file in cache.iterdir()) <= pixel_cache.LIMIT_BYTES
+    assert [line["event"] for line in logs] == ["decoded pixels are kept no more: their file made room for others"]
+
+
 def test_a_data_set_beyond_the_limit_is_not_read_for_a_file_and_removes_no_other(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from fedpeft import seeds
 from fedpeft.adapters import payload
 from fedpeft.adapters.adapter_file import open_adapter
 from fedpeft.api import views
-from fedpeft.data import store
+from fedpeft.data import pixel_cache, store
 from fedpeft.data.dataset import open_dataset
 from fedpeft.data.transforms import Preprocessing
 from fedpeft.models.backbones import build
@@ -235,3 +235,31 @@ def test_a_second_simulation_decodes_nothing_and_has_the_same_bits(tmp_path, mon
         assert (len(decoded) == 0) == (name == "second")
         for file in ("adapter.safetensors", "records.jsonl"):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+NOTED_DIGESTS = """
+from fedpeft.data import contents, pixel_cache
+
+
+def noted(source):
+    with open({file!r}, "a") as file:
+        file.write("known\\n" if source in contents._images else "read\\n")
+    return contents.images_digest(source)
+
+
+pixel_cache.images_digest = noted
+"""
+
+
+def test_worker_processes_read_no_image_for_a_name_that_is_known_here(tmp_path, monkeypatch):
+    """Each would read all images of the data set for the few that it trains on."""
+    whole = write(tmp_path / "whole.parquet", table(40))
+    monkeypatch.setenv("FEDPEFT_PIXEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pixel_cache, "images_digest", pixel_cache.images_digest)
+    module = tmp_path / "noted_digests.py"
+    module.write_text(NOTED_DIGESTS.format(file=str(tmp_path / "digests")))
+    monkeypatch.setenv("FEDPEFT_IMPORT", str(module))
+    run = config(simulation={"clients": 3, "engine": "processes", "workers": 2})
+    simulate(run, clients_of(whole, run)[0], tmp_path / "out")
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "the workers kept pixels"
+    assert (tmp_path / "digests").read_text() == "known\nknown\n"

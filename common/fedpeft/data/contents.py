@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from glob import glob
 from pathlib import Path
 
@@ -50,6 +50,17 @@ def images_digest(source: Source) -> str:
             digest.update(data)
         _images[source] = digest.hexdigest()
     return _images[source]
+
+
+def known_digests(sources: Iterable[Source]) -> list[tuple[Source, str]]:
+    """Returns the digests of images that this process has found, of some sources, each once; for `take_digests`."""
+    each = {id(source): source for source in sources}
+    return [(source, _images[source]) for source in each.values() if source in _images]
+
+
+def take_digests(found: Iterable[tuple[Source, str]]) -> None:
+    """Takes digests that another process of this machine has found of the same files: `images_digest` knows them."""
+    _images.update(found)
 
 
 def _files_at(path: Path) -> tuple[Path, list[Path]]:

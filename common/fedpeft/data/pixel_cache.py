@@ -16,7 +16,7 @@ import os
 import struct
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -109,6 +109,10 @@ class PixelFile:
         for row, image in zip(rows, pixels, strict=True):
             if self._descriptor is None:
                 return
+            if not os.fstat(self._descriptor).st_nlink:  # what is written to it takes room that no folder shows
+                _log.info("decoded pixels are kept no more: their file made room for others", file=str(self._path))
+                self._descriptor = None
+                return
             data = image.tobytes()
             record = _CHECKSUM.pack(1, zlib.crc32(data)) + data
             try:
@@ -138,12 +142,11 @@ class PixelFile:
         if self._path.exists() and self._path.stat().st_size not in (0, size):
             self._say_damaged()
             self._path.unlink(missing_ok=True)
-        if not self._path.exists():
-            _make_room(self._path.parent, size)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         weakref.finalize(self, os.close, descriptor)
         os.truncate(descriptor, size)  # of one that another process has just made, to the same size
         os.utime(descriptor)  # used now
+        _make_room(self._path)  # with its size in the folder: two that are made at once both see the other
         self._descriptor = descriptor
 
     def _say_damaged(self) -> None:
@@ -164,12 +167,24 @@ def _name(source: Source, preprocessing: Preprocessing) -> str:
     return hashlib.sha256(repr((DECODING, images_digest(source), wanted, libraries)).encode()).hexdigest()
 
 
-def _make_room(folder: Path, size: int) -> None:
-    """Removes the files that were used longest ago, until a new one fits."""
-    known = sorted((found.stat().st_mtime, found.stat().st_blocks * 512, found) for found in folder.glob(f"*{_SUFFIX}"))
-    used = sum(taken for _, taken, _ in known)
-    for _, taken, file in known:
-        if used + size <= LIMIT_BYTES:
+def _make_room(new: Path) -> None:
+    """Removes the files that were used longest ago, until those that are left fit, a new one among them.
+
+    A file counts as what it may come to hold: those of few clients have holes, which fill.
+    """
+    known = sorted(_kept(new.parent))
+    used = sum(size for _, size, _ in known)
+    for _, size, file in known:
+        if used <= LIMIT_BYTES:
             return
-        file.unlink(missing_ok=True)
-        used -= taken
+        if file != new:
+            file.unlink(missing_ok=True)
+            used -= size
+
+
+def _kept(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """Yields time of last use, size and path of every file."""
+    for file in folder.glob(f"*{_SUFFIX}"):
+        with suppress(FileNotFoundError):  # another process made room
+            status = file.stat()
+            yield status.st_mtime, status.st_size, file

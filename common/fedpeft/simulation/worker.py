@@ -1,8 +1,8 @@
 """A worker process of a simulation: it loads model and data, and trains the jobs that its parent sends.
 
-Messages are pickles over a socket, which is standard input: first `Inputs` and the number of torch's threads, then
-jobs, each answered by its outcome, or by an error that ends the simulation. The end of the stream means that the parent
-is gone: the process ends at once.
+Messages are pickles over a socket, which is standard input: first `Inputs`, the number of torch's threads, and the
+digests of data that the parent has read already; then jobs, each answered by its outcome, or by an error that ends the
+simulation. The end of the stream means that the parent is gone: the process ends at once.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ def _receive(connection: Connection, received: queue.Queue[Any]) -> None:
 def _train(connection: Connection, received: queue.Queue[Any]) -> None:
     import torch  # seconds
 
+    from fedpeft.data.contents import take_digests
     from fedpeft.simulation.local_trainer import LocalTrainer
 
-    inputs, threads = received.get()
+    inputs, threads, digests = received.get()
     torch.set_num_threads(threads)
+    take_digests(digests)
     trainer = LocalTrainer(inputs)
     while True:
         connection.send(trainer.train(received.get()))

@@ -14,10 +14,15 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
+import numpy as np
 import structlog
 import torch
 
+from fedpeft.data.contents import known_digests
+from fedpeft.data.examples import Examples
+from fedpeft.data.sources.interface import origin
 from fedpeft.errors import TrainingFailed
 from fedpeft.rounds.local_job import LocalJob, LocalOutcome
 from fedpeft.simulation.engines.engine import AHEAD, ConcurrentEngine, engines
@@ -26,6 +31,7 @@ from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
 LEAVE_S = 5.0
 """Time that a worker has to end before it is killed, seconds."""
 
+_NO_ROWS = np.zeros(0, np.int64)
 _COMMAND = (sys.executable, "-m", "fedpeft.simulation.worker")
 _log = structlog.get_logger(__name__)
 
@@ -42,7 +48,8 @@ class _Worker:
             )
         self.connection = Connection(ours.detach())
         self.client = ""
-        self._send((inputs, threads))
+        sources = (each for each in inputs.clients.values() if not isinstance(each, Path | Examples))
+        self._send((inputs, threads, known_digests(origin(each, _NO_ROWS)[0] for each in sources)))
 
     def begin(self, job: LocalJob) -> None:
         """Gives it a job."""
