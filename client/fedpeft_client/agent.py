@@ -138,7 +138,7 @@ class Agent:
         self._pusher = Pusher(channel, self._retry, egress_log)
         self._trainer = Trainer(directory, self._outbox, worker, metrics)
         self._evaluator = Evaluator(channel, self._retry, worker, egress_log, metrics)
-        self._verdicts = Verdicts(worker, log)
+        self._verdicts = Verdicts(worker, log, None if settings.evaluate else settings.rank)
         self._holds = RunBackoff(timing=channel.timing)
         self._finished = FinishedRuns(directory, self._outbox, channel, egress_log, metrics.series, log)
         self._attempts: Attempts[tuple[str, int]] = Attempts()

@@ -88,7 +88,7 @@ async def dry_run(
         for run in response.runs:
             check_run(run)
             print(f"\n{run.id} ({said(run.config.name)})")
-            _describe(await verdicts.judge(run), settings.evaluate)
+            _describe(await verdicts.judge(run), settings.rank, evaluates=settings.evaluate)
         if not response.next_page_token:
             break
         if page == MOST_PAGES:
@@ -120,7 +120,7 @@ def _refuse_unreadable(surveyed: Answer) -> None:
         raise DataInvalid(fault)
 
 
-def _describe(verdict: Verdict, evaluates: bool) -> None:
+def _describe(verdict: Verdict, rank: int | None, *, evaluates: bool) -> None:
     if verdict.run is None or verdict.reasons:
         _line("would", "decline it: " + ", ".join(dict.fromkeys(reason.kind for reason in verdict.reasons)))
         return
@@ -129,9 +129,17 @@ def _describe(verdict: Verdict, evaluates: bool) -> None:
     if evaluates:
         _line("would", "score every committed version on these examples")
         return
-    low, high = run.upload_bounds(run.version + 1)
+    if rank is not None and run.rank is not None:
+        _line("rank", _of_rank(run, run.rank, rank))
+    low, high = run.upload_bounds(run.version + 1, rank)
     size = f"{high:,} bytes" if low == high else f"at most {high:,} bytes"
     _line("would", f"train in each round it is sampled for, and send {size} ({run.config.codec.encoding})")
+
+
+def _of_rank(run: KnownRun, theirs: int, own: int) -> str:
+    if why := run.ignores_rank(own):
+        return f"{theirs}, the run's: {why}, so --rank {own} has no effect"
+    return f"{own} of the run's {theirs}" if own < theirs else f"{theirs}, the run's"
 
 
 def _say_fit(run: KnownRun, report: Report) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from google.protobuf import json_format
 
 from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.aggregation import strategy
+from fedpeft.aggregation.low_rank.ranks import of_rank, rank_in
 from fedpeft.codecs import codecs
 from fedpeft.config import RunConfig
 from fedpeft.rpc import wire
@@ -60,9 +62,31 @@ class KnownRun:
         """Reads what `as_json` returned."""
         return cls.of(json_format.ParseDict(data, run_pb2.Run()))
 
-    def upload_bounds(self, number: int) -> tuple[int, int]:
-        """Returns the fewest and most bytes of an update's payload in round `number` (1, 2, ...)."""
+    @property
+    def rank(self) -> int | None:
+        """The rank of the run's LoRA factors; None if it has none."""
+        return rank_in(self.spec.tensors)
+
+    @property
+    def takes_ranks(self) -> bool:
+        """True if clients may have factors of a lower rank."""
+        chosen = self.config.aggregation
+        return strategy(chosen.strategy, chosen.options).takes_ranks
+
+    def ignores_rank(self, own: int | None) -> str:
+        """Returns why a client with a rank of its own trains at a higher one, the run's; empty if it does not."""
+        if own is None or self.rank is None or self.rank <= own or self.takes_ranks:
+            return ""
+        return f"its strategy {self.config.aggregation.strategy!r} takes updates of rank {self.rank} only"
+
+    def upload_bounds(self, number: int, rank: int | None = None) -> tuple[int, int]:
+        """Returns the fewest and most bytes of an update's payload in round `number` (1, 2, ...).
+
+        Args:
+            number: That.
+            rank: The client's own rank; it counts where the run takes others than its own.
+        """
         own = self.config.codec.encoding
-        sent = self.spec.sent(number)
+        sent = of_rank(self.spec.sent(number), rank if rank and self.takes_ranks else None)
         bounds = [codecs.get(tensor.section.encoding or own).length_bounds(tensor.size) for tensor in sent]
         return sum(low for low, _ in bounds), sum(high for _, high in bounds)

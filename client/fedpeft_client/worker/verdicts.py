@@ -65,13 +65,19 @@ class Verdict:
 class Verdicts:
     """The verdicts on runs; the newest `MOST` of them are kept.
 
+    Args:
+        worker: The process that reaches them.
+        log: Log of runs that suit.
+        rank: The owner's --rank; None without one, or if nothing is trained.
+
     Attributes:
         verdicts: By run id, the one that was asked for longest ago first.
     """
 
-    def __init__(self, worker: WorkerProcess, log: Log) -> None:
+    def __init__(self, worker: WorkerProcess, log: Log, rank: int | None = None) -> None:
         self._worker = worker
         self._log = log
+        self._rank = rank
         self.verdicts: BoundedDict[str, Verdict] = BoundedDict(MOST)
         self._terms: dict[str, str] = {}  # of each of them, what was judged
 
@@ -146,4 +152,6 @@ class Verdicts:
                 examples=verdict.examples,
                 dropped=verdict.report.get("dropped", 0),
             )
+            if why := run.ignores_rank(self._rank):
+                self._log.warning("--rank has no effect on this run", run=run.id, rank=self._rank, cause=why)
         return verdict

@@ -7,7 +7,7 @@ factors are the same, with zeros: B_i A_i is exact, and strategies that take pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +26,11 @@ def of_rank(specs: Sequence[TensorSpec], rank: int | None) -> tuple[TensorSpec, 
     if rank is None:
         return tuple(specs)
     return tuple(replace(spec, shape=_shape(spec, rank)) for spec in specs)
+
+
+def rank_in(specs: Iterable[TensorSpec]) -> int | None:
+    """Returns the largest rank of LoRA factors among some tensors; None if none is one."""
+    return max((spec.shape[0] for spec in specs if _is_factor(spec, DOWN)), default=None)
 
 
 def as_claimed(strategy: Strategy, specs: Sequence[TensorSpec], manifest: Manifest) -> tuple[TensorSpec, ...]:
