@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 import psutil
 import pytest
@@ -45,6 +47,15 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.fixture
+def short_folder(monkeypatch):
+    """The temporary folder of a cluster and its workers, with a path that their sockets bear."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as folder:
+        for variable in ("RAY_TMPDIR", "TMPDIR"):
+            monkeypatch.setenv(variable, folder)
+        yield Path(folder)
+
+
 def held(engine, whole, out, workers=2):
     run = run_file(engine, workers=workers, codec={"up": "sparse", "density": 0.2, "values": "float16"})
     return simulate(run, clients_of(whole, run)[0], out, evaluate=whole)
@@ -57,12 +68,16 @@ def assert_the_same(tmp_path, reports):
         assert (tmp_path / "inprocess" / file).read_bytes() == (tmp_path / "ray" / file).read_bytes()
 
 
-def test_a_cluster_of_this_machine_makes_the_bits_and_the_report_of_one_process(tmp_path, monkeypatch, whole, started):
+def test_a_cluster_of_this_machine_makes_the_bits_and_the_report_of_one_process(
+    tmp_path, monkeypatch, whole, started, short_folder
+):
     """With residuals, a late client in every round; the cluster is started for it, and ends with it."""
     monkeypatch.delenv(ray_engine.ADDRESS, raising=False)
     reports = {engine: held(engine, whole, tmp_path / engine, workers=1) for engine in ("inprocess", "ray")}
     assert_the_same(tmp_path, reports)
     assert len(started) == 1 and not ray.is_initialized()
+    left = [each.name for each in short_folder.iterdir() if each.name.startswith(("ray", "fedpeft"))]
+    assert left == [], "neither logs, nor sockets, nor versions"
 
 
 @pytest.mark.slow
@@ -138,6 +153,19 @@ class TestFaults:
         ):
             simulate(run, clients_of(whole, run)[0], tmp_path / "out")
         assert "no worker of the Ray cluster is ready yet" in [line["event"] for line in logs]
+
+
+def test_the_folder_of_a_cluster_leaves_room_for_the_names_of_its_sockets(tmp_path, monkeypatch):
+    deep = tmp_path / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(deep))
+    with ray_engine._short_folder() as folder:
+        assert Path(folder).parent == Path("/tmp") and not list(deep.iterdir())
+        socket = Path(folder, "session_2026-11-29_19-23-30_363215_4194304", "sockets", "plasma_store.9")
+        assert len(os.fsencode(socket)) <= 107
+    assert not Path(folder).exists()
+    monkeypatch.setattr(ray_engine, "LONGEST_FOLDER", 4)
+    assert ray_engine._short_folder() is None and not list(deep.iterdir()), "Ray's own choice"
 
 
 def test_an_address_where_no_cluster_is_is_named(tmp_path, monkeypatch, whole):

@@ -2,7 +2,8 @@
 
 Notable: arguments and answers are pickles that Ray does not look into. Arrays that Ray unpacks itself are read-only
 views of its store; these are arrays of this process's own, as a worker process of one machine has them. The version of
-a job is a file of the machine that holds the simulation, so its bytes come beside the job, and lie in a file here.
+a job is a file of the machine that holds the simulation, so its bytes come beside the job, and lie in a file here: one
+without a name, for Ray ends a worker by SIGKILL.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import structlog
 
@@ -53,7 +54,7 @@ class RayWorker:
     def __init__(self) -> None:
         os.dup2(2, 1)  # Ray prints both streams where the simulation runs, whose standard output may carry results
         structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
-        self._folder = tempfile.TemporaryDirectory(prefix="fedpeft-ray-")
+        self._held: tuple[bytes, BinaryIO] | None = None
         self._trainer: LocalTrainer | None = None
         self._node = ""
 
@@ -84,13 +85,13 @@ class RayWorker:
             return self._failed(error)
 
     def _file(self, sha256: bytes, payload: bytes) -> Path:
-        """Returns the file of a version; those before it are removed."""
-        file = Path(self._folder.name, sha256.hex())
-        if not file.exists():
-            for older in file.parent.iterdir():
-                older.unlink()
-            file.write_bytes(payload)
-        return file
+        """Returns the file of a version, in place of the one before it."""
+        if self._held is None or self._held[0] != sha256:
+            file = tempfile.TemporaryFile()  # noqa: SIM115  # open until the next version
+            file.write(payload)
+            file.flush()
+            self._held = sha256, file
+        return Path(f"/proc/self/fd/{self._held[1].fileno()}")
 
     def _failed(self, error: FedpeftError | OSError) -> bytes:
         """Returns an error that names the machine: data and weights are looked for there."""

@@ -1,8 +1,11 @@
 """ray: workers on the machines of a Ray cluster, each with the model loaded and with as many threads of torch as here.
 
 Notable: a job is a pure function of its value, so one that is lost with its machine is given to another worker and
-makes the same bits. Workers are actors without Ray's own restarts: a job is given only to a worker that has loaded, so
-that none waits behind one for which the cluster that is left has no room.
+makes the same bits. Not so where clients add noise, which is never drawn twice; the budget counts the job once, for
+nobody has seen what was lost. Workers are actors without Ray's own restarts: a job is given only to a worker that has
+loaded, so that none waits behind one for which the cluster that is left has no room.
+
+A cluster that is started here has its logs and sockets in a temporary folder of its own, which goes with it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import pickle
 import re
 import socket
+import tempfile
 import time
 from collections import deque
 from contextlib import suppress
@@ -41,6 +45,9 @@ NOTICE_S = 10.0
 """A cluster in which no worker is ready is said so often, seconds."""
 START_S = 600.0
 """Time in which some worker must become ready where there is none, seconds."""
+
+LONGEST_FOLDER = 36
+"""Bytes of the path of a cluster's folder: its sockets lie up to 70 deeper, and the system takes 107 for all."""
 
 _HOST_AND_PORT = re.compile(r"(?![a-z]+://).+:[0-9]{1,5}")
 _log = structlog.get_logger(__name__)
@@ -97,6 +104,7 @@ class Ray(ConcurrentEngine):
         self._idle_since: float | None = None
         self._version: tuple[bytes, Any] | None = None
         self._is_ours = False
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -109,6 +117,9 @@ class Ray(ConcurrentEngine):
         if self._is_ours:
             self._ray.shutdown()
             self._is_ours = False
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def _has_room(self, waiting: int) -> bool:
         """Returns True if a worker is free, or may be started, and few outcomes wait."""
@@ -141,6 +152,8 @@ class Ray(ConcurrentEngine):
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent without being asked for
             cores = len(os.sched_getaffinity(0))
             settings |= {"num_cpus": max(cores, self._threads * (self.workers or 1)), "include_dashboard": False}
+            self._folder = _short_folder()
+            settings |= {"_temp_dir": self._folder.name} if self._folder else {}
         try:
             if _HOST_AND_PORT.fullmatch(address):  # Ray itself tries for minutes
                 host, _, port = address.rpartition(":")
@@ -249,6 +262,19 @@ class Ray(ConcurrentEngine):
                 f"and the cluster has room for {room}; --threads says how many CPUs"
             )
         _log.warning("no worker of the Ray cluster is ready yet", needs=needs, room=room, waited_s=round(waited))
+
+
+def _short_folder() -> tempfile.TemporaryDirectory[str] | None:
+    """Makes a folder for a cluster; returns None if none has a short path, for Ray's own choice, which stays."""
+    for place in (os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "/tmp"):
+        try:
+            made = tempfile.TemporaryDirectory(prefix="fedpeft-ray-", dir=place, ignore_cleanup_errors=True)
+        except OSError:
+            continue
+        if len(os.fsencode(made.name)) <= LONGEST_FOLDER:
+            return made
+        made.cleanup()
+    return None
 
 
 def _environment() -> dict[str, Any]:
