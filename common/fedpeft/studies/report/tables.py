@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,11 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     texts: int
 
+    def of(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], ...]:
+        """Returns the rows of some combinations."""
+        wanted = {tuple(group.points.values()) for group in groups}
+        return tuple(row for row in self.rows if row[: self.texts] in wanted)
+
 
 def tables_of(study: StudyResult) -> list[Table]:
     """Returns the tables of a study, without those that would say nothing."""
@@ -41,15 +46,37 @@ def tables_of(study: StudyResult) -> list[Table]:
     return [table for table in found if table is not None]
 
 
-def as_csv(study: StudyResult) -> str:
+def curves_csv(study: StudyResult) -> str:
     """Returns one line for every version of every cell: what a plot or a data frame starts from."""
-    axes = list(study.about["axes"])
+    columns = [*study.about["axes"], "seed", "version", "payload_bytes", "seconds", "accuracy", "loss", "key"]
+    return _csv(
+        columns,
+        ([*cell.points.values(), cell.seed, *row.values(), cell.key] for cell in study.cells for row in cell.rows),
+    )
+
+
+def cells_csv(study: StudyResult) -> str:
+    """Returns one line for every cell: its folder, its newest version, and why it has none."""
+    columns = [*study.about["axes"], "seed", "key", "accuracy", "seconds", "failure"]
+    rows = []
+    for cell in study.cells:
+        last = cell.curve[-1] if cell.curve else None
+        found = (None, None) if last is None else (last.accuracy, round(last.seconds, 3))
+        why = "" if cell.report else cell.failure or "not executed"
+        rows.append([*cell.points.values(), cell.seed, cell.key, *found, why])
+    return _csv(columns, rows)
+
+
+def as_csv(table: Table) -> str:
+    """Returns a table, all of its rows."""
+    return _csv(table.columns, table.rows)
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*axes, "seed", "version", "payload_bytes", "seconds", "accuracy", "loss", "key"])
-    for cell in study.cells:
-        for row in cell.rows:
-            writer.writerow([*cell.points.values(), cell.seed, *row.values(), cell.key])
+    writer.writerow(columns)
+    writer.writerows(rows)
     return stream.getvalue()
 
 

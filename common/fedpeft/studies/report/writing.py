@@ -8,14 +8,15 @@ from pathlib import Path
 import fedpeft
 from fedpeft.process import durable
 from fedpeft.studies.report.figures import figures_of, png, svg
-from fedpeft.studies.report.tables import as_csv, as_latex, tables_of
+from fedpeft.studies.report.selection import MOST_ROWS, for_page
+from fedpeft.studies.report.tables import as_csv, as_latex, cells_csv, curves_csv, tables_of
 from fedpeft.studies.results import StudyResult
 
 PAGE = "report.html"
 
 
 def write_report(study: StudyResult, out: Path) -> list[Path]:
-    """Writes report.html, curves.csv, and a file for each figure and table.
+    """Writes report.html, curves.csv, cells.csv, and files of each figure and table.
 
     Args:
         study: The results.
@@ -33,16 +34,25 @@ def write_report(study: StudyResult, out: Path) -> list[Path]:
     with durable.refusals(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
     figures, tables = figures_of(study), tables_of(study)
-    drawn = {name: svg(figure) for name, figure in figures.items()}
+    vectors = {name: svg(drawn.figure) for name, drawn in figures.items()}
     template = resources.files("fedpeft.studies.report").joinpath("page.html").read_text(encoding="utf-8")
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = made.from_string(template).render(
-        study=study, about=study.about, tables=tables, figures=drawn, facts=_facts(study), version=fedpeft.__version__
+        about=study.about,
+        cells=study.cells,
+        failed=[cell for cell in study.cells if not cell.report],
+        most=MOST_ROWS,
+        tables=tables,
+        shown=for_page(study),
+        figures={name: (drawn, vectors[name]) for name, drawn in figures.items()},
+        facts=_facts(study),
+        version=fedpeft.__version__,
     )
-    files = {PAGE: page.encode(), "curves.csv": as_csv(study).encode()}
-    for name, figure in figures.items():
-        files |= {f"{name}.svg": drawn[name].encode(), f"{name}.png": png(figure)}
-    files |= {f"{table.name}.tex": as_latex(table).encode() for table in tables}
+    files = {PAGE: page.encode(), "curves.csv": curves_csv(study).encode(), "cells.csv": cells_csv(study).encode()}
+    for name, drawn in figures.items():
+        files |= {f"{name}.svg": vectors[name].encode(), f"{name}.png": png(drawn.figure)}
+    for table in tables:
+        files |= {f"{table.name}.tex": as_latex(table).encode(), f"{table.name}.csv": as_csv(table).encode()}
     with durable.refusals(f"writing {out}"):
         for name, data in files.items():
             durable.write(out / name, data, durable.FOR_ALL)
