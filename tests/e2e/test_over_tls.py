@@ -208,6 +208,15 @@ def test_a_round_is_one_trace_over_all_processes(secured: Any, number: int) -> N
     }
 
 
+def test_a_client_that_is_started_again_is_let_in_again(secured: Any) -> None:
+    secured.enroll("dave")
+    write_site(secured.folder / "dave" / "data.parquet", 4)
+    for _ in range(2):
+        dave = secured.client("dave")
+        wait_for(lambda dave=dave: dave.events("registered"), "dave")
+        dave.kill()
+
+
 def test_a_revoked_client_ends_and_says_why(secured: Any) -> None:
     secured.enroll("carol")
     write_site(secured.folder / "carol" / "data.parquet", 3)

@@ -56,3 +56,24 @@ async def test_neither_a_new_run_nor_a_fold_holds_an_adapter(tmp_path: Path) -> 
             await client.push_raw(header(task.ticket, manifest), pieces)
             await daemon.until(run.id, lambda r: r.version == 1, seconds=60)
             assert await asyncio.to_thread(peak.growth) < 32 * MIB
+
+
+async def test_a_tensor_above_any_message_travels_and_rounds_leave_nothing_in_memory(tmp_path: Path) -> None:
+    """A message of gRPC has at most 4 MiB. Sixteen rounds would take 96 MiB more if one copy stayed of each."""
+    values = 6 * MIB // 4
+    spec, port = AdapterSpec.of("bias", [TensorSpec("head.weight", (values,))]), free_port()
+    manifest, data = payload.encode({"head.weight": np.ones(values, np.float32)}, spec.sent(1), "float32")
+    pieces = [(start, data[start : start + CHUNK_BYTES]) for start in range(0, len(data), CHUNK_BYTES)]
+    peaks: list[int] = []
+    with running(tmp_path, "--metrics", "", port=port) as process:
+        peak = Peak(process.pid)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            daemon = Daemon(cast(Any, None), channel, cast(Any, None))
+            run = await daemon.create(config(rounds={"count": 20, "clients": 1}), spec, zeros(spec))
+            (client,) = await daemon.clients("a")
+            for _ in range(20):
+                task = await client.task()
+                await client.push_raw(header(task.ticket, manifest), pieces)
+                await daemon.until(run.id, lambda r, wanted=task.round: r.version == wanted, seconds=60)  # type: ignore[misc]
+                peaks.append(await asyncio.to_thread(peak.growth))
+    assert peaks[19] - peaks[3] < 32 * MIB
