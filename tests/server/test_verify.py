@@ -66,6 +66,10 @@ CASES: dict[str, tuple[dict[str, dict[str, object]], AdapterSpec]] = {
         SPEC,
     ),
     "updates that clients hide": ({"privacy": {**NOISE, "mechanism": "local", "clip_norm": 0.1}}, SPEC),
+    "examples that clients hide": (
+        {"privacy": {"mechanism": "example", "clip_norm": 0.1, "target_epsilon": 3.0, "delta": 1e-5}},
+        SPEC,
+    ),
     "sparse, fedadam, a section": (
         {"codec": {"up": "sparse"}, "aggregation": {"strategy": "fedadam"}},
         with_sections(FREEZING, [Section("control", 7.0, "float32")]),

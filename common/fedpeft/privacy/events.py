@@ -77,5 +77,23 @@ class LocallyNoised:
     kind: Literal["locally_noised"] = "locally_noised"
 
 
-Event = Annotated[Clipped | Noised | Adapted | LocallyNoised, Field(discriminator="kind")]
+@dataclass(frozen=True, slots=True)
+class StepsNoised:
+    """Every folded update came of training with noise in each step, by its client's word.
+
+    What a client has spent is in its own ledger: it counts what was trained, which no server sees all of.
+
+    Attributes:
+        bound: Largest Euclidean norm of what an example adds to the sum of a step.
+        noise_multiplier: Standard deviation of the noise, in bounds; None where each client works out its own.
+        count: Number of updates that were folded.
+    """
+
+    bound: float
+    noise_multiplier: float | None
+    count: int
+    kind: Literal["steps_noised"] = "steps_noised"
+
+
+Event = Annotated[Clipped | Noised | Adapted | LocallyNoised | StepsNoised, Field(discriminator="kind")]
 """Any event, told apart by `kind`."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from fedpeft.config import RunConfig
 from fedpeft.privacy import accounting
 from fedpeft.privacy.central import Central, NoisedSum
-from fedpeft.privacy.events import Event
+from fedpeft.privacy.events import Event, StepsNoised
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.privacy.transforms import transforms_of
 
@@ -66,6 +66,16 @@ class ClientNoise(RoundPrivacy):
         return {EPSILON: max(spent, default=0.0)}
 
 
+class StepNoise(ClientNoise):
+    """Noise in each step of the clients' training."""
+
+    def events(self, count: int, norms: Iterable[float], past: Sequence[Event]) -> tuple[Event, ...]:
+        """See `RoundPrivacy.events`; of the run file alone, as a client's figures are its word."""
+        privacy = self._config.privacy
+        assert privacy is not None and privacy.clip_norm is not None  # it names this mechanism
+        return (StepsNoised(privacy.clip_norm, privacy.noise_multiplier, count),)
+
+
 class CentralNoise(RoundPrivacy):
     """Noise of the server's, in the sum.
 
@@ -93,7 +103,7 @@ class CentralNoise(RoundPrivacy):
         return {EPSILON: accounting.epsilon(past, self._delta)}
 
 
-_KINDS = {None: RoundPrivacy, "central": CentralNoise, "local": ClientNoise, "example": ClientNoise}
+_KINDS = {None: RoundPrivacy, "central": CentralNoise, "local": ClientNoise, "example": StepNoise}
 
 
 def round_privacy_of(config: RunConfig) -> RoundPrivacy:
