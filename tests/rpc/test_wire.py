@@ -37,5 +37,11 @@ def test_a_schedule_goes_with_the_run_and_only_its_rate_with_a_ticket() -> None:
     assert config_from_proto(config_to_proto(run)) == run
     settings = TrainingConfig.model_validate(training_data(training_to_proto(training_of(run, 4))))
     assert settings == TrainingConfig(epochs=1, learning_rate=training_of(run, 4).learning_rate, clip_gradient_norm=0.5)
+    kept = {"augmentation": "none", "keep_features": True}
+    run = parse_config({"model": model, "peft": {"method": "head"}, "training": kept})
+    assert config_from_proto(config_to_proto(run)) == run
+    assert TrainingConfig.model_validate(training_data(training_to_proto(run.training))).keep_features
     plain = parse_config({"model": model, "peft": {"method": "bias"}})
-    assert not any(map(config_to_proto(plain).training.HasField, said)), "a run without has the bytes that it had"
+    message = config_to_proto(plain).training
+    assert not any(map(message.HasField, said)), "a run without has the bytes that it had"
+    assert "keep_features" not in {field.name for field, _ in message.ListFields()}

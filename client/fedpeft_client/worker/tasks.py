@@ -162,7 +162,8 @@ class SiteWorker:
     def train(self, request: Message, progress: Callable[[Message], None], stop: Callable[[], bool]) -> Message:
         """Trains for a ticket; writes the payload and the client's state in either outcome into `out`."""
         run = KnownRun.from_json(request["run"])
-        loaded, dataset = self._load(run)
+        loaded, opened = self._load(run)
+        dataset = loaded.prepared(self._client, lambda: opened, stop)
         job = LocalJob(
             self._client,
             int(request["round"]),
@@ -186,7 +187,8 @@ class SiteWorker:
 
     def evaluate(self, request: Message) -> Message:
         """Scores an adapter version on all of the data."""
-        loaded, dataset = self._load(KnownRun.from_json(request["run"]))
+        loaded, opened = self._load(KnownRun.from_json(request["run"]))
+        dataset = loaded.prepared(self._client, lambda: opened)
         return {"metrics": loaded.evaluate(_version(request["adapter"]), dataset)}
 
     def _load(self, run: KnownRun) -> tuple[LoadedRun, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fedpeft.config.section import OptionedSection, Section, check_options, known_in
 
@@ -63,8 +63,19 @@ class TrainingConfig(Section):
     """auto is bfloat16 where a GPU has it, else float32."""
     augmentation: Literal["none", "flip", "crop"] = "flip"
     """flip: horizontal; crop: random crop with padding 4 (at 32 px, scaled) and flip, the paper's CIFAR-100 setting."""
+    keep_features: bool = False
+    """Computes what the model makes of each example before the first tuned tensor once and keeps it: for methods that
+    tune the end of a model (head, partial), with augmentation none."""
     algorithm: AlgorithmConfig | None = None
     """The table `[training.algorithm]`: a rule beside the loss, such as FedProx; plain if absent."""
+
+    @field_validator("keep_features")
+    @classmethod
+    def _features_stay(cls, keep: bool, others: ValidationInfo) -> bool:
+        if keep and others.data.get("augmentation", "none") != "none":
+            text = f'is true, and augmentation "{others.data["augmentation"]}" changes the images in each pass'
+            raise ValueError(f'{text}; leave it out, or set augmentation = "none"')
+        return keep
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -21,6 +21,7 @@ from torch import nn
 
 from fedpeft.config import ModelConfig
 from fedpeft.errors import ModelInvalid
+from fedpeft.models.halves import Halves, vit_halves
 from fedpeft.models.structure import ModelStructure, State
 
 
@@ -50,6 +51,10 @@ class Family(ABC):
         Raises:
             ModelInvalid: If the model is not built as the family is.
         """
+
+    def halves(self, module: nn.Module, parts: int) -> Halves | None:
+        """Returns a model in two; see `fedpeft.models.tasks.Task.halves`."""
+        return None
 
 
 class VisionTransformers(Family):
@@ -102,7 +107,12 @@ class VisionTransformers(Family):
             mlps=tuple(mlp for mlp in mlps if mlp is not None),
             width=module.embed_dim,
             patch_values=module.in_chans * height * width,
+            behind=("norm", "attn_pool", "fc_norm", "head_drop"),
         )
+
+    def halves(self, module: nn.Module, parts: int) -> Halves | None:
+        """See `Family.halves`."""
+        return vit_halves(module, parts) if isinstance(module, VisionTransformer) else None
 
 
 _VIT = VisionTransformers()

@@ -21,6 +21,7 @@ class ModelStructure:
         mlps: The MLP of each block; the same shapes.
         width: Size of a token.
         patch_values: Input values under one patch: channels x height x width. Prompts start smaller where it is larger.
+        behind: Names of the modules between the last block and the head.
     """
 
     head: str = ""
@@ -28,3 +29,14 @@ class ModelStructure:
     mlps: tuple[nn.Module, ...] = ()
     width: int = 0
     patch_values: int = 0
+    behind: tuple[str, ...] = ()
+
+    def parts_before(self, name: str) -> int:
+        """Returns how many parts of the model are computed before a parameter is used, as far as is known.
+
+        The parts are each block in order, all that is behind the last one, and the head. A parameter of none of them
+        may be used at the beginning: 0.
+        """
+        parts = [(block,) for block in self.blocks] + [self.behind, (self.head,)]
+        within = (at for at, names in enumerate(parts) if name.startswith(tuple(f"{each}." for each in names if each)))
+        return next(within, 0)

@@ -26,6 +26,8 @@ from fedpeft.training.randomness import Stream
 
 HELD_OUT_SEED = 0
 """Seed of the held-out examples: those of all runs are the same, whatever their own seeds are."""
+HELD_OUT = ""
+"""Name of the held-out data among those whose features are kept; no client has it."""
 
 _log = structlog.get_logger(__name__)
 
@@ -68,7 +70,7 @@ class LocalTrainer:
         run: The loaded model.
 
     Raises:
-        ConfigInvalid: If an option of the PEFT method is wrong.
+        ConfigInvalid: As `load_run`.
         DataInvalid: If the held-out data, or the label map, cannot be used.
         ModelInvalid: If the model or its weights cannot be had.
         SettingsInvalid: If there is no such device.
@@ -89,18 +91,20 @@ class LocalTrainer:
         Raises:
             DataInvalid: If the client's data cannot be used.
         """
-        dataset = self._data.of(job.client)
         try:
             with naming(job.client):
-                return self.figures_of(self.run.train(job, dataset))
+                return self.figures_of(self.run.train(job, self._prepared(job.client)))
         except TrainingFailed as error:
             return LocalFailure(job.client, error)
 
     def begin(self, job: LocalJob) -> tuple[Training, Stream]:
         """Begins a client's round beside others; see `LoadedRun.begin`."""
-        dataset = self._data.of(job.client)
         with naming(job.client):
-            return self.run.begin(job, dataset)
+            return self.run.begin(job, self._prepared(job.client))
+
+    def _prepared(self, client: str) -> Any:
+        """Returns a client's data; opens them only if its features are not kept."""
+        return self.run.prepared(client, lambda: self._data.of(client))
 
     def figures_of(self, update: LocalUpdate) -> LocalUpdate:
         """Returns an update with the figures that a client would send."""
@@ -119,16 +123,18 @@ class LocalTrainer:
         """Returns the figures of a version on the held-out data; none without such data."""
         if self._test is None:
             return {}
-        return _sendable(self.run.evaluate(version, self._test), metric_values.MAX_EVALUATION, "evaluator")
+        test = self.run.prepared(HELD_OUT, lambda: self._test)
+        return _sendable(self.run.evaluate(version, test), metric_values.MAX_EVALUATION, "evaluator")
 
 
 @contextmanager
 def naming(client: str) -> Iterator[None]:
-    """Puts a client's name before the message of `DataInvalid`."""
+    """Puts a client's name before the message of `DataInvalid`, unless it is there."""
+    name = f"client {client}: "
     try:
         yield
     except DataInvalid as error:
-        raise DataInvalid(f"client {client}: {error.message}") from None
+        raise DataInvalid(f"{name}{error.message.removeprefix(name)}") from None
 
 
 def _sendable(measured: Mapping[str, float], most: int, client: str) -> dict[str, float]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedpeft import seeds
 from fedpeft.config import TrainingConfig
+from fedpeft.errors import TrainingFailed
 from fedpeft.models.tasks import Batch
 
 T = TypeVar("T")
@@ -65,6 +66,25 @@ def pinned(batch: Batch) -> Batch:
 def moved(batch: Batch, device: torch.device) -> Batch:
     """Returns a batch on a device; a copy from pinned memory is not waited for."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def in_parts(batch: Batch, device: torch.device, compute: Callable[[Batch], R], example: str) -> list[R]:
+    """Returns the results for the parts of a batch in turn, each moved to the device; halves them until they fit.
+
+    Raises:
+        TrainingFailed: If not even one example, of this word, fits into the GPU's memory.
+    """
+    most = size(batch)
+    while True:
+        try:
+            return [compute(moved(part, device)) for part in split(batch, most)]
+        except torch.OutOfMemoryError:
+            if most == 1:
+                raise TrainingFailed(f"not even one {example} fits into the memory of {device}") from None
+        # Outside the handler: while it runs, the exception holds the tensors that filled the memory.
+        most = -(-most // 2)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def ahead(items: Iterable[T], prepare: Callable[[T], R], depth: int = AHEAD) -> Iterator[R]:

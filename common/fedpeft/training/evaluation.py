@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fedpeft.errors import DataInvalid, TrainingFailed
+from fedpeft.errors import DataInvalid
 from fedpeft.models.tasks import Batch, Dataset, Task
 from fedpeft.peft import TunedModel
-from fedpeft.training import batches
+from fedpeft.training.batches import in_parts
 from fedpeft.training.loop import placed
 from fedpeft.training.precision import autocast, lowered, multiplying, precision
 
@@ -60,20 +60,11 @@ def evaluate(
 def _predicted(
     task: Task, model: TunedModel, dataset: Dataset, batch: Batch, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Returns predictions on the CPU, float64[n, ...]; halves the batch until it fits."""
-    most = batches.size(batch)
-    while True:
-        try:
-            parts = []
-            for part in batches.split(batch, most):
-                inputs = task.transform(batches.moved(part, device), dataset)
-                with autocast(dtype, device):
-                    parts.append(task.predict(model.module, inputs).double())
-            return torch.cat(parts).cpu()
-        except torch.OutOfMemoryError:
-            if most == 1:
-                raise TrainingFailed(f"not even one {task.example} fits into the memory of {device}") from None
-        # Outside the handler: while it runs, the exception holds the tensors that filled the memory.
-        most = -(-most // 2)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    """Returns predictions on the CPU, float64[n, ...]."""
+
+    def predict(part: Batch) -> torch.Tensor:
+        inputs = task.transform(part, dataset)
+        with autocast(dtype, device):
+            return task.predict(model.module, inputs).double()
+
+    return torch.cat(in_parts(batch, device, predict, task.example)).cpu()

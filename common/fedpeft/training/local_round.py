@@ -26,6 +26,8 @@ from fedpeft.privacy.transforms import transforms_of
 from fedpeft.rounds.groups import LOCAL, RESIDUAL
 from fedpeft.rounds.local_job import LocalJob, LocalUpdate, Version
 from fedpeft.training.evaluation import evaluate
+from fedpeft.training.features.division import halves_of
+from fedpeft.training.features.feature_store import FeatureStore
 from fedpeft.training.local_budget import LocalBudget
 from fedpeft.training.loop import Progress, Training, train
 from fedpeft.training.randomness import Stream
@@ -45,6 +47,7 @@ class LoadedRun:
         fingerprint: Of the frozen parameters, hexadecimal.
         own: Initial values of the tensors that the server does not have: those that are local in some round.
         device: Device of the computation.
+        features: Features that are kept; None if the run keeps none.
     """
 
     config: RunConfig
@@ -54,6 +57,12 @@ class LoadedRun:
     fingerprint: str
     own: Arrays
     device: torch.device
+    features: FeatureStore | None = None
+
+    @property
+    def trained_task(self) -> Task:
+        """The task that trains and scores: the run's, or that over its kept features."""
+        return self.task if self.features is None else self.features.task
 
     @property
     def keeps_uncounted(self) -> bool:
@@ -63,6 +72,14 @@ class LoadedRun:
     def dataset(self, source: Any, label_map: LabelMap, cache_bytes: int | None = None) -> Any:
         """Returns a client's data as a data set of this run; see `Task.dataset`."""
         return self.task.dataset(source, self.model.backbone, label_map, cache_bytes)
+
+    def prepared(self, name: str, opened: Callable[[], Any], stop: Callable[[], bool] | None = None) -> Any:
+        """Returns a data set for `train`, `begin` and `evaluate`: its features, where the run keeps them.
+
+        Without this call they compute the same features batch by batch. Arguments and errors are those of
+        `FeatureStore.of`.
+        """
+        return opened() if self.features is None else self.features.of(name, opened, stop)
 
     def train(
         self,
@@ -76,7 +93,7 @@ class LoadedRun:
 
         Args:
             job: The work; pickling it does not change the result.
-            dataset: The client's data, from `dataset`.
+            dataset: The client's data, from `dataset` or `prepared`.
             progress: Called at the beginning, about once a second, and at the end.
             stop: Asked between steps; once true, training ends without a result.
 
@@ -92,7 +109,7 @@ class LoadedRun:
         beside = self._set(job.version, job.state.get(LOCAL, {}), self._rank(job))
         self._count_memory()
         result = train(
-            self.task,
+            self.trained_task,
             self.model,
             dataset,
             job.settings,
@@ -118,7 +135,8 @@ class LoadedRun:
         self._count_memory()
         tensors, spec = self.model.copies(job.round), self.model.spec
         stream = Stream(job.seed, self.device)
-        training = Training(self.task, spec, tensors, dataset, job.settings, job.seed, job.round, self.device)
+        task = self.trained_task
+        training = Training(task, spec, tensors, dataset, job.settings, job.seed, job.round, self.device)
         with stream.drawn():
             training.start(_state(job), beside)
         return training, stream
@@ -166,7 +184,7 @@ class LoadedRun:
         """Scores a version on held-out data, local tensors at their first values; figures and errors of `evaluate`."""
         self._set(version, {})
         wanted = self.config.training.precision
-        return evaluate(self.task, self.model, dataset, device=self.device, wanted=wanted)
+        return evaluate(self.trained_task, self.model, dataset, device=self.device, wanted=wanted)
 
     def _rank(self, job: LocalJob) -> int | None:
         """Returns the rank of a client's factors, where it may be another than the run's."""
@@ -202,7 +220,8 @@ def load_run(config: RunConfig, task: Task, weights: Path | None, device: torch.
         device: Device of the computation.
 
     Raises:
-        ConfigInvalid: If an option of the PEFT method is wrong.
+        ConfigInvalid: If an option of the PEFT method is wrong, or the run would keep features and none stay as they
+            are.
         ModelInvalid: If the model or its weights cannot be had.
     """
     seed = config.rounds.seed
@@ -211,4 +230,6 @@ def load_run(config: RunConfig, task: Task, weights: Path | None, device: torch.
     shared = {tensor.name for tensor in model.spec.shared}
     own = {name: values for name, values in model.state().items() if name not in shared}
     proof = backbones.fingerprint(backbone, model.spec)
-    return LoadedRun(config, task, model, run_spec(config, model), proof, own, device)
+    halves = halves_of(config, task, model)
+    features = None if halves is None else FeatureStore(config, task, model.module, halves, device)
+    return LoadedRun(config, task, model, run_spec(config, model), proof, own, device, features)

@@ -9,7 +9,10 @@ from fedpeft.adapters.sections import initial, with_sections
 from fedpeft.adapters.spec import AdapterSpec, Section
 from fedpeft.algorithms import algorithm
 from fedpeft.config import RunConfig
-from fedpeft.peft import Method, TunedModel, make, spec_of
+from fedpeft.models.backbones import Backbone, skeleton
+from fedpeft.models.tasks import task_of
+from fedpeft.peft import Method, TunedModel, make, spec_of, tune
+from fedpeft.training.features.division import halves_of
 
 
 def sections_of(config: RunConfig, method: Method[Any]) -> tuple[Section, ...]:
@@ -34,10 +37,14 @@ def spec_without_weights(config: RunConfig) -> AdapterSpec:
 
     Raises:
         ModelInvalid: If there is no such model, or not in this size or depth.
-        ConfigInvalid: If there is no such method, or an option is wrong or fits nothing in this model.
+        ConfigInvalid: If there is no such method, an option is wrong or fits nothing in this model, or the run would
+            keep features and none stay as they are.
         SpecInvalid: If a section breaks a rule.
     """
     method, options = config.peft.method, config.peft.options
+    if config.training.keep_features:
+        empty = Backbone(config.model, *skeleton(config.model), None, {})
+        halves_of(config, task_of(config.model.task), tune(empty, method, options, 0))
     return with_sections(spec_of(config.model, method, options), sections_of(config, make(method, options)))
 
 

@@ -556,6 +556,7 @@ class TrainingConfig(_message.Message):
     FINAL_FACTOR_FIELD_NUMBER: _builtins.int
     SCHEDULE_DROPS_FIELD_NUMBER: _builtins.int
     CLIP_GRADIENT_NORM_FIELD_NUMBER: _builtins.int
+    KEEP_FEATURES_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     """Passes over the local data, at least 1."""
     steps: _builtins.int
@@ -595,6 +596,11 @@ class TrainingConfig(_message.Message):
     """Largest Euclidean norm of a step's gradient of the loss, over all trained tensors (sent and local); absent: no bound. A
     longer gradient is scaled down to it, before the local algorithm and weight decay add theirs. Above 0.
     """
+    keep_features: _builtins.bool
+    """Whether clients keep what the model makes of each example before the first tuned tensor, computed once, and not in
+    every step. Only with `augmentation` `none`. It saves time and changes an update by rounding alone,
+    so a client that does not know the field, or has too little memory for it, trains as without.
+    """
     @_builtins.property
     def algorithm(self) -> Global___AlgorithmConfig:
         """The rule that local training follows beside its loss; absent: `plain`."""
@@ -617,10 +623,11 @@ class TrainingConfig(_message.Message):
         final_factor: _builtins.float | None = ...,
         schedule_drops: _builtins.int | None = ...,
         clip_gradient_norm: _builtins.float | None = ...,
+        keep_features: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation", "_batch_size", b"_batch_size", "_clip_gradient_norm", b"_clip_gradient_norm", "_epochs", b"_epochs", "_final_factor", b"_final_factor", "_learning_rate", b"_learning_rate", "_momentum", b"_momentum", "_optimizer", b"_optimizer", "_precision", b"_precision", "_schedule", b"_schedule", "_schedule_drops", b"_schedule_drops", "_steps", b"_steps", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "augmentation", b"augmentation", "batch_size", b"batch_size", "clip_gradient_norm", b"clip_gradient_norm", "epochs", b"epochs", "final_factor", b"final_factor", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "precision", b"precision", "schedule", b"schedule", "schedule_drops", b"schedule_drops", "steps", b"steps", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation", "_batch_size", b"_batch_size", "_clip_gradient_norm", b"_clip_gradient_norm", "_epochs", b"_epochs", "_final_factor", b"_final_factor", "_learning_rate", b"_learning_rate", "_momentum", b"_momentum", "_optimizer", b"_optimizer", "_precision", b"_precision", "_schedule", b"_schedule", "_schedule_drops", b"_schedule_drops", "_steps", b"_steps", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "augmentation", b"augmentation", "batch_size", b"batch_size", "clip_gradient_norm", b"clip_gradient_norm", "epochs", b"epochs", "final_factor", b"final_factor", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "precision", b"precision", "schedule", b"schedule", "schedule_drops", b"schedule_drops", "steps", b"steps", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation", "_batch_size", b"_batch_size", "_clip_gradient_norm", b"_clip_gradient_norm", "_epochs", b"_epochs", "_final_factor", b"_final_factor", "_learning_rate", b"_learning_rate", "_momentum", b"_momentum", "_optimizer", b"_optimizer", "_precision", b"_precision", "_schedule", b"_schedule", "_schedule_drops", b"_schedule_drops", "_steps", b"_steps", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "augmentation", b"augmentation", "batch_size", b"batch_size", "clip_gradient_norm", b"clip_gradient_norm", "epochs", b"epochs", "final_factor", b"final_factor", "keep_features", b"keep_features", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "precision", b"precision", "schedule", b"schedule", "schedule_drops", b"schedule_drops", "steps", b"steps", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__augmentation: _TypeAlias = _typing.Literal["augmentation"]  # noqa: Y015
     _WhichOneofArgType__augmentation: _TypeAlias = _typing.Literal["_augmentation", b"_augmentation"]  # noqa: Y015

@@ -23,6 +23,7 @@ from fedpeft.data.transforms import ImageInputs, Preprocessing, RunModel, augmen
 from fedpeft.errors import ModelInvalid
 from fedpeft.models.checkpoints import from_hub
 from fedpeft.models.families import family_of, timm_arguments, timm_model
+from fedpeft.models.halves import Halves
 from fedpeft.models.structure import ModelStructure, State
 from fedpeft.models.tasks.registry import IMAGES, tasks
 from fedpeft.models.tasks.task import Batch, Classification, LabelMap, Pass
@@ -50,6 +51,10 @@ class ImageClassification(Classification):
     def structure(self, module: nn.Module, config: ModelConfig) -> ModelStructure:
         """See `Task.structure`."""
         return family_of(config.name).structure(module)
+
+    def halves(self, module: nn.Module, config: ModelConfig, parts: int) -> Halves | None:
+        """See `Task.halves`."""
+        return family_of(config.name).halves(module, parts)
 
     def pretrained(self, config: ModelConfig) -> State:
         """See `Task.pretrained`."""

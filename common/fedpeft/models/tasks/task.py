@@ -24,6 +24,7 @@ from fedpeft.data.labels import map_labels
 from fedpeft.data.reading import USUAL, Reading
 from fedpeft.data.transforms import ImageInputs, RunModel
 from fedpeft.errors import ModelInvalid, SettingsInvalid
+from fedpeft.models.halves import Halves
 from fedpeft.models.structure import ModelStructure, State
 from fedpeft.models.tasks.scores import ClassScores, MeanLoss, Scores
 
@@ -113,6 +114,19 @@ class Task(ABC):
     @abstractmethod
     def structure(self, module: nn.Module, config: ModelConfig) -> ModelStructure:
         """Returns where the head is and the blocks are that PEFT methods attach to, if any."""
+
+    def halves(self, module: nn.Module, config: ModelConfig, parts: int) -> Halves | None:
+        """Returns a model in two, for runs that keep features; None, as here, if it cannot be divided so.
+
+        Where it can, `loss` and `predict` are called with the back in the place of the model and with what the front
+        makes of `values` in the place of those; rows are collated as in evaluation.
+
+        Args:
+            module: The model, tuned or not, on any device.
+            config: `[model]`.
+            parts: Parts that the front ends behind, at least 1; see `ModelStructure.parts_before`.
+        """
+        return None
 
     def pretrained(self, config: ModelConfig) -> State:
         """Returns the tensors that `weights = "hub"` stands for.

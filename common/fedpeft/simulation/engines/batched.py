@@ -59,7 +59,7 @@ class Batched(ConcurrentEngine):
         if run.config.privacy is not None and run.config.privacy.mechanism == "example":
             text = 'is "batched", which has no gradients of single examples; privacy.mechanism is "example"'
             raise ConfigInvalid(f"simulation.engine: {text}", (("simulation.engine", text),))
-        self._gradients = StackedGradients(run.task, run.model, run.device)
+        self._gradients = StackedGradients(run.trained_task, run.model, run.device)
         self._at_work: list[_Client] = []
 
     @property
