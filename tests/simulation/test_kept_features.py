@@ -1,5 +1,7 @@
 """Features that are kept: the adapters of runs without, with the frozen front computed once an example."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +169,14 @@ def test_what_is_beyond_the_limit_is_computed_anew_to_the_same_bits(tmp_path, da
                 assert number == 2 or same(found, wanted[name])
     assert sum(fronts) == SIZES["b"] + SIZES["c"], "in the second round, those that are not kept"
     assert [log["event"] for log in logs] == ["features of further data are computed anew in each round"]
+
+
+def test_features_do_not_depend_on_the_round_that_computes_them(tmp_path, data):
+    """As in a simulation that was killed and goes on, and in a worker that gets a client later."""
+    early, late = trainer_of(data, tuned="partial"), trainer_of(data, tuned="partial")
+    second = job_of(late, tmp_path, number=2)
+    trained(early, replace(second, round=1, seed=6))
+    assert same(trained(early, second), trained(late, second))
 
 
 def test_a_data_set_that_alone_is_beyond_the_limit_is_trained_as_without(tmp_path, data, fronts):
