@@ -23,7 +23,7 @@ VARIABLE = "FEDPEFT_IMPORT"
 
 
 _registrations: list[tuple[str, Callable[[], object]]] = []
-"""Whatever modules registered, oldest first: the name of the module, and a call that undoes it."""
+"""Registrations, oldest first: the name of the module that made it, and a call that undoes it."""
 
 
 def extend(modules: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""What simulated clients keep from round to round: nothing is written for who keeps nothing, a kill loses nothing."""
+"""State of simulated clients from round to round: nothing is written for who keeps nothing, a kill loses nothing."""
 
 import numpy as np
 

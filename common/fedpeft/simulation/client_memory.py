@@ -1,4 +1,4 @@
-"""What the clients of a simulation remember from round to round: residual, local tensors, an algorithm's state.
+"""State that the clients of a simulation keep from round to round: residual, local tensors, an algorithm's state.
 
 It lies in files, as an agent's does, so memory does not grow with clients.
 """
