@@ -52,3 +52,9 @@ def run_file(**sections: object) -> RunConfig:
         "training": training | dict(sections.get("training", {})),  # type: ignore[call-overload]
     }
     return parse_config(said)
+
+
+PLACES = {"a": (1.0, (4.0, 0.0)), "b": (0.25, (-2.0, 1.0)), "c": (3.0, (0.0, -1.0))}
+"""Curvature and target of three sites."""
+SITES = {name: one(*place, times=3 if name == "c" else 1) for name, place in PLACES.items()}
+"""Their data; c has three times the examples, so a mean by examples is not the mean of the sites."""

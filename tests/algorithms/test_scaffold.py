@@ -1,27 +1,23 @@
-"""SCAFFOLD: control variates that stay the mean of the clients', and the right optimum (1910.06378)."""
+"""SCAFFOLD: control variates that stay the mean of the clients' own, and correct every step (1910.06378)."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.sections import initial
 from fedpeft.adapters.spec import TensorRole
 from fedpeft.errors import ConfigInvalid
 from fedpeft.models.tasks import task_of
-from fedpeft.rounds.combinations import check_combination
+from fedpeft.rounds.combinations import check_combination, misfits
 from fedpeft.rounds.local_job import LocalJob, Version
-from fedpeft.simulation import simulate
 from fedpeft.training.local_round import load_run
 
-from .quadratic import one, run_file
+from .quadratic import SITES, run_file
 
 CPU = torch.device("cpu")
-SITES = {"a": one(1.0, (4.0, 0.0)), "b": one(0.25, (-2.0, 1.0)), "c": one(3.0, (0.0, -1.0))}
-OPTIMUM = np.array([(4.0 - 0.5) / 4.25, (0.25 - 3.0) / 4.25])
 SCAFFOLD = {"name": "scaffold", "population": 3}
 STATE = "scaffold-control"
 
@@ -79,38 +75,6 @@ def test_a_step_is_corrected_by_c_minus_the_client_s_own(tmp_path) -> None:
 
 
 @pytest.mark.usefixtures("quadratic")
-@pytest.mark.parametrize(("algorithm", "distance"), [(None, (0.05, 2.0)), (SCAFFOLD, (0.0, 1e-3))])
-def test_clients_with_other_curvatures_find_the_optimum_with_it_only(tmp_path, algorithm, distance) -> None:
-    """FedAvg of several local steps ends where the mean of the clients' steps is zero, not the mean gradient."""
-    config = three(algorithm, {"count": 150, "clients": 3}, steps=5)
-    simulate(config, SITES, tmp_path, device="cpu")
-    found = load_file(tmp_path / "adapter.safetensors")["w"]
-    low, high = distance
-    assert low <= np.linalg.norm(found - OPTIMUM) <= high
-
-
-@pytest.mark.usefixtures("quadratic")
-@pytest.mark.parametrize(
-    ("sections", "place"),
-    [
-        ({"training": {"momentum": 0.9}}, "training.momentum is 0.9"),
-        ({"training": {"optimizer": "adamw"}}, "training.optimizer is 'adamw'"),
-        ({"rounds": {"clients": 4, "quorum": 2}}, "training.algorithm.population is 3, fewer than the 4 clients"),
-        ({"aggregation": {"strategy": "median"}}, "aggregation.strategy is 'median'; one that takes the weighted mean"),
-        ({"codec": {"up": "sparse"}}, "codec.up is 'sparse'"),
-        ({"rounds": {"clients": 2, "policy": "buffered"}}, "rounds.policy is 'buffered'"),
-    ],
-)
-def test_combinations_that_cannot_work_are_refused_when_a_run_is_created(sections, place) -> None:
-    training = {"algorithm": SCAFFOLD, **sections.get("training", {})}
-    config = run_file(**{"rounds": {"clients": 2}, **sections, "training": training})
-    spec = load_run(config, task_of("quadratic"), None, CPU).spec
-    with pytest.raises(ConfigInvalid, match=place) as caught:
-        check_combination(config, spec)
-    assert caught.value.fields[0][0] == place.split(" ")[0]
-
-
-@pytest.mark.usefixtures("quadratic")
 def test_fednova_does_not_go_with_fedprox_and_lora_s_halves_go_with_scaffold() -> None:
     config = run_file(training={"algorithm": {"name": "fedprox"}}, aggregation={"strategy": "fednova"})
     with pytest.raises(ConfigInvalid, match=r"aggregation\.strategy is 'fednova'"):
@@ -122,7 +86,7 @@ def test_fednova_does_not_go_with_fedprox_and_lora_s_halves_go_with_scaffold() -
         rounds={"clients": 2},
     )
     spec = load_run(lora, task_of(""), None, CPU).spec
-    check_combination(lora, spec)
+    assert misfits(lora, spec) == []
     by_name = {t.name: t for t in spec.tensors}
     control = [t for t in spec.tensors if t.name.startswith("control/")]
     assert control and all(t.roles == by_name[t.member].roles for t in control)

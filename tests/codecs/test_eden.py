@@ -1,7 +1,6 @@
-"""EDEN: the rotation, the scale, the quantiser, and that any bytes decode to finite values."""
+"""EDEN: the rotation, the scale, the quantiser."""
 
 import math
-import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -10,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedpeft.codecs import BLOCK_ELEMENTS, Codec, Values, codecs
+from fedpeft.codecs import BLOCK_ELEMENTS, Values, codecs
 from fedpeft.codecs.eden import CENTROIDS
 from fedpeft.codecs.rotation import column_sums, hadamard, signs
 from fedpeft.errors import PayloadInvalid
+
+from .round_trip import through
 
 NAMES = ["eden1", "eden2", "eden3", "eden4"]
 ERRORS = {"eden1": 0.571, "eden2": 0.133, "eden3": 0.0358, "eden4": 0.0096}
@@ -22,13 +23,6 @@ tensors = arrays(
     np.float32, st.integers(1, 1400), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False), fill=st.just(0.25)
 )
 each_codec = pytest.mark.parametrize("name", NAMES)
-
-
-def through(codec: Codec, x: Values) -> Values:
-    data = memoryview(codec.encode(x))
-    codec.check(data, x.size)
-    assert codec.length_bounds(x.size) == (len(data), len(data))
-    return codec.decode(data, x.size)
 
 
 @pytest.mark.parametrize("size", [1, 8, 64, 1024])
@@ -86,40 +80,10 @@ def test_the_mean_of_many_rotations_is_the_value(name: str) -> None:
 
 
 @each_codec
-def test_a_seed_names_the_bytes(name: str) -> None:
-    x = np.random.default_rng(1).standard_normal(3000).astype(np.float32)
-    codec = codecs.get(name)
-    assert codec.seeded(5).encode(x) == codec.seeded(5).encode(x)
-    assert codec.seeded(5).encode(x)[4:] != codec.seeded(6).encode(x)[4:]
-    data = memoryview(codec.seeded(5).encode(x))
-    np.testing.assert_array_equal(codec.decode(data, x.size), codec.seeded(9).decode(data, x.size))
-
-
-@each_codec
-@given(x=tensors, size=st.integers(1, 3000))
-def test_blocks_of_any_size_are_the_same_values(name: str, x: Values, size: int) -> None:
-    codec = codecs.get(name)
-    x = np.tile(x, 2)
-    size = max(size, x.size // 20)
-    data = memoryview(codec.encode(x))
-    pieces = list(codec.blocks(data, x.size, size))
-    assert [start for start, _ in pieces] == list(range(0, x.size, size))
-    np.testing.assert_array_equal(np.concatenate([b for _, b in pieces]), codec.decode(data, x.size))
-
-
-@each_codec
 def test_a_tensor_of_many_pieces(name: str) -> None:
     x = np.random.default_rng(4).standard_normal(2 * BLOCK_ELEMENTS + 1100).astype(np.float32)
     decoded = through(codecs.get(name), x)
     assert np.square(decoded - x).mean() == pytest.approx(ERRORS[name], rel=0.05)
-
-
-@each_codec
-def test_zeros_and_the_ends_of_float32(name: str) -> None:
-    largest = np.finfo(np.float32).max
-    x = np.concatenate([np.full(1024, largest), np.zeros(1024), [1e-45, largest, -largest]]).astype(np.float32)
-    decoded = through(codecs.get(name), x)
-    assert np.isfinite(decoded).all() and not decoded[1024:2048].any()
 
 
 @each_codec
@@ -135,16 +99,6 @@ def test_error_feedback_keeps_a_bounded_residual(name: str) -> None:
 
 
 @each_codec
-@given(data=st.binary(min_size=8, max_size=64), n=st.integers(1, 200) | st.integers(1, 2**31))
-def test_any_bytes_are_refused_or_decode_to_finite_values(name: str, data: bytes, n: int) -> None:
-    try:
-        codecs.get(name).check(memoryview(data), n)
-    except PayloadInvalid:
-        return
-    assert np.isfinite(codecs.get(name).decode(memoryview(data), n)).all()
-
-
-@each_codec
 def test_hostile_bytes(name: str) -> None:
     codec, one = codecs.get(name), codecs.get(name).encode(np.ones(3, np.float32))
     for scale, shown in (("0000807f", "inf"), ("0000c07f", "nan"), ("000080bf", "-1")):
@@ -153,10 +107,3 @@ def test_hostile_bytes(name: str) -> None:
     largest = one[:4] + bytes.fromhex("ffff7f7f") + one[8:]
     codec.check(memoryview(largest), 3)
     assert np.isfinite(codec.decode(memoryview(largest), 3)).all()
-    tracemalloc.start()
-    try:
-        with pytest.raises(PayloadInvalid, match="bytes, not 20"):
-            codec.check(memoryview(bytes(20)), 2**31)
-        assert tracemalloc.get_traced_memory()[1] < 16 * 1024
-    finally:
-        tracemalloc.stop()

@@ -1,34 +1,24 @@
 """Stochastic uniform quantisation: unbiased, an error below one step, and the same bytes of the same seed."""
 
-import tracemalloc
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
-from fedpeft.codecs import BLOCK_ELEMENTS, Codec, Values, codecs, packing, scales
+from fedpeft.codecs import BLOCK_ELEMENTS, Values, codecs, packing, scales
 from fedpeft.config import CodecConfig, parse_config
 from fedpeft.errors import ConfigInvalid, PayloadInvalid
+
+from .round_trip import TENSORS, through
 
 NAMES = ["uniform2", "uniform4", "uniform8"]
 RUN = {"model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}, "peft": {"method": "bias"}}
 
-values = st.floats(width=32, allow_nan=False, allow_infinity=False)
-tensors = arrays(np.float32, st.integers(1, 300), elements=values | st.floats(-1, 1, width=32), fill=st.just(0.0))
 each_codec = pytest.mark.parametrize("name", NAMES)
 
 
-def through(codec: Codec, x: Values) -> Values:
-    data = memoryview(codec.encode(x))
-    codec.check(data, x.size)
-    assert codec.length_bounds(x.size) == (len(data), len(data))
-    return codec.decode(data, x.size)
-
-
 @each_codec
-@given(x=tensors, seed=st.integers(0, 2**63 - 1))
+@given(x=TENSORS, seed=st.integers(0, 2**63 - 1))
 def test_the_error_is_below_one_step(name: str, x: Values, seed: int) -> None:
     codec = codecs.get(name).seeded(seed)
     data = codec.encode(x)
@@ -48,12 +38,9 @@ def test_the_mean_of_many_draws_is_the_value(name: str) -> None:
 
 
 @each_codec
-def test_a_seed_names_the_bytes(name: str) -> None:
+def test_each_piece_draws_anew(name: str) -> None:
     x = np.random.default_rng(1).standard_normal(BLOCK_ELEMENTS + 300).astype(np.float32)
     codec = codecs.get(name)
-    assert codec.seeded(5).encode(x) == codec.seeded(5).encode(x)
-    assert codec.seeded(5).encode(x) != codec.seeded(6).encode(x)
-    assert codec.encode(x) == codec.seeded(0).encode(x), "seeded makes another codec"
     first, second = codec.seeded(5).encode(x[:300]), codec.seeded(5).encode(x[BLOCK_ELEMENTS:])
     assert first != second
     with_same_values = np.concatenate([x[:300], np.zeros(BLOCK_ELEMENTS - 300), x[:300]]).astype(np.float32)
@@ -71,26 +58,6 @@ def test_zeros_and_the_ends_of_float32(name: str) -> None:
 
 
 @each_codec
-@given(x=tensors, size=st.integers(1, 300))
-def test_blocks_of_any_size_are_the_same_values(name: str, x: Values, size: int) -> None:
-    codec = codecs.get(name)
-    data = memoryview(codec.encode(x))
-    pieces = list(codec.blocks(data, x.size, size))
-    assert [start for start, _ in pieces] == list(range(0, x.size, size))
-    np.testing.assert_array_equal(np.concatenate([b for _, b in pieces]), codec.decode(data, x.size))
-
-
-@each_codec
-@given(data=st.binary(max_size=64), n=st.integers(1, 64) | st.integers(1, 2**31))
-def test_any_bytes_are_refused_or_decode_to_finite_values(name: str, data: bytes, n: int) -> None:
-    try:
-        codecs.get(name).check(memoryview(data), n)
-    except PayloadInvalid:
-        return
-    assert np.isfinite(codecs.get(name).decode(memoryview(data), n)).all()
-
-
-@each_codec
 def test_hostile_bytes(name: str) -> None:
     codec, one = codecs.get(name), codecs.get(name).encode(np.ones(3, np.float32))
     cases = {
@@ -104,13 +71,6 @@ def test_hostile_bytes(name: str) -> None:
     for message, data in cases.items():
         with pytest.raises(PayloadInvalid, match=message):
             codec.check(memoryview(data), 3)
-    tracemalloc.start()
-    try:
-        with pytest.raises(PayloadInvalid):
-            codec.check(memoryview(bytes(20)), 2**31)
-        assert tracemalloc.get_traced_memory()[1] < 16 * 1024
-    finally:
-        tracemalloc.stop()
 
 
 @given(codes=st.lists(st.integers(0, 255), min_size=1, max_size=70), bits=st.integers(1, 8), data=st.data())

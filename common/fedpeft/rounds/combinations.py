@@ -28,7 +28,12 @@ def check_combination(config: RunConfig, spec: AdapterSpec) -> None:
     Raises:
         ConfigInvalid: If not; with a field-level fault for each combination that cannot work.
     """
-    _refuse([fault for rule in _RULES for fault in rule(config, spec)])
+    _refuse(misfits(config, spec))
+
+
+def misfits(config: RunConfig, spec: AdapterSpec) -> list[Fault]:
+    """Returns a fault for each combination of a run's parts that cannot work."""
+    return [fault for rule in _RULES for fault in rule(config, spec)]
 
 
 def check_served(config: RunConfig) -> None:
