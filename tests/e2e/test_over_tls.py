@@ -213,7 +213,7 @@ def test_a_client_that_is_started_again_is_let_in_again(secured: Any) -> None:
     write_site(secured.folder / "dave" / "data.parquet", 4)
     for _ in range(2):
         dave = secured.client("dave")
-        wait_for(lambda dave=dave: dave.events("registered"), "dave")
+        assert wait_for(lambda dave=dave: dave.events("registered"), "dave")
         dave.kill()
 
 
