@@ -42,9 +42,10 @@ def started(monkeypatch):
 @pytest.fixture(scope="class")
 def cluster():
     """A cluster that the program itself connected to."""
-    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
-    yield
-    ray.shutdown()
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as folder:
+        ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error", _temp_dir=folder)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture

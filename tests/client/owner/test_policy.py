@@ -162,6 +162,7 @@ DEMANDED = {"mechanisms": ["local", "example"], "max_epsilon": 5, "max_delta": 1
 def test_a_run_needs_the_noise_that_the_owner_demands(change: dict[str, Any], broken_keys: list[str]) -> None:
     config = RUN.config.model_copy(update={"privacy": PrivacyConfig.model_validate({**NOISE, **change})})
     run, rules = replace(RUN, config=config), policy(privacy=DEMANDED)
+    assert Policy.model_validate(rules.model_dump(mode="json", exclude_defaults=True)) == rules, "as the worker gets it"
     assert keys(rules, RunDemand(run, config.training)) == broken_keys
     assert keys(rules, RunDemand(run, config.training, 1, 60)) == broken_keys, "a ticket is held to the same"
 
