@@ -93,3 +93,19 @@ def test_results_keep_nothing_of_the_lock(tmp_path: Path) -> None:
     with results(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
     assert not list(tmp_path.iterdir())
+
+
+def test_blocks_of_a_folder_take_turns_and_leave_nothing(tmp_path: Path) -> None:
+    entered = threading.Event()
+
+    def second() -> None:
+        with locks.in_turn(tmp_path):
+            entered.set()
+
+    other = threading.Thread(target=second)
+    with locks.in_turn(tmp_path):
+        other.start()
+        assert not entered.wait(0.1)
+    assert entered.wait(5)
+    other.join()
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from fedpeft.studies.cell_process import _simulate
 from fedpeft.studies.cell_trackers import CellTrackers
 from fedpeft.studies.cells import Machine, cells_of
 from fedpeft.studies.study_file import load_study
+from fedpeft.tracking.tensorboard import TensorBoard
 
 from .study_texts import pets, study_file
 
@@ -69,6 +70,22 @@ def test_a_cell_that_had_its_results_before_is_written_from_its_report(tmp_path,
     assert trackers.write(zip(cells, folders, strict=False)) == {}
     assert sorted(points(boards)) == [f"tiny_method_head_seed_{k}-{folders[k].name}" for k in (0, 1)]
     assert all(found == {"accuracy": [0, 1, 2], "payload_bytes_up": [1, 2]} for found in points(boards).values())
+
+
+def test_what_a_tracker_did_not_take_is_written_once_the_cells_have_ended(tmp_path, cells, monkeypatch):
+    trackers, cell = CellTrackers("tiny", ("tensorboard",), tmp_path), cells[0]
+    folder = tmp_path / cell.key(MACHINE)
+    folder.mkdir()
+    with monkeypatch.context() as broken:
+        broken.setattr(TensorBoard, "begin", lambda *_: 1 / 0)
+        _simulate(cell, MACHINE, folder, Events(), trackers)
+        assert trackers.write([(cell, folder)]) == {"tensorboard": 3}
+    assert not (tmp_path / "tensorboard").exists()
+    assert trackers.write([(cell, folder)]) == {}
+    (found,) = points(tmp_path / "tensorboard").values()
+    assert found == {"accuracy": [0, 1, 2], "payload_bytes_up": [1, 2]}
+    monkeypatch.setattr(TensorBoard, "begin", lambda *_: 1 / 0)
+    assert trackers.write([(cell, folder)]) == {}, "it is known to have all, and is not asked again"
 
 
 def test_a_tracker_that_there_is_not_is_refused_before_a_cell_runs(tmp_path):

@@ -51,6 +51,12 @@ def configure(form: LogFormat, level: Level) -> None:
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)
 
 
+def to_standard_error() -> None:
+    """Sends the log lines of a command, or of its worker, to standard error: standard output carries results."""
+    # Looked up anew for each line, because who captures standard error replaces it.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+
+
 class _Forward(logging.Handler):
     """Makes lines of this process's log of what libraries say by `logging` and `warnings`."""
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import os
 import pickle
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-import structlog
-
 from fedpeft import __version__, extensions
 from fedpeft.errors import FedpeftError
+from fedpeft.process import logs
 from fedpeft.rounds.local_job import LocalJob, Version
 
 if TYPE_CHECKING:
@@ -53,7 +51,7 @@ class RayWorker:
 
     def __init__(self) -> None:
         os.dup2(2, 1)  # Ray prints both streams where the simulation runs, whose standard output may carry results
-        structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+        logs.to_standard_error()
         self._held: tuple[bytes, BinaryIO] | None = None
         self._trainer: LocalTrainer | None = None
         self._node = ""

@@ -10,14 +10,12 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import sys
 import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-import structlog
-
 from fedpeft.errors import FedpeftError
+from fedpeft.process import logs
 
 
 def main() -> None:
@@ -27,7 +25,7 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    logs.to_standard_error()
     received: queue.Queue[Any] = queue.Queue()
     threading.Thread(target=_receive, args=(connection, received), daemon=True).start()
     try:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -74,14 +74,15 @@ def _simulate(cell: Cell, machine: Machine, folder: Path, events: Connection, tr
 
     torch.set_num_threads(machine.threads)
     clients, partition = simulation.clients_of(cell.train, cell.config)
-    simulation.simulate(
-        cell.config,
-        clients,
-        folder,
-        cell.test,
-        machine.weights,
-        device=machine.device,
-        partition=partition,
-        committed=lambda row: events.send(row["version"]),
-        tracking=None if trackers is None else trackers.of(cell, folder.name),
-    )
+    with nullcontext() if trackers is None else trackers.of(cell, folder) as tracking:
+        simulation.simulate(
+            cell.config,
+            clients,
+            folder,
+            cell.test,
+            machine.weights,
+            device=machine.device,
+            partition=partition,
+            committed=lambda row: events.send(row["version"]),
+            tracking=tracking,
+        )

@@ -6,11 +6,15 @@ and no point of it is written twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpeft.process import durable
 from fedpeft.studies.cells import Cell
+from fedpeft.studies.files import TRACKED
 from fedpeft.studies.results import load_report
 from fedpeft.tracking import Tracking, tracker_named, tracking_to
 
@@ -37,28 +41,37 @@ class CellTrackers:
         for name in self.names:
             tracker_named(name, self.folder)
 
-    def of(self, cell: Cell, key: str) -> Tracking:
-        """Returns the tracking of a cell.
+    @contextmanager
+    def of(self, cell: Cell, folder: Path) -> Iterator[Tracking]:
+        """Yields the tracking of a cell; its folder keeps which trackers have all that the block gave them.
 
         Args:
             cell: The cell.
-            key: The name of its folder.
+            folder: Of its results; its name is the run's id.
         """
-        return tracking_to(self.names, self.folder, name=f"{self.study}: {cell.label}", run=key)
+        with tracking_to(self.names, self.folder, name=f"{self.study}: {cell.label}", run=folder.name) as tracking:
+            yield tracking
+        if self.names and not tracking.missed:
+            known = _known(folder)
+            durable.write_text(
+                folder / TRACKED, json.dumps([*known, *(n for n in self.names if n not in known)]) + "\n"
+            )
 
     def write(self, cells: Iterable[tuple[Cell, Path]]) -> dict[str, int]:
-        """Writes cells that have results, and that no process of theirs has written.
+        """Writes the cells that some tracker does not have: those from before, and what one of them did not take.
 
         Args:
-            cells: Each with the folder of its results.
+            cells: Those with results, each with its folder.
 
         Returns:
             Number of rounds that were not written, by tracker.
         """
         missed: dict[str, int] = {}
         for cell, folder in cells:
+            if set(self.names) <= set(_known(folder)):
+                continue
             report = load_report(folder)
-            with self.of(cell, folder.name) as tracking:
+            with self.of(cell, folder) as tracking:
                 tracking.begin(report)
                 for row in report["rounds"]:
                     tracking.round(row)
@@ -66,3 +79,12 @@ class CellTrackers:
             for tracker, rounds in tracking.missed.items():
                 missed[tracker] = missed.get(tracker, 0) + rounds
         return missed
+
+
+def _known(folder: Path) -> list[str]:
+    """Returns the trackers that have all rounds of a cell; none where nothing, or nothing readable, says so."""
+    try:
+        found: list[str] = json.loads((folder / TRACKED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return found

@@ -61,11 +61,6 @@ class Done:
     failure: str
     seconds: float
 
-    @property
-    def was_there(self) -> bool:
-        """True if it has results, and had them before."""
-        return not self.failure and not self.seconds
-
 
 @dataclass
 class AtWork:

@@ -5,8 +5,9 @@ OUT/cells/KEY/cell.json      what a cell is
 OUT/cells/KEY/report.json    what came out (see `fedpeft.simulation`), beside adapter.safetensors and records.jsonl
 OUT/cells/KEY/failure.json   why nothing came out
 OUT/cells/KEY/log.txt        what its process wrote
+OUT/cells/KEY/tracked.json   trackers that have all of its rounds
 OUT/report/                  the report
 """
 
 STUDY, CELLS = "study.json", "cells"
-CELL, REPORT, FAILURE, LOG = "cell.json", "report.json", "failure.json", "log.txt"
+CELL, REPORT, FAILURE, LOG, TRACKED = "cell.json", "report.json", "failure.json", "log.txt", "tracked.json"

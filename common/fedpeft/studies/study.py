@@ -143,7 +143,7 @@ def study(
     folder, at_once = path_of(out, "out"), jobs or max(1, len(os.sched_getaffinity(0)) // threads)
     trackers = CellTrackers(found.name, tuple(track), folder)
     ended = execute(found, cells, folder, machine, at_once, None, partial(run_cell, trackers=trackers))
-    trackers.write((done.cell, done.folder) for done in ended if done.was_there)
+    trackers.write((done.cell, done.folder) for done in ended if not done.failure)
     return Study(out)
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
+from fedpeft.process import locks
 from fedpeft.tracking.figures import TrackedRun
 from fedpeft.tracking.tracker import Point, Tracker, trackers
 
@@ -22,6 +25,8 @@ AT_ONCE = 100
 """Metrics, parameters or tags in a request: as many as every MLflow server takes."""
 LONGEST_VALUE = 500
 """Characters of a parameter that every MLflow server takes."""
+FILE = "sqlite:///"
+"""The beginning of a URI that names a file."""
 STATUS = {"completed": "FINISHED", "running": "RUNNING", "failed": "FAILED", "paused": "FAILED"}
 """MLflow's words; it is KILLED in any other state."""
 
@@ -41,9 +46,10 @@ class MLflow(Tracker):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read as it is imported
         from mlflow import MlflowClient
 
-        here = f"sqlite:///{self.folder.absolute() / 'mlflow.db'}"
-        self._client = MlflowClient(self.target or os.environ.get("MLFLOW_TRACKING_URI") or here)
-        experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
+        store = self.target or os.environ.get("MLFLOW_TRACKING_URI") or f"{FILE}{self.folder.absolute() / 'mlflow.db'}"
+        with _making(store):
+            self._client = MlflowClient(store)
+            experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
         found = self._client.search_runs([experiment], f"tags.`{TAG}` = '{run.id}'", max_results=1)
         if found:
             self._run: str = found[0].info.run_id
@@ -83,3 +89,11 @@ class MLflow(Tracker):
     def _points(self, names: Mapping[str, float]) -> set[Point]:
         histories = {name: self._client.get_metric_history(self._run, name) for name in names}
         return {(point.step, name) for name, history in histories.items() for point in history}
+
+
+@contextmanager
+def _making(store: str) -> Iterator[None]:
+    """Lets one process at a time make the tables of a file: two at once, as cells of a study, break each other's."""
+    folder = Path(store.removeprefix(FILE)).parent
+    with locks.in_turn(folder) if store.startswith(FILE) and folder.is_dir() else nullcontext():
+        yield

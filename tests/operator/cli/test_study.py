@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from fedpeft.tracking.mlflow import MLflow
 from fedpeft_operator.app import main
 
 from ...data.hub_cache import HubCache
@@ -26,7 +27,7 @@ def given(tmp_path):
     return [study_file(tmp_path), "--data", pets(tmp_path / "pets"), "--device", "cpu", "--scale", "one"]
 
 
-def test_a_study_is_planned_run_and_reported(given, tmp_path, capfd):
+def test_a_study_is_planned_run_and_reported(given, tmp_path, capfd, monkeypatch):
     out = tmp_path / "out"
     code, said, err = command(capfd, "plan", *given, "--jobs", 2)
     assert code == 0 and "timing method=head, seed=7 ..." in err
@@ -45,8 +46,12 @@ def test_a_study_is_planned_run_and_reported(given, tmp_path, capfd):
     moved = {row["method"]: row["rounds"][0]["payload_bytes_up"] for row in reports}
     expected = {row["points"]["method"]: row["payload_bytes_up"] for row in planned["cells"]}
     assert [moved["head"], moved["lora"]] == [expected["head"], expected["lora 2"]], "dense encodings: exact"
-    code, said, err = command(capfd, "run", *given, "--out", out)
+    with monkeypatch.context() as broken:
+        broken.setattr(MLflow, "begin", lambda *_: 1 / 0)
+        code, said, err = command(capfd, "run", *given, "--out", out, "--track", "mlflow")
     assert code == 0 and "2 cells, 2 cells with results already" in err
+    assert "tracker failed" in err and "fedpeft: mlflow misses 4 rounds; the same command writes them" in err
+    assert said == f"tiny: 2 cells of 2 with results\nreport: {out / 'report' / 'report.html'}\n"
     code, said, _ = command(capfd, "report", out, "--out", tmp_path / "elsewhere")
     assert code == 0 and str(tmp_path / "elsewhere" / "report.html") in said
 

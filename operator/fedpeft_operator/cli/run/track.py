@@ -39,8 +39,10 @@ def track(
 
     Ends with 0 when the run is completed and with 5 when it was stopped, or a tracker does not have every round.
     """
+    from fedpeft.process import logs
     from fedpeft.tracking import tracking_to
 
+    logs.to_standard_error()
     tracking, state = tracking_to(to, Path.cwd()), "running"
     try:
         state = run_async(_tracked(session_of(context), run, tracking))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,10 +110,10 @@ def _end(report: views.Json, out: Path, *, as_json: bool) -> None:
 
 def _set_up(threads: int | None) -> None:
     """Sets what holds for the whole process: where logs go, and how many threads torch has."""
-    import structlog
     import torch
 
-    # Standard output carries the result alone; looked up anew, because who captures standard error replaces it.
-    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    from fedpeft.process import logs
+
+    logs.to_standard_error()
     if threads is not None:
         torch.set_num_threads(threads)

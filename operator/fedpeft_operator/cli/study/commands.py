@@ -71,8 +71,7 @@ def run(
     progress, trackers = Progress(len(cells), at_once), CellTrackers(study.name, tuple(track), out)
     try:
         ended = execute(study, cells, out, machine, at_once, progress, options.work_of(machine, trackers))
-        behind = [done for done in ended if done.was_there or (over_network and not done.failure)]
-        missed = trackers.write((done.cell, done.folder) for done in behind)
+        missed = trackers.write((done.cell, done.folder) for done in ended if not done.failure)
     except KeyboardInterrupt:
         output.note(f"fedpeft: interrupted: {out} keeps {progress.words}; the same command goes on with the others")
         raise typer.Exit(Exit.INTERRUPTED) from None

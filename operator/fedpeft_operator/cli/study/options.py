@@ -62,8 +62,11 @@ Track = Annotated[
 
 
 def require_study() -> None:
-    """Checks that what a study needs is installed."""
+    """Checks that what a study needs is installed, and keeps its log lines off standard output."""
     require("study", "torch", "timm", "pyarrow", "matplotlib", "jinja2", "scipy")
+    from fedpeft.process import logs
+
+    logs.to_standard_error()
 
 
 def cells_for(
