@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check proto bench docs notebooks dist test-dist test-compose test-network interop screenshots
+.PHONY: help install demo test test-slow check proto bench docs notebooks dist test-dist test-compose test-network test-schedules interop screenshots
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -68,6 +68,10 @@ dist: $(STAMP) ## build sdist and wheel in dist/ and check what PyPI would say o
 
 test-network: $(STAMP) ## hold a run over TLS between two network namespaces, and one through a proxy (root, iproute2, tshark, tinyproxy)
 	$(BIN)/pytest -n 0 -m slow tests/e2e/test_two_machines.py tests/e2e/test_proxy.py
+
+SCHEDULES ?= 1000
+test-schedules: $(STAMP) ## hold SCHEDULES=1000 federations in simulated time, each with faults of its own
+	SCHEDULES=$(SCHEDULES) $(BIN)/pytest -n $(WORKERS) tests/simulated_time
 
 test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment without torch, and ask its commands
 	$(BIN)/pytest -n 0 -m slow tests/docs/test_installed.py

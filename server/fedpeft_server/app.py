@@ -160,7 +160,7 @@ def _locked(folder: Path) -> Iterator[None]:
         StateInvalid: If it cannot be made or written, or another server holds it.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # updates are nobody else's to read
+        durable.make_folder(folder, 0o700)  # updates are nobody else's to read
     except OSError as error:
         raise StateInvalid(f"--data-dir {folder}: {error.strerror}; name a folder this user can write") from None
     with locks.directory(folder, f"--data-dir {folder}", "server", "name another folder"):

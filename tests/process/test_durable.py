@@ -115,6 +115,18 @@ def test_what_a_killed_process_left_is_swept_and_what_others_write_is_not(tmp_pa
     assert sorted(os.listdir(tmp_path)) == ["notes.new", "other.json"]
 
 
+def test_the_names_of_folders_that_are_made_or_there_are_forced_to_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: list[Path] = []
+    monkeypatch.setattr(durable, "sync", forced.append)
+    durable.make_folder(tmp_path / "one" / "two", 0o700)
+    assert forced == [tmp_path / "one", tmp_path]
+    assert (tmp_path / "one" / "two").stat().st_mode & 0o777 == 0o700
+    durable.make_folder(tmp_path / "one" / "two")  # who made it may have been killed before its name was forced
+    assert forced[2:] == [tmp_path / "one"]
+
+
 def test_a_link_stays_and_a_device_is_written_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "link.json").symlink_to("deep/report.json")

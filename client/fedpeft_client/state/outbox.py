@@ -265,7 +265,7 @@ class Outbox:
 
     def _keep(self, settled: Path, run: str) -> None:
         """Moves what is left of a settled update to those that are kept aside."""
-        self.aside.mkdir(mode=0o700, exist_ok=True)
+        durable.make_folder(self.aside, 0o700)
         for file in settled.glob(f"*{_SUFFIX}"):
             file.unlink()
         record = json.loads((settled / _RECORD).read_bytes())

@@ -60,7 +60,7 @@ class StateDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            durable.make_folder(path, 0o700)
         except OSError as error:
             raise StateInvalid(f"cannot use state directory {path}: {error.strerror}") from None
         with ExitStack() as held:
@@ -68,6 +68,9 @@ class StateDirectory:
             held.enter_context(locks.directory(path, *words))
             for folder in (path, identity_folder(path), *(path / "runs").glob("*")):
                 durable.sweep(folder)
+            if (path / "runs").exists():
+                durable.make_folder(path / "runs")
+                durable.sync(path / "runs")
             self.instance = self._instance()
             self._held = held.pop_all()
 
@@ -96,8 +99,7 @@ class StateDirectory:
             raise StateInvalid(f"run id {run[:80]!r} has characters that are not allowed in one")
         folder = self.path / "runs" / run
         if not folder.is_dir():
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            durable.sync(folder.parent)
+            durable.make_folder(folder, 0o700)
         return folder
 
     def _instance(self) -> str:

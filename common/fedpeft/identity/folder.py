@@ -137,7 +137,7 @@ def take_key(folder: Path) -> PrivateKey:
         return keys.load(path)
     key = keys.make()
     with durable.refusals(f"writing {path}"):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.make_folder(folder, 0o700)
         durable.write(path, keys.to_pem(key))
     return key
 

@@ -35,6 +35,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Makes a folder, and those above it, where they are not there; their names outlive the machine.
+
+    The name of one that is there is made durable too: who made it may have been killed before that.
+    """
+    missing = [place for place in (path, *path.parents) if not place.is_dir()]
+    path.mkdir(mode, parents=True, exist_ok=True)
+    for place in missing or [path]:
+        sync(place.parent)
+
+
 _ASIDE = re.compile(r"\.?(?P<name>.+)\.[0-9a-f]{16}\.new", re.DOTALL)
 _NAME_BYTES = 200
 """Of a name, in its name aside: file systems take 255 bytes."""

@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> int:
         raise SettingsInvalid(f"--operator: the name {subject.name!r} begins with a hyphen; choose another")
     check_hosts(given.host)
     with durable.refusals(f"making {files.folder}"):
-        files.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the data folder: updates are private
-        files.folder.mkdir(mode=0o700, exist_ok=True)
+        durable.make_folder(files.folder.parent, 0o700)  # the data folder: updates are private
+        durable.make_folder(files.folder, 0o700)
     authority = _authority(files, given.authority, given.authority_key)
     hosts = _server(files, authority, given.host)
     server = _server_address(hosts, into, given.port, named=bool(given.host))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from fedpeft import ids
 from fedpeft.adapters.payload import Manifest
 from fedpeft.errors import StateInvalid, TicketNotFound, UpdateDiffers
-from fedpeft.process.durable import refusals, sync
+from fedpeft.process.durable import make_folder, refusals, sync
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rpc.wire import manifest_to_proto
 from fedpeft_server.store.refusals import store_refusals
@@ -81,7 +81,7 @@ class Spool:
         # Digests of what this process wrote of partial uploads, so that resuming one need not read it again.
         self._digests: dict[str, tuple[int, _Hash]] = {}
         with refusals(f"opening the spool {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._scan()
 
     def _scan(self) -> None:

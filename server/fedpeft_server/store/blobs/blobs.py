@@ -20,7 +20,7 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore, from_url
 
 from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid, StoreUnavailable
-from fedpeft.process.durable import refusals, sync
+from fedpeft.process.durable import make_folder, refusals, sync
 from fedpeft_server.store.blobs.cache import BlobCache
 from fedpeft_server.store.refusals import store_refusals
 
@@ -58,8 +58,7 @@ class Blobs:
             path = unquote(url.removeprefix("file://")) if "://" in url else url
             self._root = Path(path).absolute()
             with refusals(f"opening {self.name}"):
-                self._root.mkdir(parents=True, exist_ok=True)
-                sync(self._root.parent)
+                make_folder(self._root)
             self._store: Any = LocalStore(self._root)
         else:
             try:

@@ -1,0 +1,139 @@
+"""A schedule of faults, drawn from a seed: the same seed is the same history, to the last message."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .wire import Quality, Wire
+
+CLIENTS = ("a", "b", "c")
+GOOD = Quality()
+
+
+class Fault(Protocol):
+    """One fault: when it begins, when it is over, and how it happens."""
+
+    @property
+    def at_s(self) -> float: ...
+    @property
+    def over_s(self) -> float: ...
+    def happen(self, machines: dict[str, Any], wire: Wire, loop: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A machine dies at a moment, or before one of the effects on its disk that follow, and comes back."""
+
+    at_s: float
+    machine: str
+    effects: int | None
+    away_s: float
+    power: bool
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + self.away_s
+
+    def happen(self, machines: dict[str, Any], wire: Wire, loop: Any) -> None:
+        machine = machines[self.machine]
+        if self.effects is None:
+            machine.kill(self.away_s, power=self.power)
+        elif machine.is_up:
+            machine.dies_after = machine.life.effects + self.effects
+            machine.away_s, machine.loses_power = self.away_s, self.power
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Nothing comes from a machine or gets to it for a while."""
+
+    at_s: float
+    machine: str
+    for_s: float
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + self.for_s
+
+    def happen(self, machines: dict[str, Any], wire: Wire, loop: Any) -> None:
+        wire.cut.add(self.machine)
+        wire.break_all(self.machine)
+        wire.later(self.over_s, wire.cut.discard, self.machine)
+
+
+@dataclass(frozen=True)
+class Jump:
+    """The clock of a machine jumps; its process notices no more than that, and neither does the next one."""
+
+    at_s: float
+    machine: str
+    by_s: float
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s
+
+    def happen(self, machines: dict[str, Any], wire: Wire, loop: Any) -> None:
+        machine = machines[self.machine]
+        machine.wall_s += self.by_s
+        if machine.life is not None:
+            machine.life.wall_s = machine.wall_s
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The faults of one world, and the quality of its lines.
+
+    Attributes:
+        seed: Decides all else that is drawn in the world.
+        faults: The faults, in their order.
+        quality: Of every line, until the last fault is over.
+        clients: The clients.
+        longest_training_s: Longest time that a training takes.
+        disks_lie: True for disks that say that they forced what they did not.
+    """
+
+    seed: int
+    faults: tuple[Fault, ...] = ()
+    quality: Quality = GOOD
+    clients: tuple[str, ...] = CLIENTS
+    longest_training_s: float = 600.0
+    disks_lie: bool = False
+
+    @classmethod
+    def named(cls, name: str) -> Schedule:
+        """Returns a schedule of `NAMED`, or that of a seed."""
+        return NAMED[name] if name in NAMED else cls.drawn(int(name))
+
+    @classmethod
+    def drawn(cls, seed: int) -> Schedule:
+        """Draws a schedule."""
+        draw = random.Random(f"schedule {seed}")
+        quality = Quality(
+            *(draw.choice((0.0, 0.0, 0.01, 0.1)) for _ in range(4)), longest_s=draw.choice((0.01, 0.1, 2.0))
+        )
+        training_s = draw.choice((2.0, 60.0, 600.0))
+        faults = [_fault(draw, 30.0 + 4 * training_s) for _ in range(draw.randint(0, 16))]
+        return cls(seed, tuple(sorted(faults, key=lambda f: f.at_s)), quality, longest_training_s=training_s)
+
+
+def _fault(draw: random.Random, length: float) -> Fault:
+    at, machine = draw.uniform(1.0, length), draw.choice(("server", "server", *CLIENTS))
+    kind = draw.random()
+    if kind < 0.75:
+        effects = draw.choice((None, draw.randint(0, 5), draw.randint(0, 60)))
+        return Kill(at, machine, effects, draw.choice((0.5, 5.0, draw.uniform(0.0, 300.0))), draw.random() < 0.4)
+    if kind < 0.93:
+        return Cut(at, machine, draw.uniform(0.1, 600.0))
+    return Jump(at, machine, draw.choice((-3600.0, -5.0, 5.0, 600.0)))
+
+
+_POWER = tuple(Kill(2.0 + 2 * n, "server", 25, 0.5, power=True) for n in range(8))
+NAMED = {
+    "undisturbed": Schedule(0),
+    "power": Schedule(3, _POWER, longest_training_s=2.0),
+    "power, and disks that lie": Schedule(3, _POWER, longest_training_s=2.0, disks_lie=True),
+}
+"""Schedules that are not drawn: nothing goes wrong; the server's power fails while clients train and push."""

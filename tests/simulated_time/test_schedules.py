@@ -1,0 +1,84 @@
+"""The promises hold in every schedule of faults, in simulated time: kills, power failures, broken calls, wrong clocks.
+
+`make test-schedules SCHEDULES=10000` holds so many; `FIRST=SEED SCHEDULES=1` holds one again, to the last message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+FIRST, SCHEDULES = int(os.environ.get("FIRST", "1")), int(os.environ.get("SCHEDULES", "12"))
+
+Hold = Callable[[str], SimpleNamespace]
+
+
+@pytest.fixture(scope="session")
+def hold() -> Iterator[Hold]:
+    """Holds worlds by the names of their schedules, in processes that have all modules and nothing else yet."""
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "simulated_time.world"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=environment,
+    ) as worlds:
+        assert worlds.stdin is not None
+        assert worlds.stdout is not None
+        to, back = worlds.stdin, worlds.stdout
+
+        def held(name: str) -> SimpleNamespace:
+            to.write(f"{name}\n")
+            to.flush()
+            return SimpleNamespace(**json.loads(back.readline()))
+
+        yield held
+        to.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(hold: Hold) -> SimpleNamespace:
+    return hold("undisturbed")
+
+
+def told(outcome: SimpleNamespace) -> str:
+    return "\n".join([*outcome.faults, *outcome.log])
+
+
+def test_an_undisturbed_world_comes_to_its_end(undisturbed: SimpleNamespace) -> None:
+    assert undisturbed.faults == [], told(undisturbed)
+    assert (len(undisturbed.adapter), undisturbed.deaths, undisturbed.lost) == (64, 0, {})
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SCHEDULES))
+def test_a_world_of_faults_ends_with_the_same_bits(seed: int, hold: Hold, undisturbed: SimpleNamespace) -> None:
+    outcome = hold(str(seed))
+    assert outcome.faults == [], told(outcome)
+    assert outcome.adapter == undisturbed.adapter
+
+
+def test_a_schedule_is_the_same_history_each_time(hold: Hold) -> None:
+    first, again = hold("5"), hold("5")
+    assert first.deaths > 0
+    assert first == again
+
+
+def test_power_failures_of_the_server_lose_nothing(hold: Hold, undisturbed: SimpleNamespace) -> None:
+    outcome = hold("power")
+    assert outcome.faults == [], told(outcome)
+    assert outcome.deaths >= 4
+    assert outcome.adapter == undisturbed.adapter
+
+
+def test_a_disk_that_does_not_force_what_it_says_is_found_out(hold: Hold) -> None:
+    """The same power failures: the harness sees what is lost."""
+    assert hold("power, and disks that lie").faults

@@ -1,0 +1,328 @@
+"""A world of one server, clients and an operator, and what a schedule of faults does to it.
+
+    python -m simulated_time.world        # holds the schedule of each line on stdin, and prints what came of it
+
+A world takes its process over (time, disks, gRPC), so each is held in a process of its own, forked from this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+import secrets
+import shutil
+import sqlite3
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import safetensors.numpy
+import structlog
+
+from fedpeft.adapters import payload
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.config import RunConfig, parse_config
+from fedpeft.rpc import wire as messages
+from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft.v1 import operator_service_pb2_grpc as op_grpc
+from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft_client.agent import Agent
+from fedpeft_client.egress.log import EgressLog
+from fedpeft_client.owner.metrics import Metrics
+from fedpeft_client.owner.policy import Policy
+from fedpeft_client.settings import Settings as ClientSettings
+from fedpeft_client.state.contact import Contact
+from fedpeft_client.state.state_dir import StateDirectory
+from fedpeft_client.timing import TIMING as CLIENT_TIMING
+from fedpeft_client.uplink import channel as client_channel
+from fedpeft_client.uplink import traffic
+from fedpeft_server import app
+from fedpeft_server.settings import Settings
+from fedpeft_server.store import store as server_store
+from fedpeft_server.timing import TIMING
+
+from .loop import Pool, SimulatedLoop, Stuck, take_over_time
+from .machines import Machine, watch_effects
+from .schedule import Schedule
+from .wire import SimulatedServer, Wire
+from .worker import SimulatedWorker
+
+BEGINS = 1_800_000_000.0
+PORT = 7070
+PATIENCE_S = 9 * 3600.0
+"""A run is complete so long after the last fault, or something hangs."""
+ROUNDS = 4
+SPEC = AdapterSpec.of("bias", [TensorSpec("blocks.0.bias", (7,)), TensorSpec("head.weight", (3, 5))])
+
+
+@dataclass
+class Outcome:
+    """What became of a world.
+
+    Attributes:
+        faults: What broke a promise; empty if nothing did.
+        adapter: SHA-256 of the last version, hexadecimal.
+        hours: Simulated time until the run was complete.
+        deaths: Processes that were killed.
+        effects: Effects on the disk of each machine in its last life.
+        lost: Calls to which something happened, by what.
+        history: Digest of all that all machines logged, with the times: two worlds of one seed have the same.
+        log: The last lines of all machines, where a promise was broken.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    adapter: str = ""
+    hours: float = 0.0
+    deaths: int = 0
+    effects: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
+    history: str = ""
+    log: list[str] = field(default_factory=list)
+
+
+def held(schedule: Schedule) -> Outcome:
+    """Holds a world in a process of its own, which ends with it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        outcome = Outcome()
+        try:
+            os.close(reading)
+            outcome = _World(schedule).hold()
+        except BaseException:
+            outcome.faults.append(traceback.format_exc())
+        finally:
+            with open(writing, "w") as stream:
+                json.dump(outcome.__dict__, stream)
+            os._exit(0)  # nothing is collected: a coroutine that is would run its `finally`
+    os.close(writing)
+    with open(reading) as stream:
+        said = stream.read()
+    os.waitpid(child, 0)
+    return Outcome(**json.loads(said)) if said else Outcome(["the process died"])
+
+
+def run_config() -> RunConfig:
+    """Returns the run that every world holds."""
+    return parse_config(
+        {
+            "name": "simulated time",
+            "model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b", "c"]},
+            "peft": {"method": "bias"},
+            "rounds": {"count": ROUNDS, "clients": 3, "quorum": 3, "deadline_s": 7200, "seed": 5},
+            "codec": {"up": "int8"},
+        }
+    )
+
+
+class _World:
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._drawn = drawn = random.Random(schedule.seed)
+        self._loop = SimulatedLoop(drawn, BEGINS)
+        self._place = Path(tempfile.mkdtemp(prefix="world-", dir="/dev/shm"))
+        self._wire = Wire(self._loop, drawn)
+        self._machines: dict[str, Machine] = {}
+        self._lines: list[str] = []
+        self._receipts: dict[tuple[str, int], str] = {}
+        self._unforeseen: list[str] = []
+
+    def hold(self) -> Outcome:
+        """Holds the world until the run is complete, and looks at what it left."""
+        self._take_over()
+        outcome = Outcome()
+        try:
+            self._loop.run_until_complete(self._history())
+        except Stuck:
+            outcome.faults.append("nobody has anything to do, and the run is not complete")
+        except TimeoutError:
+            outcome.faults.append(f"the run is not complete {PATIENCE_S / 3600:.0f} hours after the last fault")
+        outcome.hours = self._loop.now / 3600
+        outcome.deaths = sum(machine.deaths for machine in self._machines.values())
+        outcome.effects = {name: machine.life.effects for name, machine in self._machines.items() if machine.life}
+        outcome.lost = self._wire.lost
+        outcome.faults += [f"{name}: {fault}" for name, m in self._machines.items() for fault in m.faults]
+        outcome.faults += self._unforeseen
+        outcome.faults += self._broken_promises(outcome)
+        outcome.history = hashlib.sha256("\n".join(self._lines).encode()).hexdigest()
+        outcome.log = self._lines[-400:] if outcome.faults else []
+        shutil.rmtree(self._place, ignore_errors=True)
+        return outcome
+
+    def _take_over(self) -> None:
+        """Puts the world in the place of what this process would have used."""
+        random.seed(self._schedule.seed)
+        take_over_time(self._loop)
+        asyncio.set_event_loop(self._loop)
+        tokens = random.Random("tokens")  # the same run id in each world, which is drawn before anything goes wrong
+        secrets.token_hex = lambda n=32: tokens.randbytes(n).hex()
+        secrets.token_bytes = lambda n=32: tokens.randbytes(n)
+        secrets.choice = tokens.choice
+        secrets.token_urlsafe = lambda n=32: tokens.randbytes(n).hex()
+        server_store.ThreadPoolExecutor = Pool  # type: ignore[misc, assignment]
+        grpc.aio.server = lambda *_, interceptors, **__: SimulatedServer(self._wire, interceptors)
+        client_channel.open_channel = lambda *_: self._wire.channel(PORT)  # type: ignore[assignment, misc]
+        client_channel.diagnosis.explain = _unexplained  # type: ignore[assignment]
+        structlog.configure(processors=[self._note], cache_logger_on_first_use=False)
+        watch_effects(self._machines, self._loop, disks_lie=self._schedule.disks_lie)
+
+    def _note(self, _: Any, level: str, event: dict[str, Any]) -> Any:
+        error = event.pop("exc_info", None) or ()
+        error = sys.exc_info()[1] if error is True else error[1] if isinstance(error, tuple) and error else error
+        said = " ".join(f"{key}={value}" for key, value in event.items() if key != "event")
+        self._lines.append(
+            f"{self._loop.now:10.3f} {level:8} {event.get('event')} {said}".replace(str(self._place), "")[:400]
+        )
+        if isinstance(error, BaseException):
+            self._unforeseen.append(f"{event.get('event')}: {type(error).__name__}: {error}")
+            self._lines += "".join(traceback.format_exception(error)).splitlines()
+        if event.get("event") == "update received" and "sha256" in event:  # by a client
+            self._receipts[event["client"], int(event["round"])] = event["sha256"]
+        raise structlog.DropEvent
+
+    async def _history(self) -> None:
+        schedule = self._schedule
+        self._add("server", self._serve)
+        for client in schedule.clients:
+            self._add(client, lambda disk, client=client: self._take_part(client, disk))
+        self._machines["server"].start()
+        run = await self._create()
+        self._wire.quality = schedule.quality
+        for client in schedule.clients:
+            self._machines[client].start()
+        for fault in schedule.faults:
+            self._loop.call_at(fault.at_s, self._happen, fault)
+        last = max((fault.over_s for fault in schedule.faults), default=0.0)
+        self._loop.call_at(max(last, self._loop.now), self._heal)
+        async with asyncio.timeout_at(max(last, self._loop.now) + PATIENCE_S):
+            while (await self._run(run)).state != run_pb2.RUN_STATE_COMPLETED:
+                await asyncio.sleep(20.0)
+            await asyncio.sleep(60.0)  # the last receipts reach who waits for them
+
+    def _add(self, name: str, main: Any) -> None:
+        self._machines[name] = Machine(name, self._place, self._wire, main)
+
+    def _happen(self, fault: Any) -> None:
+        fault.happen(self._machines, self._wire, self._loop)
+
+    def _heal(self) -> None:
+        """Ends all faults: from now on the run must come to its end."""
+        self._wire.quality = type(self._wire.quality)()
+        self._wire.cut.clear()
+        for machine in self._machines.values():
+            machine.dies_after = None
+
+    # What lives on the machines.
+
+    async def _serve(self, disk: Path) -> None:
+        settings = Settings.model_validate({"data_dir": disk / "data", "listen": f"127.0.0.1:{PORT}", "metrics": ""})
+        async with app.serving(settings, TIMING) as parts:
+            await parts.stopping.wait()
+
+    async def _take_part(self, client: str, disk: Path) -> None:
+        settings = ClientSettings.model_validate(
+            {"server": f"127.0.0.1:{PORT}", "name": client, "data": disk, "state_dir": disk / "state"}
+        )
+        log, metrics = structlog.get_logger().bind(client=client), Metrics()
+        worker = SimulatedWorker(client, self._drawn, CLIENT_TIMING, self._schedule.longest_training_s)
+        with StateDirectory(settings.state_dir) as directory, EgressLog(directory.path, settings.server) as egress_log:
+            async with client_channel.Channel(
+                settings.server, client, directory.instance, None, CLIENT_TIMING
+            ) as channel:
+                traffic.Traffic(channel, egress_log, metrics, Contact(directory.path, settings.server, CLIENT_TIMING))
+                agent: Any = Agent(settings, Policy(), directory, channel, worker, egress_log, metrics, log)  # type: ignore[arg-type]
+                await agent.live()
+
+    # The operator.
+
+    async def _create(self) -> str:
+        arrays = {t.name: np.zeros(t.shape, np.float32) for t in SPEC.shared}
+        manifest, data = payload.encode(arrays, SPEC.shared, "float32")
+        first = op.CreateRunHeader(
+            config=messages.config_to_proto(run_config()),
+            spec=messages.spec_to_proto(SPEC),
+            backbone_fingerprint="ab" * 32,
+            manifest=messages.manifest_to_proto(manifest),
+            request_id="r",
+            model_parameters=1000,
+        )
+        requests = [
+            op.CreateRunRequest(header=first),
+            op.CreateRunRequest(chunk=tensor_pb2.Chunk(offset=0, data=data)),
+        ]
+        while True:
+            try:
+                return str((await self._operator().CreateRun(requests)).run.id)
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(1.0)
+
+    async def _run(self, run: str) -> Any:
+        while True:
+            try:
+                return (await self._operator().GetRun(op.GetRunRequest(run=run), timeout=30)).run
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(1.0)
+
+    def _operator(self) -> Any:
+        return op_grpc.OperatorServiceStub(self._wire.channel(PORT, good=True))
+
+    # The promises.
+
+    def _broken_promises(self, outcome: Outcome) -> Iterator[str]:
+        database = self._machines["server"].disk.path / "data" / "fedpeft.db"
+        if not database.exists():
+            yield "there is no database"
+            return
+        with closing(sqlite3.connect(database)) as read:
+            counted = read.execute(
+                "select client, number, payload_sha256 from tickets join updates on ticket = id"
+                " where state = 'received'"
+            ).fetchall()
+            versions = read.execute("select version, sha256 from versions order by version").fetchall()
+            traffic = read.execute(
+                "select number, client, wire_up, wire_down, payload_up, payload_down from traffic"
+            ).fetchall()
+        outcome.adapter = (
+            _digest(self._machines["server"].disk.path / "data" / "blobs", versions[-1][0]) if versions else ""
+        )
+        of_ticket = Counter((client, number) for client, number, _ in counted)
+        for (client, number), times in of_ticket.items():
+            if times != 1:
+                yield f"{client} counts {times} times in round {number}"
+        there = {(client, number): sha256 for client, number, sha256 in counted}
+        for (client, number), sha256 in self._receipts.items():
+            if there.get((client, number)) != sha256:
+                yield f"{client} has a receipt for round {number} that does not count: {there.get((client, number))}"
+        for number, client, *wire_and_payload in traffic:
+            up, down, payload_up, payload_down = wire_and_payload
+            if up < payload_up or down < payload_down:
+                yield f"{client} in round {number}: {wire_and_payload} bytes: a payload is larger than all that passed"
+
+
+def _digest(blobs: Path, version: int) -> str:
+    """Returns the digest of a version's tensors."""
+    (file,) = blobs.glob(f"runs/*/versions/{version:06}.safetensors")
+    digest = hashlib.sha256()
+    for name, values in sorted(safetensors.numpy.load_file(file).items()):
+        digest.update(name.encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+async def _unexplained(*_: Any) -> None:
+    """Finds nothing."""
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(held(Schedule.named(line.strip())).__dict__), flush=True)
