@@ -9,7 +9,7 @@ from pathlib import Path
 from fedpeft import text_files
 from fedpeft.data.partition_writer import RECORD, file_name
 from fedpeft.data.sources.file_names import is_system, shown
-from fedpeft.data.sources.opening import INDEX_SUFFIX, open_source, parquet_files
+from fedpeft.data.sources.opening import INDEX_SUFFIX, is_index, open_source, parquet_files
 from fedpeft.data.sources.parquet_labels import NO_LABEL
 from fedpeft.data.sources.splits import one_to_train_on, splits_among
 from fedpeft.errors import DataInvalid
@@ -28,7 +28,7 @@ def clients_in(path: Path) -> dict[str, Path]:
         OSError: If the folder cannot be read.
     """
     folders = {sub.name: sub for sub in subfolders(path) if parquet_files(sub)}
-    indexed = {file.name[: -len(INDEX_SUFFIX)]: file for file in _files(path) if _is_index(file)}
+    indexed = {file.name[: -len(INDEX_SUFFIX)]: file for file in _files(path) if is_index(file)}
     if twice := folders.keys() & indexed.keys():
         name = min(twice)
         raise DataInvalid(f"{path}: client {name} has a folder and {name}{INDEX_SUFFIX}; remove one of them")
@@ -113,7 +113,3 @@ def _check_record(path: Path, found: Iterable[str]) -> None:
 def _files(path: Path) -> list[Path]:
     with os.scandir(path) as entries:
         return sorted(Path(e.path) for e in entries if e.is_file() and not e.name.startswith("."))
-
-
-def _is_index(file: Path) -> bool:
-    return file.name.lower().endswith(INDEX_SUFFIX)

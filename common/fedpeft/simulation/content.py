@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedpeft.data.examples import Examples
 from fedpeft.data.sources.folders import FolderSource
 from fedpeft.data.sources.hub import local_path
 from fedpeft.data.sources.interface import origin
+from fedpeft.data.sources.opening import is_index, read_index
 from fedpeft.data.sources.parquet import ParquetSource
 from fedpeft.errors import DataInvalid
 from fedpeft.rounds.commit import RunHeader
@@ -75,10 +77,11 @@ def content_of_simulation(header: RunHeader, engine: Engine) -> Json:
     import torch
 
     inputs, config = engine.trainer.inputs, header.config
+    digest = cache(digest_of)  # index files of many clients name one data set
     content = content_of(
         config,
-        train=_clients_digest(inputs.clients, config),
-        test=None if inputs.evaluation is None else _data_digest(inputs.evaluation, config),
+        train=_clients_digest(inputs.clients, config, digest),
+        test=None if inputs.evaluation is None else _data_digest(inputs.evaluation, config, digest),
         weights=header.fingerprint,
         threads=torch.get_num_threads(),
         device=inputs.device,
@@ -95,25 +98,25 @@ def content_of_simulation(header: RunHeader, engine: Engine) -> Json:
     }
 
 
-def _clients_digest(clients: Clients, config: RunConfig) -> str:
+def _clients_digest(clients: Clients, config: RunConfig, digest: Callable[[Path], str]) -> str:
     """Returns a digest of the clients' names and data; data that cannot be read are the end of their client's turn."""
     found: dict[str, str] = {}
     for name, data in clients.items():
         try:
-            found[name] = _data_digest(data, config)
+            found[name] = _data_digest(data, config, digest)
         except DataInvalid:
             found[name] = "unreadable"
     return _digest_of_json(found)
 
 
-def _data_digest(data: Path | Data, config: RunConfig) -> str:
+def _data_digest(data: Path | Data, config: RunConfig, digest: Callable[[Path], str]) -> str:
     """Returns a digest of data.
 
     A data set of a program is known by its labels alone: to ask it for images may cost what decoding does, and draw at
     random.
     """
     if isinstance(data, Path):
-        return digest_of(local_path(place_of(data, config)))
+        return _path_digest(local_path(place_of(data, config)), digest)
     values = data.values.tobytes() if isinstance(data, Examples) else b""
     of_images = ""
     if not isinstance(data, Examples):
@@ -128,6 +131,18 @@ def _data_digest(data: Path | Data, config: RunConfig) -> str:
             "classes": list(data.class_names),
         }
     )
+
+
+def _path_digest(path: Path, digest: Callable[[Path], str]) -> str:
+    """Returns the digest of data by path; of an index file, of its rows and of the data set that they are of."""
+    if not is_index(path):
+        return digest(path)
+    try:
+        said = read_index(path)
+    except OSError as error:
+        raise DataInvalid(f"cannot read {path}: {error.strerror}") from None
+    source = _path_digest((path.parent / said["source"]).resolve(), digest)
+    return _digest_of_json({"rows": said["rows"], "source": source})
 
 
 def _digest_of_json(value: Mapping[str, object]) -> str:

@@ -54,7 +54,7 @@ def open_source(path: Path | str, image: str | None = None, label: str | None = 
     try:
         if path.is_dir():
             return _open_folder(path, image, label)
-        if path.name.lower().endswith(INDEX_SUFFIX):
+        if is_index(path):
             return _open_index(path, image, label)
     except OSError as error:
         raise DataInvalid(f"cannot read {path}: {error.strerror}") from None
@@ -107,7 +107,7 @@ def labels_digest(source: Source) -> str:
 
 def _open_index(path: Path, image: str | None, label: str | None) -> Source:
     """Opens an index file; its `source` is relative to the file's own folder."""
-    data = _read_index(path)
+    data = read_index(path)
     source = open_source(path.parent / data["source"], image or data.get("image"), label or data.get("label"))
     rows: Indices = np.array(data["rows"], np.int64)
     if not len(rows):
@@ -123,7 +123,18 @@ def _open_index(path: Path, image: str | None, label: str | None) -> Source:
     return Selection(source, rows)
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def is_index(path: Path) -> bool:
+    """Returns True if a path is that of an index file."""
+    return path.name.lower().endswith(INDEX_SUFFIX)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Returns what an index file says: `source`, from its own folder on, `rows`, `labels_sha256`.
+
+    Raises:
+        DataInvalid: If it is none.
+        OSError: If it cannot be read.
+    """
     try:
         data = text_files.json_of(text_files.read(path, text_files.MOST_LISTED_BYTES))
     except ValueError as error:
