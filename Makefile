@@ -46,9 +46,9 @@ proto: $(STAMP) ## generate common/fedpeft/v1 from protos/
 bench: $(STAMP) ## measure rounds, memory and bytes beside a bare gRPC stream (results in benchmarks/results/)
 	$(BIN)/python benchmarks/run.py --out benchmarks/results
 
-docs: $(STAMP) ## build the documentation's site in build/site, a broken link being an error, and walk every tutorial
+docs: $(STAMP) ## build the documentation's site in build/site, a broken link being an error, and walk every tutorial and worked example
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	$(BIN)/pytest -n $(WORKERS) tests/docs/test_tutorials.py
+	$(BIN)/pytest -n $(WORKERS) tests/docs/test_tutorials.py tests/docs/test_coming_over.py
 
 screenshots: $(STAMP) ## take the console's pictures again, over a federation that trains (docs/images, minutes)
 	FEDPEFT_SCREENSHOTS=docs/images $(BIN)/pytest -q tests/console/test_screenshots.py
