@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,3 +79,21 @@ def test_every_command_of_a_page_is_done(name: str) -> None:
         if block.language != "console" and not block.title:
             assert "fedpeft-" not in block.text.replace("fedpeft[", ""), block.text
             assert "$ fedpeft" not in block.text
+
+
+@pytest.mark.parametrize("name", [*NETWORK, "why"])
+def test_commands_and_settings_named_in_a_sentence_are_there(name: str) -> None:
+    """Commands are headings of the references, flags stand in their tables, and keys of the run file in its page."""
+    commands, settings, run_file = (page(each) for each in ("commands", "settings", "run-file"))
+    headings = set(re.findall(r"^#+ `([^`]+)`$", commands + settings, re.M))
+    prose = re.sub(r"^```.*?^```$", "", page(name), flags=re.M | re.S)
+    for code in re.findall(r"`(fedpeft[^`]*)`", prose):
+        words, _, flags = code.partition(" --")
+        command = re.sub(r"( [A-Z]+)+$", "", words)
+        assert command in headings, code
+        where = settings if command in ("fedpeft-server", "fedpeft-client") else commands
+        assert all(f"`{flag}" in where for flag in re.findall(r"--[a-z-]+", f"--{flags}" if flags else "")), code
+    for section, keys in re.findall(r"`\[(?!tool)([\w.]+)\] ?(\w*)", prose):
+        part = run_file.partition(f"## `[{section}]`")[2].partition("\n## ")[0]
+        assert part, section
+        assert not keys or f"`{keys}`" in part, (section, keys)
