@@ -70,8 +70,8 @@ test-network: $(STAMP) ## hold a run over TLS between two network namespaces, an
 	$(BIN)/pytest -n 0 -m slow tests/e2e/test_two_machines.py tests/e2e/test_proxy.py
 
 SCHEDULES ?= 1000
-test-schedules: $(STAMP) ## hold SCHEDULES=1000 federations in simulated time, each with faults of its own
-	SCHEDULES=$(SCHEDULES) $(BIN)/pytest -n $(WORKERS) tests/simulated_time
+test-schedules: $(STAMP) ## hold SCHEDULES=1000 federations in simulated time, each with faults of its own, and a death before each effect on a disk
+	SCHEDULES=$(SCHEDULES) STEP=1 $(BIN)/pytest -n $(WORKERS) tests/simulated_time
 
 test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment without torch, and ask its commands
 	$(BIN)/pytest -n 0 -m slow tests/docs/test_installed.py

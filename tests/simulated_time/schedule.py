@@ -10,6 +10,8 @@ from .wire import Quality, Wire
 
 CLIENTS = ("a", "b", "c")
 GOOD = Quality()
+EFFECTS_S = 3600.0
+"""The effects that a death waits for come in this time, or it does not happen."""
 
 
 class Fault(Protocol):
@@ -34,14 +36,14 @@ class Kill:
 
     @property
     def over_s(self) -> float:
-        return self.at_s + self.away_s
+        return self.at_s + self.away_s + (0.0 if self.effects is None else EFFECTS_S)
 
     def happen(self, machines: dict[str, Any], wire: Wire, loop: Any) -> None:
         machine = machines[self.machine]
         if self.effects is None:
             machine.kill(self.away_s, power=self.power)
-        elif machine.is_up:
-            machine.dies_after = machine.life.effects + self.effects
+        else:  # of a machine that is down they are those of its next life
+            machine.dies_after = self.effects + (machine.life.effects if machine.is_up else 0)
             machine.away_s, machine.loses_power = self.away_s, self.power
 
 
@@ -104,8 +106,14 @@ class Schedule:
 
     @classmethod
     def named(cls, name: str) -> Schedule:
-        """Returns a schedule of `NAMED`, or that of a seed."""
-        return NAMED[name] if name in NAMED else cls.drawn(int(name))
+        """Returns a schedule of `NAMED`, that of a seed, or `MACHINE EFFECT [power]`: a death before that effect."""
+        if name in NAMED:
+            return NAMED[name]
+        if name.isdecimal():
+            return cls.drawn(int(name))
+        machine, effect, *power = name.split()
+        death = Kill(0.0, machine, int(effect), 1.0, power=bool(power))
+        return cls(1, (death,), longest_training_s=2.0)
 
     @classmethod
     def drawn(cls, seed: int) -> Schedule:

@@ -1,6 +1,7 @@
 """The promises hold in every schedule of faults, in simulated time: kills, power failures, broken calls, wrong clocks.
 
-`make test-schedules SCHEDULES=10000` holds so many; `FIRST=SEED SCHEDULES=1` holds one again, to the last message.
+`make test-schedules SCHEDULES=10000` holds so many, and has a machine die before each of its effects on its disk, by a
+kill and by a power failure. `FIRST=SEED SCHEDULES=1` holds a schedule again, to the last message.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from types import SimpleNamespace
 
 import pytest
 
-FIRST, SCHEDULES = int(os.environ.get("FIRST", "1")), int(os.environ.get("SCHEDULES", "12"))
+FIRST, SCHEDULES = int(os.environ.get("FIRST", "1")), int(os.environ.get("SCHEDULES", "8"))
+STEP = int(os.environ.get("STEP", "97"))
+"""Every so manieth effect on a disk is one before which a machine dies; 1 for all."""
+EFFECTS = 300
+"""No machine has more of them, in a run that trains for seconds."""
 
 Hold = Callable[[str], SimpleNamespace]
 
@@ -64,6 +69,18 @@ def test_a_world_of_faults_ends_with_the_same_bits(seed: int, hold: Hold, undist
     outcome = hold(str(seed))
     assert outcome.faults == [], told(outcome)
     assert outcome.adapter == undisturbed.adapter
+
+
+@pytest.mark.parametrize("how", ["", " power"], ids=["kill", "power failure"])
+@pytest.mark.parametrize("effect", range(0, EFFECTS, STEP))
+@pytest.mark.parametrize("machine", ["server", "a"])
+def test_a_machine_that_dies_before_an_effect_loses_nothing(
+    machine: str, effect: int, how: str, hold: Hold, undisturbed: SimpleNamespace
+) -> None:
+    outcome = hold(f"{machine} {effect}{how}")
+    assert outcome.faults == [], told(outcome)
+    assert outcome.adapter == undisturbed.adapter
+    assert outcome.deaths == 1 or outcome.effects[machine] <= effect + 1, "it had so many effects and lived"
 
 
 def test_a_schedule_is_the_same_history_each_time(hold: Hold) -> None:

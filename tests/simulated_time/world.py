@@ -196,13 +196,14 @@ class _World:
         self._add("server", self._serve)
         for client in schedule.clients:
             self._add(client, lambda disk, client=client: self._take_part(client, disk))
+        for fault in schedule.faults:
+            self._loop.call_at(fault.at_s, self._happen, fault)
+        await asyncio.sleep(0.0)  # those of the beginning happen
         self._machines["server"].start()
         run = await self._create()
         self._wire.quality = schedule.quality
         for client in schedule.clients:
             self._machines[client].start()
-        for fault in schedule.faults:
-            self._loop.call_at(fault.at_s, self._happen, fault)
         last = max((fault.over_s for fault in schedule.faults), default=0.0)
         self._loop.call_at(max(last, self._loop.now), self._heal)
         async with asyncio.timeout_at(max(last, self._loop.now) + PATIENCE_S):
