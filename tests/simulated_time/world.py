@@ -55,7 +55,8 @@ from fedpeft_server.timing import TIMING
 from .loop import Pool, SimulatedLoop, Stuck, take_over_time
 from .machines import Machine, watch_effects
 from .schedule import Schedule
-from .wire import SimulatedServer, Wire
+from .wire import Wire
+from .wire_server import SimulatedServer
 from .worker import SimulatedWorker
 
 BEGINS = 1_800_000_000.0
@@ -68,7 +69,7 @@ SPEC = AdapterSpec.of("bias", [TensorSpec("blocks.0.bias", (7,)), TensorSpec("he
 
 @dataclass
 class Outcome:
-    """What became of a world.
+    """Outcome of a world.
 
     Attributes:
         faults: What broke a promise; empty if nothing did.
