@@ -72,7 +72,7 @@ class Outcome:
     """Outcome of a world.
 
     Attributes:
-        faults: What broke a promise; empty if nothing did.
+        faults: Promises that were broken; empty if none was.
         adapter: SHA-256 of the last version, hexadecimal.
         hours: Simulated time until the run was complete.
         deaths: Processes that were killed.
