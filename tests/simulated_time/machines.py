@@ -24,7 +24,7 @@ class Machine:
     Args:
         name: The machine's name.
         place: Folder of its disks, one for each life.
-        wire: What it is connected by.
+        wire: Its connection to the others.
         main: The process, given its disk.
     """
 
