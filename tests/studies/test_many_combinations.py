@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def test_what_got_furthest_is_chosen_of_1500_combinations_in_the_order_of_the_st
     assert curves.note == "16 of 30 lines and 12 of 50 panels, those that got furthest; curves.csv has all"
     assert {group.points["method"] for group in outcomes.groups} == {"m29"} and len(outcomes.groups) == 40
     assert outcomes.note == "40 of 1,500 combinations, those that got furthest; outcome.csv has all"
+
+
+def test_a_legend_of_long_names_lies_inside_its_figure():
+    short = study(7, 1)
+    names = {f"m{k}": f"weights of whole batches {k}" for k in range(7)}
+    cells = [replace(cell, points={"method": names[cell.points["method"]]}) for cell in short.cells]
+    about = {**short.about, "axes": {"method": list(names.values())}}
+    figure = figures_of(StudyResult(Path(), about, tuple(cells)))["accuracy-rounds"].figure
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    drawn, whole = legend.get_window_extent(), figure.bbox
+    assert whole.x0 <= drawn.x0 and drawn.x1 <= whole.x1
 
 
 def test_nothing_is_said_where_all_is_shown():

@@ -32,6 +32,8 @@ STYLES = ("-", "--")
 """Of lines: the second where all colours are taken."""
 MOST_BANDS = 8
 """Lines with their intervals; of more, intervals would cover the lines."""
+KEY_INCHES, LETTER_INCHES = 0.5, 0.065
+"""Width of a legend's entry beside its name, and of a letter of it."""
 LONGEST_NAME, SHORTEST_NAME = 48, 12
 """Characters of a name in a figure, and of a part of one."""
 
@@ -170,7 +172,9 @@ def _curves(
         for handle, name in zip(*other.get_legend_handles_labels(), strict=True):
             if name not in labels:
                 handles, labels = [*handles, handle], [*labels, name]
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), fontsize=8, frameon=False)
+    entry = KEY_INCHES + LETTER_INCHES * max(map(len, labels))
+    columns = max(1, min(len(labels), 5, int(figure.get_figwidth() / entry)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 
