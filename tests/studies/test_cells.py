@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from fedpeft.config import parse_config
 from fedpeft.config.overrides import merged
 from fedpeft.errors import ConfigInvalid, DataInvalid
-from fedpeft.simulation.content import FORMAT, content_of, name_of
+from fedpeft.simulation.content import FORMAT
 from fedpeft.studies.cells import Machine, cells_of, content_digest, grid_axes
 from fedpeft.studies.checks import check_cells
 from fedpeft.studies.study_file import load_study
@@ -218,14 +220,32 @@ def test_a_cell_is_named_by_the_bytes_of_the_weights_file_that_its_run_names(tmp
     assert cell.key(machine) != before
 
 
+NAMES = """
+import json, sys
+from pathlib import Path
+from fedpeft.config import parse_config
+from fedpeft.extensions import extend
+from fedpeft.simulation.content import content_of, name_of
+extend(sys.argv[1].split())
+for file in map(Path, sys.argv[2:]):
+    said = json.loads(file.read_text())
+    config = parse_config({"name": "any", **said["run"]})
+    print(name_of(content_of(config, **{key: said[key] for key in ("train", "test", "weights", "threads", "device")})))
+"""
+
+
 def test_results_that_are_kept_are_found_again_by_their_names():
-    kept = sorted(RESULTS.glob("*/cells/*/cell.json"))
-    assert len(kept) > 20
-    for file in kept:
-        said = json.loads(file.read_text())
-        config = parse_config({"name": "any", **said["run"]})
-        content = content_of(config, **{key: said[key] for key in ("train", "test", "weights", "threads", "device")})
-        assert name_of(content) == file.parent.name
+    """In processes of their own: what a study imports stays registered."""
+    by_imports: dict[str, list[Path]] = {}
+    for file in sorted(RESULTS.glob("*/cells/*/cell.json")):
+        imports = json.loads(file.read_text()).get("imports", {})
+        modules = " ".join(str(RESULTS.parent / "faults" / f"{name}.py") for name in imports)
+        by_imports.setdefault(modules, []).append(file)
+    assert sum(map(len, by_imports.values())) > 40
+    for modules, kept in by_imports.items():
+        command = [sys.executable, "-c", NAMES, modules, *map(str, kept)]
+        named = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert named == [file.parent.name for file in kept]
 
 
 def test_the_defaults_that_names_of_cells_leave_out_are_those_of_their_format():

@@ -68,8 +68,8 @@ class StateDirectory:
             held.enter_context(locks.directory(path, *words))
             for folder in (path, identity_folder(path), *(path / "runs").glob("*")):
                 durable.sweep(folder)
-            if (path / "runs").exists():
-                durable.make_folder(path / "runs")
+            if (path / "runs").is_dir():  # who made it, or a folder in it, may have been killed before it was durable
+                durable.sync(path)
                 durable.sync(path / "runs")
             self.instance = self._instance()
             self._held = held.pop_all()
