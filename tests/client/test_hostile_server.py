@@ -251,6 +251,15 @@ class TestVerdicts:
         assert not (await found.judge(self.offer(run, "run-1"))).is_eligible, "nor the first one any more"
         assert worker.asked == ["run-1"]
 
+    async def test_a_run_with_a_setting_of_a_newer_version_is_declined(self) -> None:
+        """Ignored, it would have this site train otherwise than all others."""
+        worker, newer = self.Worker(), self.offer(tiny_run(), "run-1")
+        newer.config.training.MergeFromString(b"\xb8\x3e\x01")  # field 999, a number, 1
+        found = await Verdicts(worker, logs.logger()).judge(newer)  # type: ignore[arg-type]
+        (reason,) = found.reasons
+        assert "does not know field 999 of training; update the software here" in reason.told
+        assert worker.asked == []
+
     async def test_no_verdict_on_a_run_without_an_id(self) -> None:
         worker = self.Worker()
         found = Verdicts(worker, logs.logger())  # type: ignore[arg-type]

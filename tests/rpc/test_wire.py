@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedpeft.config import TrainingConfig, parse_config
+from fedpeft.errors import ConfigInvalid
 from fedpeft.rounds.schedule import training_of
 from fedpeft.rpc.wire import config_from_proto, config_to_proto, training_data, training_to_proto
 
@@ -45,3 +46,15 @@ def test_a_schedule_goes_with_the_run_and_only_its_rate_with_a_ticket() -> None:
     message = config_to_proto(plain).training
     assert not any(map(message.HasField, said)), "a run without has the bytes that it had"
     assert "keep_features" not in {field.name for field, _ in message.ListFields()}
+
+
+@pytest.mark.parametrize("section", ["", "training", "codec"])
+def test_a_configuration_with_a_field_of_a_newer_version_is_refused(section: str) -> None:
+    """Unnoticed it would be a run of other settings than the others hold."""
+    model = {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}
+    message = config_to_proto(parse_config({"model": model, "peft": {"method": "bias"}}))
+    newer = getattr(message, section) if section else message
+    newer.MergeFromString(b"\xb8\x3e\x01")  # field 999, a number, 1
+    with pytest.raises(ConfigInvalid, match=rf"field 999 of {section or 'the run'}; update the software") as refused:
+        config_from_proto(message)
+    assert refused.value.fields == ((section, "field 999 is of a newer version"),)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 from google.protobuf import json_format
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from fedpeft.adapters.payload import Entry, Manifest, entry_fault
 from fedpeft.adapters.spec import ADAPTER, DTYPE, AdapterSpec, Section, TensorRole, TensorSpec, spec_fault
 from fedpeft.config import DEFAULT_EPOCHS, RunConfig, TrainingConfig, parse_config
-from fedpeft.errors import ManifestInvalid, SpecInvalid
+from fedpeft.errors import ConfigInvalid, ManifestInvalid, SpecInvalid
 from fedpeft.v1 import run_pb2, tensor_pb2
 
 MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024
@@ -39,8 +42,13 @@ def config_from_proto(message: run_pb2.RunConfig) -> RunConfig:
     """Returns the validated configuration of a message.
 
     Raises:
-        ConfigInvalid: If a field breaks a rule.
+        ConfigInvalid: If a field breaks a rule, or is one of a newer version: whoever does not know a setting would
+            train, or fold, otherwise than the run says.
     """
+    if unknown := list(_unknown_fields(message)):
+        named = ", ".join(f"field {number} of {place or 'the run'}" for place, number in unknown)
+        text = f"this version does not know {named}; update the software here"
+        raise ConfigInvalid(text, tuple((place, f"field {number} is of a newer version") for place, number in unknown))
     data = json_format.MessageToDict(message, preserving_proto_field_name=True)
     for section in ("model", "peft", "aggregation"):
         if "options" in data.get(section, {}):
@@ -50,6 +58,15 @@ def config_from_proto(message: run_pb2.RunConfig) -> RunConfig:
     if "seed" in data.get("rounds", {}):
         data["rounds"]["seed"] = int(data["rounds"]["seed"])  # JSON writes whole numbers of 64 bits as text
     return parse_config(data)
+
+
+def _unknown_fields(message: Message, place: str = "") -> Iterator[tuple[str, int]]:
+    """Yields place and number of each field that this version of the protocol does not have, in a message and below."""
+    yield from ((place, field.field_number) for field in cast(Iterable[Any], UnknownFieldSet(message)))
+    for field, value in message.ListFields():
+        if field.message_type is not None and not field.message_type.GetOptions().map_entry:
+            for each in value if field.is_repeated else (value,):
+                yield from _unknown_fields(each, f"{place}.{field.name}".lstrip("."))
 
 
 def training_data(message: run_pb2.TrainingConfig) -> dict[str, Any]:

@@ -599,7 +599,7 @@ class TrainingConfig(_message.Message):
     keep_features: _builtins.bool
     """Whether clients keep what the model makes of each example before the first tuned tensor, computed once, and not in
     every step. Only with `augmentation` `none`. It saves time and changes an update by rounding alone,
-    so a client that does not know the field, or has too little memory for it, trains as without.
+    so a client that has too little memory for it trains as without.
     """
     @_builtins.property
     def algorithm(self) -> Global___AlgorithmConfig:
