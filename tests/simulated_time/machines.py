@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import ctypes
 import os
+import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+from fedpeft.errors import FedpeftError
 
 from .disk import Disk
 from .loop import LIFE, Life, SimulatedLoop
@@ -26,9 +30,17 @@ class Machine:
         place: Folder of its disks, one for each life.
         wire: Its connection to the others.
         main: The process, given its disk.
+        room_bytes: Size of its disks together; None for no limit.
     """
 
-    def __init__(self, name: str, place: Path, wire: Wire, main: Callable[[Path], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        place: Path,
+        wire: Wire,
+        main: Callable[[Path], Awaitable[None]],
+        room_bytes: int | None = None,
+    ) -> None:
         self.name = name
         self._place = place / name
         self._wire = wire
@@ -36,15 +48,33 @@ class Machine:
         self.lives = 0
         self.deaths = 0
         self.faults: list[str] = []
+        self.was_full = False
+        self.ends: list[str] = []
+        """Errors that a process ended with because of a full disk."""
         self.wall_s = 0.0
         self.life: Life | None = None
+        if room_bytes is not None:
+            self._place.mkdir(parents=True)
+            mount(self._place, room_bytes)
         self.disk = Disk(self._place / "0")
+        self._left_bytes: int | None = None
         self.dies_after: int | None = None
         """Effects of the present life after which the machine dies."""
         self.away_s = 1.0
         """Time until it starts again after that."""
         self.loses_power = False
         self.graveyard: list[asyncio.Task[None]] = []
+
+    def fill(self, left_bytes: int | None) -> None:
+        """Fills the disk but for so many bytes; None makes room again."""
+        self._left_bytes = left_bytes
+        self.was_full = True
+        ballast = self._place / "ballast"
+        ballast.unlink(missing_ok=True)
+        if left_bytes is not None:
+            free = os.statvfs(self._place)
+            with ballast.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - left_bytes))
 
     @property
     def is_up(self) -> bool:
@@ -68,7 +98,9 @@ class Machine:
         assert self.life is not None
         self.life.is_over = True
         error = None if task.cancelled() else task.exception()
-        if error is not None:
+        if isinstance(error, FedpeftError) and self.was_full:
+            self.ends.append(f"{type(error).__name__}: {error}")
+        elif error is not None:
             self.faults.append(f"{type(error).__name__}: {error}")
         self._wire.break_all(self.name)
         if not isinstance(error, Exception | None):
@@ -84,8 +116,12 @@ class Machine:
         self.deaths += 1
         self.life.is_over = True
         self.dies_after = None
-        place = self._place / str(self.deaths)
+        place, left_bytes = self._place / str(self.deaths), self._left_bytes
+        if left_bytes is not None:
+            self.fill(None)
         self.disk = self.disk.after_a_power_failure(place, self._wire.drawn) if power else self.disk.after_a_kill(place)
+        if left_bytes is not None:
+            self.fill(left_bytes)
         for port, server in list(self._wire.servers.items()):
             if server.life is self.life:
                 del self._wire.servers[port]
@@ -98,6 +134,18 @@ class Machine:
         self.life.effects += 1
         if self.dies_after is not None and self.life.effects > self.dies_after:
             self.kill(self.away_s, power=self.loses_power)
+
+
+def own_mounts() -> None:
+    """Has this process see mounts of its own, which go with it."""
+    if ctypes.CDLL(None, use_errno=True).unshare(0x00020000):  # CLONE_NEWNS
+        raise OSError(ctypes.get_errno(), "no mounts of its own")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
+def mount(place: Path, room_bytes: int) -> None:
+    """Makes a folder a disk of a size."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room_bytes}", "tmpfs", place], check=True)
 
 
 def watch_effects(machines: dict[str, Machine], loop: SimulatedLoop, *, disks_lie: bool) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from .wire import Quality, Wire
 
 CLIENTS = ("a", "b", "c")
 GOOD = Quality()
+ROOM_BYTES = 64 * 1024 * 1024
 EFFECTS_S = 3600.0
 """The effects that a death waits for come in this time, or it does not happen."""
 
@@ -66,6 +67,24 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Full:
+    """The disk of a machine is full for a while, but for some bytes."""
+
+    at_s: float
+    machine: str
+    left_bytes: int
+    for_s: float
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + self.for_s
+
+    def happen(self, machines: dict[str, Any], wire: Wire, loop: Any) -> None:
+        machines[self.machine].fill(self.left_bytes)
+        wire.later(self.over_s, machines[self.machine].fill, None)
+
+
+@dataclass(frozen=True)
 class Jump:
     """The clock of a machine jumps; its process notices no more than that, and neither does the next one."""
 
@@ -95,6 +114,8 @@ class Schedule:
         clients: The clients.
         longest_training_s: Longest time that a training takes.
         disks_lie: True for disks that say that they forced what they did not.
+        room_bytes: Size of each machine's disk; None for no limit, where none gets full.
+        quorum: Of the run.
     """
 
     seed: int
@@ -103,17 +124,38 @@ class Schedule:
     clients: tuple[str, ...] = CLIENTS
     longest_training_s: float = 600.0
     disks_lie: bool = False
+    room_bytes: int | None = None
+    quorum: int = len(CLIENTS)
 
     @classmethod
     def named(cls, name: str) -> Schedule:
         """Returns a schedule of `NAMED`, that of a seed, or `MACHINE EFFECT [power]`: a death before that effect."""
         if name in NAMED:
             return NAMED[name]
+        if name.startswith("full "):
+            return cls.full(int(name.removeprefix("full ")))
         if name.isdecimal():
             return cls.drawn(int(name))
         machine, effect, *power = name.split()
         death = Kill(0.0, machine, int(effect), 1.0, power=bool(power))
         return cls(1, (death,), longest_training_s=2.0)
+
+    @classmethod
+    def full(cls, seed: int) -> Schedule:
+        """Draws a schedule in which disks get full besides; a client without room gives its ticket back for good."""
+        draw, made = random.Random(f"full {seed}"), cls.drawn(seed)
+        length = 30.0 + 4 * made.longest_training_s
+        full = [
+            Full(
+                draw.uniform(0.0, length),
+                draw.choice(("server", "server", *CLIENTS)),
+                draw.choice((0, 4096, 65536)),
+                draw.uniform(1.0, 300.0),
+            )
+            for _ in range(draw.randint(1, 6))
+        ]
+        faults = tuple(sorted((*made.faults, *full), key=lambda f: f.at_s))
+        return replace(made, faults=faults, room_bytes=ROOM_BYTES, quorum=1)
 
     @classmethod
     def drawn(cls, seed: int) -> Schedule:

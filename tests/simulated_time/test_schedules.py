@@ -71,6 +71,17 @@ def test_a_world_of_faults_ends_with_the_same_bits(seed: int, hold: Hold, undist
     assert outcome.adapter == undisturbed.adapter
 
 
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0,
+    reason="this user may not mount a disk of a size (CAP_SYS_ADMIN)",
+)
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + (SCHEDULES + 2) // 2))
+def test_full_disks_lose_nothing_that_has_a_receipt(seed: int, hold: Hold) -> None:
+    outcome = hold(f"full {seed}")
+    assert outcome.faults == [], told(outcome)
+    assert seed != 5 or outcome.without_room > 0
+
+
 @pytest.mark.parametrize("how", ["", " power"], ids=["kill", "power failure"])
 @pytest.mark.parametrize("effect", range(0, EFFECTS, STEP))
 @pytest.mark.parametrize("machine", ["server", "a"])

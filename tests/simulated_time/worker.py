@@ -13,8 +13,10 @@ import safetensors.numpy
 from google.protobuf import json_format
 
 from fedpeft.adapters import payload
+from fedpeft.adapters.tensor_errors import as_os_errors
 from fedpeft.adapters.updates import prepare
 from fedpeft.config import TrainingConfig
+from fedpeft.errors import StateInvalid
 from fedpeft.rounds.groups import LOCAL, RESIDUAL
 from fedpeft.rounds.local_job import LocalUpdate
 from fedpeft.rpc import wire
@@ -60,7 +62,10 @@ class SimulatedWorker:
         for step in range(4):
             on_progress({"step": step, "steps": 4, "loss": 1.0, "images_per_second": 1.0, "seconds_left": 1.0})
             await asyncio.sleep(self._drawn.uniform(0.0, self._longest_s / 4))
-        return self._train(request)
+        try:
+            return self._train(request)
+        except OSError as error:  # as the worker's process says it
+            raise StateInvalid(f"cannot read or write {error.filename or 'a file'}: {error.strerror}") from None
 
     async def close(self) -> None:
         """Ends."""
@@ -95,7 +100,8 @@ class SimulatedWorker:
         out = Path(request["out"])
         (out / PAYLOAD).write_bytes(update.payload)
         for name, arrays in state_files(local).items():
-            safetensors.numpy.save_file(dict(arrays), out / name)
+            with as_os_errors(out / name):
+                safetensors.numpy.save_file(dict(arrays), out / name)
         return {
             "manifest": json_format.MessageToDict(wire.manifest_to_proto(update.manifest)),
             "examples": local.examples,

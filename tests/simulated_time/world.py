@@ -20,7 +20,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import structlog
 from fedpeft.adapters import payload
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.config import RunConfig, parse_config
+from fedpeft.errors import DiskFull
 from fedpeft.rpc import wire as messages
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import operator_service_pb2_grpc as op_grpc
@@ -53,7 +54,7 @@ from fedpeft_server.store import store as server_store
 from fedpeft_server.timing import TIMING
 
 from .loop import Pool, SimulatedLoop, Stuck, take_over_time
-from .machines import Machine, watch_effects
+from .machines import Machine, own_mounts, watch_effects
 from .schedule import Schedule
 from .wire import Wire
 from .wire_server import SimulatedServer
@@ -79,6 +80,7 @@ class Outcome:
         effects: Effects on the disk of each machine in its last life.
         lost: Calls to which something happened, by what.
         history: Digest of all that all machines logged, with the times: two worlds of one seed have the same.
+        without_room: Lines that were logged about a full disk.
         log: The last lines of all machines, where a promise was broken.
     """
 
@@ -89,6 +91,7 @@ class Outcome:
     effects: dict[str, int] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
     history: str = ""
+    without_room: int = 0
     log: list[str] = field(default_factory=list)
 
 
@@ -114,14 +117,14 @@ def held(schedule: Schedule) -> Outcome:
     return Outcome(**json.loads(said)) if said else Outcome(["the process died"])
 
 
-def run_config() -> RunConfig:
-    """Returns the run that every world holds."""
+def run_config(quorum: int) -> RunConfig:
+    """Returns the run that a world holds."""
     return parse_config(
         {
             "name": "simulated time",
             "model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b", "c"]},
             "peft": {"method": "bias"},
-            "rounds": {"count": ROUNDS, "clients": 3, "quorum": 3, "deadline_s": 7200, "seed": 5},
+            "rounds": {"count": ROUNDS, "clients": 3, "quorum": quorum, "deadline_s": 7200, "seed": 5},
             "codec": {"up": "int8"},
         }
     )
@@ -138,6 +141,7 @@ class _World:
         self._lines: list[str] = []
         self._receipts: dict[tuple[str, int], str] = {}
         self._unforeseen: list[str] = []
+        self.resumed = 0
 
     def hold(self) -> Outcome:
         """Holds the world until the run is complete, and looks at what it left."""
@@ -157,6 +161,7 @@ class _World:
         outcome.faults += self._unforeseen
         outcome.faults += self._broken_promises(outcome)
         outcome.history = hashlib.sha256("\n".join(self._lines).encode()).hexdigest()
+        outcome.without_room = sum("room" in line or "No space" in line for line in self._lines)
         outcome.log = self._lines[-400:] if outcome.faults else []
         shutil.rmtree(self._place, ignore_errors=True)
         return outcome
@@ -164,6 +169,8 @@ class _World:
     def _take_over(self) -> None:
         """Puts the world in the place of what this process would have used."""
         random.seed(self._schedule.seed)
+        if self._schedule.room_bytes is not None:
+            own_mounts()
         take_over_time(self._loop)
         asyncio.set_event_loop(self._loop)
         tokens = random.Random("tokens")  # the same run id in each world, which is drawn before anything goes wrong
@@ -185,7 +192,7 @@ class _World:
         self._lines.append(
             f"{self._loop.now:10.3f} {level:8} {event.get('event')} {said}".replace(str(self._place), "")[:400]
         )
-        if isinstance(error, BaseException):
+        if isinstance(error, BaseException) and not isinstance(error, DiskFull):
             self._unforeseen.append(f"{event.get('event')}: {type(error).__name__}: {error}")
             self._lines += "".join(traceback.format_exception(error)).splitlines()
         if event.get("event") == "update received" and "sha256" in event:  # by a client
@@ -208,12 +215,14 @@ class _World:
         last = max((fault.over_s for fault in schedule.faults), default=0.0)
         self._loop.call_at(max(last, self._loop.now), self._heal)
         async with asyncio.timeout_at(max(last, self._loop.now) + PATIENCE_S):
-            while (await self._run(run)).state != run_pb2.RUN_STATE_COMPLETED:
+            while (state := (await self._run(run)).state) != run_pb2.RUN_STATE_COMPLETED:
+                if state == run_pb2.RUN_STATE_PAUSED:
+                    await self._resume(run)
                 await asyncio.sleep(20.0)
             await asyncio.sleep(60.0)  # the last receipts reach who waits for them
 
     def _add(self, name: str, main: Any) -> None:
-        self._machines[name] = Machine(name, self._place, self._wire, main)
+        self._machines[name] = Machine(name, self._place, self._wire, main, self._schedule.room_bytes)
 
     def _happen(self, fault: Any) -> None:
         fault.happen(self._machines, self._wire, self._loop)
@@ -224,6 +233,8 @@ class _World:
         self._wire.cut.clear()
         for machine in self._machines.values():
             machine.dies_after = None
+            if self._schedule.room_bytes is not None:
+                machine.fill(None)
 
     # What lives on the machines.
 
@@ -252,7 +263,7 @@ class _World:
         arrays = {t.name: np.zeros(t.shape, np.float32) for t in SPEC.shared}
         manifest, data = payload.encode(arrays, SPEC.shared, "float32")
         first = op.CreateRunHeader(
-            config=messages.config_to_proto(run_config()),
+            config=messages.config_to_proto(run_config(self._schedule.quorum)),
             spec=messages.spec_to_proto(SPEC),
             backbone_fingerprint="ab" * 32,
             manifest=messages.manifest_to_proto(manifest),
@@ -275,6 +286,13 @@ class _World:
                 return (await self._operator().GetRun(op.GetRunRequest(run=run), timeout=30)).run
             except grpc.aio.AioRpcError:
                 await asyncio.sleep(1.0)
+
+    async def _resume(self, run: str) -> None:
+        """Resumes a run that was paused, for want of updates or of room."""
+        self.resumed += 1
+        with suppress(grpc.aio.AioRpcError):  # it is tried again
+            await self._operator().ResumeRun(op.ResumeRunRequest(run=run), timeout=30)
+        await asyncio.sleep(600.0)
 
     def _operator(self) -> Any:
         return op_grpc.OperatorServiceStub(self._wire.channel(PORT, good=True))
