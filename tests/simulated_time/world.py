@@ -98,12 +98,13 @@ class Outcome:
 def held(schedule: Schedule) -> Outcome:
     """Holds a world in a process of its own, which ends with it."""
     reading, writing = os.pipe()
+    place = Path(tempfile.mkdtemp(prefix="world-", dir="/dev/shm"))
     child = os.fork()
     if not child:
         outcome = Outcome()
         try:
             os.close(reading)
-            outcome = _World(schedule).hold()
+            outcome = _World(schedule, place).hold()
         except BaseException:
             outcome.faults.append(traceback.format_exc())
         finally:
@@ -114,6 +115,7 @@ def held(schedule: Schedule) -> Outcome:
     with open(reading) as stream:
         said = stream.read()
     os.waitpid(child, 0)
+    shutil.rmtree(place)  # by now without the disks that were mounted in it
     return Outcome(**json.loads(said)) if said else Outcome(["the process died"])
 
 
@@ -131,11 +133,11 @@ def run_config(quorum: int) -> RunConfig:
 
 
 class _World:
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, place: Path) -> None:
         self._schedule = schedule
         self._drawn = drawn = random.Random(schedule.seed)
         self._loop = SimulatedLoop(drawn, BEGINS)
-        self._place = Path(tempfile.mkdtemp(prefix="world-", dir="/dev/shm"))
+        self._place = place
         self._wire = Wire(self._loop, drawn)
         self._machines: dict[str, Machine] = {}
         self._lines: list[str] = []
@@ -163,7 +165,6 @@ class _World:
         outcome.history = hashlib.sha256("\n".join(self._lines).encode()).hexdigest()
         outcome.without_room = sum("room" in line or "No space" in line for line in self._lines)
         outcome.log = self._lines[-400:] if outcome.faults else []
-        shutil.rmtree(self._place, ignore_errors=True)
         return outcome
 
     def _take_over(self) -> None:
