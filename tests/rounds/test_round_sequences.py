@@ -55,6 +55,12 @@ configs = st.builds(
 )
 
 
+def reissued(before: Ticket, now: Ticket) -> bool:
+    """Returns True if a ticket that was given back was issued again, after an extension or a resumption."""
+    states = before.state, now.state
+    return states == (TicketState.WITHDRAWN, TicketState.ISSUED) and before.generation < now.generation
+
+
 class AnySequence(RuleBasedStateMachine):
     """Drives one round with whatever may happen, and holds its promises after each step."""
 
@@ -86,7 +92,7 @@ class AnySequence(RuleBasedStateMachine):
         for ticket in before.tickets:
             now = self.state.ticket(ticket.id)
             assert now.client == ticket.client
-            if ticket.state is not TicketState.ISSUED:
+            if ticket.state is not TicketState.ISSUED and not reissued(ticket, now):
                 assert now.state is ticket.state
             if now.state is TicketState.LATE:
                 assert self.state.phase in (Phase.AGGREGATING, Phase.COMMITTED) or self.state.stopped
@@ -98,7 +104,8 @@ class AnySequence(RuleBasedStateMachine):
             assert self.state.ticket(event.ticket).state is TicketState.RECEIVED
 
     def check_effects(self, before: Round, effects: tuple[object, ...]) -> None:
-        new = tuple(t for t in self.state.tickets if before.ticket_of(t.client) is None)
+        earlier = {t.client: before.ticket_of(t.client) for t in self.state.tickets}
+        new = tuple(t for t in self.state.tickets if (b := earlier[t.client]) is None or reissued(b, t))
         issued = tuple(t for e in effects if isinstance(e, Issue) for t in e.tickets)
         assert new == issued
         assert {t.client for t in new} <= self.present

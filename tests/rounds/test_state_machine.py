@@ -181,6 +181,38 @@ class TestReplacing:
         assert gone.client not in {t.client for t in issue.tickets}
         assert state.deadline == 1000.0 + config.deadline_s
 
+    def test_a_client_that_gave_its_ticket_back_has_it_again_after_an_extension_if_nobody_else_is_there(self) -> None:
+        """With as many clients as the quorum the round could not end otherwise."""
+        config = RoundsConfig(clients=2, quorum=2, deadline_s=60)
+        state = received(opened(config), config, 1)
+        (gone,) = state.in_state(TicketState.ISSUED)
+        state = after(state, config, Withdrawn(gone.id, "no room"))
+        assert advance(state, Waiting(names(2)), config, 1002.0)[0] is state, "not at once: its trouble may last"
+        state = after(state, config, TimePassed(), now=1060.0)
+        state, (issue,) = advance(state, Waiting(names(2)), config, 1061.0)
+        assert isinstance(issue, Issue)
+        assert issue.tickets == (replace(gone, generation=1),)
+        assert len(state.tickets) == 2
+        assert after(state, config, Withdrawn(gone.id, "no room"), Waiting(names(2))).in_state(TicketState.ISSUED) == ()
+        assert after(state, config, Received(gone.id)).phase is Phase.AGGREGATING
+
+    def test_others_go_before_a_client_that_gave_its_ticket_back(self) -> None:
+        config = RoundsConfig(clients=2, quorum=2, deadline_s=60)
+        state = received(opened(config), config, 1)
+        (gone,) = state.in_state(TicketState.ISSUED)
+        state = after(state, config, Withdrawn(gone.id, "no room"), TimePassed(), now=1060.0)
+        state, (issue,) = advance(state, Waiting(names(3)), config, 1061.0)
+        assert isinstance(issue, Issue) and [t.client for t in issue.tickets] == [NAMES[2]]
+
+    def test_a_client_that_gave_its_ticket_back_has_it_again_once_the_run_is_resumed(self) -> None:
+        config = RoundsConfig(clients=2, quorum=2, deadline_s=60, max_extensions=0)
+        state = received(opened(config), config, 1)
+        (gone,) = state.in_state(TicketState.ISSUED)
+        state = after(state, config, Withdrawn(gone.id, "no room"), TimePassed(), now=1060.0)
+        state = after(state, config, Resumed(), now=2000.0)
+        state, (issue,) = advance(state, Waiting(names(2)), config, 2001.0)
+        assert isinstance(issue, Issue) and issue.tickets == (gone,)
+
     def test_nobody_is_sampled_while_all_tickets_are_good(self) -> None:
         config = RoundsConfig(clients=2)
         state = opened(config)

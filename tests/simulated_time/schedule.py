@@ -115,7 +115,6 @@ class Schedule:
         longest_training_s: Longest time that a training takes.
         disks_lie: True for disks that say that they forced what they did not.
         room_bytes: Size of each machine's disk; None for no limit, where none gets full.
-        quorum: Of the run.
     """
 
     seed: int
@@ -125,7 +124,6 @@ class Schedule:
     longest_training_s: float = 600.0
     disks_lie: bool = False
     room_bytes: int | None = None
-    quorum: int = len(CLIENTS)
 
     @classmethod
     def named(cls, name: str) -> Schedule:
@@ -142,7 +140,7 @@ class Schedule:
 
     @classmethod
     def full(cls, seed: int) -> Schedule:
-        """Draws a schedule in which disks get full besides; a client without room gives its ticket back for good."""
+        """Draws a schedule in which disks get full besides; a client without room gives its ticket back for a while."""
         draw, made = random.Random(f"full {seed}"), cls.drawn(seed)
         length = 30.0 + 4 * made.longest_training_s
         full = [
@@ -155,7 +153,7 @@ class Schedule:
             for _ in range(draw.randint(1, 6))
         ]
         faults = tuple(sorted((*made.faults, *full), key=lambda f: f.at_s))
-        return replace(made, faults=faults, room_bytes=ROOM_BYTES, quorum=1)
+        return replace(made, faults=faults, room_bytes=ROOM_BYTES)
 
     @classmethod
     def drawn(cls, seed: int) -> Schedule:

@@ -76,9 +76,11 @@ def test_a_world_of_faults_ends_with_the_same_bits(seed: int, hold: Hold, undist
     reason="this user may not mount a disk of a size (CAP_SYS_ADMIN)",
 )
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + (SCHEDULES + 2) // 2))
-def test_full_disks_lose_nothing_that_has_a_receipt(seed: int, hold: Hold) -> None:
+def test_a_world_with_full_disks_ends_with_the_same_bits(seed: int, hold: Hold, undisturbed: SimpleNamespace) -> None:
+    """A client without room gives its ticket back; after an extension, or once resumed, the round asks it again."""
     outcome = hold(f"full {seed}")
     assert outcome.faults == [], told(outcome)
+    assert outcome.adapter == undisturbed.adapter
     assert seed != 5 or outcome.without_room > 0
 
 

@@ -119,14 +119,14 @@ def held(schedule: Schedule) -> Outcome:
     return Outcome(**json.loads(said)) if said else Outcome(["the process died"])
 
 
-def run_config(quorum: int) -> RunConfig:
-    """Returns the run that a world holds."""
+def run_config() -> RunConfig:
+    """Returns the run that every world holds."""
     return parse_config(
         {
             "name": "simulated time",
             "model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b", "c"]},
             "peft": {"method": "bias"},
-            "rounds": {"count": ROUNDS, "clients": 3, "quorum": quorum, "deadline_s": 7200, "seed": 5},
+            "rounds": {"count": ROUNDS, "clients": 3, "quorum": 3, "deadline_s": 7200, "seed": 5},
             "codec": {"up": "int8"},
         }
     )
@@ -264,7 +264,7 @@ class _World:
         arrays = {t.name: np.zeros(t.shape, np.float32) for t in SPEC.shared}
         manifest, data = payload.encode(arrays, SPEC.shared, "float32")
         first = op.CreateRunHeader(
-            config=messages.config_to_proto(run_config(self._schedule.quorum)),
+            config=messages.config_to_proto(run_config()),
             spec=messages.spec_to_proto(SPEC),
             backbone_fingerprint="ab" * 32,
             manifest=messages.manifest_to_proto(manifest),

@@ -311,23 +311,31 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
 def _waiting(state: Round, event: Waiting, config: RoundsConfig, now: float) -> Step:
     policy = policies.get(config.policy_name)
     if state.phase is Phase.WAITING:
-        fresh = _fresh(state, event)
+        fresh = _candidates(state, event, 0)
         if not _enough(state, len(fresh), event, config):
             return state, ()
         opened = replace(state, phase=Phase.OPEN, opened_at=now, deadline=now + config.deadline_s)
         return _issue(opened, fresh, policy.wanted(opened, config), config, event.demerits)
     if state.phase is not Phase.OPEN:
         return state, ()
-    missing = policy.wanted(state, config)
-    if missing > 0 and (fresh := _fresh(state, event)):  # as a rule nobody is missing, and none need be looked for
+    missing = policy.wanted(state, config)  # as a rule nobody, and none need be looked for
+    if missing > 0 and (fresh := _candidates(state, event, missing)):
         return _issue(state, fresh, missing, config, event.demerits)
     if not state.tickets.number(TicketState.ISSUED) and state.tickets.number(TicketState.RECEIVED) >= config.needed:
         return _aggregate(state, config)
     return state, ()
 
 
-def _fresh(state: Round, event: Waiting) -> AbstractSet[str]:
-    return event.clients - {ticket.client for ticket in state.tickets}
+def _candidates(state: Round, event: Waiting, wanted: int) -> AbstractSet[str]:
+    """Returns the waiting clients without a ticket; if they are too few, also those whose trouble may be over.
+
+    That is who gave a ticket back before the last extension or resumption: a disk that was full, say, has room again.
+    """
+    fresh = event.clients - {ticket.client for ticket in state.tickets}
+    if len(fresh) >= wanted:
+        return fresh
+    back = {t.client for t in state.in_state(TicketState.WITHDRAWN) if t.generation < state.extensions}
+    return fresh | (event.clients & back)
 
 
 def _enough(state: Round, fresh: int, event: Waiting, config: RoundsConfig) -> bool:
@@ -350,7 +358,8 @@ def _issue(
         )
         for client in sample(candidates, count, config.seed, state.number, demerits)
     )
-    tickets = Tickets(sorted((*state.tickets, *new), key=lambda t: t.client))
+    again = {ticket.client for ticket in new}
+    tickets = Tickets(sorted((*(t for t in state.tickets if t.client not in again), *new), key=lambda t: t.client))
     return replace(state, tickets=tickets), (Issue(new),)
 
 
@@ -398,7 +407,7 @@ def _refusals(state: Round) -> str:
 def _resumed(state: Round, config: RoundsConfig, now: float) -> Step:
     if state.phase is not Phase.OPEN or state.deadline is not None:
         return state, ()
-    tickets = Tickets(replace(t, generation=0) for t in state.tickets)
+    tickets = Tickets(replace(t, generation=-(t.state is TicketState.WITHDRAWN)) for t in state.tickets)
     return replace(state, tickets=tickets, extensions=0, deadline=now + config.deadline_s), ()
 
 

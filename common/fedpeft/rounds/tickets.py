@@ -34,7 +34,8 @@ class Ticket:
         client: The client's id.
         state: Its state.
         reason: Reason for which it is no longer good, if it is not.
-        generation: The round's extensions when it was issued.
+        generation: The round's extensions when it was issued, 0 for all once it was resumed; -1 for those that had been
+            given back by then.
         base_version: The adapter version that its update starts from.
     """
 
