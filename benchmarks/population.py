@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import statistics
@@ -96,7 +97,7 @@ def measured(clients: int, rounds: int, data: Path) -> tuple[float, float, float
         command, env={**os.environ, "BEGAN": str(time.time())}, capture_output=True, text=True, check=True
     )
     said = json.loads(done.stdout.splitlines()[-1])
-    later = [after - before for before, after in zip(said["ends"], said["ends"][1:], strict=False)]
+    later = [after - before for before, after in itertools.pairwise(said["ends"])]
     return said["ends"][0], statistics.median(later) / min(clients, TRAINED), said["held"] / 1e6
 
 

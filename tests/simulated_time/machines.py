@@ -45,7 +45,6 @@ class Machine:
         self._place = place / name
         self._wire = wire
         self._main = main
-        self.lives = 0
         self.deaths = 0
         self.faults: list[str] = []
         self.was_full = False
@@ -84,7 +83,6 @@ class Machine:
     def start(self) -> None:
         """Starts the process."""
         self.life = life = Life(self.name, self.wall_s)
-        self.lives += 1
         context = contextvars.Context()
         context.run(LIFE.set, life)
         task = self._wire.loop.create_task(self._live(), context=context)

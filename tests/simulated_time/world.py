@@ -81,6 +81,8 @@ class Outcome:
         lost: Calls to which something happened, by what.
         history: Digest of all that all machines logged, with the times: two worlds of one seed have the same.
         without_room: Lines that were logged about a full disk.
+        ends: Errors that processes ended with because of a full disk; each was started again.
+        resumed: Times that the operator resumed the run.
         log: The last lines of all machines, where a promise was broken.
     """
 
@@ -92,6 +94,8 @@ class Outcome:
     lost: dict[str, int] = field(default_factory=dict)
     history: str = ""
     without_room: int = 0
+    ends: list[str] = field(default_factory=list)
+    resumed: int = 0
     log: list[str] = field(default_factory=list)
 
 
@@ -143,7 +147,7 @@ class _World:
         self._lines: list[str] = []
         self._receipts: dict[tuple[str, int], str] = {}
         self._unforeseen: list[str] = []
-        self.resumed = 0
+        self._resumed = 0
 
     def hold(self) -> Outcome:
         """Holds the world until the run is complete, and looks at what it left."""
@@ -163,6 +167,8 @@ class _World:
         outcome.faults += self._unforeseen
         outcome.faults += self._broken_promises(outcome)
         outcome.history = hashlib.sha256("\n".join(self._lines).encode()).hexdigest()
+        outcome.ends = [f"{name}: {end}" for name, machine in self._machines.items() for end in machine.ends]
+        outcome.resumed = self._resumed
         outcome.without_room = sum("room" in line or "No space" in line for line in self._lines)
         outcome.log = self._lines[-400:] if outcome.faults else []
         return outcome
@@ -290,7 +296,7 @@ class _World:
 
     async def _resume(self, run: str) -> None:
         """Resumes a run that was paused, for want of updates or of room."""
-        self.resumed += 1
+        self._resumed += 1
         with suppress(grpc.aio.AioRpcError):  # it is tried again
             await self._operator().ResumeRun(op.ResumeRunRequest(run=run), timeout=30)
         await asyncio.sleep(600.0)

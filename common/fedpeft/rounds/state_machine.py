@@ -407,7 +407,7 @@ def _refusals(state: Round) -> str:
 def _resumed(state: Round, config: RoundsConfig, now: float) -> Step:
     if state.phase is not Phase.OPEN or state.deadline is not None:
         return state, ()
-    tickets = Tickets(replace(t, generation=-(t.state is TicketState.WITHDRAWN)) for t in state.tickets)
+    tickets = Tickets(replace(t, generation=-1 if t.state is TicketState.WITHDRAWN else 0) for t in state.tickets)
     return replace(state, tickets=tickets, extensions=0, deadline=now + config.deadline_s), ()
 
 

@@ -205,10 +205,9 @@ def _taken(each: AtWork) -> Done | None:
         while each.events.poll():
             each.rounds = each.events.recv()
     except EOFError:
-        pass
+        each.process.join()  # its end of the pipe is closed: it ends, or was killed
     else:
         return None
-    each.process.join()
     each.events.close()
     seconds = time.monotonic() - each.began
     return Done(each.cell, each.folder, _failure(each), seconds)
