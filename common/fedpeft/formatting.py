@@ -39,8 +39,11 @@ def percent(share: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time for people: `42 s`, `12 min`, `3 h 05 min`."""
+    """Returns a time for people: `42 s`, `12 min`, `3 h 05 min`, `6.9 days`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02d} min" if hours < 72 else f"{minutes / 1440:.1f}".removesuffix(".0") + " days"

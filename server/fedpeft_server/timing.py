@@ -30,6 +30,7 @@ class Timing:
         session_gone_s: A client that has not called for so long was switched off, and is nobody's alarm any more.
         lobby_linger_s: A client whose poll was just answered still counts as waiting for so long: it asks again.
         matching_check_s: Between two looks at the lobby without a reason: clients that lingered may have gone.
+        waiting_look_s: A round that is not open after so long gets a deadline.
         watch_gather_s: Changes of a run that come within this time are told its watchers as one.
         transfer_turn_s: A transfer is served for so long before it gives way to others that wait.
         transfer_linger_s: A client that was told to ask again keeps its place in the queue for so long.
@@ -76,6 +77,7 @@ class Timing:
     session_gone_s: float = 86_400.0
     lobby_linger_s: float = 2.0
     matching_check_s: float = 1.0
+    waiting_look_s: float = 60.0
     watch_gather_s: float = 0.1
     transfer_turn_s: float = 10.0
     transfer_linger_s: float = 5.0

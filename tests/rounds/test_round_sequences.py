@@ -33,16 +33,18 @@ from fedpeft.rounds.tickets import Ticket, TicketState
 from .test_state_machine import NAMES, RUN, after, opened
 
 ORDER = list(Phase)
+PAUSABLE = (Phase.WAITING, Phase.OPEN)
 
 
 configs = st.builds(
-    lambda clients, quorum, spare, deadline_s, over, extensions, seed: RoundsConfig(
+    lambda clients, quorum, spare, deadline_s, over, extensions, wait_s, seed: RoundsConfig(
         clients=clients,
         quorum=min(quorum, clients) or None,
         min_available=None if spare is None else RoundsConfig(clients=clients, over_selection=over).sampled + spare,
         deadline_s=deadline_s,
         over_selection=over,
         max_extensions=extensions,
+        wait_s=wait_s,
         seed=seed,
     ),
     clients=st.integers(1, 6),
@@ -51,6 +53,7 @@ configs = st.builds(
     deadline_s=st.sampled_from([1.0, 60.0]),
     over=st.sampled_from([0.0, 0.2, 1.0]),
     extensions=st.integers(0, 3),
+    wait_s=st.none() | st.just(60.0),
     seed=st.integers(0, 3),
 )
 
@@ -113,12 +116,13 @@ class AnySequence(RuleBasedStateMachine):
         if Aggregate() in effects and isinstance(self.history[-1][0], Waiting):
             assert not before.in_state(TicketState.ISSUED)
         if any(isinstance(e, Pause) for e in effects):
-            assert self.state.phase is Phase.OPEN and self.state.deadline is None
+            assert self.state.phase in PAUSABLE and self.state.deadline is None
             self.paused = True
 
     def ticket(self, data: st.DataObject) -> Ticket:
         return data.draw(st.sampled_from(self.state.tickets))
 
+    @precondition(lambda self: not self.paused or self.state.phase is not Phase.WAITING)
     @rule(clients=st.sets(st.sampled_from(NAMES)), waited_s=st.sampled_from([0.0, 60.0, 1e9]))
     def come_and_go(self, clients: set[str], waited_s: float) -> None:
         self.present = clients
@@ -127,6 +131,7 @@ class AnySequence(RuleBasedStateMachine):
         if self.state.phase is Phase.OPEN and before.phase is Phase.WAITING:
             assert len(self.state.tickets) >= self.config.needed
 
+    @precondition(lambda self: not self.paused or self.state.phase is not Phase.WAITING)
     @rule()
     def everybody_comes(self) -> None:
         self.come_and_go(set(NAMES), 0.0)
@@ -146,6 +151,7 @@ class AnySequence(RuleBasedStateMachine):
     def refuse(self, data: st.DataObject) -> None:
         self.step(Refused(self.ticket(data).id, "not finite"))
 
+    @precondition(lambda self: not self.paused)
     @rule(seconds=st.sampled_from([0.5, 30.0, 60.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
@@ -153,12 +159,12 @@ class AnySequence(RuleBasedStateMachine):
 
     @rule()
     def pause(self) -> None:
-        self.paused |= self.state.phase is Phase.OPEN and not self.state.stopped
+        self.paused |= self.state.phase in PAUSABLE and not self.state.stopped
         self.step(Paused())
 
     @rule()
     def resume(self) -> None:
-        if self.paused and self.state.phase is Phase.OPEN and not self.state.stopped:
+        if self.state.phase in PAUSABLE and not self.state.stopped:
             self.paused = False
         self.step(Resumed())
 
@@ -208,8 +214,9 @@ class AnySequence(RuleBasedStateMachine):
 
     @invariant()
     def has_a_deadline_exactly_while_it_can_miss_one(self) -> None:
-        expected = self.state.phase is Phase.OPEN and not self.paused and not self.state.stopped
-        assert (self.state.deadline is not None) == expected
+        can = self.state.phase in PAUSABLE and not self.paused and not self.state.stopped
+        assert can or self.state.deadline is None
+        assert not can or self.state.deadline is not None or self.state.phase is Phase.WAITING
         assert (self.state.opened_at is not None) == (self.state.phase is not Phase.WAITING)
         assert 0 <= self.state.extensions <= self.config.max_extensions
 

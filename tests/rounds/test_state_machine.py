@@ -108,7 +108,7 @@ class TestOpening:
 
     def test_time_alone_opens_nothing(self) -> None:
         state = Round(RUN, 1)
-        assert advance(state, TimePassed(), RoundsConfig(clients=1), 1e9) == (state, ())
+        assert after(state, RoundsConfig(clients=1), TimePassed(), now=1e9).phase is Phase.WAITING
 
     def test_the_sample_depends_on_seed_and_round_and_not_on_order(self) -> None:
         chosen = sample(NAMES, 4, 7, 1)
@@ -273,6 +273,18 @@ class TestDeadlines:
         assert (state.phase, state.deadline) == (Phase.OPEN, None)
         assert advance(state, TimePassed(), config, 1e9)[0] is state
         assert after(state, config, Received(awaited.id)).phase is Phase.AGGREGATING
+
+    def test_a_round_that_does_not_open_pauses_its_run_in_the_end_and_waits_anew_once_it_is_resumed(self) -> None:
+        config = RoundsConfig(clients=4, wait_s=3600)
+        state = after(Round("run-x", 1), config, TimePassed(), now=1000.0)
+        assert (state.phase, state.deadline) == (Phase.WAITING, 4600.0)
+        assert advance(state, TimePassed(), config, 4599.0) == (state, ())
+        waited, (pause,) = advance(state, TimePassed(), config, 4600.0)
+        assert (waited.phase, waited.deadline) == (Phase.WAITING, None)
+        reason = "round 1 needs 3 clients to open, and fewer were there at the end of 60 min"
+        assert isinstance(pause, Pause) and pause.reason == reason
+        assert after(after(waited, config, Resumed(), now=9e5), config, TimePassed(), now=1e6).deadline == 1e6 + 3600
+        assert after(state, config, Waiting(names(4)), now=2000.0).deadline == 2600.0
 
     def test_resuming_gives_a_fresh_deadline_and_all_extensions_back(self) -> None:
         config = RoundsConfig(clients=1, deadline_s=60, max_extensions=0)

@@ -13,6 +13,8 @@ from fedpeft.registry import registry_of
 
 DEFAULT_POLICY = "synchronous"
 """The policy of rounds where none is given."""
+DEFAULT_WAIT_S = 7 * 86_400.0
+"""`wait_s` where it is not given."""
 DEFAULT_STALENESS = 10
 """`max_staleness` where it is not given."""
 
@@ -39,6 +41,8 @@ class RoundsConfig(Section):
     """Share of clients sampled beyond `clients`; the round closes once `clients` updates are there."""
     max_extensions: Annotated[int, Field(ge=0, le=1000)] = 3
     """Deadlines a round may miss without a quorum before the run is paused."""
+    wait_s: Annotated[float, Field(ge=1.0, le=366 * 86_400)] | None = None
+    """Seconds that a round waits for enough clients to open, before the run is paused; if absent a week."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the run: sampling, initialisation and local training derive from it."""
     policy: Annotated[str, known_in("fedpeft.rounds.policies")] | None = None
@@ -76,6 +80,11 @@ class RoundsConfig(Section):
     def most_stale(self) -> int:
         """Most versions that an update may be behind."""
         return DEFAULT_STALENESS if self.max_staleness is None else self.max_staleness
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Seconds that a round waits for enough clients to open."""
+        return DEFAULT_WAIT_S if self.wait_s is None else self.wait_s
 
     @property
     def needed(self) -> int:

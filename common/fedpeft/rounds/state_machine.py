@@ -4,7 +4,8 @@
 
 WAITING opens once enough clients wait: a seeded sample of them gets tickets. If the run does not say how many those
 are, it opens without those that are missing once a quorum has waited for a while: a client that never comes back holds
-nobody up, and one that comes late gets its ticket then. OPEN takes updates until as many are there as the round wants
+nobody up, and one that comes late gets its ticket then. Where even a quorum does not come in `wait_s`, the run is
+paused. OPEN takes updates until as many are there as the round wants
 (the goal); until no ticket is left to wait for, nobody is there to replace the missing, and the quorum is met; or until
 the deadline with a quorum. A deadline without a quorum extends the round: what was received stays,
 replacements are sampled, and tickets stay good. After the last extension the run is paused. AGGREGATING takes nothing
@@ -30,7 +31,7 @@ from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RoundsConfig, RunConfig
 from fedpeft.config_errors import Fault
 from fedpeft.errors import RoundClosed, TicketNotFound
-from fedpeft.formatting import counted
+from fedpeft.formatting import counted, duration
 from fedpeft.registry import Registry
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 
@@ -294,8 +295,7 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
         case TimePassed():
             return _time_passed(state, config, now)
         case Paused():
-            running = state.phase is Phase.OPEN and state.deadline is not None
-            return (replace(state, deadline=None), ()) if running else (state, ())
+            return (state, ()) if state.deadline is None else (replace(state, deadline=None), ())
         case Resumed():
             return _resumed(state, config, now)
         case Excluded(reasons):
@@ -384,6 +384,8 @@ def _close_ticket(state: Round, ticket_id: str, to: TicketState, reason: str) ->
 
 
 def _time_passed(state: Round, config: RoundsConfig, now: float) -> Step:
+    if state.phase is Phase.WAITING:
+        return _waited(state, config, now)
     if state.phase is not Phase.OPEN or state.deadline is None or now < state.deadline:
         return state, ()
     received = state.tickets.number(TicketState.RECEIVED)
@@ -397,6 +399,19 @@ def _time_passed(state: Round, config: RoundsConfig, now: float) -> Step:
         )
         return replace(state, deadline=None), (Pause(reason),)
     return replace(state, extensions=state.extensions + 1, deadline=now + config.deadline_s), ()
+
+
+def _waited(state: Round, config: RoundsConfig, now: float) -> Step:
+    """Counts from the first look, which comes only where a round does not open soon: most need no deadline."""
+    if state.deadline is None:
+        return replace(state, deadline=now + config.longest_wait_s), ()
+    if now < state.deadline:
+        return state, ()
+    reason = (
+        f"round {state.number} needs {counted(config.least_available, 'client')} to open, and fewer were there at the "
+        f"end of {duration(config.longest_wait_s)}"
+    )
+    return replace(state, deadline=None), (Pause(reason),)
 
 
 def _refusals(state: Round) -> str:

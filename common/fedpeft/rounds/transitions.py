@@ -23,6 +23,7 @@ from fedpeft.rounds.state_machine import (
     RolledBack,
     Round,
     Stopped,
+    TimePassed,
     Waiting,
     advance,
 )
@@ -158,7 +159,7 @@ def _issued(before: Tickets, after: Tickets) -> tuple[Ticket, ...]:
 
 def _after(status: RunStatus, event: Event, config: RoundsConfig, now: float) -> RunStatus:
     match event:
-        case Waiting() if status.state is not RunState.RUNNING:
+        case Waiting() | TimePassed() if status.state is not RunState.RUNNING:
             return status
         case Stopped() if status.state is RunState.STOPPED:
             return status

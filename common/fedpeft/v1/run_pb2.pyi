@@ -443,6 +443,7 @@ class RoundsConfig(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     CONCURRENCY_FIELD_NUMBER: _builtins.int
     MAX_STALENESS_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
     count: _builtins.int
     """Number of rounds of the run, at least 1."""
     clients: _builtins.int
@@ -467,6 +468,8 @@ class RoundsConfig(_message.Message):
     """Clients that train at once in buffered rounds; absent: as many as `clients` and `over_selection` say."""
     max_staleness: _builtins.int
     """Versions that may be made while a client trains before its update is late, in buffered rounds; absent: 10."""
+    wait_s: _builtins.float
+    """Seconds that a round waits for enough clients to open, before the run is paused; absent: a week."""
     def __init__(
         self,
         *,
@@ -481,10 +484,11 @@ class RoundsConfig(_message.Message):
         policy: _builtins.str | None = ...,
         concurrency: _builtins.int | None = ...,
         max_staleness: _builtins.int | None = ...,
+        wait_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_concurrency", b"_concurrency", "_count", b"_count", "_deadline_s", b"_deadline_s", "_max_extensions", b"_max_extensions", "_max_staleness", b"_max_staleness", "_min_available", b"_min_available", "_over_selection", b"_over_selection", "_policy", b"_policy", "_quorum", b"_quorum", "_seed", b"_seed", "clients", b"clients", "concurrency", b"concurrency", "count", b"count", "deadline_s", b"deadline_s", "max_extensions", b"max_extensions", "max_staleness", b"max_staleness", "min_available", b"min_available", "over_selection", b"over_selection", "policy", b"policy", "quorum", b"quorum", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_concurrency", b"_concurrency", "_count", b"_count", "_deadline_s", b"_deadline_s", "_max_extensions", b"_max_extensions", "_max_staleness", b"_max_staleness", "_min_available", b"_min_available", "_over_selection", b"_over_selection", "_policy", b"_policy", "_quorum", b"_quorum", "_seed", b"_seed", "_wait_s", b"_wait_s", "clients", b"clients", "concurrency", b"concurrency", "count", b"count", "deadline_s", b"deadline_s", "max_extensions", b"max_extensions", "max_staleness", b"max_staleness", "min_available", b"min_available", "over_selection", b"over_selection", "policy", b"policy", "quorum", b"quorum", "seed", b"seed", "wait_s", b"wait_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_concurrency", b"_concurrency", "_count", b"_count", "_deadline_s", b"_deadline_s", "_max_extensions", b"_max_extensions", "_max_staleness", b"_max_staleness", "_min_available", b"_min_available", "_over_selection", b"_over_selection", "_policy", b"_policy", "_quorum", b"_quorum", "_seed", b"_seed", "clients", b"clients", "concurrency", b"concurrency", "count", b"count", "deadline_s", b"deadline_s", "max_extensions", b"max_extensions", "max_staleness", b"max_staleness", "min_available", b"min_available", "over_selection", b"over_selection", "policy", b"policy", "quorum", b"quorum", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_concurrency", b"_concurrency", "_count", b"_count", "_deadline_s", b"_deadline_s", "_max_extensions", b"_max_extensions", "_max_staleness", b"_max_staleness", "_min_available", b"_min_available", "_over_selection", b"_over_selection", "_policy", b"_policy", "_quorum", b"_quorum", "_seed", b"_seed", "_wait_s", b"_wait_s", "clients", b"clients", "concurrency", b"concurrency", "count", b"count", "deadline_s", b"deadline_s", "max_extensions", b"max_extensions", "max_staleness", b"max_staleness", "min_available", b"min_available", "over_selection", b"over_selection", "policy", b"policy", "quorum", b"quorum", "seed", b"seed", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clients: _TypeAlias = _typing.Literal["clients"]  # noqa: Y015
     _WhichOneofArgType__clients: _TypeAlias = _typing.Literal["_clients", b"_clients"]  # noqa: Y015
@@ -508,6 +512,8 @@ class RoundsConfig(_message.Message):
     _WhichOneofArgType__quorum: _TypeAlias = _typing.Literal["_quorum", b"_quorum"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__wait_s: _TypeAlias = _typing.Literal["wait_s"]  # noqa: Y015
+    _WhichOneofArgType__wait_s: _TypeAlias = _typing.Literal["_wait_s", b"_wait_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clients) -> _WhichOneofReturnType__clients | None: ...
     @_typing.overload
@@ -530,6 +536,8 @@ class RoundsConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__quorum) -> _WhichOneofReturnType__quorum | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__wait_s) -> _WhichOneofReturnType__wait_s | None: ...
 
 Global___RoundsConfig: _TypeAlias = RoundsConfig  # noqa: Y015
 

@@ -92,6 +92,7 @@ class RunEngine:
             metrics.begin(run.id)
         self._gauges = RunGauges(metrics)
         self._gauges.show(run, current)
+        self._arm_timer()
 
     @property
     def run(self) -> RunRow:
@@ -126,7 +127,6 @@ class RunEngine:
 
     async def start(self) -> None:
         """Takes up the run where the last process left it."""
-        self._arm_timer()
         if central_of(self.run.config) and self.run.version:
             await self._folding.forget_other_draws(self.run.version)
         if self.actor.status.folds:
@@ -326,9 +326,15 @@ class RunEngine:
 
     def _arm_timer(self, least_s: float = 0.0) -> None:
         self._disarm_timer()
-        if self.active and self.round.deadline is not None:
-            delay = max(least_s, self.round.deadline - time.time())
-            self._timer = asyncio.get_running_loop().call_later(delay, self._act_on_deadline)
+        if self.run.state is not RunState.RUNNING:
+            return
+        if self.round.deadline is not None:
+            left_s = self.round.deadline - time.time()
+        elif self.round.phase is Phase.WAITING:  # as a rule it is open by then, and no deadline was written
+            left_s = self._timing.waiting_look_s
+        else:
+            return
+        self._timer = asyncio.get_running_loop().call_later(max(least_s, left_s), self._act_on_deadline)
 
     def _act_on_deadline(self) -> None:
         self._background.watch("deadline", self.tasks.start(self._deadline()))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
 
+from fedpeft.formatting import duration
 from fedpeft.rounds.state_machine import Phase
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.runs.engine import RunEngine
@@ -39,6 +40,8 @@ def awaited(
         there = f"{ready} of {config.available} available"
         if config.available > ready >= config.least_available:
             there += "; it opens without the others if they do not come soon"
+        elif current.deadline:
+            there += f"; in {duration(max(0.0, current.deadline - time.time()))} the run is paused if no more come"
         return f"round {current.number} of {run.id} waits for clients: {there}{_others(declined, unanswered)}"
     if current.phase is Phase.AGGREGATING:
         return f"round {current.number} of {run.id} is being folded"

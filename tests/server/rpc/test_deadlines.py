@@ -55,6 +55,18 @@ async def test_after_the_last_extension_the_run_is_paused_by_name_and_can_be_res
     await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
 
 
+@pytest.mark.timed(waiting_look_s=0.2)
+async def test_a_round_that_nobody_comes_to_pauses_its_run_by_name_and_opens_once_resumed(daemon: Daemon) -> None:
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1, "wait_s": 1.0}))
+    await daemon.until(run.id, lambda r: "in 1 s the run is paused if no more come" in r.reason)
+    paused = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+    assert paused.reason == "round 1 needs 1 client to open, and fewer were there at the end of 1 s"
+    (a,) = await daemon.clients("a")
+    await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
+    await a.push((await a.task()).ticket, filled(1.0))
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+
+
 async def test_a_pause_by_hand_stops_the_deadline_and_uses_up_no_extension(daemon: Daemon) -> None:
     rounds = {"count": 1, "clients": 1, "deadline_s": 0.4, "max_extensions": 0}
     run = await daemon.create(config(rounds=rounds))
