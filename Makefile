@@ -8,14 +8,16 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check proto bench docs notebooks dist test-dist test-compose test-network test-schedules interop screenshots
+.PHONY: help install s3 demo test test-slow check proto bench docs notebooks dist test-dist test-compose test-network test-schedules interop screenshots
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## set up .venv with fedpeft, fedpeft-server and fedpeft-client
 	@echo "installed: $(BIN)/fedpeft, $(BIN)/fedpeft-server, $(BIN)/fedpeft-client"
+
+s3: .venv-s3/bin/moto_server ## set up an S3 for the tests in .venv-s3 (moto; its dependencies go with none of ours)
 
 demo: $(STAMP) ## watch a federation of processes fine-tune a vision transformer on this machine (results in demo-out/)
 	$(BIN)/fedpeft demo --out demo-out
@@ -78,6 +80,11 @@ test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment wi
 
 test-compose: $(STAMP) ## run deploy/docker-compose.yml with podman to the end of a federation (root, 20 GB); restore a backup
 	$(BIN)/pytest -n 0 -m slow tests/deploy/test_compose_federation.py tests/e2e/test_backup.py
+
+.venv-s3/bin/moto_server: Makefile
+	$(PYTHON) -m venv .venv-s3
+	.venv-s3/bin/python -m pip install --quiet "moto==5.2.5" "flask==3.1.3" "flask-cors==6.0.5"
+	@touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; FedPEFT needs Python 3.11 or newer."; exit 1; }

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import tempfile
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import replace
@@ -43,6 +44,7 @@ from fedpeft_server.store.database import Database
 from fedpeft_server.store.migrations import migrate
 from fedpeft_server.timing import TIMING, Timing
 
+from .object_store import ACCESS, s3_server
 from .rows import run_row, version_row
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -363,6 +365,25 @@ def postgres() -> Iterator[Path]:
         call("pg_ctl", "-D", "data", "-w", "-m", "immediate", "stop")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Starts an S3 for all tests that want one."""
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket; processes that a test starts find it as well."""
+    bucket = f"tests-{time.monotonic_ns()}"
+    request = urllib.request.Request(f"{s3_endpoint}/{bucket}", method="PUT", headers={"Host": "s3.amazonaws.com"})
+    with urllib.request.urlopen(request, timeout=10):
+        pass
+    for name, value in {**ACCESS, "AWS_ENDPOINT": s3_endpoint}.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{bucket}"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

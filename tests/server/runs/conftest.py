@@ -1,4 +1,4 @@
-"""Servers that share a database, at a clock of the test."""
+"""Servers that share a database, and a folder or a bucket, at a clock of the test."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, url: str, clock: Clock) -> Iterator[Cluster]:
-    shared = f"file://{tmp_path / 'versions'}", f"file://{tmp_path / 'updates'}"
+def cluster(tmp_path: Path, url: str, clock: Clock, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """SQLite with folders, or PostgreSQL with an S3."""
+    place = request.getfixturevalue("s3") if url.startswith("postgresql") else tmp_path.as_uri()
+    shared = f"{place}/versions", f"{place}/updates"
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()

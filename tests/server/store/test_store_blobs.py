@@ -1,4 +1,4 @@
-"""Blobs, in a folder and in an object store (obstore's in-memory one: the code path of S3, GCS and Azure)."""
+"""Blobs, in a folder, in an S3, and in obstore's store in memory, which takes the same path through the code."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ KEY = "runs/run-1/versions/000001.safetensors"
 DATA = os.urandom(2 * 1024 * 1024 + 7)
 
 
-@pytest.fixture(params=["folder", "file", "memory"])
+@pytest.fixture(params=["folder", "file", "memory", "s3"])
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
-    if request.param == "memory":
-        return Blobs("memory:///", tmp_path / "cache")
+    if request.param in ("memory", "s3"):
+        url = request.getfixturevalue("s3") + "/a/folder" if request.param == "s3" else "memory:///"
+        return Blobs(url, tmp_path / "cache")
     folder = tmp_path / "blobs with space"
     return Blobs(str(folder) if request.param == "folder" else folder.as_uri())
 

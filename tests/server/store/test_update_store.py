@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import obstore
 import pytest
 
 from fedpeft.adapters import payload
@@ -26,26 +27,27 @@ def update(value: float = 1.0) -> tuple[Manifest, bytes]:
 class Place:
     """Two servers' update stores; `another` is one on another machine, where the place is shared."""
 
-    def __init__(self, folder: Path, *, shared: bool) -> None:
-        self.bucket = folder / "bucket"
+    def __init__(self, folder: Path, *, shared: bool, url: str = "") -> None:
         self.spools = [Spool(folder / f"spool-{number}") for number in (1, 2)]
-        self.blobs = Blobs(f"file://{self.bucket}")
+        self.blobs = Blobs(url or f"file://{folder / 'bucket'}", folder / "fetched")
         stores = [BucketUpdates(spool, self.blobs) if shared else spool for spool in self.spools]
         self.one: UpdateStore = stores[0]
         self.another: UpdateStore = stores[1]
 
     def objects(self) -> list[str]:
-        return sorted(path.name for path in self.bucket.rglob("*") if path.is_file())
+        found = (object["path"] for batch in obstore.list(self.blobs._store) for object in batch)
+        return sorted(path.rpartition("/")[2] for path in found)
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture(params=["folder", "bucket", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return Place(tmp_path, shared=request.param == "bucket")
+    url = request.getfixturevalue("s3") if request.param == "s3" else ""
+    return Place(tmp_path, shared=request.param != "folder", url=url)
 
 
-@pytest.fixture
-def bucket(tmp_path: Path) -> Place:
-    return Place(tmp_path, shared=True)
+@pytest.fixture(params=["bucket", "s3"])
+def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return Place(tmp_path, shared=True, url=request.getfixturevalue("s3") if request.param == "s3" else "")
 
 
 def send(store: UpdateStore, manifest: Manifest, data: bytes, upto: int | None = None) -> None:
