@@ -6,6 +6,7 @@ from enum import IntEnum
 
 from fedpeft.errors import (
     BackboneMismatch,
+    BudgetExhausted,
     CertificateExpired,
     CertificateInvalid,
     CertificateMissing,
@@ -37,8 +38,8 @@ NOT_NOW = (DiskFull, Unavailable)
 FAULT = Internal
 """A server that is there and fails in a call, or answers what nobody understands: repeating it may help, or never."""
 
-UNFIT = (BackboneMismatch, ConfigInvalid, DataInvalid, ModelInvalid, SpecInvalid)
-"""Errors that say that this site cannot work for a run until someone changes something."""
+UNFIT = (BackboneMismatch, BudgetExhausted, ConfigInvalid, DataInvalid, ModelInvalid, SpecInvalid)
+"""Errors that say that this site cannot work for a run, for good or until someone changes something."""
 
 NOT_LET_IN = (
     CertificateExpired,

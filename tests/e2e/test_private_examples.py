@@ -61,7 +61,7 @@ def test_a_client_that_is_killed_goes_on_with_what_it_spent_and_ends_with_its_bu
     wait_for(lambda: within.events("training begins"), "a training after the restart", 0.002)
     federation.kill(within)
     last = federation.client("alice")
-    refused, *_ = wait_for(lambda: last.events("ticket is given up"), "the end of the budget")
+    refused, *_ = wait_for(lambda: last.events("run is declined"), "the end of the budget")
     assert refused["cause"] == (
         f"the privacy budget is spent: with round 4 of this client epsilon would be {on_paper(4):.4g}, and "
         f"privacy.target_epsilon of this run is {TARGET}"
@@ -73,5 +73,7 @@ def test_a_client_that_is_killed_goes_on_with_what_it_spent_and_ends_with_its_bu
     assert [each["privacy_epsilon"] for each in told] == [pytest.approx(on_paper(k), abs=1e-9) for k in (1, 2, 3)]
     assert shown["privacy"]["epsilon"] == pytest.approx(on_paper(3), abs=1e-9) and on_paper(3) <= TARGET < on_paper(4)
     assert not any("loss" in each for each in told) and {each["privacy_noise_multiplier"] for each in told} == {NOISE}
+    shown = wait_for(lambda: (s := federation.show(run))["declines"] and s, "the decline")
     (given_up,) = shown["in_progress"]["tickets"]
-    assert (given_up["state"], given_up["reason"]) == ("withdrawn", f"TRAINING_FAILED: {refused['cause']}")
+    assert (given_up["state"], given_up["reason"]) == ("withdrawn", refused["cause"])
+    assert [(each["client"], each["reasons"]) for each in shown["declines"]] == [("alice", [refused["cause"]])]

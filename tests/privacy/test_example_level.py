@@ -14,7 +14,7 @@ from dp_accounting.pld import PLDAccountant
 from fedpeft.adapters.payload import Manifest
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.config import RunConfig, TrainingConfig, parse_config
-from fedpeft.errors import ConfigInvalid, TrainingFailed
+from fedpeft.errors import BudgetExhausted, ConfigInvalid, TrainingFailed
 from fedpeft.privacy.accounting import calibrated
 from fedpeft.privacy.example_level import Steps, example_epsilon, example_noise
 from fedpeft.rounds.combinations import check_combination
@@ -75,7 +75,7 @@ def test_a_client_works_out_the_noise_that_lasts_for_all_rounds_and_no_more() ->
             assert budget.noise is not None and budget.noise.noise_multiplier == z
             state = budget.state
         assert budget.epsilon == pytest.approx(on_paper(z, (rate, 12 * steps)), abs=1e-9)
-        with pytest.raises(TrainingFailed, match=r"with round 1 of this client epsilon would be 5\.\d+, and"):
+        with pytest.raises(BudgetExhausted, match=r"with round 1 of this client epsilon would be 5\.\d+, and"):
             LocalBudget.of(config, job(config, state), examples)
 
 

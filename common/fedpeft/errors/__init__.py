@@ -89,6 +89,7 @@
         ├── IdentityInvalid       a key, a certificate, an enrolment token
         ├── AuditBroken           an audit log was changed
         ├── TrainingFailed        local training ended without an update
+        ├── BudgetExhausted       a client has no privacy budget left for a run
         └── RefusedByPolicy       a server asks for more than the policy of this site allows
 
 A class knows its gRPC status and its `ErrorInfo.reason`; `fedpeft.rpc.status` carries both across the network and back.
@@ -177,6 +178,7 @@ from fedpeft.errors.limits import (
 from fedpeft.errors.local import (
     AuditBroken,
     BackboneMismatch,
+    BudgetExhausted,
     DataInvalid,
     IdentityInvalid,
     LocalError,
@@ -215,6 +217,7 @@ __all__ = [
     "BackboneMismatch",
     "BeingChecked",
     "BlobCorrupt",
+    "BudgetExhausted",
     "CapabilitiesInvalid",
     "CertificateExpired",
     "CertificateInvalid",

@@ -41,5 +41,9 @@ class TrainingFailed(LocalError):
     """Local training ended without an update."""
 
 
+class BudgetExhausted(LocalError):
+    """A client has no privacy budget left for another update of a run."""
+
+
 class RefusedByPolicy(LocalError):
     """A server asks for more than the policy of this site allows, or at a time when it allows nothing."""

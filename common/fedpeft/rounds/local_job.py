@@ -14,7 +14,7 @@ from pathlib import Path
 from fedpeft.adapters.payload import Manifest, Tensors, check_payload, decode
 from fedpeft.adapters.updates import Arrays, PreparedUpdate
 from fedpeft.config import TrainingConfig
-from fedpeft.errors import TrainingFailed
+from fedpeft.errors import BudgetExhausted, TrainingFailed
 
 Groups = Mapping[str, Tensors]
 """Tensors by group and name, float32."""
@@ -102,7 +102,7 @@ class LocalFailure:
     """
 
     client: str
-    error: TrainingFailed
+    error: TrainingFailed | BudgetExhausted
 
 
 LocalOutcome = LocalUpdate | LocalFailure

@@ -14,13 +14,13 @@ from fedpeft.config import RunConfig
 from fedpeft.data.division import drawn_rows
 from fedpeft.data.labels import read_label_map
 from fedpeft.data.reading import USUAL, Reading
-from fedpeft.errors import DataInvalid, TrainingFailed
+from fedpeft.errors import DataInvalid
 from fedpeft.models.tasks import task_of
 from fedpeft.rounds import metric_values
 from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome, LocalUpdate, Version
 from fedpeft.simulation.clients import ClientData, Clients, Data, place_of
 from fedpeft.training.devices import device_of
-from fedpeft.training.local_round import load_run
+from fedpeft.training.local_round import NO_UPDATE, load_run
 from fedpeft.training.loop import Training
 from fedpeft.training.randomness import Stream
 
@@ -94,7 +94,7 @@ class LocalTrainer:
         try:
             with naming(job.client):
                 return self.figures_of(self.run.train(job, self._prepared(job.client)))
-        except TrainingFailed as error:
+        except NO_UPDATE as error:
             return LocalFailure(job.client, error)
 
     def begin(self, job: LocalJob) -> tuple[Training, Stream]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedpeft.adapters.updates import Arrays
 from fedpeft.config import CodecConfig, PrivacyConfig, RunConfig, TrainingConfig
-from fedpeft.errors import TrainingFailed
+from fedpeft.errors import BudgetExhausted, TrainingFailed
 from fedpeft.privacy.accounting import beyond, local_epsilon, locally_overspent
 from fedpeft.privacy.example_level import Steps, example_epsilon, example_noise, no_protection
 from fedpeft.privacy.statement import EPSILON
@@ -55,7 +55,8 @@ class LocalBudget:
         """Returns the budget after the update of a job, of a client with so many examples.
 
         Raises:
-            TrainingFailed: If that would spend more than the client may, or delta protects none of its examples.
+            BudgetExhausted: If that would spend more than the client may.
+            TrainingFailed: If delta protects none of its examples, or the settings are others than before.
         """
         privacy = config.privacy
         if privacy is None or not privacy.is_of_clients:
@@ -65,7 +66,7 @@ class LocalBudget:
         terms = _terms(job, privacy, privacy.noise_multiplier or 0.0)
         sent = int(job.state.get(SENT, {}).get("updates", np.zeros(1, np.float32))[0])
         if why := locally_overspent(config, sent):
-            raise TrainingFailed(why)
+            raise BudgetExhausted(why)
         spent = local_epsilon(privacy.noise_multiplier or 0.0, sent + 1, privacy.delta or 0.0)
         state = {SENT: {"updates": np.array([sent + 1], np.float32), TERMS: terms}}
         return cls(config.codec.model_copy(update={"error_feedback": False}), state, spent)
@@ -81,7 +82,7 @@ class LocalBudget:
         terms = _terms(job, privacy, z, float(job.settings.batch_size))
         spent = example_epsilon(z, job.settings.batch_size, ledger, privacy.delta or 0.0)
         if why := beyond(privacy, spent, f"round {job.round} of this client"):
-            raise TrainingFailed(why)
+            raise BudgetExhausted(why)
         state = {
             "examples": np.array([steps.examples for steps in ledger], np.float32),
             "steps": np.array([steps.count for steps in ledger], np.float32),

@@ -19,6 +19,7 @@ from fedpeft.aggregation import strategy
 from fedpeft.aggregation.low_rank.ranks import cut, limited, of_rank, padded
 from fedpeft.algorithms import algorithm
 from fedpeft.config import RunConfig, TrainingConfig
+from fedpeft.errors import BudgetExhausted, TrainingFailed
 from fedpeft.models import backbones
 from fedpeft.models.tasks import Dataset, LabelMap, Task
 from fedpeft.peft import TunedModel, tune
@@ -33,6 +34,9 @@ from fedpeft.training.loop import Progress, Training, train
 from fedpeft.training.randomness import Stream
 from fedpeft.training.result import TrainingResult
 from fedpeft.training.run_spec import run_spec
+
+NO_UPDATE = (TrainingFailed, BudgetExhausted)
+"""Errors of a client's round that ended without an update; the other clients go on."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class LoadedRun:
             OSError: If the version's file cannot be read.
             PayloadInvalid: If the version is not what its manifest says.
             StateInvalid: If the residual is of another run.
-            TrainingFailed: If training ended without an update, or the client's privacy budget is spent.
+            TrainingFailed: If training ended without an update.
+            BudgetExhausted: If the client's privacy budget is spent.
         """
         budget = LocalBudget.of(self.config, job, len(dataset))  # before anything is trained in vain
         beside = self._set(job.version, job.state.get(LOCAL, {}), self._rank(job))

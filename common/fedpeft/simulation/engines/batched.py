@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpeft.errors import ConfigInvalid, TrainingFailed
+from fedpeft.errors import ConfigInvalid
 from fedpeft.models.tasks import Batch
 from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome
 from fedpeft.simulation.engines.engine import AHEAD, ConcurrentEngine, engines
 from fedpeft.simulation.local_trainer import LocalTrainer, naming
+from fedpeft.training.local_round import NO_UPDATE
 from fedpeft.training.loop import Training, following, placed
 from fedpeft.training.precision import lowered, multiplying, precision
 from fedpeft.training.randomness import Stream
@@ -84,7 +85,7 @@ class Batched(ConcurrentEngine):
             steps = training.steps()
             with naming(job.client), stream.drawn():
                 batch = next(steps)
-        except TrainingFailed as error:
+        except NO_UPDATE as error:
             return LocalFailure(job.client, error)
         self._at_work.append(_Client(job, training, stream, steps, batch))
         return None
@@ -101,7 +102,7 @@ class Batched(ConcurrentEngine):
                     losses = self._gradients.compute([client.turn for client in self._at_work])
                     stepped = zip(list(self._at_work), losses, strict=True)
                     outcomes = [each for client, loss in stepped if (each := self._step(client, loss)) is not None]
-        except TrainingFailed as error:  # of the pass: one client is enough for it
+        except NO_UPDATE as error:  # of the pass: one client is enough for it
             outcomes = [LocalFailure(client.job.client, error) for client in self._at_work]
             self.close()
         finally:
@@ -119,7 +120,7 @@ class Batched(ConcurrentEngine):
                     return None
                 update = self.trainer.run.update(client.job, client.training.result())
             outcome: LocalOutcome = self.trainer.figures_of(update)
-        except TrainingFailed as error:
+        except NO_UPDATE as error:
             outcome = LocalFailure(name, error)
         self._at_work.remove(client)
         return outcome
