@@ -6,11 +6,11 @@ A page is written by hand down to the mark, and made by a module of `generators`
 import sys
 from pathlib import Path
 
-from generators import commands, metrics, protocol, run_file, security, settings, site_owner
+from generators import commands, durations, metrics, protocol, run_file, security, settings, site_owner
 
 DOCS = Path(__file__).resolve().parent
 BEGIN = "<!-- made by docs/generate.py from the code: change it there -->\n"
-GENERATORS = (commands, metrics, protocol, run_file, security, settings, site_owner)
+GENERATORS = (commands, durations, metrics, protocol, run_file, security, settings, site_owner)
 """Modules with `PAGE`, the name of a file in docs/, and `lines()`, which yields what stands below the mark."""
 
 
