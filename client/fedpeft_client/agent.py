@@ -342,6 +342,9 @@ class Agent:
     async def _cannot_score(self, task: pb.EvaluationTask, failure: Reason, log: Log) -> None:
         """Counts a failed attempt at a version; after the last one it is given up, and the other versions go on."""
         key = task.run, task.version
+        if isinstance(failure.error, StateInvalid):  # this site's disk, and nothing that the version can help
+            self._leave_out(task.run, surely=True)
+            return
         attempts = self._attempts.failed(key)
         if failure.kind == FAULT.reason:
             self._leave_out(task.run, surely=True)

@@ -207,6 +207,23 @@ async def test_a_version_that_cannot_be_scored_is_given_up_and_later_ones_go_on(
     assert words[1] == "version 0 cannot be scored: METRICS_INVALID: the figure loss is -1"
 
 
+async def test_a_version_is_scored_once_the_state_directory_can_be_written_again(
+    federation: Federation, start_client: StartClient, tmp_path: Path
+) -> None:
+    """Three attempts within a second, at a disk that was full for a second, gave the version up for good."""
+    federation.run = tiny_run()
+    in_the_way = tmp_path / "site-a" / "runs" / federation.run.id
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("a folder cannot be made here")
+    timing = {"first_hold_s": 0.1, "longest_hold_s": 0.1, "first_pause_s": 0.05, "longest_pause_s": 0.1}
+    client = await start_client("--evaluate", timing=timing)
+    await until(lambda: len(client.events("version is not scored")) > 3 or federation.run.failures, client.text)
+    in_the_way.unlink()
+    await client.said("evaluated")
+    assert federation.run.failures == {}
+    assert "accuracy" in federation.run.evaluations[0]
+
+
 async def test_late_update_grows_the_residual_and_the_next_update(
     federation: Federation, start_client: StartClient, tmp_path: Path
 ) -> None:
