@@ -25,6 +25,8 @@ from fedpeft.errors import (
     InvalidArgument,
     PayloadInvalid,
     RoundClosed,
+    StateInvalid,
+    StoreUnavailable,
     TicketClosed,
     UpdateDiffers,
     UpdateExcluded,
@@ -201,8 +203,12 @@ class Uploads:
         self, engine: RunEngine, ticket: Ticket, header: pb.UpdateHeader, writer: SpoolWriter
     ) -> UpdateRow:
         """Checks a whole upload, makes it durable and counts it."""
-        async with _refusing(engine, ticket):
-            update = await self._store.compute(self._make_durable, header, writer, engine.run.config)
+        try:
+            async with _refusing(engine, ticket):
+                update = await self._store.compute(self._make_durable, header, writer, engine.run.config)
+        except (StateInvalid, StoreUnavailable):
+            _admit(engine, _current(engine, ticket))  # its files went with its round meanwhile
+            raise
         try:
             return await engine.receive(update, actor())
         except (RoundClosed, TicketClosed):

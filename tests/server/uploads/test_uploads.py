@@ -14,11 +14,14 @@ import pytest
 
 from fedpeft.adapters import payload
 from fedpeft.adapters import spec as specs
+from fedpeft.errors import StoreUnavailable
 from fedpeft.identity.subject import Role
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import federation_service_pb2 as pb
+from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft_server.access.bounds import CALLERS, RECEIVING
+from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.uploads import pipeline
 from fedpeft_server.uploads.incoming import ReceiveSlots
@@ -112,6 +115,36 @@ async def test_an_update_whose_round_ends_while_it_is_looked_up_is_late_and_not_
     await client.task()
     go_on.set()
     assert await refused(first) == "ROUND_CLOSED"
+
+
+@pytest.mark.parametrize("gone", ["before it is opened", "while it is opened"])
+async def test_an_update_whose_files_went_with_its_round_after_they_were_whole_is_late(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """The server said an internal error, in its log and to the client."""
+    run, client, ticket = await one_ticket(daemon)
+    real, whole, go_on = pipeline._finish, threading.Event(), threading.Event()
+
+    def finished(writer: SpoolWriter) -> None:
+        real(writer)
+        whole.set()
+        assert go_on.wait(10)
+        if gone == "while it is opened":  # the name was looked up, and the file is not there any more
+            monkeypatch.setattr(Spool, "open", vanished)
+
+    def vanished(_: Spool, ticket: str, sha256: bytes) -> None:
+        raise StoreUnavailable(f"reading the update of {ticket} failed: No such file or directory")
+
+    monkeypatch.setattr(pipeline, "_finish", finished)
+    push = asyncio.create_task(client.push(ticket, filled(1.0)))
+    assert await asyncio.to_thread(whole.wait, 10)
+    await daemon.operator.StopRun(op.StopRunRequest(run=run.id))
+    spool = daemon.server.settings.data_dir / "spool"
+    async with asyncio.timeout(10):
+        while any(spool.iterdir()):
+            await asyncio.sleep(0.02)
+    go_on.set()
+    assert await refused(push) in ("ROUND_CLOSED", "TICKET_CLOSED", "RUN_FINISHED")
 
 
 async def test_a_repetition_gets_the_refusal_of_the_check_that_is_under_way(
