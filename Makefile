@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install s3 demo test test-slow check proto bench docs notebooks dist test-dist test-compose test-network test-schedules interop screenshots
+.PHONY: help install s3 demo test test-slow check proto bench docs notebooks dist test-dist test-compose test-network test-schedules chaos chaos-goodput interop screenshots
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -74,6 +74,14 @@ test-network: $(STAMP) ## hold a run over TLS between two network namespaces, an
 SCHEDULES ?= 1000
 test-schedules: $(STAMP) ## hold SCHEDULES=1000 federations in simulated time, each with faults of its own, and a death before each effect on a disk
 	SCHEDULES=$(SCHEDULES) STEP=1 $(BIN)/pytest -n $(WORKERS) tests/simulated_time
+
+chaos: SCHEDULES = 300
+chaos: $(STAMP) ## hold SCHEDULES=300 federations of real processes under faults: kills, power failures, full disks, bad lines (root; FIRST=SEED, STEP=1: a death before each effect)
+	SCHEDULES=$(SCHEDULES) $(BIN)/pytest -n $(WORKERS) tests/chaos
+
+MINUTES ?= 30
+chaos-goodput: $(STAMP) ## count the rounds of MINUTES=30 with a process killed or stopped, or a line cut, every 29 s, beside as many minutes without
+	cd tests && ../$(BIN)/python -m chaos.goodput --minutes $(MINUTES)
 
 test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment without torch, and ask its commands
 	$(BIN)/pytest -n 0 -m slow tests/docs/test_installed.py

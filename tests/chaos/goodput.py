@@ -1,0 +1,123 @@
+"""Rounds that real processes commit under faults, beside those of a stretch of the same length without.
+
+    python -m chaos.goodput --minutes 30 [--training 2] [--wanted 3]
+
+Every 29 s a process is killed or stopped, or a line is cut, by a seed. All durations of the processes are a user's.
+Afterwards each receipt must count once, and `fedpeft run verify` must fold each round again to the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from .mains import CLIENTS
+from .schedule import LINKS, Fault, Kill, Line, Schedule, Stop
+from .world import Outcome, World
+
+EVERY_S = 29.0
+AWAY_S = 1.0
+"""A supervisor starts a killed process again after this time."""
+LONGEST_S = 5.0
+"""Longest stop and longest cut."""
+ROUNDS = 100_000
+
+
+def drawn(seed: int, length_s: float) -> tuple[Fault, ...]:
+    """Draws a fault for every 29 s."""
+    draw = random.Random(f"goodput {seed}")
+    faults: list[Fault] = []
+    for number in range(1, int(length_s / EVERY_S) + 1):
+        at, kind, machine = number * EVERY_S, draw.choice("ksp"), draw.choice(("server", *CLIENTS, "e"))
+        for_s = draw.uniform(1.0, LONGEST_S)
+        if kind == "k":
+            faults.append(Kill(at, machine, AWAY_S))
+        elif kind == "s":
+            faults.append(Stop(at, machine, for_s))
+        else:
+            faults.append(Line(at, draw.choice(LINKS), for_s, draw.choice(("cut", "stall")), 3.0))
+    return tuple(fault for fault in faults if fault.over_s < length_s)
+
+
+class Stretch(World):
+    """A world that is held for a time, whatever its run has come to.
+
+    Args:
+        schedule: Its faults.
+        place: An empty folder.
+        length_s: Its time, from the first committed round on.
+    """
+
+    def __init__(self, schedule: Schedule, place: Path, length_s: float) -> None:
+        super().__init__(schedule, place)
+        self._length_s = length_s
+
+    def hold(self) -> Outcome:
+        """Holds it, and looks at what it left."""
+        outcome = Outcome()
+        self._begin()
+        self._until(lambda: self._word("version"), time.monotonic() + 60.0, "no round was committed")
+        begun = time.monotonic()
+        self._plan(begun)
+        self._until(lambda: time.monotonic() >= begun + self._length_s, begun + self._length_s + 60.0, "")
+        versions = [word["version"] for word in self._words() if "version" in word]
+        self._place.joinpath("stop").touch()
+        self._until(lambda: self._word("stopped") is not None, time.monotonic() + 60.0, "the run was not stopped")
+        outcome.faults += self._verify(str(self._word("run")))
+        self._end()
+        outcome.committed = versions[-1] - versions[0]
+        return self._judged(outcome)
+
+
+def stretch(name: str, faults: tuple[Fault, ...], chosen: argparse.Namespace) -> Outcome:
+    """Holds a stretch in a process of its own."""
+    reading, writing = os.pipe()
+    place = Path(tempfile.mkdtemp(prefix="goodput-"))
+    schedule = Schedule(name, faults, rounds=ROUNDS, longest_training_s=chosen.training, wanted=chosen.wanted)
+    child = os.fork()
+    if not child:
+        outcome = Outcome()
+        try:
+            outcome = Stretch(schedule, place, chosen.minutes * 60).hold()
+        except BaseException:
+            outcome.faults.append(traceback.format_exc())
+        finally:
+            with open(writing, "w") as stream:
+                json.dump(outcome.__dict__, stream)
+            os._exit(0)
+    os.close(writing)
+    with open(reading) as stream:
+        outcome = Outcome(**json.loads(stream.read()))
+    os.waitpid(child, 0)
+    shutil.rmtree(place)
+    return outcome
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--training", type=float, default=4.0, help="longest time that a training takes, in seconds")
+    parser.add_argument("--wanted", type=int, default=len(CLIENTS) - 1, help="updates a round closes with, of 4")
+    parser.add_argument("--seed", type=int, default=1)
+    chosen = parser.parse_args()
+    faults = drawn(chosen.seed, chosen.minutes * 60)
+    print(f"faults: {dict(Counter(type(fault).__name__ for fault in faults))}", flush=True)
+    committed = {}
+    for name, happening in (("without faults", ()), ("under faults", faults)):
+        outcome = stretch(name, happening, chosen)
+        committed[name] = outcome.committed
+        print(f"{name}: {outcome.committed} rounds, {outcome.cpu_s:.0f} s of CPU, load {os.getloadavg()[0]:.1f}")
+        print("\n".join(outcome.faults) or "lost 0, doubled 0, every round folds again to the same bits", flush=True)
+    print(f"goodput: {committed['under faults'] / committed['without faults']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The promises, held against what the processes of a world left: databases, files and logs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.numpy
+
+from .machines import Machine, read_only
+from .schedule import Full, Schedule, Unforced
+
+REFUSALS = ("Input/output error", "No space left on device", "ENOSPC", "no room", "disk I/O error")
+"""Words of errors that a disk without room, or one that cannot be written, explains."""
+
+
+@dataclass
+class Found:
+    """Findings: broken promises, the digest of the last version, and what is worth a line."""
+
+    faults: list[str] = field(default_factory=list)
+    adapter: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def look(logs: Path, machines: dict[str, Machine], schedule: Schedule) -> Found:
+    """Returns what is to be said of a world that is over."""
+    found = Found()
+    data = machines["server"].disk.path / "data"
+    lines = [(log.name, line) for log in sorted(logs.glob("*.log")) for line in _lines(log)]
+    found.faults += _unexpected(lines, schedule)
+    for machine in machines.values():
+        excused = any(isinstance(fault, Full | Unforced) for fault in schedule.faults)
+        (found.notes if excused else found.faults).extend(machine.ends)
+    database = data / "fedpeft.db"
+    if not database.exists():
+        return Found([*found.faults, "there is no database"])
+    with closing(read_only(database)) as read:
+        newest = read.execute("select max(version) from versions").fetchone()[0]
+        found.faults += _uncounted(read, _receipts(lines))
+        found.faults += _unbooked(read)
+    try:
+        found.adapter = _digest(data / "blobs", newest or 0)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        found.faults.append(f"version {newest} cannot be read: {error}")
+    for name, machine in machines.items():
+        if name != "server" and not schedule.is_endless and (left := _left_over(machine.disk.path / "state")):
+            found.faults.append(f"{name} still has {left}, and the run is over")
+    return found
+
+
+def last_lines(logs: Path, most: int = 400) -> list[str]:
+    """Returns the last lines of all logs, by time."""
+    lines = [
+        (str(line.get("timestamp", "")), f"{log.name} {line}") for log in logs.glob("*.log") for line in _lines(log)
+    ]
+    return [line for _, line in sorted(lines)][-most:]
+
+
+def _lines(log: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a process; one that death cut off is left out, and one that is no JSON has only a text."""
+    whole, _, _ = log.read_bytes().rpartition(b"\n")
+    for line in whole.decode(errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            yield {"text": line}
+
+
+def _receipts(lines: list[tuple[str, dict[str, Any]]]) -> dict[tuple[str, int], str]:
+    """Returns the digests that clients have receipts for."""
+    return {
+        (line["client"], int(line["round"])): line["sha256"]
+        for _, line in lines
+        if line.get("event") == "update received" and "sha256" in line and "client" in line
+    }
+
+
+def _uncounted(read: Any, receipts: dict[tuple[str, int], str]) -> Iterator[str]:
+    counted = read.execute(
+        "select client, number, payload_sha256 from tickets join updates on ticket = id where state = 'received'"
+    ).fetchall()
+    for (client, number), times in Counter((client, number) for client, number, _ in counted).items():
+        if times != 1:
+            yield f"{client} counts {times} times in round {number}"
+    there = {(client, number): sha256 for client, number, sha256 in counted}
+    for (client, number), sha256 in receipts.items():
+        if there.get((client, number)) != sha256:
+            yield f"{client} has a receipt for round {number} that does not count: {there.get((client, number))}"
+    for number, record in read.execute("select number, record from rounds where record != ''"):
+        folded = [each["client"] for each in json.loads(record)["contributions"]]
+        if len(folded) != len(set(folded)):
+            yield f"round {number} folds a client twice: {folded}"
+
+
+def _unbooked(read: Any) -> Iterator[str]:
+    rows = read.execute("select number, client, wire_up, wire_down, payload_up, payload_down from traffic").fetchall()
+    for number, client, up, down, payload_up, payload_down in rows:
+        if up < payload_up or down < payload_down:
+            yield f"{client} in round {number}: {up}, {down} bytes, with {payload_up}, {payload_down} of payload"
+
+
+def _left_over(state: Path) -> list[str]:
+    """Returns what a client should not have any more."""
+    return [path.name for path in state.glob("*") if path.name.startswith(("pending", "settled-", "set-aside"))]
+
+
+def _digest(blobs: Path, version: int) -> str:
+    """Returns the digest of a version's tensors."""
+    (file,) = blobs.glob(f"runs/*/versions/{version:06}.safetensors")
+    digest = hashlib.sha256()
+    for name, values in sorted(safetensors.numpy.load_file(file).items()):
+        digest.update(name.encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+def _unexpected(lines: list[tuple[str, dict[str, Any]]], schedule: Schedule) -> Iterator[str]:
+    """Yields what no process should have logged."""
+    ill = {fault.machine for fault in schedule.faults if isinstance(fault, Full | Unforced)}
+    for log, line in lines:
+        if "text" in line or line.get("level") in ("error", "critical") or "exception" in line:
+            is_ill = bool(ill & {log.split(".")[0], "server"})
+            if not (is_ill and any(words in str(line) for words in REFUSALS)):
+                yield f"{log}: {line}"

@@ -1,0 +1,282 @@
+"""A world of real processes: a daemon, clients, an evaluator and an operator, and what a schedule of faults does to it.
+
+    python -m chaos.world        # holds the schedule of each line on stdin, and prints what came of it
+
+This process imports everything and does nothing with it, so that each process of a world is a fork of it.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from . import durations  # before anything takes them by name
+
+import gc
+import heapq
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from simulated_time.machines import own_mounts
+
+from . import mains, oracle, processes, proxy
+from .machines import Machine
+from .schedule import LINKS, Schedule
+
+LEAVES_S = 10.0
+PORTS = range(20_000, 32_000)
+"""Below those that the system gives to outgoing connections: a daemon that is away finds its port free."""
+
+
+@dataclass
+class Outcome:
+    """Outcome of a world.
+
+    Attributes:
+        faults: Promises that were broken; empty if none was.
+        adapter: SHA-256 of the last version's tensors.
+        seconds: Time until the run was complete.
+        cpu_s: Processor time of all processes.
+        deaths: Processes that were killed.
+        effects: Effects of each machine.
+        committed: Rounds that were committed in a stretch of time, where one is held.
+        notes: Ends of processes because of a full disk, and pauses of the run.
+        log: The last lines of all processes, where a promise was broken.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    adapter: str = ""
+    seconds: float = 0.0
+    cpu_s: float = 0.0
+    deaths: int = 0
+    effects: dict[str, int] = field(default_factory=dict)
+    committed: int = 0
+    notes: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+
+
+def held(schedule: Schedule, keep: str = "") -> Outcome:
+    """Holds a world in a process of its own, with mounts of its own.
+
+    Args:
+        schedule: Its faults.
+        keep: A folder that the world's files are copied to where a promise was broken; empty: nowhere.
+    """
+    reading, writing = os.pipe()
+    place = Path(tempfile.mkdtemp(prefix="chaos-"))
+    child = os.fork()
+    if not child:
+        outcome = Outcome()
+        try:
+            os.close(reading)
+            outcome = World(schedule, place).hold()
+        except BaseException:
+            outcome.faults.append(traceback.format_exc())
+        finally:
+            if outcome.faults and keep:
+                shutil.copytree(place, Path(keep) / schedule.name.replace(" ", "-"), dirs_exist_ok=True)
+            with open(writing, "w") as stream:
+                json.dump(outcome.__dict__, stream)
+            os._exit(0)
+    os.close(writing)
+    with open(reading) as stream:
+        said = stream.read()
+    os.waitpid(child, 0)
+    shutil.rmtree(place)  # by now without the disks that were mounted in it
+    return Outcome(**json.loads(said)) if said else Outcome(["the process died"])
+
+
+class World:
+    """One world.
+
+    Args:
+        schedule: Its faults.
+        place: An empty folder.
+
+    Attributes:
+        machines: The machines by name.
+    """
+
+    def __init__(self, schedule: Schedule, place: Path) -> None:
+        self._schedule = schedule
+        self._place = place
+        self._said = place / "operator.jsonl"
+        (place / "logs").mkdir()
+        self._port = free_port()
+        self._listeners = [socket.create_server(("127.0.0.1", 0), backlog=128) for _ in LINKS]
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._running: list[int] = []
+        self.machines: dict[str, Machine] = {}
+
+    def hold(self) -> Outcome:
+        """Holds the world until the run is complete, and looks at what it left."""
+        if self._schedule.own_disks:
+            own_mounts()
+        outcome = Outcome()
+        self._begin()
+        begun = time.monotonic()
+        last = self._plan(begun)
+        try:
+            self._until(
+                lambda: self._completed() is not None, last + self._schedule.patience_s, "the run is not complete"
+            )
+            outcome.seconds = time.monotonic() - begun
+            self._until(lambda: time.monotonic() >= last, last + 1.0, "")
+            run = str(self._word("run"))
+            self._until(lambda: self._scored(), last + self._schedule.patience_s, "the last version is not scored")
+            outcome.faults += self._verify(run)
+        except TimeoutError as error:
+            outcome.faults.append(str(error))
+        self._end()
+        return self._judged(outcome)
+
+    def line(self, client: str, what: str, amount: float = 0.0) -> None:
+        """Changes the line of a client."""
+        message = {"link": LINKS.index(client), "what": what, "amount": amount}
+        self._control.sendall(json.dumps(message).encode() + b"\n")
+
+    def _begin(self) -> None:
+        ports = {name: listener.getsockname()[1] for name, listener in zip(LINKS, self._listeners, strict=True)}
+        self._control, far = socket.socketpair()
+        serve = lambda: asyncio_run(proxy.serve(self._listeners, self._port, far))  # noqa: E731
+        kept = [*(listener.fileno() for listener in self._listeners), far.fileno()]
+        self._running.append(processes.start(serve, self._place / "logs" / "proxy.0.log", kept))
+        far.close()
+        for listener in self._listeners:
+            listener.close()
+        self._add("server", lambda disk: mains.serve(disk / "data", self._port))
+        longest_s = self._schedule.longest_training_s
+        for name in LINKS:
+            self._add(name, lambda disk, name=name: mains.take_part(name, disk / "state", ports[name], longest_s))
+        config = mains.run_config(self._schedule.rounds, self._schedule.wanted)
+        operate = lambda: mains.operate(self._port, config, self._said)  # noqa: E731
+        self._running.append(processes.start(operate, self._place / "logs" / "operator.0.log"))
+
+    def _add(self, name: str, main: Callable[[Path], int | None]) -> None:
+        own, lies = self._schedule.own_disks, self._schedule.disks_lie
+        drawn = random.Random(f"{self._schedule.name} {name}")
+        self.machines[name] = Machine(name, self._place, drawn, main, own_disk=own, lies=lies)
+        self.machines[name].start()
+
+    def _plan(self, begun: float) -> float:
+        """Puts the faults into their order; returns when the last one is over."""
+        last = begun
+        for fault in self._schedule.faults:
+            begins, ends = begun + fault.at_s, begun + fault.over_s
+            self._at(begins, lambda fault=fault: fault.begin(self))
+            self._at(ends, lambda fault=fault: fault.end(self))
+            last = max(last, ends)
+        self._at(last, self._heal)
+        return last
+
+    def _at(self, when: float, act: Callable[[], None]) -> None:
+        heapq.heappush(self._due, (when, next(self._order), act))
+
+    def _heal(self) -> None:
+        """Ends all faults: from now on the run must come to its end."""
+        for client in LINKS:
+            self.line(client, "heal")
+        for machine in self.machines.values():
+            machine.dies_before(-1)
+            machine.signal(signal.SIGCONT)
+            machine.is_stopped = False
+            if self._schedule.own_disks:
+                machine.fill(None)
+
+    def _until(self, reached: Callable[[], Any], until: float, why: str) -> None:
+        while True:
+            now = time.monotonic()
+            while self._due and self._due[0][0] <= now:
+                heapq.heappop(self._due)[2]()
+            for machine in self.machines.values():
+                machine.look(now)
+            if reached():
+                return
+            if now > until and why:
+                raise TimeoutError(f"{self._schedule.patience_s:.0f} s after the last fault {why}")
+            time.sleep(0.02)
+
+    def _words(self) -> list[dict[str, Any]]:
+        if not self._said.exists():
+            return []
+        return [json.loads(line) for line in self._said.read_text().splitlines()]
+
+    def _word(self, key: str) -> Any:
+        return next((word[key] for word in self._words() if key in word), None)
+
+    def _completed(self) -> Any:
+        return self._word("completed")
+
+    def _scored(self) -> bool:
+        """Returns whether the evaluator has scored the last version."""
+        wanted = f'"version": {self._schedule.rounds}'.encode()
+        logs = (self._place / "logs").glob("e.*.log")
+        return any(b'"evaluated"' in line and wanted in line for log in logs for line in log.read_bytes().splitlines())
+
+    def _verify(self, run: str) -> list[str]:
+        """Has the run verified, up to each update that was folded."""
+        spool, log = self.machines["server"].disk.path / "data" / "spool", self._place / "logs" / "verify.0.log"
+        pid = processes.start(lambda: mains.verify(self._port, run, spool), log)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return [] if code == 0 else [f"the run does not verify: {log.read_text()[-2000:]}"]
+
+    def _end(self) -> None:
+        for name in (*LINKS, "server"):
+            self.machines[name].end(LEAVES_S)
+        for pid in self._running:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def _judged(self, outcome: Outcome) -> Outcome:
+        machines = self.machines.values()
+        outcome.deaths = sum(machine.deaths for machine in machines)
+        outcome.cpu_s = sum(machine.cpu_s for machine in machines)
+        for machine in machines:
+            machine.switches.look()
+        outcome.effects = {machine.name: machine.switches.effects for machine in machines}
+        outcome.notes = [f"paused: {word['paused']}" for word in self._words() if "paused" in word]
+        found = oracle.look(self._place / "logs", self.machines, self._schedule)
+        outcome.adapter = found.adapter
+        outcome.faults += found.faults
+        outcome.notes += found.notes
+        outcome.log = oracle.last_lines(self._place / "logs") if outcome.faults else []
+        return outcome
+
+
+def asyncio_run(work: Any) -> int:
+    """Runs the main coroutine of a process."""
+    import asyncio
+
+    asyncio.run(work)
+    return 0
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return port
+
+
+if __name__ == "__main__":
+    assert durations
+    gc.collect()
+    gc.freeze()  # what a fork's collections visit would be copied for it
+    for name in sys.stdin:
+        print(json.dumps(held(Schedule.named(name.strip()), os.environ.get("KEEP", "")).__dict__), flush=True)
