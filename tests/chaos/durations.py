@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedpeft.rpc import grpc_core
 from fedpeft.rpc import timing as protocol
 
-grpc_core.configure()  # as each command does before it imports gRPC
+from . import grpc_environment  # noqa: F401
 
 protocol.HOLD_S, protocol.STALL_S = 2.0, 3.0
 

@@ -19,6 +19,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+from . import grpc_environment  # noqa: F401
 from .mains import CLIENTS
 from .schedule import LINKS, Fault, Kill, Line, Schedule, Stop
 from .world import Outcome, World
