@@ -51,7 +51,7 @@ class Picky(Capped):
 
 
 class Everybody(RoundPolicy):
-    def wanted(self, state, config):
+    def wanted(self, state, config, now):
         return 1000
 
 
@@ -84,24 +84,20 @@ import json
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.config import parse_config
 from fedpeft.errors import ConfigInvalid
-from fedpeft.rounds.combinations import check_combination, check_served
+from fedpeft.rounds.combinations import check_combination
 
 spec = AdapterSpec.of("bias", [TensorSpec("head.weight", (2, 3))])
 SCAFFOLD = {"momentum": 0.0, "algorithm": {"name": "scaffold", "population": 9}}
 PROX = {"algorithm": {"name": "fedprox"}}
 
 
-def faults(check=check_combination, **sections):
+def faults(**sections):
     run = {"model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}, "peft": {"method": "bias"}}
     try:
-        check(parse_config({**run, "rounds": {"clients": 2}, **sections}), spec)
+        check_combination(parse_config({**run, "rounds": {"clients": 2}, **sections}), spec)
     except ConfigInvalid as error:
         return [list(each) for each in error.fields]
     return []
-
-
-def served(config, spec):
-    check_served(config)
 
 
 def strategy(name):
@@ -119,8 +115,6 @@ print(json.dumps({
     "one version": faults(training=SCAFFOLD, rounds={"clients": 2, "policy": "everybody"}),
     "many versions": faults(training=SCAFFOLD, rounds={"clients": 2, "policy": "drifting"}),
     "policy asked": faults(rounds={"clients": 3, "policy": "drifting"}),
-    "served": faults(served, rounds={"policy": "everybody"}),
-    "not served": faults(served, rounds={"policy": "drifting"}),
     "setting": faults(rounds={"clients": 2, "policy": "drifting", "concurrency": 4}),
     "no setting": faults(rounds={"clients": 2, "policy": "drifting", "max_staleness": 4}),
     "no setting either": faults(rounds={"clients": 2, "policy": "everybody", "concurrency": 4}),
@@ -139,7 +133,7 @@ def test_what_does_not_go_with_an_installed_part_is_refused_and_all_else_is_not(
     install(tmp_path, "parts", PARTS, POINTS)
     found = run(tmp_path, COMBINED)
     scaffold = "training.algorithm is 'scaffold'"
-    for name in ("weighted mean", "proximal", "dense with scaffold", "one version", "served", "setting"):
+    for name in ("weighted mean", "proximal", "dense with scaffold", "one version", "setting"):
         assert found.pop(name) == [], name
     assert found.pop("values") == "sparse+float64"
     mean = f"is 'summed'; one that takes the weighted mean is needed, as fedavg does; {scaffold}"
@@ -152,7 +146,6 @@ def test_what_does_not_go_with_an_installed_part_is_refused_and_all_else_is_not(
     ((field, text),) = found.pop("many versions")
     assert field == "rounds.policy" and text.endswith("algorithm 'scaffold' needs those of one")
     assert found.pop("policy asked") == [["rounds.clients", "must be two; rounds.policy is 'drifting'"]]
-    assert found.pop("not served")[0][0] == "rounds.policy"
     assert [field for field, _ in found.pop("all at once")] == ["aggregation.strategy", "rounds.clients"]
     texts = {name: text for name, ((_, text),) in found.items()}
     assert texts == {

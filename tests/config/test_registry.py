@@ -32,11 +32,11 @@ PLAIN = codecs.get("float32")
 
 
 class Everybody(RoundPolicy):
-    def wanted(self, state, config):
+    def wanted(self, state, config, now):
         return 1000
 
-    def lasts(self, state, ticket, config):
-        return False
+    def late_for(self, state, ticket, config):
+        return ""
 
 
 EVERYBODY = Everybody()

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.config import RoundsConfig, parse_config
-from fedpeft.errors import ConfigInvalid, RoundClosed
+from fedpeft.errors import ConfigInvalid, RoundClosed, VersionBeingMade
 from fedpeft.rounds import conduct
 from fedpeft.rounds.state_machine import (
     Aggregated,
     Excluded,
+    Paused,
     Phase,
     Received,
     Refused,
+    Resumed,
+    RolledBack,
     Round,
     TimePassed,
     Waiting,
     Withdrawn,
     advance,
 )
-from fedpeft.rounds.tickets import TicketState
+from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
+from fedpeft.rounds.transitions import Changes, RunState, RunStatus, in_progress, transition
 
 from .test_state_machine import NAMES, RUN, after
 
@@ -38,7 +44,7 @@ def folded(state: Round, config: RoundsConfig = CONFIG) -> Round:
     at_work = state.in_state(TicketState.ISSUED)[: config.clients - len(state.in_state(TicketState.RECEIVED))]
     done = after(state, config, *(Received(ticket.id) for ticket in at_work), Aggregated())
     assert done.phase is Phase.COMMITTED
-    return after(done.following(config), config, EVERYBODY)
+    return after(done.following(config, 0.0), config, EVERYBODY)
 
 
 def test_those_at_work_stay_at_work_and_others_take_the_free_places() -> None:
@@ -90,28 +96,141 @@ def test_tickets_of_synchronous_rounds_end_with_them() -> None:
     config = RoundsConfig(clients=2, over_selection=1.0)
     state = after(Round(RUN, 1), config, EVERYBODY)
     done = after(state, config, *(Received(t.id) for t in state.tickets[:2]), Aggregated())
-    assert done.following(config) == Round(RUN, 2)
+    assert done.following(config, 0.0) == Round(RUN, 2)
+
+
+def test_the_place_of_a_client_of_which_nothing_comes_is_given_away_after_a_deadline() -> None:
+    first = begun()
+    assert after(first, CONFIG, EVERYBODY, now=1600.9) is first
+    later = after(first, CONFIG, EVERYBODY, now=1601.0)
+    assert len(later.in_state(TicketState.ISSUED)) == 10
+    silent = first.tickets[0]
+    counted = after(later, CONFIG, Received(silent.id), now=1602.0)
+    assert counted.ticket(silent.id).state is TicketState.RECEIVED, "its ticket is as good as the others"
+
+
+def test_an_update_that_comes_while_a_version_is_made_counts_in_the_next_one() -> None:
+    state = begun()
+    folding = after(state, CONFIG, *(Received(ticket.id) for ticket in state.tickets[:2]))
+    assert folding.phase is Phase.AGGREGATING
+    third = folding.tickets[2]
+    with pytest.raises(VersionBeingMade, match="version 1 of run-000000000001 is being made; the update counts in the"):
+        advance(folding, Received(third.id), CONFIG, 0.0)
+    second = after(folding, CONFIG, Aggregated()).following(CONFIG, 2000.0)
+    assert (second.phase, second.opened_at, second.deadline) == (Phase.OPEN, 2000.0, 2600.0)
+    second = after(second, CONFIG, Received(third.id))
+    assert (second.ticket(third.id).state, second.staleness(third)) == (TicketState.RECEIVED, 1)
+
+
+def test_a_round_after_the_first_opens_for_whoever_is_free() -> None:
+    config = CONFIG.model_copy(update={"concurrency": 2, "min_available": None})
+    assert begun(config).phase is Phase.OPEN
+    alone = Waiting(frozenset(NAMES[:1]))
+    assert after(Round(RUN, 1), config, alone).phase is Phase.WAITING
+    assert after(Round(RUN, 2), config, alone).in_state(TicketState.ISSUED)[0].client == NAMES[0]
+
+
+def test_the_last_version_leaves_no_ticket() -> None:
+    config = CONFIG.model_copy(update={"count": 1})
+    state = begun(config)
+    done = after(state, config, *(Received(t.id) for t in state.tickets[:2]), Aggregated())
+    assert {t.state for t in done.tickets} == {TicketState.RECEIVED, TicketState.LATE}
+
+
+def test_a_client_that_gave_a_ticket_of_an_earlier_round_back_gets_another_after_an_extension() -> None:
+    config = CONFIG.model_copy(update={"concurrency": 3})
+    three = Waiting(frozenset(NAMES[:3]))
+    first = after(Round(RUN, 1), config, three)
+    second = after(first, config, *(Received(t.id) for t in first.tickets[:2]), Aggregated()).following(config, 1001.0)
+    (old,) = second.tickets
+    given_back = after(second, config, Withdrawn(old.id, "its disk is full"), TimePassed(), now=1601.0)
+    status = RunStatus(4, RunState.RUNNING, "", 1, given_back)
+    made = transition(status, [three], config, 1602.0)
+    assert made is not None
+    assert made.replaced == (given_back.ticket(old.id),)
+    (new,) = [ticket for ticket in made.after.round.tickets if ticket.client == old.client]
+    assert (new.id != old.id, new.base_version, new.state) == (True, 1, TicketState.ISSUED)
+
+
+class Table:
+    """The rows that transitions write, and the run that a server reads from them."""
+
+    def __init__(self, status: RunStatus) -> None:
+        self.status = status
+        self.rounds: dict[int, Round] = {}
+        self.tickets: dict[str, tuple[int, Ticket]] = {}
+
+    def write(self, changes: Changes) -> None:
+        written = [changes.round] if changes.writes_round else []
+        rows = [(changes.round.number, ticket) for ticket in changes.tickets]
+        if changes.begun:
+            written.append(changes.begun)
+            rows += [(changes.begun.number, ticket) for ticket in changes.begun.tickets]
+        rows += [(old.issued_in, old) for old in changes.replaced]
+        self.rounds |= {state.number: state.without_tickets for state in written}
+        self.tickets |= {ticket.id: (number, ticket) for number, ticket in rows}
+        self.status = changes.after
+
+    def read(self, now: float) -> Round:
+        if not self.rounds:
+            return Round(RUN, 1)
+        newest = self.rounds[max(self.rounds)]
+        mine = sorted((t for number, t in self.tickets.values() if number == newest.number), key=lambda t: t.client)
+        found = replace(newest, tickets=Tickets(mine))
+        return in_progress(found, CONFIG, now, active=self.status.is_active)
+
+    def check(self, now: float) -> None:
+        assert self.read(now) == self.status.round
+        places = [(number, ticket.client) for number, ticket in self.tickets.values()]
+        assert len(places) == len(set(places)), "a client is once in a round"
+        assert {ticket.issued_in for _, ticket in self.tickets.values()} <= self.rounds.keys()
 
 
 @given(st.data())
-def test_any_sequence_keeps_the_number_at_work_and_the_staleness_within_bounds(data: st.DataObject) -> None:
-    state = begun()
+def test_any_sequence_counts_each_update_once_and_writes_all_that_a_restart_needs(data: st.DataObject) -> None:
+    now, counted, received = 1000.0, dict[str, int](), set[str]()
+    table = Table(RunStatus(0, RunState.RUNNING, "", 0, Round(RUN, 1)))
     for _ in range(30):
-        out = state.in_state(TicketState.ISSUED)
-        ticket = data.draw(st.sampled_from(out)).id if out else ""
-        kinds = {"waits": EVERYBODY, "time": TimePassed(), "excluded": Excluded({}), "done": Aggregated()}
+        state = table.status.round
+        now += data.draw(st.sampled_from([0.0, 1.0, 601.0]))
+        ticket = data.draw(st.sampled_from(out)).id if (out := state.in_state(TicketState.ISSUED)) else ""
+        some = Waiting(frozenset(data.draw(st.sets(st.sampled_from(NAMES[:8])))))
+        kinds = {"waits": some, "time": TimePassed(), "excluded": Excluded({}), "done": Aggregated()}
+        kinds |= {"pause": Paused("x"), "resume": Resumed()}
         if ticket:
             kinds |= {"in": Received(ticket), "out": Withdrawn(ticket, "x"), "refused": Refused(ticket, "x")}
+        if got := state.in_state(TicketState.RECEIVED):
+            kinds |= {"none folded": Excluded({each.id: "x" for each in got})}
+        if table.status.version:
+            kinds |= {"back": RolledBack(0)}
         event = kinds[data.draw(st.sampled_from(sorted(kinds)))]
-        if isinstance(event, Received) and state.phase is not Phase.OPEN:
+        if isinstance(event, Received) and state.phase is Phase.AGGREGATING:
+            with pytest.raises(VersionBeingMade):
+                transition(table.status, [event], CONFIG, now)
             continue
-        state, _ = advance(state, event, CONFIG, data.draw(st.sampled_from([0.0, 1e9])))
-        assert len(state.in_state(TicketState.ISSUED)) <= 5
+        changes = transition(table.status, [event], CONFIG, now)
+        if changes is None:
+            continue
+        table.write(changes)
+        table.check(now)
+        received |= {event.ticket} if isinstance(event, Received) else set()
+        if changes.round.phase is Phase.COMMITTED:
+            folded = changes.round.in_state(TicketState.RECEIVED)
+            assert not counted.keys() & {each.id for each in folded}
+            counted |= {each.id: changes.round.number for each in folded}
+            assert all(0 <= changes.round.staleness(each) <= 2 for each in folded)
+        if not table.status.is_active:
+            break
+        state = table.status.round
+        held = [t for t in state.in_state(TicketState.ISSUED) if now < t.issued_at + CONFIG.deadline_s]
+        assert len(held) <= 5
         assert len(state.in_state(TicketState.RECEIVED)) <= 2
         assert all(0 <= state.staleness(t) <= 2 for t in state.tickets)
         assert [t.client for t in state.tickets] == sorted({t.client for t in state.tickets})
-        if state.phase is Phase.COMMITTED:
-            state = state.following(CONFIG)
+        assert state.phase is not Phase.WAITING or not state.tickets
+        assert state.phase is not Phase.OPEN or (table.status.state is RunState.PAUSED) is (state.deadline is None)
+    lost = {t for t in received if table.tickets[t][1].state not in (TicketState.RECEIVED, TicketState.REFUSED)}
+    assert not lost, "a receipt counts, unless the update is excluded or taken back"
 
 
 RUN_FILE = {"model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}, "peft": {"method": "bias"}}

@@ -8,7 +8,7 @@ from fedpeft.adapters.sections import with_sections
 from fedpeft.adapters.spec import AdapterSpec, Section, TensorRole, TensorSpec
 from fedpeft.config import parse_config
 from fedpeft.errors import ConfigInvalid
-from fedpeft.rounds.combinations import check_combination, check_served
+from fedpeft.rounds.combinations import check_combination
 
 RUN = {"model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}, "aggregation": {"strategy": "lora_fair"}}
 
@@ -45,12 +45,6 @@ def test_buffered_rounds_send_the_same_tensors_in_every_round() -> None:
     with pytest.raises(ConfigInvalid, match=r"rounds\.policy is 'buffered', .*; method 'lora' sends other tensors"):
         config = parse_config({**BUFFERED, "aggregation": {"strategy": "fedbuff"}})
         check_combination(config, AdapterSpec.of("lora", roles))
-
-
-def test_buffered_rounds_are_only_simulated() -> None:
-    with pytest.raises(ConfigInvalid, match=r"rounds\.policy is 'buffered': these rounds can only be simulated yet"):
-        check_served(parse_config(BUFFERED))
-    check_served(parse_config({**BUFFERED, "rounds": {}}))
 
 
 def test_clipping_and_sections_do_not_go_together() -> None:

@@ -191,7 +191,7 @@ class TestReplacing:
         state = after(state, config, TimePassed(), now=1060.0)
         state, (issue,) = advance(state, Waiting(names(2)), config, 1061.0)
         assert isinstance(issue, Issue)
-        assert issue.tickets == (replace(gone, generation=1),)
+        assert issue.tickets == (replace(gone, generation=1, issued_at=1061.0),)
         assert len(state.tickets) == 2
         assert after(state, config, Withdrawn(gone.id, "no room"), Waiting(names(2))).in_state(TicketState.ISSUED) == ()
         assert after(state, config, Received(gone.id)).phase is Phase.AGGREGATING
@@ -211,7 +211,7 @@ class TestReplacing:
         state = after(state, config, Withdrawn(gone.id, "no room"), TimePassed(), now=1060.0)
         state = after(state, config, Resumed(), now=2000.0)
         state, (issue,) = advance(state, Waiting(names(2)), config, 2001.0)
-        assert isinstance(issue, Issue) and issue.tickets == (gone,)
+        assert isinstance(issue, Issue) and issue.tickets == (replace(gone, issued_at=2001.0),)
 
     def test_nobody_is_sampled_while_all_tickets_are_good(self) -> None:
         config = RoundsConfig(clients=2)

@@ -73,7 +73,7 @@ def write(database: Database, state: Round, /, *updates: UpdateRow, traffic: Byt
     of_run = {name: facts.pop(name) for name in ("state", "reason", "version") if name in facts}
     known = current if current.number == state.number else Round(state.run, state.number)
     before = RunStatus(run.revision, run.state, run.reason, run.version, known)
-    made = changes(before, replace(before, round=state, **of_run), run.config.rounds)
+    made = changes(before, replace(before, round=state, **of_run), run.config.rounds, 1.0)
     database.transit(Transition(made, updates, **facts), traffic)
 
 

@@ -33,7 +33,7 @@ from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK
 from fedpeft_client.state.outbox import Outcome, Pending
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.retry import Retry
-from fedpeft_client.uplink.wire_checks import check_receipt, check_standing
+from fedpeft_client.uplink.wire_checks import check_receipt, check_standing, said
 from fedpeft_client.uplink.withdrawals import Withdrawals
 
 STARTS = 3
@@ -128,7 +128,7 @@ class Pusher:
                 raise UpdateDiffers("the server holds another update for this ticket")
             return standing.receipt
         if standing.state == run_pb2.TICKET_STATE_LATE:
-            raise RoundClosed("the round closed before the update came")
+            raise RoundClosed(said(standing.reason) or "the round closed before the update came")
         if standing.state == run_pb2.TICKET_STATE_REFUSED and standing.reason.startswith(UpdateExcluded.reason):
             raise UpdateExcluded(standing.reason)  # received by an attempt whose answer was lost
         if standing.state == run_pb2.TICKET_STATE_REFUSED:  # by an attempt whose answer was lost

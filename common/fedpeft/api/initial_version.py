@@ -8,7 +8,7 @@ from pathlib import Path
 from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig
-from fedpeft.rounds.combinations import check_combination, check_served
+from fedpeft.rounds.combinations import check_combination
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,6 @@ def checked_spec(config: RunConfig) -> AdapterSpec:
         ModelInvalid: If there is no such model, or not in this size or depth.
         ConfigInvalid: As `first_version`.
     """
-    check_served(config)
     from fedpeft.simulation.engines import engine_named
     from fedpeft.training.run_spec import spec_without_weights
 
@@ -55,8 +54,8 @@ def first_version(config: RunConfig, weights: Path | None = None) -> FirstVersio
 
     Raises:
         ModelInvalid: If the model or its weights cannot be had.
-        ConfigInvalid: If the PEFT method or an option of it is wrong, parts of the run do not work with each other, a
-            server cannot hold such rounds, or there is no such engine for its simulation.
+        ConfigInvalid: If the PEFT method or an option of it is wrong, parts of the run do not work with each other, or
+            there is no such engine for its simulation.
     """
     checked_spec(config)
     from fedpeft.models.backbones import build, fingerprint

@@ -25,6 +25,8 @@ def _whole(pieces: Sequence[run_pb2.Round]) -> run_pb2.Round:
     if len(pieces) == 1 and not pieces[0].record_offset:
         return pieces[0]
     tickets = {ticket.id: ticket for piece in pieces for ticket in piece.tickets}
+    if pieces[-1].phase == run_pb2.ROUND_PHASE_COMMITTED:  # tickets that are still out went on to the next round
+        tickets = {key: each for key, each in tickets.items() if each.state != run_pb2.TICKET_STATE_ISSUED}
     new = run_pb2.Round()
     new.CopyFrom(pieces[-1])
     new.record, new.record_offset = _record(pieces), 0

@@ -188,7 +188,7 @@ def round_json(round_: run_pb2.Round, run: run_pb2.Run) -> Json:
         **_bytes(round_),
         "full_bytes_each_way": full_bytes(run, len(clients)),
         "metrics": dict(sorted(round_.metrics.items())),
-        "tickets": [_ticket(t) for t in round_.tickets],
+        "tickets": [_ticket(t, round_) for t in round_.tickets],
         "extensions": round_.extensions,
         "opened_at": moment(round_.opened_at),
         "committed_at": moment(round_.committed_at),
@@ -216,7 +216,7 @@ def progress_json(round_: run_pb2.Round) -> Json:
         "deadline": moment(round_.deadline),
         "extensions": round_.extensions,
         **_bytes(round_),
-        "tickets": [_ticket(t) for t in round_.tickets],
+        "tickets": [_ticket(t, round_) for t in round_.tickets],
     }
 
 
@@ -377,12 +377,18 @@ def _bytes(holder: run_pb2.Round | run_pb2.Ticket) -> Json:
     }
 
 
-def _ticket(ticket: run_pb2.Ticket) -> Json:
+def staleness(ticket: run_pb2.Ticket, round_: run_pb2.Round) -> int:
+    """Returns how many versions were made between the one that a ticket's update starts from and the round's."""
+    return round_.base_version - ticket.base_version if ticket.HasField("base_version") else 0
+
+
+def _ticket(ticket: run_pb2.Ticket, round_: run_pb2.Round) -> Json:
     return {
         "ticket": ticket.id,
         "client": ticket.client,
         "state": run_pb2.TicketState.Name(ticket.state).removeprefix("TICKET_STATE_").lower(),
         "reason": ticket.reason,
+        "staleness": staleness(ticket, round_),
         "examples": ticket.examples,
         "weight": ticket.weight,
         "update_norm": ticket.update_norm,

@@ -34,9 +34,11 @@ class RoundsConfig(Section):
     quorum: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Fewest updates a round commits with at its deadline; if absent three quarters of `clients`, 1 of 2, 2 of 3."""
     min_available: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Clients that must wait before any are sampled; if absent as many as are sampled, after a minute the quorum."""
+    """Clients that must wait before any are sampled; if absent as many as are sampled, after a minute the quorum. In
+    buffered rounds for the first version only."""
     deadline_s: Annotated[float, Field(ge=0.1, le=30 * 86_400)] = 600.0
-    """Seconds from a round's opening to its deadline."""
+    """Seconds from a round's opening to its deadline; in buffered rounds also those for which a client that trains has
+    its place."""
     over_selection: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Share of clients sampled beyond `clients`; the round closes once `clients` updates are there."""
     max_extensions: Annotated[int, Field(ge=0, le=1000)] = 3
@@ -46,8 +48,8 @@ class RoundsConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the run: sampling, initialisation and local training derive from it."""
     policy: Annotated[str, known_in("fedpeft.rounds.policies")] | None = None
-    """synchronous (if absent): a round's updates all start from the version before it. buffered (only simulated yet):
-    `concurrency` clients always train, and `clients` updates, of whatever age, make a version."""
+    """synchronous (if absent): a round's updates all start from the version before it. buffered: `concurrency` clients
+    always train, and the next `clients` updates that come make a version, whichever version they start from."""
     concurrency: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Clients that train at once in buffered rounds; if absent as many as `clients` and `over_selection` say."""
     max_staleness: Annotated[int, Field(ge=0, le=1_000_000)] | None = None

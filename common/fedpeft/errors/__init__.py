@@ -77,6 +77,7 @@
     │   ├── DatabaseLocked        another program holds a lock on the server's database
     │   ├── DatabaseUnavailable   the server's database is out of reach, read-only or corrupt
     │   ├── StoreUnavailable      a folder or object store of the server refuses
+    │   ├── VersionBeingMade      an update counts in the next version, once the one before is there
     │   ├── TransferStalled       nothing arrived for too long
     │   └── ServerUnreachable
     ├── Internal              a fault of the server
@@ -160,6 +161,7 @@ from fedpeft.errors.faults import (
     StoreUnavailable,
     TransferStalled,
     Unavailable,
+    VersionBeingMade,
 )
 from fedpeft.errors.limits import (
     Aborted,
@@ -299,6 +301,7 @@ __all__ = [
     "UpdateExcluded",
     "UpdateTooLarge",
     "UploadIncomplete",
+    "VersionBeingMade",
     "VersionNotFound",
     "of_reason",
     "of_status",

@@ -47,6 +47,10 @@ class StoreUnavailable(Unavailable):
     """A folder or object store of the server refuses to be read or written for now."""
 
 
+class VersionBeingMade(Unavailable):
+    """An update came while a version was being made, and counts in the next one; a server holds it back until then."""
+
+
 class TransferStalled(Unavailable):
     """A transfer stopped making progress; it is continued by calling again."""
 

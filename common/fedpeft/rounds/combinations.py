@@ -36,16 +36,6 @@ def misfits(config: RunConfig, spec: AdapterSpec) -> list[Fault]:
     return [fault for rule in _RULES for fault in rule(config, spec)]
 
 
-def check_served(config: RunConfig) -> None:
-    """Checks that a server can hold a run, which a simulation might.
-
-    Raises:
-        ConfigInvalid: If its rounds are only simulated yet.
-    """
-    if not _policy(config).one_version:
-        _refuse([("rounds.policy", f"is {config.rounds.policy_name!r}: these rounds can only be simulated yet")])
-
-
 def _asked(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
     """Asks each part."""
     parts: list[tuple[str, str, Strategy | LocalAlgorithm | RoundPolicy]] = [

@@ -13,6 +13,10 @@ more; an update that turns out not to be one that can be folded is excluded, and
 again. A round that was stopped stays as it is, whatever comes after. `fedpeft.rounds.transitions` says what each step
 changes of the run.
 
+Where tickets outlive their round (`RoundPolicy.one_version` is False) the next round is OPEN as soon as there is one,
+if anybody still works, and else for whoever comes first; a round takes updates until the goal, or the deadline with a
+quorum; and what comes while a version is being made waits for the next one (`VersionBeingMade`).
+
 Who gets tickets, and what becomes of those still out when a round closes, is the run's policy (`RoundPolicy`).
 """
 
@@ -30,7 +34,7 @@ from fedpeft import seeds
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RoundsConfig, RunConfig
 from fedpeft.config_errors import Fault
-from fedpeft.errors import RoundClosed, TicketNotFound
+from fedpeft.errors import RoundClosed, TicketNotFound, VersionBeingMade
 from fedpeft.formatting import counted, duration
 from fedpeft.registry import Registry
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
@@ -78,9 +82,19 @@ class Round:
         """Returns how many versions were made since the one that a ticket starts from."""
         return self.base_version - ticket.base_version
 
-    def following(self, config: RoundsConfig) -> Round:
-        """Returns the round after this one, as it begins."""
-        return Round(self.run, self.number + 1, tickets=Tickets(policies.get(config.policy_name).carried(self)))
+    def following(self, config: RoundsConfig, now: float) -> Round:
+        """Returns the round after this one, as it begins at a time: open if tickets outlived this one."""
+        carried = Tickets(policies.get(config.policy_name).carried(self))
+        begun = Round(self.run, self.number + 1, tickets=carried)
+        return begun.opened(config, now) if carried else begun
+
+    def opened(self, config: RoundsConfig, now: float) -> Round:
+        """Returns the round as it opens at a time."""
+        return replace(self, phase=Phase.OPEN, opened_at=now, deadline=now + config.deadline_s)
+
+    def is_usable(self, ticket: Ticket) -> bool:
+        """Returns whether an update that comes for a ticket counts in this round, or in the one after it."""
+        return ticket.state is TicketState.ISSUED and self.phase in (Phase.OPEN, Phase.AGGREGATING)
 
     def in_state(self, state: TicketState) -> tuple[Ticket, ...]:
         """Returns the tickets in one state."""
@@ -223,6 +237,16 @@ def ticket_id(run: str, number: int, client: str) -> str:
     return "ticket-" + hashlib.sha256(f"{run}\x1f{number}\x1f{client}".encode()).hexdigest()[:16]
 
 
+def due(state: Round, ticket: Ticket, config: RoundsConfig) -> float | None:
+    """Returns when a ticket's update is due: at the round's deadline; if it outlives the round, when its place is lost.
+
+    None if no deadline runs.
+    """
+    if policies.get(config.policy_name).one_version:
+        return state.deadline
+    return ticket.issued_at + config.deadline_s
+
+
 _NONE: Mapping[str, int] = {}
 
 
@@ -254,15 +278,20 @@ class RoundPolicy(ABC):
         return None
 
     @abstractmethod
-    def wanted(self, state: Round, config: RoundsConfig) -> int:
-        """Returns how many more clients an open round would give tickets to."""
+    def wanted(self, state: Round, config: RoundsConfig, now: float) -> int:
+        """Returns how many more clients an open round would give tickets to at time `now`."""
 
-    def lasts(self, state: Round, ticket: Ticket, config: RoundsConfig) -> bool:
-        """Returns whether a ticket that is out stays good when its round closes; not asked if `one_version`."""
-        return not self.one_version
+    def late_for(self, state: Round, ticket: Ticket, config: RoundsConfig) -> str:
+        """Returns why a ticket that is out is late when its round closes; empty if it stays good.
+
+        It is not asked if `one_version`: then all are.
+        """
+        return ""
 
     def carried(self, closed: Round) -> tuple[Ticket, ...]:
-        """Returns the tickets with which the round after a closed one begins."""
+        """Returns the tickets with which the round after a closed one begins; none if `one_version`."""
+        if self.one_version:
+            return ()
         return tuple(replace(ticket, generation=0) for ticket in closed.in_state(TicketState.ISSUED))
 
 
@@ -277,6 +306,7 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
     Raises:
         TicketNotFound: If the event names a ticket that the round does not have.
         RoundClosed: If an update comes when the round takes none.
+        VersionBeingMade: If the update will count in the round after this one, which is being folded.
         TicketClosed: If an update comes for a ticket that was withdrawn or refused.
     """
     match event:
@@ -314,14 +344,15 @@ def _waiting(state: Round, event: Waiting, config: RoundsConfig, now: float) -> 
         fresh = _candidates(state, event, 0)
         if not _enough(state, len(fresh), event, config):
             return state, ()
-        opened = replace(state, phase=Phase.OPEN, opened_at=now, deadline=now + config.deadline_s)
-        return _issue(opened, fresh, policy.wanted(opened, config), config, event.demerits)
+        opened = state.opened(config, now)
+        return _issue(opened, fresh, policy.wanted(opened, config, now), event.demerits, config, now)
     if state.phase is not Phase.OPEN:
         return state, ()
-    missing = policy.wanted(state, config)  # as a rule nobody, and none need be looked for
+    missing = policy.wanted(state, config, now)  # as a rule nobody, and none need be looked for
     if missing > 0 and (fresh := _candidates(state, event, missing)):
-        return _issue(state, fresh, missing, config, event.demerits)
-    if not state.tickets.number(TicketState.ISSUED) and state.tickets.number(TicketState.RECEIVED) >= config.needed:
+        return _issue(state, fresh, missing, event.demerits, config, now)
+    nobody_left = policy.one_version and not state.tickets.number(TicketState.ISSUED)
+    if nobody_left and state.tickets.number(TicketState.RECEIVED) >= config.needed:
         return _aggregate(state, config)
     return state, ()
 
@@ -342,12 +373,19 @@ def _enough(state: Round, fresh: int, event: Waiting, config: RoundsConfig) -> b
     there = fresh + len(state.tickets)
     if there >= config.available:
         return True
+    if not begins_together(state, config):
+        return there > 0
     gather_s = GATHER_S if state.number > 1 else max(GATHER_S, config.deadline_s)
     return there >= config.least_available and event.waited_s >= gather_s
 
 
+def begins_together(state: Round, config: RoundsConfig) -> bool:
+    """Returns False for a round that opens for whoever is free: one of updates that start from several versions."""
+    return state.number == 1 or policies.get(config.policy_name).one_version
+
+
 def _issue(
-    state: Round, candidates: Iterable[str], count: int, config: RoundsConfig, demerits: Mapping[str, int]
+    state: Round, candidates: Iterable[str], count: int, demerits: Mapping[str, int], config: RoundsConfig, now: float
 ) -> Step:
     new = tuple(
         Ticket(
@@ -355,6 +393,7 @@ def _issue(
             client,
             generation=state.extensions,
             base_version=state.base_version,
+            issued_at=now,
         )
         for client in sample(candidates, count, config.seed, state.number, demerits)
     )
@@ -368,6 +407,10 @@ def _received(state: Round, ticket_id: str, config: RoundsConfig) -> Step:
     if ticket.state is TicketState.RECEIVED:
         return state, ()
     ticket.check_not_closed()
+    if state.phase is Phase.AGGREGATING and state.is_usable(ticket):
+        raise VersionBeingMade(
+            f"version {state.number} of {state.run} is being made; the update counts in the next one"
+        )
     if state.phase is not Phase.OPEN or ticket.state is TicketState.LATE:
         raise RoundClosed(f"round {state.number} of {state.run} has closed; keep the update for the next round")
     state = _set_ticket(state, replace(ticket, state=TicketState.RECEIVED))
@@ -407,8 +450,9 @@ def _waited(state: Round, config: RoundsConfig, now: float) -> Step:
         return replace(state, deadline=now + config.longest_wait_s), ()
     if now < state.deadline:
         return state, ()
+    least = config.least_available if begins_together(state, config) else 1
     reason = (
-        f"round {state.number} needs {counted(config.least_available, 'client')} to open, and fewer were there at the "
+        f"round {state.number} needs {counted(least, 'client')} to open, and fewer were there at the "
         f"end of {duration(config.longest_wait_s)}"
     )
     return replace(state, deadline=None), (Pause(reason),)
@@ -455,20 +499,32 @@ def _rolled_back(state: Round, to: int) -> Step:
 def _stopped(state: Round) -> Step:
     if state.stopped or state.phase is Phase.COMMITTED:
         return state, ()
-    return replace(_late(state), stopped=True), ()
+    return replace(_late(state, lambda _: _closed(state)), stopped=True), ()
 
 
 def _aggregate(state: Round, config: RoundsConfig) -> Step:
     policy = policies.get(config.policy_name)
-    closed = _late(state, lambda ticket: not policy.one_version and policy.lasts(state, ticket, config))
-    return replace(closed, phase=Phase.AGGREGATING), (Aggregate(),)
+
+    def late_for(ticket: Ticket) -> str:
+        return closed if policy.one_version else policy.late_for(state, ticket, config)
+
+    closed = _closed(state)
+    return replace(_late(state, late_for), phase=Phase.AGGREGATING), (Aggregate(),)
 
 
-def _late(state: Round, lasts: Callable[[Ticket], bool] = lambda ticket: False) -> Round:
-    """Closes the tickets that are out and do not last; updates that come for them go into their clients' residuals."""
-    reason = f"round {state.number} closed before the update came"
+def _closed(state: Round) -> str:
+    return f"round {state.number} closed before the update came"
+
+
+def _late(state: Round, late_for: Callable[[Ticket], str]) -> Round:
+    """Closes the tickets that are out, with the reason; those without one last.
+
+    Updates that come for the others go into their clients' residuals.
+    """
     tickets = Tickets(
-        replace(t, state=TicketState.LATE, reason=reason) if t.state is TicketState.ISSUED and not lasts(t) else t
+        replace(t, state=TicketState.LATE, reason=reason)
+        if t.state is TicketState.ISSUED and (reason := late_for(t))
+        else t
         for t in state.tickets
     )
     return replace(state, tickets=tickets, deadline=None)

@@ -37,6 +37,7 @@ class Ticket:
         generation: The round's extensions when it was issued, 0 for all once it was resumed; -1 for those that had been
             given back by then.
         base_version: The adapter version that its update starts from.
+        issued_at: Time at which it was given out, seconds since the epoch.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Ticket:
     reason: str = ""
     generation: int = 0
     base_version: int = 0
+    issued_at: float = 0.0
 
     @property
     def issued_in(self) -> int:

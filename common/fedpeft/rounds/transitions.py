@@ -99,6 +99,7 @@ class Changes:
         round: The round that it writes; where it commits a round, that one, and `after` has the one that follows.
         writes_round: False if nothing of the round changes but tickets.
         tickets: The tickets that are new, or changed.
+        replaced: Closed tickets of earlier rounds in whose place their clients have new ones.
         uncounted: Clients whose updates had been received and do not count any more.
     """
 
@@ -108,6 +109,13 @@ class Changes:
     writes_round: bool
     tickets: tuple[Ticket, ...]
     uncounted: tuple[str, ...]
+    replaced: tuple[Ticket, ...] = ()
+
+    @property
+    def begun(self) -> Round | None:
+        """The round that follows, where it has tickets of the one that is committed: they are in it from now on."""
+        following = self.after.round
+        return following if following.number != self.round.number and following.tickets else None
 
 
 def transition(status: RunStatus, events: Iterable[Event], config: RoundsConfig, now: float) -> Changes | None:
@@ -120,22 +128,27 @@ def transition(status: RunStatus, events: Iterable[Event], config: RoundsConfig,
     after = status
     for event in events:
         after = _after(after, event, config, now)
-    return None if after is status else changes(status, after, config)
+    return None if after is status else changes(status, after, config, now)
 
 
-def changes(before: RunStatus, after: RunStatus, config: RoundsConfig) -> Changes:
+def changes(before: RunStatus, after: RunStatus, config: RoundsConfig, now: float) -> Changes:
     """Returns what leads from a status to another one of the same round; its revision is the next in any case."""
     changed = list(after.round.tickets.changes_since(before.round.tickets))
     uncounted = tuple(new.client for old, new in changed if old is not None and old.state is TicketState.RECEIVED)
     is_other = (before.state, before.reason, before.version) != (after.state, after.reason, after.version)
     writes = is_other or before.round.without_tickets != after.round.without_tickets
-    moved = replace(after, revision=before.revision + 1, round=in_progress(after.round, config, active=after.is_active))
-    return Changes(before, moved, after.round, writes, tuple(new for _, new in changed), uncounted)
+    held = (before.round.ticket_of(new.client) for old, new in changed if old is None or old.id != new.id)
+    replaced = tuple(old for old in held if old is not None and after.round.tickets.find(old.id) is None)
+    current = in_progress(after.round, config, now, active=after.is_active)
+    if after.state is RunState.PAUSED and current is not after.round:
+        current = replace(current, deadline=None)
+    moved = replace(after, revision=before.revision + 1, round=current)
+    return Changes(before, moved, after.round, writes, tuple(new for _, new in changed), uncounted, replaced)
 
 
-def in_progress(newest: Round, config: RoundsConfig, *, active: bool) -> Round:
+def in_progress(newest: Round, config: RoundsConfig, now: float, *, active: bool) -> Round:
     """Returns the round that a run is in, given its newest one: after a committed round the next, if there is one."""
-    return newest.following(config) if active and newest.phase is Phase.COMMITTED else newest
+    return newest.following(config, now) if active and newest.phase is Phase.COMMITTED else newest
 
 
 def effects(before: RunStatus, after: RunStatus) -> Effects:
@@ -182,4 +195,6 @@ def _after(status: RunStatus, event: Event, config: RoundsConfig, now: float) ->
     for effect in follow:
         if isinstance(effect, Pause):
             after = replace(after, state=RunState.PAUSED, reason=effect.reason)
+    if after.state is RunState.PAUSED and after.round.deadline is not None:  # its round opened again meanwhile
+        after = replace(after, round=replace(after.round, deadline=None))
     return after

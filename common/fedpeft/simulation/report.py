@@ -124,6 +124,7 @@ def _ticket(book: RoundBook, ticket: Ticket) -> Json:
         "client": ticket.client,
         "state": str(TicketState(ticket.state)),
         "reason": ticket.reason,
+        "staleness": book.round.staleness(ticket),
         "examples": arrival.examples if arrival else 0,
         "weight": book.weights.get(ticket.id, 0.0),
         "update_norm": arrival.norm if arrival else 0.0,

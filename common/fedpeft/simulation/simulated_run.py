@@ -46,6 +46,9 @@ from fedpeft.training.run_spec import version_0
 
 log = structlog.get_logger(__name__)
 
+LONGEST_S = 1000 * 86_400.0
+"""Longer than any simulation takes."""
+
 
 class SimulatedRun:
     """One run.
@@ -71,6 +74,9 @@ class SimulatedRun:
         self._everybody = frozenset(engine.trainer.inputs.clients)
         self._trainer = engine.trainer
         self._at_work = ClientsAtWork(header.config, engine, memory)
+        self._rounds = header.config.rounds
+        if self._at_work.has_clock:  # a client that works keeps its place, however long that really takes
+            self._rounds = self._rounds.model_copy(update={"deadline_s": LONGEST_S})
         self._memory = memory
         self._versions = versions
         self._progress = progress
@@ -112,7 +118,7 @@ class SimulatedRun:
             tracking.round(done[-1])
             if committed is not None:
                 committed(done[-1])
-            current = book.round.following(self._config.rounds)
+            current = book.round.following(self._rounds, time.time())
             self._versions.keep_published({current.base_version, *(t.base_version for t in current.tickets)})
         return self._report(initial, done, None, "")
 
@@ -215,14 +221,14 @@ class SimulatedRun:
 
     def _close(self, book: RoundBook) -> str:
         """Brings a round to its fold; or returns why it cannot get there."""
+        if self._at_work.has_clock:
+            self._sample(book)
         while book.round.phase is not Phase.AGGREGATING:
             if book.round.phase is Phase.OPEN and book.round.in_state(TicketState.ISSUED):
                 self._work(book)
             elif not self._sample(book):
                 now = book.round.deadline or time.time()
-                book.round, effects = state_machine.advance(
-                    book.round, state_machine.TimePassed(), self._config.rounds, now
-                )
+                book.round, effects = state_machine.advance(book.round, state_machine.TimePassed(), self._rounds, now)
                 for effect in effects:
                     if isinstance(effect, state_machine.Pause):
                         return effect.reason
@@ -232,7 +238,7 @@ class SimulatedRun:
         """Offers all clients to a round, and sets those to work that get a ticket; returns whether that changed it."""
         here, now = book.round, book.round.deadline or time.time()
         waiting = state_machine.Waiting(self._everybody, conduct.Demerits(self._conducts, here.number), math.inf)
-        book.round, effects = state_machine.advance(here, waiting, self._config.rounds, now)
+        book.round, effects = state_machine.advance(here, waiting, self._rounds, now)
         for effect in effects:
             for ticket in effect.tickets if isinstance(effect, state_machine.Issue) else ():
                 self._pull(book, ticket.client)
@@ -296,7 +302,7 @@ class SimulatedRun:
             self._worked(current.number, len(current.tickets) - left, len(current.tickets))
 
     def _advance(self, current: Round, event: state_machine.Event) -> Round:
-        return state_machine.advance(current, event, self._config.rounds, time.time())[0]
+        return state_machine.advance(current, event, self._rounds, time.time())[0]
 
     def _identity(self, initial: Mapping[str, float]) -> Json:
         """Returns what the report says of the run from its beginning."""

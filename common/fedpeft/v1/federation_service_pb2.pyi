@@ -340,7 +340,9 @@ class TrainingTask(_message.Message):
     """
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp:
-        """After this the update may be refused; the round may be extended beyond it."""
+        """After this the update may be refused; the round may be extended beyond it. In buffered rounds: until then the client has
+        its place, and nobody else works in its stead; an update counts until more than `max_staleness` versions were made.
+        """
 
     @_builtins.property
     def settings(self) -> _run_pb2.TrainingConfig:

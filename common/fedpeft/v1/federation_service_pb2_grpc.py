@@ -67,6 +67,7 @@ class FederationServiceStub:
     UNAVAILABLE         DATABASE_LOCKED     another program holds a lock on the server's database; likewise
     UNAVAILABLE         DATABASE_UNAVAILABLE   the server's database is out of reach or takes nothing; likewise
     UNAVAILABLE         STORE_UNAVAILABLE   a folder or object store of the server refuses; likewise
+    UNAVAILABLE         VERSION_BEING_MADE  the update counts in the version after the one that is being made; likewise
     INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others
@@ -195,6 +196,7 @@ class FederationServiceServicer:
     UNAVAILABLE         DATABASE_LOCKED     another program holds a lock on the server's database; likewise
     UNAVAILABLE         DATABASE_UNAVAILABLE   the server's database is out of reach or takes nothing; likewise
     UNAVAILABLE         STORE_UNAVAILABLE   a folder or object store of the server refuses; likewise
+    UNAVAILABLE         VERSION_BEING_MADE  the update counts in the version after the one that is being made; likewise
     INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others
@@ -484,6 +486,7 @@ class FederationService:
     UNAVAILABLE         DATABASE_LOCKED     another program holds a lock on the server's database; likewise
     UNAVAILABLE         DATABASE_UNAVAILABLE   the server's database is out of reach or takes nothing; likewise
     UNAVAILABLE         STORE_UNAVAILABLE   a folder or object store of the server refuses; likewise
+    UNAVAILABLE         VERSION_BEING_MADE  the update counts in the version after the one that is being made; likewise
     INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others

@@ -54,6 +54,7 @@ class FederationServiceStub:
       UNAVAILABLE         DATABASE_LOCKED     another program holds a lock on the server's database; likewise
       UNAVAILABLE         DATABASE_UNAVAILABLE   the server's database is out of reach or takes nothing; likewise
       UNAVAILABLE         STORE_UNAVAILABLE   a folder or object store of the server refuses; likewise
+      UNAVAILABLE         VERSION_BEING_MADE  the update counts in the version after the one that is being made; likewise
       INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others
@@ -253,6 +254,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
       UNAVAILABLE         DATABASE_LOCKED     another program holds a lock on the server's database; likewise
       UNAVAILABLE         DATABASE_UNAVAILABLE   the server's database is out of reach or takes nothing; likewise
       UNAVAILABLE         STORE_UNAVAILABLE   a folder or object store of the server refuses; likewise
+      UNAVAILABLE         VERSION_BEING_MADE  the update counts in the version after the one that is being made; likewise
       INTERNAL            INTERNAL            a fault of the server; the log has it
     A status with a `google.rpc.RetryInfo` is no failure: the client pauses as long as it says and goes on, as often as it is
     told so. TOO_MANY_CALLS, TRANSFERS_BUSY, TURN_OVER and BEING_CHECKED have one. Of the others

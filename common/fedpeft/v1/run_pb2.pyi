@@ -463,7 +463,7 @@ class RoundsConfig(_message.Message):
     seed: _builtins.int
     """Seed of the run: sampling, initialisation and local training derive from it."""
     policy: _builtins.str
-    """Policy of the rounds: `synchronous`, where it is absent, or `buffered` (only simulated yet)."""
+    """Policy of the rounds: `synchronous`, where it is absent, or `buffered`: tickets outlive their rounds."""
     concurrency: _builtins.int
     """Clients that train at once in buffered rounds; absent: as many as `clients` and `over_selection` say."""
     max_staleness: _builtins.int
@@ -1227,6 +1227,7 @@ class Ticket(_message.Message):
     WIRE_BYTES_DOWN_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_UP_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_DOWN_FIELD_NUMBER: _builtins.int
+    BASE_VERSION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`ticket-` and 16 lower-case letters and digits."""
     client: _builtins.str
@@ -1251,6 +1252,10 @@ class Ticket(_message.Message):
     """Encoded tensors from this client for this round, in bytes."""
     payload_bytes_down: _builtins.int
     """Encoded tensors to this client for this round, in bytes."""
+    base_version: _builtins.int
+    """Adapter version that the update starts from. In buffered rounds it may be older than the round's: by as many versions
+    as the update is stale. Absent: the round's, from a server that does not know the field.
+    """
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """The client's own training figures (loss, seconds, images_per_second...)."""
@@ -1271,12 +1276,15 @@ class Ticket(_message.Message):
         wire_bytes_down: _builtins.int = ...,
         payload_bytes_up: _builtins.int = ...,
         payload_bytes_down: _builtins.int = ...,
+        base_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "examples", b"examples", "id", b"id", "metrics", b"metrics", "payload_bytes_down", b"payload_bytes_down", "payload_bytes_up", b"payload_bytes_up", "payload_sha256", b"payload_sha256", "reason", b"reason", "state", b"state", "update_norm", b"update_norm", "weight", b"weight", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version", "client", b"client", "examples", b"examples", "id", b"id", "metrics", b"metrics", "payload_bytes_down", b"payload_bytes_down", "payload_bytes_up", b"payload_bytes_up", "payload_sha256", b"payload_sha256", "reason", b"reason", "state", b"state", "update_norm", b"update_norm", "weight", b"weight", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__base_version: _TypeAlias = _typing.Literal["base_version"]  # noqa: Y015
+    _WhichOneofArgType__base_version: _TypeAlias = _typing.Literal["_base_version", b"_base_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__base_version) -> _WhichOneofReturnType__base_version | None: ...
 
 Global___Ticket: _TypeAlias = Ticket  # noqa: Y015
 
@@ -1327,7 +1335,7 @@ class Round(_message.Message):
     phase: Global___RoundPhase.ValueType
     """Where it is in the state machine."""
     base_version: _builtins.int
-    """Adapter version the clients start from."""
+    """Adapter version the clients start from; in buffered rounds those that are given their tickets in this one."""
     extensions: _builtins.int
     """Deadlines missed so far."""
     wire_bytes_up: _builtins.int
@@ -1358,7 +1366,9 @@ class Round(_message.Message):
 
     @_builtins.property
     def tickets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ticket]:
-        """One for every client sampled, in client-id order."""
+        """One for every client sampled, in client-id order. In buffered rounds a ticket is in the round that counts its update,
+        or in which it was closed, and until then in the round in progress.
+        """
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:

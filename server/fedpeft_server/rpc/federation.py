@@ -27,7 +27,7 @@ from fedpeft.errors import (
     VersionNotFound,
 )
 from fedpeft.process import tracing
-from fedpeft.rounds import metric_values
+from fedpeft.rounds import metric_values, state_machine
 from fedpeft.rounds.schedule import training_of
 from fedpeft.rounds.tickets import Ticket, round_from
 from fedpeft.rpc.timing import HOLD_S, LONGEST_HOLD_S
@@ -358,7 +358,7 @@ class Federation(pb_grpc.FederationServiceServicer):
                 continue
             ticket = engine.open_ticket(client)
             if ticket and answers.accepted(engine.run.id, client):
-                self._byte_counter.assign(engine.run.id, engine.round.number, client)
+                self._byte_counter.assign(engine.run.id, ticket.issued_in, client)
                 return pb.AwaitRoundResponse(training=_task(engine, ticket))
             # The run whose ticket a restarted client holds comes first: its round waits.
             if answers.is_due(engine.run.id, client) and (due is None or ticket):
@@ -440,15 +440,15 @@ def _offer(engine: RunEngine) -> pb.AwaitRoundResponse:
 
 
 def _task(engine: RunEngine, ticket: Ticket) -> pb.TrainingTask:
-    config, current = engine.run.config, engine.round
+    config, number = engine.run.config, ticket.issued_in
     return pb.TrainingTask(
         ticket=ticket.id,
         run=engine.run.id,
-        round=current.number,
+        round=number,
         version=ticket.base_version,
-        deadline=timestamp(current.deadline),
-        seed=seeds.training(config.rounds.seed, current.number, ticket.client),
-        settings=training_to_proto(training_of(config, current.number)),
+        deadline=timestamp(state_machine.due(engine.round, ticket, config.rounds)),
+        seed=seeds.training(config.rounds.seed, number, ticket.client),
+        settings=training_to_proto(training_of(config, number)),
     )
 
 

@@ -167,6 +167,7 @@ def ticket_message(row: TicketFigures) -> run_pb2.Ticket:
         wire_bytes_down=row.traffic.wire_down,
         payload_bytes_up=row.traffic.payload_up,
         payload_bytes_down=row.traffic.payload_down,
+        base_version=row.ticket.base_version,
     )
 
 

@@ -30,7 +30,7 @@ from fedpeft.errors import (
 )
 from fedpeft.privacy.accounting import calibrated
 from fedpeft.process.mapped_files import releaser
-from fedpeft.rounds.combinations import check_combination, check_served
+from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.commit import write_first
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rpc.wire import config_from_proto, manifest_from_proto, spec_from_proto
@@ -312,7 +312,6 @@ def _new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
         text = "must be 64 lower-case hexadecimal digits"
         raise ConfigInvalid(f"backbone_fingerprint {text}", (("backbone_fingerprint", text),))
     config = config_from_proto(header.config)
-    check_served(config)
     try:
         spec = spec_from_proto(header.spec)
         if spec.method != config.peft.method:

@@ -65,7 +65,7 @@ def aggregate(
         run: The run.
         current: Its round, in phase AGGREGATING.
         received: Received updates, by ticket.
-        base: The row of the version the clients started from.
+        base: The row of the version before, from which the updates started that are not stale.
         previous: Digest of the record before, empty for the first round.
         past: Medians of the comparable rounds before; see `fedpeft.rounds.screening`.
         ledger: Events of all rounds before, oldest first.
@@ -83,7 +83,8 @@ def aggregate(
         for ticket in current.in_state(TicketState.RECEIVED):
             row = received[ticket.id]
             data = stack.enter_context(store.updates.open(ticket.id, row.manifest.sha256))
-            updates.append(Update(ticket.id, ticket.client, row.examples, row.metrics, row.manifest, data, row.norm))
+            facts = ticket.id, ticket.client, row.examples, row.metrics, row.manifest, data, row.norm
+            updates.append(Update(*facts, current.staleness(ticket)))
         old = Stored(
             stack.enter_context(store.blobs.local(version_key(run.id, base.version, base.source, base.draw))),
             base.sha256,
@@ -100,8 +101,8 @@ def aggregate(
             store.blobs.put(state_key(run.id, number, draw=draw), Path(scratch, "state"))
         store.blobs.put(version_key(run.id, number, draw=draw), Path(scratch, "adapter"))
     adapter = outcome.adapter
-    facts = adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time()
-    return Result(VersionRow(run.id, number, *facts, draw=draw), outcome)
+    written = adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time()
+    return Result(VersionRow(run.id, number, *written, draw=draw), outcome)
 
 
 def forget_other_draws(version: VersionRow, store: Store) -> None:

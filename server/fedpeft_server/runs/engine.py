@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from functools import partial
 
 import structlog
 
-from fedpeft.errors import FedpeftError, TicketNotFound, VersionNotFound
+from fedpeft.errors import FedpeftError, TicketNotFound, VersionBeingMade, VersionNotFound
 from fedpeft.identity.audit import Detail
 from fedpeft.privacy.central import central_of
 from fedpeft.privacy.statement import EPSILON
@@ -84,6 +85,7 @@ class RunEngine:
         self._changed = changed
         self._timing = timing
         self._waiting: list[Receipt] = []
+        self._moved = asyncio.Event()  # set at the next change of the run
         self._timer: asyncio.TimerHandle | None = None
         self._log = log.bind(run=run.id)
         self._round_log = RoundLog(run.id, metrics)
@@ -117,13 +119,12 @@ class RunEngine:
     def open_ticket(self, client: str) -> Ticket | None:
         """Returns the ticket a client can use now."""
         ticket = self.round.ticket_of(client) if self.active else None
-        usable = ticket and ticket.state is TicketState.ISSUED and self.round.phase is Phase.OPEN
-        return ticket if usable else None
+        return ticket if ticket and self.round.is_usable(ticket) else None
 
     def awaited(self) -> tuple[Ticket, ...]:
         """Returns the tickets that can be used now."""
-        now = self.active and self.round.phase is Phase.OPEN
-        return self.round.in_state(TicketState.ISSUED) if now else ()
+        issued = self.round.in_state(TicketState.ISSUED) if self.active else ()
+        return tuple(ticket for ticket in issued if self.round.is_usable(ticket))
 
     async def start(self) -> None:
         """Takes up the run where the last process left it."""
@@ -158,14 +159,25 @@ class RunEngine:
     async def receive(self, update: UpdateRow, by: str) -> UpdateRow:
         """Counts a durable update that `by` sent; one that was counted before is returned as it was then.
 
+        One that comes while a version is being made, and counts in the next one, waits for that.
+
         Raises:
+            VersionBeingMade: If the run was paused, or the server is shutting down, before that version was there.
             RoundClosed: If the round takes nothing more, or the run was stopped.
             TicketClosed: If the ticket was withdrawn or refused.
             UpdateDiffers: If another update was counted for the ticket.
         """
-        receipt = Receipt(update, by)
-        self._waiting.append(receipt)
-        return await self.actor.call(lambda: self._receive(receipt))
+        while True:
+            moved, receipt = self._moved, Receipt(update, by)
+            self._waiting.append(receipt)
+            try:
+                return await self.actor.call(partial(self._receive, receipt))
+            except VersionBeingMade:
+                if self.run.state is not RunState.RUNNING or self._lobby.is_closed:
+                    raise
+            with suppress(TimeoutError):  # another server may have made it
+                async with asyncio.timeout(self._timing.version_check_s):
+                    await moved.wait()
 
     async def _receive(self, receipt: Receipt) -> UpdateRow:
         """Counts all updates that wait in one transaction, unless an earlier command has counted this one too."""
@@ -245,7 +257,8 @@ class RunEngine:
         said = (AuditEvent(by, "client.readmitted", self.run.id, {"client": client}),)
 
         async def decide(status: RunStatus) -> Transition:
-            return Transition(changes(status, status, self.run.config.rounds), conducts=good, audit_events=said)
+            same = changes(status, status, self.run.config.rounds, time.time())
+            return Transition(same, conducts=good, audit_events=said)
 
         await self.actor.call(lambda: self.actor.transit(decide))
         self._log.info("client readmitted", client=client)
@@ -293,6 +306,8 @@ class RunEngine:
 
     def _entered(self, before: RunStatus, conducts: Mapping[str, conduct.Conduct], here: bool) -> None:
         """Does what follows from a change of the run, whoever made it."""
+        self._moved.set()
+        self._moved = asyncio.Event()
         run, current, follow = self.run, self.round, effects(before, self.actor.status)
         self._participation.put_conducts(run.id, conducts)
         if here:  # else the server that made the transition has counted and logged it

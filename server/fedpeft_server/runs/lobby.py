@@ -60,6 +60,11 @@ class Lobby:
         self._waiting: dict[str, set[str]] = {}  # by run that was asked about: the clients that it may sample
         self._closed = False
 
+    @property
+    def is_closed(self) -> bool:
+        """True once the server is shutting down."""
+        return self._closed
+
     def longer_hold_s(self) -> int:
         """Returns for how many seconds a poll should be held, so that those of all who wait are POLLS_PER_S; 0: HOLD_S.
 

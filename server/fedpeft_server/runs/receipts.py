@@ -88,7 +88,7 @@ def batch(status: RunStatus, waiting: Sequence[Receipt], config: RoundsConfig, n
         if made is not None:
             after = made.after
             new.append(receipt)
-    found = changes(status, after, config) if new else None
+    found = changes(status, after, config, now) if new else None
     return Batch(found, tuple(new), tuple(repeated), tuple(refused))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
 
-from fedpeft.formatting import duration
-from fedpeft.rounds.state_machine import Phase
-from fedpeft.rounds.tickets import TicketState
+from fedpeft.formatting import counted, duration
+from fedpeft.rounds.state_machine import Phase, Round, begins_together, policies
+from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.store.rows import RunState
 
@@ -37,6 +37,8 @@ def awaited(
     if run.state is not RunState.RUNNING:
         return f"{run.id} is {run.state}" + (f": {run.reason}" if run.reason else "")
     if current.phase is Phase.WAITING:
+        if not begins_together(current, config):
+            return f"round {current.number} of {run.id} waits for a client{_others(declined, unanswered)}"
         there = f"{ready} of {config.available} available"
         if config.available > ready >= config.least_available:
             there += "; it opens without the others if they do not come soon"
@@ -46,12 +48,22 @@ def awaited(
     if current.phase is Phase.AGGREGATING:
         return f"round {current.number} of {run.id} is being folded"
     names = [f"{client} ({words})" for client, words in ill.items()]
-    well = (t.client for t in current.tickets if t.state is TicketState.ISSUED and t.client not in ill)
-    names += islice(well, max(0, NAMED - len(names)))
+    well = (t for t in current.tickets if t.state is TicketState.ISSUED and t.client not in ill)
+    names += (_with_version(current, each) for each in islice(well, max(0, NAMED - len(names))))
     out = current.tickets.number(TicketState.ISSUED)
     left = f", {max(0, round(current.deadline - time.time()))} s to the deadline" if current.deadline else ""
-    whom = _some(names, out) if names else "replacements" + _others(declined, unanswered)
-    return f"round {current.number} of {run.id} awaits {whom}{left}"
+    has, free = "", "replacements"
+    if not policies.get(config.policy_name).one_version:
+        free = "clients that are free"
+        has = f"has {current.tickets.number(TicketState.RECEIVED)} of {counted(config.clients, 'update')} and "
+    whom = _some(names, out) if names else free + _others(declined, unanswered)
+    return f"round {current.number} of {run.id} {has}awaits {whom}{left}"
+
+
+def _with_version(current: Round, ticket: Ticket) -> str:
+    """Returns the client of a ticket, with the version that it works from if that is not the newest."""
+    stale = current.staleness(ticket)
+    return f"{ticket.client} (from version {ticket.base_version})" if stale else ticket.client
 
 
 class Reasons:

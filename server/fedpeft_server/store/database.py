@@ -5,6 +5,7 @@ Synchronous, and called from one thread; the SQL is in `run_queries`, `round_que
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -164,7 +165,9 @@ class Database:
         changes, state = made.changes, made.changes.round
         received = {state.ticket(update.ticket).client: update for update in made.updates}
         least = {
-            (state.run, state.number, client): Traffic(payload_up=update.manifest.payload_bytes)
+            (state.run, state.ticket(update.ticket).issued_in, client): Traffic(
+                payload_up=update.manifest.payload_bytes
+            )
             for client, update in received.items()
         }
         with self._transaction(*made.audit_events) as connection:
@@ -398,4 +401,6 @@ class Database:
 
 def _in_progress(run: RunRow, newest: Round | None) -> Round:
     """Returns the round that a run is in; one that nobody was sampled for is not in the database."""
-    return Round(run.id, 1) if newest is None else in_progress(newest, run.config.rounds, active=run.state in ACTIVE)
+    if newest is None:
+        return Round(run.id, 1)
+    return in_progress(newest, run.config.rounds, time.time(), active=run.state in ACTIVE)

@@ -222,9 +222,13 @@ class Store:
             self.soon(opening.result().close)
 
     async def forget_round(self, done: Round, run_id: str) -> None:
-        """Removes what a committed round no longer needs; what arrived and was not counted is never needed."""
-        kept = (TicketState.RECEIVED,) if self.keep_updates else ()
-        await self.fold(self.download_cache.keep_from, run_id, done.number)
+        """Removes what a committed round no longer needs; what arrived and was not counted is never needed.
+
+        Tickets that outlive the round still need what has arrived for them, and the versions that they start from.
+        """
+        kept = (TicketState.ISSUED, *((TicketState.RECEIVED,) if self.keep_updates else ()))
+        oldest = min((t.base_version for t in done.in_state(TicketState.ISSUED)), default=done.number)
+        await self.fold(self.download_cache.keep_from, run_id, oldest)
         await self.fold(self.updates.remove_all, [t.id for t in done.tickets if t.state not in kept])
 
     async def forget_stopped(self, stopped: Round) -> None:

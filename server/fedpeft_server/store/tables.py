@@ -99,8 +99,13 @@ tickets = Table(
     Column("reason", Text, nullable=False),
     Column("generation", Integer, nullable=False),
     Column("weight", Double, nullable=True),
+    # `number` is that of the round that gave it out; this one of the round that it is in: a later one in buffered runs.
+    Column("counts_in", Integer, nullable=False, server_default="0"),
+    # Null in rows that older servers wrote.
+    Column("issued_at", Double, nullable=True),
     ForeignKeyConstraint(["run", "number"], ["rounds.run", "rounds.number"], ondelete="CASCADE"),
     Index("ix_tickets_run_number_client", "run", "number", "client", unique=True),
+    Index("ix_tickets_run_counts_in_client", "run", "counts_in", "client"),
 )
 
 updates = Table(

@@ -249,7 +249,7 @@ class Uploads:
         """
         await asyncio.wait({step}, timeout=HOLD_S)
         if not step.done():
-            raise BeingChecked("the update is here and is being checked and made durable; ask again for its receipt")
+            raise BeingChecked("the update is here and is being checked, made durable and counted; ask for its receipt")
         return step.result()
 
     def _end(self, ticket: str, step: asyncio.Task[UpdateRow]) -> None:
@@ -320,7 +320,8 @@ def _admit(engine: RunEngine, ticket: Ticket) -> None:
         raise UpdateExcluded(f"the update of ticket {ticket.id} was not folded: {ticket.reason.partition(': ')[2]}")
     ticket.check_not_closed()
     if not _is_open(engine, ticket):
-        raise RoundClosed(f"the round of ticket {ticket.id} has closed; keep the update for the next round")
+        why = f": {ticket.reason}" if ticket.state is TicketState.LATE else ""
+        raise RoundClosed(f"the round of ticket {ticket.id} has closed{why}; keep the update for the next round")
 
 
 def _current(engine: RunEngine, ticket: Ticket) -> Ticket:
@@ -329,11 +330,12 @@ def _current(engine: RunEngine, ticket: Ticket) -> Ticket:
 
 
 def _is_open(engine: RunEngine, ticket: Ticket) -> bool:
-    """Returns True if the round of a ticket takes an update for it now, or has taken it and may take others."""
-    if not engine.active or engine.round.phase is not Phase.OPEN:
-        return False
+    """Returns True if an update that comes for a ticket now counts, or its round has one and may take others."""
     found = _in_progress(engine, ticket)
-    return found is not None and found.state in (TicketState.ISSUED, TicketState.RECEIVED)
+    if found is None or not engine.active:
+        return False
+    taken = engine.round.phase is Phase.OPEN and found.state is TicketState.RECEIVED
+    return taken or engine.round.is_usable(found)
 
 
 def _in_progress(engine: RunEngine, ticket: Ticket) -> Ticket | None:

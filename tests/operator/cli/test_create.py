@@ -119,7 +119,7 @@ NO_MIX = {
     "clip": ("bias", SCAFFOLD + "[privacy]\nclip_norm = 1.0\n", "privacy.clip_norm does not go with section"),
     "fair, bias": ("bias", '[aggregation]\nstrategy = "lora_fair"\n', "aggregation.strategy is 'lora_fair'"),
     "fair, rolora": ("rolora", '[aggregation]\nstrategy = "lora_fair"\n', "aggregation.strategy is 'lora_fair'"),
-    "buffered": ("bias", 'policy = "buffered"\n', "rounds.policy is 'buffered'"),
+    "buffered": ("bias", 'policy = "buffered"\n' + SCAFFOLD, "rounds.policy is 'buffered'"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedpeft.config import RoundsConfig
+from fedpeft.formatting import counted
 from fedpeft.rounds.policies import RoundPolicy, policies
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.tickets import Ticket, TicketState
@@ -13,20 +14,26 @@ class Buffered(RoundPolicy):
 
     A ticket outlives the round that it was issued in, so an update may start from an earlier version: its staleness is
     the number of versions made since. One that would be more than `max_staleness` behind is late. A client counts once
-    a version.
+    a version. One of which nothing comes for `deadline_s` has its place given to another; its ticket stays good.
     """
 
     one_version = False
     has_clock = True
     settings = frozenset({"concurrency", "max_staleness"})
 
-    def wanted(self, state: Round, config: RoundsConfig) -> int:
+    def wanted(self, state: Round, config: RoundsConfig, now: float) -> int:
         """See `RoundPolicy.wanted`."""
-        return config.sampled - state.tickets.number(TicketState.ISSUED)
+        at_work = state.in_state(TicketState.ISSUED)
+        return config.sampled - sum(now < ticket.issued_at + config.deadline_s for ticket in at_work)
 
-    def lasts(self, state: Round, ticket: Ticket, config: RoundsConfig) -> bool:
-        """See `RoundPolicy.lasts`."""
-        return state.staleness(ticket) + 1 <= config.most_stale
+    def late_for(self, state: Round, ticket: Ticket, config: RoundsConfig) -> str:
+        """See `RoundPolicy.late_for`."""
+        if state.number >= config.count:
+            return f"version {state.number}, the last one of the run, was made before the update came"
+        if state.staleness(ticket) < config.most_stale:
+            return ""
+        made = counted(config.most_stale, "version")
+        return f"more than {made} came after version {ticket.base_version}, from which it starts"
 
 
 policies.register("buffered")(Buffered())

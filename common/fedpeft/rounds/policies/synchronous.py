@@ -14,7 +14,7 @@ class Synchronous(RoundPolicy):
     After an extension, replacements are sampled beside the stragglers, whose tickets stay good.
     """
 
-    def wanted(self, state: Round, config: RoundsConfig) -> int:
+    def wanted(self, state: Round, config: RoundsConfig, now: float) -> int:
         """See `RoundPolicy.wanted`."""
         at_work = state.tickets.number_of_generation(TicketState.ISSUED, state.extensions)
         return config.sampled - state.tickets.number(TicketState.RECEIVED) - at_work

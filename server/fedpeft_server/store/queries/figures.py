@@ -13,11 +13,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, case, func, or_, select
 
 from fedpeft.rounds.state_machine import ticket_id
-from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft_server.store import tables
 from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.queries.collation import bytewise
-from fedpeft_server.store.queries.rounds import stored_round
+from fedpeft_server.store.queries.rounds import stored_round, stored_ticket
 from fedpeft_server.store.queries.runs import select_evaluations, select_last_scored
 from fedpeft_server.store.rows import GaugeSnapshot, Place, RoundFigures, TicketFigures, Traffic
 
@@ -61,11 +60,11 @@ def select_from(
     tickets = _tickets_from(connection, run, place, heads[-1].number, most_tickets + 1)
     if len(tickets) > most_tickets:
         last = tickets[most_tickets - 1]
-        tickets, then = tickets[:most_tickets], Place(last.number - 1, last.client)
-        heads = [row for row in heads if row.number <= last.number]
+        tickets, then = tickets[:most_tickets], Place(last.counts_in - 1, last.client)
+        heads = [row for row in heads if row.number <= last.counts_in]
     by_round: dict[int, list[Row[Any]]] = defaultdict(list)
     for row in tickets:
-        by_round[row.number].append(row)
+        by_round[row.counts_in].append(row)
     return _figures(connection, run, heads, by_round, pending, records, place.record), then
 
 
@@ -131,10 +130,10 @@ def select_gauge_snapshot(connection: Connection, run: str, number: int) -> Gaug
 def _tickets_from(connection: Connection, run: str, place: Place, last: int, most: int) -> list[Row[Any]]:
     t = tables.tickets
     client = bytewise(connection, t.c.client)
-    query = _ticket_figures().where(t.c.run == run, t.c.number > place.after, t.c.number <= last)
+    query = _ticket_figures().where(t.c.run == run, t.c.counts_in > place.after, t.c.counts_in <= last)
     if place.client:
-        query = query.where(or_(t.c.number > place.after + 1, client > place.client))
-    return list(connection.execute(query.order_by(t.c.number, client).limit(most)))
+        query = query.where(or_(t.c.counts_in > place.after + 1, client > place.client))
+    return list(connection.execute(query.order_by(t.c.counts_in, client).limit(most)))
 
 
 def _ticket_figures() -> Select[Any]:
@@ -146,6 +145,7 @@ def _ticket_figures() -> Select[Any]:
 
 
 def _same_client() -> ColumnElement[bool]:
+    """Returns what joins tickets with the bytes of their clients, which are those of the round that gave them out."""
     t, x = tables.tickets, tables.traffic
     return and_(x.c.run == t.c.run, x.c.number == t.c.number, x.c.client == t.c.client)
 
@@ -163,8 +163,9 @@ def _figures(
     first, last = heads[0].number, heads[-1].number
     sums = _sums(connection, run, first, last)
     numbers = {row.number for row in heads}
-    for number, client in _sampled(connection, run, (key for key in pending if key[0] in numbers)):
-        sums[number] = sums.get(number, Traffic()) + pending[number, client]
+    for key, number in _sampled(connection, run, (key for key in pending if key[0] <= last)):
+        if number in numbers:
+            sums[number] = sums.get(number, Traffic()) + pending[key]
     scored = select_evaluations(connection, run, first, last)
     found = []
     for row in heads:
@@ -185,21 +186,22 @@ def _figures(
 
 
 def _sums(connection: Connection, run: str, first: int, last: int) -> dict[int, Traffic]:
-    """Returns the bytes of the clients that hold tickets, by round number."""
-    x = tables.traffic
+    """Returns the bytes of the tickets of rounds, by round number."""
+    x, t = tables.traffic, tables.tickets
     sums = [func.sum(column) for column in (x.c.wire_up, x.c.wire_down, x.c.payload_up, x.c.payload_down)]
-    query = select(x.c.number, *sums).select_from(x.join(tables.tickets, _same_client()))
-    rows = connection.execute(query.where(x.c.run == run, x.c.number.between(first, last)).group_by(x.c.number))
+    query = select(t.c.counts_in, *sums).select_from(t.join(x, _same_client()))
+    rows = connection.execute(query.where(t.c.run == run, t.c.counts_in.between(first, last)).group_by(t.c.counts_in))
     return {number: Traffic(*(int(value) for value in values)) for number, *values in rows}
 
 
-def _sampled(connection: Connection, run: str, keys: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Returns those of some (round number, client) that hold a ticket."""
-    by_id = {ticket_id(run, *key): key for key in keys}
-    found: list[str] = []
+def _sampled(connection: Connection, run: str, keys: Iterable[tuple[int, str]]) -> list[tuple[tuple[int, str], int]]:
+    """Returns those of some (round number, client) that were given a ticket, each with the round that this is in."""
+    t, by_id = tables.tickets, {ticket_id(run, *key): key for key in keys}
+    found: list[tuple[tuple[int, str], int]] = []
     for some in _batches(list(by_id)):
-        found += connection.execute(select(tables.tickets.c.id).where(tables.tickets.c.id.in_(some))).scalars()
-    return [by_id[ticket] for ticket in found]
+        rows = connection.execute(select(t.c.id, t.c.counts_in).where(t.c.id.in_(some)))
+        found += [(by_id[row.id], row.counts_in) for row in rows]
+    return found
 
 
 def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -208,7 +210,7 @@ def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _ticket(row: Row[Any], pending: Pending) -> TicketFigures:
-    ticket = Ticket(row.id, row.client, TicketState(row.state), row.reason, row.generation, row.number - 1)
+    ticket = stored_ticket(row)
     counted = Traffic(row.wire_up or 0, row.wire_down or 0, row.payload_up or 0, row.payload_down or 0)
     traffic = counted + pending.get((row.number, row.client), Traffic())
     if row.examples is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, and_, select
+from sqlalchemy import Connection, and_, func, select
 
 from fedpeft.rounds.state_machine import ticket_id
 from fedpeft.rounds.tickets import TicketState
@@ -22,11 +22,11 @@ CLIENTS = 25
 """Clients of one statement, so that it has no more than 500 values."""
 
 Taken = tuple[float, float | None]
-"""Seconds from the opening of a round to the receipt of an update, and for a step of its training if it said so."""
+"""Seconds from the issue of a ticket to the receipt of its update, and for a step of its training if it said so."""
 
 
 def select_pasts(connection: Connection, run: str, number: int, clients: Sequence[str]) -> dict[str, list[Taken]]:
-    """Returns what the last rounds before `number` took some clients, by client, the newest first.
+    """Returns what the tickets of the last rounds before `number` took some clients, by client, the newest first.
 
     Tickets of an extension were given out later than the round was opened, and are left out.
     """
@@ -34,7 +34,7 @@ def select_pasts(connection: Connection, run: str, number: int, clients: Sequenc
     numbers = range(max(1, number - ROUNDS_BACK), number)
     found: dict[str, list[Taken]] = {}
     query = (
-        select(t.c.client, u.c.received_at, u.c.metrics, r.c.opened_at)
+        select(t.c.client, u.c.received_at, u.c.metrics, func.coalesce(t.c.issued_at, r.c.opened_at).label("began"))
         .join(u, u.c.ticket == t.c.id)
         .join(r, and_(r.c.run == t.c.run, r.c.number == t.c.number))
         .where(t.c.generation == 0, t.c.state == str(TicketState.RECEIVED), r.c.opened_at.is_not(None))
@@ -45,7 +45,7 @@ def select_pasts(connection: Connection, run: str, number: int, clients: Sequenc
         for row in connection.execute(query.where(t.c.id.in_(ids))):
             mine = found.setdefault(row.client, [])
             if len(mine) < MOST:
-                mine.append((row.received_at - row.opened_at, _step_s(row.metrics)))
+                mine.append((row.received_at - row.began, _step_s(row.metrics)))
     return found
 
 

@@ -20,7 +20,7 @@ from fedpeft_server.store.queries.upsert import upsert
 from fedpeft_server.store.rows import TicketRow, Traffic, UpdateRow
 
 _ROUND_COLUMNS = ("phase", "opened_at", "deadline", "extensions", "stopped")
-_TICKET_COLUMNS = ("state", "reason", "generation")
+_TICKET_COLUMNS = ("state", "reason", "generation", "counts_in", "issued_at")
 _IDS = 500
 """Most values of one IN (...)."""
 
@@ -43,9 +43,13 @@ _WEIGH = update(tables.tickets).where(tables.tickets.c.id == bindparam("ticket")
 
 def put_changes(connection: Connection, changes: Changes) -> None:
     """Writes what a transition, for which the run was moved to its next revision, changes of the round."""
-    if changes.writes_round:
-        upsert(connection, tables.rounds, [_round_row(changes.round)], replace=_ROUND_COLUMNS)
+    written = [changes.round] if changes.writes_round else []
     rows = [_ticket_row(changes.round, ticket) for ticket in changes.tickets]
+    if changes.begun is not None:
+        written.append(changes.begun)
+        rows += [_ticket_row(changes.begun, ticket) for ticket in changes.begun.tickets]
+    rows += [{**_ticket_row(changes.round, old), "counts_in": old.issued_in} for old in changes.replaced]
+    upsert(connection, tables.rounds, [_round_row(state) for state in written], replace=_ROUND_COLUMNS)
     upsert(connection, tables.tickets, rows, replace=_TICKET_COLUMNS)
     if changes.uncounted:
         connection.execute(_UNCOUNT, [{"client": client} for client in changes.uncounted])
@@ -61,8 +65,8 @@ def insert_updates(connection: Connection, received: Mapping[str, UpdateRow]) ->
 def select_norms(connection: Connection, run: str, numbers: Sequence[int]) -> dict[int, list[tuple[float, int]]]:
     """Returns norm and examples of the updates that count in some rounds of a run, by round number."""
     t, u = tables.tickets, tables.updates
-    query = select(t.c.number, u.c.norm, u.c.examples).join(u, u.c.ticket == t.c.id)
-    query = query.where(t.c.run == run, t.c.number.in_(numbers), t.c.state == str(TicketState.RECEIVED))
+    query = select(t.c.counts_in, u.c.norm, u.c.examples).join(u, u.c.ticket == t.c.id)
+    query = query.where(t.c.run == run, t.c.counts_in.in_(numbers), t.c.state == str(TicketState.RECEIVED))
     found: dict[int, list[tuple[float, int]]] = {}
     for number, norm, examples in connection.execute(query):
         found.setdefault(number, []).append((norm, examples))
@@ -94,14 +98,14 @@ def select_newest(connection: Connection, run: str) -> Round | None:
     row = connection.execute(select(t).where(t.c.run == run).order_by(t.c.number.desc()).limit(1)).one_or_none()
     if row is None:
         return None
-    found = connection.execute(select(tickets).where(tickets.c.run == run, tickets.c.number == row.number))
-    return stored_round(row, [_ticket(one) for one in found])
+    found = connection.execute(select(tickets).where(tickets.c.run == run, tickets.c.counts_in == row.number))
+    return stored_round(row, [stored_ticket(one) for one in found])
 
 
 def select_updates(connection: Connection, run: str, number: int) -> dict[str, UpdateRow]:
-    """Returns what was received in a round, by ticket."""
+    """Returns what was received in a round, by ticket, whichever round gave that out."""
     t = tables.tickets
-    rows = connection.execute(_UPDATE.where(t.c.run == run, t.c.number == number))
+    rows = connection.execute(_UPDATE.where(t.c.run == run, t.c.counts_in == number))
     return {row.id: _update(row) for row in rows}
 
 
@@ -119,7 +123,7 @@ def select_ticket(connection: Connection, ticket: str) -> TicketRow:
     row = connection.execute(select(tables.tickets).where(tables.tickets.c.id == ticket)).one_or_none()
     if row is None:
         raise TicketNotFound(f"there is no ticket {ticket}")
-    return TicketRow(row.run, _ticket(row))
+    return TicketRow(row.run, stored_ticket(row))
 
 
 def select_update(connection: Connection, ticket: str) -> UpdateRow | None:
@@ -193,6 +197,12 @@ def stored_round(row: Row[Any], tickets: Iterable[Ticket]) -> Round:
     )
 
 
+def stored_ticket(row: Row[Any]) -> Ticket:
+    """Returns the ticket of a row."""
+    state, base = TicketState(row.state), row.number - 1
+    return Ticket(row.id, row.client, state, row.reason, row.generation, base, row.issued_at or 0.0)
+
+
 def _update_row(received: UpdateRow) -> dict[str, Any]:
     return {
         "ticket": received.ticket,
@@ -230,16 +240,14 @@ def _ticket_row(state: Round, ticket: Ticket) -> dict[str, Any]:
     return {
         "id": ticket.id,
         "run": state.run,
-        "number": state.number,
+        "number": ticket.issued_in,
         "client": ticket.client,
         "state": str(ticket.state),
         "reason": ticket.reason,
         "generation": ticket.generation,
+        "counts_in": state.number,
+        "issued_at": ticket.issued_at,
     }
-
-
-def _ticket(row: Row[Any]) -> Ticket:
-    return Ticket(row.id, row.client, TicketState(row.state), row.reason, row.generation, row.number - 1)
 
 
 def _update(row: Row[Any]) -> UpdateRow:
