@@ -80,6 +80,7 @@ async def serving(settings: Settings, timing: Timing) -> AsyncIterator[Parts]:
 async def _take_up(parts: Parts) -> None:
     """Takes up every run where the last process left it, and begins the upkeep."""
     store, runs = parts.store, parts.runs
+    await store.set_clock()
     await tell_lost_versions(store, parts.timing.versions_check_s)
     await runs.start()
     for evaluator in parts.sessions.evaluators():
@@ -110,6 +111,8 @@ def _end_with(stack: AsyncExitStack, parts: Parts) -> None:
     Waits for a round, a turn or news would hold the end up though nobody is at work.
     """
     stack.push_async_callback(_stop_servers, parts)
+    if parts.store.db.is_shared:
+        stack.push_async_callback(parts.presence.leave)
     for end_waits in (parts.downloads.close, parts.uploads.drain, parts.admission.drain, parts.runs.lobby.close):
         stack.callback(end_waits)
     stack.push_async_callback(parts.health.set, "", health_pb2.HealthCheckResponse.NOT_SERVING)

@@ -32,6 +32,8 @@ from fedpeft_server.access import bounds
 from fedpeft_server.access.admission import Admission
 from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.background import Background
+from fedpeft_server.daemons.follower import Follower
+from fedpeft_server.daemons.presence import Presence
 from fedpeft_server.enrolment import supervisor
 from fedpeft_server.enrolment.supervisor import Enrolment
 from fedpeft_server.metrics import Metrics
@@ -107,6 +109,8 @@ class Parts:
         uploads: Updates that arrive.
         downloads: Adapter versions that are sent.
         access: The service for enrolment and revocation.
+        presence: The other daemons on the database, and who waits with which.
+        follower: Takes up what those change.
     """
 
     settings: Settings
@@ -128,6 +132,8 @@ class Parts:
     uploads: Uploads
     downloads: TransferSlots
     access: Access
+    presence: Presence
+    follower: Follower
 
 
 async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, stack: AsyncExitStack) -> Parts:
@@ -168,6 +174,8 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
     addresses, life = partial(_addresses, settings, own, ports), timedelta(seconds=settings.certificate_life_s)
     access = Access(store, admission, runs, sessions, own, refresh.take_up, addresses, life)
     stack.push_async_callback(access.tasks.wait)
+    presence = Presence(store, runs.lobby, background, timing)
+    follower = Follower(store, runs, sessions, admission, access.dismiss, presence, background, timing)
     federation = Federation(runs, store, sessions, uploads, downloads, byte_counter, metrics, caller_log)
     operator = Operator(runs, store, sessions, uploads, byte_counter, timing)
     _add_services(ports, federation, operator, access, health)
@@ -191,6 +199,8 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
         uploads=uploads,
         downloads=downloads,
         access=access,
+        presence=presence,
+        follower=follower,
     )
 
 

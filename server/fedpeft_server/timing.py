@@ -50,6 +50,11 @@ class Timing:
         database_lost_s: Longer than any statement of the server takes. After so long PostgreSQL cancels one and ends a
             transaction in which nothing happens, and a peer that does not answer is given up: a server that hangs
             holds no lock.
+        daemon_alive_s: Between two words of a daemon to the others on its database that it is there.
+        daemon_gone_s: A daemon that was not heard for so long is gone, and nobody waits with it any more.
+        notices_gather_s: What is to be told the others within this time is told at once.
+        listen_retry_s: Pause before a daemon listens to the others again.
+        revisions_check_s: Between two looks at the revisions of the runs that go on: a notice may be lost.
         database_check_s: Between two checks whether the database can be used, for health.
         certificate_check_s: Between two looks at the age of the server's certificate.
         certificate_files_check_s: Between two looks at its files: a command that replaced one is followed by others.
@@ -95,6 +100,11 @@ class Timing:
     database_busy_s: float = 10.0
     database_retry_s: float = 0.05
     database_lost_s: float = 60.0
+    daemon_alive_s: float = 1.0
+    daemon_gone_s: float = 4.0
+    notices_gather_s: float = 0.03
+    listen_retry_s: float = 0.5
+    revisions_check_s: float = 10.0
     database_check_s: float = 5.0
     certificate_check_s: float = 60.0
     certificate_files_check_s: float = 1.0

@@ -9,6 +9,7 @@ from functools import partial
 from grpc_health.v1 import health_pb2
 
 from fedpeft_server.parts import Parts, write_activity
+from fedpeft_server.store.listener import Listener
 
 
 class Upkeep:
@@ -36,8 +37,21 @@ class Upkeep:
         background.every("files", timing.files_retry_s, partial(self._store.fold, self._store.clean))
         background.every("storage", timing.storage_measure_s, self._measure)
         background.supervise("health", self._show_health())
+        if self._store.db.is_shared:
+            self._begin_following()
         if parts.ports.enrolment:
             background.every("enrolment", timing.enrolment_retry_s, parts.ports.enrolment.run)
+
+    def _begin_following(self) -> None:
+        """Begins to follow the other daemons on the database."""
+        timing, background, follower = self._timing, self._parts.background, self._parts.follower
+        engine, own = self._store.db.transactions.engine, self._store.db.transactions.notices.sender
+        listener = Listener(engine, own, timing, follower.heard, follower.began)
+        background.supervise("notices", listener.listen())
+        background.supervise("notices", follower.follow())
+        background.supervise("seats", self._parts.presence.tell())
+        background.every("revisions", timing.revisions_check_s, follower.check_runs)
+        background.every("clock", timing.database_check_s, self._store.set_clock)
 
     async def _write_activity(self) -> None:
         sessions = self._parts.sessions

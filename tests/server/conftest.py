@@ -396,10 +396,26 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def postgresql_url(postgres: Path) -> str:
     """A new database in PostgreSQL."""
-    name = f"test_{time.monotonic_ns()}"
+    return _new_database(postgres, f"test_{time.monotonic_ns()}")
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres: Path) -> str:
+    """Name of a database in PostgreSQL with the schema as all migrations leave it."""
+    Database.open(_new_database(postgres, "migrated"), TIMING).close()
+    return "migrated"
+
+
+@pytest.fixture
+def migrated_postgresql_url(postgres: Path, migrated_template: str) -> str:
+    """A new database in PostgreSQL with that schema, which saves the migrations."""
+    return _new_database(postgres, f"test_{time.monotonic_ns()}", f"TEMPLATE {migrated_template}")
+
+
+def _new_database(postgres: Path, name: str, template: str = "") -> str:
     admin = create_engine(f"postgresql+psycopg://postgres@/postgres?host={postgres}", isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
+        connection.execute(text(f"CREATE DATABASE {name} {template}"))
     admin.dispose()
     return f"postgresql://postgres@/{name}?host={postgres}"
 

@@ -197,6 +197,10 @@ class Admission:
         """Returns up to when certificates of a subject begin that are refused; infinite if all are."""
         return self._refused_until.get(subject, -math.inf)
 
+    def is_refused(self, subject: Subject) -> bool:
+        """Returns True if a subject is refused whatever it brings."""
+        return self.refused_until(subject) == math.inf
+
     def take_back(self, subject: Subject, refused_until: float) -> None:
         """Takes back a revocation that was not written; `refused_until` is what was known before it."""
         self._refused_until[subject] = refused_until

@@ -257,7 +257,7 @@ class Access(pb_grpc.AccessServiceServicer):
             raise
         self._admission.revoke(subject)
         log.warning("identity revoked", subject=str(subject), by=by, reason=reason)
-        await self._dismiss(subject, by, "its certificate was revoked")
+        await self.dismiss(subject, by, "its certificate was revoked")
         return row
 
     @shielded
@@ -267,9 +267,9 @@ class Access(pb_grpc.AccessServiceServicer):
         self._admission.know(row)
         self._admission.revoke(subject, sparing=spared)
         log.warning("client left the federation", subject=str(subject), reason=reason)
-        return await self._dismiss(subject, str(subject), "it left")
+        return await self.dismiss(subject, str(subject), "it left")
 
-    async def _dismiss(self, subject: Subject, by: str, reason: str) -> int:
+    async def dismiss(self, subject: Subject, by: str, reason: str) -> int:
         """Takes seat and tickets from somebody who is refused from now on, so that nothing waits for it.
 
         Returns:
@@ -284,6 +284,8 @@ class Access(pb_grpc.AccessServiceServicer):
         self._runs.dismiss_evaluator(client)
         withdrawn = 0
         for engine in self._runs.active():
+            if self._store.db.is_shared:
+                await engine.refresh()  # another daemon may have given it a ticket
             ticket = engine.open_ticket(client)
             if ticket:
                 try:

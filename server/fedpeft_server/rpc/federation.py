@@ -24,7 +24,6 @@ from fedpeft.errors import (
     StoreUnavailable,
     TicketNotFound,
     TicketOfAnother,
-    VersionNotFound,
 )
 from fedpeft.process import tracing
 from fedpeft.rounds import metric_values, state_machine
@@ -97,6 +96,7 @@ class Federation(pb_grpc.FederationServiceServicer):
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         """Announces a client; a dry run is only told what it would hear."""
         sessions = self._sessions
+        await self._follow(context)
         role = _ROLE_NAMES.get(request.role)
         if role is None:
             raise CapabilitiesInvalid("the role must be trainer or evaluator", (("role", "is unspecified"),))
@@ -123,9 +123,11 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def AwaitRound(self, request: pb.AwaitRoundRequest, context: Context) -> pb.AwaitRoundResponse:
         """Answers when there is something to do for the client."""
-        client = self._sessions.identify(context)
+        client = await self._identify(context)
         role = self._sessions.role(client)
         look = self._evaluation if role == "evaluator" else self._training
+        if request.run:
+            await self._runs.look_up(request.run)
         left_out = frozenset(request.left_out[:MAX_LEFT_OUT])
         until = time.monotonic() + max(HOLD_S, min(request.hold_s, LONGEST_HOLD_S))
         while True:
@@ -143,7 +145,7 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def AnswerOffer(self, request: pb.AnswerOfferRequest, context: Context) -> pb.AnswerOfferResponse:
         """Takes what a client says to the offer of a run."""
-        client = self._sessions.identify(context)
+        client = await self._identify(context)
         self._sessions.role(client)
         reasons = untrusted_text.decline(request.reasons)
         accepted = request.answer == pb.ANSWER_ACCEPTED
@@ -154,6 +156,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         if request.examples > untrusted_text.MAX_EXAMPLES:
             fault = f"is {request.examples}; at most {untrusted_text.MAX_EXAMPLES} are taken"
             raise AnswerInvalid(f"examples {fault}", (("examples", fault),))
+        await self._runs.look_up(request.run)
         if accepted and (unable := self._unable(client, request)):
             accepted, reasons = False, (unable,)
         answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, request.examples, time.time())
@@ -187,11 +190,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         self, request: pb.PullAdapterRequest, context: Context
     ) -> AsyncIterator[pb.PullAdapterResponse]:
         """Sends an adapter version."""
-        client = self._sessions.identify(context)
+        client = await self._identify(context)
         _check_digest("have_sha256", request.have_sha256)
-        engine = self._runs.get(request.run)
-        if request.version > engine.run.version:
-            raise VersionNotFound(f"{request.run} has no version {request.version}; the newest is {engine.run.version}")
+        engine = await self._runs.with_version(request.run, request.version)
         training = self._sessions.role(client) == "trainer"
         number = round_from(request.version) if training else request.version
         self._byte_counter.assign(engine.run.id, number, client, training=training)
@@ -236,7 +237,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest], context: Context
     ) -> pb.PushUpdateResponse:
         """Receives an update; the answer means that it is durable."""
-        client = self._sessions.identify(context)
+        client = await self._identify(context)
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("header"):
             raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
@@ -248,7 +249,7 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
         """Returns the state of an upload."""
-        client = self._sessions.identify(context)
+        client = await self._identify(context)
         _check_digest("sha256", request.sha256)
         engine, ticket = await self._ticket(request.ticket, client)
         self._runs.progress.report(ticket.id, request.step, request.steps)
@@ -269,7 +270,7 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:
         """Gives a ticket up."""
-        client = self._sessions.identify(context)
+        client = await self._identify(context)
         engine, ticket = await self._ticket(request.ticket, client)
         try:
             state = await engine.withdraw(ticket, untrusted_text.reason(request.reason), actor())
@@ -279,7 +280,7 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def CheckRuns(self, request: pb.CheckRunsRequest, context: Context) -> pb.CheckRunsResponse:
         """Returns the states of some runs."""
-        self._sessions.identify(context)
+        await self._identify(context)
         if len(request.runs) > MAX_CHECKED:
             fault = f"has {len(request.runs)} ids; at most {MAX_CHECKED} are taken"
             raise RunsInvalid(f"runs {fault}", (("runs", fault),))
@@ -290,12 +291,10 @@ class Federation(pb_grpc.FederationServiceServicer):
 
     async def PushEvaluation(self, request: pb.PushEvaluationRequest, context: Context) -> pb.PushEvaluationResponse:
         """Takes figures of a version."""
-        client = self._sessions.identify(context)
+        client = await self._identify(context)
         if self._sessions.role(client) != "evaluator":
             raise NotAnEvaluator(f"client {client} registered as a trainer; figures come from evaluators")
-        engine = self._runs.get(request.run)
-        if request.version > engine.run.version:
-            raise VersionNotFound(f"{request.run} has no version {request.version}; the newest is {engine.run.version}")
+        engine = await self._runs.with_version(request.run, request.version)
         self._byte_counter.assign(engine.run.id, request.version, client, training=False)
         if request.failure:
             return await self._cannot_score(request, engine, client)
@@ -333,6 +332,31 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._log.info("version cannot be scored", run=run, version=version, client=client, reason=failure.reason)
         self._runs.watchers.announce(run)
         return pb.PushEvaluationResponse()
+
+    async def _identify(self, context: Context) -> str:
+        """Returns the id of the client that calls, as `Sessions.identify`; it may have registered with another daemon.
+
+        Raises:
+            FedpeftError: As `Sessions.identify`.
+        """
+        if self._sessions.is_strange(context):
+            await self._follow(context)
+        return self._sessions.identify(context)
+
+    async def _follow(self, context: Context) -> None:
+        """Takes up what other daemons know of the client that calls.
+
+        Raises:
+            ClientIdInUse: If another instance holds the id there.
+        """
+        db = self._store.db
+        row = await self._store.transact(db.client, self._sessions.claimed(context)) if db.is_shared else None
+        if row is None:
+            return
+        waits = self._runs.lobby.waits_elsewhere(row.id)
+        self._sessions.refuse_another(context, row, self._store.clock.time(), waits=waits)
+        if (registered := self._sessions.follow(row)) is not None:
+            self._runs.follow_registration(registered.client, registered.before, registered.role)
 
     def _welcome(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         """Returns the answer to Register, with a page of the runs where they were asked for, and else the first few."""
@@ -374,8 +398,6 @@ class Federation(pb_grpc.FederationServiceServicer):
         The newest version of a run comes first, of all runs; then, when those are scored, what was missed: of runs that
         go on before finished ones, of older runs before younger ones.
         """
-        if run:
-            self._runs.get(run)
         answers, best = self._runs.participation, None
         missing = await self._runs.scoring.missing(client)
         wanted = [each for each in ((run,) if run else missing) if each in missing and each not in left_out]

@@ -26,7 +26,6 @@ from fedpeft.errors import (
     OffsetOutOfRange,
     RequestIdReused,
     SpecInvalid,
-    VersionNotFound,
 )
 from fedpeft.privacy.accounting import calibrated
 from fedpeft.process.mapped_files import releaser
@@ -111,7 +110,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         """Shows a run and its round in progress."""
-        engine = self._runs.get(request.run)
+        engine = await self._runs.look_up(request.run)
         response = pb.GetRunResponse(run=await self._run(engine))
         if engine.active:
             response.round.CopyFrom(await self._history.one(engine, engine.round))
@@ -134,7 +133,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
     async def ListRounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
         """Shows the rounds of a run, a page at a time."""
         most, of = pages.size(request.page_size), ("rounds", request.run, request.after, request.without_records)
-        engine = self._runs.get(request.run)
+        engine = await self._runs.look_up(request.run)
         place = pages.position(request.page_token, of=of, first=(min(request.after, engine.round.number), "", 0))
         records = not request.without_records
         rounds, then = await self._history.part(engine, Place(*place), most, records=records)
@@ -143,7 +142,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         """Sends a run, and after every change what is new of it."""
-        engine = self._runs.get(request.run)
+        engine = await self._runs.look_up(request.run)
         news = self._runs.watchers.watch(request.run)
         told: Round | None = None
         try:
@@ -168,25 +167,25 @@ class Operator(pb_grpc.OperatorServiceServicer):
 
     async def PauseRun(self, request: pb.PauseRunRequest, context: Context) -> pb.PauseRunResponse:
         """Lets no new round open."""
-        engine = self._runs.get(request.run)
+        engine = await self._runs.look_up(request.run)
         await engine.pause(untrusted_text.reason(request.reason), actor())
         return pb.PauseRunResponse(run=await self._run(engine))
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
         """Lets rounds open again."""
-        engine = self._runs.get(request.run)
+        engine = await self._runs.look_up(request.run)
         await engine.resume(actor())
         return pb.ResumeRunResponse(run=await self._run(engine))
 
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
         """Ends a run for good."""
-        engine = self._runs.get(request.run)
+        engine = await self._runs.look_up(request.run)
         await engine.stop(untrusted_text.reason(request.reason), actor())
         return pb.StopRunResponse(run=await self._run(engine))
 
     async def RollbackRun(self, request: pb.RollbackRunRequest, context: Context) -> pb.RollbackRunResponse:
         """Takes a run back to an earlier version."""
-        engine = self._runs.get(request.run)
+        engine = await self._runs.look_up(request.run)
         await engine.roll_back(request.version, untrusted_text.reason(request.reason), actor())
         return pb.RollbackRunResponse(run=await self._run(engine))
 
@@ -199,10 +198,8 @@ class Operator(pb_grpc.OperatorServiceServicer):
         self, request: pb.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
         """Sends an adapter version as the file that is stored."""
-        engine = self._runs.get(request.run)
+        engine = await self._runs.with_version(request.run, request.version)
         number = request.version if request.HasField("version") else engine.run.version
-        if number > engine.run.version:
-            raise VersionNotFound(f"{request.run} has no version {number}; the newest is {engine.run.version}")
         row = await self._store.transact(self._store.db.version, engine.run.id, number)
         key = version_key(engine.run.id, number, row.source, row.draw)
         async with self._store.opened(self._checked, key, row) as file:

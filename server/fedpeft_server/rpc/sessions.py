@@ -55,6 +55,7 @@ class Session:
         scoring: Run and version that an evaluator was given and has not scored.
         moved: Begin of its last call, or time of its last message, on the monotonic clock; 0 if none came since this
             process began. Unlike `seen`, it does not move when the server gives a call up.
+        dismissed: True if it left or was revoked since it registered.
     """
 
     instance: str
@@ -65,10 +66,26 @@ class Session:
     calls: int = 0
     scoring: tuple[str, int] | None = None
     moved: float = 0.0
+    dismissed: bool = False
 
     def note_activity(self) -> None:
         """Records that a call or message of the client arrived."""
         self.moved = time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A registration that another daemon took.
+
+    Attributes:
+        client: The client.
+        before: Role that was known of it; empty if none was.
+        role: Its role now.
+    """
+
+    client: str
+    before: str
+    role: str
 
 
 class Sessions:
@@ -86,6 +103,56 @@ class Sessions:
         self._sessions = {row.id: Session(row.instance, row.process, row.role, seen_at=row.last_seen) for row in known}
         self._registered = sum(1 for row in known if row.role)
         self._touched: dict[str, float] = {}
+
+    def claimed(self, context: Context) -> str:
+        """Returns the client that a call says it is, or that its certificate names.
+
+        Raises:
+            ClientIdInvalid: As `identify`.
+        """
+        return _caller(context)[0]
+
+    def is_strange(self, context: Context) -> bool:
+        """Returns True if a call is not what is known of its client: it may have registered with another daemon.
+
+        Raises:
+            ClientIdInvalid: As `identify`.
+        """
+        client, instance, process = _caller(context)
+        session = self._sessions.get(client)
+        if session is None or session.instance != instance or (process and process != session.process):
+            return True
+        return not session.role and not session.dismissed
+
+    def follow(self, row: ClientRow) -> Registered | None:
+        """Takes up what the database has of a client; returns what is new of it, None if nothing is."""
+        known = self._sessions.get(row.id)
+        session = self._sessions.setdefault(row.id, Session(row.instance))
+        session.seen_at = max(session.seen_at, row.last_seen)
+        before = session.role
+        is_same = known and (session.instance, session.process) == (row.instance, row.process)
+        if is_same and (before == row.role or session.dismissed):
+            return None
+        self._registered += bool(row.role) - bool(before)
+        session.instance, session.process, session.role = row.instance, row.process, row.role
+        session.dismissed = False
+        return Registered(row.id, before, row.role)
+
+    def refuse_another(self, context: Context, row: ClientRow, now: float, *, waits: bool) -> None:
+        """Refuses a call of another instance than the one that holds the id with another daemon.
+
+        Args:
+            context: The call.
+            row: What the database has of its client.
+            now: Time on the database's clock.
+            waits: True if the client waits with another daemon.
+
+        Raises:
+            ClientIdInUse: If that one is live.
+        """
+        client, instance, _ = _caller(context)
+        if row.instance != instance and (waits or now - row.last_seen < self._timing.session_alive_s):
+            raise self._in_use(client)
 
     def identify(self, context: Context, *, registers: bool = False, earlier: Collection[str] = ()) -> str:
         """Returns the id of the client that calls, and holds it for the call's instance until the call ends.
@@ -121,7 +188,7 @@ class Sessions:
         session.seen_at = self._touched[client] = time.time()
         context.add_done_callback(cast(Any, partial(self._ended, client, session)))
         call = CALL.get()
-        call.client, call.moved = client, session.note_activity
+        call.client, call.moved = client, partial(self._note_activity, client, session)
         return client
 
     def register(self, client: str, role: str) -> str:
@@ -137,6 +204,7 @@ class Sessions:
         before = session.role
         self._registered += not before
         session.role = role
+        session.dismissed = False
         session.scoring = None
         return before
 
@@ -145,6 +213,7 @@ class Sessions:
         session = self._sessions.get(subject.name)
         if session and session.role and _CERTIFIED[session.role] is subject.role:
             session.role = ""
+            session.dismissed = True
             session.scoring = None
             self._registered -= 1
 
@@ -174,6 +243,11 @@ class Sessions:
         if not role or (subject and subject.role is not _CERTIFIED[role]):
             raise NotRegistered(f"client {client} is not registered; call Register first")
         return role
+
+    def known_role(self, client: str) -> str:
+        """Returns the role that a client registered with; empty if it did not."""
+        session = self._sessions.get(client)
+        return session.role if session else ""
 
     def scores(self, client: str, task: tuple[str, int] | None) -> None:
         """Remembers which version of which run an evaluator was given to score, or that there is none for it."""
@@ -234,6 +308,10 @@ class Sessions:
         writing.add_done_callback(take_back)  # also where the caller has left by then
         await ended(writing)
 
+    def _note_activity(self, client: str, session: Session) -> None:
+        session.note_activity()
+        self._touched[client] = time.time()  # a transfer may take long, and other daemons are not to think it gone
+
     def _refuse_one_too_many(self, client: str) -> None:
         known = self._sessions.get(client)
         if not (known and known.role) and self._registered >= self._limit:
@@ -244,13 +322,16 @@ class Sessions:
     def _refuse_other_instance(self, client: str, session: Session, instance: str) -> None:
         if session.instance == instance:
             return
-        since, alive_s = time.monotonic() - session.seen, self._timing.session_alive_s
-        if session.calls or (session.seen and since < alive_s):
-            another = "a token of its own" if CALL.get().caller.subject else "another id"
-            raise ClientIdInUse(
-                f"another instance of client {client} is connected, by its {INSTANCE_KEY}; give this one {another}, or "
-                f"stop the other and wait {alive_s:.0f} s"
-            )
+        since = time.monotonic() - session.seen
+        if session.calls or (session.seen and since < self._timing.session_alive_s):
+            raise self._in_use(client)
+
+    def _in_use(self, client: str) -> ClientIdInUse:
+        another = "a token of its own" if CALL.get().caller.subject else "another id"
+        return ClientIdInUse(
+            f"another instance of client {client} is connected, by its {INSTANCE_KEY}; give this one {another}, or "
+            f"stop the other and wait {self._timing.session_alive_s:.0f} s"
+        )
 
     def _ended(self, client: str, session: Session, _: object) -> None:
         session.calls -= 1

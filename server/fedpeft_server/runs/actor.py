@@ -8,7 +8,6 @@ number of servers may drive a run, and each transition happens once.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from functools import partial
@@ -104,7 +103,7 @@ class RunActor:
 
     def changes(self, status: RunStatus, *events: Event) -> Changes | None:
         """Returns what events change now; see `fedpeft.rounds.transitions`."""
-        return transition(status, events, self.run.config.rounds, time.time())
+        return transition(status, events, self.run.config.rounds, self._store.clock.time())
 
     async def transit(self, decide: Decide, *, sure: bool = True) -> Transition | None:
         """Makes the transition that is decided on, in a command; returns it, or None if there is nothing to change.
@@ -169,7 +168,7 @@ class RunActor:
 
     async def _reload(self) -> None:
         ((run, current),) = await self._store.transact(self._store.db.standings, self.run.id)
-        conducts = await self._store.transact(self._store.db.conducts, self.run.id)
+        conducts = await self._store.transact(self._store.db.poor_conducts, self.run.id)
         self._log.info("run changed by another server", revision=run.revision, round=current.number)
         self._enter(RunStatus(run.revision, run.state, run.reason, run.version, current), conducts, here=False)
 

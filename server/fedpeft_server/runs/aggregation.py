@@ -330,6 +330,12 @@ class Folding:
         with self._background.attempt("files"):  # the daemon's work of that name tries again
             await self._store.forget_round(done, self._actor.run.id)
 
+    async def forget_here(self, done: Round) -> None:
+        """Removes what is here of a round that ended with another daemon, once nothing reads it any more."""
+        await self.idle()
+        with self._background.attempt("files"):
+            await self._store.forget_round_here(done, self._actor.run.id)
+
     async def forget_stopped(self, stopped: Round) -> None:
         """Removes what arrived for a round that will never be folded, once nothing reads it any more."""
         await self.idle()

@@ -197,7 +197,7 @@ class RunEngine:
 
         async def decide(status: RunStatus) -> Transition | None:
             nonlocal found
-            found = receipts.batch(status, waiting, self.run.config.rounds, time.time())
+            found = receipts.batch(status, waiting, self.run.config.rounds, self._store.clock.time())
             return found.transition()
 
         made = await self.actor.transit(decide)
@@ -309,9 +309,13 @@ class RunEngine:
         self._moved.set()
         self._moved = asyncio.Event()
         run, current, follow = self.run, self.round, effects(before, self.actor.status)
-        self._participation.put_conducts(run.id, conducts)
         if here:  # else the server that made the transition has counted and logged it
             self._round_log.entered(before.round, current)
+        else:  # of these clients alone it is not good
+            conducts = {**dict.fromkeys(self._participation.conducts(run.id), conduct.GOOD), **conducts}
+            if before.round.number != current.number or follow.ended:
+                self._background.watch("files", self.tasks.start(self._folding.forget_here(before.round)))
+        self._participation.put_conducts(run.id, conducts)
         if follow.committed:
             self._byte_counter.round_committed(run.id, run.version)
         self._arm_timer()
@@ -319,7 +323,7 @@ class RunEngine:
             self.opened = time.time()
             self._issued(run.id, follow.issued)
             for ticket in follow.issued:
-                self._lobby.wake(ticket.client)
+                (self._lobby.wake_sampled if here else self._lobby.wake)(ticket.client)
         if follow.fold:
             self._folding.begin()
         self._gauges.show(run, current)
@@ -344,7 +348,7 @@ class RunEngine:
         if self.run.state is not RunState.RUNNING:
             return
         if self.round.deadline is not None:
-            left_s = self.round.deadline - time.time()
+            left_s = self.round.deadline - self._store.clock.time()
         elif self.round.phase is Phase.WAITING:  # as a rule it is open by then, and no deadline was written
             left_s = self._timing.waiting_look_s
         else:

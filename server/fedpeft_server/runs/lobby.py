@@ -1,16 +1,20 @@
-"""The lobby: the clients that wait to be sampled. It is state of the moment, so it is kept in memory only."""
+"""The lobby: the clients that wait to be sampled. It is state of the moment, so it is kept in memory only.
+
+Those that wait with other daemons on the same database count as well: daemons tell each other who comes and goes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from fedpeft.errors import Draining
 from fedpeft.rpc.timing import HOLD_S, LONGEST_HOLD_S
+from fedpeft_server.runs.seats import Seat, SeatsElsewhere
 from fedpeft_server.timing import Timing
 
 POLLS_PER_S = 10.0
@@ -43,6 +47,9 @@ class Lobby:
         changed: Called with a run whenever somebody comes or goes that it may sample.
         takes_part: Says of a run and a client whether it takes part; `sort` must be called when that changes.
         timing: Time for which a client lingers after its poll was answered.
+
+    Attributes:
+        moved: Set once somebody came or went.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Lobby:
         timing: Timing,
         takes_part: Callable[[str, str], bool] = _everybody,
     ) -> None:
+        self.moved = asyncio.Event()
         self._changed = changed
         self._timing = timing
         self._takes_part = takes_part
@@ -58,6 +66,8 @@ class Lobby:
         self._evaluators: dict[str, Waiter] = {}  # those that are not trainers
         self._lingering: dict[str, Waiter] = {}  # those with an end, the next one to end first
         self._waiting: dict[str, set[str]] = {}  # by run that was asked about: the clients that it may sample
+        self._elsewhere = SeatsElsewhere()
+        self._moved: set[str] | None = None  # clients that came or went since `take_moved`; None where nobody asks
         self._closed = False
 
     @property
@@ -107,8 +117,35 @@ class Lobby:
         """
         self.expire()
         if run not in self._waiting:
-            self._waiting[run] = {waiter.client for waiter in self._waiters.values() if self._may_sample(run, waiter)}
+            everybody = {*self._waiters, *self._elsewhere.clients()}
+            self._waiting[run] = {client for client in everybody if self._may_sample(run, client)}
         return self._waiting[run]
+
+    def seats(self) -> dict[str, Seat]:
+        """Returns the trainers that wait here, and begins to note who comes and goes."""
+        self._moved = set()
+        return {client: Seat(w.run, w.left_out) for client, w in self._waiters.items() if w.trainer}
+
+    def take_moved(self) -> dict[str, Seat | None]:
+        """Returns those that came since this was asked last, and those that went; there is none for them."""
+        self.expire()
+        moved, self._moved = self._moved or set(), set()
+        waiters = {client: self._waiters.get(client) for client in moved}
+        return {client: Seat(w.run, w.left_out) if w and w.trainer else None for client, w in waiters.items()}
+
+    def seat_elsewhere(self, daemon: str, seats: Iterable[tuple[str, Seat | None]]) -> None:
+        """Notes who waits with another daemon, and who does no more."""
+        for client, seat in seats:
+            self._elsewhere.put(daemon, client, seat)
+            self.sort(client)
+
+    def vacate(self, daemon: str) -> None:
+        """Notes that nobody waits with another daemon any more."""
+        self.seat_elsewhere(daemon, [(client, None) for client in self._elsewhere.of_daemon(daemon)])
+
+    def waits_elsewhere(self, client: str) -> bool:
+        """Returns True if a client waits with another daemon."""
+        return bool(self._elsewhere.of(client))
 
     def expire(self) -> None:
         """Takes out those whose poll ended and who did not ask again."""
@@ -118,9 +155,8 @@ class Lobby:
 
     def sort(self, client: str) -> None:
         """Puts a waiting client where it may be sampled: it has just come, or takes part in other runs than before."""
-        waiter = self._waiters.get(client)
         for run, waiting in self._waiting.items():
-            if (waiter is not None and self._may_sample(run, waiter)) is not (client in waiting):
+            if self._may_sample(run, client) is not (client in waiting):
                 waiting.symmetric_difference_update((client,))
                 self._changed(run)
 
@@ -131,7 +167,7 @@ class Lobby:
     def is_waiting(self, client: str) -> bool:
         """Returns True if a client waits now."""
         waiter = self._waiters.get(client)
-        return waiter is not None and waiter.until >= time.monotonic()
+        return (waiter is not None and waiter.until >= time.monotonic()) or self.waits_elsewhere(client)
 
     def wake(self, client: str) -> None:
         """Tells a waiting client that there is something for it; one that lingers finds out when it asks again."""
@@ -139,6 +175,16 @@ class Lobby:
         if waiter:
             self._remove(waiter)
             _answer(waiter.called, found=True)
+
+    def wake_sampled(self, client: str) -> None:
+        """Tells a client that it was sampled here; one that waits elsewhere counts no more until that is told again.
+
+        The daemon there tells it, and others need not wait for its word.
+        """
+        if self.waits_elsewhere(client):
+            self._elsewhere.vacate(client)
+            self.sort(client)
+        self.wake(client)
 
     def wake_evaluators(self) -> None:
         """Tells evaluators that there is a new version."""
@@ -169,6 +215,7 @@ class Lobby:
         self._waiters[new.client] = new
         if not new.trainer:
             self._evaluators[new.client] = new
+        self._note_move(new.client)
         self.sort(new.client)
         return new
 
@@ -183,9 +230,16 @@ class Lobby:
         if self._closed:
             raise Draining("the server is shutting down; try again after a pause")
 
-    def _may_sample(self, run: str, waiter: Waiter) -> bool:
-        here = waiter.trainer and waiter.run in ("", run) and run not in waiter.left_out
-        return here and self._takes_part(run, waiter.client)
+    def _may_sample(self, run: str, client: str) -> bool:
+        waiter = self._waiters.get(client)
+        here = waiter is not None and waiter.trainer and waiter.run in ("", run) and run not in waiter.left_out
+        waits = here or any(seat.is_for(run) for seat in self._elsewhere.of(client))
+        return waits and self._takes_part(run, client)
+
+    def _note_move(self, client: str) -> None:
+        if self._moved is not None:
+            self._moved.add(client)
+            self.moved.set()
 
     def _leave(self, waiter: Waiter) -> None:
         if self._waiters.get(waiter.client) is waiter:
@@ -195,10 +249,8 @@ class Lobby:
         del self._waiters[waiter.client]
         self._lingering.pop(waiter.client, None)
         self._evaluators.pop(waiter.client, None)
-        for run, waiting in self._waiting.items():
-            if waiter.client in waiting:
-                waiting.discard(waiter.client)
-                self._changed(run)
+        self._note_move(waiter.client)
+        self.sort(waiter.client)
 
 
 def _answer(called: asyncio.Future[bool], *, found: bool) -> None:

@@ -34,6 +34,10 @@ class Participation:
             self._keep(answer)
             self._judge(answer.run, answer.client, answer.conduct)
 
+    def answer(self, run: str, client: str) -> AnswerRow | None:
+        """Returns what a client answered last for a run; None if it did not."""
+        return self._given.get(run, {}).get(client)
+
     def put(self, answer: AnswerRow) -> None:
         """Takes an answer that is durable; how the client used its tickets before stands."""
         answer = replace(answer, conduct=self.conduct(answer.run, answer.client))

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 import structlog
 
-from fedpeft.errors import DatabaseUnavailable, RunNotFinished, RunNotFound, StateInvalid, TicketNotFound
+from fedpeft import ids
+from fedpeft.errors import (
+    DatabaseUnavailable,
+    RunNotFinished,
+    RunNotFound,
+    StateInvalid,
+    TicketNotFound,
+    VersionNotFound,
+)
 from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft_server.background import Background
@@ -20,7 +28,7 @@ from fedpeft_server.runs.progress_watch import ProgressWatch
 from fedpeft_server.runs.scoring import Scoring
 from fedpeft_server.runs.ticket_index import TicketIndex
 from fedpeft_server.runs.waiting import NAMED, Reasons, awaited
-from fedpeft_server.store.rows import AnswerRow, AuditEvent, RunRow, RunState, VersionRow
+from fedpeft_server.store.rows import AnswerRow, AuditEvent, GaugeSnapshot, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key
 from fedpeft_server.tasks import TaskSet, shielded
 from fedpeft_server.timing import Timing
@@ -97,8 +105,7 @@ class Runs:
             await self._show_again(engine)
         await self._store.compute(self._store.sweep, self._engines, held)
         for engine in self._engines.values():
-            self.progress.issued(engine.run.id, engine.awaited())
-            await engine.start()
+            await self._start(engine)
         self.matching.begin()
         self._background.every("progress", self._timing.progress_check_s, self._look_at_progress)
 
@@ -138,15 +145,24 @@ class Runs:
     async def adopt(self, run_id: str) -> RunEngine:
         """Returns the engine of a run that is in the database; makes it if the answer to the run's making was lost.
 
+        Another daemon may have made the run, and be in the middle of it.
+
         Raises:
             RunNotFound: If there is no such run.
         """
-        return self._begin(await self._store.transact(self._store.db.run, run_id))
+        ((run, current),) = await self._store.transact(self._store.db.standings, run_id)
+        is_new = run_id not in self._engines
+        engine = self._begin(run, current)
+        if is_new and self._store.db.is_shared:
+            await self._take_up(engine)
+        return engine
 
     @shielded
     async def delete(self, run_id: str, by: str) -> None:
         """Removes a finished run with everything of it but its entries in the audit log; `by` is who asked for it."""
-        engine = self.get(run_id)
+        engine = await self.look_up(run_id)
+        if engine.active and self._store.db.is_shared:
+            await engine.refresh()
         if engine.active:
             raise RunNotFinished(f"{run_id} is {engine.run.state}; stop it before it is deleted")
         await engine.close()
@@ -155,8 +171,85 @@ class Runs:
         # The files first: while the run is listed its deletion can be repeated, and afterwards nothing finds them.
         await self._store.version(self._store.forget_run, run_id, tickets)
         await self._store.transact(self._store.db.delete_run, run_id, (audit_event,))
+        self._drop(engine)
+        log.info("run deleted", run=run_id)
+
+    async def look_up(self, run_id: str) -> RunEngine:
+        """Returns the engine of a run, which another daemon may have made a moment ago.
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        if run_id not in self._engines and self._store.db.is_shared and ids.RUN.fullmatch(run_id):
+            with suppress(RunNotFound):
+                return await self.adopt(run_id)
+        return self.get(run_id)
+
+    async def with_version(self, run_id: str, version: int) -> RunEngine:
+        """Returns the engine of a run that has a version, which another daemon may have made a moment ago.
+
+        Raises:
+            RunNotFound: If there is no such run.
+            VersionNotFound: If it has no such version.
+        """
+        engine = await self.look_up(run_id)
+        if version > engine.run.version and self._store.db.is_shared:
+            await engine.refresh()
+        if version > engine.run.version:
+            raise VersionNotFound(f"{run_id} has no version {version}; the newest is {engine.run.version}")
+        return engine
+
+    @shielded
+    async def follow(self, run_id: str) -> None:
+        """Takes up what another daemon has made of a run: a new one, another state, or none any more."""
+        engine = self._engines.get(run_id)
+        try:
+            await (self.adopt(run_id) if engine is None else engine.refresh())
+        except RunNotFound:
+            if engine is not None and run_id in self._engines:
+                self._drop(engine)
+                await engine.close()
+                await self._store.version(self._store.download_cache.forget, run_id)
+                log.info("run deleted by another server", run=run_id)
+
+    async def follow_all(self, revisions: Mapping[str, int], *, active: bool) -> None:
+        """Takes up what other daemons have made of all runs, or of the active ones; those are given by revision."""
+        known = self._active if active else self._engines
+        for run_id in {*revisions, *known}:
+            engine = self._engines.get(run_id)
+            if engine is None or engine.run.revision != revisions.get(run_id):
+                await self.follow(run_id)
+
+    def follow_answer(self, answer: AnswerRow) -> None:
+        """Takes up the answer of a client to another daemon."""
+        self.participation.put(answer)
+        self.lobby.sort(answer.client)
+        self._changed(self.get(answer.run))
+
+    def follow_registration(self, client: str, before: str, role: str) -> None:
+        """Takes up that a client began anew with another daemon: any of them asks it again for each run."""
+        if role == "evaluator":
+            self.scoring.reread(client)
+        elif before == "evaluator":
+            self.dismiss_evaluator(client)
+        self.ask_again(client)
+        self.lobby.wake(client)
+
+    async def show_scores(self, run_id: str, version: int) -> None:
+        """Shows the newest figures of a run, which other daemons have written, and tells the watchers of a version."""
+        engine = self.find(run_id)
+        if engine is not None:
+            await self._show_scored(engine)
+            self.show_backlog(engine)
+            self.watchers.announce(run_id, version)
+
+    def _drop(self, engine: RunEngine) -> None:
+        """Forgets a run that was deleted."""
+        run_id = engine.run.id
         del self._engines[run_id]
         self._ages.remove(engine.age)
+        if run_id in self._active:
+            self._retire(run_id)
         self.participation.forget(run_id)
         self.scoring.forget(run_id)
         self.progress.forget(run_id)
@@ -165,7 +258,6 @@ class Runs:
         self._metrics.forget(run_id)
         self._background.forget(run_id)
         self._changed(engine)
-        log.info("run deleted", run=run_id)
 
     def get(self, run_id: str) -> RunEngine:
         """Returns the engine of a run.
@@ -227,7 +319,7 @@ class Runs:
             engine = self._engines[run]
             return engine, engine.round.ticket(ticket_id)
         row = await self._store.transact(self._store.db.ticket, ticket_id)
-        engine = self.get(row.run)
+        engine = await self.look_up(row.run)
         if row.ticket.state is TicketState.ISSUED:
             await engine.refresh()  # another server has given it out
         return engine, row.ticket
@@ -239,7 +331,7 @@ class Runs:
         Raises:
             RunNotFound: If there is no such run.
         """
-        engine = self.get(answer.run)
+        engine = await self.look_up(answer.run)
         if not await self._store.answers.put(answer):
             raise RunNotFound(f"there is no run {answer.run}")
         self.participation.put(answer)
@@ -299,10 +391,10 @@ class Runs:
             return False
         return True
 
-    def _begin(self, run: RunRow) -> RunEngine:
+    def _begin(self, run: RunRow, current: Round | None = None) -> RunEngine:
         """Returns the engine of a new run, made unless a repetition of its request was there first."""
         if run.id not in self._engines:
-            self._add(self._engine(run, Round(run.id, 1)))
+            self._add(self._engine(run, current or Round(run.id, 1)))
             log.info("run created", run=run.id, name=run.config.name, method=run.spec.method)
             self.lobby.wake_all()
         return self._engines[run.id]
@@ -338,12 +430,26 @@ class Runs:
         parts = (self._store, self.lobby, self.participation, self._byte_counter, self._metrics, self._background)
         return RunEngine(run, current, *parts, self.progress.issued, self._changed, self._timing)
 
-    async def _show_again(self, engine: RunEngine) -> None:
-        """Sets the gauges that would else be empty until the next round or the next figures."""
+    async def _take_up(self, engine: RunEngine) -> None:
+        """Takes up a run that another daemon made."""
+        await self._show_again(engine)
+        await self._start(engine)
+        await engine.refresh()
+
+    async def _start(self, engine: RunEngine) -> None:
+        self.progress.issued(engine.run.id, engine.awaited())
+        await engine.start()
+
+    async def _show_scored(self, engine: RunEngine) -> GaugeSnapshot:
         run = engine.run.id
         snapshot = await self._store.transact(self._store.db.gauge_snapshot, run, engine.round.number)
         for split, figures in snapshot.scored.items():
             self._metrics.scored(run, split, figures)
+        return snapshot
+
+    async def _show_again(self, engine: RunEngine) -> None:
+        """Sets the gauges that would else be empty until the next round or the next figures."""
+        run, snapshot = engine.run.id, await self._show_scored(engine)
         self._metrics.committed(run, snapshot.metrics)
         over = engine.round.phase is Phase.COMMITTED
         self._byte_counter.resume(run, engine.round.number + over, snapshot.current, snapshot.last)

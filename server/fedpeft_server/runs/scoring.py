@@ -96,6 +96,7 @@ class Scoring:
         self._versions: dict[str, int] = {}  # the newest, by run
         self._work: dict[str, _Work] = {}  # by evaluator
         self._reading: dict[str, asyncio.Task[_Work]] = {}  # by evaluator whose work is being read
+        self._outdated: set[str] = set()  # those of which another daemon has news meanwhile
         self._evaluators: dict[str, set[str]] = defaultdict(set)
 
     def follow(self, run: RunRow) -> None:
@@ -120,7 +121,7 @@ class Scoring:
 
     def dismiss(self, evaluator: str) -> list[str]:
         """Notes that an evaluator scores no run any more: it left, was revoked, or trains; returns those it scored."""
-        left = [run for run, evaluators in self._evaluators.items() if evaluator in evaluators]
+        left = self.runs_of(evaluator)
         for run in left:
             self._evaluators[run].discard(evaluator)
         self._work.pop(evaluator, None)
@@ -188,6 +189,32 @@ class Scoring:
                 work.books[run].failed.clear()
             self._look(run, evaluator)
 
+    def note_scored(self, run: str, evaluator: str, version: int) -> None:
+        """Notes that another daemon has written the figures of a version."""
+        work = self._work.get(evaluator)
+        if work is None or run not in self._versions:
+            self.reread(evaluator)
+            return
+        book = work.books.setdefault(run, _Book())
+        book.scored |= 1 << version
+        book.failed.pop(version, None)
+        self._look(run, evaluator)
+
+    def reread(self, evaluator: str) -> None:
+        """Has the work of an evaluator read again before it is used."""
+        self._work.pop(evaluator, None)
+        if evaluator in self._reading:
+            self._outdated.add(evaluator)
+
+    def reread_all(self) -> None:
+        """Has the work of all evaluators read again."""
+        for evaluator in {*self._work, *self._reading}:
+            self.reread(evaluator)
+
+    def runs_of(self, evaluator: str) -> list[str]:
+        """Returns the runs that an evaluator scores."""
+        return [run for run, evaluators in self._evaluators.items() if evaluator in evaluators]
+
     def forget(self, run: str) -> None:
         """Forgets what is kept of a run that was deleted."""
         self._versions.pop(run, None)
@@ -219,9 +246,11 @@ class Scoring:
                 work.forget(run)
             for run, version in self._versions.items():
                 work.look(run, version)
-            self._work[evaluator] = work
+            if evaluator not in self._outdated:
+                self._work[evaluator] = work
             return work
         finally:
+            self._outdated.discard(evaluator)
             del self._reading[evaluator]
 
 

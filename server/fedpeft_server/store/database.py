@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from sqlalchemy import Engine
 
@@ -19,10 +20,12 @@ from fedpeft_server.store.connection import connect, opening
 from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.identities import Identities
 from fedpeft_server.store.migrations import migrate
+from fedpeft_server.store.notices import Topic
 from fedpeft_server.store.queries import (
     clients as client_queries,
 )
 from fedpeft_server.store.queries import (
+    clock,
     evaluations,
     figures,
     participation,
@@ -80,6 +83,7 @@ class Database:
         self.transactions = Transactions(engine, timing)
         self.identities = Identities(self.transactions)
         self._transaction = self.transactions.begin
+        self._tell = self.transactions.notices.tell
         self._reading = self.transactions.read
 
     @classmethod
@@ -99,6 +103,22 @@ class Database:
         """Closes all connections."""
         self.transactions.close()
 
+    @property
+    def is_shared(self) -> bool:
+        """True if other daemons may use the database, and are told what this one changes."""
+        return self.transactions.notices.are_heard
+
+    def tell(self, topic: Topic, keys: Sequence[Any] = ()) -> None:
+        """Tells the other daemons something that is not in the database."""
+        notices = self.transactions.notices
+        with self.transactions.begin() as connection:
+            notices.tell(connection, topic, keys)
+
+    def now(self) -> float:
+        """Returns the time on the database's clock, in seconds since the epoch."""
+        with self._reading() as connection:
+            return clock.select_now(connection)
+
     # Runs and versions
 
     def create_run(self, run: RunRow, version: VersionRow, audit_events: AuditEvents = ()) -> None:
@@ -112,6 +132,7 @@ class Database:
                 raise RequestIdReused(f"request {run.request_id} already made a run")
             run_queries.insert_run(connection, run)
             run_queries.insert_version(connection, version)
+            self._tell(connection, Topic.RUN, [run.id])
 
     def run_by_request(self, request_id: str) -> RunRow | None:
         """Returns the run that a CreateRun call made, or None."""
@@ -140,6 +161,7 @@ class Database:
         """
         with self._transaction(*audit_events) as connection:
             run_queries.delete_run(connection, run_id)
+            self._tell(connection, Topic.RUN, [run_id])
 
     def version(self, run_id: str, version: int) -> VersionRow:
         """Returns a version of a run.
@@ -181,6 +203,7 @@ class Database:
                 rounds.put_result(connection, state, version.created_at, made.result.outcome)
                 run_queries.insert_version(connection, version)
             participation.put_conducts(connection, state.run, made.conducts)
+            self._tell(connection, Topic.RUN, [state.run])
 
     def revision(self, run_id: str) -> int:
         """Returns the revision of a run.
@@ -190,6 +213,11 @@ class Database:
         """
         with self._reading() as connection:
             return run_queries.select_revision(connection, run_id)
+
+    def revisions(self, *, active: bool) -> dict[str, int]:
+        """Returns the revisions of all runs, or of those with rounds left to be held."""
+        with self._reading() as connection:
+            return run_queries.select_revisions(connection, ACTIVE if active else None)
 
     def standings(self, run_id: str = "") -> list[tuple[RunRow, Round]]:
         """Returns all runs, oldest first, or the one that is named, each with the round that it is in.
@@ -205,6 +233,11 @@ class Database:
         """Returns how clients, or all, used their last tickets of a run; nothing of those that never answered."""
         with self._reading() as connection:
             return participation.select_conducts(connection, run_id, clients)
+
+    def poor_conducts(self, run_id: str) -> dict[str, Conduct]:
+        """Returns how those clients used their last tickets of a run that did not use them well."""
+        with self._reading() as connection:
+            return participation.select_poor_conducts(connection, run_id)
 
     def rounds_from(
         self,
@@ -325,6 +358,7 @@ class Database:
         with self._transaction() as connection:
             run_queries.select_version(connection, run, version)
             run_queries.put_evaluation(connection, run, version, evaluator, split, metrics, at)
+            self._tell(connection, Topic.SCORED, [(run, version, evaluator, split)])
 
     def initial_evaluations(self, runs: Sequence[str]) -> dict[str, dict[str, float]]:
         """Returns the figures of version 0 of those runs that have some: the latest of each evaluator, merged."""
@@ -348,6 +382,7 @@ class Database:
         with self._transaction() as connection:
             run_queries.select_version(connection, failure.run, failure.version)
             evaluations.put_failed(connection, failure)
+            self._tell(connection, Topic.EVALUATOR, [failure.evaluator])
 
     def forget_failed_evaluations(self, evaluator: str, run_id: str = "", version: int = 0) -> None:
         """Deletes what an evaluator could not score: everything, or one version of a run."""
@@ -365,6 +400,9 @@ class Database:
         with self._transaction() as connection:
             known = run_queries.existing(connection, (answer.run for answer in answers))
             participation.put_answers(connection, [answer for answer in answers if answer.run in known])
+            told = sorted({(answer.run, answer.client) for answer in answers if answer.run in known})
+            if told:
+                self._tell(connection, Topic.ANSWER, told)
         return [answer.run in known for answer in answers]
 
     def answers(self) -> list[AnswerRow]:
@@ -372,10 +410,16 @@ class Database:
         with self._reading() as connection:
             return participation.select_answers(connection)
 
+    def answers_of(self, pairs: Sequence[tuple[str, str]]) -> list[AnswerRow]:
+        """Returns what clients answered for runs, by (run, client); nothing of those that did not."""
+        with self._reading() as connection:
+            return participation.select_answers_of(connection, pairs)
+
     def see_clients(self, clients: Sequence[ClientRow]) -> list[None]:
         """Writes who clients are, as they register; when one was first seen and what it contributed stay."""
         with self._transaction() as connection:
             client_queries.put_clients(connection, clients)
+            self._tell(connection, Topic.CLIENT, sorted({client.id for client in clients}))
         return [None for _ in clients]
 
     def touch_clients(self, seen: Mapping[str, float]) -> None:
@@ -392,6 +436,11 @@ class Database:
         """Returns at most so many clients whose id is above `after`, by id."""
         with self._reading() as connection:
             return client_queries.select_clients(connection, after, most)
+
+    def clients_named(self, clients: Sequence[str]) -> list[ClientRow]:
+        """Returns those of some clients that registered."""
+        with self._reading() as connection:
+            return client_queries.select_named(connection, clients)
 
     def clients(self) -> list[ClientRow]:
         """Returns all clients by id."""

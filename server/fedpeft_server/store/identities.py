@@ -19,6 +19,7 @@ from fedpeft.errors import (
 )
 from fedpeft.identity.audit import Detail
 from fedpeft.identity.subject import Role, Subject
+from fedpeft_server.store.notices import Topic
 from fedpeft_server.store.queries import access
 from fedpeft_server.store.rows import AuditEvent, IdentityRow, TokenRow
 from fedpeft_server.store.transactions import Transactions
@@ -122,6 +123,7 @@ class Identities:
                 known = replace(known, restored_at=now)
             issued = issue(token.subject, known.refused_until)
             access.use_token(connection, secret_sha256, key_sha256, token.used_at or now)
+            self._tell(connection, token.subject)
             _put_certificate(connection, token.subject, issued)
             who = str(token.subject)
             self._transactions.append(
@@ -177,6 +179,7 @@ class Identities:
             if known is None or not known.is_revoked:  # the first time and reason count, however often it is repeated
                 access.put_revoked(connection, subject, at, reason)
             found = access.select_identity(connection, subject)
+            self._tell(connection, subject)
         assert found is not None
         return found
 
@@ -194,9 +197,18 @@ class Identities:
             if found.is_revoked:
                 _refuse_shared_id(connection, subject)
                 access.put_restored(connection, subject, at)
+                self._tell(connection, subject)
                 self._transactions.append(connection, AuditEvent(actor, "identity.restored", str(subject)))
                 found = replace(found, restored_at=at)
         return found
+
+    def of(self, subject: Subject) -> IdentityRow | None:
+        """Returns an identity; None if nobody of that role and name has called, was enrolled or was revoked."""
+        with self._transactions.read() as connection:
+            return access.select_identity(connection, subject)
+
+    def _tell(self, connection: Connection, subject: Subject) -> None:
+        self._transactions.notices.tell(connection, Topic.IDENTITY, [(subject.role, subject.name)])
 
     def after(self, after: tuple[str, str], most: int | None = None) -> list[IdentityRow]:
         """Returns the first so many identities after a (role, name), or all, in that order."""

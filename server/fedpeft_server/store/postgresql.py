@@ -17,8 +17,8 @@ UNDONE = ("40001", "40P01")
 """The states of a transaction that was undone in favour of another session's; it can be made again."""
 
 
-def engine(url: URL, timing: Timing, **options: Any) -> Engine:
-    """Returns an engine for a URL of PostgreSQL; what the URL says itself about waits counts."""
+def arguments(url: URL, timing: Timing) -> dict[str, Any]:
+    """Returns the arguments of a connection that bound its waits, but those that the URL has itself."""
     busy_s, lost_s = round(timing.database_busy_s), round(timing.database_lost_s)
     pause_s = max(1, lost_s // (2 * _PROBES))
     defaults = {
@@ -28,8 +28,12 @@ def engine(url: URL, timing: Timing, **options: Any) -> Engine:
         "keepalives_count": _PROBES,
         "tcp_user_timeout": _ms(timing.database_lost_s),
     }
-    arguments = {name: value for name, value in defaults.items() if name not in url.query}
-    made = create_engine(url, pool_pre_ping=True, connect_args=arguments, **options)
+    return {name: value for name, value in defaults.items() if name not in url.query}
+
+
+def engine(url: URL, timing: Timing, **options: Any) -> Engine:
+    """Returns an engine for a URL of PostgreSQL; what the URL says itself about waits counts."""
+    made = create_engine(url, pool_pre_ping=True, connect_args=arguments(url, timing), **options)
     limits = {
         "lock_timeout": _ms(timing.database_busy_s),
         "statement_timeout": _ms(timing.database_lost_s),

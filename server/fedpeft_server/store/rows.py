@@ -104,8 +104,12 @@ class Traffic:
 
     def at_least(self, payload_up: int = 0, payload_down: int = 0) -> Traffic:
         """Returns these bytes with the payloads raised where they are less, and the wire by as much."""
+        return self + self.short_of(payload_up, payload_down)
+
+    def short_of(self, payload_up: int = 0, payload_down: int = 0) -> Traffic:
+        """Returns what these bytes lack of such payloads, and the wire as much."""
         up, down = max(0, payload_up - self.payload_up), max(0, payload_down - self.payload_down)
-        return self + Traffic(up, down, up, down)
+        return Traffic(up, down, up, down)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import structlog
 from fedpeft.errors import DatabaseLocked, DiskFull
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.tickets import TicketState
+from fedpeft_server.clock import DatabaseClock
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
@@ -71,6 +72,7 @@ class Store:
         keep_updates: True to keep counted updates in the spool after their round.
 
     Attributes:
+        clock: The time on the database's clock.
         spool: Spool in which updates arrive.
         updates: Place of updates until nothing needs them.
         places: Folders and object stores that flags name.
@@ -91,6 +93,7 @@ class Store:
         self._folder = folder
         self._timing = timing
         self.keep_updates = keep_updates
+        self.clock = DatabaseClock()
         try:
             self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}", timing)
         except DiskFull as error:
@@ -183,6 +186,15 @@ class Store:
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._files, lambda: function(*args, **kwargs))
 
+    async def set_clock(self) -> None:
+        """Sets the clock by the database's, if other daemons may share that.
+
+        Raises:
+            FedpeftError: If it cannot be asked.
+        """
+        if self.db.is_shared:
+            await self.clock.set(lambda: self.transact(self.db.now))
+
     async def version(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Stores an adapter version, makes it ready or removes it on a thread of its own kind."""
         loop = asyncio.get_running_loop()
@@ -230,6 +242,12 @@ class Store:
         oldest = min((t.base_version for t in done.in_state(TicketState.ISSUED)), default=done.number)
         await self.fold(self.download_cache.keep_from, run_id, oldest)
         await self.fold(self.updates.remove_all, [t.id for t in done.tickets if t.state not in kept])
+
+    async def forget_round_here(self, done: Round, run_id: str) -> None:
+        """Removes what is here of a round that ended with another daemon, which removes what both have."""
+        kept = (TicketState.RECEIVED,) if self.keep_updates else ()
+        await self.fold(self.download_cache.keep_from, run_id, done.number)
+        await self.fold(self.spool.remove_all, [t.id for t in done.tickets if t.state not in kept])
 
     async def forget_stopped(self, stopped: Round) -> None:
         """Removes what arrived for a round that was stopped: nothing of it counted, so nothing is kept."""

@@ -15,6 +15,7 @@ from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, FedpeftError
 from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
 from fedpeft_server.store.connection import readers, reading, translated
+from fedpeft_server.store.notices import Notices
 from fedpeft_server.store.queries import audit as audit_queries
 from fedpeft_server.store.rows import AuditEvent
 from fedpeft_server.timing import Timing
@@ -34,12 +35,14 @@ class Transactions:
 
     Attributes:
         engine: For the one that writes.
+        notices: Tells other daemons what transactions change.
         readers: For those that only read, each on a connection of its own.
         unavailable: True if the newest transaction but those that only read failed because the database was.
     """
 
     def __init__(self, engine: Engine, timing: Timing) -> None:
         self.engine = engine
+        self.notices = Notices(engine.dialect.name)
         self._timing = timing
         self._where = engine.url.render_as_string(hide_password=True)
         # The newest entry, None where it must be read: before the first one, and after a failure, when what was
@@ -182,7 +185,9 @@ class Transactions:
         Raises:
             DatabaseLocked: If another server has written an entry since the newest that is known here.
         """
-        previous = self._head or audit_queries.select_last(connection)
+        audit_queries.lock(connection)
+        previous = None if self.notices.are_heard else self._head
+        previous = previous or audit_queries.select_last(connection)
         entry = audit.entry(previous, time.time(), event.actor, event.action, event.object, event.details)
         try:
             audit_queries.insert_entry(connection, entry)

@@ -30,7 +30,7 @@ def insert_token(connection: Connection, token: TokenRow) -> None:
 def select_token(connection: Connection, secret_sha256: str) -> TokenRow | None:
     """Returns the token of a secret, or None."""
     query = select(tables.tokens).where(tables.tokens.c.secret_sha256 == secret_sha256)
-    row = connection.execute(query).one_or_none()
+    row = connection.execute(query.with_for_update()).one_or_none()  # two servers may be brought it at the same time
     return None if row is None else _token(row)
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select
+from sqlalchemy import Connection, Row, insert, select, text
 
 from fedpeft.identity.audit import AuditEntry
 from fedpeft_server.store import tables
 
 _INSERT = insert(tables.audit)
+_LOCK = text("SELECT pg_advisory_xact_lock(hashtext('fedpeft audit ' || current_schema()))")
+
+
+def lock(connection: Connection) -> None:
+    """Has other servers wait with their next entry until the transaction ends: each follows the one before."""
+    if connection.dialect.name == "postgresql":  # SQLite lets one program write at a time
+        connection.execute(_LOCK)
 
 
 def insert_entry(connection: Connection, entry: AuditEntry) -> None:

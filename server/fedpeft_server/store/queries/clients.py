@@ -12,6 +12,8 @@ from fedpeft_server.store.queries.collation import bytewise
 from fedpeft_server.store.queries.upsert import upsert
 from fedpeft_server.store.rows import ClientRow
 
+_IDS = 500
+"""Most values of one IN (...)."""
 _CLIENT = select(tables.clients).where(tables.clients.c.id == bindparam("of_client"))
 
 
@@ -45,6 +47,13 @@ def select_client(connection: Connection, client: str) -> ClientRow | None:
     """Returns a client by id."""
     row = connection.execute(_CLIENT, {"of_client": client}).one_or_none()
     return None if row is None else _client(row)
+
+
+def select_named(connection: Connection, clients: Sequence[str]) -> list[ClientRow]:
+    """Returns those of some clients that are known."""
+    named = (clients[i : i + _IDS] for i in range(0, len(clients), _IDS))
+    queries = (select(tables.clients).where(tables.clients.c.id.in_(some)) for some in named)
+    return [_client(row) for query in queries for row in connection.execute(query)]
 
 
 def select_clients(connection: Connection, after: str = "", most: int | None = None) -> list[ClientRow]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection, Row, bindparam, or_, select, tuple_, update
 
-from fedpeft.rounds.conduct import Conduct
+from fedpeft.rounds.conduct import GOOD, Conduct
 from fedpeft_server.store import tables
 from fedpeft_server.store.queries.upsert import upsert
 from fedpeft_server.store.rows import AnswerRow
 
 _CLIENTS = 500
 """Most values of one IN (...)."""
+_IS_POOR = or_(*(tables.answers.c[name] != getattr(GOOD, name) for name in ("missed", "missed_in", "refused")))
 
 
 def put_answers(connection: Connection, answers: Sequence[AnswerRow]) -> None:
@@ -33,18 +35,21 @@ def put_answers(connection: Connection, answers: Sequence[AnswerRow]) -> None:
 
 def select_answers(connection: Connection) -> list[AnswerRow]:
     """Returns all answers."""
-    return [
-        AnswerRow(
-            row.run,
-            row.client,
-            row.accepted,
-            tuple(row.reasons),
-            row.examples,
-            row.at,
-            Conduct(row.missed, row.missed_in, row.refused),
-        )
-        for row in connection.execute(select(tables.answers))
-    ]
+    return [_answer(row) for row in connection.execute(select(tables.answers))]
+
+
+def select_answers_of(connection: Connection, pairs: Sequence[tuple[str, str]]) -> list[AnswerRow]:
+    """Returns the answers of those (run, client) that there are."""
+    t, found = tables.answers, list[AnswerRow]()
+    for start in range(0, len(pairs), _CLIENTS):
+        query = select(t).where(tuple_(t.c.run, t.c.client).in_(pairs[start : start + _CLIENTS]))
+        found += map(_answer, connection.execute(query))
+    return found
+
+
+def _answer(row: Row[Any]) -> AnswerRow:
+    conduct = Conduct(row.missed, row.missed_in, row.refused)
+    return AnswerRow(row.run, row.client, row.accepted, tuple(row.reasons), row.examples, row.at, conduct)
 
 
 def select_conducts(connection: Connection, run: str, clients: Sequence[str] | None) -> dict[str, Conduct]:
@@ -57,6 +62,13 @@ def select_conducts(connection: Connection, run: str, clients: Sequence[str] | N
     for each in queries:
         found |= {row.client: Conduct(row.missed, row.missed_in, row.refused) for row in connection.execute(each)}
     return found
+
+
+def select_poor_conducts(connection: Connection, run: str) -> dict[str, Conduct]:
+    """Returns how clients used their last tickets of a run that missed or had refused some."""
+    t = tables.answers
+    query = select(t.c.client, t.c.missed, t.c.missed_in, t.c.refused).where(t.c.run == run, _IS_POOR)
+    return {row.client: Conduct(row.missed, row.missed_in, row.refused) for row in connection.execute(query)}
 
 
 def put_conducts(connection: Connection, run: str, conducts: Mapping[str, Conduct]) -> None:

@@ -166,16 +166,16 @@ def count_at_least(connection: Connection, least: Mapping[tuple[str, int, str], 
         key = {"of_run": run, "of_number": number, "of_client": client}
         found = connection.execute(_COUNTED, key).one_or_none()
         counted = Traffic(*found) if found else Traffic()
-        more = counted.at_least(wanted.payload_up, wanted.payload_down)
-        if more != counted:
-            raised[run, number, client] = more
+        lacking = counted.short_of(wanted.payload_up, wanted.payload_down)
+        if lacking != Traffic():
+            raised[run, number, client] = lacking
     known = existing(connection, (run for run, _, _ in raised)) if raised else set()
     rows = [
         {"run": run, "number": number, "client": client, **_traffic_row(bytes_)}
-        for (run, number, client), bytes_ in raised.items()
+        for (run, number, client), bytes_ in sorted(raised.items(), key=itemgetter(0))
         if run in known
     ]
-    upsert(connection, tables.traffic, rows, replace=_TRAFFIC_BYTES)
+    upsert(connection, tables.traffic, rows, add=_TRAFFIC_BYTES)  # another server may have added to it meanwhile
 
 
 def select_places(connection: Connection, tickets: Iterable[str]) -> dict[str, tuple[str, int, str]]:

@@ -88,6 +88,14 @@ def move(connection: Connection, changes: Changes) -> None:
         raise RevisionMoved(f"{run} is at revision {at}, not at {changes.before.revision}")
 
 
+def select_revisions(connection: Connection, states: Iterable[RunState] | None) -> dict[str, int]:
+    """Returns the revisions of the runs in some states, or of all."""
+    query = select(tables.runs.c.id, tables.runs.c.revision)
+    if states is not None:
+        query = query.where(tables.runs.c.state.in_([str(state) for state in states]))
+    return {row.id: int(row.revision) for row in connection.execute(query)}
+
+
 def select_revision(connection: Connection, run: str) -> int:
     """Returns the revision of a run.
 

@@ -1,0 +1,23 @@
+"""The time on the database's clock: daemons that share one agree on deadlines though their machines' clocks do not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+
+
+class DatabaseClock:
+    """A clock that is set by the database's; this machine's own until then, and where no other daemon shares it."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+
+    def time(self) -> float:
+        """Returns the time in seconds since the epoch."""
+        return time.time() + self._ahead_s
+
+    async def set(self, now: Callable[[], Awaitable[float]]) -> None:
+        """Sets the clock by what `now` says; it was read in the middle of that call, as nothing better is known."""
+        began = time.time()
+        there = await now()
+        self._ahead_s = there - (began + time.time()) / 2

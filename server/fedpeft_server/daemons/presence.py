@@ -1,0 +1,158 @@
+"""Tells the other daemons on the database who waits here, and keeps who waits with them.
+
+Nothing of it is written: it passes as notices. A daemon tells who came and went since it told last, and every second
+that it is there; one that hears of a daemon it does not know asks it for everybody who waits there. A daemon that was
+not heard for some seconds is gone, and nobody waits with it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import structlog
+
+from fedpeft.errors import FedpeftError
+from fedpeft_server.background import Background
+from fedpeft_server.runs.lobby import Lobby
+from fedpeft_server.runs.seats import Seat
+from fedpeft_server.store.notices import Notice, Topic
+from fedpeft_server.store.store import Store
+from fedpeft_server.timing import Timing
+
+log = structlog.get_logger()
+
+
+class Presence:
+    """Who waits with which daemon.
+
+    Args:
+        store: Its database tells the others.
+        lobby: The clients that wait here, and those elsewhere.
+        background: Watches over the telling.
+        timing: Pauses, and time after which a daemon is gone.
+    """
+
+    def __init__(self, store: Store, lobby: Lobby, background: Background, timing: Timing) -> None:
+        self._store = store
+        self._lobby = lobby
+        self._background = background
+        self._timing = timing
+        self._heard: dict[str, float] = {}  # the other daemons, by id: when they were heard last, monotonic
+        self._asked: set[str] = set()  # those that are to be asked who waits there
+        self._greets = True
+        self._tells_all = True
+        self._has_left = False
+
+    @property
+    def others(self) -> frozenset[str]:
+        """The other daemons that were heard of late, by id."""
+        return frozenset(self._heard)
+
+    def began(self) -> None:
+        """Begins anew, for what was told before may be lost: everybody is asked, and told."""
+        for daemon in list(self._heard):
+            self._forget(daemon)
+        self._greets = self._tells_all = True
+        self._lobby.moved.set()
+
+    def heard(self, notice: Notice) -> None:
+        """Takes up what another daemon tells; any word of it says that it is there."""
+        daemon = notice.sender
+        if daemon not in self._heard and notice.topic not in (Topic.ALL_SEATS, Topic.BYE):
+            self._asked.add(daemon)
+            self._lobby.moved.set()
+            self._welcome(daemon)
+        self._heard[daemon] = time.monotonic()
+        match notice.topic:
+            case Topic.HELLO if not notice.keys or self._store.db.transactions.notices.sender in notice.keys:
+                self._tells_all = True
+                self._lobby.moved.set()
+            case Topic.ALL_SEATS:
+                self._lobby.vacate(daemon)
+            case Topic.SEATS:
+                self._lobby.seat_elsewhere(daemon, map(_seat, notice.keys))
+            case Topic.BYE:
+                self._forget(daemon)
+
+    async def tell(self) -> None:
+        """Tells the others, without end, who waits here and that this daemon is there."""
+        pause_s, alive_at = self._timing.daemon_alive_s, 0.0
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, alive_at + pause_s - time.monotonic())):
+                    await self._lobby.moved.wait()
+            await asyncio.sleep(self._timing.notices_gather_s)
+            self._lobby.moved.clear()
+            self._expire()
+            if self._has_left:
+                alive_at = time.monotonic()
+                continue
+            told = False
+            with self._background.attempt("seats"):
+                if time.monotonic() >= alive_at + pause_s:
+                    alive_at = time.monotonic()
+                    await self._tell(Topic.ALIVE)
+                await self._tell_news()
+                told = True
+            if not told:  # some of it may be lost
+                self._tells_all = True
+                await asyncio.sleep(self._timing.listen_retry_s)
+
+    async def leave(self) -> None:
+        """Tells the others that nobody waits here any more, if they can be told."""
+        self._has_left = True
+        with suppress(FedpeftError):
+            await self._tell(Topic.BYE)
+
+    async def _tell_news(self) -> None:
+        if self._greets:
+            await self._tell(Topic.HELLO)
+            self._greets = False
+        elif self._asked:
+            asked = sorted(self._asked)
+            await self._tell(Topic.HELLO, asked)
+            self._asked.difference_update(asked)
+        if self._tells_all:
+            self._tells_all = False
+            seats: Mapping[str, Seat | None] = self._lobby.seats()
+            await self._tell(Topic.ALL_SEATS)
+        else:
+            seats = self._lobby.take_moved()
+        if seats:
+            await self._tell(Topic.SEATS, [_key(client, seat) for client, seat in seats.items()])
+
+    async def _tell(self, topic: Topic, keys: Sequence[Any] = ()) -> None:
+        await self._store.transact(self._store.db.tell, topic, keys)
+
+    def _expire(self) -> None:
+        gone = time.monotonic() - self._timing.daemon_gone_s
+        for daemon in [daemon for daemon, at in self._heard.items() if at < gone]:
+            log.warning("another server on this database is gone", server=daemon)
+            self._forget(daemon)
+
+    def _forget(self, daemon: str) -> None:
+        self._heard.pop(daemon, None)
+        self._lobby.vacate(daemon)
+
+    def _welcome(self, daemon: str) -> None:
+        log.info("another server is on this database", server=daemon)
+        here = [place.name for place in self._store.places if place.is_folder]
+        if here or len(self._store.places) == 1:
+            log.error(
+                "other servers on this database do not reach the updates or versions here, unless the folder is "
+                "shared; name an object store",
+                places=here or ["--updates"],
+            )
+
+
+def _key(client: str, seat: Seat | None) -> list[Any]:
+    return [client] if seat is None else [client, seat.run, sorted(seat.left_out)]
+
+
+def _seat(key: Sequence[Any]) -> tuple[str, Seat | None]:
+    client, *rest = key
+    return str(client), Seat(str(rest[0]), frozenset(map(str, rest[1]))) if rest else None

@@ -1,0 +1,193 @@
+"""A client may call another daemon each time: what one of them learns, all of them know."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+from sqlalchemy import text
+
+from fedpeft.adapters import payload
+from fedpeft.identity import audit
+from fedpeft.identity.subject import Role, Subject
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft.v1 import run_pb2
+from fedpeft_server.store.rows import AuditEvent
+
+from ..conftest import SPEC, config, filled, header, refused, zeros
+from .conftest import Federation, task
+
+
+async def test_each_call_of_a_round_goes_to_another_daemon(federation: Federation) -> None:
+    """Register here, wait there, pull here, push there; each round is folded once, to the bits of one daemon."""
+    first, second, third = federation.daemons
+    run = await first.create(config(rounds={"count": 3, "clients": 3}))
+    clients = await federation.clients("a", "b", "c")
+    expected = zeros()
+    for number in (1, 2, 3):
+        order = [federation.daemons.index(d) for d in np.roll(federation.daemons, number)]
+        tasks = await asyncio.gather(*(task(client[at]) for client, at in zip(clients, order, strict=True)))
+        assert {(t.round, t.version) for t in tasks} == {(number, number - 1)}
+        for client, given, at in zip(clients, tasks, order, strict=True):
+            await client[(at + 1) % 3].pull(given.run, given.version)
+            await client[(at + 2) % 3].push(given.ticket, filled(float(number)), 10)
+        expected = {name: x + np.float32(number) for name, x in expected.items()}
+        await third.until(run.id, lambda r, n=number: r.version == n)
+    for daemon in federation.daemons:
+        ended = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+        assert ended.version == 3
+    adapter = await second.adapter(run.id, 3)
+    assert all(np.array_equal(adapter[name], expected[name]) for name in expected)
+    assert not any(place.has_any("updates") for place in first.server.store.places[1:]), "nothing is left behind"
+    await federation.until(lambda d: not d.server.store.spool.tickets())
+
+
+async def test_clients_that_wait_with_several_daemons_are_counted_together(federation: Federation) -> None:
+    """A round of three opens though no daemon has more than one of them, and each poll is answered at once."""
+    run = await federation.daemons[0].create(config(rounds={"count": 1, "clients": 3}))
+    clients = await federation.clients("a", "b", "c")
+    early = [asyncio.create_task(task(client[at])) for at, client in enumerate(clients[:2])]
+    await federation.until(lambda d: len(d.server.runs.matching.ready(run.id)) == 2)
+    for daemon in federation.daemons:
+        assert "2 of 3 available" in (await daemon.run(run.id)).reason
+        shown = await daemon.operator.ListClients(op.ListClientsRequest())
+        assert [c.id for c in shown.clients if c.activity == "waiting"] == ["a", "b"]
+    late = asyncio.create_task(task(clients[2][2]))
+    tasks = await asyncio.gather(*early, late)
+    assert len({t.ticket for t in tasks}) == 3
+
+
+async def test_who_waited_with_a_daemon_that_is_gone_waits_no_more(federation: Federation) -> None:
+    run = await federation.daemons[0].create(config(rounds={"count": 1, "clients": 3}))
+    (a,) = await federation.clients("a")
+    waiting = asyncio.create_task(a[2].wait(run.id))
+    one = federation.daemons[0].server
+    await federation.until(lambda d: d.server.runs.matching.ready(run.id) == {"a"})
+    await federation.daemons[2].end()
+    await asyncio.gather(waiting, return_exceptions=True)
+    async with asyncio.timeout(5):
+        while one.runs.matching.ready(run.id):
+            await asyncio.sleep(0.01)
+    assert len(one.presence.others) == 1
+
+
+async def test_an_upload_that_another_daemon_has_begun_goes_on_from_nothing(federation: Federation) -> None:
+    run = await federation.daemons[0].create(config(rounds={"count": 1, "clients": 1}))
+    (a,) = await federation.clients("a")
+    given = await task(a[0])
+    manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
+    assert await refused(a[0].push_raw(header(given.ticket, manifest), [(0, data[:8])])) == "UPLOAD_INCOMPLETE"
+    assert (await a[0].upload(given.ticket, manifest.sha256)).committed_bytes == 8
+    assert (await a[1].upload(given.ticket, manifest.sha256)).committed_bytes == 0
+    receipt = await a[1].push(given.ticket, filled(1.0))
+    assert receipt.sha256 == manifest.sha256
+    await federation.daemons[2].until(run.id, lambda r: r.version == 1)
+    await federation.until(lambda d: not d.server.store.spool.tickets())
+
+
+async def test_a_receipt_that_was_lost_is_given_by_another_daemon(federation: Federation) -> None:
+    await federation.daemons[0].create(config(rounds={"count": 1, "clients": 2}))
+    a, b = await federation.clients("a", "b")
+    given, _ = await asyncio.gather(task(a[0]), task(b[1]))
+    receipts = await asyncio.gather(*(client.push(given.ticket, filled(1.0)) for client in a))
+    assert len({r.SerializeToString() for r in receipts}) == 1
+    for client in a:
+        assert (await client.upload(given.ticket)).receipt == receipts[0]
+    assert await refused(a[2].push(given.ticket, filled(2.0))) == "UPDATE_DIFFERS"
+
+
+async def test_a_client_that_began_anew_is_asked_again_by_every_daemon(federation: Federation) -> None:
+    run = await federation.daemons[0].create(config(rounds={"count": 1, "clients": 2}))
+    (a,) = await federation.clients("a")
+    waiting = asyncio.create_task(a[1].wait(run.id))
+    await federation.until(lambda d: d.server.runs.participation.accepted(run.id, "a"))
+    again = federation.client("a")
+    await again[2].register()
+    assert (await again[0].look(run.id)).offer.run.id == run.id
+    waiting.cancel()
+    assert await refused(a[0].look()) == "CLIENT_ID_IN_USE"
+    await again[1].answer(run.id, "no data")
+    await federation.until(lambda d: d.server.runs.participation.declined(run.id, "a"))
+
+
+async def test_an_instance_that_lives_with_one_daemon_holds_its_id_with_all(federation: Federation) -> None:
+    await federation.daemons[0].create(config(rounds={"count": 1, "clients": 2}))
+    (a,) = await federation.clients("a")
+    waiting = asyncio.create_task(a[0].wait())
+    await federation.until(lambda d: d.server.runs.lobby.is_waiting("a"))
+    copy = federation.client("a", instance="ff" * 16)
+    for client in copy:
+        assert await refused(client.register()) == "CLIENT_ID_IN_USE"
+    waiting.cancel()
+
+
+async def test_a_run_is_paused_resumed_and_deleted_with_any_daemon(federation: Federation) -> None:
+    one, two, three = (daemon.operator for daemon in federation.daemons)
+    run = (await federation.daemons[0].create()).id
+    await two.PauseRun(op.PauseRunRequest(run=run, reason="a while"))
+    await federation.daemons[2].until(run, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+    await three.ResumeRun(op.ResumeRunRequest(run=run))
+    await federation.daemons[0].until(run, lambda r: r.state == run_pb2.RUN_STATE_RUNNING)
+    await one.StopRun(op.StopRunRequest(run=run))
+    await two.DeleteRun(op.DeleteRunRequest(run=run))
+    await federation.until(lambda d: d.server.runs.find(run) is None)
+    assert await refused(three.GetRun(op.GetRunRequest(run=run))) == "RUN_NOT_FOUND"
+
+
+async def test_figures_of_an_evaluator_are_shown_by_every_daemon(federation: Federation) -> None:
+    run = await federation.daemons[0].create(config(rounds={"count": 1, "clients": 1}))
+    evaluator = federation.client("e")
+    await evaluator[0].register(fed.CLIENT_ROLE_EVALUATOR)
+    found = await evaluator[1].wait()
+    assert (found.evaluation.run, found.evaluation.version) == (run.id, 0)
+    request = fed.PushEvaluationRequest(run=run.id, version=0, metrics={"accuracy": 0.5})
+    await evaluator[2].stub.PushEvaluation(request, metadata=evaluator[2].metadata)
+
+    labels = {"run": run.id, "split": "test"}
+    value = "fedpeft_accuracy"
+    await federation.until(lambda d: d.server.metrics.registry.get_sample_value(value, labels) == 0.5)
+    await federation.until(lambda d: d.server.runs.scoring.runs_of("e"))
+    for daemon in federation.daemons:
+        (progress,) = (await daemon.run(run.id)).evaluators
+        assert progress.scored == 1
+
+
+async def test_who_is_revoked_with_one_daemon_is_refused_by_all_with_one_audit_log(
+    federation: Federation,
+) -> None:
+    lost, (one, two, _) = Subject(Role.CLIENT, "lost"), (daemon.server for daemon in federation.daemons)
+    run = await federation.daemons[0].create(config(rounds={"count": 1, "clients": 1}))
+    (client,) = await federation.clients("lost")
+    ticket = await task(client[2])
+    db = one.store.db
+    await one.store.transact(db.identities.revoke, lost, time.time(), "stolen", "operator", unseen=True)
+    await federation.until(lambda d: d is federation.daemons[0] or d.server.admission.is_refused(lost))
+    await federation.until(lambda d: d.server.runs.get(run.id).round.ticket(ticket.ticket).state == "withdrawn")
+    await two.store.transact(db.identities.restore, lost, time.time(), "operator")
+    await federation.until(lambda d: d is federation.daemons[1] or not d.server.admission.is_refused(lost))
+    writes = [d.server.store for d in federation.daemons for _ in range(5)]
+    await asyncio.gather(*(s.transact(s.db.transactions.write, AuditEvent("server", "tried", "x")) for s in writes))
+    entries = db.transactions.entries_after(0, 1000)
+    audit.verify(entries)
+    assert [e.action for e in entries].count("tried") == 15
+
+
+@pytest.mark.timed(listen_retry_s=0.05, daemon_gone_s=2.0)
+async def test_what_was_told_while_nobody_listened_is_made_up_for(federation: Federation) -> None:
+    one = federation.daemons[0].server
+    run = await federation.daemons[1].create(config(rounds={"count": 1, "clients": 2}))
+    (a,) = await federation.clients("a")
+    waiting = asyncio.create_task(a[2].wait())
+    await federation.until(lambda d: len(d.server.runs.matching.ready(run.id)) == 1)
+    with one.store.db.transactions.engine.begin() as connection:
+        of_listeners = "FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND datname = current_database()"
+        ended = f"SELECT pg_terminate_backend(pid) {of_listeners}"
+        assert len(connection.execute(text(ended)).all()) == 3
+    other = await federation.daemons[2].create(config(rounds={"count": 1, "clients": 2}), request_id="other")
+    (b,) = await federation.clients("b")
+    await federation.until(lambda d: d.server.runs.find(other.id) and d.server.runs.matching.ready(run.id) == {"a"})
+    tasks = await asyncio.gather(waiting, b[1].wait(run.id))
+    assert {t.training.run for t in tasks} == {run.id}
